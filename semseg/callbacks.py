@@ -1,0 +1,72 @@
+"""What happens around the steps: checkpoints and progress lines."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
+
+from semseg.checkpoint import FOLDER
+from semseg.collate import Batch
+
+MONITOR = "val/miou"
+
+
+def checkpoints(run_dir: Path, *, has_val: bool) -> list[Callback]:
+    """last.ckpt after every epoch, and best.ckpt by mean IoU if there is validation."""
+    folder = run_dir / FOLDER
+    last = ModelCheckpoint(folder, "last", every_n_epochs=1, save_on_train_epoch_end=not has_val)
+    best = ModelCheckpoint(folder, "best", monitor=MONITOR, mode="max", save_top_k=1)
+    for callback in (last, best):
+        callback.CHECKPOINT_EQUALS_CHAR = "-"  # Hydra's grammar gives "=" a meaning
+        callback._enable_version_counter = False
+    return [last, best] if has_val else [last]
+
+
+class PlainProgress(ProgressBar):
+    """One line now and then instead of a bar: for logs and pipes."""
+
+    def __init__(self, seconds_between_lines: float = 10) -> None:
+        super().__init__()
+        self.seconds_between_lines = seconds_between_lines
+        self._last_line = 0.0
+        self._images = 0
+        self._since = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._last_line = self._since = time.monotonic()
+        self._images = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._images += len(batch.paths) * trainer.world_size
+        now = time.monotonic()
+        is_last = batch_idx + 1 == trainer.num_training_batches
+        if now - self._last_line < self.seconds_between_lines and not is_last:
+            return
+        self._last_line = now
+        rate = self._images / max(now - self._since, 1e-9)
+        loss, accuracy = (float(trainer.callback_metrics.get(key, float("nan"))) for key in ("train/loss", "train/accuracy"))
+        self._print(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            f"  step {batch_idx + 1}/{trainer.num_training_batches}"
+            f"  loss {loss:.3f}  accuracy {accuracy:.3f}  {rate:.1f} images/s"
+        )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        if MONITOR in metrics and not trainer.sanity_checking:
+            self._print(
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  validation"
+                f"  mean IoU {float(metrics[MONITOR]):.4f}"
+                f"  pixel accuracy {float(metrics['val/pixel_accuracy']):.4f}"
+            )
+
+    def _print(self, line: str) -> None:
+        if self.trainer.is_global_zero:
+            print(line, flush=True)
+

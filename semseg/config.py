@@ -1,0 +1,395 @@
+"""The configuration as typed sections: units, ranges, cross-field checks. Imports no torch.
+
+The YAML files in configs/ give the defaults; these classes say what is allowed. `check` gathers all
+problems of a composed configuration and raises once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from semseg.data.convention import CONVENTIONS
+from semseg.errors import ConfigError, choose, nearest
+
+MODES = ("train", "eval", "predict")
+SPLITS = ("train", "val", "test")
+MIOU_RULES = ("ade20k", "present", "ground_truth")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("poly", "poly_warmup", "cosine")
+LOSSES = ("cross_entropy",)
+SYNCBN = ("reduce", "native", "off")
+SYNCBN_CONVENTIONS = ("torch", "published")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "64")
+PREDICT_OUTPUTS = ("ids", "panel")
+
+# What a `_target_` in a configuration may name: nothing read from a file can call anything else.
+ALLOWED_TARGETS = (
+    "pytorch_lightning.callbacks.EarlyStopping",
+    "pytorch_lightning.callbacks.LearningRateMonitor",
+    "pytorch_lightning.callbacks.DeviceStatsMonitor",
+    "pytorch_lightning.loggers.CSVLogger",
+    "pytorch_lightning.loggers.TensorBoardLogger",
+)
+
+
+def number(default: Any, *, low: float | None = None, above: float | None = None, high: float | None = None) -> Any:
+    """A field with a range: value >= low, value > above, value <= high."""
+    return field(default=default, metadata={"low": low, "above": above, "high": high})
+
+
+def one_of(default: Any, choices: tuple[str, ...]) -> Any:
+    """A field whose value is one of `choices`."""
+    return field(default=default, metadata={"choices": choices})
+
+
+@dataclass
+class ModelConfig:
+    """Which network, and how it is run."""
+
+    name: str = ""
+    encoder: dict[str, Any] = field(default_factory=dict)  # name and the options of its constructor
+    decoder: dict[str, Any] = field(default_factory=dict)
+    convention: str = one_of("rgb_mean_std", tuple(CONVENTIONS))  # how pixel values enter the network
+    deepsup_weight: float = number(0.4, low=0)  # weight of the auxiliary loss
+    freeze_bn: bool = False  # normalisation statistics stay as they are
+    size_divisor: int | None = number(None, low=1)  # pixels; null: the network's largest stride
+    label_stride: int | None = number(None, low=1)  # pixels; null: the stride of the network's logits
+    channels_last: bool = False
+    compile: bool = False
+
+
+@dataclass
+class SplitConfig:
+    """Where the records of one split are: an odgt list, or a folder pair. Relative to data.root."""
+
+    list: str | None = None
+    images: str | None = None
+    masks: str | None = None
+
+
+@dataclass
+class ScenesConfig:
+    """How many scenes are drawn when the data set is made on the spot."""
+
+    num_train: int = number(320, low=1)
+    num_val: int = number(64, low=1)
+    seed: int = number(304, low=0)
+
+
+@dataclass
+class DataConfig:
+    """Which images, and how they become sub-batches."""
+
+    name: str = ""
+    root: str = ""
+    train: SplitConfig = field(default_factory=SplitConfig)
+    val: SplitConfig = field(default_factory=SplitConfig)
+    test: SplitConfig = field(default_factory=SplitConfig)
+    val_fraction: float = number(0.0, low=0, high=0.9)  # of train, held out by a hash of the path
+    make: ScenesConfig | None = None
+    classes: str | None = None  # ade20k, camvid, or a CSV file with index,name,R,G,B
+    num_classes: int | None = number(None, low=2)  # null: as many as `classes` has
+    first_id: int = number(1, low=0)  # the value that class 0 has in the label files
+    ignore: list[int] = field(default_factory=lambda: [0])  # label values that are not scored
+    miou_rule: str = one_of("present", MIOU_RULES)
+    short_edges: list[int] = field(default_factory=lambda: [300, 375, 450, 525, 600])  # pixels
+    max_long_edge: int = number(1000, low=1)  # pixels
+    batch_size: int = number(2, low=1)  # images per device
+    steps_per_epoch: int | None = number(5000, low=1)  # null: one pass over the records
+    flip: bool = True
+    num_workers: int = number(4, low=0)  # per process
+    hint: str = ""  # what to do when the files are not there
+
+
+@dataclass
+class OptimConfig:
+    """The optimiser. `lr` sets both rates; `lr_encoder` and `lr_decoder` each."""
+
+    name: str = one_of("sgd", OPTIMIZERS)
+    lr: float = number(0.02, above=0)
+    lr_encoder: float | None = number(None, low=0)
+    lr_decoder: float | None = number(None, low=0)
+    momentum: float = number(0.9, low=0, high=1)  # SGD's momentum, AdamW's beta1
+    beta2: float = number(0.999, low=0, high=1)  # AdamW only
+    weight_decay: float = number(1e-4, low=0)  # on convolution and linear weights only
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate as a share of its base, per step."""
+
+    name: str = one_of("poly", SCHEDULES)
+    power: float = number(0.9, above=0)  # poly, poly_warmup
+    warmup_steps: int = number(0, low=0)  # poly_warmup, cosine
+    warmup_factor: float = number(0.001, low=0, high=1)  # share of the base rate at step 0
+    min_factor: float = number(0.0, low=0, high=1)  # cosine's floor
+
+
+@dataclass
+class LossConfig:
+    name: str = one_of("cross_entropy", LOSSES)
+    average: str = one_of("ranks", ("ranks", "pixels"))  # over devices: plain mean, or by scored pixels
+
+
+@dataclass
+class SyncBNConfig:
+    name: str = one_of("reduce", SYNCBN)
+    convention: str = one_of("torch", SYNCBN_CONVENTIONS)
+    group: str = one_of("world", ("world", "node"))
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's own names; see the documentation of pytorch_lightning.Trainer."""
+
+    accelerator: str = "auto"
+    devices: Any = 1  # a count, a list of indices, or "auto"
+    num_nodes: int = number(1, low=1)
+    strategy: str = "auto"
+    precision: str = one_of("32-true", PRECISIONS)
+    max_epochs: int = number(20, low=1)
+    max_steps: int = number(-1, low=-1)
+    accumulate_grad_batches: int = number(1, low=1)
+    gradient_clip_val: float | None = number(None, above=0)
+    check_val_every_n_epoch: int = number(1, low=1)
+    limit_train_batches: Any = None
+    limit_val_batches: Any = None
+    num_sanity_val_steps: int = number(0, low=-1)
+    log_every_n_steps: int = number(20, low=1)
+    deterministic: bool = False
+    benchmark: bool = False
+    detect_anomaly: bool = False
+    fast_dev_run: Any = False
+    enable_progress_bar: bool = True
+
+
+@dataclass
+class EvalConfig:
+    scales: list[int] = field(default_factory=lambda: [450])  # short edges in pixels
+    flip: bool = False  # average with the mirrored image
+    split: str = one_of("val", SPLITS)
+
+
+@dataclass
+class PredictConfig:
+    save: list[str] = field(default_factory=lambda: list(PREDICT_OUTPUTS))
+    scales: list[int] | None = None  # null: eval.scales
+    flip: bool = False
+
+
+@dataclass
+class Config:
+    """The whole configuration; one field per section of configs/config.yaml."""
+
+    mode: str = one_of("train", MODES)
+    seed: int = number(304, low=0)
+    runs_dir: str = "runs"
+    run_dir: str = ""
+    ckpt: str | None = None
+    resume: str | None = None
+    input: str | None = None
+    after_training: list[str] = field(default_factory=list)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    syncbn: SyncBNConfig = field(default_factory=SyncBNConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    logger: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+
+
+def check(composed: DictConfig) -> Config:
+    """The composed configuration as typed sections, or one error with all its problems.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, values out of range, sections that contradict.
+    """
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        config = OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, composed)) from None
+    assert isinstance(config, Config)
+    problems = [*range_problems(config), *target_problems(composed), *cross_problems(config)]
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError(f"{len(problems)} problems in the configuration:\n  " + "\n  ".join(problems))
+    return config
+
+
+def as_plain(config: Config) -> dict[str, Any]:
+    """`config` as plain dicts, lists and numbers, fit for a checkpoint or a YAML file."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def explain(error: OmegaConfBaseException, composed: DictConfig) -> str:
+    """OmegaConf's error as one line: the key, the value, and the nearest valid name."""
+    key = str(error.full_key or error.key or "")
+    if isinstance(error, ConfigKeyError):
+        return unknown_key(key, schema_keys())
+    value = OmegaConf.select(composed, key, throw_on_missing=False) if key else None
+    reason = str(error.msg or error).splitlines()[0]
+    if "Missing mandatory value" in str(error) or (key and OmegaConf.is_missing(composed, key.split(".")[0])):
+        return f"{key} must be set: {key}=..."
+    return f"{key}={value}: {reason}."
+
+
+def unknown_key(key: str, valid: list[str]) -> str:
+    """One line for a key that does not exist, with the nearest one that does."""
+    meant = nearest_key(key, valid)
+    if meant:
+        return f"There is no key {key!r}. Did you mean {meant}?"
+    section = key.rpartition(".")[0]
+    siblings = [name for name in valid if name.rpartition(".")[0] == section] or sorted({k.split(".")[0] for k in valid})
+    return f"There is no key {key!r}. Valid here: {', '.join(siblings)}."
+
+
+def nearest_key(key: str, valid: list[str]) -> str | None:
+    """The valid key most like `key`: as a whole, or by its last word alone (lr -> optim.lr)."""
+    last = key.rpartition(".")[2]
+    by_last = [name for name in valid if name.rpartition(".")[2] == last]
+    if by_last:
+        return min(by_last, key=len)
+    whole = nearest(key, valid)
+    if whole:
+        return whole
+    word = nearest(last, [name.rpartition(".")[2] for name in valid])
+    return next((name for name in valid if name.rpartition(".")[2] == word), None) if word else None
+
+
+def schema_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """All dotted keys of the sections, leaves and sections alike."""
+    keys = []
+    for item in fields(cls):
+        keys.append(prefix + item.name)
+        section = SECTIONS.get(str(item.type))
+        if section:
+            keys.extend(schema_keys(section, f"{prefix}{item.name}."))
+    return keys
+
+
+def range_problems(section: Any, prefix: str = "") -> Iterator[str]:
+    """A sentence for every value outside the range or the choices of its field."""
+    for item in fields(section):
+        key, value = prefix + item.name, getattr(section, item.name)
+        if is_dataclass(value):
+            yield from range_problems(value, key + ".")
+            continue
+        choices = item.metadata.get("choices")
+        if choices and value not in choices:
+            yield wrong_choice(key, value, choices)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield from _bounds(key, value, item.metadata)
+
+
+def _bounds(key: str, value: float, limits: Mapping[str, Any]) -> Iterator[str]:
+    low, above, high = (limits.get(name) for name in ("low", "above", "high"))
+    if value != value:
+        yield f"{key}={value}: must be a number."
+    if low is not None and value < low:
+        yield f"{key}={value}: must be at least {low}."
+    if above is not None and value <= above:
+        yield f"{key}={value}: must be above {above}."
+    if high is not None and value > high:
+        yield f"{key}={value}: must be at most {high}."
+
+
+def wrong_choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
+    meant = nearest(str(value), choices)
+    hint = f" Did you mean {key}={meant}?" if meant else ""
+    return f"{key}={value}: not known.{hint} Valid: {', '.join(choices)}."
+
+
+def target_problems(composed: DictConfig) -> Iterator[str]:
+    """A sentence for every `_target_` that is not on the allow-list, wherever it stands."""
+    for key, value in walk(OmegaConf.to_container(composed, resolve=True)):
+        if key.rpartition(".")[2] == "_target_" and value not in ALLOWED_TARGETS:
+            yield f"{key}={value}: not allowed. Allowed: {', '.join(ALLOWED_TARGETS)}."
+
+
+def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All (dotted key, leaf) pairs of nested dicts and lists."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from walk(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from walk(value, f"{prefix}.{index}")
+    else:
+        yield prefix, node
+
+
+def cross_problems(config: Config) -> Iterator[str]:
+    """A sentence for every pair of fields that contradict each other."""
+    for key, edges in (
+        ("data.short_edges", config.data.short_edges),
+        ("eval.scales", config.eval.scales),
+        ("predict.scales", config.predict.scales or [1]),
+    ):
+        if not edges or min(edges) < 1:
+            yield f"{key}={edges}: must be a list of short edges in pixels, each at least 1, such as [300,450,600]."
+    yield from _device_problems(config.trainer)
+    divisor, stride = config.model.size_divisor, config.model.label_stride
+    if divisor and stride and divisor % stride:
+        yield f"model.size_divisor={divisor}: must be a multiple of model.label_stride={stride}."
+    needs_checkpoint = config.mode in ("eval", "predict")
+    if needs_checkpoint and not config.ckpt:
+        yield f"mode={config.mode} needs ckpt=<file, run folder, last or best>."
+    if config.mode == "predict" and not config.input:
+        yield "mode=predict needs input=<image or folder>."
+    for mode in config.after_training:
+        if mode not in ("eval", "predict"):
+            yield wrong_choice("after_training", mode, ("eval", "predict"))
+    for output in config.predict.save:
+        if output not in PREDICT_OUTPUTS:
+            yield wrong_choice("predict.save", output, PREDICT_OUTPUTS)
+
+
+def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
+    devices = trainer.devices
+    fine = (
+        devices in ("auto", -1)
+        or (isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1)
+        or (isinstance(devices, list) and devices and all(isinstance(d, int) and d >= 0 for d in devices))
+    )
+    if not fine:
+        yield f"trainer.devices={devices}: must be a count of at least 1, a list such as [0,2], a range 0-3, or auto."
+    for key in ("limit_train_batches", "limit_val_batches"):
+        value = getattr(trainer, key)
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):
+            yield f"trainer.{key}={value}: must be null, a count, or a share between 0 and 1."
+
+
+def network_options(section: dict[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
+    """Split a network section into its name and the options of its constructor.
+
+    Raises:
+        ConfigError: if there is no name.
+    """
+    options = {key: value for key, value in section.items() if key not in ("name", "weights")}
+    if not section.get("name"):
+        raise ConfigError(f"model.{kind}.name must be set: model/{kind}=<name>.")
+    return str(section["name"]), options
+
+
+SECTIONS: dict[str, type] = {
+    cls.__name__: cls
+    for cls in (
+        ModelConfig, DataConfig, SplitConfig, OptimConfig, ScheduleConfig, LossConfig, SyncBNConfig,
+        TrainerConfig, EvalConfig, PredictConfig,
+    )
+} | {"ScenesConfig | None": ScenesConfig}  # fmt: skip
+
+__all__ = ["Config", "as_plain", "check", "choose"]

@@ -1,0 +1,1 @@
+"""From files on disk to sub-batches: geometry, records, classes, plan, images, data sets."""

@@ -1,0 +1,137 @@
+"""The two data sets: thin, over plan, images and collate.
+
+TrainDataset is asked for a whole sub-batch, EvalDataset for one image at every scale; neither has state or randomness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from semseg.collate import Batch, Sample, collate
+from semseg.data.classes import LabelMap
+from semseg.data.geometry import Size, scaled_size, stretched_size
+from semseg.data.images import Pair, flipped, read_pair, resize_image, resize_label, stride_label
+from semseg.data.plan import SubBatch
+from semseg.data.records import Record
+from semseg.errors import DataError
+
+
+class TrainDataset(Dataset[Batch]):
+    """Item `sub_batch` is the batch that the plan asks for.
+
+        DataLoader(dataset, batch_size=None, sampler=RankSequence(plan, ...))
+
+    Args:
+        records: every one with a label.
+        max_long_edge: pixels; the long side of an image never gets longer.
+        size_divisor: height and width of a batch are multiples of it.
+        label_stride: pixels of the image to one of the label; divides size_divisor.
+
+    Raises:
+        DataError: if a record has no label.
+        ValueError: if label_stride does not divide size_divisor.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        label_map: LabelMap,
+        *,
+        max_long_edge: int,
+        size_divisor: int,
+        label_stride: int,
+    ) -> None:
+        unlabelled = next((record for record in records if record.label is None), None)
+        if unlabelled is not None:
+            raise DataError(f"{unlabelled.origin}: {unlabelled.image} has no label, so it cannot be trained on.")
+        if size_divisor % label_stride:
+            raise ValueError(f"label_stride {label_stride} must divide size_divisor {size_divisor}")
+        self.records, self.label_map = records, label_map
+        self.max_long_edge, self.size_divisor, self.label_stride = max_long_edge, size_divisor, label_stride
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, sub_batch: SubBatch) -> Batch:
+        """The batch of a sub-batch of the plan.
+
+        Raises:
+            DataError: if a file is missing, broken, or does not fit; see `read_pair`.
+        """
+        samples = [
+            self._sample(self.records[index], sub_batch.short_edge, is_flipped)
+            for index, is_flipped in zip(sub_batch.records, sub_batch.flips, strict=True)
+        ]
+        return collate(samples, self.size_divisor, self.label_stride)
+
+    def _sample(self, record: Record, short_edge: int, is_flipped: bool) -> Sample:
+        image, label = read_pair(record, self.label_map)
+        assert label is not None  # checked for all records at the start
+        if is_flipped:
+            image, label = flipped(image), flipped(label)
+        size = scaled_size(Size(*label.shape), short_edge, self.max_long_edge)
+        # Two nearest resizes in a row, as published: to the image's size, then to the label's stride.
+        label = stride_label(resize_label(label, size), self.label_stride)
+        return Sample(resize_image(image, size, antialias=True), label, record.image)
+
+
+class EvalSample(NamedTuple):
+    """One image for evaluation or prediction."""
+
+    scales: list[Tensor]  # one for each short edge: uint8 (3, H, W) RGB, H and W multiples of size_divisor
+    label: Tensor  # (h, w) int64 at the original size, -1 = not scored; (0, 0) if there is none
+    size: Tensor  # (2,) int64: original (h, w), to which the answer is upsampled
+    path: str
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - in the list of records; hides tuple.index
+
+
+class EvalDataset(Dataset[EvalSample]):
+    """Item `index` is one image, stretched to every scale, with its label at the original size.
+
+    Without a label map, or where a record has no label (prediction), the image is turned upright.
+
+    Args:
+        short_edges: pixels, one scale for each.
+        max_long_edge: pixels; the long side never gets longer, apart from rounding up to size_divisor.
+        antialias: of the input convention that belongs to the weights.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        label_map: LabelMap | None,
+        *,
+        short_edges: Sequence[int],
+        max_long_edge: int,
+        size_divisor: int,
+        antialias: bool,
+    ) -> None:
+        self.records, self.label_map, self.short_edges = records, label_map, tuple(short_edges)
+        self.max_long_edge, self.size_divisor, self.antialias = max_long_edge, size_divisor, antialias
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> EvalSample:
+        """The sample of record `index`.
+
+        Raises:
+            DataError: if a file is missing, broken, or does not fit; see `read_pair`.
+        """
+        record = self.records[index]
+        pair = read_pair(record, self.label_map)
+        label = torch.empty(0, 0, dtype=torch.int64) if pair.label is None else torch.from_numpy(pair.label).long()
+        size = torch.tensor(pair.image.shape[:2])
+        return EvalSample(self._scales(pair), label, size, record.image, index)
+
+    def _scales(self, pair: Pair) -> list[Tensor]:
+        original = Size(*pair.image.shape[:2])
+        sizes = [stretched_size(original, edge, self.max_long_edge, self.size_divisor) for edge in self.short_edges]
+        resized = (resize_image(pair.image, size, antialias=self.antialias) for size in sizes)
+        return [torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in resized]

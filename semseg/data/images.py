@@ -1,0 +1,300 @@
+"""Stage 3: from files to pixels: read, check, orient, flip, resize, thin out the label.
+
+Files are read once into memory and looked at before they are decoded, because decoders forgive too much: OpenCV gives
+half a grey image for a truncated JPEG, Pillow gives half a label for a PNG with a wrong checksum, and both
+unpack a file of 100 kB to gigabytes.
+
+Arrays: image uint8 (H, W, 3) RGB; raw label (H, W) with the ids of the file; label int16 (H, W), class index or -1.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch.nn import functional as F
+
+from semseg.data.classes import IGNORED, LabelMap
+from semseg.data.geometry import Size
+from semseg.data.records import Record
+from semseg.errors import DataError
+
+# Images are decoded side by side in the workers of a loader: threads within one image only get in each other's way,
+# and OpenCV's pool of threads does not survive the fork of a worker.
+cv2.setNumThreads(0)
+
+# Larger images are refused by their header: 134 Mpixel are more than any camera gives and 400 MB as RGB.
+MAX_PIXELS = 2**27
+
+_ORIENTATION_TAG = 0x0112
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_ID_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16B", "I;16L"})  # Pillow modes with one number a pixel
+_HOW_TO_CONVERT = (
+    "Labels are single-channel PNG files whose numbers are the class ids: look up the id of each colour and save the "
+    "array of ids with PIL.Image.fromarray(ids.astype('uint8')).save('x.png')."
+)
+
+
+class Pair(NamedTuple):
+    """An image and its label on the same pixel grid."""
+
+    image: NDArray[np.uint8]  # (H, W, 3) RGB
+    label: NDArray[np.int16] | None  # (H, W) class index, -1 = not scored; None: the record has none
+
+
+# ---- reading
+
+
+def read_image(path: str | Path, *, upright: bool = False, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Pixels of an image file: uint8 (H, W, 3) RGB, on the grid as stored, or turned as EXIF says if `upright`.
+
+    Grey, palette and CMYK become RGB, alpha is dropped, 16 bits are scaled to 8.
+
+    Raises:
+        DataError: if the file is missing, empty, a folder, no image, broken, or larger than `max_pixels`.
+    """
+    pixels, orientation = _decode_image(path, max_pixels)
+    return oriented(pixels, orientation) if upright else pixels
+
+
+def read_label(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.integer]:
+    """Raw ids of a label file: uint8, uint16 or int32 (H, W).
+
+    Palette files give their indices, two-level files 0 and 1. A colour file is taken if red = green = blue everywhere.
+
+    Raises:
+        DataError: as `read_image`, and if the file is colour-coded or a JPEG, whose ids are lost.
+    """
+    data = _read_bytes(path)
+    header = _open(path, data, max_pixels)
+    if _is_jpeg(data):
+        raise DataError(f"{path}: a label must not be a JPEG, which changes ids at every edge. {_HOW_TO_CONVERT}")
+    _check_png(path, data)
+    try:
+        raw = np.asarray(header)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path}: the label is broken ({error}). Get the file again.") from error
+    depth = data[24] if data.startswith(_PNG_START) else 8  # bits of a channel
+    if header.mode in ("RGB", "RGBA") and depth == 8:
+        raw = _grey_of(raw, path)
+    elif header.mode == "L" and depth < 8:
+        raw = raw // (255 // (2**depth - 1))  # Pillow has stretched 0..3 or 0..15 to 0..255
+    elif header.mode not in _ID_MODES:
+        raise DataError(f"{path}: a label with pixels of kind {header.mode!r} has no ids. {_HOW_TO_CONVERT}")
+    return raw.astype(np.uint8) if raw.dtype == np.bool_ else raw
+
+
+def read_pair(record: Record, label_map: LabelMap | None, *, max_pixels: int = MAX_PIXELS) -> Pair:
+    """The image of a record and its label, on one grid.
+
+    A photo may carry an EXIF orientation. Which grid its label was drawn on shows in the label's size: the stored
+    grid if that fits (the usual case), else the upright one. Without a label or `label_map` the image is upright.
+
+    Raises:
+        DataError: as the readers; if image and label differ in size; if the size in the list is not the file's. Begins
+            with the record's origin.
+    """
+    try:
+        stored, orientation = _decode_image(record.image, max_pixels)
+        if record.label is None or label_map is None:
+            pair = Pair(oriented(stored, orientation), None)
+        else:
+            label = label_map(read_label(record.label, max_pixels=max_pixels), record.label)
+            pair = Pair(_onto_grid(stored, orientation, label, record), label)
+        _check_listed_size(record, stored, pair)
+    except DataError as error:
+        raise DataError(f"{record.origin}: {error}") from error
+    return pair
+
+
+def _onto_grid(
+    stored: NDArray[np.uint8], orientation: int, label: NDArray[np.int16], record: Record
+) -> NDArray[np.uint8]:
+    if stored.shape[:2] == label.shape:
+        return stored
+    upright = oriented(stored, orientation)
+    if upright.shape[:2] == label.shape:
+        return upright
+    raise DataError(
+        f"image and label differ in size: {record.image} is {_size(stored)}, {record.label} is {_size(label)} "
+        "(height x width). They must be drawn on the same pixels."
+    )
+
+
+def _check_listed_size(record: Record, stored: NDArray[np.uint8], pair: Pair) -> None:
+    if record.size in (_size(stored), _size(pair.image)):
+        return
+    raise DataError(
+        f"{record.image}: the list says {record.size} (height x width), the file is {_size(pair.image)}. "
+        "Write the list again from the files."
+    )
+
+
+def _size(pixels: NDArray) -> Size:
+    return Size(pixels.shape[0], pixels.shape[1])
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file. Is data.root right, and the data set complete?") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder, an image file was expected.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    if not data:
+        raise DataError(f"{path}: the file is empty. Get it again.")
+    return data
+
+
+def _open(path: str | Path, data: bytes, max_pixels: int) -> Image.Image:
+    """The header (nothing decoded), with the number of pixels checked."""
+    try:
+        header = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: the header announces too many pixels ({error}).") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path}: is not an image in a known format (begins with {data[:16]!r}).") from error
+    if header.width * header.height > max_pixels:
+        raise DataError(
+            f"{path}: the header announces {header.height} x {header.width} pixels, more than {max_pixels} are not "
+            "read. Scale or cut the image."
+        )
+    return header
+
+
+def _decode_image(path: str | Path, max_pixels: int) -> tuple[NDArray[np.uint8], int]:
+    """Pixels on the stored grid and the EXIF orientation (1 = as stored)."""
+    data = _read_bytes(path)
+    header = _open(path, data, max_pixels)
+    orientation = _orientation(header)
+    if _is_jpeg(data) and not _jpeg_is_whole(data):
+        raise DataError(f"{path}: the JPEG is truncated (no end marker in {len(data)} bytes). Get it again.")
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise DataError(f"{path}: the {header.format} file cannot be decoded ({error.err}).") from error
+    if pixels is None:
+        raise DataError(f"{path}: the {header.format} file is broken and cannot be decoded. Get it again.")
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels), np.uint8), orientation
+
+
+def _orientation(header: Image.Image) -> int:
+    try:
+        value = header.getexif().get(_ORIENTATION_TAG, 1)
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError):
+        return 1  # damaged EXIF: every viewer shows such a photo as stored
+    return value if value in range(1, 9) else 1
+
+
+def _is_jpeg(data: bytes) -> bool:
+    return data.startswith(b"\xff\xd8")
+
+
+def _jpeg_is_whole(data: bytes) -> bool:
+    """Whether the end marker FF D9 follows the first scan. Bytes after it (phones append films) do not matter."""
+    if data.endswith(b"\xff\xd9"):
+        return True
+    place = 2
+    # Walk over the segments before the scan: a thumbnail in them has an end marker of its own.
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # a fill byte
+            place += 1
+            continue
+        if marker == 0xDA:  # start of scan: from here on FF D9 cannot be anything else
+            return data.find(b"\xff\xd9", place) >= 0
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False
+
+
+def _check_png(path: str | Path, data: bytes) -> None:
+    """Checksums of all chunks of a PNG file, which Pillow does not look at; other formats pass."""
+    if not data.startswith(_PNG_START):
+        return
+    place = len(_PNG_START)
+    while place + 12 <= len(data):
+        length = int.from_bytes(data[place : place + 4], "big")
+        kind, end = data[place + 4 : place + 8], place + 8 + length
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(memoryview(data)[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise DataError(f"{path}: the PNG is broken (wrong checksum at byte {place}). Get it again.")
+        if kind == b"IEND":
+            return
+        place = end + 4
+    raise DataError(f"{path}: the PNG is truncated (no end in {len(data)} bytes). Get it again.")
+
+
+def _grey_of(raw: NDArray[np.uint8], path: str | Path) -> NDArray[np.uint8]:
+    """(H, W, 3 or 4) with equal colours to (H, W)."""
+    colours = raw[..., :3]
+    if (colours == colours[..., :1]).all():
+        return np.ascontiguousarray(colours[..., 0])
+    packed = colours.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    found = np.unique(packed)
+    shown = " ".join(f"({code >> 16}, {code >> 8 & 255}, {code & 255})" for code in found[:4].tolist())
+    raise DataError(f"{path}: the label is coded by {len(found)} colours, such as {shown}. {_HOW_TO_CONVERT}")
+
+
+# ---- turning and resizing
+
+
+def oriented(pixels: NDArray, orientation: int) -> NDArray:
+    """Pixels (H, W, ...) turned as EXIF orientation 1..8 says that they shall be seen."""
+    if orientation >= 5:  # 5 to 8 exchange rows and columns
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def flipped(pixels: NDArray) -> NDArray:
+    """Pixels (H, W, ...) mirrored left and right. Before a resize: a nearest resize does not commute with it."""
+    return np.ascontiguousarray(pixels[:, ::-1])
+
+
+def resize_image(image: NDArray[np.uint8], size: Size, *, antialias: bool) -> NDArray[np.uint8]:
+    """uint8 (H, W, 3) to uint8 (size, 3), bilinear.
+
+    antialias=True averages over the source pixels when shrinking, within one grey level of Pillow (training, and
+    evaluation since 2020); False is the 2018 evaluation, exactly.
+    """
+    if image.shape[:2] == size:
+        return image
+    if not antialias:
+        return np.asarray(cv2.resize(image, (size.width, size.height), interpolation=cv2.INTER_LINEAR), np.uint8)
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W), a view: channels_last is the fast path
+    resized = F.interpolate(planes, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
+    return resized[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def resize_label(label: NDArray[np.int16], size: Size) -> NDArray[np.int16]:
+    """int16 (H, W) to int16 of `size`, nearest: output i reads floor((i + 0.5) * in / out), as Pillow does."""
+    # Not INTER_NEAREST, which reads floor(i * in / out): 1-2 % of the pixels differ.
+    return np.asarray(cv2.resize(label, (size.width, size.height), interpolation=cv2.INTER_NEAREST_EXACT), label.dtype)
+
+
+def stride_label(label: NDArray[np.int16], stride: int) -> NDArray[np.int16]:
+    """(H, W) to (ceil(H / stride), ceil(W / stride)): pixel stride * i + stride // 2, or -1 where that lies outside.
+
+    >>> stride_label(np.arange(7, dtype=np.int16)[None].repeat(2, axis=0), stride=2).tolist()
+    [[1, 3, 5, -1]]
+    """
+    height, width = (-(-length // stride) for length in label.shape)
+    inside = label[stride // 2 :: stride, stride // 2 :: stride]
+    strided = np.full((height, width), IGNORED, label.dtype)
+    strided[: inside.shape[0], : inside.shape[1]] = inside
+    return strided

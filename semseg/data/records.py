@@ -1,0 +1,288 @@
+"""Stage 1: from a list file or a pair of folders to records. Opens headers at most, decodes no pixels. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from semseg.data.geometry import Size
+from semseg.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+_ORIENTATION_TAG = 0x0112  # EXIF; values 5 to 8 exchange height and width
+
+
+class Record(NamedTuple):
+    """One image of a data set and what is known of it without decoding."""
+
+    image: str  # path
+    label: str | None  # path; None: nothing to score against
+    size: Size  # as it will be read; from the list, or from the file header
+    origin: str  # where the record comes from, for error messages: "train.odgt:12" or a folder
+
+
+# ---- from a list
+
+
+def records_from_odgt(list_file: str | Path, root: str | Path, *, hint: str = "") -> list[Record]:
+    """Records of an odgt list: one JSON object a line with fpath_img, fpath_segm, width, height.
+
+    Paths are relative to `root` and stay inside it; absolute ones are taken if they lie inside. fpath_segm may be
+    null. Sizes are trusted here and checked when the file is read. Blank lines, a byte order mark and CRLF are fine; an
+    image listed twice counts twice.
+
+    Args:
+        hint: ends the sentence about missing data: the command or page that gets it.
+
+    Raises:
+        DataError: if the root or the list is missing, the list is empty, or a line does not fit ("file:line: ...").
+    """
+    list_file, root = Path(list_file), Path(root)
+    _require(root.is_dir(), "data folder", root, hint)
+    _require(list_file.is_file(), "list of images", list_file, hint)
+    base = os.path.normpath(root.absolute())
+    records = [
+        _parse_line(line, base, f"{list_file}:{number}")
+        for number, line in enumerate(list_file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+        if line.strip()
+    ]
+    if not records:
+        raise DataError(f"{list_file}: the list names no image.{_sentence(hint)}")
+    return records
+
+
+def _parse_line(line: bytes, base: str, where: str) -> Record:
+    try:
+        entry = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: the line is not UTF-8 text (byte {error.start}). Save the list as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: not one JSON object ({error.msg}, column {error.colno}). Each line is an object of its own, "
+            'without a comma after it: {"fpath_img": "a.jpg", "fpath_segm": "a.png", "width": 640, "height": 480}.'
+        ) from None
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: a line must be a JSON object, this is a {type(entry).__name__}.")
+    missing = [key for key in ("fpath_img", "fpath_segm", "width", "height") if key not in entry]
+    if missing:
+        raise DataError(f"{where}: key {', '.join(missing)} is missing; found {', '.join(entry) or 'none'}.")
+    size = Size(_length(entry, "height", where), _length(entry, "width", where))
+    label = None if entry["fpath_segm"] is None else _inside(entry, "fpath_segm", base, where)
+    return Record(_inside(entry, "fpath_img", base, where), label, size, where)
+
+
+def _length(entry: dict[str, object], key: str, where: str) -> int:
+    value = entry[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise DataError(f"{where}: {key} must be a whole number of pixels above 0, got {value!r}.")
+    return value
+
+
+def _inside(entry: dict[str, object], key: str, base: str, where: str) -> str:
+    value = entry[key]
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise DataError(f"{where}: {key} must be a path, got {value!r}.")
+    path = os.path.normpath(os.path.join(base, value))  # noqa: PTH118 (pathlib costs seconds on long lists)
+    if not path.startswith(base.rstrip(os.sep) + os.sep):
+        raise DataError(f"{where}: {key} {value!r} leaves the data folder {base}. Set data.root to a folder above it.")
+    return path
+
+
+# ---- from folders
+
+
+def records_from_folders(
+    images: str | Path,
+    masks: str | Path | None = None,
+    *,
+    hint: str = "",
+    cache_dir: str | Path | None = None,
+) -> list[Record]:
+    """Records of all images below a folder, each with the mask of the same relative path without suffix.
+
+    `images/a/b.jpg` belongs to `masks/a/b.png`. Names that begin with a dot are passed over. Sizes come from the file
+    headers; they are remembered in `cache_dir` (default: $XDG_CACHE_HOME/semseg) by path, time and length of the
+    file. An image whose EXIF orientation exchanges height and width counts with the size at which it will be read:
+    that of its mask, or upright if there are no masks.
+
+    Raises:
+        DataError: if a folder is missing or empty, an image has no mask or a mask no image, two files have the same
+            stem, or a header cannot be read.
+    """
+    images = Path(images)
+    _require(images.is_dir(), "folder of images", images, hint)
+    image_files = _by_stem(images)
+    if not image_files:
+        kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        raise DataError(f"{images}: no image in this folder or below it (looked for {kinds}).{_sentence(hint)}")
+    if masks is None:
+        headers = _headers(list(image_files.values()), images, cache_dir)
+        return [Record(path, None, headers[path].upright, str(images)) for path in image_files.values()]
+    masks = Path(masks)
+    _require(masks.is_dir(), "folder of masks", masks, hint)
+    mask_files = _by_stem(masks)
+    _require_pairs(images, image_files, masks, mask_files)
+    headers = _headers(list(image_files.values()), images, cache_dir)
+    turned = [stem for stem, path in image_files.items() if headers[path].upright != headers[path].size]
+    mask_headers = _headers([mask_files[stem] for stem in turned], masks, cache_dir) if turned else {}
+    records = []
+    for stem, path in image_files.items():
+        header, mask = headers[path], mask_files[stem]
+        is_upright = mask in mask_headers and mask_headers[mask].size == header.upright
+        records.append(Record(path, mask, header.upright if is_upright else header.size, str(images)))
+    return records
+
+
+def record_of_image(path: str | Path) -> Record:
+    """The record of one image without a label, for prediction; its size is the upright one.
+
+    Raises:
+        DataError: if the header cannot be read.
+    """
+    return Record(str(path), None, _read_header(str(path)).upright, "input")
+
+
+def _by_stem(folder: Path) -> dict[str, str]:
+    """Image files below `folder`: relative path without suffix (with /) -> path, sorted."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder)
+        if path.suffix.lower() not in IMAGE_SUFFIXES or any(part.startswith(".") for part in parts.parts):
+            continue
+        stem = parts.with_suffix("").as_posix()
+        if stem in found:
+            raise DataError(f"{path} and {found[stem]} differ in their suffix only: which one is meant? Remove one.")
+        found[stem] = str(path)
+    return found
+
+
+def _require_pairs(images: Path, image_files: dict[str, str], masks: Path, mask_files: dict[str, str]) -> None:
+    without_mask = [stem for stem in image_files if stem not in mask_files]
+    without_image = [stem for stem in mask_files if stem not in image_files]
+    if not without_mask and not without_image:
+        return
+    raise DataError(
+        f"{len(without_mask)} of {len(image_files)} images in {images} have no mask{_first(without_mask)}; "
+        f"{len(without_image)} of {len(mask_files)} masks in {masks} have no image{_first(without_image)}. "
+        "A pair has the same path below its folder, suffix apart (a/b.jpg and a/b.png)."
+    )
+
+
+def _first(stems: Sequence[str]) -> str:
+    return f" ({', '.join(stems[:3])}{', ...' if len(stems) > 3 else ''})" if stems else ""
+
+
+class _Header(NamedTuple):
+    size: Size  # as stored
+    upright: Size  # as EXIF wants it shown
+
+
+def _headers(paths: Sequence[str], folder: Path, cache_dir: str | Path | None) -> dict[str, _Header]:
+    """Headers of image files; only those that are new or changed since the last scan of `folder` are opened."""
+    cache_file = _cache_file(folder, cache_dir)
+    known = _load_cache(cache_file)
+    stamps = {path: _stamp(path) for path in paths}
+    fresh = {path: known[path] for path in paths if path in known and known[path][:2] == stamps[path]}
+    to_read = [path for path in paths if path not in fresh]
+    if to_read:
+        with ThreadPoolExecutor(8) as pool:
+            for path, header in zip(to_read, pool.map(_read_header, to_read), strict=True):
+                fresh[path] = [*stamps[path], *header.size, *header.upright]
+        _save_cache(cache_file, known | fresh)
+    return {path: _Header(Size(*fresh[path][2:4]), Size(*fresh[path][4:6])) for path in paths}
+
+
+def _stamp(path: str) -> list[int]:
+    status = Path(path).stat()
+    return [status.st_mtime_ns, status.st_size]
+
+
+def _read_header(path: str) -> _Header:
+    try:
+        with Image.open(path) as image:
+            size = Size(image.height, image.width)
+            is_turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: the header cannot be read as an image ({error}).") from error
+    return _Header(size, Size(size.width, size.height) if is_turned else size)
+
+
+def _cache_file(folder: Path, cache_dir: str | Path | None) -> Path:
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "semseg"
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return Path(cache_dir) / f"sizes-{name}.json"
+
+
+def _load_cache(cache_file: Path) -> dict[str, list[int]]:
+    """path -> [mtime_ns, bytes, height, width, upright height, upright width]; empty if it cannot be read."""
+    try:
+        entries = json.loads(cache_file.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(entries, dict):
+        return {}
+    return {path: row for path, row in entries.items() if _is_row(row)}
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, list) and len(row) == 6 and all(type(number) is int and number > 0 for number in row)
+
+
+def _save_cache(cache_file: Path, entries: dict[str, list[int]]) -> None:
+    try:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache_file.parent, suffix=".tmp", delete=False) as file:
+            json.dump(entries, file)
+        Path(file.name).replace(cache_file)
+    except OSError:
+        return  # a read-only or full home must not stop anyone: the next scan reads the headers again
+
+
+# ---- both
+
+
+def split_by_hash(records: Sequence[Record], fraction: float, root: str | Path) -> tuple[list[Record], list[Record]]:
+    """Parts records into (kept, held out), about `fraction` of them held out.
+
+    A record's side depends on its path below `root` alone: adding or removing other files does not move it, nor does
+    moving the whole data set. Neither side is left empty if there are two records or more.
+
+    Raises:
+        ValueError: if fraction is not between 0 and 1.
+        DataError: if there are fewer than two records.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must be above 0 and below 1, got {fraction}")
+    if len(records) < 2:
+        raise DataError(f"{root}: {len(records)} image cannot be split into training and validation: add images.")
+    places = [_hash_place(os.path.relpath(record.image, root)) for record in records]
+    threshold = min(max(fraction, min(places)), max(places) - 2.0**-53)
+    kept = [record for record, place in zip(records, places, strict=True) if place > threshold]
+    held_out = [record for record, place in zip(records, places, strict=True) if place <= threshold]
+    return kept, held_out
+
+
+def _hash_place(path: str) -> float:
+    """A number in [0, 1) that depends on a relative path only."""
+    digest = hashlib.sha256(path.replace(os.sep, "/").encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
+
+
+def _require(is_there: bool, what: str, path: Path, hint: str) -> None:
+    if not is_there:
+        raise DataError(f"{what} not found: {path} (looked at {path.absolute()}).{_sentence(hint)}")
+
+
+def _sentence(hint: str) -> str:
+    return f" {hint}" if hint else ""

@@ -1,0 +1,167 @@
+"""The LightningDataModule: a loader per stage and rank. What they yield is decided in semseg/data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from semseg.collate import Batch
+from semseg.config import Config
+from semseg.data.convention import CONVENTIONS
+from semseg.data.datasets import EvalDataset, TrainDataset
+from semseg.data.plan import RankSequence, TrainPlan
+from semseg.data.sources import DataSource
+from semseg.nets.segmenter import Segmenter
+
+
+class SubBatchLoader:
+    """This rank's share of the endless sequence of sub-batches, cut into epochs of equal length.
+
+    Its whole state is one number, the count of steps taken, which is the same on every rank. Workers
+    live on from epoch to epoch, and a resumed run starts them at the very next sub-batch.
+    """
+
+    def __init__(
+        self, dataset: TrainDataset, plan: TrainPlan, *, rank: int, world_size: int, steps: int, num_workers: int
+    ) -> None:
+        self.dataset = dataset
+        self.plan = plan
+        self.rank = rank
+        self.world_size = world_size
+        self.steps = steps
+        self.num_workers = num_workers
+        self.position = 0  # steps taken since the run began
+        self._stream: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        """Steps per epoch."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The next epoch."""
+        if self._stream is None:
+            self._stream = iter(self.loader_from(self.position))
+        for _ in range(self.steps):
+            batch = next(self._stream)
+            # Counted here, where batches are used: workers run ahead of it.
+            self.position += 1
+            yield batch
+
+    def loader_from(self, step: int) -> DataLoader[Batch]:
+        """All sub-batches of this rank from `step` on."""
+        sequence = RankSequence(
+            self.plan, rank=self.rank, world_size=self.world_size, start=step, num_steps=sys.maxsize
+        )
+        return DataLoader(
+            self.dataset,  # pyright: ignore[reportArgumentType] - indexed by sub-batches, not numbers
+            batch_size=None,
+            sampler=sequence,  # pyright: ignore[reportArgumentType]
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._stream = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = int(state["position"])
+        self.close()
+
+
+class SegmentationData(pl.LightningDataModule):
+    """Loaders of a data source for one network.
+
+    Args:
+        source: records and label map, files checked.
+        config: sections data, eval and the seed.
+        net: gives the size divisor and the label stride.
+    """
+
+    def __init__(self, source: DataSource, config: Config, net: Segmenter) -> None:
+        super().__init__()
+        self.source = source
+        self.config = config
+        self.size_divisor = config.model.size_divisor or net.size_divisor
+        self.label_stride = config.model.label_stride or net.label_stride
+        self._train_loader: SubBatchLoader | None = None
+
+    @property
+    def num_eval_images(self) -> int:
+        """Images of the split that is evaluated."""
+        return len(self.source.records(self.config.eval.split))
+
+    def train_dataloader(self) -> SubBatchLoader:
+        data, records = self.config.data, self.source.records("train")
+        plan = TrainPlan(
+            [record.size for record in records],
+            seed=self.config.seed,
+            batch_size=data.batch_size,
+            short_edges=data.short_edges,
+            flip=data.flip,
+        )
+        dataset = TrainDataset(
+            records,
+            label_map=self.source.label_map,
+            max_long_edge=data.max_long_edge,
+            size_divisor=self.size_divisor,
+            label_stride=self.label_stride,
+        )
+        rank, world_size = self._place()
+        self._train_loader = SubBatchLoader(
+            dataset,
+            plan,
+            rank=rank,
+            world_size=world_size,
+            steps=data.steps_per_epoch or plan.steps_in_pass(world_size),
+            num_workers=data.num_workers,
+        )
+        return self._train_loader
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.eval_loader()
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self.eval_loader()
+
+    def eval_loader(self) -> DataLoader[Any]:
+        """This rank's images of the evaluated split: rank, rank + world_size, ... each exactly once.
+
+        A rank without an image of its own gets image 0, which the module runs but does not count:
+        Lightning refuses empty loaders.
+        """
+        records = self.source.records(self.config.eval.split)
+        dataset = EvalDataset(
+            records,
+            label_map=self.source.label_map,
+            short_edges=self.config.eval.scales,
+            max_long_edge=self.config.data.max_long_edge,
+            size_divisor=self.size_divisor,
+            antialias=CONVENTIONS[self.config.model.convention].antialias,
+        )
+        rank, world_size = self._place()
+        share = list(range(rank, len(records), world_size)) or [0]
+        return DataLoader(
+            Subset(dataset, share),
+            batch_size=None,
+            num_workers=self.config.data.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def teardown(self, stage: str) -> None:
+        if self._train_loader is not None:
+            self._train_loader.close()
+
+    def _place(self) -> tuple[int, int]:
+        """(rank, number of ranks) of this process."""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size

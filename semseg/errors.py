@@ -1,0 +1,54 @@
+"""Errors for users: one sentence that names what is wrong and the way out.
+
+The launcher prints the message of a `SemsegError` and nothing else; every other exception is a
+defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SemsegError(ValueError):
+    """Base of all errors that a user can mend. `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(SemsegError):
+    """A key, group or value of the configuration is wrong."""
+
+    exit_code = 2
+
+
+class DataError(SemsegError):
+    """A file of a data set is missing, broken or does not fit the configuration."""
+
+
+class CheckpointError(SemsegError):
+    """A checkpoint or weight file is missing, broken or belongs to another network."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that `word` was probably meant to be, or None if none is close.
+
+    >>> nearest("upernett", ["c1", "ppm", "upernet"])
+    'upernet'
+    """
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def choose(kind: str, word: str, choices: Iterable[str]) -> str:
+    """`word` itself if it is one of `choices`.
+
+    Raises:
+        ConfigError: otherwise, with the nearest valid name and the list of all.
+    """
+    names = sorted(choices)
+    if word in names:
+        return word
+    meant = nearest(str(word), names)
+    hint = f" Did you mean {meant}?" if meant else ""
+    raise ConfigError(f"{kind}: {word!r} is not known.{hint} Valid: {', '.join(names)}.")

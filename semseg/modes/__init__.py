@@ -1,0 +1,1 @@
+"""One module per `mode=`; each has one function `run(config)`."""

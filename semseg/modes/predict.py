@@ -1,0 +1,102 @@
+"""mode=predict: class maps and pictures of anyone's images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from semseg.build import accelerator, restore_net
+from semseg.checkpoint import find_checkpoint, inherit, read_checkpoint
+from semseg.config import Config
+from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.convention import CONVENTIONS
+from semseg.data.datasets import EvalDataset
+from semseg.data.images import read_image
+from semseg.data.records import IMAGE_SUFFIXES, record_of_image
+from semseg.draw import panel
+from semseg.errors import DataError
+from semseg.inference import predict_probabilities
+from semseg.nets.segmenter import Segmenter
+
+
+def run(config: Config, overrides: list[str]) -> None:
+    """Predict every image of `input` and write what `predict.save` asks for.
+
+    Raises:
+        SemsegError: for anything the user can mend.
+    """
+    assert config.ckpt is not None and config.input is not None, "config.check asks for both"
+    saved = read_checkpoint(find_checkpoint(config.ckpt, Path(config.runs_dir)))
+    config = inherit(saved.config, config, overrides)
+    root = Path(config.input or "").expanduser()
+    images = find_images(root)
+    device = torch.device("cuda" if accelerator(config) == "gpu" else "cpu")
+    net = restore_net(saved).to(device)
+    label_map = LabelMap(saved.classes.num_classes, config.data.first_id, config.data.ignore)
+    folder = Path(config.run_dir)
+    console = Console()
+    progress = track(predictions(net, images, config, device), "predicting", len(images), disable=not sys.stdout.isatty())
+    for image, ids in progress:
+        target = folder / image.relative_to(root if root.is_dir() else root.parent)
+        save_outputs(target, image, ids, config.predict.save, saved.classes, label_map)
+    console.print(f"{len(images)} images predicted, written below {folder}", soft_wrap=True)
+
+
+def find_images(root: Path) -> list[Path]:
+    """The image, or all images below the folder, sorted.
+
+    Raises:
+        DataError: if there is nothing.
+    """
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise DataError(f"input={root}: there is no such file or folder.")
+    images = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise DataError(f"input={root}: no images in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))}).")
+    return images
+
+
+def predictions(
+    net: Segmenter, images: list[Path], config: Config, device: torch.device
+) -> Iterator[tuple[Path, NDArray[np.int64]]]:
+    """(path, class indices (H, W)) of every image, upright."""
+    convention = CONVENTIONS[config.model.convention]
+    dataset = EvalDataset(
+        [record_of_image(path) for path in images],
+        label_map=None,
+        short_edges=config.predict.scales or config.eval.scales,
+        max_long_edge=config.data.max_long_edge,
+        size_divisor=config.model.size_divisor or net.size_divisor,
+        antialias=convention.antialias,
+    )
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=min(1, config.data.num_workers))
+    for path, sample in zip(images, loader, strict=True):
+        height, width = (int(length) for length in sample.size)
+        probabilities = predict_probabilities(
+            net, sample.scales, (height, width), convention, flip=config.predict.flip, device=device
+        )
+        yield path, probabilities.argmax(0).cpu().numpy()
+
+
+def save_outputs(
+    target: Path, image: Path, ids: NDArray[np.integer], outputs: list[str], classes: ClassTable, label_map: LabelMap
+) -> None:
+    """Write `<target without suffix>_<output>.png` for every output."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if "ids" in outputs:
+        raw = label_map.to_raw(ids)  # the values that the label files of the data set have
+        raw = raw.astype(np.uint8) if raw.max(initial=0) < 256 else raw
+        Image.fromarray(raw).save(target.with_name(f"{target.stem}_ids.png"))
+    if "panel" in outputs:
+        pixels = panel(read_image(image, upright=True), ids, classes)
+        Image.fromarray(pixels).save(target.with_name(f"{target.stem}_panel.png"))

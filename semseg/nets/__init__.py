@@ -1,0 +1,1 @@
+"""Networks: encoders, decoders, and the Segmenter that joins one of each."""

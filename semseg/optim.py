@@ -1,0 +1,89 @@
+"""Stage 6: parameter groups, optimisers, and the learning rate at every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from semseg.config import OptimConfig, ScheduleConfig
+from semseg.nets.segmenter import Segmenter
+
+Schedule = Callable[[int], float]
+
+
+def decay_split(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(weights of convolutions and linear layers, everything else): only the first decay.
+
+    Biases and the scale and shift of normalisation are free, as published.
+    """
+    decay, free = [], []
+    for layer in module.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            is_weight = name == "weight" and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            (decay if is_weight else free).append(parameter)
+    return decay, free
+
+
+def parameter_groups(net: Segmenter, config: OptimConfig) -> list[dict[str, Any]]:
+    """Four groups: encoder and decoder, each with its own rate, each with and without decay."""
+    rates = {
+        "encoder": config.lr if config.lr_encoder is None else config.lr_encoder,
+        "decoder": config.lr if config.lr_decoder is None else config.lr_decoder,
+    }
+    groups = []
+    for part, rate in rates.items():
+        decay, free = decay_split(getattr(net, part))
+        groups.append({"name": part, "params": decay, "lr": rate, "weight_decay": config.weight_decay})
+        groups.append({"name": f"{part}_no_decay", "params": free, "lr": rate, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(net: Segmenter, config: OptimConfig) -> Optimizer:
+    """The optimiser named in `config`, over `parameter_groups`."""
+    groups = parameter_groups(net, config)
+    if config.name == "adamw":
+        return AdamW(groups, betas=(config.momentum, config.beta2))
+    return SGD(groups, momentum=config.momentum)
+
+
+def poly(step: int, *, total_steps: int, power: float) -> float:
+    """Share of the base rate at `step`, set before the step: (1 - step / total) ** power.
+
+    >>> poly(50, total_steps=100, power=1.0)
+    0.5
+    """
+    return max(0.0, 1 - step / total_steps) ** power
+
+
+def cosine(step: int, *, total_steps: int, floor: float) -> float:
+    """Half a cosine from 1 at step 0 to `floor` at `total_steps` (Loshchilov and Hutter 2017, eq. 5)."""
+    progress = min(1.0, step / total_steps)
+    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmed_up(step: int, *, schedule: Schedule, warmup_steps: int, factor: float) -> float:
+    """`schedule`, damped by a factor that rises linearly from `factor` to 1 over `warmup_steps`."""
+    if step >= warmup_steps:
+        return schedule(step)
+    return schedule(step) * (factor + (1 - factor) * step / warmup_steps)
+
+
+def build_schedule(config: ScheduleConfig, total_steps: int) -> Schedule:
+    """The share of the base rate as a function of the step (from 0)."""
+    schedule: Schedule = partial(poly, total_steps=total_steps, power=config.power)
+    if config.name == "cosine":
+        schedule = partial(cosine, total_steps=total_steps, floor=config.min_factor)
+    if config.name == "poly" or not config.warmup_steps:
+        return schedule
+    return partial(warmed_up, schedule=schedule, warmup_steps=config.warmup_steps, factor=config.warmup_factor)
+
+
+def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
+    """Lightning steps it after every optimiser step, so that step n runs with schedule(n)."""
+    return LambdaLR(optimizer, build_schedule(config, total_steps))

@@ -1,0 +1,17 @@
+"""The only source of randomness: a generator made from a seed and a position.
+
+The same numbers give the same draws on any rank, worker, process count and after any resume.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def generator_for(seed: int, *position: int) -> np.random.Generator:
+    """A NumPy generator that depends on `seed` and `position` (all >= 0) and on nothing else.
+
+    >>> bool(generator_for(304, 1, 7).random() == generator_for(304, 1, 7).random())
+    True
+    """
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=position)))

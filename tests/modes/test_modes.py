@@ -1,0 +1,145 @@
+"""Training, evaluation and prediction through the real command line, on a handful of drawn scenes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from semseg.launch import CONFIG_DIR
+
+RUN = CONFIG_DIR.parent / "run.py"
+TINY = [
+    "data=scenes",
+    "data.make.num_train=6",
+    "data.make.num_val=3",
+    "data.root=scenes",
+    "data.batch_size=2",
+    "data.short_edges=[48,64]",
+    "data.max_long_edge=128",
+    "data.num_workers=0",
+    "model/encoder=resnet18",
+    "model/decoder=upernet",
+    "model.decoder.width=16",
+    "eval.scales=[64]",
+    "trainer=cpu",
+    "trainer.max_epochs=2",
+]
+
+
+def command(cwd: Path, *words: str, code: int = 0) -> str:
+    result = subprocess.run([sys.executable, str(RUN), *words], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data set and one trained run, `run`."""
+    folder = tmp_path_factory.mktemp("project")
+    output = command(folder, *TINY, "run_dir=run")
+    (folder / "output.txt").write_text(output)
+    return folder
+
+
+def test_training_leaves_a_whole_run_folder(folder: Path) -> None:
+    run = folder / "run"
+    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "logs/csv/metrics.csv", "result.json"):
+        assert (run / name).is_file(), name
+    rows = list(csv.DictReader((run / "logs/csv/metrics.csv").open()))
+    columns = {name for row in rows for name, value in row.items() if value}
+    assert {"train/loss", "train/accuracy", "val/miou", "val/pixel_accuracy"} <= columns
+    assert any(name.startswith("lr-") for name in columns)
+
+
+def test_training_tells_the_commands_that_go_on(folder: Path) -> None:
+    output = (folder / "output.txt").read_text()
+    assert "mode=eval ckpt=" in output
+    assert "resume=auto" in output
+
+
+def test_checkpoints_load_with_weights_only(folder: Path) -> None:
+    for path in (folder / "run" / "checkpoints").iterdir():
+        content = torch.load(path, weights_only=True)
+        assert content["semseg"]["config"]["data"]["name"] == "scenes"
+        assert content["semseg"]["classes"]["names"]
+
+
+def test_evaluation_writes_the_scores_it_prints(folder: Path) -> None:
+    output = command(folder, "mode=eval", "ckpt=run", "run_dir=scores")
+    metrics = json.loads((folder / "scores" / "metrics.json").read_text())
+    assert metrics["images"] == 3
+    assert f"{100 * metrics['mean_iou']:.2f}" in output
+    assert metrics["mean_iou"] == pytest.approx(json.loads((folder / "run" / "result.json").read_text())["score"], abs=1e-6)
+    rows = list(csv.DictReader((folder / "scores" / "per_class.csv").open()))
+    assert [row["name"] for row in rows] == [entry["name"] for entry in metrics["classes"]]
+
+
+def test_several_scales_change_the_answer(folder: Path) -> None:
+    command(folder, "mode=eval", "ckpt=run", "run_dir=multi", "eval.scales=[48,64,96]", "eval.flip=true")
+    multi = json.loads((folder / "multi" / "metrics.json").read_text())
+    assert multi["scales"] == [48, 64, 96] and multi["flip"] is True
+    assert multi["pixel_accuracy"] != json.loads((folder / "scores" / "metrics.json").read_text())["pixel_accuracy"]
+
+
+def test_prediction_writes_ids_and_a_panel_for_every_image(folder: Path) -> None:
+    images = sorted((folder / "scenes/images/validation").iterdir())
+    command(folder, "mode=predict", "ckpt=run", "input=scenes/images/validation", "run_dir=pictures")
+    for image in images:
+        ids = np.asarray(Image.open(folder / "pictures" / f"{image.stem}_ids.png"))
+        width, height = Image.open(image).size
+        assert ids.shape == (height, width) and ids.dtype == np.uint8
+        assert ids.min() >= 1  # 0 is "unlabelled" in this data set, and no class
+        panel = Image.open(folder / "pictures" / f"{image.stem}_panel.png")
+        assert panel.width % (2 * width) == 0 and panel.height > height
+
+
+def test_prediction_and_evaluation_agree(folder: Path) -> None:
+    matrix_right = total = 0
+    for image in sorted((folder / "scenes/images/validation").iterdir()):
+        ids = np.asarray(Image.open(folder / "pictures" / f"{image.stem}_ids.png"))
+        label = np.asarray(Image.open(folder / "scenes/annotations/validation" / f"{image.stem}.png"))
+        matrix_right += int((ids == label)[label > 0].sum())
+        total += int((label > 0).sum())
+    metrics = json.loads((folder / "scores" / "metrics.json").read_text())
+    assert matrix_right / total == pytest.approx(metrics["pixel_accuracy"], abs=1e-9)
+
+
+def test_a_phone_photo_comes_out_upright(folder: Path) -> None:
+    pixels = np.zeros((40, 90, 3), np.uint8)
+    photo = Image.fromarray(pixels)
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    photo.save(folder / "phone.jpg", exif=exif)
+    command(folder, "mode=predict", "ckpt=run", "input=phone.jpg", "run_dir=phone")
+    assert Image.open(folder / "phone" / "phone_ids.png").size == (40, 90)
+
+
+def test_training_goes_on_where_it_stopped(folder: Path) -> None:
+    output = command(folder, *TINY, "run_dir=run", "trainer.max_epochs=3", "resume=auto")
+    assert "going on from" in output
+    content = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["epoch"] == 2
+    assert content["global_step"] == 9  # 3 epochs of 3 steps
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["mode=eval", "ckpt=nowhere.ckpt"], "nowhere.ckpt"),
+        (["mode=predict", "ckpt=run", "input=nowhere"], "input=nowhere"),
+        (["mode=eval", "ckpt=run", "data=camvid", "data.root=scenes", "data.val.list=validation.odgt"], "11 classes"),
+    ],
+)
+def test_mistakes_are_one_line(folder: Path, words: list[str], expected: str) -> None:
+    result = subprocess.run([sys.executable, str(RUN), *words], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert result.returncode in (1, 2)
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr

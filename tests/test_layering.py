@@ -1,0 +1,67 @@
+"""Files import from lower layers only, and the first layer knows no torch."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "semseg"
+
+# One group of files per layer; a file may import from its own layer and from those above it in this list.
+LAYERS = [
+    ["errors", "seeding", "data.convention", "data.geometry"],
+    ["config", "data.classes", "data.records", "data.plan", "data.scenes"],
+    ["data.sources"],
+    ["data.images", "collate", "data.datasets", "nets", "syncbn.reduce", "syncbn.layer"],
+    ["losses", "optim", "metrics", "inference", "draw", "report"],
+    ["checkpoint", "weights"],
+    ["syncbn.plugin", "callbacks", "datamodule", "lit_module"],
+    ["build"],
+    ["launch"],
+    ["modes"],
+]
+TORCH_FREE = {name for layer in LAYERS[:3] for name in layer} | {"launch"}
+HEAVY = {"torch", "torchvision", "torchmetrics", "pytorch_lightning"}
+
+
+def modules() -> dict[str, Path]:
+    files = (path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
+
+
+def layer_of(module: str) -> int:
+    for index, names in enumerate(LAYERS):
+        if module in names or module.split(".")[0] in names:
+            return index
+    raise AssertionError(f"semseg/{module.replace('.', '/')}.py is in no layer of this test")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports when it is loaded."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
+
+
+def test_every_file_imports_from_its_own_layer_or_a_lower_one() -> None:
+    known = modules()
+    for module, path in known.items():
+        for imported in imports(path):
+            name = imported.removeprefix("semseg.")
+            if imported.startswith("semseg.") and name in known:
+                assert layer_of(name) <= layer_of(module), f"{module} imports {name}"
+
+
+def test_the_first_layers_know_no_torch() -> None:
+    for module, path in modules().items():
+        if module in TORCH_FREE:
+            assert not {name.split(".")[0] for name in imports(path)} & HEAVY, module
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    for package in PACKAGE.rglob("__init__.py"):
+        assert not {name.split(".")[0] for name in imports(package)} & HEAVY, package
