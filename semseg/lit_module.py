@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from semseg.checkpoint import FORMAT_KEY, describe
@@ -22,6 +22,7 @@ from semseg.metrics import ConfusionMatrix, Scores, scores_from
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter
 from semseg.optim import build_optimizer, build_scheduler
+from semseg.syncbn.layer import convert, revert
 
 
 class SegmentationModule(pl.LightningModule):
@@ -46,6 +47,15 @@ class SegmentationModule(pl.LightningModule):
         if config.model.compile:
             # In place, so that the names in the state dict stay as they are.
             self.net.compile(dynamic=True)
+
+    def on_fit_start(self) -> None:
+        # With several ranks the LayerSync plugin does this; with one Lightning never calls it.
+        syncbn = self.config.syncbn
+        if self.trainer.world_size == 1 and (syncbn.name, syncbn.convention) == ("reduce", "published"):
+            convert(self.net, "published")
+
+    def on_fit_end(self) -> None:
+        revert(self.net)
 
     def train(self, mode: bool = True) -> SegmentationModule:
         """Training mode, in which freeze_bn leaves normalisation statistics alone (and only those)."""
@@ -123,7 +133,3 @@ class SegmentationModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[FORMAT_KEY] = describe(self.config, self.classes)
-
-    def norm_layers(self) -> list[nn.Module]:
-        """All normalisation layers of the network."""
-        return [layer for layer in self.net.modules() if isinstance(layer, _BatchNorm)]

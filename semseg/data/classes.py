@@ -112,7 +112,7 @@ def generated_palette(num_classes: int) -> tuple[Colour, ...]:
     furthest away in OKLab. From the 513th on they repeat.
 
     >>> generated_palette(2)
-    ((185, 0, 255), (0, 232, 0))
+    ((93, 0, 255), (0, 139, 0))
     """
     levels = np.linspace(0, 255, 12).round().astype(np.int64)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)  # (1728, 3)
@@ -180,7 +180,8 @@ class LabelMap:
         if both:
             raise ConfigError(
                 f"data.ignore contains {_listed(both)}, "
-                f"but data.first_id={first_id} and data.num_classes={num_classes} make raw ids {first_id}..{last_id} classes. "
+                f"but data.first_id={first_id} and data.num_classes={num_classes} "
+                f"make raw ids {first_id}..{last_id} classes. "
                 "Change data.ignore (for example [255], or []) or data.first_id."
             )
         table = np.full(_MAX_ID + 1, _UNKNOWN, np.int16)

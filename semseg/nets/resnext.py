@@ -1,0 +1,17 @@
+"""Stage 5: ResNeXt-101 (Xie et al. 2017) with 32 groups, on the residual network of the 2018 release."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from semseg.nets.resnet import Bottleneck, ResNet
+
+
+class GroupedBottleneck(Bottleneck):
+    """A bottleneck whose grouped 3x3 convolution is twice as wide as a ResNet's (32 x 4d, table 1)."""
+
+    expansion = 4
+    inner_expansion = 2
+
+
+resnext101 = partial(ResNet, GroupedBottleneck, (3, 4, 23, 3), groups=32)

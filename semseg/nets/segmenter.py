@@ -1,0 +1,37 @@
+"""Stage 5: an encoder and a decoder as one network."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from semseg.nets.features import Decoder, Encoder, Logits
+
+
+class Segmenter(nn.Module):
+    """Image to logits. Its strides tell the data pipeline how to pad images and thin labels.
+
+    Args:
+        encoder: gives the maps.
+        decoder: built with the encoder's channels.
+        num_classes: of the logits.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.num_classes = num_classes
+
+    @property
+    def size_divisor(self) -> int:
+        """Height and width of an image must be multiples of it: the deepest map has whole pixels."""
+        return max(self.encoder.strides)
+
+    @property
+    def label_stride(self) -> int:
+        """Pixels of the image to one of the main logits."""
+        return self.encoder.strides[self.decoder.feature_level]
+
+    def forward(self, image: Tensor) -> Logits:
+        """(N, 3, H, W) normalised -> logits, main (N, num_classes, H / label_stride, W / label_stride)."""
+        return self.decoder(self.encoder(image))

@@ -1,0 +1,137 @@
+"""Loaders: which sub-batch each rank gets at which step, whatever the workers and the resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+
+from semseg.collate import Batch
+from semseg.config import Config, check
+from semseg.data.datasets import EvalSample
+from semseg.data.sources import DataSource
+from semseg.datamodule import SegmentationData, SubBatchLoader
+from semseg.errors import ConfigError, DataError
+from semseg.launch import compose_config
+from semseg.nets.segmenter import Segmenter
+
+
+class Strides:
+    """What SegmentationData asks of a network."""
+
+    size_divisor = 32
+    label_stride = 4
+
+
+class Place:
+    """What SegmentationData asks of a Trainer."""
+
+    def __init__(self, global_rank: int, world_size: int) -> None:
+        self.global_rank, self.world_size = global_rank, world_size
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data") / "scenes"
+
+
+def configured(root: Path, *overrides: str) -> Config:
+    words = ["data=scenes", f"data.root={root}", "data.make.num_train=7", "data.make.num_val=5", "data.num_workers=0",
+             "data.batch_size=2", "data.short_edges=[32,48]", "eval.scales=[32]"]  # fmt: skip
+    return check(compose_config([*words, *overrides]))
+
+
+def loaders(config: Config, rank: int = 0, world_size: int = 1) -> SegmentationData:
+    data = SegmentationData(DataSource(config.data), config, cast(Segmenter, Strides()))
+    data.trainer = cast(Trainer, Place(rank, world_size))
+    return data
+
+
+def take(loader: SubBatchLoader, steps: int) -> list[Batch]:
+    batches: list[Batch] = []
+    while len(batches) < steps:
+        for batch in loader:
+            batches.append(batch)
+            if len(batches) == steps:
+                break
+    loader.close()
+    return batches
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        a.paths == b.paths and torch.equal(a.image, b.image) and torch.equal(a.label, b.label)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_no_bit(root: Path, workers: int) -> None:
+    alone = take(loaders(configured(root)).train_dataloader(), 6)
+    shared = take(loaders(configured(root, f"data.num_workers={workers}")).train_dataloader(), 6)
+    assert same(alone, shared)
+
+
+def test_an_epoch_has_the_steps_it_was_given_and_null_is_one_pass(root: Path) -> None:
+    assert len(loaders(configured(root)).train_dataloader()) == 4  # 7 images, 2 a step
+    assert len(loaders(configured(root), 0, 2).train_dataloader()) == 2
+    assert len(loaders(configured(root, "data.steps_per_epoch=9")).train_dataloader()) == 9
+
+
+def test_two_ranks_together_see_what_one_process_sees(root: Path) -> None:
+    alone = take(loaders(configured(root)).train_dataloader(), 6)
+    ranks = [take(loaders(configured(root), rank, 2).train_dataloader(), 3) for rank in (0, 1)]
+    assert same(alone[0::2], ranks[0]) and same(alone[1::2], ranks[1])
+
+
+@pytest.mark.parametrize("done", [1, 3, 4, 5])
+def test_a_loader_goes_on_from_any_step(root: Path, done: int) -> None:
+    loader = loaders(configured(root)).train_dataloader()
+    whole = take(loaders(configured(root)).train_dataloader(), 8)
+    assert same(whole[:done], take(loader, done))
+    fresh = loaders(configured(root)).train_dataloader()
+    fresh.load_state_dict(loader.state_dict())
+    assert same(whole[done:], take(fresh, 8 - done))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_evaluation_gives_each_image_to_one_rank(root: Path, world_size: int) -> None:
+    counted = []
+    for rank in range(world_size):
+        samples = [cast(EvalSample, sample) for sample in loaders(configured(root), rank, world_size).eval_loader()]
+        assert samples  # Lightning refuses a rank with nothing to do
+        counted += [sample.index for sample in samples if sample.index % world_size == rank]
+    assert sorted(counted) == [0, 1, 2, 3, 4]
+
+
+def test_strides_come_from_the_network_unless_set(root: Path) -> None:
+    data = loaders(configured(root))
+    assert (data.size_divisor, data.label_stride) == (32, 4)
+    batch = take(data.train_dataloader(), 1)[0]
+    assert batch.image.shape[-1] % 32 == 0 and batch.image.shape[-1] == 4 * batch.label.shape[-1]
+    data = loaders(configured(root, "model.size_divisor=64", "model.label_stride=8"))
+    batch = take(data.train_dataloader(), 1)[0]
+    assert batch.image.shape[-1] % 64 == 0 and batch.image.shape[-1] == 8 * batch.label.shape[-1]
+
+
+def test_a_fraction_of_the_training_images_is_held_out_for_validation(root: Path) -> None:
+    folders = ["data=folder", f"data.root={root}", "data.train.images=images/training",
+               "data.train.masks=annotations/training", "data.num_classes=10"]  # fmt: skip
+    DataSource(configured(root).data)  # draws the scenes
+    source = DataSource(check(compose_config([*folders, "data.val_fraction=0.4"])).data)
+    train, val = source.records("train"), source.records("val")
+    assert len(train) + len(val) == 7 and train and val
+    assert not {record.image for record in train} & {record.image for record in val}
+
+
+def test_what_is_not_configured_is_told_with_its_key(root: Path) -> None:
+    source = DataSource(configured(root).data)
+    with pytest.raises(DataError, match=r"data\.test"):
+        source.records("test")
+    with pytest.raises(ConfigError, match=r"data\.num_classes"):
+        DataSource(check(compose_config(["data=folder"])).data)
+    with pytest.raises(ConfigError, match="has 150"):
+        DataSource(check(compose_config(["data.num_classes=5"])).data)
