@@ -1,0 +1,69 @@
+"""Weights, images and labels from names alone, so that two code bases can hold the same numbers.
+
+The rules are those of the reference runs: a stream of uniform numbers for each name, shaped by what the tensor is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+
+def uniform(name: str, shape: Sequence[int]) -> NDArray[np.float64]:
+    """Numbers in [0, 1): the upper 53 bits of PCG64's raw words, seeded by the SHA-256 of the name."""
+    digest = hashlib.sha256(name.encode()).digest()
+    words = np.random.PCG64(int.from_bytes(digest[:8], "little")).random_raw(math.prod(shape))
+    return np.ldexp((words >> np.uint64(11)).astype(np.float64), -53).reshape(tuple(shape))
+
+
+def filled(key: str, shape: Sequence[int]) -> Tensor:
+    """float32 value of the tensor `key` of a ResNet encoder or a decoder (a count for num_batches_tracked)."""
+    kind = key.split(".")[-1]
+    if kind == "num_batches_tracked":
+        return torch.zeros(tuple(shape), dtype=torch.int64)
+    draws = uniform(key, shape)
+    if kind == "running_var":
+        values = 0.5 + draws
+    elif kind in ("running_mean", "bias"):
+        values = 0.4 * (draws - 0.5)
+    elif len(shape) == 1:  # the scale of a normalisation layer
+        values = 0.4 + 0.4 * draws
+    else:
+        values = convolution(key, draws)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def convolution(key: str, draws: NDArray[np.float64]) -> NDArray[np.float64]:
+    out_channels, in_channels, *kernel = draws.shape
+    values = (2 * draws - 1) * math.sqrt(6 / (in_channels * math.prod(kernel)))
+    if in_channels == 3 and kernel[0] > 1:
+        values = values / 64  # the stem sees grey levels
+    if "conv_last" in key and kernel[0] == 1:
+        values = 8 * (values - values.mean(1, keepdims=True))  # classifiers with a decided opinion
+    return values
+
+
+def fill_module(module: nn.Module) -> None:
+    """Give every tensor of an encoder or a decoder its value."""
+    module.load_state_dict({key: filled(key, value.shape) for key, value in module.state_dict().items()})
+
+
+def image(name: str, shape: tuple[int, int, int, int]) -> Tensor:
+    """A float64 batch in [-128, 128): blocks of 32 x 32 pixels with one colour each, plus fine noise."""
+    count, channels, height, width = shape
+    blocks = uniform(f"{name}/blocks", (count, channels, math.ceil(height / 32), math.ceil(width / 32)))
+    coarse = np.kron(blocks, np.ones((32, 32)))[..., :height, :width]
+    values = 192 * coarse + 64 * uniform(name, shape) - 128
+    return torch.from_numpy(values.astype(np.float32)).double()
+
+
+def sampled(tensor: Tensor) -> NDArray[np.float64]:
+    """Sixteen of the 64 values at which the reference outputs were read."""
+    flat = tensor.detach().numpy().ravel()
+    return flat[np.floor(uniform("samples", (64,)) * flat.size).astype(np.int64)][::4]
