@@ -35,6 +35,10 @@ RESULT_FILE = "result.json"  # what a sweep reads of each of its jobs
 
 log = logging.getLogger(__name__)
 
+# Lightning's remarks on hardware and on other products; its warnings stay.
+for chatty in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
+    logging.getLogger(chatty).setLevel(logging.WARNING)
+
 
 def main() -> None:
     """Run the command line in sys.argv; ends the process with 0, 1 (failure) or 2 (configuration)."""

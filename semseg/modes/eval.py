@@ -51,7 +51,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     }
     files = write_scores(Path(config.run_dir), scores, source.classes, facts)
     console = Console()
-    title = f"{saved.path}\n{config.data.name} {evaluation.split}, {data.num_eval_images} images, scales {evaluation.scales}"
+    title = f"{config.data.name} {evaluation.split}, {data.num_eval_images} images, scales {evaluation.scales}"
     console.print(score_table(scores, source.classes, title))
-    console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)
+    console.print(f"checkpoint {saved.path}\nwritten to {' and '.join(map(str, files))}", soft_wrap=True, highlight=False)
     return scores.mean_iou

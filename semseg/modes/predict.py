@@ -47,7 +47,7 @@ def run(config: Config, overrides: list[str]) -> None:
     for image, ids in progress:
         target = folder / image.relative_to(root if root.is_dir() else root.parent)
         save_outputs(target, image, ids, config.predict.save, saved.classes, label_map)
-    console.print(f"{len(images)} images predicted, written below {folder}", soft_wrap=True)
+    console.print(f"{len(images)} images predicted, written below {folder}", soft_wrap=True, highlight=False)
 
 
 def find_images(root: Path) -> list[Path]:

@@ -114,7 +114,8 @@ def finish(
         return
     for mode in config.after_training:
         follow_up(mode, config, checkpoint)
-    console.print(end_table(config, overrides, checkpoint, score))
+    for line in last_lines(config, overrides, checkpoint, score):
+        console.print(line, soft_wrap=True, highlight=False)  # commands must survive copying
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
@@ -131,19 +132,24 @@ def follow_up(mode: str, config: Config, checkpoint: Path) -> None:
     importlib.import_module(f"semseg.modes.{mode}").run(after, ["data", "eval"])
 
 
-def end_table(config: Config, overrides: list[str], checkpoint: Path, score: float | None) -> Table:
+def last_lines(config: Config, overrides: list[str], checkpoint: Path, score: float | None) -> list[str]:
     """Where everything is, and the exact commands to go on."""
+    run_dir, checkpoint = (shlex.quote(str(from_here(path))) for path in (Path(config.run_dir), checkpoint))
     kept = [word for word in overrides if word.partition("=")[0] not in ("run_dir", "resume", "trainer.max_epochs")]
-    again = shlex.join([*kept, f"run_dir={config.run_dir}"])
-    more = config.trainer.max_epochs * 2
-    table = Table(title="done", show_header=False)
-    if score is not None:
-        table.add_row("best mean IoU (validation)", f"{score:.4f}")
+    again = " ".join([*map(shlex.quote, kept), f"run_dir={run_dir}"])
+    lines = [] if score is None else [f"best mean IoU   {score:.4f} on the validation images"]
     if torch.cuda.is_available():
-        table.add_row("peak GPU memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    table.add_row("checkpoint", str(checkpoint))
-    table.add_row("losses and scores", str(Path(config.run_dir) / "logs"))
-    table.add_row("evaluate", f"python run.py mode=eval ckpt={checkpoint}")
-    table.add_row("predict", f"python run.py mode=predict ckpt={checkpoint} input=<image or folder>")
-    table.add_row("train on", f"python run.py {again} resume=auto trainer.max_epochs={more}")
-    return table
+        lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    lines += [f"checkpoint      {checkpoint}", f"log             {run_dir}/logs"]
+    lines += [f"{mode:15} {run_dir}/{mode}" for mode in config.after_training]
+    return [
+        *lines,
+        "to evaluate     python run.py mode=eval ckpt=" + checkpoint,
+        f"to predict      python run.py mode=predict ckpt={checkpoint} input=<image or folder>",
+        f"to train on     python run.py {again} resume=auto trainer.max_epochs={2 * config.trainer.max_epochs}",
+    ]
+
+
+def from_here(path: Path) -> Path:
+    """`path` relative to the working directory if it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

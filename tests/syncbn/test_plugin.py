@@ -1,0 +1,57 @@
+"""The LayerSync plugin under Lightning's DDP, and the choice of plugins."""
+
+from __future__ import annotations
+
+import pytest
+from pytorch_lightning.plugins import TorchSyncBatchNorm
+from torch import nn
+
+from semseg.errors import ConfigError
+from semseg.syncbn.layer import SyncBatchNorm2d
+from semseg.syncbn.plugin import SYNCBN, ReducedBatchNorm, layer_sync
+
+
+def test_reduce_is_ours_native_is_torchs_and_off_is_none() -> None:
+    assert set(SYNCBN) == {"reduce", "native", "off"}
+    plugin = layer_sync("reduce", "published", "cpu", "node")
+    assert isinstance(plugin, ReducedBatchNorm)
+    assert (plugin.convention, plugin.group) == ("published", "node")
+    assert isinstance(layer_sync("native", accelerator="gpu"), TorchSyncBatchNorm)
+    assert layer_sync("off") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("native", "torch", "cpu"), "runs on CUDA only"),
+        (("native", "published", "gpu"), "knows only syncbn.convention=torch"),
+        (("native", "torch", "gpu", "node"), "knows only"),
+        (("reduse",), "Did you mean reduce"),
+        (("reduce", "torhc"), "Did you mean torch"),
+        (("reduce", "torch", "cpu", "rack"), "Valid: node, world"),
+    ],
+)
+def test_what_cannot_be_done_is_said(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        layer_sync(*arguments)
+
+
+def test_apply_and_revert_without_processes() -> None:
+    plugin, net = ReducedBatchNorm(group="node"), nn.Sequential(nn.BatchNorm2d(2))
+    assert type(plugin.apply(net)[0]) is SyncBatchNorm2d
+    assert type(plugin.revert(net)[0]) is nn.BatchNorm2d
+
+
+def test_ddp_trains_and_validates_with_synced_layers_and_gives_plain_ones_back() -> None:
+    from lightning_ranks import under_ddp
+
+    for rank in under_ddp():
+        result = rank["small, torch"]
+        assert result["seen"] == ["train SyncBatchNorm2d", "val SyncBatchNorm2d", "after BatchNorm2d"]
+        assert result["training"] == [True, False]  # the second layer was frozen
+
+
+def test_a_node_is_the_ranks_of_one_host_and_node_number() -> None:
+    from lightning_ranks import under_ddp
+
+    assert [rank["node sizes"] for rank in under_ddp()] == [[2, 1], [2, 1]]
