@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers import Logger
 
-from semseg.callbacks import PlainProgress, checkpoints
+from semseg.callbacks import EndOnSigterm, PlainProgress, checkpoints
 from semseg.checkpoint import SavedNetwork
 from semseg.config import Config, ModelConfig, network_options
 from semseg.data.sources import DataSource
@@ -94,7 +94,7 @@ def device_count_or_list(config: Config) -> Any:
 
 def callbacks(config: Config, source: DataSource) -> list[Callback]:
     """Those of the configuration, and ours."""
-    ours: list[Callback] = []
+    ours: list[Callback] = [EndOnSigterm()]
     if config.mode == "train":
         ours += checkpoints(Path(config.run_dir), has_val=source.has("val"))
     if config.trainer.enable_progress_bar:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from semseg.checkpoint import FOLDER
 from semseg.collate import Batch
@@ -18,11 +20,10 @@ MONITOR = "val/miou"
 def checkpoints(run_dir: Path, *, has_val: bool) -> list[Callback]:
     """last.ckpt after every epoch, and best.ckpt by mean IoU if there is validation."""
     folder = run_dir / FOLDER
-    last = ModelCheckpoint(folder, "last", every_n_epochs=1, save_on_train_epoch_end=not has_val)
-    best = ModelCheckpoint(folder, "best", monitor=MONITOR, mode="max", save_top_k=1)
-    for callback in (last, best):
-        callback.CHECKPOINT_EQUALS_CHAR = "-"  # Hydra's grammar gives "=" a meaning
-        callback._enable_version_counter = False
+    last = ModelCheckpoint(
+        folder, "last", every_n_epochs=1, save_on_train_epoch_end=not has_val, enable_version_counter=False
+    )
+    best = ModelCheckpoint(folder, "best", monitor=MONITOR, mode="max", save_top_k=1, enable_version_counter=False)
     return [last, best] if has_val else [last]
 
 
@@ -35,8 +36,16 @@ class PlainProgress(ProgressBar):
         self._last_line = 0.0
         self._images = 0
         self._since = 0.0
+        self._is_enabled = True
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def enable(self) -> None:
+        self._is_enabled = True
+
+    def disable(self) -> None:
+        """Lightning calls it on every rank but the first."""
+        self._is_enabled = False
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last_line = self._since = time.monotonic()
         self._images = 0
 
@@ -50,7 +59,9 @@ class PlainProgress(ProgressBar):
             return
         self._last_line = now
         rate = self._images / max(now - self._since, 1e-9)
-        loss, accuracy = (float(trainer.callback_metrics.get(key, float("nan"))) for key in ("train/loss", "train/accuracy"))
+        loss, accuracy = (
+            float(trainer.callback_metrics.get(key, float("nan"))) for key in ("train/loss", "train/accuracy")
+        )
         self._print(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             f"  step {batch_idx + 1}/{trainer.num_training_batches}"
@@ -67,6 +78,24 @@ class PlainProgress(ProgressBar):
             )
 
     def _print(self, line: str) -> None:
-        if self.trainer.is_global_zero:
+        if self._is_enabled:
             print(line, flush=True)
 
+
+class EndOnSigterm(Callback):
+    """SIGTERM ends the process at once.
+
+    Lightning's own handler broadcasts from rank 0, which hangs a job of which one rank got the signal, and
+    ends with exit code 0. Under SLURM it requeues the job, so there it stays.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore(trainer)
+
+    def _restore(self, trainer: pl.Trainer) -> None:
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if not isinstance(environment, SLURMEnvironment):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -6,6 +6,7 @@ problems of a composed configuration and raises once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -241,7 +242,9 @@ def explain(error: OmegaConfBaseException, composed: DictConfig) -> str:
         return unknown_key(key, schema_keys())
     value = OmegaConf.select(composed, key, throw_on_missing=False) if key else None
     reason = str(error.msg or error).splitlines()[0]
-    if "Missing mandatory value" in str(error) or (key and OmegaConf.is_missing(composed, key.split(".")[0])):
+    if "Missing mandatory value" in str(error) or (
+        key and OmegaConf.is_missing(composed, key.split(".", maxsplit=1)[0])
+    ):
         return f"{key} must be set: {key}=..."
     return f"{key}={value}: {reason}."
 
@@ -252,7 +255,8 @@ def unknown_key(key: str, valid: list[str]) -> str:
     if meant:
         return f"There is no key {key!r}. Did you mean {meant}?"
     section = key.rpartition(".")[0]
-    siblings = [name for name in valid if name.rpartition(".")[0] == section] or sorted({k.split(".")[0] for k in valid})
+    siblings = [name for name in valid if name.rpartition(".")[0] == section]
+    siblings = siblings or sorted({name.partition(".")[0] for name in valid})
     return f"There is no key {key!r}. Valid here: {', '.join(siblings)}."
 
 
@@ -296,7 +300,7 @@ def range_problems(section: Any, prefix: str = "") -> Iterator[str]:
 
 def _bounds(key: str, value: float, limits: Mapping[str, Any]) -> Iterator[str]:
     low, above, high = (limits.get(name) for name in ("low", "above", "high"))
-    if value != value:
+    if math.isnan(value):
         yield f"{key}={value}: must be a number."
     if low is not None and value < low:
         yield f"{key}={value}: must be at least {low}."

@@ -21,7 +21,7 @@ UNSCORED = (0, 0, 0)
 class Share(NamedTuple):
     """How much of an image one class takes."""
 
-    index: int
+    class_index: int
     name: str
     share: float  # of all pixels, 0..1
 
@@ -85,7 +85,7 @@ def legend(shares: list[Share], classes: ClassTable, width: int) -> Pixels:
     for position, (share, label) in enumerate(zip(shares, labels, strict=True)):
         x = margin + (position // rows) * column  # down the columns, so that the largest stand together
         y = margin + (position % rows) * line
-        draw.rectangle((x, y, x + swatch, y + swatch), fill=classes.palette[share.index], outline="black")
+        draw.rectangle((x, y, x + swatch, y + swatch), fill=classes.palette[share.class_index], outline="black")
         draw.text((x + swatch + margin, y + text_height // 2), label, fill="black", font=font, anchor="lm")
     return np.asarray(canvas)
 

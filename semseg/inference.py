@@ -35,8 +35,11 @@ def predict_probabilities(
         (K, height, width) float32, summing to 1 over K.
     """
     total: Tensor | None = None
+    weights = next(net.parameters(), torch.empty(0))  # their type is float32 but for trainer.precision=*-true
     for scale in scales:
-        image = normalise(scale.to(device, non_blocking=True).unsqueeze(0), convention)  # (1, 3, H, W)
+        image = normalise(scale.to(device, non_blocking=True).unsqueeze(0), convention).to(
+            weights.dtype
+        )  # (1, 3, H, W)
         probabilities = upsampled_softmax(net(image).main, out_size)
         if flip:
             mirrored = upsampled_softmax(net(image.flip(-1)).main, out_size)

@@ -1,7 +1,8 @@
 """The door: compose and check the configuration, then hand it to one mode. No torch before that.
 
 Who owns what: this module owns exit codes and messages, sweeps (one process per job) and the run
-folder's name. A configuration error leaves before anything is written.
+folder's name; semseg/supervise.py owns the processes of a run on several devices. A configuration error
+leaves before anything is written.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,8 +28,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from semseg.config import check, explain, schema_keys, unknown_key, walk
+from semseg.config import Config, check, explain, schema_keys, unknown_key, walk
 from semseg.errors import ConfigError, SemsegError, nearest
+from semseg.supervise import (
+    agreed_run_dir,
+    external_rank,
+    follow_supervisor,
+    leave_last_words,
+    num_processes,
+    supervise,
+)
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 PATH_KEYS = ("ckpt", "input", "resume", "run_dir", "runs_dir", "data.root", "data.classes", "model.encoder.weights")
@@ -38,6 +48,10 @@ log = logging.getLogger(__name__)
 # Lightning's remarks on hardware and on other products; its warnings stay.
 for chatty in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
+# Its own use of a torch function that changes, layers that freeze_bn put into eval mode, and epochs shorter
+# than the logging interval: nothing to act on.
+for harmless in (r".*LeafSpec.*", r"Found \d+ module\(s\) in eval mode", r"The number of training batches"):
+    warnings.filterwarnings("ignore", message=harmless)
 
 
 def main() -> None:
@@ -48,7 +62,11 @@ def main() -> None:
     words = sys.argv[1:]
     try:
         if not any(word.startswith("-") for word in words):
-            check(compose_config(words))  # before Hydra makes the run folder
+            config = check(compose_config(words))  # before Hydra makes the run folder
+            processes = num_processes(config)
+            if processes > 1:
+                sys.exit(run_ranks(words, processes, Path(config.run_dir).absolute()))
+            sys.argv[1:] += words_of_external_rank(words, config)
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
     except SemsegError as error:
         leave(str(error), error.exit_code)
@@ -56,6 +74,22 @@ def main() -> None:
         leave(explain_hydra(error, words), ConfigError.exit_code)
     except KeyboardInterrupt:
         leave("interrupted.", 130)
+
+
+def words_of_external_rank(words: list[str], config: Config) -> list[str]:
+    """What a rank that torchrun or SLURM started needs to share one run folder with the others."""
+    rank = external_rank()
+    if rank is None:
+        return []
+    is_given = any(word.startswith("run_dir=") for word in words)
+    run_dir = config.run_dir if is_given else agreed_run_dir(config.run_dir, rank)
+    return [f'hydra.run.dir="{Path(run_dir).absolute()}"'] + (["hydra.output_subdir=null"] if rank else [])
+
+
+def run_ranks(words: list[str], processes: int, run_dir: Path) -> int:
+    """Run this command line as one process per device, all with the same run folder."""
+    command = [sys.executable, str(CONFIG_DIR.parent / "run.py"), *words, f'hydra.run.dir="{run_dir}"']
+    return supervise(command, processes, run_dir)
 
 
 def leave(message: str, exit_code: int) -> NoReturn:
@@ -71,21 +105,25 @@ def job(composed: DictConfig) -> float | None:
     if runtime.mode == RunMode.MULTIRUN:
         return run_in_own_process(list(runtime.overrides.task), Path(runtime.runtime.output_dir))
     with open_dict(composed):
-        # In a process that Lightning started for another rank, ${now:} would name another folder.
+        # In the process of another rank, or of a job of a sweep, ${now:} would name another folder.
         composed.run_dir = runtime.runtime.output_dir
+    follow_supervisor()
     try:
         config = check(composed)
         mode = importlib.import_module(f"semseg.modes.{config.mode}")
         return mode.run(config, list(runtime.overrides.task))
     except SemsegError as error:
+        leave_last_words(error, error.exit_code)
         leave(str(error), error.exit_code)  # here, or Hydra puts a line of its own before it
+    except Exception as error:
+        leave_last_words(error, 1)
+        raise
 
 
 def run_in_own_process(overrides: list[str], run_dir: Path) -> float:
     """Run one job of a sweep by itself and return its score (NaN if it failed).
 
-    Lightning starts the other ranks with this process's command line; were that the sweep's, every
-    rank would run the whole sweep again.
+    So that jobs leave each other alone: their ranks, their memory, their crashes.
     """
     command = [sys.executable, str(CONFIG_DIR.parent / "run.py"), *overrides]
     command += [f'hydra.run.dir="{run_dir}"', f'run_dir="{run_dir}"']

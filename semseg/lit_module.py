@@ -42,6 +42,7 @@ class SegmentationModule(pl.LightningModule):
         self.convention = CONVENTIONS[config.model.convention]
         self.confusion = ConfusionMatrix(len(classes.names))
         self.scores: Scores | None = None  # of the last validation or test
+        self.matrix: Tensor | None = None  # (K, K) int64, what they were computed from
         if config.model.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if config.model.compile:
@@ -49,6 +50,7 @@ class SegmentationModule(pl.LightningModule):
             self.net.compile(dynamic=True)
 
     def on_fit_start(self) -> None:
+        self.train()  # Lightning takes the modes as it finds them, and freeze_bn sets some
         # With several ranks the LayerSync plugin does this; with one Lightning never calls it.
         syncbn = self.config.syncbn
         if self.trainer.world_size == 1 and (syncbn.name, syncbn.convention) == ("reduce", "published"):
@@ -67,10 +69,10 @@ class SegmentationModule(pl.LightningModule):
         return self
 
     def input(self, image: Tensor, size: Tensor | None = None) -> Tensor:
-        """(N, 3, H, W) uint8 RGB -> float32 as the network wants it; outside `size` exactly 0."""
+        """(N, 3, H, W) uint8 RGB -> normalised, of the network's type; outside `size` exactly 0."""
         if self.config.model.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
-        return normalise(image, self.convention, size)
+        return normalise(image, self.convention, size).to(self.dtype)  # trainer.precision=64-true, bf16-true
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self.net(self.input(batch.image, batch.size))
@@ -109,7 +111,8 @@ class SegmentationModule(pl.LightningModule):
         counts = self.confusion.compute()
         self.confusion.reset()
         self.check_images(counts.images, stage)
-        self.scores = scores_from(counts.matrix.cpu(), self.config.data.miou_rule)
+        self.matrix = counts.matrix.cpu()
+        self.scores = scores_from(self.matrix, self.config.data.miou_rule)
         for name, value in (
             ("miou", self.scores.mean_iou),
             ("pixel_accuracy", self.scores.pixel_accuracy),

@@ -79,7 +79,7 @@ def write_scores(folder: Path, scores: Scores, classes: ClassTable, facts: dict[
         "classes": per_class,
     }
     metrics, table = folder / "metrics.json", folder / "per_class.csv"
-    metrics.write_text(json.dumps(content, indent=1) + "\n")
+    metrics.write_text(json.dumps(content) + "\n")
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, per_class[0].keys())
         writer.writeheader()

@@ -14,7 +14,9 @@ RUN = CONFIG_DIR.parent / "run.py"
 
 
 def command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(RUN), *words], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, str(RUN), *words], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_help_lists_models_and_data_sets_by_name(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ class _Painter:
         pixels = np.clip(lit, 0, 255).astype(np.uint8)
         if rng.integers(100) < 30:
             # 1 2 1 in both directions, in integers
-            wide = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), "edge").astype(np.int32)
+            wide = cv2.copyMakeBorder(pixels, 1, 1, 1, 1, cv2.BORDER_REPLICATE).astype(np.int32)
             rows = wide[:-2] + 2 * wide[1:-1] + wide[2:]
             pixels = ((rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:] + 8) // 16).astype(np.uint8)
         return pixels

@@ -52,23 +52,15 @@ class DataSource:
         if not self.has(split):
             raise DataError(f"data.{split}: set data.{split}.list, or data.{split}.images and data.{split}.masks.")
         place: SplitConfig = getattr(self.config, split)
-        if place.list or place.images:
-            records = self._read_place(split, place)
-        else:
-            records = self.records_of_train_file()
-        if self.config.val_fraction > 0 and not self._val_has_files() and split in ("train", "val"):
+        has_files = bool(place.list or place.images)
+        records = self._read_place(split, place if has_files else self.config.train)
+        is_cut = self.config.val_fraction > 0 and not (self.config.val.list or self.config.val.images)
+        if is_cut and split in ("train", "val"):
             kept, held_out = split_by_hash(records, self.config.val_fraction, self.root)
             records = held_out if split == "val" else kept
         if not records:
             raise DataError(f"data.{split}: no images found below {self.root}.")
         return records
-
-    def _val_has_files(self) -> bool:
-        return bool(self.config.val.list or self.config.val.images)
-
-    def records_of_train_file(self) -> list[Record]:
-        """All records of the training files, before val_fraction of them is held out."""
-        return self._read_place("train", self.config.train)
 
     def _read_place(self, split: str, place: SplitConfig) -> list[Record]:
         if place.list:

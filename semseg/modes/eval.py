@@ -36,8 +36,8 @@ def run(config: Config, overrides: list[str]) -> float | None:
     module = SegmentationModule(net, config, source.classes)
     data = SegmentationData(source, config, net)
     trainer.test(module, datamodule=data, verbose=False)
-    scores = module.scores
-    assert scores is not None, "the test loop ends with scores"
+    scores, matrix = module.scores, module.matrix
+    assert scores is not None and matrix is not None, "the test loop ends with scores"
     if not trainer.is_global_zero:
         return scores.mean_iou
     evaluation = config.eval
@@ -48,10 +48,13 @@ def run(config: Config, overrides: list[str]) -> float | None:
         "images": data.num_eval_images,
         "scales": list(evaluation.scales),
         "flip": evaluation.flip,
+        "confusion": matrix.tolist(),  # rows are labels
     }
     files = write_scores(Path(config.run_dir), scores, source.classes, facts)
     console = Console()
     title = f"{config.data.name} {evaluation.split}, {data.num_eval_images} images, scales {evaluation.scales}"
     console.print(score_table(scores, source.classes, title))
-    console.print(f"checkpoint {saved.path}\nwritten to {' and '.join(map(str, files))}", soft_wrap=True, highlight=False)
+    console.print(
+        f"checkpoint {saved.path}\nwritten to {' and '.join(map(str, files))}", soft_wrap=True, highlight=False
+    )
     return scores.mean_iou

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,12 +43,15 @@ def run(config: Config, overrides: list[str]) -> None:
     device = torch.device("cuda" if accelerator(config) == "gpu" else "cpu")
     net = restore_net(saved).to(device)
     label_map = LabelMap(saved.classes.num_classes, config.data.first_id, config.data.ignore)
+    writer = Writer(config.predict.save, saved.classes, label_map)
     folder = Path(config.run_dir)
+    target_of = targets(images, root, folder)
     console = Console()
-    progress = track(predictions(net, images, config, device), "predicting", len(images), disable=not sys.stdout.isatty())
+    progress = track(
+        predictions(net, images, config, device), "predicting", len(images), disable=not sys.stdout.isatty()
+    )
     for image, ids in progress:
-        target = folder / image.relative_to(root if root.is_dir() else root.parent)
-        save_outputs(target, image, ids, config.predict.save, saved.classes, label_map)
+        writer.save(target_of[image], image, ids)
     console.print(f"{len(images)} images predicted, written below {folder}", soft_wrap=True, highlight=False)
 
 
@@ -88,15 +93,39 @@ def predictions(
         yield path, probabilities.argmax(0).cpu().numpy()
 
 
-def save_outputs(
-    target: Path, image: Path, ids: NDArray[np.integer], outputs: list[str], classes: ClassTable, label_map: LabelMap
-) -> None:
-    """Write `<target without suffix>_<output>.png` for every output."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if "ids" in outputs:
-        raw = label_map.to_raw(ids)  # the values that the label files of the data set have
-        raw = raw.astype(np.uint8) if raw.max(initial=0) < 256 else raw
-        Image.fromarray(raw).save(target.with_name(f"{target.stem}_ids.png"))
-    if "panel" in outputs:
-        pixels = panel(read_image(image, upright=True), ids, classes)
-        Image.fromarray(pixels).save(target.with_name(f"{target.stem}_panel.png"))
+class Writer(NamedTuple):
+    """Writes what `predict.save` asks for."""
+
+    outputs: list[str]
+    classes: ClassTable
+    label_map: LabelMap
+
+    def save(self, target: Path, image: Path, ids: NDArray[np.integer]) -> None:
+        """Write `<target>_<output>.png` for every output of `image`, whose class indices are `ids` (H, W)."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if "ids" in self.outputs:
+            raw = self.label_map.to_raw(ids)  # the values that the label files of the data set have
+            raw = raw.astype(np.uint8) if raw.max(initial=0) < 256 else raw
+            Image.fromarray(raw).save(f"{target}_ids.png")
+        if "panel" in self.outputs:
+            pixels = panel(read_image(image, upright=True), ids, self.classes)
+            Image.fromarray(pixels).save(f"{target}_panel.png")
+
+
+def targets(images: list[Path], root: Path, folder: Path) -> dict[Path, Path]:
+    """Where the outputs of each image go: its place below `root`, without suffix, below `folder`.
+
+    Two images that differ in nothing but the suffix keep it: a.jpg -> a_jpg, a.png -> a_png.
+    """
+    base = root if root.is_dir() else root.parent
+    places = {image: image.relative_to(base) for image in images}
+    stems = Counter(place.with_suffix("") for place in places.values())
+    return {
+        image: folder
+        / (
+            place.with_suffix("")
+            if stems[place.with_suffix("")] == 1
+            else place.with_name(place.name.replace(".", "_"))
+        )
+        for image, place in places.items()
+    }

@@ -46,9 +46,17 @@ def run(config: Config, overrides: list[str]) -> float | None:
         OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")
     console.print(start_table(config, net, len(records)))
     trainer.fit(module, datamodule=data, ckpt_path=resume_path(config, run_dir, console))
+    save_last(trainer, run_dir)
     score = best_score(trainer)
     finish(config, overrides, trainer, console, score)
     return score
+
+
+def save_last(trainer: pl.Trainer, run_dir: Path) -> None:
+    """Bring last.ckpt up to date where training ended inside an epoch (trainer.max_steps). Every rank calls it."""
+    steps = [getattr(callback, "_last_global_step_saved", 0) for callback in trainer.checkpoint_callbacks]
+    if not trainer.fast_dev_run and trainer.global_step > max(steps, default=0):
+        trainer.save_checkpoint(run_dir / FOLDER / "last.ckpt")
 
 
 def resume_path(config: Config, run_dir: Path, console: Console) -> Path | None:
@@ -96,9 +104,7 @@ def best_score(trainer: pl.Trainer) -> float | None:
     return max(found, default=None)
 
 
-def finish(
-    config: Config, overrides: list[str], trainer: pl.Trainer, console: Console, score: float | None
-) -> None:
+def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: Console, score: float | None) -> None:
     """Run what comes after training, then tell paths and commands. Rank 0 only; the others leave."""
     is_first = trainer.is_global_zero
     if dist.is_available() and dist.is_initialized():
@@ -134,18 +140,18 @@ def follow_up(mode: str, config: Config, checkpoint: Path) -> None:
 
 def last_lines(config: Config, overrides: list[str], checkpoint: Path, score: float | None) -> list[str]:
     """Where everything is, and the exact commands to go on."""
-    run_dir, checkpoint = (shlex.quote(str(from_here(path))) for path in (Path(config.run_dir), checkpoint))
+    run_dir, ckpt = (shlex.quote(str(from_here(path))) for path in (Path(config.run_dir), checkpoint))
     kept = [word for word in overrides if word.partition("=")[0] not in ("run_dir", "resume", "trainer.max_epochs")]
     again = " ".join([*map(shlex.quote, kept), f"run_dir={run_dir}"])
     lines = [] if score is None else [f"best mean IoU   {score:.4f} on the validation images"]
     if torch.cuda.is_available():
         lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    lines += [f"checkpoint      {checkpoint}", f"log             {run_dir}/logs"]
+    lines += [f"checkpoint      {ckpt}", f"log             {run_dir}/logs"]
     lines += [f"{mode:15} {run_dir}/{mode}" for mode in config.after_training]
     return [
         *lines,
-        "to evaluate     python run.py mode=eval ckpt=" + checkpoint,
-        f"to predict      python run.py mode=predict ckpt={checkpoint} input=<image or folder>",
+        f"to evaluate     python run.py mode=eval ckpt={ckpt}",
+        f"to predict      python run.py mode=predict ckpt={ckpt} input=<image or folder>",
         f"to train on     python run.py {again} resume=auto trainer.max_epochs={2 * config.trainer.max_epochs}",
     ]
 

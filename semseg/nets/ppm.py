@@ -52,4 +52,3 @@ class PPM(Decoder):
             return Logits(main, None)
         features = self.dropout_deepsup(self.cbr_deepsup(maps[-2]))
         return Logits(main, self.conv_last_deepsup(features))
-

@@ -1,30 +1,118 @@
-"""Stage 5: the explicit tables of networks. A name in a file can choose from them and nothing else."""
+"""Stage 5: the explicit tables of networks. A name in a file can choose from them and nothing else.
+
+Importing this file imports no torch, so that names can be listed and checked at once; a constructor's
+module is imported when the network is built.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from semseg.errors import ConfigError, choose, nearest
-from semseg.nets.c1 import C1
-from semseg.nets.features import Decoder, Encoder
-from semseg.nets.ppm import PPM
-from semseg.nets.resnet import resnet18, resnet50, resnet101
-from semseg.nets.resnext import resnext101
-from semseg.nets.segmenter import Segmenter
-from semseg.nets.upernet import UPerNet
 
-ENCODERS: dict[str, Callable[..., Encoder]] = {
-    "resnet18": resnet18,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnext101": resnext101,
+if TYPE_CHECKING:
+    from semseg.nets.features import Decoder, Encoder
+    from semseg.nets.segmenter import Segmenter
+
+
+class Constructor(NamedTuple):
+    """A class or function of ours that makes an encoder or a decoder; calling it imports its module."""
+
+    module: str
+    attribute: str
+
+    def load(self) -> Callable[..., Any]:
+        return getattr(import_module(self.module), self.attribute)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.load()(*args, **options)
+
+
+ENCODERS: dict[str, Constructor] = {
+    "resnet18": Constructor("semseg.nets.resnet", "resnet18"),
+    "resnet50": Constructor("semseg.nets.resnet", "resnet50"),
+    "resnet101": Constructor("semseg.nets.resnet", "resnet101"),
+    "resnext101": Constructor("semseg.nets.resnext", "resnext101"),
 }
-DECODERS: dict[str, Callable[..., Decoder]] = {"c1": C1, "ppm": PPM, "upernet": UPerNet}
+DECODERS: dict[str, Constructor] = {
+    "c1": Constructor("semseg.nets.c1", "C1"),
+    "ppm": Constructor("semseg.nets.ppm", "PPM"),
+    "upernet": Constructor("semseg.nets.upernet", "UPerNet"),
+}
+TABLES: dict[str, dict[str, Constructor]] = {"encoder": ENCODERS, "decoder": DECODERS}
 
-# Arguments that are not for users: the tables and build_segmenter fill them in.
-FIXED = {"block", "depths", "groups", "channels", "num_classes"}
+
+class Network(NamedTuple):
+    """A name of ENCODERS or DECODERS, and options of its constructor."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+# Names of the 2018 and 2020 releases, which put options into the name.
+OLD_NAMES: dict[str, dict[str, Network]] = {
+    "encoder": {
+        "resnet18_dilated8": Network("resnet18", {"output_stride": 8}),
+        "resnet18_dilated16": Network("resnet18", {"output_stride": 16}),
+        "resnet18dilated": Network("resnet18", {"output_stride": 8}),
+        "resnet50_dilated8": Network("resnet50", {"output_stride": 8}),
+        "resnet50_dilated16": Network("resnet50", {"output_stride": 16}),
+        "resnet50dilated": Network("resnet50", {"output_stride": 8}),
+        "resnet101_dilated8": Network("resnet101", {"output_stride": 8}),
+        "resnet101_dilated16": Network("resnet101", {"output_stride": 16}),
+        "resnet101dilated": Network("resnet101", {"output_stride": 8}),
+    },
+    "decoder": {
+        "c1_bilinear": Network("c1", {}),
+        "c1_bilinear_deepsup": Network("c1", {"deep_supervision": True}),
+        "c1_deepsup": Network("c1", {"deep_supervision": True}),
+        "ppm_bilinear": Network("ppm", {}),
+        "ppm_bilinear_deepsup": Network("ppm", {"deep_supervision": True}),
+        "ppm_deepsup": Network("ppm", {"deep_supervision": True}),
+        "upernet_lite": Network("upernet", {"width": 256}),
+    },
+}
+
+OPTION_TYPES = {int: "a whole number", bool: "true or false"}
+
+
+def resolve(kind: str, name: str) -> Network:
+    """What the network `name` is in our words; an old name brings options along.
+
+    Args:
+        kind: "encoder" or "decoder".
+        name: one of TABLES[kind] or OLD_NAMES[kind].
+
+    Raises:
+        ConfigError: for another name, with the nearest one and all.
+
+    >>> resolve("encoder", "resnet50_dilated8")
+    Network(name='resnet50', options={'output_stride': 8})
+    """
+    old_names = OLD_NAMES[kind]
+    choose(f"model.{kind}.name", name, [*TABLES[kind], *old_names])
+    return old_names.get(name, Network(name, {}))
+
+
+def build_encoder(name: str, **options: Any) -> Encoder:
+    """The encoder `name` with fresh weights; `options` win over those in an old name.
+
+    Raises:
+        ConfigError: for a name or an option that does not exist, with the nearest one that does.
+    """
+    return _build("encoder", name, options)
+
+
+def build_decoder(name: str, channels: Sequence[int], num_classes: int, **options: Any) -> Decoder:
+    """The decoder `name` for an encoder with these `channels`, with fresh weights.
+
+    Raises:
+        ConfigError: for a name or an option that does not exist, with the nearest one that does.
+    """
+    return _build("decoder", name, options, channels, num_classes)
 
 
 def build_segmenter(
@@ -43,24 +131,37 @@ def build_segmenter(
     >>> net.size_divisor, net.label_stride
     (8, 8)
     """
-    body = construct("encoder", ENCODERS, encoder, encoder_options or {})
-    head = construct("decoder", DECODERS, decoder, decoder_options or {}, body.channels, num_classes)
+    from semseg.nets.segmenter import Segmenter  # noqa: PLC0415 - it imports torch
+
+    body = _build("encoder", encoder, encoder_options or {})
+    head = _build("decoder", decoder, decoder_options or {}, body.channels, num_classes)
     return Segmenter(body, head, num_classes)
 
 
-def construct(kind: str, table: Mapping[str, Callable[..., Any]], name: str, options: Mapping[str, Any], *args: Any) -> Any:
-    """Call the constructor `name` of `table` with `args` and the user's `options`.
+def _build(kind: str, name: str, options: Mapping[str, Any], *args: Any) -> Any:
+    network = resolve(kind, name)
+    constructor = TABLES[kind][network.name].load()
+    problems = list(option_problems(f"model.{kind}", name, constructor, options))
+    if problems:
+        raise ConfigError(" ".join(problems))
+    return constructor(*args, **{**network.options, **options})
 
-    Raises:
-        ConfigError: for a name or an option that does not exist.
+
+def option_problems(
+    section: str, name: str, constructor: Callable[..., Any], options: Mapping[str, Any]
+) -> Iterator[str]:
+    """A sentence for every option that `constructor` does not have, or whose value is of another type.
+
+    Options are the parameters that have a default; the others are filled in by this file.
     """
-    constructor = table[choose(f"model.{kind}.name", name, table)]
-    valid = [option for option in inspect.signature(constructor).parameters if option not in FIXED]
-    for option in options:
-        if option not in valid:
-            meant = nearest(option, valid)
-            hint = f" Did you mean {meant}?" if meant else ""
-            raise ConfigError(
-                f"model.{kind}.{option}: {name} has no such option.{hint} Valid: {', '.join(valid) or 'none'}."
-            )
-    return constructor(*args, **options)
+    parameters = inspect.signature(constructor).parameters.values()
+    defaults = {
+        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
+    }
+    for option, value in options.items():
+        if option not in defaults:
+            meant = nearest(option, defaults)
+            hint = f" Did you mean {section}.{meant}?" if meant else ""
+            yield f"{section}.{option}: {name} has no such option.{hint} Valid: {', '.join(defaults) or 'none'}."
+        elif type(value) is not type(defaults[option]):
+            yield f"{section}.{option}={value!r}: must be {OPTION_TYPES[type(defaults[option])]}."

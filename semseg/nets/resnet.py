@@ -1,11 +1,9 @@
-"""Stage 5: ResNet (He et al. 2016) with the three-convolution stem of the 2018 release, and ResNeXt.
+"""Stage 5: ResNet (He et al. 2016) with the three-convolution stem of the 2018 release.
 
 Names of parameters are those of the published weight files.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 from torch import Tensor, nn
 
@@ -19,7 +17,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, dilation: tuple[int, int], groups: int = 1) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, dilation: tuple[int, int]) -> None:
         super().__init__()
         first, second = dilation
         self.conv1 = conv3x3(in_channels, width, stride, first)
@@ -40,13 +38,14 @@ class Bottleneck(nn.Module):
 
     expansion = 4
     inner_expansion = 1  # width of the 3x3 convolution over that of the stage
+    groups = 1  # of the 3x3 convolution
 
-    def __init__(self, in_channels: int, width: int, stride: int, dilation: tuple[int, int], groups: int = 1) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, dilation: tuple[int, int]) -> None:
         super().__init__()
         inner, out_channels = width * self.inner_expansion, width * self.expansion
         self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
         self.bn1 = BatchNorm2d(inner)
-        self.conv2 = conv3x3(inner, inner, stride, dilation[0], groups)
+        self.conv2 = conv3x3(inner, inner, stride, dilation[0], self.groups)
         self.bn2 = BatchNorm2d(inner)
         self.conv3 = nn.Conv2d(inner, out_channels, 1, bias=False)
         self.bn3 = BatchNorm2d(out_channels)
@@ -67,7 +66,6 @@ class ResNet(Encoder):
         block: BasicBlock or Bottleneck.
         depths: blocks in each of the four stages.
         output_stride: 8, 16 or 32; below 32 the deep stages are dilated instead of strided.
-        groups: of the 3x3 convolutions.
 
     Raises:
         ConfigError: for another output stride.
@@ -78,7 +76,6 @@ class ResNet(Encoder):
         block: type[BasicBlock | Bottleneck],
         depths: tuple[int, int, int, int],
         output_stride: int = 32,
-        groups: int = 1,
     ) -> None:
         super().__init__()
         plans = stage_plans(output_stride)
@@ -95,7 +92,7 @@ class ResNet(Encoder):
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         inputs = (128, *self.channels[:3])
         self.layer1, self.layer2, self.layer3, self.layer4 = (
-            stage(block, in_channels, width, depth, plan, groups)
+            stage(block, in_channels, width, depth, plan)
             for in_channels, width, depth, plan in zip(inputs, widths, depths, plans, strict=True)
         )
         init_encoder(self)
@@ -113,13 +110,11 @@ class ResNet(Encoder):
 
 
 def stage(
-    block: type[BasicBlock | Bottleneck], in_channels: int, width: int, depth: int, plan: StagePlan, groups: int
+    block: type[BasicBlock | Bottleneck], in_channels: int, width: int, depth: int, plan: StagePlan
 ) -> nn.Sequential:
     """One stage: its first block changes channels and resolution, the others keep both."""
-    first = block(in_channels, width, plan.stride, (plan.first_dilation, plan.dilation), groups)
-    others = (
-        block(width * block.expansion, width, 1, (plan.dilation, plan.dilation), groups) for _ in range(depth - 1)
-    )
+    first = block(in_channels, width, plan.stride, (plan.first_dilation, plan.dilation))
+    others = (block(width * block.expansion, width, 1, (plan.dilation, plan.dilation)) for _ in range(depth - 1))
     return nn.Sequential(first, *others)
 
 
@@ -135,6 +130,16 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential 
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), BatchNorm2d(out_channels))
 
 
-resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))
-resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))
-resnet101 = partial(ResNet, Bottleneck, (3, 4, 23, 3))
+def resnet18(output_stride: int = 32) -> ResNet:
+    """11 324 992 parameters."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), output_stride)
+
+
+def resnet50(output_stride: int = 32) -> ResNet:
+    """23 631 808 parameters."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), output_stride)
+
+
+def resnet101(output_stride: int = 32) -> ResNet:
+    """42 623 936 parameters."""
+    return ResNet(Bottleneck, (3, 4, 23, 3), output_stride)

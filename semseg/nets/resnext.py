@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from semseg.nets.resnet import Bottleneck, ResNet
 
 
 class GroupedBottleneck(Bottleneck):
     """A bottleneck whose grouped 3x3 convolution is twice as wide as a ResNet's (32 x 4d, table 1)."""
 
-    expansion = 4
     inner_expansion = 2
+    groups = 32
 
 
-resnext101 = partial(ResNet, GroupedBottleneck, (3, 4, 23, 3), groups=32)
+def resnext101(output_stride: int = 32) -> ResNet:
+    """42 256 576 parameters."""
+    return ResNet(GroupedBottleneck, (3, 4, 23, 3), output_stride)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from semseg.errors import ConfigError
 from semseg.nets.blocks import GridPool, conv_norm_relu, init_decoder, resize
 from semseg.nets.features import Decoder, Logits
 from semseg.nets.ppm import BRANCH_WIDTH, GRIDS
@@ -19,12 +20,17 @@ class UPerNet(Decoder):
         channels: of the encoder's maps, any numbers.
         num_classes: of the logits.
         width: channels of the feature pyramid: 512 for upernet, 256 for upernet_lite.
+
+    Raises:
+        ConfigError: for a width below 1.
     """
 
     feature_level = 0
 
     def __init__(self, channels: Sequence[int], num_classes: int, width: int = 512) -> None:
         super().__init__()
+        if width < 1:
+            raise ConfigError(f"model.decoder.width={width}: must be at least 1 channel; published: 512 and 256.")
         *finer, deepest = channels
         self.ppm_pooling = nn.ModuleList(GridPool(bins) for bins in GRIDS)
         self.ppm_conv = nn.ModuleList(conv_norm_relu(deepest, BRANCH_WIDTH, 1) for _ in GRIDS)
@@ -53,7 +59,6 @@ class UPerNet(Decoder):
     def pyramid_pooling(self, deepest: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, width, h, w). Pools, upsamples, then convolves (PPM convolves first)."""
         branches = [
-            conv(resize(pool(deepest), deepest))
-            for pool, conv in zip(self.ppm_pooling, self.ppm_conv, strict=True)
+            conv(resize(pool(deepest), deepest)) for pool, conv in zip(self.ppm_pooling, self.ppm_conv, strict=True)
         ]
         return self.ppm_last_conv(torch.cat([deepest, *branches], 1))

@@ -35,7 +35,9 @@ TINY = [
 
 
 def command(cwd: Path, *words: str, code: int = 0) -> str:
-    result = subprocess.run([sys.executable, str(RUN), *words], cwd=cwd, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, str(RUN), *words], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -51,7 +53,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_leaves_a_whole_run_folder(folder: Path) -> None:
     run = folder / "run"
-    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "logs/csv/metrics.csv", "result.json"):
+    for name in (
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "config.yaml",
+        "logs/csv/metrics.csv",
+        "result.json",
+    ):
         assert (run / name).is_file(), name
     rows = list(csv.DictReader((run / "logs/csv/metrics.csv").open()))
     columns = {name for row in rows for name, value in row.items() if value}
@@ -77,7 +85,9 @@ def test_evaluation_writes_the_scores_it_prints(folder: Path) -> None:
     metrics = json.loads((folder / "scores" / "metrics.json").read_text())
     assert metrics["images"] == 3
     assert f"{100 * metrics['mean_iou']:.2f}" in output
-    assert metrics["mean_iou"] == pytest.approx(json.loads((folder / "run" / "result.json").read_text())["score"], abs=1e-6)
+    assert metrics["mean_iou"] == pytest.approx(
+        json.loads((folder / "run" / "result.json").read_text())["score"], abs=1e-6
+    )
     rows = list(csv.DictReader((folder / "scores" / "per_class.csv").open()))
     assert [row["name"] for row in rows] == [entry["name"] for entry in metrics["classes"]]
 
@@ -112,6 +122,14 @@ def test_prediction_and_evaluation_agree(folder: Path) -> None:
     assert matrix_right / total == pytest.approx(metrics["pixel_accuracy"], abs=1e-9)
 
 
+def test_images_that_differ_in_the_suffix_alone_do_not_collide(folder: Path) -> None:
+    (folder / "two").mkdir()
+    for name in ("a.png", "a.jpg"):
+        Image.fromarray(np.zeros((32, 40, 3), np.uint8)).save(folder / "two" / name)
+    command(folder, "mode=predict", "ckpt=run", "input=two", "run_dir=two_out", "predict.save=[ids]")
+    assert {path.name for path in (folder / "two_out").glob("*.png")} == {"a_jpg_ids.png", "a_png_ids.png"}
+
+
 def test_a_phone_photo_comes_out_upright(folder: Path) -> None:
     pixels = np.zeros((40, 90, 3), np.uint8)
     photo = Image.fromarray(pixels)
@@ -139,7 +157,9 @@ def test_training_goes_on_where_it_stopped(folder: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(folder: Path, words: list[str], expected: str) -> None:
-    result = subprocess.run([sys.executable, str(RUN), *words], cwd=folder, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, str(RUN), *words], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
     assert result.returncode in (1, 2)
     assert expected in result.stderr
     assert "Traceback" not in result.stderr

@@ -24,7 +24,7 @@ def uniform(name: str, shape: Sequence[int]) -> NDArray[np.float64]:
 
 def filled(key: str, shape: Sequence[int]) -> Tensor:
     """float32 value of the tensor `key` of a ResNet encoder or a decoder (a count for num_batches_tracked)."""
-    kind = key.split(".")[-1]
+    kind = key.rpartition(".")[2]
     if kind == "num_batches_tracked":
         return torch.zeros(tuple(shape), dtype=torch.int64)
     draws = uniform(key, shape)
@@ -40,7 +40,7 @@ def filled(key: str, shape: Sequence[int]) -> Tensor:
 
 
 def convolution(key: str, draws: NDArray[np.float64]) -> NDArray[np.float64]:
-    out_channels, in_channels, *kernel = draws.shape
+    in_channels, *kernel = draws.shape[1:]
     values = (2 * draws - 1) * math.sqrt(6 / (in_channels * math.prod(kernel)))
     if in_channels == 3 and kernel[0] > 1:
         values = values / 64  # the stem sees grey levels

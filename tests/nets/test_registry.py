@@ -1,99 +1,88 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from torch import nn
 
-from conftest import golden
-from nets.contract import check_decoder, check_encoder
+from semseg.config import network_options
 from semseg.errors import ConfigError
-from semseg.nets.registry import DECODERS, ENCODERS, build_segmenter, construct
-from semseg.optim import decay_split
+from semseg.launch import compose_config
+from semseg.nets.features import Decoder, Encoder
+from semseg.nets.registry import OLD_NAMES, TABLES, build_decoder, build_encoder, build_segmenter, resolve
 
-LAYOUTS = golden("nets_layouts.json")
-CHANNELS = {512: (64, 128, 256, 512), 2048: (256, 512, 1024, 2048)}
-OPTIONS = {
-    "c1": ("c1", {}),
-    "c1_deepsup": ("c1", {"deep_supervision": True}),
-    "ppm": ("ppm", {}),
-    "ppm_deepsup": ("ppm", {"deep_supervision": True}),
-    "upernet": ("upernet", {}),
-    "upernet_lite": ("upernet", {"width": 256}),
-}
+CHANNELS = (8, 16, 32, 64)
+NAMES = [(kind, name) for kind in TABLES for name in (*TABLES[kind], *OLD_NAMES[kind])]
 
 
-def published(layout: str) -> nn.Module:
-    """The encoder or decoder that a layout describes, with 150 classes."""
-    kind, name, *deepest = layout.split("/")
+def test_names_are_listed_without_torch() -> None:
+    code = "import sys, semseg.nets.registry as r; r.resolve('decoder', 'ppm'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_name_of_the_tables_builds_what_its_table_says() -> None:
+    with torch.device("meta"):
+        assert all(isinstance(build_encoder(name), Encoder) for name in TABLES["encoder"])
+        assert all(isinstance(build_decoder(name, CHANNELS, 3), Decoder) for name in TABLES["decoder"])
+
+
+@pytest.mark.parametrize(("kind", "name"), NAMES)
+def test_old_names_are_names_and_options_of_today(kind: str, name: str) -> None:
+    network = resolve(kind, name)
+    assert network.name in TABLES[kind]
     if kind == "encoder":
-        return construct("encoder", ENCODERS, name, {})
-    decoder, options = OPTIONS[name]
-    return construct("decoder", DECODERS, decoder, options, CHANNELS[int(deepest[0])], 150)
+        with torch.device("meta"):
+            encoder = build_encoder(name)
+        assert max(encoder.strides) == network.options.get("output_stride", 32)
+        return
+    logits = build_decoder(name, CHANNELS, 3).train()([torch.randn(2, channels, 4, 4) for channels in CHANNELS])
+    assert (logits.aux is not None) == network.options.get("deep_supervision", False)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS["layouts"])
-def test_state_dicts_have_the_published_keys_and_shapes_in_order(layout: str) -> None:
-    module = published(layout)
-    assert [[key, list(value.shape)] for key, value in module.state_dict().items()] == LAYOUTS["layouts"][layout]
-    decay, free = decay_split(module)
-    numel = {"decay": sum(p.numel() for p in decay), "no_decay": sum(p.numel() for p in free)}
-    assert numel == LAYOUTS["numel"][layout]
+@pytest.mark.parametrize(("kind", "name"), [pair for pair in NAMES if not pair[1].endswith("dilated")])
+def test_a_name_and_its_configuration_file_mean_the_same(kind: str, name: str) -> None:
+    section = compose_config([f"model/{kind}={name}"]).model[kind]
+    typed, options = network_options(dict(section), kind)
+    network = resolve(kind, name)
+    constructor = TABLES[kind][network.name].load()
+    arguments = () if kind == "encoder" else (CHANNELS, 3)
+    with torch.device("meta"):
+        from_file = constructor(*arguments, **options)
+        from_name = constructor(*arguments, **network.options)
+    assert typed == network.name
+    assert str(from_file) == str(from_name)
 
 
-@pytest.mark.parametrize("output_stride", [8, 16, 32])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_encoders_keep_their_contract(name: str, output_stride: int) -> None:
-    encoder = construct("encoder", ENCODERS, name, {"output_stride": output_stride})
-    assert encoder.strides == tuple(min(stride, output_stride) for stride in (4, 8, 16, 32))
-    check_encoder(encoder)
-
-
-@pytest.mark.parametrize("name", ["resnet101", "resnext101"])
-def test_deep_encoders_keep_their_contract(name: str) -> None:
-    check_encoder(construct("encoder", ENCODERS, name, {}))
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_decoders_keep_their_contract_on_any_channels(name: str) -> None:
-    decoder, options = OPTIONS[name]
-    channels = (24, 40, 112, 320)
-    check_decoder(construct("decoder", DECODERS, decoder, options, channels, 7), channels, 7)
-
-
-@pytest.mark.parametrize(
-    ("encoder", "options", "decoder", "divisor", "stride"),
-    [
-        ("resnet18", {"output_stride": 8}, "ppm", 8, 8),
-        ("resnet18", {"output_stride": 16}, "c1", 16, 16),
-        ("resnet18", {}, "c1", 32, 32),
-        ("resnet18", {}, "upernet", 32, 4),
-        ("resnet18", {"output_stride": 8}, "upernet", 8, 4),
-    ],
-)
-def test_strides_are_derived(encoder: str, options: dict, decoder: str, divisor: int, stride: int) -> None:
-    net = build_segmenter(encoder, decoder, 5, options)
-    assert (net.size_divisor, net.label_stride) == (divisor, stride)
-    logits = net.eval()(torch.randn(1, 3, 2 * divisor, 3 * divisor)).main
-    assert logits.shape == (1, 5, 2 * divisor // stride, 3 * divisor // stride)
-
-
-def test_one_image_of_the_smallest_size_trains() -> None:
-    for decoder in DECODERS:
-        net = build_segmenter("resnet18", decoder, 5).train()
-        net(torch.randn(1, 3, 32, 32)).main.sum().backward()
+def test_an_option_wins_over_the_one_in_an_old_name() -> None:
+    assert build_encoder("resnet18_dilated8", output_stride=16).strides == (4, 8, 16, 16)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet19", "c1", 5), "Did you mean resnet18"),
-        (("resnet18", "upernett", 5), "Did you mean upernet"),
-        (("resnet18", "c1", 5, {"output_strid": 8}), "Did you mean output_stride"),
-        (("resnet18", "c1", 5, {"output_stride": 4}), "must be 8, 16 or 32"),
-        (("resnet18", "upernet", 5, {}, {"deep_supervision": True}), "Valid: width"),
-        (("resnet18", "c1", 5, {"groups": 2}), "no such option"),
+        (("resnet19", "c1", 5), "model.encoder.name: 'resnet19' is not known. Did you mean resnet18? Valid: "),
+        (("resnet18", "upernett", 5), "model.decoder.name: 'upernett' is not known. Did you mean upernet? Valid: "),
+        (
+            ("resnet18", "c1", 5, {"output_strid": 8}),
+            "model.encoder.output_strid: resnet18 has no such option. "
+            "Did you mean model.encoder.output_stride? Valid: output_stride.",
+        ),
+        (("resnet18", "c1", 5, {"output_stride": 4}), "model.encoder.output_stride=4: must be 8, 16 or 32."),
+        (("resnet18", "c1", 5, {"output_stride": "8x"}), "model.encoder.output_stride='8x': must be a whole number."),
+        (("resnet18", "c1", 5, {"groups": 2}), "model.encoder.groups: resnet18 has no such option. Valid: "),
+        (
+            ("resnet18", "upernet", 5, {}, {"deep_supervision": True}),
+            "model.decoder.deep_supervision: upernet has no such option. Valid: width.",
+        ),
+        (
+            ("resnet18", "ppm", 5, {}, {"deep_supervision": 1, "channels": 3}),
+            "model.decoder.deep_supervision=1: must be true or false. "
+            "model.decoder.channels: ppm has no such option. Valid: deep_supervision.",
+        ),
     ],
 )
 def test_a_wrong_name_or_option_is_told(arguments: tuple, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as caught:
         build_segmenter(*arguments)
+    assert str(caught.value).startswith(message)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import golden
 from ranks import CASES, CHANNELS, STEPS, SUBSET, Case, Trained, trained
 from torch import Tensor, nn
 
+from conftest import golden
 from semseg.syncbn.layer import PUBLISHED_MOMENTUM
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -1,0 +1,249 @@
+"""The door for several processes: start one per device, watch them, end all of them together.
+
+The first process never touches torch or data. It gives every rank the same run folder, so that there is
+one folder and one saved configuration whatever the number of ranks, and it is the one that says who
+failed and why. Under torchrun or SLURM, which do this themselves, it stands aside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from semseg.config import Config
+
+FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and last words of ranks that raised
+SUPERVISOR = "SEMSEG_SUPERVISOR"  # process id, in the environment of every rank
+LAST_WORDS = "SEMSEG_LAST_WORDS"  # file, likewise
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 3.0  # between asking a rank to end and ending it
+# Environment variables by which somebody else says that it starts the ranks.
+EXTERNAL_LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+OWN_LAUNCH = ("ddp", "auto", "fsdp")  # strategies, by the start of their name, whose ranks are scripts of their own
+
+
+class Failure(NamedTuple):
+    """Why a job ended."""
+
+    rank: int
+    reason: str
+    log: str
+    exit_code: int
+
+
+def num_processes(config: Config) -> int:
+    """Processes to start on this machine: 1 where nothing needs supervision."""
+    trainer = config.trainer
+    is_external = any(name in os.environ for name in EXTERNAL_LAUNCHERS)
+    is_single = config.mode not in ("train", "eval") or not trainer.strategy.startswith(OWN_LAUNCH)
+    if is_external or is_single or trainer.strategy.endswith(("spawn", "fork", "notebook")):
+        return 1
+    if isinstance(trainer.devices, list):
+        return len(trainer.devices)
+    if trainer.devices in ("auto", -1):
+        return max(1, _num_gpus(trainer.accelerator))
+    return int(trainer.devices)
+
+
+def _num_gpus(accelerator: str) -> int:
+    if accelerator == "cpu":
+        return 1
+    import torch  # noqa: PLC0415 - only where devices have to be counted
+
+    return torch.cuda.device_count()
+
+
+def supervise(command: Sequence[str], processes: int, run_dir: Path) -> int:
+    """Run `command` once per rank and return the exit code of the job.
+
+    The job ends when all ranks have ended, or at most about ten seconds after the first one failed; then
+    the last thing printed says which rank that was, why, and where its log is. No process outlives it.
+    """
+    folder = run_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    port = _free_port()
+    ranks = [_start(command, rank, processes, folder, port) for rank in range(processes)]
+    received: list[int] = []
+    with _handlers(received.append):
+        failure = _watch(ranks, folder, received)
+        _end(ranks)
+    if failure is not None:
+        sys.stdout.flush()
+        print(
+            f"\nerror: rank {failure.rank} of {processes} failed: {failure.reason}\nits log: {failure.log}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return failure.exit_code
+    return 128 + received[0] if received else 0
+
+
+def _start(command: Sequence[str], rank: int, processes: int, folder: Path, port: int) -> subprocess.Popen[bytes]:
+    environment = os.environ | {
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(port)),
+        SUPERVISOR: str(os.getpid()),
+        LAST_WORDS: str(_last_words(folder, rank)),
+    }
+    # One thread per rank on a share of the cores, as Lightning's own launcher does.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    words = list(command) + (["hydra.output_subdir=null"] if rank else [])
+    with contextlib.ExitStack() as stack:
+        output = None if rank == 0 else stack.enter_context(_log(folder, rank).open("wb"))
+        return subprocess.Popen(  # noqa: S603 - our own interpreter and entry point
+            words, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]], folder: Path, received: list[int]) -> Failure | None:
+    """Wait until all ranks have ended well (None), one has failed, or a signal has come (None)."""
+    deadline = None
+    while not received:
+        codes = [rank.poll() for rank in ranks]
+        if all(code == 0 for code in codes):
+            return None
+        has_spoken = any(_last_words(folder, rank).exists() for rank in range(len(ranks)))
+        if any(codes):
+            time.sleep(POLL_SECONDS)  # let last words that are being written arrive
+            return _first_failure([rank.poll() for rank in ranks], folder)
+        if has_spoken:
+            # A rank that raised may hang on its way out.
+            deadline = deadline or time.monotonic() + GRACE_SECONDS
+            if time.monotonic() > deadline:
+                return _first_failure(codes, folder)
+        time.sleep(POLL_SECONDS)
+    return None
+
+
+def _first_failure(codes: list[int | None], folder: Path) -> Failure:
+    """The rank where it began: one that went without a word, or the first to speak."""
+    silent = [rank for rank, code in enumerate(codes) if code and not _last_words(folder, rank).exists()]
+    if silent:
+        rank = silent[0]
+        code = codes[rank] or 1
+        if code < 0:
+            name = signal.Signals(-code).name
+            return Failure(rank, f"killed by signal {-code} ({name})", _where(folder, rank), 128 - code)
+        return Failure(rank, f"ended with exit code {code}", _where(folder, rank), code)
+    words = [_last_words(folder, rank) for rank in range(len(codes))]
+    spoken = [path for path in words if path.exists()]
+    first = min(spoken, key=lambda path: path.stat().st_mtime_ns)
+    rank = words.index(first)
+    exit_code, _, text = first.read_text().partition("\n")
+    return Failure(rank, text.strip().splitlines()[-1], _where(folder, rank), int(exit_code))
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """End every rank that still runs, and whatever it has started."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(rank.pid, signal.SIGKILL)  # its session: data loading workers too
+        rank.wait()
+
+
+@contextlib.contextmanager
+def _handlers(tell: Callable[[int], None]):
+    """While inside, SIGTERM and SIGINT end the job instead of this process alone."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        tell(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.log"
+
+
+def _last_words(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.error"
+
+
+def _where(folder: Path, rank: int) -> str:
+    paths = [path for path in (_last_words(folder, rank), _log(folder, rank)) if path.exists()]
+    return ", ".join(map(str, paths)) or "above (rank 0 writes to this terminal)"
+
+
+# ---- in a rank
+
+
+def external_rank() -> int | None:
+    """This process's number among all ranks, if torchrun or SLURM started it; else None."""
+    if SUPERVISOR in os.environ:
+        return None
+    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+    return int(number) if number is not None else None
+
+
+def agreed_run_dir(mine: str, rank: int) -> str:
+    """The run folder of a job whose ranks torchrun or SLURM started: the same one on every rank.
+
+    Each rank composes the configuration for itself, and the time in the folder's name differs. Under
+    torchrun rank 0 tells the others through the store that torchrun keeps; under SLURM the job's number
+    stands for the time, so that a requeued job finds its folder again.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        job = os.environ.get("SLURM_JOB_ID")
+        return str(Path(mine).with_name(f"slurm_{job}")) if job else mine
+    import torch.distributed as dist  # noqa: PLC0415 - only these ranks need torch this early
+
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"semseg/run_dir/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if rank == 0:
+        store.set(key, mine)
+    return store.get(key).decode()
+
+
+def follow_supervisor() -> None:
+    """In a rank: end when the supervisor is gone, however it went. Elsewhere: nothing."""
+    supervisor = os.environ.get(SUPERVISOR)
+    if supervisor is None or os.getppid() != int(supervisor):
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(supervisor):
+            time.sleep(1)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def leave_last_words(error: BaseException, exit_code: int) -> None:
+    """In a rank: write down what it raised, before anything on the way out can hang. Elsewhere: nothing."""
+    path = os.environ.get(LAST_WORDS)
+    if path is None:
+        return
+    text = "".join(traceback.format_exception(error))
+    Path(f"{path}.new").write_text(f"{exit_code}\n{text}")
+    Path(f"{path}.new").replace(path)

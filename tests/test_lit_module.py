@@ -1,0 +1,113 @@
+"""The LightningModule under a real Trainer, in this process, on a handful of drawn scenes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from semseg.build import build_net, build_trainer
+from semseg.config import Config, check
+from semseg.data.sources import DataSource
+from semseg.datamodule import SegmentationData
+from semseg.launch import compose_config
+from semseg.lit_module import SegmentationModule
+
+TINY = [
+    "data=scenes", "data.make.num_train=4", "data.make.num_val=2", "data.batch_size=2", "data.short_edges=[32]",
+    "data.max_long_edge=64", "data.num_workers=0", "data.steps_per_epoch=2", "model/encoder=resnet18",
+    "model/decoder=c1_deepsup", "eval.scales=[32]", "trainer=cpu", "trainer.max_epochs=1", "logger.csv.name=logs",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data") / "scenes"
+
+
+def configured(root: Path, run_dir: Path, *overrides: str) -> Config:
+    return check(compose_config([*TINY, f"data.root={root}", f"run_dir={run_dir}", *overrides]))
+
+
+def fitted(config: Config) -> tuple[SegmentationModule, dict[str, torch.Tensor]]:
+    """A module after training, and its state before."""
+    torch.manual_seed(0)
+    source = DataSource(config.data)
+    net = build_net(config.model, source.classes.num_classes)
+    module = SegmentationModule(net, config, source.classes)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    build_trainer(config, source).fit(module, datamodule=SegmentationData(source, config, net))
+    return module, before
+
+
+def test_training_moves_every_parameter_and_the_statistics(root: Path, tmp_path: Path) -> None:
+    module, before = fitted(configured(root, tmp_path))
+    assert all(not torch.equal(value, before[name]) for name, value in module.net.state_dict().items())
+    assert module.scores is not None and module.scores.pixel_accuracy is not None
+
+
+def test_freeze_bn_keeps_the_statistics_and_trains_scale_and_shift(root: Path, tmp_path: Path) -> None:
+    # Without normalisation by the batch, fresh weights give large activations: a small rate.
+    module, before = fitted(configured(root, tmp_path, "model.freeze_bn=true", "optim.lr=1e-6"))
+    after = module.net.state_dict()
+    buffers = {name for name, _ in module.net.named_buffers()}
+    assert all(torch.equal(after[name], before[name]) for name in buffers)
+    assert any(not torch.equal(after[name], before[name]) for name in before if name.endswith("bn1.weight"))
+    dropouts = [layer for layer in module.net.modules() if isinstance(layer, nn.Dropout2d)]
+    assert all(layer.training for layer in dropouts)
+
+
+def test_the_published_convention_holds_on_one_device_too(root: Path, tmp_path: Path) -> None:
+    one_step = ["data.steps_per_epoch=1", "trainer.precision=64-true"]
+    plain, before = fitted(configured(root, tmp_path / "a", *one_step))
+    published, _ = fitted(configured(root, tmp_path / "b", *one_step, "syncbn.convention=published"))
+    name = "encoder.bn1.running_var"
+    moved = [module.net.state_dict()[name] - before[name] for module in (plain, published)]
+    # Of the first variance one takes on its momentum, 0.1, the other 1 / 1.999.
+    torch.testing.assert_close(moved[1], moved[0] * 10 / 1.999, rtol=1e-9, atol=0)
+    assert {type(layer) for layer in published.net.modules()} == {type(layer) for layer in plain.net.modules()}
+
+
+def test_channels_last_gives_the_same_numbers(root: Path, tmp_path: Path) -> None:
+    plain, _ = fitted(configured(root, tmp_path / "a", "trainer.precision=64-true"))
+    other, _ = fitted(configured(root, tmp_path / "b", "trainer.precision=64-true", "model.channels_last=true"))
+    weight = other.net.encoder.conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(weight, plain.net.encoder.conv1.weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_trains_on_cpu(root: Path, tmp_path: Path, precision: str) -> None:
+    module, before = fitted(configured(root, tmp_path, f"trainer.precision={precision}"))
+    weight = module.net.state_dict()["encoder.conv1.weight"]
+    assert torch.isfinite(weight).all() and not torch.equal(weight.float(), before["encoder.conv1.weight"])
+
+
+@pytest.mark.long
+def test_a_compiled_network_trains_to_the_same_numbers(root: Path, tmp_path: Path) -> None:
+    plain, _ = fitted(configured(root, tmp_path / "a"))
+    compiled, _ = fitted(configured(root, tmp_path / "b", "model.compile=true"))
+    assert list(compiled.net.state_dict()) == list(plain.net.state_dict())
+    for name, value in plain.net.state_dict().items():
+        torch.testing.assert_close(compiled.net.state_dict()[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path) -> None:
+    from semseg.metrics import ConfusionMatrix, scores_from
+
+    config = configured(root, tmp_path)
+    module, _ = fitted(config)
+    source = DataSource(config.data)
+    data = SegmentationData(source, config, module.net)
+    matrix = ConfusionMatrix(source.classes.num_classes)
+    module.net.eval()
+    for sample in data.eval_loader():
+        image = module.input(sample.scales[0][None])
+        with torch.no_grad():
+            logits = module.net(image).main
+        size = tuple(sample.label.shape)
+        upsampled = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        matrix.update(upsampled.argmax(1)[0], sample.label)
+    assert module.scores == scores_from(matrix.compute().matrix, config.data.miou_rule)
