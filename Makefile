@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo install test test-fast check format lock clean
+.PHONY: demo install test test-fast test-long check format lock clean
 
 demo: install
 	$(BIN)/python run.py experiment=quickstart
@@ -19,6 +19,9 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
+
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "long or not long"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
-from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from semseg.checkpoint import FOLDER
 from semseg.collate import Batch

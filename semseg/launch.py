@@ -48,9 +48,8 @@ log = logging.getLogger(__name__)
 # Lightning's remarks on hardware and on other products; its warnings stay.
 for chatty in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
-# Its own use of a torch function that changes, layers that freeze_bn put into eval mode, and epochs shorter
-# than the logging interval: nothing to act on.
-for harmless in (r".*LeafSpec.*", r"Found \d+ module\(s\) in eval mode", r"The number of training batches"):
+# Its own use of a torch function that changes, and layers that freeze_bn put into eval mode: nothing to act on.
+for harmless in (r".*LeafSpec.*", r"Found \d+ module\(s\) in eval mode"):
     warnings.filterwarnings("ignore", message=harmless)
 
 

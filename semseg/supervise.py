@@ -218,7 +218,9 @@ def agreed_run_dir(mine: str, rank: int) -> str:
         return str(Path(mine).with_name(f"slurm_{job}")) if job else mine
     import torch.distributed as dist  # noqa: PLC0415 - only these ranks need torch this early
 
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+    )
     key = f"semseg/run_dir/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if rank == 0:
         store.set(key, mine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +15,8 @@ from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError
 from semseg.lit_module import SegmentationModule
 from semseg.report import score_table, write_scores
+
+log = logging.getLogger(__name__)
 
 
 def run(config: Config, overrides: list[str]) -> float | None:
@@ -30,6 +33,10 @@ def run(config: Config, overrides: list[str]) -> float | None:
         raise ConfigError(
             f"data={config.data.name} has {source.classes.num_classes} classes, but {saved.path} was trained "
             f"for {saved.classes.num_classes}."
+        )
+    if source.classes.names != saved.classes.names:
+        log.warning(
+            "class names of data=%s differ from those in %s: is this the same task?", config.data.name, saved.path
         )
     net = restore_net(saved)
     trainer = build_trainer(config, source)

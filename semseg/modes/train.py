@@ -46,7 +46,8 @@ def run(config: Config, overrides: list[str]) -> float | None:
         OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")
     console.print(start_table(config, net, len(records)))
     trainer.fit(module, datamodule=data, ckpt_path=resume_path(config, run_dir, console))
-    save_last(trainer, run_dir)
+    if not config.trainer.fast_dev_run:
+        save_last(trainer, run_dir)
     score = best_score(trainer)
     finish(config, overrides, trainer, console, score)
     return score
@@ -55,7 +56,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
 def save_last(trainer: pl.Trainer, run_dir: Path) -> None:
     """Bring last.ckpt up to date where training ended inside an epoch (trainer.max_steps). Every rank calls it."""
     steps = [getattr(callback, "_last_global_step_saved", 0) for callback in trainer.checkpoint_callbacks]
-    if not trainer.fast_dev_run and trainer.global_step > max(steps, default=0):
+    if trainer.global_step > max(steps, default=0):
         trainer.save_checkpoint(run_dir / FOLDER / "last.ckpt")
 
 

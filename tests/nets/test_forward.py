@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -31,7 +31,7 @@ class EncoderRun(NamedTuple):
     norms: dict[str, float]
 
 
-@lru_cache(maxsize=1)
+@cache
 @torch.no_grad()
 def encoder_run(name: str) -> EncoderRun:
     encoder = filled(build_encoder(name))
@@ -40,7 +40,7 @@ def encoder_run(name: str) -> EncoderRun:
     return EncoderRun(eval_maps, train_maps, norm_sums(encoder))
 
 
-@cache  # an encoder's pairs follow each other, a decoder's do not
+@cache
 def filled_decoder(name: str, channels: tuple[int, ...]) -> Decoder:
     return filled(build_decoder(name, channels, 150))
 

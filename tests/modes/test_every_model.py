@@ -1,0 +1,46 @@
+"""Every ready-made network takes a step on real ADE20K images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from semseg.build import build_net
+from semseg.config import check
+from semseg.data.sources import DataSource
+from semseg.datamodule import SegmentationData
+from semseg.launch import CONFIG_DIR, compose_config
+from semseg.lit_module import SegmentationModule
+from semseg.losses import segmentation_loss
+from semseg.optim import build_optimizer
+
+MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_on_real_images_changes_every_weight(model: str, shared: Path) -> None:
+    config = check(
+        compose_config(
+            [f"model={model}", f"data.root={shared / 'ade20k_samples'}", "data.train.list=training.odgt",
+             "data.val.list=validation.odgt", "data.short_edges=[96]", "data.num_workers=0"]
+        )
+    )  # fmt: skip
+    source = DataSource(config.data)
+    net = build_net(config.model, source.classes.num_classes)
+    module = SegmentationModule(net, config, source.classes)
+    before = {name: value.detach().clone() for name, value in net.named_parameters()}
+    optimizer = build_optimizer(net, config.optim)
+
+    batch = next(iter(SegmentationData(source, config, net).train_dataloader()))
+    assert batch.image.shape[0] == 2
+    loss = segmentation_loss(net(module.input(batch.image, batch.size)), batch.label, config.model.deepsup_weight)
+    loss.total.backward()
+    optimizer.step()
+
+    assert torch.isfinite(loss.total) and int(loss.scored) > 0
+    still = [name for name, value in net.named_parameters() if torch.equal(value, before[name])]
+    assert still == []
