@@ -154,7 +154,7 @@ class Portable:
     @staticmethod
     def normalise(x: Tensor, mean: Tensor, inv_std: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         y = (x - _column(mean, x)) * _column(inv_std * scale, x) + _column(shift, x)
-        return y.to(x.dtype)
+        return _cast(y, x.dtype)
 
     @staticmethod
     def grad_sums(dy: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ class Portable:
         dy: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor, *, scale: Tensor, mean_dy: Tensor, mean_dy_x_hat: Tensor
     ) -> Tensor:
         centred = (x - _column(mean, x)) * _column(inv_std * mean_dy_x_hat, x)
-        return ((dy - _column(mean_dy, x) - centred) * _column(inv_std * scale, x)).to(x.dtype)
+        return _cast((dy - _column(mean_dy, x) - centred) * _column(inv_std * scale, x), x.dtype)
 
 
 class Cpu:
@@ -250,6 +250,11 @@ def _kernels(x: Tensor) -> type[Kernels]:
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    # A `.to` that changes nothing gives the tensor itself, and torch 2.11's compiler then loses its gradient.
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 def _all_but_channel(x: Tensor) -> list[int]:
