@@ -87,11 +87,11 @@ def test_half_precision_trains_on_cpu(root: Path, tmp_path: Path, precision: str
 
 @pytest.mark.long
 def test_a_compiled_network_trains_to_the_same_numbers(root: Path, tmp_path: Path) -> None:
-    plain, _ = fitted(configured(root, tmp_path / "a"))
-    compiled, _ = fitted(configured(root, tmp_path / "b", "model.compile=true"))
+    plain, _ = fitted(configured(root, tmp_path / "a", "trainer.precision=64-true"))
+    compiled, _ = fitted(configured(root, tmp_path / "b", "trainer.precision=64-true", "model.compile=true"))
     assert list(compiled.net.state_dict()) == list(plain.net.state_dict())
     for name, value in plain.net.state_dict().items():
-        torch.testing.assert_close(compiled.net.state_dict()[name], value, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(compiled.net.state_dict()[name], value, rtol=1e-6, atol=1e-6)
 
 
 def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path) -> None:
