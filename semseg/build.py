@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers import Logger
 
@@ -63,6 +64,8 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
     """
     options: dict[str, Any] = {key: value for key, value in vars(config.trainer).items() if value is not None}
     options["devices"] = device_count_or_list(config)
+    if not source.has("val"):
+        options["limit_val_batches"] = 0
     plugins = layer_sync(config.syncbn.name, config.syncbn.convention, accelerator(config), config.syncbn.group)
     try:
         return pl.Trainer(
@@ -75,15 +78,22 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
             use_distributed_sampler=False,
             enable_model_summary=False,
         )
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def accelerator(config: Config) -> str:
-    """cpu or gpu, as `auto` will turn out here."""
-    if config.trainer.accelerator == "auto":
+    """cpu or gpu, as `auto` will turn out here.
+
+    Raises:
+        ConfigError: if a GPU is asked for and there is none.
+    """
+    name = config.trainer.accelerator
+    if name == "auto":
         return "gpu" if torch.cuda.is_available() else "cpu"
-    return "gpu" if config.trainer.accelerator == "cuda" else config.trainer.accelerator
+    if name in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"trainer.accelerator={name}: PyTorch sees no GPU here. Use trainer=cpu.")
+    return "gpu" if name == "cuda" else name
 
 
 def device_count_or_list(config: Config) -> Any:

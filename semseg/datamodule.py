@@ -94,10 +94,13 @@ class SegmentationData(pl.LightningDataModule):
         self.label_stride = config.model.label_stride or net.label_stride
         self._train_loader: SubBatchLoader | None = None
 
-    @property
-    def num_eval_images(self) -> int:
-        """Images of the split that is evaluated."""
-        return len(self.source.records(self.config.eval.split))
+    def num_images(self, stage: str) -> int:
+        """Images that are scored in stage "val" or "test"."""
+        return len(self.source.records(self.split_of(stage)))
+
+    def split_of(self, stage: str) -> str:
+        """Validation after an epoch scores val; mode=eval, Lightning's "test", scores eval.split."""
+        return "val" if stage == "val" else self.config.eval.split
 
     def train_dataloader(self) -> SubBatchLoader:
         data, records = self.config.data, self.source.records("train")
@@ -127,18 +130,18 @@ class SegmentationData(pl.LightningDataModule):
         return self._train_loader
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self.eval_loader()
+        return self.eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self.eval_loader()
+        return self.eval_loader("test")
 
-    def eval_loader(self) -> DataLoader[Any]:
-        """This rank's images of the evaluated split: rank, rank + world_size, ... each exactly once.
+    def eval_loader(self, stage: str) -> DataLoader[Any]:
+        """This rank's images of a stage: rank, rank + world_size, ... each exactly once.
 
         A rank without an image of its own gets image 0, which the module runs but does not count:
         Lightning refuses empty loaders.
         """
-        records = self.source.records(self.config.eval.split)
+        records = self.source.records(self.split_of(stage))
         dataset = EvalDataset(
             records,
             label_map=self.source.label_map,

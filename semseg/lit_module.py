@@ -126,7 +126,7 @@ class SegmentationModule(pl.LightningModule):
         limits = trainer.limit_val_batches if stage == "val" else trainer.limit_test_batches
         if data is None or limits != 1.0 or trainer.sanity_checking:
             return
-        assert counted == data.num_eval_images, f"scored {counted} images of {data.num_eval_images}"
+        assert counted == data.num_images(stage), f"scored {counted} images of {data.num_images(stage)}"
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.net, self.config.optim)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-GOLDEN = Path(__file__).parent / "golden"
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
-
-
-def golden(name: str) -> Any:
-    """A JSON file of tests/golden."""
-    return json.loads((GOLDEN / name).read_text())
+from reference import SHARED
 
 
 @pytest.fixture

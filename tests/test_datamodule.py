@@ -101,7 +101,9 @@ def test_a_loader_goes_on_from_any_step(root: Path, done: int) -> None:
 def test_evaluation_gives_each_image_to_one_rank(root: Path, world_size: int) -> None:
     counted = []
     for rank in range(world_size):
-        samples = [cast(EvalSample, sample) for sample in loaders(configured(root), rank, world_size).eval_loader()]
+        samples = [
+            cast(EvalSample, sample) for sample in loaders(configured(root), rank, world_size).eval_loader("val")
+        ]
         assert samples  # Lightning refuses a rank with nothing to do
         counted += [sample.index for sample in samples if sample.index % world_size == rank]
     assert sorted(counted) == [0, 1, 2, 3, 4]

@@ -12,6 +12,7 @@ from semseg.build import build_net, build_trainer
 from semseg.config import Config, check
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
+from semseg.errors import ConfigError
 from semseg.launch import compose_config
 from semseg.lit_module import SegmentationModule
 
@@ -94,6 +95,19 @@ def test_a_compiled_network_trains_to_the_same_numbers(root: Path, tmp_path: Pat
         torch.testing.assert_close(compiled.net.state_dict()[name], value, rtol=1e-6, atol=1e-6)
 
 
+def test_training_needs_no_validation_images(root: Path, tmp_path: Path) -> None:
+    module, _ = fitted(configured(root, tmp_path, "data.val.list=null"))
+    assert module.scores is None
+    assert (tmp_path / "checkpoints/last.ckpt").is_file()
+
+
+def test_a_gpu_that_is_not_there_is_told(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = configured(root, tmp_path, "trainer.accelerator=gpu")
+    with pytest.raises(ConfigError, match="no GPU here"):
+        build_trainer(config, DataSource(config.data))
+
+
 def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path) -> None:
     from semseg.metrics import ConfusionMatrix, scores_from
 
@@ -103,7 +117,7 @@ def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path
     data = SegmentationData(source, config, module.net)
     matrix = ConfusionMatrix(source.classes.num_classes)
     module.net.eval()
-    for sample in data.eval_loader():
+    for sample in data.eval_loader("val"):
         image = module.input(sample.scales[0][None])
         with torch.no_grad():
             logits = module.net(image).main

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from conftest import GOLDEN, golden
+from reference import GOLDEN, golden
 from semseg.metrics import ConfusionMatrix, confusion_counts, scores_from
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import golden
+from reference import golden
 from semseg.config import OptimConfig, ScheduleConfig
 from semseg.nets.registry import build_segmenter
 from semseg.optim import build_optimizer, build_schedule, build_scheduler, decay_split, parameter_groups

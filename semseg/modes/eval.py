@@ -52,14 +52,14 @@ def run(config: Config, overrides: list[str]) -> float | None:
         "checkpoint": str(saved.path),
         "data": config.data.name,
         "split": evaluation.split,
-        "images": data.num_eval_images,
+        "images": data.num_images("test"),
         "scales": list(evaluation.scales),
         "flip": evaluation.flip,
         "confusion": matrix.tolist(),  # rows are labels
     }
     files = write_scores(Path(config.run_dir), scores, source.classes, facts)
     console = Console()
-    title = f"{config.data.name} {evaluation.split}, {data.num_eval_images} images, scales {evaluation.scales}"
+    title = f"{config.data.name} {evaluation.split}, {facts['images']} images, scales {evaluation.scales}"
     console.print(score_table(scores, source.classes, title))
     console.print(
         f"checkpoint {saved.path}\nwritten to {' and '.join(map(str, files))}", soft_wrap=True, highlight=False

@@ -46,18 +46,11 @@ def run(config: Config, overrides: list[str]) -> float | None:
         OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")
     console.print(start_table(config, net, len(records)))
     trainer.fit(module, datamodule=data, ckpt_path=resume_path(config, run_dir, console))
-    if not config.trainer.fast_dev_run:
-        save_last(trainer, run_dir)
+    if config.trainer.max_steps > 0 and not config.trainer.fast_dev_run:
+        trainer.save_checkpoint(run_dir / FOLDER / "last.ckpt")  # max_steps may end inside an epoch
     score = best_score(trainer)
     finish(config, overrides, trainer, console, score)
     return score
-
-
-def save_last(trainer: pl.Trainer, run_dir: Path) -> None:
-    """Bring last.ckpt up to date where training ended inside an epoch (trainer.max_steps). Every rank calls it."""
-    steps = [getattr(callback, "_last_global_step_saved", 0) for callback in trainer.checkpoint_callbacks]
-    if trainer.global_step > max(steps, default=0):
-        trainer.save_checkpoint(run_dir / FOLDER / "last.ckpt")
 
 
 def resume_path(config: Config, run_dir: Path, console: Console) -> Path | None:

@@ -1,4 +1,4 @@
-"""A tiny data set and the command line, for runs on several processes."""
+"""A tiny data set, and processes that run the command line on it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from command_line import RUN
 from semseg.data.scenes import make_scenes
-from semseg.launch import CONFIG_DIR
-
-RUN = CONFIG_DIR.parent / "run.py"
-TINY = [
-    "data=scenes", "data.make.num_train=6", "data.make.num_val=7", "data.root=scenes", "data.batch_size=1",
-    "data.short_edges=[32]", "data.max_long_edge=64", "data.num_workers=0", "data.steps_per_epoch=2",
-    "model/encoder=resnet18", "model/decoder=c1", "eval.scales=[32]", "trainer.accelerator=cpu", "trainer.max_epochs=1",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

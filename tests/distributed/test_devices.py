@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.conftest import TINY
+
+from command_line import TINY
 
 Run = Callable[..., str]
 Start = Callable[..., subprocess.Popen[str]]

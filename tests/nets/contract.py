@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import golden
+from reference import golden
 from semseg.nets.features import Decoder
 from semseg.nets.registry import build_decoder, build_encoder
 from semseg.optim import decay_split

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import golden
 from nets.fill import fill_module, image, sampled
+from reference import golden
 from semseg.inference import upsampled_softmax
 from semseg.nets.features import Decoder, Logits
 from semseg.nets.registry import build_decoder, build_encoder
