@@ -41,7 +41,7 @@ def segmentation_loss(logits: Logits, label: Tensor, deepsup_weight: float = 0.4
         total = total + deepsup_weight * _cross_entropy_sum(_fitted(logits.aux, label), label)
     # (N, h, w) -> int64 counts, exact whatever the precision of the logits.
     correct = (main.detach().argmax(1) == label).sum()
-    return Loss(total / _denominator(scored, average), correct, scored)
+    return Loss(total / _denominator(scored.to(total.dtype), average), correct, scored)
 
 
 def _fitted(logits: Tensor, label: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""The supervisor, with ranks that are a few lines of Python: who is named, how fast, with which code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from semseg.config import check
+from semseg.launch import compose_config
+from semseg.supervise import EXTERNAL_LAUNCHERS, FOLDER, num_processes, supervise
+
+WAIT = "time.sleep(60)"
+SPEAK = """
+from semseg.supervise import leave_last_words
+try:
+    raise ValueError("a damaged image")
+except ValueError as error:
+    leave_last_words(error, 1)
+"""
+
+
+def job(tmp_path: Path, rank: int, fault: str, others: str = WAIT) -> int:
+    """Two ranks: `rank` does `fault`, the other one does `others`."""
+    code = f"""
+import os, signal, sys, time
+if int(os.environ["LOCAL_RANK"]) == {rank}:
+{indented(fault)}
+else:
+{indented(others)}
+"""
+    return supervise([sys.executable, "-c", code], 2, tmp_path)
+
+
+def indented(code: str) -> str:
+    return "\n".join("    " + line for line in code.strip().splitlines())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "code", "reason"),
+    [
+        ("os._exit(3)", 3, "ended with exit code 3"),
+        ("sys.exit(7)", 7, "ended with exit code 7"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "killed by signal 9 (SIGKILL)"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143, "killed by signal 15 (SIGTERM)"),
+        (SPEAK + "sys.exit(1)", 1, "ValueError: a damaged image"),
+        (SPEAK + WAIT, 1, "ValueError: a damaged image"),  # it hangs on its way out
+    ],
+)
+def test_the_rank_that_failed_is_named_within_ten_seconds(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], *, rank: int, fault: str, code: int, reason: str
+) -> None:
+    began = time.monotonic()
+    assert job(tmp_path, rank, fault) == code
+    assert time.monotonic() - began < 10
+    block = capfd.readouterr().err.strip().splitlines()[-2:]
+    assert block[0] == f"error: rank {rank} of 2 failed: {reason}"
+    assert block[1].startswith("its log: ")
+
+
+def test_the_first_to_fail_is_named_not_the_one_that_noticed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    late = SPEAK.replace("a damaged image", "Connection closed by peer")
+    job(tmp_path, 1, SPEAK + "sys.exit(1)", "time.sleep(0.3)\n" + late + "sys.exit(1)")
+    assert "rank 1 of 2 failed: ValueError: a damaged image" in capfd.readouterr().err
+
+
+def test_a_killed_rank_is_named_even_if_the_other_spoke_of_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job(tmp_path, 1, "time.sleep(0.5)\nos.kill(os.getpid(), signal.SIGKILL)", SPEAK + WAIT)
+    assert "rank 1 of 2 failed: killed by signal 9" in capfd.readouterr().err
+
+
+def test_all_well_is_zero_and_other_ranks_write_to_their_log(tmp_path: Path) -> None:
+    assert job(tmp_path, 1, "print('hello from one')", "pass") == 0
+    assert (tmp_path / FOLDER / "rank1.log").read_text().strip() == "hello from one"
+
+
+def test_what_a_rank_started_ends_with_it(tmp_path: Path) -> None:
+    fault = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nprint(child.pid, flush=True)\nos._exit(3)"
+    job(tmp_path, 1, fault)
+    child = int((tmp_path / FOLDER / "rank1.log").read_text())
+    time.sleep(0.2)
+    status = Path(f"/proc/{child}/stat")
+    assert not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_supervisor_ends_all(tmp_path: Path, number: signal.Signals) -> None:
+    code = (
+        "import sys; from pathlib import Path; from semseg.supervise import supervise;"
+        f"sys.exit(supervise([sys.executable, '-c', 'import time; time.sleep(60)'], 2, Path({str(tmp_path)!r})))"
+    )
+    root = Path(__file__).resolve().parent.parent
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root)
+    threading.Timer(1.5, process.send_signal, [number]).start()
+    assert process.wait(timeout=15) == 128 + number
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        ([], 1),
+        (["trainer.devices=2"], 2),
+        (["trainer.devices=[0,2,3]"], 3),
+        (["trainer=ddp_cpu"], 2),
+        (["trainer.devices=auto", "trainer.accelerator=cpu"], 1),
+        (["trainer.devices=2", "trainer.strategy=ddp_spawn"], 1),  # Lightning starts those itself
+        (["mode=predict", "ckpt=x", "input=y", "trainer.devices=2"], 1),
+    ],
+)
+def test_a_process_per_device(monkeypatch: pytest.MonkeyPatch, overrides: list[str], count: int) -> None:
+    for name in EXTERNAL_LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    config = check(compose_config(overrides))
+    assert num_processes(config) == count
+    monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun has started the ranks already
+    assert num_processes(config) == 1
+    assert os.environ["LOCAL_RANK"] == "0"
