@@ -229,7 +229,8 @@ def launch(work: Callable[[int, int], Any], world: int) -> list[Any]:
         port = probe.getsockname()[1]
         probe.close()
         mp.spawn(_rank_main, (work, world, port, folder), nprocs=world)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+        with torch.serialization.safe_globals([Trained]):
+            return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def _rank_main(rank: int, work: Callable[[int, int], Any], world: int, port: int, folder: str) -> None:
