@@ -26,8 +26,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(folder: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start a command line in the working directory, without waiting."""
 
-    def start(*words: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def start(
+        *words: str, launcher: tuple[str, ...] = (sys.executable,), variables: dict[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})}
         return subprocess.Popen(
             [*launcher, str(RUN), *words],
             cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -107,6 +107,23 @@ def test_two_torchruns_play_two_nodes(start: Start, folder: Path) -> None:
     assert len(list(folder.glob("nodes/**/.hydra/config.yaml"))) == 1
 
 
+def test_slurm_starts_the_ranks_itself(start: Start, folder: Path) -> None:
+    shared = {
+        "SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    ranks = [
+        start(*TINY, "trainer.devices=2", "runs_dir=slurm",
+              variables={**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert [path.name for path in (folder / "slurm").iterdir()] == ["slurm_4242"]
+    assert len(list(folder.glob("slurm/**/.hydra/config.yaml"))) == 1
+    assert len(list(folder.glob("slurm/**/last.ckpt"))) == 1
+
+
 def test_a_sweep_runs_each_job_once_on_its_own_ranks(run: Run, folder: Path) -> None:
     run("-m", *TINY, "optim.lr=0.01,0.02", "trainer.devices=2", "runs_dir=sweep")
     results = sorted(folder.glob("sweep/**/result.json"))
