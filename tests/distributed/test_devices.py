@@ -159,7 +159,7 @@ def rank_processes(supervisor: int) -> list[int]:
 def wait_for_steps(run_dir: Path, process: subprocess.Popen[str]) -> None:
     """Until training is under way."""
     deadline = time.monotonic() + 120
-    log = run_dir / "logs/csv/metrics.csv"
+    log = run_dir / "logs/version_0/metrics.csv"
     while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)

@@ -58,11 +58,11 @@ def test_training_leaves_a_whole_run_folder(folder: Path) -> None:
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "config.yaml",
-        "logs/csv/metrics.csv",
+        "logs/version_0/metrics.csv",
         "result.json",
     ):
         assert (run / name).is_file(), name
-    rows = list(csv.DictReader((run / "logs/csv/metrics.csv").open()))
+    rows = list(csv.DictReader((run / "logs/version_0/metrics.csv").open()))
     columns = {name for row in rows for name, value in row.items() if value}
     assert {"train/loss", "train/accuracy", "val/miou", "val/pixel_accuracy"} <= columns
     assert any(name.startswith("lr-") for name in columns)
@@ -147,6 +147,9 @@ def test_training_goes_on_where_it_stopped(folder: Path) -> None:
     content = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["epoch"] == 2
     assert content["global_step"] == 9  # 3 epochs of 3 steps
+    logs = [list(csv.DictReader((folder / f"run/logs/version_{n}/metrics.csv").open())) for n in (0, 1)]
+    steps = [{int(row["step"]) for row in log if row["train/loss"]} for log in logs]
+    assert steps == [set(range(6)), {6, 7, 8}]  # nothing of the first part is lost
 
 
 @pytest.mark.parametrize(
