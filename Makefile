@@ -1,7 +1,7 @@
 # make demo    install, then train, evaluate and predict on drawn scenes (minutes on two CPU cores)
 # make test    install, then the tests
 # make check   formatting, lint and types
-# make lock    write constraints.txt from what is installed and passes
+# make lock    write constraints.txt from what is installed, extras included
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,6 +34,7 @@ format: $(VENV)/.installed-dev
 
 # Names and versions only: no hosts, no hashes of one platform's files.
 lock: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --editable ".[dev,tb]"
 	$(BIN)/python -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' > constraints.new
 	mv constraints.new constraints.txt
 
