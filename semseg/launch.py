@@ -131,7 +131,8 @@ def run_in_own_process(overrides: list[str], run_dir: Path) -> float:
         log.error("job failed with exit code %d: %s", finished.returncode, " ".join(overrides))
         return float("nan")
     result = run_dir / RESULT_FILE
-    return float(json.loads(result.read_text())["score"]) if result.is_file() else float("nan")
+    score = json.loads(result.read_text())["score"] if result.is_file() else None
+    return float("nan") if score is None else float(score)  # no validation, no score
 
 
 def compose_config(overrides: list[str]) -> DictConfig:

@@ -120,12 +120,8 @@ def targets(images: list[Path], root: Path, folder: Path) -> dict[Path, Path]:
     base = root if root.is_dir() else root.parent
     places = {image: image.relative_to(base) for image in images}
     stems = Counter(place.with_suffix("") for place in places.values())
-    return {
-        image: folder
-        / (
-            place.with_suffix("")
-            if stems[place.with_suffix("")] == 1
-            else place.with_name(place.name.replace(".", "_"))
-        )
-        for image, place in places.items()
-    }
+    found = {}
+    for image, place in places.items():
+        is_alone = stems[place.with_suffix("")] == 1
+        found[image] = folder / (place.with_suffix("") if is_alone else place.with_name(place.name.replace(".", "_")))
+    return found
