@@ -1,0 +1,250 @@
+"""How checkpoint files reach the disk, so that a kill, a full disk or a crash never costs the one before.
+
+A checkpoint is streamed into a temporary file in its own folder, synced, read back, and only then renamed over the old
+one: whatever happens, `last.ckpt` and `best.ckpt` are whole files. The price is room for one more checkpoint, and one
+read of the file. What a killed process leaves is a temporary file, which the next start removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import socket
+import time
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins import CheckpointIO
+from torch import Tensor
+
+from semseg.checkpoint import first_line, load_plain
+from semseg.errors import CheckpointError
+from semseg.run_lock import is_running
+
+TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)@(?P<host>.+)\.tmp")
+# No save takes as long: a temporary file untouched for a day is nobody's, whatever host its process is on.
+ABANDONED_SECONDS = 24 * 3600
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's CheckpointIO for local paths: `Trainer(plugins=[AtomicCheckpointIO()])`."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write `checkpoint` to `path`, whole or not at all.
+
+        Takes no more memory than the largest tensor that is not on the CPU. The file is read once more before it
+        replaces the old one (about 1 s per GB, from the page cache), so that what is kept can be loaded.
+
+        Raises:
+            CheckpointError: if it cannot be written, or not be loaded with weights_only=True; the file that was at
+                `path` is untouched.
+            TypeError: if storage options are given; there are none.
+        """
+        if storage_options is not None:
+            raise TypeError("AtomicCheckpointIO has no storage options")
+        target = _local(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _replace(target, checkpoint)
+        except OSError as error:
+            raise CheckpointError(_why_not_saved(error, target, checkpoint)) from error
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read tensors and plain containers, tensors on the CPU, whatever the file says: always weights_only=True.
+
+        Raises:
+            CheckpointError: if the file is missing, damaged, holds code, or is no dict, or if `path` is a URL.
+            ValueError: if the caller asks for weights_only=False or for another device.
+        """
+        if weights_only is False or str(map_location or "cpu") != "cpu":
+            raise ValueError("AtomicCheckpointIO loads with weights_only=True, onto the CPU")
+        return load_plain(_local(path))
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Delete one checkpoint file; nothing happens if it is not there.
+
+        Raises:
+            CheckpointError: if it is a folder.
+        """
+        target = _local(path)
+        if target.is_dir():
+            raise CheckpointError(f"{target}: is a folder, so it is not deleted as a checkpoint.")
+        target.unlink(missing_ok=True)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint for which a NaN is never the best; Lightning takes one if it comes first."""
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        is_better = super().check_monitor_top_k(trainer, current)  # first: the ranks may talk in there
+        return is_better and current is not None and not bool(torch.isnan(current))
+
+
+class Damaged(NamedTuple):
+    """A checkpoint that cannot be used."""
+
+    path: Path
+    reason: str
+
+
+class Newest(NamedTuple):
+    """What `newest_intact` found."""
+
+    path: Path | None  # None: no checkpoint of the folder is intact
+    passed_over: list[Damaged]  # newer ones, the newest first
+
+
+def newest_intact(folder: Path) -> Newest:
+    """The checkpoint of a folder that was written last and is intact, and the damaged ones that are newer."""
+    passed_over = []
+    for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        reason = damage(path)
+        if reason is None:
+            return Newest(path, passed_over)
+        passed_over.append(Damaged(path, reason))
+    return Newest(None, passed_over)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, in words, or None if it is intact.
+
+    Reads the whole file, a megabyte at a time, and compares every tensor with its checksum; then reads the structure
+    without the tensors, as weights_only=True allows. Knows the files of torch.save since torch 1.6, with checksums.
+    """
+    if not path.is_file():
+        return "there is no such file"
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start:
+        return "the file is empty"
+    if not start.startswith(b"PK\x03\x04"):
+        return f"not a checkpoint: it begins with {start!r}"
+    try:
+        return _damage_inside(path)
+    except zipfile.BadZipFile as error:
+        return f"cut short or damaged at {path.stat().st_size} bytes ({first_line(error)})"
+    except Exception as error:  # whatever a flipped bit makes of a length, a method or a name
+        return f"damaged ({first_line(error)})"
+
+
+def _damage_inside(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        return f"damaged: {broken} in it does not match its checksum"
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if foreign:
+        return f"holds more than tensors and plain containers: {', '.join(sorted(foreign))}"
+    content = torch.load(path, map_location="meta", weights_only=True)
+    return None if isinstance(content, dict) else f"holds a {type(content).__name__}, not a dict"
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete the temporary files of processes that were killed while saving; returns what it deleted.
+
+    Call it before the first save. A file of this host goes if its process no longer runs. Whether a process of another
+    host runs cannot be told, so its file goes when it has not been touched for a day.
+    """
+    leftovers = [path for path in folder.glob(".*.tmp") if _is_leftover(path)]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return leftovers
+
+
+def _is_leftover(path: Path) -> bool:
+    name = TEMPORARY.fullmatch(path.name)
+    if name is None:
+        return False
+    if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+        return True
+    pid = int(name["pid"])
+    # A file with our own id is that of an earlier process: ids start afresh in every container.
+    return name["host"] == socket.gethostname() and (pid == os.getpid() or not is_running(pid))
+
+
+def needed_bytes(checkpoint: Any) -> int:
+    """Bytes of all tensors in nested containers, shared memory counted once: what a file of them takes at least."""
+    storages: dict[tuple[str, int], int] = {}
+    waiting = [checkpoint]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            storage = value.untyped_storage()  # a view is saved with all of the memory that it looks at
+            storages[str(storage.device), storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple | set):
+            waiting.extend(value)
+    return sum(storages.values())
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    if URL.match(os.fspath(path)):
+        raise CheckpointError(f"{path}: checkpoints are local files, not URLs. Download it first and give the file.")
+    return Path(path)
+
+
+def _replace(target: Path, checkpoint: dict[str, Any]) -> None:
+    """Put a file with `checkpoint` in the place of `target`."""
+    disk = shutil.disk_usage(target.parent)
+    if disk.total and disk.free < needed_bytes(checkpoint):  # some file systems report no size at all
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}@{socket.gethostname()}.tmp")
+    try:
+        _write(temporary, checkpoint)
+        reason = damage(temporary)
+        if reason is not None:
+            raise CheckpointError(f"{target}: not replaced, because the new file is of no use: {reason}.")
+        temporary.replace(target)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # after a failure; else the rename took it away
+    _sync_folder(target.parent)
+
+
+def _write(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Stream `checkpoint` into a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            # After a failed write, torch's zip writer fails again when it closes and hides the reason.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # not every network file system syncs folders; the file itself is on the disk
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _why_not_saved(error: OSError, target: Path, checkpoint: dict[str, Any]) -> str:
+    if error.errno not in DISK_FULL:
+        return f"{target}: the checkpoint cannot be written ({error.strerror}). What was there before is untouched."
+    needed, free = needed_bytes(checkpoint), shutil.disk_usage(target.parent).free
+    return (
+        f"{target}: the checkpoint cannot be written ({error.strerror}). It needs {needed} bytes "
+        f"({needed / 1e6:.1f} MB) beside what is there, and {free} ({free / 1e6:.1f} MB) are free. "
+        "What was there before is untouched. Make room or raise the quota, then go on with resume=auto."
+    )
