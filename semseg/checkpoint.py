@@ -1,4 +1,4 @@
-"""Our checkpoint format, and where checkpoints are found.
+"""Our checkpoint formats, and where checkpoints are found.
 
 A checkpoint is a Lightning file with one more entry, FORMAT_KEY: plain dicts, lists and numbers that
 say how to build the network again, so that evaluation and prediction need nothing else. Everything
@@ -7,77 +7,185 @@ loads with weights_only=True; nothing in a file can name code to run.
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from semseg.config import Config, as_plain, check
 from semseg.data.classes import ClassTable
+from semseg.data.convention import InputConvention
 from semseg.errors import CheckpointError, ConfigError
+from semseg.files import replacing
 
 FORMAT_KEY = "semseg"
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"  # inside a run folder
+SAFETENSORS = ".safetensors"
 NET_PREFIX = "net."  # of the network's weights in the Lightning state dict
 
 
 class SavedNetwork(NamedTuple):
-    """What a checkpoint holds."""
+    """A network with everything that is needed to build and use it again."""
 
-    path: Path
-    weights: dict[str, Tensor]  # encoder.* and decoder.*
+    source: str  # the file or files it came from, for messages
+    weights: dict[str, Tensor]  # encoder.* and decoder.*, on the CPU
     config: Config  # of the run that wrote it
     classes: ClassTable
-    epoch: int
-    step: int
+    convention: InputConvention  # how pixel values enter the network
+    epoch: int = 0
+    step: int = 0
+    note: str = ""  # what the files were taken for, where they do not say it themselves
 
 
-def describe(config: Config, classes: ClassTable) -> dict[str, Any]:
+def describe(config: Config, classes: ClassTable, convention: InputConvention) -> dict[str, Any]:
     """The entry FORMAT_KEY of a checkpoint: plain data only."""
     return {
         "format": FORMAT_VERSION,
         "config": as_plain(config),
-        "classes": {"names": list(classes.names), "palette": [list(colour) for colour in classes.palette]},
+        "classes": classes.as_plain(),
+        "convention": convention.as_plain(),
     }
 
 
 def read_checkpoint(path: Path) -> SavedNetwork:
-    """Read one of our checkpoints, weights on the CPU.
+    """Read a checkpoint of ours: a .ckpt, or a .safetensors with its .json beside it.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, or not one of ours.
+        CheckpointError: if a file is missing, damaged, or not one of ours.
     """
-    content = load_plain(path)
+    return read_safetensors(path) if path.suffix == SAFETENSORS else read_ckpt(path)
+
+
+def read_ckpt(path: Path) -> SavedNetwork:
+    """Read a Lightning checkpoint with our entry; see `read_checkpoint`."""
+    return network_of(path, load_plain(path))
+
+
+def network_of(path: Path, content: dict[str, Any]) -> SavedNetwork:
+    """The network in the content of a Lightning checkpoint; see `read_checkpoint`."""
     entry = content.get(FORMAT_KEY)
     if not isinstance(entry, dict) or "state_dict" not in content:
         found = ", ".join(list(map(str, content))[:4])
         raise CheckpointError(f"{path}: not a checkpoint of semseg (it holds {found}, ...).")
-    if entry.get("format") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format {entry.get('format')}, this version of semseg reads format {FORMAT_VERSION}."
-        )
     weights = {
         name.removeprefix(NET_PREFIX): tensor
         for name, tensor in content["state_dict"].items()
         if name.startswith(NET_PREFIX)
     }
-    names, palette = entry["classes"]["names"], entry["classes"]["palette"]
+    return from_entry(path, entry, weights, int(content.get("epoch", 0)), int(content.get("global_step", 0)))
+
+
+def read_safetensors(path: Path) -> SavedNetwork:
+    """Read weights in safetensors and their description in JSON; see `read_checkpoint`."""
+    weights = load_tensors(path)
+    description = path.with_suffix(".json")
+    try:
+        entry = json.loads(description.read_text(encoding="utf-8"))
+        epoch, step, order = int(entry["epoch"]), int(entry["step"]), [str(name) for name in entry["order"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{description}: the description of {path.name} cannot be read ({first_line(error)}). "
+            "Both files are written together by mode=convert."
+        ) from None
+    if set(order) != set(weights):
+        raise CheckpointError(f"{description}: names other weights than those in {path.name}.")
+    return from_entry(path, entry, {name: weights[name] for name in order}, epoch, step)
+
+
+def from_entry(path: Path, entry: dict[str, Any], weights: dict[str, Tensor], epoch: int, step: int) -> SavedNetwork:
+    """A network from the description that `describe` made.
+
+    Raises:
+        CheckpointError: for another format, or a configuration that this version does not know.
+    """
+    if entry.get("format") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format {entry.get('format')}, this version of semseg reads format {FORMAT_VERSION}."
+        )
     try:
         config = check(DictConfig(OmegaConf.create(entry["config"])))
     except ConfigError as error:
         raise CheckpointError(f"{path}: its saved configuration does not fit this version: {error}") from None
     return SavedNetwork(
-        path=path,
+        source=str(path),
         weights=weights,
         config=config,
-        classes=ClassTable(tuple(names), tuple((r, g, b) for r, g, b in palette)),
-        epoch=int(content.get("epoch", 0)),
-        step=int(content.get("global_step", 0)),
+        classes=ClassTable.from_plain(entry["classes"]),
+        convention=InputConvention.from_plain(entry["convention"]),
+        epoch=epoch,
+        step=step,
     )
+
+
+def write_ckpt(path: Path, saved: SavedNetwork) -> None:
+    """Write the network, without optimiser, as a checkpoint for every mode and for init_from."""
+    content = {
+        "epoch": saved.epoch,
+        "global_step": saved.step,
+        "state_dict": {NET_PREFIX + name: detached(value) for name, value in saved.weights.items()},
+        # Through JSON: equal content gives equal bytes, whatever objects it was made of.
+        FORMAT_KEY: json.loads(json.dumps(describe(saved.config, saved.classes, saved.convention))),
+    }
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+
+
+def write_safetensors(path: Path, saved: SavedNetwork) -> list[Path]:
+    """Write the weights as `path` and what belongs to them as JSON beside it; returns both files."""
+    with replacing(path) as temporary:
+        save_file({name: detached(value) for name, value in saved.weights.items()}, temporary)
+    entry = describe(saved.config, saved.classes, saved.convention)
+    # safetensors sorts by type and name; the order of the layers is kept here.
+    entry |= {"epoch": saved.epoch, "step": saved.step, "order": list(saved.weights)}
+    description = path.with_suffix(".json")
+    with replacing(description) as temporary:
+        temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+    return [path, description]
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """A copy with memory of its own: what is saved holds these numbers and nothing else."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file, .safetensors or anything torch.load opens, by their names in it.
+
+    A `state_dict` inside the file is opened, and the prefix of DataParallel is taken off.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or holds no tensors.
+    """
+    if path.suffix == SAFETENSORS:
+        return load_tensors(path)
+    content = load_plain(path)
+    content = content.get("state_dict", content)
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no weights (it holds {', '.join(map(str, list(content)[:4]))}, ...).")
+    is_wrapped = all(name.startswith("module.") for name in tensors)
+    return {name.removeprefix("module."): value for name, value in tensors.items()} if is_wrapped else tensors
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: a damaged safetensors file ({first_line(error)}).") from None
 
 
 def load_plain(path: Path) -> dict[str, Any]:
@@ -106,10 +214,10 @@ def first_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def find_checkpoint(spec: str, runs_dir: Path) -> Path:
+def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best", "last")) -> Path:
     """The file that `ckpt=` means: a file, a run folder, or last / best of the newest run.
 
-    A run folder means its best checkpoint, or its last one if there is no best.
+    A run folder means the checkpoint of the first name in `prefer` that is there.
 
     Raises:
         CheckpointError: if there is none; it lists what is there.
@@ -124,10 +232,10 @@ def find_checkpoint(spec: str, runs_dir: Path) -> Path:
             )
         return found
     if path.is_dir():
-        for name in ("best.ckpt", "last.ckpt"):
+        for name in prefer:
             for folder in (path / FOLDER, path):
-                if (folder / name).is_file():
-                    return folder / name
+                if (folder / f"{name}.ckpt").is_file():
+                    return folder / f"{name}.ckpt"
         raise CheckpointError(f"ckpt={spec}: no best.ckpt or last.ckpt in this folder{listing(path)}.")
     if not path.is_file():
         raise CheckpointError(f"ckpt={spec}: there is no such file{listing(path.parent)}.")

@@ -14,7 +14,7 @@ from semseg.errors import CheckpointError, ConfigError
 from semseg.launch import compose_config
 
 CLASSES = ClassTable.generated(["sky", "road"])
-SMALL = ["data=scenes", "model/encoder=resnet18", "model/decoder=c1", "eval.scales=[64]"]
+SMALL = ["data=scenes", "model/encoder=resnet18", "model.encoder.weights=none", "model/decoder=c1", "eval.scales=[64]"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def saved_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "checkpoints" / "best.ckpt"
     path.parent.mkdir()
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
-    torch.save({"state_dict": weights, "epoch": 3, "global_step": 7, FORMAT_KEY: describe(config, CLASSES)}, path)
+    torch.save({"state_dict": weights, "epoch": 3, "global_step": 7, FORMAT_KEY: describe(config, CLASSES, net.convention)}, path)
     return path
 
 

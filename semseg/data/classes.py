@@ -7,10 +7,10 @@ A label file holds raw ids; the network, the loss and the scores know class indi
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,15 @@ class ClassTable(NamedTuple):
         if not found or indices[0] not in (0, 1) or indices != list(range(indices[0], indices[0] + len(found))):
             raise DataError(f"{path}: indices must be 0, 1, 2, ... or 1, 2, 3, ... without gaps or repeats: {indices}.")
         return cls(tuple(name for _, name, _ in found), tuple(colour for _, _, colour in found))
+
+    def as_plain(self) -> dict[str, list[Any]]:
+        """Words, numbers and lists only, for checkpoints and JSON."""
+        return {"names": list(self.names), "palette": [list(colour) for colour in self.palette]}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> ClassTable:
+        """The inverse of `as_plain`."""
+        return cls(tuple(plain["names"]), tuple((r, g, b) for r, g, b in plain["palette"]))
 
     @classmethod
     def generated(cls, names: Sequence[str]) -> ClassTable:

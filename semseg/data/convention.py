@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class InputConvention(NamedTuple):
@@ -13,6 +14,15 @@ class InputConvention(NamedTuple):
     mean: tuple[float, float, float]  # in channel_order
     std: tuple[float, float, float]  # in channel_order
     antialias: bool  # whether evaluation resizes with antialiasing (training always does)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Words, numbers and lists only, for checkpoints and JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self._asdict().items()}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> InputConvention:
+        """The inverse of `as_plain`."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
 
 
 CONVENTIONS: dict[str, InputConvention] = {

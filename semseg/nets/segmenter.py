@@ -14,6 +14,9 @@ class Segmenter(nn.Module):
         encoder: gives the maps.
         decoder: built with the encoder's channels.
         num_classes: of the logits.
+
+    Attributes:
+        convention: how pixel values enter it; bound to the weights it has or starts from.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, num_classes: int) -> None:
@@ -21,11 +24,12 @@ class Segmenter(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.num_classes = num_classes
+        self.convention = encoder.convention
 
     @property
     def size_divisor(self) -> int:
-        """Height and width of an image must be multiples of it: the deepest map has whole pixels."""
-        return max(self.encoder.strides)
+        """Height and width of an image must be multiples of it."""
+        return self.encoder.size_divisor
 
     @property
     def label_stride(self) -> int:

@@ -1,0 +1,67 @@
+"""mode=convert: the same weights in another format; nothing is trained, nothing is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from semseg.build import find_network, restore_net, tell
+from semseg.checkpoint import SAFETENSORS, SavedNetwork, detached, write_ckpt, write_safetensors
+from semseg.config import Config
+from semseg.errors import ConfigError
+from semseg.files import replacing
+
+
+def run(config: Config, overrides: list[str]) -> None:
+    """Write the network of `ckpt` to `output`: a .ckpt, a .safetensors with its .json, or a folder of published files.
+
+    Tensors keep their bytes, types and order, so that converting back gives the same file again.
+
+    Raises:
+        SemsegError: for anything the user can mend; nothing is written then.
+    """
+    assert config.ckpt is not None and config.output is not None, "config.check asks for both"
+    saved = find_network(config.ckpt, config, overrides)
+    tell(saved.note)
+    restore_net(saved)  # what does not fit its own description is told before anything is written
+    output = Path(config.output).expanduser()
+    for path in write(output, saved):
+        print(f"written {path}")
+
+
+def write(output: Path, saved: SavedNetwork) -> list[Path]:
+    """Write `saved` in the format that the name `output` asks for; returns the files.
+
+    Raises:
+        ConfigError: for another suffix, or a folder's name that belongs to a file.
+    """
+    if output.suffix == ".ckpt":
+        write_ckpt(output, saved)
+        return [output]
+    if output.suffix == SAFETENSORS:
+        return write_safetensors(output, saved)
+    if output.suffix or output.is_file():
+        raise ConfigError(f"output={output}: must end in .ckpt or {SAFETENSORS}, or be a folder.")
+    return write_published(output, saved)
+
+
+def write_published(folder: Path, saved: SavedNetwork) -> list[Path]:
+    """Write encoder_epoch_N.pth and decoder_epoch_N.pth: two flat state dicts, as the published code saves them."""
+    files = []
+    for part in ("encoder", "decoder"):
+        weights = {
+            name.removeprefix(f"{part}."): detached(value)
+            for name, value in saved.weights.items()
+            if name.startswith(f"{part}.")
+        }
+        files.append(save_plain(folder / f"{part}_epoch_{saved.epoch}.pth", weights))
+    return files
+
+
+def save_plain(path: Path, weights: dict[str, Tensor]) -> Path:
+    """torch.save of a flat state dict, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(weights, file)
+    return path

@@ -1,0 +1,83 @@
+"""The published segmentation networks of 2018 and 2020: what they are called and where they lie. No torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from semseg.errors import CheckpointError, nearest
+
+ROOT = "http://sceneparsing.csail.mit.edu/model/pytorch"
+PREFIX = "zoo:"
+
+
+class Release(NamedTuple):
+    """What the files of one release have in common."""
+
+    year: int
+    convention: str  # a name of CONVENTIONS
+
+
+RELEASES = {2018: Release(2018, "bgr_mean"), 2020: Release(2020, "rgb_mean_std")}
+
+
+class Published(NamedTuple):
+    """One published network: two files in one folder of the server."""
+
+    name: str  # as our configuration calls it
+    folder: str
+    epoch: int
+    release: Release
+
+    def urls(self) -> tuple[str, str]:
+        """Of the encoder's and the decoder's file."""
+        encoder, decoder = (f"{ROOT}/{self.folder}/{part}_epoch_{self.epoch}.pth" for part in ("encoder", "decoder"))
+        return encoder, decoder
+
+
+ZOO = {
+    network.name: network
+    for network in (
+        Published("mobilenetv2_dilated8_c1_deepsup", "ade20k-mobilenetv2dilated-c1_deepsup", 20, RELEASES[2020]),
+        Published("resnet18_dilated8_ppm_deepsup", "ade20k-resnet18dilated-ppm_deepsup", 20, RELEASES[2020]),
+        Published("resnet50_dilated8_ppm_deepsup", "ade20k-resnet50dilated-ppm_deepsup", 20, RELEASES[2020]),
+        Published("resnet101_dilated8_ppm_deepsup", "ade20k-resnet101dilated-ppm_deepsup", 25, RELEASES[2020]),
+        Published("upernet50", "ade20k-resnet50-upernet", 30, RELEASES[2020]),
+        Published("upernet101", "ade20k-resnet101-upernet", 50, RELEASES[2020]),
+        Published("hrnetv2_c1", "ade20k-hrnetv2-c1", 30, RELEASES[2020]),
+        # The same network was released in both years; this one by the name it had then.
+        Published(
+            "resnet50_dilated8_ppm_bilinear_deepsup",
+            "baseline-resnet50_dilated8-ppm_bilinear_deepsup",
+            20,
+            RELEASES[2018],
+        ),
+    )
+}
+
+
+def published(spec: str) -> Published:
+    """The entry that `zoo:<name>` means; the folder's name on the server will do as well.
+
+    Raises:
+        CheckpointError: for another name, with the nearest one and all.
+
+    >>> published("zoo:upernet50").urls()[0]
+    'http://sceneparsing.csail.mit.edu/model/pytorch/ade20k-resnet50-upernet/encoder_epoch_30.pth'
+    """
+    name = spec.removeprefix(PREFIX)
+    by_name = ZOO | {network.folder: network for network in ZOO.values()}
+    if name in by_name:
+        return by_name[name]
+    meant = nearest(name, by_name)
+    hint = f" Did you mean {PREFIX}{meant}?" if meant else ""
+    raise CheckpointError(f"{spec}: not in the zoo.{hint} Valid: {', '.join(ZOO)}.")
+
+
+def release_of_folder(name: str) -> Release | None:
+    """The release whose habit of naming a folder follows: baseline-... 2018, ade20k-... 2020.
+
+    >>> release_of_folder("ade20k-resnet50-upernet").year
+    2020
+    """
+    years = {"baseline-": 2018, "ade20k-": 2020}
+    return next((RELEASES[year] for start, year in years.items() if name.startswith(start)), None)
