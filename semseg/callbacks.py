@@ -9,22 +9,55 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
+from pytorch_lightning.callbacks import Callback, ProgressBar
 
 from semseg.checkpoint import FOLDER
+from semseg.checkpoint_io import BestCheckpoint
 from semseg.collate import Batch
+from semseg.config import CheckpointConfig
+from semseg.saving import Saver
 
 MONITOR = "val/miou"
 
 
-def checkpoints(run_dir: Path, *, has_val: bool) -> list[Callback]:
-    """last.ckpt after every epoch, and best.ckpt by mean IoU if there is validation."""
-    folder = run_dir / FOLDER
-    last = ModelCheckpoint(
-        folder, "last", every_n_epochs=1, save_on_train_epoch_end=not has_val, enable_version_counter=False
-    )
-    best = ModelCheckpoint(folder, "best", monitor=MONITOR, mode="max", save_top_k=1, enable_version_counter=False)
-    return [last, best] if has_val else [last]
+def checkpoints(run_dir: Path, config: CheckpointConfig, *, has_val: bool) -> list[Callback]:
+    """best.ckpt by mean IoU if there is validation, and last.ckpt, which therefore knows the best score."""
+    last = Saver(run_dir, config)
+    if not has_val:
+        return [last]
+    best = BestCheckpoint(
+        run_dir / FOLDER, "best", monitor=MONITOR, mode="max", save_top_k=1,
+        enable_version_counter=False, save_on_train_epoch_end=False,
+    )  # fmt: skip
+    return [best, last]
+
+
+class LogSteps(Callback):
+    """Loss, accuracy and learning rates of every `trainer.log_every_n_steps`-th step, to all loggers.
+
+    Lightning logs a step after its checkpoints are written: a run that goes on from one would lack that step.
+    """
+
+    def __init__(self) -> None:
+        self._rates: dict[str, float] = {}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        # Now, since the schedule has moved on when the step ends. Groups without decay have the rate of their part.
+        groups = trainer.optimizers[0].param_groups
+        self._rates = {f"lr/{group['name'].removesuffix('_no_decay')}": group["lr"] for group in groups}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        step = trainer.global_step  # counted after it was taken
+        is_taken = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
+        if not is_taken or step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        values = {name: float(trainer.callback_metrics[name]) for name in ("train/loss", "train/accuracy")}
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, **self._rates, "epoch": trainer.current_epoch}, step - 1)
 
 
 class PlainProgress(ProgressBar):

@@ -15,3 +15,8 @@ def generator_for(seed: int, *position: int) -> np.random.Generator:
     True
     """
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=position)))
+
+
+def number_for(seed: int, *position: int) -> int:
+    """A 63-bit number that depends on `seed` and `position` (all >= 0) alone: a seed for other generators."""
+    return int(generator_for(seed, *position).integers(2**63))

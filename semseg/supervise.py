@@ -22,12 +22,14 @@ from types import FrameType
 from typing import NamedTuple
 
 from semseg.config import Config
+from semseg.errors import STOPPED_CODES
 
 FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and last words of ranks that raised
 SUPERVISOR = "SEMSEG_SUPERVISOR"  # process id, in the environment of every rank
 LAST_WORDS = "SEMSEG_LAST_WORDS"  # file, likewise
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 3.0  # between asking a rank to end and ending it
+STOP_SECONDS = 30.0  # for ranks that were asked to stop: they write a checkpoint first
 # Environment variables by which somebody else says that it starts the ranks.
 EXTERNAL_LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 OWN_LAUNCH = ("ddp", "auto", "fsdp")  # strategies, by the start of their name, whose ranks are scripts of their own
@@ -79,7 +81,14 @@ def supervise(command: Sequence[str], processes: int, run_dir: Path) -> int:
     received: list[int] = []
     with _handlers(received.append):
         failure = _watch(ranks, folder, received)
+        if failure is None and received:
+            _pass_on(ranks, received)
+        if failure is not None and any(rank.returncode in STOPPED_CODES for rank in ranks):
+            _wait(ranks, STOP_SECONDS)  # one rank got the signal, all of them stop at the same step
         _end(ranks)
+    stopped = [rank.returncode for rank in ranks if rank.returncode in STOPPED_CODES]
+    if stopped and len(stopped) == len(ranks):
+        return stopped[0]
     if failure is not None:
         sys.stdout.flush()
         print(
@@ -147,14 +156,28 @@ def _first_failure(codes: list[int | None], folder: Path) -> Failure:
     return Failure(rank, text.strip().splitlines()[-1], _where(folder, rank), int(exit_code))
 
 
+def _pass_on(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> None:
+    """Give the ranks the signal that this process got, and time to stop in good order; a second one ends that."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(received[0])
+    deadline = time.monotonic() + STOP_SECONDS
+    while len(received) == 1 and any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
     """End every rank that still runs, and whatever it has started."""
     for rank in ranks:
         if rank.poll() is None:
             rank.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
+    _wait(ranks, GRACE_SECONDS)
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(rank.pid, signal.SIGKILL)  # its session: data loading workers too
@@ -163,12 +186,12 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 @contextlib.contextmanager
 def _handlers(tell: Callable[[int], None]):
-    """While inside, SIGTERM and SIGINT end the job instead of this process alone."""
+    """While inside, signals that ask to stop are for the job instead of this process alone."""
 
     def note(number: int, frame: FrameType | None) -> None:
         tell(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield
     finally:

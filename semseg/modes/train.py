@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +14,14 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from semseg.build import build_net, build_trainer
-from semseg.checkpoint import FOLDER
+from semseg import zoo
+from semseg.build import build_net, build_trainer, find_network, tell, without_weights
+from semseg.checkpoint import FOLDER, SavedNetwork, find_checkpoint
+from semseg.checkpoint_io import damage, newest_intact, remove_leftovers
 from semseg.config import Config, as_plain
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
@@ -24,6 +29,13 @@ from semseg.errors import CheckpointError
 from semseg.launch import RESULT_FILE
 from semseg.lit_module import SegmentationModule
 from semseg.nets.segmenter import Segmenter
+from semseg.published import find_files
+from semseg.resume import RunState, check_same_run, read_run_state
+from semseg.run_lock import RunLock
+from semseg.stopping import StoppedError
+from semseg.weights import start_from
+
+NETWORK_KEYS = ("model/", "model.encoder", "model.decoder")
 
 
 def run(config: Config, overrides: list[str]) -> float | None:
@@ -33,19 +45,44 @@ def run(config: Config, overrides: list[str]) -> float | None:
         SemsegError: for anything the user can mend.
     """
     source = DataSource(config.data)
-    records = source.records("train")  # missing files are told before anything slow happens
+    source.records("train")  # missing files are told before anything slow happens
+    config = with_meaning_of_ckpt(config)
+    saved = find_network(config.init_from, config, overrides) if config.init_from else None
+    if saved is not None and not sets_network(overrides):
+        config = replace(config, model=saved.config.model)
+    with locked(Path(config.run_dir)):
+        state = state_to_resume(config)
+        if state is not None and state.is_finished(config.trainer.max_epochs):
+            tell(f"already finished at epoch {state.epoch}; raise trainer.max_epochs to continue")
+            return score_of(Path(config.run_dir))
+        return train(config, overrides, source, saved, state)
+
+
+def train(
+    config: Config, overrides: list[str], source: DataSource, saved: SavedNetwork | None, state: RunState | None
+) -> float | None:
+    """Fit from the start, from the weights `saved`, or from where a run is; returns the best score."""
+    run_dir = Path(config.run_dir)
     pl.seed_everything(config.seed, verbose=False)
-    net = build_net(config.model, source.classes.num_classes)
+    has_weights = saved is not None or state is not None
+    model = without_weights(config.model) if has_weights else config.model
+    net = build_net(model, source.classes.num_classes, config.download)
     trainer = build_trainer(config, source)
+    console = Console(quiet=not trainer.is_global_zero)
+    if trainer.is_global_zero:
+        OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")
+    console.print(start_table(config, net, len(source.records("train"))))
+    if saved is not None and state is None:
+        tell(saved.note)
+        console.print(start_from(net, saved).table(saved.source))
+        if config.model.convention == "auto":
+            net.convention = saved.convention
     data = SegmentationData(source, config, net)
     module = SegmentationModule(net, config, source.classes)
-    console = Console(quiet=not trainer.is_global_zero)
-    run_dir = Path(config.run_dir)
-    if trainer.is_global_zero:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")
-    console.print(start_table(config, net, len(records)))
-    trainer.fit(module, datamodule=data, ckpt_path=resume_path(config, run_dir, console))
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=state.path if state else None, weights_only=True)
+    except StoppedError as stopped:
+        raise StoppedError(f"{stopped} To go on: {command_to_go_on(config, overrides)}", stopped.exit_code) from None
     if config.trainer.max_steps > 0 and not config.trainer.fast_dev_run:
         trainer.save_checkpoint(run_dir / FOLDER / "last.ckpt")  # max_steps may end inside an epoch
     score = best_score(trainer)
@@ -53,7 +90,65 @@ def run(config: Config, overrides: list[str]) -> float | None:
     return score
 
 
-def resume_path(config: Config, run_dir: Path, console: Console) -> Path | None:
+def state_to_resume(config: Config) -> RunState | None:
+    """Where the run to go on with is; None for a fresh start.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, damaged or holds no optimiser.
+        ConfigError: if the run was another one.
+    """
+    path = resume_path(config)
+    if path is None:
+        if config.resume == "auto":
+            tell(f"no checkpoint in {config.run_dir} yet: this run starts afresh")
+        return None
+    state = read_run_state(path)
+    differences = check_same_run(state.config, config, path, force=config.resume_force)
+    if differences is not None:
+        tell(differences)
+    tell(f"going on from {path}")
+    return state
+
+
+def score_of(run_dir: Path) -> float | None:
+    """The score of a finished run, from its result file."""
+    result = run_dir / RESULT_FILE
+    return json.loads(result.read_text())["score"] if result.is_file() else None
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder, on rank 0, and clear away what a killed run left in it."""
+    if rank_zero_only.rank:
+        yield
+        return
+    with RunLock(run_dir) as lock:
+        tell(lock.takeover or "")
+        remove_leftovers(run_dir / FOLDER)
+        yield
+
+
+def with_meaning_of_ckpt(config: Config) -> Config:
+    """In training, ckpt=<checkpoint of ours> goes on with its run, and published files are where a new one starts.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint.
+    """
+    if config.ckpt is None:
+        return config
+    if config.ckpt.startswith(zoo.PREFIX) or find_files(config.ckpt) is not None:
+        return replace(config, ckpt=None, init_from=config.ckpt)
+    path = find_checkpoint(config.ckpt, Path(config.runs_dir), prefer=("last", "best"))
+    return replace(config, ckpt=None, resume=str(path))
+
+
+def sets_network(overrides: list[str]) -> bool:
+    """Whether the command line says which network to train."""
+    keys = [word.lstrip("+").partition("=")[0] for word in overrides]
+    return any(key in ("model", "experiment") or key.startswith(NETWORK_KEYS) for key in keys)
+
+
+def resume_path(config: Config) -> Path | None:
     """The checkpoint that `resume` means, or None for a fresh start.
 
     Raises:
@@ -66,12 +161,19 @@ def resume_path(config: Config, run_dir: Path, console: Console) -> Path | None:
         if not path.is_file():
             raise CheckpointError(f"resume={config.resume}: there is no such file.")
         return path
-    path = run_dir / FOLDER / "last.ckpt"
-    if path.is_file():
-        console.print(f"going on from {path}")
-        return path
-    console.print(f"resume=auto: no checkpoint in {run_dir} yet, so this run starts afresh")
-    return None
+    folder = Path(config.run_dir) / FOLDER
+    last = folder / "last.ckpt"
+    if last.is_file() and damage(last) is None:
+        return last
+    newest = newest_intact(folder)
+    if newest.passed_over and newest.path is None:
+        told = "; ".join(f"{damaged.path.name}: {damaged.reason}" for damaged in newest.passed_over)
+        raise CheckpointError(
+            f"resume=auto: no checkpoint in {folder} is intact ({told}). Delete them, or start afresh with resume=null."
+        )
+    for damaged in newest.passed_over:
+        tell(f"{damaged.path}: {damaged.reason}; going on from {newest.path} instead")
+    return newest.path
 
 
 def start_table(config: Config, net: Segmenter, num_records: int) -> Table:
@@ -135,8 +237,7 @@ def follow_up(mode: str, config: Config, checkpoint: Path) -> None:
 def last_lines(config: Config, overrides: list[str], checkpoint: Path, score: float | None) -> list[str]:
     """Where everything is, and the exact commands to go on."""
     run_dir, ckpt = (shlex.quote(str(from_here(path))) for path in (Path(config.run_dir), checkpoint))
-    kept = [word for word in overrides if word.partition("=")[0] not in ("run_dir", "resume", "trainer.max_epochs")]
-    again = " ".join([*map(shlex.quote, kept), f"run_dir={run_dir}"])
+    again = command_to_go_on(config, overrides, f"trainer.max_epochs={2 * config.trainer.max_epochs}")
     lines = [] if score is None else [f"best mean IoU   {score:.4f} on the validation images"]
     if torch.cuda.is_available():
         lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
@@ -146,8 +247,16 @@ def last_lines(config: Config, overrides: list[str], checkpoint: Path, score: fl
         *lines,
         f"to evaluate     python run.py mode=eval ckpt={ckpt}",
         f"to predict      python run.py mode=predict ckpt={ckpt} input=<image or folder>",
-        f"to train on     python run.py {again} resume=auto trainer.max_epochs={2 * config.trainer.max_epochs}",
+        f"to train on     {again}",
     ]
+
+
+def command_to_go_on(config: Config, overrides: list[str], *further: str) -> str:
+    """The exact command that goes on with this run, with `further` words in the place of those with the same keys."""
+    last = [f"run_dir={from_here(Path(config.run_dir))}", "resume=auto", *further]
+    replaced = {word.partition("=")[0] for word in last}
+    kept = [word for word in overrides if word.partition("=")[0] not in replaced]
+    return " ".join(["python run.py", *map(shlex.quote, [*kept, *last])])
 
 
 def from_here(path: Path) -> Path:

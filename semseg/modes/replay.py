@@ -1,0 +1,67 @@
+"""mode=replay: run a sub-batch once more that gave a NaN or infinite loss, and name the layer where it began."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from semseg.build import open_network, restore_net
+from semseg.checkpoint import load_plain
+from semseg.collate import Batch
+from semseg.config import Config
+from semseg.errors import CheckpointError
+from semseg.guards import first_nonfinite
+from semseg.losses import segmentation_loss
+from semseg.nets.normalise import normalise
+
+
+def run(config: Config, overrides: list[str]) -> None:
+    """Train a step on the saved sub-batches of `input` with the weights of `ckpt`, and tell what came out.
+
+    Raises:
+        SemsegError: for anything the user can mend.
+    """
+    assert config.input is not None, "config.check asks for it"
+    path = Path(config.input).expanduser()
+    step, batches = read_batches(path)
+    saved, config = open_network(config, overrides)
+    net = restore_net(saved).train()
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"step {step} again, with the weights of {saved.source} (step {saved.step})")
+    for batch in batches:
+        image = normalise(batch.image, net.convention, batch.size)
+        culprit = first_nonfinite(net, image)
+        loss = segmentation_loss(net(image), batch.label, config.model.deepsup_weight)
+        loss.total.backward()
+        spoilt = [
+            name for name, value in net.named_parameters() if value.grad is not None and not value.grad.isfinite().all()
+        ]
+        console.print(f"images {', '.join(batch.paths)}")
+        console.print(f"loss {float(loss.total):g}, {int(loss.scored)} scored pixels")
+        if culprit:
+            console.print(f"the first layer to give NaN or infinity: {culprit.name} ({culprit.kind})")
+        console.print(
+            f"gradients that are not finite: {', '.join(spoilt[:5]) or 'none'}{', ...' if spoilt[5:] else ''}"
+        )
+
+
+def read_batches(path: Path) -> tuple[int, list[Batch]]:
+    """The step and the sub-batches of a file that a stopped run left.
+
+    Raises:
+        CheckpointError: if it is another kind of file.
+    """
+    content: dict[str, Any] = load_plain(path)
+    try:
+        batches = [Batch(**batch) for batch in content["batches"]]
+        step = int(content["step"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"input={path}: not a saved sub-batch; a run that ends with a NaN loss tells its name."
+        ) from error
+    if not all(isinstance(value, torch.Tensor) for batch in batches for value in batch[:3]):
+        raise CheckpointError(f"input={path}: not a saved sub-batch.")
+    return step, batches

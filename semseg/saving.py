@@ -1,0 +1,125 @@
+"""When checkpoints are written: after every epoch, now and then in between, and when the run is asked to stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+from rich.console import Console
+
+from semseg.checkpoint import FOLDER
+from semseg.collate import Batch
+from semseg.config import CheckpointConfig
+from semseg.errors import INTERRUPTED, TERMINATED, CheckpointError
+from semseg.stopping import StoppedError, StopSignals, Votes
+
+LAST = "last.ckpt"
+
+
+class Saver(Checkpoint):
+    """Writes last.ckpt, and stops the run in good order when a signal asks for it.
+
+    last.ckpt is written before and after every validation, after every `every_n_steps` steps and `every_n_minutes`
+    minutes of training, and when any rank was asked to stop. `keep` of those written between epochs stay, as
+    step_<number>.ckpt.
+
+    Raises:
+        StoppedError: in all ranks at the same step, once last.ckpt is written.
+        CheckpointError: if it cannot be written, unless `on_error` is "warn".
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+        self.folder = run_dir / FOLDER
+        self.config = config
+        self.signals = StopSignals()
+        self._votes: Votes | None = None
+        self._last_save = time.monotonic()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._votes = Votes(trainer.world_size)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.signals.install()  # now: Lightning sets its own while it starts
+        self._last_save = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        is_last = batch_idx + 1 == trainer.num_training_batches
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not is_last:
+            return  # gradients that wait for more are in no checkpoint
+        signal_number, is_due = self._vote(self.signals.received or 0, self._minutes_are_over())
+        step = trainer.global_step
+        is_periodic = bool(self.config.every_n_steps) and step % (self.config.every_n_steps or 1) == 0
+        if is_last or is_due or is_periodic or signal_number:
+            self.save(trainer)
+        if (is_due or is_periodic) and not is_last:
+            self.keep(trainer, step)
+        self._stop_if(signal_number, trainer)
+
+    def on_validation_batch_end(  # noqa: PLR0917 - Lightning calls it like this
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # The last image of some ranks has no counterpart on the others. The state is in last.ckpt already.
+        shared = trainer.datamodule.num_images("val") // trainer.world_size  # pyright: ignore[reportAttributeAccessIssue]
+        if not trainer.sanity_checking and batch_idx < shared:
+            self._stop_if(self._vote(self.signals.received or 0)[0], trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.save(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.signals.restore()
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write last.ckpt, and the log up to the same step."""
+        for logger in trainer.loggers:
+            logger.save()
+        try:
+            trainer.save_checkpoint(self.folder / LAST)
+        except CheckpointError as error:
+            if self.config.on_error != "warn":
+                raise
+            Console(stderr=True).print(f"warning: {error}", soft_wrap=True, highlight=False)
+        self._last_save = time.monotonic()
+
+    def keep(self, trainer: pl.Trainer, step: int) -> None:
+        """Let the checkpoint just written stay under the name of its step, and the oldest of these go."""
+        if not self.config.keep or not trainer.is_global_zero:
+            return
+        kept = self.folder / f"step_{step:08d}.ckpt"
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(self.folder / LAST, kept)  # last.ckpt is replaced, never changed
+        except OSError:  # a file system without links
+            shutil.copyfile(self.folder / LAST, kept)
+        for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.config.keep]:
+            old.unlink()
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.every_n_minutes
+        return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
+
+    def _vote(self, *numbers: int) -> list[int]:
+        assert self._votes is not None, "on_fit_start comes first"
+        return self._votes.largest(*(int(number) for number in numbers))
+
+    def _stop_if(self, number: int, trainer: pl.Trainer) -> None:
+        if not number:
+            return
+        name = signal.Signals(number).name
+        code = INTERRUPTED if number == signal.SIGINT else TERMINATED
+        raise StoppedError(f"stopped by {name} at step {trainer.global_step}; {self.folder / LAST} is written.", code)
