@@ -1,4 +1,5 @@
 # make demo    install, then train, evaluate and predict on drawn scenes (minutes on two CPU cores)
+# make demo-published    the original's demonstration: published weights and picture (downloads 110 MB)
 # make test    install, then the tests
 # make check   formatting, lint and types
 # make lock    write constraints.txt from what is installed, extras included
@@ -7,10 +8,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo install test test-fast test-long check format lock clean
+.PHONY: demo demo-published install test test-fast test-long check format lock clean
 
 demo: install
 	$(BIN)/python run.py experiment=quickstart
+
+demo-published: install
+	$(BIN)/python run.py mode=predict ckpt=zoo:resnet50_dilated8_ppm_deepsup predict.save=[panel]
 
 install: $(VENV)/.installed
 

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from semseg.config import Config, check, explain, schema_keys, unknown_key, walk
-from semseg.errors import ConfigError, SemsegError, nearest
+from semseg.errors import STOPPED_CODES, ConfigError, SemsegError, nearest
 from semseg.supervise import (
     agreed_run_dir,
     external_rank,
@@ -40,13 +40,21 @@ from semseg.supervise import (
 )
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-PATH_KEYS = ("ckpt", "input", "resume", "run_dir", "runs_dir", "data.root", "data.classes", "model.encoder.weights")
+PATH_KEYS = (
+    "ckpt", "init_from", "input", "output", "resume", "run_dir", "runs_dir",
+    "data.root", "data.classes", "model.encoder.weights",
+)  # fmt: skip
+OPEN_KEYS = ("download.mirrors",)  # whose own keys are the user's
 RESULT_FILE = "result.json"  # what a sweep reads of each of its jobs
 
 log = logging.getLogger(__name__)
 
-# Lightning's remarks on hardware and on other products; its warnings stay.
-for chatty in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
+# Lightning's remarks on hardware, other products and its defaults; its warnings stay.
+for chatty in (
+    "pytorch_lightning.utilities.rank_zero",
+    "lightning_fabric.utilities.rank_zero",
+    "pytorch_lightning.trainer.connectors.checkpoint_connector",
+):
     logging.getLogger(chatty).setLevel(logging.WARNING)
 # Its own use of a torch function that changes, and layers that freeze_bn put into eval mode: nothing to act on.
 for harmless in (r".*LeafSpec.*", r"Found \d+ module\(s\) in eval mode"):
@@ -60,6 +68,7 @@ def main() -> None:
     sys.argv[1:] = [friendly(word, sweep="-m" in sys.argv or "--multirun" in sys.argv) for word in sys.argv[1:]]
     words = sys.argv[1:]
     try:
+        sys.argv[1:] = words = again(words)
         if not any(word.startswith("-") for word in words):
             config = check(compose_config(words))  # before Hydra makes the run folder
             processes = num_processes(config)
@@ -73,6 +82,23 @@ def main() -> None:
         leave(explain_hydra(error, words), ConfigError.exit_code)
     except KeyboardInterrupt:
         leave("interrupted.", 130)
+
+
+def again(words: list[str]) -> list[str]:
+    """The words of the run that `mode=rerun run=<folder>` repeats, and what else is given; other words as they are.
+
+    Raises:
+        ConfigError: if the folder holds no run.
+    """
+    if "mode=rerun" not in words:
+        return words
+    folder = next((word.partition("=")[2] for word in words if word.startswith("run=")), "")
+    saved = Path(folder.strip("\"'")).expanduser() / ".hydra" / "overrides.yaml"
+    if not folder or not saved.is_file():
+        raise ConfigError(f"mode=rerun needs run=<run folder>: there is no {saved}.")
+    before = [str(word) for word in OmegaConf.load(saved)]
+    kept = [word for word in before if word.partition("=")[0] not in ("run_dir", "resume")]
+    return kept + [word for word in words if word != "mode=rerun" and not word.startswith("run=")]
 
 
 def words_of_external_rank(words: list[str], config: Config) -> list[str]:
@@ -94,7 +120,7 @@ def run_ranks(words: list[str], processes: int, run_dir: Path) -> int:
 def leave(message: str, exit_code: int) -> NoReturn:
     """Print one error message and end the process."""
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    print(message if exit_code in STOPPED_CODES else f"error: {message}", file=sys.stderr)
     sys.exit(exit_code)
 
 
@@ -157,6 +183,8 @@ def friendly(word: str, *, sweep: bool = False) -> str:
     'ckpt="epoch=3.ckpt"'
     """
     key, equals, value = word.partition("=")
+    if key in OPEN_KEYS:
+        return f"++{word}"  # Hydra's way to give keys that are in no file
     if key == "trainer.devices" and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", value) and not value.isdigit():
         if sweep and "-" not in value:
             return word

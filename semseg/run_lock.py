@@ -38,6 +38,11 @@ class Holder(NamedTuple):
     started: str  # of the run: local time, ISO 8601
     command: str
     process_start: int | None  # clock ticks after boot; tells a process from a later one with its id. None: not known
+    slurm_job: str | None = None  # number of the SLURM job, if it is one
+
+    def is_same_job(self) -> bool:
+        """Whether it was an earlier attempt of this very job: SLURM requeues a job once the attempt before ended."""
+        return self.slurm_job is not None and self.slurm_job == os.environ.get("SLURM_JOB_ID")
 
     def is_this_host(self) -> bool:
         return self.host == socket.gethostname()
@@ -97,12 +102,12 @@ class RunLock:
                 f"run_dir={self.run_dir}: {self.path} is there, but does not say who holds this folder. "
                 "Give another run_dir, or delete that file if no run uses the folder."
             )
-        if not holder.is_this_host():
+        if not holder.is_this_host() and not holder.is_same_job():
             raise ConfigError(
                 f"{self._in_use_by(holder)} Whether it still runs cannot be told from this host. Give another run_dir, "
                 f"wait until it has ended, or delete {self.path} if it no longer runs."
             )
-        if is_running(holder.pid, holder.process_start):
+        if holder.is_this_host() and is_running(holder.pid, holder.process_start):
             raise ConfigError(f"{self._in_use_by(holder)} Give another run_dir, or wait until it has ended.")
         try:
             _remove_stale(self.path, holder)
@@ -164,6 +169,7 @@ def _this_process() -> Holder:
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
         command=shlex.join(sys.argv)[:200],
         process_start=start_of(os.getpid()),
+        slurm_job=os.environ.get("SLURM_JOB_ID"),
     )
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from semseg.checkpoint import FOLDER
 from semseg.collate import Batch
 from semseg.config import CheckpointConfig
-from semseg.errors import INTERRUPTED, TERMINATED, CheckpointError
+from semseg.errors import CheckpointError
 from semseg.stopping import StoppedError, StopSignals, Votes
 
 LAST = "last.ckpt"
@@ -121,5 +121,4 @@ class Saver(Checkpoint):
         if not number:
             return
         name = signal.Signals(number).name
-        code = INTERRUPTED if number == signal.SIGINT else TERMINATED
-        raise StoppedError(f"stopped by {name} at step {trainer.global_step}; {self.folder / LAST} is written.", code)
+        raise StoppedError(f"stopped by {name} at step {trainer.global_step}; {self.folder / LAST} is written.", number)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from semseg.errors import SemsegError
+from semseg.errors import INTERRUPTED, TERMINATED, SemsegError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -16,9 +18,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StoppedError(SemsegError):
     """A run that was asked to stop and has written its checkpoint."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.number = number  # of the signal
+        self.exit_code = INTERRUPTED if number == signal.SIGINT else TERMINATED
 
 
 class StopSignals:
@@ -49,6 +52,21 @@ def leave_signals_to_the_parent(worker: int) -> None:
     """In a worker of a loader: a signal to the whole job is for the process that trains; workers end with it."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def requeue(number: int, *, is_first_rank: bool) -> str | None:
+    """Put this SLURM job back into the queue if signal `number` is SLURM's warning; returns the job's number if so.
+
+    SLURM sends SIGUSR1 ahead of a time limit (sbatch --signal=USR1@300); a job that is preempted by SIGTERM
+    it requeues itself.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or number != signal.SIGUSR1:
+        return None
+    if is_first_rank:
+        finished = subprocess.run(["scontrol", "requeue", job], check=False)  # noqa: S603, S607 - SLURM's own command
+        return job if finished.returncode == 0 else None
+    return job
 
 
 class Votes:

@@ -8,6 +8,8 @@ from semseg.errors import CheckpointError, nearest
 
 ROOT = "http://sceneparsing.csail.mit.edu/model/pytorch"
 PREFIX = "zoo:"
+# The picture of the original's demonstration; mode=predict takes it for a network of the zoo without input.
+DEMONSTRATION = "http://sceneparsing.csail.mit.edu/data/ADEChallengeData2016/images/validation/ADE_val_00001519.jpg"
 
 
 class Release(NamedTuple):

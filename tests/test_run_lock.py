@@ -155,6 +155,19 @@ def test_f2_a_lock_of_another_host_is_refused_with_the_way_out(tmp_path: Path) -
     assert (tmp_path / LOCK_FILE).exists()
 
 
+@pytest.mark.reliability
+def test_e6_a_requeued_slurm_job_takes_over_what_its_last_attempt_left_on_another_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock_of(tmp_path, host="elsewhere", slurm_job="77")
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    with pytest.raises(ConfigError, match="on elsewhere"), RunLock(tmp_path):
+        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with RunLock(tmp_path) as lock:
+        assert lock.takeover is not None
+
+
 @pytest.mark.parametrize("content", ["", "not json", "[1]", '{"pid": 1}', '{"pid": "a"}', "\udcff", "null"])
 def test_a_lock_that_does_not_say_whose_it_is_is_refused(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

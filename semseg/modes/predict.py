@@ -15,18 +15,18 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from semseg.build import accelerator, restore_net
-from semseg.checkpoint import find_checkpoint, inherit, read_checkpoint
+from semseg.build import accelerator, open_network, restore_net
 from semseg.config import Config
 from semseg.data.classes import ClassTable, LabelMap
-from semseg.data.convention import CONVENTIONS
 from semseg.data.datasets import EvalDataset
 from semseg.data.images import read_image
 from semseg.data.records import IMAGE_SUFFIXES, record_of_image
+from semseg.download import fetch
 from semseg.draw import panel
 from semseg.errors import DataError
 from semseg.inference import predict_probabilities
 from semseg.nets.segmenter import Segmenter
+from semseg.zoo import DEMONSTRATION
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -35,10 +35,8 @@ def run(config: Config, overrides: list[str]) -> None:
     Raises:
         SemsegError: for anything the user can mend.
     """
-    assert config.ckpt is not None and config.input is not None, "config.check asks for both"
-    saved = read_checkpoint(find_checkpoint(config.ckpt, Path(config.runs_dir)))
-    config = inherit(saved.config, config, overrides)
-    root = Path(config.input or "").expanduser()
+    saved, config = open_network(config, overrides)
+    root = Path(config.input).expanduser() if config.input else fetch(DEMONSTRATION, config.download)
     images = find_images(root)
     device = torch.device("cuda" if accelerator(config) == "gpu" else "cpu")
     net = restore_net(saved).to(device)
@@ -75,20 +73,19 @@ def predictions(
     net: Segmenter, images: list[Path], config: Config, device: torch.device
 ) -> Iterator[tuple[Path, NDArray[np.int64]]]:
     """(path, class indices (H, W)) of every image, upright."""
-    convention = CONVENTIONS[config.model.convention]
     dataset = EvalDataset(
         [record_of_image(path) for path in images],
         label_map=None,
         short_edges=config.predict.scales or config.eval.scales,
         max_long_edge=config.data.max_long_edge,
         size_divisor=config.model.size_divisor or net.size_divisor,
-        antialias=convention.antialias,
+        antialias=net.convention.antialias,
     )
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=min(1, config.data.num_workers))
     for path, sample in zip(images, loader, strict=True):
         height, width = (int(length) for length in sample.size)
         probabilities = predict_probabilities(
-            net, sample.scales, (height, width), convention, flip=config.predict.flip, device=device
+            net, sample.scales, (height, width), net.convention, flip=config.predict.flip, device=device
         )
         yield path, probabilities.argmax(0).cpu().numpy()
 

@@ -32,7 +32,7 @@ from semseg.nets.segmenter import Segmenter
 from semseg.published import find_files
 from semseg.resume import RunState, check_same_run, read_run_state
 from semseg.run_lock import RunLock
-from semseg.stopping import StoppedError
+from semseg.stopping import StoppedError, requeue
 from semseg.weights import start_from
 
 NETWORK_KEYS = ("model/", "model.encoder", "model.decoder")
@@ -82,7 +82,11 @@ def train(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=state.path if state else None, weights_only=True)
     except StoppedError as stopped:
-        raise StoppedError(f"{stopped} To go on: {command_to_go_on(config, overrides)}", stopped.exit_code) from None
+        job = requeue(stopped.number, is_first_rank=trainer.is_global_zero)
+        if job is not None:
+            tell(f"{stopped} SLURM job {job} is requeued and will go on by itself.")
+            return None
+        raise StoppedError(f"{stopped} To go on: {command_to_go_on(config, overrides)}", stopped.number) from None
     if config.trainer.max_steps > 0 and not config.trainer.fast_dev_run:
         trainer.save_checkpoint(run_dir / FOLDER / "last.ckpt")  # max_steps may end inside an epoch
     score = best_score(trainer)

@@ -100,3 +100,31 @@ def test_e3_the_second_ctrl_c_ends_the_run_at_once(start: Start, folder: Path) -
         time.sleep(0.02)
     job.communicate(timeout=30)
     assert job.returncode in (130, 1, -signal.SIGINT)
+
+
+def test_e6_a_slurm_job_is_requeued_and_goes_on_where_it_was(start: Start, run: Run, folder: Path, tmp_path: Path) -> None:
+    words = [*TINY, "data.steps_per_epoch=40", "trainer.log_every_n_steps=1"]
+    run(*words, "run_dir=undisturbed")
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "asked"}\n')
+    scontrol.chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }  # fmt: skip
+    run_dir = folder / "queue" / "slurm_77"
+    job = start(*words, "runs_dir=queue", variables=slurm)
+    wait_for_steps(run_dir, job)
+    job.send_signal(signal.SIGUSR1)
+    output, errors = job.communicate(timeout=60)
+    assert job.returncode == 0, errors
+    assert "SLURM job 77 is requeued" in output
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+
+    again = start(*words, "runs_dir=queue", variables=slurm)
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert "going on from" in output
+    ends = [torch.load(path / "checkpoints/last.ckpt", weights_only=True) for path in (run_dir, folder / "undisturbed")]
+    assert all(torch.equal(value, ends[1]["state_dict"][name]) for name, value in ends[0]["state_dict"].items())
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from published_files import served, write_files
 from safetensors.torch import load_file
 
 from command_line import run
-from published_files import write_files
 from semseg.checkpoint import load_weights, read_checkpoint, write_ckpt, write_safetensors
 from semseg.modes.convert import write_published
 
@@ -116,3 +118,20 @@ def test_a_converted_checkpoint_evaluates_predicts_and_starts_a_new_run(folder: 
     image = next((folder / "scenes" / "images" / "validation").iterdir())
     run(folder, "mode=predict", "ckpt=net.ckpt", f"input={image}", "eval.scales=[32]", "run_dir=predicted")
     assert list((folder / "predicted").glob("*_ids.png"))
+
+
+def test_the_demonstration_of_the_original_brings_weights_and_picture(folder: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    write_files(site / "model/pytorch/ade20k-resnet18dilated-ppm_deepsup", "resnet18_dilated8", "ppm_deepsup")
+    picture = site / "data/ADEChallengeData2016/images/validation/ADE_val_00001519.jpg"
+    picture.parent.mkdir(parents=True)
+    Image.fromarray(np.full((60, 80, 3), 90, np.uint8)).save(picture)
+    with served(site) as server:
+        mirrors = f"download.mirrors={{sceneparsing.csail.mit.edu:['{server}']}}"
+        output = run(
+            folder, "mode=predict", "ckpt=zoo:resnet18_dilated8_ppm_deepsup", mirrors, "download.retries=0",
+            f"download.cache={tmp_path / 'cache'}", "eval.scales=[64]", "run_dir=demonstration",
+        )  # fmt: skip
+    assert "resnet18 at output stride 8 + ppm with deep supervision, 150 classes" in output
+    panel = Image.open(folder / "demonstration" / "ADE_val_00001519_panel.png")
+    assert panel.width >= 2 * 80 and panel.height > 60

@@ -118,3 +118,9 @@ def test_f2_a_second_run_in_the_same_folder_is_refused(folder: Path) -> None:
         first.wait()
     output = run(folder, *words[:-2], "run_dir=busy", "data.steps_per_epoch=2", "resume=null")
     assert "this run takes it over" in output
+
+
+def test_f5_a_rerun_gives_the_same_weights_and_the_same_log(folder: Path) -> None:
+    run(folder, "mode=rerun", "run=whole", "run_dir=again")
+    assert_same_end(folder / "again", folder / "whole")
+    assert "mode=rerun needs run=<run folder>" in run(folder, "mode=rerun", "run=nowhere", code=2)
