@@ -36,6 +36,10 @@ ENCODERS: dict[str, Constructor] = {
     "resnet50": Constructor("semseg.nets.resnet", "resnet50"),
     "resnet101": Constructor("semseg.nets.resnet", "resnet101"),
     "resnext101": Constructor("semseg.nets.resnext", "resnext101"),
+    "mobilenetv2": Constructor("semseg.nets.mobilenet", "MobileNetV2"),
+    "hrnetv2": Constructor("semseg.nets.hrnet", "HRNetV2"),
+    "torchvision": Constructor("semseg.nets.torchvision_encoder", "TorchvisionEncoder"),
+    "timm": Constructor("semseg.nets.timm_encoder", "TimmEncoder"),
 }
 DECODERS: dict[str, Constructor] = {
     "c1": Constructor("semseg.nets.c1", "C1"),
@@ -64,6 +68,9 @@ OLD_NAMES: dict[str, dict[str, Network]] = {
         "resnet101_dilated8": Network("resnet101", {"output_stride": 8}),
         "resnet101_dilated16": Network("resnet101", {"output_stride": 16}),
         "resnet101dilated": Network("resnet101", {"output_stride": 8}),
+        "mobilenetv2_dilated8": Network("mobilenetv2", {"output_stride": 8}),
+        "mobilenetv2_dilated16": Network("mobilenetv2", {"output_stride": 16}),
+        "mobilenetv2dilated": Network("mobilenetv2", {"output_stride": 8}),
     },
     "decoder": {
         "c1_bilinear": Network("c1", {}),
@@ -76,7 +83,7 @@ OLD_NAMES: dict[str, dict[str, Network]] = {
     },
 }
 
-OPTION_TYPES = {int: "a whole number", bool: "true or false"}
+OPTION_TYPES = {int: "a whole number", bool: "true or false", str: "a word"}
 
 
 def resolve(kind: str, name: str) -> Network:
@@ -97,7 +104,7 @@ def resolve(kind: str, name: str) -> Network:
     return old_names.get(name, Network(name, {}))
 
 
-def build_encoder(name: str, **options: Any) -> Encoder:
+def build_encoder(name: str, /, **options: Any) -> Encoder:
     """The encoder `name` with fresh weights; `options` win over those in an old name.
 
     Raises:
@@ -124,8 +131,11 @@ def build_segmenter(
 ) -> Segmenter:
     """A network by the names of its parts, with fresh weights.
 
+    An encoder that can join its maps (option `join`) leaves that to a decoder that reads a pyramid, unless told.
+
     Raises:
-        ConfigError: for a name or an option that does not exist, with the nearest one that does.
+        ConfigError: for a name or an option that does not exist, with the nearest one that does, and for deep
+            supervision on an encoder with one map.
 
     >>> net = build_segmenter("resnet18", "ppm", 150, {"output_stride": 8})
     >>> net.size_divisor, net.label_stride
@@ -133,35 +143,58 @@ def build_segmenter(
     """
     from semseg.nets.segmenter import Segmenter  # noqa: PLC0415 - it imports torch
 
-    body = _build("encoder", encoder, encoder_options or {})
-    head = _build("decoder", decoder, decoder_options or {}, body.channels, num_classes)
-    return Segmenter(body, head, num_classes)
+    encoder_class, encoder_options = _choose("encoder", encoder, encoder_options or {})
+    decoder_class, decoder_options = _choose("decoder", decoder, decoder_options or {})
+    can_join = "join" in defaults_of(encoder_class)
+    if can_join and "join" not in encoder_options and decoder_class.wants_pyramid:
+        encoder_options["join"] = False
+    body = encoder_class(**encoder_options)
+    if len(body.channels) == 1 and decoder_options.get("deep_supervision"):
+        more_maps = "Set model.encoder.join=false, or take" if can_join else "Take"
+        raise ConfigError(
+            f"model.decoder.deep_supervision=true: the auxiliary head reads the last but one map, and {encoder} "
+            f"gives one map. {more_maps} a decoder without it: model/decoder={', '.join(DECODERS)}."
+        )
+    return Segmenter(body, decoder_class(body.channels, num_classes, **decoder_options), num_classes)
 
 
 def _build(kind: str, name: str, options: Mapping[str, Any], *args: Any) -> Any:
+    constructor, options = _choose(kind, name, options)
+    return constructor(*args, **options)
+
+
+def _choose(kind: str, name: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The constructor that `name` means, and all options that are set: those in the name, overruled by `options`.
+
+    None stands for an option that is not set.
+
+    Raises:
+        ConfigError: for a name or an option that does not exist, with the nearest one that does.
+    """
     network = resolve(kind, name)
     constructor = TABLES[kind][network.name].load()
     problems = list(option_problems(f"model.{kind}", name, constructor, options))
     if problems:
         raise ConfigError(" ".join(problems))
-    return constructor(*args, **{**network.options, **options})
+    given = {option: value for option, value in options.items() if value is not None}
+    return constructor, {**network.options, **given}
 
 
 def option_problems(
     section: str, name: str, constructor: Callable[..., Any], options: Mapping[str, Any]
 ) -> Iterator[str]:
-    """A sentence for every option that `constructor` does not have, or whose value is of another type.
-
-    Options are the parameters that have a default; the others are filled in by this file.
-    """
-    parameters = inspect.signature(constructor).parameters.values()
-    defaults = {
-        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
-    }
+    """A sentence for every option that `constructor` does not have, or whose value is of another type."""
+    defaults = defaults_of(constructor)
     for option, value in options.items():
         if option not in defaults:
             meant = nearest(option, defaults)
             hint = f" Did you mean {section}.{meant}?" if meant else ""
             yield f"{section}.{option}: {name} has no such option.{hint} Valid: {', '.join(defaults) or 'none'}."
-        elif type(value) is not type(defaults[option]):
+        elif value is not None and type(value) is not type(defaults[option]):
             yield f"{section}.{option}={value!r}: must be {OPTION_TYPES[type(defaults[option])]}."
+
+
+def defaults_of(constructor: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a network: the parameters that have a default. The others are filled in by this file."""
+    parameters = inspect.signature(constructor).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}

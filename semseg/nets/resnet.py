@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from semseg.nets.blocks import BatchNorm2d, init_encoder
 from semseg.nets.dilate import StagePlan, stage_plans, strides_of
-from semseg.nets.features import Encoder
+from semseg.nets.features import Encoder, WeightsFile
+
+PRETRAINED = "http://sceneparsing.csail.mit.edu/model/pretrained_resnet"  # ImageNet weights of both releases
 
 
 class BasicBlock(nn.Module):
@@ -66,6 +68,7 @@ class ResNet(Encoder):
         block: BasicBlock or Bottleneck.
         depths: blocks in each of the four stages.
         output_stride: 8, 16 or 32; below 32 the deep stages are dilated instead of strided.
+        weights_file: its published ImageNet weights.
 
     Raises:
         ConfigError: for another output stride.
@@ -75,9 +78,11 @@ class ResNet(Encoder):
         self,
         block: type[BasicBlock | Bottleneck],
         depths: tuple[int, int, int, int],
-        output_stride: int = 32,
+        output_stride: int,
+        weights_file: WeightsFile,
     ) -> None:
         super().__init__()
+        self.weights_file = weights_file
         plans = stage_plans(output_stride)
         widths = (64, 128, 256, 512)
         self.channels = tuple(width * block.expansion for width in widths)
@@ -130,16 +135,21 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential 
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), BatchNorm2d(out_channels))
 
 
+def published_weights(file: str) -> WeightsFile:
+    """ImageNet weights as the releases publish them; no digest is known."""
+    return WeightsFile(f"{PRETRAINED}/{file}")
+
+
 def resnet18(output_stride: int = 32) -> ResNet:
     """11 324 992 parameters."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), output_stride)
+    return ResNet(BasicBlock, (2, 2, 2, 2), output_stride, published_weights("resnet18-imagenet.pth"))
 
 
 def resnet50(output_stride: int = 32) -> ResNet:
     """23 631 808 parameters."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), output_stride)
+    return ResNet(Bottleneck, (3, 4, 6, 3), output_stride, published_weights("resnet50-imagenet.pth"))
 
 
 def resnet101(output_stride: int = 32) -> ResNet:
     """42 623 936 parameters."""
-    return ResNet(Bottleneck, (3, 4, 23, 3), output_stride)
+    return ResNet(Bottleneck, (3, 4, 23, 3), output_stride, published_weights("resnet101-imagenet.pth"))

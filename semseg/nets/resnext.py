@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from semseg.nets.resnet import Bottleneck, ResNet
+from semseg.nets.resnet import Bottleneck, ResNet, published_weights
 
 
 class GroupedBottleneck(Bottleneck):
@@ -14,4 +14,4 @@ class GroupedBottleneck(Bottleneck):
 
 def resnext101(output_stride: int = 32) -> ResNet:
     """42 256 576 parameters."""
-    return ResNet(GroupedBottleneck, (3, 4, 23, 3), output_stride)
+    return ResNet(GroupedBottleneck, (3, 4, 23, 3), output_stride, published_weights("resnext101-imagenet.pth"))

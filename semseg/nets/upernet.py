@@ -14,7 +14,7 @@ from semseg.nets.ppm import BRANCH_WIDTH, GRIDS
 
 
 class UPerNet(Decoder):
-    """Joins all four maps of the encoder, at the resolution of the finest.
+    """Joins all maps of the encoder, at the resolution of the finest.
 
     Args:
         channels: of the encoder's maps, any numbers.
@@ -26,6 +26,7 @@ class UPerNet(Decoder):
     """
 
     feature_level = 0
+    wants_pyramid = True
 
     def __init__(self, channels: Sequence[int], num_classes: int, width: int = 512) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class UPerNet(Decoder):
             top = lateral + resize(top, lateral)
             pyramid.append(self.fpn_out[index](top))
         pyramid.reverse()  # fine to coarse
-        fused = torch.cat([resize(level, pyramid[0]) for level in pyramid], 1)  # (N, 4 * width, H/4, W/4)
+        fused = torch.cat([resize(level, pyramid[0]) for level in pyramid], 1)  # (N, maps * width, h, w) of the finest
         return Logits(self.conv_last(fused), None)
 
     def pyramid_pooling(self, deepest: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from reference import golden
-from semseg.nets.features import Decoder
+from semseg.nets.features import Decoder, Encoder
 from semseg.nets.registry import build_decoder, build_encoder
 from semseg.optim import decay_split
 
 LAYOUTS = golden("nets_layouts.json")
 PUBLISHED_CHANNELS = {"512": (64, 128, 256, 512), "2048": (256, 512, 1024, 2048)}  # by the deepest
+RESIDUAL_STRIDES = {8: (4, 8, 8, 8), 16: (4, 8, 16, 16), 32: (4, 8, 16, 32)}  # by output stride
 
 
 def check_layout(module: nn.Module, layout: str) -> None:
@@ -40,36 +41,60 @@ def check_start(module: nn.Module, norm_bias: float, gain: str) -> None:
             assert torch.equal(layer.bias, torch.full((layer.num_features,), norm_bias))
 
 
+@torch.no_grad()
+def check_maps(encoder: Encoder, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """Channels and strides are as announced, and a map is the image over its stride, rounded up."""
+    assert (encoder.channels, encoder.strides) == (channels, strides)
+    device = next(encoder.parameters()).device
+    for size in ((64, 96), (97, 33), (1, 1)):
+        maps = encoder.eval()(torch.randn(1, 3, *size, device=device))
+        for features, count, stride in zip(maps, channels, strides, strict=True):
+            assert features.shape == (1, count, *(math.ceil(length / stride) for length in size))
+
+
+def check_one_pixel_trains(encoder: Encoder) -> None:
+    """One image whose maps are one pixel gives every weight a gradient."""
+    maps = encoder.train()(torch.randn(1, 3, 1, 1))
+    torch.stack([features.square().mean() for features in maps]).sum().backward()
+    gradients = [parameter.grad for parameter in encoder.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
 class EncoderContract:
-    """Tests of an encoder at every output stride."""
+    """Tests of an encoder at every output stride.
+
+    `layout` and `weights` are its names in the releases, if they are not those that follow from `name`.
+    """
 
     name: ClassVar[str]
     channels: ClassVar[tuple[int, ...]]
+    strides: ClassVar[dict[int, tuple[int, ...]]] = RESIDUAL_STRIDES
+    layout: ClassVar[str] = ""
+    weights: ClassVar[str] = ""
 
-    @torch.no_grad()
-    @pytest.mark.parametrize(
-        ("output_stride", "strides"), [(8, (4, 8, 8, 8)), (16, (4, 8, 16, 16)), (32, (4, 8, 16, 32))]
-    )
-    def test_maps_are_the_image_over_the_strides_rounded_up(self, output_stride: int, strides: tuple) -> None:
-        encoder = build_encoder(self.name, output_stride=output_stride).eval()
-        assert (encoder.channels, encoder.strides) == (self.channels, strides)
-        for size in ((64, 96), (97, 33), (1, 1)):
-            maps = encoder(torch.randn(1, 3, *size))
-            for features, channels, stride in zip(maps, self.channels, strides, strict=True):
-                assert features.shape == (1, channels, *(math.ceil(length / stride) for length in size))
+    @pytest.mark.parametrize("output_stride", [8, 16, 32])
+    def test_maps_are_the_image_over_the_strides_rounded_up(self, output_stride: int) -> None:
+        encoder = build_encoder(self.name, output_stride=output_stride)
+        check_maps(encoder, self.channels, self.strides[output_stride])
+        assert encoder.size_divisor == output_stride
 
     @pytest.mark.parametrize("output_stride", [8, 32])
     def test_state_dict_is_the_published_one(self, output_stride: int) -> None:
         with torch.device("meta"):
-            check_layout(build_encoder(self.name, output_stride=output_stride), f"encoder/{self.name}")
+            check_layout(build_encoder(self.name, output_stride=output_stride), f"encoder/{self.layout or self.name}")
 
     def test_it_starts_as_published_and_one_image_of_one_pixel_trains(self) -> None:
         torch.manual_seed(0)
-        encoder = build_encoder(self.name).train()
+        encoder = build_encoder(self.name)
         check_start(encoder, 0.0, "fan_out")
-        sum(features.square().mean() for features in encoder(torch.randn(1, 3, 1, 1))).backward()
-        gradients = [parameter.grad for parameter in encoder.parameters()]
-        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+        check_one_pixel_trains(encoder)
+
+    def test_its_imagenet_weights_are_published(self) -> None:
+        with torch.device("meta"):
+            file = build_encoder(self.name).weights_file
+        assert file is not None
+        assert file.url.startswith("http://sceneparsing.csail.mit.edu/model/pretrained_resnet/")
+        assert file.url.endswith(self.weights or f"/{self.name}-imagenet.pth")
 
 
 class DecoderContract:

@@ -23,7 +23,7 @@ def uniform(name: str, shape: Sequence[int]) -> NDArray[np.float64]:
 
 
 def filled(key: str, shape: Sequence[int]) -> Tensor:
-    """float32 value of the tensor `key` of a ResNet encoder or a decoder (a count for num_batches_tracked)."""
+    """float32 value of the tensor `key` of an encoder or a decoder (a count for num_batches_tracked)."""
     kind = key.rpartition(".")[2]
     if kind == "num_batches_tracked":
         return torch.zeros(tuple(shape), dtype=torch.int64)
@@ -33,7 +33,8 @@ def filled(key: str, shape: Sequence[int]) -> Tensor:
     elif kind in ("running_mean", "bias"):
         values = 0.4 * (draws - 0.5)
     elif len(shape) == 1:  # the scale of a normalisation layer
-        values = 0.4 + 0.4 * draws
+        family = 1.5 if key.startswith("features.") else 0.5 if key.startswith("stage") else 1.0  # MobileNetV2, HRNet
+        values = family * (0.4 + 0.4 * draws)
     else:
         values = convolution(key, draws)
     return torch.from_numpy(values.astype(np.float32))

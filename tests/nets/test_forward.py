@@ -20,7 +20,7 @@ from semseg.nets.registry import build_decoder, build_encoder
 REFERENCE = golden("nets_forward.json")
 TOLERANCE = 1e-6  # of the output's standard deviation
 Module = TypeVar("Module", bound=nn.Module)
-MOMENTUM = 0.001  # of the running statistics in the original
+MOMENTUM = 0.001  # of the running statistics in the original, but for HRNet
 
 
 class EncoderRun(NamedTuple):
@@ -59,15 +59,15 @@ def filled(module: Module) -> Module:
         if isinstance(layer, nn.Dropout2d):
             layer.p = 0.0
         if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = MOMENTUM
+            layer.momentum = getattr(layer, "published_momentum", MOMENTUM)
     return module.double()
 
 
 def norm_sums(module: nn.Module) -> dict[str, float]:
     norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
     return {
-        "sum_abs_running_mean": sum(float(norm.running_mean.abs().sum()) for norm in norms),
-        "sum_running_var": sum(float(norm.running_var.sum()) for norm in norms),
+        "sum_abs_running_mean": sum(float(norm.get_buffer("running_mean").abs().sum()) for norm in norms),
+        "sum_running_var": sum(float(norm.get_buffer("running_var").sum()) for norm in norms),
     }
 
 

@@ -34,7 +34,7 @@ def test_old_names_are_names_and_options_of_today(kind: str, name: str) -> None:
     if kind == "encoder":
         with torch.device("meta"):
             encoder = build_encoder(name)
-        assert max(encoder.strides) == network.options.get("output_stride", 32)
+        assert encoder.size_divisor == network.options.get("output_stride", 32)
         return
     logits = build_decoder(name, CHANNELS, 3).train()([torch.randn(2, channels, 4, 4) for channels in CHANNELS])
     assert (logits.aux is not None) == network.options.get("deep_supervision", False)
@@ -44,13 +44,12 @@ def test_old_names_are_names_and_options_of_today(kind: str, name: str) -> None:
 def test_a_name_and_its_configuration_file_mean_the_same(kind: str, name: str) -> None:
     section = compose_config([f"model/{kind}={name}"]).model[kind]
     typed, options = network_options(dict(section), kind)
-    network = resolve(kind, name)
-    constructor = TABLES[kind][network.name].load()
-    arguments = () if kind == "encoder" else (CHANNELS, 3)
     with torch.device("meta"):
-        from_file = constructor(*arguments, **options)
-        from_name = constructor(*arguments, **network.options)
-    assert typed == network.name
+        from_file, from_name = (
+            build_encoder(word, **set_by_hand) if kind == "encoder" else build_decoder(word, CHANNELS, 3, **set_by_hand)
+            for word, set_by_hand in ((typed, options), (name, {}))
+        )
+    assert typed == resolve(kind, name).name
     assert str(from_file) == str(from_name)
 
 
@@ -86,3 +85,39 @@ def test_a_wrong_name_or_option_is_told(arguments: tuple, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_segmenter(*arguments)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "options", "channels"),
+    [
+        ("c1", {}, (720,)),
+        ("upernet", {"join": None}, (48, 96, 192, 384)),
+        ("upernet", {"join": True}, (720,)),
+        ("c1_deepsup", {"join": False}, (48, 96, 192, 384)),
+    ],
+)
+def test_maps_are_not_joined_below_a_decoder_that_reads_a_pyramid(
+    decoder: str, options: dict, channels: tuple[int, ...]
+) -> None:
+    with torch.device("meta"):
+        net = build_segmenter("hrnetv2", decoder, 3, options)
+    assert net.encoder.channels == channels
+    assert (net.size_divisor, net.label_stride) == (32, 32 if decoder == "c1_deepsup" else 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", ["c1_deepsup", "ppm_deepsup", "upernet_lite"])
+def test_decoders_take_five_maps(decoder: str) -> None:
+    net = build_segmenter("mobilenetv2_dilated8", decoder, 3).eval()
+    assert net(torch.randn(1, 3, 64, 96)).main.shape == (1, 3, 64 // net.label_stride, 96 // net.label_stride)
+    assert (net.size_divisor, net.label_stride) == (8, 4 if decoder == "upernet_lite" else 8)
+
+
+@pytest.mark.parametrize(("decoder", "options"), [("c1_deepsup", {}), ("ppm", {"deep_supervision": True})])
+def test_deep_supervision_of_a_single_map_is_refused_with_two_ways_out(decoder: str, options: dict) -> None:
+    with pytest.raises(ConfigError) as caught, torch.device("meta"):
+        build_segmenter("hrnetv2", decoder, 3, None, options)
+    assert str(caught.value) == (
+        "model.decoder.deep_supervision=true: the auxiliary head reads the last but one map, and hrnetv2 "
+        "gives one map. Set model.encoder.join=false, or take a decoder without it: model/decoder=c1, ppm, upernet."
+    )
