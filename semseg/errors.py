@@ -10,6 +10,10 @@ import difflib
 from collections.abc import Iterable
 
 
+INTERRUPTED, TERMINATED = 130, 143  # exit codes of a run that stopped in good order: after Ctrl-C; after other signals
+STOPPED_CODES = (INTERRUPTED, TERMINATED)
+
+
 class SemsegError(ValueError):
     """Base of all errors that a user can mend. `exit_code` is what the process ends with."""
 
@@ -28,6 +32,10 @@ class DataError(SemsegError):
 
 class CheckpointError(SemsegError):
     """A checkpoint or weight file is missing, broken or belongs to another network."""
+
+
+class DownloadError(SemsegError):
+    """A file cannot be fetched, or is not the one that was meant."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

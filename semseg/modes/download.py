@@ -1,0 +1,77 @@
+"""mode=download: fetch a data set, unpack it to data.root, and count what is there. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from omegaconf import OmegaConf
+
+from semseg.archive import extract
+from semseg.config import ArchiveConfig, Config, DataConfig
+from semseg.data.sources import DataSource
+from semseg.download import fetch
+from semseg.errors import ConfigError, DataError
+from semseg.launch import CONFIG_DIR
+
+FOLDER = "data"  # of the cache
+
+
+class Pairs(NamedTuple):
+    """How many images with a label each split has."""
+
+    train: int
+    val: int
+
+    def __str__(self) -> str:
+        return f"{self.train:,} training and {self.val:,} validation images with labels"
+
+
+def run(config: Config, overrides: list[str]) -> None:
+    """Download the data set that `data` names, unless it is there already.
+
+    Raises:
+        SemsegError: if it cannot be downloaded, or what is at data.root afterwards is not all of it.
+    """
+    data, archive = config.data, config.data.archive
+    if archive is None:
+        raise ConfigError(
+            f"data={data.name}: there is nothing to download. mode=download works with "
+            f"{', '.join(f'data={name}' for name in downloadable())}."
+        )
+    root = Path(data.root).expanduser()
+    if root.is_dir() and any(root.iterdir()):
+        print(f"{root}: is there already, {require_all(data, archive)}")
+        return
+    manual = f"or unpack it at {root} yourself, or set data.root to where it is"
+    file = fetch(archive.url, config.download, folder=FOLDER, digest=archive.digest, manual=manual)
+    print(f"unpacking {file} to {root}", flush=True)
+    try:
+        extract(file, root)
+    except OSError as error:
+        raise DataError(f"{root}: cannot be written ({error.strerror or error}). Set data.root.") from error
+    print(f"{root}: {require_all(data, archive)}")
+
+
+def downloadable() -> list[str]:
+    """The data sets of configs/data/ that say where they can be downloaded."""
+    files = sorted((CONFIG_DIR / "data").glob("*.yaml"))
+    return [file.stem for file in files if OmegaConf.select(OmegaConf.load(file), "archive")]
+
+
+def require_all(data: DataConfig, archive: ArchiveConfig) -> Pairs:
+    """The pairs below data.root; all that the archive holds.
+
+    Raises:
+        DataError: if there are more or fewer, or images without labels.
+    """
+    way_out = f"Remove {data.root} and run mode=download again, or set data.root to another folder."
+    source = DataSource(data)
+    try:
+        found = Pairs(len(source.records("train")), len(source.records("val")))
+    except DataError as error:
+        raise DataError(f"{data.root}: this is not all of data={data.name}. {way_out}\n{error}") from error
+    wanted = Pairs(archive.num_train, archive.num_val)
+    if found != wanted:
+        raise DataError(f"{data.root}: has {found}, but data={data.name} has {wanted}. {way_out}")
+    return found
