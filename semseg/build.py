@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,108 @@ from hydra.utils import instantiate
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from semseg.callbacks import EndOnSigterm, PlainProgress, checkpoints
-from semseg.checkpoint import SavedNetwork
-from semseg.config import Config, ModelConfig, network_options
+from semseg import zoo
+from semseg.callbacks import EndOnSigterm, LogSteps, PlainProgress, checkpoints
+from semseg.checkpoint import SavedNetwork, find_checkpoint, inherit, read_checkpoint
+from semseg.checkpoint_io import AtomicCheckpointIO
+from semseg.config import Config, DownloadConfig, ModelConfig, network_options
+from semseg.data.convention import CONVENTIONS
 from semseg.data.sources import DataSource
-from semseg.errors import CheckpointError, ConfigError
+from semseg.download import fetch
+from semseg.errors import ConfigError
+from semseg.guards import NonFiniteGuard, ProbeMemory
+from semseg.nets.features import Encoder
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
+from semseg.published import FREE_KEYS, Files, find_files, read_published
+from semseg.resume import ForgetRepeatedSteps, SeedEveryStep
 from semseg.syncbn.plugin import layer_sync
-from semseg.weights import load_encoder_weights
+from semseg.weights import fill, load_encoder_weights
 
 
-def build_net(config: ModelConfig, num_classes: int) -> Segmenter:
-    """The network with fresh weights; the encoder's from model.encoder.weights if that names a file.
+def build_net(config: ModelConfig, num_classes: int, download: DownloadConfig | None = None) -> Segmenter:
+    """The network, its encoder filled as model.encoder.weights says, the rest with fresh weights.
+
+    Args:
+        download: how to fetch ImageNet weights (model.encoder.weights=imagenet).
 
     Raises:
         ConfigError: for unknown names and options.
         CheckpointError: if the weight file does not fit.
+        DownloadError: if it cannot be fetched.
     """
     encoder, encoder_options = network_options(config.encoder, "encoder")
     decoder, decoder_options = network_options(config.decoder, "decoder")
     net = build_segmenter(encoder, decoder, num_classes, encoder_options, decoder_options)
     weights = config.encoder.get("weights", "none")
-    if weights not in (None, "none"):
+    if weights == "imagenet":
+        load_encoder_weights(net.encoder, imagenet_weights(net.encoder, encoder, download or DownloadConfig()))
+    elif weights not in (None, "none"):
         load_encoder_weights(net.encoder, Path(weights).expanduser())
+    if config.convention != "auto":
+        net.convention = CONVENTIONS[config.convention]
     return net
+
+
+def imagenet_weights(encoder: Encoder, name: str, download: DownloadConfig) -> Path:
+    """The file of an encoder's published ImageNet weights, downloaded if it is not in the cache.
+
+    Raises:
+        ConfigError: if none are published for this encoder.
+        DownloadError: if they cannot be fetched.
+    """
+    file = encoder.weights_file
+    if file is None:
+        raise ConfigError(f"model.encoder.weights=imagenet: none are known for {name}. Give a file, or none.")
+    by_hand = "or set model.encoder.weights to a file you have, or to none for random ones"
+    return fetch(file.url, download, folder="imagenet", digest=file.digest, manual=by_hand)
+
+
+def without_weights(model: ModelConfig) -> ModelConfig:
+    """The same network with fresh weights everywhere: others are loaded into it."""
+    return replace(model, encoder=model.encoder | {"weights": "none"})
+
+
+def open_network(config: Config, overrides: list[str]) -> tuple[SavedNetwork, Config]:
+    """The network that `ckpt` means, and the configuration for using it.
+
+    Raises:
+        SemsegError: if there is no such network, or the command line contradicts it.
+    """
+    assert config.ckpt is not None, "config.check asks for ckpt"
+    saved = find_network(config.ckpt, config, overrides)
+    tell(saved.note)
+    kept = [word for word in overrides if not (saved.note and word.partition("=")[0] in FREE_KEYS)]
+    return saved, inherit(saved.config, config, kept)
+
+
+def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwork:
+    """A checkpoint of ours or published files: a file, a folder, last, best, zoo:<name>, or two files with a comma.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged.
+        DownloadError: if it cannot be fetched.
+    """
+    if spec.startswith(zoo.PREFIX):
+        network = zoo.published(spec)
+        encoder, decoder = (
+            fetch(url, config.download, folder=network.folder, manual="or give ckpt=<folder with both files>")
+            for url in network.urls()
+        )
+        return read_published(Files(encoder, decoder), config, overrides, network.release)
+    files = find_files(spec)
+    if files is not None:
+        return read_published(files, config, overrides)
+    return read_checkpoint(find_checkpoint(spec, Path(config.runs_dir)))
+
+
+@rank_zero_only
+def tell(line: str) -> None:
+    """Print a line once, whatever the number of processes; nothing for an empty one."""
+    if line:
+        print(line, flush=True)
 
 
 def restore_net(saved: SavedNetwork) -> Segmenter:
@@ -46,13 +123,9 @@ def restore_net(saved: SavedNetwork) -> Segmenter:
     Raises:
         CheckpointError: if any weight is missing, unexpected or of another shape.
     """
-    model = saved.config.model
-    model.encoder = model.encoder | {"weights": "none"}  # the checkpoint has them
-    net = build_net(model, saved.classes.num_classes)
-    try:
-        net.load_state_dict(saved.weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{saved.path}: its weights do not fit its own configuration: {error}") from None
+    net = build_net(without_weights(saved.config.model), saved.classes.num_classes)
+    fill(net, saved.weights, f"{saved.source}: its weights do not fit its own configuration")
+    net.convention = saved.convention
     return net.eval()
 
 
@@ -62,7 +135,9 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
     Raises:
         ConfigError: if Lightning refuses the values.
     """
-    options: dict[str, Any] = {key: value for key, value in vars(config.trainer).items() if value is not None}
+    ours = ("max_nonfinite_steps", "on_oom", "probe_memory")
+    given = {key: value for key, value in vars(config.trainer).items() if key not in ours}
+    options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     options["devices"] = device_count_or_list(config)
     if not source.has("val"):
         options["limit_val_batches"] = 0
@@ -73,7 +148,7 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
             default_root_dir=config.run_dir,
             callbacks=callbacks(config, source),
             logger=loggers(config),
-            plugins=[plugins] if plugins else None,
+            plugins=[AtomicCheckpointIO(), *([plugins] if plugins else [])],
             # Every rank has its own sub-batches: see SegmentationData.
             use_distributed_sampler=False,
             enable_model_summary=False,
@@ -104,9 +179,11 @@ def device_count_or_list(config: Config) -> Any:
 
 def callbacks(config: Config, source: DataSource) -> list[Callback]:
     """Those of the configuration, and ours."""
-    ours: list[Callback] = [EndOnSigterm()]
+    ours: list[Callback] = [EndOnSigterm()]  # in training, signals write a checkpoint first
     if config.mode == "train":
-        ours += checkpoints(Path(config.run_dir), has_val=source.has("val"))
+        guard = NonFiniteGuard(Path(config.run_dir), config.trainer)
+        ours = [ProbeMemory(config.trainer), SeedEveryStep(config.seed), ForgetRepeatedSteps(), guard, LogSteps()]
+        ours += checkpoints(Path(config.run_dir), config.checkpoint, has_val=source.has("val"))
     if config.trainer.enable_progress_bar:
         ours.append(RichProgressBar() if sys.stdout.isatty() else PlainProgress())
     configured = [instantiate(section) for section in config.callbacks.values()]

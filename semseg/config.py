@@ -14,15 +14,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from semseg import zoo
 from semseg.data.convention import CONVENTIONS
 from semseg.errors import ConfigError, choose, nearest
 
-MODES = ("train", "eval", "predict")
+MODES = ("train", "eval", "predict", "convert", "compare", "download", "replay")
 SPLITS = ("train", "val", "test")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("poly", "poly_warmup", "cosine")
 LOSSES = ("cross_entropy",)
+LIBRARIES = ("torchvision", "timm")  # whose networks are encoders
 SYNCBN = ("reduce", "native", "off")
 SYNCBN_CONVENTIONS = ("torch", "published")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "64")
@@ -33,7 +35,7 @@ ALLOWED_TARGETS = (
     "pytorch_lightning.callbacks.EarlyStopping",
     "pytorch_lightning.callbacks.LearningRateMonitor",
     "pytorch_lightning.callbacks.DeviceStatsMonitor",
-    "pytorch_lightning.loggers.CSVLogger",
+    "semseg.csv_log.CSVLog",
     "pytorch_lightning.loggers.TensorBoardLogger",
 )
 
@@ -55,7 +57,8 @@ class ModelConfig:
     name: str = ""
     encoder: dict[str, Any] = field(default_factory=dict)  # name and the options of its constructor
     decoder: dict[str, Any] = field(default_factory=dict)
-    convention: str = one_of("rgb_mean_std", tuple(CONVENTIONS))  # how pixel values enter the network
+    # How pixel values enter the network; auto: as the encoder's weights were trained, or as the checkpoint says.
+    convention: str = one_of("auto", ("auto", *CONVENTIONS))
     deepsup_weight: float = number(0.4, low=0)  # weight of the auxiliary loss
     freeze_bn: bool = False  # normalisation statistics stay as they are
     size_divisor: int | None = number(None, low=1)  # pixels; null: the network's largest stride
@@ -83,6 +86,16 @@ class ScenesConfig:
 
 
 @dataclass
+class ArchiveConfig:
+    """Where a data set can be downloaded, and what it then holds (mode=download)."""
+
+    url: str = ""  # of a zip or tar file
+    digest: str = ""  # sha256:<hex>, sha1:<hex> or md5:<hex> of that file; empty: none is known
+    num_train: int = number(0, low=0)  # pairs of image and label
+    num_val: int = number(0, low=0)
+
+
+@dataclass
 class DataConfig:
     """Which images, and how they become sub-batches."""
 
@@ -93,6 +106,7 @@ class DataConfig:
     test: SplitConfig = field(default_factory=SplitConfig)
     val_fraction: float = number(0.0, low=0, high=0.9)  # of train, held out by a hash of the path
     make: ScenesConfig | None = None
+    archive: ArchiveConfig | None = None  # null: there is nothing to download
     classes: str | None = None  # ade20k, camvid, or a CSV file with index,name,R,G,B
     num_classes: int | None = number(None, low=2)  # null: as many as `classes` has
     first_id: int = number(1, low=0)  # the value that class 0 has in the label files
@@ -167,13 +181,32 @@ class TrainerConfig:
     detect_anomaly: bool = False
     fast_dev_run: Any = False
     enable_progress_bar: bool = True
+    # Ours, not Lightning's:
+    max_nonfinite_steps: int = number(0, low=0)  # of a run that may be skipped for a NaN or infinite loss
+    on_oom: str = one_of("stop", ("stop", "retry"))  # retry: once, at the next smaller short edge; one device only
+    probe_memory: str = one_of("gpu", ("gpu", "always", "never"))  # run the largest possible sub-batch first
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written, besides the end of every epoch."""
+
+    every_n_steps: int | None = number(None, low=1)
+    every_n_minutes: float | None = number(30.0, above=0)
+    keep: int = number(0, low=0)  # of those between epochs, besides last.ckpt
+    on_error: str = one_of("stop", ("stop", "warn"))  # a full disk, say: end the run, or train on without
 
 
 @dataclass
 class EvalConfig:
     scales: list[int] = field(default_factory=lambda: [450])  # short edges in pixels
+    also_scales: list[list[int]] = field(default_factory=list)  # parts of `scales` that get scores of their own
     flip: bool = False  # average with the mirrored image
     split: str = one_of("val", SPLITS)
+    boundary_iou: bool = False
+    boundary_ratio: float = number(0.02, above=0, high=1)  # width of a boundary, as a share of the image's diagonal
+    bootstrap: int = number(0, low=0)  # resamples of the images for the confidence intervals; 0: none
+    visualize: bool = False  # a picture of every image: image | ground truth | prediction
 
 
 @dataclass
@@ -181,6 +214,18 @@ class PredictConfig:
     save: list[str] = field(default_factory=lambda: list(PREDICT_OUTPUTS))
     scales: list[int] | None = None  # null: eval.scales
     flip: bool = False
+
+
+@dataclass
+class DownloadConfig:
+    """How files are fetched, and where they are kept."""
+
+    cache: str | None = None  # folder; null: $SEMSEG_CACHE, else $XDG_CACHE_HOME/semseg, else ~/.cache/semseg
+    mirrors: dict[str, list[str]] = field(default_factory=dict)  # start of an address: others to try after it
+    offline: bool = False  # use files of the cache only
+    timeout_s: float = number(30.0, above=0)  # seconds without an answer or a byte
+    retries: int = number(4, low=0)  # after a passing failure, in a row without getting any further
+    delay_s: float = number(1.0, low=0)  # seconds before the first of them; doubles each time
 
 
 @dataclass
@@ -192,8 +237,12 @@ class Config:
     runs_dir: str = "runs"
     run_dir: str = ""
     ckpt: str | None = None
-    resume: str | None = None
+    init_from: str | None = None
+    output: str | None = None
+    resume: str | None = "auto"
+    resume_force: bool = False
     input: str | None = None
+    runs: list[str] = field(default_factory=list)  # folders
     after_training: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -202,8 +251,10 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     syncbn: SyncBNConfig = field(default_factory=SyncBNConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
+    download: DownloadConfig = field(default_factory=DownloadConfig)
     logger: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
 
@@ -344,21 +395,39 @@ def cross_problems(config: Config) -> Iterator[str]:
     ):
         if not edges or min(edges) < 1:
             yield f"{key}={edges}: must be a list of short edges in pixels, each at least 1, such as [300,450,600]."
+    for part in config.eval.also_scales:
+        if not part or not set(part) <= set(config.eval.scales):
+            yield f"eval.also_scales: {part} must be a part of eval.scales={config.eval.scales}, such as [[450]]."
     yield from _device_problems(config.trainer)
     divisor, stride = config.model.size_divisor, config.model.label_stride
     if divisor and stride and divisor % stride:
         yield f"model.size_divisor={divisor}: must be a multiple of model.label_stride={stride}."
-    needs_checkpoint = config.mode in ("eval", "predict")
-    if needs_checkpoint and not config.ckpt:
-        yield f"mode={config.mode} needs ckpt=<file, run folder, last or best>."
-    if config.mode == "predict" and not config.input:
-        yield "mode=predict needs input=<image or folder>."
+    yield from _mode_problems(config)
     for mode in config.after_training:
         if mode not in ("eval", "predict"):
             yield wrong_choice("after_training", mode, ("eval", "predict"))
     for output in config.predict.save:
         if output not in PREDICT_OUTPUTS:
             yield wrong_choice("predict.save", output, PREDICT_OUTPUTS)
+
+
+def _mode_problems(config: Config) -> Iterator[str]:
+    """A sentence for every key that the mode needs and that is not there, or that does not belong to it."""
+    needs_checkpoint = config.mode in ("eval", "predict", "convert", "replay")
+    if needs_checkpoint and not config.ckpt:
+        yield f"mode={config.mode} needs ckpt=<file, run folder, last, best, zoo:<name> or folder of published files>."
+    starts = [key for key in ("ckpt", "resume", "init_from") if getattr(config, key) not in (None, "auto")]
+    if config.mode == "train" and "ckpt" in starts and len(starts) > 1:
+        yield f"{' and '.join(starts)}: a run starts from one of them; leave the others out."
+    if config.mode == "convert" and not config.output:
+        yield "mode=convert needs output=<file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files>."
+    if config.mode == "replay" and not config.input:
+        yield "mode=replay needs input=<sub-batch that a run with a NaN loss has saved>."
+    is_demonstration = (config.ckpt or "").startswith(zoo.PREFIX)  # which brings its picture along
+    if config.mode == "predict" and not config.input and not is_demonstration:
+        yield "mode=predict needs input=<image or folder>."
+    if config.mode == "compare" and len(config.runs) < 2:
+        yield f"runs={config.runs}: mode=compare needs at least two evaluations: runs=[<folder>,<folder>]."
 
 
 def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
@@ -379,21 +448,29 @@ def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
 def network_options(section: dict[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
     """Split a network section into its name and the options of its constructor.
 
+    For a network of another library the name is that of the library, and its own name there is the option `name`.
+
     Raises:
-        ConfigError: if there is no name.
+        ConfigError: if there is no name, or for a library that is not one of LIBRARIES.
+
+    >>> network_options({"library": "timm", "name": "efficientnet_b3", "weights": "none"}, "encoder")
+    ('timm', {'name': 'efficientnet_b3'})
     """
-    options = {key: value for key, value in section.items() if key not in ("name", "weights")}
+    options = {key: value for key, value in section.items() if key not in ("library", "name", "weights")}
     if not section.get("name"):
         raise ConfigError(f"model.{kind}.name must be set: model/{kind}=<name>.")
-    return str(section["name"]), options
+    name = str(section["name"])
+    if "library" not in section:
+        return name, options
+    return choose(f"model.{kind}.library", section["library"], LIBRARIES), {"name": name, **options}
 
 
 SECTIONS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         ModelConfig, DataConfig, SplitConfig, OptimConfig, ScheduleConfig, LossConfig, SyncBNConfig,
-        TrainerConfig, EvalConfig, PredictConfig,
+        TrainerConfig, CheckpointConfig, EvalConfig, PredictConfig, DownloadConfig,
     )
-} | {"ScenesConfig | None": ScenesConfig}  # fmt: skip
+} | {"ScenesConfig | None": ScenesConfig, "ArchiveConfig | None": ArchiveConfig}  # fmt: skip
 
 __all__ = ["Config", "as_plain", "check", "choose"]

@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader, Subset
 
 from semseg.collate import Batch
 from semseg.config import Config
-from semseg.data.convention import CONVENTIONS
 from semseg.data.datasets import EvalDataset, TrainDataset
+from semseg.data.geometry import canvas_size, label_size, scaled_size
 from semseg.data.plan import RankSequence, TrainPlan
 from semseg.data.sources import DataSource
 from semseg.nets.segmenter import Segmenter
+from semseg.stopping import leave_signals_to_the_parent
 
 
 class SubBatchLoader:
@@ -62,6 +63,7 @@ class SubBatchLoader:
             batch_size=None,
             sampler=sequence,  # pyright: ignore[reportArgumentType]
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -83,7 +85,7 @@ class SegmentationData(pl.LightningDataModule):
     Args:
         source: records and label map, files checked.
         config: sections data, eval and the seed.
-        net: gives the size divisor and the label stride.
+        net: gives the size divisor, the label stride and the input convention.
     """
 
     def __init__(self, source: DataSource, config: Config, net: Segmenter) -> None:
@@ -91,8 +93,10 @@ class SegmentationData(pl.LightningDataModule):
         self.source = source
         self.config = config
         self.size_divisor = config.model.size_divisor or net.size_divisor
+        self.net = net
         self.label_stride = config.model.label_stride or net.label_stride
         self._train_loader: SubBatchLoader | None = None
+        self._position = 0  # where training starts
 
     def num_images(self, stage: str) -> int:
         """Images that are scored in stage "val" or "test"."""
@@ -127,7 +131,29 @@ class SegmentationData(pl.LightningDataModule):
             steps=data.steps_per_epoch or plan.steps_in_pass(world_size),
             num_workers=data.num_workers,
         )
+        self._train_loader.position = self._position
         return self._train_loader
+
+    def largest_batch(self) -> Batch:
+        """A black sub-batch as large as the plan can give: the highest and the widest image of an orientation."""
+        data = self.config.data
+        largest = max(data.short_edges)
+        sizes = [scaled_size(record.size, largest, data.max_long_edge) for record in self.source.records("train")]
+        upright = [size for size in sizes if size.height > size.width]
+        level = [size for size in sizes if size.height <= size.width]
+        canvases = [canvas_size(bucket, self.size_divisor) for bucket in (upright, level) if bucket]
+        canvas = max(canvases, key=lambda size: size.height * size.width)
+        count = data.batch_size
+        image = torch.zeros(count, 3, *canvas, dtype=torch.uint8)
+        label = torch.zeros(count, *label_size(canvas, self.label_stride), dtype=torch.int64)
+        return Batch(image, label, torch.tensor([canvas] * count), ["the largest possible sub-batch"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is. Here, since Lightning asks for the loader before it loads a loader's state."""
+        return {"position": self._position if self._train_loader is None else self._train_loader.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = int(state_dict["position"])
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.eval_loader("val")
@@ -148,7 +174,7 @@ class SegmentationData(pl.LightningDataModule):
             short_edges=self.config.eval.scales,
             max_long_edge=self.config.data.max_long_edge,
             size_divisor=self.size_divisor,
-            antialias=CONVENTIONS[self.config.model.convention].antialias,
+            antialias=self.net.convention.antialias,
         )
         rank, world_size = self._place()
         share = list(range(rank, len(records), world_size)) or [0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,14 +16,17 @@ from semseg.checkpoint import FORMAT_KEY, describe
 from semseg.collate import Batch
 from semseg.config import Config
 from semseg.data.classes import ClassTable
-from semseg.data.convention import CONVENTIONS
+from semseg.data.convention import InputConvention
 from semseg.data.datasets import EvalSample
+from semseg.evaluation import Evaluation, Evaluator
+from semseg.guards import OutOfMemory, at_next_smaller_edge
 from semseg.inference import predict_probabilities
 from semseg.losses import segmentation_loss
-from semseg.metrics import ConfusionMatrix, Scores, scores_from
+from semseg.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter
 from semseg.optim import build_optimizer, build_scheduler
+from semseg.resume import finish_cut_validation
 from semseg.syncbn.layer import convert, revert
 
 
@@ -39,10 +44,10 @@ class SegmentationModule(pl.LightningModule):
         self.net = net
         self.config = config
         self.classes = classes
-        self.convention = CONVENTIONS[config.model.convention]
         self.confusion = ConfusionMatrix(len(classes.names))
         self.scores: Scores | None = None  # of the last validation or test
-        self.matrix: Tensor | None = None  # (K, K) int64, what they were computed from
+        self.evaluation: Evaluation | None = None  # of the last test, in full
+        self.oom_retries = 0  # sub-batches that ran again at a smaller size
         if config.model.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if config.model.compile:
@@ -72,47 +77,114 @@ class SegmentationModule(pl.LightningModule):
         """(N, 3, H, W) uint8 RGB -> normalised, of the network's type; outside `size` exactly 0."""
         if self.config.model.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
-        return normalise(image, self.convention, size).to(self.dtype)  # trainer.precision=64-true, bf16-true
+        return normalise(image, self.net.convention, size).to(self.dtype)  # trainer.precision=64-true, bf16-true
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.batch = batch
+        try:
+            return self.loss_of(batch)
+        except torch.OutOfMemoryError as error:
+            problem = OutOfMemory(batch, error)
+        return self.loss_of(self.smaller_batch(problem))
+
+    def backward(self, loss: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            loss.backward()
+            return
+        except torch.OutOfMemoryError as error:
+            problem = OutOfMemory(self.batch, error)
+        smaller = self.smaller_batch(problem)
+        self.zero_grad(set_to_none=True)  # what was there of this step
+        self.loss_of(smaller).backward()
+
+    def smaller_batch(self, problem: OutOfMemory) -> Batch:
+        """The present sub-batch at the next smaller short edge, if `trainer.on_oom` allows it.
+
+        Ranks that wait for each other cannot go back, and gradients of earlier sub-batches cannot be kept.
+
+        Raises:
+            OutOfMemory: otherwise.
+        """
+        trainer, data = self.config.trainer, self.config.data
+        is_alone = self.trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
+        divisor = self.config.model.size_divisor or self.net.size_divisor
+        stride = self.config.model.label_stride or self.net.label_stride
+        smaller = at_next_smaller_edge(self.batch, data.short_edges, divisor, stride)
+        if trainer.on_oom != "retry" or not is_alone or smaller is None:
+            raise problem
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.oom_retries += 1
+        rank_zero_warn(f"{problem} Running it again at {tuple(smaller.image.shape[-2:])} ({self.oom_retries} so far).")
+        self.batch = smaller
+        return smaller
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The loss of one sub-batch; it and the accuracy go to the progress line."""
         logits = self.net(self.input(batch.image, batch.size))
         model = self.config.model
         loss = segmentation_loss(logits, batch.label, model.deepsup_weight, self.config.loss.average)
         count = len(batch.paths)
-        self.log("train/loss", loss.total.detach(), prog_bar=True, batch_size=count)
-        self.log("train/accuracy", loss.correct / loss.scored.clamp(min=1), prog_bar=True, batch_size=count)
+        # To the progress line only: LogSteps brings them to the loggers, before checkpoints are written.
+        accuracy = loss.correct / loss.scored.clamp(min=1)
+        self.log("train/loss", loss.total.detach(), prog_bar=True, logger=False, batch_size=count)
+        self.log("train/accuracy", accuracy, prog_bar=True, logger=False, batch_size=count)
         return loss.total
 
     def validation_step(self, sample: EvalSample, batch_idx: int) -> None:
-        self.count_image(sample)
+        if not self.is_own(sample):
+            return
+        (prediction,) = self.predict(sample)
+        self.confusion.update(confusion_counts(prediction, sample.label, self.confusion.num_classes))
 
-    def test_step(self, sample: EvalSample, batch_idx: int) -> None:
-        self.count_image(sample)
+    def on_test_start(self) -> None:
+        self.evaluator = Evaluator(self.config.eval, self.confusion.num_classes, self.device)
 
-    def count_image(self, sample: EvalSample) -> None:
-        """Predict one image and add it to the confusion matrix."""
-        if sample.index % self.trainer.world_size != self.trainer.global_rank:
-            return  # a rank without an image of its own runs one for company, and counts none
+    def on_test_batch_start(self, batch: EvalSample, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluator.watch.lap("reading")
+
+    def test_step(self, sample: EvalSample, batch_idx: int) -> Tensor | None:
+        """Score one image; the class indices (H, W) are handed on to callbacks that draw them."""
+        if not self.is_own(sample):
+            return None
+        predictions = self.predict(sample, self.config.eval.also_scales)
+        self.evaluator.add(sample, predictions)
+        return predictions[0]
+
+    def on_test_batch_end(self, outputs: Any, batch: EvalSample, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluator.watch.restart()  # drawing is no part of the speed
+
+    def is_own(self, sample: EvalSample) -> bool:
+        """A rank without an image of its own runs one for company, and counts none."""
+        return sample.index % self.trainer.world_size == self.trainer.global_rank
+
+    def predict(self, sample: EvalSample, parts: Sequence[Sequence[int]] = ()) -> list[Tensor]:
+        """Class indices (H, W) at the label's size, of all of eval.scales and then of each part of them."""
         height, width = sample.label.shape
-        evaluation = self.config.eval
-        probabilities = predict_probabilities(
-            self.net, sample.scales, (height, width), self.convention, flip=evaluation.flip
-        )
-        self.confusion.update(probabilities.argmax(0), sample.label)
+        scales = self.config.eval.scales
+        return [
+            predict_probabilities(
+                self.net,
+                [image for edge, image in zip(scales, sample.scales, strict=True) if edge in part],
+                (height, width),
+                self.net.convention,
+                flip=self.config.eval.flip,
+            ).argmax(0)
+            for part in (scales, *parts)
+        ]
 
     def on_validation_epoch_end(self) -> None:
-        self.finish_scores("val")
+        self.finish_scores(self.confusion.compute(), "val")
+        self.confusion.reset()
 
     def on_test_epoch_end(self) -> None:
-        self.finish_scores("test")
+        self.evaluation = self.evaluator.result()
+        self.finish_scores(self.evaluation.counts[0], "test")
 
-    def finish_scores(self, stage: str) -> None:
+    def finish_scores(self, counts: Counts, stage: str) -> None:
         """Scores of all ranks' images from one matrix; the same numbers are logged on every rank."""
-        counts = self.confusion.compute()
-        self.confusion.reset()
         self.check_images(counts.images, stage)
-        self.matrix = counts.matrix.cpu()
-        self.scores = scores_from(self.matrix, self.config.data.miou_rule)
+        self.scores = scores_from(counts.matrix, self.config.data.miou_rule)
         for name, value in (
             ("miou", self.scores.mean_iou),
             ("pixel_accuracy", self.scores.pixel_accuracy),
@@ -134,5 +206,10 @@ class SegmentationModule(pl.LightningModule):
         scheduler = build_scheduler(optimizer, self.config.schedule, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        finish_cut_validation(checkpoint["loops"]["fit_loop"])
+        # A resumed run does not load the weights that the convention came with.
+        self.net.convention = InputConvention.from_plain(checkpoint[FORMAT_KEY]["convention"])
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[FORMAT_KEY] = describe(self.config, self.classes)
+        checkpoint[FORMAT_KEY] = describe(self.config, self.classes, self.net.convention)

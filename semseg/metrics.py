@@ -1,12 +1,21 @@
-"""Stage 7: one matrix of exact counts, and every score from it."""
+"""Stage 7: exact counts of pixels, and every score from them."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import cv2
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
+
+OUTSIDE = -2  # stands for the pixels around an image; differs from every class and from -1
+
+
+# ---- counts
 
 
 def confusion_counts(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -22,9 +31,12 @@ def confusion_counts(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
     >>> confusion_counts(torch.tensor([0, 1, 1]), torch.tensor([0, 1, -1]), 2).tolist()
     [[1, 0], [0, 1]]
     """
+    num_cells = (num_classes + 1) * num_classes
+    # The narrowest type that holds the number of a cell: most of the time goes into moving them through memory.
+    narrow = torch.int16 if num_cells <= 2**15 else torch.int32
     # One spare row takes the pixels that are not scored: no mask, no copy.
-    cell = (label.flatten().long() + 1) * num_classes + prediction.flatten()
-    counts = torch.bincount(cell, minlength=(num_classes + 1) * num_classes)
+    cell = torch.add(prediction.to(narrow), label.to(narrow), alpha=num_classes).add_(num_classes)
+    counts = torch.bincount(cell.flatten(), minlength=num_cells)
     return counts.view(num_classes + 1, num_classes)[1:]
 
 
@@ -36,7 +48,7 @@ class Counts(NamedTuple):
 
 
 class ConfusionMatrix(Metric):
-    """The confusion matrix and the number of images, summed over batches and ranks in int64."""
+    """The confusion matrix and the number of images, summed over images and ranks in int64."""
 
     full_state_update = False
     matrix: Tensor
@@ -48,14 +60,17 @@ class ConfusionMatrix(Metric):
         self.add_state("matrix", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Count one image: both (H, W)."""
-        self.matrix += confusion_counts(prediction, label, self.num_classes)
+    def update(self, counts: Tensor) -> None:
+        """Add the counts of one image, as `confusion_counts` gives them."""
+        self.matrix += counts
         self.images += 1
 
     def compute(self) -> Counts:
         """The counts of all ranks together."""
         return Counts(self.matrix, int(self.images))
+
+
+# ---- scores
 
 
 class Scores(NamedTuple):
@@ -64,12 +79,23 @@ class Scores(NamedTuple):
     pixel_accuracy: float | None
     mean_iou: float | None
     overall: float | None  # mean of mean_iou and pixel_accuracy
-    mean_accuracy: float | None
+    mean_accuracy: float | None  # over the classes in the labels
+    frequency_weighted_iou: float | None  # each class by its share of the labelled pixels
+    mean_dice: float | None  # over the same classes as mean_iou
     iou: list[float | None]  # per class; None: neither in the labels nor predicted
-    accuracy: list[float | None]  # per class; None: not in the labels
+    accuracy: list[float | None]  # per class, the recall; None: not in the labels
+    precision: list[float | None]  # per class; None: not predicted
+    dice: list[float | None]  # per class; None: neither in the labels nor predicted
     pixels: list[int]  # labelled pixels per class
     averaged_classes: int  # over how many classes mean_iou is the mean
+    absent: list[int]  # classes that the rule treats as absent
     rule: str
+
+    @property
+    def shares(self) -> list[float]:
+        """Per class, its share of the labelled pixels."""
+        total = sum(self.pixels) or 1
+        return [pixels / total for pixels in self.pixels]
 
 
 def scores_from(matrix: Tensor, rule: str = "present") -> Scores:
@@ -84,38 +110,125 @@ def scores_from(matrix: Tensor, rule: str = "present") -> Scores:
     >>> scores_from(torch.tensor([[3, 1], [0, 4]])).pixel_accuracy
     0.875
     """
-    counts = matrix.double()
-    correct, labelled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
-    union = labelled + predicted - correct
-    iou = [_ratio(c, u) for c, u in zip(correct.tolist(), union.tolist(), strict=True)]
-    accuracy = [_ratio(c, n) for c, n in zip(correct.tolist(), labelled.tolist(), strict=True)]
-    averaged = averaged_ious(iou, labelled.tolist(), rule)
-    total = float(labelled.sum())
-    pixel_accuracy = _ratio(float(correct.sum()), total)
-    mean_iou = sum(averaged) / len(averaged) if averaged and total else None
+    correct, labelled, predicted = (counts.tolist() for counts in (matrix.diag(), matrix.sum(1), matrix.sum(0)))
+    rows = list(zip(correct, labelled, predicted, strict=True))
+    iou = [_ratio(c, n + p - c) for c, n, p in rows]
+    dice = [_ratio(2 * c, n + p) for c, n, p in rows]
+    accuracy = [_ratio(c, n) for c, n, _ in rows]
+    total = sum(labelled)
+    pixel_accuracy = _ratio(sum(correct), total)
+    absent = absent_classes(iou, labelled, rule)
+    left_out = set() if rule == "ade20k" else set(absent)
+    averaged = [index for index in range(len(iou)) if index not in left_out]
+    mean_iou = mean([iou[index] or 0.0 for index in averaged]) if total else None
     overall = None if mean_iou is None or pixel_accuracy is None else (mean_iou + pixel_accuracy) / 2
-    seen = [value for value in accuracy if value is not None]
+    weighted = sum(n * value for n, value in zip(labelled, iou, strict=True) if value is not None)
     return Scores(
         pixel_accuracy=pixel_accuracy,
         mean_iou=mean_iou,
         overall=overall,
-        mean_accuracy=sum(seen) / len(seen) if seen else None,
+        mean_accuracy=mean([value for value in accuracy if value is not None]),
+        frequency_weighted_iou=_ratio(weighted, total),
+        mean_dice=mean([dice[index] or 0.0 for index in averaged]) if total else None,
         iou=iou,
         accuracy=accuracy,
-        pixels=matrix.sum(1).tolist(),
+        precision=[_ratio(c, p) for c, _, p in rows],
+        dice=dice,
+        pixels=labelled,
         averaged_classes=len(averaged),
+        absent=absent,
         rule=rule,
     )
 
 
-def averaged_ious(iou: list[float | None], labelled: list[float], rule: str) -> list[float]:
-    """The IoUs that a rule averages."""
-    if rule == "ade20k":
-        return [value or 0.0 for value in iou]
+def absent_classes(iou: list[float | None], labelled: list[int], rule: str) -> list[int]:
+    """Classes without labelled pixels; unless the rule is "ground_truth", only those that are not predicted either."""
     if rule == "ground_truth":
-        return [value for value, count in zip(iou, labelled, strict=True) if count and value is not None]
-    return [value for value in iou if value is not None]
+        return [index for index, pixels in enumerate(labelled) if not pixels]
+    return [index for index, value in enumerate(iou) if value is None]
+
+
+def mean(values: list[float]) -> float | None:
+    """The arithmetic mean; None of nothing."""
+    return _ratio(sum(values), len(values))
 
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
+
+
+# ---- boundaries
+
+
+class BoundaryCounts(NamedTuple):
+    """Pixels of the boundary regions of every class."""
+
+    intersection: Tensor  # (num_classes,) int64
+    union: Tensor  # (num_classes,) int64
+
+    @property
+    def iou(self) -> list[float | None]:
+        """Per class; None: neither in the labels nor predicted."""
+        return [_ratio(i, u) for i, u in zip(self.intersection.tolist(), self.union.tolist(), strict=True)]
+
+    @property
+    def mean_iou(self) -> float | None:
+        """Over the classes in the labels or predicted."""
+        return mean([value for value in self.iou if value is not None])
+
+
+def boundary_counts(prediction: Tensor, label: Tensor, num_classes: int, ratio: float = 0.02) -> BoundaryCounts:
+    """Counts for the boundary IoU of Cheng et al., "Boundary IoU" (CVPR 2021).
+
+    The boundary region of a class is the part of it within `ratio` of the image's diagonal (at least one pixel, counted
+    as a king moves) of its outline, and the edge of the image belongs to the outline, as in the authors' code. Pixels
+    that are not scored belong to no class, neither labelled nor predicted.
+
+    Args:
+        prediction: (H, W) integers, values 0..num_classes-1.
+        label: (H, W) integers, values -1 (not scored) .. num_classes-1.
+    """
+    labelled, predicted = (ids.to("cpu", torch.int16).numpy() for ids in (label, prediction))
+    predicted = np.where(labelled < 0, labelled, predicted)
+    distance = max(1, round(ratio * math.hypot(*labelled.shape)))
+    labelled, predicted = (np.where(is_near_outline(ids, distance), ids, -1) for ids in (labelled, predicted))
+    both = _pixels_of(labelled[labelled == predicted], num_classes)
+    union = _pixels_of(labelled, num_classes) + _pixels_of(predicted, num_classes) - both
+    return BoundaryCounts(torch.from_numpy(both), torch.from_numpy(union))
+
+
+def is_near_outline(ids: NDArray[np.int16], distance: int) -> NDArray[np.bool_]:
+    """(H, W): pixels with another value, or the edge of the image, at most `distance` king's moves away."""
+    framed = cv2.copyMakeBorder(ids, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=OUTSIDE)
+    near = np.ones((3, 3), np.uint8)
+    outline = (cv2.dilate(framed, near) != cv2.erode(framed, near)).astype(np.uint8)  # at most 1 move away
+    # All values in one pass: widening the outline of all classes is the same as shrinking each class by itself.
+    widened = cv2.dilate(outline, np.ones((2 * distance - 1, 2 * distance - 1), np.uint8))
+    return widened[1:-1, 1:-1] > 0
+
+
+def _pixels_of(ids: NDArray[np.int16], num_classes: int) -> NDArray[np.int64]:
+    """(num_classes,) how often each class occurs; -1 counts nowhere."""
+    return np.bincount(ids.ravel().astype(np.int64) + 1, minlength=num_classes + 1)[1:]
+
+
+class BoundaryIoU(Metric):
+    """The boundary counts, summed over images and ranks in int64."""
+
+    full_state_update = False
+    intersection: Tensor
+    union: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.add_state("intersection", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("union", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, counts: BoundaryCounts) -> None:
+        """Add the counts of one image."""
+        self.intersection += counts.intersection.to(self.intersection.device)
+        self.union += counts.union.to(self.union.device)
+
+    def compute(self) -> BoundaryCounts:
+        """The counts of all ranks together."""
+        return BoundaryCounts(self.intersection, self.union)

@@ -57,6 +57,7 @@ def in_child(work: Callable[[], Any]) -> Any:
     """The answer of `work`, done in a fork of this process."""
 
     def run(sender: Connection) -> None:
+        torch.set_num_threads(1)  # the parent's pool of threads does not survive the fork
         sender.send(work())
 
     receiver, sender = FORK.Pipe(duplex=False)
@@ -91,6 +92,7 @@ def test_b1_b2_a_kill_while_saving_costs_neither_the_checkpoint_nor_disk_space(
     save(0, last, megabytes=20)
 
     def save_for_ever(step: int) -> None:
+        torch.set_num_threads(1)  # the parent's pool of threads does not survive the fork
         while True:
             step += 1
             save(step, last, megabytes=20)
@@ -101,8 +103,9 @@ def test_b1_b2_a_kill_while_saving_costs_neither_the_checkpoint_nor_disk_space(
         before = step_of(last)
         child = FORK.Process(target=save_for_ever, args=(before,))
         child.start()
+        deadline = time.monotonic() + 60
         while not any(tmp_path.glob(".*.tmp")):
-            assert child.is_alive()
+            assert child.is_alive() and time.monotonic() < deadline
         time.sleep(rng.uniform(0, 0.3))
         os.kill(child.pid or 0, signal.SIGKILL)
         child.join()

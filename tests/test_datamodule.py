@@ -11,6 +11,7 @@ from pytorch_lightning import Trainer
 
 from semseg.collate import Batch
 from semseg.config import Config, check
+from semseg.data.convention import CONVENTIONS
 from semseg.data.datasets import EvalSample
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData, SubBatchLoader
@@ -24,6 +25,7 @@ class Strides:
 
     size_divisor = 32
     label_stride = 4
+    convention = CONVENTIONS["rgb_mean_std"]
 
 
 class Place:

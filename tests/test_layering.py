@@ -9,19 +9,22 @@ PACKAGE = Path(__file__).resolve().parent.parent / "semseg"
 
 # One group of files per layer; a file may import from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "seeding", "data.convention", "data.geometry"],
-    ["config", "data.classes", "data.records", "data.plan", "data.scenes"],
+    ["errors", "archive", "digest", "files", "seeding", "transfer", "zoo", "data.convention", "data.geometry"],
+    ["config", "data.classes", "data.records", "data.plan", "data.scenes", "run_lock", "download"],
     ["data.sources"],
     ["data.images", "collate", "data.datasets", "nets", "syncbn.reduce", "syncbn.layer"],
-    ["losses", "optim", "metrics", "inference", "draw", "report"],
-    ["checkpoint", "weights"],
-    ["syncbn.plugin", "callbacks", "datamodule", "lit_module"],
+    ["losses", "optim", "metrics", "evaluation", "inference", "draw", "report", "pages", "report_page", "compare_page"],
+    ["checkpoint", "weights", "published"],
+    ["stopping"],
+    ["syncbn.plugin", "checkpoint_io", "csv_log", "resume", "saving", "guards", "callbacks", "datamodule", "lit_module"],
     ["build"],
     ["supervise"],
     ["launch"],
     ["modes"],
 ]
-TORCH_FREE = {name for layer in LAYERS[:3] for name in layer} | {"launch", "supervise"}
+PAGES = {"pages.charts", "pages.comparison", "pages.curves", "pages.pictures", "pages.run_card", "pages.templates"}
+PAGES |= {"draw", "report_page", "compare_page", "modes.compare"}
+TORCH_FREE = {name for layer in LAYERS[:3] for name in layer} | {"launch", "supervise", "modes.download"} | PAGES
 HEAVY = {"torch", "torchvision", "torchmetrics", "pytorch_lightning"}
 
 

@@ -1,20 +1,59 @@
-"""mode=eval: score a checkpoint on a split, print the table, write metrics.json and per_class.csv."""
+"""mode=eval: score a checkpoint on a split; prints tables, writes numbers, a page, and pictures if wanted."""
 
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pytorch_lightning.callbacks import Callback
 from rich.console import Console
+from torch.utils.data import Subset
 
-from semseg.build import build_trainer, restore_net
-from semseg.checkpoint import find_checkpoint, inherit, read_checkpoint
+from semseg.build import build_trainer, open_network, restore_net
+from semseg.checkpoint import FOLDER, SavedNetwork
 from semseg.config import Config
+from semseg.data.classes import ClassTable
+from semseg.data.datasets import EvalDataset, EvalSample
+from semseg.data.images import read_pair
+from semseg.data.records import Record
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
+from semseg.draw import Pixels, colour_map
 from semseg.errors import ConfigError
+from semseg.evaluation import ImageRecord, Intervals, bootstrap
+from semseg.files import replacing
 from semseg.lit_module import SegmentationModule
-from semseg.report import score_table, write_scores
+from semseg.pages.curves import run_folder_of, training_curves
+from semseg.pages.run_card import data_fingerprint, run_card
+from semseg.report import (
+    Findings,
+    class_table,
+    findings_of,
+    place_of,
+    scales_table,
+    speed_line,
+    summary_table,
+    write_findings,
+)
+from semseg.report_page import (
+    Example,
+    ImageScore,
+    ReportData,
+    choose_examples,
+    class_rows,
+    headline,
+    rule_scores,
+    write_report,
+)
+from semseg.seeding import generator_for
 
 log = logging.getLogger(__name__)
 
@@ -25,43 +64,212 @@ def run(config: Config, overrides: list[str]) -> float | None:
     Raises:
         SemsegError: for anything the user can mend.
     """
-    assert config.ckpt is not None, "config.check asks for ckpt"
-    saved = read_checkpoint(find_checkpoint(config.ckpt, Path(config.runs_dir)))
-    config = inherit(saved.config, config, overrides)
-    source = DataSource(config.data)
-    if source.classes.num_classes != saved.classes.num_classes:
-        raise ConfigError(
-            f"data={config.data.name} has {source.classes.num_classes} classes, but {saved.path} was trained "
-            f"for {saved.classes.num_classes}."
-        )
-    if source.classes.names != saved.classes.names:
-        log.warning(
-            "class names of data=%s differ from those in %s: is this the same task?", config.data.name, saved.path
-        )
+    saved, config = open_network(config, overrides)
+    source = matching_source(config, saved)
     net = restore_net(saved)
     trainer = build_trainer(config, source)
     module = SegmentationModule(net, config, source.classes)
     data = SegmentationData(source, config, net)
+    if config.eval.visualize:
+        trainer.callbacks.append(PanelWriter(source, config.eval.split, Path(config.run_dir)))  # pyright: ignore[reportAttributeAccessIssue]
     trainer.test(module, datamodule=data, verbose=False)
-    scores, matrix = module.scores, module.matrix
-    assert scores is not None and matrix is not None, "the test loop ends with scores"
+    assert module.scores is not None and module.evaluation is not None, "the test loop ends with scores"
     if not trainer.is_global_zero:
-        return scores.mean_iou
-    evaluation = config.eval
-    facts = {
-        "checkpoint": str(saved.path),
-        "data": config.data.name,
-        "split": evaluation.split,
-        "images": data.num_images("test"),
-        "scales": list(evaluation.scales),
-        "flip": evaluation.flip,
-        "confusion": matrix.tolist(),  # rows are labels
-    }
-    files = write_scores(Path(config.run_dir), scores, source.classes, facts)
-    console = Console()
-    title = f"{config.data.name} {evaluation.split}, {facts['images']} images, scales {evaluation.scales}"
-    console.print(score_table(scores, source.classes, title))
-    console.print(
-        f"checkpoint {saved.path}\nwritten to {' and '.join(map(str, files))}", soft_wrap=True, highlight=False
+        return module.scores.mean_iou
+    findings = findings_of(
+        module.evaluation,
+        source.classes,
+        config.data.miou_rule,
+        config.eval.also_scales,
+        confidence(config, module.evaluation.images),
     )
-    return scores.mean_iou
+    folder = Path(config.run_dir)
+    files = write_findings(folder, findings, source.root, facts(config, saved, findings))
+    pictures = tuple(examples(findings, trainer, module, data))
+    report = page(config, saved, source, findings, pictures=pictures, device=device_in_words(trainer))
+    write_report(folder / "report.html", report)
+    print_tables(findings, config)
+    written = ", ".join(map(str, [*files, folder / "report.html"]))
+    Console().print(f"checkpoint {saved.source}\nwritten to {written}", soft_wrap=True, highlight=False, markup=False)
+    return findings.scores.mean_iou
+
+
+def matching_source(config: Config, saved: SavedNetwork) -> DataSource:
+    """The data set, whose classes must be as many as the network's.
+
+    Raises:
+        ConfigError: if they are not.
+    """
+    source = DataSource(config.data)
+    if source.classes.num_classes != saved.classes.num_classes:
+        raise ConfigError(
+            f"data={config.data.name} has {source.classes.num_classes} classes, but {saved.source} was trained "
+            f"for {saved.classes.num_classes}."
+        )
+    if source.classes.names != saved.classes.names:
+        log.warning(
+            "class names of data=%s differ from those in %s: is this the same task?", config.data.name, saved.source
+        )
+    return source
+
+
+def confidence(config: Config, images: Sequence[ImageRecord]) -> Intervals | None:
+    """Confidence intervals, if eval.bootstrap asks for them."""
+    if not config.eval.bootstrap:
+        return None
+    margins = [image.margins for image in images if image.margins is not None]
+    return bootstrap(margins, config.data.miou_rule, config.eval.bootstrap, generator_for(config.seed))
+
+
+# ---- on the console and in metrics.json
+
+
+def title_of(config: Config, findings: Findings) -> str:
+    """What was scored, in one line."""
+    settings = config.eval
+    flip = ", mirrored too" if settings.flip else ""
+    return f"{config.data.name} {settings.split}, {len(findings.images)} images, scales {settings.scales}{flip}"
+
+
+def print_tables(findings: Findings, config: Config) -> None:
+    """All tables and the speed."""
+    console = Console()
+    console.print(class_table(findings, title_of(config, findings)))
+    if findings.parts:
+        console.print(scales_table(findings, config.eval.scales))
+    console.print(summary_table(findings))
+    console.print(speed_line(findings.speed), soft_wrap=True, highlight=False)
+
+
+def facts(config: Config, saved: SavedNetwork, findings: Findings) -> dict[str, Any]:
+    """What metrics.json says of how the scores came about."""
+    settings = config.eval
+    found = {
+        "checkpoint": saved.source,
+        "data": config.data.name,
+        "split": settings.split,
+        "images": len(findings.images),
+        "scales": settings.scales,
+        "flip": settings.flip,
+    }
+    return found | {"boundary_ratio": settings.boundary_ratio} if settings.boundary_iou else found
+
+
+# ---- the page
+
+
+def page(
+    config: Config,
+    saved: SavedNetwork,
+    source: DataSource,
+    findings: Findings,
+    *,
+    pictures: tuple[Example, ...],
+    device: str,
+) -> ReportData:
+    """All that report.html shows."""
+    fingerprint = data_fingerprint(source.records(config.eval.split), source.root)
+    checkpoint = Path(saved.source)
+    return ReportData(
+        title=f"{config.model.name} on {config.data.name}",
+        subtitle=title_of(config, findings),
+        headline=headline(findings.scores, findings.intervals and findings.intervals.mean_iou),
+        rules=rule_scores(findings.by_rule, source.classes.names),
+        classes=source.classes,
+        rows=class_rows(findings.scores, source.classes),
+        confusion=findings.confusion,
+        images=tuple(image_scores(findings, source.root)),
+        examples=pictures,
+        curves=training_curves(run_folder_of(checkpoint)) if checkpoint.parent.name == FOLDER else (),
+        card=run_card(config, ["python", *sys.argv], device, fingerprint),
+    )
+
+
+def image_scores(findings: Findings, root: Path) -> list[ImageScore]:
+    """The images as the page names and ranks them."""
+    return [ImageScore(place_of(image.path, root), image.pixel_accuracy, image.mean_iou) for image in findings.images]
+
+
+def device_in_words(trainer: pl.Trainer) -> str:
+    """Such as "2 x NVIDIA H200", or "cpu"."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
+
+
+def examples(
+    findings: Findings, trainer: pl.Trainer, module: SegmentationModule, data: SegmentationData
+) -> Iterator[Example]:
+    """The best, median and worst images, predicted once more: no one could know before that these are the ones."""
+    scores = image_scores(findings, data.source.root)
+    share = data.test_dataloader().dataset
+    assert isinstance(share, Subset) and isinstance(share.dataset, EvalDataset), "of this rank; of the whole split"
+    dataset, device = share.dataset, trainer.strategy.root_device
+    module.to(device).eval()  # Lightning has taken it to the CPU
+    for group, position in choose_examples(scores):
+        sample = dataset[findings.images[position].index]
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            (prediction,) = module.predict(module.transfer_batch_to_device(sample, device, 0))
+        image = read_pair(dataset.records[sample.index], dataset.label_map).image
+        yield Example(group, scores[position], image, sample.label.numpy(), prediction.cpu().numpy())
+
+
+# ---- panels
+
+
+class PanelWriter(Callback):
+    """Writes image | ground truth | prediction of every image as `<run_dir>/panels/<place below data.root>.png`.
+
+    Raises:
+        ConfigError: if a picture would take the place of a file of the data set.
+    """
+
+    def __init__(self, source: DataSource, split: str, run_dir: Path) -> None:
+        self.source = source
+        self.records = source.records(split)
+        self.targets = [panel_path(record, source.root, run_dir) for record in self.records]
+        check_targets(self.targets, self.records)
+
+    def on_test_batch_end(  # noqa: PLR0917 - Lightning's signature
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: EvalSample,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if outputs is None:
+            return  # another rank's image
+        image = read_pair(self.records[batch.index], self.source.label_map).image
+        label, prediction = (ids.cpu().numpy() for ids in (batch.label, outputs))
+        write_png(self.targets[batch.index], panel(image, label, prediction, self.source.classes))
+
+
+def panel_path(record: Record, root: Path, run_dir: Path) -> Path:
+    """Where the panel of an image goes. The suffix stays, so that a.jpg and a.png, or b/a.jpg, never meet."""
+    place = place_of(record.image, root).lstrip("/")  # a split lies below the root as a whole, or elsewhere
+    return run_dir / "panels" / f"{place}.png"
+
+
+def check_targets(targets: Sequence[Path], records: Sequence[Record]) -> None:
+    """Nothing that is read may be written.
+
+    Raises:
+        ConfigError: naming the first file that would be.
+    """
+    inputs = {Path(path).resolve() for record in records for path in (record.image, record.label) if path}
+    lost = next((path for path in targets if path.resolve() in inputs), None)
+    if lost is not None:
+        raise ConfigError(f"eval.visualize=true would overwrite {lost}, a file of the data set. Set another run_dir.")
+
+
+def panel(image: Pixels, label: NDArray[np.integer], prediction: NDArray[np.integer], classes: ClassTable) -> Pixels:
+    """image | ground truth | prediction in class colours, black where nothing is scored: (H, 3 W, 3), as published."""
+    return np.concatenate([image, colour_map(label, classes), colour_map(prediction, classes)], axis=1)
+
+
+def write_png(path: Path, pixels: Pixels) -> None:
+    """Write a picture, whole or not at all."""
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, "png", compress_level=1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -207,7 +207,8 @@ def convert(
     """Turn every nn.BatchNorm1d/2d/3d in `module`, subclasses included, into a synced layer, in place.
 
     Only the class of a layer changes: parameters, buffers, hooks, sharing and the training flag stay. Layers that
-    are synced already get the new rule. `momentum` is that of the published convention.
+    are synced already get the new rule. `momentum` is that of the published convention, for layers that do not bring
+    one along as `published_momentum` (HRNet's do).
 
     Raises:
         ConfigError: for an unknown convention, a momentum out of range, or a lazy layer not yet initialised.
@@ -223,7 +224,7 @@ def convert(
             layer.__class__ = _synced_class(plain_class)
             cast(_SyncBatchNorm, layer).plain_class = plain_class
         synced = cast(_SyncBatchNorm, layer)
-        synced.rule = rule
+        synced.rule = replace(rule, momentum=getattr(layer, "published_momentum", momentum))
         keep_loaded_statistics(synced)
     return module
 

@@ -22,17 +22,18 @@ MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
 @pytest.mark.shared
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_a_step_on_real_images_changes_every_weight(model: str, shared: Path) -> None:
+def test_a_step_on_real_images_gives_every_weight_a_gradient(model: str, shared: Path) -> None:
     config = check(
         compose_config(
-            [f"model={model}", f"data.root={shared / 'ade20k_samples'}", "data.train.list=training.odgt",
-             "data.val.list=validation.odgt", "data.short_edges=[96]", "data.num_workers=0"]
+            [f"model={model}", "model.encoder.weights=none", f"data.root={shared / 'ade20k_samples'}",
+             "data.train.list=training.odgt", "data.val.list=validation.odgt", "data.short_edges=[96]",
+             "data.num_workers=0"]
         )
     )  # fmt: skip
+    torch.manual_seed(0)  # stochastic depth idles a block now and then
     source = DataSource(config.data)
     net = build_net(config.model, source.classes.num_classes)
     module = SegmentationModule(net, config, source.classes)
-    before = {name: value.detach().clone() for name, value in net.named_parameters()}
     optimizer = build_optimizer(net, config.optim)
 
     batch = next(iter(SegmentationData(source, config, net).train_dataloader()))
@@ -42,5 +43,5 @@ def test_a_step_on_real_images_changes_every_weight(model: str, shared: Path) ->
     optimizer.step()
 
     assert torch.isfinite(loss.total) and int(loss.scored) > 0
-    still = [name for name, value in net.named_parameters() if torch.equal(value, before[name])]
-    assert still == []
+    idle = [name for name, value in net.named_parameters() if value.grad is None or not value.grad.any()]
+    assert idle == []

@@ -13,9 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from semseg.launch import CONFIG_DIR
+from command_line import RUN, run
 
-RUN = CONFIG_DIR.parent / "run.py"
 TINY = [
     "data=scenes",
     "data.make.num_train=6",
@@ -26,6 +25,7 @@ TINY = [
     "data.max_long_edge=128",
     "data.num_workers=0",
     "model/encoder=resnet18",
+    "model.encoder.weights=none",
     "model/decoder=upernet",
     "model.decoder.width=16",
     "eval.scales=[64]",
@@ -35,19 +35,11 @@ TINY = [
 ]
 
 
-def command(cwd: Path, *words: str, code: int = 0) -> str:
-    result = subprocess.run(
-        [sys.executable, str(RUN), *words], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the data set and one trained run, `run`."""
     folder = tmp_path_factory.mktemp("project")
-    output = command(folder, *TINY, "run_dir=run")
+    output = run(folder, *TINY, "run_dir=run")
     (folder / "output.txt").write_text(output)
     return folder
 
@@ -82,7 +74,7 @@ def test_checkpoints_load_with_weights_only(folder: Path) -> None:
 
 
 def test_evaluation_writes_the_scores_it_prints(folder: Path) -> None:
-    output = command(folder, "mode=eval", "ckpt=run", "run_dir=scores")
+    output = run(folder, "mode=eval", "ckpt=run", "run_dir=scores")
     metrics = json.loads((folder / "scores" / "metrics.json").read_text())
     assert metrics["images"] == 3
     assert f"{100 * metrics['mean_iou']:.2f}" in output
@@ -94,7 +86,7 @@ def test_evaluation_writes_the_scores_it_prints(folder: Path) -> None:
 
 
 def test_several_scales_change_the_answer(folder: Path) -> None:
-    command(folder, "mode=eval", "ckpt=run", "run_dir=multi", "eval.scales=[48,64,96]", "eval.flip=true")
+    run(folder, "mode=eval", "ckpt=run", "run_dir=multi", "eval.scales=[48,64,96]", "eval.flip=true")
     multi = json.loads((folder / "multi" / "metrics.json").read_text())
     assert multi["scales"] == [48, 64, 96] and multi["flip"] is True
     assert multi["pixel_accuracy"] != json.loads((folder / "scores" / "metrics.json").read_text())["pixel_accuracy"]
@@ -102,7 +94,7 @@ def test_several_scales_change_the_answer(folder: Path) -> None:
 
 def test_prediction_writes_ids_and_a_panel_for_every_image(folder: Path) -> None:
     images = sorted((folder / "scenes/images/validation").iterdir())
-    command(folder, "mode=predict", "ckpt=run", "input=scenes/images/validation", "run_dir=pictures")
+    run(folder, "mode=predict", "ckpt=run", "input=scenes/images/validation", "run_dir=pictures")
     for image in images:
         ids = np.asarray(Image.open(folder / "pictures" / f"{image.stem}_ids.png"))
         width, height = Image.open(image).size
@@ -127,7 +119,7 @@ def test_images_that_differ_in_the_suffix_alone_do_not_collide(folder: Path) -> 
     (folder / "two").mkdir()
     for name in ("a.png", "a.jpg"):
         Image.fromarray(np.zeros((32, 40, 3), np.uint8)).save(folder / "two" / name)
-    command(folder, "mode=predict", "ckpt=run", "input=two", "run_dir=two_out", "predict.save=[ids]")
+    run(folder, "mode=predict", "ckpt=run", "input=two", "run_dir=two_out", "predict.save=[ids]")
     assert {path.name for path in (folder / "two_out").glob("*.png")} == {"a_jpg_ids.png", "a_png_ids.png"}
 
 
@@ -137,12 +129,12 @@ def test_a_phone_photo_comes_out_upright(folder: Path) -> None:
     exif = photo.getexif()
     exif[0x0112] = 6
     photo.save(folder / "phone.jpg", exif=exif)
-    command(folder, "mode=predict", "ckpt=run", "input=phone.jpg", "run_dir=phone")
+    run(folder, "mode=predict", "ckpt=run", "input=phone.jpg", "run_dir=phone")
     assert Image.open(folder / "phone" / "phone_ids.png").size == (40, 90)
 
 
 def test_training_goes_on_where_it_stopped(folder: Path) -> None:
-    output = command(folder, *TINY, "run_dir=run", "trainer.max_epochs=3", "resume=auto")
+    output = run(folder, *TINY, "run_dir=run", "trainer.max_epochs=3", "resume=auto")
     assert "going on from" in output
     content = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["epoch"] == 2

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import semseg.evaluation
+from semseg.config import EvalConfig
+from semseg.data.datasets import EvalSample
+from semseg.evaluation import CHUNK, Evaluator, bootstrap, interval, margins_of, speed_of
+from semseg.metrics import boundary_counts, confusion_counts, scores_from
+
+LABEL = torch.tensor([[0, 0, 1, 1], [-1, -1, 2, 2]])
+RIGHT = torch.tensor([[0, 0, 1, 1], [0, 0, 2, 2]])
+WRONG = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 1]])  # 3 of the 6 scored pixels are right
+
+
+def sample(index: int, label: torch.Tensor = LABEL) -> EvalSample:
+    return EvalSample([], label, torch.tensor(label.shape), f"images/{index}.jpg", index)
+
+
+def evaluator(**settings: object) -> Evaluator:
+    return Evaluator(EvalConfig(scales=[300, 450], **settings), 3, torch.device("cpu"))  # pyright: ignore[reportArgumentType]
+
+
+def test_each_part_of_the_scales_has_counts_of_its_own() -> None:
+    counting = evaluator(also_scales=[[450]])
+    counting.add(sample(0), [RIGHT, WRONG])
+    counting.add(sample(1), [RIGHT, RIGHT])
+    all_scales, one_scale = counting.result().counts
+    assert all_scales.images == one_scale.images == 2
+    assert torch.equal(all_scales.matrix, 2 * confusion_counts(RIGHT, LABEL, 3))
+    assert torch.equal(one_scale.matrix, confusion_counts(WRONG, LABEL, 3) + confusion_counts(RIGHT, LABEL, 3))
+
+
+def test_an_image_is_scored_over_the_classes_it_has() -> None:
+    counting = evaluator()
+    counting.add(sample(0), [WRONG])
+    (image,) = counting.result().images
+    assert image.pixel_accuracy == 3 / 6
+    assert image.mean_iou == pytest.approx((2 / 4 + 1 / 3 + 0) / 3)  # classes 0, 1, 2
+    assert (image.path, image.height, image.width) == ("images/0.jpg", 2, 4)
+    assert image.seconds > 0
+    assert image.margins is None
+
+
+def test_an_image_without_a_scored_pixel_has_no_score() -> None:
+    counting = evaluator()
+    counting.add(sample(0, torch.full_like(LABEL, -1)), [RIGHT])
+    (image,) = counting.result().images
+    assert image.pixel_accuracy is None and image.mean_iou is None
+
+
+def test_images_come_back_in_the_order_of_the_list() -> None:
+    counting = evaluator()
+    for index in (2, 0, 1):
+        counting.add(sample(index), [RIGHT])
+    assert [image.index for image in counting.result().images] == [0, 1, 2]
+
+
+def test_outlines_are_counted_only_if_asked_for() -> None:
+    assert evaluator().result().boundary is None
+    counting = evaluator(boundary_iou=True, boundary_ratio=0.5)
+    counting.add(sample(0), [WRONG])
+    boundary = counting.result().boundary
+    expected = boundary_counts(WRONG, LABEL, 3, 0.5)
+    assert boundary is not None
+    assert torch.equal(boundary.intersection, expected.intersection) and torch.equal(boundary.union, expected.union)
+
+
+def test_time_is_told_apart_and_drawing_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.accumulate([0, 1, 10, 100, 1000, 10_000])  # seconds between two looks at it
+    monkeypatch.setattr(semseg.evaluation.time, "perf_counter", lambda: next(clock))
+    counting = evaluator()
+    counting.watch.lap("reading")
+    counting.add(sample(0), [RIGHT])  # 10 s of network, 100 s of scoring
+    counting.watch.restart()
+    counting.watch.lap("reading")
+    result = counting.result()
+    assert result.speed.seconds_per_image == {"reading": 10_001, "network": 10, "scoring": 100}
+    assert result.images[0].seconds == 110
+
+
+def test_the_slowest_rank_sets_the_pace() -> None:
+    fast, slow = {"reading": 0.0, "network": 1.0, "scoring": 1.0}, {"reading": 1.0, "network": 2.0, "scoring": 1.0}
+    speed = speed_of(8, [fast, slow])
+    assert speed.images_per_second == 8 / 4
+    assert speed.seconds_per_image == {"reading": 1 / 8, "network": 3 / 8, "scoring": 2 / 8}
+
+
+# ---- confidence
+
+
+def matrices(number: int, num_classes: int = 6) -> list[torch.Tensor]:
+    """Confusion matrices of images that have few of the classes, some of them hardly ever."""
+    generator = torch.Generator().manual_seed(number)
+    found = []
+    for _ in range(number):
+        counts = torch.randint(0, 900, (num_classes, num_classes), generator=generator)
+        has_class = torch.rand(num_classes, generator=generator) < torch.linspace(0.02, 0.5, num_classes)
+        found.append(counts * has_class[:, None] * has_class)
+    return found
+
+
+@pytest.mark.parametrize("rule", ["ade20k", "present", "ground_truth"])
+def test_every_resample_is_scored_as_a_data_set_of_its_own(rule: str) -> None:
+    images, resamples = matrices(9), CHUNK + 30  # the second chunk is not full
+    draws = np.random.default_rng(7).integers(9, size=(resamples, 9))
+    scores = [scores_from(torch.stack([images[n] for n in draw]).sum(0), rule) for draw in draws]
+    means = [score.mean_iou for score in scores if score.mean_iou is not None]
+    accuracies = [score.pixel_accuracy for score in scores if score.pixel_accuracy is not None]
+    found = bootstrap([margins_of(image) for image in images], rule, resamples, np.random.default_rng(7))
+    assert found.mean_iou == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-12)
+    assert found.pixel_accuracy == pytest.approx(np.quantile(accuracies, [0.025, 0.975]), rel=1e-12)
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    margins = [margins_of(image) for image in matrices(20)]
+    first, again, other = (bootstrap(margins, "present", 100, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_equal_images_leave_no_doubt() -> None:
+    margins = [margins_of(torch.tensor([[3, 1], [0, 4]]))] * 5
+    found = bootstrap(margins, "present", 50, np.random.default_rng(0))
+    assert found.mean_iou == pytest.approx((0.775, 0.775))
+    assert found.pixel_accuracy == (0.875, 0.875)
+
+
+def test_nothing_scored_has_no_interval() -> None:
+    margins = [margins_of(torch.zeros(3, 3, dtype=torch.int64))] * 2
+    found = bootstrap(margins, "ade20k", 10, np.random.default_rng(0))
+    assert found.mean_iou is None and found.pixel_accuracy is None
+
+
+def test_an_interval_is_the_middle_of_the_values_that_are_numbers() -> None:
+    assert interval(np.array([*np.arange(201) / 200, np.nan])) == pytest.approx((0.025, 0.975))
