@@ -52,7 +52,8 @@ class LogSteps(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         step = trainer.global_step  # counted after it was taken
-        is_taken = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
+        done = batch_idx + 1
+        is_taken = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
         if not is_taken or step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
             return
         values = {name: float(trainer.callback_metrics[name]) for name in ("train/loss", "train/accuracy")}

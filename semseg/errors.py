@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 INTERRUPTED, TERMINATED = 130, 143  # exit codes of a run that stopped in good order: after Ctrl-C; after other signals
 STOPPED_CODES = (INTERRUPTED, TERMINATED)
 

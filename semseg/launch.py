@@ -42,7 +42,7 @@ from semseg.supervise import (
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 PATH_KEYS = (
     "ckpt", "init_from", "input", "output", "resume", "run_dir", "runs_dir",
-    "data.root", "data.classes", "model.encoder.weights",
+    "data.root", "data.classes", "download.cache", "model.encoder.weights",
 )  # fmt: skip
 OPEN_KEYS = ("download.mirrors",)  # whose own keys are the user's
 RESULT_FILE = "result.json"  # what a sweep reads of each of its jobs

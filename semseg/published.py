@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,9 +80,7 @@ def find_files(spec: str) -> Files | None:
     return Files(*parts)
 
 
-def read_published(
-    files: Files, config: Config, overrides: list[str], release: Release | None = None
-) -> SavedNetwork:
+def read_published(files: Files, config: Config, overrides: list[str], release: Release | None = None) -> SavedNetwork:
     """Read two published files. The `note` of the answer says what they were taken for and how to correct that.
 
     Args:
@@ -101,7 +99,7 @@ def read_published(
     num_classes = count_classes(files.decoder, decoder_weights)
     decoder = identify_decoder(files.decoder, decoder_weights, encoder, num_classes)
 
-    encoder_section = {"name": encoder, "weights": "none"}
+    encoder_section: dict[str, Any] = {"name": encoder, "weights": "none"}
     if "output_stride" in inspect.signature(ENCODERS[encoder].load()).parameters:
         by_rule = 32 if decoder.name == "upernet" else 8
         by_hand = "model.encoder.output_stride" in given

@@ -83,5 +83,5 @@ class Votes:
         if self._group is None:
             return list(numbers)
         ballot = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)  # pyright: ignore[reportArgumentType]
         return ballot.tolist()

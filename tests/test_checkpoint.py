@@ -24,7 +24,10 @@ def saved_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "checkpoints" / "best.ckpt"
     path.parent.mkdir()
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
-    torch.save({"state_dict": weights, "epoch": 3, "global_step": 7, FORMAT_KEY: describe(config, CLASSES, net.convention)}, path)
+    torch.save(
+        {"state_dict": weights, "epoch": 3, "global_step": 7, FORMAT_KEY: describe(config, CLASSES, net.convention)},
+        path,
+    )
     return path
 
 

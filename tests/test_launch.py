@@ -67,7 +67,7 @@ def test_the_configuration_is_composed_and_checked_without_torch() -> None:
 def test_missing_data_is_one_line_that_says_where_and_how(tmp_path: Path) -> None:
     result = command("data.root=nowhere", cwd=tmp_path)
     assert result.returncode == 1
-    assert "nowhere" in result.stderr and "ADEChallengeData2016.zip" in result.stderr
+    assert "nowhere" in result.stderr and "mode=download data=ade20k" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 

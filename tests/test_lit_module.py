@@ -18,8 +18,9 @@ from semseg.lit_module import SegmentationModule
 
 TINY = [
     "data=scenes", "data.make.num_train=4", "data.make.num_val=2", "data.batch_size=2", "data.short_edges=[32]",
-    "data.max_long_edge=64", "data.num_workers=0", "data.steps_per_epoch=2", "model/encoder=resnet18", "model.encoder.weights=none",
-    "model/decoder=c1_deepsup", "eval.scales=[32]", "trainer=cpu", "trainer.max_epochs=1", "logger=csv",
+    "data.max_long_edge=64", "data.num_workers=0", "data.steps_per_epoch=2", "model/encoder=resnet18",
+    "model.encoder.weights=none", "model/decoder=c1_deepsup", "eval.scales=[32]", "trainer=cpu",
+    "trainer.max_epochs=1", "logger=csv",
 ]  # fmt: skip
 
 

@@ -22,7 +22,10 @@ class InputConvention(NamedTuple):
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> InputConvention:
         """The inverse of `as_plain`."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()
+        }
+        return cls(**values)
 
 
 CONVENTIONS: dict[str, InputConvention] = {

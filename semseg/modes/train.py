@@ -14,7 +14,6 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +32,7 @@ from semseg.published import find_files
 from semseg.resume import RunState, check_same_run, read_run_state
 from semseg.run_lock import RunLock
 from semseg.stopping import StoppedError, requeue
+from semseg.transfer import is_first_rank
 from semseg.weights import start_from
 
 NETWORK_KEYS = ("model/", "model.encoder", "model.decoder")
@@ -123,7 +123,7 @@ def score_of(run_dir: Path) -> float | None:
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run folder, on rank 0, and clear away what a killed run left in it."""
-    if rank_zero_only.rank:
+    if not is_first_rank():
         yield
         return
     with RunLock(run_dir) as lock:

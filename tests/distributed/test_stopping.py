@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed.test_devices import rank_processes, wait_for_steps
 
 from command_line import TINY
-from distributed.test_devices import rank_processes, wait_for_steps
 
 Start = Callable[..., subprocess.Popen[str]]
 Run = Callable[..., str]
@@ -30,7 +30,8 @@ def assert_stopped(job: subprocess.Popen[str], run_dir: Path, name: str, code: i
     _, errors = job.communicate(timeout=60)
     assert time.monotonic() - began < 30
     assert job.returncode == code, errors
-    told = re.search(rf"stopped by {name} at step (\d+); \S+last\.ckpt is written\. To go on: (python run\.py .*)", errors)
+    pattern = rf"stopped by {name} at step (\d+); \S+last\.ckpt is written\. To go on: (python run\.py .*)"
+    told = re.search(pattern, errors)
     assert told, errors
     content = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["global_step"] == int(told[1])
@@ -72,9 +73,7 @@ def test_e3_ctrl_c_to_the_job_reaches_its_ranks(start: Start, folder: Path) -> N
     assert_stopped(job, run_dir, "SIGINT", 130)
 
 
-def test_e4_a_stop_during_validation_validates_first_when_the_run_goes_on(
-    start: Start, run: Run, folder: Path
-) -> None:
+def test_e4_a_stop_during_validation_validates_first_when_the_run_goes_on(start: Start, run: Run, folder: Path) -> None:
     run_dir = folder / "stopped_in_validation"
     # Seven images at these scales take long enough to be hit in the middle.
     words = [*TINY, "data.steps_per_epoch=2", f"run_dir={run_dir.name}", "trainer.log_every_n_steps=1"]
@@ -102,7 +101,9 @@ def test_e3_the_second_ctrl_c_ends_the_run_at_once(start: Start, folder: Path) -
     assert job.returncode in (130, 1, -signal.SIGINT)
 
 
-def test_e6_a_slurm_job_is_requeued_and_goes_on_where_it_was(start: Start, run: Run, folder: Path, tmp_path: Path) -> None:
+def test_e6_a_slurm_job_is_requeued_and_goes_on_where_it_was(
+    start: Start, run: Run, folder: Path, tmp_path: Path
+) -> None:
     words = [*TINY, "data.steps_per_epoch=40", "trainer.log_every_n_steps=1"]
     run(*words, "run_dir=undisturbed")
     scontrol = tmp_path / "scontrol"
