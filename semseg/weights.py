@@ -123,7 +123,7 @@ def start_from(net: Segmenter, saved: SavedNetwork) -> LoadReport:
         if name in wanted and is_classifier_of(value, saved.classes.num_classes, wanted[name], net.num_classes)
     ]
     skipped = [name for name in found if name not in wanted and is_auxiliary(name)]
-    missing = [name for name in wanted if name not in found and is_auxiliary(name)]
+    missing = [name for name in wanted if name not in found and is_auxiliary(name) and not is_counter(name)]
     set_aside = {*other_classes, *skipped}
     usable = {name: value for name, value in found.items() if name not in set_aside}
     needed = {name: value for name, value in wanted.items() if name not in {*other_classes, *missing}}
