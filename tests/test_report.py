@@ -4,40 +4,105 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from semseg.data.classes import ClassTable
-from semseg.metrics import scores_from
-from semseg.report import rule_in_words, score_table, write_scores
+from semseg.evaluation import Evaluation, ImageRecord, Intervals, Speed
+from semseg.metrics import Counts, scores_from
+from semseg.report import (
+    Findings,
+    class_table,
+    findings_of,
+    place_of,
+    rows_to_show,
+    rule_in_words,
+    scales_table,
+    speed_line,
+    summary_table,
+    write_findings,
+)
 
 CLASSES = ClassTable.generated(["sky", "road", "boat"])
-SCORES = scores_from(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), "present")
+MATRIX = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])  # the boat is neither labelled nor predicted
+SPEED = Speed(2.5, {"reading": 0.01, "network": 0.3, "scoring": 0.09})
+IMAGES = [
+    ImageRecord(0, "/data/images/a.jpg", 2, 2, 0.75, 0.5, 0.4, None),
+    ImageRecord(1, "/elsewhere/b.jpg", 2, 2, None, None, 0.2, None),
+]
 
 
-def test_the_table_names_classes_and_says_what_the_mean_is_over() -> None:
-    console = Console(width=100, record=True, quiet=False, file=None)
+def findings(intervals: Intervals | None = None) -> Findings:
+    counts = [Counts(MATRIX, 2), Counts(torch.diag(torch.tensor([4, 4, 0])), 2)]
+    return findings_of(Evaluation(counts, None, IMAGES, SPEED), CLASSES, "present", [[450]], intervals)
+
+
+def text_of(table: Table) -> str:
+    console = Console(width=160)
     with console.capture() as capture:
-        console.print(score_table(SCORES, CLASSES, "a title"))
-    text = capture.get()
-    assert "boat" in text and "n/a" in text
-    assert "75.00" in text and "80.00" in text and "87.50" in text
-    assert "2 of 3 classes" in text
+        console.print(table)
+    return capture.get()
+
+
+def test_the_table_has_a_row_for_each_class_and_says_what_was_not_scored() -> None:
+    rows = {
+        line.split("│")[1].strip(): line
+        for line in text_of(class_table(findings(), "a title")).splitlines()
+        if "│" in line
+    }
+    assert "75.00" in rows["sky"] and "50.00" in rows["sky"]  # IoU 3/4, half of the pixels
+    assert "80.00" in rows["road"] and "100.00" in rows["road"]
+    assert rows["boat"].count("n/a") == 4
+
+
+def test_of_many_classes_the_best_and_the_worst_are_shown() -> None:
+    best, worst = rows_to_show([index / 100 for index in range(100)])
+    assert best == list(range(99, 79, -1)) and worst == list(range(19, -1, -1))
+    assert rows_to_show([None] * 40) == (list(range(40)), [])
+
+
+def test_the_summary_gives_the_mean_under_every_rule_and_names_the_absent() -> None:
+    text = text_of(summary_table(findings(Intervals(100, (0.7, 0.8), None))))
+    assert "95 % interval 70.00 to 80.00" in text
+    assert "77.50" in text  # (0.75 + 0.80) / 2
+    assert "51.67" in text and "over all 3 classes, an absent one counts 0; 1 absent: boat" in text
 
 
 def test_each_rule_is_put_into_words() -> None:
-    matrix = torch.eye(3, dtype=torch.int64)
     for rule in ("ade20k", "present", "ground_truth"):
-        assert "3 classes" in rule_in_words(scores_from(matrix, rule))
+        told = rule_in_words(scores_from(torch.eye(3, dtype=torch.int64), rule), CLASSES.names)
+        assert "3 classes" in told and told.endswith("none is absent")
+
+
+def test_parts_of_the_scales_have_rows_of_their_own() -> None:
+    text = text_of(scales_table(findings(), [300, 450]))
+    assert "300, 450" in text and "77.50" in text and "100.00" in text
+
+
+def test_the_speed_says_what_the_time_went_into() -> None:
+    assert speed_line(SPEED) == (
+        "2.50 images per second; an image takes reading 10.0 ms, network 300.0 ms, scoring 90.0 ms"
+    )
 
 
 def test_files_hold_the_numbers_and_null_for_what_was_not_scored(tmp_path: Path) -> None:
-    metrics, table = write_scores(tmp_path, SCORES, CLASSES, {"split": "val"})
+    metrics, classes, images, confusion = write_findings(tmp_path, findings(), Path("/data"), {"split": "val"})
     content = json.loads(metrics.read_text())
-    assert content["split"] == "val"
-    assert content["pixel_accuracy"] == 0.875
-    assert content["mean_iou"] == (0.75 + 0.8) / 2
+    assert (content["split"], content["pixel_accuracy"], content["mean_iou"]) == ("val", 0.875, (0.75 + 0.8) / 2)
     assert content["classes"][2]["iou"] is None
-    rows = list(csv.DictReader(table.open()))
+    assert content["mean_iou_by_rule"]["ade20k"]["absent"] == ["boat"]
+    assert content["also_scales"][0]["scales"] == [450] and content["also_scales"][0]["mean_iou"] == 1.0
+    rows = list(csv.DictReader(classes.open()))
     assert [row["name"] for row in rows] == ["sky", "road", "boat"]
     assert rows[0]["iou"] == "0.75" and rows[2]["iou"] == ""
+    rows = list(csv.DictReader(images.open()))
+    assert [row["file"] for row in rows] == ["images/a.jpg", "/elsewhere/b.jpg"]
+    assert rows[1]["mean_iou"] == ""
+    saved = np.load(confusion)
+    assert saved["matrix"].tolist() == MATRIX.tolist() and saved["names"].tolist() == ["sky", "road", "boat"]
+
+
+def test_an_image_is_named_by_its_place_in_the_data_set() -> None:
+    assert place_of("/data/x/../images/a.jpg", Path("/data")) == "images/a.jpg"

@@ -50,14 +50,14 @@ def test_training_leaves_a_whole_run_folder(folder: Path) -> None:
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "config.yaml",
-        "logs/version_0/metrics.csv",
+        "logs/metrics.csv",
         "result.json",
     ):
         assert (run / name).is_file(), name
-    rows = list(csv.DictReader((run / "logs/version_0/metrics.csv").open()))
+    rows = list(csv.DictReader((run / "logs/metrics.csv").open()))
     columns = {name for row in rows for name, value in row.items() if value}
     assert {"train/loss", "train/accuracy", "val/miou", "val/pixel_accuracy"} <= columns
-    assert any(name.startswith("lr-") for name in columns)
+    assert {"lr/encoder", "lr/decoder"} <= columns
 
 
 def test_training_tells_the_commands_that_go_on(folder: Path) -> None:
@@ -139,9 +139,27 @@ def test_training_goes_on_where_it_stopped(folder: Path) -> None:
     content = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["epoch"] == 2
     assert content["global_step"] == 9  # 3 epochs of 3 steps
-    logs = [list(csv.DictReader((folder / f"run/logs/version_{n}/metrics.csv").open())) for n in (0, 1)]
-    steps = [{int(row["step"]) for row in log if row["train/loss"]} for log in logs]
-    assert steps == [set(range(6)), {6, 7, 8}]  # nothing of the first part is lost
+    log = list(csv.DictReader((folder / "run/logs/metrics.csv").open()))
+    assert [int(row["step"]) for row in log if row["train/loss"]] == list(range(9))
+
+
+def test_an_evaluation_explains_itself(folder: Path) -> None:
+    output = run(
+        folder, "mode=eval", "ckpt=run", "run_dir=explained", "eval.scales=[48,64]", "eval.also_scales=[[64]]",
+        "eval.bootstrap=50", "eval.boundary_iou=true", "eval.visualize=true",
+    )  # fmt: skip
+    assert "images per second" in output and "95 % interval" in output
+    place = folder / "explained"
+    content = json.loads((place / "metrics.json").read_text())
+    assert set(content["mean_iou_by_rule"]) == {"ade20k", "present", "ground_truth"}
+    assert content["boundary_iou"] is not None and content["also_scales"][0]["scales"] == [64]
+    rows = list(csv.DictReader((place / "per_image.csv").open()))
+    names = sorted(path.name for path in (folder / "scenes/images/validation").iterdir())
+    assert [Path(row["file"]).name for row in rows] == names
+    assert int(np.load(place / "confusion.npz")["matrix"].sum()) == sum(row["pixels"] for row in content["classes"])
+    assert len(list((place / "panels").rglob("*.png"))) == 3
+    page = (place / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and all(name in page for name in names)
 
 
 @pytest.mark.parametrize(
