@@ -57,9 +57,9 @@ class Saver(Checkpoint):
         signal_number, is_due = self._vote(self.signals.received or 0, self._minutes_are_over())
         step = trainer.global_step
         is_periodic = bool(self.config.every_n_steps) and step % (self.config.every_n_steps or 1) == 0
-        if is_last or is_due or is_periodic or signal_number:
-            self.save(trainer)
-        if (is_due or is_periodic) and not is_last:
+        is_wanted = bool(is_last or is_due or is_periodic or signal_number)
+        is_saved = is_wanted and self.save(trainer)
+        if is_saved and (is_due or is_periodic) and not is_last:
             self.keep(trainer, step)
         self._stop_if(signal_number, trainer)
 
@@ -84,8 +84,8 @@ class Saver(Checkpoint):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.signals.restore()
 
-    def save(self, trainer: pl.Trainer) -> None:
-        """Write last.ckpt, and the log up to the same step."""
+    def save(self, trainer: pl.Trainer) -> bool:
+        """Write last.ckpt, and the log up to the same step; returns whether that went well."""
         for logger in trainer.loggers:
             logger.save()
         try:
@@ -94,7 +94,11 @@ class Saver(Checkpoint):
             if self.config.on_error != "warn":
                 raise
             Console(stderr=True).print(f"warning: {error}", soft_wrap=True, highlight=False)
-        self._last_save = time.monotonic()
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
+            return False
+        finally:
+            self._last_save = time.monotonic()
+        return True
 
     def keep(self, trainer: pl.Trainer, step: int) -> None:
         """Let the checkpoint just written stay under the name of its step, and the oldest of these go."""

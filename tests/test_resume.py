@@ -12,6 +12,7 @@ import torch
 
 from semseg.build import build_net, build_trainer
 from semseg.checkpoint import read_checkpoint, write_ckpt
+from semseg.checkpoint_io import AtomicCheckpointIO
 from semseg.config import Config, check
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
@@ -44,11 +45,12 @@ def copies_of_every_save(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[
     copies: list[Path] = []
     save = Saver.save
 
-    def save_and_copy(saver: Saver, trainer: pl.Trainer) -> None:
-        save(saver, trainer)
+    def save_and_copy(saver: Saver, trainer: pl.Trainer) -> bool:
+        is_saved = save(saver, trainer)
         copy = folder / f"{len(copies)}_step{trainer.global_step}"
         shutil.copytree(trainer.default_root_dir, copy)
         copies.append(copy)
+        return is_saved
 
     monkeypatch.setattr(Saver, "save", save_and_copy)
     return copies
@@ -174,3 +176,27 @@ def test_b5_weights_alone_cannot_be_resumed(root: Path, tmp_path: Path) -> None:
     write_ckpt(tmp_path / "net.ckpt", read_checkpoint(path))
     with pytest.raises(CheckpointError, match=r"net\.ckpt: a network without its optimiser.*init_from="):
         read_run_state(tmp_path / "net.ckpt")
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("policy", ["stop", "warn"])
+def test_b3_a_checkpoint_that_cannot_be_written_stops_the_run_or_is_told(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], policy: str
+) -> None:
+    def full(self: AtomicCheckpointIO, checkpoint: dict, path: Path, storage_options: object = None) -> None:
+        if Path(path).name == "last.ckpt" and checkpoint["global_step"] == 2:
+            raise CheckpointError(f"{path}: the checkpoint cannot be written (No space left on device).")
+        write(self, checkpoint, path, storage_options)
+
+    write = AtomicCheckpointIO.save_checkpoint
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", full)
+    config = configured(root, tmp_path, "trainer.max_epochs=1", f"checkpoint.on_error={policy}", "checkpoint.keep=5")
+    if policy == "stop":
+        with pytest.raises(CheckpointError, match="No space left"):
+            fit(config)
+        last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+        assert last["global_step"] == 1
+        return
+    assert fit(config)["global_step"] == 3
+    assert "warning:" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000001.ckpt"]
