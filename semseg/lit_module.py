@@ -20,7 +20,7 @@ from semseg.data.convention import InputConvention
 from semseg.data.datasets import EvalSample
 from semseg.evaluation import Evaluation, Evaluator
 from semseg.guards import OutOfMemory, at_next_smaller_edge
-from semseg.inference import predict_probabilities
+from semseg.inference import merge_scales, scale_logits
 from semseg.losses import segmentation_loss
 from semseg.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.nets.normalise import normalise
@@ -161,16 +161,19 @@ class SegmentationModule(pl.LightningModule):
     def predict(self, sample: EvalSample, parts: Sequence[Sequence[int]] = ()) -> list[Tensor]:
         """Class indices (H, W) at the label's size, of all of eval.scales and then of each part of them."""
         height, width = sample.label.shape
-        scales = self.config.eval.scales
+        options = self.config.eval
+        logits = scale_logits(
+            self.net,
+            sample.scales,
+            self.net.convention,
+            flip=options.flip,
+            window=options.window,
+            stride=options.stride,
+        )
+        of_edge = dict(zip(options.scales, logits, strict=True))
         return [
-            predict_probabilities(
-                self.net,
-                [image for edge, image in zip(scales, sample.scales, strict=True) if edge in part],
-                (height, width),
-                self.net.convention,
-                flip=self.config.eval.flip,
-            ).argmax(0)
-            for part in (scales, *parts)
+            merge_scales([of_edge[edge] for edge in part], (height, width), memory_limit_mb=options.memory_limit_mb).ids
+            for part in (options.scales, *parts)
         ]
 
     def on_validation_epoch_end(self) -> None:

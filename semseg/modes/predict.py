@@ -24,7 +24,7 @@ from semseg.data.records import IMAGE_SUFFIXES, record_of_image
 from semseg.download import fetch
 from semseg.draw import panel
 from semseg.errors import DataError
-from semseg.inference import predict_probabilities
+from semseg.inference import predict
 from semseg.nets.segmenter import Segmenter
 from semseg.zoo import DEMONSTRATION
 
@@ -45,9 +45,7 @@ def run(config: Config, overrides: list[str]) -> None:
     folder = Path(config.run_dir)
     target_of = targets(images, root, folder)
     console = Console()
-    progress = track(
-        predictions(net, images, config, device), "predicting", len(images), disable=not sys.stdout.isatty()
-    )
+    progress = track(predictions(net, images, config), "predicting", len(images), disable=not sys.stdout.isatty())
     for image, ids in progress:
         writer.save(target_of[image], image, ids)
     console.print(f"{len(images)} images predicted, written below {folder}", soft_wrap=True, highlight=False)
@@ -69,9 +67,7 @@ def find_images(root: Path) -> list[Path]:
     return images
 
 
-def predictions(
-    net: Segmenter, images: list[Path], config: Config, device: torch.device
-) -> Iterator[tuple[Path, NDArray[np.int64]]]:
+def predictions(net: Segmenter, images: list[Path], config: Config) -> Iterator[tuple[Path, NDArray[np.int64]]]:
     """(path, class indices (H, W)) of every image, upright."""
     dataset = EvalDataset(
         [record_of_image(path) for path in images],
@@ -84,10 +80,17 @@ def predictions(
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=min(1, config.data.num_workers))
     for path, sample in zip(images, loader, strict=True):
         height, width = (int(length) for length in sample.size)
-        probabilities = predict_probabilities(
-            net, sample.scales, (height, width), net.convention, flip=config.predict.flip, device=device
+        found = predict(
+            net,
+            sample.scales,
+            (height, width),
+            net.convention,
+            flip=config.predict.flip,
+            window=config.predict.window,
+            stride=config.predict.stride,
+            memory_limit_mb=config.predict.memory_limit_mb,
         )
-        yield path, probabilities.argmax(0).cpu().numpy()
+        yield path, found.ids.cpu().numpy()
 
 
 class Writer(NamedTuple):
