@@ -8,6 +8,8 @@ loads with weights_only=True; nothing in a file can name code to run.
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +111,9 @@ def from_entry(path: Path, entry: dict[str, Any], weights: dict[str, Tensor], ep
         raise CheckpointError(
             f"{path}: format {entry.get('format')}, this version of semseg reads format {FORMAT_VERSION}."
         )
+    if not isinstance(entry.get("config"), dict) or "${" in str(entry["config"]):
+        # It is data: what is in it is compared and read, never resolved with the environment of this machine.
+        raise CheckpointError(f"{path}: its saved configuration is not plain data.")
     try:
         config = check(DictConfig(OmegaConf.create(entry["config"])))
     except ConfigError as error:
@@ -201,11 +206,34 @@ def load_plain(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        kind = "a damaged checkpoint" if zipfile.is_zipfile(path) or path.suffix == ".ckpt" else "not a checkpoint"
-        raise CheckpointError(f"{path}: {kind} ({first_line(error)}).") from error
+        raise CheckpointError(f"{path}: {why_not_plain(path, error)}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors.")
     return content
+
+
+def why_not_plain(path: Path, error: Exception) -> str:
+    """Why torch.load refused a file. In words of ours: torch's own advise to load it with code and all."""
+    foreign = foreign_names(path, error)
+    if foreign:
+        return (
+            f"holds more than tensors and plain containers: {', '.join(foreign)}. It was not loaded, because that "
+            "would run code of the file. Where you trust it, save its state dict by itself"
+        )
+    kind = "a damaged checkpoint" if zipfile.is_zipfile(path) or path.suffix == ".ckpt" else "not a checkpoint"
+    reason = "not tensors and plain containers" if "weights_only" in str(error) else first_line(error)
+    return f"{kind} ({reason})"
+
+
+def foreign_names(path: Path, error: Exception) -> list[str]:
+    """The first few classes and functions that loading the file would call, besides those that torch allows."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return []
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # a file from before torch 1.6, or one that is damaged: torch's error names the first
+        names = re.findall(r"GLOBAL ([\w.]+)", str(error))
+    return [re.sub(r"[^\w.]", "?", name)[:80] for name in names[:3]]
 
 
 def first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,8 +17,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from semseg import zoo
 from semseg.data.convention import CONVENTIONS
 from semseg.errors import ConfigError, choose, nearest
+from semseg.secrets import refusal, secret_in
 
-MODES = ("train", "eval", "predict", "convert", "compare", "download", "replay")
+MODES = ("train", "eval", "predict", "convert", "compare", "download", "replay", "serve")
 SPLITS = ("train", "val", "test")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
 OPTIMIZERS = ("sgd", "adamw")
@@ -38,6 +39,8 @@ ALLOWED_TARGETS = (
     "semseg.csv_log.CSVLog",
     "pytorch_lightning.loggers.TensorBoardLogger",
 )
+# Keys to which Hydra's instantiate gives a meaning; all but the first would be of no use here.
+HYDRA_WORDS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
 def number(default: Any, *, low: float | None = None, above: float | None = None, high: float | None = None) -> Any:
@@ -202,6 +205,9 @@ class EvalConfig:
     scales: list[int] = field(default_factory=lambda: [450])  # short edges in pixels
     also_scales: list[list[int]] = field(default_factory=list)  # parts of `scales` that get scores of their own
     flip: bool = False  # average with the mirrored image
+    window: int | None = number(None, low=1)  # side of the windows an image is cut into, in pixels
+    stride: int | None = number(None, low=1)  # from window to window, in pixels; None: 2/3 of the window
+    memory_limit_mb: int = number(1024, low=16)  # for probabilities; at least one row of the image is done at a time
     split: str = one_of("val", SPLITS)
     boundary_iou: bool = False
     boundary_ratio: float = number(0.02, above=0, high=1)  # width of a boundary, as a share of the image's diagonal
@@ -214,6 +220,20 @@ class PredictConfig:
     save: list[str] = field(default_factory=lambda: list(PREDICT_OUTPUTS))
     scales: list[int] | None = None  # null: eval.scales
     flip: bool = False
+    window: int | None = number(None, low=1)  # as in eval
+    stride: int | None = number(None, low=1)
+    memory_limit_mb: int = number(1024, low=16)
+
+
+@dataclass
+class ServeConfig:
+    """The local web page of a network (mode=serve)."""
+
+    host: str = "127.0.0.1"  # a name or an address of this machine
+    port: int = number(8000, low=0, high=65535)  # 0: a free one
+    max_upload_mb: float = number(32.0, above=0, high=1024)  # of a request; 1 MB is 2**20 bytes
+    max_pixels: int = number(2**24, low=1, high=2**27)  # of an image
+    queue: int = number(64, low=1, high=1024)  # requests at once, the one that is worked on included
 
 
 @dataclass
@@ -254,6 +274,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     logger: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -271,7 +292,10 @@ def check(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, composed)) from None
     assert isinstance(config, Config)
-    problems = [*range_problems(config), *target_problems(composed), *cross_problems(config)]
+    told = next(text_problems(config), None)
+    if told is not None:
+        raise ConfigError(told)  # alone: the other sentences quote values
+    problems = [*range_problems(config), *target_problems(config), *cross_problems(config)]
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:
@@ -281,9 +305,7 @@ def check(composed: DictConfig) -> Config:
 
 def as_plain(config: Config) -> dict[str, Any]:
     """`config` as plain dicts, lists and numbers, fit for a checkpoint or a YAML file."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return asdict(config)
 
 
 def explain(error: OmegaConfBaseException, composed: DictConfig) -> str:
@@ -291,13 +313,14 @@ def explain(error: OmegaConfBaseException, composed: DictConfig) -> str:
     key = str(error.full_key or error.key or "")
     if isinstance(error, ConfigKeyError):
         return unknown_key(key, schema_keys())
-    value = OmegaConf.select(composed, key, throw_on_missing=False) if key else None
-    reason = str(error.msg or error).splitlines()[0]
+    value = dict(walk(OmegaConf.to_container(composed, resolve=False))).get(key)
+    reason = str(error.msg or error).splitlines()[0].rstrip(".")
+    reason = reason.removeprefix("ConfigError raised while resolving interpolation: ")
     if "Missing mandatory value" in str(error) or (
         key and OmegaConf.is_missing(composed, key.split(".", maxsplit=1)[0])
     ):
         return f"{key} must be set: {key}=..."
-    return f"{key}={value}: {reason}."
+    return f"{key}={value}: {reason}." if key else f"cannot read the configuration: {reason}."
 
 
 def unknown_key(key: str, valid: list[str]) -> str:
@@ -306,7 +329,7 @@ def unknown_key(key: str, valid: list[str]) -> str:
     if meant:
         return f"There is no key {key!r}. Did you mean {meant}?"
     section = key.rpartition(".")[0]
-    siblings = [name for name in valid if name.rpartition(".")[0] == section]
+    siblings = list(dict.fromkeys(name for name in valid if name.rpartition(".")[0] == section))
     siblings = siblings or sorted({name.partition(".")[0] for name in valid})
     return f"There is no key {key!r}. Valid here: {', '.join(siblings)}."
 
@@ -367,11 +390,37 @@ def wrong_choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
     return f"{key}={value}: not known.{hint} Valid: {', '.join(choices)}."
 
 
-def target_problems(composed: DictConfig) -> Iterator[str]:
-    """A sentence for every `_target_` that is not on the allow-list, wherever it stands."""
-    for key, value in walk(OmegaConf.to_container(composed, resolve=True)):
-        if key.rpartition(".")[2] == "_target_" and value not in ALLOWED_TARGETS:
-            yield f"{key}={value}: not allowed. Allowed: {', '.join(ALLOWED_TARGETS)}."
+def text_problems(config: Config) -> Iterator[str]:
+    """A sentence for every text that would change its meaning or do harm where the configuration is saved."""
+    for key, value in walk(as_plain(config)):
+        name = secret_in(f"{key}={value}")
+        if name is not None:
+            yield refusal(key.partition(".")[0], name)
+        if "${" in f"{key}={value}":
+            yield f"{key}={value}: a value cannot hold ${{ as text; it would be read as an interpolation."
+
+
+def target_problems(config: Config) -> Iterator[str]:
+    """A sentence for every logger and callback that is not on the allow-list, and for words of Hydra elsewhere."""
+    plain = as_plain(config)
+    for group in ("logger", "callbacks"):
+        for name, section in plain[group].items():
+            target = section.pop("_target_", None) if isinstance(section, dict) else None
+            if target not in ALLOWED_TARGETS:
+                yield f"{group}.{name}._target_={target}: not allowed. Allowed: {', '.join(ALLOWED_TARGETS)}."
+    for place in hydra_words(plain):
+        yield f"{place}: not allowed here."
+
+
+def hydra_words(node: Any, prefix: str = "") -> Iterator[str]:
+    """The places of all keys in nested dicts and lists that Hydra could take for a word of its own, in any case."""
+    if not isinstance(node, dict | list):
+        return
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        place = f"{prefix}.{key}" if prefix else str(key)
+        if str(key).strip().lower() in HYDRA_WORDS:
+            yield place
+        yield from hydra_words(value, place)
 
 
 def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -398,6 +447,9 @@ def cross_problems(config: Config) -> Iterator[str]:
     for part in config.eval.also_scales:
         if not part or not set(part) <= set(config.eval.scales):
             yield f"eval.also_scales: {part} must be a part of eval.scales={config.eval.scales}, such as [[450]]."
+    for key, section in (("eval", config.eval), ("predict", config.predict)):
+        if section.stride and section.stride > (section.window or 0):
+            yield f"{key}.stride={section.stride}: is for windows of at least that side; {key}.window={section.window}."
     yield from _device_problems(config.trainer)
     divisor, stride = config.model.size_divisor, config.model.label_stride
     if divisor and stride and divisor % stride:
@@ -413,7 +465,7 @@ def cross_problems(config: Config) -> Iterator[str]:
 
 def _mode_problems(config: Config) -> Iterator[str]:
     """A sentence for every key that the mode needs and that is not there, or that does not belong to it."""
-    needs_checkpoint = config.mode in ("eval", "predict", "convert", "replay")
+    needs_checkpoint = config.mode in ("eval", "predict", "convert", "replay", "serve")
     if needs_checkpoint and not config.ckpt:
         yield f"mode={config.mode} needs ckpt=<file, run folder, last, best, zoo:<name> or folder of published files>."
     starts = [key for key in ("ckpt", "resume", "init_from") if getattr(config, key) not in (None, "auto")]
@@ -469,7 +521,7 @@ SECTIONS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         ModelConfig, DataConfig, SplitConfig, OptimConfig, ScheduleConfig, LossConfig, SyncBNConfig,
-        TrainerConfig, CheckpointConfig, EvalConfig, PredictConfig, DownloadConfig,
+        TrainerConfig, CheckpointConfig, EvalConfig, PredictConfig, ServeConfig, DownloadConfig,
     )
 } | {"ScenesConfig | None": ScenesConfig, "ArchiveConfig | None": ArchiveConfig}  # fmt: skip
 

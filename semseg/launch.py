@@ -7,19 +7,24 @@ leaves before anything is written.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
+import unicodedata
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
-from hydra import compose, initialize_config_dir
+import yaml
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,8 +33,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from semseg.config import Config, check, explain, schema_keys, unknown_key, walk
+from semseg.config import check, explain, hydra_words, schema_keys, unknown_key, walk
 from semseg.errors import STOPPED_CODES, ConfigError, SemsegError, nearest
+from semseg.secrets import guard_interpolations, refusal, secret_in
 from semseg.supervise import (
     agreed_run_dir,
     external_rank,
@@ -46,6 +52,21 @@ PATH_KEYS = (
 )  # fmt: skip
 OPEN_KEYS = ("download.mirrors",)  # whose own keys are the user's
 RESULT_FILE = "result.json"  # what a sweep reads of each of its jobs
+# Options of Hydra's that are passed on. Not among them: those that load code (--experimental-rerun unpickles a file)
+# or another configuration than ours, and abbreviations.
+OPTIONS = (
+    "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r",
+    "--multirun", "-m", "--info", "-i", "--shell-completion", "-sc",
+)  # fmt: skip
+SWEEP = ("-m", "--multirun")
+# What Hydra's own settings may call: its plugins, which it looks up among those that are installed, and no callback.
+HYDRA_TARGETS = {"launcher._target_", "sweeper._target_"}
+HYDRA_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
+LOGGING_CALLS = ("logging.StreamHandler", "logging.FileHandler", "colorlog.ColoredFormatter")
+LOGGING_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+LONGEST_WORD = 10_000  # characters; Hydra's parser takes seconds for more
+LONGEST_NUMBER = r"[\d_]{1000}"  # Python refuses to read integers with a few thousand
+DEEPEST_WORD = 50  # brackets inside each other; the parser is recursive
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +86,22 @@ def main() -> None:
     """Run the command line in sys.argv; ends the process with 0, 1 (failure) or 2 (configuration)."""
     # Hydra prints errors its own way unless told to pass them on.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = [friendly(word, sweep="-m" in sys.argv or "--multirun" in sys.argv) for word in sys.argv[1:]]
     words = sys.argv[1:]
     try:
-        sys.argv[1:] = words = again(words)
+        sys.argv[1:] = words = understood(words)
         if not any(word.startswith("-") for word in words):
-            config = check(compose_config(words))  # before Hydra makes the run folder
+            composed = compose_all(words)
+            config = check(settled(composed))  # before anything is written
+            run_dir = run_folder(composed)
             processes = num_processes(config)
             if processes > 1:
-                sys.exit(run_ranks(words, processes, Path(config.run_dir).absolute()))
-            sys.argv[1:] += words_of_external_rank(words, config)
+                sys.exit(run_ranks(words, processes, run_dir))
+            sys.argv[1:] += [f"hydra.run.dir={quoted(run_dir)}"] + (
+                ["hydra.output_subdir=null"] if external_rank() else []
+            )
+        elif not {"-sc", "--shell-completion"} & set(words):
+            composed = compose_all(overrides_among(words), sweep=is_sweep(words))
+            sys.argv[1:] += words_of_sweep_folder(composed) if is_sweep(words) else []
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
     except SemsegError as error:
         leave(str(error), error.exit_code)
@@ -84,36 +111,163 @@ def main() -> None:
         leave("interrupted.", 130)
 
 
+def understood(words: list[str]) -> list[str]:
+    """The words of the command line as Hydra's grammar wants them, those of the run to repeat included.
+
+    Raises:
+        ConfigError: for a word that is never right, whatever the configuration.
+    """
+    for word in words:
+        check_word(word)
+    words = [friendly(word, sweep=is_sweep(words)) for word in again(words)]
+    for word in words:
+        check_word(word)
+    return words
+
+
+def check_word(word: str) -> None:
+    """Refuse what no configuration can hold or no program should print.
+
+    Raises:
+        ConfigError: for control characters, bytes that are no UTF-8, options that are not passed on, too many
+            characters or brackets, and secrets.
+    """
+    secret = secret_in(word)
+    if secret is not None:
+        raise ConfigError(refusal("a word of the command line", secret))
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in word):
+        raise ConfigError(f"{shortened(word)}: holds a character that cannot be printed.")
+    if word.startswith("-") and word.partition("=")[0] not in OPTIONS:
+        raise ConfigError(f"{shortened(word)}: there is no such option. Valid: {', '.join(OPTIONS)}.")
+    if re.match(r"[+~]*=", word):
+        raise ConfigError(f"{shortened(word)}: there is no key before the sign =.")
+    if len(word) > LONGEST_WORD or nesting(word) > DEEPEST_WORD or re.search(LONGEST_NUMBER, word):
+        raise ConfigError(f"{shortened(word)}: is too long, or has too many digits or brackets inside each other.")
+
+
+def shortened(word: str) -> str:
+    """A word as it may be printed: one line of plain characters."""
+    return ascii(word if len(word) <= 80 else f"{word[:80]}...")
+
+
+def nesting(word: str) -> int:
+    """The largest number of brackets that are open at once.
+
+    >>> nesting("a=[[1],[2]]")
+    2
+    """
+    steps = ((character in "[{(") - (character in ")}]") for character in word)
+    return max(itertools.accumulate(steps), default=0)
+
+
+def is_sweep(words: list[str]) -> bool:
+    return any(word in SWEEP for word in words)
+
+
+def overrides_among(words: list[str]) -> list[str]:
+    """The words that are neither options nor values of options."""
+    return [word for word in words if not word.startswith("-") and ("=" in word or word.startswith("~"))]
+
+
 def again(words: list[str]) -> list[str]:
     """The words of the run that `mode=rerun run=<folder>` repeats, and what else is given; other words as they are.
 
     Raises:
-        ConfigError: if the folder holds no run.
+        ConfigError: if the folder holds no run, or words that no run of ours writes.
     """
     if "mode=rerun" not in words:
         return words
     folder = next((word.partition("=")[2] for word in words if word.startswith("run=")), "")
     saved = Path(folder.strip("\"'")).expanduser() / ".hydra" / "overrides.yaml"
-    if not folder or not saved.is_file():
+    if not folder or not os.path.isfile(saved):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         raise ConfigError(f"mode=rerun needs run=<run folder>: there is no {saved}.")
-    before = [str(word) for word in OmegaConf.load(saved)]
+    before = saved_words(saved)
     kept = [word for word in before if word.partition("=")[0] not in ("run_dir", "resume")]
     return kept + [word for word in words if word != "mode=rerun" and not word.startswith("run=")]
 
 
-def words_of_external_rank(words: list[str], config: Config) -> list[str]:
-    """What a rank that torchrun or SLURM started needs to share one run folder with the others."""
+def saved_words(path: Path) -> list[str]:
+    """The command line that Hydra saved with a run. It is data: options and words for Hydra itself are refused.
+
+    Raises:
+        ConfigError: if the file holds them, or anything but a list of words.
+    """
+    try:
+        words = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__}).") from None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"{path}: not the saved words of a run.")
+    for word in words:
+        if word.startswith("-") or re.match(r"[+~]*hydra\b", word):
+            raise ConfigError(f"{path}: {shortened(word)} is no word of a run.")
+    return words
+
+
+def run_folder(composed: DictConfig) -> Path:
+    """The run folder: for this run alone if its name has the time in it, and the same for all ranks of a run.
+
+    Raises:
+        ConfigError: if it cannot be made.
+    """
+    run_dir = Path(str(composed.hydra.run.dir)).absolute()
+    is_new = raw(composed.hydra.run, "dir") == "${run_dir}" and "${now:" in raw(composed, "run_dir")
     rank = external_rank()
+    if not is_new:
+        return run_dir
     if rank is None:
+        return claimed(run_dir)
+    mine = claimed(run_dir) if rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ else run_dir
+    return Path(agreed_run_dir(str(mine), rank))
+
+
+def words_of_sweep_folder(composed: DictConfig) -> list[str]:
+    """The word that gives a sweep a folder of its own; none if the user has named one."""
+    if "${now:" not in raw(composed.hydra.sweep, "dir"):
         return []
-    is_given = any(word.startswith("run_dir=") for word in words)
-    run_dir = config.run_dir if is_given else agreed_run_dir(config.run_dir, rank)
-    return [f'hydra.run.dir="{Path(run_dir).absolute()}"'] + (["hydra.output_subdir=null"] if rank else [])
+    return [f"hydra.sweep.dir={quoted(claimed(Path(str(composed.hydra.sweep.dir)).absolute()))}"]
+
+
+def claimed(folder: Path) -> Path:
+    """Make `folder`, or <folder>_2, <folder>_3, ... if another run was faster in the same second.
+
+    Raises:
+        ConfigError: if it cannot be made.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            free = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+            with contextlib.suppress(FileExistsError):
+                free.mkdir()  # by one process alone, however many try
+                return free
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: this run folder cannot be made ({error.strerror}). See run_dir, runs_dir."
+        ) from None
+    raise AssertionError("numbers do not end")
+
+
+def raw(node: DictConfig, key: str) -> str:
+    """The text under `key`, its interpolations as they were written."""
+    plain = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(plain, dict)
+    return str(plain[key])
+
+
+def quoted(text: object) -> str:
+    """`text` between quotes of Hydra's grammar.
+
+    >>> quoted("my photos")
+    '"my photos"'
+    """
+    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + (r"\"" if found[2] else ""), str(text))
+    return f'"{escaped}"'
 
 
 def run_ranks(words: list[str], processes: int, run_dir: Path) -> int:
     """Run this command line as one process per device, all with the same run folder."""
-    command = [sys.executable, str(CONFIG_DIR.parent / "run.py"), *words, f'hydra.run.dir="{run_dir}"']
+    command = [sys.executable, str(CONFIG_DIR.parent / "run.py"), *words, f"hydra.run.dir={quoted(run_dir)}"]
     return supervise(command, processes, run_dir)
 
 
@@ -151,7 +305,7 @@ def run_in_own_process(overrides: list[str], run_dir: Path) -> float:
     So that jobs leave each other alone: their ranks, their memory, their crashes.
     """
     command = [sys.executable, str(CONFIG_DIR.parent / "run.py"), *overrides]
-    command += [f'hydra.run.dir="{run_dir}"', f'run_dir="{run_dir}"']
+    command += [f"{key}={quoted(run_dir)}" for key in ("hydra.run.dir", "run_dir")]
     finished = subprocess.run(command, check=False)  # noqa: S603 - our own interpreter and entry point
     if finished.returncode:
         log.error("job failed with exit code %d: %s", finished.returncode, " ".join(overrides))
@@ -162,13 +316,63 @@ def run_in_own_process(overrides: list[str], run_dir: Path) -> float:
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
-    """The configuration that a command line amounts to, without running it."""
+    """The configuration that a command line amounts to, without running it.
+
+    Raises:
+        ConfigError: if Hydra's own settings name code.
+    """
+    return settled(compose_all(overrides))
+
+
+def settled(composed: DictConfig) -> DictConfig:
+    """The configuration without Hydra's own settings; the name of the run folder stays what it is now."""
+    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    ours.run_dir = str(composed.run_dir)
+    return ours
+
+
+def compose_all(overrides: list[str], *, sweep: bool = False) -> DictConfig:
+    """The configuration with Hydra's own settings below `hydra`; in a sweep, without what is swept over.
+
+    Raises:
+        ConfigError: if Hydra's own settings name code, or Hydra cannot make anything of the words.
+    """
+    guard_interpolations()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = compose("config", overrides=overrides)
-    with open_dict(composed):
-        composed.run_dir = str(composed.run_dir)
+        loader = GlobalHydra.instance().config_loader()
+        mode = RunMode.MULTIRUN if sweep else RunMode.RUN
+        try:
+            composed = loader.load_configuration(
+                "config", overrides, mode, from_shell=False, validate_sweep_overrides=not sweep
+            )
+        except (HydraException, OmegaConfBaseException):
+            raise
+        except Exception as error:  # whatever Hydra stumbles over: an assertion, a file name that is too long, ...
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"cannot read this command line ({type(error).__name__}: {reason}).") from error
+    told = next(hydra_problems(OmegaConf.to_container(composed.hydra, resolve=False)), None)
+    if told is not None:
+        raise ConfigError(told)
     return composed
+
+
+def hydra_problems(settings: Any) -> Iterator[str]:
+    """A sentence for everything in Hydra's own settings, as they are written, that would call what is not on a list."""
+    found = dict(walk(settings))
+    for place in hydra_words(settings):
+        if place not in HYDRA_TARGETS or not str(found.get(place)).startswith(HYDRA_PLUGINS):
+            yield f"hydra.{place}={found.get(place)}: not allowed."
+    for key, value in found.items():
+        section, _, rest = key.partition(".")
+        if section not in ("job_logging", "hydra_logging"):
+            continue
+        words, text = rest.split("."), str(value)
+        calls = words[-1] in ("class", "()") and value not in LOGGING_CALLS
+        names = "://" in text and value not in LOGGING_STREAMS
+        later = "${" in text and words[-1] != "filename"
+        if calls or names or later or "()" in words[:-1]:
+            yield f"hydra.{key}={text}: not allowed. Allowed: {', '.join((*LOGGING_CALLS, *LOGGING_STREAMS))}."
 
 
 def friendly(word: str, *, sweep: bool = False) -> str:
@@ -191,8 +395,7 @@ def friendly(word: str, *, sweep: bool = False) -> str:
         return f"trainer.devices=[{','.join(str(index) for index in device_indices(value))}]"
     special = re.search(r"[=~,() ]", value)
     if equals and key in PATH_KEYS and special and value[0] not in "\"'[$" and not sweep:
-        quoted = os.path.expanduser(value).replace('"', '\\"')  # noqa: PTH111 - a glob is no Path
-        return f'{key}="{quoted}"'
+        return f"{key}={quoted(os.path.expanduser(value))}"  # noqa: PTH111 - a glob is no Path
     return word
 
 
@@ -221,6 +424,8 @@ def explain_hydra(error: Exception, overrides: list[str]) -> str:
         return unknown_key(key[1], valid)
     if isinstance(error, OmegaConfBaseException):
         return explain(error, OmegaConf.create())
+    if not text and isinstance(error.__cause__, Exception):
+        return explain_hydra(error.__cause__, overrides)
     return " ".join(line.strip() for line in text.splitlines() if line.strip())[:400]
 
 
