@@ -9,7 +9,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "semseg"
 
 # One group of files per layer; a file may import from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "archive", "digest", "files", "seeding", "transfer", "zoo", "data.convention", "data.geometry"],
+    [
+        "errors",
+        "secrets",
+        "archive",
+        "digest",
+        "files",
+        "seeding",
+        "transfer",
+        "zoo",
+        "data.convention",
+        "data.geometry",
+    ],
     ["config", "data.classes", "data.records", "data.plan", "data.scenes", "run_lock", "download"],
     ["data.sources"],
     ["data.images", "collate", "data.datasets", "nets", "syncbn.reduce", "syncbn.layer"],
@@ -18,7 +29,7 @@ LAYERS = [
     ["stopping"],
     ["syncbn.plugin", "checkpoint_io", "csv_log", "guards"],
     ["resume", "saving", "callbacks", "datamodule", "lit_module"],
-    ["build"],
+    ["build", "server"],
     ["supervise"],
     ["launch"],
     ["modes"],

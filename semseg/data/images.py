@@ -60,7 +60,18 @@ def read_image(path: str | Path, *, upright: bool = False, max_pixels: int = MAX
     Raises:
         DataError: if the file is missing, empty, a folder, no image, broken, or larger than `max_pixels`.
     """
-    pixels, orientation = _decode_image(path, max_pixels)
+    return decode_image(_read_bytes(path), path, upright=upright, max_pixels=max_pixels)
+
+
+def decode_image(
+    data: bytes, name: str | Path, *, upright: bool = False, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
+    """As `read_image`, of a file's bytes; `name` is what the file is called in errors.
+
+    Raises:
+        DataError: if the bytes are empty, no image, broken, or announce more than `max_pixels`.
+    """
+    pixels, orientation = _decode_image(name, data, max_pixels)
     return oriented(pixels, orientation) if upright else pixels
 
 
@@ -102,7 +113,7 @@ def read_pair(record: Record, label_map: LabelMap | None, *, max_pixels: int = M
             with the record's origin.
     """
     try:
-        stored, orientation = _decode_image(record.image, max_pixels)
+        stored, orientation = _decode_image(record.image, _read_bytes(record.image), max_pixels)
         if record.label is None or label_map is None:
             pair = Pair(oriented(stored, orientation), None)
         else:
@@ -144,20 +155,19 @@ def _size(pixels: NDArray) -> Size:
 def _read_bytes(path: str | Path) -> bytes:
     path = Path(path)
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file. Is data.root right, and the data set complete?") from None
     except IsADirectoryError:
         raise DataError(f"{path}: is a folder, an image file was expected.") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    if not data:
-        raise DataError(f"{path}: the file is empty. Get it again.")
-    return data
 
 
 def _open(path: str | Path, data: bytes, max_pixels: int) -> Image.Image:
     """The header (nothing decoded), with the number of pixels checked."""
+    if not data:
+        raise DataError(f"{path}: the file is empty. Get it again.")
     try:
         header = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
@@ -172,9 +182,8 @@ def _open(path: str | Path, data: bytes, max_pixels: int) -> Image.Image:
     return header
 
 
-def _decode_image(path: str | Path, max_pixels: int) -> tuple[NDArray[np.uint8], int]:
+def _decode_image(path: str | Path, data: bytes, max_pixels: int) -> tuple[NDArray[np.uint8], int]:
     """Pixels on the stored grid and the EXIF orientation (1 = as stored)."""
-    data = _read_bytes(path)
     header = _open(path, data, max_pixels)
     orientation = _orientation(header)
     if _is_jpeg(data) and not _jpeg_is_whole(data):
