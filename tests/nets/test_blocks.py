@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from semseg.nets.blocks import BatchNorm2d, GridPool, resize
+from semseg.nets.blocks import BatchNorm2d, GridPool, conv_of_joined, resize
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3, 6])
@@ -56,3 +56,65 @@ def test_resizing_uses_pixel_centres() -> None:
     row = torch.tensor([[[[0.0, 1.0]]]])
     assert resize(row, torch.zeros(1, 1, 1, 4)).flatten().tolist() == [0.0, 0.25, 0.75, 1.0]
     assert resize(row, row) is row
+
+
+def joined(conv: nn.Conv2d, maps: list[Tensor]) -> Tensor:
+    """What conv_of_joined stands for."""
+    return conv(torch.cat([resize(features, maps[0]) for features in maps], 1))
+
+
+MAPS = {
+    "pyramid": [(6, 16, 24), (6, 8, 12), (6, 4, 6), (6, 2, 3)],
+    "grids": [(8, 13, 17), (4, 1, 1), (4, 2, 2), (4, 3, 3), (4, 6, 6)],
+    "odd sizes": [(3, 7, 5), (2, 4, 3), (1, 7, 5), (2, 1, 5)],
+    "finer than the first": [(2, 5, 5), (2, 9, 11)],
+    "one place": [(2, 1, 1), (3, 1, 1)],
+}
+
+
+@pytest.mark.parametrize("shapes", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_a_convolution_of_joined_maps_is_the_sum_of_its_parts(
+    shapes: list[tuple[int, int, int]], layout: torch.memory_format
+) -> None:
+    conv = nn.Conv2d(sum(shape[0] for shape in shapes), 5, 3, padding=1, bias=False).double()
+    outcomes = []
+    for form in (conv_of_joined, joined):
+        torch.manual_seed(0)
+        maps = [torch.randn(2, *shape, dtype=torch.float64).contiguous(memory_format=layout) for shape in shapes]
+        out = form(conv, [features.requires_grad_() for features in maps])
+        gradients = torch.autograd.grad(out, [*maps, conv.weight], torch.randn(out.shape, dtype=out.dtype))
+        outcomes.append([out, *gradients])
+    for ours, expected in zip(*outcomes, strict=True):
+        assert torch.allclose(ours, expected, atol=1e-12)
+
+
+def test_under_autocast_it_costs_less_than_one_bit_against_the_joined_convolution() -> None:
+    torch.manual_seed(0)
+    maps = [torch.randn(2, 32, *size) for size in ((57, 76), (29, 38), (6, 6), (1, 1))]
+    conv = nn.Conv2d(4 * 32, 16, 3, padding=1, bias=False)
+    exact = joined(conv, maps).detach()
+    errors = []
+    for form in (conv_of_joined, joined):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = form(conv, maps)
+        assert out.dtype == torch.bfloat16
+        errors.append(float((out.detach().float() - exact).square().mean().sqrt()))
+    assert errors[0] < 2 * errors[1]
+
+
+def test_a_convolution_of_joined_maps_is_exported_once_for_all_sizes() -> None:
+    class Joins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 3, 3, padding=1, bias=False)
+
+        def forward(self, fine: Tensor) -> Tensor:
+            return conv_of_joined(self.conv, [fine, GridPool(3)(fine)])
+
+    height, width = torch.export.Dim("height", min=4, max=512), torch.export.Dim("width", min=4, max=512)
+    net = Joins()
+    exported = torch.export.export(net, (torch.randn(2, 2, 14, 18),), dynamic_shapes=({2: height, 3: width},)).module()
+    for size in ((5, 7), (4, 40), (57, 76)):
+        features = torch.randn(2, 2, *size)
+        assert torch.allclose(exported(features), net(features), atol=1e-6)
