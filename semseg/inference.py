@@ -90,10 +90,12 @@ def scale_logits(
         ConfigError: with a window, if an image is no multiple of size_divisor.
     """
     weights = next(net.parameters(), torch.empty(0))  # their type is float32 but for trainer.precision=*-true
+    # Convolutions on the CPU are a tenth faster so, and the logits come out as they are wanted below.
+    layout = torch.channels_last if weights.device.type == "cpu" else torch.preserve_format
     found = []
     for scale in scales:
         pixels = normalise(scale.to(weights.device, non_blocking=True)[None], convention)  # (1, 3, H, W)
-        image = pixels.to(weights.dtype)
+        image = pixels.to(weights.dtype, memory_format=layout)
         maps = [run_in_windows(net, image, window, stride)]
         if flip:
             maps.append(run_in_windows(net, image.flip(-1), window, stride).flip(-1))

@@ -61,9 +61,9 @@ def conv_of_joined(conv: nn.Conv2d, maps: Sequence[Tensor]) -> Tensor:
     total = F.conv2d(finest, weights[0], padding=1)
     for features, weight in zip(coarser, weights[1:], strict=True):
         if features.shape[-2:] == finest.shape[-2:]:
-            total = total + F.conv2d(features, weight, padding=1)
+            total.add_(F.conv2d(features, weight, padding=1))  # in place: no backward pass needs the sum
         else:
-            total = total + conv_of_upsampled(features, weight, finest.shape[-2:])
+            total.add_(conv_of_upsampled(features, weight, finest.shape[-2:]))
     return total
 
 
@@ -108,7 +108,7 @@ def add_products(total: Tensor | None, lefts: Tensor, rights: Sequence[Tensor]) 
 
 
 def shifted_interpolation(length: int, out_length: int, like: Tensor) -> Tensor:
-    """(3, out_length, length): what gives each place of the upsampled axis its neighbour before, itself, and the one after.
+    """(3, out_length, length): what gives each place of the upsampled axis its neighbour before, itself, the one after.
 
     Bilinear interpolation, align_corners=False, as matrices of the type and device of `like`; 0 beyond the ends.
     """

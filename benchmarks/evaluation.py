@@ -1,0 +1,116 @@
+"""Multi-scale evaluation of one image, our way and the plain way, side by side in the same run.
+
+    python benchmarks/evaluation.py                                           # UPerNet-50, 512 x 683, five scales, CPU
+    python benchmarks/evaluation.py --model resnet18_dilated8_ppm_deepsup --scales 450
+
+The plain way is that of the original: the network with its maps joined, and for every scale the logits of all classes
+upsampled to the full size, softmax, and a sum of full-size maps. Ours convolves coarse maps before they are
+upsampled, and averages band by band. Both start from the scaled images and end with class indices; they take turns.
+Medians of wall time, of the processor's time, and of ours over plain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from training_step import NUM_CLASSES, joined_maps
+
+from semseg.data.geometry import Size, stretched_size
+from semseg.inference import merge_scales, scale_logits
+from semseg.nets.normalise import normalise
+from semseg.nets.registry import build_segmenter
+from semseg.nets.segmenter import Segmenter
+
+NETWORKS = {
+    "upernet50": ("resnet50", "upernet"),
+    "resnet18_dilated8_ppm_deepsup": ("resnet18_dilated8", "ppm_bilinear_deepsup"),
+    "resnet50_dilated8_ppm_deepsup": ("resnet50_dilated8", "ppm_bilinear_deepsup"),
+}
+ROW = "{:<34}{:>10}{:>10}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(NETWORKS), default="upernet50")
+    parser.add_argument("--scales", type=int, nargs="+", default=[300, 375, 450, 525, 600])
+    parser.add_argument("--height", type=int, default=512)
+    parser.add_argument("--width", type=int, default=683)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, {options}")
+    torch.manual_seed(0)
+    net = build_segmenter(*NETWORKS[options.model], NUM_CLASSES).eval().to(options.device)
+    size = Size(options.height, options.width)
+    scales = [
+        torch.randint(0, 256, (3, *stretched_size(size, edge, 1000, net.size_divisor)), dtype=torch.uint8)
+        for edge in options.scales
+    ]
+    run = Contest(net, scales, size)
+    expected, found = run.plain(), run.ours()
+    print(f"classes that differ (ties up to rounding): {(expected != found).float().mean():.1e} of the pixels")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ("plain", "network", "merging", "ours")}
+    for _ in range(options.rounds):
+        for name, taken in times.items():
+            taken.append(timed(getattr(run, name)))
+    print(ROW.format("seconds, median", "wall", "CPU"))
+    labels = {"network": "of which the network", "merging": "of which merging"}
+    for name, taken in times.items():
+        wall, processor = (statistics.median(values) for values in zip(*taken, strict=True))
+        print(ROW.format(labels.get(name, name), f"{wall:.3f}", f"{processor:.3f}"))
+    ratios = [
+        statistics.median(ours[kind] / plain[kind] for ours, plain in zip(times["ours"], times["plain"], strict=True))
+        for kind in (0, 1)
+    ]
+    print(ROW.format("ours / plain", *(f"{ratio:.2f}" for ratio in ratios)))
+
+
+class Contest:
+    """Both ways for one image."""
+
+    def __init__(self, net: Segmenter, scales: list[Tensor], size: Size) -> None:
+        self.net, self.scales, self.size = net, scales, size
+        self.logits: list[Tensor] = []
+
+    @torch.no_grad()
+    def plain(self) -> Tensor:
+        device = next(self.net.parameters()).device
+        total = torch.zeros(1, NUM_CLASSES, *self.size, device=device)
+        for scale in self.scales:
+            image = normalise(scale[None].to(device), self.net.convention)
+            with joined_maps():
+                logits = self.net(image).main
+            upsampled = F.interpolate(logits, size=tuple(self.size), mode="bilinear", align_corners=False)
+            total = total + upsampled.softmax(1) / len(self.scales)
+        return total.max(1).indices[0]
+
+    def ours(self) -> Tensor:
+        self.network()
+        return self.merging()
+
+    def network(self) -> None:
+        self.logits = scale_logits(self.net, self.scales, self.net.convention)
+
+    def merging(self) -> Tensor:
+        return merge_scales(self.logits, tuple(self.size)).ids
+
+
+def timed(function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds: wall, processor."""
+    wall, processor = time.perf_counter(), time.process_time()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+if __name__ == "__main__":
+    main()
