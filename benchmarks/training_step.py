@@ -177,18 +177,18 @@ def stepping(net: nn.Module, loss: Step, options: argparse.Namespace) -> Step:
 def joined_maps() -> Any:
     """Our decoders with their maps joined before the convolution."""
     modules = (upernet, ppm)
-    ours = [module.conv_of_joined for module in modules]
+    ours = [module.apply_to_joined for module in modules]
     for module in modules:
-        module.conv_of_joined = convolve_joined
+        module.apply_to_joined = convolve_joined
     try:
         yield
     finally:
         for module, function in zip(modules, ours, strict=True):
-            module.conv_of_joined = function
+            module.apply_to_joined = function
 
 
-def convolve_joined(conv: nn.Conv2d, maps: Sequence[Tensor]) -> Tensor:
-    return conv(torch.cat([resize(features, maps[0]) for features in maps], 1))
+def convolve_joined(layers: nn.Module, maps: Sequence[Tensor]) -> Tensor:
+    return layers(torch.cat([resize(features, maps[0]) for features in maps], 1))
 
 
 def compare_with_plain(options: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from semseg.callbacks import EndOnSigterm, LogSteps, PlainProgress, checkpoints
 from semseg.checkpoint import SavedNetwork, find_checkpoint, inherit, read_checkpoint
 from semseg.checkpoint_io import AtomicCheckpointIO
 from semseg.config import Config, DownloadConfig, ModelConfig, network_options
+from semseg.data.classes import LabelMap
 from semseg.data.convention import CONVENTIONS
 from semseg.data.sources import DataSource
 from semseg.download import fetch
@@ -28,6 +29,7 @@ from semseg.guards import NonFiniteGuard, ProbeMemory
 from semseg.nets.features import Encoder
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
+from semseg.predictor import Predictor, Settings
 from semseg.published import FREE_KEYS, Files, find_files, read_published
 from semseg.resume import ForgetRepeatedSteps, SeedEveryStep
 from semseg.syncbn.plugin import layer_sync
@@ -127,6 +129,33 @@ def restore_net(saved: SavedNetwork) -> Segmenter:
     fill(net, saved.weights, f"{saved.source}: its weights do not fit its own configuration")
     net.convention = saved.convention
     return net.eval()
+
+
+def open_predictor(config: Config, overrides: list[str], device: str | torch.device | None = None) -> Predictor:
+    """The network that `ckpt` means, ready to be shown pictures as `predict` and `eval` say.
+
+    Args:
+        device: where it runs; None: as trainer.accelerator says.
+
+    Raises:
+        SemsegError: if there is no such network, or the command line contradicts it.
+    """
+    saved, config = open_network(config, overrides)
+    if device is None:
+        device = "cuda" if accelerator(config) == "gpu" else "cpu"
+    options = config.predict
+    settings = Settings(
+        options.scales or config.eval.scales,
+        config.data.max_long_edge,
+        config.model.size_divisor,
+        options.flip,
+        options.window,
+        options.stride,
+        options.memory_limit_mb,
+    )
+    label_map = LabelMap(saved.classes.num_classes, config.data.first_id, config.data.ignore)
+    net = restore_net(saved).to(device)
+    return Predictor(net, saved.classes, label_map, settings, name=saved.config.model.name, source=str(saved.source))
 
 
 def build_trainer(config: Config, source: DataSource) -> pl.Trainer:

@@ -29,7 +29,8 @@ LIBRARIES = ("torchvision", "timm")  # whose networks are encoders
 SYNCBN = ("reduce", "native", "off")
 SYNCBN_CONVENTIONS = ("torch", "published")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "64")
-PREDICT_OUTPUTS = ("ids", "panel")
+PREDICT_OUTPUTS = ("ids", "color", "overlay", "panel", "probabilities")
+PREDICT_FORMATS = ("dataset", "ade20k")
 
 # What a `_target_` in a configuration may name: nothing read from a file can call anything else.
 ALLOWED_TARGETS = (
@@ -217,7 +218,8 @@ class EvalConfig:
 
 @dataclass
 class PredictConfig:
-    save: list[str] = field(default_factory=lambda: list(PREDICT_OUTPUTS))
+    save: list[str] = field(default_factory=lambda: ["ids", "panel"])
+    format: str = one_of("dataset", PREDICT_FORMATS)  # of ids: the numbers of the data set's label files, or 1 .. K
     scales: list[int] | None = None  # null: eval.scales
     flip: bool = False
     window: int | None = number(None, low=1)  # as in eval
@@ -477,7 +479,7 @@ def _mode_problems(config: Config) -> Iterator[str]:
         yield "mode=replay needs input=<sub-batch that a run with a NaN loss has saved>."
     is_demonstration = (config.ckpt or "").startswith(zoo.PREFIX)  # which brings its picture along
     if config.mode == "predict" and not config.input and not is_demonstration:
-        yield "mode=predict needs input=<image or folder>."
+        yield "mode=predict needs input=<image, video, folder, pattern, list of paths, or - for standard input>."
     if config.mode == "compare" and len(config.runs) < 2:
         yield f"runs={config.runs}: mode=compare needs at least two evaluations: runs=[<folder>,<folder>]."
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -41,9 +42,10 @@ def colour_map(ids: NDArray[np.integer], classes: ClassTable) -> Pixels:
 
 def overlay(image: Pixels, ids: NDArray[np.integer], classes: ClassTable, opacity: float = OPACITY) -> Pixels:
     """The image under its class colours, with a dark line between neighbouring classes."""
-    mixed = image * (1 - opacity) + colour_map(ids, classes) * opacity
-    mixed[borders(ids)] *= 0.35
-    return mixed.round().astype(np.uint8)
+    mixed = np.asarray(cv2.addWeighted(image, 1 - opacity, colour_map(ids, classes), opacity, 0), np.uint8)
+    edge = borders(ids)
+    mixed[edge] = (mixed[edge] * 0.35).round()
+    return mixed
 
 
 def borders(ids: NDArray[np.integer]) -> NDArray[np.bool_]:
@@ -61,8 +63,19 @@ def panel(image: Pixels, ids: NDArray[np.integer], classes: ClassTable) -> Pixel
         raise ValueError(f"image {image.shape[:2]} and class map {ids.shape} differ in size")
     factor = max(1, math.ceil(MIN_PANEL_WIDTH / (2 * width)))
     pair = np.concatenate([enlarged(image, factor), enlarged(overlay(image, ids, classes), factor)], axis=1)
-    key = legend(class_shares(ids, classes), classes, pair.shape[1])
-    return np.concatenate([pair, key], axis=0)
+    return under(pair, ids, classes)
+
+
+def with_legend(picture: Pixels, ids: NDArray[np.integer], classes: ClassTable) -> Pixels:
+    """A picture (H, W, 3) of `ids` (H, W) with the legend below, enlarged if that could not be read otherwise."""
+    factor = max(1, math.ceil(MIN_PANEL_WIDTH / 2 / picture.shape[1]))
+    return under(enlarged(picture, factor), ids, classes)
+
+
+def under(picture: Pixels, ids: NDArray[np.integer], classes: ClassTable) -> Pixels:
+    """The picture with the legend of `ids` below."""
+    key = legend(class_shares(ids, classes), classes, picture.shape[1])
+    return np.concatenate([picture, key], axis=0)
 
 
 def enlarged(image: Pixels, factor: int) -> Pixels:
@@ -72,7 +85,7 @@ def enlarged(image: Pixels, factor: int) -> Pixels:
 
 def legend(shares: list[Share], classes: ClassTable, width: int) -> Pixels:
     """A white strip of `width` pixels that names the colours of `shares`, in as many columns as fit."""
-    text_height = max(12, min(28, width // 60))
+    text_height = max(12, width // 60)
     font = ImageFont.load_default(text_height)
     labels = [f"{share.name}  {percent(share.share)}" for share in shares]
     margin, swatch = text_height // 2, text_height

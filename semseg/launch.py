@@ -33,7 +33,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from semseg.config import check, explain, hydra_words, schema_keys, unknown_key, walk
+from semseg.config import Config, check, explain, hydra_words, schema_keys, unknown_key, walk
 from semseg.errors import STOPPED_CODES, ConfigError, SemsegError, nearest
 from semseg.secrets import guard_interpolations, refusal, secret_in
 from semseg.supervise import (
@@ -322,6 +322,19 @@ def compose_config(overrides: list[str]) -> DictConfig:
         ConfigError: if Hydra's own settings name code.
     """
     return settled(compose_all(overrides))
+
+
+def load_config(words: list[str]) -> tuple[Config, list[str]]:
+    """The checked configuration of a command line, for use from Python, and its words as Hydra's grammar wants them.
+
+    Raises:
+        ConfigError: if a word is wrong.
+    """
+    words = understood(words)
+    try:
+        return check(compose_config(words)), words
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain_hydra(error, words)) from error
 
 
 def settled(composed: DictConfig) -> DictConfig:

@@ -115,38 +115,53 @@ def camvid_classes() -> ClassTable:
 
 @lru_cache
 def generated_palette(num_classes: int) -> tuple[Colour, ...]:
-    """Colours as far from each other, and from black and white, as the eye allows. K colours are the first K of more.
+    """Colours as far from each other, and from black and white, as eyes allow. K colours are the first K of more.
 
     Greedy: each next colour is the one of a 12 x 12 x 12 grid, the darkest left out, whose nearest taken colour is
-    furthest away in OKLab. From the 513th on they repeat.
+    furthest away in OKLab: as everybody sees it, or at half the distance as people without red or green cones do. From
+    the 513th on they repeat.
 
     >>> generated_palette(2)
     ((93, 0, 255), (0, 139, 0))
     """
     levels = np.linspace(0, 255, 12).round().astype(np.int64)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)  # (1728, 3)
-    place = _oklab(grid)
+    views = np.stack([weight * _oklab(_seen(grid, kind)) for kind, weight in (("", 1), *_COLOUR_BLIND)])
     taken = [0, len(grid) - 1]  # black and white belong to ignored pixels and to writing
-    distance = np.minimum(*(_distance(place, place[index]) for index in taken))
-    distance[place[:, 0] < 0.4] = 0  # lightness; OKLab overrates how well dark colours are told apart
+    distance = np.minimum(*(_distance(views, index) for index in taken))
+    distance[views[0, :, 0] < 0.4] = 0  # lightness; OKLab overrates how well dark colours are told apart
     palette: list[Colour] = []
     for _ in range(min(num_classes, _MAX_COLOURS)):
         furthest = int(distance.argmax())
         red, green, blue = grid[furthest].tolist()
         palette.append((red, green, blue))
-        distance = np.minimum(distance, _distance(place, place[furthest]))
+        distance = np.minimum(distance, _distance(views, furthest))
     return tuple(palette[index % _MAX_COLOURS] for index in range(num_classes))
 
 
-def _distance(places: NDArray[np.float64], one: NDArray[np.float64]) -> NDArray[np.float64]:
+# What colour-blind people confuse is allowed half the distance: more would cost everybody else too many colours.
+_COLOUR_BLIND = (("protanopia", 2.0), ("deuteranopia", 2.0))
+_SIMULATIONS = {  # of linear RGB, Vienot, Brettel and Mollon 1999
+    "protanopia": [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]],
+    "deuteranopia": [[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]],
+}
+
+
+def _distance(views: NDArray[np.float64], index: int) -> NDArray[np.float64]:
+    """From every colour (n) to one of them: the smallest of the distances in all views (views, n, 3)."""
     # Rounded so that two machines whose cube roots differ in the last bit still choose the same colours.
-    return np.linalg.norm(places - one, axis=-1).round(6)
+    return np.linalg.norm(views - views[:, index, None], axis=-1).min(axis=0).round(6)
 
 
-def _oklab(rgb: NDArray[np.int64]) -> NDArray[np.float64]:
-    """sRGB 0..255 (..., 3) to OKLab, where equal distances look equally different (Ottosson 2020)."""
+def _seen(rgb: NDArray[np.int64], kind: str = "") -> NDArray[np.float64]:
+    """sRGB 0..255 (..., 3) as linear light 0..1, as somebody with this kind of colour blindness sees it."""
     share = rgb / 255
     linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    return np.clip(linear @ np.array(_SIMULATIONS[kind]).T, 0, 1) if kind else linear
+
+
+def _oklab(linear: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Linear light (..., 3) to OKLab, where equal distances look equally different (Ottosson 2020)."""
     to_cones = np.array(
         [
             [0.4122214708, 0.5363325363, 0.0514459929],

@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from semseg.collate import Batch, Sample, collate
 from semseg.data.classes import LabelMap
 from semseg.data.geometry import Size, scaled_size, stretched_size
-from semseg.data.images import Pair, flipped, read_pair, resize_image, resize_label, stride_label
+from semseg.data.images import flipped, read_pair, resize_image, resize_label, stride_label
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.errors import DataError
@@ -128,10 +129,17 @@ class EvalDataset(Dataset[EvalSample]):
         pair = read_pair(record, self.label_map)
         label = torch.empty(0, 0, dtype=torch.int64) if pair.label is None else torch.from_numpy(pair.label).long()
         size = torch.tensor(pair.image.shape[:2])
-        return EvalSample(self._scales(pair), label, size, record.image, index)
+        scales = at_scales(
+            pair.image, self.short_edges, self.max_long_edge, self.size_divisor, antialias=self.antialias
+        )
+        return EvalSample(scales, label, size, record.image, index)
 
-    def _scales(self, pair: Pair) -> list[Tensor]:
-        original = Size(*pair.image.shape[:2])
-        sizes = [stretched_size(original, edge, self.max_long_edge, self.size_divisor) for edge in self.short_edges]
-        resized = (resize_image(pair.image, size, antialias=self.antialias) for size in sizes)
-        return [torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in resized]
+
+def at_scales(
+    image: NDArray[np.uint8], short_edges: Sequence[int], max_long_edge: int, size_divisor: int, *, antialias: bool
+) -> list[Tensor]:
+    """An image (H, W, 3) stretched to every scale: uint8 (3, h, w), h and w multiples of `size_divisor`."""
+    original = Size(*image.shape[:2])
+    sizes = [stretched_size(original, edge, max_long_edge, size_divisor) for edge in short_edges]
+    resized = (resize_image(image, size, antialias=antialias) for size in sizes)
+    return [torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))) for pixels in resized]

@@ -1,127 +1,157 @@
-"""mode=predict: class maps and pictures of anyone's images."""
+"""mode=predict: class maps and pictures of anyone's images and videos."""
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from semseg.build import accelerator, open_network, restore_net
+from semseg.build import open_predictor
 from semseg.config import Config
-from semseg.data.classes import ClassTable, LabelMap
-from semseg.data.datasets import EvalDataset
+from semseg.data.classes import LabelMap
 from semseg.data.images import read_image
-from semseg.data.records import IMAGE_SUFFIXES, record_of_image
 from semseg.download import fetch
-from semseg.draw import panel
+from semseg.draw import Pixels, colour_map, overlay
 from semseg.errors import DataError
-from semseg.inference import predict
-from semseg.nets.segmenter import Segmenter
+from semseg.inputs import Input, find_inputs
+from semseg.outputs import array_on_disk, write_classes, write_outputs
+from semseg.predictor import Predictor, Result
+from semseg.video import VideoWriters, frames_of
 from semseg.zoo import DEMONSTRATION
 
 
 def run(config: Config, overrides: list[str]) -> None:
-    """Predict every image of `input` and write what `predict.save` asks for.
+    """Predict everything that `input` means and write what `predict.save` asks for.
+
+    A file that cannot be read is reported and left out; the others are done.
 
     Raises:
-        SemsegError: for anything the user can mend.
+        DataError: in the end, if any file was left out.
+        SemsegError: for anything else the user can mend.
     """
-    saved, config = open_network(config, overrides)
-    root = Path(config.input).expanduser() if config.input else fetch(DEMONSTRATION, config.download)
-    images = find_images(root)
-    device = torch.device("cuda" if accelerator(config) == "gpu" else "cpu")
-    net = restore_net(saved).to(device)
-    label_map = LabelMap(saved.classes.num_classes, config.data.first_id, config.data.ignore)
-    writer = Writer(config.predict.save, saved.classes, label_map)
     folder = Path(config.run_dir)
-    target_of = targets(images, root, folder)
-    console = Console()
-    progress = track(predictions(net, images, config), "predicting", len(images), disable=not sys.stdout.isatty())
-    for image, ids in progress:
-        writer.save(target_of[image], image, ids)
-    console.print(f"{len(images)} images predicted, written below {folder}", soft_wrap=True, highlight=False)
+    word = config.input or str(fetch(DEMONSTRATION, config.download))
+    inputs = find_inputs(word, folder)
+    predictor = open_predictor(config, overrides)
+    if config.predict.format == "ade20k":
+        predictor.label_map = LabelMap(predictor.classes.num_classes)
+    work = Work(predictor, folder, config.predict.save, min(1, config.data.num_workers))
+    failures = []
+    for failure in track(work.all(inputs), "predicting", len(inputs), disable=not sys.stdout.isatty()):
+        if failure:
+            print(failure, file=sys.stderr, flush=True)
+            failures.append(failure)
+    write_classes(folder / "classes.json", predictor.classes, predictor.label_map)
+    done = f"{len(inputs) - len(failures)} of {len(inputs)} files predicted, written below {folder}"
+    if failures:
+        raise DataError(f"{len(failures)} files could not be read, see above; {done}.")
+    Console().print(done, soft_wrap=True, highlight=False)
 
 
-def find_images(root: Path) -> list[Path]:
-    """The image, or all images below the folder, sorted.
+class Work:
+    """What is done to each input.
 
-    Raises:
-        DataError: if there is nothing.
+    Args:
+        outputs: as predict.save names them.
+        num_workers: that read images while the network runs; 0 or 1.
     """
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise DataError(f"input={root}: there is no such file or folder.")
-    images = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        raise DataError(f"input={root}: no images in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))}).")
-    return images
+
+    def __init__(self, predictor: Predictor, folder: Path, outputs: Sequence[str], num_workers: int) -> None:
+        self.predictor, self.folder, self.outputs, self.num_workers = predictor, folder, outputs, num_workers
+
+    def all(self, inputs: Sequence[Input]) -> Iterator[str]:
+        """Predict each input; gives what went wrong with it, or an empty string."""
+        images = [item for item in inputs if not item.is_video]
+        loader = DataLoader(Images(images, self.predictor), batch_size=None, num_workers=self.num_workers)
+        for item, loaded in zip(images, loader, strict=True):
+            if not loaded.failure:
+                self.image(item, loaded)
+            yield loaded.failure
+        for item in inputs:
+            if item.is_video:
+                try:
+                    self.video(item)
+                except DataError as error:
+                    yield str(error)
+                else:
+                    yield ""
+
+    def image(self, item: Input, loaded: Loaded) -> None:
+        """Predict an image that was read, and write its outputs."""
+        pixels, target = loaded.pixels.numpy(), self.folder / item.place
+        with self.place_for_probabilities(target, pixels) as kept:
+            ids = self.predictor.class_map(pixels.shape[:2], loaded.scales, kept)
+            found = Result(pixels, ids, self.predictor.classes, self.predictor.label_map, kept)
+            write_outputs(found, target, self.outputs)
+
+    def place_for_probabilities(
+        self, target: Path, pixels: Pixels
+    ) -> AbstractContextManager[NDArray[np.float16] | None]:
+        if "probabilities" not in self.outputs:
+            return nullcontext()
+        shape = (self.predictor.classes.num_classes, *pixels.shape[:2])
+        return array_on_disk(target.with_name(f".{target.name}_probabilities.tmp"), shape)
+
+    def video(self, item: Input) -> None:
+        """Predict every frame: pictures become videos of the same rate, ids and probabilities a file for each frame.
+
+        Raises:
+            DataError: if it cannot be read.
+        """
+        target, files = self.folder / item.place, [name for name in self.outputs if name in ("ids", "probabilities")]
+        with VideoWriters(target) as writers:
+            for number, frame in enumerate(frames_of(item.path)):
+                found = self.predictor.predict(frame.pixels, probabilities="probabilities" in files)
+                write_outputs(found, target / f"{number:06d}", files)
+                for name in self.outputs:
+                    if name in PICTURES:
+                        writers.add(name, PICTURES[name](found), frame.rate)
 
 
-def predictions(net: Segmenter, images: list[Path], config: Config) -> Iterator[tuple[Path, NDArray[np.int64]]]:
-    """(path, class indices (H, W)) of every image, upright."""
-    dataset = EvalDataset(
-        [record_of_image(path) for path in images],
-        label_map=None,
-        short_edges=config.predict.scales or config.eval.scales,
-        max_long_edge=config.data.max_long_edge,
-        size_divisor=config.model.size_divisor or net.size_divisor,
-        antialias=net.convention.antialias,
-    )
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=min(1, config.data.num_workers))
-    for path, sample in zip(images, loader, strict=True):
-        height, width = (int(length) for length in sample.size)
-        found = predict(
-            net,
-            sample.scales,
-            (height, width),
-            net.convention,
-            flip=config.predict.flip,
-            window=config.predict.window,
-            stride=config.predict.stride,
-            memory_limit_mb=config.predict.memory_limit_mb,
-        )
-        yield path, found.ids.cpu().numpy()
+def side_by_side(found: Result) -> Pixels:
+    return np.concatenate([found.image, overlay(found.image, found.ids, found.classes)], axis=1)
 
 
-class Writer(NamedTuple):
-    """Writes what `predict.save` asks for."""
-
-    outputs: list[str]
-    classes: ClassTable
-    label_map: LabelMap
-
-    def save(self, target: Path, image: Path, ids: NDArray[np.integer]) -> None:
-        """Write `<target>_<output>.png` for every output of `image`, whose class indices are `ids` (H, W)."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if "ids" in self.outputs:
-            raw = self.label_map.to_raw(ids)  # the values that the label files of the data set have
-            raw = raw.astype(np.uint8) if raw.max(initial=0) < 256 else raw
-            Image.fromarray(raw).save(f"{target}_ids.png")
-        if "panel" in self.outputs:
-            pixels = panel(read_image(image, upright=True), ids, self.classes)
-            Image.fromarray(pixels).save(f"{target}_panel.png")
+# Without a legend, whose height would change from frame to frame.
+PICTURES = {
+    "color": lambda found: colour_map(found.ids, found.classes),
+    "overlay": lambda found: overlay(found.image, found.ids, found.classes),
+    "panel": side_by_side,
+}
 
 
-def targets(images: list[Path], root: Path, folder: Path) -> dict[Path, Path]:
-    """Where the outputs of each image go: its place below `root`, without suffix, below `folder`.
+class Loaded(NamedTuple):
+    """An image as a worker hands it over, or why there is none."""
 
-    Two images that differ in nothing but the suffix keep it: a.jpg -> a_jpg, a.png -> a_png.
-    """
-    base = root if root.is_dir() else root.parent
-    places = {image: image.relative_to(base) for image in images}
-    stems = Counter(place.with_suffix("") for place in places.values())
-    found = {}
-    for image, place in places.items():
-        is_alone = stems[place.with_suffix("")] == 1
-        found[image] = folder / (place.with_suffix("") if is_alone else place.with_name(place.name.replace(".", "_")))
-    return found
+    pixels: Tensor  # (H, W, 3) uint8 RGB
+    scales: list[Tensor]  # (3, h, w) uint8 each
+    failure: str
+
+
+class Images(Dataset[Loaded]):
+    """Reads and scales images. One that cannot be read is handed over as a sentence: the others go on."""
+
+    def __init__(self, inputs: Sequence[Input], predictor: Predictor) -> None:
+        self.inputs = inputs
+        # Workers get a copy of all that is here: no weights.
+        self.scaled = predictor.scaler()
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Loaded:
+        try:
+            pixels = read_image(self.inputs[index].path, upright=True)
+        except DataError as error:
+            return Loaded(torch.empty(0), [], str(error))
+        return Loaded(torch.from_numpy(pixels), self.scaled(pixels), "")

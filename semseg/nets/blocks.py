@@ -43,19 +43,22 @@ def resize(features: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(features, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def conv_of_joined(conv: nn.Conv2d, maps: Sequence[Tensor]) -> Tensor:
-    """`conv` of all maps side by side, the coarser ones resized to the first; the joined map is never made.
+def apply_to_joined(layers: nn.Module, maps: Sequence[Tensor]) -> Tensor:
+    """`layers` of all maps side by side, the coarser ones resized to the first; the joined map is never made.
 
     A convolution is linear in its input channels, so it is the sum of one convolution for each map; see
     `conv_of_upsampled` for what that saves.
 
     Args:
-        conv: 3 x 3, padding 1, without bias; its input channels are those of all maps together.
+        layers: a sequence that begins with a convolution, 3 x 3, padding 1, without bias; its input channels are those
+            of all maps together.
         maps: (N, C_i, h_i, w_i), the finest first.
 
     Returns:
-        (N, out_channels, h, w) of the first map.
+        What the last layer gives for the joined map (N, C_1 + C_2 + ..., h, w) at the size of the first.
     """
+    conv, *rest = layers.children()
+    assert isinstance(conv, nn.Conv2d)
     finest, *coarser = maps
     weights = conv.weight.split([features.shape[1] for features in maps], 1)
     total = F.conv2d(finest, weights[0], padding=1)
@@ -64,6 +67,8 @@ def conv_of_joined(conv: nn.Conv2d, maps: Sequence[Tensor]) -> Tensor:
             total.add_(F.conv2d(features, weight, padding=1))  # in place: no backward pass needs the sum
         else:
             total.add_(conv_of_upsampled(features, weight, finest.shape[-2:]))
+    for layer in rest:
+        total = layer(total)
     return total
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from semseg.nets.blocks import GridPool, conv_norm_relu, conv_of_joined, init_decoder
+from semseg.nets.blocks import GridPool, apply_to_joined, conv_norm_relu, init_decoder
 from semseg.nets.features import Decoder, Logits
 
 GRIDS = (1, 2, 3, 6)
@@ -46,7 +46,7 @@ class PPM(Decoder):
     def forward(self, maps: Sequence[Tensor]) -> Logits:
         deepest = maps[-1]  # (N, C, h, w)
         branches = [branch(deepest) for branch in self.ppm]  # (N, 512, bins, bins)
-        main = self.conv_last[1:](conv_of_joined(self.conv_last[0], [deepest, *branches]))
+        main = apply_to_joined(self.conv_last, [deepest, *branches])
         if not (self.deep_supervision and self.training):
             return Logits(main, None)
         features = self.dropout_deepsup(self.cbr_deepsup(maps[-2]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from semseg.errors import ConfigError
-from semseg.nets.blocks import GridPool, conv_norm_relu, conv_of_joined, init_decoder, resize
+from semseg.nets.blocks import GridPool, apply_to_joined, conv_norm_relu, init_decoder, resize
 from semseg.nets.features import Decoder, Logits
 from semseg.nets.ppm import BRANCH_WIDTH, GRIDS
 
@@ -55,8 +55,7 @@ class UPerNet(Decoder):
             pyramid.append(self.fpn_out[index](top))
         pyramid.reverse()  # fine to coarse
         fuse, classify = self.conv_last
-        fused = conv_of_joined(fuse[0], pyramid)  # (N, width, h, w) of the finest
-        return Logits(classify(fuse[1:](fused)), None)
+        return Logits(classify(apply_to_joined(fuse, pyramid)), None)  # at the size of the finest
 
     def pyramid_pooling(self, deepest: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, width, h, w). Pools, upsamples, then convolves (PPM convolves first)."""

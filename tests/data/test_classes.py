@@ -81,6 +81,22 @@ def test_generated_colours_differ_clearly_and_do_not_change_with_their_number() 
     assert ClassTable.generated(["a", "b"]).palette == generated_palette(2)
 
 
+def dichromat(rgb: np.ndarray, opsin: int) -> np.ndarray:
+    """Linear RGB without the red (0) or the green (1) cones, by the cones of Vienot, Brettel and Mollon 1999."""
+    to_cones = np.array([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])
+    lost = np.eye(3)
+    lost[opsin] = [[0, 2.02344, -2.52581], [0.494207, 0, 1.24827]][opsin]
+    return rgb @ (np.linalg.inv(to_cones) @ lost @ to_cones).T
+
+
+@pytest.mark.parametrize("opsin", [0, 1], ids=["protanopia", "deuteranopia"])
+def test_the_colours_of_few_classes_differ_for_colour_blind_people_too(opsin: int) -> None:
+    linear = (np.array(generated_palette(19)) / 255) ** 2.2
+    seen = np.clip(dichromat(linear, opsin), 0, 1) ** (1 / 2.2) * 255
+    distance = np.abs(seen[:, None] - seen[None]).sum(-1) + 999 * np.eye(19)
+    assert distance.min() > 30
+
+
 def test_by_default_ids_are_those_of_ade20k() -> None:
     index = LabelMap(num_classes=150)(np.array([[0, 1, 150]], np.uint8), "a.png")
     assert index.dtype == np.int16

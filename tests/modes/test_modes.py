@@ -13,7 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+import semseg
 from command_line import RUN, run
+from semseg.errors import SemsegError
+from semseg.video import VideoWriters, frames_of
 
 TINY = [
     "data=scenes",
@@ -113,6 +116,42 @@ def test_prediction_and_evaluation_agree(folder: Path) -> None:
         total += int((label > 0).sum())
     metrics = json.loads((folder / "scores" / "metrics.json").read_text())
     assert matrix_right / total == pytest.approx(metrics["pixel_accuracy"], abs=1e-9)
+
+
+def test_prediction_of_a_folder_with_a_film_and_a_broken_file(folder: Path) -> None:
+    place = folder / "mixed"
+    (place / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/a.png"):
+        Image.fromarray(np.full((32, 40, 3), 90, np.uint8)).save(place / name)
+    (place / "broken.jpg").write_bytes(b"no image")
+    with VideoWriters(place / "film") as film:
+        for level in (0, 255):
+            film.add("of_two", np.full((32, 40, 3), level, np.uint8), 10)
+    output = run(
+        folder, "mode=predict", "ckpt=run", "input=mixed", "run_dir=mixed/out", "predict.format=ade20k",
+        "predict.save=[ids,color,overlay,panel,probabilities]", code=1,
+    )  # fmt: skip
+    assert "broken.jpg: is not an image" in output and "3 of 4 files predicted" in output
+    of_image = {"ids.png", "color.png", "overlay.png", "panel.png", "probabilities.npz"}
+    written = {path.relative_to(place / "out").as_posix() for path in (place / "out").rglob("*") if path.is_file()}
+    expected = {f"{stem}_{kind}" for stem in ("a", "sub/a") for kind in of_image} | {"classes.json"}
+    expected |= {f"film_of_two_{kind}.mp4" for kind in ("color", "overlay", "panel")}
+    expected |= {f"film_of_two/00000{number}_{kind}" for number in (0, 1) for kind in ("ids.png", "probabilities.npz")}
+    assert {name for name in written if not name.startswith(".hydra")} == expected
+    assert [frame.rate for frame in frames_of(place / "out/film_of_two_overlay.mp4")] == [10, 10]
+    classes = json.loads((place / "out/classes.json").read_text())["classes"]
+    assert [row["id"] for row in classes] == list(range(1, len(classes) + 1))
+
+
+def test_the_python_interface_gives_what_the_command_line_writes(folder: Path) -> None:
+    image = min((folder / "scenes/images/validation").iterdir())
+    net = semseg.load(folder / "run", device="cpu")
+    ids = np.asarray(Image.open(folder / "pictures" / f"{image.stem}_ids.png"))
+    assert np.array_equal(net.label_map.to_raw(net.predict(image).ids), ids)
+    with pytest.raises(SemsegError, match="nowhere"):
+        semseg.load("nowhere.ckpt")
+    with pytest.raises(SemsegError, match=r"predict\.scale'"):
+        semseg.load(folder / "run", "predict.scale=[32]")
 
 
 def test_images_that_differ_in_the_suffix_alone_do_not_collide(folder: Path) -> None:

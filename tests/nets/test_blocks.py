@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semseg.nets.blocks import BatchNorm2d, GridPool, conv_of_joined, resize
+from semseg.nets.blocks import BatchNorm2d, GridPool, apply_to_joined, resize
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3, 6])
@@ -58,9 +58,9 @@ def test_resizing_uses_pixel_centres() -> None:
     assert resize(row, row) is row
 
 
-def joined(conv: nn.Conv2d, maps: list[Tensor]) -> Tensor:
-    """What conv_of_joined stands for."""
-    return conv(torch.cat([resize(features, maps[0]) for features in maps], 1))
+def joined(layers: nn.Module, maps: list[Tensor]) -> Tensor:
+    """What apply_to_joined stands for."""
+    return layers(torch.cat([resize(features, maps[0]) for features in maps], 1))
 
 
 MAPS = {
@@ -78,11 +78,12 @@ def test_a_convolution_of_joined_maps_is_the_sum_of_its_parts(
     shapes: list[tuple[int, int, int]], layout: torch.memory_format
 ) -> None:
     conv = nn.Conv2d(sum(shape[0] for shape in shapes), 5, 3, padding=1, bias=False).double()
+    layers = nn.Sequential(conv, nn.Tanh())
     outcomes = []
-    for form in (conv_of_joined, joined):
+    for form in (apply_to_joined, joined):
         torch.manual_seed(0)
         maps = [torch.randn(2, *shape, dtype=torch.float64).contiguous(memory_format=layout) for shape in shapes]
-        out = form(conv, [features.requires_grad_() for features in maps])
+        out = form(layers, [features.requires_grad_() for features in maps])
         gradients = torch.autograd.grad(out, [*maps, conv.weight], torch.randn(out.shape, dtype=out.dtype))
         outcomes.append([out, *gradients])
     for ours, expected in zip(*outcomes, strict=True):
@@ -92,12 +93,12 @@ def test_a_convolution_of_joined_maps_is_the_sum_of_its_parts(
 def test_under_autocast_it_costs_less_than_one_bit_against_the_joined_convolution() -> None:
     torch.manual_seed(0)
     maps = [torch.randn(2, 32, *size) for size in ((57, 76), (29, 38), (6, 6), (1, 1))]
-    conv = nn.Conv2d(4 * 32, 16, 3, padding=1, bias=False)
-    exact = joined(conv, maps).detach()
+    layers = nn.Sequential(nn.Conv2d(4 * 32, 16, 3, padding=1, bias=False))
+    exact = joined(layers, maps).detach()
     errors = []
-    for form in (conv_of_joined, joined):
+    for form in (apply_to_joined, joined):
         with torch.autocast("cpu", torch.bfloat16):
-            out = form(conv, maps)
+            out = form(layers, maps)
         assert out.dtype == torch.bfloat16
         errors.append(float((out.detach().float() - exact).square().mean().sqrt()))
     assert errors[0] < 2 * errors[1]
@@ -107,10 +108,10 @@ def test_a_convolution_of_joined_maps_is_exported_once_for_all_sizes() -> None:
     class Joins(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(4, 3, 3, padding=1, bias=False)
+            self.layers = nn.Sequential(nn.Conv2d(4, 3, 3, padding=1, bias=False))
 
         def forward(self, fine: Tensor) -> Tensor:
-            return conv_of_joined(self.conv, [fine, GridPool(3)(fine)])
+            return apply_to_joined(self.layers, [fine, GridPool(3)(fine)])
 
     height, width = torch.export.Dim("height", min=4, max=512), torch.export.Dim("width", min=4, max=512)
     net = Joins()

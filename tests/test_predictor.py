@@ -1,0 +1,198 @@
+"""The Python API and what it writes, on a network small enough to know its answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.convention import CONVENTIONS
+from semseg.errors import DataError
+from semseg.nets.features import Logits
+from semseg.outputs import array_on_disk, write_outputs
+from semseg.predictor import Predictor, Result, Settings
+from semseg.video import VideoWriters, frames_of
+
+CLASSES = ClassTable(("red", "green", "blue"), ((200, 0, 0), (0, 180, 0), (0, 0, 250)))
+
+
+class Brightest(nn.Module):
+    """Every pixel belongs to the brightest of its three channels."""
+
+    size_divisor = 4
+    convention = CONVENTIONS["rgb_mean_std"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(5.0))
+
+    def forward(self, image: Tensor) -> Logits:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.convention.mean, self.convention.std))
+        return Logits(F.avg_pool2d((image * std + mean) * self.factor, 2), None)
+
+
+@pytest.fixture
+def net() -> Predictor:
+    return Predictor(Brightest().eval(), CLASSES, LabelMap(3, first_id=7, ignore=[0]), Settings([16], 64))  # pyright: ignore[reportArgumentType]
+
+
+def stripes(height: int = 16, width: int = 24) -> np.ndarray:
+    """Red, green and blue columns of equal width."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    for channel in range(3):
+        pixels[:, channel * width // 3 : (channel + 1) * width // 3, channel] = 255
+    return pixels
+
+
+def test_every_kind_of_picture_gives_the_same_answer(net: Predictor, tmp_path: Path) -> None:
+    pixels = stripes()
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    pictures = [
+        pixels,
+        Image.fromarray(pixels),
+        torch.from_numpy(pixels).permute(2, 0, 1),
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+    ]
+    results = [net.predict(picture) for picture in pictures]
+    assert results[0].ids[3].tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    for result in results[1:]:
+        assert np.array_equal(result.ids, results[0].ids)
+        assert np.array_equal(result.image, pixels)
+
+
+def test_phone_photos_come_out_upright(net: Predictor, tmp_path: Path) -> None:
+    photo = Image.fromarray(stripes())
+    exif = photo.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    photo.save(tmp_path / "a.png", exif=exif)
+    opened = Image.open(tmp_path / "a.png")
+    for picture in (tmp_path / "a.png", opened):
+        assert net.predict(picture).ids[:, 0].tolist() == [0] * 8 + [1] * 8 + [2] * 8
+
+
+@pytest.mark.parametrize(
+    ("picture", "error", "part"),
+    [
+        (np.zeros((4, 4), np.uint8), ValueError, r"uint8 \(H, W, 3\), RGB, got uint8 \(4, 4\)"),
+        (np.zeros((4, 4, 3)), ValueError, "got float64"),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8), ValueError, r"uint8 \(3, H, W\), got torch.uint8 \(4, 4, 3\)"),
+        ("nowhere.jpg", DataError, "nowhere.jpg: there is no such file"),
+        (17, TypeError, "not int"),
+    ],
+)
+def test_other_things_are_refused(net: Predictor, picture: object, error: type[Exception], part: str) -> None:
+    with pytest.raises(error, match=part):
+        net.predict(picture)  # pyright: ignore[reportArgumentType]
+
+
+def test_settings_hold_for_one_picture(net: Predictor) -> None:
+    assert len(net.scaled(stripes(), scales=[8, 16])) == 2
+    assert np.array_equal(net.predict(stripes(), flip=True, window=8).ids, net.predict(stripes()).ids)
+    with pytest.raises(TypeError, match="scale"):
+        net.predict(stripes(), scale=[8])
+
+
+def test_shares_and_probabilities(net: Predictor) -> None:
+    result = net.predict(stripes(), probabilities=True)
+    assert [(share.name, share.share) for share in result.shares()] == [(name, 1 / 3) for name in CLASSES.names]
+    assert result.probabilities is not None and result.probabilities.shape == (3, 16, 24)
+    assert np.array_equal(result.probabilities.argmax(0), result.ids)
+    assert np.abs(result.probabilities.astype(np.float32).sum(0) - 1).max() < 2e-3
+    assert net.predict(stripes()).probabilities is None
+
+
+def test_an_overlay_has_the_size_of_the_picture_and_a_legend_below(net: Predictor) -> None:
+    result = net.predict(stripes(48, 300))
+    bare, whole = result.overlay(legend=False), result.overlay()
+    assert bare.shape == (48, 300, 3)
+    assert np.array_equal(whole[:48], bare) and whole.shape[0] > 60
+    assert bare[20, 20].tolist() == [222, 0, 0]  # 0.4 * 255 + 0.6 * 200
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 1000), (3000, 40)], ids=str)
+def test_the_legend_is_readable_at_any_size(net: Predictor, size: tuple[int, int]) -> None:
+    ids = np.zeros(size, np.int16)
+    ids[0, :2] = 1, 2
+    picture = Result(np.zeros((*size, 3), np.uint8), ids, CLASSES, LabelMap(3)).overlay()
+    assert picture.shape[1] >= 240
+    assert (picture[-30:] == 255).mean() > 0.5  # paper, with writing on it
+    assert len({tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()} & set(CLASSES.palette)) == 3
+
+
+def test_what_is_saved_reads_back(net: Predictor, tmp_path: Path) -> None:
+    result = net.predict(stripes(), probabilities=True)
+    files = result.save(tmp_path / "new", ["ids", "color", "overlay", "panel", "probabilities"], name="a")
+    assert [file.name for file in files] == [
+        "a_ids.png", "a_color.png", "a_overlay.png", "a_panel.png", "a_probabilities.npz",
+    ]  # fmt: skip
+    assert np.array_equal(np.asarray(Image.open(files[0])), result.ids + 7)  # the ids of the data set
+    color = Image.open(files[1])
+    assert color.mode == "P" and np.array_equal(np.asarray(color), result.ids)
+    assert np.asarray(color.convert("RGB"))[0, 0].tolist() == [200, 0, 0]
+    kept = np.load(files[4])
+    assert np.array_equal(kept["probabilities"], result.probabilities)
+    assert kept["probabilities"].dtype == np.float16 and kept["names"].tolist() == list(CLASSES.names)
+    with pytest.raises(ValueError, match="are not known"):
+        result.save(tmp_path, ["pictures"])
+    with pytest.raises(ValueError, match="probabilities=True"):
+        net.predict(stripes()).save(tmp_path, ["probabilities"])
+
+
+def test_ids_above_255_are_saved_in_16_bits(net: Predictor, tmp_path: Path) -> None:
+    net.label_map = LabelMap(3, first_id=300)
+    (file,) = net.predict(stripes()).save(tmp_path, ["ids"])
+    assert np.asarray(Image.open(file)).dtype == np.uint16
+    assert np.unique(np.asarray(Image.open(file))).tolist() == [300, 301, 302]
+
+
+def test_more_than_256_classes_are_coloured_in_rgb(tmp_path: Path) -> None:
+    classes = ClassTable.generated([str(index) for index in range(300)])
+    result = Result(np.zeros((1, 300, 3), np.uint8), np.arange(300, dtype=np.int16)[None], classes, LabelMap(300))
+    picture = Image.open(write_outputs(result, tmp_path / "a", ["color"])[0])
+    assert picture.mode == "RGB" and picture.getpixel((299, 0)) == classes.palette[299]
+
+
+def test_an_array_on_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    with array_on_disk(tmp_path / "x" / "a.tmp", (3, 4, 5)) as array:
+        array[:] = 1
+        assert (tmp_path / "x" / "a.tmp").stat().st_size == 2 * 60
+    assert not list((tmp_path / "x").iterdir())
+
+
+def test_video_frames_come_back_with_their_rate_and_odd_sizes_are_completed(tmp_path: Path) -> None:
+    with VideoWriters(tmp_path / "sub" / "film") as writers:
+        for level in (0, 100, 200):
+            writers.add("overlay", np.full((31, 41, 3), level, np.uint8), 12.5)
+    frames = list(frames_of(tmp_path / "sub" / "film_overlay.mp4"))
+    assert [frame.rate for frame in frames] == [12.5] * 3
+    assert frames[0].pixels.shape == (32, 42, 3)
+    assert [abs(int(frame.pixels.mean()) - level) < 4 for frame, level in zip(frames, (0, 100, 200), strict=True)]
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["film_overlay.mp4"]
+
+
+def test_a_video_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError), VideoWriters(tmp_path / "film") as writers:
+        writers.add("overlay", np.zeros((32, 32, 3), np.uint8), 25)
+        raise DataError("broken")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_video_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"nothing")
+    for name, part in (("a.mp4", "not a video"), ("b.mp4", "no such file")):
+        with pytest.raises(DataError, match=f"{name}: .*{part}"):
+            next(frames_of(tmp_path / name))
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import semseg, sys; assert 'torch' not in sys.modules and callable(semseg.load)"
+    subprocess.run([sys.executable, "-c", code], check=True)
