@@ -22,6 +22,7 @@ from semseg.secrets import refusal, secret_in
 MODES = ("train", "eval", "predict", "convert", "compare", "download", "replay", "serve")
 SPLITS = ("train", "val", "test")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
+ON_BAD = ("error", "skip")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("poly", "poly_warmup", "cosine")
 LOSSES = ("cross_entropy",)
@@ -122,6 +123,14 @@ class DataConfig:
     steps_per_epoch: int | None = number(5000, low=1)  # null: one pass over the records
     flip: bool = True
     num_workers: int = number(4, low=0)  # per process
+    worker_timeout_s: float = number(
+        120.0, low=0
+    )  # seconds to wait for a worker's next sub-batch or image; 0: for ever
+    on_bad: str = one_of(
+        "error", ON_BAD
+    )  # a file that is missing, broken or does not fit: stop, or leave the image out
+    max_bad: float = number(0.01, low=0, high=1)  # share of images left out beyond which a run stops
+    max_pixels: int = number(2**27, low=1)  # of an image; larger ones are refused by their header
     hint: str = ""  # what to do when the files are not there
 
 

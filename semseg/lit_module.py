@@ -11,7 +11,9 @@ import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import SumMetric
 
+from semseg.bad_images import check_share, tell_bad
 from semseg.checkpoint import FORMAT_KEY, describe
 from semseg.collate import Batch
 from semseg.config import Config
@@ -45,6 +47,7 @@ class SegmentationModule(pl.LightningModule):
         self.config = config
         self.classes = classes
         self.confusion = ConfusionMatrix(len(classes.names))
+        self.left_out = SumMetric()  # images of the present evaluation that could not be read
         self.scores: Scores | None = None  # of the last validation or test
         self.evaluation: Evaluation | None = None  # of the last test, in full
         self.oom_retries = 0  # sub-batches that ran at a smaller size, since there was no memory for them
@@ -164,6 +167,10 @@ class SegmentationModule(pl.LightningModule):
     def validation_step(self, sample: EvalSample, batch_idx: int) -> None:
         if not self.is_own(sample):
             return
+        self.left_out.update(bool(sample.bad))
+        if sample.bad:
+            tell_bad(sample.bad)
+            return
         (prediction,) = self.predict(sample)
         self.confusion.update(confusion_counts(prediction, sample.label, self.confusion.num_classes))
 
@@ -176,6 +183,11 @@ class SegmentationModule(pl.LightningModule):
     def test_step(self, sample: EvalSample, batch_idx: int) -> Tensor | None:
         """Score one image; the class indices (H, W) are handed on to callbacks that draw them."""
         if not self.is_own(sample):
+            return None
+        self.left_out.update(bool(sample.bad))
+        if sample.bad:
+            self.evaluator.leave_out(sample)
+            tell_bad(sample.bad)
             return None
         predictions = self.predict(sample, self.config.eval.also_scales)
         self.evaluator.add(sample, predictions)
@@ -216,7 +228,10 @@ class SegmentationModule(pl.LightningModule):
 
     def finish_scores(self, counts: Counts, stage: str) -> None:
         """Scores of all ranks' images from one matrix; the same numbers are logged on every rank."""
-        self.check_images(counts.images, stage)
+        left_out = int(self.left_out.compute())
+        self.left_out.reset()
+        self.check_images(counts.images + left_out, stage)
+        check_share(left_out, counts.images + left_out, self.config.data.max_bad)
         self.scores = scores_from(counts.matrix, self.config.data.miou_rule)
         for name, value in (
             ("miou", self.scores.mean_iou),

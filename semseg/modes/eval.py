@@ -128,7 +128,10 @@ def title_of(config: Config, findings: Findings) -> str:
     """What was scored, in one line."""
     settings = config.eval
     flip = ", mirrored too" if settings.flip else ""
-    return f"{config.data.name} {settings.split}, {len(findings.images)} images, scales {settings.scales}{flip}"
+    left_out = f" ({len(findings.left_out)} left out)" if findings.left_out else ""
+    return (
+        f"{config.data.name} {settings.split}, {len(findings.images)} images{left_out}, scales {settings.scales}{flip}"
+    )
 
 
 def print_tables(findings: Findings, config: Config) -> None:

@@ -22,9 +22,10 @@ from semseg.build import build_net, build_trainer, find_network, tell, without_w
 from semseg.checkpoint import FOLDER, SavedNetwork, find_checkpoint
 from semseg.checkpoint_io import damage, newest_intact, remove_leftovers
 from semseg.config import Config, as_plain
+from semseg.data.overlap import overlap
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
-from semseg.errors import CheckpointError
+from semseg.errors import CheckpointError, DataError
 from semseg.launch import RESULT_FILE
 from semseg.lit_module import SegmentationModule
 from semseg.nets.segmenter import Segmenter
@@ -58,16 +59,34 @@ def run(config: Config, overrides: list[str]) -> float | None:
         return train(config, overrides, source, saved, state)
 
 
+def check_records(config: Config, source: DataSource, world_size: int) -> None:
+    """Warn of images that are in two splits, and refuse a training split that is smaller than one step.
+
+    Raises:
+        DataError: then.
+    """
+    records, needed = source.records("train"), config.data.batch_size * world_size
+    if len(records) < needed:
+        raise DataError(
+            f"data.train has {len(records)} images, one step takes {needed}: "
+            f"data.batch_size={config.data.batch_size} on {world_size} devices. Lower one of them."
+        )
+    common = overlap(records, source.records("val")) if source.has("val") else None
+    if common is not None:
+        tell(f"warning: {common}")
+
+
 def train(
     config: Config, overrides: list[str], source: DataSource, saved: SavedNetwork | None, state: RunState | None
 ) -> float | None:
     """Fit from the start, from the weights `saved`, or from where a run is; returns the best score."""
     run_dir = Path(config.run_dir)
     pl.seed_everything(config.seed, verbose=False)
+    trainer = build_trainer(config, source)
+    check_records(config, source, trainer.world_size)
     has_weights = saved is not None or state is not None
     model = without_weights(config.model) if has_weights else config.model
     net = build_net(model, source.classes.num_classes, config.download)
-    trainer = build_trainer(config, source)
     console = Console(quiet=not trainer.is_global_zero)
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")

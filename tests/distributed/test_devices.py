@@ -50,8 +50,9 @@ def checkpoint(folder: Path) -> Path:
     return folder / "trained/checkpoints/last.ckpt"
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("devices", [2, 3])
-def test_evaluation_counts_every_image_once_on_any_number_of_ranks(
+def test_c16_evaluation_counts_every_image_once_on_any_number_of_ranks(
     run: Run, folder: Path, checkpoint: Path, devices: int
 ) -> None:
     run("mode=eval", f"ckpt={checkpoint}", "run_dir=eval1", "trainer.accelerator=cpu")
