@@ -187,7 +187,7 @@ class TrainerConfig:
     enable_progress_bar: bool = True
     # Ours, not Lightning's:
     max_nonfinite_steps: int = number(0, low=0)  # of a run that may be skipped for a NaN or infinite loss
-    on_oom: str = one_of("stop", ("stop", "retry"))  # retry: once, at the next smaller short edge; one device only
+    on_oom: str = one_of("stop", ("stop", "retry"))  # retry: once, at the next smaller short edge
     probe_memory: str = one_of("gpu", ("gpu", "always", "never"))  # run the largest possible sub-batch first
 
 
@@ -493,6 +493,11 @@ def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
     )
     if not fine:
         yield f"trainer.devices={devices}: must be a count of at least 1, a list such as [0,2], a range 0-3, or auto."
+    if trainer.on_oom == "retry" and not trainer.strategy.startswith(("auto", "ddp")):
+        yield (
+            "trainer.on_oom=retry: every device tries sub-batches by itself, but may not have all weights with "
+            f"trainer.strategy={trainer.strategy}. Use trainer.strategy=ddp, or trainer.on_oom=stop."
+        )
     for key in ("limit_train_batches", "limit_val_batches"):
         value = getattr(trainer, key)
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):
