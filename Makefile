@@ -41,7 +41,7 @@ format: $(VENV)/.installed-dev
 audit:
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/python -m pip install --quiet pip-audit==2.10.1
-	$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 # Names and versions only: no hosts, no hashes of one platform's files.
 lock: $(VENV)/.installed-dev

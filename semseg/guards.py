@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,11 +144,8 @@ class ProbeMemory(Callback):
         batch = batch._replace(**{
             name: value.to(pl_module.device) for name, value in batch._asdict().items() if isinstance(value, Tensor)
         })  # fmt: skip
-        try:
-            with trainer.precision_plugin.forward_context():
-                try_out(pl_module, batch)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(batch, error) from None
+        with out_of_memory_told(batch), trainer.precision_plugin.forward_context():
+            try_out(pl_module, batch)
 
 
 def try_out(module: pl.LightningModule, batch: Batch) -> None:
@@ -244,6 +241,15 @@ class OutOfMemory(SemsegError):  # noqa: N818 - torch's own name for it
             "Lower data.batch_size, data.max_long_edge or the largest of data.short_edges, or set "
             f"trainer.precision=bf16-mixed. The device said: {said}"
         )
+
+
+@contextmanager
+def out_of_memory_told(batch: Batch) -> Iterator[None]:
+    """While inside, running out of memory is told as an OutOfMemory on `batch`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(batch, error) from None
 
 
 def at_next_smaller_edge(

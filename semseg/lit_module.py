@@ -19,7 +19,7 @@ from semseg.data.classes import ClassTable
 from semseg.data.convention import InputConvention
 from semseg.data.datasets import EvalSample
 from semseg.evaluation import Evaluation, Evaluator
-from semseg.guards import OutOfMemory, Rehearsal, at_next_smaller_edge
+from semseg.guards import OutOfMemory, Rehearsal, at_next_smaller_edge, out_of_memory_told
 from semseg.inference import merge_scales, scale_logits
 from semseg.losses import Loss, segmentation_loss
 from semseg.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
@@ -88,13 +88,15 @@ class SegmentationModule(pl.LightningModule):
         self.batch = batch
         if self.rehearsal is not None:
             self.rehearse(self.rehearsal)
+            with out_of_memory_told(self.batch):
+                return self.loss_of(self.batch)
         try:
-            return self.loss_of(self.batch)
+            return self.loss_of(batch)
         except torch.OutOfMemoryError as error:
-            problem = OutOfMemory(self.batch, error)
-        if self.rehearsal is not None:
-            raise problem
-        return self.loss_of(self.smaller_batch(problem))
+            problem = OutOfMemory(batch, error)
+        smaller = self.smaller_batch(problem)
+        with out_of_memory_told(smaller):
+            return self.loss_of(smaller)
 
     def rehearse(self, rehearsal: Rehearsal) -> None:
         """Take the present sub-batch at the next smaller short edge if there is no memory for it.
@@ -119,7 +121,8 @@ class SegmentationModule(pl.LightningModule):
             raise problem
         smaller = self.smaller_batch(problem)
         self.zero_grad(set_to_none=True)  # what was there of this step
-        self.loss_of(smaller).backward()
+        with out_of_memory_told(smaller):
+            self.loss_of(smaller).backward()
 
     def smaller_batch(self, problem: OutOfMemory) -> Batch:
         """The present sub-batch at the next smaller short edge, if there is one and `trainer.on_oom` allows it.

@@ -118,14 +118,14 @@ def test_d2_a_nan_score_is_never_the_best(root: Path, tmp_path: Path, monkeypatc
 LARGE = 64 * 64  # pixels of a canvas, at least, at a short edge of 48; at 32 it is smaller
 
 
-def no_memory_for_large(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A device on which a LARGE canvas does not fit; returns the numbers of pixels that were tried."""
+def no_memory_for_large(monkeypatch: pytest.MonkeyPatch, large: int = LARGE) -> list[int]:
+    """A device on which a canvas of `large` pixels does not fit; returns the numbers of pixels that were tried."""
     tried: list[int] = []
     whole = SegmentationModule.losses
 
     def limited(module: SegmentationModule, batch: Batch, average: str) -> Loss:
         tried.append(batch.image[0, 0].numel())
-        if tried[-1] >= LARGE:
+        if tried[-1] >= large:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return whole(module, batch, average)
 
@@ -154,6 +154,15 @@ def test_d3_retry_runs_the_sub_batch_at_the_next_smaller_short_edge(
     large = [pixels for pixels in tried if pixels >= LARGE]
     assert run.module.oom_retries == len(large) > 0
     assert len(tried) == 3 + len(large)
+
+
+def test_d3_a_sub_batch_that_does_not_fit_at_the_smaller_size_either_stops_the_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = no_memory_for_large(monkeypatch, large=0)
+    with pytest.raises(OutOfMemory, match=r"2 images of \d+ x \d+ pixels"):
+        make(root, tmp_path, "trainer.on_oom=retry", "data.short_edges=[32,40,48]", "seed=1").fit()
+    assert len(tried) == 2 and tried[1] < tried[0]
 
 
 def test_d3_memory_that_runs_out_in_the_backward_pass_is_handled_too(

@@ -32,7 +32,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_two_ranks_share_one_folder_and_one_configuration(run: Run, folder: Path) -> None:
+@pytest.mark.reliability
+def test_f3_two_ranks_share_one_folder_and_one_configuration(run: Run, folder: Path) -> None:
     before = set(folder.iterdir())
     output = run(*TINY, "trainer.devices=2", "runs_dir=runs")
     assert output.count("best mean IoU") == 1  # only rank 0 speaks
@@ -183,7 +184,8 @@ def test_a_rank_that_raises_is_named_with_its_exception(start: Start, folder: Pa
     assert "rank1" in last_block[1]
 
 
-def test_the_ranks_end_with_the_supervisor(start: Start, folder: Path) -> None:
+@pytest.mark.reliability
+def test_e5_the_ranks_end_with_the_supervisor(start: Start, folder: Path) -> None:
     job = start(*TINY, *LONG, "run_dir=orphans", "trainer.log_every_n_steps=1")
     wait_for_steps(folder / "orphans", job)
     ranks = rank_processes(job.pid)

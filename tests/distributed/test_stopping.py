@@ -53,7 +53,7 @@ def test_e2_e3_one_process_stops_with_a_checkpoint(
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
-def test_e2_a_signal_to_any_rank_stops_all_of_them_at_the_same_step(
+def test_e2_e5_a_signal_to_any_rank_stops_all_of_them_at_the_same_step(
     start: Start, folder: Path, number: signal.Signals, rank: int
 ) -> None:
     run_dir = folder / f"stopped_{number.name}_{rank}"

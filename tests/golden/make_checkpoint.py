@@ -44,7 +44,9 @@ def make(target: Path) -> None:
         fit(run_of(run_dir, root, "trainer.max_epochs=1"))
         shutil.copyfile(last, target)
         fit(run_of(run_dir, root), resume=last)
-        target.with_suffix(".json").write_text(json.dumps(logged_losses(run_dir)) + "\n")
+        losses = logged_losses(run_dir)
+        after = {step: losses[step] for step in ("3", "4", "5")}
+        target.with_suffix(".json").write_text(json.dumps(after) + "\n")
 
 
 if __name__ == "__main__":
