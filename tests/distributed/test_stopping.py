@@ -104,7 +104,7 @@ def test_e3_the_second_ctrl_c_ends_the_run_at_once(start: Start, folder: Path) -
 def test_e6_a_slurm_job_is_requeued_and_goes_on_where_it_was(
     start: Start, run: Run, folder: Path, tmp_path: Path
 ) -> None:
-    words = [*TINY, "data.steps_per_epoch=40", "trainer.log_every_n_steps=1"]
+    words = [*TINY, "data.steps_per_epoch=15", "trainer.log_every_n_steps=1"]
     run(*words, "run_dir=undisturbed")
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "asked"}\n')
