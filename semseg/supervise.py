@@ -32,6 +32,8 @@ GRACE_SECONDS = 3.0  # between asking a rank to end and ending it
 STOP_SECONDS = 30.0  # for ranks that were asked to stop: they write a checkpoint first
 # Environment variables by which somebody else says that it starts the ranks.
 EXTERNAL_LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+# What a run that starts its own ranks must not inherit, these and those by which Lightning takes it for a rank.
+RANK_NAMES = (*EXTERNAL_LAUNCHERS, "RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")
 OWN_LAUNCH = ("ddp", "auto", "fsdp")  # strategies, by the start of their name, whose ranks are scripts of their own
 
 
@@ -98,6 +100,34 @@ def supervise(command: Sequence[str], processes: int, run_dir: Path) -> int:
         )
         return failure.exit_code
     return 128 + received[0] if received else 0
+
+
+class Ended(NamedTuple):
+    """How a process of its own ended."""
+
+    exit_code: int  # below 0: killed by that signal
+    signal: int | None  # that this process got meanwhile and passed on
+
+
+def run_alone(command: Sequence[str], last_words: Path) -> Ended:
+    """Run `command` as a run of its own, with its own ranks, and wait for its end. No process outlives it.
+
+    Args:
+        last_words: the file in which it leaves what it raised; without it if the command raised nothing.
+    """
+    last_words.unlink(missing_ok=True)
+    last_words.parent.mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_NAMES}
+    environment |= {SUPERVISOR: str(os.getpid()), LAST_WORDS: str(last_words)}
+    received: list[int] = []
+    with _handlers(received.append):
+        process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603 - our own entry point
+        while process.poll() is None and not received:
+            time.sleep(POLL_SECONDS)
+        if received:
+            _pass_on([process], received)
+        _end([process])
+    return Ended(process.returncode, received[0] if received else None)
 
 
 def _start(command: Sequence[str], rank: int, processes: int, folder: Path, port: int) -> subprocess.Popen[bytes]:
