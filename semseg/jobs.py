@@ -112,11 +112,12 @@ def read_jobs(sweep_dir: Path) -> list[Job]:
     return sorted((job for job in jobs if job is not None), key=lambda job: job.overrides)
 
 
-def finished_job(run_dir: Path, overrides: Sequence[str]) -> Job | None:
-    """The job of `run_dir` if it has come to its end with these very words."""
+def finished_job(run_dir: Path, overrides: Sequence[str], *, scores: bool) -> Job | None:
+    """The job of `run_dir` if it has come to its end with these very words, and with a result if it `scores`."""
     job = read_job(run_dir)
-    is_same = job is not None and sorted(job.overrides) == sorted(overrides)
-    return job if job is not None and is_same and job.is_finished else None
+    if job is None or not job.is_finished or sorted(job.overrides) != sorted(overrides):
+        return None
+    return None if scores and read_result(run_dir) is None else job
 
 
 class Ranking(NamedTuple):

@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -92,7 +93,8 @@ def main() -> None:
     try:
         sys.argv[1:] = words = understood(words)
         options = {word for word in words if word.startswith("-")}
-        if options and options <= set(SWEEP):
+        if options & set(SWEEP):
+            refuse_further(options)
             sys.exit(run_sweep(given, words))
         if not options:
             composed = compose_all(words)
@@ -106,7 +108,7 @@ def main() -> None:
                 ["hydra.output_subdir=null"] if external_rank() else []
             )
         elif not {"-sc", "--shell-completion"} & options:
-            compose_all(overrides_among(words), sweep=is_sweep(words))
+            compose_all(overrides_among(words))
         start()
     except SemsegError as error:
         leave_last_words(error, error.exit_code)
@@ -115,6 +117,17 @@ def main() -> None:
         leave(explain_hydra(error, words), ConfigError.exit_code)
     except KeyboardInterrupt:
         leave("interrupted.", INTERRUPTED)
+
+
+def refuse_further(options: set[str]) -> None:
+    """A sweep runs; it does not show configurations as well.
+
+    Raises:
+        ConfigError: if there is any other option.
+    """
+    further = sorted(options - set(SWEEP))
+    if further:
+        raise ConfigError(f"{further[0]} and -m: a sweep takes no other option.")
 
 
 def start() -> None:
@@ -141,6 +154,12 @@ def run_sweep(given: list[str], words: list[str]) -> int:
         stopped = INTERRUPTED
     except SystemExit as asked:  # by a job that passed on a signal
         stopped = int(asked.code or 0)
+    except (SemsegError, HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:  # of a launcher that lost a job, say; the table tells what became of the others
+        stopped = 1
+        if "No trials are completed" not in str(error):  # Optuna, when every job failed
+            traceback.print_exc()
     again = [word for word in given if word.partition("=")[0] not in ("sweep_dir", "hydra.sweep.dir")]
     command = shlex.join(["python", "run.py", *again, f"sweep_dir={from_here(sweep_dir)}"])
     from semseg.sweep import conclude  # noqa: PLC0415 - tables and pages take time to import, and most runs need none
@@ -357,10 +376,13 @@ def job(composed: DictConfig) -> float | None:
 
 
 def run_in_own_process(overrides: list[str], run_dir: Path, *, scores: bool) -> float | None:
-    """Run one job of a sweep by itself, unless it is finished, and return its score (None without one)."""
+    """Run one job of a sweep by itself, unless it is finished, and return its score (None without one).
+
+    So that jobs leave each other alone: their ranks, their memory, their crashes. `scores`: as of `run_job`.
+    """
     from semseg.sweep import run_job  # noqa: PLC0415 - as above
 
-    done = finished_job(run_dir, overrides)
+    done = finished_job(run_dir, overrides, scores=scores)
     if done is not None:
         log.info("job %s: was finished before", run_dir.name)
         return done.result.score
@@ -434,9 +456,10 @@ def hydra_problems(settings: Any) -> Iterator[str]:
             yield f"hydra.{place}={found.get(place)}: not allowed."
     if found.get("sweeper.custom_search_space") is not None:
         yield f"hydra.sweeper.custom_search_space={found['sweeper.custom_search_space']}: not allowed."
-    params = settings["sweeper"].get("params") or {}
-    if not isinstance(params, dict) or any(re.search(r"\bhydra\b", str(key)) for key in params):
-        yield f"hydra.sweeper.params={params}: not allowed. They become words of each job, which cannot change Hydra."
+    for name in ("params", "search_space"):
+        space = settings["sweeper"].get(name) or {}
+        if not isinstance(space, dict) or any(re.search(r"\bhydra\b", str(key)) for key in space):
+            yield f"hydra.sweeper.{name}={space}: not allowed. It makes words of jobs, which cannot change Hydra."
     for key, value in found.items():
         section, _, rest = key.partition(".")
         if section not in ("job_logging", "hydra_logging"):
@@ -498,7 +521,7 @@ def explain_hydra(error: Exception, overrides: list[str]) -> str:
     missing = re.search(r"Could not find '([^']+)'", text)
     if missing:
         group, _, option = missing[1].rpartition("/")
-        return explain_option(group, option)
+        return explain_option(group, option, re.findall(r"^\t(\w+)$", text, re.MULTILINE))
     key = re.search(r"Could not override '([^'@]+)", text) or re.search(r"Key '([^']+)'", text)
     if key:
         meant = group_of_option(key[1], overrides)
@@ -518,11 +541,11 @@ def group_of_option(key: str, overrides: list[str]) -> str | None:
     return nearest(key, owners)
 
 
-def explain_option(group: str, option: str) -> str:
-    """One line for a group that has no such option."""
+def explain_option(group: str, option: str, listed: list[str]) -> str:
+    """One line for a group that has no such option; `listed` are those of a group that is not ours."""
     if group in ("hydra/launcher", "hydra/sweeper") and option in PLUGIN_EXTRAS:
-        return f"{group}={option}: is not installed. To install it: pip install 'semseg[{PLUGIN_EXTRAS[option]}]'."
-    options = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+        return f"{group}={option} is not installed. To install it: pip install 'semseg[{PLUGIN_EXTRAS[option]}]'"
+    options = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml")) or listed
     if not options:
         return unknown_key(group or option, groups())
     meant = nearest(option, options)

@@ -38,7 +38,7 @@ def run_job(command: Sequence[str], overrides: Sequence[str], run_dir: Path, *, 
     """Run `command` as the job of `run_dir` and note how it went.
 
     Args:
-        command: in a process of its own, so that jobs leave each other alone: their ranks, memory and crashes.
+        command: what runs the job.
         overrides: the words of the job.
         scores: the job is done when there is a result, not just when the command has ended well.
 

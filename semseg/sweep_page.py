@@ -10,11 +10,12 @@ from markupsafe import Markup
 
 from semseg.files import replacing
 from semseg.jobs import Ranking
-from semseg.pages.charts import LETTER, WIDTH, Point, scatter, tick_words
+from semseg.pages.charts import Point, scatter, tick_words
 from semseg.pages.templates import NOT_SCORED, render_template
 
 LOG_FACTOR = 10  # a parameter whose largest value is so many times its smallest is drawn on a logarithmic scale
 MAX_MARKS = 6  # names below a logarithmic scale
+LETTERS = 54  # below a plot
 
 
 def write_sweep_page(path: Path, ranking: Ranking, command: str) -> None:
@@ -45,22 +46,26 @@ def charts(ranking: Ranking) -> list[tuple[str, Markup]]:
 
 
 def chart(values: Sequence[str], scores: Sequence[float], key: str, monitor: str) -> Markup:
-    """The score against one parameter: on a number line, a logarithmic one, or a place for each value."""
+    """The score against one parameter, which has two values or more.
+
+    On a number line, on a logarithmic one, or with a place for each value if one of them is no number.
+    """
     numbers = [as_number(value) for value in values]
     given = [number for number in numbers if number is not None]
     marks: Mapping[float, str] | None = None
+    room = 0.05
     if len(given) < len(values):
         names = sorted(set(values))
         places = [float(names.index(value)) for value in values]
-        letters = int(WIDTH / LETTER / len(names))
-        marks = {float(place): shortened(name or "default", letters) for place, name in enumerate(names)}
+        marks = {float(place): shortened(name or "default", LETTERS // len(names)) for place, name in enumerate(names)}
+        room = 0.5 / (len(names) - 1)
     elif min(given) > 0 and max(given) / min(given) >= LOG_FACTOR:
         places = [math.log10(number) for number in given]
         marks = log_marks(min(given), max(given))
     else:
         places = given
     points = [Point(f"{key}={value}", place, score) for value, place, score in zip(values, places, scores, strict=True)]
-    return scatter(points, f"{monitor} against {key}", key, marks)
+    return scatter(points, f"{monitor} against {key}", key, marks, room)
 
 
 def as_number(text: str) -> float | None:

@@ -56,7 +56,9 @@ def run(config: Config, overrides: list[str]) -> float | None:
         if state is not None and state.is_finished(config.trainer.max_epochs):
             tell(f"already finished at epoch {state.epoch}; raise trainer.max_epochs to continue")
             result = read_result(Path(config.run_dir))
-            return None if result is None else result.score
+            if result is not None:
+                return result.score
+            # Killed between its last step and the end: no step is left to take, the rest is.
         return train(config, overrides, source, saved, state)
 
 

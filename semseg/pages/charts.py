@@ -107,11 +107,18 @@ def _upwards(values: Sequence[float]) -> Axis:
     return Axis(floor, high + room, HEIGHT - BOTTOM, TOP)
 
 
-def scatter(points: Sequence[Point], title: str, x_name: str, marks: Mapping[float, str] | None = None) -> Markup:
-    """One dot for each of `points` (at least one); `marks` are the places named along x, by default round numbers."""
+def scatter(
+    points: Sequence[Point], title: str, x_name: str, marks: Mapping[float, str] | None = None, room: float = 0.05
+) -> Markup:
+    """One dot for each of `points`, at least one.
+
+    Args:
+        marks: the places that are named along x; by default round numbers.
+        room: at both ends of x, as a share of what lies between.
+    """
     places = [*(point.x for point in points), *(marks or ())]
-    room = 0.05 * (max(places) - min(places)) or 0.5
-    x = Axis(min(places) - room, max(places) + room, LEFT, WIDTH - RIGHT)
+    margin = room * (max(places) - min(places)) or 0.5
+    x = Axis(min(places) - margin, max(places) + margin, LEFT, WIDTH - RIGHT)
     y = _upwards([point.y for point in points])
     return _drawing(title, *_grid(x, y, x_name, marks=marks), *(_dot(point, x, y) for point in points))
 
