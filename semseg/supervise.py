@@ -22,10 +22,10 @@ from types import FrameType
 from typing import NamedTuple
 
 from semseg.config import Config
-from semseg.errors import STOPPED_CODES
+from semseg.errors import STOPPED_CODES, SemsegError
 
 FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and last words of ranks that raised
-SUPERVISOR = "SEMSEG_SUPERVISOR"  # process id, in the environment of every rank
+SUPERVISOR = "SEMSEG_SUPERVISOR"  # process id, in the environment of every rank and every job of a sweep
 LAST_WORDS = "SEMSEG_LAST_WORDS"  # file, likewise
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 3.0  # between asking a rank to end and ending it
@@ -92,12 +92,10 @@ def supervise(command: Sequence[str], processes: int, run_dir: Path) -> int:
     if stopped and len(stopped) == len(ranks):
         return stopped[0]
     if failure is not None:
+        told = f"rank {failure.rank} of {processes} failed: {failure.reason}"
+        leave_last_words(SemsegError(told), failure.exit_code)  # if this is a job of a sweep
         sys.stdout.flush()
-        print(
-            f"\nerror: rank {failure.rank} of {processes} failed: {failure.reason}\nits log: {failure.log}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"\nerror: {told}\nits log: {failure.log}", file=sys.stderr, flush=True)
         return failure.exit_code
     return 128 + received[0] if received else 0
 
@@ -281,7 +279,7 @@ def agreed_run_dir(mine: str, rank: int) -> str:
 
 
 def follow_supervisor() -> None:
-    """In a rank: end when the supervisor is gone, however it went. Elsewhere: nothing."""
+    """In a rank or a job of a sweep: end when what started it is gone, however it went. Elsewhere: nothing."""
     supervisor = os.environ.get(SUPERVISOR)
     if supervisor is None or os.getppid() != int(supervisor):
         return
@@ -295,7 +293,7 @@ def follow_supervisor() -> None:
 
 
 def leave_last_words(error: BaseException, exit_code: int) -> None:
-    """In a rank: write down what it raised, before anything on the way out can hang. Elsewhere: nothing."""
+    """In a rank or a job of a sweep: write down what it raised, before it can hang on its way out. Elsewhere: nothing."""
     path = os.environ.get(LAST_WORDS)
     if path is None:
         return
