@@ -293,7 +293,7 @@ def follow_supervisor() -> None:
 
 
 def leave_last_words(error: BaseException, exit_code: int) -> None:
-    """In a rank or a job of a sweep: write down what it raised, before it can hang on its way out. Elsewhere: nothing."""
+    """In a rank or a job of a sweep: write down what it raised, before it hangs on its way out. Elsewhere: nothing."""
     path = os.environ.get(LAST_WORDS)
     if path is None:
         return
