@@ -330,10 +330,7 @@ def test_g2_finds_what_it_looks_for(source: str) -> None:
 
 
 def test_g2_harmless_calls_are_left_alone() -> None:
-    assert (
-        findings("net.eval(); re.compile(x); yaml.safe_load(x); torch.load(x, weights_only=True)")
-        == ["1: re.compile"][:0]
-    )
+    assert findings("net.eval(); re.compile(x); yaml.safe_load(x); torch.load(x, weights_only=True)") == []
 
 
 def test_g2_the_linter_has_the_security_rules() -> None:
@@ -381,6 +378,7 @@ HOSTILE_WORDS = [*(f"+callbacks.extra._target_='{name}'" for name in NAMES), *PL
 
 @pytest.mark.parametrize("word", HOSTILE_WORDS)
 def test_g3_a_target_that_is_not_on_the_list_is_refused_before_anything_is_imported(word: str) -> None:
+    compose_config([])  # what Hydra itself imports for the first command line
     before = set(sys.modules)
     with pytest.raises((SemsegError, *HYDRA_ERRORS)) as caught:
         check(compose_config(understood([word])))
