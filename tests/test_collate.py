@@ -43,7 +43,7 @@ def test_ignored_pixels_stay_ignored() -> None:
 
 def test_a_batch_can_be_pinned_and_moved_as_a_named_tuple() -> None:
     assert issubclass(Batch, tuple)
-    assert Batch._fields == ("image", "label", "size", "paths")
+    assert Batch._fields == ("image", "label", "size", "paths", "bad")
 
 
 def test_a_label_stride_that_does_not_divide_is_refused() -> None:
