@@ -22,6 +22,7 @@ from semseg.secrets import refusal, secret_in
 MODES = ("train", "eval", "predict", "convert", "compare", "download", "replay", "serve")
 SPLITS = ("train", "val", "test")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
+DECODE = ("fast", "exact")
 ON_BAD = ("error", "skip")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("poly", "poly_warmup", "cosine")
@@ -126,6 +127,7 @@ class DataConfig:
     worker_timeout_s: float = number(
         120.0, low=0
     )  # seconds to wait for a worker's next sub-batch or image; 0: for ever
+    decode: str = one_of("fast", DECODE)  # of training images; exact: every pixel, resized as the original does
     on_bad: str = one_of(
         "error", ON_BAD
     )  # a file that is missing, broken or does not fit: stop, or leave the image out

@@ -191,6 +191,7 @@ class SegmentationData(pl.LightningDataModule):
             max_long_edge=data.max_long_edge,
             size_divisor=self.size_divisor,
             label_stride=self.label_stride,
+            exact=data.decode == "exact",
             skip_bad=data.on_bad == "skip",
             max_pixels=data.max_pixels,
         )

@@ -227,6 +227,18 @@ class LabelMap:
             raise self._unknown(raw, path)
         return index
 
+    def check(self, raw: NDArray[np.integer], path: str | Path) -> None:
+        """Refuse ids that are neither classes nor ignored, as calling it does, without translating the others.
+
+        Raises:
+            DataError: as for a call.
+        """
+        lowest, highest = int(raw.min()), int(raw.max())
+        in_range = lowest >= 0 and highest <= _MAX_ID
+        # Mostly all ids from the lowest to the highest are known, which is told without a look at each.
+        if not in_range or (self._table[lowest : highest + 1] == _UNKNOWN).any():
+            self(raw, path)
+
     def to_raw(self, index: NDArray[np.integer]) -> NDArray[np.uint16]:
         """Class indices (none below 0) back to the raw ids of the data set, for files others will read."""
         return (index + self.first_id).astype(np.uint16)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,12 @@ cv2.setNumThreads(0)
 # Larger images are refused by their header: 134 Mpixel are more than any camera gives and 400 MB as RGB.
 MAX_PIXELS = 2**27
 
+_REDUCED = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 _ORIENTATION_TAG = 0x0112
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _ID_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16B", "I;16L"})  # Pillow modes with one number a pixel
@@ -88,6 +95,11 @@ def read_label(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.
     if _is_jpeg(data):
         raise DataError(f"{path}: a label must not be a JPEG, which changes ids at every edge. {_HOW_TO_CONVERT}")
     _check_png(path, data)
+    if data.startswith(_PNG_START) and data[24:26] == b"\x08\x00":  # 8 bits, grey: most labels, and the fast way
+        ids = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if ids is None:
+            raise DataError(f"{path}: the label is broken and cannot be decoded. Get the file again.")
+        return np.asarray(ids, np.uint8)
     try:
         raw = np.asarray(header)
     except (OSError, ValueError, SyntaxError) as error:
@@ -100,6 +112,57 @@ def read_label(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.
     elif header.mode not in _ID_MODES:
         raise DataError(f"{path}: a label with pixels of kind {header.mode!r} has no ids. {_HOW_TO_CONVERT}")
     return raw.astype(np.uint8) if raw.dtype == np.bool_ else raw
+
+
+class Thumbnail(NamedTuple):
+    """An image that was decoded at a reduced size, and its raw label at full size, on grids that correspond."""
+
+    image: NDArray[np.uint8]  # (h, w, 3) RGB; a JPEG that is much larger than what was asked for is a fraction of H, W
+    raw: NDArray[np.integer]  # (H, W) ids of the file
+
+
+def read_reduced(record: Record, wanted: Callable[[Size], Size], *, max_pixels: int = MAX_PIXELS) -> Thumbnail:
+    """The image of a record and its label for training, with no more pixels of the image decoded than needed.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is still at least `wanted` (of the full size): its
+    decoder averages blocks of pixels, which is most of what an antialiased resize would do.
+
+    Raises:
+        DataError: as `read_pair`, but for ids that are no class.
+    """
+    assert record.label is not None, "a record to train on has a label"
+    try:
+        raw = read_label(record.label, max_pixels=max_pixels)
+        target, full = wanted(_size(raw)), _size(raw)
+        data = _read_bytes(record.image)
+        header = _open(record.image, data, max_pixels)
+        stored, orientation = Size(header.height, header.width), _orientation(header)
+        factor = reduction(full, target) if _is_jpeg(data) else 1
+        pixels, _ = _decode_image(record.image, data, max_pixels, factor)
+        is_turned = stored != full
+        upright = Size(stored.width, stored.height) if orientation >= 5 else stored
+        if is_turned and upright != full:
+            raise DataError(
+                f"image and label differ in size: {record.image} is {stored}, {record.label} is {full} "
+                "(height x width). They must be drawn on the same pixels."
+            )
+        if record.size not in (stored, full):
+            raise DataError(wrong_size(record, full))
+    except DataError as error:
+        raise DataError(f"{record.origin}: {error}") from error
+    return Thumbnail(oriented(pixels, orientation) if is_turned else pixels, raw)
+
+
+def reduction(full: Size, target: Size) -> int:
+    """By how much a JPEG can be reduced while it is decoded and still be at least as large as `target`.
+
+    >>> reduction(Size(1200, 1600), Size(450, 600)), reduction(Size(1200, 1600), Size(150, 200))
+    (2, 8)
+    """
+    fits = (
+        factor for factor in (8, 4, 2) if full.height >= factor * target.height and full.width >= factor * target.width
+    )
+    return next(fits, 1)
 
 
 def read_pair(record: Record, label_map: LabelMap | None, *, max_pixels: int = MAX_PIXELS) -> Pair:
@@ -142,8 +205,12 @@ def _onto_grid(
 def _check_listed_size(record: Record, stored: NDArray[np.uint8], pair: Pair) -> None:
     if record.size in (_size(stored), _size(pair.image)):
         return
-    raise DataError(
-        f"{record.image}: the list says {record.size} (height x width), the file is {_size(pair.image)}. "
+    raise DataError(wrong_size(record, _size(pair.image)))
+
+
+def wrong_size(record: Record, found: Size) -> str:
+    return (
+        f"{record.image}: the list says {record.size} (height x width), the file is {found}. "
         "Write the list again from the files."
     )
 
@@ -182,13 +249,13 @@ def _open(path: str | Path, data: bytes, max_pixels: int) -> Image.Image:
     return header
 
 
-def _decode_image(path: str | Path, data: bytes, max_pixels: int) -> tuple[NDArray[np.uint8], int]:
-    """Pixels on the stored grid and the EXIF orientation (1 = as stored)."""
+def _decode_image(path: str | Path, data: bytes, max_pixels: int, factor: int = 1) -> tuple[NDArray[np.uint8], int]:
+    """Pixels on the stored grid, or a JPEG's at 1/`factor` of it, and the EXIF orientation (1 = as stored)."""
     header = _open(path, data, max_pixels)
     orientation = _orientation(header)
     if _is_jpeg(data) and not _jpeg_is_whole(data):
         raise DataError(f"{path}: the JPEG is truncated (no end marker in {len(data)} bytes). Get it again.")
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = _REDUCED[factor] | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
@@ -271,23 +338,32 @@ def oriented(pixels: NDArray, orientation: int) -> NDArray:
 
 
 def flipped(pixels: NDArray) -> NDArray:
-    """Pixels (H, W, ...) mirrored left and right. Before a resize: a nearest resize does not commute with it."""
-    return cv2.flip(pixels, 1)
+    """Pixels (H, W, ...) mirrored left and right. Before a resize: a nearest resize does not commute with it.
+
+    What lies in memory as planes, as `resize_image` leaves it, stays so.
+    """
+    planes = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+    if not planes.flags.c_contiguous:
+        return cv2.flip(pixels, 1)
+    mirrored = cv2.flip(planes.reshape(-1, planes.shape[-1]), 1).reshape(planes.shape)
+    return mirrored.transpose(1, 2, 0) if pixels.ndim == 3 else mirrored[0]
 
 
-def resize_image(image: NDArray[np.uint8], size: Size, *, antialias: bool) -> NDArray[np.uint8]:
+def resize_image(image: NDArray[np.uint8], size: Size, *, antialias: bool, fast: bool = False) -> NDArray[np.uint8]:
     """uint8 (H, W, 3) to uint8 (size, 3), bilinear.
+
+    fast: enlarge with OpenCV, whose rounding differs by a grey level now and then.
 
     antialias=True averages over the source pixels when shrinking, within one grey level of Pillow (training, and
     evaluation since 2020); False is the 2018 evaluation, exactly.
     """
     if image.shape[:2] == size:
         return image
-    if not antialias:
+    if not antialias or (fast and size.height >= image.shape[0] and size.width >= image.shape[1]):
         return np.asarray(cv2.resize(image, (size.width, size.height), interpolation=cv2.INTER_LINEAR), np.uint8)
     planes = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W), a view: channels_last is the fast path
     resized = F.interpolate(planes, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
+    return resized[0].permute(1, 2, 0).numpy()  # planes in memory, as a batch has them: see `flipped`, `collate`
 
 
 def resize_label(label: NDArray[np.int16], size: Size) -> NDArray[np.int16]:
@@ -296,14 +372,38 @@ def resize_label(label: NDArray[np.int16], size: Size) -> NDArray[np.int16]:
     return np.asarray(cv2.resize(label, (size.width, size.height), interpolation=cv2.INTER_NEAREST_EXACT), label.dtype)
 
 
+def scaled_label(raw: NDArray[np.integer], size: Size, stride: int, *, flip: bool) -> NDArray[np.integer]:
+    """resize_label(raw, size) of the mirrored `raw` if `flip`, and of that every `stride`-th pixel, as `stride_label`.
+
+    Both resizes are by nearest pixel, so each pixel of the answer is one of `raw`: only those are looked at. Pixels
+    that `stride_label` adds beyond the end are not there.
+    """
+    rows, columns = (nearest_places(length, out, stride) for length, out in zip(raw.shape, size, strict=True))
+    if flip:
+        columns = raw.shape[1] - 1 - columns
+    return raw[rows][:, columns]
+
+
+def nearest_places(length: int, out_length: int, stride: int) -> NDArray[np.int64]:
+    """Which of `length` places each place `stride` * i + `stride` // 2 of `out_length` reads, those inside alone."""
+    steps = np.full(out_length, length / out_length)
+    steps[0] /= 2  # to the middle of the first place
+    # Added up one by one, as Pillow and OpenCV do: where a sum is a whole number, rounding decides.
+    places = np.add.accumulate(steps)[stride // 2 :: stride]
+    return np.minimum(places.astype(np.int64), length - 1)
+
+
+def padded_label(inside: NDArray[np.int16], size: Size, stride: int) -> NDArray[np.int16]:
+    """`inside` in the top left corner of (ceil(size / stride)), -1 elsewhere."""
+    strided = np.full([-(-length // stride) for length in size], IGNORED, np.int16)
+    strided[: inside.shape[0], : inside.shape[1]] = inside
+    return strided
+
+
 def stride_label(label: NDArray[np.int16], stride: int) -> NDArray[np.int16]:
     """(H, W) to (ceil(H / stride), ceil(W / stride)): pixel stride * i + stride // 2, or -1 where that lies outside.
 
     >>> stride_label(np.arange(7, dtype=np.int16)[None].repeat(2, axis=0), stride=2).tolist()
     [[1, 3, 5, -1]]
     """
-    height, width = (-(-length // stride) for length in label.shape)
-    inside = label[stride // 2 :: stride, stride // 2 :: stride]
-    strided = np.full((height, width), IGNORED, label.dtype)
-    strided[: inside.shape[0], : inside.shape[1]] = inside
-    return strided
+    return padded_label(label[stride // 2 :: stride, stride // 2 :: stride], Size(*label.shape), stride)

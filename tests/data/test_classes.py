@@ -139,3 +139,12 @@ def test_an_id_cannot_be_a_class_and_ignored() -> None:
 def test_numbers_that_do_not_fit_are_refused(numbers: tuple[int, int, tuple[int, ...]]) -> None:
     with pytest.raises(ConfigError, match="does not fit"):
         LabelMap(*numbers)
+
+
+def test_checking_ids_refuses_what_translating_refuses() -> None:
+    label_map = LabelMap(3, first_id=5, ignore=[0, 255])
+    for known in ([5, 6, 7], [0, 5, 255], [7]):
+        label_map.check(np.array([known], np.uint8), "a.png")
+    for unknown in ([4, 5], [0, 3, 255], [8], [-1, 5], [70000, 5]):
+        with pytest.raises(DataError, match="label ids"):
+            label_map.check(np.array([unknown], np.int32), "a.png")

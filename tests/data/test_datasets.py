@@ -28,8 +28,9 @@ BY_NAME = {Path(record.image).stem: index for index, record in enumerate(RECORDS
 LABEL_MAP = LabelMap(num_classes=150)
 
 
-def train_set(size_divisor: int = 8, label_stride: int = 8) -> TrainDataset:
-    return TrainDataset(RECORDS, LABEL_MAP, max_long_edge=1000, size_divisor=size_divisor, label_stride=label_stride)
+def train_set(size_divisor: int = 8, label_stride: int = 8, *, exact: bool = True) -> TrainDataset:
+    strides = {"size_divisor": size_divisor, "label_stride": label_stride}
+    return TrainDataset(RECORDS, LABEL_MAP, max_long_edge=1000, exact=exact, **strides)
 
 
 def eval_set(label_map: LabelMap | None, short_edges: list[int], antialias: bool) -> EvalDataset:

@@ -18,11 +18,14 @@ from semseg.data.geometry import Size
 from semseg.data.images import (
     flipped,
     oriented,
+    padded_label,
     read_image,
     read_label,
     read_pair,
+    read_reduced,
     resize_image,
     resize_label,
+    scaled_label,
     stride_label,
 )
 from semseg.data.records import Record
@@ -345,6 +348,55 @@ def test_a_strided_label_equals_a_padded_one_resized(shape: tuple[int, int], str
     padded = np.pad(label, padding, constant_values=-1)
     target = Size(padded.shape[0] // stride, padded.shape[1] // stride)
     assert np.array_equal(stride_label(label, stride), resize_label(padded, target))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_label_is_flipped_resized_and_strided_in_one_step(flip: bool) -> None:
+    chance = np.random.default_rng(1)
+    for _ in range(300):
+        height, width, out_height, out_width = chance.integers(1, 700, 4).tolist()
+        stride, size = int(chance.choice([1, 2, 4, 8, 32])), Size(out_height, out_width)
+        label = chance.integers(0, 150, (height, width)).astype(np.int16)
+        expected = stride_label(resize_label(flipped(label) if flip else label, size), stride)
+        found = padded_label(scaled_label(label, size, stride, flip=flip), size, stride)
+        assert np.array_equal(found, expected), (height, width, size, stride)
+
+
+def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(tmp_path: Path) -> None:
+    pixels = photo(600, 801)
+    (tmp_path / "a.jpg").write_bytes(jpeg_bytes(pixels))
+    (tmp_path / "a.png").write_bytes(png_bytes(np.ones((600, 801), np.uint8)))
+    (tmp_path / "b.png").write_bytes(png_bytes(pixels))
+    shapes = {}
+    for name, edge in (("a.jpg", 301), ("a.jpg", 300), ("a.jpg", 75), ("b.png", 75)):
+        record = Record(str(tmp_path / name), str(tmp_path / "a.png"), Size(600, 801), "list:1")
+        thumbnail = read_reduced(record, lambda full, edge=edge: Size(edge, full.width * edge // full.height))
+        shapes[name, edge] = thumbnail.image.shape[:2]
+        resized = cv2.resize(pixels, thumbnail.image.shape[1::-1], interpolation=cv2.INTER_AREA)
+        assert np.abs(thumbnail.image.astype(int) - resized).mean() < 2
+    assert list(shapes.values()) == [(600, 801), (300, 401), (75, 101), (600, 801)]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_fast_way_knows_orientations_and_sizes(tmp_path: Path, orientation: int) -> None:
+    stored, path = photo(400, 600), tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path.write_bytes(jpeg_bytes(stored, exif=exif))
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    grids = (stored, upright) if orientation >= 5 else (stored,)
+    for pixels in grids:
+        (tmp_path / "a.png").write_bytes(png_bytes((pixels[..., 1] > 128).astype(np.uint8)))
+        size = Size(*pixels.shape[:2])
+        record = Record(str(path), str(tmp_path / "a.png"), size, "list:1")
+        found = read_reduced(record, lambda full: Size(full.height // 4, full.width // 4))
+        assert found.image.shape[:2] == (size.height // 4, size.width // 4)
+        assert ((found.image[..., 1] > 128) == found.raw[2::4, 2::4]).mean() > 0.95
+    with pytest.raises(DataError, match=r"list:1: .*the list says 7 x 9"):
+        read_reduced(record._replace(size=Size(7, 9)), lambda full: full)
+    (tmp_path / "a.png").write_bytes(png_bytes(np.ones((9, 9), np.uint8)))
+    with pytest.raises(DataError, match="list:1: image and label differ in size"):
+        read_reduced(record, lambda full: full)
 
 
 def test_a_flip_mirrors_columns() -> None:

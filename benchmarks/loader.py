@@ -1,0 +1,187 @@
+"""Reading and preparing training images, our ways and the original's, side by side in the same run.
+
+    python benchmarks/loader.py                       # 48 drawn images, long sides of 256 to 1600 pixels
+    python benchmarks/loader.py --folder my_photos    # *.jpg, each with its label of the same stem as *.png
+
+One image at a time in one thread, processor's milliseconds. "Original" are the steps of the 2020 release: Pillow
+decodes and resizes, then float32 and normalisation; ours hands uint8 to the device and normalises there. "Decode" is
+OpenCV reading the file at full size and nothing else, with and without its label. Ways take turns, medians of rounds.
+Then the same images over 0, 1, 2, ... worker processes (wall time), and the update of the metric.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from semseg.data.classes import LabelMap
+from semseg.data.datasets import TrainDataset
+from semseg.data.geometry import Size, scaled_size
+from semseg.data.plan import SubBatch
+from semseg.data.records import Record
+from semseg.data.scenes import draw_scene
+from semseg.metrics import ConfusionMatrix, confusion_counts
+
+SHORT_EDGES = (300, 375, 450, 525, 600)
+MAX_LONG_EDGE, STRIDE = 1000, 8
+NUM_CLASSES = 150
+ROW = "{:<44}{:>12}{:>12}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, OpenCV {cv2.__version__}, {options}")
+    with TemporaryDirectory() as drawn:
+        folder = options.folder or draw_mix(Path(drawn))
+        records = found(folder)
+        compare_images(records, options.rounds)
+        compare_workers(records, options.workers)
+    compare_metric()
+
+
+def draw_mix(folder: Path, count: int = 48) -> Path:
+    """Drawn scenes with sensor noise (a JPEG of flat areas decodes too fast), long sides 256 to 1600, quality 90."""
+    rng = np.random.default_rng(0)
+    for index, long_edge in enumerate(np.linspace(256, 1600, count).astype(int)):
+        scene = draw_scene(rng)
+        height, width = scene.label.shape
+        size = (round(width * long_edge / max(height, width)), round(height * long_edge / max(height, width)))
+        image = cv2.resize(scene.image, size, interpolation=cv2.INTER_CUBIC)
+        coarse = rng.normal(0, 12, (size[1] // 3 + 1, size[0] // 3 + 1, 3)).astype(np.float32)
+        image = np.clip(image + cv2.resize(coarse, size) + rng.normal(0, 3, image.shape), 0, 255).astype(np.uint8)
+        label = cv2.resize(scene.label, size, interpolation=cv2.INTER_NEAREST)
+        Image.fromarray(image).save(folder / f"{index:02d}.jpg", quality=90)
+        Image.fromarray(label).save(folder / f"{index:02d}.png")
+    return folder
+
+
+def found(folder: Path) -> list[Record]:
+    paths = sorted(folder.glob("*.jpg"))
+    sizes = [Image.open(path).size for path in paths]
+    return [
+        Record(str(path), str(path.with_suffix(".png")), Size(height, width), str(path))
+        for path, (width, height) in zip(paths, sizes, strict=True)
+    ]
+
+
+def dataset(records: list[Record], *, exact: bool) -> TrainDataset:
+    label_map = LabelMap(NUM_CLASSES, 1, [0])
+    return TrainDataset(
+        records, label_map, max_long_edge=MAX_LONG_EDGE, size_divisor=STRIDE, label_stride=STRIDE, exact=exact
+    )
+
+
+def sub_batch(index: int) -> SubBatch:
+    return SubBatch(index, (index,), SHORT_EDGES[index % len(SHORT_EDGES)], (index % 2 == 0,))
+
+
+def original(record: Record, short_edge: int, flip: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The steps of the 2020 release, without its padding into a batch."""
+    image, label = Image.open(record.image).convert("RGB"), Image.open(record.label or "")
+    if flip:
+        image, label = (part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in (image, label))
+    size = scaled_size(record.size, short_edge, MAX_LONG_EDGE)
+    image = image.resize((size.width, size.height), Image.Resampling.BILINEAR)
+    label = label.resize((size.width, size.height), Image.Resampling.NEAREST)
+    label = label.resize((size.width // STRIDE, size.height // STRIDE), Image.Resampling.NEAREST)
+    pixels = torch.from_numpy(np.ascontiguousarray((np.asarray(image, np.float32) / 255.0).transpose(2, 0, 1)))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (pixels - mean[:, None, None]) / std[:, None, None], torch.from_numpy(np.array(label)).long() - 1
+
+
+def compare_images(records: list[Record], rounds: int) -> None:
+    exact, fast = dataset(records, exact=True), dataset(records, exact=False)
+    ways: dict[str, Callable[[int], object]] = {
+        "original, 2020 release": lambda index: original(records[index], sub_batch(index).short_edge, index % 2 == 0),
+        "ours, data.decode=exact": lambda index: exact[sub_batch(index)],
+        "ours, data.decode=fast": lambda index: fast[sub_batch(index)],
+        "decode image, full size": lambda index: cv2.imread(records[index].image),
+        "decode image and label, full size": lambda index: (
+            cv2.imread(records[index].image),
+            cv2.imread(records[index].label or "", cv2.IMREAD_UNCHANGED),
+        ),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(processor_ms(way, len(records)))
+    print(ROW.format(f"{len(records)} images, ms each", "CPU", "original /"))
+    for name, taken in times.items():
+        ratio = statistics.median(a / b for a, b in zip(times["original, 2020 release"], taken, strict=True))
+        print(ROW.format(name, f"{statistics.median(taken):.2f}", f"{ratio:.2f}"))
+    off = [difference(exact, fast, index) for index in range(len(records))]
+    print(
+        f"fast - exact: labels equal, images off by {np.mean(off):.2f} grey levels on average, {max(off):.2f} at worst"
+    )
+
+
+def difference(exact: TrainDataset, fast: TrainDataset, index: int) -> float:
+    """Mean grey levels between the two ways.
+
+    Raises:
+        AssertionError: if their labels differ.
+    """
+    first, second = exact[sub_batch(index)], fast[sub_batch(index)]
+    assert torch.equal(first.label, second.label), "labels must be the same"
+    return float((first.image.float() - second.image.float()).abs().mean())
+
+
+def processor_ms(way: Callable[[int], object], count: int) -> float:
+    start = time.process_time()
+    for index in range(count):
+        way(index)
+    return (time.process_time() - start) / count * 1e3
+
+
+def compare_workers(records: list[Record], workers: list[int], passes: int = 6) -> None:
+    """Images a second over a few passes, the start of the processes left out."""
+    fast = dataset(records, exact=False)
+    print(ROW.format("worker processes (0: in the main one)", "images/s", "of linear"))
+    plan = [sub_batch(index % len(records)) for index in range(passes * len(records))]
+    single = 0.0
+    for count in workers:
+        loader = DataLoader(fast, sampler=plan, batch_size=None, num_workers=count)  # pyright: ignore[reportArgumentType]
+        batches = iter(loader)
+        for _ in range(len(records)):
+            next(batches)
+        start = time.perf_counter()
+        rate = sum(1 for _ in batches) / (time.perf_counter() - start)
+        single = single or rate
+        print(ROW.format(count, f"{rate:.0f}", f"{rate / single / max(1, count):.2f}"))
+
+
+def compare_metric(rounds: int = 50) -> None:
+    rng = np.random.default_rng(0)
+    # Areas of one class, as in labels: the time depends on them a little.
+    label, ids = (
+        torch.from_numpy(rng.integers(0, NUM_CLASSES, (14, 20)).repeat(50, 0).repeat(50, 1).astype(np.int16))
+        for _ in range(2)
+    )
+    metric = ConfusionMatrix(NUM_CLASSES)
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        metric.update(confusion_counts(ids, label, NUM_CLASSES))
+        taken.append((time.perf_counter() - start) * 1e3)
+    print(
+        f"metric update, {label.shape[0]} x {label.shape[1]}, {NUM_CLASSES} classes: {statistics.median(taken):.2f} ms"
+    )
+
+
+if __name__ == "__main__":
+    main()
