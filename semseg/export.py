@@ -172,7 +172,7 @@ def explained(goal: str) -> Iterator[None]:
     except Exception as error:
         # torch.onnx wraps what went wrong in a page of advice.
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        raise ExportError(f"this network cannot be exported to {goal}: {first_line(cause)}") from error
+        raise ExportError(f"this network cannot be exported to {goal}: {first_line(cause)}.") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 Weights are int8 or uint8 with a scale for each (static: for each output channel), the rest of the graph stays float32.
 - dynamic: the range of every input of a convolution is found for each image while it runs; no images are needed here.
+  Convolutions with groups stay float32.
 - static: the ranges are those seen on sample images (Jacob et al. 2018, section 3), which is faster to run.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import onnx
 import torch
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -58,7 +60,13 @@ def quantize_onnx(path: Path, images: Iterable[Tensor] | None) -> None:
             target = Path(folder) / path.name
             if images is None:
                 # Signed weights are three times as slow: onnxruntime's kernel is for unsigned ones.
-                quantize_dynamic(path, target, op_types_to_quantize=QUANTIZED, weight_type=QuantType.QUInt8)
+                quantize_dynamic(
+                    path,
+                    target,
+                    op_types_to_quantize=QUANTIZED,
+                    nodes_to_exclude=grouped_convolutions(path),
+                    weight_type=QuantType.QUInt8,
+                )
             else:
                 quantize_static(
                     path,
@@ -74,6 +82,16 @@ def quantize_onnx(path: Path, images: Iterable[Tensor] | None) -> None:
             target.replace(path)
     finally:
         logging.root.setLevel(level)
+
+
+def grouped_convolutions(path: Path) -> list[str]:
+    """Names of the convolutions with several groups, depthwise ones among them.
+
+    One scale for all of their weights spoils them: a MobileNetV2 with dynamic quantisation went from 32 to 2 % mean IoU
+    with them, and stayed at 32 % without. They hold few of the weights.
+    """
+    nodes = onnx.load(path).graph.node
+    return [node.name for node in nodes if any(item.name == "group" and item.i > 1 for item in node.attribute)]
 
 
 def sampled(dataset: EvalDataset, count: int) -> list[int]:

@@ -178,10 +178,9 @@ def cell_weights(length: int, bins: int, like: Tensor) -> Tensor:
     """
     position = torch.arange(length, device=like.device)
     cell = torch.arange(bins, device=like.device).unsqueeze(1)
-    first = cell * length // bins
-    end = ((cell + 1) * length + bins - 1) // bins
-    inside = (position >= first) & (position < end)
-    return inside.to(like.dtype) / (end - first).to(like.dtype)
+    # Both bounds multiplied by bins: an integer division would be a dozen operators in an exported graph.
+    inside = ((position + 1) * bins > cell * length) & (position * bins < (cell + 1) * length)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True).to(like.dtype)
 
 
 @torch.no_grad()
