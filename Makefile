@@ -2,13 +2,14 @@
 # make demo-published    the original's demonstration: published weights and picture (downloads 110 MB)
 # make test    install, then the tests
 # make check   formatting, lint and types
+# make audit   ask for known vulnerabilities of the versions in constraints.txt
 # make lock    write constraints.txt from what is installed, extras included
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-published install test test-fast test-long check format lock clean
+.PHONY: demo demo-published install test test-fast test-long check format audit lock clean
 
 demo: install
 	$(BIN)/python run.py experiment=quickstart
@@ -35,6 +36,12 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Nothing is installed but the tool itself, and that in an environment of its own.
+audit:
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 # Names and versions only: no hosts, no hashes of one platform's files.
 lock: $(VENV)/.installed-dev

@@ -56,7 +56,10 @@ class LogSteps(Callback):
         is_taken = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
         if not is_taken or step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        values = {name: float(trainer.callback_metrics[name]) for name in ("train/loss", "train/accuracy")}
+        logged = trainer.callback_metrics
+        values = {
+            name: float(logged[name]) for name in ("train/loss", "train/accuracy", "data/left_out") if name in logged
+        }
         for logger in trainer.loggers:
             logger.log_metrics({**values, **self._rates, "epoch": trainer.current_epoch}, step - 1)
 

@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     label: Tensor  # (N, H / label_stride, W / label_stride) int64, -1 = not scored (all padding is)
     size: Tensor  # (N, 2) int64: height and width of the image within the canvas, top left
     paths: list[str]
+    bad: tuple[str, ...] = ()  # what is wrong with images that were left out
 
 
 def collate(samples: Sequence[Sample], size_divisor: int, label_stride: int) -> Batch:

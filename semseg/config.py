@@ -23,6 +23,7 @@ from semseg.secrets import refusal, secret_in
 MODES = ("train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export")
 SPLITS = ("train", "val", "test")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
+ON_BAD = ("error", "skip")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("poly", "poly_warmup", "cosine")
 LOSSES = ("cross_entropy",)
@@ -127,6 +128,14 @@ class DataConfig:
     steps_per_epoch: int | None = number(5000, low=1)  # null: one pass over the records
     flip: bool = True
     num_workers: int = number(4, low=0)  # per process
+    worker_timeout_s: float = number(
+        120.0, low=0
+    )  # seconds to wait for a worker's next sub-batch or image; 0: for ever
+    on_bad: str = one_of(
+        "error", ON_BAD
+    )  # a file that is missing, broken or does not fit: stop, or leave the image out
+    max_bad: float = number(0.01, low=0, high=1)  # share of images left out beyond which a run stops
+    max_pixels: int = number(2**27, low=1)  # of an image; larger ones are refused by their header
     hint: str = ""  # what to do when the files are not there
 
 
@@ -192,7 +201,7 @@ class TrainerConfig:
     enable_progress_bar: bool = True
     # Ours, not Lightning's:
     max_nonfinite_steps: int = number(0, low=0)  # of a run that may be skipped for a NaN or infinite loss
-    on_oom: str = one_of("stop", ("stop", "retry"))  # retry: once, at the next smaller short edge; one device only
+    on_oom: str = one_of("stop", ("stop", "retry"))  # retry: once, at the next smaller short edge
     probe_memory: str = one_of("gpu", ("gpu", "always", "never"))  # run the largest possible sub-batch first
 
 
@@ -544,6 +553,11 @@ def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
     )
     if not fine:
         yield f"trainer.devices={devices}: must be a count of at least 1, a list such as [0,2], a range 0-3, or auto."
+    if trainer.on_oom == "retry" and not trainer.strategy.startswith(("auto", "ddp")):
+        yield (
+            "trainer.on_oom=retry: every device tries sub-batches by itself, but may not have all weights with "
+            f"trainer.strategy={trainer.strategy}. Use trainer.strategy=ddp, or trainer.on_oom=stop."
+        )
     for key in ("limit_train_batches", "limit_val_batches"):
         value = getattr(trainer, key)
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):

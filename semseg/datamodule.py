@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from semseg.collate import Batch
 from semseg.config import Config
@@ -16,8 +19,60 @@ from semseg.data.datasets import EvalDataset, TrainDataset
 from semseg.data.geometry import canvas_size, label_size, scaled_size
 from semseg.data.plan import RankSequence, TrainPlan
 from semseg.data.sources import DataSource
+from semseg.errors import DataError
 from semseg.nets.segmenter import Segmenter
 from semseg.stopping import leave_signals_to_the_parent
+
+Item = TypeVar("Item")
+LOOK_S = 2.0  # seconds
+
+
+class WatchedLoader(DataLoader[Item]):
+    """A DataLoader that says what it was waiting for when a worker dies, or gives nothing for too long.
+
+    Args:
+        images_of: the images that make up item number n of an iteration.
+        patience_s: seconds to wait for an item; 0: for ever.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Item], images_of: Callable[[int], list[str]], patience_s: float, **options: Any
+    ) -> None:
+        # DataLoader looks after its workers each time that it has waited so long.
+        super().__init__(dataset, timeout=LOOK_S if options["num_workers"] else 0, **options)
+        self._images_of, self.patience_s = images_of, patience_s or math.inf
+
+    def __iter__(self) -> Iterator[Item]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        stream = super().__iter__()
+        for number in itertools.count():
+            try:
+                item = self._next(stream)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader"):
+                    raise
+                reason = str(error).splitlines()[0].rstrip(". ")
+                raise DataError(
+                    f"waiting for {', '.join(self._images_of(number))}: {reason}. Look whether the file can be read "
+                    "and the memory suffices; data.num_workers=0 shows more, data.worker_timeout_s is how long to wait."
+                ) from error
+            yield item
+
+    def _next(self, stream: Iterator[Item]) -> Item:
+        """The next item.
+
+        Raises:
+            RuntimeError: "DataLoader ..." if a worker is dead, or the patience is over.
+        """
+        started = time.monotonic()
+        while True:
+            try:
+                return next(stream)
+            except RuntimeError as error:
+                waited = time.monotonic() - started
+                if not str(error).startswith("DataLoader timed out") or waited > self.patience_s:
+                    raise
 
 
 class SubBatchLoader:
@@ -28,14 +83,22 @@ class SubBatchLoader:
     """
 
     def __init__(
-        self, dataset: TrainDataset, plan: TrainPlan, *, rank: int, world_size: int, steps: int, num_workers: int
+        self,
+        dataset: TrainDataset,
+        plan: TrainPlan,
+        *,
+        rank: int,
+        world_size: int,
+        steps: int,
+        num_workers: int,
+        patience_s: float = 0,
     ) -> None:
         self.dataset = dataset
         self.plan = plan
         self.rank = rank
         self.world_size = world_size
         self.steps = steps
-        self.num_workers = num_workers
+        self.num_workers, self.patience_s = num_workers, patience_s
         self.position = 0  # steps taken since the run began
         self._stream: Iterator[Batch] | None = None
 
@@ -58,8 +121,15 @@ class SubBatchLoader:
         sequence = RankSequence(
             self.plan, rank=self.rank, world_size=self.world_size, start=step, num_steps=sys.maxsize
         )
-        return DataLoader(
+
+        def images_of(number: int) -> list[str]:
+            sub_batch = self.plan.sub_batch((step + number) * self.world_size + self.rank)
+            return [self.dataset.records[index].image for index in sub_batch.records]
+
+        return WatchedLoader(
             self.dataset,  # pyright: ignore[reportArgumentType] - indexed by sub-batches, not numbers
+            images_of,
+            self.patience_s,
             batch_size=None,
             sampler=sequence,  # pyright: ignore[reportArgumentType]
             num_workers=self.num_workers,
@@ -121,6 +191,8 @@ class SegmentationData(pl.LightningDataModule):
             max_long_edge=data.max_long_edge,
             size_divisor=self.size_divisor,
             label_stride=self.label_stride,
+            skip_bad=data.on_bad == "skip",
+            max_pixels=data.max_pixels,
         )
         rank, world_size = self._place()
         self._train_loader = SubBatchLoader(
@@ -130,6 +202,7 @@ class SegmentationData(pl.LightningDataModule):
             world_size=world_size,
             steps=data.steps_per_epoch or plan.steps_in_pass(world_size),
             num_workers=data.num_workers,
+            patience_s=data.worker_timeout_s,
         )
         self._train_loader.position = self._position
         return self._train_loader
@@ -167,21 +240,25 @@ class SegmentationData(pl.LightningDataModule):
         A rank without an image of its own gets image 0, which the module runs but does not count:
         Lightning refuses empty loaders.
         """
-        records = self.source.records(self.split_of(stage))
+        data, records = self.config.data, self.source.records(self.split_of(stage))
         dataset = EvalDataset(
             records,
             label_map=self.source.label_map,
             short_edges=self.config.eval.scales,
-            max_long_edge=self.config.data.max_long_edge,
+            max_long_edge=data.max_long_edge,
             size_divisor=self.size_divisor,
             antialias=self.net.convention.antialias,
+            skip_bad=data.on_bad == "skip",
+            max_pixels=data.max_pixels,
         )
         rank, world_size = self._place()
         share = list(range(rank, len(records), world_size)) or [0]
-        return DataLoader(
+        return WatchedLoader(
             Subset(dataset, share),
+            lambda number: [records[share[number]].image],
+            data.worker_timeout_s,
             batch_size=None,
-            num_workers=self.config.data.num_workers,
+            num_workers=data.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -42,6 +42,14 @@ class ImageRecord(NamedTuple):
     margins: NDArray[np.int32] | None  # (3, K) pixels per class: right, labelled, predicted; kept for a bootstrap only
 
 
+class LeftOut(NamedTuple):
+    """An image that could not be read and was not scored."""
+
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - in the list of the split; hides tuple.index
+    path: str
+    reason: str
+
+
 class Speed(NamedTuple):
     """How fast the images went through."""
 
@@ -56,6 +64,7 @@ class Evaluation(NamedTuple):
     boundary: BoundaryCounts | None
     images: list[ImageRecord]  # in the order of the list
     speed: Speed
+    left_out: Sequence[LeftOut] = ()  # in the order of the list
 
 
 class Stopwatch:
@@ -102,6 +111,7 @@ class Evaluator:
         self.confusions = [ConfusionMatrix(num_classes).to(device) for _ in range(num_sets)]
         self.boundary = BoundaryIoU(num_classes).to(device) if config.boundary_iou else None
         self.images: list[ImageRecord] = []
+        self.left_out: list[LeftOut] = []
         self.watch = Stopwatch(device)
 
     def add(self, sample: EvalSample, predictions: Sequence[Tensor]) -> None:
@@ -128,23 +138,37 @@ class Evaluator:
             )
         )
 
+    def leave_out(self, sample: EvalSample) -> None:
+        """Note an image that could not be read."""
+        self.left_out.append(LeftOut(sample.index, sample.path, sample.bad))
+
     def result(self) -> Evaluation:
         """What all ranks have counted; every rank must call it, and each gets all of it."""
-        ranks = gather((self.images, self.watch.seconds))
-        images = sorted((image for images, _ in ranks for image in images), key=lambda image: image.index)
+        ranks = gather(Share(self.images, self.left_out, self.watch.seconds))
+        images = sorted((image for rank in ranks for image in rank.images), key=lambda image: image.index)
+        left_out = sorted((image for rank in ranks for image in rank.left_out), key=lambda image: image.index)
         return Evaluation(
             counts=[confusion.compute() for confusion in self.confusions],
             boundary=None if self.boundary is None else self.boundary.compute(),
             images=images,
-            speed=speed_of(len(images), [seconds for _, seconds in ranks]),
+            speed=speed_of(len(images), [rank.seconds for rank in ranks]),
+            left_out=left_out,
         )
 
 
-def gather(own: tuple[list[ImageRecord], dict[str, float]]) -> list[tuple[list[ImageRecord], dict[str, float]]]:
+class Share(NamedTuple):
+    """What one rank has to tell."""
+
+    images: list[ImageRecord]
+    left_out: list[LeftOut]
+    seconds: dict[str, float]
+
+
+def gather(own: Share) -> list[Share]:
     """What every rank passed, in their order."""
     if not (dist.is_available() and dist.is_initialized()):
         return [own]
-    ranks: list[tuple[list[ImageRecord], dict[str, float]]] = [own] * dist.get_world_size()
+    ranks = [own] * dist.get_world_size()
     dist.all_gather_object(ranks, own)
     return ranks
 

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all. No torch."""
+"""Files written whole or not at all, and paths as people write them. No torch."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def from_here(path: Path) -> Path:
+    """`path` relative to the working directory if it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_warn
@@ -22,6 +24,7 @@ from semseg.data.geometry import Size, canvas_size, label_size
 from semseg.errors import SemsegError
 from semseg.files import replacing
 from semseg.stopping import Votes
+from semseg.syncbn.layer import reduced_over
 
 FOLDER = "nonfinite"  # in the run folder
 
@@ -141,17 +144,59 @@ class ProbeMemory(Callback):
         batch = batch._replace(**{
             name: value.to(pl_module.device) for name, value in batch._asdict().items() if isinstance(value, Tensor)
         })  # fmt: skip
-        statistics = {name: value.clone() for name, value in pl_module.named_buffers()}
-        weights = [value for value in pl_module.parameters() if value.requires_grad]
-        try:
-            with trainer.precision_plugin.forward_context():
-                loss = pl_module.loss_of(batch)  # pyright: ignore[reportCallIssue]
+        with out_of_memory_told(batch), trainer.precision_plugin.forward_context():
+            try_out(pl_module, batch)
+
+
+def try_out(module: pl.LightningModule, batch: Batch) -> None:
+    """Run a sub-batch forward and backward and leave no trace: no gradient, no statistics, no random number drawn.
+
+    Raises:
+        torch.OutOfMemoryError: if it does not fit into memory.
+    """
+    statistics = {name: value.clone() for name, value in module.named_buffers()}
+    weights = [value for value in module.parameters() if value.requires_grad]
+    device = module.device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            loss = module.losses(batch, average="ranks").total  # pyright: ignore[reportCallIssue]
+        with torch.autocast(device.type, enabled=False):
             # Not backward(): hooks that average gradients over ranks are for real steps.
             torch.autograd.grad(loss, weights, allow_unused=True)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(batch, error) from None
-        for name, value in pl_module.named_buffers():
+    finally:
+        torch.clear_autocast_cache()  # its copies of the weights belong to the graph that is gone
+        for name, value in module.named_buffers():
             value.copy_(statistics[name])
+
+
+class Rehearsal:
+    """Tries sub-batches out before their step, on each rank alone, where a step could not be taken back.
+
+    That is on several devices, where ranks wait for each other in the middle of a step, and with accumulation, since a
+    backward pass that fails spoils the gradients of the sub-batches before. Here a rank that runs out of memory has
+    told the others nothing yet. Only a sub-batch with more pixels than all that went well is tried.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._largest = 0  # numbers in a tensor of images
+        self._alone: dist.ProcessGroup | None = None
+        if world_size > 1:
+            group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            assert isinstance(group, dist.ProcessGroup), "this process is in it"
+            self._alone = group
+
+    def problem_with(self, module: pl.LightningModule, batch: Batch) -> OutOfMemory | None:
+        """None if the sub-batch fits into memory."""
+        if batch.image.numel() <= self._largest:
+            return None
+        try:
+            with nullcontext() if self._alone is None else reduced_over(module, self._alone):
+                try_out(module, batch)
+        except torch.OutOfMemoryError as error:
+            return OutOfMemory(batch, error)
+        if module.trainer.global_step:  # until then the optimiser has no memory of its own
+            self._largest = batch.image.numel()
+        return None
 
 
 class Culprit(NamedTuple):
@@ -196,6 +241,15 @@ class OutOfMemory(SemsegError):  # noqa: N818 - torch's own name for it
             "Lower data.batch_size, data.max_long_edge or the largest of data.short_edges, or set "
             f"trainer.precision=bf16-mixed. The device said: {said}"
         )
+
+
+@contextmanager
+def out_of_memory_told(batch: Batch) -> Iterator[None]:
+    """While inside, running out of memory is told as an OutOfMemory on `batch`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(batch, error) from None
 
 
 def at_next_smaller_edge(

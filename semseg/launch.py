@@ -1,8 +1,8 @@
 """The door: compose and check the configuration, then hand it to one mode. No torch before that.
 
-Who owns what: this module owns exit codes and messages, sweeps (one process per job) and the run
-folder's name; semseg/supervise.py owns the processes of a run on several devices. A configuration error
-leaves before anything is written.
+Who owns what: this module owns exit codes and messages and the run folder's name; semseg/sweep.py owns the jobs of a
+sweep, and semseg/supervise.py the processes of a run on several devices. A configuration error leaves before anything
+is written.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
-import json
 import logging
 import os
 import re
-import subprocess
+import shlex
 import sys
+import traceback
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -34,7 +34,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from semseg.config import Config, check, explain, hydra_words, schema_keys, unknown_key, walk
-from semseg.errors import STOPPED_CODES, ConfigError, SemsegError, nearest
+from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError, nearest
+from semseg.files import from_here
+from semseg.jobs import finished_job, job_words
 from semseg.secrets import guard_interpolations, refusal, secret_in
 from semseg.supervise import (
     agreed_run_dir,
@@ -51,7 +53,6 @@ PATH_KEYS = (
     "data.root", "data.classes", "download.cache", "model.encoder.weights",
 )  # fmt: skip
 OPEN_KEYS = ("download.mirrors",)  # whose own keys are the user's
-RESULT_FILE = "result.json"  # what a sweep reads of each of its jobs
 # Options of Hydra's that are passed on. Not among them: those that load code (--experimental-rerun unpickles a file)
 # or another configuration than ours, and abbreviations.
 OPTIONS = (
@@ -62,6 +63,8 @@ SWEEP = ("-m", "--multirun")
 # What Hydra's own settings may call: its plugins, which it looks up among those that are installed, and no callback.
 HYDRA_TARGETS = {"launcher._target_", "sweeper._target_"}
 HYDRA_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
+OPTUNA_SAMPLERS = tuple(f"optuna.samplers.{name}Sampler" for name in ("TPE", "Random", "CmaEs", "NSGAII", "MOTPE"))
+PLUGIN_EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}
 LOGGING_CALLS = ("logging.StreamHandler", "logging.FileHandler", "colorlog.ColoredFormatter")
 LOGGING_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 LONGEST_WORD = 10_000  # characters; Hydra's parser takes seconds for more
@@ -86,12 +89,17 @@ def main() -> None:
     """Run the command line in sys.argv; ends the process with 0, 1 (failure) or 2 (configuration)."""
     # Hydra prints errors its own way unless told to pass them on.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    words = sys.argv[1:]
+    given = words = sys.argv[1:]
     try:
         sys.argv[1:] = words = understood(words)
-        if not any(word.startswith("-") for word in words):
+        options = {word for word in words if word.startswith("-")}
+        if options & set(SWEEP):
+            refuse_further(options)
+            sys.exit(run_sweep(given, words))
+        if not options:
             composed = compose_all(words)
             config = check(settled(composed))  # before anything is written
+            refuse_search(composed)
             run_dir = run_folder(composed)
             processes = num_processes(config)
             if processes > 1:
@@ -99,16 +107,65 @@ def main() -> None:
             sys.argv[1:] += [f"hydra.run.dir={quoted(run_dir)}"] + (
                 ["hydra.output_subdir=null"] if external_rank() else []
             )
-        elif not {"-sc", "--shell-completion"} & set(words):
-            composed = compose_all(overrides_among(words), sweep=is_sweep(words))
-            sys.argv[1:] += words_of_sweep_folder(composed) if is_sweep(words) else []
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
+        elif not {"-sc", "--shell-completion"} & options:
+            compose_all(overrides_among(words))
+        start()
     except SemsegError as error:
+        leave_last_words(error, error.exit_code)
         leave(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
         leave(explain_hydra(error, words), ConfigError.exit_code)
     except KeyboardInterrupt:
-        leave("interrupted.", 130)
+        leave("interrupted.", INTERRUPTED)
+
+
+def refuse_further(options: set[str]) -> None:
+    """A sweep runs; it does not show configurations as well.
+
+    Raises:
+        ConfigError: if there is any other option.
+    """
+    further = sorted(options - set(SWEEP))
+    if further:
+        raise ConfigError(f"{further[0]} and -m: a sweep takes no other option.")
+
+
+def start() -> None:
+    """Hand the words in sys.argv over to Hydra."""
+    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
+
+
+def run_sweep(given: list[str], words: list[str]) -> int:
+    """Run the sweep in sys.argv to its end, then print and write its table; returns the exit code.
+
+    Args:
+        given: the command line as it was typed, for the command that goes on with the sweep.
+        words: the same as Hydra wants it.
+    """
+    composed = compose_all(overrides_among(words), sweep=True)
+    sweep_dir = sweep_folder(composed)
+    sys.argv[1:] += [f"hydra.sweep.dir={quoted(sweep_dir)}"]
+    # For launchers whose jobs begin as a process that knows nothing but the name of our function.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(CONFIG_DIR.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    stopped = 0
+    try:
+        start()
+    except KeyboardInterrupt:
+        stopped = INTERRUPTED
+    except SystemExit as asked:  # by a job that passed on a signal
+        stopped = int(asked.code or 0)
+    except (SemsegError, HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:  # of a launcher that lost a job, say; the table tells what became of the others
+        stopped = 1
+        if "No trials are completed" not in str(error):  # Optuna, when every job failed
+            traceback.print_exc()
+    again = [word for word in given if word.partition("=")[0] not in ("sweep_dir", "hydra.sweep.dir")]
+    command = shlex.join(["python", "run.py", *again, f"sweep_dir={from_here(sweep_dir)}"])
+    from semseg.sweep import conclude  # noqa: PLC0415 - tables and pages take time to import, and most runs need none
+
+    code = conclude(sweep_dir, command)
+    return stopped or code
 
 
 def understood(words: list[str]) -> list[str]:
@@ -120,6 +177,9 @@ def understood(words: list[str]) -> list[str]:
     for word in words:
         check_word(word)
     words = [friendly(word, sweep=is_sweep(words)) for word in again(words)]
+    alone = next((word for word in words if word.startswith("sweep_dir=")), None)
+    if alone is not None:
+        raise ConfigError(f"{shortened(alone)}: is for sweeps. Add -m.")
     for word in words:
         check_word(word)
     return words
@@ -221,11 +281,25 @@ def run_folder(composed: DictConfig) -> Path:
     return Path(agreed_run_dir(str(mine), rank))
 
 
-def words_of_sweep_folder(composed: DictConfig) -> list[str]:
-    """The word that gives a sweep a folder of its own; none if the user has named one."""
-    if "${now:" not in raw(composed.hydra.sweep, "dir"):
-        return []
-    return [f"hydra.sweep.dir={quoted(claimed(Path(str(composed.hydra.sweep.dir)).absolute()))}"]
+def sweep_folder(composed: DictConfig) -> Path:
+    """The folder of a sweep: for this sweep alone if its name has the time in it.
+
+    Raises:
+        ConfigError: if it cannot be made.
+    """
+    sweep_dir = Path(str(composed.hydra.sweep.dir)).absolute()
+    return claimed(sweep_dir) if "${now:" in raw(composed.hydra.sweep, "dir") else sweep_dir
+
+
+def refuse_search(composed: DictConfig) -> None:
+    """Settings of a sweep mean nothing to a single run.
+
+    Raises:
+        ConfigError: if there are any.
+    """
+    search = composed.hydra.runtime.choices.get("hparams_search")
+    if search is not None:
+        raise ConfigError(f"hparams_search={search}: is for sweeps. Add -m.")
 
 
 def claimed(folder: Path) -> Path:
@@ -267,6 +341,7 @@ def quoted(text: object) -> str:
 
 def run_ranks(words: list[str], processes: int, run_dir: Path) -> int:
     """Run this command line as one process per device, all with the same run folder."""
+    follow_supervisor()
     command = [sys.executable, str(CONFIG_DIR.parent / "run.py"), *words, f"hydra.run.dir={quoted(run_dir)}"]
     return supervise(command, processes, run_dir)
 
@@ -282,7 +357,8 @@ def job(composed: DictConfig) -> float | None:
     """One job: the mode's `run` in this process, or in its own process if it is part of a sweep."""
     runtime = HydraConfig.get()
     if runtime.mode == RunMode.MULTIRUN:
-        return run_in_own_process(list(runtime.overrides.task), Path(runtime.runtime.output_dir))
+        overrides, run_dir = job_words(runtime.overrides.task), Path(runtime.runtime.output_dir)
+        return run_in_own_process(overrides, run_dir, scores=composed.mode == "train")
     with open_dict(composed):
         # In the process of another rank, or of a job of a sweep, ${now:} would name another folder.
         composed.run_dir = runtime.runtime.output_dir
@@ -299,20 +375,22 @@ def job(composed: DictConfig) -> float | None:
         raise
 
 
-def run_in_own_process(overrides: list[str], run_dir: Path) -> float:
-    """Run one job of a sweep by itself and return its score (NaN if it failed).
+def run_in_own_process(overrides: list[str], run_dir: Path, *, scores: bool) -> float | None:
+    """Run one job of a sweep by itself, unless it is finished, and return its score (None without one).
 
-    So that jobs leave each other alone: their ranks, their memory, their crashes.
+    So that jobs leave each other alone: their ranks, their memory, their crashes. `scores`: as of `run_job`.
     """
+    from semseg.sweep import run_job  # noqa: PLC0415 - as above
+
+    done = finished_job(run_dir, overrides, scores=scores)
+    if done is not None:
+        log.info("job %s: was finished before", run_dir.name)
+        return done.result.score
     command = [sys.executable, str(CONFIG_DIR.parent / "run.py"), *overrides]
     command += [f"{key}={quoted(run_dir)}" for key in ("hydra.run.dir", "run_dir")]
-    finished = subprocess.run(command, check=False)  # noqa: S603 - our own interpreter and entry point
-    if finished.returncode:
-        log.error("job failed with exit code %d: %s", finished.returncode, " ".join(overrides))
-        return float("nan")
-    result = run_dir / RESULT_FILE
-    score = json.loads(result.read_text())["score"] if result.is_file() else None
-    return float("nan") if score is None else float(score)  # no validation, no score
+    job = run_job(command, overrides, run_dir, scores=scores)
+    log.info("job %s: %s%s", run_dir.name, job.status, f": {job.reason}" if job.reason else "")
+    return job.result.score
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
@@ -374,8 +452,14 @@ def hydra_problems(settings: Any) -> Iterator[str]:
     """A sentence for everything in Hydra's own settings, as they are written, that would call what is not on a list."""
     found = dict(walk(settings))
     for place in hydra_words(settings):
-        if place not in HYDRA_TARGETS or not str(found.get(place)).startswith(HYDRA_PLUGINS):
+        if not may_call(place, str(found.get(place))):
             yield f"hydra.{place}={found.get(place)}: not allowed."
+    if found.get("sweeper.custom_search_space") is not None:
+        yield f"hydra.sweeper.custom_search_space={found['sweeper.custom_search_space']}: not allowed."
+    for name in ("params", "search_space"):
+        space = settings["sweeper"].get(name) or {}
+        if not isinstance(space, dict) or any(re.search(r"\bhydra\b", str(key)) for key in space):
+            yield f"hydra.sweeper.{name}={space}: not allowed. It makes words of jobs, which cannot change Hydra."
     for key, value in found.items():
         section, _, rest = key.partition(".")
         if section not in ("job_logging", "hydra_logging"):
@@ -386,6 +470,12 @@ def hydra_problems(settings: Any) -> Iterator[str]:
         later = "${" in text and words[-1] != "filename"
         if calls or names or later or "()" in words[:-1]:
             yield f"hydra.{key}={text}: not allowed. Allowed: {', '.join((*LOGGING_CALLS, *LOGGING_STREAMS))}."
+
+
+def may_call(place: str, target: str) -> bool:
+    """Whether Hydra's own setting `place` may name `target`."""
+    is_plugin = place in HYDRA_TARGETS and target.startswith(HYDRA_PLUGINS)
+    return is_plugin or (place == "sweeper.sampler._target_" and target in OPTUNA_SAMPLERS)
 
 
 def friendly(word: str, *, sweep: bool = False) -> str:
@@ -400,6 +490,8 @@ def friendly(word: str, *, sweep: bool = False) -> str:
     'ckpt="epoch=3.ckpt"'
     """
     key, equals, value = word.partition("=")
+    if key == "sweep_dir" and sweep:
+        return f"hydra.sweep.dir={quoted(os.path.expanduser(value))}"  # noqa: PTH111
     if key in OPEN_KEYS:
         return f"++{word}"  # Hydra's way to give keys that are in no file
     if key == "trainer.devices" and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", value) and not value.isdigit():
@@ -429,7 +521,7 @@ def explain_hydra(error: Exception, overrides: list[str]) -> str:
     missing = re.search(r"Could not find '([^']+)'", text)
     if missing:
         group, _, option = missing[1].rpartition("/")
-        return explain_option(group, option)
+        return explain_option(group, option, re.findall(r"^\t(\w+)$", text, re.MULTILINE))
     key = re.search(r"Could not override '([^'@]+)", text) or re.search(r"Key '([^']+)'", text)
     if key:
         meant = group_of_option(key[1], overrides)
@@ -449,9 +541,11 @@ def group_of_option(key: str, overrides: list[str]) -> str | None:
     return nearest(key, owners)
 
 
-def explain_option(group: str, option: str) -> str:
-    """One line for a group that has no such option."""
-    options = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+def explain_option(group: str, option: str, listed: list[str]) -> str:
+    """One line for a group that has no such option; `listed` are those of a group that is not ours."""
+    if group in ("hydra/launcher", "hydra/sweeper") and option in PLUGIN_EXTRAS:
+        return f"{group}={option} is not installed. To install it: pip install 'semseg[{PLUGIN_EXTRAS[option]}]'"
+    options = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml")) or listed
     if not options:
         return unknown_key(group or option, groups())
     meant = nearest(option, options)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import SumMetric
 
+from semseg.bad_images import check_share, tell_bad
 from semseg.checkpoint import FORMAT_KEY, describe
 from semseg.collate import Batch
 from semseg.config import Config
@@ -19,9 +21,9 @@ from semseg.data.classes import ClassTable
 from semseg.data.convention import InputConvention
 from semseg.data.datasets import EvalSample
 from semseg.evaluation import Evaluation, Evaluator
-from semseg.guards import OutOfMemory, at_next_smaller_edge
+from semseg.guards import OutOfMemory, Rehearsal, at_next_smaller_edge, out_of_memory_told
 from semseg.inference import merge_scales, scale_logits
-from semseg.losses import segmentation_loss
+from semseg.losses import Loss, segmentation_loss
 from semseg.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter
@@ -45,9 +47,11 @@ class SegmentationModule(pl.LightningModule):
         self.config = config
         self.classes = classes
         self.confusion = ConfusionMatrix(len(classes.names))
+        self.left_out = SumMetric()  # images of the present evaluation that could not be read
         self.scores: Scores | None = None  # of the last validation or test
         self.evaluation: Evaluation | None = None  # of the last test, in full
-        self.oom_retries = 0  # sub-batches that ran again at a smaller size
+        self.oom_retries = 0  # sub-batches that ran at a smaller size, since there was no memory for them
+        self.rehearsal: Rehearsal | None = None
         if config.model.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if config.model.compile:
@@ -60,6 +64,10 @@ class SegmentationModule(pl.LightningModule):
         syncbn = self.config.syncbn
         if self.trainer.world_size == 1 and (syncbn.name, syncbn.convention) == ("reduce", "published"):
             convert(self.net, "published")
+        trainer = self.config.trainer
+        can_go_back = self.trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
+        if trainer.on_oom == "retry" and not can_go_back:
+            self.rehearsal = Rehearsal(self.trainer.world_size)
 
     def on_fit_end(self) -> None:
         revert(self.net)
@@ -81,11 +89,30 @@ class SegmentationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.batch = batch
+        if self.rehearsal is not None:
+            self.rehearse(self.rehearsal)
+            with out_of_memory_told(self.batch):
+                return self.loss_of(self.batch)
         try:
             return self.loss_of(batch)
         except torch.OutOfMemoryError as error:
             problem = OutOfMemory(batch, error)
-        return self.loss_of(self.smaller_batch(problem))
+        smaller = self.smaller_batch(problem)
+        with out_of_memory_told(smaller):
+            return self.loss_of(smaller)
+
+    def rehearse(self, rehearsal: Rehearsal) -> None:
+        """Take the present sub-batch at the next smaller short edge if there is no memory for it.
+
+        Raises:
+            OutOfMemory: if that does not fit either.
+        """
+        problem = rehearsal.problem_with(self, self.batch)
+        if problem is None:
+            return
+        problem = rehearsal.problem_with(self, self.smaller_batch(problem))
+        if problem is not None:
+            raise problem
 
     def backward(self, loss: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
@@ -93,37 +120,38 @@ class SegmentationModule(pl.LightningModule):
             return
         except torch.OutOfMemoryError as error:
             problem = OutOfMemory(self.batch, error)
+        if self.rehearsal is not None:
+            raise problem
         smaller = self.smaller_batch(problem)
         self.zero_grad(set_to_none=True)  # what was there of this step
-        self.loss_of(smaller).backward()
+        with out_of_memory_told(smaller):
+            self.loss_of(smaller).backward()
 
     def smaller_batch(self, problem: OutOfMemory) -> Batch:
-        """The present sub-batch at the next smaller short edge, if `trainer.on_oom` allows it.
-
-        Ranks that wait for each other cannot go back, and gradients of earlier sub-batches cannot be kept.
+        """The present sub-batch at the next smaller short edge, if there is one and `trainer.on_oom` allows it.
 
         Raises:
             OutOfMemory: otherwise.
         """
-        trainer, data = self.config.trainer, self.config.data
-        is_alone = self.trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
+        data = self.config.data
         divisor = self.config.model.size_divisor or self.net.size_divisor
         stride = self.config.model.label_stride or self.net.label_stride
         smaller = at_next_smaller_edge(self.batch, data.short_edges, divisor, stride)
-        if trainer.on_oom != "retry" or not is_alone or smaller is None:
+        if self.config.trainer.on_oom != "retry" or smaller is None:
             raise problem
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.oom_retries += 1
-        rank_zero_warn(f"{problem} Running it again at {tuple(smaller.image.shape[-2:])} ({self.oom_retries} so far).")
+        warnings.warn(
+            f"{problem} Running it again at {tuple(smaller.image.shape[-2:])} ({self.oom_retries} so far).",
+            stacklevel=1,
+        )
         self.batch = smaller
         return smaller
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The loss of one sub-batch; it and the accuracy go to the progress line."""
-        logits = self.net(self.input(batch.image, batch.size))
-        model = self.config.model
-        loss = segmentation_loss(logits, batch.label, model.deepsup_weight, self.config.loss.average)
+        loss = self.losses(batch, self.config.loss.average)
         count = len(batch.paths)
         # To the progress line only: LogSteps brings them to the loggers, before checkpoints are written.
         accuracy = loss.correct / loss.scored.clamp(min=1)
@@ -131,8 +159,17 @@ class SegmentationModule(pl.LightningModule):
         self.log("train/accuracy", accuracy, prog_bar=True, logger=False, batch_size=count)
         return loss.total
 
+    def losses(self, batch: Batch, average: str) -> Loss:
+        """The loss of one sub-batch, over the ranks as `average` says, with the counts behind the accuracy."""
+        logits = self.net(self.input(batch.image, batch.size))
+        return segmentation_loss(logits, batch.label, self.config.model.deepsup_weight, average)
+
     def validation_step(self, sample: EvalSample, batch_idx: int) -> None:
         if not self.is_own(sample):
+            return
+        self.left_out.update(bool(sample.bad))
+        if sample.bad:
+            tell_bad(sample.bad)
             return
         (prediction,) = self.predict(sample)
         self.confusion.update(confusion_counts(prediction, sample.label, self.confusion.num_classes))
@@ -146,6 +183,11 @@ class SegmentationModule(pl.LightningModule):
     def test_step(self, sample: EvalSample, batch_idx: int) -> Tensor | None:
         """Score one image; the class indices (H, W) are handed on to callbacks that draw them."""
         if not self.is_own(sample):
+            return None
+        self.left_out.update(bool(sample.bad))
+        if sample.bad:
+            self.evaluator.leave_out(sample)
+            tell_bad(sample.bad)
             return None
         predictions = self.predict(sample, self.config.eval.also_scales)
         self.evaluator.add(sample, predictions)
@@ -186,7 +228,10 @@ class SegmentationModule(pl.LightningModule):
 
     def finish_scores(self, counts: Counts, stage: str) -> None:
         """Scores of all ranks' images from one matrix; the same numbers are logged on every rank."""
-        self.check_images(counts.images, stage)
+        left_out = int(self.left_out.compute())
+        self.left_out.reset()
+        self.check_images(counts.images + left_out, stage)
+        check_share(left_out, counts.images + left_out, self.config.data.max_bad)
         self.scores = scores_from(counts.matrix, self.config.data.miou_rule)
         for name, value in (
             ("miou", self.scores.mean_iou),

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from semseg.config import MIOU_RULES
 from semseg.data.classes import ClassTable
-from semseg.evaluation import LEVEL, Evaluation, ImageRecord, Intervals, Speed
+from semseg.evaluation import LEVEL, Evaluation, ImageRecord, Intervals, LeftOut, Speed
 from semseg.files import replacing
 from semseg.metrics import BoundaryCounts, Scores, scores_from
 
@@ -42,6 +42,7 @@ class Findings(NamedTuple):
     intervals: Intervals | None
     images: list[ImageRecord]
     speed: Speed
+    left_out: Sequence[LeftOut] = ()
 
 
 def findings_of(
@@ -63,6 +64,7 @@ def findings_of(
         intervals=intervals,
         images=evaluation.images,
         speed=evaluation.speed,
+        left_out=evaluation.left_out,
     )
 
 
@@ -215,6 +217,7 @@ def as_plain(findings: Findings) -> dict[str, Any]:
         },
         "also_scales": [{"scales": scales, **headline(scores)} for scales, scores in findings.parts],
         "speed": findings.speed._asdict(),
+        "left_out": [{"file": image.path, "reason": image.reason} for image in findings.left_out],
     }
     if boundary is not None:
         plain["boundary_iou"] = boundary.mean_iou

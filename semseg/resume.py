@@ -111,7 +111,8 @@ def read_run_state(path: Path) -> RunState:
 # What decides the steps of a run; the rest (folders, loggers, number of workers, ...) may change.
 EXACT = ("seed", "model", "data", "optim", "schedule", "loss", "syncbn")
 FREE = (
-    "data.num_workers", "data.root", "data.hint", "data.test", "data.miou_rule", "data.archive",
+    "data.num_workers", "data.worker_timeout_s", "data.on_bad", "data.max_bad", "data.max_pixels",
+    "data.root", "data.hint", "data.test", "data.miou_rule", "data.archive",
     "model.name", "model.channels_last", "model.compile", "model.encoder.weights",
 )  # fmt: skip
 EXACT_TRAINER = ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.precision")

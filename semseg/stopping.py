@@ -85,3 +85,11 @@ class Votes:
         ballot = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)  # pyright: ignore[reportArgumentType]
         return ballot.tolist()
+
+    def total(self, *numbers: int) -> list[int]:
+        """For each of `numbers` the sum over all ranks. Every rank must call it equally often."""
+        if self._group is None:
+            return list(numbers)
+        ballot = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(ballot, dist.ReduceOp.SUM, group=self._group)  # pyright: ignore[reportArgumentType]
+        return ballot.tolist()

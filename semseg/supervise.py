@@ -22,16 +22,18 @@ from types import FrameType
 from typing import NamedTuple
 
 from semseg.config import Config
-from semseg.errors import STOPPED_CODES
+from semseg.errors import STOPPED_CODES, SemsegError
 
 FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and last words of ranks that raised
-SUPERVISOR = "SEMSEG_SUPERVISOR"  # process id, in the environment of every rank
+SUPERVISOR = "SEMSEG_SUPERVISOR"  # process id, in the environment of every rank and every job of a sweep
 LAST_WORDS = "SEMSEG_LAST_WORDS"  # file, likewise
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 3.0  # between asking a rank to end and ending it
 STOP_SECONDS = 30.0  # for ranks that were asked to stop: they write a checkpoint first
 # Environment variables by which somebody else says that it starts the ranks.
 EXTERNAL_LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+# What a run that starts its own ranks must not inherit, these and those by which Lightning takes it for a rank.
+RANK_NAMES = (*EXTERNAL_LAUNCHERS, "RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")
 OWN_LAUNCH = ("ddp", "auto", "fsdp")  # strategies, by the start of their name, whose ranks are scripts of their own
 
 
@@ -90,14 +92,40 @@ def supervise(command: Sequence[str], processes: int, run_dir: Path) -> int:
     if stopped and len(stopped) == len(ranks):
         return stopped[0]
     if failure is not None:
+        told = f"rank {failure.rank} of {processes} failed: {failure.reason}"
+        leave_last_words(SemsegError(told), failure.exit_code)  # if this is a job of a sweep
         sys.stdout.flush()
-        print(
-            f"\nerror: rank {failure.rank} of {processes} failed: {failure.reason}\nits log: {failure.log}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"\nerror: {told}\nits log: {failure.log}", file=sys.stderr, flush=True)
         return failure.exit_code
     return 128 + received[0] if received else 0
+
+
+class Ended(NamedTuple):
+    """How a process of its own ended."""
+
+    exit_code: int  # below 0: killed by that signal
+    signal: int | None  # that this process got meanwhile and passed on
+
+
+def run_alone(command: Sequence[str], last_words: Path) -> Ended:
+    """Run `command` as a run of its own, with its own ranks, and wait for its end. No process outlives it.
+
+    Args:
+        last_words: the file in which it leaves what it raised; without it if the command raised nothing.
+    """
+    last_words.unlink(missing_ok=True)
+    last_words.parent.mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_NAMES}
+    environment |= {SUPERVISOR: str(os.getpid()), LAST_WORDS: str(last_words)}
+    received: list[int] = []
+    with _handlers(received.append):
+        process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603 - our own entry point
+        while process.poll() is None and not received:
+            time.sleep(POLL_SECONDS)
+        if received:
+            _pass_on([process], received)
+        _end([process])
+    return Ended(process.returncode, received[0] if received else None)
 
 
 def _start(command: Sequence[str], rank: int, processes: int, folder: Path, port: int) -> subprocess.Popen[bytes]:
@@ -251,7 +279,7 @@ def agreed_run_dir(mine: str, rank: int) -> str:
 
 
 def follow_supervisor() -> None:
-    """In a rank: end when the supervisor is gone, however it went. Elsewhere: nothing."""
+    """In a rank or a job of a sweep: end when what started it is gone, however it went. Elsewhere: nothing."""
     supervisor = os.environ.get(SUPERVISOR)
     if supervisor is None or os.getppid() != int(supervisor):
         return
@@ -265,7 +293,7 @@ def follow_supervisor() -> None:
 
 
 def leave_last_words(error: BaseException, exit_code: int) -> None:
-    """In a rank: write down what it raised, before anything on the way out can hang. Elsewhere: nothing."""
+    """In a rank or a job of a sweep: write down what it raised, before it hangs on its way out. Elsewhere: nothing."""
     path = os.environ.get(LAST_WORDS)
     if path is None:
         return

@@ -116,7 +116,7 @@ def test_a_tar_file_that_ends_with_a_zip_file_is_a_tar_file(tmp_path: Path) -> N
 @pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
 @pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_hostile_archive_is_refused_before_anything_is_written(
+def test_g5_a_hostile_archive_is_refused_before_anything_is_written(
     tmp_path: Path, case: str, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if case == "many":
@@ -159,7 +159,7 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.reliability
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_g5_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     left = tmp_path / ".set.unpacking"
     left.mkdir()
     (left / "half").touch()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import io
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -18,7 +17,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from memory import FORK, MEGABYTE, in_child, needs_proc, peak_growth
 from semseg import checkpoint_io
 from semseg.checkpoint_io import AtomicCheckpointIO, BestCheckpoint, damage, newest_intact, remove_leftovers
 from semseg.errors import CheckpointError
-
-FORK = multiprocessing.get_context("fork")
-MEGABYTE = 2**20
 
 
 def content(step: int, megabytes: float) -> dict[str, Any]:
@@ -51,22 +47,6 @@ def step_of(path: Path) -> int:
     loaded = torch.load(path, weights_only=True)
     assert all(bool((tensor == loaded["global_step"]).all()) for tensor in loaded["state_dict"].values())
     return loaded["global_step"]
-
-
-def in_child(work: Callable[[], Any]) -> Any:
-    """The answer of `work`, done in a fork of this process."""
-
-    def run(sender: Connection) -> None:
-        torch.set_num_threads(1)  # the parent's pool of threads does not survive the fork
-        sender.send(work())
-
-    receiver, sender = FORK.Pipe(duplex=False)
-    child = FORK.Process(target=run, args=(sender,))
-    child.start()
-    sender.close()
-    answer = receiver.recv()
-    child.join()
-    return answer
 
 
 def save(step: int, path: Path, megabytes: float = 0.1) -> None:
@@ -204,26 +184,15 @@ def test_shared_memory_is_needed_once_and_a_view_needs_all_of_it() -> None:
 
 
 @pytest.mark.reliability
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak of memory")
+@needs_proc
 def test_b7_saving_takes_a_fifth_of_the_file_in_memory_at_most(tmp_path: Path) -> None:
     size = 100 * MEGABYTE
-
-    def growth(work: Callable[[], Any]) -> float:
-        """By how much of the file's size the peak of this process's memory grows."""
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh
-        before = peak()
-        work()
-        return (peak() - before) / size
-
-    def peak() -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
 
     def measure() -> tuple[float, float]:
         checkpoint = content(1, 100)
         path = tmp_path / "last.ckpt"
-        streamed = growth(lambda: AtomicCheckpointIO().save_checkpoint(checkpoint, path))
-        return streamed, growth(lambda: torch.save(checkpoint, io.BytesIO()))
+        streamed = peak_growth(lambda: AtomicCheckpointIO().save_checkpoint(checkpoint, path))
+        return streamed / size, peak_growth(lambda: torch.save(checkpoint, io.BytesIO())) / size
 
     streamed, in_memory = in_child(measure)
     assert in_memory > 0.9  # the gauge sees what Lightning's own saving takes

@@ -14,8 +14,9 @@ def sample(height: int, width: int, stride: int, value: int) -> Sample:
     return Sample(np.full((height, width, 3), (value, 2, 3), np.uint8), label, f"{value}.jpg")
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize(("size_divisor", "label_stride"), [(8, 8), (32, 4), (64, 1)])
-def test_two_very_different_sizes_share_a_canvas(size_divisor: int, label_stride: int) -> None:
+def test_c12_two_very_different_sizes_share_a_canvas(size_divisor: int, label_stride: int) -> None:
     members = [sample(300, 401, label_stride, 7), sample(97, 131, label_stride, 9)]
     batch = collate(members, size_divisor, label_stride)
     height, width = batch.image.shape[2:]

@@ -99,8 +99,9 @@ def test_a_loader_goes_on_from_any_step(root: Path, done: int) -> None:
     assert same(whole[done:], take(fresh, 8 - done))
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_evaluation_gives_each_image_to_one_rank(root: Path, world_size: int) -> None:
+def test_c16_evaluation_gives_each_image_to_one_rank(root: Path, world_size: int) -> None:
     counted = []
     for rank in range(world_size):
         samples = [

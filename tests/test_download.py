@@ -114,7 +114,7 @@ def test_a_chunked_body_needs_no_length(server: LocalServer, config: DownloadCon
 
 
 @pytest.mark.reliability
-def test_five_cuts_cost_five_requests_and_not_one_byte_twice(server: LocalServer, config: DownloadConfig) -> None:
+def test_g6_five_cuts_cost_five_requests_and_not_one_byte_twice(server: LocalServer, config: DownloadConfig) -> None:
     cuts = [1, 65_536, 333_333, 700_001, len(CONTENT) - 1]
     server.answers[PATH] = [until(cut) for cut in cuts]
     path = fetch(server.url(PATH), config, digest=f"sha256:{SHA256}")
@@ -175,7 +175,7 @@ def test_a_range_that_cannot_be_served_starts_over(server: LocalServer, config: 
 
 
 @pytest.mark.reliability
-def test_a_killed_download_goes_on_where_it_was(server: LocalServer, config: DownloadConfig, tmp_path: Path) -> None:
+def test_g6_a_killed_download_goes_on_where_it_was(server: LocalServer, config: DownloadConfig, tmp_path: Path) -> None:
     go_on = threading.Event()
 
     def half_then_wait(handler: Handler) -> None:
@@ -368,6 +368,7 @@ def test_a_port_without_a_server_is_a_failure(config: DownloadConfig) -> None:
 # ---- digests
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize(
     "digest",
     [
@@ -377,7 +378,7 @@ def test_a_port_without_a_server_is_a_failure(config: DownloadConfig) -> None:
         f"md5:{hashlib.md5(CONTENT).hexdigest()}",
     ],
 )
-def test_each_kind_of_digest_is_checked(server: LocalServer, config: DownloadConfig, digest: str) -> None:
+def test_g6_each_kind_of_digest_is_checked(server: LocalServer, config: DownloadConfig, digest: str) -> None:
     fetch(server.url(PATH), config, digest=digest)
     (cache_folder(config) / "net.pth").unlink()
     server.files[PATH] = b"other"
@@ -458,7 +459,8 @@ def test_a_digest_of_another_form_is_an_error_of_the_configuration(config: Downl
 # ---- mirrors, offline, messages
 
 
-def test_a_mirror_is_used_when_the_original_has_nothing(server: LocalServer, config: DownloadConfig) -> None:
+@pytest.mark.reliability
+def test_g6_a_mirror_is_used_when_the_original_has_nothing(server: LocalServer, config: DownloadConfig) -> None:
     server.files["/mirror/2/net.pth"] = CONTENT
     config.mirrors = {server.url("/lost/"): [server.url("/mirror/1/"), server.url("/mirror/2/")], "http://other/": []}
     path = fetch(server.url("/lost/net.pth"), config, digest=f"sha256:{SHA256}")
@@ -481,7 +483,10 @@ def test_an_error_lists_every_address_and_the_way_by_hand(server: LocalServer, c
     ]
 
 
-def test_offline_opens_no_socket(server: LocalServer, config: DownloadConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.reliability
+def test_g6_offline_opens_no_socket(
+    server: LocalServer, config: DownloadConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fetch(server.url(PATH), config)
 
     def no_socket(*args: object, **options: object) -> None:
@@ -507,10 +512,11 @@ def test_passwords_are_sent_to_their_server_only_and_never_shown(server: LocalSe
     assert f"{server.url('/old/net.pth')}?...: HTTP 500" in str(error.value)
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize(
     "url", ["ftp://a.org/net.pth", "file:///etc/passwd", "net.pth", "http:///net.pth", "http://[/a"]
 )
-def test_only_http_and_https_addresses_are_taken(config: DownloadConfig, url: str) -> None:
+def test_g6_only_http_and_https_addresses_are_taken(config: DownloadConfig, url: str) -> None:
     with pytest.raises(DownloadError, match=r"begin with http:// or https://"):
         fetch(url, config)
 
@@ -534,7 +540,7 @@ def test_a_cache_that_cannot_be_written_is_told(server: LocalServer, config: Dow
 
 
 @pytest.mark.reliability
-def test_processes_that_want_the_same_file_share_one_download(server: LocalServer, config: DownloadConfig) -> None:
+def test_g6_processes_that_want_the_same_file_share_one_download(server: LocalServer, config: DownloadConfig) -> None:
     both_asked = threading.Barrier(2, timeout=20)
 
     def slowly(handler: Handler) -> None:

@@ -13,6 +13,8 @@ from semseg.config import check, schema_keys
 from semseg.errors import SemsegError
 from semseg.launch import compose_config, explain_hydra, groups, understood
 
+pytestmark = pytest.mark.reliability
+
 REAL = [
     "mode=eval", "ckpt=last", "ckpt=runs/a=b/epoch=3.ckpt", "data=camvid", "data.root=~/my data", "model=upernet50",
     "model/encoder=resnet18", "model.encoder.weights=none", "optim.lr=0.01", "data.short_edges=[300,375]",
@@ -83,3 +85,13 @@ def fuzz(count: int, *, words_each: int, compose: bool, seed: int) -> None:
             assert_short(complaint(words, compose=compose), words)
         except Exception as error:
             pytest.fail(f"{words!a}: {type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("count", [3_000, pytest.param(100_000, marks=pytest.mark.long)])
+def test_h2_any_word_is_understood_or_refused_in_a_sentence(count: int) -> None:
+    fuzz(count, words_each=1, compose=False, seed=1)
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(1_000, marks=pytest.mark.long)])
+def test_h2_any_command_line_is_composed_or_refused_in_a_sentence(count: int) -> None:
+    fuzz(count, words_each=3, compose=True, seed=2)

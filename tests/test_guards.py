@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from in_process import TINY_RUN, assert_equal, configured, fit
 from semseg.build import build_net, build_trainer
 from semseg.collate import Batch
 from semseg.config import Config, check
@@ -18,6 +19,7 @@ from semseg.datamodule import SegmentationData
 from semseg.guards import NonFiniteError, OutOfMemory, at_next_smaller_edge, first_nonfinite
 from semseg.launch import compose_config
 from semseg.lit_module import SegmentationModule
+from semseg.losses import Loss
 
 RUN = [
     "data=scenes", "data.make.num_train=4", "data.make.num_val=1", "data.batch_size=2", "data.short_edges=[32,48]",
@@ -116,18 +118,18 @@ def test_d2_a_nan_score_is_never_the_best(root: Path, tmp_path: Path, monkeypatc
 LARGE = 64 * 64  # pixels of a canvas, at least, at a short edge of 48; at 32 it is smaller
 
 
-def no_memory_for_large(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A device on which a LARGE canvas does not fit; returns the numbers of pixels that were tried."""
+def no_memory_for_large(monkeypatch: pytest.MonkeyPatch, large: int = LARGE) -> list[int]:
+    """A device on which a canvas of `large` pixels does not fit; returns the numbers of pixels that were tried."""
     tried: list[int] = []
-    whole = SegmentationModule.loss_of
+    whole = SegmentationModule.losses
 
-    def limited(module: SegmentationModule, batch: Batch) -> Tensor:
+    def limited(module: SegmentationModule, batch: Batch, average: str) -> Loss:
         tried.append(batch.image[0, 0].numel())
-        if tried[-1] >= LARGE:
+        if tried[-1] >= large:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return whole(module, batch)
+        return whole(module, batch, average)
 
-    monkeypatch.setattr(SegmentationModule, "loss_of", limited)
+    monkeypatch.setattr(SegmentationModule, "losses", limited)
     return tried
 
 
@@ -154,6 +156,15 @@ def test_d3_retry_runs_the_sub_batch_at_the_next_smaller_short_edge(
     assert len(tried) == 3 + len(large)
 
 
+def test_d3_a_sub_batch_that_does_not_fit_at_the_smaller_size_either_stops_the_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = no_memory_for_large(monkeypatch, large=0)  # and seed 1 draws the larger edge first
+    with pytest.raises(OutOfMemory, match=r"2 images of \d+ x \d+ pixels"):
+        make(root, tmp_path, "trainer.on_oom=retry", "data.short_edges=[32,64]", "seed=1").fit()
+    assert len(tried) == 2 and tried[1] < tried[0]
+
+
 def test_d3_memory_that_runs_out_in_the_backward_pass_is_handled_too(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +183,34 @@ def test_d3_memory_that_runs_out_in_the_backward_pass_is_handled_too(
     run.fit()
     assert run.module.oom_retries == failures > 0
     assert run.trainer.global_step == 3
+
+
+def test_d3_with_accumulation_the_sub_batch_is_tried_before_its_gradient_meets_others(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = no_memory_for_large(monkeypatch)
+    run = make(root, tmp_path, "trainer.on_oom=retry", "trainer.accumulate_grad_batches=3")
+    run.fit()
+    assert run.module.oom_retries > 0 and run.trainer.global_step == 1
+    large = [place for place, pixels in enumerate(tried) if pixels >= LARGE]
+    # Every sub-batch of the first step is tried once, a large one again at its smaller size, and then trained on.
+    assert len(large) == run.module.oom_retries and len(tried) == 3 * 2 + len(large)
+    assert all(tried[place + 1] == tried[place + 2] < LARGE for place in large)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_d3_trying_a_sub_batch_trains_nothing(root: Path, tmp_path: Path, precision: str) -> None:
+    words = ["data=scenes", *TINY_RUN, "data.make.num_train=4", "data.make.num_val=1", f"data.root={root}"]
+    words += ["data.steps_per_epoch=6", "trainer.accumulate_grad_batches=3", "trainer.max_epochs=1"]
+    ends = {
+        policy: fit(
+            configured(*words, f"trainer.precision={precision}", f"trainer.on_oom={policy}", f"run_dir={run_dir}")
+        )
+        for policy, run_dir in (("retry", tmp_path / "retry"), ("stop", tmp_path / "stop"))
+    }
+    assert ends["stop"]["global_step"] == 2
+    assert_equal(ends["retry"]["state_dict"], ends["stop"]["state_dict"])
+    assert_equal(ends["retry"]["optimizer_states"], ends["stop"]["optimizer_states"])
 
 
 def test_the_largest_sub_batch_is_tried_before_the_first_step(
@@ -216,3 +255,20 @@ def test_the_first_layer_that_goes_wrong_is_named() -> None:
         net[2].weight[0, 0] = float("inf")
     culprit = first_nonfinite(net, image)
     assert culprit is not None and (culprit.name, culprit.kind) == ("2", "Conv2d")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["syncbn=off"], ["syncbn.convention=published", "model/encoder=timm", "model.encoder.name=test_resnet"]],
+    ids=lambda words: words[-1],
+)
+def test_d6_one_image_whose_deepest_map_is_one_pixel_trains_with_pyramid_pooling(
+    root: Path, tmp_path: Path, words: list[str]
+) -> None:
+    small = ["data.batch_size=1", "data.short_edges=[16]", "data.max_long_edge=32", "data.steps_per_epoch=1"]
+    run = make(root, tmp_path, "model/decoder=ppm_deepsup", *small, *words, "model.encoder.weights=none")
+    weight = run.net.get_parameter("decoder.ppm.0.1.weight")  # behind the coarsest grid, which has one value a channel
+    before = weight.detach().clone()
+    run.fit()
+    assert run.module.batch.image.shape == (1, 3, 32, 32) and run.net.size_divisor == 32
+    assert torch.isfinite(weight).all() and not torch.equal(weight, before)

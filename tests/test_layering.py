@@ -21,24 +21,28 @@ LAYERS = [
         "data.convention",
         "data.geometry",
     ],
-    ["config", "data.classes", "data.records", "data.plan", "data.scenes", "run_lock", "download", "inputs"],
-    ["data.sources"],
+    ["config", "data.classes", "data.records", "data.plan", "data.scenes", "run_lock", "download", "inputs", "jobs"],
+    ["data.sources", "data.overlap"],
     ["data.images", "collate", "data.datasets", "nets", "syncbn.reduce", "syncbn.layer"],
-    ["losses", "optim", "metrics", "evaluation", "inference", "draw", "report", "pages", "report_page", "compare_page"],
+    ["losses", "optim", "metrics", "evaluation", "inference", "draw", "report", "pages"],
+    ["report_page", "compare_page", "sweep_page"],
     ["outputs", "video", "predictor"],
     ["checkpoint", "weights", "published", "exported"],
     ["export", "quantize"],
     ["stopping"],
-    ["syncbn.plugin", "checkpoint_io", "csv_log", "guards"],
+    ["syncbn.plugin", "checkpoint_io", "csv_log", "guards", "bad_images"],
     ["resume", "saving", "callbacks", "datamodule", "lit_module"],
     ["build", "server"],
     ["supervise"],
+    ["sweep"],
     ["launch"],
     ["modes"],
 ]
 PAGES = {"pages.charts", "pages.comparison", "pages.curves", "pages.pictures", "pages.run_card", "pages.templates"}
-PAGES |= {"draw", "report_page", "compare_page", "modes.compare"}
-TORCH_FREE = {name for layer in LAYERS[:3] for name in layer} | {"launch", "supervise", "modes.download"} | PAGES
+PAGES |= {"draw", "report_page", "compare_page", "sweep_page", "modes.compare"}
+TORCH_FREE = (
+    {name for layer in LAYERS[:3] for name in layer} | {"launch", "supervise", "sweep", "modes.download"} | PAGES
+)
 HEAVY = {"torch", "torchvision", "torchmetrics", "pytorch_lightning"}
 
 

@@ -32,7 +32,8 @@ def test_an_auxiliary_map_of_another_size_is_resized_to_the_label() -> None:
     assert float(segmentation_loss(Logits(main, aux), label, 1.0).total) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_a_sub_batch_with_nothing_to_score_gives_zero_and_zero_gradients() -> None:
+@pytest.mark.reliability
+def test_c11_a_sub_batch_with_nothing_to_score_gives_zero_and_zero_gradients() -> None:
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     loss = segmentation_loss(Logits(logits, logits), torch.full((2, 4, 4), -1))
     loss.total.backward()
@@ -40,7 +41,8 @@ def test_a_sub_batch_with_nothing_to_score_gives_zero_and_zero_gradients() -> No
     assert logits.grad is not None and float(logits.grad.abs().max()) == 0
 
 
-def test_no_gradient_reaches_pixels_that_are_not_scored() -> None:
+@pytest.mark.reliability
+def test_c12_no_gradient_reaches_pixels_that_are_not_scored() -> None:
     logits = torch.randn(1, 3, 2, 2, requires_grad=True)
     segmentation_loss(Logits(logits, None), torch.tensor([[[0, -1], [-1, 2]]])).total.backward()
     assert logits.grad is not None

@@ -105,7 +105,8 @@ def test_the_rules_differ_only_in_what_absent_classes_are() -> None:
     assert scores_from(matrix).iou == [0.5, 0.0, None]
 
 
-def test_each_rule_names_the_classes_that_are_absent_to_it() -> None:
+@pytest.mark.reliability
+def test_c13_each_rule_names_the_classes_that_are_absent_to_it() -> None:
     matrix = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 0]])
     absent = {rule: scores_from(matrix, rule).absent for rule in ("ade20k", "present", "ground_truth")}
     assert absent == {"ade20k": [2], "present": [2], "ground_truth": [1, 2]}
@@ -145,7 +146,8 @@ def test_all_scores_equal_those_of_torchmetrics(seed: int) -> None:
     assert scores.mean_dice == equals(theirs(MulticlassF1Score, "macro"))
 
 
-def test_nothing_scored_gives_no_score_rather_than_nan() -> None:
+@pytest.mark.reliability
+def test_c13_nothing_scored_gives_no_score_rather_than_nan() -> None:
     scores = scores_from(torch.zeros(3, 3, dtype=torch.int64), "ade20k")
     assert (scores.pixel_accuracy, scores.mean_iou, scores.overall) == (None, None, None)
     assert (scores.mean_accuracy, scores.mean_dice, scores.frequency_weighted_iou) == (None, None, None)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -46,7 +47,8 @@ def text_of(table: Table) -> str:
     return capture.get()
 
 
-def test_the_table_has_a_row_for_each_class_and_says_what_was_not_scored() -> None:
+@pytest.mark.reliability
+def test_c13_the_table_has_a_row_for_each_class_and_says_what_was_not_scored() -> None:
     rows = {
         line.split("│")[1].strip(): line
         for line in text_of(class_table(findings(), "a title")).splitlines()

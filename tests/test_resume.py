@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 
-from semseg.build import build_net, build_trainer
+from in_process import assert_equal, configured, fit
 from semseg.checkpoint import read_checkpoint, write_ckpt
 from semseg.checkpoint_io import AtomicCheckpointIO
-from semseg.config import Config, check
-from semseg.data.sources import DataSource
-from semseg.datamodule import SegmentationData
+from semseg.config import Config
 from semseg.errors import CheckpointError, ConfigError
-from semseg.launch import compose_config
-from semseg.lit_module import SegmentationModule
+from semseg.modes.train import state_to_resume, with_meaning_of_ckpt
 from semseg.resume import check_same_run, read_run_state
 from semseg.saving import Saver
 
@@ -36,8 +32,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data") / "scenes"
 
 
-def configured(root: Path, run_dir: Path, *words: str) -> Config:
-    return check(compose_config([*RUN, f"data.root={root}", f"run_dir={run_dir}", *words]))
+def run_of(root: Path, run_dir: Path, *words: str) -> Config:
+    return configured(*RUN, f"data.root={root}", f"run_dir={run_dir}", *words)
 
 
 def copies_of_every_save(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Path]:
@@ -56,39 +52,12 @@ def copies_of_every_save(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[
     return copies
 
 
-def fit(config: Config, resume: Path | None = None) -> dict[str, Any]:
-    """Train in this process; returns the content of last.ckpt."""
-    pl.seed_everything(config.seed, verbose=False)
-    source = DataSource(config.data)
-    net = build_net(config.model, source.classes.num_classes)
-    module = SegmentationModule(net, config, source.classes)
-    trainer = build_trainer(config, source)
-    trainer.fit(module, datamodule=SegmentationData(source, config, net), ckpt_path=resume, weights_only=True)
-    return torch.load(Path(config.run_dir) / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def assert_equal(found: Any, expected: Any, where: str = "") -> None:
-    """Equal to the last bit."""
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert set(found) == set(expected), where
-        for key, value in expected.items():
-            assert_equal(found[key], value, f"{where}.{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
-        for index, value in enumerate(expected):
-            assert_equal(found[index], value, f"{where}.{index}")
-    else:
-        assert found == expected, where
-
-
 @pytest.mark.reliability
 def test_a1_resuming_from_every_checkpoint_gives_the_run_that_never_stopped(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
-    config = configured(root, run_dir)
+    config = run_of(root, run_dir)
     with monkeypatch.context() as patched:
         copies = copies_of_every_save(patched, tmp_path / "copies")
         whole = fit(config)
@@ -110,13 +79,13 @@ def test_a2_a5_the_number_of_workers_may_change_between_stop_and_resume(
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patched:
         copies = copies_of_every_save(patched, tmp_path / "copies")
-        whole = fit(configured(root, run_dir, "trainer.accumulate_grad_batches=2", "data.num_workers=2"))
+        whole = fit(run_of(root, run_dir, "trainer.accumulate_grad_batches=2", "data.num_workers=2"))
     # Two batches a step, and the third of an epoch by itself: a checkpoint after each, and after validation.
     assert [copy.name for copy in copies] == ["0_step1", "1_step2", "2_step2", "3_step3", "4_step4", "5_step4"]
     for copy, workers in ((copies[0], 0), (copies[1], 2), (copies[3], 1)):
         shutil.rmtree(run_dir)
         shutil.copytree(copy, run_dir)
-        config = configured(root, run_dir, "trainer.accumulate_grad_batches=2", f"data.num_workers={workers}")
+        config = run_of(root, run_dir, "trainer.accumulate_grad_batches=2", f"data.num_workers={workers}")
         resumed = fit(config, resume=run_dir / "checkpoints" / "last.ckpt")
         resumed["semseg"]["config"]["data"]["num_workers"] = 2
         assert_equal(resumed, whole, copy.name)
@@ -125,7 +94,7 @@ def test_a2_a5_the_number_of_workers_may_change_between_stop_and_resume(
 @pytest.mark.reliability
 def test_a4_weights_do_not_depend_on_the_number_of_workers(root: Path, tmp_path: Path) -> None:
     ends = [
-        fit(configured(root, tmp_path / str(workers), f"data.num_workers={workers}", "trainer.max_epochs=1"))
+        fit(run_of(root, tmp_path / str(workers), f"data.num_workers={workers}", "trainer.max_epochs=1"))
         for workers in (0, 1, 2, 4)
     ]
     for end in ends[1:]:
@@ -137,15 +106,39 @@ def test_a4_weights_do_not_depend_on_the_number_of_workers(root: Path, tmp_path:
 def test_a8_two_runs_with_one_seed_write_the_same_log(root: Path, tmp_path: Path) -> None:
     logs = []
     for name in ("a", "b"):
-        fit(configured(root, tmp_path / name, "trainer.max_epochs=1"))
+        fit(run_of(root, tmp_path / name, "trainer.max_epochs=1"))
         logs.append((tmp_path / name / "logs" / "metrics.csv").read_bytes())
     assert logs[0] == logs[1] and logs[0].count(b"\n") == 4
 
 
 def saved_run(root: Path, tmp_path: Path, *words: str) -> Path:
     """The checkpoint of a run of one epoch."""
-    fit(configured(root, tmp_path / "saved", "trainer.max_epochs=1", *words))
+    fit(run_of(root, tmp_path / "saved", "trainer.max_epochs=1", *words))
     return tmp_path / "saved" / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.reliability
+def test_a9_resume_auto_in_an_empty_folder_starts_afresh_and_says_so(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert state_to_resume(run_of(root, tmp_path)) is None
+    assert capsys.readouterr().out == f"no checkpoint in {tmp_path} yet: this run starts afresh\n"
+    assert state_to_resume(run_of(root, tmp_path, "resume=null")) is None
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.reliability
+def test_a9_the_last_checkpoint_where_there_is_none_is_an_error_that_lists_what_is_there(
+    root: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    config = run_of(root, tmp_path / "run", "ckpt=last", f"runs_dir={runs}")
+    with pytest.raises(CheckpointError, match=rf"^ckpt=last: no last.ckpt in any run below {runs} \(.* does not exist"):
+        with_meaning_of_ckpt(config)
+    (runs / "started" / "checkpoints").mkdir(parents=True)
+    (runs / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"\(there: notes\.txt, started\)\. Give a file or a run folder"):
+        with_meaning_of_ckpt(config)
 
 
 @pytest.mark.reliability
@@ -153,9 +146,9 @@ def test_a11_settings_that_decide_the_steps_must_be_those_of_the_checkpoint(root
     path = saved_run(root, tmp_path)
     state = read_run_state(path)
     assert (state.epoch, state.is_epoch_done) == (1, True)
-    same = configured(root, tmp_path / "elsewhere", "data.num_workers=2", "trainer.max_epochs=7", "eval.scales=[48]")
+    same = run_of(root, tmp_path / "elsewhere", "data.num_workers=2", "trainer.max_epochs=7", "eval.scales=[48]")
     assert check_same_run(state.config, same, path, force=False) is None
-    other = configured(root, tmp_path, "seed=7", "data.short_edges=[32]", "data.batch_size=1")
+    other = run_of(root, tmp_path, "seed=7", "data.short_edges=[32]", "data.batch_size=1")
     with pytest.raises(ConfigError) as caught:
         check_same_run(state.config, other, path, force=False)
     told = str(caught.value)
@@ -190,7 +183,7 @@ def test_b3_a_checkpoint_that_cannot_be_written_stops_the_run_or_is_told(
 
     write = AtomicCheckpointIO.save_checkpoint
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", full)
-    config = configured(root, tmp_path, "trainer.max_epochs=1", f"checkpoint.on_error={policy}", "checkpoint.keep=5")
+    config = run_of(root, tmp_path, "trainer.max_epochs=1", f"checkpoint.on_error={policy}", "checkpoint.keep=5")
     if policy == "stop":
         with pytest.raises(CheckpointError, match="No space left"):
             fit(config)

@@ -67,10 +67,11 @@ def test_f1_sweeps_of_the_same_second_get_different_folders_with_all_their_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "run_in_own_process", lambda overrides, run_dir: 0.0)
+    monkeypatch.setattr(launch, "run_in_own_process", lambda overrides, run_dir, scores: 0.0)
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["run.py", "-m", *COMPARE, "seed=1,2", "runs_dir=x", *frozen_sweep()])
-        launch.main()
+        with pytest.raises(SystemExit):
+            launch.main()
     assert [path.name for path in sorted((tmp_path / "x").iterdir())] == ["then_sweep", "then_sweep_2"]
     assert len(list(tmp_path.glob("x/*/*/.hydra/config.yaml"))) == 4
 

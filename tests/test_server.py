@@ -131,6 +131,7 @@ def test_the_openapi_description_names_the_form_and_no_page_loads_it_from_elsewh
 # ---- what is refused
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize(
     ("upload", "status", "part"),
     [
@@ -143,7 +144,7 @@ def test_the_openapi_description_names_the_form_and_no_page_loads_it_from_elsewh
         (bytes(60_000), 413, "larger than 0.05 MB"),
     ],
 )
-def test_a_bad_upload_is_refused_in_one_sentence(upload: bytes, status: int, part: str) -> None:
+def test_g8_a_bad_upload_is_refused_in_one_sentence(upload: bytes, status: int, part: str) -> None:
     answer = client().post("/predict", files={"image": ("a.jpg", upload)})
     assert answer.status_code == status
     assert part in answer.json()["detail"] and "\n" not in answer.json()["detail"]
@@ -193,7 +194,8 @@ def form_request(receive: Callable[[], Any]) -> Request:
     return Request({"type": "http", "method": "POST", "path": "/predict", "headers": headers, "app": None}, receive)
 
 
-def test_an_upload_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.reliability
+def test_g8_an_upload_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     async def nothing_more() -> Message:
         await asyncio.sleep(60)
         raise AssertionError("was waited for")
@@ -204,7 +206,8 @@ def test_an_upload_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     assert caught.value.status_code == 408
 
 
-def test_an_upload_is_read_no_further_than_the_limit() -> None:
+@pytest.mark.reliability
+def test_g8_an_upload_is_read_no_further_than_the_limit() -> None:
     given = 0
 
     async def endless() -> Message:
@@ -370,7 +373,8 @@ def test_the_answer_of_the_process_is_that_of_the_network(page: Process, folder:
     assert np.array_equal(ids, np.asarray(Image.open(folder / "predicted" / "photo_ids.png")))
 
 
-def test_an_endless_upload_is_refused_while_it_comes(page: Process) -> None:
+@pytest.mark.reliability
+def test_g8_an_endless_upload_is_refused_while_it_comes(page: Process) -> None:
     with socket.create_connection((page.host, page.port), timeout=20) as connection:
         head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
         connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode())
@@ -385,12 +389,13 @@ def test_an_endless_upload_is_refused_while_it_comes(page: Process) -> None:
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")  # with no byte of it sent
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize(
     "path",
     ["/../../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/web/index.html", "/serve.js/../net.ckpt",
      "/..%5c..%5cnet.ckpt", "/net.ckpt", "/server.py", "/.hydra/config.yaml", "/%00", "/static/"],
 )  # fmt: skip
-def test_no_path_but_those_of_the_page_is_served(page: Process, path: str) -> None:
+def test_g8_no_path_but_those_of_the_page_is_served(page: Process, path: str) -> None:
     connection = http.client.HTTPConnection(page.host, page.port, timeout=20)
     connection.putrequest("GET", path, skip_host=True)
     connection.putheader("Host", f"{page.host}:{page.port}")
@@ -399,7 +404,8 @@ def test_no_path_but_those_of_the_page_is_served(page: Process, path: str) -> No
     assert (answer.status, answer.read()) == (404, b'{"detail":"Not Found"}')
 
 
-def test_only_this_machine_reaches_the_page_unless_told_otherwise(page: Process) -> None:
+@pytest.mark.reliability
+def test_g8_only_this_machine_reaches_the_page_unless_told_otherwise(page: Process) -> None:
     assert page.host == "127.0.0.1" and "without a password" not in page.said
     listening = Path("/proc/net/tcp").read_text()
     assert re.findall(rf"(\w+):{page.port:04X} 00000000:0000 0A", listening) == ["0100007F"]  # 127.0.0.1

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from semseg.collate import Batch, Sample, collate
-from semseg.data.classes import LabelMap
+from semseg.data.classes import IGNORED, LabelMap
 from semseg.data.geometry import Size, scaled_size, stretched_size
-from semseg.data.images import flipped, read_pair, resize_image, resize_label, stride_label
+from semseg.data.images import MAX_PIXELS, flipped, read_pair, resize_image, resize_label, stride_label
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.errors import DataError
@@ -33,6 +33,8 @@ class TrainDataset(Dataset[Batch]):
         max_long_edge: pixels; the long side of an image never gets longer.
         size_divisor: height and width of a batch are multiples of it.
         label_stride: pixels of the image to one of the label; divides size_divisor.
+        skip_bad: leave images out that cannot be read, instead of raising.
+        max_pixels: larger images count as bad.
 
     Raises:
         DataError: if a record has no label.
@@ -47,6 +49,8 @@ class TrainDataset(Dataset[Batch]):
         max_long_edge: int,
         size_divisor: int,
         label_stride: int,
+        skip_bad: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         unlabelled = next((record for record in records if record.label is None), None)
         if unlabelled is not None:
@@ -55,6 +59,7 @@ class TrainDataset(Dataset[Batch]):
             raise ValueError(f"label_stride {label_stride} must divide size_divisor {size_divisor}")
         self.records, self.label_map = records, label_map
         self.max_long_edge, self.size_divisor, self.label_stride = max_long_edge, size_divisor, label_stride
+        self.skip_bad, self.max_pixels = skip_bad, max_pixels
 
     def __len__(self) -> int:
         return len(self.records)
@@ -62,17 +67,33 @@ class TrainDataset(Dataset[Batch]):
     def __getitem__(self, sub_batch: SubBatch) -> Batch:
         """The batch of a sub-batch of the plan.
 
+        With `skip_bad` it holds those of its images that can be read: the sub-batches after it stay what they are. If
+        that is none, it is one black image with nothing to score, so that all ranks still take the step.
+
         Raises:
             DataError: if a file is missing, broken, or does not fit; see `read_pair`.
         """
-        samples = [
-            self._sample(self.records[index], sub_batch.short_edge, is_flipped)
-            for index, is_flipped in zip(sub_batch.records, sub_batch.flips, strict=True)
-        ]
-        return collate(samples, self.size_divisor, self.label_stride)
+        samples: list[Sample] = []
+        bad: list[str] = []
+        for index, is_flipped in zip(sub_batch.records, sub_batch.flips, strict=True):
+            try:
+                samples.append(self._sample(self.records[index], sub_batch.short_edge, is_flipped))
+            except DataError as error:
+                if not self.skip_bad:
+                    raise
+                bad.append(str(error))
+        if not samples:
+            samples = [self._blank(self.records[sub_batch.records[0]], sub_batch.short_edge)]
+        return collate(samples, self.size_divisor, self.label_stride)._replace(bad=tuple(bad))
+
+    def _blank(self, record: Record, short_edge: int) -> Sample:
+        """A black image of the size that the record would have, nowhere scored."""
+        size = scaled_size(record.size, short_edge, self.max_long_edge)
+        label = stride_label(np.full(size, IGNORED, np.int16), self.label_stride)
+        return Sample(np.zeros((*size, 3), np.uint8), label, record.image)
 
     def _sample(self, record: Record, short_edge: int, is_flipped: bool) -> Sample:
-        image, label = read_pair(record, self.label_map)
+        image, label = read_pair(record, self.label_map, max_pixels=self.max_pixels)
         assert label is not None  # checked for all records at the start
         if is_flipped:
             image, label = flipped(image), flipped(label)
@@ -90,6 +111,7 @@ class EvalSample(NamedTuple):
     size: Tensor  # (2,) int64: original (h, w), to which the answer is upsampled
     path: str
     index: int  # pyright: ignore[reportIncompatibleMethodOverride] - in the list of records; hides tuple.index
+    bad: str = ""  # what is wrong with an image that is left out; then there are no scales, and the label is (0, 0)
 
 
 class EvalDataset(Dataset[EvalSample]):
@@ -101,6 +123,8 @@ class EvalDataset(Dataset[EvalSample]):
         short_edges: pixels, one scale for each.
         max_long_edge: pixels; the long side never gets longer, apart from rounding up to size_divisor.
         antialias: of the input convention that belongs to the weights.
+        skip_bad: hand over what is wrong with an image that cannot be read, instead of raising.
+        max_pixels: larger images count as bad.
     """
 
     def __init__(
@@ -112,8 +136,11 @@ class EvalDataset(Dataset[EvalSample]):
         max_long_edge: int,
         size_divisor: int,
         antialias: bool,
+        skip_bad: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.records, self.label_map, self.short_edges = records, label_map, tuple(short_edges)
+        self.skip_bad, self.max_pixels = skip_bad, max_pixels
         self.max_long_edge, self.size_divisor, self.antialias = max_long_edge, size_divisor, antialias
 
     def __len__(self) -> int:
@@ -126,7 +153,13 @@ class EvalDataset(Dataset[EvalSample]):
             DataError: if a file is missing, broken, or does not fit; see `read_pair`.
         """
         record = self.records[index]
-        pair = read_pair(record, self.label_map)
+        try:
+            pair = read_pair(record, self.label_map, max_pixels=self.max_pixels)
+        except DataError as error:
+            if not self.skip_bad:
+                raise
+            nothing = torch.empty(0, 0, dtype=torch.int64)
+            return EvalSample([], nothing, torch.zeros(2, dtype=torch.int64), record.image, index, str(error))
         label = torch.empty(0, 0, dtype=torch.int64) if pair.label is None else torch.from_numpy(pair.label).long()
         size = torch.tensor(pair.image.shape[:2])
         scales = at_scales(

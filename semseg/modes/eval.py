@@ -30,6 +30,7 @@ from semseg.draw import Pixels, colour_map
 from semseg.errors import ConfigError
 from semseg.evaluation import ImageRecord, Intervals, bootstrap
 from semseg.files import replacing
+from semseg.jobs import Result, write_result
 from semseg.lit_module import SegmentationModule
 from semseg.pages.curves import run_folder_of, training_curves
 from semseg.pages.run_card import data_fingerprint, run_card
@@ -89,6 +90,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     report = page(config, saved, source, findings, pictures=pictures, device=device_in_words(trainer))
     write_report(folder / "report.html", report)
     print_tables(findings, config)
+    write_result(folder, Result(findings.scores.mean_iou, "mean IoU"))
     written = ", ".join(map(str, [*files, folder / "report.html"]))
     Console().print(f"checkpoint {saved.source}\nwritten to {written}", soft_wrap=True, highlight=False, markup=False)
     return findings.scores.mean_iou
@@ -128,7 +130,10 @@ def title_of(config: Config, findings: Findings) -> str:
     """What was scored, in one line."""
     settings = config.eval
     flip = ", mirrored too" if settings.flip else ""
-    return f"{config.data.name} {settings.split}, {len(findings.images)} images, scales {settings.scales}{flip}"
+    left_out = f" ({len(findings.left_out)} left out)" if findings.left_out else ""
+    return (
+        f"{config.data.name} {settings.split}, {len(findings.images)} images{left_out}, scales {settings.scales}{flip}"
+    )
 
 
 def print_tables(findings: Findings, config: Config) -> None:

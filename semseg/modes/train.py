@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -22,10 +22,12 @@ from semseg.build import build_net, build_trainer, find_network, tell, without_w
 from semseg.checkpoint import FOLDER, SavedNetwork, find_checkpoint
 from semseg.checkpoint_io import damage, newest_intact, remove_leftovers
 from semseg.config import Config, as_plain
+from semseg.data.overlap import overlap
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
-from semseg.errors import CheckpointError
-from semseg.launch import RESULT_FILE
+from semseg.errors import CheckpointError, DataError
+from semseg.files import from_here
+from semseg.jobs import Result, read_result, write_result
 from semseg.lit_module import SegmentationModule
 from semseg.nets.segmenter import Segmenter
 from semseg.published import find_files
@@ -54,8 +56,28 @@ def run(config: Config, overrides: list[str]) -> float | None:
         state = state_to_resume(config)
         if state is not None and state.is_finished(config.trainer.max_epochs):
             tell(f"already finished at epoch {state.epoch}; raise trainer.max_epochs to continue")
-            return score_of(Path(config.run_dir))
+            result = read_result(Path(config.run_dir))
+            if result is not None:
+                return result.score
+            # Killed between its last step and the end: no step is left to take, the rest is.
         return train(config, overrides, source, saved, state)
+
+
+def check_records(config: Config, source: DataSource, world_size: int) -> None:
+    """Warn of images that are in two splits, and refuse a training split that is smaller than one step.
+
+    Raises:
+        DataError: then.
+    """
+    records, needed = source.records("train"), config.data.batch_size * world_size
+    if len(records) < needed:
+        raise DataError(
+            f"data.train has {len(records)} images, one step takes {needed}: "
+            f"data.batch_size={config.data.batch_size} on {world_size} devices. Lower one of them."
+        )
+    common = overlap(records, source.records("val")) if source.has("val") else None
+    if common is not None:
+        tell(f"warning: {common}")
 
 
 def train(
@@ -64,10 +86,11 @@ def train(
     """Fit from the start, from the weights `saved`, or from where a run is; returns the best score."""
     run_dir = Path(config.run_dir)
     pl.seed_everything(config.seed, verbose=False)
+    trainer = build_trainer(config, source)
+    check_records(config, source, trainer.world_size)
     has_weights = saved is not None or state is not None
     model = without_weights(config.model) if has_weights else config.model
     net = build_net(model, source.classes.num_classes, config.download)
-    trainer = build_trainer(config, source)
     console = Console(quiet=not trainer.is_global_zero)
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")
@@ -89,9 +112,9 @@ def train(
         raise StoppedError(f"{stopped} To go on: {command_to_go_on(config, overrides)}", stopped.number) from None
     if config.trainer.max_steps > 0 and not config.trainer.fast_dev_run:
         trainer.save_checkpoint(run_dir / FOLDER / "last.ckpt")  # max_steps may end inside an epoch
-    score = best_score(trainer)
-    finish(config, overrides, trainer, console, score)
-    return score
+    result = best_result(trainer)
+    finish(config, overrides, trainer, console, result)
+    return result.score
 
 
 def state_to_resume(config: Config) -> RunState | None:
@@ -112,12 +135,6 @@ def state_to_resume(config: Config) -> RunState | None:
         tell(differences)
     tell(f"going on from {path}")
     return state
-
-
-def score_of(run_dir: Path) -> float | None:
-    """The score of a finished run, from its result file."""
-    result = run_dir / RESULT_FILE
-    return json.loads(result.read_text())["score"] if result.is_file() else None
 
 
 @contextmanager
@@ -197,14 +214,15 @@ def start_table(config: Config, net: Segmenter, num_records: int) -> Table:
     return table
 
 
-def best_score(trainer: pl.Trainer) -> float | None:
-    """The monitored score of best.ckpt, or None."""
-    scores = [getattr(callback, "best_model_score", None) for callback in trainer.checkpoint_callbacks]
-    found = [float(score) for score in scores if score is not None]
-    return max(found, default=None)
+def best_result(trainer: pl.Trainer) -> Result:
+    """The score by which best.ckpt was chosen; without validation there is none."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
+            return Result(float(callback.best_model_score), callback.monitor, callback.mode)
+    return Result()
 
 
-def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: Console, score: float | None) -> None:
+def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: Console, result: Result) -> None:
     """Run what comes after training, then tell paths and commands. Rank 0 only; the others leave."""
     is_first = trainer.is_global_zero
     if dist.is_available() and dist.is_initialized():
@@ -213,14 +231,14 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
     if not is_first:
         return
     run_dir = Path(config.run_dir)
-    (run_dir / RESULT_FILE).write_text(json.dumps({"score": score, "monitor": "val/miou"}) + "\n")
+    write_result(run_dir, result)
     checkpoint = next((path for path in checkpoint_paths(run_dir) if path.is_file()), None)
     if checkpoint is None:
         console.print("no checkpoint was written")
         return
     for mode in config.after_training:
         follow_up(mode, config, checkpoint)
-    for line in last_lines(config, overrides, checkpoint, score):
+    for line in last_lines(config, overrides, checkpoint, result.score):
         console.print(line, soft_wrap=True, highlight=False)  # commands must survive copying
 
 
@@ -261,8 +279,3 @@ def command_to_go_on(config: Config, overrides: list[str], *further: str) -> str
     replaced = {word.partition("=")[0] for word in last}
     kept = [word for word in overrides if word.partition("=")[0] not in replaced]
     return " ".join(["python run.py", *map(shlex.quote, [*kept, *last])])
-
-
-def from_here(path: Path) -> Path:
-    """`path` relative to the working directory if it lies below it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,4 +1,4 @@
-"""Numbers as inline SVG: histogram, curves, heat map. Colours come from the style sheet. No torch.
+"""Numbers as inline SVG: histogram, curves, scatter plot, heat map. Colours come from the style sheet. No torch.
 
 Lengths are units of the drawing's own coordinates, about one pixel each on a wide screen.
 """
@@ -6,7 +6,7 @@ Lengths are units of the drawing's own coordinates, about one pixel each on a wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,14 @@ class Line(NamedTuple):
     name: str
     x: tuple[float, ...]  # ascending
     y: tuple[float, ...]  # as many, finite
+
+
+class Point(NamedTuple):
+    """One point of a scatter plot."""
+
+    name: str
+    x: float
+    y: float
 
 
 class Axis(NamedTuple):
@@ -86,13 +94,38 @@ def line_chart(lines: Sequence[Line], title: str, x_name: str) -> Markup:
     """The lines over one pair of axes; the style sheet numbers their colours line-0, line-1, ..."""
     lines = [thinned(line) for line in lines]
     x = Axis(min(line.x[0] for line in lines), max(line.x[-1] for line in lines), LEFT, WIDTH - RIGHT)
-    values = [value for line in lines for value in line.y]
+    y = _upwards([value for line in lines for value in line.y])
+    drawn = [_path(line, x, y, number) for number, line in enumerate(lines)]
+    return _drawing(title, *_grid(x, y, x_name), *drawn)
+
+
+def _upwards(values: Sequence[float]) -> Axis:
+    """The vertical axis of a drawing of `values`, with some room around them."""
     low, high = min(values), max(values)
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     floor = max(0.0, low - room) if low >= 0 else low - room
-    y = Axis(floor, high + room, HEIGHT - BOTTOM, TOP)
-    drawn = [_path(line, x, y, number) for number, line in enumerate(lines)]
-    return _drawing(title, *_grid(x, y, x_name), *drawn)
+    return Axis(floor, high + room, HEIGHT - BOTTOM, TOP)
+
+
+def scatter(
+    points: Sequence[Point], title: str, x_name: str, marks: Mapping[float, str] | None = None, room: float = 0.05
+) -> Markup:
+    """One dot for each of `points`, at least one.
+
+    Args:
+        marks: the places that are named along x; by default round numbers.
+        room: at both ends of x, as a share of what lies between.
+    """
+    places = [*(point.x for point in points), *(marks or ())]
+    margin = room * (max(places) - min(places)) or 0.5
+    x = Axis(min(places) - margin, max(places) + margin, LEFT, WIDTH - RIGHT)
+    y = _upwards([point.y for point in points])
+    return _drawing(title, *_grid(x, y, x_name, marks=marks), *(_dot(point, x, y) for point in points))
+
+
+def _dot(point: Point, x: Axis, y: Axis) -> Markup:
+    label = element("title", f"{point.name}: {point.y:.4g}")
+    return element("circle", label, class_="dot line-0", cx=_short(x.place(point.x)), cy=_short(y.place(point.y)), r=4)
 
 
 def thinned(line: Line, most: int = MAX_POINTS) -> Line:
@@ -179,8 +212,10 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
-def _grid(x: Axis, y: Axis, x_name: str, *, whole: bool = False) -> list[Markup]:
-    """Lines and numbers of both axes; `whole`: no broken numbers along y."""
+def _grid(
+    x: Axis, y: Axis, x_name: str, *, whole: bool = False, marks: Mapping[float, str] | None = None
+) -> list[Markup]:
+    """Lines and numbers of both axes; `whole`: no broken numbers along y; `marks`: other words than numbers along x."""
     parts = []
     for value in ticks(y.low, y.high, 4):
         if whole and value % 1:
@@ -188,9 +223,10 @@ def _grid(x: Axis, y: Axis, x_name: str, *, whole: bool = False) -> list[Markup]
         up = _short(y.place(value))
         parts.append(element("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=up, y2=up))
         parts.append(element("text", tick_words(value), class_="end", x=LEFT - 6, y=_short(y.place(value) + 4)))
-    for value in ticks(x.low, x.high, 5):
+    marks = {value: tick_words(value) for value in ticks(x.low, x.high, 5)} if marks is None else marks
+    for value, words in marks.items():
         at = _short(x.place(value))
-        parts.append(element("text", tick_words(value), class_="middle", x=at, y=HEIGHT - BOTTOM + 16))
+        parts.append(element("text", words, class_="middle", x=at, y=HEIGHT - BOTTOM + 16))
     parts.append(element("text", x_name, class_="middle", x=(LEFT + WIDTH - RIGHT) // 2, y=HEIGHT - 6))
     return parts
 

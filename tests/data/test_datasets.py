@@ -104,7 +104,8 @@ def test_training_labels_are_exactly_those_of_2018(key: str) -> None:
     assert np.array_equal(batch.label[0].numpy(), LABELS[key])
 
 
-def test_padding_is_never_scored_in_a_mixed_sub_batch() -> None:
+@pytest.mark.reliability
+def test_c12_padding_is_never_scored_in_a_mixed_sub_batch() -> None:
     members = tuple(BY_NAME[name] for name in ("scene_01", "scene_05", "scene_12"))
     alone = [train_set(32, 4)[SubBatch(0, (member,), 300, (False,))] for member in members]
     together = train_set(32, 4)[SubBatch(0, members, 300, (False,) * 3)]

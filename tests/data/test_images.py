@@ -86,7 +86,8 @@ def test_every_format_keeps_red_green_and_blue_apart(tmp_path: Path, suffix: str
     assert np.abs(pixels.astype(int) - photo()).mean() < 5
 
 
-def test_unusual_pixels_become_rgb(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_c6_unusual_pixels_become_rgb(tmp_path: Path) -> None:
     image, path = Image.fromarray(photo()), tmp_path / "a.png"
     for mode in ("L", "P", "1", "RGBA", "LA"):
         image.convert(mode).save(path)
@@ -96,20 +97,23 @@ def test_unusual_pixels_become_rgb(tmp_path: Path) -> None:
     assert np.abs(read_image(tmp_path / "a.jpg").astype(int) - photo()).mean() < 5
 
 
-def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_c6_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), np.array([[0, 44419, 65535]], np.uint16))
     assert read_image(tmp_path / "a.png")[0, :, 0].tolist() == [0, 173, 255]
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("shape", [(1, 1), (40, 1), (1, 40), (10000, 10)])
-def test_extreme_shapes_are_read(tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_c6_extreme_shapes_are_read(tmp_path: Path, shape: tuple[int, int]) -> None:
     Image.fromarray(noise(*shape)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").shape == (*shape, 3)
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95, 0.999])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
-def test_a_truncated_jpeg_is_found(tmp_path: Path, share: float, options: dict) -> None:
+def test_c1_a_truncated_jpeg_is_found(tmp_path: Path, share: float, options: dict) -> None:
     thumbnail = jpeg_bytes(noise(20, 20))
     whole = jpeg_bytes(noise(200, 300), exif=b"Exif\0\0" + thumbnail, **options)  # holds an end marker of its own
     path = tmp_path / "a.jpg"
@@ -126,7 +130,8 @@ def test_bytes_after_the_end_of_a_jpeg_do_not_matter(tmp_path: Path) -> None:
         assert read_image(tmp_path / "a.jpg").shape == (60, 80, 3)
 
 
-def test_each_kind_of_bad_file_has_its_own_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.reliability
+def test_c2_c3_each_kind_of_bad_file_has_its_own_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     whole = png_bytes(noise())
     contents = {
         "empty": (b"", "is empty"),
@@ -145,9 +150,10 @@ def test_each_kind_of_bad_file_has_its_own_sentence(tmp_path: Path, capfd: pytes
         read_image(tmp_path / "none")
 
 
+@pytest.mark.reliability
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("shape", [(30000, 30000), (12000, 12000)])
-def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_c4_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path, shape: tuple[int, int]) -> None:
     (tmp_path / "a.png").write_bytes(bomb(*shape))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for read in (read_image, read_label):
@@ -156,7 +162,8 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path, shape: tu
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024  # KiB
 
 
-def test_the_limit_of_pixels_can_be_set(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_c4_the_limit_of_pixels_can_be_set(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png_bytes(noise(10, 10)))
     with pytest.raises(DataError, match="10 x 10 pixels, more than 99"):
         read_image(tmp_path / "a.png", max_pixels=99)
@@ -165,8 +172,9 @@ def test_the_limit_of_pixels_can_be_set(tmp_path: Path) -> None:
 # ---- EXIF
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_image_and_label_keep_one_geometry_under_every_orientation(tmp_path: Path, orientation: int) -> None:
+def test_c5_image_and_label_keep_one_geometry_under_every_orientation(tmp_path: Path, orientation: int) -> None:
     stored, path = photo(), tmp_path / "a.jpg"
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -192,7 +200,8 @@ def test_image_and_label_keep_one_geometry_under_every_orientation(tmp_path: Pat
 # ---- labels
 
 
-def test_ids_are_read_as_they_are_stored(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_c7_ids_are_read_as_they_are_stored(tmp_path: Path) -> None:
     ids = RNG.integers(0, 151, (7, 9), dtype=np.uint8)
     path = tmp_path / "a.png"
     grey, palette = Image.fromarray(ids), Image.fromarray(ids)
@@ -207,8 +216,9 @@ def test_ids_are_read_as_they_are_stored(tmp_path: Path) -> None:
     assert np.array_equal(read_label(path), ids.astype(int) * 300)
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_ids_of_few_bits_are_not_stretched(tmp_path: Path, bits: int) -> None:
+def test_c7_ids_of_few_bits_are_not_stretched(tmp_path: Path, bits: int) -> None:
     ids = RNG.integers(0, 2**bits, (5, 8), dtype=np.uint8)
     path = tmp_path / "a.png"
     cv2.imwrite(str(path), ids)
@@ -228,7 +238,8 @@ def test_ids_of_few_bits_are_not_stretched(tmp_path: Path, bits: int) -> None:
     assert np.array_equal(read_label(path), ids)
 
 
-def test_labels_without_ids_say_how_to_convert(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_c8_labels_without_ids_say_how_to_convert(tmp_path: Path) -> None:
     ids = np.tile(np.array([[1, 120]], np.uint8), (8, 8))
     colours = np.array([[[128, 64, 128], [0, 128, 192]]], np.uint8)
     deep = np.full((2, 2, 3), 300, np.uint16)
@@ -242,7 +253,8 @@ def test_labels_without_ids_say_how_to_convert(tmp_path: Path) -> None:
             read_label(tmp_path / name)
 
 
-def test_a_damaged_label_is_found(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_c2_a_damaged_label_is_found(tmp_path: Path) -> None:
     whole = png_bytes(RNG.integers(0, 151, (300, 400), dtype=np.uint8))
     for data, message in (
         (whole[: len(whole) // 2], "truncated"),
@@ -267,25 +279,29 @@ def pair_of(
     return Record(str(folder / "a.png"), str(folder / "b.png"), Size(*listed), "train.odgt:12")
 
 
-def test_sizes_that_differ_are_both_named(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_c10_sizes_that_differ_are_both_named(tmp_path: Path) -> None:
     record = pair_of(tmp_path, image=(6, 8), label=(6, 9), listed=(6, 8), value=1)
     with pytest.raises(DataError, match=r"^train\.odgt:12: .*a\.png is 6 x 8, .*b\.png is 6 x 9"):
         read_pair(record, LabelMap(3))
 
 
-def test_a_list_that_is_wrong_about_the_size_is_named(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_c14_a_list_that_is_wrong_about_the_size_is_named(tmp_path: Path) -> None:
     record = pair_of(tmp_path, image=(6, 8), label=(6, 8), listed=(8, 6), value=1)
     with pytest.raises(DataError, match=r"^train\.odgt:12: .*the list says 8 x 6 .* the file is 6 x 8"):
         read_pair(record, LabelMap(3))
 
 
-def test_an_unknown_id_is_told_with_line_and_file(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_c9_an_unknown_id_is_told_with_line_and_file(tmp_path: Path) -> None:
     record = pair_of(tmp_path, image=(6, 8), label=(6, 8), listed=(6, 8), value=7)
     with pytest.raises(DataError, match=r"^train\.odgt:12: .*b\.png: label ids 7 \(48 pixels\)"):
         read_pair(record, LabelMap(3))
 
 
-def test_a_missing_file_is_told_with_the_line_of_the_list() -> None:
+@pytest.mark.reliability
+def test_c3_a_missing_file_is_told_with_the_line_of_the_list() -> None:
     with pytest.raises(DataError, match=r"^train\.odgt:3: /no/a\.jpg: there is no such file"):
         read_pair(Record("/no/a.jpg", "/no/a.png", Size(1, 1), "train.odgt:3"), LabelMap(3))
 

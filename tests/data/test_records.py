@@ -44,13 +44,15 @@ def test_a_line_becomes_a_record(tmp_path: Path) -> None:
     ]
 
 
-def test_blank_lines_byte_order_mark_and_crlf_are_fine(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_c14_blank_lines_byte_order_mark_and_crlf_are_fine(tmp_path: Path) -> None:
     line = json.dumps(GOOD).encode()
     path = write_list(tmp_path, b"\xef\xbb\xbf" + line + b"\r", b"\r", b"  ", line + b"\r", b"")
     assert [record.origin for record in records_from_odgt(path, tmp_path)] == [f"{path}:1", f"{path}:4"]
 
 
-def test_extra_keys_null_labels_repeats_and_inner_dots_are_fine(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_c14_extra_keys_null_labels_repeats_and_inner_dots_are_fine(tmp_path: Path) -> None:
     inner = {**GOOD, "fpath_img": "images/../images/a.jpg", "fpath_segm": None, "dbName": "ADE20K"}
     absolute = {**GOOD, "fpath_img": f"{tmp_path}/images/a.jpg"}
     found = records_from_odgt(write_list(tmp_path, json.dumps(inner), json.dumps(absolute)), tmp_path)
@@ -58,6 +60,7 @@ def test_extra_keys_null_labels_repeats_and_inner_dots_are_fine(tmp_path: Path) 
     assert found[0].label is None
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -78,7 +81,7 @@ def test_extra_keys_null_labels_repeats_and_inner_dots_are_fine(tmp_path: Path) 
         (json.dumps(GOOD).encode().replace(b"images/a", b"images/\xff"), "not UTF-8"),
     ],
 )
-def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str | bytes, message: str) -> None:
+def test_c14_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str | bytes, message: str) -> None:
     path = write_list(tmp_path, json.dumps(GOOD), "", line)
     with pytest.raises(DataError, match=f"^{re.escape(str(path))}:3: .*{message}") as caught:
         records_from_odgt(path, tmp_path)
@@ -97,7 +100,8 @@ def test_missing_data_is_one_line_with_place_and_remedy(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_an_empty_list_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_c15_an_empty_list_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="names no image"):
         records_from_odgt(write_list(tmp_path, "", "  "), tmp_path)
 

@@ -22,10 +22,6 @@ Start = Callable[..., subprocess.Popen[str]]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
 def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
@@ -36,7 +32,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_two_ranks_share_one_folder_and_one_configuration(run: Run, folder: Path) -> None:
+@pytest.mark.reliability
+def test_f3_two_ranks_share_one_folder_and_one_configuration(run: Run, folder: Path) -> None:
     before = set(folder.iterdir())
     output = run(*TINY, "trainer.devices=2", "runs_dir=runs")
     assert output.count("best mean IoU") == 1  # only rank 0 speaks
@@ -46,19 +43,6 @@ def test_two_ranks_share_one_folder_and_one_configuration(run: Run, folder: Path
     assert len(list(folder.glob("runs/**/last.ckpt"))) == 1
 
 
-def test_one_process_accumulating_two_steps_ends_where_two_processes_do(run: Run, folder: Path) -> None:
-    # Without normalisation by the batch the activations of fresh weights are large: a small rate keeps steps tame.
-    exact = [*TINY, "model.freeze_bn=true", "trainer.precision=64-true", "optim.lr=0.003"]
-    run(*exact, "trainer.devices=2", "run_dir=two", "data.steps_per_epoch=3")
-    run(*exact, "trainer.accumulate_grad_batches=2", "run_dir=one", "data.steps_per_epoch=6")
-    run(*exact, "trainer.max_steps=1", "optim.lr=1e-30", "run_dir=none")  # the weights all of them started from
-    one, two, none = (weights(folder / name / "checkpoints/last.ckpt") for name in ("one", "two", "none"))
-    assert one.keys() == two.keys() == none.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, two[name], rtol=0, atol=1e-6)
-    assert max(float((value - none[name]).abs().max()) for name, value in one.items()) > 1e-3
-
-
 @pytest.fixture(scope="module")
 def checkpoint(folder: Path) -> Path:
     command = [sys.executable, str(Path(__file__).resolve().parents[2] / "run.py"), *TINY, "run_dir=trained"]
@@ -66,8 +50,9 @@ def checkpoint(folder: Path) -> Path:
     return folder / "trained/checkpoints/last.ckpt"
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("devices", [2, 3])
-def test_evaluation_counts_every_image_once_on_any_number_of_ranks(
+def test_c16_evaluation_counts_every_image_once_on_any_number_of_ranks(
     run: Run, folder: Path, checkpoint: Path, devices: int
 ) -> None:
     run("mode=eval", f"ckpt={checkpoint}", "run_dir=eval1", "trainer.accelerator=cpu")
@@ -131,9 +116,9 @@ def test_a_sweep_runs_each_job_once_on_its_own_ranks(run: Run, folder: Path) -> 
     assert len(list(folder.glob("sweep/**/last.ckpt"))) == 2
     rates = [
         torch.load(path, weights_only=True)["semseg"]["config"]["optim"]["lr"]
-        for path in sorted(folder.glob("sweep/**/last.ckpt"))
+        for path in folder.glob("sweep/**/last.ckpt")
     ]
-    assert rates == [0.01, 0.02]
+    assert sorted(rates) == [0.01, 0.02]
 
 
 LONG = ["trainer.max_epochs=1", "data.steps_per_epoch=100000", "trainer.devices=2"]
@@ -200,7 +185,8 @@ def test_a_rank_that_raises_is_named_with_its_exception(start: Start, folder: Pa
     assert "rank1" in last_block[1]
 
 
-def test_the_ranks_end_with_the_supervisor(start: Start, folder: Path) -> None:
+@pytest.mark.reliability
+def test_e5_the_ranks_end_with_the_supervisor(start: Start, folder: Path) -> None:
     job = start(*TINY, *LONG, "run_dir=orphans", "trainer.log_every_n_steps=1")
     wait_for_steps(folder / "orphans", job)
     ranks = rank_processes(job.pid)

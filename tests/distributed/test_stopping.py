@@ -53,7 +53,7 @@ def test_e2_e3_one_process_stops_with_a_checkpoint(
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
-def test_e2_a_signal_to_any_rank_stops_all_of_them_at_the_same_step(
+def test_e2_e5_a_signal_to_any_rank_stops_all_of_them_at_the_same_step(
     start: Start, folder: Path, number: signal.Signals, rank: int
 ) -> None:
     run_dir = folder / f"stopped_{number.name}_{rank}"
@@ -104,7 +104,7 @@ def test_e3_the_second_ctrl_c_ends_the_run_at_once(start: Start, folder: Path) -
 def test_e6_a_slurm_job_is_requeued_and_goes_on_where_it_was(
     start: Start, run: Run, folder: Path, tmp_path: Path
 ) -> None:
-    words = [*TINY, "data.steps_per_epoch=40", "trainer.log_every_n_steps=1"]
+    words = [*TINY, "data.steps_per_epoch=15", "trainer.log_every_n_steps=1"]
     run(*words, "run_dir=undisturbed")
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "asked"}\n')

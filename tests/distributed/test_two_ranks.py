@@ -1,0 +1,73 @@
+"""Training on two processes: stopped and resumed to the last bit, and the same steps as on one."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from distributed.two_ranks import ALONE, SHARED_OUT, STOPS, Watch, run_of, stop_and_go_on
+from syncbn.ranks import launch
+
+from in_process import assert_equal, fit
+from semseg.data.scenes import make_scenes
+
+pytestmark = pytest.mark.reliability
+
+
+class Runs(NamedTuple):
+    """What two ranks have done, all in one pair of processes: starting one costs seconds."""
+
+    root: str  # of the data
+    folder: Path  # of the run folders
+    ranks: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    root = str(folder / "scenes")
+    make_scenes(Path(root), num_train=5, num_val=2, seed=304)
+    return Runs(root, folder, launch(partial(stop_and_go_on, root=root, folder=str(folder)), 2))
+
+
+def end_of(run_dir: Path) -> dict[str, Any]:
+    """The last checkpoint without what names its folder."""
+    content = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    return {key: value for key, value in content.items() if key not in ("semseg", "callbacks")}
+
+
+@pytest.mark.parametrize("step", STOPS)
+def test_a1_a2_a_run_on_two_ranks_that_was_stopped_and_went_on_equals_one_that_was_not(runs: Runs, step: int) -> None:
+    assert all(step in rank["stopped"] for rank in runs.ranks)
+    stopped, whole = runs.folder / f"stopped_{step}", runs.folder / "whole"
+    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops"} <= set(end_of(whole))
+    assert_equal(end_of(stopped), end_of(whole))
+    log = (whole / "logs" / "metrics.csv").read_bytes()
+    assert (stopped / "logs" / "metrics.csv").read_bytes() == log and log.count(b"\n") == 7  # six steps and a header
+
+
+def test_a6_two_processes_take_the_sub_batches_of_one_that_accumulates_two(runs: Runs) -> None:
+    watch = Watch()
+    end = fit(run_of([*SHARED_OUT, *ALONE], runs.root, runs.folder / "one"), watch)
+    on_two = [sub_batch for step in zip(*(rank["seen"] for rank in runs.ranks), strict=True) for sub_batch in step]
+    assert len(on_two) == len(watch.seen) == 8
+    assert len({tuple(size) for _, size, _ in on_two}) > 1
+    for alone, together in zip(watch.seen, on_two, strict=True):
+        assert alone[:2] == together[:2]
+        assert alone[2] == pytest.approx(together[2], abs=1e-6)
+    weights = torch.load(runs.folder / "two" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in end["state_dict"].items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
+
+
+def test_d3_a_rank_that_runs_out_of_memory_takes_its_sub_batch_smaller_and_all_keep_the_same_weights(
+    runs: Runs,
+) -> None:
+    first, second = (rank["scarce"] for rank in runs.ranks)
+    assert first["retry"]["num_shrunk"] == 0
+    assert 0 < second["retry"]["num_shrunk"] == second["stop"]["num_shrunk"] < 6
+    assert_equal(second["retry"]["state"], first["retry"]["state"])
+    assert_equal(first["retry"]["state"], first["stop"]["state"])  # trying out has left no trace

@@ -1,0 +1,49 @@
+"""How much memory a piece of work takes. Measured in forks of the test, which spare the seconds that imports take."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FORK = multiprocessing.get_context("fork")
+MEGABYTE = 2**20
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak of memory"
+)
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """The answer of `work`, done in a fork of this process."""
+
+    def run(sender: Connection) -> None:
+        torch.set_num_threads(1)  # the parent's pool of threads does not survive the fork
+        sender.send(work())
+
+    receiver, sender = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=run, args=(sender,))
+    child.start()
+    sender.close()
+    answer = receiver.recv()
+    child.join()
+    return answer
+
+
+def resident(process: int | str = "self", field: str = "VmRSS") -> int:
+    """Bytes of memory that a process holds now, or with the field VmHWM has held at most."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return 1024 * int(re.findall(rf"{field}:\s+(\d+)", status)[0])
+
+
+def peak_growth(work: Callable[[], Any]) -> int:
+    """Bytes by which the peak of this process's memory grows over what it holds before `work`."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh
+    before = resident(field="VmHWM")
+    work()
+    return resident(field="VmHWM") - before

@@ -1,0 +1,63 @@
+"""What is installed and what runs on the build machine is named to the last bit, so that it cannot change unseen."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONSTRAINTS = (ROOT / "constraints.txt").read_text().splitlines()
+# Part of every virtual environment, as far as pip is concerned: it leaves it out of a list of what is installed.
+NOT_LISTED = {"setuptools"}
+
+pytestmark = pytest.mark.reliability
+
+
+def needed_by(requirements: list[str]) -> set[str]:
+    """Names of all distributions that are needed on this machine, those that others need included."""
+    found: set[str] = set()
+    waiting = [(Requirement(text), frozenset[str]()) for text in requirements]
+    done: set[tuple[str, frozenset[str]]] = set()
+    while waiting:
+        requirement, extras = waiting.pop()
+        name, wanted = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        is_meant = requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras)
+        )
+        if not is_meant or (name, wanted) in done:
+            continue
+        done.add((name, wanted))
+        found.add(name)
+        try:
+            further = requires(requirement.name) or []
+        except PackageNotFoundError:  # an extra that is not installed
+            continue
+        waiting += [(Requirement(text), wanted) for text in further]
+    return found
+
+
+def test_g10_every_dependency_has_one_version() -> None:
+    pinned = [re.fullmatch(r"([A-Za-z0-9][\w.-]*)==(\d[\w.+!]*)", line) for line in CONSTRAINTS]
+    assert all(pinned), "constraints.txt: every line is <name>==<version>"
+    names = [canonicalize_name(match[1]) for match in pinned if match]
+    assert len(names) == len(set(names))
+    extras = [text for group in PROJECT["optional-dependencies"].values() for text in group]
+    missing = needed_by([*PROJECT["dependencies"], *extras]) - set(names) - NOT_LISTED
+    assert not missing, "make lock"
+
+
+def test_g10_actions_are_pinned_by_commit_and_cannot_write() -> None:
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert workflows
+    for path in workflows:
+        used = re.findall(r"uses:\s*(\S+)", path.read_text())
+        assert used and all(re.fullmatch(r"[\w-]+/[\w./-]+@[0-9a-f]{40}", action) for action in used), path
+        assert yaml.safe_load(path.read_text())["permissions"] == {"contents": "read"}, path

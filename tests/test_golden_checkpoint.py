@@ -1,0 +1,50 @@
+"""Checkpoints of every format so far load, and their runs go on with the steps that they would have taken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from golden.make_checkpoint import run_of
+
+from in_process import fit, logged_losses
+from reference import GOLDEN
+from semseg.checkpoint import FORMAT_VERSION, read_checkpoint
+from semseg.resume import check_same_run, read_run_state
+
+CHECKPOINTS = sorted((GOLDEN / "checkpoint").glob("*.ckpt"))
+
+pytestmark = pytest.mark.reliability
+
+
+def test_a12_there_is_a_checkpoint_of_the_present_format() -> None:
+    assert f"format_{FORMAT_VERSION}.ckpt" in [path.name for path in CHECKPOINTS]
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: path.stem)
+def test_a12_a_checkpoint_of_an_earlier_release_goes_on_with_the_same_losses(path: Path, tmp_path: Path) -> None:
+    config = run_of(tmp_path)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    shutil.copyfile(path, last)
+    state = read_run_state(last)
+    assert state.epoch == 1 and state.is_epoch_done
+    assert check_same_run(state.config, config, last, force=False) is None
+    end = fit(config, resume=last)
+    assert end["global_step"] == 6
+    expected = json.loads(path.with_suffix(".json").read_text())
+    found = logged_losses(tmp_path)
+    assert list(found) == list(expected) == ["3", "4", "5"]
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], abs=1e-6)
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: path.stem)
+def test_a12_the_network_of_an_earlier_release_is_read_whole(path: Path) -> None:
+    saved = read_checkpoint(path)
+    assert (saved.epoch, saved.step, len(saved.classes.names)) == (0, 3, 150)
+    assert saved.config.model.encoder["name"] == "tiny" and saved.config.optim.momentum == 0.9
+    assert all(torch.isfinite(value).all() for value in saved.weights.values())
