@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from semseg.bad_images import CountBadImages
 from semseg.callbacks import EndOnSigterm, LogSteps, PlainProgress, checkpoints
 from semseg.checkpoint import SavedNetwork, find_checkpoint, inherit, read_checkpoint
 from semseg.checkpoint_io import AtomicCheckpointIO
-from semseg.config import Config, DownloadConfig, ModelConfig, network_options
+from semseg.config import ONNX, Config, DownloadConfig, ModelConfig, network_options
 from semseg.data.classes import LabelMap
 from semseg.data.convention import CONVENTIONS
 from semseg.data.sources import DataSource
@@ -35,6 +36,8 @@ from semseg.published import FREE_KEYS, Files, find_files, read_published
 from semseg.resume import ForgetRepeatedSteps, SeedEveryStep
 from semseg.syncbn.plugin import layer_sync
 from semseg.weights import fill, load_encoder_weights
+
+EXPORT_EXTRA = ("onnx", "onnxscript", "onnxruntime")  # modules of semseg[export]
 
 
 def build_net(config: ModelConfig, num_classes: int, download: DownloadConfig | None = None) -> Segmenter:
@@ -94,11 +97,12 @@ def open_network(config: Config, overrides: list[str]) -> tuple[SavedNetwork, Co
 
 
 def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwork:
-    """A checkpoint of ours or published files: a file, a folder, last, best, zoo:<name>, or two files with a comma.
+    """A checkpoint of ours, published files or ONNX: a file, a folder, last, best, zoo:<name>, two files with a comma.
 
     Raises:
         CheckpointError: if there is none, or it is damaged.
         DownloadError: if it cannot be fetched.
+        ConfigError: for an ONNX file, if the packages that read it are not installed.
     """
     if spec.startswith(zoo.PREFIX):
         network = zoo.published(spec)
@@ -110,7 +114,24 @@ def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwor
     files = find_files(spec)
     if files is not None:
         return read_published(files, config, overrides)
-    return read_checkpoint(find_checkpoint(spec, Path(config.runs_dir)))
+    path = find_checkpoint(spec, Path(config.runs_dir))
+    if path.suffix.lower() != ONNX:
+        return read_checkpoint(path)
+    require_export_extra()
+    from semseg.exported import read_exported  # noqa: PLC0415 - the packages of an extra
+
+    return read_exported(path)
+
+
+def require_export_extra() -> None:
+    """Leave early where the packages of semseg[export] are not installed.
+
+    Raises:
+        ConfigError: then.
+    """
+    missing = [name for name in EXPORT_EXTRA if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"ONNX files need {', '.join(missing)}: pip install 'semseg[export]'")
 
 
 @rank_zero_only
@@ -121,11 +142,15 @@ def tell(line: str) -> None:
 
 
 def restore_net(saved: SavedNetwork) -> Segmenter:
-    """The network of a checkpoint, with its weights, in eval mode.
+    """The network of a checkpoint with its weights, or that of an exported file, in eval mode.
 
     Raises:
         CheckpointError: if any weight is missing, unexpected or of another shape.
     """
+    if saved.graph is not None:
+        from semseg.exported import graph_network  # noqa: PLC0415 - the packages of an extra
+
+        return graph_network(saved, saved.graph)
     net = build_net(without_weights(saved.config.model), saved.classes.num_classes)
     fill(net, saved.weights, f"{saved.source}: its weights do not fit its own configuration")
     net.convention = saved.convention

@@ -33,17 +33,26 @@ SAFETENSORS = ".safetensors"
 NET_PREFIX = "net."  # of the network's weights in the Lightning state dict
 
 
+class Graph(NamedTuple):
+    """A network that was exported: one graph, weights included."""
+
+    model: bytes  # an ONNX file, checked
+    size_divisor: int
+    label_stride: int
+
+
 class SavedNetwork(NamedTuple):
     """A network with everything that is needed to build and use it again."""
 
     source: str  # the file or files it came from, for messages
-    weights: dict[str, Tensor]  # encoder.* and decoder.*, on the CPU
+    weights: dict[str, Tensor]  # encoder.* and decoder.*, on the CPU; none where there is a graph
     config: Config  # of the run that wrote it
     classes: ClassTable
     convention: InputConvention  # how pixel values enter the network
     epoch: int = 0
     step: int = 0
     note: str = ""  # what the files were taken for, where they do not say it themselves
+    graph: Graph | None = None  # of an exported network
 
 
 def describe(config: Config, classes: ClassTable, convention: InputConvention) -> dict[str, Any]:

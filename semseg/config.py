@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +20,7 @@ from semseg.data.convention import CONVENTIONS
 from semseg.errors import ConfigError, choose, nearest
 from semseg.secrets import refusal, secret_in
 
-MODES = ("train", "eval", "predict", "convert", "compare", "download", "replay", "serve")
+MODES = ("train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export")
 SPLITS = ("train", "val", "test")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
 DECODE = ("fast", "exact")
@@ -31,6 +32,10 @@ LIBRARIES = ("torchvision", "timm")  # whose networks are encoders
 SYNCBN = ("reduce", "native", "off")
 SYNCBN_CONVENTIONS = ("torch", "published")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "64")
+ONNX, TORCH_EXPORT = ".onnx", ".pt2"
+EXPORT_SUFFIXES = {ONNX: "onnx", TORCH_EXPORT: "torch_export"}  # of files, and what they are called in `format`
+RUNS_EXPORTED = ("eval", "predict", "serve")  # modes that can use an exported network
+QUANTIZE = ("none", "dynamic", "static")
 PREDICT_OUTPUTS = ("ids", "color", "overlay", "panel", "probabilities")
 PREDICT_FORMATS = ("dataset", "ade20k")
 
@@ -250,6 +255,16 @@ class ServeConfig:
 
 
 @dataclass
+class ExportConfig:
+    """A network as a file for other programs (mode=export)."""
+
+    quantize: str = one_of("none", QUANTIZE)  # convolutions in 8-bit integers; format=onnx
+    calibration_split: str = one_of("train", SPLITS)  # static: whose values set the ranges
+    calibration_images: int = number(32, low=1)
+    score_images: int = number(100, low=0)  # of eval.split, to tell what quantisation costs; 0: not told
+
+
+@dataclass
 class DownloadConfig:
     """How files are fetched, and where they are kept."""
 
@@ -272,6 +287,7 @@ class Config:
     ckpt: str | None = None
     init_from: str | None = None
     output: str | None = None
+    format: str = one_of("auto", ("auto", *EXPORT_SUFFIXES.values()))  # auto: by the suffix of output
     resume: str | None = "auto"
     resume_force: bool = False
     input: str | None = None
@@ -288,6 +304,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     logger: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -468,6 +485,8 @@ def cross_problems(config: Config) -> Iterator[str]:
     if divisor and stride and divisor % stride:
         yield f"model.size_divisor={divisor}: must be a multiple of model.label_stride={stride}."
     yield from _mode_problems(config)
+    yield from _exported_file_problems(config)
+    yield from _export_problems(config)
     for mode in config.after_training:
         if mode not in ("eval", "predict"):
             yield wrong_choice("after_training", mode, ("eval", "predict"))
@@ -478,7 +497,7 @@ def cross_problems(config: Config) -> Iterator[str]:
 
 def _mode_problems(config: Config) -> Iterator[str]:
     """A sentence for every key that the mode needs and that is not there, or that does not belong to it."""
-    needs_checkpoint = config.mode in ("eval", "predict", "convert", "replay", "serve")
+    needs_checkpoint = config.mode in ("eval", "predict", "convert", "replay", "serve", "export")
     if needs_checkpoint and not config.ckpt:
         yield f"mode={config.mode} needs ckpt=<file, run folder, last, best, zoo:<name> or folder of published files>."
     starts = [key for key in ("ckpt", "resume", "init_from") if getattr(config, key) not in (None, "auto")]
@@ -493,6 +512,38 @@ def _mode_problems(config: Config) -> Iterator[str]:
         yield "mode=predict needs input=<image, video, folder, pattern, list of paths, or - for standard input>."
     if config.mode == "compare" and len(config.runs) < 2:
         yield f"runs={config.runs}: mode=compare needs at least two evaluations: runs=[<folder>,<folder>]."
+
+
+def _exported_file_problems(config: Config) -> Iterator[str]:
+    """A sentence for every exported network in a place where none can be used."""
+    files = {key: getattr(config, key) for key in ("ckpt", "init_from", "resume")}
+    files["model.encoder.weights"] = config.model.encoder.get("weights")
+    for key, file in files.items():
+        suffix = Path(str(file)).suffix.lower()
+        if suffix == TORCH_EXPORT:
+            yield f"{key}={file}: is not read, for reading it could run code in it. Export to {ONNX} for that."
+        if suffix == ONNX and (key != "ckpt" or config.mode not in RUNS_EXPORTED):
+            yield f"{key}={file}: an exported network is for mode={', '.join(RUNS_EXPORTED)}. Give its checkpoint."
+    if Path(str(config.ckpt)).suffix.lower() != ONNX:
+        return
+    ways = {"model.compile": False, "model.channels_last": False, "trainer.precision": "32-true"}
+    given = dict(walk(as_plain(config)))
+    for key, default in ways.items():
+        if given[key] != default:
+            yield f"{key}={given[key]}: an exported network runs as it was exported. Leave this at {default}."
+
+
+def _export_problems(config: Config) -> Iterator[str]:
+    """A sentence for everything that mode=export cannot write."""
+    if config.mode != "export":
+        return
+    meant = EXPORT_SUFFIXES.get(Path(str(config.output)).suffix)
+    if meant is None:
+        yield f"output={config.output}: mode=export needs output=<file{ONNX} or file{TORCH_EXPORT}>."
+    elif config.format not in ("auto", meant):
+        yield f"format={config.format}: output={config.output} would be format={meant}."
+    if config.export.quantize != "none" and meant == "torch_export":
+        yield f"export.quantize={config.export.quantize}: is for {ONNX} files."
 
 
 def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
@@ -539,7 +590,7 @@ SECTIONS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         ModelConfig, DataConfig, SplitConfig, OptimConfig, ScheduleConfig, LossConfig, SyncBNConfig,
-        TrainerConfig, CheckpointConfig, EvalConfig, PredictConfig, ServeConfig, DownloadConfig,
+        TrainerConfig, CheckpointConfig, EvalConfig, PredictConfig, ServeConfig, ExportConfig, DownloadConfig,
     )
 } | {"ScenesConfig | None": ScenesConfig, "ArchiveConfig | None": ArchiveConfig}  # fmt: skip
 

@@ -33,6 +33,10 @@ class CheckpointError(SemsegError):
     """A checkpoint or weight file is missing, broken or belongs to another network."""
 
 
+class ExportError(SemsegError):
+    """A network cannot be written for other programs, or would give other numbers there."""
+
+
 class DownloadError(SemsegError):
     """A file cannot be fetched, or is not the one that was meant."""
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -38,9 +39,16 @@ def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int, stride
 
 def resize(features: Tensor, like: Tensor) -> Tensor:
     """(N, C, h, w) -> (N, C, height and width of `like`), bilinear, align_corners=False."""
-    if features.shape[-2:] == like.shape[-2:]:
+    if same_size(features, like):
         return features
     return F.interpolate(features, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def same_size(first: Tensor, second: Tensor) -> bool:
+    """Whether height and width are equal; where an exporter leaves them open: whether they are at every size."""
+    if not torch.compiler.is_exporting():
+        return first.shape[-2:] == second.shape[-2:]
+    return all(statically_known_true(a == b) for a, b in zip(first.shape[-2:], second.shape[-2:], strict=True))
 
 
 def apply_to_joined(layers: nn.Module, maps: Sequence[Tensor]) -> Tensor:
@@ -57,6 +65,8 @@ def apply_to_joined(layers: nn.Module, maps: Sequence[Tensor]) -> Tensor:
     Returns:
         What the last layer gives for the joined map (N, C_1 + C_2 + ..., h, w) at the size of the first.
     """
+    if torch.compiler.is_exporting():  # one whole convolution, which other runtimes know how to fuse and to quantise
+        return layers(torch.cat([maps[0], *(resize(features, maps[0]) for features in maps[1:])], 1))
     conv, *rest = layers.children()
     assert isinstance(conv, nn.Conv2d)
     finest, *coarser = maps
@@ -168,10 +178,9 @@ def cell_weights(length: int, bins: int, like: Tensor) -> Tensor:
     """
     position = torch.arange(length, device=like.device)
     cell = torch.arange(bins, device=like.device).unsqueeze(1)
-    first = cell * length // bins
-    end = ((cell + 1) * length + bins - 1) // bins
-    inside = (position >= first) & (position < end)
-    return inside.to(like.dtype) / (end - first).to(like.dtype)
+    # Both bounds multiplied by bins: an integer division would be a dozen operators in an exported graph.
+    inside = ((position + 1) * bins > cell * length) & (position * bins < (cell + 1) * length)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True).to(like.dtype)
 
 
 @torch.no_grad()
