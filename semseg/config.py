@@ -20,7 +20,7 @@ from semseg.data.convention import CONVENTIONS
 from semseg.errors import ConfigError, choose, nearest
 from semseg.secrets import refusal, secret_in
 
-MODES = ("train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export")
+MODES = ("train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export", "check")
 SPLITS = ("train", "val", "test")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
 DECODE = ("fast", "exact")
@@ -128,6 +128,7 @@ class DataConfig:
     batch_size: int = number(2, low=1)  # images per device
     steps_per_epoch: int | None = number(5000, low=1)  # null: one pass over the records
     flip: bool = True
+    oversample: float = number(0.0, low=0, high=1)  # of rare classes: those in fewer images than this share; 0: off
     num_workers: int = number(4, low=0)  # per process
     worker_timeout_s: float = number(
         120.0, low=0
@@ -265,6 +266,14 @@ class ExportConfig:
 
 
 @dataclass
+class CheckConfig:
+    """The data doctor (mode=check)."""
+
+    fix: str = one_of("none", ("none", "list"))  # list: write a list of the sound pairs of each split
+    samples: int = number(6, low=0, high=100)  # pictures of the page
+
+
+@dataclass
 class DownloadConfig:
     """How files are fetched, and where they are kept."""
 
@@ -305,6 +314,7 @@ class Config:
     predict: PredictConfig = field(default_factory=PredictConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     logger: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -590,7 +600,8 @@ SECTIONS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         ModelConfig, DataConfig, SplitConfig, OptimConfig, ScheduleConfig, LossConfig, SyncBNConfig,
-        TrainerConfig, CheckpointConfig, EvalConfig, PredictConfig, ServeConfig, ExportConfig, DownloadConfig,
+        TrainerConfig, CheckpointConfig, EvalConfig, PredictConfig, ServeConfig, ExportConfig, CheckConfig,
+        DownloadConfig,
     )
 } | {"ScenesConfig | None": ScenesConfig, "ArchiveConfig | None": ArchiveConfig}  # fmt: skip
 

@@ -9,15 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
+from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from semseg.collate import Batch
 from semseg.config import Config
+from semseg.data.classes import IGNORED
 from semseg.data.datasets import EvalDataset, TrainDataset
-from semseg.data.geometry import canvas_size, label_size, scaled_size
+from semseg.data.geometry import label_size, largest_canvas
 from semseg.data.plan import RankSequence, TrainPlan
+from semseg.data.scan import repeat_factors, scan
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
 from semseg.nets.segmenter import Segmenter
@@ -184,6 +189,7 @@ class SegmentationData(pl.LightningDataModule):
             batch_size=data.batch_size,
             short_edges=data.short_edges,
             flip=data.flip,
+            repeats=self.repeats(),
         )
         dataset = TrainDataset(
             records,
@@ -208,15 +214,30 @@ class SegmentationData(pl.LightningDataModule):
         self._train_loader.position = self._position
         return self._train_loader
 
-    def largest_batch(self) -> Batch:
-        """A black sub-batch as large as the plan can give: the highest and the widest image of an orientation."""
+    def prepare_data(self) -> None:
+        """On one rank: what `repeats` needs to know of the masks is put into the cache."""
+        if self.config.data.oversample:
+            records = self.source.records("train")
+            rank_zero_info(f"data.oversample: reading {len(records)} masks, or what is remembered of them")
+            self.repeats()
+
+    def repeats(self) -> NDArray[np.float64] | None:
+        """How often each training image is seen in a pass; None: once."""
         data = self.config.data
-        largest = max(data.short_edges)
-        sizes = [scaled_size(record.size, largest, data.max_long_edge) for record in self.source.records("train")]
-        upright = [size for size in sizes if size.height > size.width]
-        level = [size for size in sizes if size.height <= size.width]
-        canvases = [canvas_size(bucket, self.size_divisor) for bucket in (upright, level) if bucket]
-        canvas = max(canvases, key=lambda size: size.height * size.width)
+        if not data.oversample:
+            return None
+        found = scan(self.source.records("train"), self.source.root, max_pixels=data.max_pixels)
+        meaning = self.source.label_map.meaning
+        present = [
+            {index for raw in finding.ids if (index := meaning(raw)) not in (None, IGNORED)} for finding in found
+        ]
+        return repeat_factors(present, data.oversample)
+
+    def largest_batch(self) -> Batch:
+        """A black sub-batch as large as the plan can give."""
+        data = self.config.data
+        sizes = [record.size for record in self.source.records("train")]
+        canvas = largest_canvas(sizes, max(data.short_edges), data.max_long_edge, self.size_divisor)
         count = data.batch_size
         image = torch.zeros(count, 3, *canvas, dtype=torch.uint8)
         label = torch.zeros(count, *label_size(canvas, self.label_stride), dtype=torch.int64)

@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 import torch
+from PIL import Image
 from pytorch_lightning import Trainer
 
 from semseg.collate import Batch
@@ -140,3 +141,18 @@ def test_what_is_not_configured_is_told_with_its_key(root: Path) -> None:
         DataSource(check(compose_config(["data=folder"])).data)
     with pytest.raises(ConfigError, match="has 150"):
         DataSource(check(compose_config(["data.num_classes=5"])).data)
+
+
+def test_images_with_a_rare_class_are_seen_more_often(tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for index in range(20):
+        Image.new("RGB", (40, 30)).save(tmp_path / "images" / f"{index:02d}.png")
+        Image.new("L", (40, 30), 2 if index == 7 else 1).save(tmp_path / "masks" / f"{index:02d}.png")
+    words = ["data=folder", f"data.root={tmp_path}", "data.num_classes=2", "data.val_fraction=0", "data.num_workers=0",
+             "data.batch_size=1", "data.short_edges=[32]"]  # fmt: skip
+    for oversample, times in ((0.0, 1), (0.2, 2)):  # one of 20 images has class 1: sqrt(0.2 / 0.05) = 2
+        loader = loaders(check(compose_config([*words, f"data.oversample={oversample}"]))).train_dataloader()
+        seen = [Path(path).stem for batch in take(loader, 19 + times) for path in batch.paths]
+        assert seen.count("07") == times
+        assert len(set(seen)) == 20

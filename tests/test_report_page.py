@@ -250,7 +250,7 @@ def test_the_legend_names_labelled_and_predicted_classes_largest_first() -> None
 def test_the_histogram_counts_every_image_once() -> None:
     drawn = histogram([0.0, 0.02, 0.5, 1.0], "scores")
     assert "0 to 5 %: 2 images" in drawn and "50 to 55 %: 1 image<" in drawn and "95 to 100 %: 1 image<" in drawn
-    assert "median: 26.0 %" in drawn
+    assert "median: 26 %" in drawn
 
 
 def test_a_flat_curve_and_a_single_point_can_be_drawn() -> None:

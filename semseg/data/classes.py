@@ -239,6 +239,11 @@ class LabelMap:
         if not in_range or (self._table[lowest : highest + 1] == _UNKNOWN).any():
             self(raw, path)
 
+    def meaning(self, raw_id: int) -> int | None:
+        """The class index of an id, -1 if it is not scored, None if it is neither."""
+        index = int(self._table[raw_id]) if 0 <= raw_id <= _MAX_ID else _UNKNOWN
+        return None if index == _UNKNOWN else index
+
     def to_raw(self, index: NDArray[np.integer]) -> NDArray[np.uint16]:
         """Class indices (none below 0) back to the raw ids of the data set, for files others will read."""
         return (index + self.first_id).astype(np.uint16)

@@ -58,6 +58,19 @@ def canvas_size(sizes: Iterable[Size], multiple: int) -> Size:
     return Size(round_up(tallest, multiple), round_up(widest, multiple))
 
 
+def largest_canvas(sizes: Iterable[Size], short_edge: int, max_long_edge: int, multiple: int) -> Size:
+    """The largest canvas that images of these sizes can share: the highest and the widest of one orientation.
+
+    >>> largest_canvas([Size(300, 400), Size(300, 600), Size(500, 400)], 300, 450, multiple=32)
+    Size(height=320, width=480)
+    """
+    scaled = [scaled_size(size, short_edge, max_long_edge) for size in sizes]
+    upright = [size for size in scaled if size.height > size.width]
+    level = [size for size in scaled if size.height <= size.width]
+    canvases = [canvas_size(bucket, multiple) for bucket in (upright, level) if bucket]
+    return max(canvases, key=lambda size: size.height * size.width)
+
+
 def label_size(canvas: Size, label_stride: int) -> Size:
     """Size of the label map of a canvas: one pixel for every `label_stride` x `label_stride` pixels.
 

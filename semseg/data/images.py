@@ -114,6 +114,29 @@ def read_label(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.
     return raw.astype(np.uint8) if raw.dtype == np.bool_ else raw
 
 
+class FileHeader(NamedTuple):
+    """What an image file says of itself before it is decoded."""
+
+    kind: str  # format and mode in Pillow's words: "JPEG RGB", "PNG P", "PNG I;16"
+    stored: Size
+    upright: Size  # as EXIF wants it shown
+
+
+def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> FileHeader:
+    """The header of an image file that is whole, as far as that can be told without decoding it.
+
+    Raises:
+        DataError: as `read_image`.
+    """
+    data = _read_bytes(path)
+    header = _open(path, data, max_pixels)
+    _check_jpeg(path, data)
+    _check_png(path, data)
+    stored = Size(header.height, header.width)
+    upright = Size(*reversed(stored)) if _orientation(header) >= 5 else stored
+    return FileHeader(f"{header.format} {header.mode}", stored, upright)
+
+
 class Thumbnail(NamedTuple):
     """An image that was decoded at a reduced size, and its raw label at full size, on grids that correspond."""
 
@@ -253,8 +276,7 @@ def _decode_image(path: str | Path, data: bytes, max_pixels: int, factor: int = 
     """Pixels on the stored grid, or a JPEG's at 1/`factor` of it, and the EXIF orientation (1 = as stored)."""
     header = _open(path, data, max_pixels)
     orientation = _orientation(header)
-    if _is_jpeg(data) and not _jpeg_is_whole(data):
-        raise DataError(f"{path}: the JPEG is truncated (no end marker in {len(data)} bytes). Get it again.")
+    _check_jpeg(path, data)
     flags = _REDUCED[factor] | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -275,6 +297,11 @@ def _orientation(header: Image.Image) -> int:
 
 def _is_jpeg(data: bytes) -> bool:
     return data.startswith(b"\xff\xd8")
+
+
+def _check_jpeg(path: str | Path, data: bytes) -> None:
+    if _is_jpeg(data) and not _jpeg_is_whole(data):
+        raise DataError(f"{path}: the JPEG is truncated (no end marker in {len(data)} bytes). Get it again.")
 
 
 def _jpeg_is_whole(data: bytes) -> bool:

@@ -6,10 +6,14 @@ survive. Here this endless stream is not replayed but computed: any sub-batch nu
 
 With P members in a queue, its k-th arrival (k from 0) comes in pass k // P, and the queue's j-th sub-batch is
 arrivals j*B .. j*B + B - 1. So after p passes it has given (p * P) // B sub-batches and holds (p * P) % B records.
+
+Records that are to be seen more often than once in a pass (`repeats`) take part several times. Which of them get the
+extra turn of a broken number changes from pass to pass, but their number does not, so that all of the above holds.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
@@ -21,7 +25,7 @@ from numpy.typing import NDArray
 from semseg.data.geometry import Size
 from semseg.seeding import generator_for
 
-ORDER, DRAWS = 0, 1  # streams of randomness under one seed: generator_for(seed, stream, number)
+ORDER, DRAWS, TURNS = 0, 1, 2  # streams of randomness under one seed: generator_for(seed, stream, number)
 
 
 class SubBatch(NamedTuple):
@@ -50,9 +54,11 @@ class TrainPlan:
         short_edges: one is drawn for every sub-batch, each with the same chance.
         flip: mirror each member with chance 0.5.
         shuffle: False keeps the list order in every pass.
+        repeats: how often each record is seen in a pass on average, at least 1; None: once. The sum over the records of
+            an orientation is rounded up.
 
     Raises:
-        ValueError: if there is no record, no short edge, or batch_size is below 1.
+        ValueError: if there is no record, no short edge, batch_size is below 1, or a number of `repeats` is.
 
     >>> plan = TrainPlan([Size(3, 4), Size(4, 3), Size(5, 5)], seed=304, batch_size=2, short_edges=[300], shuffle=False)
     >>> plan.sub_batch(0).records, plan.sub_batch(1).records, plan.sub_batch(2).records
@@ -68,6 +74,7 @@ class TrainPlan:
         short_edges: Sequence[int],
         flip: bool = True,
         shuffle: bool = True,
+        repeats: Sequence[float] | NDArray[np.floating] | None = None,
     ) -> None:
         height_width = np.asarray(sizes)
         if height_width.size == 0:
@@ -78,10 +85,13 @@ class TrainPlan:
             )
         self.seed, self.batch_size, self.flip, self.shuffle = seed, batch_size, flip, shuffle
         self.short_edges = tuple(int(edge) for edge in short_edges)
-        self.num_records = len(height_width)
         self._is_portrait = height_width[:, 0] > height_width[:, 1]  # (N,) bool: all that is kept of the sizes
+        self._turns = None if repeats is None else _cumulated(np.asarray(repeats, np.float64), self._is_portrait)
         num_portrait = int(np.count_nonzero(self._is_portrait))
-        self._num_members = (self.num_records - num_portrait, num_portrait)
+        self._num_members = (len(height_width) - num_portrait, num_portrait)
+        if self._turns is not None:
+            self._num_members = (int(self._turns[0][-1]), int(self._turns[1][-1]))
+        self.num_records = sum(self._num_members)  # of a pass
         # The present pass and the one before, from which a queue's leftovers come.
         self._pass = lru_cache(maxsize=2)(self._walk)
 
@@ -139,14 +149,45 @@ class TrainPlan:
         passes_and_ranks = (divmod(arrival, self._num_members[queue]) for arrival in arrivals)
         return tuple(int(self._pass(index).members[queue][rank]) for index, rank in passes_and_ranks)
 
+    def _taking_part(self, index: int) -> NDArray[np.int32]:
+        """The records of pass `index` in the order of the list, some of them several times.
+
+        Systematic sampling: a comb of distance 1 with a random start is laid over the running sums, and each record
+        gets a turn for every tooth within its stretch. So its turns are its number of repeats rounded down or up, and
+        all of them together are the same number in every pass.
+        """
+        records = np.arange(len(self._is_portrait), dtype=np.int32)
+        if self._turns is None:
+            return records
+        start = generator_for(self.seed, TURNS, index).random()
+        counts = sum(np.diff(np.floor(sums + start)) for sums in self._turns)
+        return np.repeat(records, np.asarray(counts, np.int64))
+
     def _walk(self, index: int) -> _Pass:
         """Pass `index` (from 0) over the records: 8 bytes a record."""
-        order = np.arange(self.num_records, dtype=np.int32)
+        order = self._taking_part(index)
         if self.shuffle:
             generator_for(self.seed, ORDER, index).shuffle(order)
         is_portrait = self._is_portrait[order]
         arrivals = [np.flatnonzero(is_portrait == queue).astype(np.int32) for queue in (False, True)]
         return _Pass((order[arrivals[0]], order[arrivals[1]]), (arrivals[0], arrivals[1]))
+
+
+def _cumulated(repeats: NDArray[np.float64], is_portrait: NDArray[np.bool_]) -> tuple[NDArray[np.float64], ...]:
+    """For each queue: 0 and the running sums of `repeats` (0 for records of the other queue), scaled to a whole end.
+
+    Raises:
+        ValueError: if they are not one number of at least 1 for each record.
+    """
+    if repeats.shape != is_portrait.shape or not (repeats >= 1).all():
+        raise ValueError(f"repeats must be {len(is_portrait)} numbers of at least 1")
+    sums = []
+    for queue in (False, True):
+        running = np.concatenate([[0.0], np.cumsum(np.where(is_portrait == queue, repeats, 0.0))])
+        whole = math.ceil(running[-1] - 1e-6)
+        sums.append(running * (whole / running[-1]) if whole else running)
+        sums[-1][-1] = whole  # exactly, whatever the rounding of the product
+    return tuple(sums)
 
 
 def _taken_from_second(first: NDArray[np.int32], second: NDArray[np.int32], rank: int) -> int:

@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -32,7 +33,9 @@ class Record(NamedTuple):
 # ---- from a list
 
 
-def records_from_odgt(list_file: str | Path, root: str | Path, *, hint: str = "") -> list[Record]:
+def records_from_odgt(
+    list_file: str | Path, root: str | Path, *, hint: str = "", problems: list[str] | None = None
+) -> list[Record]:
     """Records of an odgt list: one JSON object a line with fpath_img, fpath_segm, width, height.
 
     Paths are relative to `root` and stay inside it; absolute ones are taken if they lie inside. fpath_segm may be
@@ -41,6 +44,7 @@ def records_from_odgt(list_file: str | Path, root: str | Path, *, hint: str = ""
 
     Args:
         hint: ends the sentence about missing data: the command or page that gets it.
+        problems: what is wrong with single lines goes here, and they are left out; None: the first one raises.
 
     Raises:
         DataError: if the root or the list is missing, the list is empty, or a line does not fit ("file:line: ...").
@@ -49,12 +53,12 @@ def records_from_odgt(list_file: str | Path, root: str | Path, *, hint: str = ""
     _require(root.is_dir(), "data folder", root, hint)
     _require(list_file.is_file(), "list of images", list_file, hint)
     base = os.path.normpath(root.absolute())
-    records = [
-        _parse_line(line, base, f"{list_file}:{number}")
-        for number, line in enumerate(list_file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
-        if line.strip()
-    ]
-    if not records:
+    records = []
+    for number, line in enumerate(list_file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            with _collected(problems):
+                records.append(_parse_line(line, base, f"{list_file}:{number}"))
+    if not records and not problems:
         raise DataError(f"{list_file}: the list names no image.{_sentence(hint)}")
     return records
 
@@ -105,6 +109,7 @@ def records_from_folders(
     *,
     hint: str = "",
     cache_dir: str | Path | None = None,
+    problems: list[str] | None = None,
 ) -> list[Record]:
     """Records of all images below a folder, each with the mask of the same relative path without suffix.
 
@@ -113,28 +118,41 @@ def records_from_folders(
     file. An image whose EXIF orientation exchanges height and width counts with the size at which it will be read:
     that of its mask, or upright if there are no masks.
 
+    Args:
+        problems: what is wrong with single files goes here, and they are left out; None: the first one raises.
+
     Raises:
         DataError: if a folder is missing or empty, an image has no mask or a mask no image, two files have the same
             stem, or a header cannot be read.
     """
     images = Path(images)
     _require(images.is_dir(), "folder of images", images, hint)
-    image_files = _by_stem(images)
+    image_files = _by_stem(images, problems)
     if not image_files:
         kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
         raise DataError(f"{images}: no image in this folder or below it (looked for {kinds}).{_sentence(hint)}")
     if masks is None:
-        headers = _headers(list(image_files.values()), images, cache_dir)
-        return [Record(path, None, headers[path].upright, str(images)) for path in image_files.values()]
+        headers = _headers(list(image_files.values()), images, cache_dir, problems)
+        return [Record(path, None, header.upright, str(images)) for path, header in headers.items()]
     masks = Path(masks)
     _require(masks.is_dir(), "folder of masks", masks, hint)
-    mask_files = _by_stem(masks)
-    _require_pairs(images, image_files, masks, mask_files)
-    headers = _headers(list(image_files.values()), images, cache_dir)
-    turned = [stem for stem, path in image_files.items() if headers[path].upright != headers[path].size]
-    mask_headers = _headers([mask_files[stem] for stem in turned], masks, cache_dir) if turned else {}
+    mask_files = _by_stem(masks, problems)
+    if problems is None:
+        _require_pairs(images, image_files, masks, mask_files)
+    else:
+        problems += [
+            f"{path}: has no mask below {masks}." for stem, path in image_files.items() if stem not in mask_files
+        ]
+        problems += [
+            f"{path}: has no image below {images}." for stem, path in mask_files.items() if stem not in image_files
+        ]
+    paths = [path for stem, path in image_files.items() if stem in mask_files]
+    headers = _headers(paths, images, cache_dir, problems)
+    pairs = [(stem, path) for stem, path in image_files.items() if path in headers]
+    turned = [stem for stem, path in pairs if headers[path].upright != headers[path].size]
+    mask_headers = _headers([mask_files[stem] for stem in turned], masks, cache_dir, problems) if turned else {}
     records = []
-    for stem, path in image_files.items():
+    for stem, path in pairs:
         header, mask = headers[path], mask_files[stem]
         is_upright = mask in mask_headers and mask_headers[mask].size == header.upright
         records.append(Record(path, mask, header.upright if is_upright else header.size, str(images)))
@@ -150,7 +168,7 @@ def record_of_image(path: str | Path) -> Record:
     return Record(str(path), None, _read_header(str(path)).upright, "input")
 
 
-def _by_stem(folder: Path) -> dict[str, str]:
+def _by_stem(folder: Path, problems: list[str] | None) -> dict[str, str]:
     """Image files below `folder`: relative path without suffix (with /) -> path, sorted."""
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
@@ -158,9 +176,12 @@ def _by_stem(folder: Path) -> dict[str, str]:
         if path.suffix.lower() not in IMAGE_SUFFIXES or any(part.startswith(".") for part in parts.parts):
             continue
         stem = parts.with_suffix("").as_posix()
-        if stem in found:
-            raise DataError(f"{path} and {found[stem]} differ in their suffix only: which one is meant? Remove one.")
-        found[stem] = str(path)
+        with _collected(problems):
+            if stem in found:
+                raise DataError(
+                    f"{path} and {found[stem]} differ in their suffix only: which one is meant? Remove one."
+                )
+            found[stem] = str(path)
     return found
 
 
@@ -185,22 +206,27 @@ class _Header(NamedTuple):
     upright: Size  # as EXIF wants it shown
 
 
-def _headers(paths: Sequence[str], folder: Path, cache_dir: str | Path | None) -> dict[str, _Header]:
+def _headers(
+    paths: Sequence[str], folder: Path, cache_dir: str | Path | None, problems: list[str] | None
+) -> dict[str, _Header]:
     """Headers of image files; only those that are new or changed since the last scan of `folder` are opened."""
-    cache_file = _cache_file(folder, cache_dir)
-    known = _load_cache(cache_file)
-    stamps = {path: _stamp(path) for path in paths}
+    cache = cache_file("sizes", folder, cache_dir)
+    known = _load_cache(cache)
+    stamps = {path: stamp(path) for path in paths}
     fresh = {path: known[path] for path in paths if path in known and known[path][:2] == stamps[path]}
     to_read = [path for path in paths if path not in fresh]
     if to_read:
         with ThreadPoolExecutor(8) as pool:
-            for path, header in zip(to_read, pool.map(_read_header, to_read), strict=True):
-                fresh[path] = [*stamps[path], *header.size, *header.upright]
-        _save_cache(cache_file, known | fresh)
-    return {path: _Header(Size(*fresh[path][2:4]), Size(*fresh[path][4:6])) for path in paths}
+            for path, waiting in [(path, pool.submit(_read_header, path)) for path in to_read]:
+                with _collected(problems):
+                    header = waiting.result()
+                    fresh[path] = [*stamps[path], *header.size, *header.upright]
+        save_cache(cache, known | fresh)
+    return {path: _Header(Size(*fresh[path][2:4]), Size(*fresh[path][4:6])) for path in paths if path in fresh}
 
 
-def _stamp(path: str) -> list[int]:
+def stamp(path: str) -> list[int]:
+    """What changes when a file does: [time of the last change in ns, bytes]."""
     status = Path(path).stat()
     return [status.st_mtime_ns, status.st_size]
 
@@ -217,34 +243,39 @@ def _read_header(path: str) -> _Header:
     return _Header(size, Size(size.width, size.height) if is_turned else size)
 
 
-def _cache_file(folder: Path, cache_dir: str | Path | None) -> Path:
+def cache_file(kind: str, folder: Path, cache_dir: str | Path | None) -> Path:
+    """Where what is known of the files below `folder` is kept; `cache_dir` None: $XDG_CACHE_HOME/semseg or ~/.cache."""
     if cache_dir is None:
         cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "semseg"
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return Path(cache_dir) / f"sizes-{name}.json"
+    return Path(cache_dir) / f"{kind}-{name}.json"
 
 
-def _load_cache(cache_file: Path) -> dict[str, list[int]]:
+def _load_cache(cache: Path) -> dict[str, list[int]]:
     """path -> [mtime_ns, bytes, height, width, upright height, upright width]; empty if it cannot be read."""
+    return {path: row for path, row in load_cache(cache).items() if _is_row(row)}
+
+
+def load_cache(cache: Path) -> dict[str, Any]:
+    """The entries of a cache file; none if it cannot be read."""
     try:
-        entries = json.loads(cache_file.read_text())
+        entries = json.loads(cache.read_text())
     except (OSError, ValueError):
         return {}
-    if not isinstance(entries, dict):
-        return {}
-    return {path: row for path, row in entries.items() if _is_row(row)}
+    return entries if isinstance(entries, dict) else {}
 
 
 def _is_row(row: object) -> bool:
     return isinstance(row, list) and len(row) == 6 and all(type(number) is int and number > 0 for number in row)
 
 
-def _save_cache(cache_file: Path, entries: dict[str, list[int]]) -> None:
+def save_cache(cache: Path, entries: Mapping[str, Any]) -> None:
+    """Write a cache file, whole or not at all; nothing happens if it cannot be written."""
     try:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cache_file.parent, suffix=".tmp", delete=False) as file:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache.parent, suffix=".tmp", delete=False) as file:
             json.dump(entries, file)
-        Path(file.name).replace(cache_file)
+        Path(file.name).replace(cache)
     except OSError:
         return  # a read-only or full home must not stop anyone: the next scan reads the headers again
 
@@ -277,6 +308,17 @@ def _hash_place(path: str) -> float:
     """A number in [0, 1) that depends on a relative path only."""
     digest = hashlib.sha256(path.replace(os.sep, "/").encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
+
+
+@contextmanager
+def _collected(problems: list[str] | None) -> Iterator[None]:
+    """A DataError ends in `problems`, if there is such a list."""
+    try:
+        yield
+    except DataError as error:
+        if problems is None:
+            raise
+        problems.append(str(error))
 
 
 def _require(is_there: bool, what: str, path: Path, hint: str) -> None:

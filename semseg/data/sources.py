@@ -48,26 +48,36 @@ class DataSource:
         place: SplitConfig = getattr(self.config, split)
         return bool(place.list or place.images) or (split == "val" and self.config.val_fraction > 0)
 
-    def _read(self, split: str) -> list[Record]:
+    def survey(self, split: str) -> tuple[list[Record], list[str]]:
+        """Records of a split without those that are in any way wrong, and what is wrong with each of them.
+
+        Raises:
+            DataError: if the split is not configured, or a list or folder is missing.
+        """
+        problems: list[str] = []
+        return self._read(split, problems), problems
+
+    def _read(self, split: str, problems: list[str] | None = None) -> list[Record]:
         if not self.has(split):
             raise DataError(f"data.{split}: set data.{split}.list, or data.{split}.images and data.{split}.masks.")
         place: SplitConfig = getattr(self.config, split)
         has_files = bool(place.list or place.images)
-        records = self._read_place(split, place if has_files else self.config.train)
+        records = self._read_place(split, place if has_files else self.config.train, problems)
         is_cut = self.config.val_fraction > 0 and not (self.config.val.list or self.config.val.images)
         if is_cut and split in ("train", "val"):
             kept, held_out = split_by_hash(records, self.config.val_fraction, self.root)
             records = held_out if split == "val" else kept
-        if not records:
+        if not records and not problems:
             raise DataError(f"data.{split}: no images found below {self.root}.")
         return records
 
-    def _read_place(self, split: str, place: SplitConfig) -> list[Record]:
+    def _read_place(self, split: str, place: SplitConfig, problems: list[str] | None) -> list[Record]:
+        hint = self.config.hint
         if place.list:
-            return records_from_odgt(self.root / place.list, self.root, hint=self.config.hint)
+            return records_from_odgt(self.root / place.list, self.root, hint=hint, problems=problems)
         if not (place.images and place.masks):
             raise ConfigError(f"data.{split}: images={place.images} needs masks too: data.{split}.masks=<folder>.")
-        return records_from_folders(self.root / place.images, self.root / place.masks, hint=self.config.hint)
+        return records_from_folders(self.root / place.images, self.root / place.masks, hint=hint, problems=problems)
 
 
 def class_table(config: DataConfig, root: Path) -> ClassTable:

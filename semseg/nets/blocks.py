@@ -153,7 +153,7 @@ class GridPool(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, C, bins, bins), of the type of `features`."""
         device = features.device.type
-        if not torch.is_autocast_enabled(device):
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return grid_means(features, self.bins)
         with torch.autocast(device, enabled=False):
             return grid_means(features, self.bins)

@@ -64,29 +64,43 @@ def element(tag: str, *children: str | Markup, **attributes: object) -> Markup:
 
 
 def histogram(values: Sequence[float], title: str) -> Markup:
-    """How many of `values` (shares, 0..1) lie in each of 20 equal bins; a line marks the median."""
-    counts, edges = np.histogram(values, bins=NUM_BINS, range=(0, 1))
-    x = Axis(0, 100, LEFT, WIDTH - RIGHT)
+    """How many images have a share (`values`, 0..1) in each of 20 equal bins; a line marks the median."""
+    return distribution([100 * value for value in values], title, "% of one image", "%", (0, 100))
+
+
+def distribution(
+    values: Sequence[float], title: str, x_name: str, unit: str, limits: tuple[float, float] | None = None
+) -> Markup:
+    """How many images have a value in each of 20 equal bins; a line marks the median.
+
+    Args:
+        limits: of the bins; None: the smallest and the largest value.
+    """
+    low, high = limits or (min(values, default=0.0), max(values, default=1.0))
+    high = high if high > low else low + 1
+    counts, edges = np.histogram(values, bins=NUM_BINS, range=(low, high))
+    x = Axis(low, high, LEFT, WIDTH - RIGHT)
     y = Axis(0, max(1, int(counts.max())), HEIGHT - BOTTOM, TOP)
     bars = [
-        _bar(x, y, 100 * float(low), 100 * float(high), int(number))
-        for low, high, number in zip(edges, edges[1:], counts, strict=False)
+        _bar(x, y, (float(left), float(right)), int(number), unit)
+        for left, right, number in zip(edges, edges[1:], counts, strict=False)
         if number
     ]
-    marks = [_median(x, 100 * float(np.median(values)))] if len(values) else []
-    return _drawing(title, *_grid(x, y, "% of one image", whole=True), *bars, *marks)
+    marks = [_median(x, float(np.median(values)), unit)] if len(values) else []
+    return _drawing(title, *_grid(x, y, x_name, whole=True), *bars, *marks)
 
 
-def _bar(x: Axis, y: Axis, low: float, high: float, number: int) -> Markup:
-    words = f"{low:.0f} to {high:.0f} %: {number} image{'s' if number > 1 else ''}"
+def _bar(x: Axis, y: Axis, edges: tuple[float, float], number: int, unit: str) -> Markup:
+    low, high = edges
+    words = f"{low:.4g} to {high:.4g} {unit}: {number} image{'s' if number > 1 else ''}"
     left, top = x.place(low) + 0.5, y.place(number)
     size = {"width": _short(x.place(high) - left - 0.5), "height": _short(y.start - top)}
     return element("rect", element("title", words), class_="bar", x=_short(left), y=_short(top), **size)
 
 
-def _median(x: Axis, value: float) -> Markup:
+def _median(x: Axis, value: float, unit: str) -> Markup:
     place = _short(x.place(value))
-    label = element("title", f"median: {value:.1f} %")
+    label = element("title", f"median: {value:.4g} {unit}")
     return element("line", label, class_="median", x1=place, x2=place, y1=TOP, y2=HEIGHT - BOTTOM)
 
 

@@ -45,8 +45,10 @@ def is_tall(size: Size) -> bool:
     return size.height > size.width
 
 
-def plan_for(sizes: list[Size], seed: int = 304, batch_size: int = 2, **options: bool) -> TrainPlan:
-    return TrainPlan(sizes, seed=seed, batch_size=batch_size, short_edges=[300, 375, 450], **options)
+def plan_for(
+    sizes: list[Size], seed: int = 304, batch_size: int = 2, *, shuffle: bool = True, flip: bool = True
+) -> TrainPlan:
+    return TrainPlan(sizes, seed=seed, batch_size=batch_size, short_edges=[300, 375, 450], shuffle=shuffle, flip=flip)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.12, 0.5, 1.0])
@@ -205,3 +207,37 @@ def test_a_plan_without_records_or_short_edges_is_refused() -> None:
         TrainPlan([Size(1, 1)], seed=0, batch_size=1, short_edges=[])
     with pytest.raises(ValueError, match="from 0"):
         plan_for([Size(1, 1)]).sub_batch(-1)
+
+
+def test_repeats_of_one_leave_the_plan_as_it_is() -> None:
+    sizes = some_sizes(12, 0.3)
+    ones = TrainPlan(sizes, seed=1, batch_size=2, short_edges=[300], repeats=[1.0] * 12)
+    plain = TrainPlan(sizes, seed=1, batch_size=2, short_edges=[300])
+    assert [ones.sub_batch(number) for number in range(100)] == [plain.sub_batch(number) for number in range(100)]
+
+
+def test_a_record_is_seen_as_often_as_repeats_say_and_every_record_in_every_pass() -> None:
+    sizes = some_sizes(40, 0.3)
+    repeats = np.ones(40)
+    repeats[[3, 8]] = 2.5, 4.0
+    plan = TrainPlan(sizes, seed=1, batch_size=1, short_edges=[300], repeats=repeats)
+    passes = [Counter(plan.sub_batch(number).records[0] for number in range(start, start + plan.num_records))
+              for start in range(0, 200 * plan.num_records, plan.num_records)]  # fmt: skip
+    assert plan.num_records in (45, 46)  # 40 + 1.5 + 3, rounded up in both orientations
+    assert {count[3] for count in passes} == {2, 3}
+    assert all(len(count) == 40 for count in passes)
+    assert sum(count[3] for count in passes) / 200 == pytest.approx(2.5, rel=0.1)
+    assert sum(count[8] for count in passes) / 200 == pytest.approx(4.0, rel=0.1)
+
+
+def test_with_repeats_any_sub_batch_is_reached_directly() -> None:
+    options = {"seed": 5, "batch_size": 3, "short_edges": [300], "repeats": np.linspace(1, 3, 20)}
+    walked, jumped = TrainPlan(some_sizes(20, 0.4), **options), TrainPlan(some_sizes(20, 0.4), **options)
+    in_order = [walked.sub_batch(number) for number in range(300)]
+    assert [jumped.sub_batch(number) for number in (299, 7, 150)] == [in_order[299], in_order[7], in_order[150]]
+
+
+@pytest.mark.parametrize("repeats", [[1.0], [1.0, 0.5], [1.0, float("nan")]])
+def test_repeats_below_one_or_of_another_number_are_refused(repeats: list[float]) -> None:
+    with pytest.raises(ValueError, match="2 numbers of at least 1"):
+        TrainPlan([Size(3, 4)] * 2, seed=0, batch_size=1, short_edges=[300], repeats=repeats)

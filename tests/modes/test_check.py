@@ -1,0 +1,211 @@
+"""The data doctor: what it finds in a folder with everything that goes wrong, and that its advice helps."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from browser import in_browser, needs_browser
+from in_process import configured
+from semseg.data.geometry import Size
+from semseg.data.images import read_label
+from semseg.data.records import Record
+from semseg.data.scan import Finding, scan
+from semseg.errors import DataError
+from semseg.memory import step_memory
+from semseg.modes import check as mode
+from semseg.nets.registry import build_segmenter
+
+TINY = ["model/encoder=resnet18", "model/decoder=c1", "model.encoder.weights=none", "check.samples=2"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def stripes(*ids: int) -> NDArray[np.uint8]:
+    """A mask of 60 x 80 pixels with an equal stripe for each id."""
+    return np.repeat(np.array(ids, np.uint8), 60 // len(ids))[:, None].repeat(80, axis=1)
+
+
+def put(root: Path, name: str, mask: NDArray[np.uint8] | None, image: NDArray[np.uint8] | None = None) -> None:
+    for kind in ("images", "masks"):
+        (root / kind).mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(crc32(name.encode())).integers(0, 256, (60, 80, 3), np.uint8)
+    cv2.imwrite(str(root / "images" / f"{name}.jpg"), noise if image is None else image)
+    if mask is not None:
+        cv2.imwrite(str(root / "masks" / f"{name}.png"), mask)
+
+
+def good_folder(root: Path, ids: tuple[int, ...] = (1, 2, 3), count: int = 12) -> Path:
+    for index in range(count):
+        put(root, f"{index:02d}", stripes(*ids))
+    return root
+
+
+def check(root: Path, *words: str) -> dict[str, Any]:
+    """What check.json says; a verdict of NOT READY raises in the end, after it is written."""
+    out = root.parent / "out"
+    overrides = ["data=folder", f"data.root={root}", *words]
+    try:
+        mode.run(configured("mode=check", *overrides, f"run_dir={out}", *TINY), overrides)
+    except DataError as error:
+        assert "not ready" in str(error)
+    return json.loads((out / "check.json").read_text())
+
+
+def of_level(found: dict[str, Any], level: str) -> str:
+    return "\n".join(notice["text"] for notice in found["notices"] if notice["level"] == level)
+
+
+def test_good_data_are_ready_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = check(good_folder(tmp_path / "data"), "data.num_classes=3", "data.short_edges=[60]")
+    assert found["verdict"] == "READY"
+    assert not found["notices"]
+    train, val = found["splits"]
+    assert train["pairs"] + val["pairs"] == 12
+    assert train["ids"] == {"1": 1600 * train["pairs"], "2": 1600 * train["pairs"], "3": 1600 * train["pairs"]}
+    assert found["class_weights"] == [1.0, 1.0, 1.0]
+    assert [row["pixels"]["val"] for row in found["classes"]] == [1600 * val["pairs"]] * 3
+    assert found["plan"]["largest"] == [64, 96]  # 60 x 80, multiples of 32
+    assert "READY" in capsys.readouterr().out
+
+
+def test_ids_that_nobody_explained_are_read_off_the_masks_and_the_advice_makes_it_ready(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data", ids=(0, 1, 4, 255))
+    found = check(root, "data.short_edges=[60]")
+    assert found["verdict"] == "NOT READY"
+    assert "Found ids 0, 1, 4, 255" in of_level(found, "error")
+    assert found["suggestions"] == {"data.num_classes": "5", "data.first_id": "0", "data.ignore": "[255]"}
+    words = shlex.split(found["command"])
+    assert words[:3] == ["python", "run.py", "data=folder"]
+    again = check(root, *words[4:])
+    assert again["verdict"] == "READY, WITH WARNINGS"
+    assert "class 2, class 3" in of_level(again, "warning")  # ids 2 and 3 never occur
+
+
+def test_an_unknown_id_is_shown_with_file_and_pixel(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data")
+    mask = stripes(1, 2, 3)
+    mask[33, 44] = 9
+    put(root, "zz", mask)
+    found = check(root, "data.num_classes=3", "data.val_fraction=0")
+    assert f"9 at row 33, column 44 of {root / 'masks' / 'zz.png'}" in of_level(found, "error")
+    assert found["suggestions"]["data.num_classes"] == "9"
+
+
+def test_255_that_is_not_ignored_and_masks_that_start_at_0_are_recognised(tmp_path: Path) -> None:
+    void = check(good_folder(tmp_path / "void" / "data", ids=(1, 2, 255)), "data.num_classes=2")
+    assert void["suggestions"]["data.ignore"] == "[0,255]"
+    shifted = check(good_folder(tmp_path / "shifted" / "data", ids=(0, 1, 2)), "data.num_classes=3")
+    assert "Do the masks start at 0?" in of_level(shifted, "warning")
+    assert shifted["suggestions"]["data.first_id"] == "0"
+
+
+def test_everything_that_is_wrong_with_files_is_listed_and_a_clean_list_leaves_it_out(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data")
+    put(root, "alone", None)
+    put(root, "broken", stripes(1, 2, 3))
+    (root / "images" / "broken.jpg").write_bytes((root / "images" / "broken.jpg").read_bytes()[:900])
+    put(root, "coloured", np.dstack([stripes(1, 2, 3), stripes(9, 8, 7), stripes(0, 255, 0)]))
+    put(root, "small", stripes(1, 2, 3)[:30])
+    put(root, "empty", stripes(0, 0, 0))
+    found = check(root, "data.num_classes=3", "data.val_fraction=0", "data.short_edges=[60]", "check.fix=list")
+    errors = of_level(found, "error")
+    assert "alone.jpg: has no mask" in errors
+    assert "the JPEG is truncated" in errors
+    assert "1 masks are coded in 3 colours" in errors
+    assert "empty.png" in json.dumps(found["notices"])
+    assert "more than 90 %" in of_level(found, "warning")
+    lines = (tmp_path / "out" / "train.odgt").read_text().splitlines()
+    assert len(lines) == 13  # 12 good ones and the one that is all ignored
+    words = shlex.split(found["command"])
+    assert any(word.startswith("data.train.list=") for word in words)
+    again = check(root, *words[4:])
+    assert again["verdict"] == "READY, WITH WARNINGS"  # of the mask that is all ignored
+    assert sum(split["pairs"] for split in again["splits"]) == 13  # a part is held out now, as suggested
+
+
+def test_images_of_two_splits_are_found_by_content(tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        put(tmp_path / "data" / part, "x" if part == "a" else "y", stripes(1, 2), np.full((60, 80, 3), 7, np.uint8))
+    places = [
+        f"data.{split}.{kind}={part}/{kind}"
+        for split, part in (("train", "a"), ("val", "b"))
+        for kind in ("images", "masks")
+    ]
+    found = check(tmp_path / "data", *places, "data.num_classes=2")
+    assert "1 validation images are training images too" in of_level(found, "warning")
+
+
+def test_a_second_scan_reads_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = good_folder(tmp_path / "data", count=4)
+    records = [
+        Record(str(path), str(root / "masks" / f"{path.stem}.png"), Size(60, 80), "folder")
+        for path in sorted((root / "images").iterdir())
+    ]
+    read: list[str] = []
+
+    def counted(path: str, **options: Any) -> NDArray[np.integer]:
+        read.append(Path(path).stem)
+        return read_label(path, **options)
+
+    monkeypatch.setattr("semseg.data.scan.read_label", counted)
+    first = list(scan(records, root))
+    assert first[0] == Finding(60, 80, "JPEG RGB", "PNG L", {1: 1600, 2: 1600, 3: 1600}, {})
+    assert sorted(read) == ["00", "01", "02", "03"]
+    read.clear()
+    put(root, "02", stripes(1, 2, 3, 4))
+    assert [found.ids for found in scan(records, root)] == [first[0].ids] * 2 + [
+        dict.fromkeys((1, 2, 3, 4), 1200),
+        first[3].ids,
+    ]
+    assert read == ["02"]
+
+
+def test_a_damaged_cache_is_as_none(tmp_path: Path, cache: Path) -> None:
+    root = good_folder(tmp_path / "data", count=2)
+    check(root, "data.num_classes=3", "data.val_fraction=0")
+    (file,) = (cache / "semseg").glob("masks-*.json")
+    content = json.loads(file.read_text())
+    for spoilt in ("not JSON", json.dumps({key: [stamps, [1, 2]] for key, (stamps, _) in content.items()})):
+        file.write_text(spoilt)
+        assert check(root, "data.num_classes=3", "data.val_fraction=0")["splits"][0]["ids"] == {
+            "1": 3200,
+            "2": 3200,
+            "3": 3200,
+        }
+
+
+def test_memory_is_counted_without_being_taken() -> None:
+    with torch.device("meta"):
+        net = build_segmenter("resnet18", "c1", 7).train()
+    one, two = (step_memory(net, Size(64, 64), count) for count in (1, 2))
+    assert one.weights == sum(value.nbytes for value in net.state_dict().values())
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.01)
+    # The first convolution alone keeps its input, 3 x 64 x 64, and its output, 64 x 32 x 32, of float32.
+    assert one.activations > 4 * (3 * 64 * 64 + 64 * 32 * 32)
+
+
+@needs_browser
+def test_the_page_opens_from_disk(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data")
+    put(root, "<b>odd</b>".replace("/", "_"), stripes(1, 2, 3)[:30])
+    check(root, "data.num_classes=3", "data.val_fraction=0")
+    seen = in_browser(
+        tmp_path / "out" / "check.html",
+        "[document.querySelector('#verdict h2').textContent, document.querySelectorAll('#classes tbody tr').length, "
+        "document.querySelectorAll('#samples img').length, document.querySelectorAll('main b').length]",
+    )
+    assert seen == ["NOT READY", 3, 4, 0]
