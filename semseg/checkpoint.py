@@ -30,6 +30,8 @@ FORMAT_KEY = "semseg"
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"  # inside a run folder
 SAFETENSORS = ".safetensors"
+# What a run did whose configuration lacks a key, where the default of that key does something else.
+BEFORE = {"data": {"decode": "exact"}}
 NET_PREFIX = "net."  # of the network's weights in the Lightning state dict
 
 
@@ -124,7 +126,7 @@ def from_entry(path: Path, entry: dict[str, Any], weights: dict[str, Tensor], ep
         # It is data: what is in it is compared and read, never resolved with the environment of this machine.
         raise CheckpointError(f"{path}: its saved configuration is not plain data.")
     try:
-        config = check(DictConfig(OmegaConf.create(entry["config"])))
+        config = check(DictConfig(OmegaConf.merge(BEFORE, entry["config"])))
     except ConfigError as error:
         raise CheckpointError(f"{path}: its saved configuration does not fit this version: {error}") from None
     return SavedNetwork(

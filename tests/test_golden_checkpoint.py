@@ -13,6 +13,7 @@ from golden.make_checkpoint import run_of
 from in_process import fit, logged_losses
 from reference import GOLDEN
 from semseg.checkpoint import FORMAT_VERSION, read_checkpoint
+from semseg.errors import ConfigError
 from semseg.resume import check_same_run, read_run_state
 
 CHECKPOINTS = sorted((GOLDEN / "checkpoint").glob("*.ckpt"))
@@ -40,6 +41,13 @@ def test_a12_a_checkpoint_of_an_earlier_release_goes_on_with_the_same_losses(pat
     assert list(found) == list(expected) == ["3", "4", "5"]
     for step, loss in found.items():
         assert loss == pytest.approx(expected[step], abs=1e-6)
+
+
+def test_a12_a_run_that_knew_no_way_of_decoding_read_every_pixel_and_goes_on_so(tmp_path: Path) -> None:
+    path = GOLDEN / "checkpoint" / "format_1.ckpt"
+    assert read_checkpoint(path).config.data.decode == "exact"
+    with pytest.raises(ConfigError, match=r"data\.decode: exact in the checkpoint, fast now"):
+        check_same_run(read_run_state(path).config, run_of(tmp_path, "data.decode=fast"), path, force=False)
 
 
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: path.stem)

@@ -25,7 +25,7 @@ from semseg.config import Config  # noqa: E402
 RUN = [
     "data=ade20k", "data.train={list: list.odgt, images: null, masks: null}",
     "data.val={list: list.odgt, images: null, masks: null}", *TINY_RUN, "data.steps_per_epoch=3",
-    "model/decoder=c1_deepsup", "trainer.precision=64-true", "trainer.max_epochs=2",
+    "data.decode=exact", "model/decoder=c1_deepsup", "trainer.precision=64-true", "trainer.max_epochs=2",
 ]  # fmt: skip
 
 
