@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers import Logger
 
 from semseg import zoo
+from semseg.averaging import MovingAverage
 from semseg.bad_images import CountBadImages
 from semseg.callbacks import EndOnSigterm, LogSteps, PlainProgress, checkpoints
 from semseg.checkpoint import SavedNetwork, find_checkpoint, inherit, read_checkpoint
@@ -238,6 +239,8 @@ def callbacks(config: Config, source: DataSource) -> list[Callback]:
     if config.mode == "train":
         guard = NonFiniteGuard(Path(config.run_dir), config.trainer)
         ours = [ProbeMemory(config.trainer), SeedEveryStep(config.seed), ForgetRepeatedSteps(), guard, LogSteps()]
+        if config.ema.decay is not None:
+            ours.append(MovingAverage(config.ema))
         if config.data.on_bad == "skip":
             ours.append(CountBadImages(config.data))
         ours += checkpoints(Path(config.run_dir), config.checkpoint, has_val=source.has("val"))

@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 FOLDER = "checkpoints"  # inside a run folder
 SAFETENSORS = ".safetensors"
 # What a run did whose configuration lacks a key, where the default of that key does something else.
-BEFORE = {"data": {"decode": "exact"}}
+BEFORE = {"data": {"decode": "exact"}, "model": {"encoder": {"frozen": False}}}
 NET_PREFIX = "net."  # of the network's weights in the Lightning state dict
 
 

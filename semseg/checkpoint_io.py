@@ -86,7 +86,14 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint for which a NaN is never the best; Lightning takes one if it comes first."""
+    """ModelCheckpoint for which a NaN is never the best, and which loads all that it saves.
+
+    Lightning takes a NaN if it comes first, and saves the score of the last checkpoint without loading it.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.current_score = state_dict["current_score"]
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         is_better = super().check_monitor_top_k(trainer, current)  # first: the ranks may talk in there

@@ -27,7 +27,6 @@ DECODE = ("fast", "exact")
 ON_BAD = ("error", "skip")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("poly", "poly_warmup", "cosine")
-LOSSES = ("cross_entropy",)
 LIBRARIES = ("torchvision", "timm")  # whose networks are encoders
 SYNCBN = ("reduce", "native", "off")
 SYNCBN_CONVENTIONS = ("torch", "published")
@@ -153,6 +152,7 @@ class OptimConfig:
     momentum: float = number(0.9, low=0, high=1)  # SGD's momentum, AdamW's beta1
     beta2: float = number(0.999, low=0, high=1)  # AdamW only
     weight_decay: float = number(1e-4, low=0)  # on convolution and linear weights only
+    layer_decay: float = number(1.0, above=0, high=1)  # encoder: from each stage to the one before it
 
 
 @dataclass
@@ -167,8 +167,27 @@ class ScheduleConfig:
 
 
 @dataclass
+class LossTermsConfig:
+    """Factors of the terms."""
+
+    cross_entropy: float = number(1.0, low=0)
+    ohem: float = number(0.0, low=0)
+    focal: float = number(0.0, low=0)
+    dice: float = number(0.0, low=0)
+    lovasz: float = number(0.0, low=0)
+
+
+@dataclass
 class LossConfig:
-    name: str = one_of("cross_entropy", LOSSES)
+    """A sum of terms; see semseg/losses.py."""
+
+    name: str = "cross_entropy"  # for the run card
+    terms: LossTermsConfig = field(default_factory=LossTermsConfig)
+    class_weights: Any = None  # K numbers, or a JSON file that has them; for cross_entropy, ohem and focal
+    label_smoothing: float = number(0.0, low=0, high=1)  # cross_entropy
+    ohem_threshold: float = number(0.7, above=0, high=1)  # probability of the true class below which a pixel is hard
+    ohem_min_kept: float = number(0.1, low=0, high=1)  # share of the scored pixels
+    focal_gamma: float = number(2.0, low=0)
     average: str = one_of("ranks", ("ranks", "pixels"))  # over devices: plain mean, or by scored pixels
 
 
@@ -206,6 +225,14 @@ class TrainerConfig:
     max_nonfinite_steps: int = number(0, low=0)  # of a run that may be skipped for a NaN or infinite loss
     on_oom: str = one_of("stop", ("stop", "retry"))  # retry: once, at the next smaller short edge
     probe_memory: str = one_of("gpu", ("gpu", "always", "never"))  # run the largest possible sub-batch first
+
+
+@dataclass
+class EmaConfig:
+    """A moving average of the weights, which is what is validated, kept as best and used."""
+
+    decay: float | None = number(None, above=0, high=1)  # of every step; null: no average
+    start_step: int = number(0, low=0)  # the average is the present weights until then
 
 
 @dataclass
@@ -309,6 +336,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     syncbn: SyncBNConfig = field(default_factory=SyncBNConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
@@ -495,6 +523,7 @@ def cross_problems(config: Config) -> Iterator[str]:
     if divisor and stride and divisor % stride:
         yield f"model.size_divisor={divisor}: must be a multiple of model.label_stride={stride}."
     yield from _mode_problems(config)
+    yield from _loss_problems(config.loss)
     yield from _exported_file_problems(config)
     yield from _export_problems(config)
     for mode in config.after_training:
@@ -522,6 +551,19 @@ def _mode_problems(config: Config) -> Iterator[str]:
         yield "mode=predict needs input=<image, video, folder, pattern, list of paths, or - for standard input>."
     if config.mode == "compare" and len(config.runs) < 2:
         yield f"runs={config.runs}: mode=compare needs at least two evaluations: runs=[<folder>,<folder>]."
+
+
+def _loss_problems(loss: LossConfig) -> Iterator[str]:
+    """A sentence for a sum without terms, and for weights that are none."""
+    if not any(vars(loss.terms).values()):
+        yield "loss.terms: at least one must have a factor above 0."
+    weights = loss.class_weights
+    is_list = isinstance(weights, list) and all(
+        isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
+        for weight in weights
+    )
+    if weights is not None and not isinstance(weights, str) and not is_list:
+        yield f"loss.class_weights={weights}: must be null, a list of numbers of at least 0, or a JSON file."
 
 
 def _exported_file_problems(config: Config) -> Iterator[str]:
@@ -587,7 +629,7 @@ def network_options(section: dict[str, Any], kind: str) -> tuple[str, dict[str, 
     >>> network_options({"library": "timm", "name": "efficientnet_b3", "weights": "none"}, "encoder")
     ('timm', {'name': 'efficientnet_b3'})
     """
-    options = {key: value for key, value in section.items() if key not in ("library", "name", "weights")}
+    options = {key: value for key, value in section.items() if key not in ("library", "name", "weights", "frozen")}
     if not section.get("name"):
         raise ConfigError(f"model.{kind}.name must be set: model/{kind}=<name>.")
     name = str(section["name"])
@@ -599,8 +641,8 @@ def network_options(section: dict[str, Any], kind: str) -> tuple[str, dict[str, 
 SECTIONS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
-        ModelConfig, DataConfig, SplitConfig, OptimConfig, ScheduleConfig, LossConfig, SyncBNConfig,
-        TrainerConfig, CheckpointConfig, EvalConfig, PredictConfig, ServeConfig, ExportConfig, CheckConfig,
+        ModelConfig, DataConfig, SplitConfig, OptimConfig, ScheduleConfig, LossConfig, LossTermsConfig, SyncBNConfig,
+        TrainerConfig, EmaConfig, CheckpointConfig, EvalConfig, PredictConfig, ServeConfig, ExportConfig, CheckConfig,
         DownloadConfig,
     )
 } | {"ScenesConfig | None": ScenesConfig, "ArchiveConfig | None": ArchiveConfig}  # fmt: skip

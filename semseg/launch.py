@@ -50,7 +50,7 @@ from semseg.supervise import (
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 PATH_KEYS = (
     "ckpt", "init_from", "input", "output", "resume", "run_dir", "runs_dir",
-    "data.root", "data.classes", "download.cache", "model.encoder.weights",
+    "data.root", "data.classes", "loss.class_weights", "download.cache", "model.encoder.weights",
 )  # fmt: skip
 OPEN_KEYS = ("download.mirrors",)  # whose own keys are the user's
 # Options of Hydra's that are passed on. Not among them: those that load code (--experimental-rerun unpickles a file)

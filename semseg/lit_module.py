@@ -23,7 +23,7 @@ from semseg.data.datasets import EvalSample
 from semseg.evaluation import Evaluation, Evaluator
 from semseg.guards import OutOfMemory, Rehearsal, at_next_smaller_edge, out_of_memory_told
 from semseg.inference import merge_scales, scale_logits
-from semseg.losses import Loss, segmentation_loss
+from semseg.losses import Loss, build_terms, segmentation_loss
 from semseg.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter
@@ -46,6 +46,10 @@ class SegmentationModule(pl.LightningModule):
         self.net = net
         self.config = config
         self.classes = classes
+        self.is_frozen = bool(config.model.encoder.get("frozen", False))
+        if self.is_frozen:
+            net.encoder.requires_grad_(False)
+        self.terms = build_terms(config.loss, len(classes.names))
         self.confusion = ConfusionMatrix(len(classes.names))
         self.left_out = SumMetric()  # images of the present evaluation that could not be read
         self.scores: Scores | None = None  # of the last validation or test
@@ -73,8 +77,13 @@ class SegmentationModule(pl.LightningModule):
         revert(self.net)
 
     def train(self, mode: bool = True) -> SegmentationModule:
-        """Training mode, in which freeze_bn leaves normalisation statistics alone (and only those)."""
+        """Training mode, in which freeze_bn leaves normalisation statistics alone (and only those).
+
+        A frozen encoder stays in evaluation mode altogether: its maps of an image are always the same.
+        """
         super().train(mode)
+        if mode and self.is_frozen:
+            self.net.encoder.eval()
         if mode and self.config.model.freeze_bn:
             for layer in self.modules():
                 if isinstance(layer, _BatchNorm):
@@ -162,7 +171,7 @@ class SegmentationModule(pl.LightningModule):
     def losses(self, batch: Batch, average: str) -> Loss:
         """The loss of one sub-batch, over the ranks as `average` says, with the counts behind the accuracy."""
         logits = self.net(self.input(batch.image, batch.size))
-        return segmentation_loss(logits, batch.label, self.config.model.deepsup_weight, average)
+        return segmentation_loss(logits, batch.label, self.config.model.deepsup_weight, average, self.terms)
 
     def validation_step(self, sample: EvalSample, batch_idx: int) -> None:
         if not self.is_own(sample):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,17 +31,51 @@ def decay_split(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramete
 
 
 def parameter_groups(net: Segmenter, config: OptimConfig) -> list[dict[str, Any]]:
-    """Four groups: encoder and decoder, each with its own rate, each with and without decay."""
-    rates = {
-        "encoder": config.lr if config.lr_encoder is None else config.lr_encoder,
-        "decoder": config.lr if config.lr_decoder is None else config.lr_decoder,
-    }
+    """Encoder and decoder, each with its own rate, each with and without decay; frozen parameters are in none.
+
+    With `layer_decay` the encoder has a pair for each of its stages: the last one, called encoder, at the encoder's
+    rate, the one before it, encoder_-1, at layer_decay times that, and so on.
+    """
+    encoder_rate = config.lr if config.lr_encoder is None else config.lr_encoder
+    decoder_rate = config.lr if config.lr_decoder is None else config.lr_decoder
+    stages: list[list[nn.Module]] = encoder_stages(net.encoder) if config.layer_decay < 1 else [[net.encoder]]
     groups = []
-    for part, rate in rates.items():
-        decay, free = decay_split(getattr(net, part))
-        groups.append({"name": part, "params": decay, "lr": rate, "weight_decay": config.weight_decay})
-        groups.append({"name": f"{part}_no_decay", "params": free, "lr": rate, "weight_decay": 0.0})
+    for place, stage in enumerate(stages, start=1 - len(stages)):
+        name = f"encoder_{place}" if place else "encoder"
+        groups += pair_of_groups(name, stage, encoder_rate * config.layer_decay**-place, config.weight_decay)
+    groups += pair_of_groups("decoder", [net.decoder], decoder_rate, config.weight_decay)
     return [group for group in groups if group["params"]]
+
+
+def pair_of_groups(name: str, modules: Sequence[nn.Module], rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters of some modules, in one group with and one without decay."""
+    decay: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for module in modules:
+        for kind, found in zip((decay, free), decay_split(module), strict=True):
+            kind += [parameter for parameter in found if parameter.requires_grad]
+    return [
+        {"name": name, "params": decay, "lr": rate, "weight_decay": weight_decay},
+        {"name": f"{name}_no_decay", "params": free, "lr": rate, "weight_decay": 0.0},
+    ]
+
+
+def encoder_stages(encoder: nn.Module) -> list[list[nn.Module]]:
+    """The children of an encoder from its input on; the single layers before the first block are one stage.
+
+    A lone child stands for its own children: adapters hold their network so.
+    """
+    children = [child for child in encoder.children() if next(child.parameters(), None) is not None]
+    if len(children) == 1 and next(children[0].children(), None) is not None:
+        return encoder_stages(children[0])
+    stages: list[list[nn.Module]] = []
+    for child in children:
+        is_layer = next(child.children(), None) is None
+        if is_layer and stages:
+            stages[-1].append(child)
+        else:
+            stages.append([child])
+    return stages
 
 
 def build_optimizer(net: Segmenter, config: OptimConfig) -> Optimizer:

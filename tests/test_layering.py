@@ -31,7 +31,7 @@ LAYERS = [
     ["checkpoint", "weights", "published", "exported"],
     ["export", "quantize"],
     ["stopping"],
-    ["syncbn.plugin", "checkpoint_io", "csv_log", "guards", "bad_images"],
+    ["syncbn.plugin", "checkpoint_io", "csv_log", "guards", "bad_images", "averaging"],
     ["resume", "saving", "callbacks", "datamodule", "lit_module"],
     ["build", "server"],
     ["supervise"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,34 @@ def test_freeze_bn_keeps_the_statistics_and_trains_scale_and_shift(root: Path, t
     assert any(not torch.equal(after[name], before[name]) for name in before if name.endswith("bn1.weight"))
     dropouts = [layer for layer in module.net.modules() if isinstance(layer, nn.Dropout2d)]
     assert all(layer.training for layer in dropouts)
+
+
+def test_a_frozen_encoder_stays_as_it_is_and_the_decoder_learns(root: Path, tmp_path: Path) -> None:
+    module, before = fitted(configured(root, tmp_path, "model.encoder.frozen=true"))
+    after = module.net.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("encoder."))
+    assert all(not torch.equal(after[name], before[name]) for name in before if name.startswith("decoder."))
+    groups = module.trainer.optimizers[0].param_groups
+    assert {group["name"] for group in groups} == {"decoder", "decoder_no_decay"}
+
+
+def test_gradient_clipping_bounds_the_step(root: Path, tmp_path: Path) -> None:
+    words = ["optim.lr=1", "optim.momentum=0", "optim.weight_decay=0", "data.steps_per_epoch=1"]
+    moved = []
+    for limit in ("null", "0.01"):
+        module, before = fitted(configured(root, tmp_path / limit, *words, f"trainer.gradient_clip_val={limit}"))
+        steps = [(value - before[name]).flatten() for name, value in module.net.named_parameters()]
+        moved.append(float(torch.cat(steps).norm()))
+    assert moved[0] > 0.1  # lr times the norm of the gradient
+    assert moved[1] == pytest.approx(0.01, rel=1e-2)  # rounding of float32 weights
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better(root: Path, tmp_path: Path) -> None:
+    words = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "trainer.max_epochs=9"]
+    fitted(configured(root, tmp_path, *words, "optim.lr=1e-12", "model.freeze_bn=true"))
+    with (tmp_path / "logs" / "metrics.csv").open(newline="") as file:
+        epochs = {row["epoch"] for row in csv.DictReader(file) if row["epoch"]}
+    assert len(epochs) == 2  # the first, and one that was not better
 
 
 def test_the_published_convention_holds_on_one_device_too(root: Path, tmp_path: Path) -> None:

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from semseg.losses import segmentation_loss
+from semseg.config import LossConfig, LossTermsConfig, check
+from semseg.errors import ConfigError
+from semseg.launch import compose_config
+from semseg.losses import build_terms, class_weights, segmentation_loss
 from semseg.nets.features import Logits
 
 
@@ -62,3 +70,127 @@ def test_accuracy_counts_whole_pixels() -> None:
     logits = torch.tensor([[[[9.0, 0.0]], [[0.0, 9.0]]]])  # predicts 0, 1
     loss = segmentation_loss(Logits(logits, None), torch.tensor([[[0, 0]]]))
     assert (int(loss.correct), int(loss.scored)) == (1, 2)
+
+
+# ---- the other terms
+
+
+def some_logits(*, seed: int = 0, size: tuple[int, int] = (5, 6)) -> tuple[Tensor, Tensor]:
+    """Logits (2, 4, ...) in float64 and a label of three of the four classes, a sixth of it not scored."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 4, *size, generator=generator, dtype=torch.float64)
+    label = torch.randint(0, 3, (2, *size), generator=generator)
+    label[:, 0] = -1
+    return logits, label
+
+
+def of(terms: dict[str, float], **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss with these terms, as a function of logits and label."""
+    config = LossConfig(terms=LossTermsConfig(**({"cross_entropy": 0.0} | terms)), **options)
+    built = build_terms(config, 4)
+    return lambda logits, label: segmentation_loss(Logits(logits, None), label, terms=built).total
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5, 3.0]])
+def test_cross_entropy_is_torch_s_own_mean(weights: list[float] | None, smoothing: float) -> None:
+    logits, label = some_logits()
+    found = of({"cross_entropy": 1.0}, class_weights=weights, label_smoothing=smoothing)(logits, label)
+    weight = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    expected = F.cross_entropy(logits, label, weight, ignore_index=-1, label_smoothing=smoothing)
+    assert float(found) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_ohem_keeps_pixels_below_the_threshold_or_the_hardest_ones() -> None:
+    # True classes with probabilities 0.9, 0.6, 0.5, 0.2; the last pixel is not scored.
+    probabilities = torch.tensor([0.9, 0.6, 0.5, 0.2, 0.01], dtype=torch.float64)
+    logits = torch.stack([probabilities.log(), (1 - probabilities).log(), *2 * [torch.full((5,), -1e9)]])[None, :, None]
+    label = torch.tensor([[[0, 0, 0, 0, -1]]])
+    costs = -probabilities.log()
+    hard = of({"ohem": 1.0}, ohem_threshold=0.55, ohem_min_kept=0.0)(logits, label)
+    assert float(hard) == pytest.approx(float(costs[2:4].mean()))
+    at_least = of({"ohem": 1.0}, ohem_threshold=0.01, ohem_min_kept=0.75)(logits, label)
+    assert float(at_least) == pytest.approx(float(costs[1:4].mean()))
+
+
+def test_focal_is_the_written_out_formula_and_with_gamma_0_cross_entropy() -> None:
+    logits, label = some_logits()
+    scored = label >= 0
+    p = logits.softmax(1).movedim(1, -1)[scored].gather(1, label[scored][:, None])[:, 0]
+    assert float(of({"focal": 1.0}, focal_gamma=2.0)(logits, label)) == pytest.approx(
+        float((-((1 - p) ** 2) * p.log()).mean())
+    )
+    plain = F.cross_entropy(logits, label, ignore_index=-1)
+    assert float(of({"focal": 1.0}, focal_gamma=0.0)(logits, label)) == pytest.approx(float(plain))
+
+
+def test_dice_is_the_written_out_formula_over_the_classes_that_are_there() -> None:
+    logits, label = some_logits()
+    scored = label >= 0
+    p, truth = logits.softmax(1).movedim(1, -1)[scored], label[scored]
+    parts = []
+    for index in range(3):
+        is_class = (truth == index).double()
+        both = (p[:, index] * is_class).sum()
+        parts.append(1 - 2 * both / (p[:, index].square().sum() + is_class.sum()))
+    assert float(of({"dice": 1.0})(logits, label)) == pytest.approx(float(sum(parts)) / 3)
+
+
+def test_lovasz_of_a_decided_prediction_is_one_minus_the_iou() -> None:
+    _, label = some_logits()
+    prediction = torch.randint(0, 3, label.shape, generator=torch.Generator().manual_seed(1))
+    logits = 200.0 * F.one_hot(prediction, 4).movedim(-1, 1).double()
+    scored = label >= 0
+    ious = []
+    for index in range(3):
+        here, there = prediction[scored] == index, label[scored] == index
+        ious.append(float((here & there).sum() / (here | there).sum()))
+    assert float(of({"lovasz": 1.0})(logits, label)) == pytest.approx(1 - sum(ious) / 3)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "ohem", "focal", "dice", "lovasz"])
+def test_every_term_has_the_right_gradient_ignores_what_is_not_scored_and_is_0_of_nothing(name: str) -> None:
+    loss = of({name: 1.0}, class_weights=[1.0, 2.0, 0.5, 3.0], ohem_min_kept=1.0)
+    logits, label = some_logits(size=(2, 3))
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda given: loss(given, label), logits)
+    loss(logits, label).backward()
+    assert logits.grad is not None and float(logits.grad[:, :, 0].abs().max()) == 0
+    logits.grad = None
+    nothing = loss(logits, torch.full_like(label, -1))
+    nothing.backward()
+    assert float(nothing.detach()) == 0
+    assert logits.grad is not None and float(logits.grad.abs().max()) == 0
+
+
+def test_a_sum_adds_its_terms_by_their_factors() -> None:
+    logits, label = some_logits()
+    together = of({"cross_entropy": 0.5, "dice": 2.0})(logits, label)
+    apart = 0.5 * of({"cross_entropy": 1.0})(logits, label) + 2 * of({"dice": 1.0})(logits, label)
+    assert float(together) == pytest.approx(float(apart))
+
+
+def test_class_weights_are_read_from_what_the_doctor_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "check.json"
+    path.write_text(json.dumps({"class_weights": [1, 2, 0.5, 3]}))
+    assert class_weights(str(path), 4) is not None
+    with pytest.raises(ConfigError, match="4 numbers for 5 classes"):
+        class_weights(str(path), 5)
+    for content in ("", "[]", '{"class_weights": ["a"]}', '{"class_weights": [-1]}'):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=r"loss\.class_weights=.*check\.json"):
+            class_weights(str(path), 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["loss.terms.cross_entropy=0"], "at least one must have a factor above 0"),
+        (["loss.terms.dice=-1"], "loss.terms.dice=-1"),
+        (["loss.class_weights=[1,-2]"], "a list of numbers of at least 0"),
+        (["loss.class_weights=3"], "a list of numbers of at least 0"),
+    ],
+)
+def test_a_loss_that_makes_no_sense_is_refused(words: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check(compose_config(words))

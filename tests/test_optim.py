@@ -81,3 +81,21 @@ def test_adamw_takes_its_own_settings() -> None:
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.999)
     assert optimizer.param_groups[0]["weight_decay"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("encoder", "stages"), [("resnet18", 5), ("mobilenetv2", 18), ("torchvision", 5), ("hrnetv2", 8)]
+)
+def test_layer_decay_slows_the_encoder_stage_by_stage_towards_its_input(encoder: str, stages: int) -> None:
+    options = {"name": "resnet18"} if encoder == "torchvision" else {}
+    with torch.device("meta"):
+        net = build_segmenter(encoder, "c1", 5, options, {})
+    groups = parameter_groups(net, OptimConfig(lr=0.1, layer_decay=0.5, weight_decay=0.01))
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates["encoder"] == rates["decoder"] == 0.1
+    assert rates["encoder_-1"] == pytest.approx(0.05)
+    assert min(rates.values()) == pytest.approx(0.1 * 0.5 ** (stages - 1))
+    named = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(named) == sorted(id(parameter) for parameter in net.parameters())
+    stem = next(group for group in groups if group["lr"] == min(rates.values()))
+    assert any(parameter is next(net.encoder.parameters()) for parameter in stem["params"])

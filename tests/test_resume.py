@@ -73,6 +73,21 @@ def test_a1_resuming_from_every_checkpoint_gives_the_run_that_never_stopped(
 
 
 @pytest.mark.reliability
+def test_a1_the_moving_average_goes_on_exactly_too(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = tmp_path / "run"
+    config = run_of(root, run_dir, "ema.decay=0.8", "ema.start_step=1")
+    with monkeypatch.context() as patched:
+        copies = copies_of_every_save(patched, tmp_path / "copies")
+        whole = fit(config)
+    average, weights = (whole[key]["net.encoder.conv1.weight"] for key in ("state_dict", "current_model_state"))
+    assert not torch.equal(average, weights)
+    for copy in (copies[0], copies[2], copies[3], copies[6]):
+        shutil.rmtree(run_dir)
+        shutil.copytree(copy, run_dir)
+        assert_equal(fit(config, resume=run_dir / "checkpoints" / "last.ckpt"), whole, copy.name)
+
+
+@pytest.mark.reliability
 def test_a2_a5_the_number_of_workers_may_change_between_stop_and_resume(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

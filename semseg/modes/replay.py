@@ -14,7 +14,7 @@ from semseg.collate import Batch
 from semseg.config import Config
 from semseg.errors import CheckpointError
 from semseg.guards import first_nonfinite
-from semseg.losses import segmentation_loss
+from semseg.losses import build_terms, segmentation_loss
 from semseg.nets.normalise import normalise
 
 
@@ -29,12 +29,13 @@ def run(config: Config, overrides: list[str]) -> None:
     step, batches = read_batches(path)
     saved, config = open_network(config, overrides)
     net = restore_net(saved).train()
+    terms = build_terms(saved.config.loss, saved.classes.num_classes)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"step {step} again, with the weights of {saved.source} (step {saved.step})")
     for batch in batches:
         image = normalise(batch.image, net.convention, batch.size)
         culprit = first_nonfinite(net, image)
-        loss = segmentation_loss(net(image), batch.label, config.model.deepsup_weight)
+        loss = segmentation_loss(net(image), batch.label, config.model.deepsup_weight, terms=terms)
         loss.total.backward()
         spoilt = [
             name for name, value in net.named_parameters() if value.grad is not None and not value.grad.isfinite().all()

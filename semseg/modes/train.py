@@ -21,7 +21,7 @@ from semseg import zoo
 from semseg.build import build_net, build_trainer, find_network, tell, without_weights
 from semseg.checkpoint import FOLDER, SavedNetwork, find_checkpoint
 from semseg.checkpoint_io import damage, newest_intact, remove_leftovers
-from semseg.config import Config, as_plain
+from semseg.config import Config, ModelConfig, as_plain
 from semseg.data.overlap import overlap
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
@@ -29,6 +29,7 @@ from semseg.errors import CheckpointError, DataError
 from semseg.files import from_here
 from semseg.jobs import Result, read_result, write_result
 from semseg.lit_module import SegmentationModule
+from semseg.losses import read_class_weights
 from semseg.nets.segmenter import Segmenter
 from semseg.published import find_files
 from semseg.resume import RunState, check_same_run, read_run_state
@@ -48,10 +49,10 @@ def run(config: Config, overrides: list[str]) -> float | None:
     """
     source = DataSource(config.data)
     source.records("train")  # missing files are told before anything slow happens
-    config = with_meaning_of_ckpt(config)
+    config = with_numbers(with_meaning_of_ckpt(config))
     saved = find_network(config.init_from, config, overrides) if config.init_from else None
     if saved is not None and not sets_network(overrides):
-        config = replace(config, model=saved.config.model)
+        config = replace(config, model=with_network(config.model, saved.config.model))
     with locked(Path(config.run_dir)):
         state = state_to_resume(config)
         if state is not None and state.is_finished(config.trainer.max_epochs):
@@ -163,10 +164,31 @@ def with_meaning_of_ckpt(config: Config) -> Config:
     return replace(config, ckpt=None, resume=str(path))
 
 
+def with_numbers(config: Config) -> Config:
+    """The configuration with class weights as numbers: they belong to the run, their file may change.
+
+    Raises:
+        ConfigError: if the file does not hold any.
+    """
+    weights = config.loss.class_weights
+    if not isinstance(weights, str):
+        return config
+    return replace(config, loss=replace(config.loss, class_weights=read_class_weights(weights)))
+
+
+def with_network(model: ModelConfig, network: ModelConfig) -> ModelConfig:
+    """`model` with the encoder and the decoder of `network`; how they are trained stays."""
+    frozen = {"frozen": model.encoder.get("frozen", False)}
+    return replace(model, name=network.name, encoder=network.encoder | frozen, decoder=network.decoder)
+
+
 def sets_network(overrides: list[str]) -> bool:
     """Whether the command line says which network to train."""
     keys = [word.lstrip("+").partition("=")[0] for word in overrides]
-    return any(key in ("model", "experiment") or key.startswith(NETWORK_KEYS) for key in keys)
+    return any(
+        key in ("model", "experiment") or (key.startswith(NETWORK_KEYS) and key != "model.encoder.frozen")
+        for key in keys
+    )
 
 
 def resume_path(config: Config) -> Path | None:
