@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from in_process import assert_equal, configured, fit
+from in_process import TINY_RUN, assert_equal, configured, fit
 from semseg.checkpoint import read_checkpoint, write_ckpt
 from semseg.checkpoint_io import AtomicCheckpointIO
 from semseg.config import Config
@@ -20,10 +20,8 @@ from semseg.saving import Saver
 
 # Five images in sub-batches of two, two epochs of three steps: every epoch ends in the middle of a pass.
 RUN = [
-    "data=scenes", "data.make.num_train=5", "data.make.num_val=2", "data.batch_size=2", "data.short_edges=[32,48]",
-    "data.max_long_edge=64", "data.num_workers=0", "data.steps_per_epoch=3", "data.flip=true",
-    "model/encoder=resnet18", "model.encoder.weights=none", "model/decoder=c1_deepsup", "eval.scales=[32]",
-    "trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "checkpoint.every_n_steps=1",
+    "data=scenes", "data.make.num_train=5", "data.make.num_val=2", *TINY_RUN, "data.steps_per_epoch=3", "data.flip=true",
+    "model/decoder=c1_deepsup", "trainer.max_epochs=2", "checkpoint.every_n_steps=1",
 ]  # fmt: skip
 
 
@@ -79,7 +77,7 @@ def test_a1_the_moving_average_goes_on_exactly_too(root: Path, tmp_path: Path, m
     with monkeypatch.context() as patched:
         copies = copies_of_every_save(patched, tmp_path / "copies")
         whole = fit(config)
-    average, weights = (whole[key]["net.encoder.conv1.weight"] for key in ("state_dict", "current_model_state"))
+    average, weights = (whole[key]["net.encoder.coarse.0.weight"] for key in ("state_dict", "current_model_state"))
     assert not torch.equal(average, weights)
     for copy in (copies[0], copies[2], copies[3], copies[6]):
         shutil.rmtree(run_dir)
