@@ -23,9 +23,8 @@ from semseg.callbacks import EndOnSigterm, LogSteps, PlainProgress, checkpoints
 from semseg.checkpoint import SavedNetwork, find_checkpoint, inherit, read_checkpoint
 from semseg.checkpoint_io import AtomicCheckpointIO
 from semseg.config import ONNX, Config, DownloadConfig, ModelConfig, network_options
-from semseg.data.classes import LabelMap
 from semseg.data.convention import CONVENTIONS
-from semseg.data.sources import DataSource
+from semseg.data.sources import DataSource, label_map
 from semseg.download import fetch
 from semseg.errors import ConfigError
 from semseg.guards import NonFiniteGuard, ProbeMemory
@@ -180,9 +179,9 @@ def open_predictor(config: Config, overrides: list[str], device: str | torch.dev
         options.stride,
         options.memory_limit_mb,
     )
-    label_map = LabelMap(saved.classes.num_classes, config.data.first_id, config.data.ignore)
+    ids = label_map(config.data, saved.classes)
     net = restore_net(saved).to(device)
-    return Predictor(net, saved.classes, label_map, settings, name=saved.config.model.name, source=str(saved.source))
+    return Predictor(net, saved.classes, ids, settings, name=saved.config.model.name, source=str(saved.source))
 
 
 def build_trainer(config: Config, source: DataSource) -> pl.Trainer:

@@ -24,6 +24,7 @@ MODES = ("train", "eval", "predict", "convert", "compare", "download", "replay",
 SPLITS = ("train", "val", "test")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
 DECODE = ("fast", "exact")
+MASK_TYPES = ("auto", "ids", "colors")
 ON_BAD = ("error", "skip")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("poly", "poly_warmup", "cosine")
@@ -79,11 +80,12 @@ class ModelConfig:
 
 @dataclass
 class SplitConfig:
-    """Where the records of one split are: an odgt list, or a folder pair. Relative to data.root."""
+    """Where the records of one split are: a list, or a folder pair. Relative to data.root."""
 
-    list: str | None = None
+    list: str | None = None  # odgt, .csv or .jsonl
     images: str | None = None
     masks: str | None = None
+    stems: str | None = None  # a text file: which of the images are meant
 
 
 @dataclass
@@ -114,6 +116,10 @@ class DataConfig:
     train: SplitConfig = field(default_factory=SplitConfig)
     val: SplitConfig = field(default_factory=SplitConfig)
     test: SplitConfig = field(default_factory=SplitConfig)
+    images: str | None = None  # short for train.images, from the working directory
+    masks: str | None = None
+    image_suffix: str = ""  # what the stems of images have in addition to those of their masks, and the other way round
+    mask_suffix: str = ""
     val_fraction: float = number(0.0, low=0, high=0.9)  # of train, held out by a hash of the path
     make: ScenesConfig | None = None
     archive: ArchiveConfig | None = None  # null: there is nothing to download
@@ -121,6 +127,9 @@ class DataConfig:
     num_classes: int | None = number(None, low=2)  # null: as many as `classes` has
     first_id: int = number(1, low=0)  # the value that class 0 has in the label files
     ignore: list[int] = field(default_factory=lambda: [0])  # label values that are not scored
+    map: Any = None  # label value -> class index, or null for values that are not scored; in the place of first_id
+    mask_type: str = one_of("auto", MASK_TYPES)  # auto: colour files are in colours if data.classes is a file
+    ignore_colors: list[list[int]] = field(default_factory=lambda: [[0, 0, 0]])  # of masks in colours, not scored
     miou_rule: str = one_of("present", MIOU_RULES)
     short_edges: list[int] = field(default_factory=lambda: [300, 375, 450, 525, 600])  # pixels
     max_long_edge: int = number(1000, low=1)  # pixels
@@ -524,6 +533,7 @@ def cross_problems(config: Config) -> Iterator[str]:
         yield f"model.size_divisor={divisor}: must be a multiple of model.label_stride={stride}."
     yield from _mode_problems(config)
     yield from _loss_problems(config.loss)
+    yield from _label_problems(config.data)
     yield from _exported_file_problems(config)
     yield from _export_problems(config)
     for mode in config.after_training:
@@ -551,6 +561,25 @@ def _mode_problems(config: Config) -> Iterator[str]:
         yield "mode=predict needs input=<image, video, folder, pattern, list of paths, or - for standard input>."
     if config.mode == "compare" and len(config.runs) < 2:
         yield f"runs={config.runs}: mode=compare needs at least two evaluations: runs=[<folder>,<folder>]."
+
+
+def _label_problems(data: DataConfig) -> Iterator[str]:
+    """A sentence for everything that is no map, colour, or pair of folders."""
+    if data.map is not None:
+        entries = data.map.items() if isinstance(data.map, dict) else [(data.map, None)]
+        wrong = [f"{key}: {index}" for key, index in entries if not (_is_id(key) and (index is None or _is_id(index)))]
+        if wrong or not data.map:
+            yield f"data.map={data.map}: must be like {{7: 0, 8: 1, 255: null}}: label value, class index."
+    for colour in data.ignore_colors:
+        if len(colour) != 3 or not all(0 <= part <= 255 for part in colour):
+            yield f"data.ignore_colors={data.ignore_colors}: a colour is [red, green, blue], each 0..255."
+    if bool(data.images) != bool(data.masks):
+        yield f"data.images={data.images} and data.masks={data.masks}: give both, or neither."
+
+
+def _is_id(word: object) -> bool:
+    """Whether a key of a map, which files keep as text, is a whole number of at least 0."""
+    return not isinstance(word, bool) and str(word).isdecimal()
 
 
 def _loss_problems(loss: LossConfig) -> Iterator[str]:

@@ -226,7 +226,8 @@ class SegmentationData(pl.LightningDataModule):
         data = self.config.data
         if not data.oversample:
             return None
-        found = scan(self.source.records("train"), self.source.root, max_pixels=data.max_pixels)
+        source = self.source
+        found = scan(source.records("train"), source.root, max_pixels=data.max_pixels, colours=source.label_map.colours)
         meaning = self.source.label_map.meaning
         present = [
             {index for raw in finding.ids if (index := meaning(raw)) not in (None, IGNORED)} for finding in found

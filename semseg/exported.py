@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -20,8 +21,8 @@ from onnx.external_data_helper import uses_external_data
 from torch import Tensor, nn
 
 from semseg.checkpoint import Graph, SavedNetwork, describe, first_line, from_entry
-from semseg.data.classes import LabelMap
 from semseg.data.convention import InputConvention
+from semseg.data.sources import label_map
 from semseg.errors import CheckpointError, SemsegError
 from semseg.nets.features import Decoder, Encoder, Logits
 from semseg.nets.segmenter import Segmenter
@@ -46,8 +47,7 @@ def description(saved: SavedNetwork, net: Segmenter, quantized: str = "none") ->
     Args:
         quantized: as export.quantize has it.
     """
-    data = saved.config.data
-    label_map = LabelMap(saved.classes.num_classes, data.first_id, data.ignore)
+    ids = label_map(saved.config.data, saved.classes)
     entry = describe(saved.config, saved.classes, net.convention)
     # How a network is run does not belong to a graph: onnxruntime sees to it.
     entry["config"]["model"] |= {"compile": False, "channels_last": False}
@@ -56,8 +56,8 @@ def description(saved: SavedNetwork, net: Segmenter, quantized: str = "none") ->
         "step": saved.step,
         "size_divisor": net.size_divisor,
         "label_stride": net.label_stride,
-        "label_ids": [data.first_id + index for index in range(saved.classes.num_classes)],
-        "ignored_ids": list(label_map.ignore),
+        "label_ids": ids.to_raw(np.arange(saved.classes.num_classes)).tolist(),
+        "ignored_ids": list(ids.ignore),
         "quantized": quantized,
         "input": f"{IMAGE}: float32 (N, 3, H, W), RGB, 0..255; H and W multiples of {net.size_divisor}",
         "output": f"{LOGITS}: float32 (N, {net.num_classes}, H / {net.label_stride}, W / {net.label_stride})",

@@ -7,10 +7,12 @@ A label file holds raw ids; the network, the loss and the scores know class indi
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ IGNORED = -1
 _UNKNOWN = -2
 _MAX_CLASSES = 2**15 - 1  # class indices are kept as int16
 _MAX_ID = 2**16 - 1
+UNSCORED = _MAX_ID  # the raw id that colours get which are not scored
 _MAX_COLOURS = 512
 
 Colour = tuple[int, int, int]  # red, green, blue, each 0..255
@@ -82,6 +85,47 @@ class ClassTable(NamedTuple):
         """
         return cls(tuple(names), generated_palette(len(names)))
 
+    @classmethod
+    def from_file(cls, path: str | Path) -> ClassTable:
+        """A table from a CSV file (`from_csv`), a JSON file, or a text file with a name on each line.
+
+        JSON: a list of {"name": ..., "color": [R, G, B]}, or that under the key `classes`, as mode=predict writes it;
+        colours may be left out everywhere.
+
+        Raises:
+            DataError: if the file is missing or does not fit.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in (".json", ".txt"):
+            return cls.from_csv(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            if path.suffix.lower() == ".txt":
+                return cls.generated(_required([line.strip() for line in text.splitlines() if line.strip()]))
+            content = json.loads(text)
+            rows = _required(content["classes"] if isinstance(content, dict) else content)
+            names = [str(row["name"]) for row in rows]
+            if not any("color" in row for row in rows):
+                return cls.generated(names)
+            return cls(tuple(names), tuple(_colour(row["color"]) for row in rows))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: the table of classes cannot be read ({type(error).__name__}: {error})."
+            ) from error
+
+
+def _required(rows: list[Any]) -> list[Any]:
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("no classes in it")
+    return rows
+
+
+def _colour(numbers: Sequence[int]) -> Colour:
+    red, green, blue = (int(number) for number in numbers)
+    if not all(0 <= part <= 255 for part in (red, green, blue)):
+        raise ValueError(f"a colour is three numbers 0..255, got {list(numbers)}")
+    return red, green, blue
+
 
 def _parse_row(row: dict[str, str], where: str) -> tuple[int, str, Colour]:
     try:
@@ -94,23 +138,30 @@ def _parse_row(row: dict[str, str], where: str) -> tuple[int, str, Colour]:
 
 
 @lru_cache
+def built_in_classes(name: str) -> ClassTable:
+    """The classes of a data set that the package knows: ade20k, camvid, cityscapes, voc2012 or cocostuff.
+
+    Names and colours are the published ones; those of COCO-Stuff have no colours of their own.
+    """
+    return ClassTable.from_csv(Path(__file__).with_name(f"{name}_classes.csv"))
+
+
 def ade20k_classes() -> ClassTable:
     """The 150 classes of the ADE20K scene-parsing challenge, with the published colours.
 
     >>> ade20k_classes().names[:3], ade20k_classes().palette[2]
     (('wall', 'building', 'sky'), (6, 230, 230))
     """
-    return ClassTable.from_csv(Path(__file__).with_name("ade20k_classes.csv"))
+    return built_in_classes("ade20k")
 
 
-@lru_cache
 def camvid_classes() -> ClassTable:
     """The 11 classes of CamVid as the SegNet papers group them.
 
     >>> camvid_classes().names[-1]
     'Bicyclist'
     """
-    return ClassTable.from_csv(Path(__file__).with_name("camvid_classes.csv"))
+    return built_in_classes("camvid")
 
 
 @lru_cache
@@ -179,20 +230,96 @@ def _oklab(linear: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.cbrt(linear @ to_cones.T) @ to_lab.T
 
 
+class ColourIds:
+    """Masks that are coded in colours: each colour to the raw id of its class.
+
+    Args:
+        palette: K colours, no two the same.
+        ids: K raw ids.
+        unscored: colours that are not scored; a class of the same colour comes first.
+        always: grey pictures are coded in colours too, instead of holding ids three times.
+
+    Raises:
+        ConfigError: if two classes have the same colour.
+    """
+
+    def __init__(
+        self, palette: Sequence[Colour], ids: Sequence[int], unscored: Sequence[Colour], *, always: bool
+    ) -> None:
+        meaning = {_packed(colour): UNSCORED for colour in unscored}
+        classes = {_packed(colour): raw_id for colour, raw_id in zip(palette, ids, strict=True)}
+        if len(classes) < len(palette):
+            twice = next(colour for colour in palette if palette.count(colour) > 1)
+            raise ConfigError(
+                f"data.classes: two classes have the colour {twice}, so masks in colours (data.mask_type) cannot tell "
+                "them apart."
+            )
+        meaning |= classes
+        self.always = always
+        self._colours = np.array(sorted(meaning), np.uint32)
+        self._ids = np.array([meaning[int(colour)] for colour in self._colours], np.uint16)
+        self.fingerprint = crc32(self._colours.tobytes() + self._ids.tobytes() + bytes([always]))
+
+    def __call__(self, pixels: NDArray[np.uint8], path: str | Path) -> NDArray[np.uint16]:
+        """(H, W, 3) RGB to raw ids (H, W).
+
+        Raises:
+            DataError: for a colour that has no meaning, with its first pixel.
+        """
+        packed = pixels.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
+        place = np.searchsorted(self._colours, packed).clip(max=len(self._colours) - 1)
+        unknown = self._colours[place] != packed
+        if unknown.any():
+            row, column = np.argwhere(unknown)[0].tolist()
+            raise DataError(
+                f"{path}: the colour {tuple(pixels[row, column].tolist())} at row {row}, column {column} is no class "
+                f"of data.classes ({int(unknown.sum())} such pixels). Add it there, or to data.ignore_colors."
+            )
+        return self._ids[place]
+
+
+def _packed(colour: Colour) -> int:
+    red, green, blue = colour
+    return red << 16 | green << 8 | blue
+
+
 class LabelMap:
     """Raw ids of label files to class indices: id `first_id` is class 0, ids in `ignore` are not scored.
 
     The defaults are ADE20K's: 0 = unlabelled, 1 .. K = classes.
 
+    Args:
+        ids: raw id -> class index, or None for ids that are not scored; in the place of `first_id`.
+        colours: how masks in colours are read; None: they are not.
+
     Raises:
-        ConfigError: if an id is both a class and ignored, or a number is out of range.
+        ConfigError: if an id is both a class and ignored, a number is out of range, or a class has no id.
 
     >>> LabelMap(num_classes=3)(np.array([[0, 1, 3]], np.uint8), "label.png")
     array([[-1,  0,  2]], dtype=int16)
     """
 
-    def __init__(self, num_classes: int, first_id: int = 1, ignore: Iterable[int] = (0,)) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        first_id: int = 1,
+        ignore: Iterable[int] = (0,),
+        ids: Mapping[int, int | None] | None = None,
+        colours: ColourIds | None = None,
+    ) -> None:
         self.num_classes, self.first_id, self.ignore = num_classes, first_id, tuple(sorted(set(ignore)))
+        self.colours, self._is_mapped = colours, ids is not None
+        table = self._ordered() if ids is None else self._mapped(ids)
+        if colours is not None:
+            table[UNSCORED] = IGNORED
+        self._table = table  # raw id -> class index, 128 KiB
+        raw_ids = np.flatnonzero(table >= 0)[::-1]
+        self._raw = np.zeros(num_classes, np.uint16)
+        self._raw[table[raw_ids]] = raw_ids  # the lowest of each class is written last
+
+    def _ordered(self) -> NDArray[np.int16]:
+        """The table of consecutive ids."""
+        num_classes, first_id = self.num_classes, self.first_id
         last_id = first_id + num_classes - 1
         fits = 1 <= num_classes <= _MAX_CLASSES and first_id >= 0 and last_id <= _MAX_ID
         if not fits or any(not 0 <= raw_id <= _MAX_ID for raw_id in self.ignore):
@@ -211,7 +338,25 @@ class LabelMap:
         table = np.full(_MAX_ID + 1, _UNKNOWN, np.int16)
         table[list(self.ignore)] = IGNORED
         table[first_id : last_id + 1] = np.arange(num_classes)
-        self._table = table  # raw id -> class index, 128 KiB
+        return table
+
+    def _mapped(self, ids: Mapping[int, int | None]) -> NDArray[np.int16]:
+        """The table of `ids`."""
+        table = np.full(_MAX_ID + 1, _UNKNOWN, np.int16)
+        unscored = [raw_id for raw_id, index in ids.items() if index is None]
+        table[[*self.ignore, *unscored]] = IGNORED
+        for raw_id, index in ids.items():
+            if not 0 <= raw_id < UNSCORED or not 0 <= (index or 0) < self.num_classes:
+                raise ConfigError(
+                    f"data.map: {raw_id}: {index} does not fit: raw ids are 0 to {UNSCORED - 1}, class indices 0 to "
+                    f"{self.num_classes - 1}, null for ids that are not scored."
+                )
+            if index is not None:
+                table[raw_id] = index
+        without = sorted(set(range(self.num_classes)) - set(table.tolist()))
+        if without:
+            raise ConfigError(f"data.map: classes {_listed(without)} of {self.num_classes} have no raw id.")
+        return table
 
     def __call__(self, raw: NDArray[np.integer], path: str | Path) -> NDArray[np.int16]:
         """Class indices of raw ids, any shape; -1 = not scored.
@@ -246,15 +391,20 @@ class LabelMap:
 
     def to_raw(self, index: NDArray[np.integer]) -> NDArray[np.uint16]:
         """Class indices (none below 0) back to the raw ids of the data set, for files others will read."""
-        return (index + self.first_id).astype(np.uint16)
+        return self._raw[index]
 
     def _unknown(self, raw: NDArray[np.integer], path: str | Path) -> DataError:
         ids, counts = np.unique(raw, return_counts=True)
         last_id = self.first_id + self.num_classes - 1
-        known = (ids >= self.first_id) & (ids <= last_id) | np.isin(ids, self.ignore)
+        known = np.array([self.meaning(raw_id) is not None for raw_id in ids.tolist()])
         worst = sorted(zip(counts[~known].tolist(), ids[~known].tolist(), strict=True), reverse=True)
         shown = ", ".join(f"{raw_id} ({count} pixels)" for count, raw_id in worst[:5])
         more = f" and {len(worst) - 5} more" if len(worst) > 5 else ""
+        if self._is_mapped:
+            return DataError(
+                f"{path}: label ids {shown}{more} are in neither data.map nor data.ignore={list(self.ignore)}. "
+                "Add them to one of the two."
+            )
         return DataError(
             f"{path}: label ids {shown}{more} are neither classes nor ignored: data.num_classes={self.num_classes} and "
             f"data.first_id={self.first_id} allow {self.first_id}..{last_id}, data.ignore={list(self.ignore)}. "

@@ -111,7 +111,10 @@ class TrainDataset(Dataset[Batch]):
 
     def _fast_sample(self, record: Record, short_edge: int, is_flipped: bool) -> Sample:
         image, raw = read_reduced(
-            record, lambda full: scaled_size(full, short_edge, self.max_long_edge), max_pixels=self.max_pixels
+            record,
+            lambda full: scaled_size(full, short_edge, self.max_long_edge),
+            max_pixels=self.max_pixels,
+            colours=self.label_map.colours,
         )
         size = scaled_size(Size(*raw.shape), short_edge, self.max_long_edge)
         path = record.label or ""

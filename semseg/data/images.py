@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 
-from semseg.data.classes import IGNORED, LabelMap
+from semseg.data.classes import IGNORED, ColourIds, LabelMap
 from semseg.data.geometry import Size
 from semseg.data.records import Record
 from semseg.errors import DataError
@@ -82,30 +82,41 @@ def decode_image(
     return oriented(pixels, orientation) if upright else pixels
 
 
-def read_label(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.integer]:
+def read_label(
+    path: str | Path, *, max_pixels: int = MAX_PIXELS, colours: ColourIds | None = None
+) -> NDArray[np.integer]:
     """Raw ids of a label file: uint8, uint16 or int32 (H, W).
 
     Palette files give their indices, two-level files 0 and 1. A colour file is taken if red = green = blue everywhere.
 
+    Args:
+        colours: the ids that colours stand for; None: there are none.
+
     Raises:
-        DataError: as `read_image`, and if the file is colour-coded or a JPEG, whose ids are lost.
+        DataError: as `read_image`; if the file is coded in colours that `colours` does not know; if it is a JPEG, in
+            which ids and colours are lost.
     """
     data = _read_bytes(path)
     header = _open(path, data, max_pixels)
     if _is_jpeg(data):
         raise DataError(f"{path}: a label must not be a JPEG, which changes ids at every edge. {_HOW_TO_CONVERT}")
     _check_png(path, data)
-    if data.startswith(_PNG_START) and data[24:26] == b"\x08\x00":  # 8 bits, grey: most labels, and the fast way
+    in_colours = colours is not None and colours.always
+    if (
+        data.startswith(_PNG_START) and data[24:26] == b"\x08\x00" and not in_colours
+    ):  # 8 bits, grey: most labels, and the fast way
         ids = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if ids is None:
             raise DataError(f"{path}: the label is broken and cannot be decoded. Get the file again.")
         return np.asarray(ids, np.uint8)
     try:
-        raw = np.asarray(header)
+        raw = np.asarray(header.convert("RGB") if in_colours else header)
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{path}: the label is broken ({error}). Get the file again.") from error
     depth = data[24] if data.startswith(_PNG_START) else 8  # bits of a channel
-    if header.mode in ("RGB", "RGBA") and depth == 8:
+    if colours is not None and (colours.always or (_is_rgb8(header, depth) and not _is_grey(raw))):
+        return colours(raw[..., :3], path)
+    if _is_rgb8(header, depth):
         raw = _grey_of(raw, path)
     elif header.mode == "L" and depth < 8:
         raw = raw // (255 // (2**depth - 1))  # Pillow has stretched 0..3 or 0..15 to 0..255
@@ -144,7 +155,13 @@ class Thumbnail(NamedTuple):
     raw: NDArray[np.integer]  # (H, W) ids of the file
 
 
-def read_reduced(record: Record, wanted: Callable[[Size], Size], *, max_pixels: int = MAX_PIXELS) -> Thumbnail:
+def read_reduced(
+    record: Record,
+    wanted: Callable[[Size], Size],
+    *,
+    max_pixels: int = MAX_PIXELS,
+    colours: ColourIds | None = None,
+) -> Thumbnail:
     """The image of a record and its label for training, with no more pixels of the image decoded than needed.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is still at least `wanted` (of the full size): its
@@ -155,7 +172,7 @@ def read_reduced(record: Record, wanted: Callable[[Size], Size], *, max_pixels: 
     """
     assert record.label is not None, "a record to train on has a label"
     try:
-        raw = read_label(record.label, max_pixels=max_pixels)
+        raw = read_label(record.label, max_pixels=max_pixels, colours=colours)
         target, full = wanted(_size(raw)), _size(raw)
         data = _read_bytes(record.image)
         header = _open(record.image, data, max_pixels)
@@ -203,7 +220,8 @@ def read_pair(record: Record, label_map: LabelMap | None, *, max_pixels: int = M
         if record.label is None or label_map is None:
             pair = Pair(oriented(stored, orientation), None)
         else:
-            label = label_map(read_label(record.label, max_pixels=max_pixels), record.label)
+            raw = read_label(record.label, max_pixels=max_pixels, colours=label_map.colours)
+            label = label_map(raw, record.label)
             pair = Pair(_onto_grid(stored, orientation, label, record), label)
         _check_listed_size(record, stored, pair)
     except DataError as error:
@@ -339,10 +357,19 @@ def _check_png(path: str | Path, data: bytes) -> None:
     raise DataError(f"{path}: the PNG is truncated (no end in {len(data)} bytes). Get it again.")
 
 
+def _is_rgb8(header: Image.Image, depth: int) -> bool:
+    return header.mode in ("RGB", "RGBA") and depth == 8
+
+
+def _is_grey(raw: NDArray[np.uint8]) -> bool:
+    """Whether red = green = blue everywhere in (H, W, 3 or 4)."""
+    return bool((raw[..., :3] == raw[..., :1]).all())
+
+
 def _grey_of(raw: NDArray[np.uint8], path: str | Path) -> NDArray[np.uint8]:
     """(H, W, 3 or 4) with equal colours to (H, W)."""
     colours = raw[..., :3]
-    if (colours == colours[..., :1]).all():
+    if _is_grey(raw):
         return np.ascontiguousarray(colours[..., 0])
     packed = colours.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     found = np.unique(packed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -100,7 +101,86 @@ def _inside(entry: dict[str, object], key: str, base: str, where: str) -> str:
     return path
 
 
+def records_from_table(
+    list_file: str | Path,
+    root: str | Path,
+    split: str,
+    *,
+    hint: str = "",
+    cache_dir: str | Path | None = None,
+    problems: list[str] | None = None,
+) -> list[Record]:
+    """Records of a CSV file with columns image and mask, or a file with a JSON object {"image", "mask"} on each line.
+
+    Paths are relative to `root` and stay inside it; an empty mask means that there is none. A third column, or key,
+    `split` says for each row which split it belongs to; rows of others than `split` are passed over. Sizes come from
+    the headers, as in `records_from_folders`.
+
+    Raises:
+        DataError: as `records_from_odgt`.
+    """
+    list_file, root = Path(list_file), Path(root)
+    _require(root.is_dir(), "data folder", root, hint)
+    _require(list_file.is_file(), "list of images", list_file, hint)
+    base = os.path.normpath(root.absolute())
+    pairs: list[tuple[str, str | None, str]] = []
+    for number, row in _rows(list_file, problems):
+        where = f"{list_file}:{number}"
+        if row.get("split") not in (None, "", split):
+            continue
+        with _collected(problems):
+            label = _inside(row, "mask", base, where) if row.get("mask") else None
+            pairs.append((_inside(row, "image", base, where), label, where))
+    if not pairs and not problems:
+        raise DataError(f"{list_file}: the list names no image of {split}.{_sentence(hint)}")
+    headers = _headers([image for image, _, _ in pairs], root, cache_dir, problems)
+    turned = [label for image, label, _ in pairs if image in headers and label and headers[image].is_turned]
+    mask_headers = _headers(turned, root, cache_dir, problems)
+    return [
+        Record(image, label, headers[image].size_for(mask_headers.get(label or "")), where)
+        for image, label, where in pairs
+        if image in headers
+    ]
+
+
+def _rows(list_file: Path, problems: list[str] | None) -> Iterator[tuple[int, dict[str, object]]]:
+    """Line numbers and rows of a CSV or JSON-lines file."""
+    try:
+        text = list_file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{list_file}: not UTF-8 text (byte {error.start}). Save the list as UTF-8.") from None
+    if list_file.suffix.lower() == ".csv":
+        rows = csv.DictReader(text.splitlines())
+        if not {"image", "mask"} <= set(rows.fieldnames or ()):
+            raise DataError(f"{list_file}:1: columns image and mask are needed; found {rows.fieldnames}.")
+        for row in rows:
+            yield rows.line_num, {key: value for key, value in row.items() if key is not None}
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        with _collected(problems):
+            if line.strip():
+                yield number, _json_row(line, f"{list_file}:{number}")
+
+
+def _json_row(line: str, where: str) -> dict[str, object]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not one JSON object ({error.msg}, column {error.colno}).") from None
+    if not isinstance(row, dict) or "image" not in row:
+        raise DataError(f'{where}: a line must be an object like {{"image": "a.jpg", "mask": "a.png"}}.')
+    return row
+
+
 # ---- from folders
+
+
+class Naming(NamedTuple):
+    """How images and masks are called in a layout."""
+
+    image_suffix: str = ""  # end of an image's stem: _leftImg8bit; others are no images of it
+    mask_suffix: str = ""
+    stems: Path | None = None  # a text file with a stem on each line; others are not meant
 
 
 def records_from_folders(
@@ -108,6 +188,7 @@ def records_from_folders(
     masks: str | Path | None = None,
     *,
     hint: str = "",
+    naming: Naming | None = None,
     cache_dir: str | Path | None = None,
     problems: list[str] | None = None,
 ) -> list[Record]:
@@ -119,6 +200,7 @@ def records_from_folders(
     that of its mask, or upright if there are no masks.
 
     Args:
+        naming: how names of images and masks differ, and which are meant; None: they are equal, and all are.
         problems: what is wrong with single files goes here, and they are left out; None: the first one raises.
 
     Raises:
@@ -127,7 +209,10 @@ def records_from_folders(
     """
     images = Path(images)
     _require(images.is_dir(), "folder of images", images, hint)
-    image_files = _by_stem(images, problems)
+    naming = naming or Naming()
+    image_files = _by_stem(images, naming.image_suffix, problems)
+    if naming.stems is not None:
+        image_files = _chosen(image_files, naming.stems, images, problems)
     if not image_files:
         kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
         raise DataError(f"{images}: no image in this folder or below it (looked for {kinds}).{_sentence(hint)}")
@@ -136,7 +221,9 @@ def records_from_folders(
         return [Record(path, None, header.upright, str(images)) for path, header in headers.items()]
     masks = Path(masks)
     _require(masks.is_dir(), "folder of masks", masks, hint)
-    mask_files = _by_stem(masks, problems)
+    mask_files = _by_stem(masks, naming.mask_suffix, problems)
+    if naming.stems is not None:
+        mask_files = {stem: path for stem, path in mask_files.items() if stem in image_files}
     if problems is None:
         _require_pairs(images, image_files, masks, mask_files)
     else:
@@ -149,14 +236,12 @@ def records_from_folders(
     paths = [path for stem, path in image_files.items() if stem in mask_files]
     headers = _headers(paths, images, cache_dir, problems)
     pairs = [(stem, path) for stem, path in image_files.items() if path in headers]
-    turned = [stem for stem, path in pairs if headers[path].upright != headers[path].size]
-    mask_headers = _headers([mask_files[stem] for stem in turned], masks, cache_dir, problems) if turned else {}
-    records = []
-    for stem, path in pairs:
-        header, mask = headers[path], mask_files[stem]
-        is_upright = mask in mask_headers and mask_headers[mask].size == header.upright
-        records.append(Record(path, mask, header.upright if is_upright else header.size, str(images)))
-    return records
+    turned = [mask_files[stem] for stem, path in pairs if headers[path].is_turned]
+    mask_headers = _headers(turned, masks, cache_dir, problems) if turned else {}
+    return [
+        Record(path, mask_files[stem], headers[path].size_for(mask_headers.get(mask_files[stem])), str(images))
+        for stem, path in pairs
+    ]
 
 
 def record_of_image(path: str | Path) -> Record:
@@ -168,14 +253,29 @@ def record_of_image(path: str | Path) -> Record:
     return Record(str(path), None, _read_header(str(path)).upright, "input")
 
 
-def _by_stem(folder: Path, problems: list[str] | None) -> dict[str, str]:
-    """Image files below `folder`: relative path without suffix (with /) -> path, sorted."""
+def _chosen(files: dict[str, str], stems_file: Path, folder: Path, problems: list[str] | None) -> dict[str, str]:
+    """The files that a list of stems names, in its order."""
+    _require(stems_file.is_file(), "list of stems", stems_file, "")
+    found = {}
+    for number, line in enumerate(stems_file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        stem = line.strip()
+        with _collected(problems):
+            if stem and stem not in files:
+                raise DataError(f"{stems_file}:{number}: there is no image {stem} below {folder}.")
+            found |= {stem: files[stem]} if stem else {}
+    return found
+
+
+def _by_stem(folder: Path, suffix: str, problems: list[str] | None) -> dict[str, str]:
+    """Image files below `folder` whose stem ends with `suffix`: relative path without both (with /) -> path, sorted."""
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder)
         if path.suffix.lower() not in IMAGE_SUFFIXES or any(part.startswith(".") for part in parts.parts):
             continue
-        stem = parts.with_suffix("").as_posix()
+        if not path.stem.endswith(suffix):
+            continue
+        stem = parts.with_suffix("").as_posix().removesuffix(suffix)
         with _collected(problems):
             if stem in found:
                 raise DataError(
@@ -205,6 +305,14 @@ class _Header(NamedTuple):
     size: Size  # as stored
     upright: Size  # as EXIF wants it shown
 
+    @property
+    def is_turned(self) -> bool:
+        return self.size != self.upright
+
+    def size_for(self, mask: _Header | None) -> Size:
+        """The size at which an image with this mask is read."""
+        return self.upright if mask is not None and mask.size == self.upright else self.size
+
 
 def _headers(
     paths: Sequence[str], folder: Path, cache_dir: str | Path | None, problems: list[str] | None
@@ -212,9 +320,12 @@ def _headers(
     """Headers of image files; only those that are new or changed since the last scan of `folder` are opened."""
     cache = cache_file("sizes", folder, cache_dir)
     known = _load_cache(cache)
-    stamps = {path: stamp(path) for path in paths}
-    fresh = {path: known[path] for path in paths if path in known and known[path][:2] == stamps[path]}
-    to_read = [path for path in paths if path not in fresh]
+    stamps: dict[str, list[int]] = {}
+    for path in paths:
+        with _collected(problems):
+            stamps[path] = _stamp_of(path)
+    fresh = {path: known[path] for path in stamps if path in known and known[path][:2] == stamps[path]}
+    to_read = [path for path in stamps if path not in fresh]
     if to_read:
         with ThreadPoolExecutor(8) as pool:
             for path, waiting in [(path, pool.submit(_read_header, path)) for path in to_read]:
@@ -229,6 +340,13 @@ def stamp(path: str) -> list[int]:
     """What changes when a file does: [time of the last change in ns, bytes]."""
     status = Path(path).stat()
     return [status.st_mtime_ns, status.st_size]
+
+
+def _stamp_of(path: str) -> list[int]:
+    try:
+        return stamp(path)
+    except OSError as error:
+        raise DataError(f"{path}: there is no such file ({error.strerror}).") from None
 
 
 def _read_header(path: str) -> _Header:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from semseg.data.classes import ColourIds
 from semseg.data.geometry import Size
 from semseg.data.images import MAX_PIXELS, read_header, read_image, read_label
 from semseg.data.records import Record, cache_file, load_cache, save_cache, stamp
@@ -48,6 +49,7 @@ def scan(
     folder: Path,
     *,
     max_pixels: int = MAX_PIXELS,
+    colours: ColourIds | None = None,
     cache_dir: str | Path | None = None,
     threads: int | None = None,
 ) -> Iterator[Finding]:
@@ -55,6 +57,7 @@ def scan(
 
     Args:
         folder: names the cache file; that of the data set.
+        colours: what colours of masks stand for, if they are coded so.
         cache_dir: None: $XDG_CACHE_HOME/semseg, or ~/.cache/semseg.
         threads: None: as many as there are processors.
     """
@@ -62,7 +65,7 @@ def scan(
     known = load_cache(cache)
     fresh: dict[str, list[object]] = {}
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        waiting = [pool.submit(remembered, record, known, max_pixels) for record in records]
+        waiting = [pool.submit(remembered, record, known, max_pixels, colours) for record in records]
         try:
             for record, answer in zip(records, waiting, strict=True):
                 found, stamps = answer.result()
@@ -75,12 +78,22 @@ def scan(
                 save_cache(cache, known | fresh)
 
 
-def remembered(record: Record, known: dict[str, object], max_pixels: int) -> tuple[Finding, list[int]]:
+def remembered(
+    record: Record, known: dict[str, object], max_pixels: int, colours: ColourIds | None
+) -> tuple[Finding, list[int]]:
     """The finding of a record, and by what it is told whether its files have changed; nothing if one is missing."""
+    table = 0 if colours is None else colours.fingerprint
     try:
-        stamps = [CACHE_FORMAT, max_pixels, *record.size, *stamp(record.image), *(stamp(record.label or record.image))]
+        stamps = [
+            CACHE_FORMAT,
+            max_pixels,
+            table,
+            *record.size,
+            *stamp(record.image),
+            *(stamp(record.label or record.image)),
+        ]
     except OSError:
-        return examine(record, max_pixels), []
+        return examine(record, max_pixels, colours), []
     match known.get(key_of(record)):
         case [
             then,
@@ -90,13 +103,13 @@ def remembered(record: Record, known: dict[str, object], max_pixels: int) -> tup
                 str() as image,
                 str() as mask,
                 dict() as ids,
-                dict() as colours,
+                dict() as found,
                 str() as problem,
             ],
         ] if then == stamps:
             own = {int(raw): count for raw, count in ids.items()}
-            return Finding(height, width, image, mask, own, colours, problem), stamps
-    return examine(record, max_pixels), stamps
+            return Finding(height, width, image, mask, own, found, problem), stamps
+    return examine(record, max_pixels, colours), stamps
 
 
 def as_row(found: Finding) -> list[object]:
@@ -109,7 +122,7 @@ def key_of(record: Record) -> str:
     return f"{record.image}|{record.label}"
 
 
-def examine(record: Record, max_pixels: int = MAX_PIXELS) -> Finding:
+def examine(record: Record, max_pixels: int = MAX_PIXELS, colours: ColourIds | None = None) -> Finding:
     """What the files of one record hold; never raises for a broken file."""
     found = Finding(0, 0, "", "", {}, {})
     try:
@@ -130,7 +143,7 @@ def examine(record: Record, max_pixels: int = MAX_PIXELS) -> Finding:
             )
         if mask.kind.endswith((" RGB", " RGBA")) and not mask.kind.startswith("JPEG"):
             found = found._replace(colours=colours_of(read_image(record.label, max_pixels=max_pixels)))
-        ids = ids_of(read_label(record.label, max_pixels=max_pixels))
+        ids = ids_of(read_label(record.label, max_pixels=max_pixels, colours=colours))
     except DataError as error:
         return found._replace(problem=str(error))
     return found._replace(ids=ids, colours={})  # grey though stored in colours

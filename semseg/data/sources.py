@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from semseg.config import DataConfig, SplitConfig
-from semseg.data.classes import ClassTable, LabelMap, ade20k_classes, camvid_classes
-from semseg.data.records import Record, records_from_folders, records_from_odgt, split_by_hash
+from semseg.data.classes import ClassTable, ColourIds, LabelMap, built_in_classes
+from semseg.data.records import (
+    Naming,
+    Record,
+    records_from_folders,
+    records_from_odgt,
+    records_from_table,
+    split_by_hash,
+)
 from semseg.data.scenes import make_scenes
 from semseg.errors import ConfigError, DataError
 
-BUILT_IN_CLASSES = {"ade20k": ade20k_classes, "camvid": camvid_classes}
+BUILT_IN_CLASSES = ("ade20k", "camvid", "cityscapes", "voc2012", "cocostuff")
 
 
 class DataSource:
@@ -26,11 +36,11 @@ class DataSource:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self.root = Path(config.root).expanduser()
+        self.root = Path.cwd() if config.images else Path(config.root).expanduser()
         if config.make is not None:
             make_scenes(self.root, num_train=config.make.num_train, num_val=config.make.num_val, seed=config.make.seed)
         self.classes = class_table(config, self.root)
-        self.label_map = LabelMap(self.classes.num_classes, config.first_id, config.ignore)
+        self.label_map = label_map(config, self.classes)
         self._records: dict[str, list[Record]] = {}
 
     def records(self, split: str) -> list[Record]:
@@ -45,7 +55,7 @@ class DataSource:
 
     def has(self, split: str) -> bool:
         """Whether the configuration says where `split` is."""
-        place: SplitConfig = getattr(self.config, split)
+        place = self._place(split)
         return bool(place.list or place.images) or (split == "val" and self.config.val_fraction > 0)
 
     def survey(self, split: str) -> tuple[list[Record], list[str]]:
@@ -60,10 +70,11 @@ class DataSource:
     def _read(self, split: str, problems: list[str] | None = None) -> list[Record]:
         if not self.has(split):
             raise DataError(f"data.{split}: set data.{split}.list, or data.{split}.images and data.{split}.masks.")
-        place: SplitConfig = getattr(self.config, split)
+        place = self._place(split)
         has_files = bool(place.list or place.images)
-        records = self._read_place(split, place if has_files else self.config.train, problems)
-        is_cut = self.config.val_fraction > 0 and not (self.config.val.list or self.config.val.images)
+        records = self._read_place(split, place if has_files else self._place("train"), problems)
+        val = self._place("val")
+        is_cut = self.config.val_fraction > 0 and not (val.list or val.images)
         if is_cut and split in ("train", "val"):
             kept, held_out = split_by_hash(records, self.config.val_fraction, self.root)
             records = held_out if split == "val" else kept
@@ -71,17 +82,28 @@ class DataSource:
             raise DataError(f"data.{split}: no images found below {self.root}.")
         return records
 
+    def _place(self, split: str) -> SplitConfig:
+        place: SplitConfig = getattr(self.config, split)
+        if split == "train" and self.config.images:
+            return replace(place, list=None, images=self.config.images, masks=self.config.masks)
+        return place
+
     def _read_place(self, split: str, place: SplitConfig, problems: list[str] | None) -> list[Record]:
         hint = self.config.hint
+        if place.list and Path(place.list).suffix.lower() in (".csv", ".jsonl"):
+            return records_from_table(self.root / place.list, self.root, split, hint=hint, problems=problems)
         if place.list:
             return records_from_odgt(self.root / place.list, self.root, hint=hint, problems=problems)
         if not (place.images and place.masks):
             raise ConfigError(f"data.{split}: images={place.images} needs masks too: data.{split}.masks=<folder>.")
-        return records_from_folders(self.root / place.images, self.root / place.masks, hint=hint, problems=problems)
+        stems = self.root / place.stems if place.stems else None
+        naming = Naming(self.config.image_suffix, self.config.mask_suffix, stems)
+        folders = (self.root / Path(folder).expanduser() for folder in (place.images, place.masks))
+        return records_from_folders(*folders, naming=naming, hint=hint, problems=problems)
 
 
 def class_table(config: DataConfig, root: Path) -> ClassTable:
-    """The classes: built in, from a CSV file (below the root or not), or numbered.
+    """The classes: built in, from a file (below the root or not), or numbered.
 
     Raises:
         ConfigError: if neither data.classes nor data.num_classes is set, or they disagree.
@@ -91,14 +113,38 @@ def class_table(config: DataConfig, root: Path) -> ClassTable:
         if config.num_classes is None:
             raise ConfigError("data.num_classes must be set, or data.classes=<CSV file with index,name,R,G,B>.")
         return ClassTable.generated(numbered(config.num_classes))
-    built_in = BUILT_IN_CLASSES.get(config.classes)
-    table = built_in() if built_in else ClassTable.from_csv(root / Path(config.classes).expanduser())
+    is_built_in = config.classes in BUILT_IN_CLASSES
+    table = (
+        built_in_classes(config.classes)
+        if is_built_in
+        else ClassTable.from_file(root / Path(config.classes).expanduser())
+    )
     if config.num_classes not in (None, table.num_classes):
         raise ConfigError(
             f"data.num_classes={config.num_classes}, but data.classes={config.classes} has {table.num_classes}. "
             "Set one of them to null."
         )
     return table
+
+
+def label_map(config: DataConfig, classes: ClassTable) -> LabelMap:
+    """What the ids, or the colours, of mask files mean.
+
+    Raises:
+        ConfigError: if the configuration contradicts itself.
+    """
+    ids = None
+    if config.map is not None:
+        ids = {int(raw_id): None if index is None else int(index) for raw_id, index in config.map.items()}
+    plain = LabelMap(classes.num_classes, config.first_id, config.ignore, ids)
+    always = config.mask_type == "colors"
+    has_file = config.classes is not None and config.classes not in BUILT_IN_CLASSES
+    if not always and (config.mask_type == "ids" or not has_file or len(set(classes.palette)) < classes.num_classes):
+        return plain
+    raw_ids = plain.to_raw(np.arange(classes.num_classes)).tolist()
+    unscored = [(red, green, blue) for red, green, blue in config.ignore_colors]
+    colours = ColourIds(classes.palette, raw_ids, unscored, always=always)
+    return LabelMap(classes.num_classes, config.first_id, config.ignore, ids, colours)
 
 
 def numbered(num_classes: int) -> Sequence[str]:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rich.text import Text
 from semseg.build import build_net, without_weights
 from semseg.check_page import Checked, PlanFacts, Sample, write_check_page
 from semseg.config import SPLITS, Config, DataConfig
-from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.classes import ClassTable, ColourIds, LabelMap
 from semseg.data.geometry import Size, largest_canvas
 from semseg.data.images import read_label, read_pair
 from semseg.data.overlap import Overlap, overlap
@@ -58,7 +59,7 @@ def run(config: Config, overrides: list[str]) -> None:
     folder = Path(config.run_dir)
     source, known = open_data(config.data)
     splits = [scanned(source, split) for split in SPLITS if source.has(split)]
-    diagnosis = diagnose(splits, config.data, known, shared_images(splits), pixel_of)
+    diagnosis = diagnose(splits, config.data, known, shared_images(splits), partial(pixel_of, source.label_map.colours))
     if config.check.fix == "list":
         diagnosis.suggestions.update(write_lists(folder, source.root, splits, known))
     checked = Checked(
@@ -94,14 +95,15 @@ def scanned(source: DataSource, split: str) -> ScannedSplit:
         DataError: if a folder or list is missing.
     """
     records, problems = source.survey(split)
-    findings = scan(records, source.root, max_pixels=source.config.max_pixels)
+    colours = source.label_map.colours
+    findings = scan(records, source.root, max_pixels=source.config.max_pixels, colours=colours)
     bar = track(findings, f"reading {split}", len(records), disable=not sys.stdout.isatty())
     return ScannedSplit(split, records, list(bar), problems)
 
 
-def pixel_of(record: Record, raw_id: int) -> tuple[int, int]:
+def pixel_of(colours: ColourIds | None, record: Record, raw_id: int) -> tuple[int, int]:
     """(row, column) of the first pixel of an id in the mask of a record."""
-    return place_of(read_label(record.label or ""), raw_id)
+    return place_of(read_label(record.label or "", colours=colours), raw_id)
 
 
 def plan_facts(config: Config, train: ScannedSplit, num_classes: int) -> PlanFacts | None:
@@ -136,6 +138,7 @@ def explained(data: DataConfig, source: DataSource, diagnosis: Diagnosis) -> tup
         num_classes=int(advice["data.num_classes"]),
         first_id=int(advice["data.first_id"]),
         ignore=json.loads(advice["data.ignore"]),
+        map={"0": 0, "255": 1} if "data.map" in advice else None,
     )
     assumed = DataSource(settled)
     return assumed.label_map, assumed.classes
