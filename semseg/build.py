@@ -31,6 +31,7 @@ from semseg.guards import NonFiniteGuard, ProbeMemory
 from semseg.nets.features import Encoder
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
+from semseg.odd_labels import WarnOfOddLabels
 from semseg.predictor import Predictor, Settings
 from semseg.published import FREE_KEYS, Files, find_files, read_published
 from semseg.resume import ForgetRepeatedSteps, SeedEveryStep
@@ -238,6 +239,7 @@ def callbacks(config: Config, source: DataSource) -> list[Callback]:
     if config.mode == "train":
         guard = NonFiniteGuard(Path(config.run_dir), config.trainer)
         ours = [ProbeMemory(config.trainer), SeedEveryStep(config.seed), ForgetRepeatedSteps(), guard, LogSteps()]
+        ours.append(WarnOfOddLabels(source.classes))
         if config.ema.decay is not None:
             ours.append(MovingAverage(config.ema))
         if config.data.on_bad == "skip":

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,6 +28,7 @@ from semseg.losses import Loss, build_terms, segmentation_loss
 from semseg.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter
+from semseg.odd_labels import odd_predictions
 from semseg.optim import build_optimizer, build_scheduler
 from semseg.resume import finish_cut_validation
 from semseg.syncbn.layer import convert, revert
@@ -242,6 +244,9 @@ class SegmentationModule(pl.LightningModule):
         self.check_images(counts.images + left_out, stage)
         check_share(left_out, counts.images + left_out, self.config.data.max_bad)
         self.scores = scores_from(counts.matrix, self.config.data.miou_rule)
+        told = odd_predictions(counts.matrix, self.classes.names)
+        if told is not None and not self.trainer.sanity_checking:
+            rank_zero_warn(f"{stage}: {told}")
         for name, value in (
             ("miou", self.scores.mean_iou),
             ("pixel_accuracy", self.scores.pixel_accuracy),

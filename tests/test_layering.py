@@ -31,7 +31,7 @@ LAYERS = [
     ["checkpoint", "weights", "published", "exported"],
     ["export", "quantize"],
     ["stopping"],
-    ["syncbn.plugin", "checkpoint_io", "csv_log", "guards", "bad_images", "averaging"],
+    ["syncbn.plugin", "checkpoint_io", "csv_log", "guards", "bad_images", "averaging", "odd_labels"],
     ["resume", "saving", "callbacks", "datamodule", "lit_module"],
     ["build", "server"],
     ["supervise"],

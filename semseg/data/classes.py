@@ -25,6 +25,7 @@ _MAX_CLASSES = 2**15 - 1  # class indices are kept as int16
 _MAX_ID = 2**16 - 1
 UNSCORED = _MAX_ID  # the raw id that colours get which are not scored
 _MAX_COLOURS = 512
+_SHOWN = 6  # classes at each end of a list
 
 Colour = tuple[int, int, int]  # red, green, blue, each 0..255
 
@@ -388,6 +389,19 @@ class LabelMap:
         """The class index of an id, -1 if it is not scored, None if it is neither."""
         index = int(self._table[raw_id]) if 0 <= raw_id <= _MAX_ID else _UNKNOWN
         return None if index == _UNKNOWN else index
+
+    def words(self, names: Sequence[str]) -> str:
+        """What the ids mean, in one line; many classes are cut in the middle.
+
+        >>> LabelMap(2, first_id=1, ignore=[0, 255]).words(["cat", "dog"])
+        '1 cat, 2 dog; not scored: 0, 255'
+        """
+        known = np.flatnonzero(self._table >= 0).tolist()
+        words = [f"{raw_id} {names[self._table[raw_id]]}" for raw_id in known]
+        if len(words) > 2 * _SHOWN:
+            words = [*words[:_SHOWN], "...", *words[-_SHOWN:]]
+        ignored = np.flatnonzero(self._table == IGNORED).tolist()
+        return f"{', '.join(words)}; not scored: {', '.join(map(str, ignored)) or 'none'}"
 
     def to_raw(self, index: NDArray[np.integer]) -> NDArray[np.uint16]:
         """Class indices (none below 0) back to the raw ids of the data set, for files others will read."""

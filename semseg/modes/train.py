@@ -95,7 +95,7 @@ def train(
     console = Console(quiet=not trainer.is_global_zero)
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")
-    console.print(start_table(config, net, len(source.records("train"))))
+    console.print(start_table(config, net, source))
     if saved is not None and state is None:
         tell(saved.note)
         console.print(start_from(net, saved).table(saved.source))
@@ -219,7 +219,7 @@ def resume_path(config: Config) -> Path | None:
     return newest.path
 
 
-def start_table(config: Config, net: Segmenter, num_records: int) -> Table:
+def start_table(config: Config, net: Segmenter, source: DataSource) -> Table:
     """What is about to run, in one look."""
     table = Table(title="training", show_header=False)
     parameters = sum(parameter.numel() for parameter in net.parameters())
@@ -227,7 +227,8 @@ def start_table(config: Config, net: Segmenter, num_records: int) -> Table:
     rows = {
         "network": f"{config.model.name}: {parameters / 1e6:.1f} M parameters, {net.num_classes} classes",
         "strides": f"images padded to {net.size_divisor}, labels at 1/{net.label_stride}",
-        "data": f"{data.name}: {num_records} images in {data.root}",
+        "data": f"{data.name}: {len(source.records('train'))} images in {data.root}",
+        "labels": source.label_map.words(source.classes.names),
         "sub-batch": f"{data.batch_size} images per device, short edges {data.short_edges}",
         "run folder": config.run_dir,
     }
