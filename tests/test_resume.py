@@ -20,8 +20,8 @@ from semseg.saving import Saver
 
 # Five images in sub-batches of two, two epochs of three steps: every epoch ends in the middle of a pass.
 RUN = [
-    "data=scenes", "data.make.num_train=5", "data.make.num_val=2", *TINY_RUN, "data.steps_per_epoch=3", "data.flip=true",
-    "model/decoder=c1_deepsup", "trainer.max_epochs=2", "checkpoint.every_n_steps=1",
+    "data=scenes", "data.make.num_train=5", "data.make.num_val=2", *TINY_RUN, "data.steps_per_epoch=3",
+    "data.flip=true", "model/decoder=c1_deepsup", "trainer.max_epochs=2", "checkpoint.every_n_steps=1",
 ]  # fmt: skip
 
 
