@@ -568,7 +568,7 @@ def _loss_problems(loss: LossConfig) -> Iterator[str]:
     )
     if weights is not None and not isinstance(weights, str) and not is_list:
         yield f"loss.class_weights={weights}: must be null, a list of numbers of at least 0, or a JSON file."
-    if is_list and not any(weights):
+    if isinstance(weights, list) and not any(weights):
         yield f"loss.class_weights={weights}: must have at least one above 0."
     for key, value, losses in (
         ("class_weights", weights, WEIGHTED_LOSSES),
