@@ -28,7 +28,7 @@ class MovingAverage(EMAWeightAveraging):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Made before the network had its device and its type: there it would be slow, and round 64-bit weights.
         assert self._average_model is not None, "setup comes first"
-        self._average_model.to(pl_module.device, torch.promote_types(pl_module.dtype, torch.float32))
+        self._average_model.to(pl_module.device, torch.promote_types(next(pl_module.parameters()).dtype, torch.float32))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
