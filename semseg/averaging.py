@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 
 from semseg.config import EmaConfig
@@ -23,6 +24,11 @@ class MovingAverage(EMAWeightAveraging):
         super().__init__(decay=config.decay, use_buffers=True)
         self.start_step = config.start_step
         self._is_swapped = False  # the network holds the average now, for a validation
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Made before the network had its device and its type: there it would be slow, and round 64-bit weights.
+        assert self._average_model is not None, "setup comes first"
+        self._average_model.to(pl_module.device, torch.promote_types(next(pl_module.parameters()).dtype, torch.float32))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

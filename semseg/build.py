@@ -234,7 +234,11 @@ def device_count_or_list(config: Config) -> Any:
 
 
 def callbacks(config: Config, source: DataSource) -> list[Callback]:
-    """Those of the configuration, and ours."""
+    """Those of the configuration, and ours.
+
+    Raises:
+        ConfigError: if one of them waits for a validation that never comes.
+    """
     ours: list[Callback] = [EndOnSigterm()]  # in training, signals write a checkpoint first
     if config.mode == "train":
         guard = NonFiniteGuard(Path(config.run_dir), config.trainer)
@@ -247,6 +251,10 @@ def callbacks(config: Config, source: DataSource) -> list[Callback]:
         ours += checkpoints(Path(config.run_dir), config.checkpoint, has_val=source.has("val"))
     if config.trainer.enable_progress_bar:
         ours.append(RichProgressBar() if sys.stdout.isatty() else PlainProgress())
+    for name, section in config.callbacks.items():
+        monitor = str(section.get("monitor"))
+        if monitor.startswith("val/") and not source.has("val"):
+            raise ConfigError(f"callbacks.{name}.monitor={monitor}: there is no validation, data.val is empty.")
     configured = [instantiate(section) for section in config.callbacks.values()]
     return ours + (configured if config.mode == "train" else [])
 

@@ -29,6 +29,9 @@ ON_BAD = ("error", "skip")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("poly", "poly_warmup", "cosine")
 LIBRARIES = ("torchvision", "timm")  # whose networks are encoders
+WEIGHTED_LOSSES = ("cross_entropy", "ohem", "focal")  # that know class weights
+SMOOTHED_LOSSES = ("cross_entropy",)  # that know label smoothing
+MONITORED = ("val/miou", "val/pixel_accuracy", "val/overall", "train/loss", "train/accuracy")  # by callbacks
 SYNCBN = ("reduce", "native", "off")
 SYNCBN_CONVENTIONS = ("torch", "published")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "64")
@@ -534,6 +537,7 @@ def cross_problems(config: Config) -> Iterator[str]:
     yield from _mode_problems(config)
     yield from _loss_problems(config.loss)
     yield from _label_problems(config.data)
+    yield from _training_problems(config)
     yield from _exported_file_problems(config)
     yield from _export_problems(config)
     for mode in config.after_training:
@@ -593,6 +597,30 @@ def _loss_problems(loss: LossConfig) -> Iterator[str]:
     )
     if weights is not None and not isinstance(weights, str) and not is_list:
         yield f"loss.class_weights={weights}: must be null, a list of numbers of at least 0, or a JSON file."
+    if isinstance(weights, list) and not any(weights):
+        yield f"loss.class_weights={weights}: must have at least one above 0."
+    for key, value, losses in (
+        ("class_weights", weights, WEIGHTED_LOSSES),
+        ("label_smoothing", loss.label_smoothing, SMOOTHED_LOSSES),
+    ):
+        if value and not any(getattr(loss.terms, name) for name in losses):
+            yield f"loss.{key}={value}: is for {', '.join(losses)}, and none of them is in loss.terms."
+
+
+def _training_problems(config: Config) -> Iterator[str]:
+    """A sentence for everything about weights and callbacks that cannot be trained like this."""
+    frozen = config.model.encoder.get("frozen", False)
+    if not isinstance(frozen, bool):
+        yield f"model.encoder.frozen={frozen}: must be true or false."
+    if config.ema.decay is not None and not has_all_weights(config.trainer):
+        yield (
+            f"ema.decay={config.ema.decay}: the average needs all weights on every device, which "
+            f"trainer.strategy={config.trainer.strategy} does not promise. Use trainer.strategy=ddp."
+        )
+    for name, section in config.callbacks.items():
+        monitor = section.get("monitor", MONITORED[0]) if isinstance(section, dict) else MONITORED[0]
+        if monitor not in MONITORED:
+            yield wrong_choice(f"callbacks.{name}.monitor", monitor, MONITORED)
 
 
 def _exported_file_problems(config: Config) -> Iterator[str]:
@@ -627,6 +655,11 @@ def _export_problems(config: Config) -> Iterator[str]:
         yield f"export.quantize={config.export.quantize}: is for {ONNX} files."
 
 
+def has_all_weights(trainer: TrainerConfig) -> bool:
+    """Whether every device has the whole network."""
+    return trainer.strategy.startswith(("auto", "ddp"))
+
+
 def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
     devices = trainer.devices
     fine = (
@@ -636,7 +669,7 @@ def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
     )
     if not fine:
         yield f"trainer.devices={devices}: must be a count of at least 1, a list such as [0,2], a range 0-3, or auto."
-    if trainer.on_oom == "retry" and not trainer.strategy.startswith(("auto", "ddp")):
+    if trainer.on_oom == "retry" and not has_all_weights(trainer):
         yield (
             "trainer.on_oom=retry: every device tries sub-batches by itself, but may not have all weights with "
             f"trainer.strategy={trainer.strategy}. Use trainer.strategy=ddp, or trainer.on_oom=stop."

@@ -99,20 +99,18 @@ def lovasz(logits: Tensor, label: Tensor, average: str) -> Tensor:
     scored = label != IGNORED
     truth = label[scored]  # (P)
     probabilities = logits.softmax(1).movedim(1, -1)[scored]  # (P, K)
-    losses = [
-        _lovasz_of_class(probabilities[:, index], (truth == index).to(probabilities.dtype))
-        for index in truth.unique().tolist()
-    ]
+    losses = [_lovasz_of_class(probabilities[:, index], truth == index) for index in truth.unique().tolist()]
     return torch.stack(losses).mean() if losses else probabilities.sum()
 
 
 def _lovasz_of_class(probability: Tensor, is_class: Tensor) -> Tensor:
     """Algorithm 1 of Berman et al. 2018 for one class; both (P)."""
-    errors, order = (is_class - probability).abs().sort(descending=True)
+    errors, order = (is_class.to(probability.dtype) - probability).abs().sort(descending=True)
     sorted_truth = is_class[order]
+    # Counted in int64: exact, and in the same order every time on a GPU too.
     intersection = sorted_truth.sum() - sorted_truth.cumsum(0)
-    union = sorted_truth.sum() + (1 - sorted_truth).cumsum(0)
-    jaccard = 1 - intersection / union
+    union = sorted_truth.sum() + (~sorted_truth).cumsum(0)
+    jaccard = 1 - intersection.to(errors.dtype) / union
     return errors @ torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
 
 
