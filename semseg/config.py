@@ -154,6 +154,28 @@ class DataConfig:
 
 
 @dataclass
+class AugmentConfig:
+    """Random changes of training images, beyond data.flip and data.short_edges."""
+
+    name: str = "none"  # for the run card
+    brightness: float = number(0.0, low=0, high=1)  # factors are drawn from 1 - this to 1 + this
+    contrast: float = number(0.0, low=0, high=1)
+    saturation: float = number(0.0, low=0, high=1)
+    hue: float = number(0.0, low=0, high=0.5)  # share of the circle of colours, to both sides
+    blur: float = number(0.0, low=0, high=1)  # chance
+    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])  # standard deviation in pixels, from .. to
+    rotation: float = number(0.0, low=0, high=180)  # degrees, to both sides
+    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])  # of data.short_edges and max_long_edge, from .. to
+    crop: list[int] | None = None  # height and width in pixels of the part that is kept, after scaling
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything changes."""
+        amounts = (self.brightness, self.contrast, self.saturation, self.hue, self.blur, self.rotation)
+        return any(amounts) or self.crop is not None or self.scale != [1.0, 1.0]
+
+
+@dataclass
 class OptimConfig:
     """The optimiser. `lr` sets both rates; `lr_encoder` and `lr_decoder` each."""
 
@@ -343,6 +365,7 @@ class Config:
     after_training: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -537,6 +560,7 @@ def cross_problems(config: Config) -> Iterator[str]:
     yield from _mode_problems(config)
     yield from _loss_problems(config.loss)
     yield from _label_problems(config.data)
+    yield from _augment_problems(config.augment)
     yield from _training_problems(config)
     yield from _exported_file_problems(config)
     yield from _export_problems(config)
@@ -579,6 +603,16 @@ def _label_problems(data: DataConfig) -> Iterator[str]:
             yield f"data.ignore_colors={data.ignore_colors}: a colour is [red, green, blue], each 0..255."
     if bool(data.images) != bool(data.masks):
         yield f"data.images={data.images} and data.masks={data.masks}: give both, or neither."
+
+
+def _augment_problems(augment: AugmentConfig) -> Iterator[str]:
+    """A sentence for every range that is none."""
+    for key, lowest in (("blur_sigma", 0.0), ("scale", 0.0)):
+        values = getattr(augment, key)
+        if len(values) != 2 or not lowest < values[0] <= values[1] < math.inf:
+            yield f"augment.{key}={values}: must be [from, to], above {lowest:g}."
+    if augment.crop is not None and (len(augment.crop) != 2 or min(augment.crop) < 1):
+        yield f"augment.crop={augment.crop}: must be [height, width] in pixels, or null."
 
 
 def _is_id(word: object) -> bool:
@@ -703,9 +737,9 @@ def network_options(section: dict[str, Any], kind: str) -> tuple[str, dict[str, 
 SECTIONS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
-        ModelConfig, DataConfig, SplitConfig, OptimConfig, ScheduleConfig, LossConfig, LossTermsConfig, SyncBNConfig,
-        TrainerConfig, EmaConfig, CheckpointConfig, EvalConfig, PredictConfig, ServeConfig, ExportConfig, CheckConfig,
-        DownloadConfig,
+        ModelConfig, DataConfig, SplitConfig, AugmentConfig, OptimConfig, ScheduleConfig, LossConfig, LossTermsConfig,
+        SyncBNConfig, TrainerConfig, EmaConfig, CheckpointConfig, EvalConfig, PredictConfig, ServeConfig, ExportConfig,
+        CheckConfig, DownloadConfig,
     )
 } | {"ScenesConfig | None": ScenesConfig, "ArchiveConfig | None": ArchiveConfig}  # fmt: skip
 

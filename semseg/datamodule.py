@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from semseg.collate import Batch
 from semseg.config import Config
+from semseg.data.augment import Augmentation, cropped
 from semseg.data.classes import IGNORED
 from semseg.data.datasets import EvalDataset, TrainDataset
-from semseg.data.geometry import label_size, largest_canvas
+from semseg.data.geometry import canvas_size, label_size, largest_canvas
 from semseg.data.plan import RankSequence, TrainPlan
 from semseg.data.scan import repeat_factors, scan
 from semseg.data.sources import DataSource
@@ -182,7 +183,7 @@ class SegmentationData(pl.LightningDataModule):
         return "val" if stage == "val" else self.config.eval.split
 
     def train_dataloader(self) -> SubBatchLoader:
-        data, records = self.config.data, self.source.records("train")
+        data, augment, records = self.config.data, self.config.augment, self.source.records("train")
         plan = TrainPlan(
             [record.size for record in records],
             seed=self.config.seed,
@@ -198,6 +199,7 @@ class SegmentationData(pl.LightningDataModule):
             size_divisor=self.size_divisor,
             label_stride=self.label_stride,
             exact=data.decode == "exact",
+            augmentation=Augmentation(augment, self.config.seed) if augment.is_on else None,
             skip_bad=data.on_bad == "skip",
             max_pixels=data.max_pixels,
         )
@@ -238,7 +240,11 @@ class SegmentationData(pl.LightningDataModule):
         """A black sub-batch as large as the plan can give."""
         data = self.config.data
         sizes = [record.size for record in self.source.records("train")]
-        canvas = largest_canvas(sizes, max(data.short_edges), data.max_long_edge, self.size_divisor)
+        most, crop = self.config.augment.scale[1], self.config.augment.crop
+        limits = round(max(data.short_edges) * most), round(data.max_long_edge * most)
+        canvas = largest_canvas(sizes, *limits, self.size_divisor)
+        if crop is not None:
+            canvas = canvas_size([cropped(canvas, crop)], self.size_divisor)
         count = data.batch_size
         image = torch.zeros(count, 3, *canvas, dtype=torch.uint8)
         label = torch.zeros(count, *label_size(canvas, self.label_stride), dtype=torch.int64)

@@ -135,8 +135,7 @@ def diagnose(
     if known is None:
         found = suggested_ids(ids_of(splits))
         suggestions |= found
-        text = "the configuration does not say what the ids mean: data.num_classes is not set."
-        notices.append(Notice(ERROR, f"{text} Found ids {ranges(sorted(ids_of(splits)))}."))
+        notices.append(Notice(ERROR, unexplained(sorted(ids_of(splits)))))
         return Diagnosis(ordered(notices), [summary(split, None) for split in splits], [], suggestions)
     meaning = known.label_map.meaning
     for found, advice in (unknown_ids(splits, data, meaning, pixel_of), shifted_ids(splits, data, meaning)):
@@ -194,6 +193,19 @@ def ids_of(splits: Iterable[ScannedSplit]) -> Counter[int]:
         for _, found in split.sound:
             total.update(found.ids)
     return total
+
+
+def unexplained(ids: Sequence[int]) -> str:
+    """A sentence about ids of which nothing is known.
+
+    >>> unexplained([0, 1, 2])
+    'data.num_classes is not set. Found ids 0..2. If 0 means unlabelled, set data.num_classes=2 and nothing else.'
+    """
+    meant = [raw_id for raw_id in ids if raw_id not in (0, VOID)]
+    told = f"data.num_classes is not set. Found ids {ranges(ids)}."
+    if not meant or 0 not in ids:
+        return told
+    return f"{told} If 0 means unlabelled, set data.num_classes={meant[-1]} and nothing else."
 
 
 def suggested_ids(pixels: Counter[int]) -> dict[str, str]:

@@ -23,7 +23,7 @@ LAYERS = [
     ],
     ["config", "data.classes", "data.records", "data.plan", "data.scenes", "run_lock", "download", "inputs", "jobs"],
     ["data.sources", "data.overlap"],
-    ["data.images", "data.scan", "collate", "data.datasets", "nets", "syncbn.reduce", "syncbn.layer"],
+    ["data.images", "data.scan", "data.augment", "collate", "data.datasets", "nets", "syncbn.reduce", "syncbn.layer"],
     ["losses", "optim", "metrics", "evaluation", "inference", "draw", "report", "pages"],
     ["doctor", "memory"],
     ["report_page", "compare_page", "sweep_page", "check_page"],

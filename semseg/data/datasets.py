@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from semseg.collate import Batch, Sample, collate
+from semseg.data.augment import Augmentation
 from semseg.data.classes import IGNORED, LabelMap
 from semseg.data.geometry import Size, scaled_size, stretched_size
 from semseg.data.images import (
@@ -45,6 +46,7 @@ class TrainDataset(Dataset[Batch]):
         label_stride: pixels of the image to one of the label; divides size_divisor.
         exact: decode images in full and resize in two steps, as the original does; else by the shorter ways of
             `read_reduced` and `scaled_label`, which give the same labels, and images that differ by little.
+        augmentation: further changes of each image; images are decoded in full then.
         skip_bad: leave images out that cannot be read, instead of raising.
         max_pixels: larger images count as bad.
 
@@ -62,6 +64,7 @@ class TrainDataset(Dataset[Batch]):
         size_divisor: int,
         label_stride: int,
         exact: bool = True,
+        augmentation: Augmentation | None = None,
         skip_bad: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -72,6 +75,7 @@ class TrainDataset(Dataset[Batch]):
             raise ValueError(f"label_stride {label_stride} must divide size_divisor {size_divisor}")
         self.records, self.label_map = records, label_map
         self.max_long_edge, self.size_divisor, self.label_stride = max_long_edge, size_divisor, label_stride
+        self.augmentation = augmentation
         self.exact, self.skip_bad, self.max_pixels = exact, skip_bad, max_pixels
 
     def __len__(self) -> int:
@@ -88,9 +92,9 @@ class TrainDataset(Dataset[Batch]):
         """
         samples: list[Sample] = []
         bad: list[str] = []
-        for index, is_flipped in zip(sub_batch.records, sub_batch.flips, strict=True):
+        for place, index in enumerate(sub_batch.records):
             try:
-                samples.append(self._sample(self.records[index], sub_batch.short_edge, is_flipped))
+                samples.append(self._sample(self.records[index], sub_batch, place))
             except DataError as error:
                 if not self.skip_bad:
                     raise
@@ -105,9 +109,21 @@ class TrainDataset(Dataset[Batch]):
         label = stride_label(np.full(size, IGNORED, np.int16), self.label_stride)
         return Sample(np.zeros((*size, 3), np.uint8), label, record.image)
 
-    def _sample(self, record: Record, short_edge: int, is_flipped: bool) -> Sample:
+    def _sample(self, record: Record, sub_batch: SubBatch, place: int) -> Sample:
+        if self.augmentation is not None:
+            return self._augmented_sample(record, sub_batch, place, self.augmentation)
         make = self._exact_sample if self.exact else self._fast_sample
-        return make(record, short_edge, is_flipped)
+        return make(record, sub_batch.short_edge, sub_batch.flips[place])
+
+    def _augmented_sample(self, record: Record, sub_batch: SubBatch, place: int, change: Augmentation) -> Sample:
+        image, label = self._read(record, sub_batch.flips[place])
+        factor = change.scale(sub_batch.number, place)
+        size = scaled_size(
+            Size(*label.shape), max(1, round(sub_batch.short_edge * factor)), max(1, round(self.max_long_edge * factor))
+        )
+        image, label = resize_image(image, size, antialias=True, fast=not self.exact), resize_label(label, size)
+        image, label = change(image, label, sub_batch.number, place)
+        return Sample(image, stride_label(label, self.label_stride), record.image)
 
     def _fast_sample(self, record: Record, short_edge: int, is_flipped: bool) -> Sample:
         image, raw = read_reduced(
@@ -128,14 +144,17 @@ class TrainDataset(Dataset[Batch]):
         return Sample(image, padded_label(label, size, self.label_stride), record.image)
 
     def _exact_sample(self, record: Record, short_edge: int, is_flipped: bool) -> Sample:
-        image, label = read_pair(record, self.label_map, max_pixels=self.max_pixels)
-        assert label is not None  # checked for all records at the start
-        if is_flipped:
-            image, label = flipped(image), flipped(label)
+        image, label = self._read(record, is_flipped)
         size = scaled_size(Size(*label.shape), short_edge, self.max_long_edge)
         # Two nearest resizes in a row, as published: to the image's size, then to the label's stride.
         label = stride_label(resize_label(label, size), self.label_stride)
         return Sample(resize_image(image, size, antialias=True), label, record.image)
+
+    def _read(self, record: Record, is_flipped: bool) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
+        """Image and label at their full size, mirrored if that is drawn."""
+        image, label = read_pair(record, self.label_map, max_pixels=self.max_pixels)
+        assert label is not None  # checked for all records at the start
+        return (flipped(image), flipped(label)) if is_flipped else (image, label)
 
 
 class EvalSample(NamedTuple):

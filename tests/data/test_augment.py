@@ -1,0 +1,125 @@
+"""Random changes of training images: drawn by number alone, labels along with their pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from in_process import configured
+from semseg.config import AugmentConfig
+from semseg.data.augment import Augmentation
+from semseg.data.classes import LabelMap
+from semseg.data.datasets import TrainDataset
+from semseg.data.geometry import Size
+from semseg.data.plan import SubBatch
+from semseg.data.records import Record
+from semseg.errors import ConfigError
+
+HALVES = np.repeat([[0, 1]], 40, axis=0).repeat(30, axis=1).astype(np.int16)  # (40, 60)
+PICTURE = np.repeat((60 + 100 * HALVES).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def changed(number: int = 0, place: int = 0, **options: object) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(Augmentation(AugmentConfig(**options), 304)(PICTURE, HALVES, number, place))  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+STRONG = {
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.1,
+    "blur": 0.5,
+    "rotation": 20.0,
+    "crop": [24, 32],
+}
+
+
+def test_what_is_drawn_depends_on_the_number_and_the_place_alone() -> None:
+    torch.manual_seed(1)
+    first = changed(7, 1, **STRONG)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(2)
+    again = changed(7, 1, **STRONG)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(first[0], changed(7, 0, **STRONG)[0])
+    assert not np.array_equal(first[0], changed(8, 1, **STRONG)[0])
+    torch.manual_seed(1)
+    changed(7, 1, **STRONG)
+    torch.manual_seed(1)
+    assert torch.equal(torch.random.get_rng_state(), state)  # other draws of the process are as if nothing was
+
+
+def test_colours_change_and_labels_do_not() -> None:
+    image, label = changed(brightness=0.5)
+    assert np.array_equal(label, HALVES)
+    ratios = image.reshape(-1) / PICTURE.reshape(-1)
+    assert ratios.max() - ratios.min() < 0.02 and abs(ratios.mean() - 1) > 0.01  # one factor for all
+
+
+def test_a_crop_takes_the_same_part_of_both_and_adds_nothing() -> None:
+    image, label = changed(crop=[24, 100])
+    assert image.shape == (24, 60, 3) and label.shape == (24, 60)
+    starts = set()
+    for number in range(20):
+        image, label = changed(number, crop=[10, 20])
+        assert np.array_equal(image[..., 0], 60 + 100 * label)
+        starts.add(int(label.sum()))
+    assert len(starts) > 3
+
+
+def test_a_rotation_turns_both_and_leaves_the_corners_unscored() -> None:
+    image, label = changed(3, rotation=30.0)
+    assert (label == -1).any() and {-1, 0, 1} == set(np.unique(label).tolist())
+    empty = label == -1
+    assert image[empty].mean() < 20  # black, apart from the edge
+    inside = (label >= 0) & (image[..., 0] > 0)
+    assert (np.abs(image[..., 0].astype(int) - (60 + 100 * label))[inside] < 10).mean() > 0.9
+
+
+def test_scales_are_drawn_evenly_from_the_range() -> None:
+    draw = Augmentation(AugmentConfig(scale=[0.5, 2.0]), 304)
+    factors = [draw.scale(number, 0) for number in range(400)]
+    assert 0.5 <= min(factors) < 0.53 and 1.97 < max(factors) <= 2.0
+    assert np.mean(factors) == pytest.approx(1.25, abs=0.06)
+
+
+def test_training_images_are_scaled_cut_and_read_alike_by_every_worker(tmp_path: Path) -> None:
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    Image.fromarray((HALVES + 1).astype(np.uint8)).save(tmp_path / "m.png")
+    record = Record(str(tmp_path / "a.png"), str(tmp_path / "m.png"), Size(40, 60), "list:1")
+    options = {"max_long_edge": 100, "size_divisor": 8, "label_stride": 2}
+    change = Augmentation(AugmentConfig(scale=[0.5, 0.5], crop=[16, 64]), 304)
+    dataset = TrainDataset([record], LabelMap(2), augmentation=change, **options)
+    sub_batch = SubBatch(5, (0, 0), 40, (False, True))
+    batch = dataset[sub_batch]
+    assert batch.size.tolist() == [[16, 30], [16, 30]]  # half of 40 x 60, of which 16 rows
+    assert batch.label[0, 0].tolist() == [0] * 7 + [1] * 8 + [-1]  # pixels 1, 3, ... of 30, padded to 32
+    assert batch.label[1, 0].tolist() == [1] * 7 + [0] * 8 + [-1]
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=[sub_batch], num_workers=1)  # pyright: ignore[reportArgumentType]
+    (from_worker,) = list(loader)
+    assert torch.equal(from_worker.image, batch.image)
+
+
+@pytest.mark.parametrize("name", ["none", "color", "geometric", "strong"])
+def test_every_group_file_is_what_it_says(name: str) -> None:
+    config = configured("data=scenes", f"augment={name}").augment
+    assert config.name == name and config.is_on == (name != "none")
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("augment.scale=[2,1]", "augment.scale="),
+        ("augment.scale=[0,1]", "augment.scale="),
+        ("augment.blur_sigma=[1]", "augment.blur_sigma="),
+        ("augment.crop=[0,5]", "augment.crop="),
+        ("augment.hue=0.6", "augment.hue="),
+    ],
+)
+def test_ranges_that_are_none_are_refused(word: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        configured("data=scenes", word)
