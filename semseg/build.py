@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.utilities.rank_zero import rank_zero_only
@@ -28,16 +29,19 @@ from semseg.data.sources import DataSource, label_map
 from semseg.download import fetch
 from semseg.errors import ConfigError
 from semseg.guards import NonFiniteGuard, ProbeMemory
+from semseg.loggers import not_opened, require_extra
 from semseg.nets.features import Encoder
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
 from semseg.odd_labels import WarnOfOddLabels
+from semseg.panels import LogPanels
 from semseg.predictor import Predictor, Settings
 from semseg.published import FREE_KEYS, Files, find_files, read_published
 from semseg.resume import ForgetRepeatedSteps, SeedEveryStep
 from semseg.syncbn.plugin import layer_sync
 from semseg.weights import fill, load_encoder_weights
 
+OWN_TRAINER_KEYS = ("max_nonfinite_steps", "on_oom", "probe_memory", "log_images")  # that Lightning does not know
 EXPORT_EXTRA = ("onnx", "onnxscript", "onnxruntime")  # modules of semseg[export]
 
 
@@ -191,8 +195,7 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
     Raises:
         ConfigError: if Lightning refuses the values.
     """
-    ours = ("max_nonfinite_steps", "on_oom", "probe_memory")
-    given = {key: value for key, value in vars(config.trainer).items() if key not in ours}
+    given = {key: value for key, value in vars(config.trainer).items() if key not in OWN_TRAINER_KEYS}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     options["devices"] = device_count_or_list(config)
     if not source.has("val"):
@@ -244,6 +247,7 @@ def callbacks(config: Config, source: DataSource) -> list[Callback]:
         guard = NonFiniteGuard(Path(config.run_dir), config.trainer)
         ours = [ProbeMemory(config.trainer), SeedEveryStep(config.seed), ForgetRepeatedSteps(), guard, LogSteps()]
         ours.append(WarnOfOddLabels(source.classes))
+        ours.append(LogPanels(source, config.trainer.log_images))
         if config.ema.decay is not None:
             ours.append(MovingAverage(config.ema))
         if config.data.on_bad == "skip":
@@ -260,7 +264,24 @@ def callbacks(config: Config, source: DataSource) -> list[Callback]:
 
 
 def loggers(config: Config) -> list[Logger] | bool:
-    """Those of the configuration; none outside training."""
+    """Those of the configuration; none outside training.
+
+    Raises:
+        ConfigError: if the package of one is not installed, or refuses to open it.
+    """
     if config.mode != "train":
         return False
-    return [instantiate(section) for section in config.logger.values()]
+    return [open_logger(section) for section in config.logger.values()]
+
+
+def open_logger(section: dict[str, Any]) -> Logger:
+    """One logger of the configuration.
+
+    Raises:
+        ConfigError: if its package is not installed, or refuses to open it.
+    """
+    require_extra(section["_target_"])
+    try:
+        return instantiate(section)
+    except InstantiationException as error:
+        raise not_opened(section["_target_"].rpartition(".")[2], error.__cause__ or error) from error

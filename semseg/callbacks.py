@@ -1,4 +1,4 @@
-"""What happens around the steps: checkpoints and progress lines."""
+"""What happens around the steps: checkpoints, the log and progress lines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import Callback, ProgressBar
 
@@ -33,17 +34,26 @@ def checkpoints(run_dir: Path, config: CheckpointConfig, *, has_val: bool) -> li
 
 
 class LogSteps(Callback):
-    """Loss, accuracy and learning rates of every `trainer.log_every_n_steps`-th step, to all loggers.
+    """Loss, accuracy, learning rates, times and memory of every `trainer.log_every_n_steps`-th step, to all loggers.
+
+    `time/data` and `time/step` are seconds a sub-batch, in the mean since the last such step: waiting for it (and
+    writing checkpoints), and training on it. `memory` is the peak of this process's GPU memory so far, in GiB.
 
     Lightning logs a step after its checkpoints are written: a run that goes on from one would lack that step.
     """
 
     def __init__(self) -> None:
         self._rates: dict[str, float] = {}
+        self._seconds: dict[str, list[float]] = {"time/data": [], "time/step": []}
+        self._since = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.monotonic()  # a validation is no waiting for data
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
+        self._lap("time/data")
         # Now, since the schedule has moved on when the step ends. Groups without decay have the rate of their part.
         groups = trainer.optimizers[0].param_groups
         self._rates = {f"lr/{group['name'].removesuffix('_no_decay')}": group["lr"] for group in groups}
@@ -51,6 +61,7 @@ class LogSteps(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        self._lap("time/step")
         step = trainer.global_step  # counted after it was taken
         done = batch_idx + 1
         is_taken = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
@@ -61,7 +72,21 @@ class LogSteps(Callback):
             name: float(logged[name]) for name in ("train/loss", "train/accuracy", "data/left_out") if name in logged
         }
         for logger in trainer.loggers:
-            logger.log_metrics({**values, **self._rates, "epoch": trainer.current_epoch}, step - 1)
+            logger.log_metrics({**values, **self._rates, **self._cost(), "epoch": trainer.current_epoch}, step - 1)
+        for seconds in self._seconds.values():
+            seconds.clear()
+
+    def _lap(self, name: str) -> None:
+        now = time.monotonic()
+        self._seconds[name].append(now - self._since)
+        self._since = now
+
+    def _cost(self) -> dict[str, float]:
+        """Times and, where there is a GPU, memory."""
+        cost = {name: sum(seconds) / max(len(seconds), 1) for name, seconds in self._seconds.items()}
+        if torch.cuda.is_available():
+            cost["memory"] = torch.cuda.max_memory_allocated() / 2**30
+        return cost
 
 
 class PlainProgress(ProgressBar):

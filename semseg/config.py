@@ -48,7 +48,9 @@ ALLOWED_TARGETS = (
     "pytorch_lightning.callbacks.LearningRateMonitor",
     "pytorch_lightning.callbacks.DeviceStatsMonitor",
     "semseg.csv_log.CSVLog",
-    "pytorch_lightning.loggers.TensorBoardLogger",
+    "semseg.loggers.TensorBoard",
+    "semseg.loggers.WandB",
+    "semseg.loggers.MLflow",
 )
 # Keys to which Hydra's instantiate gives a meaning; all but the first would be of no use here.
 HYDRA_WORDS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
@@ -259,6 +261,7 @@ class TrainerConfig:
     max_nonfinite_steps: int = number(0, low=0)  # of a run that may be skipped for a NaN or infinite loss
     on_oom: str = one_of("stop", ("stop", "retry"))  # retry: once, at the next smaller short edge
     probe_memory: str = one_of("gpu", ("gpu", "always", "never"))  # run the largest possible sub-batch first
+    log_images: int = number(4, low=0)  # validation images shown in every validation; 0: none
 
 
 @dataclass

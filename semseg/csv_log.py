@@ -1,4 +1,4 @@
-"""The log of a run as one CSV file, one row a step, that a resumed run goes on with."""
+"""The log of a run as CSV files, one row a step, that a resumed run goes on with."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fabric.utilities.rank_zero import rank_zero_only
+from PIL import Image
 from pytorch_lightning.loggers import Logger
 
+from semseg.draw import Pixels
 from semseg.files import replacing
 
 Row = dict[str, float | str]
 FIRST_COLUMNS = ("step", "epoch")
+MEASURED = ("time/", "memory")  # how names start whose values no second run would repeat
 FLUSH_SECONDS = 5.0
 
 
 class CSVLog(Logger):
-    """Writes `<folder>/metrics.csv`. The file is whole at any moment, and empty cells mean "not measured".
+    """Writes `<folder>/metrics.csv`, `<folder>/speed.csv` and pictures in `<folder>/../panels`.
+
+    What the settings of a run decide is in metrics.csv, equal to the last byte in every repetition; times and memory
+    are in speed.csv. Both files are whole at any moment, and empty cells mean "not measured".
 
     Lightning's CSVLogger starts a new file for every resumed run, or deletes the old one; here the rows of steps
     that are done again are forgotten (`forget_from`), so that every step is there once.
 
     Args:
-        folder: made if it is not there; a file in it is read first.
+        folder: made if it is not there; files in it are read first.
     """
 
     def __init__(self, folder: str) -> None:
         super().__init__()
-        self.path = Path(folder) / "metrics.csv"
-        self._rows: dict[int, Row] = {int(row["step"]): row for row in read_rows(self.path)}
-        self._has_news = False
+        self.folder = Path(folder)
+        self.metrics, self.speed = RowFile(self.folder / "metrics.csv"), RowFile(self.folder / "speed.csv")
         self._saved_at = float("-inf")
 
     @property
@@ -45,7 +50,7 @@ class CSVLog(Logger):
 
     @property
     def log_dir(self) -> str:
-        return str(self.path.parent)
+        return str(self.folder)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The run folder has the whole configuration in config.yaml."""
@@ -53,39 +58,76 @@ class CSVLog(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add `metrics` to the row of `step`."""
-        row = self._rows.setdefault(int(step or 0), {"step": int(step or 0)})
-        row.update({name: number(value) for name, value in metrics.items()})
-        self._has_news = True
+        measured = {name: value for name, value in metrics.items() if name.startswith(MEASURED)}
+        self.metrics.add(int(step or 0), {name: metrics[name] for name in metrics if name not in measured})
+        self.speed.add(int(step or 0), measured)
         if time.monotonic() - self._saved_at >= FLUSH_SECONDS:
             self.save()
 
+    @rank_zero_only
+    def log_picture(self, name: str, pixels: Pixels, step: int) -> None:
+        """Write a picture (H, W, 3) as `panels/<name>/<step>.png` in the run folder."""
+        with replacing(self.folder.parent / "panels" / name / f"{step:08d}.png") as temporary:
+            Image.fromarray(pixels).save(temporary, "png")
+
     def forget_from(self, step: int) -> None:
         """Drop the rows of `step` and of all later ones."""
-        self._rows = {at: row for at, row in self._rows.items() if at < step}
-        self._has_news = True
+        for file in (self.metrics, self.speed):
+            file.forget_from(step)
 
     def forget_columns(self, step: int, prefix: str) -> None:
         """Drop the values of `step` whose names start with `prefix`."""
-        row = self._rows.get(step, {})
-        for name in [name for name in row if name.startswith(prefix)]:
-            del row[name]
+        self.metrics.forget_columns(step, prefix)
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring the file up to date."""
-        if not self._has_news:
-            return
-        names = {name: None for row in self._rows.values() for name in row}
-        columns = [*FIRST_COLUMNS, *sorted(name for name in names if name not in FIRST_COLUMNS)]
-        with replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self._rows[step] for step in sorted(self._rows))
-        self._has_news, self._saved_at = False, time.monotonic()
+        """Bring the files up to date."""
+        self.metrics.save()
+        self.speed.save()
+        self._saved_at = time.monotonic()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
+
+
+class RowFile:
+    """A CSV file with one row for each step, in memory until it is saved."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: dict[int, Row] = {int(row["step"]): row for row in read_rows(path)}
+        self._has_news = False
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Put `values` into the row of `step`; without any there is no row."""
+        if not values:
+            return
+        row = self._rows.setdefault(step, {"step": step})
+        row.update({name: number(value) for name, value in values.items()})
+        self._has_news = True
+
+    def forget_from(self, step: int) -> None:
+        self._rows = {at: row for at, row in self._rows.items() if at < step}
+        self._has_news = True
+
+    def forget_columns(self, step: int, prefix: str) -> None:
+        row = self._rows.get(step, {})
+        for name in [name for name in row if name.startswith(prefix)]:
+            del row[name]
+
+    def save(self) -> None:
+        """Write the file if there is anything new, whole or not at all."""
+        if not self._has_news:
+            return
+        names = {name: None for row in self._rows.values() for name in row}
+        first = [name for name in FIRST_COLUMNS if name in names or name == "step"]
+        columns = [*first, *sorted(name for name in names if name not in FIRST_COLUMNS)]
+        with replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self._rows[step] for step in sorted(self._rows))
+        self._has_news = False
 
 
 def number(value: Any) -> float:

@@ -66,6 +66,13 @@ def panel(image: Pixels, ids: NDArray[np.integer], classes: ClassTable) -> Pixel
     return under(pair, ids, classes)
 
 
+def comparison(
+    image: Pixels, label: NDArray[np.integer], prediction: NDArray[np.integer], classes: ClassTable
+) -> Pixels:
+    """image | ground truth | prediction in class colours, black where nothing is scored: (H, 3 W, 3), as published."""
+    return np.concatenate([image, colour_map(label, classes), colour_map(prediction, classes)], axis=1)
+
+
 def with_legend(picture: Pixels, ids: NDArray[np.integer], classes: ClassTable) -> Pixels:
     """A picture (H, W, 3) of `ids` (H, W) with the legend below, enlarged if that could not be read otherwise."""
     factor = max(1, math.ceil(MIN_PANEL_WIDTH / 2 / picture.shape[1]))

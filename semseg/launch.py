@@ -518,7 +518,7 @@ def explain_hydra(error: Exception, overrides: list[str]) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
         return explain_grammar(error.override)
-    missing = re.search(r"Could not find '([^']+)'", text)
+    missing = re.search(r"Could not (?:find|load) '([^']+)'", text)  # load: one of a list
     if missing:
         group, _, option = missing[1].rpartition("/")
         return explain_option(group, option, re.findall(r"^\t(\w+)$", text, re.MULTILINE))

@@ -175,15 +175,17 @@ class SegmentationModule(pl.LightningModule):
         logits = self.net(self.input(batch.image, batch.size))
         return segmentation_loss(logits, batch.label, self.config.model.deepsup_weight, average, self.terms)
 
-    def validation_step(self, sample: EvalSample, batch_idx: int) -> None:
+    def validation_step(self, sample: EvalSample, batch_idx: int) -> Tensor | None:
+        """Count one image; the class indices (H, W) are handed on to callbacks that draw them."""
         if not self.is_own(sample):
-            return
+            return None
         self.left_out.update(bool(sample.bad))
         if sample.bad:
             tell_bad(sample.bad)
-            return
+            return None
         (prediction,) = self.predict(sample)
         self.confusion.update(confusion_counts(prediction, sample.label, self.confusion.num_classes))
+        return prediction
 
     def on_test_start(self) -> None:
         self.evaluator = Evaluator(self.config.eval, self.confusion.num_classes, self.device)

@@ -26,7 +26,7 @@ from semseg.data.images import read_pair
 from semseg.data.records import Record
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
-from semseg.draw import Pixels, colour_map
+from semseg.draw import Pixels, comparison
 from semseg.errors import ConfigError
 from semseg.evaluation import ImageRecord, Intervals, bootstrap
 from semseg.files import replacing
@@ -248,7 +248,7 @@ class PanelWriter(Callback):
             return  # another rank's image
         image = read_pair(self.records[batch.index], self.source.label_map).image
         label, prediction = (ids.cpu().numpy() for ids in (batch.label, outputs))
-        write_png(self.targets[batch.index], panel(image, label, prediction, self.source.classes))
+        write_png(self.targets[batch.index], comparison(image, label, prediction, self.source.classes))
 
 
 def panel_path(record: Record, root: Path, run_dir: Path) -> Path:
@@ -267,11 +267,6 @@ def check_targets(targets: Sequence[Path], records: Sequence[Record]) -> None:
     lost = next((path for path in targets if path.resolve() in inputs), None)
     if lost is not None:
         raise ConfigError(f"eval.visualize=true would overwrite {lost}, a file of the data set. Set another run_dir.")
-
-
-def panel(image: Pixels, label: NDArray[np.integer], prediction: NDArray[np.integer], classes: ClassTable) -> Pixels:
-    """image | ground truth | prediction in class colours, black where nothing is scored: (H, 3 W, 3), as published."""
-    return np.concatenate([image, colour_map(label, classes), colour_map(prediction, classes)], axis=1)
 
 
 def write_png(path: Path, pixels: Pixels) -> None:

@@ -6,6 +6,7 @@ import importlib
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,12 +30,14 @@ from semseg.errors import CheckpointError, DataError
 from semseg.files import from_here
 from semseg.jobs import Result, read_result, write_result
 from semseg.lit_module import SegmentationModule
+from semseg.loggers import log_settings
 from semseg.losses import read_class_weights
 from semseg.nets.segmenter import Segmenter
 from semseg.published import find_files
 from semseg.resume import RunState, check_same_run, read_run_state
 from semseg.run_lock import RunLock
 from semseg.stopping import StoppedError, requeue
+from semseg.summary import Cost, cost_of, write_cost
 from semseg.transfer import is_first_rank
 from semseg.weights import start_from
 
@@ -93,9 +96,12 @@ def train(
     model = without_weights(config.model) if has_weights else config.model
     net = build_net(model, source.classes.num_classes, config.download)
     console = Console(quiet=not trainer.is_global_zero)
+    log_settings(trainer.loggers, config)
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")
-    console.print(start_table(config, net, source))
+        cost = cost_of(deepcopy(net).to("meta"))
+        write_cost(run_dir / "model.txt", cost)
+        console.print(start_table(config, net, source, cost))
     if saved is not None and state is None:
         tell(saved.note)
         console.print(start_from(net, saved).table(saved.source))
@@ -219,13 +225,12 @@ def resume_path(config: Config) -> Path | None:
     return newest.path
 
 
-def start_table(config: Config, net: Segmenter, source: DataSource) -> Table:
+def start_table(config: Config, net: Segmenter, source: DataSource, cost: Cost) -> Table:
     """What is about to run, in one look."""
     table = Table(title="training", show_header=False)
-    parameters = sum(parameter.numel() for parameter in net.parameters())
     data = config.data
     rows = {
-        "network": f"{config.model.name}: {parameters / 1e6:.1f} M parameters, {net.num_classes} classes",
+        "network": f"{config.model.name}: {cost}, {net.num_classes} classes",
         "strides": f"images padded to {net.size_divisor}, labels at 1/{net.label_stride}",
         "data": f"{data.name}: {len(source.records('train'))} images in {data.root}",
         "labels": source.label_map.words(source.classes.names),
@@ -262,7 +267,7 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
     for mode in config.after_training:
         follow_up(mode, config, checkpoint)
     for line in last_lines(config, overrides, checkpoint, result.score):
-        console.print(line, soft_wrap=True, highlight=False)  # commands must survive copying
+        console.print(line, soft_wrap=True, highlight=False, markup=False)  # commands must survive copying
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:

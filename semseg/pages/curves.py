@@ -15,7 +15,7 @@ CHARTS = {
     "loss": r"(train|val)/loss",
     "pixel accuracy": r"train/accuracy|val/pixel_accuracy",
     "mean IoU": r"val/miou",
-    "learning rate": r"lr-.+",
+    "learning rate": r"lr[-/].+",
 }
 
 
