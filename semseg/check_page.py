@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.doctor import Diagnosis, ScannedSplit
-from semseg.draw import Pixels, Share, class_shares, overlay
+from semseg.draw import Pixels, Share, class_shares, overlay, percent
 from semseg.files import replacing
-from semseg.pages.charts import distribution, percent_words
+from semseg.pages.charts import distribution
 from semseg.pages.pictures import MAX_EDGE, jpeg_uri, nearest_pixels, shrunk
 from semseg.pages.templates import render_template
 
@@ -33,7 +33,7 @@ class PlanFacts(NamedTuple):
     def words(self) -> str:
         """One sentence."""
         return (
-            f"padding {percent_words(self.padding)} of a sub-batch; the largest one is {self.batch_size} images of "
+            f"padding {percent(self.padding)} of a sub-batch; the largest one is {self.batch_size} images of "
             f"{self.largest} pixels, which take about {self.memory / 1e9:.1f} GB to train {self.model} in float32, "
             "besides what the device needs for work in progress."
         )

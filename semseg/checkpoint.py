@@ -126,7 +126,8 @@ def from_entry(path: Path, entry: dict[str, Any], weights: dict[str, Tensor], ep
         # It is data: what is in it is compared and read, never resolved with the environment of this machine.
         raise CheckpointError(f"{path}: its saved configuration is not plain data.")
     try:
-        config = check(DictConfig(OmegaConf.merge(BEFORE, entry["config"])))
+        # Merged over itself, since the order of keys is part of what converting gives back.
+        config = check(DictConfig(OmegaConf.merge(entry["config"], BEFORE, entry["config"])))
     except ConfigError as error:
         raise CheckpointError(f"{path}: its saved configuration does not fit this version: {error}") from None
     return SavedNetwork(

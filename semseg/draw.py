@@ -111,9 +111,11 @@ def legend(shares: list[Share], classes: ClassTable, width: int) -> Pixels:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage of sensible length.
+    """A share as a percentage that tells little from nothing.
 
-    >>> percent(0.123), percent(0.0004)
-    ('12.3 %', '<0.1 %')
+    >>> percent(0.123), percent(0.0004), percent(0.0)
+    ('12.3 %', '<0.1 %', '0 %')
     """
+    if share == 0:
+        return "0 %"
     return f"{100 * share:.1f} %" if share >= 0.0005 else "<0.1 %"

@@ -99,7 +99,7 @@ def read_published(files: Files, config: Config, overrides: list[str], release: 
     num_classes = count_classes(files.decoder, decoder_weights)
     decoder = identify_decoder(files.decoder, decoder_weights, encoder, num_classes)
 
-    encoder_section: dict[str, Any] = {"name": encoder, "weights": "none"}
+    encoder_section: dict[str, Any] = {"name": encoder, "weights": "none", "frozen": False}
     if "output_stride" in inspect.signature(ENCODERS[encoder].load()).parameters:
         by_rule = 32 if decoder.name == "upernet" else 8
         by_hand = "model.encoder.output_stride" in given

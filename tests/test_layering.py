@@ -20,6 +20,7 @@ LAYERS = [
         "zoo",
         "data.convention",
         "data.geometry",
+        "data.store",
     ],
     ["config", "data.classes", "data.records", "data.plan", "data.scenes", "run_lock", "download", "inputs", "jobs"],
     ["data.sources", "data.overlap"],

@@ -17,6 +17,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from semseg.data.store import read_text
 from semseg.errors import ConfigError, DataError
 
 IGNORED = -1
@@ -55,7 +56,7 @@ class ClassTable(NamedTuple):
         """
         path = Path(path)
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_text(path).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: the table of classes cannot be read ({error}).") from error
         rows = csv.DictReader(lines)
@@ -100,7 +101,7 @@ class ClassTable(NamedTuple):
         if path.suffix.lower() not in (".json", ".txt"):
             return cls.from_csv(path)
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = read_text(path)
             if path.suffix.lower() == ".txt":
                 return cls.generated(_required([line.strip() for line in text.splitlines() if line.strip()]))
             content = json.loads(text)
@@ -400,8 +401,9 @@ class LabelMap:
         words = [f"{raw_id} {names[self._table[raw_id]]}" for raw_id in known]
         if len(words) > 2 * _SHOWN:
             words = [*words[:_SHOWN], "...", *words[-_SHOWN:]]
-        ignored = np.flatnonzero(self._table == IGNORED).tolist()
-        return f"{', '.join(words)}; not scored: {', '.join(map(str, ignored)) or 'none'}"
+        # UNSCORED stands in no file: colours get it.
+        ignored = [str(raw_id) for raw_id in np.flatnonzero(self._table == IGNORED).tolist() if raw_id != UNSCORED]
+        return f"{', '.join(words)}; not scored: {', '.join(ignored) or 'none'}"
 
     def to_raw(self, index: NDArray[np.integer]) -> NDArray[np.uint16]:
         """Class indices (none below 0) back to the raw ids of the data set, for files others will read."""

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from semseg.data.classes import IGNORED, ColourIds, LabelMap
 from semseg.data.geometry import Size
 from semseg.data.records import Record
+from semseg.data.store import read_file
 from semseg.errors import DataError
 
 # Images are decoded side by side in the workers of a loader: threads within one image only get in each other's way,
@@ -261,9 +262,8 @@ def _size(pixels: NDArray) -> Size:
 
 
 def _read_bytes(path: str | Path) -> bytes:
-    path = Path(path)
     try:
-        return path.read_bytes()
+        return read_file(path)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file. Is data.root right, and the data set complete?") from None
     except IsADirectoryError:

@@ -6,10 +6,11 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from semseg.data.records import Record
+from semseg.data.store import read_file, stamp
+from semseg.errors import DataError
 
 
 class Overlap(NamedTuple):
@@ -56,14 +57,14 @@ def by_bytes(paths: Iterable[str]) -> dict[int, list[str]]:
 def length_of(path: str) -> int:
     """In bytes; -1 if there is no such file."""
     try:
-        return os.stat(path).st_size  # noqa: PTH116
-    except OSError:
+        return stamp(path)[1]
+    except (OSError, DataError):
         return -1
 
 
 def digest_of(path: str) -> str:
     """Of the content; empty if it cannot be read."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
+        return hashlib.sha256(read_file(path)).hexdigest()
+    except (OSError, DataError):
         return ""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from semseg.data import store
 from semseg.data.geometry import Size
 from semseg.errors import DataError
 
@@ -51,11 +52,11 @@ def records_from_odgt(
         DataError: if the root or the list is missing, the list is empty, or a line does not fit ("file:line: ...").
     """
     list_file, root = Path(list_file), Path(root)
-    _require(root.is_dir(), "data folder", root, hint)
-    _require(list_file.is_file(), "list of images", list_file, hint)
+    _require(store.is_folder(root), "data folder", root, hint)
+    _require(store.is_file(list_file), "list of images", list_file, hint)
     base = os.path.normpath(root.absolute())
     records = []
-    for number, line in enumerate(list_file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, line in enumerate(store.read_file(list_file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
             with _collected(problems):
                 records.append(_parse_line(line, base, f"{list_file}:{number}"))
@@ -120,8 +121,8 @@ def records_from_table(
         DataError: as `records_from_odgt`.
     """
     list_file, root = Path(list_file), Path(root)
-    _require(root.is_dir(), "data folder", root, hint)
-    _require(list_file.is_file(), "list of images", list_file, hint)
+    _require(store.is_folder(root), "data folder", root, hint)
+    _require(store.is_file(list_file), "list of images", list_file, hint)
     base = os.path.normpath(root.absolute())
     pairs: list[tuple[str, str | None, str]] = []
     for number, row in _rows(list_file, problems):
@@ -146,7 +147,7 @@ def records_from_table(
 def _rows(list_file: Path, problems: list[str] | None) -> Iterator[tuple[int, dict[str, object]]]:
     """Line numbers and rows of a CSV or JSON-lines file."""
     try:
-        text = list_file.read_text(encoding="utf-8-sig")
+        text = store.read_text(list_file)
     except UnicodeDecodeError as error:
         raise DataError(f"{list_file}: not UTF-8 text (byte {error.start}). Save the list as UTF-8.") from None
     if list_file.suffix.lower() == ".csv":
@@ -208,7 +209,7 @@ def records_from_folders(
             stem, or a header cannot be read.
     """
     images = Path(images)
-    _require(images.is_dir(), "folder of images", images, hint)
+    _require(store.is_folder(images), "folder of images", images, hint)
     naming = naming or Naming()
     image_files = _by_stem(images, naming.image_suffix, problems)
     if naming.stems is not None:
@@ -220,7 +221,7 @@ def records_from_folders(
         headers = _headers(list(image_files.values()), images, cache_dir, problems)
         return [Record(path, None, header.upright, str(images)) for path, header in headers.items()]
     masks = Path(masks)
-    _require(masks.is_dir(), "folder of masks", masks, hint)
+    _require(store.is_folder(masks), "folder of masks", masks, hint)
     mask_files = _by_stem(masks, naming.mask_suffix, problems)
     if naming.stems is not None:
         mask_files = {stem: path for stem, path in mask_files.items() if stem in image_files}
@@ -255,9 +256,9 @@ def record_of_image(path: str | Path) -> Record:
 
 def _chosen(files: dict[str, str], stems_file: Path, folder: Path, problems: list[str] | None) -> dict[str, str]:
     """The files that a list of stems names, in its order."""
-    _require(stems_file.is_file(), "list of stems", stems_file, "")
+    _require(store.is_file(stems_file), "list of stems", stems_file, "")
     found = {}
-    for number, line in enumerate(stems_file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(store.read_text(stems_file).splitlines(), start=1):
         stem = line.strip()
         with _collected(problems):
             if stem and stem not in files:
@@ -269,7 +270,7 @@ def _chosen(files: dict[str, str], stems_file: Path, folder: Path, problems: lis
 def _by_stem(folder: Path, suffix: str, problems: list[str] | None) -> dict[str, str]:
     """Image files below `folder` whose stem ends with `suffix`: relative path without both (with /) -> path, sorted."""
     found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in store.files_below(folder):
         parts = path.relative_to(folder)
         if path.suffix.lower() not in IMAGE_SUFFIXES or any(part.startswith(".") for part in parts.parts):
             continue
@@ -336,22 +337,16 @@ def _headers(
     return {path: _Header(Size(*fresh[path][2:4]), Size(*fresh[path][4:6])) for path in paths if path in fresh}
 
 
-def stamp(path: str) -> list[int]:
-    """What changes when a file does: [time of the last change in ns, bytes]."""
-    status = Path(path).stat()
-    return [status.st_mtime_ns, status.st_size]
-
-
 def _stamp_of(path: str) -> list[int]:
     try:
-        return stamp(path)
+        return store.stamp(path)
     except OSError as error:
         raise DataError(f"{path}: there is no such file ({error.strerror}).") from None
 
 
 def _read_header(path: str) -> _Header:
     try:
-        with Image.open(path) as image:
+        with store.opened(path) as file, Image.open(file) as image:
             size = Size(image.height, image.width)
             is_turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
     except FileNotFoundError:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from semseg.data.classes import ColourIds
 from semseg.data.geometry import Size
 from semseg.data.images import MAX_PIXELS, read_header, read_image, read_label
-from semseg.data.records import Record, cache_file, load_cache, save_cache, stamp
+from semseg.data.records import Record, cache_file, load_cache, save_cache
+from semseg.data.store import stamp
 from semseg.errors import DataError
 
 MAX_COLOURS = 256  # a mask in more colours is a picture

@@ -13,6 +13,8 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
+from semseg.draw import percent
+
 WIDTH, HEIGHT = 440, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 40
 MAX_POINTS = 400  # of one line; more are averaged
@@ -188,7 +190,7 @@ def _column_label(name: str, index: int, margin: float) -> Markup:
 def _cell(share: float, names: tuple[str, str], place: tuple[int, int], margin: float) -> Markup:
     (label, predicted), (row, column) = names, place
     is_right = row == column
-    words = f"{label} predicted as {predicted}: {percent_words(share)} of its pixels"
+    words = f"{label} predicted as {predicted}: {percent(share)} of its pixels"
     x, y = margin + column * CELL, margin + row * CELL
     # The square root lets small confusions be seen.
     paint = {"class_": "right" if is_right else "wrong", "fill_opacity": _short(math.sqrt(share))}
@@ -199,17 +201,6 @@ def _cell(share: float, names: tuple[str, str], place: tuple[int, int], margin: 
         shade = "number strong" if share > 0.3 else "number"
         parts.append(element("text", f"{100 * share:.0f}", class_=shade, x=_short(x + CELL / 2), y=_short(y + 17)))
     return element("g", *parts)
-
-
-def percent_words(share: float) -> str:
-    """A share in percent that tells little from nothing.
-
-    >>> percent_words(0.1234), percent_words(0.0001), percent_words(0.0)
-    ('12.3 %', '<0.1 %', '0 %')
-    """
-    if share == 0:
-        return "0 %"
-    return f"{100 * share:.1f} %" if share >= 0.0005 else "<0.1 %"
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
