@@ -193,20 +193,21 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
     """Lightning's Trainer, with our checkpoints, progress and synchronised normalisation.
 
     Raises:
-        ConfigError: if Lightning refuses the values.
+        ConfigError: if Lightning refuses the values, or a logger cannot be opened.
     """
     given = {key: value for key, value in vars(config.trainer).items() if key not in OWN_TRAINER_KEYS}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     options["devices"] = device_count_or_list(config)
     if not source.has("val"):
         options["limit_val_batches"] = 0
+    opened = loggers(config)
     plugins = layer_sync(config.syncbn.name, config.syncbn.convention, accelerator(config), config.syncbn.group)
     try:
         return pl.Trainer(
             **options,
             default_root_dir=config.run_dir,
             callbacks=callbacks(config, source),
-            logger=loggers(config),
+            logger=opened,
             plugins=[AtomicCheckpointIO(), *([plugins] if plugins else [])],
             # Every rank has its own sub-batches: see SegmentationData.
             use_distributed_sampler=False,

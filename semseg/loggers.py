@@ -1,4 +1,4 @@
-"""The loggers of the configuration besides the CSV file. Each takes pictures, and goes on with a resumed run's record."""
+"""The loggers besides the CSV file. Each takes pictures, and goes on with the record of a resumed run."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(net: Segmenter) -> Cost:
-    """Parameters and operations for one image of SIZE or the next size that fits, auxiliary head left out of the latter.
+    """Parameters, and operations for one image of SIZE or the next size that fits, without the auxiliary head.
 
     Args:
         net: on the device "meta"; it is put in eval mode.

@@ -52,7 +52,7 @@ def test_the_csv_log_has_all_names_and_pictures_of_the_same_images(root: Path, t
     fit(run_of(root, tmp_path))
     metrics, num_steps = columns(tmp_path / "logs/metrics.csv")
     speed, num_measured = columns(tmp_path / "logs/speed.csv")
-    assert LOGGED <= metrics | speed and num_steps == num_measured == 4
+    assert metrics | speed >= LOGGED and num_steps == num_measured == 4
     assert {"time/data", "time/step"} <= speed and not speed & metrics - {"step"}
     pictures = sorted(path.relative_to(tmp_path / "panels") for path in (tmp_path / "panels").rglob("*.png"))
     assert [path.name for path in pictures] == ["00000002.png", "00000004.png"] * 2  # at steps 2 and 4, of two images
@@ -151,7 +151,7 @@ class Closed(CSVLog):
 
 
 def test_a_server_that_is_away_is_told_in_one_line(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="^logger: Closed cannot be opened: no answer from http://tracker$"):
+    with pytest.raises(ConfigError, match=r"^logger: Closed cannot be opened: no answer from http://tracker$"):
         log_settings([Closed(str(tmp_path))], run_of(root, tmp_path))
 
 

@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
@@ -20,7 +18,6 @@ from torch.utils.data import Subset
 from semseg.build import build_trainer, open_network, restore_net
 from semseg.checkpoint import FOLDER, SavedNetwork
 from semseg.config import Config
-from semseg.data.classes import ClassTable
 from semseg.data.datasets import EvalDataset, EvalSample
 from semseg.data.images import read_pair
 from semseg.data.records import Record
