@@ -16,6 +16,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
 
 from semseg import zoo
 from semseg.averaging import MovingAverage
@@ -42,6 +43,7 @@ from semseg.syncbn.plugin import layer_sync
 from semseg.weights import fill, load_encoder_weights
 
 OWN_TRAINER_KEYS = ("max_nonfinite_steps", "on_oom", "probe_memory", "log_images")  # that Lightning does not know
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
 EXPORT_EXTRA = ("onnx", "onnxscript", "onnxruntime")  # modules of semseg[export]
 
 
@@ -200,6 +202,8 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
     options["devices"] = device_count_or_list(config)
     if not source.has("val"):
         options["limit_val_batches"] = 0
+    if config.trainer.profiler is not None:
+        options["profiler"] = PROFILERS[config.trainer.profiler](dirpath=config.run_dir, filename="profile")
     opened = loggers(config)
     plugins = layer_sync(config.syncbn.name, config.syncbn.convention, accelerator(config), config.syncbn.group)
     try:

@@ -20,7 +20,10 @@ from semseg.data.convention import CONVENTIONS
 from semseg.errors import ConfigError, choose, nearest
 from semseg.secrets import refusal, secret_in
 
-MODES = ("train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export", "check")
+TELLING_MODES = ("models", "data", "doctor")  # that print something and leave no folder
+MODES = (
+    "train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export", "check", *TELLING_MODES,
+)  # fmt: skip
 SPLITS = ("train", "val", "test")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
 DECODE = ("fast", "exact")
@@ -62,7 +65,7 @@ def number(default: Any, *, low: float | None = None, above: float | None = None
 
 
 def one_of(default: Any, choices: tuple[str, ...]) -> Any:
-    """A field whose value is one of `choices`."""
+    """A field whose value is one of `choices`, or None if its type allows that."""
     return field(default=default, metadata={"choices": choices})
 
 
@@ -140,6 +143,7 @@ class DataConfig:
     max_long_edge: int = number(1000, low=1)  # pixels
     batch_size: int = number(2, low=1)  # images per device
     steps_per_epoch: int | None = number(5000, low=1)  # null: one pass over the records
+    limit: int | None = number(None, low=1)  # the first so many records of each split
     flip: bool = True
     oversample: float = number(0.0, low=0, high=1)  # of rare classes: those in fewer images than this share; 0: off
     num_workers: int = number(4, low=0)  # per process
@@ -256,6 +260,7 @@ class TrainerConfig:
     benchmark: bool = False
     detect_anomaly: bool = False
     fast_dev_run: Any = False
+    profiler: str | None = one_of(None, ("simple", "advanced"))  # where the time goes, in a file
     enable_progress_bar: bool = True
     # Ours, not Lightning's:
     max_nonfinite_steps: int = number(0, low=0)  # of a run that may be skipped for a NaN or infinite loss
@@ -472,7 +477,7 @@ def range_problems(section: Any, prefix: str = "") -> Iterator[str]:
             yield from range_problems(value, key + ".")
             continue
         choices = item.metadata.get("choices")
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:  # None is for the types to refuse
             yield wrong_choice(key, value, choices)
         if isinstance(value, int | float) and not isinstance(value, bool):
             yield from _bounds(key, value, item.metadata)

@@ -33,7 +33,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from semseg.config import Config, check, explain, hydra_words, schema_keys, unknown_key, walk
+from semseg.config import TELLING_MODES, Config, check, explain, hydra_words, schema_keys, unknown_key, walk
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError, nearest
 from semseg.files import from_here
 from semseg.jobs import finished_job, job_words
@@ -100,6 +100,9 @@ def main() -> None:
             composed = compose_all(words)
             config = check(settled(composed))  # before anything is written
             refuse_search(composed)
+            if config.mode in TELLING_MODES:
+                importlib.import_module(f"semseg.modes.{config.mode}").run(config, words)
+                sys.exit(0)
             run_dir = run_folder(composed)
             processes = num_processes(config)
             if processes > 1:
@@ -400,6 +403,11 @@ def compose_config(overrides: list[str]) -> DictConfig:
         ConfigError: if Hydra's own settings name code.
     """
     return settled(compose_all(overrides))
+
+
+def options_of(group: str) -> list[str]:
+    """The names of a group's files in configs/, sorted."""
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
 def load_config(words: list[str]) -> tuple[Config, list[str]]:

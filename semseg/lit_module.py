@@ -260,7 +260,7 @@ class SegmentationModule(pl.LightningModule):
         """Every image exactly once, whatever the number of ranks."""
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
         limits = trainer.limit_val_batches if stage == "val" else trainer.limit_test_batches
-        if data is None or limits != 1.0 or trainer.sanity_checking:
+        if data is None or limits != 1.0 or trainer.sanity_checking or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         assert counted == data.num_images(stage), f"scored {counted} images of {data.num_images(stage)}"
 

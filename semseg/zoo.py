@@ -57,6 +57,30 @@ ZOO = {
 }
 
 
+class Score(NamedTuple):
+    """On ADE20K validation, in percent."""
+
+    mean_iou: float
+    pixel_accuracy: float
+
+
+class Scores(NamedTuple):
+    """What was published for a network: short edge 450, and the mean over 300, 375, 450, 525 and 600."""
+
+    one_scale: Score
+    five_scales: Score
+
+
+SCORES = {
+    "resnet18_dilated8_c1_deepsup": Scores(Score(33.82, 76.05), Score(35.34, 77.41)),
+    "resnet18_dilated8_ppm_deepsup": Scores(Score(38.00, 78.64), Score(38.81, 79.29)),
+    "resnet50_dilated8_ppm_deepsup": Scores(Score(41.26, 79.73), Score(42.04, 80.23)),
+    "resnet101_dilated8_ppm_deepsup": Scores(Score(42.19, 80.59), Score(42.53, 80.91)),
+    "upernet50": Scores(Score(40.44, 79.80), Score(41.55, 80.23)),
+    "upernet101": Scores(Score(41.98, 80.63), Score(42.66, 81.01)),
+}
+
+
 def published(spec: str) -> Published:
     """The entry that `zoo:<name>` means; the folder's name on the server will do as well.
 

@@ -34,7 +34,7 @@ def test_the_defaults_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize(
     "group", ["model", "model/encoder", "model/decoder", "data", "optim", "schedule", "loss", "syncbn", "trainer",
-              "logger", "callbacks", "experiment"],
+              "logger", "callbacks", "experiment", "debug"],
 )  # fmt: skip
 def test_every_option_of_every_group_composes_and_checks(group: str) -> None:
     for option in options(group):

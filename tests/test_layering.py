@@ -29,6 +29,7 @@ LAYERS = [
     ["doctor", "memory", "summary"],
     ["report_page", "compare_page", "sweep_page", "check_page"],
     ["outputs", "video", "predictor"],
+    ["machine"],
     ["checkpoint", "weights", "published", "exported"],
     ["export", "quantize"],
     ["stopping"],

@@ -80,11 +80,11 @@ class DataSource:
             records = held_out if split == "val" else kept
         if not records and not problems:
             raise DataError(f"data.{split}: no images found below {self.root}.")
-        return records
+        return records[: self.config.limit]
 
     def _place(self, split: str) -> SplitConfig:
         place: SplitConfig = getattr(self.config, split)
-        if split == "train" and self.config.images:
+        if self.config.images and (split == "train" or place == self.config.train):
             return replace(place, list=None, images=self.config.images, masks=self.config.masks)
         return place
 

@@ -1,0 +1,60 @@
+"""mode=models: the ready-made networks, what they cost and what they have scored."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from semseg.build import network_options
+from semseg.config import Config, ModelConfig
+from semseg.launch import load_config, options_of
+from semseg.nets.registry import build_segmenter
+from semseg.summary import SIZE, Cost, cost_of
+from semseg.zoo import SCORES, ZOO
+
+NUM_CLASSES = 150  # of the published networks
+
+
+def run(config: Config, overrides: list[str]) -> None:
+    """Print the table; nothing is downloaded or written."""
+    Console().print(models_table())
+
+
+def models_table() -> Table:
+    """One row for each file of configs/model/."""
+    table = Table(
+        title=f"networks: model=<name>, {NUM_CLASSES} classes, one image of {SIZE.height} x {SIZE.width}",
+        caption="M: million parameters; mIoU: percent on ADE20K validation at one and at five scales, as published, "
+        "not measured by us; zoo: ckpt=zoo:<name>",
+    )
+    table.add_column("model", no_wrap=True)
+    for name in ("M", "GFLOPs", "mIoU", "mIoU x5"):
+        table.add_column(name, justify="right")
+    table.add_column("weights")
+    for name in options_of("model"):
+        cost = cost_of_model(name)
+        counted = ["", ""] if cost is None else [f"{cost.parameters / 1e6:.1f}", f"{cost.flops / 1e9:.0f}"]
+        scores = SCORES.get(name)
+        published = ["", ""] if scores is None else [f"{score.mean_iou:.2f}" for score in scores]
+        weights = "zoo" if name in ZOO else ""
+        table.add_row(name, *counted, *published, "needs timm" if cost is None else weights)
+    return table
+
+
+def cost_of_model(name: str) -> Cost | None:
+    """Of one network of configs/model/; None if it needs a library that is not installed."""
+    config, _ = load_config([f"model={name}"])
+    if config.model.encoder.get("library") == "timm" and find_spec("timm") is None:
+        return None
+    return cost_on_meta(config.model)
+
+
+def cost_on_meta(model: ModelConfig) -> Cost:
+    """Of a network that is built without numbers."""
+    encoder, encoder_options = network_options(model.encoder, "encoder")
+    decoder, decoder_options = network_options(model.decoder, "decoder")
+    with torch.device("meta"):
+        return cost_of(build_segmenter(encoder, decoder, NUM_CLASSES, encoder_options, decoder_options))

@@ -1,0 +1,105 @@
+"""The modes that print something and leave nothing behind."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from command_line import RUN, run
+from in_process import configured
+from semseg import machine
+from semseg.data.scenes import make_scenes
+from semseg.errors import SemsegError
+from semseg.machine import ERROR, OK, WARNING, Finding
+from semseg.modes import data, doctor, models
+from semseg.zoo import SCORES
+
+
+def test_the_models_are_told_with_their_cost_and_their_published_scores(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "options_of", lambda group: ["hrnetv2_c1", "resnet18_dilated8_c1_deepsup"])
+    models.run(configured("mode=models"), [])
+    rows = [line.strip("│ ").split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    hrnet, resnet = ([word for word in row if word != "│"] for row in rows)
+    assert hrnet[0] == "hrnetv2_c1" and hrnet[-1] == "zoo"
+    # 11.2 million of ResNet-18's layers with the deep stem, 0.9 of two heads of C1 (3 x 3 to 128, 256 channels, 150).
+    assert resnet == ["resnet18_dilated8_c1_deepsup", "12.2", "116", "33.82", "35.34"]
+
+
+def test_the_scores_are_those_of_the_readme_and_the_recipes() -> None:
+    readme = (RUN.parent / "README.md").read_text()
+    rows = re.findall(r"^\| (?:`(\w+)`[^|]*)?\| (one|five) \| ([\d.]+) \| ([\d.]+) \|", readme, re.MULTILINE)
+    found: dict[str, list[tuple[float, float]]] = {}
+    name = ""
+    for model, _, mean_iou, accuracy in rows:
+        name = model or name
+        found.setdefault(name, []).append((float(mean_iou), float(accuracy)))
+    assert found == {name: [tuple(score) for score in scores] for name, scores in SCORES.items()}
+    for name, scores in SCORES.items():
+        recipe = (RUN.parent / "configs" / "experiment" / f"published_{name}.yaml").read_text()
+        assert all(f"{number:.2f}" in recipe for score in scores for number in score), name
+
+
+def test_data_sets_are_found_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "camvid"
+    make_scenes(root, num_train=2, num_val=1, seed=0)
+    words = ("data=camvid", f"data.root={root}")
+    assert data.whether_here(configured(*words).data) == "yes"
+    (root / "validation.odgt").unlink()
+    assert data.whether_here(configured(*words).data) == f"in part: {root / 'validation.odgt'} is not there"
+    assert data.whether_here(configured(*words, f"data.root={tmp_path / 'no'}").data) == "no"
+    assert data.whether_here(configured(f"data.root={tmp_path / 'no'}").data) == "no: mode=download data=ade20k"
+    data.run(configured("mode=data", *words), ["mode=data", *words])
+    assert re.search(r"camvid +│ 11 .*in part", capsys.readouterr().out)
+
+
+def levels(findings: list[Finding]) -> dict[str, str]:
+    return {finding.name: finding.level for finding in findings}
+
+
+def test_this_machine_can_train(tmp_path: Path) -> None:
+    found = machine.examine(tmp_path / "runs", num_workers=2)
+    assert ERROR not in levels(found).values(), found
+    assert levels(found)["training step"] == levels(found)["loader"] == OK
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_wrong_is_told_and_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Finding:
+        raise RuntimeError("CUDA error: no kernel image is available\nfor execution on the device")
+
+    monkeypatch.setattr(machine, "training_step", broken)
+    monkeypatch.setattr(machine, "LITTLE_SHARED_MEMORY", 2**60)
+    monkeypatch.setattr(machine, "LITTLE_DISK", 2**60)
+    monkeypatch.setattr(machine, "loader", lambda workers: Finding(OK, "loader", ""))
+    found = machine.examine(tmp_path, num_workers=4)
+    assert {"training step": ERROR, "disk": WARNING}.items() <= levels(found).items()
+    if machine.SHARED_MEMORY.is_dir():
+        assert levels(found)["shared memory"] == WARNING
+        assert levels(machine.examine(tmp_path, num_workers=0))["shared memory"] == OK
+    monkeypatch.setattr(doctor, "Console", lambda: Console(width=200))
+    with pytest.raises(SemsegError, match=r"^NOT READY: training step\. See above\.$") as caught:
+        doctor.run(configured("mode=doctor", f"runs_dir={tmp_path}"), [])
+    assert caught.value.exit_code == 1
+    assert "RuntimeError: CUDA error: no kernel image is available for execution" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(machine.tempfile, "TemporaryFile", refuse)
+    finding = machine.attempted("disk", lambda: machine.disk(tmp_path / "runs"))
+    assert finding.level == ERROR and str(tmp_path) in finding.text
+
+
+def test_no_run_folder_is_made(tmp_path: Path) -> None:
+    output = run(tmp_path, "mode=data")
+    assert "cityscapes_labelids" in output
+    assert not list(tmp_path.iterdir())
