@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +95,8 @@ def test_copies_in_another_archive_are_found(archive: Path, plain: Path) -> None
 def test_processes_that_were_forked_read_side_by_side(archive: Path) -> None:
     paths = [path for path in store.files_below(archive) if path.suffix == ".jpg"] * 20
     expected = [store.read_file(path) for path in paths]  # the archive is open in this process now
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        assert pool.map(store.read_file, paths, chunksize=1) == expected
+    with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
+        assert list(pool.map(store.read_file, paths)) == expected
 
 
 def test_an_archive_that_was_written_again_is_opened_again(plain: Path, archive: Path, tmp_path: Path) -> None:
