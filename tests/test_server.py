@@ -436,6 +436,7 @@ def test_other_hosts_are_warned_of_and_ctrl_c_ends_the_page_in_good_order(folder
     assert page.said.splitlines()[0] == (
         "serve.host=0.0.0.0: whoever reaches this machine can use the page, without a password."
     )
+    assert page.post((folder / "photo.png").read_bytes())[0] == 200
     page.process.send_signal(signal.SIGINT)
     output, _ = page.process.communicate(timeout=30)
     assert (page.process.returncode, output) == (0, "stopped.\n")
