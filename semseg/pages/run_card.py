@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from semseg import __version__
 from semseg.config import Config, as_plain
 from semseg.data.records import Record
+from semseg.data.store import stamp
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning")
 SECRET_KEY = re.compile("key|token|secret|password", re.IGNORECASE)
@@ -134,7 +135,7 @@ def data_fingerprint(records: Sequence[Record], root: str | Path) -> Fingerprint
     Images and labels count; order and the place of `root` do not.
     """
     files = {path for record in records for path in (record.image, record.label) if path}
-    lines = sorted(f"{_below(Path(path), Path(root))}\t{Path(path).stat().st_size}\n" for path in files)
+    lines = sorted(f"{_below(Path(path), Path(root))}\t{stamp(path)[1]}\n" for path in files)
     return Fingerprint(len(records), hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest())
 
 
