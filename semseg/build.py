@@ -14,17 +14,18 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.utilities.rank_zero import rank_zero_only
-from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
 
 from semseg import zoo
 from semseg.averaging import MovingAverage
 from semseg.bad_images import CountBadImages
-from semseg.callbacks import EndOnSigterm, LogSteps, PlainProgress, checkpoints
+from semseg.callbacks import EndOnSigterm, LogSteps, checkpoints
 from semseg.checkpoint import SavedNetwork, find_checkpoint, inherit, read_checkpoint
 from semseg.checkpoint_io import AtomicCheckpointIO
 from semseg.config import ONNX, Config, DownloadConfig, ModelConfig, network_options
+from semseg.console import BarProgress, PlainProgress, TellValidation
 from semseg.data.convention import CONVENTIONS
 from semseg.data.sources import DataSource, label_map
 from semseg.download import fetch
@@ -251,7 +252,7 @@ def callbacks(config: Config, source: DataSource) -> list[Callback]:
     if config.mode == "train":
         guard = NonFiniteGuard(Path(config.run_dir), config.trainer)
         ours = [ProbeMemory(config.trainer), SeedEveryStep(config.seed), ForgetRepeatedSteps(), guard, LogSteps()]
-        ours.append(WarnOfOddLabels(source.classes))
+        ours += [WarnOfOddLabels(source.classes), TellValidation()]
         ours.append(LogPanels(source, config.trainer.log_images))
         if config.ema.decay is not None:
             ours.append(MovingAverage(config.ema))
@@ -259,7 +260,7 @@ def callbacks(config: Config, source: DataSource) -> list[Callback]:
             ours.append(CountBadImages(config.data))
         ours += checkpoints(Path(config.run_dir), config.checkpoint, has_val=source.has("val"))
     if config.trainer.enable_progress_bar:
-        ours.append(RichProgressBar() if sys.stdout.isatty() else PlainProgress())
+        ours.append(BarProgress(config.data.batch_size) if sys.stdout.isatty() else PlainProgress())
     for name, section in config.callbacks.items():
         monitor = str(section.get("monitor"))
         if monitor.startswith("val/") and not source.has("val"):

@@ -1,4 +1,4 @@
-"""What happens around the steps: checkpoints, the log and progress lines."""
+"""What happens around the steps: checkpoints and the log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from pytorch_lightning.callbacks import Callback, ProgressBar
+from pytorch_lightning.callbacks import Callback
 
 from semseg.checkpoint import FOLDER
 from semseg.checkpoint_io import BestCheckpoint
@@ -87,61 +87,6 @@ class LogSteps(Callback):
         if torch.cuda.is_available():
             cost["memory"] = torch.cuda.max_memory_allocated() / 2**30
         return cost
-
-
-class PlainProgress(ProgressBar):
-    """One line now and then instead of a bar: for logs and pipes."""
-
-    def __init__(self, seconds_between_lines: float = 10) -> None:
-        super().__init__()
-        self.seconds_between_lines = seconds_between_lines
-        self._last_line = 0.0
-        self._images = 0
-        self._since = 0.0
-        self._is_enabled = True
-
-    def enable(self) -> None:
-        self._is_enabled = True
-
-    def disable(self) -> None:
-        """Lightning calls it on every rank but the first."""
-        self._is_enabled = False
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._last_line = self._since = time.monotonic()
-        self._images = 0
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        self._images += len(batch.paths) * trainer.world_size
-        now = time.monotonic()
-        is_last = batch_idx + 1 == trainer.num_training_batches
-        if now - self._last_line < self.seconds_between_lines and not is_last:
-            return
-        self._last_line = now
-        rate = self._images / max(now - self._since, 1e-9)
-        loss, accuracy = (
-            float(trainer.callback_metrics.get(key, float("nan"))) for key in ("train/loss", "train/accuracy")
-        )
-        self._print(
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            f"  step {batch_idx + 1}/{trainer.num_training_batches}"
-            f"  loss {loss:.3f}  accuracy {accuracy:.3f}  {rate:.1f} images/s"
-        )
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        metrics = trainer.callback_metrics
-        if MONITOR in metrics and not trainer.sanity_checking:
-            self._print(
-                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  validation"
-                f"  mean IoU {float(metrics[MONITOR]):.4f}"
-                f"  pixel accuracy {float(metrics['val/pixel_accuracy']):.4f}"
-            )
-
-    def _print(self, line: str) -> None:
-        if self._is_enabled:
-            print(line, flush=True)
 
 
 class EndOnSigterm(Callback):

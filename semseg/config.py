@@ -359,6 +359,7 @@ class Config:
     """The whole configuration; one field per section of configs/config.yaml."""
 
     mode: str = one_of("train", MODES)
+    quiet: bool = False  # print warnings and errors only
     seed: int = number(304, low=0)
     runs_dir: str = "runs"
     run_dir: str = ""
@@ -595,6 +596,8 @@ def _mode_problems(config: Config) -> Iterator[str]:
     is_demonstration = (config.ckpt or "").startswith(zoo.PREFIX)  # which brings its picture along
     if config.mode == "predict" and not config.input and not is_demonstration:
         yield "mode=predict needs input=<image, video, folder, pattern, list of paths, or - for standard input>."
+    if config.quiet and config.mode in TELLING_MODES:
+        yield f"quiet=true: mode={config.mode} does nothing but print."
     if config.mode == "compare" and len(config.runs) < 2:
         yield f"runs={config.runs}: mode=compare needs at least two evaluations: runs=[<folder>,<folder>]."
 

@@ -369,13 +369,31 @@ def job(composed: DictConfig) -> float | None:
     try:
         config = check(composed)
         mode = importlib.import_module(f"semseg.modes.{config.mode}")
-        return mode.run(config, list(runtime.overrides.task))
+        # One line, without the place in the code. Lightning sets a form of its own when it is imported.
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        with muted(config.quiet):
+            return mode.run(config, list(runtime.overrides.task))
     except SemsegError as error:
         leave_last_words(error, error.exit_code)
         leave(str(error), error.exit_code)  # here, or Hydra puts a line of its own before it
     except Exception as error:
         leave_last_words(error, 1)
         raise
+
+
+@contextlib.contextmanager
+def muted(is_quiet: bool) -> Iterator[None]:
+    """Nothing goes to standard output, and of Lightning's log only warnings are told. Standard error stays."""
+    if not is_quiet:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def run_in_own_process(overrides: list[str], run_dir: Path, *, scores: bool) -> float | None:

@@ -35,6 +35,7 @@ LAYERS = [
     ["stopping"],
     ["syncbn.plugin", "checkpoint_io", "csv_log", "loggers", "guards", "bad_images", "averaging", "odd_labels"],
     ["resume", "saving", "panels", "callbacks", "datamodule", "lit_module"],
+    ["console"],
     ["build", "server"],
     ["supervise"],
     ["sweep"],

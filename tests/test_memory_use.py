@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from command_line import RUN
 from in_process import TINY_RUN, configured, fit
-from memory import MEGABYTE, in_child, needs_proc, peak_growth, resident
+from memory import MEGABYTE, in_new_process, needs_proc, peak_growth, resident
 from semseg.collate import Batch
 from semseg.data.convention import CONVENTIONS
 from semseg.inference import predict
@@ -38,19 +38,20 @@ class ManyClasses(nn.Module):
         return Logits(F.avg_pool2d(image, 8).repeat(1, NUM_CLASSES // 3, 1, 1), None)
 
 
+def growth_of_a_prediction(height: int, width: int) -> int:
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    convention = CONVENTIONS["rgb_mean_std"]
+    # The pages of the libraries are mapped when they are first used.
+    predict(ManyClasses(), [image[:, :64, :64]], (64, 64), convention, memory_limit_mb=64)
+    return peak_growth(lambda: predict(ManyClasses(), [image], (height, width), convention, memory_limit_mb=64))
+
+
 @pytest.mark.parametrize(("height", "width"), [(3000, 2000), pytest.param(4000, 3000, marks=pytest.mark.long)])
 def test_d4_a_large_image_takes_45_bytes_a_pixel_and_the_memory_limit(height: int, width: int) -> None:
     """At the image's own size: uint8 and normalised pixels, logits at 1/8, classes, confidence. All probabilities
     at once would be 600 bytes a pixel."""
 
-    def work() -> int:
-        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-        convention = CONVENTIONS["rgb_mean_std"]
-        # A fork maps the pages of the libraries when it first uses them.
-        predict(ManyClasses(), [image[:, :64, :64]], (64, 64), convention, memory_limit_mb=64)
-        return peak_growth(lambda: predict(ManyClasses(), [image], (height, width), convention, memory_limit_mb=64))
-
-    growth = in_child(work)
+    growth = in_new_process(growth_of_a_prediction, height, width)
     logits = 4 * NUM_CLASSES * (height // 8) * (width // 8)
     assert logits < growth < 45 * height * width + 64 * MEGABYTE
 

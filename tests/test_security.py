@@ -459,7 +459,7 @@ def test_g4_loggers_and_callbacks_of_a_saved_configuration_are_never_made(
     monkeypatch.setattr(build, "instantiate", made.append)
     path = place / "loggers.ckpt"
     for group in ("logger", "callbacks"):
-        section = {"_target_": "pytorch_lightning.loggers.TensorBoardLogger", "save_dir": str(place / "written")}
+        section = {"_target_": "semseg.loggers.TensorBoard", "save_dir": str(place / "written")}
         torch.save(with_saved_config(honest, f"{group}.x", section), path)
         mode("eval", f"ckpt={path}", "~logger.csv", "eval.scales=[32]")(place)
         saved, config = open_network(check(compose_config(["mode=eval", f"ckpt={path}"])), [])

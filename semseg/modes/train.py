@@ -23,6 +23,7 @@ from semseg.build import build_net, build_trainer, find_network, tell, without_w
 from semseg.checkpoint import FOLDER, SavedNetwork, find_checkpoint
 from semseg.checkpoint_io import damage, newest_intact, remove_leftovers
 from semseg.config import Config, ModelConfig, as_plain
+from semseg.console import config_tree
 from semseg.data.overlap import overlap
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
@@ -101,7 +102,7 @@ def train(
         OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")
         cost = cost_of(deepcopy(net).to("meta"))
         write_cost(run_dir / "model.txt", cost)
-        console.print(start_table(config, net, source, cost))
+        console.print(config_tree(config, overrides), start_table(config, net, source, cost))
     if saved is not None and state is None:
         tell(saved.note)
         console.print(start_from(net, saved).table(saved.source))
@@ -230,7 +231,7 @@ def start_table(config: Config, net: Segmenter, source: DataSource, cost: Cost) 
     table = Table(title="training", show_header=False)
     data = config.data
     rows = {
-        "network": f"{config.model.name}: {cost}, {net.num_classes} classes",
+        "network": f"{network_name(config.model)}: {cost}, {net.num_classes} classes",
         "strides": f"images padded to {net.size_divisor}, labels at 1/{net.label_stride}",
         "data": f"{data.name}: {len(source.records('train'))} images in {data.root}",
         "labels": source.label_map.words(source.classes.names),
@@ -240,6 +241,11 @@ def start_table(config: Config, net: Segmenter, source: DataSource, cost: Cost) 
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def network_name(model: ModelConfig) -> str:
+    """Encoder and decoder, since either may have been exchanged in a model of another name."""
+    return f"{model.encoder['name']} + {model.decoder['name']}"
 
 
 def best_result(trainer: pl.Trainer) -> Result:
