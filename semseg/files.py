@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+SCRIPT = "SEMSEG_SCRIPT"  # of the environment: the processes of other ranks and jobs start with the same file
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -23,6 +25,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def script() -> Path:
+    """The file that this command was started with: run.py, or a program that adds networks and calls `launch.main`."""
+    return Path(os.environ.get(SCRIPT, Path(__file__).resolve().parent.parent / "run.py"))
 
 
 def from_here(path: Path) -> Path:

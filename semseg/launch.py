@@ -35,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from semseg.config import TELLING_MODES, Config, check, explain, hydra_words, schema_keys, unknown_key, walk
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError, nearest
-from semseg.files import from_here
+from semseg.files import SCRIPT, from_here, script
 from semseg.jobs import finished_job, job_words
 from semseg.secrets import guard_interpolations, refusal, secret_in
 from semseg.supervise import (
@@ -89,6 +89,8 @@ def main() -> None:
     """Run the command line in sys.argv; ends the process with 0, 1 (failure) or 2 (configuration)."""
     # Hydra prints errors its own way unless told to pass them on.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    if Path(sys.argv[0]).is_file():  # not so in python -c
+        os.environ[SCRIPT] = str(Path(sys.argv[0]).resolve())
     given = words = sys.argv[1:]
     try:
         sys.argv[1:] = words = understood(words)
@@ -164,7 +166,7 @@ def run_sweep(given: list[str], words: list[str]) -> int:
         if "No trials are completed" not in str(error):  # Optuna, when every job failed
             traceback.print_exc()
     again = [word for word in given if word.partition("=")[0] not in ("sweep_dir", "hydra.sweep.dir")]
-    command = shlex.join(["python", "run.py", *again, f"sweep_dir={from_here(sweep_dir)}"])
+    command = shlex.join(["python", script().name, *again, f"sweep_dir={from_here(sweep_dir)}"])
     from semseg.sweep import conclude  # noqa: PLC0415 - tables and pages take time to import, and most runs need none
 
     code = conclude(sweep_dir, command)
@@ -345,7 +347,7 @@ def quoted(text: object) -> str:
 def run_ranks(words: list[str], processes: int, run_dir: Path) -> int:
     """Run this command line as one process per device, all with the same run folder."""
     follow_supervisor()
-    command = [sys.executable, str(CONFIG_DIR.parent / "run.py"), *words, f"hydra.run.dir={quoted(run_dir)}"]
+    command = [sys.executable, str(script()), *words, f"hydra.run.dir={quoted(run_dir)}"]
     return supervise(command, processes, run_dir)
 
 
@@ -407,7 +409,7 @@ def run_in_own_process(overrides: list[str], run_dir: Path, *, scores: bool) -> 
     if done is not None:
         log.info("job %s: was finished before", run_dir.name)
         return done.result.score
-    command = [sys.executable, str(CONFIG_DIR.parent / "run.py"), *overrides]
+    command = [sys.executable, str(script()), *overrides]
     command += [f"{key}={quoted(run_dir)}" for key in ("hydra.run.dir", "run_dir")]
     job = run_job(command, overrides, run_dir, scores=scores)
     log.info("job %s: %s%s", run_dir.name, job.status, f": {job.reason}" if job.reason else "")

@@ -38,7 +38,8 @@ def test_the_defaults_are_the_published_ones() -> None:
 )  # fmt: skip
 def test_every_option_of_every_group_composes_and_checks(group: str) -> None:
     for option in options(group):
-        check(compose_config([f"{group}={option}"]))
+        named = {"model/encoder": ["model.encoder.name=resnet18"], "model/decoder": ["model.decoder.name=c1"]}
+        check(compose_config([f"{group}={option}", *(named[group] if option == "custom" else [])]))
 
 
 def test_every_key_of_the_schema_can_be_set_on_the_command_line() -> None:

@@ -1,0 +1,36 @@
+"""The fine-tuning recipes, on published files with random weights."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from command_line import TINY, run
+from in_process import configured
+from published_files import write_files
+
+pytestmark = pytest.mark.slow
+
+SMALL = [word for word in TINY if not word.startswith(("model", "~model"))]
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "finetune_decoder"])
+def test_a_published_network_learns_other_classes(recipe: str, tmp_path: Path) -> None:
+    whole = configured(f"experiment={recipe}", "data=scenes")
+    assert whole.init_from == f"zoo:{whole.model.name}"
+    write_files(tmp_path / "published", "resnet18_dilated8", "c1_deepsup")
+    printed = run(
+        tmp_path, f"experiment={recipe}", *SMALL, "model=resnet18_dilated8_c1_deepsup", "init_from=published",
+        "run_dir=run", "trainer.log_every_n_steps=1",
+    )  # fmt: skip
+    assert "decoder.conv_last.weight" in printed  # among what starts afresh: 150 classes have become 11
+    with (tmp_path / "run" / "logs" / "metrics.csv").open(newline="") as file:
+        first = next(csv.DictReader(file))
+    decoder = float(first["lr/decoder"])
+    assert decoder == pytest.approx(0.01 * 0.0025)  # the warm-up starts there
+    if recipe == "finetune":
+        assert float(first["lr/encoder"]) == pytest.approx(decoder / 10)
+    else:
+        assert "lr/encoder" not in first
