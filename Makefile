@@ -2,6 +2,8 @@
 # make demo-published    the original's demonstration: published weights and picture (downloads 110 MB)
 # make test    install, then the tests
 # make check   formatting, lint and types
+# make docs    the documentation as a site, in site/; a broken link fails it
+# make wheel   what is published, in dist/
 # make audit   ask for known vulnerabilities of the versions in constraints.txt
 # make lock    write constraints.txt from what is installed, extras included
 
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 # Processes with one thread each: the tests start many small programs that keep one core busy.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo demo-published install test test-fast test-long check format audit lock clean
+.PHONY: demo demo-published install test test-fast test-long check format docs wheel audit lock clean
 
 demo: install
 	$(BIN)/python run.py experiment=quickstart
@@ -38,6 +40,14 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/zensical build --strict --clean
+
+wheel:
+	$(PYTHON) -m venv $(VENV)/build
+	$(VENV)/build/bin/python -m pip install --quiet build==1.6.1
+	$(VENV)/build/bin/python -m build
 
 # Nothing is installed but the tool itself, and that in an environment of its own.
 audit:

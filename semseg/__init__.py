@@ -19,7 +19,8 @@ def load(ckpt: str | Path, *overrides: str, device: str | torch.device | None = 
     """A network, ready to be shown pictures: `semseg.load("runs/a/checkpoints/best.ckpt").predict("photo.jpg")`.
 
     Args:
-        ckpt: what `ckpt=` takes on the command line: a file, a run folder, last, best, zoo:<name>, published files.
+        ckpt: what `ckpt=` takes on the command line: a file, a run folder, `last`, `best`, `zoo:<name>`, published
+            files.
         overrides: words as on the command line, such as "predict.scales=[300,450]" or "predict.flip=true".
         device: where it runs; None: on the GPU if there is one.
 

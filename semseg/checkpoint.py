@@ -24,7 +24,7 @@ from semseg.config import Config, as_plain, check
 from semseg.data.classes import ClassTable
 from semseg.data.convention import InputConvention
 from semseg.errors import CheckpointError, ConfigError
-from semseg.files import replacing, script
+from semseg.files import program, replacing
 
 FORMAT_KEY = "semseg"
 FORMAT_VERSION = 1
@@ -268,7 +268,7 @@ def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best"
         if found is None:
             raise CheckpointError(
                 f"ckpt={spec}: no {spec}.ckpt in any run below {runs_dir.resolve()}{listing(runs_dir)}. "
-                f"Give a file or a run folder, or train first: python {script().name}."
+                f"Give a file or a run folder, or train first: {program()}."
             )
         return found
     if path.is_dir():

@@ -32,6 +32,11 @@ def script() -> Path:
     return Path(os.environ.get(SCRIPT, Path(__file__).resolve().parent.parent / "run.py"))
 
 
+def program() -> str:
+    """How that file is started, for commands to copy: "python run.py", or "semseg" if a wheel was installed."""
+    return f"python {script().name}" if script().suffix == ".py" else script().name
+
+
 def from_here(path: Path) -> Path:
     """`path` relative to the working directory if it lies below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

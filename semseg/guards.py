@@ -22,7 +22,7 @@ from semseg.config import TrainerConfig
 from semseg.data.classes import IGNORED
 from semseg.data.geometry import Size, canvas_size, label_size
 from semseg.errors import SemsegError
-from semseg.files import replacing, script
+from semseg.files import program, replacing
 from semseg.stopping import Votes
 from semseg.syncbn.layer import reduced_over
 
@@ -90,7 +90,7 @@ class NonFiniteGuard(Callback):
         saved = self.save(batches, step, trainer.global_rank)
         told = self.describe(step, losses, norm, optimizer, batches) if mine else f"step {step}: another rank's loss"
         if self.skipped > self.max_skipped:
-            command = f"python {script().name} mode=replay ckpt=last input={saved}"
+            command = f"{program()} mode=replay ckpt=last input={saved}"
             raise NonFiniteError(f"{told} The sub-batch is saved: {command}")
         rank_zero_warn(f"{told} The step is skipped ({self.skipped} of {self.max_skipped}).")
         optimizer.zero_grad(set_to_none=True)  # an optimiser leaves alone what has no gradient

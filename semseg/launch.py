@@ -35,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from semseg.config import TELLING_MODES, Config, check, explain, hydra_words, schema_keys, unknown_key, walk
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError, nearest
-from semseg.files import SCRIPT, from_here, script
+from semseg.files import SCRIPT, from_here, program, script
 from semseg.jobs import finished_job, job_words
 from semseg.secrets import guard_interpolations, refusal, secret_in
 from semseg.supervise import (
@@ -47,7 +47,9 @@ from semseg.supervise import (
     supervise,
 )
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+# In a wheel inside the package, in a checkout beside it.
+PACKAGE = Path(__file__).resolve().parent
+CONFIG_DIR = next(place for place in (PACKAGE / "configs", PACKAGE.parent / "configs") if place.is_dir())
 PATH_KEYS = (
     "ckpt", "init_from", "input", "output", "resume", "run_dir", "runs_dir",
     "data.root", "data.classes", "loss.class_weights", "download.cache", "model.encoder.weights",
@@ -166,7 +168,7 @@ def run_sweep(given: list[str], words: list[str]) -> int:
         if "No trials are completed" not in str(error):  # Optuna, when every job failed
             traceback.print_exc()
     again = [word for word in given if word.partition("=")[0] not in ("sweep_dir", "hydra.sweep.dir")]
-    command = shlex.join(["python", script().name, *again, f"sweep_dir={from_here(sweep_dir)}"])
+    command = shlex.join([*program().split(), *again, f"sweep_dir={from_here(sweep_dir)}"])
     from semseg.sweep import conclude  # noqa: PLC0415 - tables and pages take time to import, and most runs need none
 
     code = conclude(sweep_dir, command)

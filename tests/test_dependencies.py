@@ -60,4 +60,20 @@ def test_g10_actions_are_pinned_by_commit_and_cannot_write() -> None:
     for path in workflows:
         used = re.findall(r"uses:\s*(\S+)", path.read_text())
         assert used and all(re.fullmatch(r"[\w-]+/[\w./-]+@[0-9a-f]{40}", action) for action in used), path
-        assert yaml.safe_load(path.read_text())["permissions"] == {"contents": "read"}, path
+        workflow = yaml.safe_load(path.read_text())
+        assert workflow["permissions"] == {"contents": "read"}, path
+        further = {name: job["permissions"] for name, job in workflow["jobs"].items() if "permissions" in job}
+        # Trusted publishing: an identity for PyPI, no password, and for the one job that builds nothing.
+        assert further == ({"publish": {"id-token": "write"}} if path.stem == "release" else {}), path
+        assert "password:" not in path.read_text() and "secrets." not in path.read_text()
+
+
+def test_g10_a_wheel_holds_every_package_and_every_file_that_is_read() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent for path in (ROOT / "semseg").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert {*names, "semseg.configs"} == set(settings["packages"])
+    for package, place in (("semseg", ROOT / "semseg"), ("semseg.configs", ROOT / "configs")):
+        listed = {path for pattern in settings["package-data"][package] for path in place.glob(pattern)}
+        files = {path for path in place.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        assert files == listed

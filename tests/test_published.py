@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from published_files import served, write_files
 
+from published_files import served, write_files
 from reference import golden
 from semseg.build import find_network, restore_net
 from semseg.checkpoint import load_weights

@@ -23,9 +23,9 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
-from published_files import served
 
 from command_line import RUN, TINY
+from published_files import served
 from semseg import build
 from semseg.build import build_net, open_network
 from semseg.checkpoint import FORMAT_KEY, load_plain, load_weights, read_checkpoint, write_safetensors

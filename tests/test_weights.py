@@ -6,10 +6,10 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from published_files import served, with_bookkeeping, without_counters
 from safetensors.torch import save_file
 from torch import Tensor
 
+from published_files import served, with_bookkeeping, without_counters
 from semseg.build import build_net, imagenet_weights
 from semseg.checkpoint import SavedNetwork, load_weights
 from semseg.config import DownloadConfig, ModelConfig, check

@@ -217,8 +217,8 @@ class RankSequence(Sequence[SubBatch]):
         num_steps: length; `sys.maxsize` for an endless stream.
 
     >>> plan = TrainPlan([Size(3, 4)], seed=0, batch_size=1, short_edges=[300])
-    >>> [item.number for item in RankSequence(plan, rank=1, world_size=4, start=10, num_steps=3)]
-    [41, 45, 49]
+    >>> tuple(item.number for item in RankSequence(plan, rank=1, world_size=4, start=10, num_steps=3))
+    (41, 45, 49)
     """
 
     def __init__(self, plan: TrainPlan, *, rank: int, world_size: int, start: int, num_steps: int) -> None:

@@ -42,7 +42,7 @@ from semseg.doctor import (
 )
 from semseg.draw import percent
 from semseg.errors import DataError
-from semseg.files import replacing, script
+from semseg.files import program, replacing
 from semseg.memory import step_memory
 
 PLANNED = 500  # sub-batches whose padding is counted
@@ -181,7 +181,7 @@ def command(overrides: Sequence[str], suggestions: dict[str, str]) -> str:
     """The command to train with all suggestions."""
     given = [word for word in overrides if not word.startswith(("mode=", "check.", "run_dir="))]
     kept = [word for word in given if word.partition("=")[0].lstrip("+~") not in suggestions]
-    return shlex.join(["python", script().name, *kept, *(f"{key}={value}" for key, value in suggestions.items())])
+    return shlex.join([*program().split(), *kept, *(f"{key}={value}" for key, value in suggestions.items())])
 
 
 def write_files(folder: Path, checked: Checked) -> list[Path]:

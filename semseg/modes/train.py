@@ -28,7 +28,7 @@ from semseg.data.overlap import overlap
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, DataError
-from semseg.files import from_here, script
+from semseg.files import from_here, program
 from semseg.jobs import Result, read_result, write_result
 from semseg.lit_module import SegmentationModule
 from semseg.loggers import log_settings
@@ -294,7 +294,6 @@ def last_lines(config: Config, overrides: list[str], checkpoint: Path, score: fl
     """Where everything is, and the exact commands to go on."""
     run_dir, ckpt = (shlex.quote(str(from_here(path))) for path in (Path(config.run_dir), checkpoint))
     again = command_to_go_on(config, overrides, f"trainer.max_epochs={2 * config.trainer.max_epochs}")
-    program = f"python {script().name}"
     lines = [] if score is None else [f"best mean IoU   {score:.4f} on the validation images"]
     if torch.cuda.is_available():
         lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
@@ -302,8 +301,8 @@ def last_lines(config: Config, overrides: list[str], checkpoint: Path, score: fl
     lines += [f"{mode:15} {run_dir}/{mode}" for mode in config.after_training]
     return [
         *lines,
-        f"to evaluate     {program} mode=eval ckpt={ckpt}",
-        f"to predict      {program} mode=predict ckpt={ckpt} input=<image or folder>",
+        f"to evaluate     {program()} mode=eval ckpt={ckpt}",
+        f"to predict      {program()} mode=predict ckpt={ckpt} input=<image or folder>",
         f"to train on     {again}",
     ]
 
@@ -313,4 +312,4 @@ def command_to_go_on(config: Config, overrides: list[str], *further: str) -> str
     last = [f"run_dir={from_here(Path(config.run_dir))}", "resume=auto", *further]
     replaced = {word.partition("=")[0] for word in last}
     kept = [word for word in overrides if word.partition("=")[0] not in replaced]
-    return " ".join([f"python {script().name}", *map(shlex.quote, [*kept, *last])])
+    return " ".join([program(), *map(shlex.quote, [*kept, *last])])

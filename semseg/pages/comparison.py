@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from semseg.errors import ConfigError, DataError
-from semseg.files import script
+from semseg.files import program
 
 HEADLINES = {
     "mean_iou": "mean IoU",
@@ -93,7 +93,7 @@ def find_evaluation(folder: str) -> Path:
             return place
     raise ConfigError(
         f"runs: {folder} holds no evaluation (neither metrics.json nor eval/metrics.json). "
-        f"Make one: python {script().name} mode=eval ckpt={folder}"
+        f"Make one: {program()} mode=eval ckpt={folder}"
     )
 
 

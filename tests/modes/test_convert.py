@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from published_files import served, write_files
 from safetensors.torch import load_file
 
 from command_line import run
+from published_files import served, write_files
 from semseg.checkpoint import load_weights, read_checkpoint, write_ckpt, write_safetensors
 from semseg.modes.convert import write_published
 

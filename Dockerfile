@@ -1,0 +1,21 @@
+# docker build -t semseg . && docker run --rm --gpus all --shm-size=8g semseg mode=doctor
+# The wheels of torch bring the CUDA libraries: the host needs a driver and the NVIDIA container toolkit, or no GPU at all.
+FROM python:3.11-slim
+
+# What OpenCV's wheel links to and a slim system lacks.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends libgl1 libglib2.0-0 \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /work
+COPY pyproject.toml constraints.txt README.md LICENSE run.py ./
+COPY configs configs
+COPY semseg semseg
+RUN pip install --no-cache-dir --constraint constraints.txt --editable ".[tb,timm,demo,export]"
+
+# Data and runs are mounted at /work/data and /work/runs. Workers hand images over in shared memory, of which a container
+# has 64 MB unless it is started with --shm-size.
+VOLUME ["/work/data", "/work/runs"]
+EXPOSE 8000
+ENTRYPOINT ["python", "run.py"]
+CMD ["mode=doctor"]
