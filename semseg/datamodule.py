@@ -6,6 +6,7 @@ import itertools
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from semseg.collate import Batch
@@ -26,11 +27,14 @@ from semseg.data.plan import RankSequence, TrainPlan
 from semseg.data.scan import repeat_factors, scan
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
+from semseg.machine import free_shared_memory
 from semseg.nets.segmenter import Segmenter
 from semseg.stopping import leave_signals_to_the_parent
 
 Item = TypeVar("Item")
 LOOK_S = 2.0  # seconds
+TELL_S = 60.0  # seconds without an item, after which it is told what is waited for
+AHEAD = 2  # sub-batches that every worker keeps ready, DataLoader's prefetch_factor
 
 
 class WatchedLoader(DataLoader[Item]):
@@ -52,7 +56,7 @@ class WatchedLoader(DataLoader[Item]):
         stream = super().__iter__()
         for number in itertools.count():
             try:
-                item = self._next(stream)
+                item = self._next(stream, number)
             except StopIteration:
                 return
             except RuntimeError as error:
@@ -65,13 +69,13 @@ class WatchedLoader(DataLoader[Item]):
                 ) from error
             yield item
 
-    def _next(self, stream: Iterator[Item]) -> Item:
+    def _next(self, stream: Iterator[Item], number: int) -> Item:
         """The next item.
 
         Raises:
             RuntimeError: "DataLoader ..." if a worker is dead, or the patience is over.
         """
-        started = time.monotonic()
+        started, is_told = time.monotonic(), False
         while True:
             try:
                 return next(stream)
@@ -79,6 +83,10 @@ class WatchedLoader(DataLoader[Item]):
                 waited = time.monotonic() - started
                 if not str(error).startswith("DataLoader timed out") or waited > self.patience_s:
                     raise
+                if waited > TELL_S and not is_told:
+                    is_told = True
+                    images = ", ".join(self._images_of(number))
+                    warnings.warn(f"waiting for {images} since {waited:.0f} s. Is the disk slow?", stacklevel=1)
 
 
 class SubBatchLoader:
@@ -210,11 +218,30 @@ class SegmentationData(pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
             steps=data.steps_per_epoch or plan.steps_in_pass(world_size),
-            num_workers=data.num_workers,
+            num_workers=self.num_workers(),
             patience_s=data.worker_timeout_s,
         )
         self._train_loader.position = self._position
         return self._train_loader
+
+    def num_workers(self) -> int:
+        """data.num_workers; 0 where the shared memory cannot hold what those of this machine's ranks keep ready.
+
+        A worker that runs out of it is killed without a word.
+        """
+        wanted, free = self.config.data.num_workers, free_shared_memory()
+        if not wanted or free is None:
+            return wanted
+        batch = self.largest_batch()
+        ranks = 1 if self.trainer is None else self.trainer.num_devices
+        needed = AHEAD * wanted * ranks * (batch.image.nbytes + batch.label.nbytes)
+        if needed <= free:
+            return wanted
+        rank_zero_warn(
+            f"{wanted} workers may need {needed / 2**20:.0f} MiB of shared memory, {free / 2**20:.0f} are free: images "
+            "are read without workers. More memory (docker run --shm-size=8g) or fewer data.num_workers are faster."
+        )
+        return 0
 
     def prepare_data(self) -> None:
         """On one rank: what `repeats` needs to know of the masks is put into the cache."""

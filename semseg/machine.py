@@ -117,13 +117,18 @@ def devices() -> Finding:
 
 def shared_memory(num_workers: int) -> Finding:
     """Workers of the loader hand over images in shared memory, of which containers have little."""
-    if not SHARED_MEMORY.is_dir():
+    free = free_shared_memory()
+    if free is None:
         return Finding(OK, "shared memory", "is not a folder on this system")
-    free = shutil.disk_usage(SHARED_MEMORY).free
     if num_workers and free < LITTLE_SHARED_MEMORY:
         way = "docker run --shm-size=8g, or data.num_workers=0"
         return Finding(WARNING, "shared memory", f"{in_gigabytes(free)} free in {SHARED_MEMORY}: {way}")
     return Finding(OK, "shared memory", f"{in_gigabytes(free)} free")
+
+
+def free_shared_memory() -> int | None:
+    """Bytes; None where it is no folder."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
 
 
 def disk(runs_dir: Path) -> Finding:

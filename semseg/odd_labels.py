@@ -16,6 +16,7 @@ from semseg.data.classes import ClassTable
 
 MOSTLY_IGNORED = 0.9  # share of the pixels of training images
 NEARLY_ALL = 0.99  # share of the predicted pixels
+TOO_GOOD = 0.999  # accuracy of training in the first epoch
 SHOWN = 8  # names in a warning
 
 
@@ -25,6 +26,7 @@ class WarnOfOddLabels(Callback):
     def __init__(self, classes: ClassTable) -> None:
         self.classes = classes
         self.counts: Tensor | None = None  # (K + 1) pixels; the last place: not scored, padding aside
+        self.accuracies: list[Tensor] = []  # of every step
         self.is_done = False
 
     def on_train_batch_end(
@@ -33,6 +35,7 @@ class WarnOfOddLabels(Callback):
         if not self.is_done:
             counts = pixel_counts(batch, self.classes.num_classes)
             self.counts = counts if self.counts is None else self.counts + counts
+            self.accuracies += [value for name, value in trainer.callback_metrics.items() if name == "train/accuracy"]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.is_done or self.counts is None:
@@ -42,6 +45,12 @@ class WarnOfOddLabels(Callback):
         assert isinstance(counts, Tensor)
         for told in odd_labels(counts.tolist(), self.classes.names):
             rank_zero_warn(told)
+        accuracy = float(torch.stack(self.accuracies).mean()) if self.accuracies else 0.0
+        if accuracy > TOO_GOOD:
+            rank_zero_warn(
+                f"the training accuracy of this epoch is {accuracy:.2%}, which is too good to be true of a first one: "
+                "are the labels what they should be? mode=check shows them."
+            )
 
 
 def pixel_counts(batch: Batch, num_classes: int) -> Tensor:

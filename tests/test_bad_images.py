@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from in_process import TINY_RUN, configured, fit
-from semseg import bad_images
+from semseg import bad_images, datamodule
 from semseg.bad_images import check_share
 from semseg.config import Config
 from semseg.data.datasets import EvalDataset, TrainDataset
@@ -191,6 +191,28 @@ def test_c17_a_worker_that_dies_or_hangs_is_told_with_the_image_in_its_hands(
     with pytest.raises(DataError, match=rf"waiting for 2\.jpg: .*({said})"):
         found.extend(iter(loader))
     assert time.monotonic() - started < 20
+
+
+def test_c17_a_long_wait_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datamodule, "TELL_S", 0.5)
+    loader = WatchedLoader(Trouble(kills=False), lambda number: [f"{number}.jpg"], 5.0, batch_size=None, num_workers=1)
+    with pytest.warns(UserWarning, match=r"waiting for 2\.jpg since \d s") as told, pytest.raises(DataError):
+        list(loader)
+    assert sum("since" in str(one.message) for one in told) == 1
+
+
+def test_c17_without_the_shared_memory_that_workers_need_there_are_none(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_words(drawn, tmp_path, "data.num_workers=2")
+    data = SegmentationData(DataSource(config.data), config, build_segmenter("resnet18", "c1", 8))
+    batch = data.largest_batch()
+    needed = 2 * 2 * (batch.image.nbytes + batch.label.nbytes)  # two workers, two sub-batches each
+    monkeypatch.setattr(datamodule, "free_shared_memory", lambda: needed)
+    assert data.train_dataloader().num_workers == 2
+    monkeypatch.setattr(datamodule, "free_shared_memory", lambda: needed - 1)
+    with pytest.warns(UserWarning, match="images are read without workers.*--shm-size"):
+        assert data.train_dataloader().num_workers == 0
 
 
 def test_c17_training_and_evaluation_watch_their_workers(drawn: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class Place:
     """What SegmentationData asks of a Trainer."""
 
     def __init__(self, global_rank: int, world_size: int) -> None:
-        self.global_rank, self.world_size = global_rank, world_size
+        self.global_rank, self.world_size, self.num_devices = global_rank, world_size, world_size
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from in_process import TINY_RUN, configured, fit
+from semseg import odd_labels as module
 from semseg.collate import Batch
 from semseg.odd_labels import odd_labels, odd_predictions, pixel_counts
 
@@ -44,3 +45,17 @@ def test_a_run_warns_of_labels_that_are_nearly_all_ignored(tmp_path: Path) -> No
     ids = [f"{65000 + index}:{index}" for index in range(11)] + [f"{raw_id}:null" for raw_id in range(1, 12)]
     with pytest.warns(UserWarning, match="100.0% of the pixels of this epoch are ignored"):
         fit(configured(*scenes, *TINY_RUN, *length, f"data.map={{{','.join(ids)}}}"))
+
+
+def test_a_first_epoch_that_is_too_good_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = ["data=scenes", f"data.root={tmp_path / 'scenes'}", "data.make.num_train=4", "data.make.num_val=2"]
+    length = ["data.steps_per_epoch=2", "trainer.max_epochs=1"]
+
+    def warnings_of(name: str) -> list[str]:
+        with pytest.warns(UserWarning) as told:
+            fit(configured(*scenes, *TINY_RUN, *length, f"run_dir={tmp_path / name}"))
+        return [str(one.message) for one in told if "too good to be true" in str(one.message)]
+
+    assert warnings_of("honest") == []
+    monkeypatch.setattr(module, "TOO_GOOD", -1.0)
+    assert len(warnings_of("too_good")) == 1
