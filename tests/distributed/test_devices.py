@@ -51,7 +51,7 @@ def checkpoint(folder: Path) -> Path:
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [3, pytest.param(2, marks=pytest.mark.long)])
 def test_c16_evaluation_counts_every_image_once_on_any_number_of_ranks(
     run: Run, folder: Path, checkpoint: Path, devices: int
 ) -> None:
@@ -69,6 +69,7 @@ def test_c16_evaluation_counts_every_image_once_on_any_number_of_ranks(
     assert alone["classes"] == together["classes"]
 
 
+@pytest.mark.long
 def test_torchrun_on_one_node(run: Run, folder: Path) -> None:
     run(*TINY, "trainer.devices=2", "runs_dir=torchrun", launcher=(*TORCHRUN, "--standalone", "--nproc-per-node=2"))
     assert len(list((folder / "torchrun").iterdir())) == 1
@@ -151,7 +152,7 @@ def wait_for_steps(run_dir: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_e1_a_rank_that_is_killed_ends_the_job_and_is_named(start: Start, folder: Path, rank: int) -> None:
     number, run_dir = signal.SIGKILL, f"killed_{rank}"
     job = start(*TINY, *LONG, f"run_dir={run_dir}", "trainer.log_every_n_steps=1")
