@@ -4,6 +4,7 @@
 # make check   formatting, lint and types
 # make docs    the documentation as a site, in site/; a broken link fails it
 # make wheel   what is published, in dist/
+# make bench   every benchmark of the CPU, other libraries in the same run where they install (a quarter of an hour)
 # make audit   ask for known vulnerabilities of the versions in constraints.txt
 # make lock    write constraints.txt from what is installed, extras included
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 # Processes with one thread each: the tests start many small programs that keep one core busy.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo demo-published install test test-fast test-long check format docs wheel audit lock clean
+.PHONY: demo demo-published install test test-fast test-long check format docs wheel bench audit lock clean
 
 demo: install
 	$(BIN)/python run.py experiment=quickstart
@@ -43,6 +44,15 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/zensical build --strict --clean
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/training_step.py --model resnet50_dilated8_ppm_deepsup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/evaluation.py --model resnet18_dilated8_ppm_deepsup
+	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/startup.py
 
 wheel:
 	$(PYTHON) -m venv $(VENV)/build

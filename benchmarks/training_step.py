@@ -103,16 +103,18 @@ def build_ours(model: str) -> nn.Module:
     return build_segmenter(encoder, decoder, NUM_CLASSES).train()
 
 
-def segmentation_models_pytorch(options: argparse.Namespace) -> Step:
+def segmentation_models_pytorch(options: argparse.Namespace, *, compiled: bool = False) -> Step:
     import segmentation_models_pytorch as smp
 
     net = smp.UPerNet("resnet50", encoder_weights=None, decoder_channels=512, classes=NUM_CLASSES).train()
     image, label = batch(options, 1)
     net = net.to(options.device)
+    if compiled:
+        net.compile(dynamic=True)
     return stepping(net, lambda: F.cross_entropy(net(image), label, ignore_index=-1), options)
 
 
-def transformers(options: argparse.Namespace) -> Step:
+def transformers(options: argparse.Namespace, *, compiled: bool = False) -> Step:
     from transformers import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
 
     stages = ["stage1", "stage2", "stage3", "stage4"]
@@ -125,6 +127,8 @@ def transformers(options: argparse.Namespace) -> Step:
     )
     net = UperNetForSemanticSegmentation(config).train().to(options.device)
     image, label = batch(options, 1)
+    if compiled:
+        net.compile(dynamic=True)
     return stepping(net, lambda: net(pixel_values=image, labels=label).loss, options)
 
 

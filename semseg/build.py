@@ -217,6 +217,7 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
             # Every rank has its own sub-batches: see SegmentationData.
             use_distributed_sampler=False,
             enable_model_summary=False,
+            enable_checkpointing=config.mode == "train",
         )
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error

@@ -22,7 +22,8 @@ from semseg.secrets import refusal, secret_in
 
 TELLING_MODES = ("models", "data", "doctor")  # that print something and leave no folder
 MODES = (
-    "train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export", "check", *TELLING_MODES,
+    "train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export", "check", "bench",
+    *TELLING_MODES,
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
@@ -343,6 +344,15 @@ class CheckConfig:
 
 
 @dataclass
+class BenchConfig:
+    """What mode=bench times."""
+
+    warmup: int = number(3, low=0)  # steps that are not counted
+    steps: int = number(20, low=1)
+    images: int = number(10, low=1)  # of eval.split, per device
+
+
+@dataclass
 class DownloadConfig:
     """How files are fetched, and where they are kept."""
 
@@ -387,6 +397,7 @@ class Config:
     serve: ServeConfig = field(default_factory=ServeConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     logger: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)

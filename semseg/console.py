@@ -28,7 +28,7 @@ from semseg.lit_module import SegmentationModule
 from semseg.metrics import Scores
 
 WEAKEST = 5  # classes named after every validation
-OTHER_MODES = ("predict", "serve", "export", "check", "download")  # sections that training does not read
+OTHER_MODES = ("predict", "serve", "export", "check", "bench", "download")  # sections that training does not read
 
 
 def config_tree(config: Config, overrides: Sequence[str]) -> Tree:
