@@ -40,6 +40,7 @@ from semseg.nets.registry import build_segmenter
 ROW = "{:<58}{:>12}{:>12}{:>12}"
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 SIZES = [(320, 416), (384, 512), (448, 608), (512, 672), (608, 800), (416, 320), (512, 384), (608, 448)]
+TRAINING = 0.6  # of the minutes
 HERE = Path(__file__).resolve().parent
 
 
@@ -57,13 +58,17 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--minutes", type=float, default=7.5, help="after which nothing new is begun")
     parser.add_argument("--small", action="store_true", help="small images, for trying the program")
+    parser.add_argument("--parts", nargs="+", choices=[part.__name__ for part in PARTS], help="all")
     options = parser.parse_args()
     options.height, options.width = (64, 96) if options.small else (448, 608)
     options.end = time.monotonic() + 60 * options.minutes
+    options.end_of_training = time.monotonic() + TRAINING * 60 * options.minutes
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {options.height} x {options.width} pixels")
     peaks = matrix_products(options)
-    for part in (training, changing_sizes, largest_network, inference, whole):
+    for part in PARTS:
+        if options.parts and part.__name__ not in options.parts:
+            continue
         if time.monotonic() > options.end:
             print(f"\n{part.__name__}: left out, the time is over")
             continue
@@ -104,7 +109,7 @@ def training(options: argparse.Namespace, peaks: dict[str, float]) -> None:
     """Training: forward, loss, backward, SGD step."""
     print(ROW.format("", "images/s", "peak MB", "of the peak"))
     for way in dict.fromkeys(ways()):
-        if time.monotonic() > options.end:
+        if time.monotonic() > options.end_of_training:
             print(f"{in_words(way)}: left out, the time is over")
             continue
         try:
@@ -264,6 +269,8 @@ def set_precision(precision: str) -> None:
 def in_words(way: Way) -> str:
     return f"{way.model}, {way.images} images, {way.precision}, {way.layout}"
 
+
+PARTS = (training, changing_sizes, largest_network, inference, whole)
 
 if __name__ == "__main__":
     main()
