@@ -195,7 +195,7 @@ def test_c17_a_worker_that_dies_or_hangs_is_told_with_the_image_in_its_hands(
 
 def test_c17_a_long_wait_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datamodule, "TELL_S", 0.5)
-    loader = WatchedLoader(Trouble(kills=False), lambda number: [f"{number}.jpg"], 5.0, batch_size=None, num_workers=1)
+    loader = WatchedLoader(Trouble(kills=False), lambda number: [f"{number}.jpg"], 2.5, batch_size=None, num_workers=1)
     with pytest.warns(UserWarning, match=r"waiting for 2\.jpg since \d s") as told, pytest.raises(DataError):
         list(loader)
     assert sum("since" in str(one.message) for one in told) == 1

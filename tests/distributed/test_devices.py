@@ -51,7 +51,7 @@ def checkpoint(folder: Path) -> Path:
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("devices", [3, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("devices", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_c16_evaluation_counts_every_image_once_on_any_number_of_ranks(
     run: Run, folder: Path, checkpoint: Path, devices: int
 ) -> None:

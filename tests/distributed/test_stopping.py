@@ -52,7 +52,9 @@ def test_e2_e3_one_process_stops_with_a_checkpoint(
     assert shlex.split(command)[-2:] == [f"run_dir={run_dir.name}", "resume=auto"]
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(
+    ("number", "rank"), [(signal.SIGTERM, 1), pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.long)]
+)
 def test_e2_e5_a_signal_to_any_rank_stops_all_of_them_at_the_same_step(
     start: Start, folder: Path, number: signal.Signals, rank: int
 ) -> None:
