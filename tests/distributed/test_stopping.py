@@ -40,7 +40,9 @@ def assert_stopped(job: subprocess.Popen[str], run_dir: Path, name: str, code: i
     return told[2]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
 def test_e2_e3_one_process_stops_with_a_checkpoint(
     start: Start, folder: Path, number: signal.Signals, code: int
 ) -> None:
