@@ -36,7 +36,7 @@ def config_tree(config: Config, overrides: Sequence[str]) -> Tree:
 
     Args:
         config: of the run.
-        overrides: the words of the command line; those that choose a file of a group stand at the end.
+        overrides: the words of the command line, which stand at the end.
     """
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     sections: dict[str, dict[str, Any]] = {"": {}}
@@ -77,11 +77,8 @@ class TimeLeft:
     """How long a run still takes at the speed it has had since it was started, validations included."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
-        self._since, self._first, self._total = (
-            time.monotonic(),
-            trainer.global_step,
-            trainer.estimated_stepping_batches,
-        )
+        self._since, self._first = time.monotonic(), trainer.global_step
+        self._total = trainer.estimated_stepping_batches
 
     def words(self, trainer: pl.Trainer) -> str:
         """Hours, minutes and seconds, "0:04:10"; "-:--:--" where nothing is known yet, or the run has no end."""

@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from semseg.build import build_net, build_trainer, without_weights
+from semseg.build import accelerator, build_net, build_trainer, without_weights
 from semseg.collate import Batch
 from semseg.config import BenchConfig, Config
 from semseg.data.sources import DataSource
@@ -150,8 +150,7 @@ def time_steps(trainer: pl.Trainer, module: SegmentationModule, data: Segmentati
     trainer.fit(module, datamodule=data)
     waiting, step = statistics.median(clock.waited), statistics.median(clock.stepped)
     images = config.data.batch_size * trainer.world_size
-    on_gpu = torch.cuda.is_available()
-    memory = torch.cuda.max_memory_allocated() if on_gpu else peak_of_process()
+    memory = torch.cuda.max_memory_allocated() if accelerator(config) == "gpu" else peak_of_process()
     return Stepping(images / (waiting + step), step, waiting, memory)
 
 
@@ -206,7 +205,7 @@ def keys_of_reading(config: Config, loading: Loading, needed: float, world_size:
 
 def keys_of_network(config: Config, stepping: Stepping) -> list[str]:
     """Settings that make a step shorter, or more of it."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = accelerator(config) == "gpu"
     keys = []
     if on_gpu and config.trainer.precision.startswith("32"):
         keys.append("trainer.precision=bf16-mixed")
