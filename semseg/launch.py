@@ -82,8 +82,9 @@ for chatty in (
     "pytorch_lightning.trainer.connectors.checkpoint_connector",
 ):
     logging.getLogger(chatty).setLevel(logging.WARNING)
-# Its own use of a torch function that changes, and layers that freeze_bn put into eval mode: nothing to act on.
-for harmless in (r".*LeafSpec.*", r"Found \d+ module\(s\) in eval mode"):
+# Its own use of a torch function that changes, layers that freeze_bn put into eval mode, and scores that are the same
+# on every rank already: nothing to act on.
+for harmless in (r".*LeafSpec.*", r"Found \d+ module\(s\) in eval mode", r"It is recommended to use `self\.log\('val/"):
     warnings.filterwarnings("ignore", message=harmless)
 
 
