@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from semseg.data.classes import ClassTable
@@ -73,20 +74,9 @@ def make_scenes(root: str | Path, *, num_train: int = 320, num_val: int = 60, se
     if _holds(root, manifest):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        _write_split(draft, "training", num_train, seed, stream=0)
-        _write_split(draft, "validation", num_val, seed, stream=1)
-        rows = (
-            f"{index},{name},{red},{green},{blue}\n"
-            for index, (name, (red, green, blue)) in enumerate(zip(*SCENE_CLASSES, strict=True), start=1)
-        )
-        (draft / "classes.csv").write_text("index,name,R,G,B\n" + "".join(rows))
-        (draft / MANIFEST).write_text(json.dumps(manifest) + "\n")
-        draft.chmod(0o755)
-        _put_in_place(draft, root, manifest)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with FileLock(root.with_name(f".{root.name}.lock")):
+        if not _holds(root, manifest):  # else another rank or run has drawn it meanwhile
+            _draw(root, manifest)
     return root
 
 
@@ -103,16 +93,26 @@ def _holds(root: Path, manifest: dict[str, str | int]) -> bool:
     return found == manifest
 
 
-def _put_in_place(draft: Path, root: Path, manifest: dict[str, str | int]) -> None:
-    if root.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{root.name}-old-", dir=root.parent))
-        root.replace(old)
-        shutil.rmtree(old, ignore_errors=True)
+def _draw(root: Path, manifest: dict[str, str | int]) -> None:
+    seed, num_train, num_val = (int(manifest[key]) for key in ("seed", "train", "val"))
+    draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
+        _write_split(draft, "training", num_train, seed, stream=0)
+        _write_split(draft, "validation", num_val, seed, stream=1)
+        rows = (
+            f"{index},{name},{red},{green},{blue}\n"
+            for index, (name, (red, green, blue)) in enumerate(zip(*SCENE_CLASSES, strict=True), start=1)
+        )
+        (draft / "classes.csv").write_text("index,name,R,G,B\n" + "".join(rows))
+        (draft / MANIFEST).write_text(json.dumps(manifest) + "\n")
+        draft.chmod(0o755)
+        if root.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{root.name}-old-", dir=root.parent))
+            root.replace(old)
+            shutil.rmtree(old, ignore_errors=True)
         draft.replace(root)
-    except OSError:
-        if not _holds(root, manifest):  # else another process was faster with the same
-            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _write_split(folder: Path, split: str, count: int, seed: int, *, stream: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -48,7 +50,7 @@ def test_the_files_are_ade20ks_layout(root: Path) -> None:
             assert str(record.label).startswith(f"{root}/annotations/{split}/")
             assert read_pair(record, LabelMap(SCENE_CLASSES.num_classes)).label is not None
     assert ClassTable.from_csv(root / "classes.csv") == SCENE_CLASSES
-    assert not [path for path in root.parent.iterdir() if path != root]  # no draft is left
+    assert [path.name for path in root.parent.glob(".*")] == [".scenes.lock"]  # the draft is gone
 
 
 def test_labels_on_disk_are_exact_and_images_nearly(root: Path) -> None:
@@ -72,6 +74,21 @@ def test_what_is_there_is_not_made_again(root: Path, monkeypatch: pytest.MonkeyP
     assert make_scenes(root, num_train=12, num_val=4, seed=304) == root
 
 
+def test_of_several_that_want_it_at_once_one_draws_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_seeds = []
+    draw = scenes.draw_scene
+
+    def slowly(rng: np.random.Generator) -> Scene:
+        drawn_seeds.append(rng)
+        time.sleep(0.02)
+        return draw(rng)
+
+    monkeypatch.setattr(scenes, "draw_scene", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: make_scenes(tmp_path / "scenes", num_train=3, num_val=1), range(4)))
+    assert len(drawn_seeds) == 4
+
+
 def test_other_numbers_replace_it(tmp_path: Path) -> None:
     for num_train in (3, 2):
         make_scenes(tmp_path / "scenes", num_train=num_train, num_val=1)
@@ -85,7 +102,7 @@ def test_an_interrupted_making_leaves_nothing_that_looks_whole(tmp_path: Path, m
     monkeypatch.setattr(scenes, "draw_scene", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_scenes(tmp_path / "scenes", num_train=2, num_val=1)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".scenes.lock"]
     monkeypatch.undo()
     (tmp_path / "scenes").mkdir()  # an empty folder is in nobody's way
     assert (make_scenes(tmp_path / "scenes", num_train=2, num_val=1) / scenes.MANIFEST).exists()

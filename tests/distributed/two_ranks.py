@@ -115,7 +115,8 @@ def end_with_little_memory(root: str, folder: Path) -> dict[str, Any]:
 
 
 def run_of(words: list[str], root: str, run_dir: Path) -> Config:
-    return configured("data=scenes", *words, f"data.root={root}", f"run_dir={run_dir}")
+    drawn = ["data=scenes", "data.make.num_train=5", "data.make.num_val=2"]
+    return configured(*drawn, *words, f"data.root={root}", f"run_dir={run_dir}")
 
 
 def stop_and_go_on(rank: int, world: int, *, root: str, folder: str) -> dict[str, Any]:
