@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +47,17 @@ def test_ignored_pixels_stay_ignored() -> None:
 def test_a_batch_can_be_pinned_and_moved_as_a_named_tuple() -> None:
     assert issubclass(Batch, tuple)
     assert Batch._fields == ("image", "label", "size", "paths", "bad")
+
+
+def test_a_batch_comes_out_of_another_process_as_it_was() -> None:
+    batch = collate([sample(30, 40, 4, 7), sample(9, 13, 4, 9)], 8, 4)._replace(bad=("what is wrong",))
+    handed_over = pickle.loads(ForkingPickler.dumps(batch))
+    assert type(handed_over) is Batch
+    for name in ("image", "label", "size"):
+        before, after = getattr(batch, name), getattr(handed_over, name)
+        assert torch.equal(after, before)
+        assert after.dtype == before.dtype
+    assert (handed_over.paths, handed_over.bad) == (batch.paths, batch.bad)
 
 
 def test_a_label_stride_that_does_not_divide_is_refused() -> None:

@@ -5,8 +5,9 @@ TrainDataset is asked for a whole sub-batch, EvalDataset for one image at every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -166,6 +167,23 @@ class EvalSample(NamedTuple):
     path: str
     index: int  # pyright: ignore[reportIncompatibleMethodOverride] - in the list of records; hides tuple.index
     bad: str = ""  # what is wrong with an image that is left out; then there are no scales, and the label is (0, 0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How a worker hands it over: all pixels as one tensor, for the reason that `Batch` has."""
+        label = self.label.to(torch.int16).view(torch.uint8)
+        pixels = torch.cat([part.flatten() for part in (label, *self.scales)])
+        sizes = [tuple(part.shape) for part in self.scales]
+        return _handed_over, (pixels, tuple(self.label.shape), sizes, self.size.tolist(), *self[3:])
+
+
+def _handed_over(
+    pixels: Tensor, label_size: tuple[int, ...], sizes: list[tuple[int, ...]], original: list[int], *rest: Any
+) -> EvalSample:
+    begin = math.prod(label_size) * torch.int16.itemsize
+    label = pixels[:begin].view(torch.int16).view(label_size).long()
+    parts = pixels[begin:].split([math.prod(size) for size in sizes])
+    scales = [part.view(size) for part, size in zip(parts, sizes, strict=True)]
+    return EvalSample(scales, label, torch.tensor(original), *rest)
 
 
 class EvalDataset(Dataset[EvalSample]):

@@ -152,10 +152,13 @@ def test_batches_are_bit_identical_for_spawned_workers() -> None:
     assert_equal(loaded(0, num_steps=2), loaded(1, num_steps=2, context="spawn"))
 
 
-def test_an_evaluation_sample_has_every_scale_and_the_label_at_full_size() -> None:
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_evaluation_sample_has_every_scale_and_the_label_at_full_size(num_workers: int) -> None:
     dataset = eval_set(LABEL_MAP, [300, 450], antialias=True)
     assert len(dataset) == 6
-    sample = next(iter(DataLoader(dataset, batch_size=None)))
+    sample = next(iter(DataLoader(dataset, batch_size=None, num_workers=num_workers)))
+    assert all(torch.equal(*scales) for scales in zip(sample.scales, dataset[0].scales, strict=True))
+    assert torch.equal(sample.label, dataset[0].label)
     assert [tuple(scale.shape) for scale in sample.scales] == [(3, 304, 400), (3, 456, 600)]
     assert all(scale.dtype == torch.uint8 for scale in sample.scales)
     assert sample.label.shape == (512, 683)
@@ -164,8 +167,10 @@ def test_an_evaluation_sample_has_every_scale_and_the_label_at_full_size() -> No
     assert (sample.path, sample.index) == (RECORDS[0].image, 0)
 
 
-def test_prediction_needs_no_label() -> None:
-    sample = eval_set(None, [300], antialias=True)[1]
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_prediction_needs_no_label(num_workers: int) -> None:
+    loader = DataLoader(eval_set(None, [300], antialias=True), batch_size=None, num_workers=num_workers, sampler=[1])
+    sample = next(iter(loader))
     assert sample.label.shape == (0, 0)
     assert sample.size.tolist() == [1000, 300]
 
