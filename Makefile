@@ -52,6 +52,7 @@ bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/evaluation.py --model resnet18_dilated8_ppm_deepsup
 	$(BIN)/python benchmarks/evaluation.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/winograd.py
 	$(BIN)/python benchmarks/startup.py
 
 wheel:

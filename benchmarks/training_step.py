@@ -10,8 +10,9 @@ contender lives in a process of its own and they take turns, one step each, so t
 on all of them. Wall time and the processor's time are medians; memory is the peak above that of the process with the
 network built (on CUDA: the allocator's peak).
 
-"plain" is our network with its maps joined before a convolution, as papers draw it, where ours convolves coarse maps
-before they are upsampled. That both give the same logits and gradients is asserted first.
+"plain" is our network with its maps joined before a convolution, as papers draw it, and that convolution direct, where
+ours convolves coarse maps before they are upsampled and, on the CPU, goes Winograd's way; "direct" is ours without the
+latter. That ours and plain give the same logits and gradients is asserted first.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from semseg.losses import segmentation_loss
 from semseg.nets import ppm, upernet
 from semseg.nets.blocks import resize
 from semseg.nets.registry import build_segmenter
+from semseg.nets.segmenter import Segmenter
 
 NUM_CLASSES = 150
 ROW = "{:<34}{:>10}{:>10}{:>12}{:>14}"
@@ -76,8 +78,16 @@ def main() -> None:
 # ---- the contenders
 
 
-def ours(options: argparse.Namespace, model: str, *, channels_last: bool = False, compiled: bool = False) -> Step:
+def ours(
+    options: argparse.Namespace,
+    model: str,
+    *,
+    channels_last: bool = False,
+    compiled: bool = False,
+    winograd: bool = True,
+) -> Step:
     net = build_ours(model).to(options.device)
+    net.winograd = winograd
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     image, label = batch(options, net.label_stride)
@@ -88,7 +98,7 @@ def ours(options: argparse.Namespace, model: str, *, channels_last: bool = False
 
 
 def plain(options: argparse.Namespace, model: str) -> Step:
-    step = ours(options, model)
+    step = ours(options, model, winograd=False)
 
     def with_joined_maps() -> Tensor:
         with joined_maps():
@@ -97,7 +107,7 @@ def plain(options: argparse.Namespace, model: str) -> Step:
     return with_joined_maps
 
 
-def build_ours(model: str) -> nn.Module:
+def build_ours(model: str) -> Segmenter:
     torch.manual_seed(0)
     encoder, decoder = NETWORKS[model]
     return build_segmenter(encoder, decoder, NUM_CLASSES).train()
@@ -140,6 +150,7 @@ MODELS: dict[str, dict[str, tuple[Callable[..., Step], dict[str, Any]]]] = {
     name: {
         "ours": (ours, {"model": name}),
         "ours, channels_last": (ours, {"model": name, "channels_last": True}),
+        "ours, direct": (ours, {"model": name, "winograd": False}),
         "ours, plain": (plain, {"model": name}),
     }
     for name in NETWORKS
@@ -202,10 +213,11 @@ def compare_with_plain(options: argparse.Namespace) -> None:
     found = []
     for form in ("ours", "plain"):
         net = build_ours(options.model).double()
+        net.winograd = form == "ours"
         for layer in net.modules():
             if isinstance(layer, nn.Dropout2d):
                 layer.p = 0.0
-        image, label = batch(small, net.label_stride)  # pyright: ignore[reportArgumentType]
+        image, label = batch(small, net.label_stride)
         with joined_maps() if form == "plain" else torch.enable_grad():
             loss = segmentation_loss(net(image.double()), label).total
         loss.backward()

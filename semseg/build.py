@@ -69,6 +69,7 @@ def build_net(config: ModelConfig, num_classes: int, download: DownloadConfig | 
         load_encoder_weights(net.encoder, Path(weights).expanduser())
     if config.convention != "auto":
         net.convention = CONVENTIONS[config.convention]
+    net.winograd = config.winograd
     return net
 
 

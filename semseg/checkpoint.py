@@ -325,4 +325,4 @@ def inherit(saved: Config, given: Config, overrides: list[str]) -> Config:
 
 
 # How a network is run, not which one it is.
-FREE_MODEL_KEYS = ("model.channels_last", "model.compile")
+FREE_MODEL_KEYS = ("model.channels_last", "model.winograd", "model.compile")

@@ -84,6 +84,7 @@ class ModelConfig:
     size_divisor: int | None = number(None, low=1)  # pixels; null: the network's largest stride
     label_stride: int | None = number(None, low=1)  # pixels; null: the stride of the network's logits
     channels_last: bool = False
+    winograd: bool = True  # on the CPU, eager and in float32: 3 x 3 convolutions by fewer products
     compile: bool = False
 
 
@@ -691,7 +692,12 @@ def _exported_file_problems(config: Config) -> Iterator[str]:
             yield f"{key}={file}: an exported network is for mode={', '.join(RUNS_EXPORTED)}. Give its checkpoint."
     if Path(str(config.ckpt)).suffix.lower() != ONNX:
         return
-    ways = {"model.compile": False, "model.channels_last": False, "trainer.precision": "32-true"}
+    ways = {
+        "model.compile": False,
+        "model.channels_last": False,
+        "model.winograd": True,
+        "trainer.precision": "32-true",
+    }
     given = dict(walk(as_plain(config)))
     for key, default in ways.items():
         if given[key] != default:

@@ -113,7 +113,7 @@ EXACT = ("seed", "model", "data", "augment", "optim", "schedule", "loss", "ema",
 FREE = (
     "data.num_workers", "data.worker_timeout_s", "data.on_bad", "data.max_bad", "data.max_pixels",
     "data.root", "data.hint", "data.test", "data.miou_rule", "data.archive",
-    "model.name", "model.channels_last", "model.compile", "model.encoder.weights",
+    "model.name", "model.channels_last", "model.winograd", "model.compile", "model.encoder.weights",
 )  # fmt: skip
 EXACT_TRAINER = ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.precision")
 

@@ -117,7 +117,10 @@ def add_products(total: Tensor | None, lefts: Tensor, rights: Sequence[Tensor]) 
     """total + the sum of left @ right; left (n, m) for all of a batch, right (B, m, k), total (B, n, k) or none."""
     for left, right in zip(lefts, rights, strict=True):
         for_all = left.expand(len(right), *left.shape)
-        total = torch.bmm(for_all, right) if total is None else torch.baddbmm(total, for_all, right)
+        if total is None:
+            total = torch.bmm(for_all, right)
+        else:  # in place, for which autocast does nothing: a new total each time costs as much as the product
+            total = total.baddbmm_(for_all.to(total.dtype), right.to(total.dtype))
     assert total is not None
     return total
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from semseg.nets.features import Decoder, Encoder, Logits
+from semseg.nets.winograd import use_winograd
 
 
 class Segmenter(nn.Module):
@@ -17,6 +18,7 @@ class Segmenter(nn.Module):
 
     Attributes:
         convention: how pixel values enter it; bound to the weights it has or starts from.
+        winograd: run 3 x 3 convolutions on the CPU the shorter way; see `semseg.nets.winograd`.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, num_classes: int) -> None:
@@ -25,6 +27,7 @@ class Segmenter(nn.Module):
         self.decoder = decoder
         self.num_classes = num_classes
         self.convention = encoder.convention
+        self.winograd = True
 
     @property
     def size_divisor(self) -> int:
@@ -38,4 +41,5 @@ class Segmenter(nn.Module):
 
     def forward(self, image: Tensor) -> Logits:
         """(N, 3, H, W) normalised -> logits, main (N, num_classes, H / label_stride, W / label_stride)."""
-        return self.decoder(self.encoder(image))
+        with use_winograd(self.winograd, image):
+            return self.decoder(self.encoder(image))

@@ -1,0 +1,117 @@
+"""3 x 3 convolutions on the CPU, by Winograd's way and direct, side by side in the same run.
+
+    OMP_NUM_THREADS=1 python benchmarks/winograd.py
+
+Layers of our networks, forward alone and forward and backward, in processor's milliseconds; both ways take turns,
+medians of rounds. Then the error against float64 of both, and of Winograd's way with the points that are usual.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from semseg.nets import winograd
+
+# name, images, channels in and out, height and width of the map, dilation
+LAYERS = {
+    "ResNet-18 stage 2, 1/8 of 456 x 608": (1, 128, 57, 76, 1),
+    "ResNet-18 dilated, stage 3": (1, 256, 57, 76, 2),
+    "ResNet-18 dilated, stage 4": (1, 512, 57, 76, 4),
+    "UPerNet, 1/16": (1, 512, 29, 38, 1),
+    "UPerNet, 1/4": (1, 512, 114, 152, 1),
+    "UPerNet, 1/4, 2 x 256 x 352": (2, 512, 64, 88, 1),
+}
+USUAL_POINTS = (0.0, 1.0, -1.0, 2.0, -2.0)
+ROW = "{:<40}{:>10}{:>10}{:>8}{:>12}{:>10}{:>8}"
+Convolution = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, {options}")
+    print(ROW.format("ms", "forward", "Winograd", "ratio", "and backward", "Winograd", "ratio"))
+    for name, (count, channels, height, width, dilation) in LAYERS.items():
+        image, weight = tensors(count, channels, height, width)
+        ways = [forward, forward_and_backward]
+        times = [compare(way, image, weight, dilation, options.rounds) for way in ways]
+        print(ROW.format(name, *(text for pair in times for text in shown(*pair))))
+    compare_errors()
+
+
+def tensors(count: int, channels: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """What a layer sees: values after a ReLU, weights that keep their variance."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(count, channels, height, width, generator=generator).relu()
+    weight = torch.randn(channels, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
+    return image.contiguous(memory_format=torch.channels_last), weight
+
+
+def direct(image: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    return F.conv2d(image, weight, padding=dilation, dilation=dilation)
+
+
+def shorter(image: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    return winograd.conv2d(image, weight, dilation, dilation)
+
+
+@torch.no_grad()
+def forward(convolution: Convolution, image: Tensor, weight: Tensor, dilation: int) -> None:
+    convolution(image, weight, dilation)
+
+
+def forward_and_backward(convolution: Convolution, image: Tensor, weight: Tensor, dilation: int) -> None:
+    found = convolution(image.requires_grad_(), weight.requires_grad_(), dilation)
+    torch.autograd.grad(found, (image, weight), found.detach())
+
+
+def compare(
+    run: Callable[..., None], image: Tensor, weight: Tensor, dilation: int, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of each round: direct, shorter."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):
+        for convolution, taken in zip((direct, shorter), times, strict=True):
+            start = time.process_time()
+            run(convolution, image, weight, dilation)
+            if number:  # the first warms up
+                taken.append((time.process_time() - start) * 1e3)
+    return times
+
+
+def shown(before: list[float], after: list[float]) -> list[str]:
+    ratio = statistics.median(b / a for a, b in zip(before, after, strict=True))
+    return [f"{statistics.median(before):.1f}", f"{statistics.median(after):.1f}", f"{ratio:.2f}"]
+
+
+@torch.no_grad()
+def compare_errors() -> None:
+    """Root mean square against float64, where values have a standard deviation of about 1."""
+    ours = winograd.TRANSFORMS
+    for channels in (128, 512):
+        image, weight = tensors(1, channels, 57, 76)
+        exact = direct(image.double(), weight.double(), 1)
+        errors = {"direct": rms(direct(image, weight, 1) - exact)}
+        errors["Winograd"] = rms(shorter(image, weight, 1) - exact)
+        winograd.TRANSFORMS = winograd.transforms(USUAL_POINTS)
+        errors[f"Winograd at {USUAL_POINTS}"] = rms(shorter(image, weight, 1) - exact)
+        winograd.TRANSFORMS = ours
+        print(f"error at {channels} channels:", ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+
+
+def rms(difference: Tensor) -> float:
+    return float(difference.square().mean().sqrt())
+
+
+if __name__ == "__main__":
+    main()

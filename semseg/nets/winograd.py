@@ -1,0 +1,265 @@
+"""Stage 5: 3 x 3 convolutions on the CPU with a quarter of the products.
+
+Winograd's minimal filtering as in Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016),
+section 4: an output tile of 4 x 4 takes 36 products a channel instead of 144. Image tiles (6 x 6), kernels and output
+tiles are transformed by small fixed matrices; between them stand 36 matrix products. On a GPU cuDNN does this itself.
+
+The answer is that of the direct convolution but for rounding, and the rounding depends on the points that the
+transforms interpolate at: with 0, 2/3, -2/3, 3/2, -3/2 and infinity the error in float32 is 1.2 times that of the
+direct way at 512 channels, where the usual 0, 1, -1, 2, -2 give 2.6 times; benchmarks/winograd.py measures both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+TILE, KERNEL = 4, 3  # outputs and kernel of one axis
+SIDE = TILE + KERNEL - 1  # inputs of one axis, and points
+POINTS = (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)  # and infinity
+
+# Transformed tiles that exist at once: they fit the cache, and all memory beyond the output is a few times this.
+BAND_BYTES = 12 * 2**20
+# Below these the transforms cost more than the products that they save.
+MIN_CHANNELS, MIN_TILES = 128, 32
+MAX_WASTE = 1.6  # pixels of all tiles to those of the output: a widely dilated kernel has large steps
+
+
+class Transforms(NamedTuple):
+    """The matrices of both axes at once, for flattened tiles."""
+
+    image: Tensor  # (36, 36): B^T of the paper
+    kernel: Tensor  # (36, 9): G
+    output: Tensor  # (16, 36): A^T
+
+    def to(self, dtype: torch.dtype) -> Transforms:
+        return Transforms(*(matrix.to(dtype) for matrix in self))
+
+
+def transforms(points: Sequence[float] = POINTS) -> Transforms:
+    """Toom-Cook's construction for SIDE - 1 finite points and infinity, float64.
+
+    A product of polynomials of degree 2 and 3 is known from its values at six points. A convolution of a tile is the
+    transpose of that: evaluation and interpolation change places.
+    """
+    output, kernel, product = (evaluation(points, length) for length in (TILE, KERNEL, SIDE))
+    image = np.linalg.inv(product).T
+    return Transforms(*(torch.from_numpy(np.kron(one, one)) for one in (image, kernel, output.T)))
+
+
+def evaluation(points: Sequence[float], length: int) -> np.ndarray:
+    """(points + 1, length): the values of a polynomial of `length` coefficients at the points, and its leading one."""
+    leading = np.eye(length)[-1:]
+    return np.concatenate([np.vander(np.asarray(points), length, increasing=True), leading])
+
+
+TRANSFORMS = transforms()
+
+
+def use_winograd(is_wanted: bool, image: Tensor) -> AbstractContextManager[Any]:
+    """The context in which a network shall run on `image`."""
+    # Compilers and exporters get the convolutions as such: they have ways of their own for them.
+    can = image.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return Winograd() if is_wanted and can else nullcontext()
+
+
+class Winograd(TorchFunctionMode):
+    """Within it, in this thread, every F.conv2d that gains by it goes the shorter way."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.conv2d:
+            found = _shortened(*args, **kwargs)
+            if found is not None:
+                return found
+        return func(*args, **kwargs)
+
+
+class Settings(NamedTuple):
+    """Those of F.conv2d, in its order."""
+
+    stride: int | Sequence[int] = 1
+    padding: int | str | Sequence[int] = 0
+    dilation: int | Sequence[int] = 1
+    groups: int = 1
+
+
+def _shortened(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any, **named: Any
+) -> Tensor | None:
+    """F.conv2d, or None where the direct way is at least as fast or the only one."""
+    chosen = Settings(*settings, **named)
+    padding, dilation = _both(chosen.padding), _both(chosen.dilation)
+    if weight.shape[2:] != (KERNEL, KERNEL) or min(weight.shape[:2]) < MIN_CHANNELS or input.dim() != 4:
+        return None
+    if _both(chosen.stride) != 1 or chosen.groups != 1 or padding is None or dilation is None:
+        return None
+    if input.dtype not in (torch.float32, torch.float64) or not input.is_cpu:
+        return None
+    if not Tiling.of(input.shape, padding, dilation).pays(len(input)):
+        return None
+    found = conv2d(input, weight, padding, dilation)
+    return found if bias is None else found.add_(bias.view(-1, 1, 1))
+
+
+def _both(setting: int | str | Sequence[int]) -> int | None:
+    """The number that holds for both axes, if there is one."""
+    if isinstance(setting, int):
+        return setting
+    return setting[0] if not isinstance(setting, str) and len(set(setting)) == 1 else None
+
+
+def conv2d(image: Tensor, weight: Tensor, padding: int, dilation: int) -> Tensor:
+    """F.conv2d(image, weight, padding=padding, dilation=dilation) for 3 x 3 kernels, differentiable once.
+
+    Args:
+        image: (N, C, H, W) float32 or float64.
+        weight: (K, C, 3, 3).
+
+    Returns:
+        (N, K, H + 2 (padding - dilation), W + 2 (padding - dilation)) in channels_last.
+    """
+    found = _Convolution.apply(image, weight, padding, dilation)
+    assert isinstance(found, Tensor)
+    return found
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, weight: Tensor, padding: int, dilation: int) -> Tensor:
+        ctx.save_for_backward(image, weight)
+        ctx.padding, ctx.dilation = padding, dilation
+        return _convolved(image, weight, padding, dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (gradient,) = grads
+        image, weight = ctx.saved_tensors
+        of_image = of_weight = None
+        if ctx.needs_input_grad[0]:
+            mirrored = weight.transpose(0, 1).flip(2, 3)
+            of_image = _convolved(gradient, mirrored, 2 * ctx.dilation - ctx.padding, ctx.dilation)
+        if ctx.needs_input_grad[1]:
+            of_weight = _weight_gradient(image, gradient, ctx.padding, ctx.dilation)
+        return of_image, of_weight, None, None
+
+
+class Tiling(NamedTuple):
+    """How an output is cut into tiles: of each of dilation x dilation interleaved pictures, rows x columns of them."""
+
+    height: int  # of the output, pixels
+    width: int
+    rows: int
+    columns: int
+    padding: int
+    dilation: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int], padding: int, dilation: int) -> Tiling:
+        """For an image (N, C, H, W)."""
+        height, width = (length + 2 * (padding - dilation) for length in shape[2:])
+        rows, columns = (-(-length // (TILE * dilation)) for length in (height, width))
+        return cls(height, width, rows, columns, padding, dilation)
+
+    def pays(self, count: int) -> bool:
+        """Whether there are tiles enough in `count` images, and enough of them full."""
+        pixels = self.height * self.width
+        tiles = self.rows * self.columns * self.dilation**2
+        return pixels > 0 and count * pixels >= MIN_TILES * TILE**2 and tiles * TILE**2 <= MAX_WASTE * pixels
+
+    def padded_image(self, image: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, height + 2 dilation, width + 2 dilation, C), rounded up to whole tiles, 0 outside."""
+        return self._padded(image, self.padding, 2 * self.dilation)
+
+    def padded_output(self, gradient: Tensor) -> Tensor:
+        """(N, K, height, width) -> (N, height, width, K), rounded up likewise."""
+        return self._padded(gradient, 0, 0)
+
+    def _padded(self, pixels: Tensor, before: int, extra: int) -> Tensor:
+        span = TILE * self.dilation
+        after = [
+            count * span + extra - length - before
+            for count, length in zip((self.columns, self.rows), (pixels.shape[3], pixels.shape[2]), strict=True)
+        ]
+        return F.pad(pixels.permute(0, 2, 3, 1), (0, 0, before, after[0], before, after[1]))
+
+    def bands(self, count: int, channels: int, item_bytes: int) -> Iterator[slice]:
+        """Rows of tiles to do at a time, for `count` images."""
+        row_bytes = SIDE**2 * count * self.columns * self.dilation**2 * channels * item_bytes
+        step = max(1, BAND_BYTES // row_bytes)
+        step = -(-self.rows // -(-self.rows // step))  # bands of about equal height
+        return (slice(top, min(top + step, self.rows)) for top in range(0, self.rows, step))
+
+    def tiles(self, padded: Tensor, band: slice, side: int) -> Tensor:
+        """(tiles of the band, side^2, channels) of `padded` (N, height, width, channels)."""
+        span = TILE * self.dilation
+        begin = padded[:, span * band.start :]
+        image, row, column, channel = begin.stride()
+        counts = (len(padded), band.stop - band.start, self.dilation, self.columns, self.dilation)
+        steps = (image, span * row, row, span * column, column, self.dilation * row, self.dilation * column, channel)
+        tiles = begin.as_strided((*counts, side, side, padded.shape[3]), steps)
+        return tiles.reshape(-1, side**2, padded.shape[3])
+
+    def place(self, tiles: Tensor, band: slice, output: Tensor) -> None:
+        """Put the output tiles (tiles, 16, K) of a band in their places in `output` (N, height, width, K)."""
+        count, _, _, channels = output.shape
+        dilation = self.dilation
+        grid = output.view(count, self.rows, TILE, dilation, self.columns, TILE, dilation, channels)[:, band]
+        found = tiles.view(count, -1, dilation, self.columns, dilation, TILE, TILE, channels)
+        grid.copy_(found.permute(0, 1, 5, 2, 3, 6, 4, 7))
+
+
+def _convolved(image: Tensor, weight: Tensor, padding: int, dilation: int) -> Tensor:
+    (out_channels, channels), count = weight.shape[:2], len(image)
+    matrices = TRANSFORMS.to(image.dtype)
+    kernels = _transformed_kernels(matrices.kernel, weight)
+    tiling = Tiling.of(image.shape, padding, dilation)
+    padded = tiling.padded_image(image)
+    size = (tiling.rows * TILE * dilation, tiling.columns * TILE * dilation)
+    output = torch.empty((count, out_channels, *size), dtype=image.dtype, memory_format=torch.channels_last)
+    for band in tiling.bands(count, max(channels, out_channels), image.element_size()):
+        tiles = _each(matrices.image, tiling.tiles(padded, band, SIDE))
+        products = tiles.new_empty(len(tiles), SIDE**2, out_channels)
+        torch.bmm(tiles.transpose(0, 1), kernels, out=products.transpose(0, 1))
+        tiling.place(_each(matrices.output, products), band, output.permute(0, 2, 3, 1))
+    if size == (tiling.height, tiling.width):
+        return output
+    # A copy, for a view that a function returns cannot be changed in place.
+    return output[:, :, : tiling.height, : tiling.width].clone(memory_format=torch.channels_last)
+
+
+def _transformed_kernels(matrix: Tensor, weight: Tensor) -> Tensor:
+    """(K, C, 3, 3) -> (36, C, K)."""
+    kernels = weight.reshape(*weight.shape[:2], KERNEL**2).transpose(1, 2)
+    found = weight.new_empty(SIDE**2, *weight.shape[:2])
+    torch.bmm(matrix.expand(len(weight), *matrix.shape), kernels, out=found.transpose(0, 1))
+    return found.transpose(1, 2)
+
+
+def _weight_gradient(image: Tensor, gradient: Tensor, padding: int, dilation: int) -> Tensor:
+    """(K, C, 3, 3): the transposed transforms around the products of output tiles and image tiles."""
+    channels, out_channels = image.shape[1], gradient.shape[1]
+    matrices = TRANSFORMS.to(image.dtype)
+    tiling = Tiling.of(image.shape, padding, dilation)
+    padded, gradients = tiling.padded_image(image), tiling.padded_output(gradient)
+    total = image.new_zeros(SIDE**2, out_channels, channels)
+    for band in tiling.bands(len(image), max(channels, out_channels), image.element_size()):
+        tiles = _each(matrices.image, tiling.tiles(padded, band, SIDE))
+        changes = _each(matrices.output.T, tiling.tiles(gradients, band, TILE))
+        total.baddbmm_(changes.permute(1, 2, 0), tiles.transpose(0, 1))
+    weight = matrices.kernel.T @ total.view(SIDE**2, -1)
+    return weight.view(KERNEL, KERNEL, out_channels, channels).permute(2, 3, 0, 1).contiguous()
+
+
+def _each(matrix: Tensor, tiles: Tensor) -> Tensor:
+    """`matrix` @ each of the tiles; faster than one product over all, whose operands do not fit the cache."""
+    return torch.bmm(matrix.expand(len(tiles), *matrix.shape), tiles)

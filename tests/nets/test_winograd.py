@@ -1,0 +1,206 @@
+"""The shorter way gives what F.conv2d gives: values, gradients, layouts, in every case that takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from semseg.build import build_net
+from semseg.config import ModelConfig
+from semseg.nets import winograd
+from semseg.nets.registry import build_segmenter
+from semseg.nets.winograd import Winograd, conv2d, use_winograd
+
+CASES = {
+    "same": (1, 1),
+    "dilated": (2, 2),
+    "widely dilated": (4, 4),
+    "without padding": (0, 1),
+    "shrinking": (1, 2),
+    "growing": (3, 1),
+}
+
+
+def inputs(
+    dtype: torch.dtype = torch.float64, size: tuple[int, int] = (21, 35), channels: tuple[int, int] = (5, 7)
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, channels[0], *size, generator=generator, dtype=dtype)
+    weight = torch.randn(channels[1], channels[0], 3, 3, generator=generator, dtype=dtype)
+    return image.requires_grad_(), weight.requires_grad_()
+
+
+def assert_same(image: Tensor, weight: Tensor, padding: int, dilation: int) -> None:
+    expected = F.conv2d(image, weight, padding=padding, dilation=dilation)
+    found = conv2d(image, weight, padding, dilation)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    change = torch.randn(expected.shape, dtype=expected.dtype)
+    for one, other in zip(*(torch.autograd.grad(y, (image, weight), change) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_the_direct_way(case: str) -> None:
+    assert_same(*inputs(), *CASES[case])
+
+
+@pytest.mark.parametrize("size", [(3, 3), (4, 4), (5, 4), (16, 8), (1, 9)])
+def test_outputs_of_any_size(size: tuple[int, int]) -> None:
+    assert_same(*inputs(size=size), 1, 1)
+
+
+@pytest.mark.parametrize("band_bytes", [1, 30_000])
+def test_in_bands_of_any_height(band_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "BAND_BYTES", band_bytes)
+    assert_same(*inputs(), 2, 2)
+
+
+def test_any_memory_layout() -> None:
+    image, weight = inputs()
+    expected = F.conv2d(image, weight, padding=1)
+    for part in (image.contiguous(memory_format=torch.channels_last), image.mT.contiguous().mT):
+        torch.testing.assert_close(conv2d(part, weight, 1, 1), expected, rtol=0, atol=1e-12)
+    turned = weight.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(conv2d(image, turned, 1, 1), expected, rtol=0, atol=1e-12)
+
+
+def test_the_numerical_gradient_agrees() -> None:
+    image, weight = inputs(size=(5, 6), channels=(2, 3))
+    assert torch.autograd.gradcheck(lambda image, weight: conv2d(image, weight, 1, 1), (image, weight))
+
+
+def test_the_answer_can_be_changed_in_place() -> None:
+    image, weight = inputs(size=(8, 8))
+    conv2d(image, weight, 1, 1).add_(1).sum().backward()
+    conv2d(image, weight, 0, 1).add_(1).sum().backward()
+    assert image.grad is not None
+
+
+def test_a_weight_alone_or_an_image_alone_gets_its_gradient() -> None:
+    image, weight = inputs()
+    conv2d(image.detach(), weight, 1, 1).sum().backward()
+    conv2d(image, weight.detach(), 1, 1).sum().backward()
+    assert weight.grad is not None
+    assert image.grad is not None
+
+
+def test_in_float32_rounding_is_about_that_of_the_direct_way() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 256, 40, 40, generator=generator).relu()
+    weight = torch.randn(256, 256, 3, 3, generator=generator) * (2 / 9 / 256) ** 0.5
+    exact = F.conv2d(image.double(), weight.double(), padding=1)
+    shorter, direct = (
+        (found - exact).square().mean().sqrt()
+        for found in (conv2d(image, weight, 1, 1), F.conv2d(image, weight, padding=1))
+    )
+    assert shorter < 3 * direct
+    assert shorter < 2e-6
+
+
+# ---- which convolutions take it
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the images that went the shorter way."""
+    shapes: list[tuple[int, ...]] = []
+    whole = winograd.conv2d
+
+    def counted(image: Tensor, *rest: Tensor | int) -> Tensor:
+        shapes.append(tuple(image.shape))
+        return whole(image, *rest)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(winograd, "conv2d", counted)
+    return shapes
+
+
+def test_tiles_that_would_be_mostly_empty_are_left_alone(taken: list[tuple[int, ...]]) -> None:
+    layer = nn.Conv2d(128, 128, 3, padding=4, dilation=4)
+    with Winograd():
+        layer(torch.randn(2, 128, 17, 17))  # 32 x 32 in tiles
+        layer(torch.randn(2, 128, 31, 31))
+    assert taken == [(2, 128, 31, 31)]
+
+
+def wide(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(1, 128, 24, 24, dtype=dtype)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "3 x 3": lambda: nn.Conv2d(128, 128, 3, padding=1),
+    "dilated": lambda: nn.Conv2d(128, 130, 3, padding=2, dilation=2, bias=False),
+}
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "1 x 1": lambda: nn.Conv2d(128, 128, 1),
+    "5 x 5": lambda: nn.Conv2d(128, 128, 5, padding=2),
+    "stride": lambda: nn.Conv2d(128, 128, 3, 2, padding=1),
+    "groups": lambda: nn.Conv2d(128, 256, 3, padding=1, groups=2),
+    "few channels": lambda: nn.Conv2d(128, 64, 3, padding=1),
+    "uneven padding": lambda: nn.Conv2d(128, 128, 3, padding=(1, 0)),
+    "uneven dilation": lambda: nn.Conv2d(128, 128, 3, dilation=(1, 2)),
+    "padding by a word": lambda: nn.Conv2d(128, 128, 3, padding="same"),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_convolutions_of_many_channels_take_it(kind: str, taken: list[tuple[int, ...]]) -> None:
+    layer, image = LAYERS[kind](), wide()
+    expected = layer(image)
+    with Winograd():
+        found = layer(image)
+    assert taken == [(1, 128, 24, 24)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_all_others_are_left_alone(kind: str, taken: list[tuple[int, ...]]) -> None:
+    layer, image = OTHERS[kind](), wide()
+    with Winograd():
+        found = layer(image)
+    assert torch.equal(found, layer(image))
+    assert not taken
+
+
+@pytest.mark.parametrize("image", [wide(torch.bfloat16), wide()[0], wide()[..., :9, :9]], ids=["half", "3-d", "small"])
+def test_so_are_images_that_do_not_gain(image: Tensor, taken: list[tuple[int, ...]]) -> None:
+    layer = nn.Conv2d(128, 128, 3, padding=1).to(image.dtype)
+    with Winograd():
+        layer(image)
+    assert not taken
+
+
+def test_an_image_smaller_than_the_kernel_is_the_error_that_it_was() -> None:
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"), Winograd():
+        F.conv2d(torch.randn(40, 128, 1, 1), torch.randn(128, 128, 3, 3))
+
+
+def test_a_network_uses_it_unless_told_not_to(taken: list[tuple[int, ...]]) -> None:
+    net = build_segmenter("resnet18_dilated8", "c1", 5).eval().double()
+    image = torch.randn(1, 3, 192, 256, dtype=torch.float64)
+    shorter = net(image).main
+    count = len(taken)
+    assert count > 5
+    net.winograd = False
+    torch.testing.assert_close(shorter, net(image).main, rtol=0, atol=1e-10)
+    assert len(taken) == count
+
+
+def test_the_key_reaches_the_network() -> None:
+    encoder, decoder = {"name": "resnet18", "output_stride": 32}, {"name": "c1"}
+    for is_wanted in (True, False):
+        config = ModelConfig(encoder=dict(encoder), decoder=dict(decoder), winograd=is_wanted)
+        assert build_net(config, 3).winograd == is_wanted
+
+
+def test_autocast_and_other_devices_are_left_to_their_libraries(taken: list[tuple[int, ...]]) -> None:
+    layer = nn.Conv2d(128, 128, 3, padding=1)
+    with torch.autocast("cpu", torch.bfloat16), use_winograd(True, wide()):
+        layer(wide())
+    with use_winograd(True, wide().to("meta")):
+        layer(wide())
+    assert not taken
