@@ -64,7 +64,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         measured = [(series, series.per_unit(options.rounds)) for series in all_series(Path(folder))]
     for series, costs in measured:
-        row = "  ".join(f"{size:,}: {cost:.2f}" for size, cost in zip(series.sizes, costs, strict=True))
+        row = "  ".join(f"{size:,}: {cost:.3g}" for size, cost in zip(series.sizes, costs, strict=True))
         print(f"{series.name}, ms by {series.unit}: {row}")
     options.plot.write_text(drawing([(series, costs) for series, costs in measured]) + "\n")
     print(f"written {options.plot}")

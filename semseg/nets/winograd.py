@@ -27,7 +27,7 @@ SIDE = TILE + KERNEL - 1  # inputs of one axis, and points
 POINTS = (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)  # and infinity
 
 # Transformed tiles that exist at once: they fit the cache, and all memory beyond the output is a few times this.
-BAND_BYTES = 12 * 2**20
+BAND_BYTES = 8 * 2**20
 # Below these the transforms cost more than the products that they save.
 MIN_CHANNELS, MIN_TILES = 128, 32
 MAX_WASTE = 1.6  # pixels of all tiles to those of the output: a widely dilated kernel has large steps
