@@ -28,6 +28,8 @@ POINTS = (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)  # and infinity
 
 # Transformed tiles that exist at once: they fit the cache, and all memory beyond the output is a few times this.
 BAND_BYTES = 8 * 2**20
+# Transformed kernels that exist at once, four times as large as the kernels: those of 512 x 512 channels in float32.
+KERNEL_BYTES = 36 * 2**20
 # Below these the transforms cost more than the products that they save.
 MIN_CHANNELS, MIN_TILES = 128, 32
 MAX_WASTE = 1.6  # pixels of all tiles to those of the output: a widely dilated kernel has large steps
@@ -145,11 +147,11 @@ class _Convolution(torch.autograd.Function):
         (gradient,) = grads
         image, weight = ctx.saved_tensors
         of_image = of_weight = None
+        if ctx.needs_input_grad[1]:  # first: it is the smaller one to keep while the other is made
+            of_weight = _weight_gradient(image, gradient, ctx.padding, ctx.dilation)
         if ctx.needs_input_grad[0]:
             mirrored = weight.transpose(0, 1).flip(2, 3)
             of_image = _convolved(gradient, mirrored, 2 * ctx.dilation - ctx.padding, ctx.dilation)
-        if ctx.needs_input_grad[1]:
-            of_weight = _weight_gradient(image, gradient, ctx.padding, ctx.dilation)
         return of_image, of_weight, None, None
 
 
@@ -209,32 +211,46 @@ class Tiling(NamedTuple):
         tiles = begin.as_strided((*counts, side, side, padded.shape[3]), steps)
         return tiles.reshape(-1, side**2, padded.shape[3])
 
-    def place(self, tiles: Tensor, band: slice, output: Tensor) -> None:
-        """Put the output tiles (tiles, 16, K) of a band in their places in `output` (N, height, width, K)."""
+    def place(self, tiles: Tensor, band: slice, output: Tensor, *, add: bool) -> None:
+        """Put the output tiles (tiles, 16, K) of a band into `output` (N, height, width, K), or add them to it."""
         count, _, _, channels = output.shape
         dilation = self.dilation
         grid = output.view(count, self.rows, TILE, dilation, self.columns, TILE, dilation, channels)[:, band]
         found = tiles.view(count, -1, dilation, self.columns, dilation, TILE, TILE, channels)
-        grid.copy_(found.permute(0, 1, 5, 2, 3, 6, 4, 7))
+        (grid.add_ if add else grid.copy_)(found.permute(0, 1, 5, 2, 3, 6, 4, 7))
 
 
 def _convolved(image: Tensor, weight: Tensor, padding: int, dilation: int) -> Tensor:
     (out_channels, channels), count = weight.shape[:2], len(image)
     matrices = TRANSFORMS.to(image.dtype)
-    kernels = _transformed_kernels(matrices.kernel, weight)
     tiling = Tiling.of(image.shape, padding, dilation)
     padded = tiling.padded_image(image)
     size = (tiling.rows * TILE * dilation, tiling.columns * TILE * dilation)
     output = torch.empty((count, out_channels, *size), dtype=image.dtype, memory_format=torch.channels_last)
-    for band in tiling.bands(count, max(channels, out_channels), image.element_size()):
-        tiles = _each(matrices.image, tiling.tiles(padded, band, SIDE))
-        products = tiles.new_empty(len(tiles), SIDE**2, out_channels)
-        torch.bmm(tiles.transpose(0, 1), kernels, out=products.transpose(0, 1))
-        tiling.place(_each(matrices.output, products), band, output.permute(0, 2, 3, 1))
+    for part in channel_parts(channels, out_channels, image.element_size()):
+        kernels = _transformed_kernels(matrices.kernel, weight[:, part])
+        for band in tiling.bands(count, max(kernels.shape[1:]), image.element_size()):
+            tiles = _each(matrices.image, tiling.tiles(padded[..., part], band, SIDE))
+            products = tiles.new_empty(len(tiles), SIDE**2, out_channels)
+            torch.bmm(tiles.transpose(0, 1), kernels, out=products.transpose(0, 1))
+            found = _each(matrices.output, products)
+            tiling.place(found, band, output.permute(0, 2, 3, 1), add=part.start > 0)
+        del kernels  # before those of the next part are made
     if size == (tiling.height, tiling.width):
         return output
     # A copy, for a view that a function returns cannot be changed in place.
     return output[:, :, : tiling.height, : tiling.width].clone(memory_format=torch.channels_last)
+
+
+def channel_parts(channels: int, out_channels: int, item_bytes: int) -> list[slice]:
+    """The channels of the image in parts of about equal size, whose transformed kernels fit KERNEL_BYTES.
+
+    >>> channel_parts(2048, 512, item_bytes=4)[:2]
+    [slice(0, 512, None), slice(512, 1024, None)]
+    """
+    count = -(-(SIDE**2) * channels * out_channels * item_bytes // KERNEL_BYTES)
+    step = -(-channels // count)
+    return [slice(start, min(start + step, channels)) for start in range(0, channels, step)]
 
 
 def _transformed_kernels(matrix: Tensor, weight: Tensor) -> Tensor:
@@ -251,13 +267,17 @@ def _weight_gradient(image: Tensor, gradient: Tensor, padding: int, dilation: in
     matrices = TRANSFORMS.to(image.dtype)
     tiling = Tiling.of(image.shape, padding, dilation)
     padded, gradients = tiling.padded_image(image), tiling.padded_output(gradient)
-    total = image.new_zeros(SIDE**2, out_channels, channels)
-    for band in tiling.bands(len(image), max(channels, out_channels), image.element_size()):
-        tiles = _each(matrices.image, tiling.tiles(padded, band, SIDE))
-        changes = _each(matrices.output.T, tiling.tiles(gradients, band, TILE))
-        total.baddbmm_(changes.permute(1, 2, 0), tiles.transpose(0, 1))
-    weight = matrices.kernel.T @ total.view(SIDE**2, -1)
-    return weight.view(KERNEL, KERNEL, out_channels, channels).permute(2, 3, 0, 1).contiguous()
+    weight = image.new_empty(out_channels, channels, KERNEL, KERNEL)
+    for part in channel_parts(channels, out_channels, image.element_size()):
+        total = image.new_zeros(SIDE**2, out_channels, len(range(channels)[part]))
+        for band in tiling.bands(len(image), max(total.shape[1:]), image.element_size()):
+            tiles = _each(matrices.image, tiling.tiles(padded[..., part], band, SIDE))
+            changes = _each(matrices.output.T, tiling.tiles(gradients, band, TILE))
+            total.baddbmm_(changes.permute(1, 2, 0), tiles.transpose(0, 1))
+        found = matrices.kernel.T @ total.view(SIDE**2, -1)
+        weight[:, part] = found.view(KERNEL, KERNEL, *total.shape[1:]).permute(2, 3, 0, 1)
+        del total  # before that of the next part is made
+    return weight
 
 
 def _each(matrix: Tensor, tiles: Tensor) -> Tensor:

@@ -60,6 +60,21 @@ def test_in_bands_of_any_height(band_bytes: int, monkeypatch: pytest.MonkeyPatch
     assert_same(*inputs(), 2, 2)
 
 
+@pytest.mark.parametrize("kernel_bytes", [1, 36 * 7 * 8 * 3])  # channels one by one; 3 and 2
+def test_in_parts_of_the_channels(kernel_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "KERNEL_BYTES", kernel_bytes)
+    assert_same(*inputs(), 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "parts"), [(512, 512, 1), (2048, 512, 4), (512, 2048, 4), (5, 7, 1)]
+)
+def test_transformed_kernels_stay_small(channels: int, out_channels: int, parts: int) -> None:
+    found = winograd.channel_parts(channels, out_channels, 4)
+    assert len(found) == parts and found[0].start == 0 and found[-1].stop == channels
+    assert all(36 * 4 * (part.stop - part.start) * out_channels <= winograd.KERNEL_BYTES for part in found)
+
+
 def test_any_memory_layout() -> None:
     image, weight = inputs()
     expected = F.conv2d(image, weight, padding=1)
