@@ -4,7 +4,8 @@
     python benchmarks/loader.py --folder my_photos    # *.jpg, each with its label of the same stem as *.png
 
 One image at a time in one thread, processor's milliseconds. "Original" are the steps of the 2020 release: Pillow
-decodes and resizes, then float32 and normalisation; ours hands uint8 to the device and normalises there. "Decode" is
+decodes and resizes, then float32, normalisation and a padded batch; ours ends with a padded batch of uint8, which the
+device normalises. "Decode" is
 OpenCV reading the file at full size and nothing else, with and without its label. Ways take turns, medians of rounds.
 Then the same images over 0, 1, 2, ... worker processes (wall time), and the update of the metric.
 """
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from semseg.data.classes import LabelMap
 from semseg.data.datasets import TrainDataset
-from semseg.data.geometry import Size, scaled_size
+from semseg.data.geometry import Size, canvas_size, label_size, scaled_size
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.data.scenes import draw_scene
@@ -92,17 +93,23 @@ def sub_batch(index: int) -> SubBatch:
 
 
 def original(record: Record, short_edge: int, flip: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The steps of the 2020 release, without its padding into a batch."""
+    """The steps of the 2020 release, to a batch of one image in float32 and its label in int64."""
     image, label = Image.open(record.image).convert("RGB"), Image.open(record.label or "")
     if flip:
         image, label = (part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in (image, label))
     size = scaled_size(record.size, short_edge, MAX_LONG_EDGE)
     image = image.resize((size.width, size.height), Image.Resampling.BILINEAR)
     label = label.resize((size.width, size.height), Image.Resampling.NEAREST)
-    label = label.resize((size.width // STRIDE, size.height // STRIDE), Image.Resampling.NEAREST)
+    canvas = canvas_size([size], STRIDE)
+    whole = Image.new("L", (canvas.width, canvas.height))
+    whole.paste(label)
+    label = whole.resize((canvas.width // STRIDE, canvas.height // STRIDE), Image.Resampling.NEAREST)
     pixels = torch.from_numpy(np.ascontiguousarray((np.asarray(image, np.float32) / 255.0).transpose(2, 0, 1)))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (pixels - mean[:, None, None]) / std[:, None, None], torch.from_numpy(np.array(label)).long() - 1
+    images, labels = torch.zeros(1, 3, *canvas), torch.zeros(1, *label_size(canvas, STRIDE), dtype=torch.int64)
+    images[0, :, : size.height, : size.width] = (pixels - mean[:, None, None]) / std[:, None, None]
+    labels[0] = torch.from_numpy(np.array(label)).long() - 1
+    return images, labels
 
 
 def compare_images(records: list[Record], rounds: int) -> None:

@@ -7,8 +7,10 @@
 
 A step is forward, loss, backward and an SGD step, with the labels and the loss of each library's own training. Every
 contender lives in a process of its own and they take turns, one step each, so that what else the machine does falls
-on all of them. Wall time and the processor's time are medians; memory is the peak above that of the process with the
-network built (on CUDA: the allocator's peak).
+on all of them. Wall time and the processor's time are medians. "Tensors" is the most that the tensors made by a step
+(its gradients are among them) take at once, in a step of its own after the others. "Process" is the peak of the process above
+that with the network built, with what the system's allocator holds back (it varies by 5 % from run to run). On CUDA
+both are the device's memory.
 
 "plain" is our network with its maps joined before a convolution, as papers draw it, and that convolution direct, where
 ours convolves coarse maps before they are upsampled and, on the CPU, goes Winograd's way; "direct" is ours without the
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import platform
 import statistics
 import time
@@ -31,6 +34,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from semseg.losses import segmentation_loss
 from semseg.nets import ppm, upernet
@@ -39,7 +43,7 @@ from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
 
 NUM_CLASSES = 150
-ROW = "{:<34}{:>10}{:>10}{:>12}{:>14}"
+ROW = "{:<34}{:>10}{:>10}{:>12}{:>14}{:>14}"
 Step = Callable[[], Tensor]
 
 
@@ -65,13 +69,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {options}")
     compare_with_plain(options)
-    rounds = take_turns(MODELS[options.model], options)
+    rounds, tensors = take_turns(MODELS[options.model], options)
     first = next(iter(rounds.values()))
-    print(ROW.format("", "wall s", "CPU s", "wall ratio", "memory MB"))
+    print(ROW.format("", "wall s", "CPU s", "wall ratio", "tensors MB", "process MB"))
     for name, taken in rounds.items():
         wall, processor = (statistics.median(values) for values in list(zip(*taken, strict=True))[:2])
         ratio = statistics.median(one.wall / other.wall for one, other in zip(first, taken, strict=True))
-        print(ROW.format(name, f"{wall:.2f}", f"{processor:.2f}", f"{ratio:.2f}", f"{taken[-1].memory:.0f}"))
+        memory_mb = f"{tensors[name]:.0f}", f"{taken[-1].memory:.0f}"
+        print(ROW.format(name, f"{wall:.2f}", f"{processor:.2f}", f"{ratio:.2f}", *memory_mb))
     print("wall ratio: our step in units of this one's, median of the rounds")
 
 
@@ -232,8 +237,8 @@ def compare_with_plain(options: argparse.Namespace) -> None:
 
 def take_turns(
     contenders: dict[str, tuple[Callable[..., Step], dict[str, Any]]], options: argparse.Namespace
-) -> dict[str, list[Round]]:
-    """Rounds of each contender; those that cannot be built are left out."""
+) -> tuple[dict[str, list[Round]], dict[str, float]]:
+    """Rounds and MB of tensors of each contender; those that cannot be built are left out."""
     context = mp.get_context("spawn")
     pipes = {}
     for name, (build, arguments) in contenders.items():
@@ -252,7 +257,11 @@ def take_turns(
             taken = pipe.recv()
             if number:  # the first warms up
                 rounds[name].append(taken)
-    return rounds
+    tensors = {}
+    for name, pipe in pipes.items():
+        pipe.send("tensors")
+        tensors[name] = pipe.recv()
+    return rounds, tensors
 
 
 def work(pipe: Any, build: Callable[..., Step], arguments: dict[str, Any], options: argparse.Namespace) -> None:
@@ -269,15 +278,28 @@ def work(pipe: Any, build: Callable[..., Step], arguments: dict[str, Any], optio
     base = memory("VmRSS", on_cuda=on_cuda)
     while True:
         try:
-            pipe.recv()
+            wanted = pipe.recv()
         except EOFError:
             return
+        if wanted == "tensors":
+            pipe.send(memory("VmHWM", on_cuda=True) - base if on_cuda else most_at_once(step))
+            continue
         wall, processor = time.perf_counter(), time.process_time()
         step()
         if on_cuda:
             torch.cuda.synchronize()
         spent = time.perf_counter() - wall, time.process_time() - processor
         pipe.send(Round(*spent, memory("VmHWM", on_cuda=on_cuda) - base))
+
+
+def most_at_once(step: Step) -> float:
+    """MB of tensors on the CPU that a step makes, at the moment when there are most."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    assert record.profiler is not None and record.profiler.kineto_results is not None, "it has been running"
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes)) / 2**20
 
 
 def memory(field: str, *, on_cuda: bool) -> float:
