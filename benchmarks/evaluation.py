@@ -1,13 +1,14 @@
-"""Multi-scale evaluation of one image, our way and the plain way, side by side in the same run.
+"""Multi-scale evaluation of images of one size, our way and the plain way, side by side in the same run.
 
     python benchmarks/evaluation.py                                           # UPerNet-50, 512 x 683, five scales, CPU
     python benchmarks/evaluation.py --model resnet18_dilated8_ppm_deepsup --scales 450
+    python benchmarks/evaluation.py --images 4                                # what eval.batch_size=4 does
 
 The plain way is that of the original: the network with its maps joined and its convolutions direct, and for every scale
 the logits of all classes upsampled to the full size, softmax, and a sum of full-size maps. Ours convolves coarse maps
-before they are upsampled, on the CPU by Winograd's way, and averages band by band. Both start from the scaled images
-and end with class indices; they take turns.
-Medians of wall time, of the processor's time, and of ours over plain.
+before they are upsampled, on the CPU by Winograd's way, and averages band by band. "Together" is ours with the images
+as one batch at every scale, not one after the other. All start from the scaled images and end with class indices; they
+take turns. Medians of wall time, of the processor's time, and of the ratios.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from training_step import NUM_CLASSES, joined_maps
 
 from semseg.data.geometry import Size, stretched_size
-from semseg.inference import merge_scales, scale_logits
+from semseg.inference import batch_logits, merge_scales, scale_logits
 from semseg.nets.normalise import normalise
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--scales", type=int, nargs="+", default=[300, 375, 450, 525, 600])
     parser.add_argument("--height", type=int, default=512)
     parser.add_argument("--width", type=int, default=683)
+    parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -51,14 +53,20 @@ def main() -> None:
     torch.manual_seed(0)
     net = build_segmenter(*NETWORKS[options.model], NUM_CLASSES).eval().to(options.device)
     size = Size(options.height, options.width)
-    scales = [
-        torch.randint(0, 256, (3, *stretched_size(size, edge, 1000, net.size_divisor)), dtype=torch.uint8)
-        for edge in options.scales
+    images = [
+        [
+            torch.randint(0, 256, (3, *stretched_size(size, edge, 1000, net.size_divisor)), dtype=torch.uint8)
+            for edge in options.scales
+        ]
+        for _ in range(options.images)
     ]
-    run = Contest(net, scales, size)
-    expected, found = run.plain(), run.ours()
-    print(f"classes that differ (ties up to rounding): {(expected != found).float().mean():.1e} of the pixels")
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ("plain", "network", "merging", "ours")}
+    run = Contest(net, images, size)
+    expected, found, together = run.plain(), run.ours(), run.together()
+    for name, answer in {"ours": found, "together": together}.items():
+        different = (expected != answer).float().mean()
+        print(f"{name}: classes that differ (ties up to rounding): {different:.1e} of the pixels")
+    names = ("plain", "network", "merging", "ours", *(("together",) if options.images > 1 else ()))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name, taken in times.items():
             taken.append(timed(getattr(run, name)))
@@ -67,31 +75,35 @@ def main() -> None:
     for name, taken in times.items():
         wall, processor = (statistics.median(values) for values in zip(*taken, strict=True))
         print(ROW.format(labels.get(name, name), f"{wall:.3f}", f"{processor:.3f}"))
-    ratios = [
-        statistics.median(ours[kind] / plain[kind] for ours, plain in zip(times["ours"], times["plain"], strict=True))
-        for kind in (0, 1)
-    ]
-    print(ROW.format("ours / plain", *(f"{ratio:.2f}" for ratio in ratios)))
+    for name in ("ours", "together")[: 1 + (options.images > 1)]:
+        ratios = [
+            statistics.median(mine[kind] / plain[kind] for mine, plain in zip(times[name], times["plain"], strict=True))
+            for kind in (0, 1)
+        ]
+        print(ROW.format(f"{name} / plain", *(f"{ratio:.2f}" for ratio in ratios)))
 
 
 class Contest:
-    """Both ways for one image."""
+    """All ways for the same images, each given at every scale; the answers are (N, height, width)."""
 
-    def __init__(self, net: Segmenter, scales: list[Tensor], size: Size) -> None:
-        self.net, self.scales, self.size = net, scales, size
-        self.logits: list[Tensor] = []
+    def __init__(self, net: Segmenter, images: list[list[Tensor]], size: Size) -> None:
+        self.net, self.images, self.size = net, images, size
+        self.logits: list[list[Tensor]] = []
+
+    def plain(self) -> Tensor:
+        return torch.stack([self._plain(scales) for scales in self.images])
 
     @torch.no_grad()
-    def plain(self) -> Tensor:
+    def _plain(self, scales: list[Tensor]) -> Tensor:
         device = next(self.net.parameters()).device
         total = torch.zeros(1, NUM_CLASSES, *self.size, device=device)
         self.net.winograd = False
-        for scale in self.scales:
+        for scale in scales:
             image = normalise(scale[None].to(device), self.net.convention)
             with joined_maps():
                 logits = self.net(image).main
             upsampled = F.interpolate(logits, size=tuple(self.size), mode="bilinear", align_corners=False)
-            total = total + upsampled.softmax(1) / len(self.scales)
+            total = total + upsampled.softmax(1) / len(scales)
         return total.max(1).indices[0]
 
     def ours(self) -> Tensor:
@@ -100,10 +112,15 @@ class Contest:
 
     def network(self) -> None:
         self.net.winograd = True
-        self.logits = scale_logits(self.net, self.scales, self.net.convention)
+        self.logits = [scale_logits(self.net, scales, self.net.convention) for scales in self.images]
 
     def merging(self) -> Tensor:
-        return merge_scales(self.logits, tuple(self.size)).ids
+        return torch.stack([merge_scales(scales, tuple(self.size)).ids for scales in self.logits])
+
+    def together(self) -> Tensor:
+        self.net.winograd = True
+        self.logits = batch_logits(self.net, self.images, self.net.convention)
+        return self.merging()
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:

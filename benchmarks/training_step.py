@@ -8,9 +8,9 @@
 A step is forward, loss, backward and an SGD step, with the labels and the loss of each library's own training. Every
 contender lives in a process of its own and they take turns, one step each, so that what else the machine does falls
 on all of them. Wall time and the processor's time are medians. "Tensors" is the most that the tensors made by a step
-(its gradients are among them) take at once, in a step of its own after the others. "Process" is the peak of the process above
-that with the network built, with what the system's allocator holds back (it varies by 5 % from run to run). On CUDA
-both are the device's memory.
+(its gradients are among them) take at once, in a step of its own after the others. "Process" is the peak of the process
+above that with the network built, with what the system's allocator holds back (it varies by 5 % from run to run). On
+CUDA both are the device's memory.
 
 "plain" is our network with its maps joined before a convolution, as papers draw it, and that convolution direct, where
 ours convolves coarse maps before they are upsampled and, on the CPU, goes Winograd's way; "direct" is ours without the

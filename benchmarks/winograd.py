@@ -25,6 +25,8 @@ LAYERS = {
     "ResNet-18 stage 2, 1/8 of 456 x 608": (1, 128, 57, 76, 1),
     "ResNet-18 dilated, stage 3": (1, 256, 57, 76, 2),
     "ResNet-18 dilated, stage 4": (1, 512, 57, 76, 4),
+    "UPerNet of 256 channels, 1/4": (1, 256, 114, 152, 1),
+    "UPerNet, 1/8": (1, 512, 57, 76, 1),
     "UPerNet, 1/16": (1, 512, 29, 38, 1),
     "UPerNet, 1/4": (1, 512, 114, 152, 1),
     "UPerNet, 1/4, 2 x 256 x 352": (2, 512, 64, 88, 1),

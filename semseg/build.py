@@ -262,7 +262,8 @@ def callbacks(config: Config, source: DataSource) -> list[Callback]:
             ours.append(CountBadImages(config.data))
         ours += checkpoints(Path(config.run_dir), config.checkpoint, has_val=source.has("val"))
     if config.trainer.enable_progress_bar:
-        ours.append(BarProgress(config.data.batch_size) if sys.stdout.isatty() else PlainProgress())
+        bar = BarProgress(config.data.batch_size, config.eval.batch_size)
+        ours.append(bar if sys.stdout.isatty() else PlainProgress())
     for name, section in config.callbacks.items():
         monitor = str(section.get("monitor"))
         if monitor.startswith("val/") and not source.has("val"):

@@ -293,6 +293,7 @@ class CheckpointConfig:
 class EvalConfig:
     scales: list[int] = field(default_factory=lambda: [450])  # short edges in pixels
     also_scales: list[list[int]] = field(default_factory=list)  # parts of `scales` that get scores of their own
+    batch_size: int = number(1, low=1)  # images of one shape that go through the network together, on each device
     flip: bool = False  # average with the mirrored image
     window: int | None = number(None, low=1)  # side of the windows an image is cut into, in pixels
     stride: int | None = number(None, low=1)  # from window to window, in pixels; None: 2/3 of the window

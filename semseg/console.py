@@ -93,13 +93,13 @@ class ImagesPerSecond(ProgressColumn):
 
     max_refresh = 0.5
 
-    def __init__(self, bar: BarProgress, trainer: pl.Trainer, batch_size: int) -> None:
+    def __init__(self, bar: BarProgress, trainer: pl.Trainer) -> None:
         super().__init__()
-        self.bar, self.devices, self.batch_size = bar, trainer.world_size, batch_size
+        self.bar, self.devices = bar, trainer.world_size
 
     def render(self, task: Task) -> Text:
         is_training = task.id == self.bar.train_progress_bar_id
-        images = self.devices * (self.batch_size if is_training else 1)  # validation takes one at a time
+        images = self.devices * (self.bar.batch_size if is_training else self.bar.eval_batch_size)
         return Text("" if task.speed is None else f"{images * task.speed:.1f} images/s")
 
 
@@ -108,11 +108,12 @@ class BarProgress(RichProgressBar):
 
     Args:
         batch_size: images of a sub-batch, per device.
+        eval_batch_size: images that are evaluated together at most, per device.
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, eval_batch_size: int) -> None:
         super().__init__(refresh_rate=10)
-        self.batch_size = batch_size
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self._left: TimeLeft | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -124,7 +125,7 @@ class BarProgress(RichProgressBar):
             TextColumn("[progress.description]{task.description}"),
             CustomBarColumn(bar_width=20),
             BatchesProcessedColumn(""),
-            ImagesPerSecond(self, trainer, self.batch_size),
+            ImagesPerSecond(self, trainer),
             CustomTimeColumn("dim"),
         ]
 

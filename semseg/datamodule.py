@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,15 +15,15 @@ import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from semseg.collate import Batch
 from semseg.config import Config
 from semseg.data.augment import Augmentation, cropped
 from semseg.data.classes import IGNORED
 from semseg.data.datasets import EvalDataset, TrainDataset
-from semseg.data.geometry import canvas_size, label_size, largest_canvas
-from semseg.data.plan import RankSequence, TrainPlan
+from semseg.data.geometry import Size, canvas_size, label_size, largest_canvas, stretched_size
+from semseg.data.plan import RankSequence, TrainPlan, groups_of_one_shape
 from semseg.data.scan import repeat_factors, scan
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
@@ -181,6 +181,7 @@ class SegmentationData(pl.LightningDataModule):
         self.label_stride = config.model.label_stride or net.label_stride
         self._train_loader: SubBatchLoader | None = None
         self._position = 0  # where training starts
+        self._eval_groups: dict[str, list[list[int]]] = {}  # of each stage
 
     def num_images(self, stage: str) -> int:
         """Images that are scored in stage "val" or "test"."""
@@ -284,6 +285,23 @@ class SegmentationData(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._position = int(state_dict["position"])
 
+    def eval_groups(self, stage: str) -> list[list[int]]:
+        """The images of a stage in groups of up to eval.batch_size that have the same shape at every scale.
+
+        They are the same for any number of ranks, and so is everything that is computed of them.
+        """
+        if stage not in self._eval_groups:
+            config, records = self.config, self.source.records(self.split_of(stage))
+
+            def shape(size: Size) -> Hashable:
+                limits = config.data.max_long_edge, self.size_divisor
+                return tuple(stretched_size(size, edge, *limits) for edge in config.eval.scales)
+
+            self._eval_groups[stage] = groups_of_one_shape(
+                (shape(record.size) for record in records), config.eval.batch_size
+            )
+        return self._eval_groups[stage]
+
     def val_dataloader(self) -> DataLoader[Any]:
         return self.eval_loader("val")
 
@@ -291,10 +309,10 @@ class SegmentationData(pl.LightningDataModule):
         return self.eval_loader("test")
 
     def eval_loader(self, stage: str) -> DataLoader[Any]:
-        """This rank's images of a stage: rank, rank + world_size, ... each exactly once.
+        """This rank's groups of the images of a stage: rank, rank + world_size, ... each exactly once.
 
-        A rank without an image of its own gets image 0, which the module runs but does not count:
-        Lightning refuses empty loaders.
+        A rank without a group of its own gets the first one, which the module leaves alone: Lightning refuses empty
+        loaders.
         """
         data, records = self.config.data, self.source.records(self.split_of(stage))
         dataset = EvalDataset(
@@ -308,12 +326,14 @@ class SegmentationData(pl.LightningDataModule):
             max_pixels=data.max_pixels,
         )
         rank, world_size = self._place()
-        share = list(range(rank, len(records), world_size)) or [0]
+        groups = self.eval_groups(stage)
+        share = groups[rank::world_size] or groups[:1]
         return WatchedLoader(
-            Subset(dataset, share),
-            lambda number: [records[share[number]].image],
+            dataset,
+            lambda number: [records[index].image for index in share[number]],
             data.worker_timeout_s,
-            batch_size=None,
+            batch_sampler=share,
+            collate_fn=list,
             num_workers=data.num_workers,
             pin_memory=torch.cuda.is_available(),
         )

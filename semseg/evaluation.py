@@ -114,13 +114,18 @@ class Evaluator:
         self.left_out: list[LeftOut] = []
         self.watch = Stopwatch(device)
 
-    def add(self, sample: EvalSample, predictions: Sequence[Tensor]) -> None:
-        """Score one image, right after it was predicted.
+    def add(self, samples: Sequence[EvalSample], predictions: Sequence[Sequence[Tensor]]) -> None:
+        """Score images, right after they were predicted together.
 
         Args:
-            predictions: class indices (H, W), of eval.scales and of each part of them in eval.also_scales.
+            predictions: of each, class indices (H, W) of eval.scales, then of each part of them in eval.also_scales.
         """
-        network = self.watch.lap("network")
+        network = self.watch.lap("network") / max(1, len(samples))
+        for sample, maps in zip(samples, predictions, strict=True):
+            self._add(sample, maps, network)
+
+    def _add(self, sample: EvalSample, predictions: Sequence[Tensor], network: float) -> None:
+        """Score one image, on which the network has spent so many seconds."""
         counts = [confusion_counts(prediction, sample.label, self.num_classes) for prediction in predictions]
         for confusion, added in zip(self.confusions, counts, strict=True):
             confusion.update(added)

@@ -1,8 +1,8 @@
-"""Stage 7: from the scaled inputs of one image to its class map, in bounded memory. Used by all modes.
+"""Stage 7: from the scaled inputs of an image to its class map, in bounded memory. Used by all modes.
 
-The network runs once at every scale, on the whole image or window by window. What is kept are its logits at their own
-low resolution, channels last. Only then, a band of output rows at a time, are they upsampled, turned into probabilities
-and averaged: num_classes x height x width numbers never exist at once.
+The network runs once at every scale, on the whole image or window by window, images of one shape together. What is kept
+are its logits at their own low resolution, channels last. Only then, a band of output rows at a time, are they
+upsampled, turned into probabilities and averaged: num_classes x height x width numbers never exist at once.
 
 Every output pixel is computed by the same operations in the same order, whatever the height of the bands: products
 and sums that are rounded one by one, and a softmax over numbers that lie side by side. So the memory limit never
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from semseg.data.convention import InputConvention
 from semseg.data.geometry import round_up
+from semseg.data.plan import groups_of_one_shape
 from semseg.errors import ConfigError
 from semseg.nets.normalise import normalise
 
@@ -62,7 +63,6 @@ def predict(
 # ---- running the network
 
 
-@torch.no_grad()
 def scale_logits(
     net: nn.Module,
     scales: Sequence[Tensor],
@@ -72,7 +72,7 @@ def scale_logits(
     window: int | None = None,
     stride: int | None = None,
 ) -> list[Tensor]:
-    """Run the network at every scale.
+    """Run the network at every scale of one image.
 
     Args:
         net: a Segmenter in eval mode.
@@ -89,22 +89,44 @@ def scale_logits(
     Raises:
         ConfigError: with a window, if an image is no multiple of size_divisor.
     """
+    (logits,) = batch_logits(net, [scales], convention, flip=flip, window=window, stride=stride)
+    return logits
+
+
+@torch.no_grad()
+def batch_logits(
+    net: nn.Module,
+    images: Sequence[Sequence[Tensor]],
+    convention: InputConvention,
+    *,
+    flip: bool = False,
+    window: int | None = None,
+    stride: int | None = None,
+) -> list[list[Tensor]]:
+    """`scale_logits` of several images, all at equally many scales.
+
+    Those that have the same shape at a scale go through the network together: on a GPU that is faster, and may change
+    the rounding of their logits.
+    """
     weights = next(net.parameters(), torch.empty(0))  # their type is float32 but for trainer.precision=*-true
     # Convolutions on the CPU are a tenth faster so, and the logits come out as they are wanted below.
     layout = torch.channels_last if weights.device.type == "cpu" else torch.preserve_format
-    found = []
-    for scale in scales:
-        pixels = normalise(scale.to(weights.device, non_blocking=True)[None], convention)  # (1, 3, H, W)
-        image = pixels.to(weights.dtype, memory_format=layout)
-        maps = [run_in_windows(net, image, window, stride)]
-        if flip:
-            maps.append(run_in_windows(net, image.flip(-1), window, stride).flip(-1))
-        found.append(torch.cat(maps).permute(0, 2, 3, 1).contiguous())
+    found: list[list[Tensor]] = [[] for _ in images]
+    for scale in zip(*images, strict=True):  # of every image
+        for members in groups_of_one_shape([pixels.shape for pixels in scale], most=len(images)):
+            stacked = torch.stack([scale[member].to(weights.device, non_blocking=True) for member in members])
+            image = normalise(stacked, convention).to(weights.dtype, memory_format=layout)  # (N, 3, H, W)
+            maps = [run_in_windows(net, image, window, stride)]
+            if flip:
+                maps.append(run_in_windows(net, image.flip(-1), window, stride).flip(-1))
+            logits = torch.stack([one.permute(0, 2, 3, 1) for one in maps], dim=1)  # (N, M, h, w, K)
+            for member, own in zip(members, logits, strict=True):
+                found[member].append(own)
     return found
 
 
 def run_in_windows(net: nn.Module, image: Tensor, window: int | None, stride: int | None) -> Tensor:
-    """Logits (1, K, h, w) of an image (1, 3, H, W): of the whole, or the mean over all windows that see a place."""
+    """Logits (N, K, h, w) of images (N, 3, H, W): of the whole, or the mean over all windows that see a place."""
     height, width = image.shape[-2:]
     if window is None or window >= max(height, width):
         return wide(net(image).main)
@@ -123,8 +145,8 @@ def run_in_windows(net: nn.Module, image: Tensor, window: int | None, stride: in
             logits = wide(net(part).main)
             shrink = part.shape[-1] // logits.shape[-1]  # pixels to one of the logits; divides size_divisor
             if not total.numel():
-                total = logits.new_zeros(1, logits.shape[1], height // shrink, width // shrink)
-                seen = torch.zeros_like(total[:, :1])
+                total = logits.new_zeros(*logits.shape[:2], height // shrink, width // shrink)
+                seen = torch.zeros_like(total[:1, :1])
             rows = slice(top // shrink, top // shrink + logits.shape[-2])
             columns = slice(left // shrink, left // shrink + logits.shape[-1])
             total[..., rows, columns] += logits

@@ -23,7 +23,7 @@ from semseg.data.convention import InputConvention
 from semseg.data.datasets import EvalSample
 from semseg.evaluation import Evaluation, Evaluator
 from semseg.guards import OutOfMemory, Rehearsal, at_next_smaller_edge, out_of_memory_told
-from semseg.inference import merge_scales, scale_logits
+from semseg.inference import batch_logits, merge_scales
 from semseg.losses import Loss, build_terms, segmentation_loss
 from semseg.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.nets.normalise import normalise
@@ -175,61 +175,67 @@ class SegmentationModule(pl.LightningModule):
         logits = self.net(self.input(batch.image, batch.size))
         return segmentation_loss(logits, batch.label, self.config.model.deepsup_weight, average, self.terms)
 
-    def validation_step(self, sample: EvalSample, batch_idx: int) -> Tensor | None:
-        """Count one image; the class indices (H, W) are handed on to callbacks that draw them."""
-        if not self.is_own(sample):
-            return None
-        self.left_out.update(bool(sample.bad))
-        if sample.bad:
-            tell_bad(sample.bad)
-            return None
-        (prediction,) = self.predict(sample)
-        self.confusion.update(confusion_counts(prediction, sample.label, self.confusion.num_classes))
-        return prediction
+    def validation_step(self, samples: list[EvalSample], batch_idx: int) -> dict[str, Tensor]:
+        """Count some images; returns the class indices (H, W) of each by its path, to be drawn."""
+        readable = self.readable(self.own(samples))
+        predictions = {}
+        for sample, (prediction,) in zip(readable, self.predict(readable), strict=True):
+            self.confusion.update(confusion_counts(prediction, sample.label, self.confusion.num_classes))
+            predictions[sample.path] = prediction
+        return predictions
 
     def on_test_start(self) -> None:
         self.evaluator = Evaluator(self.config.eval, self.confusion.num_classes, self.device)
 
-    def on_test_batch_start(self, batch: EvalSample, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_start(self, batch: list[EvalSample], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.evaluator.watch.lap("reading")
 
-    def test_step(self, sample: EvalSample, batch_idx: int) -> Tensor | None:
-        """Score one image; the class indices (H, W) are handed on to callbacks that draw them."""
-        if not self.is_own(sample):
-            return None
-        self.left_out.update(bool(sample.bad))
-        if sample.bad:
-            self.evaluator.leave_out(sample)
-            tell_bad(sample.bad)
-            return None
-        predictions = self.predict(sample, self.config.eval.also_scales)
-        self.evaluator.add(sample, predictions)
-        return predictions[0]
+    def test_step(self, samples: list[EvalSample], batch_idx: int) -> dict[str, Tensor]:
+        """Score some images; returns what `validation_step` does."""
+        samples = self.own(samples)
+        readable = self.readable(samples)
+        predictions = self.predict(readable, self.config.eval.also_scales)
+        self.evaluator.add(readable, predictions)
+        for sample in samples:
+            if sample.bad:
+                self.evaluator.leave_out(sample)
+        return {sample.path: maps[0] for sample, maps in zip(readable, predictions, strict=True)}
 
-    def on_test_batch_end(self, outputs: Any, batch: EvalSample, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_end(self, outputs: Any, batch: list[EvalSample], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.evaluator.watch.restart()  # drawing is no part of the speed
 
-    def is_own(self, sample: EvalSample) -> bool:
-        """A rank without an image of its own runs one for company, and counts none."""
-        return sample.index % self.trainer.world_size == self.trainer.global_rank
+    def own(self, samples: list[EvalSample]) -> list[EvalSample]:
+        """Those to be counted: none where a rank without images of its own has the first of the split as company."""
+        is_company = samples[0].index == 0 and not self.trainer.is_global_zero
+        return [] if is_company else samples
 
-    def predict(self, sample: EvalSample, parts: Sequence[Sequence[int]] = ()) -> list[Tensor]:
-        """Class indices (H, W) at the label's size, of all of eval.scales and then of each part of them."""
-        height, width = sample.label.shape
+    def readable(self, samples: Sequence[EvalSample]) -> list[EvalSample]:
+        """Those that have pixels; what is wrong with the others is told."""
+        for sample in samples:
+            self.left_out.update(bool(sample.bad))
+            if sample.bad:
+                tell_bad(sample.bad)
+        return [sample for sample in samples if not sample.bad]
+
+    def predict(self, samples: Sequence[EvalSample], parts: Sequence[Sequence[int]] = ()) -> list[list[Tensor]]:
+        """Of each image, class indices (H, W) at its label's size: of all of eval.scales, then of each part of them."""
         options = self.config.eval
-        logits = scale_logits(
+        logits = batch_logits(
             self.net,
-            sample.scales,
+            [sample.scales for sample in samples],
             self.net.convention,
             flip=options.flip,
             window=options.window,
             stride=options.stride,
         )
-        of_edge = dict(zip(options.scales, logits, strict=True))
-        return [
-            merge_scales([of_edge[edge] for edge in part], (height, width), memory_limit_mb=options.memory_limit_mb).ids
-            for part in (options.scales, *parts)
-        ]
+        predictions = []
+        for sample, maps in zip(samples, logits, strict=True):
+            of_edge = dict(zip(options.scales, maps, strict=True))
+            height, width = sample.label.shape
+            sets = [[of_edge[edge] for edge in part] for part in (options.scales, *parts)]
+            limit = options.memory_limit_mb
+            predictions.append([merge_scales(one, (height, width), memory_limit_mb=limit).ids for one in sets])
+        return predictions
 
     def on_validation_epoch_end(self) -> None:
         self.finish_scores(self.confusion.compute(), "val")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,31 @@ class LogPanels(Callback):
 
     def __init__(self, source: DataSource, num_images: int) -> None:
         self.source, self.num_images = source, num_images
+        self._shown: set[int] = set()  # places in the split
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        groups = trainer.datamodule.eval_groups("val")  # pyright: ignore[reportAttributeAccessIssue]
+        own = itertools.chain.from_iterable(groups[trainer.global_rank :: trainer.world_size])
+        self._shown = set(sorted(own)[: self.num_images])
 
     def on_validation_batch_end(  # noqa: PLR0917 - Lightning's signature
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: Any,
-        batch: EvalSample,
+        batch: list[EvalSample],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        is_shown = trainer.is_global_zero and batch_idx < self.num_images and not trainer.sanity_checking
         takers = [logger for logger in trainer.loggers if isinstance(logger, TakesPictures)]
-        if outputs is None or not is_shown or not takers:  # outputs: none of an image that cannot be read
+        if not trainer.is_global_zero or trainer.sanity_checking or not takers:
             return
-        record = self.source.records("val")[batch.index]
-        image = read_pair(record, self.source.label_map).image
-        label, prediction = (ids.cpu().numpy() for ids in (batch.label, outputs))
-        pixels = comparison(image, label, prediction, self.source.classes)
-        name = f"{batch.index}_{Path(record.image).stem}"
-        for logger in takers:
-            logger.log_picture(name, pixels, trainer.global_step)
+        for sample in batch:
+            if sample.bad or sample.index not in self._shown:
+                continue
+            record = self.source.records("val")[sample.index]
+            image = read_pair(record, self.source.label_map).image
+            label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
+            pixels = comparison(image, label, prediction, self.source.classes)
+            for logger in takers:
+                logger.log_picture(f"{sample.index}_{Path(record.image).stem}", pixels, trainer.global_step)

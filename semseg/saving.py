@@ -22,6 +22,18 @@ from semseg.stopping import StoppedError, StopSignals, Votes
 LAST = "last.ckpt"
 
 
+def shared_batches(groups: int, world_size: int, limit: float | None) -> int:
+    """How many batches of a validation every rank has, of so many over all ranks.
+
+    Args:
+        limit: trainer.limit_val_batches: a number of batches, or as a float a share of those of each rank.
+
+    >>> shared_batches(7, world_size=2, limit=1.0), shared_batches(7, world_size=2, limit=0.5)
+    (3, 1)
+    """
+    return int(groups // world_size * (limit if isinstance(limit, float) else 1))
+
+
 class Saver(Checkpoint):
     """Writes last.ckpt, and stops the run in good order when a signal asks for it.
 
@@ -72,8 +84,9 @@ class Saver(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        # The last image of some ranks has no counterpart on the others. The state is in last.ckpt already.
-        shared = trainer.datamodule.num_images("val") // trainer.world_size  # pyright: ignore[reportAttributeAccessIssue]
+        # The last images of some ranks have no counterpart on the others. The state is in last.ckpt already.
+        groups = len(trainer.datamodule.eval_groups("val"))  # pyright: ignore[reportAttributeAccessIssue]
+        shared = shared_batches(groups, trainer.world_size, trainer.limit_val_batches)
         if not trainer.sanity_checking and batch_idx < shared:
             self._stop_if(self._vote(self.signals.received or 0)[0], trainer)
 

@@ -101,16 +101,26 @@ def test_a_loader_goes_on_from_any_step(root: Path, done: int) -> None:
 
 
 @pytest.mark.reliability
+@pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_c16_evaluation_gives_each_image_to_one_rank(root: Path, world_size: int) -> None:
+def test_c16_evaluation_gives_each_image_to_one_rank(root: Path, world_size: int, batch_size: int) -> None:
+    config = configured(root, f"eval.batch_size={batch_size}")
     counted = []
     for rank in range(world_size):
-        samples = [
-            cast(EvalSample, sample) for sample in loaders(configured(root), rank, world_size).eval_loader("val")
-        ]
-        assert samples  # Lightning refuses a rank with nothing to do
-        counted += [sample.index for sample in samples if sample.index % world_size == rank]
+        groups = [cast(list[EvalSample], group) for group in loaders(config, rank, world_size).eval_loader("val")]
+        assert groups  # Lightning refuses a rank with nothing to do
+        is_company = rank and groups[0][0].index == 0
+        counted += [] if is_company else [sample.index for group in groups for sample in group]
     assert sorted(counted) == [0, 1, 2, 3, 4]
+
+
+def test_images_of_one_shape_at_every_scale_are_evaluated_together(root: Path) -> None:
+    data = loaders(configured(root, "eval.batch_size=3", "eval.scales=[64,96]"))
+    groups = [cast(list[EvalSample], group) for group in data.eval_loader("val")]
+    shapes = [{tuple(scale.shape for scale in sample.scales) for sample in group} for group in groups]
+    assert all(len(of_group) == 1 for of_group in shapes)
+    assert len(groups) == 5 - sum(len(group) - 1 for group in groups) < 5
+    assert [group[0].index for group in groups] == sorted(group[0].index for group in groups)
 
 
 def test_strides_come_from_the_network_unless_set(root: Path) -> None:

@@ -27,8 +27,8 @@ def evaluator(**settings: object) -> Evaluator:
 
 def test_each_part_of_the_scales_has_counts_of_its_own() -> None:
     counting = evaluator(also_scales=[[450]])
-    counting.add(sample(0), [RIGHT, WRONG])
-    counting.add(sample(1), [RIGHT, RIGHT])
+    counting.add([sample(0)], [[RIGHT, WRONG]])
+    counting.add([sample(1)], [[RIGHT, RIGHT]])
     all_scales, one_scale = counting.result().counts
     assert all_scales.images == one_scale.images == 2
     assert torch.equal(all_scales.matrix, 2 * confusion_counts(RIGHT, LABEL, 3))
@@ -37,7 +37,7 @@ def test_each_part_of_the_scales_has_counts_of_its_own() -> None:
 
 def test_an_image_is_scored_over_the_classes_it_has() -> None:
     counting = evaluator()
-    counting.add(sample(0), [WRONG])
+    counting.add([sample(0)], [[WRONG]])
     (image,) = counting.result().images
     assert image.pixel_accuracy == 3 / 6
     assert image.mean_iou == pytest.approx((2 / 4 + 1 / 3 + 0) / 3)  # classes 0, 1, 2
@@ -48,7 +48,7 @@ def test_an_image_is_scored_over_the_classes_it_has() -> None:
 
 def test_an_image_without_a_scored_pixel_has_no_score() -> None:
     counting = evaluator()
-    counting.add(sample(0, torch.full_like(LABEL, -1)), [RIGHT])
+    counting.add([sample(0, torch.full_like(LABEL, -1))], [[RIGHT]])
     (image,) = counting.result().images
     assert image.pixel_accuracy is None and image.mean_iou is None
 
@@ -56,14 +56,14 @@ def test_an_image_without_a_scored_pixel_has_no_score() -> None:
 def test_images_come_back_in_the_order_of_the_list() -> None:
     counting = evaluator()
     for index in (2, 0, 1):
-        counting.add(sample(index), [RIGHT])
+        counting.add([sample(index)], [[RIGHT]])
     assert [image.index for image in counting.result().images] == [0, 1, 2]
 
 
 def test_outlines_are_counted_only_if_asked_for() -> None:
     assert evaluator().result().boundary is None
     counting = evaluator(boundary_iou=True, boundary_ratio=0.5)
-    counting.add(sample(0), [WRONG])
+    counting.add([sample(0)], [[WRONG]])
     boundary = counting.result().boundary
     expected = boundary_counts(WRONG, LABEL, 3, 0.5)
     assert boundary is not None
@@ -75,12 +75,22 @@ def test_time_is_told_apart_and_drawing_is_not_counted(monkeypatch: pytest.Monke
     monkeypatch.setattr(semseg.evaluation.time, "perf_counter", lambda: next(clock))
     counting = evaluator()
     counting.watch.lap("reading")
-    counting.add(sample(0), [RIGHT])  # 10 s of network, 100 s of scoring
+    counting.add([sample(0)], [[RIGHT]])  # 10 s of network, 100 s of scoring
     counting.watch.restart()
     counting.watch.lap("reading")
     result = counting.result()
     assert result.speed.seconds_per_image == {"reading": 10_001, "network": 10, "scoring": 100}
     assert result.images[0].seconds == 110
+
+
+def test_images_that_went_through_together_share_the_time_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.accumulate([0, 10, 100, 1000])  # seconds between two looks at it
+    monkeypatch.setattr(semseg.evaluation.time, "perf_counter", lambda: next(clock))
+    counting = evaluator()
+    counting.add([sample(0), sample(1)], [[RIGHT], [WRONG]])  # 10 s of network, 100 s and 1000 s of scoring
+    result = counting.result()
+    assert [(image.seconds, image.pixel_accuracy) for image in result.images] == [(105, 1), (1005, 3 / 6)]
+    assert result.speed.seconds_per_image == {"reading": 0, "network": 5, "scoring": 550}
 
 
 def test_the_slowest_rank_sets_the_pace() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from semseg.data.convention import CONVENTIONS
 from semseg.errors import ConfigError
-from semseg.inference import Prediction, band_height, merge_scales, predict, scale_logits
+from semseg.inference import Prediction, band_height, batch_logits, merge_scales, predict, scale_logits
 from semseg.nets.features import Logits
 from semseg.nets.normalise import normalise
 
@@ -62,6 +62,20 @@ def test_scales_are_averaged_after_upsampling_and_softmax() -> None:
     answer = probabilities_of(Colours(), scales, (9, 13))
     assert torch.allclose(answer, expected[0] / 2, atol=1e-6)
     assert torch.allclose(answer.sum(0), torch.ones(9, 13), atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_images_of_one_shape_run_together_and_others_by_themselves(window: int | None) -> None:
+    net = Colours()
+    images = [
+        [random_image(16, height, number), random_image(24, 24, number)] for number, height in enumerate((12, 8, 12))
+    ]
+    together = batch_logits(net, images, CONVENTION, flip=True, window=window)
+    assert window or net.calls == 2 * 3  # mirrored too; two shapes at the first scale, one at the second
+    for image, found in zip(images, together, strict=True):
+        alone = scale_logits(net, image, CONVENTION, flip=True, window=window)
+        assert [one.shape for one in found] == [(2, 8, image[0].shape[-1] // 2, 3), (2, 12, 12, 3)]
+        torch.testing.assert_close(found, alone)
 
 
 def test_flip_averages_with_the_mirrored_answer() -> None:

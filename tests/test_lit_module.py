@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 
 import pytest
@@ -138,16 +139,19 @@ def test_a_gpu_that_is_not_there_is_told(root: Path, tmp_path: Path, monkeypatch
         build_trainer(config, DataSource(config.data))
 
 
-def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path, batch_size: int) -> None:
     from semseg.metrics import ConfusionMatrix, confusion_counts, scores_from
 
-    config = configured(root, tmp_path)
+    config = configured(root, tmp_path, f"eval.batch_size={batch_size}")
     module, _ = fitted(config)
     source = DataSource(config.data)
     data = SegmentationData(source, config, module.net)
     matrix = ConfusionMatrix(source.classes.num_classes)
     module.net.eval()
-    for sample in data.eval_loader("val"):
+    groups = list(data.eval_loader("val"))
+    assert max(map(len, groups)) == batch_size
+    for sample in itertools.chain.from_iterable(groups):
         image = module.input(sample.scales[0][None])
         with torch.no_grad():
             logits = module.net(image).main

@@ -48,8 +48,9 @@ def columns(path: Path) -> tuple[set[str], int]:
     return set(rows[0]), len(rows)
 
 
-def test_the_csv_log_has_all_names_and_pictures_of_the_same_images(root: Path, tmp_path: Path) -> None:
-    fit(run_of(root, tmp_path))
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_csv_log_has_all_names_and_pictures_of_the_same_images(root: Path, tmp_path: Path, batch_size: int) -> None:
+    fit(run_of(root, tmp_path, f"eval.batch_size={batch_size}"))
     metrics, num_steps = columns(tmp_path / "logs/metrics.csv")
     speed, num_measured = columns(tmp_path / "logs/speed.csv")
     assert metrics | speed >= LOGGED and num_steps == num_measured == 4

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, overload
 
@@ -26,6 +26,22 @@ from semseg.data.geometry import Size
 from semseg.seeding import generator_for
 
 ORDER, DRAWS, TURNS = 0, 1, 2  # streams of randomness under one seed: generator_for(seed, stream, number)
+
+
+def groups_of_one_shape(shapes: Iterable[Hashable], most: int) -> list[list[int]]:
+    """Places in a list in groups of up to `most` of equal shape; the groups in the order of their first members.
+
+    >>> groups_of_one_shape(["tall", "wide", "tall", "tall"], most=2)
+    [[0, 2], [1], [3]]
+    """
+    latest: dict[Hashable, list[int]] = {}
+    groups = []
+    for place, shape in enumerate(shapes):
+        if shape not in latest or len(latest[shape]) == most:
+            latest[shape] = []
+            groups.append(latest[shape])
+        latest[shape].append(place)
+    return groups
 
 
 class SubBatch(NamedTuple):

@@ -159,7 +159,7 @@ def time_evaluation(config: Config, source: DataSource, net: Segmenter) -> Speed
     options = replace(config.trainer, max_steps=-1, limit_val_batches=None)
     config = replace(config, mode="eval", trainer=options)
     trainer = build_trainer(config, source)
-    trainer.limit_test_batches = min(config.bench.images, len(source.records(config.eval.split)))
+    trainer.limit_test_batches = math.ceil(config.bench.images / config.eval.batch_size)
     module = SegmentationModule(net, config, source.classes)
     trainer.test(module, datamodule=SegmentationData(source, config, net), verbose=False)
     assert module.evaluation is not None, "the test loop ends with scores"

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
-from torch.utils.data import Subset
 
 from semseg.build import build_trainer, open_network, restore_net
 from semseg.checkpoint import FOLDER, SavedNetwork
@@ -204,14 +203,13 @@ def examples(
 ) -> Iterator[Example]:
     """The best, median and worst images, predicted once more: no one could know before that these are the ones."""
     scores = image_scores(findings, data.source.root)
-    share = data.test_dataloader().dataset
-    assert isinstance(share, Subset) and isinstance(share.dataset, EvalDataset), "of this rank; of the whole split"
-    dataset, device = share.dataset, trainer.strategy.root_device
+    dataset, device = data.test_dataloader().dataset, trainer.strategy.root_device
+    assert isinstance(dataset, EvalDataset), "of the whole split"
     module.to(device).eval()  # Lightning has taken it to the CPU
     for group, position in choose_examples(scores):
         sample = dataset[findings.images[position].index]
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            (prediction,) = module.predict(module.transfer_batch_to_device(sample, device, 0))
+            ((prediction,),) = module.predict([module.transfer_batch_to_device(sample, device, 0)])
         image = read_pair(dataset.records[sample.index], dataset.label_map).image
         yield Example(group, scores[position], image, sample.label.numpy(), prediction.cpu().numpy())
 
@@ -237,15 +235,16 @@ class PanelWriter(Callback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: Any,
-        batch: EvalSample,
+        batch: list[EvalSample],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if outputs is None:
-            return  # another rank's image
-        image = read_pair(self.records[batch.index], self.source.label_map).image
-        label, prediction = (ids.cpu().numpy() for ids in (batch.label, outputs))
-        write_png(self.targets[batch.index], comparison(image, label, prediction, self.source.classes))
+        for sample in batch:
+            if sample.path not in outputs:
+                continue  # another rank's image, or one that cannot be read
+            image = read_pair(self.records[sample.index], self.source.label_map).image
+            label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
+            write_png(self.targets[sample.index], comparison(image, label, prediction, self.source.classes))
 
 
 def panel_path(record: Record, root: Path, run_dir: Path) -> Path:

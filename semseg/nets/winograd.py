@@ -5,8 +5,9 @@ section 4: an output tile of 4 x 4 takes 36 products a channel instead of 144. I
 tiles are transformed by small fixed matrices; between them stand 36 matrix products. On a GPU cuDNN does this itself.
 
 The answer is that of the direct convolution but for rounding, and the rounding depends on the points that the
-transforms interpolate at: with 0, 2/3, -2/3, 3/2, -3/2 and infinity the error in float32 is 1.2 times that of the
-direct way at 512 channels, where the usual 0, 1, -1, 2, -2 give 2.6 times; benchmarks/winograd.py measures both.
+transforms interpolate at: with 0, 2/3, -2/3, 3/2, -3/2 and infinity the error in float32 is half of what the usual
+0, 1, -1, 2, -2 give: 1.0e-6 or 1.6e-6 of the values at 512 channels, by the library of the products, where the direct
+way has 2e-7 to 8e-7; benchmarks/winograd.py measures all.
 """
 
 from __future__ import annotations
@@ -30,9 +31,29 @@ POINTS = (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)  # and infinity
 BAND_BYTES = 8 * 2**20
 # Transformed kernels that exist at once, four times as large as the kernels: those of 512 x 512 channels in float32.
 KERNEL_BYTES = 36 * 2**20
-# Below these the transforms cost more than the products that they save.
-MIN_CHANNELS, MIN_TILES = 128, 32
-MAX_WASTE = 1.6  # pixels of all tiles to those of the output: a widely dilated kernel has large steps
+# oneDNN's product, made for torch.compile: with 512-bit instructions on AMD twice as fast as torch.bmm, which is MKL's.
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+FEW_THREADS = 4
+
+
+class Limits(NamedTuple):
+    """Below or above them the transforms cost more than the products that they save."""
+
+    min_channels: int
+    min_tiles: int
+    max_waste: float  # pixels of all tiles to those of the output: a widely dilated kernel has large steps
+
+
+def limits() -> Limits | None:
+    """Those of this processor; None: the direct way is always at least as fast.
+
+    512-bit instructions halve the time of the products, not that of the transforms, which wait for memory; and many
+    threads find too little to do in a product.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return Limits(min_channels=128, min_tiles=32, max_waste=1.6)
+    is_fast = ONEDNN_LINEAR is not None and torch.get_num_threads() <= FEW_THREADS
+    return Limits(min_channels=256, min_tiles=256, max_waste=1.1) if is_fast else None
 
 
 class Transforms(NamedTuple):
@@ -70,16 +91,21 @@ def use_winograd(is_wanted: bool, image: Tensor) -> AbstractContextManager[Any]:
     """The context in which a network shall run on `image`."""
     # Compilers and exporters get the convolutions as such: they have ways of their own for them.
     can = image.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    return Winograd() if is_wanted and can else nullcontext()
+    found = limits() if is_wanted and can else None
+    return nullcontext() if found is None else Winograd(found)
 
 
 class Winograd(TorchFunctionMode):
     """Within it, in this thread, every F.conv2d that gains by it goes the shorter way."""
 
+    def __init__(self, limits: Limits) -> None:
+        super().__init__()
+        self.limits = limits
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.conv2d:
-            found = _shortened(*args, **kwargs)
+            found = _shortened(self.limits, *args, **kwargs)
             if found is not None:
                 return found
         return func(*args, **kwargs)
@@ -95,18 +121,18 @@ class Settings(NamedTuple):
 
 
 def _shortened(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any, **named: Any
+    limits: Limits, input: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any, **named: Any
 ) -> Tensor | None:
     """F.conv2d, or None where the direct way is at least as fast or the only one."""
     chosen = Settings(*settings, **named)
     padding, dilation = _both(chosen.padding), _both(chosen.dilation)
-    if weight.shape[2:] != (KERNEL, KERNEL) or min(weight.shape[:2]) < MIN_CHANNELS or input.dim() != 4:
+    if weight.shape[2:] != (KERNEL, KERNEL) or min(weight.shape[:2]) < limits.min_channels or input.dim() != 4:
         return None
     if _both(chosen.stride) != 1 or chosen.groups != 1 or padding is None or dilation is None:
         return None
     if input.dtype not in (torch.float32, torch.float64) or not input.is_cpu:
         return None
-    if not Tiling.of(input.shape, padding, dilation).pays(len(input)):
+    if not Tiling.of(input.shape, padding, dilation).pays(len(input), limits):
         return None
     found = conv2d(input, weight, padding, dilation)
     return found if bias is None else found.add_(bias.view(-1, 1, 1))
@@ -172,11 +198,12 @@ class Tiling(NamedTuple):
         rows, columns = (-(-length // (TILE * dilation)) for length in (height, width))
         return cls(height, width, rows, columns, padding, dilation)
 
-    def pays(self, count: int) -> bool:
+    def pays(self, count: int, limits: Limits) -> bool:
         """Whether there are tiles enough in `count` images, and enough of them full."""
         pixels = self.height * self.width
         tiles = self.rows * self.columns * self.dilation**2
-        return pixels > 0 and count * pixels >= MIN_TILES * TILE**2 and tiles * TILE**2 <= MAX_WASTE * pixels
+        is_large = count * pixels >= limits.min_tiles * TILE**2
+        return pixels > 0 and is_large and tiles * TILE**2 <= limits.max_waste * pixels
 
     def padded_image(self, image: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, height + 2 dilation, width + 2 dilation, C), rounded up to whole tiles, 0 outside."""
@@ -231,9 +258,7 @@ def _convolved(image: Tensor, weight: Tensor, padding: int, dilation: int) -> Te
         kernels = _transformed_kernels(matrices.kernel, weight[:, part])
         for band in tiling.bands(count, max(kernels.shape[1:]), image.element_size()):
             tiles = _each(matrices.image, tiling.tiles(padded[..., part], band, SIDE))
-            products = tiles.new_empty(len(tiles), SIDE**2, out_channels)
-            torch.bmm(tiles.transpose(0, 1), kernels, out=products.transpose(0, 1))
-            found = _each(matrices.output, products)
+            found = _each(matrices.output, _products(tiles, kernels))
             tiling.place(found, band, output.permute(0, 2, 3, 1), add=part.start > 0)
         del kernels  # before those of the next part are made
     if size == (tiling.height, tiling.width):
@@ -254,11 +279,19 @@ def channel_parts(channels: int, out_channels: int, item_bytes: int) -> list[sli
 
 
 def _transformed_kernels(matrix: Tensor, weight: Tensor) -> Tensor:
-    """(K, C, 3, 3) -> (36, C, K)."""
-    kernels = weight.reshape(*weight.shape[:2], KERNEL**2).transpose(1, 2)
-    found = weight.new_empty(SIDE**2, *weight.shape[:2])
-    torch.bmm(matrix.expand(len(weight), *matrix.shape), kernels, out=found.transpose(0, 1))
-    return found.transpose(1, 2)
+    """(K, C, 3, 3) -> (36, K, C)."""
+    return (matrix @ weight.permute(2, 3, 0, 1).reshape(KERNEL**2, -1)).view(SIDE**2, *weight.shape[:2])
+
+
+def _products(tiles: Tensor, kernels: Tensor) -> Tensor:
+    """Tiles (n, 36, C) and kernels (36, K, C) -> (n, 36, K): at each point a product of matrices."""
+    found = tiles.new_empty(*tiles.shape[:2], kernels.shape[1])
+    if ONEDNN_LINEAR is None or tiles.dtype != torch.float32:
+        torch.bmm(tiles.transpose(0, 1), kernels.transpose(1, 2), out=found.transpose(0, 1))
+        return found
+    for point, kernel in enumerate(kernels):
+        found[:, point] = ONEDNN_LINEAR(tiles[:, point], kernel, None, "none", [], "")
+    return found
 
 
 def _weight_gradient(image: Tensor, gradient: Tensor, padding: int, dilation: int) -> Tensor:
