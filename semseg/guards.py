@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from semseg.collate import Batch
 from semseg.config import TrainerConfig
 from semseg.data.classes import IGNORED
+from semseg.data.datasets import EvalSample
 from semseg.data.geometry import Size, canvas_size, label_size
 from semseg.errors import SemsegError
 from semseg.files import program, replacing
@@ -236,12 +238,34 @@ class OutOfMemory(SemsegError):  # noqa: N818 - torch's own name for it
 
     def __init__(self, batch: Batch, error: torch.OutOfMemoryError) -> None:
         count, _, height, width = batch.image.shape
-        said = (str(error).splitlines() or ["nothing"])[0][:160]
         super().__init__(
             f"out of memory on a sub-batch of {count} images of {height} x {width} pixels ({', '.join(batch.paths)}). "
             "Lower data.batch_size, data.max_long_edge or the largest of data.short_edges, or set "
-            f"trainer.precision=bf16-mixed. The device said: {said}"
+            f"trainer.precision=bf16-mixed. The device said: {said(error)}"
         )
+
+
+def said(error: torch.OutOfMemoryError) -> str:
+    """The first line of what the device says."""
+    return (str(error).splitlines() or ["nothing"])[0][:160]
+
+
+@contextmanager
+def out_of_memory_in_evaluation_told(samples: Sequence[EvalSample]) -> Iterator[None]:
+    """While inside, running out of memory is told with the images, their largest scale and the keys.
+
+    Raises:
+        SemsegError: in place of torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        largest = max((Size(*scale.shape[1:]) for scale in samples[0].scales), key=math.prod)
+        raise SemsegError(
+            f"out of memory evaluating {', '.join(sample.path for sample in samples)} at up to {largest} pixels. Lower "
+            "eval.batch_size or the largest of eval.scales, or set eval.window or trainer.precision=bf16-mixed. The "
+            f"device said: {said(error)}"
+        ) from None
 
 
 @contextmanager

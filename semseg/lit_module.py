@@ -22,7 +22,13 @@ from semseg.data.classes import ClassTable
 from semseg.data.convention import InputConvention
 from semseg.data.datasets import EvalSample
 from semseg.evaluation import Evaluation, Evaluator
-from semseg.guards import OutOfMemory, Rehearsal, at_next_smaller_edge, out_of_memory_told
+from semseg.guards import (
+    OutOfMemory,
+    Rehearsal,
+    at_next_smaller_edge,
+    out_of_memory_in_evaluation_told,
+    out_of_memory_told,
+)
 from semseg.inference import batch_logits, merge_scales
 from semseg.losses import Loss, build_terms, segmentation_loss
 from semseg.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
@@ -220,22 +226,26 @@ class SegmentationModule(pl.LightningModule):
     def predict(self, samples: Sequence[EvalSample], parts: Sequence[Sequence[int]] = ()) -> list[list[Tensor]]:
         """Of each image, class indices (H, W) at its label's size: of all of eval.scales, then of each part of them."""
         options = self.config.eval
-        logits = batch_logits(
-            self.net,
-            [sample.scales for sample in samples],
-            self.net.convention,
-            flip=options.flip,
-            window=options.window,
-            stride=options.stride,
-        )
-        predictions = []
-        for sample, maps in zip(samples, logits, strict=True):
-            of_edge = dict(zip(options.scales, maps, strict=True))
-            height, width = sample.label.shape
-            sets = [[of_edge[edge] for edge in part] for part in (options.scales, *parts)]
-            limit = options.memory_limit_mb
-            predictions.append([merge_scales(one, (height, width), memory_limit_mb=limit).ids for one in sets])
-        return predictions
+        with out_of_memory_in_evaluation_told(samples):
+            logits = batch_logits(
+                self.net,
+                [sample.scales for sample in samples],
+                self.net.convention,
+                flip=options.flip,
+                window=options.window,
+                stride=options.stride,
+            )
+            return [
+                self.merge(sample, dict(zip(options.scales, maps, strict=True)), (options.scales, *parts))
+                for sample, maps in zip(samples, logits, strict=True)
+            ]
+
+    def merge(self, sample: EvalSample, logits: dict[int, Tensor], parts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Class indices (H, W) at the label's size, of each of some parts of the scales; logits by scale."""
+        height, width = sample.label.shape
+        limit = self.config.eval.memory_limit_mb
+        sets = [[logits[edge] for edge in part] for part in parts]
+        return [merge_scales(one, (height, width), memory_limit_mb=limit).ids for one in sets]
 
     def on_validation_epoch_end(self) -> None:
         self.finish_scores(self.confusion.compute(), "val")

@@ -16,6 +16,7 @@ from semseg.collate import Batch
 from semseg.config import Config, check
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
+from semseg.errors import SemsegError
 from semseg.guards import NonFiniteError, OutOfMemory, at_next_smaller_edge, first_nonfinite
 from semseg.launch import compose_config
 from semseg.lit_module import SegmentationModule
@@ -143,6 +144,20 @@ def test_d3_out_of_memory_is_told_with_sizes_and_keys(
     assert re.match(r"out of memory on a sub-batch of 2 images of \d+ x \d+ pixels \(\S+\.jpg, ", told)
     assert all(key in told for key in ("data.batch_size", "data.max_long_edge", "data.short_edges", "20.00 GiB"))
     assert "\n" not in told
+
+
+def test_d3_out_of_memory_in_evaluation_is_told_with_images_and_keys(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(root, tmp_path, "eval.scales=[32,64]")
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(type(run.net), "forward", full)
+    with pytest.raises(SemsegError, match=r"evaluating .*\.jpg at up to \d+ x \d+ pixels") as caught:
+        run.trainer.validate(run.module, datamodule=run.data, verbose=False)
+    assert "eval.batch_size" in str(caught.value) and "Tried to allocate 20.00 GiB" in str(caught.value)
 
 
 def test_d3_retry_runs_the_sub_batch_at_the_next_smaller_short_edge(

@@ -159,9 +159,10 @@ def time_evaluation(config: Config, source: DataSource, net: Segmenter) -> Speed
     options = replace(config.trainer, max_steps=-1, limit_val_batches=None)
     config = replace(config, mode="eval", trainer=options)
     trainer = build_trainer(config, source)
-    trainer.limit_test_batches = math.ceil(config.bench.images / config.eval.batch_size)
-    module = SegmentationModule(net, config, source.classes)
-    trainer.test(module, datamodule=SegmentationData(source, config, net), verbose=False)
+    data, module = SegmentationData(source, config, net), SegmentationModule(net, config, source.classes)
+    seen = itertools.accumulate(len(group) for group in data.eval_groups("test")[:: trainer.world_size])
+    trainer.limit_test_batches = 1 + sum(count < config.bench.images for count in seen)
+    trainer.test(module, datamodule=data, verbose=False)
     assert module.evaluation is not None, "the test loop ends with scores"
     return module.evaluation.speed
 
