@@ -321,6 +321,7 @@ def inherit(saved: Config, given: Config, overrides: list[str]) -> Config:
     for key in FREE_MODEL_KEYS:
         if key in keys:
             OmegaConf.update(merged, key, OmegaConf.select(OmegaConf.structured(given), key))
+    merged.data.label_cache = given.data.label_cache  # a checkpoint does not say where this machine keeps files
     return check(merged)
 
 

@@ -153,6 +153,7 @@ class DataConfig:
         120.0, low=0
     )  # seconds to wait for a worker's next sub-batch or image; 0: for ever
     decode: str = one_of("fast", DECODE)  # of training images; exact: every pixel, resized as the original does
+    label_cache: str | None = None  # a folder in which labels are kept once they were read; null: none
     on_bad: str = one_of(
         "error", ON_BAD
     )  # a file that is missing, broken or does not fit: stop, or leave the image out

@@ -23,6 +23,7 @@ from semseg.data.augment import Augmentation, cropped
 from semseg.data.classes import IGNORED
 from semseg.data.datasets import EvalDataset, TrainDataset
 from semseg.data.geometry import Size, canvas_size, label_size, largest_canvas, stretched_size
+from semseg.data.label_cache import LabelCache
 from semseg.data.plan import RankSequence, TrainPlan, groups_of_one_shape
 from semseg.data.scan import repeat_factors, scan
 from semseg.data.sources import DataSource
@@ -211,6 +212,7 @@ class SegmentationData(pl.LightningDataModule):
             augmentation=Augmentation(augment, self.config.seed) if augment.is_on else None,
             skip_bad=data.on_bad == "skip",
             max_pixels=data.max_pixels,
+            cache=self.label_cache(),
         )
         rank, world_size = self._place()
         self._train_loader = SubBatchLoader(
@@ -224,6 +226,15 @@ class SegmentationData(pl.LightningDataModule):
         )
         self._train_loader.position = self._position
         return self._train_loader
+
+    def label_cache(self) -> LabelCache | None:
+        """data.label_cache, if there is one.
+
+        Raises:
+            ConfigError: if the folder cannot be made.
+        """
+        folder = self.config.data.label_cache
+        return LabelCache(folder, self.source.label_map) if folder else None
 
     def num_workers(self) -> int:
         """data.num_workers; 0 where the shared memory cannot hold what those of this machine's ranks keep ready.
@@ -324,6 +335,7 @@ class SegmentationData(pl.LightningDataModule):
             antialias=self.net.convention.antialias,
             skip_bad=data.on_bad == "skip",
             max_pixels=data.max_pixels,
+            cache=self.label_cache(),
         )
         rank, world_size = self._place()
         groups = self.eval_groups(stage)

@@ -11,17 +11,20 @@ SCRIPT = "SEMSEG_SCRIPT"  # of the environment: the processes of other ranks and
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it takes the place of `path` if all went well.
 
     The folder is made. On an error the temporary file is removed and `path` stays as it was.
+
+    durable: wait until it is on the disk, for files that a power cut must not leave half written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -52,7 +52,7 @@ PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = next(place for place in (PACKAGE / "configs", PACKAGE.parent / "configs") if place.is_dir())
 PATH_KEYS = (
     "ckpt", "init_from", "input", "output", "resume", "run_dir", "runs_dir",
-    "data.root", "data.classes", "loss.class_weights", "download.cache", "model.encoder.weights",
+    "data.root", "data.classes", "data.label_cache", "loss.class_weights", "download.cache", "model.encoder.weights",
 )  # fmt: skip
 OPEN_KEYS = ("download.mirrors",)  # whose own keys are the user's
 # Options of Hydra's that are passed on. Not among them: those that load code (--experimental-rerun unpickles a file)

@@ -111,7 +111,7 @@ def read_run_state(path: Path) -> RunState:
 # What decides the steps of a run; the rest (folders, loggers, number of workers, ...) may change.
 EXACT = ("seed", "model", "data", "augment", "optim", "schedule", "loss", "ema", "syncbn")
 FREE = (
-    "data.num_workers", "data.worker_timeout_s", "data.on_bad", "data.max_bad", "data.max_pixels",
+    "data.num_workers", "data.worker_timeout_s", "data.label_cache", "data.on_bad", "data.max_bad", "data.max_pixels",
     "data.root", "data.hint", "data.test", "data.miou_rule", "data.archive",
     "model.name", "model.channels_last", "model.winograd", "model.compile", "model.encoder.weights",
 )  # fmt: skip

@@ -318,6 +318,7 @@ class LabelMap:
         raw_ids = np.flatnonzero(table >= 0)[::-1]
         self._raw = np.zeros(num_classes, np.uint16)
         self._raw[table[raw_ids]] = raw_ids  # the lowest of each class is written last
+        self.fingerprint = crc32(table.tobytes(), 0 if colours is None else colours.fingerprint)
 
     def _ordered(self) -> NDArray[np.int16]:
         """The table of consecutive ids."""

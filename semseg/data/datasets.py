@@ -30,6 +30,7 @@ from semseg.data.images import (
     scaled_label,
     stride_label,
 )
+from semseg.data.label_cache import LabelCache
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.errors import DataError
@@ -50,6 +51,7 @@ class TrainDataset(Dataset[Batch]):
         augmentation: further changes of each image; images are decoded in full then.
         skip_bad: leave images out that cannot be read, instead of raising.
         max_pixels: larger images count as bad.
+        cache: where labels are kept once they were read.
 
     Raises:
         DataError: if a record has no label.
@@ -68,6 +70,7 @@ class TrainDataset(Dataset[Batch]):
         augmentation: Augmentation | None = None,
         skip_bad: bool = False,
         max_pixels: int = MAX_PIXELS,
+        cache: LabelCache | None = None,
     ) -> None:
         unlabelled = next((record for record in records if record.label is None), None)
         if unlabelled is not None:
@@ -76,7 +79,7 @@ class TrainDataset(Dataset[Batch]):
             raise ValueError(f"label_stride {label_stride} must divide size_divisor {size_divisor}")
         self.records, self.label_map = records, label_map
         self.max_long_edge, self.size_divisor, self.label_stride = max_long_edge, size_divisor, label_stride
-        self.augmentation = augmentation
+        self.augmentation, self.cache = augmentation, cache
         self.exact, self.skip_bad, self.max_pixels = exact, skip_bad, max_pixels
 
     def __len__(self) -> int:
@@ -127,22 +130,18 @@ class TrainDataset(Dataset[Batch]):
         return Sample(image, stride_label(label, self.label_stride), record.image)
 
     def _fast_sample(self, record: Record, short_edge: int, is_flipped: bool) -> Sample:
-        image, raw = read_reduced(
+        image, label = read_reduced(
             record,
             lambda full: scaled_size(full, short_edge, self.max_long_edge),
+            self.label_map,
             max_pixels=self.max_pixels,
-            colours=self.label_map.colours,
+            cache=self.cache,
         )
-        size = scaled_size(Size(*raw.shape), short_edge, self.max_long_edge)
-        path = record.label or ""
-        try:
-            self.label_map.check(raw, path)  # all of it, as the exact way does
-        except DataError as error:
-            raise DataError(f"{record.origin}: {error}") from error
-        label = self.label_map(scaled_label(raw, size, self.label_stride, flip=is_flipped), path)
+        size = scaled_size(label.size, short_edge, self.max_long_edge)
+        inside = scaled_label(label, size, self.label_stride, flip=is_flipped)
         image = resize_image(image, size, antialias=True, fast=True)
         image = flipped(image) if is_flipped else image
-        return Sample(image, padded_label(label, size, self.label_stride), record.image)
+        return Sample(image, padded_label(inside, size, self.label_stride), record.image)
 
     def _exact_sample(self, record: Record, short_edge: int, is_flipped: bool) -> Sample:
         image, label = self._read(record, is_flipped)
@@ -153,7 +152,7 @@ class TrainDataset(Dataset[Batch]):
 
     def _read(self, record: Record, is_flipped: bool) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
         """Image and label at their full size, mirrored if that is drawn."""
-        image, label = read_pair(record, self.label_map, max_pixels=self.max_pixels)
+        image, label = read_pair(record, self.label_map, max_pixels=self.max_pixels, cache=self.cache)
         assert label is not None  # checked for all records at the start
         return (flipped(image), flipped(label)) if is_flipped else (image, label)
 
@@ -197,6 +196,7 @@ class EvalDataset(Dataset[EvalSample]):
         antialias: of the input convention that belongs to the weights.
         skip_bad: hand over what is wrong with an image that cannot be read, instead of raising.
         max_pixels: larger images count as bad.
+        cache: where labels are kept once they were read.
     """
 
     def __init__(
@@ -210,9 +210,10 @@ class EvalDataset(Dataset[EvalSample]):
         antialias: bool,
         skip_bad: bool = False,
         max_pixels: int = MAX_PIXELS,
+        cache: LabelCache | None = None,
     ) -> None:
         self.records, self.label_map, self.short_edges = records, label_map, tuple(short_edges)
-        self.skip_bad, self.max_pixels = skip_bad, max_pixels
+        self.skip_bad, self.max_pixels, self.cache = skip_bad, max_pixels, cache
         self.max_long_edge, self.size_divisor, self.antialias = max_long_edge, size_divisor, antialias
 
     def __len__(self) -> int:
@@ -226,7 +227,7 @@ class EvalDataset(Dataset[EvalSample]):
         """
         record = self.records[index]
         try:
-            pair = read_pair(record, self.label_map, max_pixels=self.max_pixels)
+            pair = read_pair(record, self.label_map, max_pixels=self.max_pixels, cache=self.cache)
         except DataError as error:
             if not self.skip_bad:
                 raise

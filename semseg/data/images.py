@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from semseg.data.classes import IGNORED, ColourIds, LabelMap
 from semseg.data.geometry import Size
+from semseg.data.label_cache import LabelCache, Runs
 from semseg.data.records import Record
 from semseg.data.store import read_file
 from semseg.errors import DataError
@@ -149,19 +150,67 @@ def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> FileHeader
     return FileHeader(f"{header.format} {header.mode}", stored, upright)
 
 
+class RawLabel(NamedTuple):
+    """A label as its file holds it, every id of it known."""
+
+    raw: NDArray[np.integer]  # (H, W) ids of the file
+    label_map: LabelMap
+    path: str
+
+    @property
+    def size(self) -> Size:
+        return _size(self.raw)
+
+    def whole(self) -> NDArray[np.int16]:
+        """The label, int16 (H, W): class index, -1 = not scored."""
+        return self.label_map(self.raw, self.path)
+
+    def at(self, rows: NDArray[np.integer], columns: NDArray[np.integer]) -> NDArray[np.int16]:
+        """What stands in these rows and columns, int16 (len(rows), len(columns)); no other id is translated."""
+        return self.label_map(self.raw[rows][:, columns], self.path)
+
+
+Label = RawLabel | Runs
+
+
+def read_classes(
+    path: str, label_map: LabelMap, *, max_pixels: int = MAX_PIXELS, cache: LabelCache | None = None
+) -> Label:
+    """The label of a file, to have as class indices as a whole or in places.
+
+    Args:
+        cache: where labels are kept once they were read; made with `label_map`.
+
+    Raises:
+        DataError: as `read_label`; if an id is neither a class nor ignored.
+    """
+    place = None if cache is None else cache.place(path)
+    if cache is not None and place is not None:
+        kept = cache.get(place)
+        if kept is not None and kept.size.height * kept.size.width <= max_pixels:
+            return kept
+    raw = read_label(path, max_pixels=max_pixels, colours=label_map.colours)
+    label_map.check(raw, path)
+    label = RawLabel(raw, label_map, path)
+    if cache is not None and place is not None:
+        cache.put(place, label.whole())
+    return label
+
+
 class Thumbnail(NamedTuple):
-    """An image that was decoded at a reduced size, and its raw label at full size, on grids that correspond."""
+    """An image that was decoded at a reduced size, and its label at full size, on grids that correspond."""
 
     image: NDArray[np.uint8]  # (h, w, 3) RGB; a JPEG that is much larger than what was asked for is a fraction of H, W
-    raw: NDArray[np.integer]  # (H, W) ids of the file
+    label: Label  # of H, W
 
 
 def read_reduced(
     record: Record,
     wanted: Callable[[Size], Size],
+    label_map: LabelMap,
     *,
     max_pixels: int = MAX_PIXELS,
-    colours: ColourIds | None = None,
+    cache: LabelCache | None = None,
 ) -> Thumbnail:
     """The image of a record and its label for training, with no more pixels of the image decoded than needed.
 
@@ -169,17 +218,17 @@ def read_reduced(
     decoder averages blocks of pixels, which is most of what an antialiased resize would do.
 
     Raises:
-        DataError: as `read_pair`, but for ids that are no class.
+        DataError: as `read_pair`.
     """
     assert record.label is not None, "a record to train on has a label"
     try:
-        raw = read_label(record.label, max_pixels=max_pixels, colours=colours)
-        target, full = wanted(_size(raw)), _size(raw)
+        label = read_classes(record.label, label_map, max_pixels=max_pixels, cache=cache)
+        full = label.size
         data = _read_bytes(record.image)
         header = _open(record.image, data, max_pixels)
         stored, orientation = Size(header.height, header.width), _orientation(header)
-        factor = reduction(full, target) if _is_jpeg(data) else 1
-        pixels, _ = _decode_image(record.image, data, max_pixels, factor)
+        factor = reduction(full, wanted(full)) if _is_jpeg(data) else 1
+        pixels = _decode(record.image, data, header, factor)
         is_turned = stored != full
         upright = Size(stored.width, stored.height) if orientation >= 5 else stored
         if is_turned and upright != full:
@@ -191,7 +240,7 @@ def read_reduced(
             raise DataError(wrong_size(record, full))
     except DataError as error:
         raise DataError(f"{record.origin}: {error}") from error
-    return Thumbnail(oriented(pixels, orientation) if is_turned else pixels, raw)
+    return Thumbnail(oriented(pixels, orientation) if is_turned else pixels, label)
 
 
 def reduction(full: Size, target: Size) -> int:
@@ -206,7 +255,9 @@ def reduction(full: Size, target: Size) -> int:
     return next(fits, 1)
 
 
-def read_pair(record: Record, label_map: LabelMap | None, *, max_pixels: int = MAX_PIXELS) -> Pair:
+def read_pair(
+    record: Record, label_map: LabelMap | None, *, max_pixels: int = MAX_PIXELS, cache: LabelCache | None = None
+) -> Pair:
     """The image of a record and its label, on one grid.
 
     A photo may carry an EXIF orientation. Which grid its label was drawn on shows in the label's size: the stored
@@ -221,8 +272,7 @@ def read_pair(record: Record, label_map: LabelMap | None, *, max_pixels: int = M
         if record.label is None or label_map is None:
             pair = Pair(oriented(stored, orientation), None)
         else:
-            raw = read_label(record.label, max_pixels=max_pixels, colours=label_map.colours)
-            label = label_map(raw, record.label)
+            label = read_classes(record.label, label_map, max_pixels=max_pixels, cache=cache).whole()
             pair = Pair(_onto_grid(stored, orientation, label, record), label)
         _check_listed_size(record, stored, pair)
     except DataError as error:
@@ -290,10 +340,14 @@ def _open(path: str | Path, data: bytes, max_pixels: int) -> Image.Image:
     return header
 
 
-def _decode_image(path: str | Path, data: bytes, max_pixels: int, factor: int = 1) -> tuple[NDArray[np.uint8], int]:
-    """Pixels on the stored grid, or a JPEG's at 1/`factor` of it, and the EXIF orientation (1 = as stored)."""
+def _decode_image(path: str | Path, data: bytes, max_pixels: int) -> tuple[NDArray[np.uint8], int]:
+    """Pixels on the stored grid, and the EXIF orientation (1 = as stored)."""
     header = _open(path, data, max_pixels)
-    orientation = _orientation(header)
+    return _decode(path, data, header), _orientation(header)
+
+
+def _decode(path: str | Path, data: bytes, header: Image.Image, factor: int = 1) -> NDArray[np.uint8]:
+    """Pixels on the stored grid, or a JPEG's at 1/`factor` of it."""
     _check_jpeg(path, data)
     flags = _REDUCED[factor] | cv2.IMREAD_IGNORE_ORIENTATION
     try:
@@ -302,7 +356,7 @@ def _decode_image(path: str | Path, data: bytes, max_pixels: int, factor: int = 
         raise DataError(f"{path}: the {header.format} file cannot be decoded ({error.err}).") from error
     if pixels is None:
         raise DataError(f"{path}: the {header.format} file is broken and cannot be decoded. Get it again.")
-    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels), np.uint8), orientation
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels), np.uint8)
 
 
 def _orientation(header: Image.Image) -> int:
@@ -426,16 +480,14 @@ def resize_label(label: NDArray[np.int16], size: Size) -> NDArray[np.int16]:
     return np.asarray(cv2.resize(label, (size.width, size.height), interpolation=cv2.INTER_NEAREST_EXACT), label.dtype)
 
 
-def scaled_label(raw: NDArray[np.integer], size: Size, stride: int, *, flip: bool) -> NDArray[np.integer]:
-    """resize_label(raw, size) of the mirrored `raw` if `flip`, and of that every `stride`-th pixel, as `stride_label`.
+def scaled_label(label: Label, size: Size, stride: int, *, flip: bool) -> NDArray[np.int16]:
+    """resize_label(label, size), of the mirrored label if `flip`, and of that every `stride`-th pixel: `stride_label`.
 
-    Both resizes are by nearest pixel, so each pixel of the answer is one of `raw`: only those are looked at. Pixels
+    Both resizes are by nearest pixel, so each pixel of the answer is one of `label`: only those are looked at. Pixels
     that `stride_label` adds beyond the end are not there.
     """
-    rows, columns = (nearest_places(length, out, stride) for length, out in zip(raw.shape, size, strict=True))
-    if flip:
-        columns = raw.shape[1] - 1 - columns
-    return raw[rows][:, columns]
+    rows, columns = (nearest_places(length, out, stride) for length, out in zip(label.size, size, strict=True))
+    return label.at(rows, label.size.width - 1 - columns if flip else columns)
 
 
 def nearest_places(length: int, out_length: int, stride: int) -> NDArray[np.int64]:

@@ -199,6 +199,8 @@ def keys_of_reading(config: Config, loading: Loading, needed: float, world_size:
     keys = [f"data.num_workers={min(wanted, cores)}"] if loading.workers < min(wanted, cores) else []
     if config.data.decode == "exact":
         keys.append("data.decode=fast")
+    if config.data.label_cache is None:
+        keys.append("data.label_cache=<a folder>")
     if config.augment.is_on:
         keys.append("augment=none")
     return [*keys, f"more cores (these have {cores} for a device)", "smaller files on disk"]

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from semseg.data.classes import LabelMap
 from semseg.data.geometry import Size
 from semseg.data.images import (
+    RawLabel,
     flipped,
     oriented,
     padded_label,
@@ -28,6 +29,7 @@ from semseg.data.images import (
     scaled_label,
     stride_label,
 )
+from semseg.data.label_cache import Runs
 from semseg.data.records import Record
 from semseg.errors import DataError
 
@@ -358,8 +360,10 @@ def test_a_label_is_flipped_resized_and_strided_in_one_step(flip: bool) -> None:
         stride, size = int(chance.choice([1, 2, 4, 8, 32])), Size(out_height, out_width)
         label = chance.integers(0, 150, (height, width)).astype(np.int16)
         expected = stride_label(resize_label(flipped(label) if flip else label, size), stride)
-        found = padded_label(scaled_label(label, size, stride, flip=flip), size, stride)
-        assert np.array_equal(found, expected), (height, width, size, stride)
+        raw = RawLabel(label.astype(np.uint8), LabelMap(150, first_id=0, ignore=[]), "a.png")
+        for kind in (raw, Runs.of(label)):
+            found = padded_label(scaled_label(kind, size, stride, flip=flip), size, stride)
+            assert np.array_equal(found, expected), (height, width, size, stride)
 
 
 def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(tmp_path: Path) -> None:
@@ -370,7 +374,9 @@ def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(tmp_path: Path) -> 
     shapes = {}
     for name, edge in (("a.jpg", 301), ("a.jpg", 300), ("a.jpg", 75), ("b.png", 75)):
         record = Record(str(tmp_path / name), str(tmp_path / "a.png"), Size(600, 801), "list:1")
-        thumbnail = read_reduced(record, lambda full, edge=edge: Size(edge, full.width * edge // full.height))
+        thumbnail = read_reduced(
+            record, lambda full, edge=edge: Size(edge, full.width * edge // full.height), LabelMap(3)
+        )
         shapes[name, edge] = thumbnail.image.shape[:2]
         resized = cv2.resize(pixels, thumbnail.image.shape[1::-1], interpolation=cv2.INTER_AREA)
         assert np.abs(thumbnail.image.astype(int) - resized).mean() < 2
@@ -389,14 +395,14 @@ def test_the_fast_way_knows_orientations_and_sizes(tmp_path: Path, orientation: 
         (tmp_path / "a.png").write_bytes(png_bytes((pixels[..., 1] > 128).astype(np.uint8)))
         size = Size(*pixels.shape[:2])
         record = Record(str(path), str(tmp_path / "a.png"), size, "list:1")
-        found = read_reduced(record, lambda full: Size(full.height // 4, full.width // 4))
+        found = read_reduced(record, lambda full: Size(full.height // 4, full.width // 4), LabelMap(1))
         assert found.image.shape[:2] == (size.height // 4, size.width // 4)
-        assert ((found.image[..., 1] > 128) == found.raw[2::4, 2::4]).mean() > 0.95
+        assert ((found.image[..., 1] > 128) == (found.label.whole() == 0)[2::4, 2::4]).mean() > 0.95
     with pytest.raises(DataError, match=r"list:1: .*the list says 7 x 9"):
-        read_reduced(record._replace(size=Size(7, 9)), lambda full: full)
+        read_reduced(record._replace(size=Size(7, 9)), lambda full: full, LabelMap(1))
     (tmp_path / "a.png").write_bytes(png_bytes(np.ones((9, 9), np.uint8)))
     with pytest.raises(DataError, match="list:1: image and label differ in size"):
-        read_reduced(record, lambda full: full)
+        read_reduced(record, lambda full: full, LabelMap(1))
 
 
 def test_a_flip_mirrors_columns() -> None:
