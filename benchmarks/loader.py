@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from semseg.data.classes import LabelMap
 from semseg.data.datasets import TrainDataset
@@ -33,6 +32,7 @@ from semseg.data.label_cache import LabelCache
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.data.scenes import draw_scene
+from semseg.datamodule import WatchedLoader
 from semseg.metrics import ConfusionMatrix, confusion_counts
 
 SHORT_EDGES = (300, 375, 450, 525, 600)
@@ -178,9 +178,10 @@ def compare_workers(records: list[Record], kept: str, workers: list[int], passes
     fast = dataset(records, exact=False, kept=kept)
     print(ROW.format("worker processes (0: in the main one)", "images/s", "of linear"))
     plan = [sub_batch(index % len(records)) for index in range(passes * len(records))]
+    largest = 3 * MAX_LONG_EDGE**2
     single = 0.0
     for count in workers:
-        loader = DataLoader(fast, sampler=plan, batch_size=None, num_workers=count)  # pyright: ignore[reportArgumentType]
+        loader = WatchedLoader(fast, lambda _: [], 0, (1, largest), sampler=plan, batch_size=None, num_workers=count)
         batches = iter(loader)
         for _ in range(len(records)):
             next(batches)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from semseg.data.classes import IGNORED
 from semseg.data.geometry import Size, canvas_size, label_size
+from semseg.handover import Slot, received, sent
 
 
 class Sample(NamedTuple):
@@ -33,18 +34,15 @@ class Batch(NamedTuple):
     bad: tuple[str, ...] = ()  # what is wrong with images that were left out
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How a worker hands it over: its pixels in shared memory, the rest as bytes.
-
-        Each tensor costs the main process half a millisecond of handing over a file descriptor, however small it is.
-        """
+        """How a worker hands it over: its pixels in shared memory, the rest as bytes."""
         label = self.label.cpu().numpy().astype(np.int16)  # as it was read: no class has a number above 32767
-        return _handed_over, (self.image, label, self.size.tolist(), self.paths, self.bad)
+        return _handed_over, (sent(self.image), label, self.size.tolist(), self.paths, self.bad)
 
 
 def _handed_over(
-    image: Tensor, label: NDArray[np.int16], size: list[list[int]], paths: list[str], bad: tuple[str, ...]
+    image: Tensor | Slot, label: NDArray[np.int16], size: list[list[int]], paths: list[str], bad: tuple[str, ...]
 ) -> Batch:
-    return Batch(image, torch.from_numpy(label).long(), torch.tensor(size), paths, bad)
+    return Batch(received(image), torch.from_numpy(label).long(), torch.tensor(size), paths, bad)
 
 
 def collate(samples: Sequence[Sample], size_divisor: int, label_stride: int) -> Batch:

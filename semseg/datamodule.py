@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import pytorch_lightning as pl
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from semseg import handover
 from semseg.collate import Batch
 from semseg.config import Config
 from semseg.data.augment import Augmentation, cropped
@@ -25,9 +29,11 @@ from semseg.data.datasets import EvalDataset, TrainDataset
 from semseg.data.geometry import Size, canvas_size, label_size, largest_canvas, stretched_size
 from semseg.data.label_cache import LabelCache
 from semseg.data.plan import RankSequence, TrainPlan, groups_of_one_shape
+from semseg.data.records import Record
 from semseg.data.scan import repeat_factors, scan
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
+from semseg.handover import Exchange
 from semseg.machine import free_shared_memory
 from semseg.nets.segmenter import Segmenter
 from semseg.stopping import leave_signals_to_the_parent
@@ -44,16 +50,29 @@ class WatchedLoader(DataLoader[Item]):
     Args:
         images_of: the images that make up item number n of an iteration.
         patience_s: seconds to wait for an item; 0: for ever.
+        tensors: how many an item has at most, and the bytes of the largest; they go through an `Exchange` if that is
+            possible. None: PyTorch's own way.
     """
 
     def __init__(
-        self, dataset: Dataset[Item], images_of: Callable[[int], list[str]], patience_s: float, **options: Any
+        self,
+        dataset: Dataset[Item],
+        images_of: Callable[[int], list[str]],
+        patience_s: float,
+        tensors: tuple[int, int] | None = None,
+        **options: Any,
     ) -> None:
         # DataLoader looks after its workers each time that it has waited so long.
         super().__init__(dataset, timeout=LOOK_S if options["num_workers"] else 0, **options)
-        self._images_of, self.patience_s = images_of, patience_s or math.inf
+        self._images_of, self.patience_s, self._tensors = images_of, patience_s or math.inf, tensors
 
     def __iter__(self) -> Iterator[Item]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        items = self._items()
+        _going_on.add(items)
+        return items
+
+    def _items(self) -> Generator[Item, None, None]:
+        self.worker_init_fn = partial(begin, self._exchange())  # a new one for each set of workers
         stream = super().__iter__()
         for number in itertools.count():
             try:
@@ -65,10 +84,27 @@ class WatchedLoader(DataLoader[Item]):
                     raise
                 reason = str(error).splitlines()[0].rstrip(". ")
                 raise DataError(
-                    f"waiting for {', '.join(self._images_of(number))}: {reason}. Look whether the file can be read "
+                    f"waiting for {self._in_work(number, reason)}: {reason}. Look whether the file can be read "
                     "and the memory suffices; data.num_workers=0 shows more, data.worker_timeout_s is how long to wait."
                 ) from error
             yield item
+
+    def _in_work(self, number: int, reason: str) -> str:
+        """The images that a worker may have been at when it ended; those of item `number` if it only takes long."""
+        is_dead = "timed out" not in reason
+        # Items that a worker had done may be lost with it, so that any of those under way can be what ended it.
+        last = min(len(self), number + AHEAD * self.num_workers) if is_dead else number + 1
+        return ", ".join(image for item in range(number, last) for image in self._images_of(item))
+
+    def _exchange(self) -> Exchange | None:
+        """Slots for what the workers keep ready, the items that they are at among them."""
+        if self._tensors is None or not self.num_workers or not handover.is_possible():
+            return None
+        count, size = self._tensors
+        try:
+            return Exchange(self.num_workers, AHEAD * count, size)
+        except OSError:  # a system that grants no memory in advance
+            return None
 
     def _next(self, stream: Iterator[Item], number: int) -> Item:
         """The next item.
@@ -90,6 +126,26 @@ class WatchedLoader(DataLoader[Item]):
                     warnings.warn(f"waiting for {images} since {waited:.0f} s. Is the disk slow?", stacklevel=1)
 
 
+_going_on: WeakSet[Generator[Any, None, None]] = WeakSet()  # iterations whose workers may be alive
+
+
+@atexit.register
+def end() -> None:
+    """Stop the workers of iterations that were left half done.
+
+    As they leave signals to this process, Python's own way of ending them would wait for ever.
+    """
+    for items in list(_going_on):
+        items.close()
+
+
+def begin(exchange: Exchange | None, worker: int) -> None:
+    """The first thing that a worker does."""
+    leave_signals_to_the_parent(worker)
+    if exchange is not None:
+        exchange.join(worker)
+
+
 class SubBatchLoader:
     """This rank's share of the endless sequence of sub-batches, cut into epochs of equal length.
 
@@ -107,13 +163,14 @@ class SubBatchLoader:
         steps: int,
         num_workers: int,
         patience_s: float = 0,
+        largest: int | None = None,
     ) -> None:
         self.dataset = dataset
         self.plan = plan
         self.rank = rank
         self.world_size = world_size
         self.steps = steps
-        self.num_workers, self.patience_s = num_workers, patience_s
+        self.num_workers, self.patience_s, self.largest = num_workers, patience_s, largest
         self.position = 0  # steps taken since the run began
         self._stream: Iterator[Batch] | None = None
 
@@ -145,10 +202,10 @@ class SubBatchLoader:
             self.dataset,  # pyright: ignore[reportArgumentType] - indexed by sub-batches, not numbers
             images_of,
             self.patience_s,
+            None if self.largest is None else (1, self.largest),
             batch_size=None,
             sampler=sequence,  # pyright: ignore[reportArgumentType]
             num_workers=self.num_workers,
-            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -223,6 +280,7 @@ class SegmentationData(pl.LightningDataModule):
             steps=data.steps_per_epoch or plan.steps_in_pass(world_size),
             num_workers=self.num_workers(),
             patience_s=data.worker_timeout_s,
+            largest=self.largest_batch().image.nbytes,
         )
         self._train_loader.position = self._position
         return self._train_loader
@@ -237,12 +295,12 @@ class SegmentationData(pl.LightningDataModule):
         return LabelCache(folder, self.source.label_map) if folder else None
 
     def num_workers(self) -> int:
-        """data.num_workers; 0 where the shared memory cannot hold what those of this machine's ranks keep ready.
+        """data.num_workers; 0 where /dev/shm is needed and cannot hold what those of this machine's ranks keep ready.
 
         A worker that runs out of it is killed without a word.
         """
         wanted, free = self.config.data.num_workers, free_shared_memory()
-        if not wanted or free is None:
+        if not wanted or free is None or handover.is_possible():
             return wanted
         batch = self.largest_batch()
         ranks = 1 if self.trainer is None else self.trainer.num_devices
@@ -288,6 +346,17 @@ class SegmentationData(pl.LightningDataModule):
         image = torch.zeros(count, 3, *canvas, dtype=torch.uint8)
         label = torch.zeros(count, *label_size(canvas, self.label_stride), dtype=torch.int64)
         return Batch(image, label, torch.tensor([canvas] * count), ["the largest possible sub-batch"])
+
+    def largest_sample(self, records: Sequence[Record]) -> int:
+        """Bytes of the label and all scales of the largest image."""
+        limits = self.config.data.max_long_edge, self.size_divisor
+
+        def size_of(image: Size) -> int:
+            scales = (stretched_size(image, edge, *limits) for edge in self.config.eval.scales)
+            label = torch.int16.itemsize * math.prod(image)
+            return label + 3 * sum(math.prod(scale) for scale in scales)
+
+        return max(size_of(size) for size in {record.size for record in records})
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is. Here, since Lightning asks for the loader before it loads a loader's state."""
@@ -344,6 +413,7 @@ class SegmentationData(pl.LightningDataModule):
             dataset,
             lambda number: [records[index].image for index in share[number]],
             data.worker_timeout_s,
+            (self.config.eval.batch_size, self.largest_sample(records)),
             batch_sampler=share,
             collate_fn=list,
             num_workers=data.num_workers,

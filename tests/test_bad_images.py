@@ -188,7 +188,8 @@ def test_c17_a_worker_that_dies_or_hangs_is_told_with_the_image_in_its_hands(
     )
     found: list[int] = []
     started = time.monotonic()
-    with pytest.raises(DataError, match=rf"waiting for 2\.jpg: .*({said})"):
+    # Item 1 may be lost with the worker.
+    with pytest.raises(DataError, match=rf"waiting for (1\.jpg, )?2\.jpg(, 3\.jpg)?: .*({said})"):
         found.extend(iter(loader))
     assert time.monotonic() - started < 20
 
@@ -211,6 +212,8 @@ def test_c17_without_the_shared_memory_that_workers_need_there_are_none(
     monkeypatch.setattr(datamodule, "free_shared_memory", lambda: needed)
     assert data.train_dataloader().num_workers == 2
     monkeypatch.setattr(datamodule, "free_shared_memory", lambda: needed - 1)
+    assert data.train_dataloader().num_workers == 2  # as forks they need none
+    monkeypatch.setattr(datamodule.handover, "is_possible", lambda: False)
     with pytest.warns(UserWarning, match="images are read without workers.*--shm-size"):
         assert data.train_dataloader().num_workers == 0
 

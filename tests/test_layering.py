@@ -24,7 +24,7 @@ LAYERS = [
     ],
     ["config", "data.classes", "data.records", "data.plan", "data.scenes", "run_lock", "download", "inputs", "jobs"],
     ["data.sources", "data.overlap"],
-    ["data.label_cache"],
+    ["data.label_cache", "handover"],
     ["data.images", "data.scan", "data.augment", "collate", "data.datasets", "nets", "syncbn.reduce", "syncbn.layer"],
     ["losses", "optim", "metrics", "evaluation", "inference", "draw", "report", "pages"],
     ["doctor", "memory", "summary"],

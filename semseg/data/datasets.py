@@ -34,6 +34,7 @@ from semseg.data.label_cache import LabelCache
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.errors import DataError
+from semseg.handover import Slot, received, sent
 
 
 class TrainDataset(Dataset[Batch]):
@@ -168,16 +169,17 @@ class EvalSample(NamedTuple):
     bad: str = ""  # what is wrong with an image that is left out; then there are no scales, and the label is (0, 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How a worker hands it over: all pixels as one tensor, for the reason that `Batch` has."""
+        """How a worker hands it over: all pixels as one tensor in shared memory."""
         label = self.label.to(torch.int16).view(torch.uint8)
         pixels = torch.cat([part.flatten() for part in (label, *self.scales)])
         sizes = [tuple(part.shape) for part in self.scales]
-        return _handed_over, (pixels, tuple(self.label.shape), sizes, self.size.tolist(), *self[3:])
+        return _handed_over, (sent(pixels), tuple(self.label.shape), sizes, self.size.tolist(), *self[3:])
 
 
 def _handed_over(
-    pixels: Tensor, label_size: tuple[int, ...], sizes: list[tuple[int, ...]], original: list[int], *rest: Any
+    parcel: Tensor | Slot, label_size: tuple[int, ...], sizes: list[tuple[int, ...]], original: list[int], *rest: Any
 ) -> EvalSample:
+    pixels = received(parcel)
     begin = math.prod(label_size) * torch.int16.itemsize
     label = pixels[:begin].view(torch.int16).view(label_size).long()
     parts = pixels[begin:].split([math.prod(size) for size in sizes])
