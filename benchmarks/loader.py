@@ -7,7 +7,8 @@ One image at a time in one thread, processor's milliseconds. "Original" are the 
 decodes and resizes, then float32, normalisation and a padded batch; ours ends with a padded batch of uint8, which the
 device normalises. "Decode" is
 OpenCV reading the file at full size and nothing else, with and without its label. Ways take turns, medians of rounds.
-Then the same images over 0, 1, 2, ... worker processes (wall time), and the update of the metric.
+Then the same images, two a sub-batch, over 0, 1, 2, ... worker processes (wall time), handed over in our slots and in
+PyTorch's way; and the update of the metric.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
         folder = options.folder or draw_mix(Path(drawn))
         records = found(folder)
         compare_images(records, kept, options.rounds)
-        compare_workers(records, kept, options.workers)
+        compare_workers(records, kept, options.workers, options.rounds)
     compare_metric()
 
 
@@ -173,22 +174,38 @@ def processor_ms(way: Callable[[int], object], count: int) -> float:
     return (time.process_time() - start) / count * 1e3
 
 
-def compare_workers(records: list[Record], kept: str, workers: list[int], passes: int = 6) -> None:
-    """Images a second over a few passes with a filled label cache, the start of the processes left out."""
+def compare_workers(records: list[Record], kept: str, workers: list[int], rounds: int) -> None:
+    """Images a second with a filled label cache in sub-batches of two, the start of the processes left out."""
     fast = dataset(records, exact=False, kept=kept)
-    print(ROW.format("worker processes (0: in the main one)", "images/s", "of linear"))
-    plan = [sub_batch(index % len(records)) for index in range(passes * len(records))]
-    largest = 3 * MAX_LONG_EDGE**2
-    single = 0.0
-    for count in workers:
-        loader = WatchedLoader(fast, lambda _: [], 0, (1, largest), sampler=plan, batch_size=None, num_workers=count)
-        batches = iter(loader)
-        for _ in range(len(records)):
-            next(batches)
-        start = time.perf_counter()
-        rate = sum(1 for _ in batches) / (time.perf_counter() - start)
-        single = single or rate
-        print(ROW.format(count, f"{rate:.0f}", f"{rate / single / max(1, count):.2f}"))
+    ways = [(count, slots) for count in workers for slots in ((True, False) if count else (True,))]
+    rates: dict[tuple[int, bool], list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way in ways:
+            rates[way].append(images_per_s(fast, *way))
+    print(ROW.format("worker processes (0: in the main one)", "images/s", "one worker"))
+    one = statistics.median(rates.get((1, True), rates[ways[0]]))
+    for (count, slots), measured in rates.items():
+        rate = statistics.median(measured)
+        name = f"{count}" if slots else f"{count}, PyTorch's shared memory"
+        print(ROW.format(name, f"{rate:.0f}", f"{rate / one:.2f}"))
+
+
+def images_per_s(data: TrainDataset, workers: int, slots: bool, passes: int = 6) -> float:
+    """Of a few passes, less the first."""
+    count = len(data.records)
+    plan = [pair(index, count) for index in range(0, passes * count, 2)]
+    tensors = (1, 2 * 3 * MAX_LONG_EDGE**2) if slots else None
+    batches = iter(WatchedLoader(data, lambda _: [], 0, tensors, sampler=plan, batch_size=None, num_workers=workers))
+    for _ in range(count // 2):
+        next(batches)
+    start = time.perf_counter()
+    return sum(len(batch.paths) for batch in batches) / (time.perf_counter() - start)
+
+
+def pair(index: int, count: int) -> SubBatch:
+    """Two images that follow each other, as one sub-batch."""
+    first, second = index % count, (index + 1) % count
+    return SubBatch(index, (first, second), SHORT_EDGES[index // 2 % len(SHORT_EDGES)], (True, False))
 
 
 def compare_metric(rounds: int = 50) -> None:
