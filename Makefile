@@ -53,6 +53,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/evaluation.py --model resnet18_dilated8_ppm_deepsup
 	$(BIN)/python benchmarks/evaluation.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/winograd.py
+	$(BIN)/python benchmarks/pointwise.py
 	$(BIN)/python benchmarks/startup.py
 
 wheel:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+BLOCK_BYTES = 4 * 2**20  # of an upsampled map, made at a time in evaluation
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -97,21 +99,43 @@ def conv_of_upsampled(features: Tensor, weight: Tensor, size: Sequence[int]) -> 
     Returns:
         (N, K, H, W) in channels_last.
     """
-    (count, channels, height, width), (out_height, out_width) = features.shape, size
-    out_channels = weight.shape[0]
-    rows = shifted_interpolation(height, out_height, features)  # (3, H, h)
-    columns = shifted_interpolation(width, out_width, features)  # (3, W, w)
+    rows, columns = (
+        shifted_interpolation(length, out_length, features)  # (3, H, h) and (3, W, w)
+        for length, out_length in zip(features.shape[2:], size, strict=True)
+    )
     features = features.contiguous(memory_format=torch.channels_last)
+    mixed = (mixed_channels(features, weight[:, :, tap]) for tap in range(3))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or features.device.type != "cpu":
+        return upsampled_sum(rows, columns, mixed).permute(0, 3, 1, 2)
+    # A few columns at a time, which stay in the cache; each reads a few columns of the coarse map.
+    whole = list(mixed)
+    total = whole[0].new_empty(len(features), *size, len(weight))
+    step = max(1, BLOCK_BYTES // (total[:, :, 0].numel() * total.element_size()))
+    for start in range(0, size[1], step):
+        block = columns[:, start : start + step]
+        near = block.sum((0, 1)).nonzero()[[0, -1], 0].tolist()
+        source = slice(near[0], near[1] + 1)
+        found = upsampled_sum(rows, block[..., source], [taps[:, source] for taps in whole])
+        total[:, :, start : start + step] = found
+    return total.permute(0, 3, 1, 2)
+
+
+def mixed_channels(features: Tensor, weight: Tensor) -> Tensor:
+    """(N, C, h, w) and one row of kernels (K, C, 3) -> (N * h, w, 3, K): each place for each of the three."""
+    count, channels, height, width = features.shape
+    kernel = weight.permute(2, 0, 1).reshape(-1, channels, 1, 1)
+    # A convolution of single places is faster than the product of matrices that it is.
+    return F.conv2d(features, kernel).permute(0, 2, 3, 1).reshape(count * height, width, 3, len(weight))
+
+
+def upsampled_sum(rows: Tensor, columns: Tensor, mixed: Iterable[Tensor]) -> Tensor:
+    """(N, H, W, K): the sum over the nine places of a kernel; rows (3, H, h), columns (3, W, w), `mixed_channels`."""
     total: Tensor | None = None
-    for row_tap in range(3):
-        kernel = weight[:, :, row_tap].permute(2, 0, 1).reshape(3 * out_channels, channels, 1, 1)
-        # A convolution of single places is faster than the product of matrices that it is.
-        mixed = F.conv2d(features, kernel).permute(0, 2, 3, 1).reshape(count * height, width, 3, out_channels)
-        wide = add_products(None, columns, mixed.unbind(2))
-        wide = wide.view(count, height, out_width * out_channels)
-        total = add_products(total, rows[row_tap : row_tap + 1], [wide])
+    for row, taps in zip(rows, mixed, strict=True):
+        wide = add_products(None, columns, taps.unbind(2))  # (N * h, W, K)
+        total = add_products(total, row[None], [wide.view(-1, row.shape[1], wide[0].numel())])
     assert total is not None
-    return total.view(count, out_height, out_width, out_channels).permute(0, 3, 1, 2)
+    return total.view(*total.shape[:2], columns.shape[1], -1)
 
 
 def add_products(total: Tensor | None, lefts: Tensor, rights: Sequence[Tensor]) -> Tensor:
@@ -172,7 +196,12 @@ def grid_means(features: Tensor, bins: int) -> Tensor:
     precise = features.to(torch.promote_types(features.dtype, torch.float32))
     rows = cell_weights(height, bins, precise)  # (bins, h)
     columns = cell_weights(width, bins, precise)  # (bins, w)
-    return (rows @ precise @ columns.T).to(features.dtype)
+    if precise.is_contiguous() or torch.compiler.is_exporting():
+        return (rows @ precise @ columns.T).to(features.dtype)
+    # Channels last: the channels go along, where torch.matmul would make a product for each of them.
+    places = precise.permute(0, 2, 3, 1)  # (N, h, w, C)
+    means = columns @ (rows @ places.flatten(2)).unflatten(2, places.shape[2:])  # (N, bins, bins, C)
+    return means.permute(0, 3, 1, 2).to(features.dtype)
 
 
 def cell_weights(length: int, bins: int, like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from semseg.nets.features import Decoder, Encoder, Logits
+from semseg.nets.pointwise import use_onednn
 from semseg.nets.winograd import use_winograd
 
 
@@ -41,5 +42,5 @@ class Segmenter(nn.Module):
 
     def forward(self, image: Tensor) -> Logits:
         """(N, 3, H, W) normalised -> logits, main (N, num_classes, H / label_stride, W / label_stride)."""
-        with use_winograd(self.winograd, image):
+        with use_winograd(self.winograd, image), use_onednn(image):
             return self.decoder(self.encoder(image))

@@ -50,10 +50,20 @@ def limits() -> Limits | None:
     512-bit instructions halve the time of the products, not that of the transforms, which wait for memory; and many
     threads find too little to do in a product.
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not has_wide_registers():
         return Limits(min_channels=128, min_tiles=32, max_waste=1.6)
     is_fast = ONEDNN_LINEAR is not None and torch.get_num_threads() <= FEW_THREADS
     return Limits(min_channels=256, min_tiles=256, max_waste=1.1) if is_fast else None
+
+
+def has_wide_registers() -> bool:
+    """Whether this processor has 512-bit instructions."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def band_bytes() -> int:
+    """BAND_BYTES; twice that where products are so fast that reading the kernels again for each band shows."""
+    return 2 * BAND_BYTES if has_wide_registers() else BAND_BYTES
 
 
 class Transforms(NamedTuple):
@@ -125,10 +135,10 @@ def _shortened(
 ) -> Tensor | None:
     """F.conv2d, or None where the direct way is at least as fast or the only one."""
     chosen = Settings(*settings, **named)
-    padding, dilation = _both(chosen.padding), _both(chosen.dilation)
+    padding, dilation = both(chosen.padding), both(chosen.dilation)
     if weight.shape[2:] != (KERNEL, KERNEL) or min(weight.shape[:2]) < limits.min_channels or input.dim() != 4:
         return None
-    if _both(chosen.stride) != 1 or chosen.groups != 1 or padding is None or dilation is None:
+    if both(chosen.stride) != 1 or chosen.groups != 1 or padding is None or dilation is None:
         return None
     if input.dtype not in (torch.float32, torch.float64) or not input.is_cpu:
         return None
@@ -138,7 +148,7 @@ def _shortened(
     return found if bias is None else found.add_(bias.view(-1, 1, 1))
 
 
-def _both(setting: int | str | Sequence[int]) -> int | None:
+def both(setting: int | str | Sequence[int]) -> int | None:
     """The number that holds for both axes, if there is one."""
     if isinstance(setting, int):
         return setting
@@ -205,38 +215,41 @@ class Tiling(NamedTuple):
         is_large = count * pixels >= limits.min_tiles * TILE**2
         return pixels > 0 and is_large and tiles * TILE**2 <= limits.max_waste * pixels
 
-    def padded_image(self, image: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, height + 2 dilation, width + 2 dilation, C), rounded up to whole tiles, 0 outside."""
-        return self._padded(image, self.padding, 2 * self.dilation)
+    def image_rows(self, image: Tensor, band: slice) -> Tensor:
+        """(N, C, H, W) -> (N, rows, width + 2 dilation, C): what the tiles of a band read, 0 outside the image.
 
-    def padded_output(self, gradient: Tensor) -> Tensor:
-        """(N, K, height, width) -> (N, height, width, K), rounded up likewise."""
-        return self._padded(gradient, 0, 0)
+        The width is rounded up to whole tiles. Band by band, so that it stays in the cache.
+        """
+        return self._rows(image, band, self.padding, 2 * self.dilation)
 
-    def _padded(self, pixels: Tensor, before: int, extra: int) -> Tensor:
-        span = TILE * self.dilation
-        after = [
-            count * span + extra - length - before
-            for count, length in zip((self.columns, self.rows), (pixels.shape[3], pixels.shape[2]), strict=True)
-        ]
-        return F.pad(pixels.permute(0, 2, 3, 1), (0, 0, before, after[0], before, after[1]))
+    def output_rows(self, gradient: Tensor, band: slice) -> Tensor:
+        """(N, K, height, width) -> (N, rows, width, K) of a band, rounded up likewise."""
+        return self._rows(gradient, band, 0, 0)
+
+    def _rows(self, pixels: Tensor, band: slice, before: int, extra: int) -> Tensor:
+        span, (height, width) = TILE * self.dilation, pixels.shape[2:]
+        begin, end = span * band.start - before, span * band.stop + extra - before
+        top, bottom = (min(max(row, 0), height) for row in (begin, end))
+        above = min(max(-begin, 0), end - begin)
+        below = end - begin - above - (bottom - top)
+        right = self.columns * span + extra - width - before
+        return F.pad(pixels[:, :, top:bottom].permute(0, 2, 3, 1), (0, 0, before, right, above, below))
 
     def bands(self, count: int, channels: int, item_bytes: int) -> Iterator[slice]:
         """Rows of tiles to do at a time, for `count` images."""
         row_bytes = SIDE**2 * count * self.columns * self.dilation**2 * channels * item_bytes
-        step = max(1, BAND_BYTES // row_bytes)
+        step = max(1, band_bytes() // row_bytes)
         step = -(-self.rows // -(-self.rows // step))  # bands of about equal height
         return (slice(top, min(top + step, self.rows)) for top in range(0, self.rows, step))
 
-    def tiles(self, padded: Tensor, band: slice, side: int) -> Tensor:
-        """(tiles of the band, side^2, channels) of `padded` (N, height, width, channels)."""
+    def tiles(self, rows: Tensor, side: int) -> Tensor:
+        """(tiles, side^2, channels) of the rows (N, height, width, channels) of a band."""
         span = TILE * self.dilation
-        begin = padded[:, span * band.start :]
-        image, row, column, channel = begin.stride()
-        counts = (len(padded), band.stop - band.start, self.dilation, self.columns, self.dilation)
+        image, row, column, channel = rows.stride()
+        counts = (len(rows), rows.shape[1] // span, self.dilation, self.columns, self.dilation)
         steps = (image, span * row, row, span * column, column, self.dilation * row, self.dilation * column, channel)
-        tiles = begin.as_strided((*counts, side, side, padded.shape[3]), steps)
-        return tiles.reshape(-1, side**2, padded.shape[3])
+        tiles = rows.as_strided((*counts, side, side, rows.shape[3]), steps, rows.storage_offset())
+        return tiles.reshape(-1, side**2, rows.shape[3])
 
     def place(self, tiles: Tensor, band: slice, output: Tensor, *, add: bool) -> None:
         """Put the output tiles (tiles, 16, K) of a band into `output` (N, height, width, K), or add them to it."""
@@ -251,13 +264,12 @@ def _convolved(image: Tensor, weight: Tensor, padding: int, dilation: int) -> Te
     (out_channels, channels), count = weight.shape[:2], len(image)
     matrices = TRANSFORMS.to(image.dtype)
     tiling = Tiling.of(image.shape, padding, dilation)
-    padded = tiling.padded_image(image)
     size = (tiling.rows * TILE * dilation, tiling.columns * TILE * dilation)
     output = torch.empty((count, out_channels, *size), dtype=image.dtype, memory_format=torch.channels_last)
     for part in channel_parts(channels, out_channels, image.element_size()):
         kernels = _transformed_kernels(matrices.kernel, weight[:, part])
         for band in tiling.bands(count, max(kernels.shape[1:]), image.element_size()):
-            tiles = _each(matrices.image, tiling.tiles(padded[..., part], band, SIDE))
+            tiles = _each(matrices.image, tiling.tiles(tiling.image_rows(image[:, part], band), SIDE))
             found = _each(matrices.output, _products(tiles, kernels))
             tiling.place(found, band, output.permute(0, 2, 3, 1), add=part.start > 0)
         del kernels  # before those of the next part are made
@@ -299,13 +311,12 @@ def _weight_gradient(image: Tensor, gradient: Tensor, padding: int, dilation: in
     channels, out_channels = image.shape[1], gradient.shape[1]
     matrices = TRANSFORMS.to(image.dtype)
     tiling = Tiling.of(image.shape, padding, dilation)
-    padded, gradients = tiling.padded_image(image), tiling.padded_output(gradient)
     weight = image.new_empty(out_channels, channels, KERNEL, KERNEL)
     for part in channel_parts(channels, out_channels, image.element_size()):
         total = image.new_zeros(SIDE**2, out_channels, len(range(channels)[part]))
         for band in tiling.bands(len(image), max(total.shape[1:]), image.element_size()):
-            tiles = _each(matrices.image, tiling.tiles(padded[..., part], band, SIDE))
-            changes = _each(matrices.output.T, tiling.tiles(gradients, band, TILE))
+            tiles = _each(matrices.image, tiling.tiles(tiling.image_rows(image[:, part], band), SIDE))
+            changes = _each(matrices.output.T, tiling.tiles(tiling.output_rows(gradient, band), TILE))
             total.baddbmm_(changes.permute(1, 2, 0), tiles.transpose(0, 1))
         found = matrices.kernel.T @ total.view(SIDE**2, -1)
         weight[:, part] = found.view(KERNEL, KERNEL, *total.shape[1:]).permute(2, 3, 0, 1)

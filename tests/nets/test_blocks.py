@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semseg.nets import blocks
 from semseg.nets.blocks import BatchNorm2d, GridPool, apply_to_joined, resize
 
 
@@ -14,6 +15,8 @@ def test_grid_pooling_equals_adaptive_average_pooling_at_every_size(bins: int) -
         features = torch.randn(2, 3, height, 41 - height, dtype=torch.float64)
         expected = F.adaptive_avg_pool2d(features, bins)
         assert torch.allclose(GridPool(bins)(features), expected, atol=1e-14)
+        last = features.contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(GridPool(bins)(last), expected, atol=1e-14)
 
 
 def test_one_value_per_channel_is_normalised_by_the_running_statistics_which_stay() -> None:
@@ -88,6 +91,21 @@ def test_a_convolution_of_joined_maps_is_the_sum_of_its_parts(
         outcomes.append([out, *gradients])
     for ours, expected in zip(*outcomes, strict=True):
         assert torch.allclose(ours, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("shapes", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("block_bytes", [1, 2000, blocks.BLOCK_BYTES])
+def test_without_gradients_it_is_made_a_few_columns_at_a_time(
+    shapes: list[tuple[int, int, int]], block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
+    layers = nn.Sequential(nn.Conv2d(sum(shape[0] for shape in shapes), 5, 3, padding=1, bias=False).double())
+    maps = [torch.randn(2, *shape, dtype=torch.float64) for shape in shapes]
+    with torch.no_grad():
+        found = apply_to_joined(layers, maps)
+    assert torch.allclose(found, joined(layers, maps), atol=1e-12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert apply_to_joined(layers.float(), [features.float() for features in maps]).dtype == torch.bfloat16
 
 
 def test_under_autocast_it_costs_less_than_one_bit_against_the_joined_convolution() -> None:

@@ -1,0 +1,132 @@
+"""Convolutions of single places that oneDNN makes are those of PyTorch, and no others go there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from semseg.nets import pointwise
+from semseg.nets.pointwise import Pointwise, pays, use_onednn
+from semseg.nets.registry import build_segmenter
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each F.conv2d within `Pointwise` went to oneDNN by it."""
+    calls: list[bool] = []
+    choose = pointwise._made_by_onednn
+
+    def noted(*args: object, **named: object) -> Tensor | None:
+        found = choose(*args, **named)  # pyright: ignore[reportArgumentType]
+        calls.append(found is not None)
+        return found
+
+    monkeypatch.setattr(pointwise, "_made_by_onednn", noted)
+    return calls
+
+
+def inputs(size: tuple[int, int] = (16, 12), kernel: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 24, *size), (40, 24, kernel, kernel), (40,)
+    image, weight, bias = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    return image, weight, bias
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_values_and_gradients_are_those_of_pytorch(
+    layout: torch.memory_format, with_bias: bool, taken: list[bool], one_thread: None
+) -> None:
+    image, weight, bias = inputs()
+    leaves = (image, weight, bias) if with_bias else (image, weight)
+    placed = image.contiguous(memory_format=layout)
+    expected = F.conv2d(placed, *leaves[1:])
+    with Pointwise():
+        found = F.conv2d(placed, *leaves[1:])
+    assert taken == [True]
+    assert found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    change = torch.randn(expected.shape)
+    for one, other in zip(*(torch.autograd.grad(y, leaves, change) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": (1, 1), "padding": [0, 0], "dilation": 3}, {"padding": 0}])
+def test_settings_that_change_nothing_are_known(options: dict[str, object], taken: list[bool]) -> None:
+    with Pointwise():
+        F.conv2d(*inputs(), **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert taken == [True]
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"padding": "same"}, {"stride": (1, 2)}], ids=str)
+def test_other_settings_go_pytorchs_way(options: dict[str, object], taken: list[bool]) -> None:
+    expected = F.conv2d(*inputs(), **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with Pointwise():
+        found = F.conv2d(*inputs(), **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert taken == [False]
+    assert torch.equal(found, expected)
+
+
+def test_other_inputs_go_pytorchs_way(taken: list[bool]) -> None:
+    image, weight, bias = inputs()
+    with Pointwise():
+        F.conv2d(image.double(), weight.double(), bias.double())
+        F.conv2d(image[0], weight, bias)
+        F.conv2d(*inputs(size=(3, 3)))
+        F.conv2d(*inputs(kernel=3))
+        F.conv2d(image, weight[:, :12], bias, groups=2)
+        F.conv2d(image.to("meta"), weight.to("meta"))
+    assert taken == [False] * 6
+
+
+def test_it_pays_with_one_thread_and_wide_registers_alone(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "has_wide_registers", lambda: True)
+    assert pays()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not pays()
+    monkeypatch.undo()
+    monkeypatch.setattr(pointwise, "has_wide_registers", lambda: False)
+    assert not pays()
+    monkeypatch.undo()
+    torch.set_num_threads(2)
+    assert not pays()
+
+
+def test_it_is_not_for_autocast_compilers_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "pays", lambda: True)
+    image, _, _ = inputs()
+    assert isinstance(use_onednn(image), Pointwise)
+    assert not isinstance(use_onednn(image.to("meta")), Pointwise)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not isinstance(use_onednn(image), Pointwise)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not isinstance(use_onednn(image), Pointwise)
+
+
+def test_a_network_gives_the_same_logits_and_gradients(monkeypatch: pytest.MonkeyPatch, taken: list[bool]) -> None:
+    torch.manual_seed(0)
+    net = build_segmenter("resnet18", "upernet", 5).eval()
+    image = torch.randn(1, 3, 64, 96)
+    answers: list[tuple[Tensor, Tensor | None]] = []
+    for is_used in (False, True):
+        monkeypatch.setattr(pointwise, "pays", lambda is_used=is_used: is_used)
+        net.zero_grad()
+        logits = net(image).main
+        logits.square().mean().backward()
+        weight = next(layer.weight for layer in net.modules() if isinstance(layer, nn.Conv2d))
+        answers.append((logits.detach(), weight.grad))
+    assert any(taken)
+    for one, other in zip(*answers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
