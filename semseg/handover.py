@@ -15,7 +15,9 @@ import multiprocessing
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -47,7 +49,8 @@ class Exchange:
 
     def __init__(self, workers: int, slots: int, slot_bytes: int) -> None:
         memory = mmap.mmap(-1, workers * slots * slot_bytes)  # taken from the system when it is written to
-        self._slots = torch.frombuffer(memory, dtype=torch.uint8).view(workers, slots, slot_bytes)
+        # An array: a tensor made in PyTorch's inference mode can be written to in that mode alone.
+        self._slots = np.frombuffer(memory, np.uint8).reshape(workers, slots, slot_bytes)
         self._freed = [multiprocessing.Pipe(duplex=False) for _ in range(workers)]  # numbers of slots, to the worker
         self._number = next(_numbers)
         _exchanges[self._number] = self
@@ -65,18 +68,18 @@ class Exchange:
         if not free or tensor.dtype != torch.uint8 or tensor.numel() > self._slots.shape[2]:
             return None
         slot = Slot(self._number, worker, free.pop(), tuple(tensor.shape))
-        self._content(slot).copy_(tensor)
+        np.copyto(self._content(slot), tensor.numpy())
         return slot
 
     def take(self, slot: Slot) -> Tensor:
         """A copy of what lies in a slot, which is given back."""
-        tensor = self._content(slot).clone()
+        tensor = torch.from_numpy(self._content(slot).copy())
         _, freed = self._freed[slot.worker]
         freed.send(slot.number)
         return tensor
 
-    def _content(self, slot: Slot) -> Tensor:
-        return self._slots[slot.worker, slot.number, : math.prod(slot.shape)].view(slot.shape)
+    def _content(self, slot: Slot) -> NDArray[np.uint8]:
+        return self._slots[slot.worker, slot.number, : math.prod(slot.shape)].reshape(slot.shape)
 
 
 class Sender(NamedTuple):

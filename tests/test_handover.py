@@ -68,6 +68,11 @@ def test_everything_goes_through_slots(workers: int, monkeypatch: pytest.MonkeyP
     assert_right(iter(loader(workers)))
 
 
+def test_everything_goes_through_slots_in_inference_mode() -> None:
+    with torch.inference_mode():  # as Lightning validates and tests
+        assert_right(iter(loader(2)))
+
+
 def test_a_slot_is_used_again_once_it_was_received(worker: Exchange) -> None:
     first, second, third = (torch.full((2, 3), number, dtype=torch.uint8) for number in range(3))
     parcels = [sent(first), sent(second), sent(third)]
