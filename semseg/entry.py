@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
-from semseg.process import StopRequest, prepare
+from semseg.process import prepare
 
 
 def main() -> None:
     """Run the command line in sys.argv; ends the process."""
     prepare()
-    try:
-        from semseg import launch  # noqa: PLC0415
-    except StopRequest as stop:
-        print(stop, file=sys.stderr)
-        raise
+    from semseg import launch  # noqa: PLC0415
+
     launch.main()

@@ -37,7 +37,7 @@ from semseg.config import TELLING_MODES, Config, check, explain, hydra_words, sc
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError, nearest
 from semseg.files import SCRIPT, from_here, program, script
 from semseg.jobs import finished_job, job_words
-from semseg.process import StopRequest, lead_sweep, prepare
+from semseg.process import lead_sweep, prepare
 from semseg.secrets import guard_interpolations, refusal, secret_in
 from semseg.supervise import (
     agreed_run_dir,
@@ -127,8 +127,6 @@ def main() -> None:
         leave(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
         leave(explain_hydra(error, words), ConfigError.exit_code)
-    except StopRequest as stop:
-        leave(str(stop), stop.code)
     except KeyboardInterrupt:
         leave("interrupted.", INTERRUPTED)
 

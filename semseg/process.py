@@ -7,6 +7,7 @@ checkpoint first (semseg/stopping.py).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -39,9 +40,6 @@ class StopRequest(SystemExit):
     def __init__(self, number: int) -> None:
         super().__init__(stopped_code(number))
         self.number = number  # of the signal
-
-    def __str__(self) -> str:
-        return "interrupted." if self.number == signal.SIGINT else f"stopped by {signal.Signals(self.number).name}."
 
 
 def stopped_code(number: int) -> int:
@@ -148,7 +146,7 @@ def heeded_signals() -> list[signal.Signals]:
 
 
 def stop_now(number: int, frame: FrameType | None) -> None:
-    """A handler: unwind; the second Ctrl-C of a process that is at it ends it at once.
+    """A handler: say so and unwind; the second Ctrl-C of a process that is at it ends it at once.
 
     Raises:
         StopRequest: the first time.
@@ -159,6 +157,9 @@ def stop_now(number: int, frame: FrameType | None) -> None:
             leave_at_once(INTERRUPTED)
         return
     _was_asked = True
+    line = "interrupted." if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}."
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())  # print may have been interrupted itself
     # Where the main thread waits for another rank, or the exception is lost in a destructor.
     timer = threading.Timer(UNWIND_SECONDS, leave_at_once, [stopped_code(number)])
     timer.daemon = True
@@ -208,7 +209,7 @@ def open_streams() -> None:
             if null != number:
                 os.dup2(null, number)
                 os.close(null)
-    sys.stdin = sys.stdin or Path(os.devnull).open(encoding="utf-8")
+    sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout, sys.stderr = lasting(sys.stdout, 1), lasting(sys.stderr, 2)
 
 
