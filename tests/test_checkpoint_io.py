@@ -186,7 +186,8 @@ def test_e8_who_stops_while_a_checkpoint_is_written_stops_and_keeps_the_one_befo
         pass
 
     Interrupted.write = write  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setattr(Path, "open", lambda self, mode: Interrupted(self, "w") if mode == "wb" else open(self, mode))
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode: Interrupted(path, "w") if mode == "wb" else opened(path, mode))
     with pytest.raises(type(stop)):
         AtomicCheckpointIO().save_checkpoint({"step": 2, "weight": torch.zeros(2**20)}, path)
     monkeypatch.undo()
