@@ -5,11 +5,17 @@ from __future__ import annotations
 import atexit
 import itertools
 import math
+import re
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -18,6 +24,7 @@ import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from semseg import handover
@@ -32,7 +39,7 @@ from semseg.data.plan import RankSequence, TrainPlan, groups_of_one_shape
 from semseg.data.records import Record
 from semseg.data.scan import repeat_factors, scan
 from semseg.data.sources import DataSource
-from semseg.errors import DataError
+from semseg.errors import DataError, SemsegError
 from semseg.handover import Exchange
 from semseg.machine import free_shared_memory
 from semseg.nets.segmenter import Segmenter
@@ -40,6 +47,7 @@ from semseg.stopping import leave_signals_to_the_parent
 
 Item = TypeVar("Item")
 LOOK_S = 2.0  # seconds
+GRACE_S = 2.0  # seconds in which workers that are asked to leave may do so
 TELL_S = 60.0  # seconds without an item, after which it is told what is waited for
 AHEAD = 2  # sub-batches that every worker keeps ready, DataLoader's prefetch_factor
 
@@ -74,20 +82,43 @@ class WatchedLoader(DataLoader[Item]):
     def _items(self) -> Generator[Item, None, None]:
         self.worker_init_fn = partial(begin, self._exchange())  # a new one for each set of workers
         stream = super().__iter__()
-        for number in itertools.count():
-            try:
-                item = self._next(stream, number)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader"):
-                    raise
-                reason = str(error).splitlines()[0].rstrip(". ")
-                raise DataError(
-                    f"waiting for {self._in_work(number, reason)}: {reason}. Look whether the file can be read "
-                    "and the memory suffices; data.num_workers=0 shows more, data.worker_timeout_s is how long to wait."
-                ) from error
-            yield item
+        try:
+            for number in itertools.count():
+                try:
+                    item = self._next(stream, number)
+                except StopIteration:
+                    return
+                except Exception as error:
+                    explained = self._explain(error, number, stream)
+                    if explained is None:
+                        raise
+                    raise explained from error
+                yield item
+        finally:
+            # However the iteration ends: the traceback of an error keeps the workers referenced, and so alive.
+            stop_workers(stream)
+
+    def _explain(self, error: Exception, number: int, stream: Iterator[Item]) -> SemsegError | None:
+        """The error for users behind one that came from a worker; None if it came from this process."""
+        text = str(error)
+        if re.match(r"Caught \w+ in ", text):
+            message = last_message(error)
+            if isinstance(error, SemsegError):
+                return type(error)(message)
+            images = ", ".join(self._images_of(number))
+            return DataError(f"{images}: a data-loading worker failed: {message} (data.num_workers=0 shows where).")
+        if isinstance(error, RuntimeError) and text.startswith("DataLoader"):
+            reason = text.splitlines()[0].rstrip(". ")
+        elif isinstance(error, OSError | EOFError) and wait(
+            [worker.sentinel for worker in workers_of(stream)], GRACE_S
+        ):
+            reason = "DataLoader worker exited unexpectedly"  # while it was handing over an item, which is lost
+        else:
+            return None
+        return DataError(
+            f"waiting for {self._in_work(number, reason)}: {reason}. Look whether the file can be read "
+            "and the memory suffices; data.num_workers=0 shows more, data.worker_timeout_s is how long to wait."
+        )
 
     def _in_work(self, number: int, reason: str) -> str:
         """The images that a worker may have been at when it ended; those of item `number` if it only takes long."""
@@ -126,15 +157,62 @@ class WatchedLoader(DataLoader[Item]):
                     warnings.warn(f"waiting for {images} since {waited:.0f} s. Is the disk slow?", stacklevel=1)
 
 
+def last_message(error: Exception) -> str:
+    """What an exception said in the worker that raised it; `error` is PyTorch's copy, which holds the traceback.
+
+    The message of a `SemsegError` stands alone, any other is preceded by the name of its type.
+    """
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    _, found, message = str(error).rpartition(f"\n{name}: ")
+    if not found:  # PyTorch raises a RuntimeError where it cannot construct the type, and some messages are empty
+        return str(error).strip().splitlines()[-1]
+    return message.strip() if isinstance(error, SemsegError) else f"{name}: {message.strip()}"
+
+
+def workers_of(stream: Iterator[Any]) -> list[BaseProcess]:
+    """The worker processes of an iteration of a DataLoader."""
+    return getattr(stream, "_workers", [])
+
+
+def stop_workers(stream: Iterator[Any]) -> None:
+    """End the workers of an iteration of a DataLoader, those that are busy, stopped or hanging included.
+
+    They ignore the signal by which PyTorch and Python end them, so that both would wait for ever for one that does not
+    leave by itself.
+    """
+    workers = workers_of(stream)
+    if not workers or getattr(stream, "_shutdown", False):
+        return  # no workers, or PyTorch has ended them: the iteration was complete
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    # PyTorch's handler raises for every worker that is killed.
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if on_main_thread else None
+    # In a thread: it can block where a worker was killed that held a lock.
+    leave = threading.Thread(
+        target=stream._shutdown_workers,  # pyright: ignore[reportAttributeAccessIssue]
+        daemon=True,
+    )
+    leave.start()
+    leave.join(GRACE_S)
+    kill(workers)
+    leave.join(GRACE_S)
+    if on_main_thread:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def kill(processes: Iterable[BaseProcess]) -> None:
+    """End child processes that are still alive, without asking them."""
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+
+
 _going_on: WeakSet[Generator[Any, None, None]] = WeakSet()  # iterations whose workers may be alive
 
 
 @atexit.register
 def end() -> None:
-    """Stop the workers of iterations that were left half done.
-
-    As they leave signals to this process, Python's own way of ending them would wait for ever.
-    """
+    """Stop the workers of iterations that were left half done; see `stop_workers`."""
     for items in list(_going_on):
         items.close()
 
@@ -142,8 +220,18 @@ def end() -> None:
 def begin(exchange: Exchange | None, worker: int) -> None:
     """The first thing that a worker does."""
     leave_signals_to_the_parent(worker)
+    Queue._on_queue_feeder_error = send_error  # pyright: ignore[reportAttributeAccessIssue] - Python's hook for this
     if exchange is not None:
         exchange.join(worker)
+
+
+def send_error(queue: Queue[Any], error: Exception, item: Any) -> None:
+    """In a worker: send the error in the place of an item that cannot be pickled, as where /dev/shm is full.
+
+    Python prints the error and drops the item, for which the process that trains would wait for ever.
+    """
+    number, _ = item
+    queue.put((number, ExceptionWrapper(where="in a DataLoader worker process")))
 
 
 class SubBatchLoader:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
+from semseg import launch
 from semseg.launch import CONFIG_DIR
 
 RUN = CONFIG_DIR.parent / "run.py"
@@ -24,3 +29,32 @@ def run(cwd: Path, *words: str, code: int = 0) -> str:
     )
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def run_here(cwd: Path, *words: str, code: int = 0) -> str:
+    """As `run`, without a new process: what the command line prints, in a fraction of the time."""
+    output = io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        patch.dict(os.environ),
+        patch.object(sys, "argv", [str(RUN), *words]),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        try:
+            launch.main()
+            ended = 0
+        except SystemExit as leaving:
+            ended = leaving.code or 0
+    assert ended == code, output.getvalue()
+    return output.getvalue()
+
+
+def run_script(path: Path, cwd: Path) -> tuple[int, str]:
+    """Exit code and output of a program that imports this package and the modules in the folder `cwd`."""
+    paths = os.pathsep.join([str(RUN.parent), str(cwd)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    result = subprocess.run(
+        [sys.executable, str(path)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    return result.returncode, result.stdout + result.stderr
