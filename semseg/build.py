@@ -21,7 +21,7 @@ from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
 from semseg import zoo
 from semseg.averaging import MovingAverage
 from semseg.bad_images import CountBadImages
-from semseg.callbacks import EndOnSigterm, LogSteps, checkpoints
+from semseg.callbacks import EndOnSignals, LogSteps, checkpoints
 from semseg.checkpoint import SavedNetwork, find_checkpoint, inherit, read_checkpoint
 from semseg.checkpoint_io import AtomicCheckpointIO
 from semseg.config import ONNX, Config, DownloadConfig, ModelConfig, network_options
@@ -250,7 +250,7 @@ def callbacks(config: Config, source: DataSource) -> list[Callback]:
     Raises:
         ConfigError: if one of them waits for a validation that never comes.
     """
-    ours: list[Callback] = [EndOnSigterm()]  # in training, signals write a checkpoint first
+    ours: list[Callback] = [EndOnSignals()]  # in training, signals write a checkpoint first
     if config.mode == "train":
         guard = NonFiniteGuard(Path(config.run_dir), config.trainer)
         ours = [ProbeMemory(config.trainer), SeedEveryStep(config.seed), ForgetRepeatedSteps(), guard, LogSteps()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from semseg.checkpoint import FOLDER
 from semseg.checkpoint_io import BestCheckpoint
 from semseg.collate import Batch
 from semseg.config import CheckpointConfig
+from semseg.process import take_signals
 from semseg.saving import Saver
 
 MONITOR = "val/miou"
@@ -89,10 +89,10 @@ class LogSteps(Callback):
         return cost
 
 
-class EndOnSigterm(Callback):
-    """SIGTERM ends the process at once.
+class EndOnSignals(Callback):
+    """Signals that ask to stop end the process at once.
 
-    Lightning's own handler broadcasts from rank 0, which hangs a job of which one rank got the signal, and
+    Lightning's own handler of SIGTERM broadcasts from rank 0, which hangs a job of which one rank got the signal, and
     ends with exit code 0. Under SLURM it requeues the job, so there it stays.
     """
 
@@ -105,4 +105,4 @@ class EndOnSigterm(Callback):
     def _restore(self, trainer: pl.Trainer) -> None:
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if not isinstance(environment, SLURMEnvironment):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            take_signals()

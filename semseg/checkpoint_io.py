@@ -228,10 +228,12 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:
-            # After a failed write, torch's zip writer fails again when it closes and hides the reason.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise
+            # After a failed write, torch's zip writer fails again when it closes and hides the reason, which may also
+            # be that the user wants to leave.
+            reason = error.__context__
+            if reason is None or (isinstance(reason, Exception) and not isinstance(reason, OSError)):
+                raise
+            raise reason from error
         file.flush()
         os.fsync(file.fileno())
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import itertools
 import math
+import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -12,10 +14,12 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
+from types import FrameType
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -26,6 +30,7 @@ from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from semseg import handover
 from semseg.collate import Batch
@@ -43,6 +48,7 @@ from semseg.errors import DataError, SemsegError
 from semseg.handover import Exchange
 from semseg.machine import free_shared_memory
 from semseg.nets.segmenter import Segmenter
+from semseg.process import ask_for_death_signal, end_with_parent
 from semseg.stopping import leave_signals_to_the_parent
 
 Item = TypeVar("Item")
@@ -70,8 +76,16 @@ class WatchedLoader(DataLoader[Item]):
         tensors: tuple[int, int] | None = None,
         **options: Any,
     ) -> None:
-        # DataLoader looks after its workers each time that it has waited so long.
-        super().__init__(dataset, timeout=LOOK_S if options["num_workers"] else 0, **options)
+        reason = handover.why_no_workers() if options["num_workers"] else None
+        if reason is not None:
+            rank_zero_warn(
+                f"images are read without workers, since the system has no locks for them: {reason} (/dev/shm)."
+            )
+            options["num_workers"] = 0
+        if options["num_workers"]:
+            # DataLoader looks after its workers each time that it has waited so long.
+            options |= {"timeout": LOOK_S, "multiprocessing_context": handover.start_method()}
+        super().__init__(dataset, **options)
         self._images_of, self.patience_s, self._tensors = images_of, patience_s or math.inf, tensors
 
     def __iter__(self) -> Iterator[Item]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -80,8 +94,10 @@ class WatchedLoader(DataLoader[Item]):
         return items
 
     def _items(self) -> Generator[Item, None, None]:
-        self.worker_init_fn = partial(begin, self._exchange())  # a new one for each set of workers
+        self.worker_init_fn = partial(begin, self._exchange(), self._parent())  # a new one for each set of workers
+        before = signal.getsignal(signal.SIGCHLD)
         stream = super().__iter__()
+        take_deaths_of_workers(before)
         try:
             for number in itertools.count():
                 try:
@@ -97,6 +113,11 @@ class WatchedLoader(DataLoader[Item]):
         finally:
             # However the iteration ends: the traceback of an error keeps the workers referenced, and so alive.
             stop_workers(stream)
+
+    def _parent(self) -> int | None:
+        """The process id of the workers' parent, if they are to end with it: it is this thread that Linux means."""
+        is_direct = handover.start_method() != "forkserver" and threading.current_thread() is threading.main_thread()
+        return os.getpid() if self.num_workers and is_direct else None
 
     def _explain(self, error: Exception, number: int, stream: Iterator[Item]) -> SemsegError | None:
         """The error for users behind one that came from a worker; None if it came from this process."""
@@ -146,7 +167,8 @@ class WatchedLoader(DataLoader[Item]):
         started, is_told = time.monotonic(), False
         while True:
             try:
-                return next(stream)
+                with waiting_for(stream):
+                    return next(stream)
             except RuntimeError as error:
                 waited = time.monotonic() - started
                 if not str(error).startswith("DataLoader timed out") or waited > self.patience_s:
@@ -155,6 +177,60 @@ class WatchedLoader(DataLoader[Item]):
                     is_told = True
                     images = ", ".join(self._images_of(number))
                     warnings.warn(f"waiting for {images} since {waited:.0f} s. Is the disk slow?", stacklevel=1)
+
+
+# ---- workers that die
+
+_waited_for: Iterator[Any] | None = None  # the iteration of a DataLoader whose next item the main thread waits for
+
+
+@contextmanager
+def waiting_for(stream: Iterator[Any]) -> Iterator[None]:
+    """Inside, the death of a worker of `stream` raises, also of one that has died before.
+
+    Raises:
+        RuntimeError: "DataLoader worker ...", as PyTorch does.
+    """
+    global _waited_for  # noqa: PLW0603 - what a signal's handler has to know
+    if threading.current_thread() is threading.main_thread():
+        _waited_for = stream
+    try:
+        raise_if_dead(stream)
+        yield
+    finally:
+        _waited_for = None
+
+
+def raise_if_dead(stream: Iterator[Any]) -> None:
+    """See `waiting_for`."""
+    for worker in workers_of(stream):
+        if not worker.is_alive() and not getattr(stream, "_shutdown", False):
+            code = worker.exitcode or 0
+            how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else "exited unexpectedly"
+            raise RuntimeError(f"DataLoader worker (process {worker.pid}) {how}")
+
+
+def take_deaths_of_workers(before: Any) -> None:
+    """Take the place of PyTorch's handler, which raises for a dead worker wherever the main thread is.
+
+    In the middle of a step nobody knows what the worker was reading; the next item is asked for soon enough.
+
+    Args:
+        before: the handler before PyTorch's, which is called as well.
+    """
+    if threading.current_thread() is not threading.main_thread() or getattr(before, "looks_at_workers", False):
+        return
+    if getattr(before, "__module__", None) == signal_handling.__name__:
+        before = None  # PyTorch's own, of a loader before
+
+    def look(number: int, frame: FrameType | None) -> None:
+        if callable(before):
+            before(number, frame)
+        if _waited_for is not None:  # perhaps in the middle of a message that will never be complete
+            raise_if_dead(_waited_for)
+
+    look.looks_at_workers = True  # pyright: ignore[reportFunctionMemberAccess]
+    signal.signal(signal.SIGCHLD, look)
 
 
 def last_message(error: Exception) -> str:
@@ -217,9 +293,13 @@ def end() -> None:
         items.close()
 
 
-def begin(exchange: Exchange | None, worker: int) -> None:
+def begin(exchange: Exchange | None, parent: int | None, worker: int) -> None:
     """The first thing that a worker does."""
     leave_signals_to_the_parent(worker)
+    if parent is not None:
+        end_with_parent(parent)
+    elif multiprocessing.get_start_method(allow_none=True) == "forkserver":
+        ask_for_death_signal()  # of the server, which ends with the process that trains
     Queue._on_queue_feeder_error = send_error  # pyright: ignore[reportAttributeAccessIssue] - Python's hook for this
     if exchange is not None:
         exchange.join(worker)

@@ -12,6 +12,7 @@ import itertools
 import math
 import mmap
 import multiprocessing
+import sys
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -30,9 +31,30 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
 
 
+def start_method() -> str:
+    """How workers are started: as multiprocessing.set_start_method says, else as forks where that is Python's way.
+
+    On Linux the default of Python 3.14 and later, forkserver, counts as no choice: forks are what slots need.
+    """
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    default = "forkserver" if sys.version_info >= (3, 14) else "fork"
+    if sys.platform == "linux" and chosen in (None, default):
+        return "fork"
+    return chosen or multiprocessing.get_context().get_start_method()
+
+
 def is_possible() -> bool:
     """Whether workers are forks of this process and so inherit its memory; if not, PyTorch's own way is taken."""
-    return multiprocessing.get_start_method() == "fork"
+    return start_method() == "fork"
+
+
+def why_no_workers() -> str | None:
+    """What keeps this system from starting workers; None: nothing. Locks need a /dev/shm that can be written to."""
+    try:
+        multiprocessing.get_context(start_method()).Lock()
+    except (OSError, ImportError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
 
 
 class Exchange:

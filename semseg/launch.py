@@ -37,13 +37,15 @@ from semseg.config import TELLING_MODES, Config, check, explain, hydra_words, sc
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError, nearest
 from semseg.files import SCRIPT, from_here, program, script
 from semseg.jobs import finished_job, job_words
+from semseg.process import lead_sweep, prepare
 from semseg.secrets import guard_interpolations, refusal, secret_in
 from semseg.supervise import (
     agreed_run_dir,
+    check_world_size,
     external_rank,
-    follow_supervisor,
     leave_last_words,
     num_processes,
+    refuse_ranks,
     supervise,
 )
 
@@ -90,6 +92,7 @@ for harmless in (r".*LeafSpec.*", r"Found \d+ module\(s\) in eval mode", r"It is
 
 def main() -> None:
     """Run the command line in sys.argv; ends the process with 0, 1 (failure) or 2 (configuration)."""
+    prepare()
     # Hydra prints errors its own way unless told to pass them on.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if Path(sys.argv[0]).is_file():  # not so in python -c
@@ -108,6 +111,7 @@ def main() -> None:
             if config.mode in TELLING_MODES:
                 importlib.import_module(f"semseg.modes.{config.mode}").run(config, words)
                 sys.exit(0)
+            check_world_size(config)
             run_dir = run_folder(composed)
             processes = num_processes(config)
             if processes > 1:
@@ -150,17 +154,19 @@ def run_sweep(given: list[str], words: list[str]) -> int:
         given: the command line as it was typed, for the command that goes on with the sweep.
         words: the same as Hydra wants it.
     """
+    refuse_ranks("a sweep (-m)")
     composed = compose_all(overrides_among(words), sweep=True)
     sweep_dir = sweep_folder(composed)
     sys.argv[1:] += [f"hydra.sweep.dir={quoted(sweep_dir)}"]
     # For launchers whose jobs begin as a process that knows nothing but the name of our function.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(CONFIG_DIR.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     stopped = 0
+    lead_sweep()
     try:
         start()
     except KeyboardInterrupt:
         stopped = INTERRUPTED
-    except SystemExit as asked:  # by a job that passed on a signal
+    except SystemExit as asked:  # by a signal, which the job had passed on
         stopped = int(asked.code or 0)
     except (SemsegError, HydraException, OmegaConfBaseException):
         raise
@@ -349,7 +355,6 @@ def quoted(text: object) -> str:
 
 def run_ranks(words: list[str], processes: int, run_dir: Path) -> int:
     """Run this command line as one process per device, all with the same run folder."""
-    follow_supervisor()
     command = [sys.executable, str(script()), *words, f"hydra.run.dir={quoted(run_dir)}"]
     return supervise(command, processes, run_dir)
 
@@ -370,7 +375,6 @@ def job(composed: DictConfig) -> float | None:
     with open_dict(composed):
         # In the process of another rank, or of a job of a sweep, ${now:} would name another folder.
         composed.run_dir = runtime.runtime.output_dir
-    follow_supervisor()
     try:
         config = check(composed)
         mode = importlib.import_module(f"semseg.modes.{config.mode}")

@@ -390,7 +390,7 @@ def run_server(app: ASGIApp, door: socket.socket) -> None:
     """Serve until Ctrl-C or SIGTERM, and let requests under way finish for a few seconds.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C.
+        StopRequest: after the signal, if that is how the program takes it.
     """
     options = uvicorn.Config(
         app,

@@ -10,9 +10,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from semseg.errors import INTERRUPTED, TERMINATED, SemsegError
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from semseg.errors import SemsegError
+from semseg.process import STOP_SIGNALS, heeded_signals, stop_now, stopped_code
 
 
 class StoppedError(SemsegError):
@@ -21,7 +20,7 @@ class StoppedError(SemsegError):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.number = number  # of the signal
-        self.exit_code = INTERRUPTED if number == signal.SIGINT else TERMINATED
+        self.exit_code = stopped_code(number)
 
 
 class StopSignals:
@@ -33,7 +32,7 @@ class StopSignals:
 
     def install(self) -> None:
         """Take over the signals. Lightning's own handler ends with exit code 0 and hangs if one rank gets it alone."""
-        for number in STOP_SIGNALS:
+        for number in heeded_signals():
             handler = signal.signal(number, self._note)
             self._before.setdefault(number, handler)
 
@@ -45,7 +44,7 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, stop_now)
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,11 +21,11 @@ from types import FrameType
 from typing import NamedTuple
 
 from semseg.config import Config
-from semseg.errors import STOPPED_CODES, SemsegError
+from semseg.errors import STOPPED_CODES, TERMINATED, ConfigError, SemsegError
+from semseg.process import SUPERVISOR, heeded_signals, is_supervised, stopped_code, sweep_is_gone
 
 FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and last words of ranks that raised
-SUPERVISOR = "SEMSEG_SUPERVISOR"  # process id, in the environment of every rank and every job of a sweep
-LAST_WORDS = "SEMSEG_LAST_WORDS"  # file, likewise
+LAST_WORDS = "SEMSEG_LAST_WORDS"  # file, in the environment of every rank and every job of a sweep
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 3.0  # between asking a rank to end and ending it
 STOP_SECONDS = 30.0  # for ranks that were asked to stop: they write a checkpoint first
@@ -34,6 +33,15 @@ STOP_SECONDS = 30.0  # for ranks that were asked to stop: they write a checkpoin
 EXTERNAL_LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 # What a run that starts its own ranks must not inherit, these and those by which Lightning takes it for a rank.
 RANK_NAMES = (*EXTERNAL_LAUNCHERS, "RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")
+# Who else starts ranks: the variable that says so, those for the number of processes, and those for the processes of a
+# node (torchrun) or the number of nodes.
+LAUNCHERS = (
+    ("torchrun", "LOCAL_RANK", ("WORLD_SIZE",), ("LOCAL_WORLD_SIZE",)),
+    ("srun", "SLURM_PROCID", ("SLURM_NTASKS", "SLURM_NPROCS"), ("SLURM_NNODES", "SLURM_JOB_NUM_NODES")),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",), ()),
+    ("mpirun", "PMI_RANK", ("PMI_SIZE",), ()),
+)
+PARALLEL_MODES = ("train", "eval")
 OWN_LAUNCH = ("ddp", "auto", "fsdp")  # strategies, by the start of their name, whose ranks are scripts of their own
 
 
@@ -50,14 +58,76 @@ def num_processes(config: Config) -> int:
     """Processes to start on this machine: 1 where nothing needs supervision."""
     trainer = config.trainer
     is_external = any(name in os.environ for name in EXTERNAL_LAUNCHERS)
-    is_single = config.mode not in ("train", "eval") or not trainer.strategy.startswith(OWN_LAUNCH)
+    is_single = config.mode not in PARALLEL_MODES or not trainer.strategy.startswith(OWN_LAUNCH)
     if is_external or is_single or trainer.strategy.endswith(("spawn", "fork", "notebook")):
         return 1
-    if isinstance(trainer.devices, list):
-        return len(trainer.devices)
-    if trainer.devices in ("auto", -1):
-        return max(1, _num_gpus(trainer.accelerator))
-    return int(trainer.devices)
+    return num_devices(config)
+
+
+def num_devices(config: Config) -> int:
+    """Devices on one machine."""
+    devices = config.trainer.devices
+    if isinstance(devices, list):
+        return len(devices)
+    return max(1, _num_gpus(config.trainer.accelerator)) if devices in ("auto", -1) else int(devices)
+
+
+def check_world_size(config: Config) -> None:
+    """Refuse a configuration for another number of processes than torchrun, srun or mpirun has started.
+
+    Each would be a run of its own, all in one folder, or would wait for others that never come.
+
+    Raises:
+        ConfigError: with the keys to set.
+    """
+    started = _started_processes()
+    if started is None:
+        return
+    launcher, world_size, nodes = started
+    if config.mode not in PARALLEL_MODES:
+        return refuse_ranks(f"mode={config.mode}")
+    trainer = config.trainer
+    devices = num_devices(config)
+    if devices * trainer.num_nodes != world_size:
+        raise ConfigError(
+            f"{launcher} has started {world_size} processes, but trainer.devices={_as_word(trainer.devices)} on "
+            f"trainer.num_nodes={trainer.num_nodes} takes {devices * trainer.num_nodes}. "
+            f"Set trainer.devices={world_size // nodes} trainer.num_nodes={nodes}, or start as many processes."
+        )
+
+
+def refuse_ranks(what: str) -> None:
+    """Refuse torchrun where `what` takes one process. (srun's variables are there in the job's own script, too.)
+
+    Raises:
+        ConfigError: if there are several.
+    """
+    started = _started_processes()
+    if started is not None and started[0] == "torchrun" and started[1] > 1:
+        raise ConfigError(
+            f"{what} takes one process, but torchrun has started {started[1]}. Start it without torchrun."
+        )
+
+
+def _started_processes() -> tuple[str, int, int] | None:
+    """Who started the ranks, their number, and on how many nodes; None if nobody else did."""
+    if is_supervised():
+        return None
+    for launcher, mark, size_names, node_names in LAUNCHERS:
+        size = next((os.environ[name] for name in size_names if os.environ.get(name, "").isdecimal()), None)
+        if mark not in os.environ or size is None:
+            continue
+        if launcher == "srun" and os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+            continue  # a shell inside an allocation, which Lightning does not take for a launcher either
+        world_size = int(size)
+        nodes = next((os.environ[name] for name in node_names if os.environ.get(name, "").isdecimal()), "1")
+        num_nodes = world_size // int(nodes) if launcher == "torchrun" else int(nodes)
+        return launcher, world_size, num_nodes if num_nodes and world_size % num_nodes == 0 else 1
+    return None
+
+
+def _as_word(devices: object) -> str:
+    return str(devices).replace(" ", "")
 
 
 def _num_gpus(accelerator: str) -> int:
@@ -79,9 +149,9 @@ def supervise(command: Sequence[str], processes: int, run_dir: Path) -> int:
     for old in folder.iterdir():
         old.unlink()
     port = _free_port()
-    ranks = [_start(command, rank, processes, folder, port) for rank in range(processes)]
     received: list[int] = []
     with _handlers(received.append):
+        ranks = [_start(command, rank, processes, folder, port) for rank in range(processes)]
         failure = _watch(ranks, folder, received)
         if failure is None and received:
             _pass_on(ranks, received)
@@ -97,7 +167,7 @@ def supervise(command: Sequence[str], processes: int, run_dir: Path) -> int:
         sys.stdout.flush()
         print(f"\nerror: {told}\nits log: {failure.log}", file=sys.stderr, flush=True)
         return failure.exit_code
-    return 128 + received[0] if received else 0
+    return stopped_code(received[0]) if received else 0
 
 
 class Ended(NamedTuple):
@@ -118,13 +188,16 @@ def run_alone(command: Sequence[str], last_words: Path) -> Ended:
     environment = {name: value for name, value in os.environ.items() if name not in RANK_NAMES}
     environment |= {SUPERVISOR: str(os.getpid()), LAST_WORDS: str(last_words)}
     received: list[int] = []
+    is_gone = False
     with _handlers(received.append):
         process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603 - our own entry point
-        while process.poll() is None and not received:
+        while process.poll() is None and not received and not (is_gone := sweep_is_gone()):
             time.sleep(POLL_SECONDS)
         if received:
             _pass_on([process], received)
         _end([process])
+    if is_gone:
+        os._exit(TERMINATED)  # or the launcher's process would take the next job
     return Ended(process.returncode, received[0] if received else None)
 
 
@@ -137,7 +210,7 @@ def _start(command: Sequence[str], rank: int, processes: int, folder: Path, port
         LAST_WORDS: str(_last_words(folder, rank)),
     }
     # One thread per rank on a share of the cores, as Lightning's own launcher does.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // processes)))
     words = list(command) + (["hydra.output_subdir=null"] if rank else [])
     with contextlib.ExitStack() as stack:
         output = None if rank == 0 else stack.enter_context(_log(folder, rank).open("wb"))
@@ -185,12 +258,15 @@ def _first_failure(codes: list[int | None], folder: Path) -> Failure:
 
 
 def _pass_on(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> None:
-    """Give the ranks the signal that this process got, and time to stop in good order; a second one ends that."""
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.send_signal(received[0])
-    deadline = time.monotonic() + STOP_SECONDS
-    while len(received) == 1 and any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+    """Give the ranks the signal that this process got, and time to stop in good order; less after another Ctrl-C."""
+    deadline, num_sent = time.monotonic() + STOP_SECONDS, 0
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        for number in received[num_sent:]:
+            for rank in ranks:
+                rank.send_signal(number)
+            num_sent += 1
+            if num_sent > 1 and number == signal.SIGINT:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         time.sleep(POLL_SECONDS)
 
 
@@ -219,12 +295,17 @@ def _handlers(tell: Callable[[int], None]):
     def note(number: int, frame: FrameType | None) -> None:
         tell(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in heeded_signals()}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _num_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_port() -> int:
@@ -251,7 +332,7 @@ def _where(folder: Path, rank: int) -> str:
 
 def external_rank() -> int | None:
     """This process's number among all ranks, if torchrun or SLURM started it; else None."""
-    if SUPERVISOR in os.environ:
+    if is_supervised():
         return None
     number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     return int(number) if number is not None else None
@@ -276,20 +357,6 @@ def agreed_run_dir(mine: str, rank: int) -> str:
     if rank == 0:
         store.set(key, mine)
     return store.get(key).decode()
-
-
-def follow_supervisor() -> None:
-    """In a rank or a job of a sweep: end when what started it is gone, however it went. Elsewhere: nothing."""
-    supervisor = os.environ.get(SUPERVISOR)
-    if supervisor is None or os.getppid() != int(supervisor):
-        return
-
-    def watch() -> None:
-        while os.getppid() == int(supervisor):
-            time.sleep(1)
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave_last_words(error: BaseException, exit_code: int) -> None:

@@ -28,6 +28,7 @@ from semseg.jobs import (
     read_result,
     write_job,
 )
+from semseg.process import stopped_code
 from semseg.supervise import Ended, run_alone
 from semseg.sweep_page import duration, score_words, write_sweep_page
 
@@ -43,7 +44,7 @@ def run_job(command: Sequence[str], overrides: Sequence[str], run_dir: Path, *, 
         scores: the job is done when there is a result, not just when the command has ended well.
 
     Raises:
-        SystemExit: if this process was asked to stop: 128 and the number of the signal. The job had it passed on.
+        SystemExit: if this process was asked to stop, with the code for that signal. The job had it passed on.
     """
     before = read_job(run_dir)
     spent = before.seconds if before else 0.0
@@ -55,7 +56,7 @@ def run_job(command: Sequence[str], overrides: Sequence[str], run_dir: Path, *, 
     job = job._replace(status=status, reason=reason, seconds=spent + time.monotonic() - start)
     write_job(job)
     if ended.signal is not None:
-        raise SystemExit(128 + ended.signal)
+        raise SystemExit(stopped_code(ended.signal))
     result = read_result(run_dir) if job.is_finished else None
     return job._replace(result=result or Result())
 

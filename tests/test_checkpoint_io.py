@@ -31,6 +31,7 @@ from memory import FORK, MEGABYTE, in_child, needs_proc, peak_growth
 from semseg import checkpoint_io
 from semseg.checkpoint_io import AtomicCheckpointIO, BestCheckpoint, damage, newest_intact, remove_leftovers
 from semseg.errors import CheckpointError
+from semseg.process import StopRequest
 
 
 def content(step: int, megabytes: float) -> dict[str, Any]:
@@ -168,6 +169,32 @@ def test_b3_the_reason_that_torch_hides_behind_an_error_of_its_own_is_told(
 
 
 @pytest.mark.reliability
+@pytest.mark.parametrize("stop", [StopRequest(signal.SIGINT), KeyboardInterrupt()])
+def test_e8_who_stops_while_a_checkpoint_is_written_stops_and_keeps_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    written = io.FileIO.write
+
+    def write(file: io.FileIO, data: bytes) -> int:
+        if len(data) > 2**16:
+            raise stop  # a signal's handler, in the middle of a tensor
+        return written(file, data)
+
+    class Interrupted(io.FileIO):
+        pass
+
+    Interrupted.write = write  # pyright: ignore[reportAttributeAccessIssue]
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode: Interrupted(path, "w") if mode == "wb" else opened(path, mode))
+    with pytest.raises(type(stop)):
+        AtomicCheckpointIO().save_checkpoint({"step": 2, "weight": torch.zeros(2**20)}, path)
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 def test_b3_a_disk_that_is_plainly_too_small_is_told_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,8 +100,19 @@ def test_without_slots_everything_arrives_as_well(tensors: tuple[int, int] | Non
 
 def test_processes_that_inherit_nothing_have_no_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loader(2)._exchange() is not None
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "forkserver")
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "spawn")
     assert loader(2)._exchange() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
+def test_workers_are_forks_unless_the_program_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: None)
+    assert loader(2).multiprocessing_context.get_start_method() == "fork"
+    monkeypatch.setattr(sys, "version_info", (3, 14))
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "forkserver")  # Python's choice from then on
+    assert loader(2).multiprocessing_context.get_start_method() == "fork"
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "spawn")
+    assert loader(2).multiprocessing_context.get_start_method() == "spawn"
 
 
 def test_two_iterations_of_one_loader_do_not_meet() -> None:

@@ -15,6 +15,7 @@ LAYERS = [
         "archive",
         "digest",
         "files",
+        "process",
         "seeding",
         "transfer",
         "zoo",
@@ -42,11 +43,14 @@ LAYERS = [
     ["sweep"],
     ["launch"],
     ["modes"],
+    ["entry"],
 ]
 PAGES = {"pages.charts", "pages.comparison", "pages.curves", "pages.pictures", "pages.run_card", "pages.templates"}
 PAGES |= {"draw", "report_page", "compare_page", "sweep_page", "modes.compare"}
 TORCH_FREE = (
-    {name for layer in LAYERS[:3] for name in layer} | {"launch", "supervise", "sweep", "modes.download"} | PAGES
+    {name for layer in LAYERS[:3] for name in layer}
+    | {"launch", "entry", "supervise", "sweep", "modes.download"}
+    | PAGES
 )
 HEAVY = {"torch", "torchvision", "torchmetrics", "pytorch_lightning"}
 

@@ -6,15 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from semseg.config import check
+from semseg.errors import ConfigError
 from semseg.launch import compose_config
-from semseg.supervise import EXTERNAL_LAUNCHERS, FOLDER, num_processes, supervise
+from semseg.supervise import EXTERNAL_LAUNCHERS, FOLDER, check_world_size, num_processes, supervise
 
 WAIT = "time.sleep(60)"
 SPEAK = """
@@ -92,16 +92,22 @@ def test_what_a_rank_started_ends_with_it(tmp_path: Path) -> None:
     assert not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def without_nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_supervisor_ends_all(tmp_path: Path, number: signal.Signals) -> None:
     code = (
         "import sys; from pathlib import Path; from semseg.supervise import supervise;"
         f"sys.exit(supervise([sys.executable, '-c', 'import time; time.sleep(60)'], 2, Path({str(tmp_path)!r})))"
     )
     root = Path(__file__).resolve().parent.parent
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=root)
-    threading.Timer(1.5, process.send_signal, [number]).start()
-    assert process.wait(timeout=15) == 128 + number
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, preexec_fn=without_nohup)  # noqa: PLW1509
+    while not (tmp_path / FOLDER / "rank1.log").exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=15) == (130 if number == signal.SIGINT else 143)
 
 
 @pytest.mark.parametrize(
@@ -124,3 +130,45 @@ def test_a_process_per_device(monkeypatch: pytest.MonkeyPatch, overrides: list[s
     monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun has started the ranks already
     assert num_processes(config) == 1
     assert os.environ["LOCAL_RANK"] == "0"
+
+
+TORCHRUN = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
+REFUSED = "has started 4 processes, but trainer.devices={} on trainer.num_nodes={} takes {}. Set trainer.devices={}"
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("variables", "overrides", "refusal"),
+    [
+        (TORCHRUN, [], f"torchrun {REFUSED.format(1, 1, 1, 2)} trainer.num_nodes=2,"),
+        (SRUN, ["trainer.devices=3"], f"srun {REFUSED.format(3, 1, 3, 2)} trainer.num_nodes=2,"),
+        (MPIRUN, ["mode=eval", "ckpt=x"], f"mpirun {REFUSED.format(1, 1, 1, 4)} trainer.num_nodes=1,"),
+        (TORCHRUN, ["trainer.devices=auto", "trainer.accelerator=cpu"], f"torchrun {REFUSED.format('auto', 1, 1, 2)}"),
+        (TORCHRUN, ["trainer.devices=[0,3]"], f"torchrun {REFUSED.format('[0,3]', 1, 2, 2)}"),
+        (TORCHRUN, ["trainer.devices=[0,3]", "trainer.num_nodes=2"], None),
+        (SRUN, ["trainer.devices=2", "trainer.num_nodes=2"], None),
+        (SRUN | {"SLURM_JOB_NAME": "bash"}, [], None),  # a shell inside an allocation
+        (
+            TORCHRUN,
+            ["mode=predict", "ckpt=x", "input=y"],
+            "mode=predict takes one process, but torchrun has started 4.",
+        ),
+        (SRUN, ["mode=predict", "ckpt=x", "input=y"], None),
+        ({}, ["trainer.devices=2"], None),
+    ],
+)
+def test_e11_the_number_of_processes_is_that_of_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], overrides: list[str], refusal: str | None
+) -> None:
+    for name in (*TORCHRUN, *SRUN, *MPIRUN, *EXTERNAL_LAUNCHERS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = check(compose_config(overrides))
+    if refusal is None:
+        return check_world_size(config)
+    with pytest.raises(ConfigError) as raised:
+        check_world_size(config)
+    assert refusal in str(raised.value)

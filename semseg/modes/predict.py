@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from semseg.build import open_predictor
 from semseg.config import Config
 from semseg.data.classes import LabelMap
 from semseg.data.images import read_image
+from semseg.datamodule import WatchedLoader
 from semseg.download import fetch
 from semseg.draw import Pixels, colour_map, overlay
 from semseg.errors import DataError
@@ -46,6 +47,7 @@ def run(config: Config, overrides: list[str]) -> None:
     if config.predict.format == "ade20k":
         predictor.label_map = LabelMap(predictor.classes.num_classes)
     work = Work(predictor, folder, config.predict.save, min(1, config.data.num_workers))
+    work.patience_s = config.data.worker_timeout_s
     failures = []
     for failure in track(work.all(inputs), "predicting", len(inputs), disable=not sys.stdout.isatty()):
         if failure:
@@ -68,11 +70,18 @@ class Work:
 
     def __init__(self, predictor: Predictor, folder: Path, outputs: Sequence[str], num_workers: int) -> None:
         self.predictor, self.folder, self.outputs, self.num_workers = predictor, folder, outputs, num_workers
+        self.patience_s = 0.0  # to wait for an image; 0: for ever
 
     def all(self, inputs: Sequence[Input]) -> Iterator[str]:
         """Predict each input; gives what went wrong with it, or an empty string."""
         images = [item for item in inputs if not item.is_video]
-        loader = DataLoader(Images(images, self.predictor), batch_size=None, num_workers=self.num_workers)
+        loader = WatchedLoader(
+            Images(images, self.predictor),
+            lambda number: [str(images[number].path)],
+            self.patience_s,
+            batch_size=None,
+            num_workers=self.num_workers,
+        )
         for item, loaded in zip(images, loader, strict=True):
             if not loaded.failure:
                 self.image(item, loaded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from functools import partial
 from importlib.util import find_spec
 
@@ -13,6 +14,7 @@ from semseg.config import Config
 from semseg.draw import Pixels
 from semseg.errors import ConfigError
 from semseg.predictor import Predictor
+from semseg.process import StopRequest
 
 EXTRA = ("fastapi", "uvicorn", "python_multipart")  # modules of semseg[demo]
 LOOPBACK_NAMES = ["localhost", "127.0.0.1", "::1", "[::1]"]
@@ -37,7 +39,9 @@ def run(config: Config, overrides: list[str]) -> None:
         print(f"serving {predictor.source} at {address_of(door)} (Ctrl-C to stop)", flush=True)
         try:
             run_server(app, door)
-        except KeyboardInterrupt:
+        except StopRequest as stop:
+            if stop.number != signal.SIGINT:
+                raise
             print("stopped.")
 
 
