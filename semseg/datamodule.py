@@ -276,12 +276,10 @@ class SegmentationData(pl.LightningDataModule):
         Raises:
             ConfigError: if the limit leaves none.
         """
-        steps, limit = self.steps_per_epoch(), self.config.trainer.limit_train_batches
-        batches = limited(steps, None if self.trainer is None else self.trainer.limit_train_batches)
+        steps, limit = self.steps_per_epoch(), getattr(self.trainer, "limit_train_batches", None)
+        batches = limited(steps, limit)
         if not batches:
-            raise ConfigError(
-                f"trainer.limit_train_batches={limit}: leaves none of the {steps} sub-batches of an epoch."
-            )
+            raise ConfigError(f"trainer.limit_train_batches={limit}: leaves none of {steps} sub-batches in an epoch.")
         return batches
 
     def steps_per_epoch(self) -> int:

@@ -19,7 +19,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
-from semseg.checkpoint import FORMAT_KEY, load_plain, network_of
+from semseg.checkpoint import FORMAT_KEY, first_line, load_plain, network_of
 from semseg.collate import Batch
 from semseg.config import Config, as_plain, walk
 from semseg.csv_log import CSVLog
@@ -252,9 +252,17 @@ class RunFacts(NamedTuple):
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> RunFacts | None:
-        """Those of a checkpoint; None for one of the first release, which has none."""
-        found = content.get(RUN_KEY)
-        return cls(**found) if isinstance(found, dict) and set(found) == set(cls._fields) else None
+        """Those of a checkpoint; None for one of the first release, which has none.
+
+        Raises:
+            TypeError, ValueError: if they are spoiled.
+        """
+        if RUN_KEY not in content:
+            return None
+        facts = cls(**content[RUN_KEY])
+        if min(facts[:3]) < 1 or not all(len(found) == 2 for found in facts.records.values()):
+            raise ValueError(f"{RUN_KEY}: {facts}")
+        return facts
 
 
 def limited(batches: int, limit: float | None) -> int:
@@ -352,8 +360,14 @@ def read_run_state(path: Path, config: Config, *, has_val: bool) -> RunState:
             f"{path}: a network without its optimiser, so no run can go on from it. "
             f"Start a new one from its weights: init_from={path}."
         )
-    position = Position.of(content["loops"]["fit_loop"], validation_interval(config, has_val=has_val))
-    facts, early_stop = RunFacts.of(content), EarlyStop.of(content, config)
+    try:
+        position = Position.of(content["loops"]["fit_loop"], validation_interval(config, has_val=has_val))
+        facts, early_stop = RunFacts.of(content), EarlyStop.of(content, config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: what it says of its run is damaged ({first_line(error)}). Resume from another one, or start "
+            f"a new run from its weights: init_from={path}."
+        ) from None
     return RunState(path, saved.config, position, saved.step, saved.classes.num_classes, facts, early_stop)
 
 

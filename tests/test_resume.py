@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from in_process import TINY_RUN, assert_equal, configured, fit, logged_losses
+from semseg.build import build_net
 from semseg.checkpoint import read_checkpoint, write_ckpt
 from semseg.checkpoint_io import AtomicCheckpointIO
 from semseg.config import Config
@@ -21,7 +22,7 @@ from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, ConfigError
 from semseg.modes import train
 from semseg.modes.train import state_to_resume, with_meaning_of_ckpt
-from semseg.nets.registry import ENCODERS, Constructor, build_segmenter
+from semseg.nets.registry import ENCODERS, Constructor
 from semseg.resume import Position, RunFacts, RunState, check_same_facts, check_same_run, read_run_state
 from semseg.saving import Saver
 
@@ -194,6 +195,18 @@ def test_b5_weights_alone_cannot_be_resumed(root: Path, tmp_path: Path) -> None:
     write_ckpt(tmp_path / "net.ckpt", read_checkpoint(path))
     with pytest.raises(CheckpointError, match=r"net\.ckpt: a network without its optimiser.*init_from="):
         read_run_state(tmp_path / "net.ckpt", run_of(root, tmp_path), has_val=True)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("spoiled", ["loops", "semseg_run", "callbacks"])
+def test_b5_a_checkpoint_whose_state_is_spoiled_is_named(root: Path, tmp_path: Path, spoiled: str) -> None:
+    words = ["callbacks=early_stopping"]
+    path = saved_run(root, tmp_path, *words)
+    content = torch.load(path, weights_only=True)
+    content[spoiled] = [1, 2]
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: what it says of its run is damaged"):
+        read_run_state(path, run_of(root, tmp_path, *words), has_val=True)
 
 
 @pytest.mark.reliability
@@ -414,7 +427,8 @@ def test_a17_an_epoch_with_fewer_steps_resumes_at_the_same_share_with_the_next_i
 def test_a17_another_number_of_devices_takes_the_sub_batches_after_those_that_were_taken(root: Path) -> None:
     config = run_of(root, Path("unused"))
     source = DataSource(config.data)
-    data = SegmentationData(source, config, build_segmenter("resnet18", "c1", 3, {}, {}))
+    with patch.dict(ENCODERS, {"tiny": Constructor("in_process", "TinyEncoder")}):
+        data = SegmentationData(source, config, build_net(config.model, 3))
     data.load_state_dict({"taken": 5})
     for rank in (0, 1):
         data._place = lambda rank=rank: (rank, 2)

@@ -7,6 +7,7 @@ import csv
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +22,10 @@ from torch import Tensor
 from in_process import TINY_RUN, configured, fit
 from semseg.collate import Batch
 from semseg.config import Config, SplitConfig
-from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
-from semseg.nets.registry import build_segmenter
 from semseg.optim import poly
 from semseg.resume import read_run_state
-from semseg.stopping import StoppedError
+from semseg.stopping import STOP_SIGNALS, StoppedError
 
 RATE, POWER = 0.02, 0.9
 
@@ -77,8 +76,10 @@ class Watch(Callback):
         self.expected_rates: dict[int, float] = {}
         self.total = 0  # steps of the run as it is configured now
         self.stop: Stop | None = None
+        self.data: SegmentationData | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         for notes in (self.images, self.scales, self.rates, self.expected_rates):
             for step in [step for step in notes if step >= trainer.global_step]:
                 del notes[step]
@@ -107,6 +108,14 @@ class Watch(Callback):
             raise CrashError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def signals_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
     root = tmp_path_factory.mktemp("data") / "scenes"
@@ -118,8 +127,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def configuration(base: Config, run_dir: Path, setting: Setting) -> Config:
     trainer = replace(
-        base.trainer, max_epochs=setting.epochs, max_steps=setting.max_steps, check_val_every_n_epoch=setting.interval or 1,
-        accumulate_grad_batches=setting.accumulate,
+        base.trainer, max_epochs=setting.epochs, max_steps=setting.max_steps,
+        accumulate_grad_batches=setting.accumulate, check_val_every_n_epoch=setting.interval or 1,
     )  # fmt: skip
     data = replace(base.data, steps_per_epoch=setting.batches)
     if not setting.interval:
@@ -174,15 +183,14 @@ def test_a13_a14_the_steps_are_those_of_the_definition_whatever_the_way_there(
             with contextlib.suppress(CrashError, StoppedError):
                 fit(config, watch, resume=resumed)
         config = configuration(base, folder, setting)
-        check_steps(setting, config, watch)
+        check_steps(setting, watch)
         check_end(setting, config)
 
 
-def check_steps(setting: Setting, config: Config, watch: Watch) -> None:
+def check_steps(setting: Setting, watch: Watch) -> None:
     """Images, rate and scale of every step."""
-    source = DataSource(config.data)
-    plan = SegmentationData(source, config, build_segmenter("resnet18", "c1", 3, {}, {})).plan()
-    records = source.records("train")
+    assert watch.data is not None
+    plan, records = watch.data.plan(), watch.data.source.records("train")
     assert sorted(watch.images) == list(range(setting.total))
     for step in range(setting.total):
         numbers = setting.numbers(step)
