@@ -113,11 +113,11 @@ def train(
             tell(line)
         tell(f"going on from {state.path}")
         if trainer.is_global_zero:
-            (run_dir / RESULT_FILE).unlink(missing_ok=True)  # of an end that is none any more
             bring_best_along(state, run_dir / FOLDER)
     console = Console(quiet=not trainer.is_global_zero)
     log_settings(trainer.loggers, config)
     if trainer.is_global_zero:
+        (run_dir / RESULT_FILE).unlink(missing_ok=True)  # of an earlier end
         OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")
         cost = cost_of(deepcopy(net).to("meta"))
         write_cost(run_dir / "model.txt", cost)
