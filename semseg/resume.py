@@ -463,7 +463,8 @@ def remarks(state: RunState, config: Config, now: RunFacts) -> Iterator[str]:
         if row := difference(name, getattr(before, name), getattr(now, name)):
             yield f"warning: {row}. Sums in another order differ in their last bits: the run does not resume exactly."
     step = state.step_of(config, now.batches_per_epoch)
-    rates = [build_schedule(config.schedule, facts.total_steps)(step) for facts in (before, now)]
+    at = ((before.total_steps, state.step), (now.total_steps, step))
+    rates = [build_schedule(config.schedule, total)(place) for total, place in at]
     if before.total_steps != now.total_steps and not math.isclose(*rates, rel_tol=1e-9):
         yield (
             f"the schedule ends at step {now.total_steps} now, {before.total_steps} in the checkpoint: at step {step} "
