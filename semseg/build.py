@@ -253,7 +253,8 @@ def callbacks(config: Config, source: DataSource) -> list[Callback]:
     ours: list[Callback] = [EndOnSignals()]  # in training, signals write a checkpoint first
     if config.mode == "train":
         guard = NonFiniteGuard(Path(config.run_dir), config.trainer)
-        ours = [ProbeMemory(config.trainer), SeedEveryStep(config.seed), ForgetRepeatedSteps(), guard, LogSteps()]
+        ours = [ProbeMemory(config.trainer), SeedEveryStep(config.seed)]
+        ours += [ForgetRepeatedSteps(config.trainer.max_steps), guard, LogSteps()]
         ours += [WarnOfOddLabels(source.classes), TellValidation()]
         ours.append(LogPanels(source, config.trainer.log_images))
         if config.ema.decay is not None:

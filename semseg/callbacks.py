@@ -47,6 +47,9 @@ class LogSteps(Callback):
         self._seconds: dict[str, list[float]] = {"time/data": [], "time/step": []}
         self._since = 0.0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.monotonic()  # a run that resumes inside an epoch does not start one
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.monotonic()  # a validation is no waiting for data
 

@@ -92,12 +92,33 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        """Load a saved state, that of a run folder included which was moved, copied or is resumed in another one.
+
+        A best checkpoint that is not in this folder comes from beside the resumed one. Without it, the search for the
+        best starts over: a score without its file would keep worse ones from being saved, and leave none.
+        """
+        here = {name: self._here(name) for name in _paths_in(state_dict)}
+        if not all(Path(path).is_file() for path in here.values()):
+            return
+        moved = {key: here.get(value, value) for key, value in state_dict.items() if key != "best_k_models"}
+        moved["best_k_models"] = {here[name]: score for name, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**moved, "dirpath": self.dirpath})
         self.current_score = state_dict["current_score"]
+
+    def _here(self, path: str) -> str:
+        """Where a file of the saved folder is in this one."""
+        assert self.dirpath is not None, "set up by the trainer"
+        return os.path.join(self.dirpath, os.path.basename(path))  # noqa: PTH118, PTH119 - as Lightning writes them
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         is_better = super().check_monitor_top_k(trainer, current)  # first: the ranks may talk in there
         return is_better and current is not None and not bool(torch.isnan(current))
+
+
+def _paths_in(state: dict[str, Any]) -> set[str]:
+    """The checkpoint files that a saved state of ModelCheckpoint names."""
+    single = (state["best_model_path"], state["kth_best_model_path"])
+    return {str(path) for path in (*single, *state["best_k_models"]) if path}
 
 
 class Damaged(NamedTuple):

@@ -671,6 +671,9 @@ def _training_problems(config: Config) -> Iterator[str]:
     frozen = config.model.encoder.get("frozen", False)
     if not isinstance(frozen, bool):
         yield f"model.encoder.frozen={frozen}: must be true or false."
+    for key in ("limit_train_batches", "max_steps"):
+        if config.mode == "train" and getattr(config.trainer, key) == 0:
+            yield f"trainer.{key}=0: there is nothing to train. Leave it out, or give at least 1."
     if config.ema.decay is not None and not has_all_weights(config.trainer):
         yield (
             f"ema.decay={config.ema.decay}: the average needs all weights on every device, which "

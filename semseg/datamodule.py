@@ -44,11 +44,12 @@ from semseg.data.plan import RankSequence, TrainPlan, groups_of_one_shape
 from semseg.data.records import Record
 from semseg.data.scan import repeat_factors, scan
 from semseg.data.sources import DataSource
-from semseg.errors import DataError, SemsegError
+from semseg.errors import ConfigError, DataError, SemsegError
 from semseg.handover import Exchange
 from semseg.machine import free_shared_memory
 from semseg.nets.segmenter import Segmenter
 from semseg.process import ask_for_death_signal, end_with_parent
+from semseg.resume import RunFacts, digest_records, limited, num_steps
 from semseg.stopping import leave_signals_to_the_parent
 
 Item = TypeVar("Item")
@@ -317,7 +318,7 @@ def send_error(queue: Queue[Any], error: Exception, item: Any) -> None:
 class SubBatchLoader:
     """This rank's share of the endless sequence of sub-batches, cut into epochs of equal length.
 
-    Its whole state is one number, the count of steps taken, which is the same on every rank. Workers
+    Its whole state is one number, the count of sub-batches that all ranks together have taken. Workers
     live on from epoch to epoch, and a resumed run starts them at the very next sub-batch.
     """
 
@@ -339,7 +340,7 @@ class SubBatchLoader:
         self.world_size = world_size
         self.steps = steps
         self.num_workers, self.patience_s, self.largest = num_workers, patience_s, largest
-        self.position = 0  # steps taken since the run began
+        self.taken = 0  # sub-batches of all ranks since the run began
         self._stream: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
@@ -349,22 +350,21 @@ class SubBatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         """The next epoch."""
         if self._stream is None:
-            self._stream = iter(self.loader_from(self.position))
+            self._stream = iter(self.loader_from(self.taken))
         for _ in range(self.steps):
             batch = next(self._stream)
             # Counted here, where batches are used: workers run ahead of it.
-            self.position += 1
+            self.taken += self.world_size
             yield batch
 
-    def loader_from(self, step: int) -> DataLoader[Batch]:
-        """All sub-batches of this rank from `step` on."""
+    def loader_from(self, taken: int) -> DataLoader[Batch]:
+        """All sub-batches of this rank after the first `taken` ones of the plan."""
         sequence = RankSequence(
-            self.plan, rank=self.rank, world_size=self.world_size, start=step, num_steps=sys.maxsize
+            self.plan, rank=self.rank, world_size=self.world_size, start=0, num_steps=sys.maxsize, first=taken
         )
 
         def images_of(number: int) -> list[str]:
-            sub_batch = self.plan.sub_batch((step + number) * self.world_size + self.rank)
-            return [self.dataset.records[index].image for index in sub_batch.records]
+            return [self.dataset.records[index].image for index in sequence[number].records]
 
         return WatchedLoader(
             self.dataset,  # pyright: ignore[reportArgumentType] - indexed by sub-batches, not numbers
@@ -382,11 +382,16 @@ class SubBatchLoader:
         self._stream = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
+        return {"taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = int(state["position"])
+        self.taken = sub_batches_taken(state, self.world_size)
         self.close()
+
+
+def sub_batches_taken(state: dict[str, Any], world_size: int) -> int:
+    """The sub-batches that all ranks have taken, by a saved state; the first release saved the steps instead."""
+    return int(state["taken"]) if "taken" in state else int(state["position"]) * world_size
 
 
 class SegmentationData(pl.LightningDataModule):
@@ -406,7 +411,9 @@ class SegmentationData(pl.LightningDataModule):
         self.net = net
         self.label_stride = config.model.label_stride or net.label_stride
         self._train_loader: SubBatchLoader | None = None
-        self._position = 0  # where training starts
+        self._taken = 0  # sub-batches before those that training starts with
+        self._plan: TrainPlan | None = None
+        self._facts: RunFacts | None = None
         self._eval_groups: dict[str, list[list[int]]] = {}  # of each stage
 
     def num_images(self, stage: str) -> int:
@@ -417,16 +424,55 @@ class SegmentationData(pl.LightningDataModule):
         """Validation after an epoch scores val; mode=eval, Lightning's "test", scores eval.split."""
         return "val" if stage == "val" else self.config.eval.split
 
+    def plan(self) -> TrainPlan:
+        """Which images form each sub-batch; made once."""
+        if self._plan is None:
+            data = self.config.data
+            self._plan = TrainPlan(
+                [record.size for record in self.source.records("train")],
+                seed=self.config.seed,
+                batch_size=data.batch_size,
+                short_edges=data.short_edges,
+                flip=data.flip,
+                repeats=self.repeats(),
+            )
+        return self._plan
+
+    def batches_per_epoch(self) -> int:
+        """Sub-batches of an epoch on every device, as the trainer limits them.
+
+        Raises:
+            ConfigError: if the limit leaves none.
+        """
+        steps, limit = self.steps_per_epoch(), getattr(self.trainer, "limit_train_batches", None)
+        batches = limited(steps, limit)
+        if not batches:
+            raise ConfigError(f"trainer.limit_train_batches={limit}: leaves none of {steps} sub-batches in an epoch.")
+        return batches
+
+    def steps_per_epoch(self) -> int:
+        """Sub-batches of an epoch on every device: data.steps_per_epoch, or about a pass over the images."""
+        return self.config.data.steps_per_epoch or self.plan().steps_in_pass(self._place()[1])
+
+    def facts(self) -> RunFacts:
+        """What decides the steps besides the settings; needs the trainer."""
+        if self._facts is None:
+            assert self.trainer is not None, "there is one in training"
+            batches, source = self.batches_per_epoch(), self.source
+            splits = [split for split in ("train", "val") if source.has(split)]
+            self._facts = RunFacts(
+                self.trainer.world_size,
+                batches,
+                num_steps(self.config, batches),
+                {split: digest_records(source.records(split), source.root) for split in splits},
+                self.trainer.strategy.root_device.type,
+                torch.get_num_threads(),
+            )
+        return self._facts
+
     def train_dataloader(self) -> SubBatchLoader:
         data, augment, records = self.config.data, self.config.augment, self.source.records("train")
-        plan = TrainPlan(
-            [record.size for record in records],
-            seed=self.config.seed,
-            batch_size=data.batch_size,
-            short_edges=data.short_edges,
-            flip=data.flip,
-            repeats=self.repeats(),
-        )
+        self.batches_per_epoch()  # leaves early where there are none
         dataset = TrainDataset(
             records,
             label_map=self.source.label_map,
@@ -442,15 +488,15 @@ class SegmentationData(pl.LightningDataModule):
         rank, world_size = self._place()
         self._train_loader = SubBatchLoader(
             dataset,
-            plan,
+            self.plan(),
             rank=rank,
             world_size=world_size,
-            steps=data.steps_per_epoch or plan.steps_in_pass(world_size),
+            steps=self.steps_per_epoch(),
             num_workers=self.num_workers(),
             patience_s=data.worker_timeout_s,
             largest=self.largest_batch().image.nbytes,
         )
-        self._train_loader.position = self._position
+        self._train_loader.taken = self._taken
         return self._train_loader
 
     def label_cache(self) -> LabelCache | None:
@@ -528,10 +574,10 @@ class SegmentationData(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is. Here, since Lightning asks for the loader before it loads a loader's state."""
-        return {"position": self._position if self._train_loader is None else self._train_loader.position}
+        return {"taken": self._taken if self._train_loader is None else self._train_loader.taken}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._position = int(state_dict["position"])
+        self._taken = sub_batches_taken(state_dict, self._place()[1])
 
     def eval_groups(self, stage: str) -> list[list[int]]:
         """The images of a stage in groups of up to eval.batch_size that have the same shape at every scale.

@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
 from semseg.bad_images import check_share, tell_bad
@@ -35,9 +36,12 @@ from semseg.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, sc
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter
 from semseg.odd_labels import odd_predictions
-from semseg.optim import build_optimizer, build_scheduler
-from semseg.resume import finish_cut_validation
+from semseg.optim import apply_settings, build_optimizer, build_scheduler
+from semseg.resume import RUN_KEY, resume_at
 from semseg.syncbn.layer import convert, revert
+
+METRICS_KEY = "semseg_metrics"  # of a checkpoint: TRAIN_METRICS of the last step
+TRAIN_METRICS = ("train/loss", "train/accuracy")
 
 
 class SegmentationModule(pl.LightningModule):
@@ -62,6 +66,8 @@ class SegmentationModule(pl.LightningModule):
         self.left_out = SumMetric()  # images of the present evaluation that could not be read
         self.scores: Scores | None = None  # of the last validation or test
         self.evaluation: Evaluation | None = None  # of the last test, in full
+        self.share = 1.0  # see share_of
+        self.metrics_to_restore: dict[str, Tensor] = {}  # of the last step before a run was stopped
         self.oom_retries = 0  # sub-batches that ran at a smaller size, since there was no memory for them
         self.rehearsal: Rehearsal | None = None
         if config.model.channels_last:
@@ -80,6 +86,12 @@ class SegmentationModule(pl.LightningModule):
         can_go_back = self.trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
         if trainer.on_oom == "retry" and not can_go_back:
             self.rehearsal = Rehearsal(self.trainer.world_size)
+
+    def on_train_start(self) -> None:
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LambdaLR)
+        apply_settings(self.trainer.optimizers[0], scheduler, self.group_settings)
+        self.trainer.callback_metrics.update(self.metrics_to_restore)
 
     def on_fit_end(self) -> None:
         revert(self.net)
@@ -106,6 +118,7 @@ class SegmentationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.batch = batch
+        self.share = self.share_of(batch_idx)
         if self.rehearsal is not None:
             self.rehearse(self.rehearsal)
             with out_of_memory_told(self.batch):
@@ -117,6 +130,15 @@ class SegmentationModule(pl.LightningModule):
         smaller = self.smaller_batch(problem)
         with out_of_memory_told(smaller):
             return self.loss_of(smaller)
+
+    def share_of(self, batch_idx: int) -> float:
+        """The factor that makes a step the mean over its sub-batches.
+
+        Lightning divides every loss by trainer.accumulate_grad_batches, and the last step of an epoch takes what is
+        left, which may be fewer.
+        """
+        accumulate, batches = self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches)
+        return accumulate / min(accumulate, batches - batch_idx // accumulate * accumulate)
 
     def rehearse(self, rehearsal: Rehearsal) -> None:
         """Take the present sub-batch at the next smaller short edge if there is no memory for it.
@@ -174,7 +196,7 @@ class SegmentationModule(pl.LightningModule):
         accuracy = loss.correct / loss.scored.clamp(min=1)
         self.log("train/loss", loss.total.detach(), prog_bar=True, logger=False, batch_size=count)
         self.log("train/accuracy", accuracy, prog_bar=True, logger=False, batch_size=count)
-        return loss.total
+        return loss.total * self.share
 
     def losses(self, batch: Batch, average: str) -> Loss:
         """The loss of one sub-batch, over the ranks as `average` says, with the counts behind the accuracy."""
@@ -284,12 +306,21 @@ class SegmentationModule(pl.LightningModule):
         optimizer = build_optimizer(self.net, self.config.optim)
         total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = build_scheduler(optimizer, self.config.schedule, total_steps)
+        self.group_settings = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        finish_cut_validation(checkpoint["loops"]["fit_loop"])
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        resume_at(self.trainer, self.config, checkpoint, data.batches_per_epoch())
+        # A callback may monitor them at the end of an epoch whose steps are all done.
+        self.metrics_to_restore = checkpoint.get(METRICS_KEY, {})
         # A resumed run does not load the weights that the convention came with.
         self.net.convention = InputConvention.from_plain(checkpoint[FORMAT_KEY]["convention"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[FORMAT_KEY] = describe(self.config, self.classes, self.net.convention)
+        checkpoint[RUN_KEY] = self.trainer.datamodule.facts()._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+        metrics = self.trainer.callback_metrics
+        checkpoint[METRICS_KEY] = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}

@@ -118,6 +118,22 @@ def build_schedule(config: ScheduleConfig, total_steps: int) -> Schedule:
     return partial(warmed_up, schedule=schedule, warmup_steps=config.warmup_steps, factor=config.warmup_factor)
 
 
+def apply_settings(optimizer: Optimizer, scheduler: LambdaLR, settings: Sequence[dict[str, Any]]) -> None:
+    """Give the parameter groups of a resumed run the settings and the schedule of this run instead of the saved ones.
+
+    Restoring an optimiser brings back the rate that the saved schedule had, and LambdaLR corrects it one step late.
+
+    Args:
+        settings: of each group, as the optimiser was built: what `optimizer.param_groups` hold besides the parameters,
+            `initial_lr` of the scheduler included.
+    """
+    for group, given, schedule in zip(optimizer.param_groups, settings, scheduler.lr_lambdas, strict=True):
+        group.update(given)
+        group["lr"] = given["initial_lr"] * schedule(scheduler.last_epoch)
+    scheduler.base_lrs = [given["initial_lr"] for given in settings]
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
 def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
     """Lightning steps it after every optimiser step, so that step n runs with schedule(n)."""
     return LambdaLR(optimizer, build_schedule(config, total_steps))

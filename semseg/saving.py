@@ -34,12 +34,18 @@ def shared_batches(groups: int, world_size: int, limit: float | None) -> int:
     return int(groups // world_size * (limit if isinstance(limit, float) else 1))
 
 
+def validates_after(trainer: pl.Trainer) -> bool:
+    """Whether a validation follows the running epoch."""
+    interval = trainer.check_val_every_n_epoch
+    return trainer.enable_validation and bool(interval) and (trainer.current_epoch + 1) % (interval or 1) == 0
+
+
 class Saver(Checkpoint):
     """Writes last.ckpt, and stops the run in good order when a signal asks for it.
 
-    last.ckpt is written before and after every validation, after every `every_n_steps` steps and `every_n_minutes`
-    minutes of training, and when any rank was asked to stop. `keep` of those written between epochs stay, as
-    step_<number>.ckpt.
+    last.ckpt is written before every validation, at the end of every epoch, after every `every_n_steps` steps and
+    `every_n_minutes` minutes of training, at `trainer.max_steps`, and when any rank was asked to stop. `keep` of those
+    written between epochs stay, as step_<number>.ckpt.
 
     Raises:
         StoppedError: in all ranks at the same step, once last.ckpt is written.
@@ -66,10 +72,13 @@ class Saver(Checkpoint):
         is_last = batch_idx + 1 == trainer.num_training_batches
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not is_last:
             return  # gradients that wait for more are in no checkpoint
+        if is_last and not validates_after(trainer):
+            return  # on_train_epoch_end comes next; callbacks that look at the epoch come before it
         signal_number, is_due = self._vote(self.signals.received or 0, self._minutes_are_over())
         step = trainer.global_step
         is_periodic = bool(self.config.every_n_steps) and step % (self.config.every_n_steps or 1) == 0
-        is_wanted = bool(is_last or is_due or is_periodic or signal_number)
+        is_end = step == trainer.max_steps  # which may be inside an epoch
+        is_wanted = bool(is_last or is_due or is_periodic or signal_number or is_end)
         is_saved = is_wanted and self.save(trainer)
         if is_saved and (is_due or is_periodic) and not is_last:
             self.keep(trainer, step)
@@ -90,9 +99,12 @@ class Saver(Checkpoint):
         if not trainer.sanity_checking and batch_idx < shared:
             self._stop_if(self._vote(self.signals.received or 0)[0], trainer)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.save(trainer)
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # cut by trainer.max_steps: on_train_batch_end has saved where
+        (signal_number,) = self._vote(self.signals.received or 0)
+        self.save(trainer)
+        self._stop_if(signal_number, trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.signals.restore()

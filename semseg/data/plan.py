@@ -224,26 +224,30 @@ def _taken_from_second(first: NDArray[np.int32], second: NDArray[np.int32], rank
 
 
 class RankSequence(Sequence[SubBatch]):
-    """The sub-batches of one rank: at step t it takes number (start + t) * world_size + rank of the plan.
+    """The sub-batches of one rank: at step t it takes number first + (start + t) * world_size + rank of the plan.
 
     A sampler for `DataLoader(batch_size=None)`. All ranks together take every number once.
 
     Args:
         start: steps already done, so that a resumed run goes on where the first one stopped.
         num_steps: length; `sys.maxsize` for an endless stream.
+        first: sub-batches that were taken before step 0, whatever the number of ranks was then.
 
     >>> plan = TrainPlan([Size(3, 4)], seed=0, batch_size=1, short_edges=[300])
     >>> tuple(item.number for item in RankSequence(plan, rank=1, world_size=4, start=10, num_steps=3))
     (41, 45, 49)
     """
 
-    def __init__(self, plan: TrainPlan, *, rank: int, world_size: int, start: int, num_steps: int) -> None:
-        if not 0 <= rank < world_size or start < 0 or num_steps < 0:
+    def __init__(
+        self, plan: TrainPlan, *, rank: int, world_size: int, start: int, num_steps: int, first: int = 0
+    ) -> None:
+        if not 0 <= rank < world_size or min(start, num_steps, first) < 0:
             raise ValueError(
-                f"needs 0 <= rank < world_size, start >= 0 and num_steps >= 0, "
-                f"got rank {rank}, world_size {world_size}, start {start}, num_steps {num_steps}"
+                f"needs 0 <= rank < world_size, start, num_steps and first >= 0, "
+                f"got rank {rank}, world_size {world_size}, start {start}, num_steps {num_steps}, first {first}"
             )
         self.plan, self.rank, self.world_size, self.start, self.num_steps = plan, rank, world_size, start, num_steps
+        self.first = first
 
     def __len__(self) -> int:
         return self.num_steps
@@ -258,4 +262,4 @@ class RankSequence(Sequence[SubBatch]):
         if not -self.num_steps <= index < self.num_steps:
             raise IndexError(f"step {index} of {self.num_steps}")
         step = index % self.num_steps
-        return self.plan.sub_batch((self.start + step) * self.world_size + self.rank)
+        return self.plan.sub_batch(self.first + (self.start + step) * self.world_size + self.rank)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,7 +22,7 @@ from rich.table import Table
 
 from semseg import zoo
 from semseg.build import build_net, build_trainer, find_network, tell, without_weights
-from semseg.checkpoint import FOLDER, SavedNetwork, find_checkpoint
+from semseg.checkpoint import FOLDER, SavedNetwork, find_checkpoint, read_checkpoint
 from semseg.checkpoint_io import damage, newest_intact, remove_leftovers
 from semseg.config import Config, ModelConfig, as_plain
 from semseg.console import config_tree
@@ -28,14 +30,21 @@ from semseg.data.overlap import overlap
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, DataError
-from semseg.files import from_here, program
-from semseg.jobs import Result, read_result, write_result
+from semseg.files import from_here, program, replacing
+from semseg.jobs import RESULT_FILE, Result, read_result, write_result
 from semseg.lit_module import SegmentationModule
 from semseg.loggers import log_settings
 from semseg.losses import read_class_weights
 from semseg.nets.segmenter import Segmenter
 from semseg.published import find_files
-from semseg.resume import RunState, check_same_run, read_run_state
+from semseg.resume import (
+    RunState,
+    check_same_facts,
+    check_same_run,
+    early_stopping_callbacks,
+    read_run_state,
+    without_callback,
+)
 from semseg.run_lock import RunLock
 from semseg.stopping import StoppedError, requeue
 from semseg.summary import Cost, cost_of, write_cost
@@ -58,9 +67,10 @@ def run(config: Config, overrides: list[str]) -> float | None:
     if saved is not None and not sets_network(overrides):
         config = replace(config, model=with_network(config.model, saved.config.model))
     with locked(Path(config.run_dir)):
-        state = state_to_resume(config)
-        if state is not None and state.is_finished(config.trainer.max_epochs):
-            tell(f"already finished at epoch {state.epoch}; raise trainer.max_epochs to continue")
+        state = state_to_resume(config, source)
+        reason = None if state is None else state.why_finished(config)
+        if reason is not None:
+            tell(reason)
             result = read_result(Path(config.run_dir))
             if result is not None:
                 return result.score
@@ -96,9 +106,18 @@ def train(
     has_weights = saved is not None or state is not None
     model = without_weights(config.model) if has_weights else config.model
     net = build_net(model, source.classes.num_classes, config.download)
+    data = SegmentationData(source, config, net)
+    data.trainer = trainer  # as trainer.fit does
+    if state is not None:
+        for line in check_same_facts(state, config, data.facts()):
+            tell(line)
+        tell(f"going on from {state.path}")
+        if trainer.is_global_zero:
+            bring_best_along(state, run_dir / FOLDER)
     console = Console(quiet=not trainer.is_global_zero)
     log_settings(trainer.loggers, config)
     if trainer.is_global_zero:
+        (run_dir / RESULT_FILE).unlink(missing_ok=True)  # of an earlier end
         OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")
         cost = cost_of(deepcopy(net).to("meta"))
         write_cost(run_dir / "model.txt", cost)
@@ -108,7 +127,6 @@ def train(
         console.print(start_from(net, saved).table(saved.source))
         if config.model.convention == "auto":
             net.convention = saved.convention
-    data = SegmentationData(source, config, net)
     module = SegmentationModule(net, config, source.classes)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=state.path if state else None, weights_only=True)
@@ -118,14 +136,12 @@ def train(
             tell(f"{stopped} SLURM job {job} is requeued and will go on by itself.")
             return None
         raise StoppedError(f"{stopped} To go on: {command_to_go_on(config, overrides)}", stopped.number) from None
-    if config.trainer.max_steps > 0 and not config.trainer.fast_dev_run:
-        trainer.save_checkpoint(run_dir / FOLDER / "last.ckpt")  # max_steps may end inside an epoch
     result = best_result(trainer)
     finish(config, overrides, trainer, console, result)
     return result.score
 
 
-def state_to_resume(config: Config) -> RunState | None:
+def state_to_resume(config: Config, source: DataSource) -> RunState | None:
     """Where the run to go on with is; None for a fresh start.
 
     Raises:
@@ -137,12 +153,18 @@ def state_to_resume(config: Config) -> RunState | None:
         if config.resume == "auto":
             tell(f"no checkpoint in {config.run_dir} yet: this run starts afresh")
         return None
-    state = read_run_state(path)
-    differences = check_same_run(state.config, config, path, force=config.resume_force)
-    if differences is not None:
-        tell(differences)
-    tell(f"going on from {path}")
+    state = read_run_state(path, config, has_val=source.has("val"))
+    tell(check_same_run(state, config, num_classes=source.classes.num_classes) or "")
     return state
+
+
+def bring_best_along(state: RunState, folder: Path) -> None:
+    """Copy best.ckpt from beside the resumed checkpoint, if that is in another folder than the run has now."""
+    best, target = state.path.parent / "best.ckpt", folder / "best.ckpt"
+    if target.exists() or damage(best) is not None or read_checkpoint(best).step > state.step:
+        return  # or it is of steps that this run has not taken yet
+    with replacing(target) as temporary:
+        shutil.copyfile(best, temporary)
 
 
 @contextmanager
@@ -272,7 +294,8 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
         return
     for mode in config.after_training:
         follow_up(mode, config, checkpoint)
-    for line in last_lines(config, overrides, checkpoint, result.score):
+    again = command_to_go_on(config, overrides, *words_to_train_on(config, trainer))
+    for line in last_lines(config, checkpoint, result.score, again):
         console.print(line, soft_wrap=True, highlight=False, markup=False)  # commands must survive copying
 
 
@@ -290,10 +313,26 @@ def follow_up(mode: str, config: Config, checkpoint: Path) -> None:
     importlib.import_module(f"semseg.modes.{mode}").run(after, ["data", "eval"])
 
 
-def last_lines(config: Config, overrides: list[str], checkpoint: Path, score: float | None) -> list[str]:
-    """Where everything is, and the exact commands to go on."""
+def words_to_train_on(config: Config, trainer: pl.Trainer) -> list[str]:
+    """What to add to the command line of a run that has ended, so that what has ended it does so no more."""
+    limits, words = config.trainer, []
+    steps_per_epoch = math.ceil(trainer.num_training_batches / limits.accumulate_grad_batches)
+    if trainer.global_step >= limits.max_epochs * steps_per_epoch:
+        words.append(f"trainer.max_epochs={2 * limits.max_epochs}")
+    if 0 < limits.max_steps <= trainer.global_step:
+        words.append(f"trainer.max_steps={2 * limits.max_steps}")
+    if trainer.should_stop:
+        words += [without_callback(name) for name in early_stopping_callbacks(config)]
+    return words
+
+
+def last_lines(config: Config, checkpoint: Path, score: float | None, again: str) -> list[str]:
+    """Where everything is, and the exact commands to go on.
+
+    Args:
+        again: the command that trains on.
+    """
     run_dir, ckpt = (shlex.quote(str(from_here(path))) for path in (Path(config.run_dir), checkpoint))
-    again = command_to_go_on(config, overrides, f"trainer.max_epochs={2 * config.trainer.max_epochs}")
     lines = [] if score is None else [f"best mean IoU   {score:.4f} on the validation images"]
     if torch.cuda.is_available():
         lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
