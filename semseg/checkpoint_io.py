@@ -12,8 +12,6 @@ import errno
 import os
 import re
 import shutil
-import socket
-import time
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +24,8 @@ from torch import Tensor
 
 from semseg.checkpoint import first_line, load_plain
 from semseg.errors import CheckpointError
-from semseg.run_lock import is_running
+from semseg.files import DISK_FULL, TEMPORARY, temporary_beside
 
-TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)@(?P<host>.+)\.tmp")
-# No save takes as long: a temporary file untouched for a day is nobody's, whatever host its process is on.
-ABANDONED_SECONDS = 24 * 3600
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
@@ -160,26 +154,14 @@ def _damage_inside(path: Path) -> str | None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete the temporary files of processes that were killed while saving; returns what it deleted.
+    """Delete the temporary files of processes that were killed while writing; returns what it deleted.
 
-    Call it before the first save. A file of this host goes if its process no longer runs. Whether a process of another
-    host runs cannot be told, so its file goes when it has not been touched for a day.
+    Call it while the run folder is locked: then no process writes to `folder`, and every temporary file is stale.
     """
-    leftovers = [path for path in folder.glob(".*.tmp") if _is_leftover(path)]
+    leftovers = [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
     for path in leftovers:
         path.unlink(missing_ok=True)
     return leftovers
-
-
-def _is_leftover(path: Path) -> bool:
-    name = TEMPORARY.fullmatch(path.name)
-    if name is None:
-        return False
-    if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-        return True
-    pid = int(name["pid"])
-    # A file with our own id is that of an earlier process: ids start afresh in every container.
-    return name["host"] == socket.gethostname() and (pid == os.getpid() or not is_running(pid))
 
 
 def needed_bytes(checkpoint: Any) -> int:
@@ -209,7 +191,7 @@ def _replace(target: Path, checkpoint: dict[str, Any]) -> None:
     disk = shutil.disk_usage(target.parent)
     if disk.total and disk.free < needed_bytes(checkpoint):  # some file systems report no size at all
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}@{socket.gethostname()}.tmp")
+    temporary = temporary_beside(target)
     try:
         _write(temporary, checkpoint)
         reason = damage(temporary)

@@ -15,6 +15,7 @@ LAYERS = [
         "archive",
         "digest",
         "files",
+        "text",
         "seeding",
         "transfer",
         "zoo",

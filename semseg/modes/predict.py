@@ -100,7 +100,7 @@ class Work:
         if "probabilities" not in self.outputs:
             return nullcontext()
         shape = (self.predictor.classes.num_classes, *pixels.shape[:2])
-        return array_on_disk(target.with_name(f".{target.name}_probabilities.tmp"), shape)
+        return array_on_disk(target.with_name(f"{target.name}_probabilities.npz"), shape)
 
     def video(self, item: Input) -> None:
         """Predict every frame: pictures become videos of the same rate, ids and probabilities a file for each frame.

@@ -153,7 +153,8 @@ def locked(run_dir: Path) -> Iterator[None]:
         return
     with RunLock(run_dir) as lock:
         tell(lock.takeover or "")
-        remove_leftovers(run_dir / FOLDER)
+        for folder in (run_dir / FOLDER, run_dir / "logs"):
+            remove_leftovers(folder)
         yield
 
 
