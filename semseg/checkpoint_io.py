@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,15 +23,18 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import CheckpointIO
 from torch import Tensor
 
-from semseg.checkpoint import first_line, load_plain
+from semseg.checkpoint import first_line, load_plain, packed_entry
 from semseg.errors import CheckpointError
 from semseg.files import DISK_FULL, TEMPORARY, temporary_beside
+from semseg.text import lines_printable, shortened
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
 class AtomicCheckpointIO(CheckpointIO):
     """Lightning's CheckpointIO for local paths: `Trainer(plugins=[AtomicCheckpointIO()])`."""
+
+    has_loaded = False  # whether a checkpoint was loaded
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -65,7 +69,9 @@ class AtomicCheckpointIO(CheckpointIO):
         """
         if weights_only is False or str(map_location or "cpu") != "cpu":
             raise ValueError("AtomicCheckpointIO loads with weights_only=True, onto the CPU")
-        return load_plain(_local(path))
+        content = load_plain(_local(path))
+        self.has_loaded = True
+        return content
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete one checkpoint file; nothing happens if it is not there.
@@ -83,7 +89,27 @@ class BestCheckpoint(ModelCheckpoint):
     """ModelCheckpoint for which a NaN is never the best, and which loads all that it saves.
 
     Lightning takes a NaN if it comes first, and saves the score of the last checkpoint without loading it.
+
+    Args:
+        warns: train on where the file cannot be written; the best one is still the one before then.
     """
+
+    def __init__(self, *args: Any, warns: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.warns = warns
+
+    def _update_best_and_save(
+        self, current: Tensor, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
+        names = ("current_score", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score")
+        before, models = {name: getattr(self, name) for name in names}, dict(self.best_k_models)
+        try:
+            super()._update_best_and_save(current, trainer, monitor_candidates)
+        except CheckpointError as error:
+            if not self.warns:
+                raise
+            self.__dict__.update(before, best_k_models=models)
+            warn_and_train_on(trainer, error)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -92,6 +118,12 @@ class BestCheckpoint(ModelCheckpoint):
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         is_better = super().check_monitor_top_k(trainer, current)  # first: the ranks may talk in there
         return is_better and current is not None and not bool(torch.isnan(current))
+
+
+def warn_and_train_on(trainer: pl.Trainer, error: Exception) -> None:
+    """Report a checkpoint that could not be written, and meet the other ranks where they wait."""
+    print(f"warning: {lines_printable(error)}", file=sys.stderr, flush=True)
+    trainer.strategy.barrier("Trainer.save_checkpoint")
 
 
 class Damaged(NamedTuple):
@@ -142,6 +174,9 @@ def damage(path: Path) -> str | None:
 
 
 def _damage_inside(path: Path) -> str | None:
+    packed = packed_entry(path)
+    if packed is not None:
+        return f"its entry {shortened(packed)} is compressed or overlaps another one"
     with zipfile.ZipFile(path) as archive:
         broken = archive.testzip()
     if broken is not None:

@@ -15,12 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import SumMetric
 
 from semseg.bad_images import check_share, tell_bad
-from semseg.checkpoint import FORMAT_KEY, describe
+from semseg.checkpoint import FORMAT_KEY, NET_PREFIX, describe
 from semseg.collate import Batch
 from semseg.config import Config
 from semseg.data.classes import ClassTable
 from semseg.data.convention import InputConvention
 from semseg.data.datasets import EvalSample
+from semseg.errors import CheckpointError
 from semseg.evaluation import Evaluation, Evaluator
 from semseg.guards import (
     OutOfMemory,
@@ -38,6 +39,7 @@ from semseg.odd_labels import odd_predictions
 from semseg.optim import build_optimizer, build_scheduler
 from semseg.resume import finish_cut_validation
 from semseg.syncbn.layer import convert, revert
+from semseg.weights import differences
 
 
 class SegmentationModule(pl.LightningModule):
@@ -287,6 +289,11 @@ class SegmentationModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith(NET_PREFIX)}
+        own = {f"{NET_PREFIX}{name}": value for name, value in self.net.state_dict().items()}
+        problems = differences(found, own)
+        if problems:
+            raise CheckpointError(f"{self.trainer.ckpt_path}: its weights do not fit this run: {'; '.join(problems)}.")
         finish_cut_validation(checkpoint["loops"]["fit_loop"])
         # A resumed run does not load the weights that the convention came with.
         self.net.convention = InputConvention.from_plain(checkpoint[FORMAT_KEY]["convention"])

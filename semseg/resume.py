@@ -19,6 +19,7 @@ from semseg.collate import Batch
 from semseg.config import Config, as_plain, walk
 from semseg.csv_log import CSVLog
 from semseg.errors import CheckpointError, ConfigError
+from semseg.restoring import check_training_state
 from semseg.seeding import number_for
 
 _DROPOUT = 2  # a stream of its own, apart from those of the plan
@@ -103,6 +104,7 @@ def read_run_state(path: Path) -> RunState:
             f"{path}: a network without its optimiser, so no run can go on from it. "
             f"Start a new one from its weights: init_from={path}."
         )
+    check_training_state(path, content)
     training = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     is_done = training["is_last_batch"] and training["total"]["completed"] == training["total"]["processed"]
     return RunState(path, saved.config, int(content["epoch"]) + 1, is_done)

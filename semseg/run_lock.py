@@ -32,6 +32,10 @@ WAIT_SECONDS = 2.0
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
+def when_held() -> None:
+    """Called by RunLock once it holds its folder; replaced by who has files to write into it, but not before."""
+
+
 class Holder(NamedTuple):
     """The process that holds, or held, a run folder."""
 
@@ -94,6 +98,11 @@ class RunLock:
             self.takeover = f"{self.run_dir}: {who} ended without giving it back; this run takes it over"
         with contextlib.suppress(OSError), replacing(self._holder_path, durable=False) as temporary:
             temporary.write_text(json.dumps(self._mine._asdict()) + "\n", encoding="utf-8")
+        try:
+            when_held()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 # Controls, unpaired surrogates, line and paragraph separators, and the marks that turn the direction of text.
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
@@ -26,6 +28,12 @@ def is_unprintable(character: str) -> bool:
     return unicodedata.category(character) in UNPRINTABLE or character in TURNING
 
 
+def shortened(value: object) -> str:
+    """The start of what `value` looks like, for messages."""
+    text = repr(value)
+    return printable(text if len(text) <= 80 else f"{text[:80]}...")
+
+
 def lines_printable(text: object) -> str:
     """`printable` for messages of several lines: line breaks and tabs stay."""
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in str(text).split("\n"))
@@ -39,3 +47,8 @@ def cell(text: object) -> str:
     """
     shown = printable(text)
     return f"'{shown}" if shown.startswith(FORMULA) else shown
+
+
+def row_of_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a CSV file with its texts as `cell` writes them; numbers stay."""
+    return {name: cell(value) if isinstance(value, str) else value for name, value in row.items()}

@@ -372,8 +372,8 @@ def _load_cache(cache: Path) -> dict[str, list[int]]:
 def load_cache(cache: Path) -> dict[str, Any]:
     """The entries of a cache file; none if it cannot be read."""
     try:
-        entries = json.loads(cache.read_text())
-    except (OSError, ValueError):
+        entries = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}
 
