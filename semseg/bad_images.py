@@ -12,6 +12,7 @@ from semseg.collate import Batch
 from semseg.config import DataConfig
 from semseg.errors import DataError
 from semseg.stopping import Votes
+from semseg.text import lines_printable
 
 FEW = 100  # images; a share of fewer says nothing yet
 
@@ -22,7 +23,7 @@ def tell_bad(reason: str) -> None:
     """Print what is wrong with an image that is left out; once in a process."""
     if reason not in _told:
         _told.add(reason)
-        print(f"left out: {reason}", file=sys.stderr, flush=True)
+        print(f"left out: {lines_printable(reason)}", file=sys.stderr, flush=True)
 
 
 def check_share(left_out: int, seen: int, limit: float) -> None:

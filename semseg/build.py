@@ -22,14 +22,21 @@ from semseg import zoo
 from semseg.averaging import MovingAverage
 from semseg.bad_images import CountBadImages
 from semseg.callbacks import EndOnSignals, LogSteps, checkpoints
-from semseg.checkpoint import SavedNetwork, find_checkpoint, inherit, read_checkpoint
+from semseg.checkpoint import (
+    SavedNetwork,
+    find_checkpoint,
+    first_line,
+    inherit,
+    read_checkpoint,
+    refuse_nonfinite,
+)
 from semseg.checkpoint_io import AtomicCheckpointIO
 from semseg.config import ONNX, Config, DownloadConfig, ModelConfig, network_options
 from semseg.console import BarProgress, PlainProgress, TellValidation
 from semseg.data.convention import CONVENTIONS
 from semseg.data.sources import DataSource, label_map
 from semseg.download import fetch
-from semseg.errors import ConfigError
+from semseg.errors import CheckpointError, ConfigError
 from semseg.guards import NonFiniteGuard, ProbeMemory
 from semseg.loggers import not_opened, require_extra
 from semseg.nets.features import Encoder
@@ -39,9 +46,11 @@ from semseg.odd_labels import WarnOfOddLabels
 from semseg.panels import LogPanels
 from semseg.predictor import Predictor, Settings
 from semseg.published import FREE_KEYS, Files, find_files, read_published
+from semseg.restoring import CheckRestored
 from semseg.resume import ForgetRepeatedSteps, SeedEveryStep
 from semseg.syncbn.plugin import layer_sync
-from semseg.weights import fill, load_encoder_weights
+from semseg.text import lines_printable
+from semseg.weights import differences, fill, load_encoder_weights
 
 OWN_TRAINER_KEYS = ("max_nonfinite_steps", "on_oom", "probe_memory", "log_images")  # that Lightning does not know
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
@@ -147,7 +156,7 @@ def require_export_extra() -> None:
 def tell(line: str) -> None:
     """Print a line once, whatever the number of processes; nothing for an empty one."""
     if line:
-        print(line, flush=True)
+        print(lines_printable(line), flush=True)
 
 
 def restore_net(saved: SavedNetwork) -> Segmenter:
@@ -160,10 +169,32 @@ def restore_net(saved: SavedNetwork) -> Segmenter:
         from semseg.exported import graph_network  # noqa: PLC0415 - the packages of an extra
 
         return graph_network(saved, saved.graph)
+    check_network(saved)
     net = build_net(without_weights(saved.config.model), saved.classes.num_classes)
     fill(net, saved.weights, f"{saved.source}: its weights do not fit its own configuration")
     net.convention = saved.convention
     return net.eval()
+
+
+def check_network(saved: SavedNetwork) -> None:
+    """Refuse a file whose description no network fits, before memory is taken for one.
+
+    Raises:
+        CheckpointError: if the network cannot be built, or its weights are missing, unexpected or of another shape.
+    """
+    if saved.graph is not None:
+        return
+    fitting = f"{saved.source}: its weights do not fit its own configuration"
+    try:
+        with torch.device("meta"):
+            net = build_net(without_weights(saved.config.model), saved.classes.num_classes)
+    except NotImplementedError:  # a network that computes with numbers while it is built
+        return
+    except Exception as error:  # whatever a network makes of options of a file
+        raise CheckpointError(f"{saved.source}: its network cannot be built: {first_line(error)}") from error
+    problems = differences(saved.weights, net.state_dict())
+    if problems:
+        raise CheckpointError(f"{fitting}: {'; '.join(problems)}.")
 
 
 def open_predictor(config: Config, overrides: list[str], device: str | torch.device | None = None) -> Predictor:
@@ -190,6 +221,7 @@ def open_predictor(config: Config, overrides: list[str], device: str | torch.dev
     )
     ids = label_map(config.data, saved.classes)
     net = restore_net(saved).to(device)
+    refuse_nonfinite(net.state_dict(), saved.source)
     return Predictor(net, saved.classes, ids, settings, name=saved.config.model.name, source=str(saved.source))
 
 
@@ -253,8 +285,14 @@ def callbacks(config: Config, source: DataSource) -> list[Callback]:
     ours: list[Callback] = [EndOnSignals()]  # in training, signals write a checkpoint first
     if config.mode == "train":
         guard = NonFiniteGuard(Path(config.run_dir), config.trainer)
-        ours = [ProbeMemory(config.trainer), SeedEveryStep(config.seed)]
-        ours += [ForgetRepeatedSteps(config.trainer.max_steps), guard, LogSteps()]
+        ours = [
+            CheckRestored(),
+            ProbeMemory(config.trainer),
+            SeedEveryStep(config.seed),
+            ForgetRepeatedSteps(config.trainer.max_steps),
+            guard,
+            LogSteps(),
+        ]
         ours += [WarnOfOddLabels(source.classes), TellValidation()]
         ours.append(LogPanels(source, config.trainer.log_images))
         if config.ema.decay is not None:

@@ -28,7 +28,7 @@ def checkpoints(run_dir: Path, config: CheckpointConfig, *, has_val: bool) -> li
         return [last]
     best = BestCheckpoint(
         run_dir / FOLDER, "best", monitor=MONITOR, mode="max", save_top_k=1,
-        enable_version_counter=False, save_on_train_epoch_end=False,
+        enable_version_counter=False, save_on_train_epoch_end=False, warns=config.on_error == "warn",
     )  # fmt: skip
     return [best, last]
 

@@ -11,20 +11,22 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from semseg.config import Config, as_plain, check
 from semseg.data.classes import ClassTable
 from semseg.data.convention import InputConvention
+from semseg.data.sources import label_map
 from semseg.errors import CheckpointError, ConfigError
 from semseg.files import program, replacing
+from semseg.text import printable, shortened
 
 FORMAT_KEY = "semseg"
 FORMAT_VERSION = 1
@@ -85,14 +87,56 @@ def network_of(path: Path, content: dict[str, Any]) -> SavedNetwork:
     """The network in the content of a Lightning checkpoint; see `read_checkpoint`."""
     entry = content.get(FORMAT_KEY)
     if not isinstance(entry, dict) or "state_dict" not in content:
-        found = ", ".join(list(map(str, content))[:4])
+        found = ", ".join(map(shortened, list(content)[:4]))
         raise CheckpointError(f"{path}: not a checkpoint of semseg (it holds {found}, ...).")
     weights = {
         name.removeprefix(NET_PREFIX): tensor
-        for name, tensor in content["state_dict"].items()
+        for name, tensor in checked_weights(path, content["state_dict"]).items()
         if name.startswith(NET_PREFIX)
     }
-    return from_entry(path, entry, weights, int(content.get("epoch", 0)), int(content.get("global_step", 0)))
+    return from_entry(path, entry, weights, content.get("epoch", 0), content.get("global_step", 0))
+
+
+def checked_weights(path: Path, weights: Any) -> dict[str, Tensor]:
+    """`weights` if they are a dict of names to dense tensors of real numbers in memory.
+
+    Raises:
+        CheckpointError: otherwise.
+    """
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{path}: its weights are a {type(weights).__name__}, expected a dict of tensors.")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not is_dense(value):
+            raise CheckpointError(f"{path}: its weight {shortened(name)} is not a dense tensor of real numbers.")
+    return weights
+
+
+def is_dense(value: Any) -> bool:
+    """Whether `value` is a tensor that can be a weight: neither sparse, nested, quantised, complex nor without data."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_meta or value.is_quantized or value.is_complex())
+    )
+
+
+def refuse_nonfinite(weights: Mapping[str, Tensor], source: str) -> None:
+    """Leave before a network computes with weights that are NaN or infinite.
+
+    Raises:
+        CheckpointError: then, with the first such weight.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{source}: its weight {printable(name)} holds NaN or infinite values, so whatever it "
+                "computes is wrong. Use an earlier checkpoint."
+            )
+
+
+def is_count(value: Any) -> bool:
+    """Whether `value` can be a number of steps or epochs."""
+    return type(value) is int and 0 <= value < 2**40
 
 
 def read_safetensors(path: Path) -> SavedNetwork:
@@ -101,8 +145,8 @@ def read_safetensors(path: Path) -> SavedNetwork:
     description = path.with_suffix(".json")
     try:
         entry = json.loads(description.read_text(encoding="utf-8"))
-        epoch, step, order = int(entry["epoch"]), int(entry["step"]), [str(name) for name in entry["order"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        epoch, step, order = entry["epoch"], entry["step"], [str(name) for name in entry["order"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{description}: the description of {path.name} cannot be read ({first_line(error)}). "
             "Both files are written together by mode=convert."
@@ -112,16 +156,25 @@ def read_safetensors(path: Path) -> SavedNetwork:
     return from_entry(path, entry, {name: weights[name] for name in order}, epoch, step)
 
 
-def from_entry(path: Path, entry: dict[str, Any], weights: dict[str, Tensor], epoch: int, step: int) -> SavedNetwork:
+def from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch: Any, step: Any) -> SavedNetwork:
     """A network from the description that `describe` made.
 
     Raises:
-        CheckpointError: for another format, or a configuration that this version does not know.
+        CheckpointError: for another format, a configuration that this version does not know, or damaged entries.
     """
-    if entry.get("format") != FORMAT_VERSION:
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{path}: its description is a {type(entry).__name__}, expected a dict.")
+    if not is_count(entry.get("format")) or entry["format"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format {entry.get('format')}, this version of semseg reads format {FORMAT_VERSION}."
+            f"{path}: format {shortened(entry.get('format'))}, this version of semseg reads format {FORMAT_VERSION}."
         )
+    if not is_count(epoch) or not is_count(step):
+        raise CheckpointError(f"{path}: its epoch {shortened(epoch)} or step {shortened(step)} is not a count.")
+    try:
+        classes = ClassTable.from_plain(entry.get("classes"))
+        convention = InputConvention.from_plain(entry.get("convention"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its description is damaged: {error}.") from None
     if not isinstance(entry.get("config"), dict) or "${" in str(entry["config"]):
         # It is data: what is in it is compared and read, never resolved with the environment of this machine.
         raise CheckpointError(f"{path}: its saved configuration is not plain data.")
@@ -130,15 +183,17 @@ def from_entry(path: Path, entry: dict[str, Any], weights: dict[str, Tensor], ep
         config = check(DictConfig(OmegaConf.merge(entry["config"], BEFORE, entry["config"])))
     except ConfigError as error:
         raise CheckpointError(f"{path}: its saved configuration does not fit this version: {error}") from None
-    return SavedNetwork(
-        source=str(path),
-        weights=weights,
-        config=config,
-        classes=ClassTable.from_plain(entry["classes"]),
-        convention=InputConvention.from_plain(entry["convention"]),
-        epoch=epoch,
-        step=step,
-    )
+    except Exception as error:  # OmegaConf's, for whatever is no configuration
+        raise CheckpointError(f"{path}: its saved configuration cannot be read ({first_line(error)}).") from None
+    try:
+        label_map(config.data, classes)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its saved configuration contradicts its classes: {error}") from None
+    if config.data.num_classes not in (None, classes.num_classes):
+        raise CheckpointError(
+            f"{path}: it names {classes.num_classes} classes, but its data.num_classes is {config.data.num_classes}."
+        )
+    return SavedNetwork(str(path), weights, config, classes, convention, epoch, step)
 
 
 def write_ckpt(path: Path, saved: SavedNetwork) -> None:
@@ -184,9 +239,13 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return load_tensors(path)
     content = load_plain(path)
     content = content.get("state_dict", content)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: its state_dict is a {type(content).__name__}, expected a dict of tensors.")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    checked_weights(path, tensors)
     if not tensors:
-        raise CheckpointError(f"{path}: holds no weights (it holds {', '.join(map(str, list(content)[:4]))}, ...).")
+        found = ", ".join(map(shortened, list(content)[:4]))
+        raise CheckpointError(f"{path}: holds no weights (it holds {found}, ...).")
     is_wrapped = all(name.startswith("module.") for name in tensors)
     return {name.removeprefix("module."): value for name, value in tensors.items()} if is_wrapped else tensors
 
@@ -200,8 +259,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file.")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return checked_weights(path, load_file(path))
+    except CheckpointError:
+        raise
+    except Exception as error:  # SafetensorError, and KeyError for a type of numbers that torch does not know
         raise CheckpointError(f"{path}: a damaged safetensors file ({first_line(error)}).") from None
 
 
@@ -215,6 +276,12 @@ def load_plain(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: there is no such file.")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty.")
+    packed = packed_entry(path)
+    if packed is not None:
+        raise CheckpointError(
+            f"{path}: its entry {shortened(packed)} is compressed or overlaps another one, which torch.save never "
+            "writes. It was not unpacked."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -222,6 +289,24 @@ def load_plain(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors.")
     return content
+
+
+def packed_entry(path: Path) -> str | None:
+    """The name of an entry that would take more memory than it has bytes in the file; None if there is none.
+
+    Read from the directory of the archive; a file that is no archive has none.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return None
+    left = path.stat().st_size
+    for entry in entries:
+        left -= entry.file_size
+        if entry.compress_type != zipfile.ZIP_STORED or left < 0:
+            return entry.filename
+    return None
 
 
 def why_not_plain(path: Path, error: Exception) -> str:

@@ -12,8 +12,7 @@ import errno
 import os
 import re
 import shutil
-import socket
-import time
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,19 +23,18 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import CheckpointIO
 from torch import Tensor
 
-from semseg.checkpoint import first_line, load_plain
+from semseg.checkpoint import first_line, load_plain, packed_entry
 from semseg.errors import CheckpointError
-from semseg.run_lock import is_running
+from semseg.files import DISK_FULL, TEMPORARY, temporary_beside
+from semseg.text import lines_printable, shortened
 
-TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)@(?P<host>.+)\.tmp")
-# No save takes as long: a temporary file untouched for a day is nobody's, whatever host its process is on.
-ABANDONED_SECONDS = 24 * 3600
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
 class AtomicCheckpointIO(CheckpointIO):
     """Lightning's CheckpointIO for local paths: `Trainer(plugins=[AtomicCheckpointIO()])`."""
+
+    has_loaded = False  # whether a checkpoint was loaded
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -71,7 +69,9 @@ class AtomicCheckpointIO(CheckpointIO):
         """
         if weights_only is False or str(map_location or "cpu") != "cpu":
             raise ValueError("AtomicCheckpointIO loads with weights_only=True, onto the CPU")
-        return load_plain(_local(path))
+        content = load_plain(_local(path))
+        self.has_loaded = True
+        return content
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete one checkpoint file; nothing happens if it is not there.
@@ -89,7 +89,27 @@ class BestCheckpoint(ModelCheckpoint):
     """ModelCheckpoint for which a NaN is never the best, and which loads all that it saves.
 
     Lightning takes a NaN if it comes first, and saves the score of the last checkpoint without loading it.
+
+    Args:
+        warns: train on where the file cannot be written; the best one is still the one before then.
     """
+
+    def __init__(self, *args: Any, warns: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.warns = warns
+
+    def _update_best_and_save(
+        self, current: Tensor, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
+        names = ("current_score", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score")
+        before, models = {name: getattr(self, name) for name in names}, dict(self.best_k_models)
+        try:
+            super()._update_best_and_save(current, trainer, monitor_candidates)
+        except CheckpointError as error:
+            if not self.warns:
+                raise
+            self.__dict__.update(before, best_k_models=models)
+            warn_and_train_on(trainer, error)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state, that of a run folder included which was moved, copied or is resumed in another one.
@@ -119,6 +139,12 @@ def _paths_in(state: dict[str, Any]) -> set[str]:
     """The checkpoint files that a saved state of ModelCheckpoint names."""
     single = (state["best_model_path"], state["kth_best_model_path"])
     return {str(path) for path in (*single, *state["best_k_models"]) if path}
+
+
+def warn_and_train_on(trainer: pl.Trainer, error: Exception) -> None:
+    """Report a checkpoint that could not be written, and meet the other ranks where they wait."""
+    print(f"warning: {lines_printable(error)}", file=sys.stderr, flush=True)
+    trainer.strategy.barrier("Trainer.save_checkpoint")
 
 
 class Damaged(NamedTuple):
@@ -169,6 +195,9 @@ def damage(path: Path) -> str | None:
 
 
 def _damage_inside(path: Path) -> str | None:
+    packed = packed_entry(path)
+    if packed is not None:
+        return f"its entry {shortened(packed)} is compressed or overlaps another one"
     with zipfile.ZipFile(path) as archive:
         broken = archive.testzip()
     if broken is not None:
@@ -181,26 +210,14 @@ def _damage_inside(path: Path) -> str | None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete the temporary files of processes that were killed while saving; returns what it deleted.
+    """Delete the temporary files of processes that were killed while writing; returns what it deleted.
 
-    Call it before the first save. A file of this host goes if its process no longer runs. Whether a process of another
-    host runs cannot be told, so its file goes when it has not been touched for a day.
+    Call it while the run folder is locked: then no process writes to `folder`, and every temporary file is stale.
     """
-    leftovers = [path for path in folder.glob(".*.tmp") if _is_leftover(path)]
+    leftovers = [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
     for path in leftovers:
         path.unlink(missing_ok=True)
     return leftovers
-
-
-def _is_leftover(path: Path) -> bool:
-    name = TEMPORARY.fullmatch(path.name)
-    if name is None:
-        return False
-    if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-        return True
-    pid = int(name["pid"])
-    # A file with our own id is that of an earlier process: ids start afresh in every container.
-    return name["host"] == socket.gethostname() and (pid == os.getpid() or not is_running(pid))
 
 
 def needed_bytes(checkpoint: Any) -> int:
@@ -230,7 +247,7 @@ def _replace(target: Path, checkpoint: dict[str, Any]) -> None:
     disk = shutil.disk_usage(target.parent)
     if disk.total and disk.free < needed_bytes(checkpoint):  # some file systems report no size at all
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}@{socket.gethostname()}.tmp")
+    temporary = temporary_beside(target)
     try:
         _write(temporary, checkpoint)
         reason = damage(temporary)

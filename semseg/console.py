@@ -26,6 +26,7 @@ from semseg.collate import Batch
 from semseg.config import Config, as_plain
 from semseg.lit_module import SegmentationModule
 from semseg.metrics import Scores
+from semseg.text import printable
 
 WEAKEST = 5  # classes named after every validation
 OTHER_MODES = ("predict", "serve", "export", "check", "bench", "download")  # sections that training does not read
@@ -236,7 +237,7 @@ def validation_table(scores: Scores, best: float | None, names: Sequence[str], t
     is_best = scores.mean_iou is not None and (best is None or scores.mean_iou > best)
     table.add_row(*row.values(), style="green" if is_best else None)
     known = sorted((iou, name) for iou, name in zip(scores.iou, names, strict=True) if iou is not None)
-    weakest = Text(f"weakest: {', '.join(f'{name} {iou:.3f}' for iou, name in known[:WEAKEST])}", "dim")
+    weakest = Text(f"weakest: {', '.join(f'{printable(name)} {iou:.3f}' for iou, name in known[:WEAKEST])}", "dim")
     return Group(table, weakest)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from PIL import Image
 from pytorch_lightning.loggers import Logger
 
 from semseg.draw import Pixels
-from semseg.files import replacing
+from semseg.errors import DataError
+from semseg.files import replacing, unwritable
+from semseg.text import shortened
 
 Row = dict[str, float | str]
 FIRST_COLUMNS = ("step", "epoch")
@@ -62,13 +66,21 @@ class CSVLog(Logger):
         self.metrics.add(int(step or 0), {name: metrics[name] for name in metrics if name not in measured})
         self.speed.add(int(step or 0), measured)
         if time.monotonic() - self._saved_at >= FLUSH_SECONDS:
-            self.save()
+            with contextlib.suppress(OSError):  # the rows are kept; the next checkpoint, or the end, reports it
+                self.save()
 
     @rank_zero_only
     def log_picture(self, name: str, pixels: Pixels, step: int) -> None:
         """Write a picture (H, W, 3) as `panels/<name>/<step>.png` in the run folder."""
-        with replacing(self.folder.parent / "panels" / name / f"{step:08d}.png") as temporary:
-            Image.fromarray(pixels).save(temporary, "png")
+        path = self.folder.parent / "panels" / name / f"{step:08d}.png"
+        try:
+            with replacing(path) as temporary:
+                Image.fromarray(pixels).save(temporary, "png")
+        except OSError as error:
+            told = unwritable(error, path.parent)
+            if told is None:
+                raise
+            warnings.warn(told, stacklevel=1)  # a picture is not worth a run
 
     def forget_from(self, step: int) -> None:
         """Drop the rows of `step` and of all later ones."""
@@ -81,10 +93,14 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring the files up to date."""
+        """Bring the files up to date.
+
+        Raises:
+            OSError: if one cannot be written; it is as it was then, and its rows are kept for the next time.
+        """
+        self._saved_at = time.monotonic()
         self.metrics.save()
         self.speed.save()
-        self._saved_at = time.monotonic()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -96,7 +112,13 @@ class RowFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._rows: dict[int, Row] = {int(row["step"]): row for row in read_rows(path)}
+        try:
+            self._rows: dict[int, Row] = {int(row["step"]): row for row in read_rows(path)}
+        except (KeyError, TypeError, ValueError, csv.Error) as error:  # and bytes that are no text
+            raise DataError(
+                f"{path}: this log is damaged ({type(error).__name__}: {shortened(str(error))}). Mend it, or move it "
+                "away: the run goes on without its old rows."
+            ) from None
         self._has_news = False
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
@@ -136,8 +158,15 @@ def number(value: Any) -> float:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a log as they were written, without empty cells; none if the file is not there."""
+    """The rows of a log as they were written, without empty cells; none if the file is not there.
+
+    Raises:
+        ValueError, csv.Error: if it is no such table.
+    """
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
+        rows = csv.DictReader(file)
+        if rows.fieldnames is not None and "step" not in rows.fieldnames:
+            raise ValueError("it has no column step")
+        return [{name: value for name, value in row.items() if value != ""} for row in rows]

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnxruntime
 import torch
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import uses_external_data
 from torch import Tensor, nn
 
-from semseg.checkpoint import Graph, SavedNetwork, describe, first_line, from_entry
+from semseg.checkpoint import Graph, SavedNetwork, describe, first_line, from_entry, refuse_nonfinite
 from semseg.data.convention import InputConvention
 from semseg.data.sources import label_map
 from semseg.errors import CheckpointError, SemsegError
@@ -83,14 +84,15 @@ def read_exported(path: Path) -> SavedNetwork:
     problem = problem_of(model)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}. It was not run.")
+    refuse_nonfinite(constants_of(model, path), str(path))
     metadata = {item.key: item.value for item in model.metadata_props}
     try:
         entry = json.loads(metadata[METADATA_KEY])
         graph = Graph(content, int(entry["size_divisor"]), int(entry["label_stride"]))
-        saved = from_entry(path, entry, {}, int(entry["epoch"]), int(entry["step"]))
+        saved = from_entry(path, entry, {}, entry["epoch"], entry["step"])
     except SemsegError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a network that mode=export has written ({first_line(error)}).") from None
     if graph.label_stride < 1 or graph.size_divisor < 1 or graph.size_divisor % graph.label_stride:
         raise CheckpointError(f"{path}: strides {graph.size_divisor} and {graph.label_stride} do not go together.")
@@ -118,6 +120,19 @@ def problem_of(model: onnx.ModelProto) -> str | None:
                 return f"its operator {node.op_type[:40]!a} holds sparse weights"
             tensors += [attribute.t, *attribute.tensors]
     return "keeps weights in other files" if any(map(uses_external_data, tensors)) else None
+
+
+def constants_of(model: onnx.ModelProto, path: Path) -> dict[str, Tensor]:
+    """The weights of a graph by name.
+
+    Raises:
+        CheckpointError: if one cannot be read.
+    """
+    try:
+        arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{path}: a damaged ONNX file ({first_line(error)}).") from None
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items() if array.dtype.kind == "f"}
 
 
 # ---- running

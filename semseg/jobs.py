@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from semseg.files import replacing
+from semseg.text import printable
 
 RESULT_FILE = "result.json"  # of a run that has come to its end: the score, and what it is a score of
 JOB_FILE = "job.json"  # of a job: its words, and how it went
@@ -80,9 +82,10 @@ def read_result(run_dir: Path) -> Result | None:
     if content is None:
         return None
     score = content.get("score")
-    if not isinstance(score, int | float) or math.isnan(score):
+    if type(score) not in (int, float) or not math.isfinite(score):
         score = None
-    return Result(score, str(content.get("monitor", "score")), str(content.get("mode", "max")))
+    mode = "min" if content.get("mode") == "min" else "max"
+    return Result(score, printable(content.get("monitor", "score")), mode)
 
 
 def read_job(folder: Path) -> Job | None:
@@ -168,9 +171,14 @@ def varying_keys(jobs: Sequence[Job]) -> tuple[str, ...]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is none."""
+    """The JSON object in a file; None if there is none. A damaged file is reported by a warning."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
-    return content if isinstance(content, dict) else None
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if isinstance(content, dict):
+        return content
+    warnings.warn(f"{path}: cannot be read, so it counts as missing", stacklevel=1)
+    return None

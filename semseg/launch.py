@@ -19,6 +19,7 @@ import traceback
 import unicodedata
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,9 +34,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from semseg import run_lock
 from semseg.config import TELLING_MODES, Config, check, explain, hydra_words, schema_keys, unknown_key, walk
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError, nearest
-from semseg.files import SCRIPT, from_here, program, script
+from semseg.files import SCRIPT, from_here, program, replacing, script, unwritable
 from semseg.jobs import finished_job, job_words
 from semseg.process import lead_sweep, prepare
 from semseg.secrets import guard_interpolations, refusal, secret_in
@@ -48,6 +50,8 @@ from semseg.supervise import (
     refuse_ranks,
     supervise,
 )
+from semseg.text import lines_printable
+from semseg.transfer import is_first_rank
 
 # In a wheel inside the package, in a checkout beside it.
 PACKAGE = Path(__file__).resolve().parent
@@ -63,6 +67,8 @@ OPTIONS = (
     "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r",
     "--multirun", "-m", "--info", "-i", "--shell-completion", "-sc",
 )  # fmt: skip
+RECORD = ".hydra"  # in a run folder: the command line, for mode=rerun
+NO_RECORD = "hydra.output_subdir=null"  # we write it ourselves
 SWEEP = ("-m", "--multirun")
 # What Hydra's own settings may call: its plugins, which it looks up among those that are installed, and no callback.
 HYDRA_TARGETS = {"launcher._target_", "sweeper._target_"}
@@ -116,9 +122,7 @@ def main() -> None:
             processes = num_processes(config)
             if processes > 1:
                 sys.exit(run_ranks(words, processes, run_dir))
-            sys.argv[1:] += [f"hydra.run.dir={quoted(run_dir)}"] + (
-                ["hydra.output_subdir=null"] if external_rank() else []
-            )
+            sys.argv[1:] += [f"hydra.run.dir={quoted(run_dir)}", NO_RECORD]
         elif not {"-sc", "--shell-completion"} & options:
             compose_all(overrides_among(words))
         start()
@@ -129,6 +133,11 @@ def main() -> None:
         leave(explain_hydra(error, words), ConfigError.exit_code)
     except KeyboardInterrupt:
         leave("interrupted.", INTERRUPTED)
+    except OSError as error:
+        told = unwritable(error, Path.cwd())
+        if told is None:
+            raise
+        leave(told, SemsegError.exit_code)
 
 
 def refuse_further(options: set[str]) -> None:
@@ -157,7 +166,7 @@ def run_sweep(given: list[str], words: list[str]) -> int:
     refuse_ranks("a sweep (-m)")
     composed = compose_all(overrides_among(words), sweep=True)
     sweep_dir = sweep_folder(composed)
-    sys.argv[1:] += [f"hydra.sweep.dir={quoted(sweep_dir)}"]
+    sys.argv[1:] += [f"hydra.sweep.dir={quoted(sweep_dir)}", NO_RECORD]  # its jobs write theirs
     # For launchers whose jobs begin as a process that knows nothing but the name of our function.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(CONFIG_DIR.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     stopped = 0
@@ -172,6 +181,9 @@ def run_sweep(given: list[str], words: list[str]) -> int:
         raise
     except Exception as error:  # of a launcher that lost a job, say; the table tells what became of the others
         stopped = 1
+        told = unwritable(error, sweep_dir) if isinstance(error, OSError) else None
+        if told is not None:
+            leave(told, SemsegError.exit_code)
         if "No trials are completed" not in str(error):  # Optuna, when every job failed
             traceback.print_exc()
     again = [word for word in given if word.partition("=")[0] not in ("sweep_dir", "hydra.sweep.dir")]
@@ -268,7 +280,7 @@ def saved_words(path: Path) -> list[str]:
     """
     try:
         words = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({type(error).__name__}).") from None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ConfigError(f"{path}: not the saved words of a run.")
@@ -362,6 +374,7 @@ def run_ranks(words: list[str], processes: int, run_dir: Path) -> int:
 def leave(message: str, exit_code: int) -> NoReturn:
     """Print one error message and end the process."""
     sys.stdout.flush()
+    message = lines_printable(message)
     print(message if exit_code in STOPPED_CODES else f"error: {message}", file=sys.stderr)
     sys.exit(exit_code)
 
@@ -372,6 +385,9 @@ def job(composed: DictConfig) -> float | None:
     if runtime.mode == RunMode.MULTIRUN:
         overrides, run_dir = job_words(runtime.overrides.task), Path(runtime.runtime.output_dir)
         return run_in_own_process(overrides, run_dir, scores=composed.mode == "train")
+    run_dir = Path(runtime.runtime.output_dir)
+    is_recorded = runtime.output_subdir is None and is_first_rank()
+    record = record_of(composed, runtime, run_dir) if is_recorded else {}
     with open_dict(composed):
         # In the process of another rank, or of a job of a sweep, ${now:} would name another folder.
         composed.run_dir = runtime.runtime.output_dir
@@ -379,15 +395,37 @@ def job(composed: DictConfig) -> float | None:
         config = check(composed)
         mode = importlib.import_module(f"semseg.modes.{config.mode}")
         # One line, without the place in the code. Lightning sets a form of its own when it is imported.
-        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {lines_printable(message)}\n"
         with muted(config.quiet):
+            if config.mode == "train":  # not before the folder is known to be its own
+                run_lock.when_held = partial(write_files, record)
+            else:
+                write_files(record)
             return mode.run(config, list(runtime.overrides.task))
     except SemsegError as error:
         leave_last_words(error, error.exit_code)
         leave(str(error), error.exit_code)  # here, or Hydra puts a line of its own before it
     except Exception as error:
         leave_last_words(error, 1)
-        raise
+        told = unwritable(error, run_dir) if isinstance(error, OSError) else None
+        if told is None:
+            raise
+        leave(told, SemsegError.exit_code)
+
+
+def record_of(composed: DictConfig, runtime: DictConfig, folder: Path) -> dict[Path, str]:
+    """The files in which Hydra keeps the command line of a run, with their contents.
+
+    Hydra writes over those that are there, without a lock, and leaves them empty on a full disk.
+    """
+    contents = {"config": composed, "hydra": {"hydra": runtime}, "overrides": runtime.overrides.task}
+    return {folder / RECORD / f"{name}.yaml": OmegaConf.to_yaml(OmegaConf.create(it)) for name, it in contents.items()}
+
+
+def write_files(contents: dict[Path, str]) -> None:
+    for path, text in contents.items():
+        with replacing(path, durable=False) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

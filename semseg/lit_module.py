@@ -16,12 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
 from semseg.bad_images import check_share, tell_bad
-from semseg.checkpoint import FORMAT_KEY, describe
+from semseg.checkpoint import FORMAT_KEY, NET_PREFIX, describe
 from semseg.collate import Batch
 from semseg.config import Config
 from semseg.data.classes import ClassTable
 from semseg.data.convention import InputConvention
 from semseg.data.datasets import EvalSample
+from semseg.errors import CheckpointError
 from semseg.evaluation import Evaluation, Evaluator
 from semseg.guards import (
     OutOfMemory,
@@ -39,6 +40,7 @@ from semseg.odd_labels import odd_predictions
 from semseg.optim import apply_settings, build_optimizer, build_scheduler
 from semseg.resume import RUN_KEY, resume_at
 from semseg.syncbn.layer import convert, revert
+from semseg.weights import differences
 
 METRICS_KEY = "semseg_metrics"  # of a checkpoint: TRAIN_METRICS of the last step
 TRAIN_METRICS = ("train/loss", "train/accuracy")
@@ -312,6 +314,11 @@ class SegmentationModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith(NET_PREFIX)}
+        own = {f"{NET_PREFIX}{name}": value for name, value in self.net.state_dict().items()}
+        problems = differences(found, own)
+        if problems:
+            raise CheckpointError(f"{self.trainer.ckpt_path}: its weights do not fit this run: {'; '.join(problems)}.")
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         resume_at(self.trainer, self.config, checkpoint, data.batches_per_epoch())
         # A callback may monitor them at the end of an epoch whose steps are all done.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import resource
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -11,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
+
+from semseg.errors import ConfigError
 
 OUTSIDE = -2  # stands for the pixels around an image; differs from every class and from -1
 
@@ -48,7 +53,11 @@ class Counts(NamedTuple):
 
 
 class ConfusionMatrix(Metric):
-    """The confusion matrix and the number of images, summed over images and ranks in int64."""
+    """The confusion matrix and the number of images, summed over images and ranks in int64.
+
+    Raises:
+        ConfigError: if there is no memory for so many classes.
+    """
 
     full_state_update = False
     matrix: Tensor
@@ -56,6 +65,7 @@ class ConfusionMatrix(Metric):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
+        require_memory(num_classes)
         self.num_classes = num_classes
         self.add_state("matrix", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -68,6 +78,37 @@ class ConfusionMatrix(Metric):
     def compute(self) -> Counts:
         """The counts of all ranks together."""
         return Counts(self.matrix, int(self.images))
+
+
+def require_memory(num_classes: int) -> None:
+    """Leave before a confusion matrix would end the process: the sum, its start, and the counts of an image twice.
+
+    Raises:
+        ConfigError: then.
+    """
+    needed = 4 * torch.int64.itemsize * num_classes**2
+    free = free_memory() if needed > 2**28 else None
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"data.num_classes={num_classes}: confusion matrices of so many classes take {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB of memory are free. Merge classes with data.map."
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes that this process can still take, by the system, its container and its own limit; None if not known."""
+    found = []
+    with suppress(OSError, LookupError, ValueError):
+        status = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(1024 * int(status["MemAvailable"].split()[0]))
+    with suppress(OSError, ValueError):  # of cgroup 2; the text "max" is no number
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    with suppress(OSError, ValueError, LookupError):
+        limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm").read_text().split()[0]
+        if limit != resource.RLIM_INFINITY:
+            found.append(limit - int(used) * resource.getpagesize())
+    return max(0, min(found)) if found else None
 
 
 # ---- scores

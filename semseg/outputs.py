@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from PIL import Image
 
 from semseg.data.classes import ClassTable, LabelMap
 from semseg.draw import Pixels, colour_map, overlay, panel, with_legend
-from semseg.files import replacing
+from semseg.files import replacing, temporary_beside, writing
 
 MAX_INDEXED = 256  # colours of a PNG with a palette
 
@@ -120,9 +122,16 @@ def write_classes(path: Path, classes: ClassTable, label_map: LabelMap) -> None:
 
 @contextmanager
 def array_on_disk(path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.float16]]:
-    """A float16 array in a temporary file: 150 classes of a 12-megapixel photo are 3.6 GB."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A float16 array in a temporary file beside `path`: 150 classes of a 12-megapixel photo are 3.6 GB."""
+    temporary = temporary_beside(path)
     try:
-        yield np.memmap(path, np.float16, "w+", shape=shape)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.truncate(2 * math.prod(shape))
+                if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk would kill the process
+                    os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
+            array = np.memmap(temporary, np.float16, "r+", shape=shape)
+        yield array
     finally:
-        path.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from semseg.data.classes import ClassTable
 from semseg.evaluation import LEVEL, Evaluation, ImageRecord, Intervals, LeftOut, Speed
 from semseg.files import replacing
 from semseg.metrics import BoundaryCounts, Scores, scores_from
+from semseg.text import printable, row_of_cells
 
 NOT_SCORED = "n/a"
 RULES = {
@@ -95,7 +96,7 @@ def class_table(findings: Findings, title: str) -> Table:
         table.add_column(column, justify="right")
     for rows in (best, worst):
         for index in rows:
-            table.add_row(Text(names[index]), *(shown(values[index]) for values in columns.values()))
+            table.add_row(Text(printable(names[index])), *(shown(values[index]) for values in columns.values()))
         table.add_section()
     return table
 
@@ -198,7 +199,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(map(row_of_cells, rows))
 
 
 def as_plain(findings: Findings) -> dict[str, Any]:

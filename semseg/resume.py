@@ -27,6 +27,7 @@ from semseg.data.overlap import length_of
 from semseg.data.records import Record
 from semseg.errors import CheckpointError, ConfigError
 from semseg.optim import build_schedule
+from semseg.restoring import check_training_state
 from semseg.seeding import number_for
 
 RUN_KEY = "semseg_run"  # of a checkpoint: RunFacts
@@ -360,6 +361,7 @@ def read_run_state(path: Path, config: Config, *, has_val: bool) -> RunState:
             f"{path}: a network without its optimiser, so no run can go on from it. "
             f"Start a new one from its weights: init_from={path}."
         )
+    check_training_state(path, content)
     try:
         position = Position.of(content["loops"]["fit_loop"], validation_interval(config, has_val=has_val))
         facts, early_stop = RunFacts.of(content), EarlyStop.of(content, config)

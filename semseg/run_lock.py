@@ -1,165 +1,160 @@
-"""One run per folder: a lock file that says who is using it. Knows no torch, so it is taken before anything slow.
+"""One run per folder: an operating-system lock on run.lock, held for the life of the run. Knows no torch.
 
-The lock is a file made with O_CREAT | O_EXCL, not a kernel lock (flock). Creating a file is atomic on local disks and
-on the shared file systems of clusters, whereas flock is often local to one machine there, or missing; and a data
-loading process that outlives a killed run would inherit a kernel lock and keep it. The price is that a killed run
-leaves its file behind. The file therefore names the process exactly, and on the same host a dead one is replaced.
-There flock does serve, to let one process at a time replace a file: only processes of one host ever compete for that.
+The kernel frees the lock with the process, however it ended and whatever host name or process ids come next, so no lock
+is ever stale. Forked children close the descriptor (filelock does that): a loader worker that outlives a killed run
+does not keep the folder. The file beside it names the holder for messages; whatever is in it, it decides nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
 import shlex
 import socket
 import sys
-import time
+import warnings
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from semseg.errors import ConfigError
+from filelock import FileLock, Timeout
 
-LOCK_FILE = "run.lock"  # in the run folder
-# A lock file is empty between its creation and its first write; one that stays unreadable longer is damaged.
-UNREADABLE_SECONDS = 1.0
-POLL_SECONDS = 0.05
+from semseg.errors import ConfigError
+from semseg.files import DISK_FULL, replacing
+from semseg.text import printable
+
+LOCK_FILE, HOLDER_FILE = "run.lock", "run.holder.json"  # in the run folder
+# For a killed run whose last process is still ending, and for a holder that is just being written.
+WAIT_SECONDS = 2.0
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def when_held() -> None:
+    """Called by RunLock once it holds its folder; replaced by who has files to write into it, but not before."""
 
 
 class Holder(NamedTuple):
-    """The process that a lock file names."""
+    """The process that holds, or held, a run folder."""
 
     pid: int
-    host: str  # containers that share a folder need host names of their own, which they have by default
-    started: str  # of the run: local time, ISO 8601
+    host: str
+    started: str  # local time, ISO 8601
     command: str
-    process_start: int | None  # clock ticks after boot; tells a process from a later one with its id. None: not known
-    slurm_job: str | None = None  # number of the SLURM job, if it is one
+    pid_namespace: str = ""  # of the container; the same process id means another process in another one
+    slurm_job: str | None = None
+    slurm_restart: int = 0  # how many times SLURM has requeued the job
 
-    def is_same_job(self) -> bool:
-        """Whether it was an earlier attempt of this very job: SLURM requeues a job once the attempt before ended."""
-        return self.slurm_job is not None and self.slurm_job == os.environ.get("SLURM_JOB_ID")
+    def __str__(self) -> str:
+        place = f"{self.host}, in another container" if self.is_elsewhere() else self.host
+        return printable(f"process {self.pid} on {place}")
 
-    def is_this_host(self) -> bool:
-        return self.host == socket.gethostname()
+    def is_elsewhere(self) -> bool:
+        return self.host == socket.gethostname() and self.pid_namespace != _pid_namespace()
+
+    def is_earlier_attempt_of(self, other: Holder) -> bool:
+        """Whether SLURM ended this process before it requeued the job, whatever the file system still believes."""
+        return (
+            self.slurm_job is not None
+            and self.slurm_job == other.slurm_job
+            and self.slurm_restart < other.slurm_restart
+        )
 
 
 class RunLock:
     """Holds a run folder for this process: `with RunLock(run_dir) as lock: ...`.
 
-    Entering makes the folder and takes the lock; `lock.takeover` is then a line to log if a dead run had left its lock
-    behind, else None. Leaving gives the lock back. Only the process that entered does so: a forked child that leaves
-    the block changes nothing, and neither does the end of a thread.
+    Entering makes the folder and takes the lock; `lock.takeover` is then a line to log if the run before ended without
+    giving it back, else None. On a file system without locks a warning says so, and nothing is held.
 
     Raises (on entering):
-        ConfigError: if another process holds the folder, if that cannot be told, or if the folder cannot be written.
+        ConfigError: if another process holds the folder, or if the folder cannot be written.
+        OSError: if the disk is full.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.path = run_dir / LOCK_FILE
         self.takeover: str | None = None
-        self._mine: Holder | None = None
+        self.path, self._holder_path = run_dir / LOCK_FILE, run_dir / HOLDER_FILE
+        self._lock: FileLock | None = None
+        self._inode = 0
+        self._mine = _this_process()
 
     def __enter__(self) -> RunLock:
-        mine = _this_process()
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            while not _create(self.path, mine):
-                with contextlib.suppress(FileNotFoundError):  # it has just gone
-                    self._make_way()
+            self._acquire()
         except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
             raise ConfigError(
                 f"run_dir={self.run_dir}: this folder cannot be written ({error.strerror}). Give another run_dir."
             ) from error
-        self._mine = mine
+        if self._lock is not None and self._holder_path.exists():
+            before = _read(self._holder_path)
+            who = f"{before}, which held this folder since {before.started}," if before else "the run before"
+            self.takeover = f"{self.run_dir}: {who} ended without giving it back; this run takes it over"
+        with contextlib.suppress(OSError), replacing(self._holder_path, durable=False) as temporary:
+            temporary.write_text(json.dumps(self._mine._asdict()) + "\n", encoding="utf-8")
+        try:
+            when_held()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # A forked child has a copy of this object, and a lock file deleted by hand may be somebody else's by now.
-        # Where the file system has gone away, the file is left to be taken over.
+        if self._mine.pid != os.getpid():
+            return  # a forked child has a copy of this object
+        # Where the file system has gone away, the holder is left to be taken over.
         with contextlib.suppress(OSError):
-            if self._mine is not None and self._mine.pid == os.getpid() and _read(self.path) == self._mine:
-                self.path.unlink()
-        self._mine = None
+            if _read(self._holder_path) == self._mine:
+                self._holder_path.unlink()
+            if self._lock is not None and self.path.stat().st_ino == self._inode:  # not another's, after a deletion
+                self.path.unlink()  # filelock takes no lock on a file that has been removed
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._lock.release()
 
-    def _make_way(self) -> None:
-        """Remove the lock file that a dead process of this host left.
-
-        Raises:
-            ConfigError: if it is anybody else's.
-            FileNotFoundError: if it has gone.
-        """
-        holder = _read_patiently(self.path)
-        if holder is None:
-            raise ConfigError(
-                f"run_dir={self.run_dir}: {self.path} is there, but does not say who holds this folder. "
-                "Give another run_dir, or delete that file if no run uses the folder."
-            )
-        if not holder.is_this_host() and not holder.is_same_job():
-            raise ConfigError(
-                f"{self._in_use_by(holder)} Whether it still runs cannot be told from this host. Give another run_dir, "
-                f"wait until it has ended, or delete {self.path} if it no longer runs."
-            )
-        if holder.is_this_host() and is_running(holder.pid, holder.process_start):
-            raise ConfigError(f"{self._in_use_by(holder)} Give another run_dir, or wait until it has ended.")
+    def _acquire(self) -> None:
+        # A soft lock, which filelock would fall back to, is a file with a process id: stale after a kill.
+        lock = FileLock(self.path, fallback_to_soft=False)
         try:
-            _remove_stale(self.path, holder)
-        except FileNotFoundError:
-            raise
+            try:
+                lock.acquire(timeout=WAIT_SECONDS)
+            except Timeout:
+                holder = _read(self._holder_path)
+                if holder is None or not holder.is_earlier_attempt_of(self._mine):
+                    raise ConfigError(self._in_use_by(holder)) from None
+                self.path.unlink(missing_ok=True)  # the file system keeps the lock of a node that has died
+                lock.acquire(timeout=WAIT_SECONDS)
+        except Timeout:
+            raise ConfigError(self._in_use_by(None)) from None
         except OSError as error:
-            raise ConfigError(
-                f"run_dir={self.run_dir}: process {holder.pid}, which held this folder since {holder.started}, has "
-                f"ended, but its lock cannot be removed ({error.strerror}). Delete {self.path}."
-            ) from error
-        self.takeover = (
-            f"{self.run_dir}: process {holder.pid}, which held this folder since {holder.started}, ended without "
-            "giving it back; this run takes it over"
-        )
+            if error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(
+                f"run_dir={self.run_dir}: this file system has no locks ({error.strerror}), so a second run in the "
+                "folder would not be noticed",
+                stacklevel=1,
+            )
+            return
+        self._lock, self._inode = lock, self.path.stat().st_ino
 
-    def _in_use_by(self, holder: Holder) -> str:
-        return (
-            f"run_dir={self.run_dir}: in use by process {holder.pid} on {holder.host} since {holder.started} "
-            f"({holder.command})."
-        )
-
-
-def is_running(pid: int, start: int | None = None) -> bool:
-    """Whether a process of this host runs, and began at `start` if that is given (see `start_of`).
-
-    A process that has ended but was not waited for by its parent does not run.
-    """
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it is somebody else's
-    fields = _stat_fields(pid)
-    if not fields:
-        return True
-    return fields[0] not in "ZX" and start in (None, int(fields[19]))
-
-
-def start_of(pid: int) -> int | None:
-    """When a process of this host began, in clock ticks after boot; None where the system does not tell."""
-    fields = _stat_fields(pid)
-    return int(fields[19]) if fields else None
-
-
-def _stat_fields(pid: int) -> list[str]:
-    """The fields of /proc/<pid>/stat from the third one (the state) on; none where there is no such file."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return []
-    return stat.rpartition(")")[2].split()  # the second field, the name in brackets, may hold anything
+    def _in_use_by(self, holder: Holder | None) -> str:
+        if holder is None:
+            return (
+                f"run_dir={self.run_dir}: in use by another process. Give another run_dir, or wait until it has ended."
+            )
+        way_out = "Give another run_dir, or wait until it has ended."
+        if holder.host != socket.gethostname():
+            way_out += f" If that machine has failed and the lock stays, delete {self.path}."
+        command = printable(holder.command)
+        return f"run_dir={self.run_dir}: in use by {holder} since {printable(holder.started)} ({command}). {way_out}"
 
 
 def _this_process() -> Holder:
@@ -168,56 +163,25 @@ def _this_process() -> Holder:
         host=socket.gethostname(),
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
         command=shlex.join(sys.argv)[:200],
-        process_start=start_of(os.getpid()),
+        pid_namespace=_pid_namespace(),
         slurm_job=os.environ.get("SLURM_JOB_ID"),
+        slurm_restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     )
 
 
-def _create(path: Path, holder: Holder) -> bool:
-    """Make the lock file; False if there is one already."""
+def _pid_namespace() -> str:
     try:
-        file = path.open("x", encoding="utf-8")  # O_CREAT | O_EXCL
-    except FileExistsError:
-        return False
-    try:
-        with file:
-            file.write(json.dumps(holder._asdict()) + "\n")
-    except BaseException:
-        path.unlink()
-        raise
-    return True
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the target is no path
+    except OSError:  # not Linux
+        return ""
 
 
 def _read(path: Path) -> Holder | None:
-    """The process that a lock file names; None if it names none."""
+    """The process that a holder file names; None if it names none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        holder = Holder(**content)
-        valid = 0 < holder.pid < 2**31 and isinstance(holder.pid, int) and isinstance(holder.host, str)
-    except (ValueError, TypeError):
+        holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return holder if valid else None
-
-
-def _read_patiently(path: Path) -> Holder | None:
-    """As `_read`, giving a process that has just made the file the time to write it."""
-    deadline = time.monotonic() + UNREADABLE_SECONDS
-    while (holder := _read(path)) is None and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-    return holder
-
-
-def _remove_stale(path: Path, holder: Holder) -> None:
-    """Remove the lock file of a dead process of this host, unless another process has done so.
-
-    Raises:
-        OSError: if it has gone, or cannot be opened, locked or removed.
-    """
-    descriptor = os.open(path, os.O_RDWR)  # NFS asks for a writable file to lock it exclusively
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Before it got here, another process may have put a lock of its own in place of the stale one.
-        if _read(path) == holder:
-            path.unlink()
-    finally:
-        os.close(descriptor)
+    texts = (holder.host, holder.started, holder.command, holder.pid_namespace, holder.slurm_job or "")
+    is_valid = all(isinstance(text, str) for text in texts) and type(holder.pid) is type(holder.slurm_restart) is int
+    return holder if is_valid else None

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
-from rich.console import Console
 
 from semseg.checkpoint import FOLDER
+from semseg.checkpoint_io import warn_and_train_on
 from semseg.collate import Batch
 from semseg.config import CheckpointConfig
 from semseg.errors import CheckpointError
+from semseg.files import replacing, unwritable
 from semseg.stopping import StoppedError, StopSignals, Votes
 
 LAST = "last.ckpt"
@@ -111,15 +113,15 @@ class Saver(Checkpoint):
 
     def save(self, trainer: pl.Trainer) -> bool:
         """Write last.ckpt, and the log up to the same step; returns whether that went well."""
-        for logger in trainer.loggers:
-            logger.save()
         try:
+            for logger in trainer.loggers:
+                logger.save()
             trainer.save_checkpoint(self.folder / LAST)
-        except CheckpointError as error:
-            if self.config.on_error != "warn":
+        except (CheckpointError, OSError) as error:
+            told = unwritable(error, self.folder) if isinstance(error, OSError) else str(error)
+            if self.config.on_error != "warn" or told is None:
                 raise
-            Console(stderr=True).print(f"warning: {error}", soft_wrap=True, highlight=False)
-            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
+            warn_and_train_on(trainer, CheckpointError(told))
             return False
         finally:
             self._last_save = time.monotonic()
@@ -134,7 +136,14 @@ class Saver(Checkpoint):
         try:
             os.link(self.folder / LAST, kept)  # last.ckpt is replaced, never changed
         except OSError:  # a file system without links
-            shutil.copyfile(self.folder / LAST, kept)
+            try:
+                with replacing(kept) as temporary:
+                    shutil.copyfile(self.folder / LAST, temporary)
+            except OSError as error:
+                told = unwritable(error, self.folder)
+                if self.config.on_error != "warn" or told is None:
+                    raise
+                print(f"warning: {told}", file=sys.stderr, flush=True)
         for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.config.keep]:
             old.unlink()
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from semseg.config import Config
 from semseg.errors import STOPPED_CODES, TERMINATED, ConfigError, SemsegError
 from semseg.process import SUPERVISOR, heeded_signals, is_supervised, stopped_code, sweep_is_gone
+from semseg.text import lines_printable
 
 FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and last words of ranks that raised
 LAST_WORDS = "SEMSEG_LAST_WORDS"  # file, in the environment of every rank and every job of a sweep
@@ -165,7 +166,7 @@ def supervise(command: Sequence[str], processes: int, run_dir: Path) -> int:
         told = f"rank {failure.rank} of {processes} failed: {failure.reason}"
         leave_last_words(SemsegError(told), failure.exit_code)  # if this is a job of a sweep
         sys.stdout.flush()
-        print(f"\nerror: {told}\nits log: {failure.log}", file=sys.stderr, flush=True)
+        print(f"\nerror: {lines_printable(told)}\nits log: {failure.log}", file=sys.stderr, flush=True)
         return failure.exit_code
     return stopped_code(received[0]) if received else 0
 

@@ -31,6 +31,7 @@ from semseg.jobs import (
 from semseg.process import stopped_code
 from semseg.supervise import Ended, run_alone
 from semseg.sweep_page import duration, score_words, write_sweep_page
+from semseg.text import cell, lines_printable
 
 LAST_WORDS_FILE = "error.txt"  # in the folder of a job that raised
 
@@ -109,7 +110,7 @@ def table_of(ranking: Ranking) -> Table:
         status = f"{job.status}: {job.reason}" if job.reason else job.status
         score, time_spent = score_words(job.result.score), duration(job.seconds)
         cells = [str(place), *ranking.values(job), score, time_spent, status, job.folder.name]
-        table.add_row(*map(Text, cells))
+        table.add_row(*(Text(lines_printable(text)) for text in cells))
     return table
 
 
@@ -121,4 +122,5 @@ def write_csv(path: Path, ranking: Ranking) -> None:
         for place, job in enumerate(ranking.jobs, start=1):
             score = "" if job.result.score is None else job.result.score
             seconds = round(job.seconds, 1)
-            writer.writerow([place, job.folder.name, *ranking.values(job), score, seconds, job.status, job.reason])
+            values = [job.folder.name, *ranking.values(job), score, seconds, job.status, job.reason]
+            writer.writerow([place, *(cell(value) if isinstance(value, str) else value for value in values)])

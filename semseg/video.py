@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -49,11 +50,16 @@ class VideoWriters:
     """Videos `<target>_<name>.mp4`, each begun with its first picture and finished on leaving the context.
 
     A video that is left by an error is removed.
+
+    Raises:
+        DataError: on leaving, if the disk did not take all frames; the video that was there before stays.
     """
 
     def __init__(self, target: Path) -> None:
         self.target = target
         self._open: dict[str, cv2.VideoWriter] = {}
+        self._counts: dict[str, int] = {}  # pictures added
+        self._token = uuid.uuid4().hex  # no other process has the same temporary names
 
     def __enter__(self) -> VideoWriters:
         return self
@@ -61,12 +67,26 @@ class VideoWriters:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name, writer in self._open.items():
+        for writer in self._open.values():
             writer.release()
-            if error is None:
-                self._temporary(name).replace(self.target.with_name(f"{self.target.name}_{name}.mp4"))
-            else:
+        try:
+            for name in self._open if error is None else ():
+                self._finish(name, self.target.with_name(f"{self.target.name}_{name}.mp4"))
+        finally:
+            for name in self._open:
                 self._temporary(name).unlink(missing_ok=True)
+
+    def _finish(self, name: str, path: Path) -> None:
+        """Put a finished video in its place. OpenCV does not report a full disk: the frames are counted instead."""
+        capture = cv2.VideoCapture(str(self._temporary(name)))
+        written = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+        capture.release()
+        if written != self._counts[name]:
+            raise DataError(
+                f"{path}: the video cannot be written in full ({written} of {self._counts[name]} frames). Is the disk "
+                "full?"
+            )
+        self._temporary(name).replace(path)
 
     def add(self, name: str, picture: Pixels, rate: float) -> None:
         """Add a picture (H, W, 3) RGB to video `name`; all of one video have one size.
@@ -84,7 +104,8 @@ class VideoWriters:
             self._open[name] = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*CODEC), rate, size)
             if not self._open[name].isOpened():
                 raise DataError(f"{path}: the video cannot be written ({CODEC}, {size[0]} x {size[1]}).")
+        self._counts[name] = self._counts.get(name, 0) + 1
         self._open[name].write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))
 
     def _temporary(self, name: str) -> Path:
-        return self.target.with_name(f".{self.target.name}_{name}.tmp.mp4")
+        return self.target.with_name(f".{self.target.name[:40]}_{name}.{self._token}.tmp.mp4")

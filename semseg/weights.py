@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
-from semseg.checkpoint import NET_PREFIX, SavedNetwork, load_weights
+from semseg.checkpoint import NET_PREFIX, SavedNetwork, load_weights, refuse_nonfinite
 from semseg.errors import CheckpointError
 from semseg.nets.features import Encoder
 from semseg.nets.segmenter import Segmenter
+from semseg.text import printable
 
 # Statistics that the normalisation layers of the published code kept beside nn.BatchNorm2d's.
 BOOKKEEPING = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
@@ -32,6 +34,7 @@ def load_encoder_weights(encoder: Encoder, path: Path) -> None:
             shape; the first of each kind are named, and the encoder is left as it was.
     """
     found = load_weights(path)
+    refuse_nonfinite(found, str(path))
     part = encoder_part(found)
     fill(encoder, without_bookkeeping(part or encoder.state_from(found)), f"{path}: does not fit model.encoder")
 
@@ -71,7 +74,12 @@ def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str
         for name in wanted
         if name in found and found[name].shape != wanted[name].shape
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    retyped = [
+        f"{name} {found[name].dtype} instead of {wanted[name].dtype}"
+        for name in wanted
+        if name in found and found[name].is_floating_point() != wanted[name].is_floating_point()
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped, "of another type": retyped}
     return [f"{len(names)} {kind} ({shortened(names)})" for kind, names in kinds.items() if names]
 
 
@@ -85,7 +93,7 @@ def shortened(names: list[str]) -> str:
     >>> shortened(["a", "b", "c", "d"])
     'a, b, c, ...'
     """
-    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+    return ", ".join(map(printable, names[:NAMES_SHOWN])) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
 class LoadReport(NamedTuple):
@@ -98,12 +106,12 @@ class LoadReport(NamedTuple):
 
     def table(self, source: str) -> Table:
         """One row for each kind."""
-        table = Table(title=f"weights from {source}")
+        table = Table(title=Text(printable(f"weights from {source}")))
         for column in ("", "tensors", "names"):
             table.add_column(column, justify="right" if column == "tensors" else "left")
         for kind, names in self._asdict().items():
             told = "" if kind == "loaded" else ", ".join(names)
-            table.add_row(kind.replace("reinit", "re-init"), str(len(names)), told)
+            table.add_row(kind.replace("reinit", "re-init"), str(len(names)), Text(printable(told)))
         return table
 
 

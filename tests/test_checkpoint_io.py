@@ -12,7 +12,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -31,6 +30,7 @@ from memory import FORK, MEGABYTE, in_child, needs_proc, peak_growth
 from semseg import checkpoint_io
 from semseg.checkpoint_io import AtomicCheckpointIO, BestCheckpoint, damage, newest_intact, remove_leftovers
 from semseg.errors import CheckpointError
+from semseg.files import replacing, temporary_beside
 from semseg.process import StopRequest
 
 
@@ -99,21 +99,27 @@ def test_b1_b2_a_kill_while_saving_costs_neither_the_checkpoint_nor_disk_space(
 
 
 @pytest.mark.reliability
-def test_b2_only_what_nobody_writes_any_more_is_removed(tmp_path: Path) -> None:
-    ended = FORK.Process(target=int)
-    ended.start()
-    ended.join()
-    here = socket.gethostname()
-    gone, old = f".last.ckpt.{ended.pid}@{here}.tmp", ".last.ckpt.5@elsewhere.old.tmp"
-    ours = f".last.ckpt.{os.getpid()}@{here}.tmp"  # of a process that had the id of this one
-    kept = {f".last.ckpt.{os.getppid()}@{here}.tmp", ".best.ckpt.5@elsewhere.tmp", ".notes.tmp", "last.ckpt"}
-    for name in {gone, old, ours, *kept}:
+def test_b2_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    stale = {temporary_beside(last).name, ".last.ckpt.5@elsewhere.tmp", ".metrics.csv.17.tmp"}
+    kept = {".notes.tmp", "last.ckpt", "last.ckpt.tmp"}
+    for name in stale | kept:
         (tmp_path / name).write_text("half a file")
-    two_days_ago = time.time() - 48 * 3600
-    for name in (old, ".notes.tmp", "last.ckpt"):
-        os.utime(tmp_path / name, (two_days_ago, two_days_ago))
-    assert {path.name for path in remove_leftovers(tmp_path)} == {gone, old, ours}
+    assert {path.name for path in remove_leftovers(tmp_path)} == stale
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.reliability
+def test_f7_processes_with_one_id_on_one_host_name_do_not_share_temporary_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    path = tmp_path / "metrics.json"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.reliability

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from semseg.data.store import read_text
 from semseg.errors import ConfigError, DataError
+from semseg.text import printable, shortened
 
 IGNORED = -1
 _UNKNOWN = -2
@@ -75,8 +76,17 @@ class ClassTable(NamedTuple):
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> ClassTable:
-        """The inverse of `as_plain`."""
-        return cls(tuple(plain["names"]), tuple((r, g, b) for r, g, b in plain["palette"]))
+        """The inverse of `as_plain`, from a file of whatever origin.
+
+        Raises:
+            ValueError: for anything but as many names as colours.
+        """
+        names, palette = (plain.get(key) if isinstance(plain, Mapping) else None for key in ("names", "palette"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("the names of the classes are not a list of texts")
+        if not isinstance(palette, list) or len(palette) != len(names) or not 0 < len(names) <= _MAX_CLASSES:
+            raise ValueError(f"there must be a colour for each of the {len(names)} classes")
+        return cls(tuple(map(printable, names)), tuple(map(_colour, palette)))
 
     @classmethod
     def generated(cls, names: Sequence[str]) -> ClassTable:
@@ -85,7 +95,7 @@ class ClassTable(NamedTuple):
         >>> ClassTable.generated(["cat", "dog"]).num_classes
         2
         """
-        return cls(tuple(names), generated_palette(len(names)))
+        return cls(tuple(map(printable, names)), generated_palette(len(names)))
 
     @classmethod
     def from_file(cls, path: str | Path) -> ClassTable:
@@ -109,8 +119,8 @@ class ClassTable(NamedTuple):
             names = [str(row["name"]) for row in rows]
             if not any("color" in row for row in rows):
                 return cls.generated(names)
-            return cls(tuple(names), tuple(_colour(row["color"]) for row in rows))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return cls(tuple(map(printable, names)), tuple(_colour(row["color"]) for row in rows))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{path}: the table of classes cannot be read ({type(error).__name__}: {error})."
             ) from error
@@ -122,10 +132,11 @@ def _required(rows: list[Any]) -> list[Any]:
     return rows
 
 
-def _colour(numbers: Sequence[int]) -> Colour:
-    red, green, blue = (int(number) for number in numbers)
-    if not all(0 <= part <= 255 for part in (red, green, blue)):
-        raise ValueError(f"a colour is three numbers 0..255, got {list(numbers)}")
+def _colour(numbers: Any) -> Colour:
+    is_colour = isinstance(numbers, list | tuple) and len(numbers) == 3
+    if not is_colour or not all(type(part) is int and 0 <= part <= 255 for part in numbers):
+        raise ValueError(f"a colour is three whole numbers 0..255, got {shortened(numbers)}")
+    red, green, blue = numbers
     return red, green, blue
 
 
@@ -136,7 +147,7 @@ def _parse_row(row: dict[str, str], where: str) -> tuple[int, str, Colour]:
         raise DataError(f"{where}: index, R, G and B must be whole numbers.") from None
     if not all(0 <= part <= 255 for part in (red, green, blue)):
         raise DataError(f"{where}: a colour is three numbers 0..255, got {red},{green},{blue}.")
-    return index, (row["name"] or "").strip() or f"class {index}", (red, green, blue)
+    return index, printable((row["name"] or "").strip()) or f"class {index}", (red, green, blue)
 
 
 @lru_cache

@@ -21,11 +21,26 @@ class InputConvention(NamedTuple):
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> InputConvention:
-        """The inverse of `as_plain`."""
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()
-        }
-        return cls(**values)
+        """The inverse of `as_plain`, from a file of whatever origin.
+
+        Raises:
+            ValueError: if an entry is missing, unknown, or out of range.
+        """
+        if not isinstance(plain, Mapping) or set(plain) != set(cls._fields):
+            raise ValueError(f"the input convention must have {', '.join(cls._fields)}")
+        order, scale, mean, std, antialias = (plain[name] for name in cls._fields)
+        if order not in ("rgb", "bgr") or not isinstance(antialias, bool):
+            raise ValueError("the input convention has a channel_order or an antialias that is not known")
+        for name, numbers in (("scale", [scale]), ("mean", mean), ("std", std)):
+            if not isinstance(numbers, list | tuple) or len(numbers) != (1 if name == "scale" else 3):
+                raise ValueError(f"{name} of the input convention must have a number for each channel")
+            if not all(_is_number(number) and (name == "mean" or number > 0) for number in numbers):
+                raise ValueError(f"{name} of the input convention is out of range")
+        return cls(order, scale, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), antialias)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e6  # so neither NaN nor infinite
 
 
 CONVENTIONS: dict[str, InputConvention] = {

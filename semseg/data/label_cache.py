@@ -93,7 +93,7 @@ class LabelCache:
             kept = load(place.read_bytes())
             size, starts, classes = kept["size"], kept["starts"], kept["classes"]
             is_whole = kept["check"].tolist() == [checksum(size, starts, classes)]
-        except (OSError, SafetensorError, KeyError):
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
         return Runs(Size(*size.tolist()), starts, classes) if is_whole else None
 

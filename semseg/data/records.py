@@ -6,7 +6,6 @@ import csv
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from PIL import Image
 from semseg.data import store
 from semseg.data.geometry import Size
 from semseg.errors import DataError
+from semseg.files import replacing
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 _ORIENTATION_TAG = 0x0112  # EXIF; values 5 to 8 exchange height and width
@@ -372,8 +372,8 @@ def _load_cache(cache: Path) -> dict[str, list[int]]:
 def load_cache(cache: Path) -> dict[str, Any]:
     """The entries of a cache file; none if it cannot be read."""
     try:
-        entries = json.loads(cache.read_text())
-    except (OSError, ValueError):
+        entries = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}
 
@@ -385,10 +385,8 @@ def _is_row(row: object) -> bool:
 def save_cache(cache: Path, entries: Mapping[str, Any]) -> None:
     """Write a cache file, whole or not at all; nothing happens if it cannot be written."""
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cache.parent, suffix=".tmp", delete=False) as file:
-            json.dump(entries, file)
-        Path(file.name).replace(cache)
+        with replacing(cache, durable=False) as temporary:
+            temporary.write_text(json.dumps(entries), encoding="utf-8")
     except OSError:
         return  # a read-only or full home must not stop anyone: the next scan reads the headers again
 

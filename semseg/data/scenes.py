@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.errors import DataError
+from semseg.files import writing
 from semseg.seeding import generator_for
 
 VERSION = 1  # raise it whenever the same seed would draw other pixels
@@ -76,7 +77,8 @@ def make_scenes(root: str | Path, *, num_train: int = 320, num_val: int = 60, se
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{root.name}.lock")):
         if not _holds(root, manifest):  # else another rank or run has drawn it meanwhile
-            _draw(root, manifest)
+            with writing(root):
+                _draw(root, manifest)
     return root
 
 

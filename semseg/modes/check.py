@@ -44,6 +44,7 @@ from semseg.draw import percent
 from semseg.errors import DataError
 from semseg.files import program, replacing
 from semseg.memory import step_memory
+from semseg.text import lines_printable, printable
 
 PLANNED = 500  # sub-batches whose padding is counted
 NUM_CLASSES = 20  # rows on the console; the files hold all
@@ -224,11 +225,11 @@ def tell(checked: Checked, files: Sequence[Path]) -> None:
     if diagnosis.classes:
         console.print(class_table(diagnosis))
     if checked.plan:
-        console.print(Text(checked.plan.words))
+        console.print(Text(lines_printable(checked.plan.words)))
     for notice in diagnosis.notices:
         style = {"error": "bold red", "warning": "yellow"}.get(notice.level, "")
-        console.print(Text(f"{notice.level}: ", style), Text(notice.text), sep="")
-    console.print(Text(f"\n{diagnosis.verdict}", "bold"))
+        console.print(Text(f"{notice.level}: ", style), Text(lines_printable(notice.text)), sep="")
+    console.print(Text(f"\n{lines_printable(diagnosis.verdict)}", "bold"))
     console.print(Text(f"to train{' as suggested' if diagnosis.suggestions else ''}: {checked.command}"))
     console.print(Text(f"written {', '.join(map(str, files))}"))
 
@@ -242,7 +243,7 @@ def split_table(splits: Sequence[SplitSummary]) -> Table:
         ids = ranges(list(split.ids))
         row = [split.name, str(split.pairs), str(split.wrong), in_words(split.heights), in_words(split.widths)]
         row += [", ".join(split.image_kinds), ", ".join(split.mask_kinds), ids, percent(split.ignored)]
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(text)) for text in row))
     return table
 
 
@@ -255,7 +256,7 @@ def class_table(diagnosis: Diagnosis) -> Table:
     totals = {name: sum(row.pixels[name] for row in rows) or 1 for name in names}
     for row in shown:
         counts = [f"{percent(row.pixels[name] / totals[name])}, {row.images[name]}" for name in names]
-        table.add_row(*map(Text, [row.name, *counts, f"{row.weight:g}"]))
+        table.add_row(*(Text(printable(text)) for text in (row.name, *counts, f"{row.weight:g}")))
     if len(shown) < len(rows):
         table.caption = f"the first and last of {len(rows)} classes by pixels; all are in check.json"
     return table

@@ -15,6 +15,7 @@ from semseg.config import Config
 from semseg.files import replacing
 from semseg.pages.comparison import Comparison, Row, as_plain, by_change, compare, csv_rows, read_evaluations
 from semseg.pages.templates import percent, points
+from semseg.text import printable, row_of_cells
 
 NUM_CLASSES = 15  # rows on the console; the files hold all
 
@@ -30,17 +31,19 @@ def run(config: Config, overrides: list[str]) -> None:
     console = Console()
     console.print(side_by_side(comparison))
     for note in comparison.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {printable(note)}", highlight=False, markup=False)
     console.print(f"written to {', '.join(map(str, files))}", soft_wrap=True, highlight=False, markup=False)
 
 
 def side_by_side(comparison: Comparison) -> Table:
     """The headline scores and the classes that changed most, in percent."""
-    table = Table(title=Text(f"comparison with {comparison.runs[0].name}"), caption="percent; differences in points")
+    table = Table(
+        title=Text(printable(f"comparison with {comparison.runs[0].name}")), caption="percent; differences in points"
+    )
     table.add_column("")
-    table.add_column(Text(comparison.runs[0].name), justify="right")
+    table.add_column(Text(printable(comparison.runs[0].name)), justify="right")
     for other in comparison.runs[1:]:
-        table.add_column(Text(other.name), justify="right")
+        table.add_column(Text(printable(other.name)), justify="right")
         table.add_column("+/-", justify="right")
     for row in comparison.headline:
         table.add_row(*cells(row), style="bold")
@@ -56,7 +59,7 @@ def cells(row: Row) -> list[Text]:
     texts = [row.name, percent(row.values[0])]
     for value, difference in zip(row.values[1:], row.differences, strict=True):
         texts += [percent(value), points(difference)]
-    return [Text(text) for text in texts]  # a class may be called "[b]"
+    return [Text(printable(text)) for text in texts]  # a class may be called "[b]"
 
 
 def write_files(folder: Path, comparison: Comparison) -> list[Path]:
@@ -68,6 +71,6 @@ def write_files(folder: Path, comparison: Comparison) -> list[Path]:
     with replacing(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(map(row_of_cells, rows))
     write_comparison(page, comparison)
     return [content, table, page]

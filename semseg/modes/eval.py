@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
 from semseg.build import build_trainer, open_network, restore_net
-from semseg.checkpoint import FOLDER, SavedNetwork
+from semseg.checkpoint import FOLDER, SavedNetwork, refuse_nonfinite
 from semseg.config import Config
 from semseg.data.datasets import EvalDataset, EvalSample
 from semseg.data.images import read_pair
@@ -51,6 +51,7 @@ from semseg.report_page import (
     write_report,
 )
 from semseg.seeding import generator_for
+from semseg.text import lines_printable, printable
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     saved, config = open_network(config, overrides)
     source = matching_source(config, saved)
     net = restore_net(saved)
+    refuse_nonfinite(net.state_dict(), saved.source)
     trainer = build_trainer(config, source)
     module = SegmentationModule(net, config, source.classes)
     data = SegmentationData(source, config, net)
@@ -88,7 +90,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     print_tables(findings, config)
     write_result(folder, Result(findings.scores.mean_iou, "mean IoU"))
     written = ", ".join(map(str, [*files, folder / "report.html"]))
-    Console().print(f"checkpoint {saved.source}\nwritten to {written}", soft_wrap=True, highlight=False, markup=False)
+    print(lines_printable(f"checkpoint {saved.source}\nwritten to {written}"))
     return findings.scores.mean_iou
 
 
@@ -106,7 +108,9 @@ def matching_source(config: Config, saved: SavedNetwork) -> DataSource:
         )
     if source.classes.names != saved.classes.names:
         log.warning(
-            "class names of data=%s differ from those in %s: is this the same task?", config.data.name, saved.source
+            "class names of data=%s differ from those in %s: is this the same task?",
+            config.data.name,
+            printable(saved.source),
         )
     return source
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from semseg.build import open_network, require_export_extra, restore_net
-from semseg.checkpoint import SavedNetwork
+from semseg.checkpoint import SavedNetwork, refuse_nonfinite
 from semseg.config import EXPORT_SUFFIXES, Config
 from semseg.data.datasets import EvalDataset
 from semseg.data.sources import DataSource
@@ -35,6 +35,7 @@ def run(config: Config, overrides: list[str]) -> None:
     output = Path(config.output).expanduser()
     saved, config = open_network(config, overrides)
     net = restore_net(saved)
+    refuse_nonfinite(net.state_dict(), saved.source)
     options = config.export
     with replacing(output) as temporary:
         write = WRITERS[EXPORT_SUFFIXES[output.suffix]]

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -27,6 +26,7 @@ from semseg.errors import DataError
 from semseg.inputs import Input, find_inputs
 from semseg.outputs import array_on_disk, write_classes, write_outputs
 from semseg.predictor import Predictor, Result
+from semseg.text import lines_printable, printable
 from semseg.video import VideoWriters, frames_of
 from semseg.zoo import DEMONSTRATION
 
@@ -51,13 +51,13 @@ def run(config: Config, overrides: list[str]) -> None:
     failures = []
     for failure in track(work.all(inputs), "predicting", len(inputs), disable=not sys.stdout.isatty()):
         if failure:
-            print(failure, file=sys.stderr, flush=True)
+            print(lines_printable(failure), file=sys.stderr, flush=True)
             failures.append(failure)
     write_classes(folder / "classes.json", predictor.classes, predictor.label_map)
     done = f"{len(inputs) - len(failures)} of {len(inputs)} files predicted, written below {folder}"
     if failures:
         raise DataError(f"{len(failures)} files could not be read, see above; {done}.")
-    Console().print(done, soft_wrap=True, highlight=False)
+    print(printable(done))
 
 
 class Work:
@@ -109,7 +109,7 @@ class Work:
         if "probabilities" not in self.outputs:
             return nullcontext()
         shape = (self.predictor.classes.num_classes, *pixels.shape[:2])
-        return array_on_disk(target.with_name(f".{target.name}_probabilities.tmp"), shape)
+        return array_on_disk(target.with_name(f"{target.name}_probabilities.npz"), shape)
 
     def video(self, item: Input) -> None:
         """Predict every frame: pictures become videos of the same rate, ids and probabilities a file for each frame.

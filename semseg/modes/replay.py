@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
+from rich.text import Text
 
 from semseg.build import open_network, restore_net
-from semseg.checkpoint import load_plain
+from semseg.checkpoint import is_dense, load_plain
 from semseg.collate import Batch
 from semseg.config import Config
 from semseg.errors import CheckpointError
 from semseg.guards import first_nonfinite
 from semseg.losses import build_terms, segmentation_loss
 from semseg.nets.normalise import normalise
+from semseg.text import printable
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -31,7 +32,7 @@ def run(config: Config, overrides: list[str]) -> None:
     net = restore_net(saved).train()
     terms = build_terms(saved.config.loss, saved.classes.num_classes)
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"step {step} again, with the weights of {saved.source} (step {saved.step})")
+    console.print(Text(printable(f"step {step} again, with the weights of {saved.source} (step {saved.step})")))
     for batch in batches:
         image = normalise(batch.image, net.convention, batch.size)
         culprit = first_nonfinite(net, image)
@@ -40,7 +41,7 @@ def run(config: Config, overrides: list[str]) -> None:
         spoilt = [
             name for name, value in net.named_parameters() if value.grad is not None and not value.grad.isfinite().all()
         ]
-        console.print(f"images {', '.join(batch.paths)}")
+        console.print(Text(printable(f"images {', '.join(batch.paths)}")))
         console.print(f"loss {float(loss.total):g}, {int(loss.scored)} scored pixels")
         if culprit:
             console.print(f"the first layer to give NaN or infinity: {culprit.name} ({culprit.kind})")
@@ -59,10 +60,10 @@ def read_batches(path: Path) -> tuple[int, list[Batch]]:
     try:
         batches = [Batch(**batch) for batch in content["batches"]]
         step = int(content["step"])
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"input={path}: not a saved sub-batch; a run that ends with a NaN loss tells its name."
         ) from error
-    if not all(isinstance(value, torch.Tensor) for batch in batches for value in batch[:3]):
+    if not all(is_dense(value) for batch in batches for value in batch[:3]):
         raise CheckpointError(f"input={path}: not a saved sub-batch.")
     return step, batches

@@ -19,10 +19,11 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from semseg import zoo
-from semseg.build import build_net, build_trainer, find_network, tell, without_weights
-from semseg.checkpoint import FOLDER, SavedNetwork, find_checkpoint, read_checkpoint
+from semseg.build import build_net, build_trainer, check_network, find_network, tell, without_weights
+from semseg.checkpoint import FOLDER, SavedNetwork, find_checkpoint, read_checkpoint, refuse_nonfinite
 from semseg.checkpoint_io import damage, newest_intact, remove_leftovers
 from semseg.config import Config, ModelConfig, as_plain
 from semseg.console import config_tree
@@ -37,6 +38,7 @@ from semseg.loggers import log_settings
 from semseg.losses import read_class_weights
 from semseg.nets.segmenter import Segmenter
 from semseg.published import find_files
+from semseg.restoring import restoring
 from semseg.resume import (
     RunState,
     check_same_facts,
@@ -48,6 +50,7 @@ from semseg.resume import (
 from semseg.run_lock import RunLock
 from semseg.stopping import StoppedError, requeue
 from semseg.summary import Cost, cost_of, write_cost
+from semseg.text import printable
 from semseg.transfer import is_first_rank
 from semseg.weights import start_from
 
@@ -103,6 +106,9 @@ def train(
     pl.seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config, source)
     check_records(config, source, trainer.world_size)
+    if saved is not None:
+        check_network(saved)
+        refuse_nonfinite(saved.weights, saved.source)
     has_weights = saved is not None or state is not None
     model = without_weights(config.model) if has_weights else config.model
     net = build_net(model, source.classes.num_classes, config.download)
@@ -118,7 +124,8 @@ def train(
     log_settings(trainer.loggers, config)
     if trainer.is_global_zero:
         (run_dir / RESULT_FILE).unlink(missing_ok=True)  # of an earlier end
-        OmegaConf.save(OmegaConf.create(as_plain(config)), run_dir / "config.yaml")
+        with replacing(run_dir / "config.yaml") as temporary:
+            OmegaConf.save(OmegaConf.create(as_plain(config)), temporary)
         cost = cost_of(deepcopy(net).to("meta"))
         write_cost(run_dir / "model.txt", cost)
         console.print(config_tree(config, overrides), start_table(config, net, source, cost))
@@ -129,7 +136,8 @@ def train(
             net.convention = saved.convention
     module = SegmentationModule(net, config, source.classes)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=state.path if state else None, weights_only=True)
+        with restoring(trainer, path := state.path if state else None):
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
     except StoppedError as stopped:
         job = requeue(stopped.number, is_first_rank=trainer.is_global_zero)
         if job is not None:
@@ -175,7 +183,8 @@ def locked(run_dir: Path) -> Iterator[None]:
         return
     with RunLock(run_dir) as lock:
         tell(lock.takeover or "")
-        remove_leftovers(run_dir / FOLDER)
+        for folder in (run_dir / FOLDER, run_dir / "logs"):
+            remove_leftovers(folder)
         yield
 
 
@@ -261,7 +270,7 @@ def start_table(config: Config, net: Segmenter, source: DataSource, cost: Cost) 
         "run folder": config.run_dir,
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(printable(value)))
     return table
 
 

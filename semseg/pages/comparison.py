@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from semseg.errors import ConfigError, DataError
 from semseg.files import program
+from semseg.text import printable, shortened
 
 HEADLINES = {
     "mean_iou": "mean IoU",
@@ -119,12 +120,23 @@ def read_metrics(path: Path) -> dict[str, Any]:
     """
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as the scores of an evaluation ({error}).") from error
     classes = metrics.get("classes") if isinstance(metrics, dict) else None
     if not isinstance(classes, list) or not classes:
         raise DataError(f"{path}: holds no scores of classes. Was it written by mode=eval?")
+    for entry in classes:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not is_score(entry.get("iou")):
+            raise DataError(f"{path}: the scores of a class are damaged: {shortened(entry)}.")
+    for key in HEADLINES:
+        if not is_score(metrics.get(key)):
+            raise DataError(f"{path}: {key} is damaged: {shortened(metrics[key])}.")
     return metrics
+
+
+def is_score(value: object) -> bool:
+    """Whether `value` is a share, or None where nothing was scored."""
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1)  # pyright: ignore[reportOperatorIssue]
 
 
 def read_images(path: Path) -> dict[str, float | None] | None:
@@ -137,9 +149,12 @@ def read_images(path: Path) -> dict[str, float | None] | None:
         return None
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return {row["file"]: float(row["mean_iou"]) if row["mean_iou"] else None for row in csv.DictReader(file)}
-    except (KeyError, TypeError, ValueError) as error:
+            rows = {row["file"]: float(row["mean_iou"]) if row["mean_iou"] else None for row in csv.DictReader(file)}
+        if not all(isinstance(file, str) and is_score(score) for file, score in rows.items()):
+            raise ValueError("a mean IoU is a share")
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: not the table of images of an evaluation ({error!r}).") from error
+    return rows
 
 
 def compare(runs: Sequence[Evaluation]) -> Comparison:
@@ -168,7 +183,7 @@ def compare(runs: Sequence[Evaluation]) -> Comparison:
 
 def class_names(run: Evaluation) -> list[str]:
     """Names of the classes in the order of their indices."""
-    return [str(entry.get("name")) for entry in run.metrics["classes"]]
+    return [printable(entry["name"]) for entry in run.metrics["classes"]]
 
 
 def different_classes(base: str, base_names: list[str], other: str, other_names: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,15 +51,22 @@ def run_folder_of(checkpoint: str | Path) -> Path:
 
 
 def read_log(path: Path) -> dict[str, dict[int, float]]:
-    """Lightning's metrics.csv as column -> step -> value; empty cells and what is no finite number are left out."""
+    """Lightning's metrics.csv as column -> step -> value; empty cells and what is no finite number are left out.
+
+    A file that is no table is reported by a warning, and has no columns.
+    """
     columns: dict[str, dict[int, float]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            step = row.pop("step", None)
-            for name, text in row.items():
-                value = _finite(text)
-                if step and value is not None:
-                    columns.setdefault(name, {})[int(float(step))] = value
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                step = _finite(row.pop("step", None))
+                for name, text in row.items():
+                    value = _finite(text)
+                    if step is not None and value is not None and name is not None:
+                        columns.setdefault(name, {})[int(step)] = value
+    except (OSError, ValueError, csv.Error) as error:
+        warnings.warn(f"{path}: this log is damaged ({error}), so its curves are left out", stacklevel=1)
+        return {}
     return columns
 
 
