@@ -144,14 +144,14 @@ class Images(Dataset[Loaded]):
     def __init__(self, inputs: Sequence[Input], predictor: Predictor) -> None:
         self.inputs = inputs
         # Workers get a copy of all that is here: no weights.
-        self.scaled = predictor.scaler()
+        self.scaled, self.max_pixels = predictor.scaler(), predictor.settings.max_pixels
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> Loaded:
         try:
-            pixels = read_image(self.inputs[index].path, upright=True)
+            pixels = read_image(self.inputs[index].path, upright=True, max_pixels=self.max_pixels)
         except DataError as error:
             return Loaded(torch.empty(0), [], str(error))
         return Loaded(torch.from_numpy(pixels), self.scaled(pixels), "")
