@@ -48,6 +48,7 @@ class Header(NamedTuple):
     stored: Size
     orientation: int = 1  # EXIF's, 1..8: how the stored pixels are to be turned; 1: not at all
     bits: int = 8  # of a channel
+    white: int = 0  # the value that Pillow stretches to the largest of 8 or 16 bits; 0: it does not
     has_frames: bool = False  # more than the first, which is the one that is read
     lossy: str = ""  # the compression, if ids do not survive it, or may not
 
@@ -81,7 +82,9 @@ def header_of(image: Image.Image, file: BinaryIO) -> Header:
     is_jpeg = image.format in ("JPEG", "MPO")  # what cameras append to a photo is no frame
     has_frames = bool(getattr(image, "is_animated", False)) and not is_jpeg
     kind = f"{'JPEG' if is_jpeg else image.format} {image.mode}"
-    return Header(kind, size, orientation, _bits(image, file), has_frames, _lossy_codec(image, file))
+    bits = _bits(image, file)
+    white = _white_of_ppm(image) if image.format == "PPM" else 2**bits - 1 if image.mode == "L" and bits < 8 else 0
+    return Header(kind, size, orientation, bits, white, has_frames, _lossy_codec(image, file))
 
 
 # ---- orientation
@@ -148,7 +151,7 @@ def _is_lossy_webp(file: BinaryIO) -> bool:
 
 
 def _bits(image: Image.Image, file: BinaryIO) -> int:
-    """Bits of a channel in the file, which Pillow may stretch or cut to 8. PGM: those of its largest value."""
+    """Bits of a channel in the file, which Pillow may stretch or cut to 8. PPM: those of its white."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return max(image.tag_v2.get(258, (1,)))
     if image.format == "PNG":
@@ -158,12 +161,11 @@ def _bits(image: Image.Image, file: BinaryIO) -> int:
         file.seek(place)
         return bits
     if image.format == "PPM":
-        return 32 if image.mode == "F" else max(1, largest_of_ppm(image).bit_length())
+        return 32 if image.mode == "F" else max(1, _white_of_ppm(image).bit_length())
     return 16 if image.mode.startswith("I;16") else 1 if image.mode == "1" else 8
 
 
-def largest_of_ppm(image: Image.Image) -> int:
-    """The value that stands for white in a PPM or PGM file; Pillow stretches those up to it."""
+def _white_of_ppm(image: Image.Image) -> int:
     arguments = image.tile[0][3] if image.tile else None
     is_scaled = isinstance(arguments, tuple) and len(arguments) > 1 and isinstance(arguments[-1], int)
     if is_scaled and image.mode in ("L", "RGB", "I") and arguments[-1] > 0:

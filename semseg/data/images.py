@@ -33,7 +33,6 @@ from semseg.data.headers import (
     HeaderError,
     check_pixels,
     header_of,
-    largest_of_ppm,
     open_image,
 )
 from semseg.data.label_cache import LabelCache, Runs
@@ -159,11 +158,9 @@ def _as_stored(raw: NDArray, image: Image.Image, header: Header) -> NDArray[np.i
     """The numbers in a file of grey pixels, where Pillow has stretched them to the range of their type."""
     if raw.dtype == np.bool_:
         return raw.astype(np.uint8)
-    if image.format == "PPM" and image.mode in ("L", "I"):
-        largest, stretched_to = largest_of_ppm(image), 255 if image.mode == "L" else 65535
-        return raw if largest == stretched_to else np.round(raw * (largest / stretched_to)).astype(raw.dtype)
-    if image.mode == "L" and header.bits < 8:
-        return raw // (255 // (2**header.bits - 1))
+    if header.white and image.mode in ("L", "I"):
+        stretched_to = 255 if raw.dtype == np.uint8 else 65535
+        return raw if header.white == stretched_to else np.round(raw * (header.white / stretched_to)).astype(raw.dtype)
     return raw.astype(raw.dtype.newbyteorder("="), copy=False)
 
 
