@@ -26,7 +26,7 @@ from semseg.errors import DataError
 from semseg.inputs import Input, find_inputs
 from semseg.outputs import array_on_disk, write_classes, write_outputs
 from semseg.predictor import Predictor, Result
-from semseg.video import VideoWriters, frames_of
+from semseg.video import Frame, LostFramesError, VideoWriters, frames_of
 from semseg.zoo import DEMONSTRATION
 
 
@@ -106,16 +106,26 @@ class Work:
         """Predict every frame: pictures become videos of the same rate, ids and probabilities a file for each frame.
 
         Raises:
-            DataError: if it cannot be read.
+            DataError: if it cannot be read, or, when the others are done, some of its frames cannot.
         """
+        lost = None
         target, files = self.folder / item.place, [name for name in self.outputs if name in ("ids", "probabilities")]
         with VideoWriters(target) as writers:
-            for number, frame in enumerate(frames_of(item.path)):
-                found = self.predictor.predict(frame.pixels, probabilities="probabilities" in files)
-                write_outputs(found, target / f"{number:06d}", files)
-                for name in self.outputs:
-                    if name in PICTURES:
-                        writers.add(name, PICTURES[name](found), frame.rate)
+            try:
+                for frame in frames_of(item.path):
+                    self.frame(frame, target, files, writers)
+            except LostFramesError as error:
+                lost = error
+        if lost is not None:
+            raise lost
+
+    def frame(self, frame: Frame, target: Path, files: Sequence[str], writers: VideoWriters) -> None:
+        """Predict a frame of a video."""
+        found = self.predictor.predict(frame.pixels, probabilities="probabilities" in files)
+        write_outputs(found, target / f"{frame.number:06d}", files)
+        for name in self.outputs:
+            if name in PICTURES:
+                writers.add(name, PICTURES[name](found), frame.rate)
 
 
 def side_by_side(found: Result) -> Pixels:
