@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -24,6 +25,7 @@ DEFAULT_RATE = 25.0  # where a file does not say
 
 COUNTING_SUFFIXES = (".avi", ".m4v", ".mov", ".mp4")  # whose header has the number of frames; others a duration
 UNEVEN = 0.1  # of the time between two frames: a video whose frames are off by more has no even rate
+AVI_SEARCHED = 2**24  # bytes at the beginning and at the end
 MOST_FAILED = 1000  # reads in a row that fail; then there is nothing behind them
 
 
@@ -52,17 +54,19 @@ def frames_of(path: Path) -> Iterator[Frame]:
     try:
         rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_RATE
         announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        clock, gap, count = Clock(rate), None, 0
+        clock, gap, count, number = Clock(rate), None, 0, -1
+        found = frames_found(path, announced)
         while (pixels := next_frame(capture, announced - clock.number)) is not None:
-            before, count = clock.number, count + 1
+            before, count = number, count + 1
             number = clock.tick(capture.get(cv2.CAP_PROP_POS_MSEC), pixels.num_failed)
+            number = found[number] if number < len(found) else number
             gap = before if gap is None and number != before + 1 else gap
             yield Frame(np.asarray(cv2.cvtColor(pixels.bgr, cv2.COLOR_BGR2RGB), np.uint8), rate, number)
         if not count:
             raise DataError(f"{path}: is not a video that can be decoded, or has no frame.")
-        total = clock.number + 1
+        total = number + 1
         if is_cut_off(path, announced - total, rate, announced) or (gap is not None and announced > total):
-            gap, total = clock.number if gap is None else gap, announced
+            gap, total = number if gap is None else gap, announced
         if gap is not None:
             raise LostFramesError(
                 f"{path}: {total - count} of {total} frames cannot be read, the first behind frame {gap}: the video is "
@@ -107,6 +111,29 @@ def next_frame(capture: cv2.VideoCapture, num_left: int) -> Decoded | None:
         if is_read:
             return Decoded(np.asarray(pixels, np.uint8), num_failed)
     return None
+
+
+def frames_found(path: Path, announced: int) -> list[int]:
+    """The numbers of the frames of an AVI file that FFmpeg finds: it passes over those whose beginning is damaged, and
+    counts on as if they had never been. Empty for other files, and for those without their index.
+    """
+    if path.suffix.lower() != ".avi" or not path.stat().st_size:
+        return []
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        movie, index = data.find(b"movi", 0, AVI_SEARCHED), data.rfind(b"idx1", max(0, len(data) - AVI_SEARCHED))
+        length = int.from_bytes(data[index + 4 : index + 8], "little") // 16 * 16
+        if min(movie, index) < 0 or index + 8 + length > len(data):
+            return []
+        rows = [data[place : place + 16] for place in range(index + 8, index + 8 + length, 16)]
+        frames = [row for row in rows if row[2:4] in (b"dc", b"db")]
+        if len(frames) != announced:
+            return []
+        places = [
+            movie + int.from_bytes(row[8:12], "little") for row in frames
+        ]  # an index of whole files counts from 0
+        places = places if data[places[0] : places[0] + 4] == frames[0][:4] else [place - movie for place in places]
+        starts = zip(frames, places, strict=True)
+        return [number for number, (row, place) in enumerate(starts) if data[place : place + 4] == row[:4]]
 
 
 def is_cut_off(path: Path, num_missing: int, rate: float, announced: int) -> bool:
