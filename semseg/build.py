@@ -218,6 +218,7 @@ def open_predictor(config: Config, overrides: list[str], device: str | torch.dev
         options.window,
         options.stride,
         options.memory_limit_mb,
+        config.data.max_pixels,
     )
     ids = label_map(config.data, saved.classes)
     net = restore_net(saved).to(device)

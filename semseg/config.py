@@ -29,6 +29,7 @@ SPLITS = ("train", "val", "test")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
 DECODE = ("fast", "exact")
 MASK_TYPES = ("auto", "ids", "colors")
+LABEL_ORIENTATIONS = ("auto", "stored", "upright")
 ON_BAD = ("error", "skip")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("poly", "poly_warmup", "cosine")
@@ -139,6 +140,7 @@ class DataConfig:
     ignore: list[int] = field(default_factory=lambda: [0])  # label values that are not scored
     map: Any = None  # label value -> class index, or null for values that are not scored; in the place of first_id
     mask_type: str = one_of("auto", MASK_TYPES)  # auto: colour files are in colours if data.classes is a file
+    label_orientation: str = one_of("auto", LABEL_ORIENTATIONS)  # grid of the labels of photos that EXIF turns
     ignore_colors: list[list[int]] = field(default_factory=lambda: [[0, 0, 0]])  # of masks in colours, not scored
     miou_rule: str = one_of("present", MIOU_RULES)
     short_edges: list[int] = field(default_factory=lambda: [300, 375, 450, 525, 600])  # pixels

@@ -17,7 +17,8 @@ from semseg.data.geometry import Size, canvas_size, scaled_size
 from semseg.data.overlap import Overlap
 from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
-from semseg.data.scan import Finding
+from semseg.data.scan import SEVERAL, Finding
+from semseg.data.sources import Orientations
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 READY, WITH_WARNINGS, NOT_READY = "READY", "READY, WITH WARNINGS", "NOT READY"
@@ -25,6 +26,8 @@ MOSTLY_IGNORED = 0.9  # share of an image's pixels
 MANY_OF_ONE_ID = 0.2  # share of the masks
 RARE = 0.001  # share of the pixels of train
 VOID = 255  # what most tools write where nothing is labelled
+DARK = 0.25  # of white: an image that stays below uses a fraction of its 16 bits
+HALF = 0.5  # where all images of 16 bits stay below, they have fewer
 MAX_FILES = 10  # examples of one notice
 
 Meaning = Callable[[int], int | None]  # id -> class index, IGNORED, or None if it is neither
@@ -52,6 +55,7 @@ class ScannedSplit(NamedTuple):
     records: Sequence[Record]
     findings: Sequence[Finding]  # one for each record
     problems: Sequence[str]  # with lines and files that gave no record
+    orientations: Orientations = Orientations()
 
     @property
     def sound(self) -> list[tuple[Record, Finding]]:
@@ -131,7 +135,7 @@ def diagnose(
     suggestions: dict[str, str] = {}
     # A split that is cut from another one has its problems.
     told = [split._replace(problems=()) if split.problems == splits[0].problems else split for split in splits[1:]]
-    notices = [notice for split in (splits[0], *told) for notice in file_notices(split)]
+    notices = [notice for split in (splits[0], *told) for notice in (*file_notices(split), *pixel_notices(split))]
     if known is None:
         found = suggested_ids(ids_of(splits))
         suggestions |= found
@@ -181,6 +185,42 @@ def file_notices(split: ScannedSplit) -> Iterator[Notice]:
         yield Notice(ERROR, text, tuple(broken[:MAX_FILES]))
     if not split.sound:
         yield Notice(ERROR, f"{split.name}: not one pair of image and mask can be used.")
+
+
+def pixel_notices(split: ScannedSplit) -> Iterator[Notice]:
+    """Files that a run uses, perhaps not as their owner thinks."""
+    if split.orientations.problem:
+        yield Notice(ERROR, split.orientations.problem)
+    elif split.orientations.text:
+        level = WARNING if split.orientations.is_mixed else NOTE
+        yield Notice(level, f"{split.name}: {split.orientations.text}")
+    paged = [record for record, found in paired(split) if SEVERAL in f"{found.image_kind} {found.mask_kind}"]
+    if paged:
+        text = f"{split.name}: {len(paged)} images or masks hold several frames or pages, of which the first is read."
+        yield Notice(WARNING, text, images_of(paged))
+    for white, bits in ((65535, 16), (255, 8)):
+        seen = [(record, found) for record, found in paired(split) if found.largest >= 0 and found.white == white]
+        most = max((found.largest for _, found in seen), default=0)
+        limit = HALF if most < HALF * white else DARK
+        dark = [(record, found) for record, found in seen if found.largest < limit * white]
+        if dark:
+            most = max(found.largest for _, found in dark)
+            counted = f"{len(dark)} of {len(seen)} 16-bit images" if bits == 16 else f"{len(dark)} 8-bit images"
+            text = (
+                f"{split.name}: {counted} use a fraction of their depth: the largest value is {most} of {white} "
+                f"({most / white:.1%}), {most * 255 // white} of 255 as they are read. Scale them to the whole range."
+            )
+            yield Notice(WARNING, text, images_of(record for record, _ in dark))
+
+
+def paired(split: ScannedSplit) -> Iterator[tuple[Record, Finding]]:
+    """Each record with what was found in it."""
+    return zip(split.records, split.findings, strict=True)
+
+
+def images_of(records: Iterable[Record]) -> tuple[str, ...]:
+    """The first few."""
+    return tuple(record.image for record, _ in zip(records, range(MAX_FILES), strict=False))
 
 
 # ---- ids

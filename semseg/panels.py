@@ -49,7 +49,8 @@ class LogPanels(Callback):
             if sample.bad or sample.index not in self._shown:
                 continue
             record = self.source.records("val")[sample.index]
-            image = read_pair(record, self.source.label_map).image
+            limit = self.source.config.max_pixels
+            image = read_pair(record, self.source.label_map, max_pixels=limit).image
             label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
             pixels = comparison(image, label, prediction, self.source.classes)
             for logger in takers:

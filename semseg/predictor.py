@@ -19,7 +19,7 @@ from torch import Tensor
 
 from semseg.data.classes import ClassTable, LabelMap
 from semseg.data.datasets import at_scales
-from semseg.data.images import read_image
+from semseg.data.images import MAX_PIXELS, read_image, rgb_of
 from semseg.draw import Pixels, Share, class_shares, overlay, with_legend
 from semseg.errors import DataError
 from semseg.inference import predict
@@ -40,6 +40,7 @@ class Settings:
     window: int | None = None
     stride: int | None = None
     memory_limit_mb: int = 1024
+    max_pixels: int = MAX_PIXELS  # of a picture; data.max_pixels
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Predictor:
             TypeError: for anything else than a picture, and for settings that do not exist.
             ValueError: for an array of another shape or type.
         """
-        image = to_pixels(picture)
+        image = to_pixels(picture, replace(self.settings, **settings).max_pixels)
         shape = (self.classes.num_classes, *image.shape[:2])
         kept = np.empty(shape, np.float16) if probabilities else None
         ids = self.class_map(image.shape[:2], self.scaled(image, **settings), kept, **settings)
@@ -170,15 +171,12 @@ class Predictor:
         return found.ids.cpu().numpy()
 
 
-def to_pixels(picture: Picture) -> Pixels:
+def to_pixels(picture: Picture, max_pixels: int = MAX_PIXELS) -> Pixels:
     """(H, W, 3) uint8 RGB of whatever holds a picture; see `Predictor.predict`."""
     if isinstance(picture, str | Path):
-        return read_image(picture, upright=True)
+        return read_image(picture, upright=True, max_pixels=max_pixels)
     if isinstance(picture, Image.Image):
-        try:
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-        except (OSError, SyntaxError) as error:  # Pillow decodes late
-            raise DataError(f"the PIL image cannot be decoded ({error}).") from error
+        return pixels_of(picture, max_pixels)
     if isinstance(picture, Tensor):
         if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
             raise ValueError(f"a tensor must be uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
@@ -188,3 +186,20 @@ def to_pixels(picture: Picture) -> Pixels:
             raise ValueError(f"an array must be uint8 (H, W, 3), RGB, got {picture.dtype} {picture.shape}")
         return np.ascontiguousarray(picture)
     raise TypeError(f"a picture is a path, a PIL image, a numpy array or a tensor, not {type(picture).__name__}")
+
+
+def pixels_of(image: Image.Image, max_pixels: int) -> Pixels:
+    """(H, W, 3) uint8 RGB of a PIL image, turned upright, which leaves the image as it is."""
+    if image.width * image.height > max_pixels:
+        raise DataError(
+            f"the PIL image has {image.height} x {image.width} pixels, more than {max_pixels} are not read "
+            "(data.max_pixels)."
+        )
+    try:
+        upright = ImageOps.exif_transpose(image)
+        upright.format = image.format  # says what the numbers of mode I are
+        return rgb_of(upright, "the PIL image")
+    except DataError:
+        raise
+    except Exception as error:  # Pillow decodes late, and has no common type for what it runs into
+        raise DataError(f"the PIL image cannot be decoded ({error}).") from error

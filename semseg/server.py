@@ -307,7 +307,7 @@ def segment(served: Served, upload: Upload, max_pixels: int) -> PredictAnswer:
     Raises:
         DataError: if the upload is no image, a broken one, or has more than `max_pixels`.
     """
-    image = decode_image(upload.data, upload.name, upright=True, max_pixels=max_pixels)
+    image = decode_image(upload.data, upload.name, upright=True, max_pixels=max_pixels, key="serve.max_pixels")
     ids = served.predict(image)
     present = [
         PresentClass(share=share.share, **describe(served, share.class_index).model_dump())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -14,8 +16,22 @@ import numpy as np
 from semseg.draw import Pixels
 from semseg.errors import DataError
 
+# Why a video cannot be read is in our own sentence, not in lines of OpenCV's and FFmpeg's on standard error.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
 CODEC = "mp4v"  # MPEG-4 part 2: the one that OpenCV's own build can always write
 DEFAULT_RATE = 25.0  # where a file does not say
+
+
+COUNTING_SUFFIXES = (".avi", ".m4v", ".mov", ".mp4")  # whose header has the number of frames; others a duration
+UNEVEN = 0.1  # of the time between two frames: a video whose frames are off by more has no even rate
+AVI_SEARCHED = 2**24  # bytes at the beginning and at the end
+MOST_FAILED = 1000  # reads in a row that fail; then there is nothing behind them
+
+
+class LostFramesError(DataError):
+    """Some frames of a video could not be read; the others could."""
 
 
 class Frame(NamedTuple):
@@ -23,27 +39,109 @@ class Frame(NamedTuple):
 
     pixels: Pixels  # (H, W, 3) uint8 RGB, turned as the file says
     rate: float  # of the video, frames per second
+    number: int  # in the video, from 0; those that cannot be read have numbers too
 
 
 def frames_of(path: Path) -> Iterator[Frame]:
-    """The frames of a video in order.
+    """The frames of a video in order; those that cannot be decoded are passed over.
 
     Raises:
         DataError: if there is no such file, or it has no frame that can be decoded.
+        LostFramesError: behind the last frame, if frames were passed over or the file breaks off.
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such file.")
     capture = cv2.VideoCapture(str(path))
     try:
         rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_RATE
-        is_read, pixels = capture.read()
-        if not is_read:
+        announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        clock, gap, count, number = Clock(rate), None, 0, -1
+        found = frames_found(path, announced)
+        while (pixels := next_frame(capture, announced - clock.number)) is not None:
+            before, count = number, count + 1
+            number = clock.tick(capture.get(cv2.CAP_PROP_POS_MSEC), pixels.num_failed)
+            number = found[number] if number < len(found) else number
+            gap = before if gap is None and number != before + 1 else gap
+            yield Frame(np.asarray(cv2.cvtColor(pixels.bgr, cv2.COLOR_BGR2RGB), np.uint8), rate, number)
+        if not count:
             raise DataError(f"{path}: is not a video that can be decoded, or has no frame.")
-        while is_read:
-            yield Frame(np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8), rate)
-            is_read, pixels = capture.read()
+        total = number + 1
+        if is_cut_off(path, announced - total, rate, announced) or (gap is not None and announced > total):
+            gap, total = number if gap is None else gap, announced
+        if gap is not None:
+            raise LostFramesError(
+                f"{path}: {total - count} of {total} frames cannot be read, the first behind frame {gap}: the video is "
+                "damaged or breaks off. Get it again."
+            )
     finally:
         capture.release()
+
+
+class Clock:
+    """Numbers the frames that are read.
+
+    A frame has the number behind that of the one before. If reads failed between them, or time jumps in a video that
+    was even until then, the time between them says how many frames there were.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.number, self.is_even = rate, -1, True
+        self._time = 0.0  # of the last frame, in frames
+
+    def tick(self, milliseconds: float, num_failed: int) -> int:
+        """The number of a frame that was read at this time, after so many reads that failed."""
+        time = milliseconds * self.rate / 1000
+        passed = time - self._time if self.number >= 0 else 1.0 + num_failed
+        self.is_even = self.is_even and abs(passed - round(passed)) < UNEVEN and passed > 0
+        self.number += max(1, round(passed)) if num_failed or self.is_even else 1
+        self._time = time
+        return self.number
+
+
+class Decoded(NamedTuple):
+    """A frame as OpenCV gives it."""
+
+    bgr: Pixels
+    num_failed: int  # reads that failed before it
+
+
+def next_frame(capture: cv2.VideoCapture, num_left: int) -> Decoded | None:
+    """The next frame that can be decoded; None if none of those that are left can."""
+    for num_failed in range(max(1, min(num_left, MOST_FAILED))):
+        is_read, pixels = capture.read()
+        if is_read:
+            return Decoded(np.asarray(pixels, np.uint8), num_failed)
+    return None
+
+
+def frames_found(path: Path, announced: int) -> list[int]:
+    """The numbers of the frames of an AVI file that FFmpeg finds: it passes over those whose beginning is damaged, and
+    counts on as if they had never been. Empty for other files, and for those without their index.
+    """
+    if path.suffix.lower() != ".avi" or not path.stat().st_size:
+        return []
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        movie, index = data.find(b"movi", 0, AVI_SEARCHED), data.rfind(b"idx1", max(0, len(data) - AVI_SEARCHED))
+        length = int.from_bytes(data[index + 4 : index + 8], "little") // 16 * 16
+        if min(movie, index) < 0 or index + 8 + length > len(data):
+            return []
+        rows = [data[place : place + 16] for place in range(index + 8, index + 8 + length, 16)]
+        frames = [row for row in rows if row[2:4] in (b"dc", b"db")]
+        if len(frames) != announced:
+            return []
+        places = [
+            movie + int.from_bytes(row[8:12], "little") for row in frames
+        ]  # an index of whole files counts from 0
+        places = places if data[places[0] : places[0] + 4] == frames[0][:4] else [place - movie for place in places]
+        starts = zip(frames, places, strict=True)
+        return [number for number, (row, place) in enumerate(starts) if data[place : place + 4] == row[:4]]
+
+
+def is_cut_off(path: Path, num_missing: int, rate: float, announced: int) -> bool:
+    """Whether frames are missing at the end; a duration is not exact, and may be that of the sound."""
+    if path.suffix.lower() in COUNTING_SUFFIXES:
+        return num_missing > 0
+    return num_missing > max(rate, announced / 20)
 
 
 class VideoWriters:

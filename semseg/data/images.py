@@ -10,8 +10,10 @@ Arrays: image uint8 (H, W, 3) RGB; raw label (H, W) with the ids of the file; la
 from __future__ import annotations
 
 import io
+import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +21,20 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.nn import functional as F
 
 from semseg.data.classes import IGNORED, ColourIds, LabelMap
+from semseg.data.decoders import pillow_without_limit, silent_stderr
 from semseg.data.geometry import Size
+from semseg.data.headers import (
+    PNG_START,
+    Header,
+    HeaderError,
+    check_pixels,
+    header_of,
+    open_image,
+)
 from semseg.data.label_cache import LabelCache, Runs
 from semseg.data.records import Record
 from semseg.data.store import read_file
@@ -32,6 +43,8 @@ from semseg.errors import DataError
 # Images are decoded side by side in the workers of a loader: threads within one image only get in each other's way,
 # and OpenCV's pool of threads does not survive the fork of a worker.
 cv2.setNumThreads(0)
+# Why a file cannot be decoded is in our own sentence, not in lines of OpenCV's on standard error.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 # Larger images are refused by their header: 134 Mpixel are more than any camera gives and 400 MB as RGB.
 MAX_PIXELS = 2**27
@@ -42,9 +55,13 @@ _REDUCED = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
-_ORIENTATION_TAG = 0x0112
-_PNG_START = b"\x89PNG\r\n\x1a\n"
-_ID_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16B", "I;16L"})  # Pillow modes with one number a pixel
+# OpenCV decodes these fast and as Pillow does; Pillow reads the rest.
+_FOR_OPENCV = ("JPEG ", "PNG ", "WEBP ")
+_MOST_FOR_OPENCV = 2**30  # pixels
+_LONGEST_FOR_OPENCV = 10**6  # pixels of a side
+_DARK = 2**14  # 16-bit values that stay below are a fraction of the range
+_INVERSE = {6: 8, 8: 6}  # of EXIF orientations; the others are their own
+_ID_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N"})  # Pillow modes with one number a pixel
 _HOW_TO_CONVERT = (
     "Labels are single-channel PNG files whose numbers are the class ids: look up the id of each colour and save the "
     "array of ids with PIL.Image.fromarray(ids.astype('uint8')).save('x.png')."
@@ -73,15 +90,21 @@ def read_image(path: str | Path, *, upright: bool = False, max_pixels: int = MAX
 
 
 def decode_image(
-    data: bytes, name: str | Path, *, upright: bool = False, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    name: str | Path,
+    *,
+    upright: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    key: str = "data.max_pixels",
 ) -> NDArray[np.uint8]:
-    """As `read_image`, of a file's bytes; `name` is what the file is called in errors.
+    """As `read_image`, of a file's bytes; `name` is what the file is called in errors, and `key` the limit.
 
     Raises:
         DataError: if the bytes are empty, no image, broken, or announce more than `max_pixels`.
     """
-    pixels, orientation = _decode_image(name, data, max_pixels)
-    return oriented(pixels, orientation) if upright else pixels
+    image, header = _open(name, data, max_pixels, key)
+    pixels = _decode(name, data, image, header)
+    return oriented(pixels, header.orientation) if upright else pixels
 
 
 def read_label(
@@ -99,55 +122,85 @@ def read_label(
             which ids and colours are lost.
     """
     data = _read_bytes(path)
-    header = _open(path, data, max_pixels)
-    if _is_jpeg(data):
-        raise DataError(f"{path}: a label must not be a JPEG, which changes ids at every edge. {_HOW_TO_CONVERT}")
+    image, header = _open(path, data, max_pixels)
+    if header.lossy:
+        raise DataError(
+            f"{path}: a label must not be compressed by {header.lossy}, which may change ids. {_HOW_TO_CONVERT}"
+        )
     _check_png(path, data)
+    _tell_of_frames(path, header)
     in_colours = colours is not None and colours.always
-    if (
-        data.startswith(_PNG_START) and data[24:26] == b"\x08\x00" and not in_colours
-    ):  # 8 bits, grey: most labels, and the fast way
-        ids = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if header.kind == "PNG L" and header.bits == 8 and not in_colours and _suits_opencv(header):
+        # Most labels, and the fast way.
+        ids = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
         if ids is None:
             raise DataError(f"{path}: the label is broken and cannot be decoded. Get the file again.")
-        return np.asarray(ids, np.uint8)
+        return oriented(np.asarray(ids, np.uint8), header.orientation)
     try:
-        raw = np.asarray(header.convert("RGB") if in_colours else header)
-    except (OSError, ValueError, SyntaxError) as error:
+        with pillow_without_limit, _quiet(image):
+            raw = np.asarray(image.convert("RGB") if in_colours else image)
+    except Exception as error:  # what Pillow's decoders run into on damaged bytes has no common type
         raise DataError(f"{path}: the label is broken ({error}). Get the file again.") from error
-    depth = data[24] if data.startswith(_PNG_START) else 8  # bits of a channel
-    if colours is not None and (colours.always or (_is_rgb8(header, depth) and not _is_grey(raw))):
+    if image.format != "TIFF":  # Pillow has turned those
+        raw = oriented(raw, header.orientation)
+    is_rgb8 = image.mode in ("RGB", "RGBA") and header.bits <= 8
+    if colours is not None and (in_colours or (is_rgb8 and not _is_grey(raw))):
         return colours(raw[..., :3], path)
-    if _is_rgb8(header, depth):
+    if is_rgb8:
         raw = _grey_of(raw, path)
-    elif header.mode == "L" and depth < 8:
-        raw = raw // (255 // (2**depth - 1))  # Pillow has stretched 0..3 or 0..15 to 0..255
-    elif header.mode not in _ID_MODES:
-        raise DataError(f"{path}: a label with pixels of kind {header.mode!r} has no ids. {_HOW_TO_CONVERT}")
-    return raw.astype(np.uint8) if raw.dtype == np.bool_ else raw
+    elif image.mode not in _ID_MODES:
+        kind = f"{image.mode!r}" if header.bits <= 8 else f"{image.mode!r} and {header.bits} bits"
+        raise DataError(f"{path}: a label with pixels of kind {kind} has no ids. {_HOW_TO_CONVERT}")
+    return _as_stored(raw, image, header)
 
 
-class FileHeader(NamedTuple):
-    """What an image file says of itself before it is decoded."""
+def _as_stored(raw: NDArray, image: Image.Image, header: Header) -> NDArray[np.integer]:
+    """The numbers in a file of grey pixels, where Pillow has stretched them to the range of their type."""
+    if raw.dtype == np.bool_:
+        return raw.astype(np.uint8)
+    if header.white and image.mode in ("L", "I"):
+        stretched_to = 255 if raw.dtype == np.uint8 else 65535
+        return raw if header.white == stretched_to else np.round(raw * (header.white / stretched_to)).astype(raw.dtype)
+    return raw.astype(raw.dtype.newbyteorder("="), copy=False)
 
-    kind: str  # format and mode in Pillow's words: "JPEG RGB", "PNG P", "PNG I;16"
-    stored: Size
-    upright: Size  # as EXIF wants it shown
 
-
-def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> FileHeader:
+def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Header:
     """The header of an image file that is whole, as far as that can be told without decoding it.
 
     Raises:
         DataError: as `read_image`.
     """
     data = _read_bytes(path)
-    header = _open(path, data, max_pixels)
+    _, header = _open(path, data, max_pixels)
     _check_jpeg(path, data)
     _check_png(path, data)
-    stored = Size(header.height, header.width)
-    upright = Size(*reversed(stored)) if _orientation(header) >= 5 else stored
-    return FileHeader(f"{header.format} {header.mode}", stored, upright)
+    return header
+
+
+class Largest(NamedTuple):
+    """The largest value of the pixels of an image, alpha aside."""
+
+    value: int
+    white: int  # the largest that its depth has: 255 or 65535
+
+
+def read_largest(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Largest:
+    """The largest value in an image file.
+
+    Raises:
+        DataError: as `read_image`.
+    """
+    data = _read_bytes(path)
+    image, header = _open(path, data, max_pixels)
+    if header.bits == 16 and header.kind.startswith("PNG "):
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+        deep = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if deep is not None:
+            return Largest(int(deep.max()), 65535)
+    value = int(_decode(path, data, image, header).max())
+    if header.bits == 16 and _is_deep(image):
+        return Largest(int(np.asarray(image).max()), 65535)
+    return Largest(value << 8, 65535) if header.bits == 16 else Largest(value, 255)
 
 
 class RawLabel(NamedTuple):
@@ -225,22 +278,15 @@ def read_reduced(
         label = read_classes(record.label, label_map, max_pixels=max_pixels, cache=cache)
         full = label.size
         data = _read_bytes(record.image)
-        header = _open(record.image, data, max_pixels)
-        stored, orientation = Size(header.height, header.width), _orientation(header)
+        image, header = _open(record.image, data, max_pixels)
         factor = reduction(full, wanted(full)) if _is_jpeg(data) else 1
-        pixels = _decode(record.image, data, header, factor)
-        is_turned = stored != full
-        upright = Size(stored.width, stored.height) if orientation >= 5 else stored
-        if is_turned and upright != full:
-            raise DataError(
-                f"image and label differ in size: {record.image} is {stored}, {record.label} is {full} "
-                "(height x width). They must be drawn on the same pixels."
-            )
+        pixels = _decode(record.image, data, image, header, factor)
+        stored, is_upright = header.stored, _reads_upright(record, header, full)
         if record.size not in (stored, full):
             raise DataError(wrong_size(record, full))
     except DataError as error:
         raise DataError(f"{record.origin}: {error}") from error
-    return Thumbnail(oriented(pixels, orientation) if is_turned else pixels, label)
+    return Thumbnail(oriented(pixels, header.orientation) if is_upright else pixels, label)
 
 
 def reduction(full: Size, target: Size) -> int:
@@ -260,44 +306,42 @@ def read_pair(
 ) -> Pair:
     """The image of a record and its label, on one grid.
 
-    A photo may carry an EXIF orientation. Which grid its label was drawn on shows in the label's size: the stored
-    grid if that fits (the usual case), else the upright one. Without a label or `label_map` the image is upright.
+    A photo may carry an EXIF orientation. Which grid its label was drawn on shows in the label's size; where both have
+    one size, `record.is_upright` says it. Without a label or `label_map` the image is upright.
 
     Raises:
         DataError: as the readers; if image and label differ in size; if the size in the list is not the file's. Begins
             with the record's origin.
     """
     try:
-        stored, orientation = _decode_image(record.image, _read_bytes(record.image), max_pixels)
+        data = _read_bytes(record.image)
+        image, header = _open(record.image, data, max_pixels)
+        pixels = _decode(record.image, data, image, header)
         if record.label is None or label_map is None:
-            pair = Pair(oriented(stored, orientation), None)
+            label, is_upright = None, True
         else:
             label = read_classes(record.label, label_map, max_pixels=max_pixels, cache=cache).whole()
-            pair = Pair(_onto_grid(stored, orientation, label, record), label)
-        _check_listed_size(record, stored, pair)
+            is_upright = _reads_upright(record, header, _size(label))
+        pair = Pair(oriented(pixels, header.orientation) if is_upright else pixels, label)
+        if record.size not in (header.stored, _size(pair.image)):
+            raise DataError(wrong_size(record, _size(pair.image)))
     except DataError as error:
         raise DataError(f"{record.origin}: {error}") from error
     return pair
 
 
-def _onto_grid(
-    stored: NDArray[np.uint8], orientation: int, label: NDArray[np.int16], record: Record
-) -> NDArray[np.uint8]:
-    if stored.shape[:2] == label.shape:
-        return stored
-    upright = oriented(stored, orientation)
-    if upright.shape[:2] == label.shape:
-        return upright
-    raise DataError(
-        f"image and label differ in size: {record.image} is {_size(stored)}, {record.label} is {_size(label)} "
-        "(height x width). They must be drawn on the same pixels."
-    )
+def _reads_upright(record: Record, header: Header, label: Size) -> bool:
+    """Whether an image is to be turned upright to lie on its label.
 
-
-def _check_listed_size(record: Record, stored: NDArray[np.uint8], pair: Pair) -> None:
-    if record.size in (_size(stored), _size(pair.image)):
-        return
-    raise DataError(wrong_size(record, _size(pair.image)))
+    Raises:
+        DataError: if the label has neither size.
+    """
+    if label not in (header.stored, header.upright):
+        raise DataError(
+            f"image and label differ in size: {record.image} is {header.stored}, {record.label} is {label} "
+            "(height x width). They must be drawn on the same pixels."
+        )
+    return record.is_upright if header.stored == header.upright else label == header.upright
 
 
 def wrong_size(record: Record, found: Size) -> str:
@@ -322,49 +366,126 @@ def _read_bytes(path: str | Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
-def _open(path: str | Path, data: bytes, max_pixels: int) -> Image.Image:
-    """The header (nothing decoded), with the number of pixels checked."""
+def _open(path: str | Path, data: bytes, max_pixels: int, key: str = "data.max_pixels") -> tuple[Image.Image, Header]:
+    """An image of which nothing is decoded, with the number of its pixels checked."""
     if not data:
         raise DataError(f"{path}: the file is empty. Get it again.")
+    file = io.BytesIO(data)
     try:
-        header = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: the header announces too many pixels ({error}).") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{path}: is not an image in a known format (begins with {data[:16]!r}).") from error
-    if header.width * header.height > max_pixels:
+        image = open_image(file)
+    except HeaderError as error:
+        raise DataError(f"{path}: {error}.") from error
+    header = header_of(image, file)
+    height, width = header.stored
+    if height * width > max_pixels:
         raise DataError(
-            f"{path}: the header announces {header.height} x {header.width} pixels, more than {max_pixels} are not "
-            "read. Scale or cut the image."
+            f"{path}: the header announces {height} x {width} pixels, more than {max_pixels} are not read ({key}). "
+            "Scale or cut the image, or raise the limit."
         )
-    return header
+    return image, header
 
 
-def _decode_image(path: str | Path, data: bytes, max_pixels: int) -> tuple[NDArray[np.uint8], int]:
-    """Pixels on the stored grid, and the EXIF orientation (1 = as stored)."""
-    header = _open(path, data, max_pixels)
-    return _decode(path, data, header), _orientation(header)
-
-
-def _decode(path: str | Path, data: bytes, header: Image.Image, factor: int = 1) -> NDArray[np.uint8]:
+def _decode(path: str | Path, data: bytes, image: Image.Image, header: Header, factor: int = 1) -> NDArray[np.uint8]:
     """Pixels on the stored grid, or a JPEG's at 1/`factor` of it."""
     _check_jpeg(path, data)
-    flags = _REDUCED[factor] | cv2.IMREAD_IGNORE_ORIENTATION
+    _check_png(path, data)
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error as error:
-        raise DataError(f"{path}: the {header.format} file cannot be decoded ({error.err}).") from error
-    if pixels is None:
-        raise DataError(f"{path}: the {header.format} file is broken and cannot be decoded. Get it again.")
+        check_pixels(header)
+    except HeaderError as error:
+        raise DataError(f"{path}: {error}.") from None
+    _tell_of_frames(path, header)
+    pixels = _decode_by_opencv(path, data, header, factor) if _suits_opencv(header) else None
+    return _decode_by_pillow(path, image, header) if pixels is None else pixels
+
+
+def _suits_opencv(header: Header) -> bool:
+    height, width = header.stored
+    is_small = height * width <= _MOST_FOR_OPENCV and max(height, width) <= _LONGEST_FOR_OPENCV
+    return header.kind.startswith(_FOR_OPENCV) and is_small and not header.has_frames
+
+
+def _decode_by_opencv(path: str | Path, data: bytes, header: Header, factor: int) -> NDArray[np.uint8] | None:
+    """As `_decode`; None if OpenCV cannot: then Pillow does, or says why."""
+    depth = cv2.IMREAD_ANYDEPTH if header.bits == 16 else 0
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[factor] | cv2.IMREAD_IGNORE_ORIENTATION | depth)
+    except cv2.error:
+        return None
+    if pixels is None or (factor == 1 and _size(pixels) != header.stored):
+        return None
+    if pixels.dtype == np.uint16:
+        pixels = _eight_bits(pixels, path)
     return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels), np.uint8)
 
 
-def _orientation(header: Image.Image) -> int:
+def _decode_by_pillow(path: str | Path, image: Image.Image, header: Header) -> NDArray[np.uint8]:
     try:
-        value = header.getexif().get(_ORIENTATION_TAG, 1)
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError):
-        return 1  # damaged EXIF: every viewer shows such a photo as stored
-    return value if value in range(1, 9) else 1
+        with pillow_without_limit, _quiet(image):
+            pixels = rgb_of(image, path)
+    except DataError:
+        raise
+    except Exception as error:  # what Pillow's decoders run into on damaged bytes has no common type
+        raise DataError(
+            f"{path}: the {image.format} file is broken and cannot be decoded ({error}). Get it again."
+        ) from error
+    if image.format == "TIFF":  # Pillow has turned it already
+        pixels = oriented(pixels, _INVERSE.get(header.orientation, header.orientation))
+    if _size(pixels) != header.stored:
+        raise DataError(f"{path}: the header says {header.stored} (height x width), its pixels are {_size(pixels)}.")
+    return pixels
+
+
+def rgb_of(image: Image.Image, name: str | Path) -> NDArray[np.uint8]:
+    """Pixels of a PIL image, of any mode: uint8 (H, W, 3) RGB, 16 bits scaled to 8, alpha dropped.
+
+    Raises:
+        DataError: for pixels that have no range; `name` is what the image is called there.
+    """
+    if image.mode in ("I", "F") and not _is_deep(image):
+        kind = "32-bit float" if image.mode == "F" else "32-bit integer"
+        raise DataError(f"{name}: has {kind} pixels, which are not read. Save it with 8 or 16 bits.")
+    if _is_deep(image):
+        return np.repeat(_eight_bits(np.asarray(image), name)[..., None], 3, axis=2)
+    if image.mode == "P" and "transparency" in image.info:  # to RGB, Pillow warns of what is wanted here
+        return np.ascontiguousarray(np.asarray(image.convert("RGBA"))[..., :3])
+    return np.array(image.convert("RGB"))
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a PIL image has one channel of 16 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+
+
+def _eight_bits(pixels: NDArray[np.integer], path: str | Path) -> NDArray[np.uint8]:
+    """The high 8 of 16 bits."""
+    largest = int(pixels.max(initial=0))
+    if 0 < largest < _DARK:
+        _tell_once(
+            "dark",
+            f"{path}: its 16-bit values reach {largest} of 65535, which is {largest >> 8} of 255 in 8 bits and nearly "
+            "black. Scale such images to the whole range; mode=check counts them.",
+        )
+    return (pixels >> 8).astype(np.uint8)
+
+
+_told: set[str] = set()
+
+
+def _tell_once(kind: str, sentence: str) -> None:
+    """Warn of the first file of a kind in this process."""
+    if kind not in _told:
+        _told.add(kind)
+        warnings.warn(sentence, stacklevel=2)
+
+
+def _tell_of_frames(path: str | Path, header: Header) -> None:
+    if header.has_frames:
+        _tell_once("frames", f"{path}: holds several frames or pages, of which the first is read.")
+
+
+def _quiet(image: Image.Image) -> AbstractContextManager[None]:
+    """For decoding with Pillow: it raises an error for what libtiff prints of a damaged file."""
+    return silent_stderr if image.format == "TIFF" else nullcontext()
 
 
 def _is_jpeg(data: bytes) -> bool:
@@ -395,24 +516,20 @@ def _jpeg_is_whole(data: bytes) -> bool:
 
 def _check_png(path: str | Path, data: bytes) -> None:
     """Checksums of all chunks of a PNG file, which Pillow does not look at; other formats pass."""
-    if not data.startswith(_PNG_START):
+    if not data.startswith(PNG_START):
         return
-    place = len(_PNG_START)
+    place = len(PNG_START)
     while place + 12 <= len(data):
         length = int.from_bytes(data[place : place + 4], "big")
         kind, end = data[place + 4 : place + 8], place + 8 + length
         if end + 4 > len(data):
             break
         if zlib.crc32(memoryview(data)[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise DataError(f"{path}: the PNG is broken (wrong checksum at byte {place}). Get it again.")
+            raise DataError(f"{path}: the PNG file is broken (wrong checksum at byte {place}). Get it again.")
         if kind == b"IEND":
             return
         place = end + 4
-    raise DataError(f"{path}: the PNG is truncated (no end in {len(data)} bytes). Get it again.")
-
-
-def _is_rgb8(header: Image.Image, depth: int) -> bool:
-    return header.mode in ("RGB", "RGBA") and depth == 8
+    raise DataError(f"{path}: the PNG file is broken (truncated: no end in {len(data)} bytes). Get it again.")
 
 
 def _is_grey(raw: NDArray[np.uint8]) -> bool:

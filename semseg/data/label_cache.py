@@ -24,7 +24,7 @@ from semseg.data.store import stamp
 from semseg.errors import ConfigError
 from semseg.files import replacing
 
-FORMAT = 1  # of the files; part of their names
+FORMAT = 2  # of the files; part of their names
 MOST_RUNS = 4  # pixels to a run, at least: a label of more runs is noise, and smaller as it is
 
 

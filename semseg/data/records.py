@@ -12,15 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from semseg.data import store
 from semseg.data.geometry import Size
+from semseg.data.headers import Header, HeaderError, header_of, open_image
 from semseg.errors import DataError
 from semseg.files import replacing
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
-_ORIENTATION_TAG = 0x0112  # EXIF; values 5 to 8 exchange height and width
 
 
 class Record(NamedTuple):
@@ -30,6 +28,8 @@ class Record(NamedTuple):
     label: str | None  # path; None: nothing to score against
     size: Size  # as it will be read; from the list, or from the file header
     origin: str  # where the record comes from, for error messages: "train.odgt:12" or a folder
+    orientation: int = 1  # EXIF's of the image, 1..8, where its header was read
+    is_upright: bool = False  # the label lies on the upright picture, where its size fits the stored one too
 
 
 # ---- from a list
@@ -135,10 +135,10 @@ def records_from_table(
     if not pairs and not problems:
         raise DataError(f"{list_file}: the list names no image of {split}.{_sentence(hint)}")
     headers = _headers([image for image, _, _ in pairs], root, cache_dir, problems)
-    turned = [label for image, label, _ in pairs if image in headers and label and headers[image].is_turned]
+    turned = [label for image, label, _ in pairs if image in headers and label and _is_turned(headers[image])]
     mask_headers = _headers(turned, root, cache_dir, problems)
     return [
-        Record(image, label, headers[image].size_for(mask_headers.get(label or "")), where)
+        _record(image, label, where, headers[image], mask_headers.get(label or ""))
         for image, label, where in pairs
         if image in headers
     ]
@@ -219,7 +219,7 @@ def records_from_folders(
         raise DataError(f"{images}: no image in this folder or below it (looked for {kinds}).{_sentence(hint)}")
     if masks is None:
         headers = _headers(list(image_files.values()), images, cache_dir, problems)
-        return [Record(path, None, header.upright, str(images)) for path, header in headers.items()]
+        return [Record(path, None, header.upright, str(images), header.orientation) for path, header in headers.items()]
     masks = Path(masks)
     _require(store.is_folder(masks), "folder of masks", masks, hint)
     mask_files = _by_stem(masks, naming.mask_suffix, problems)
@@ -237,10 +237,10 @@ def records_from_folders(
     paths = [path for stem, path in image_files.items() if stem in mask_files]
     headers = _headers(paths, images, cache_dir, problems)
     pairs = [(stem, path) for stem, path in image_files.items() if path in headers]
-    turned = [mask_files[stem] for stem, path in pairs if headers[path].is_turned]
+    turned = [mask_files[stem] for stem, path in pairs if _is_turned(headers[path])]
     mask_headers = _headers(turned, masks, cache_dir, problems) if turned else {}
     return [
-        Record(path, mask_files[stem], headers[path].size_for(mask_headers.get(mask_files[stem])), str(images))
+        _record(path, mask_files[stem], str(images), headers[path], mask_headers.get(mask_files[stem]))
         for stem, path in pairs
     ]
 
@@ -302,22 +302,29 @@ def _first(stems: Sequence[str]) -> str:
     return f" ({', '.join(stems[:3])}{', ...' if len(stems) > 3 else ''})" if stems else ""
 
 
-class _Header(NamedTuple):
-    size: Size  # as stored
-    upright: Size  # as EXIF wants it shown
+def _is_turned(header: Header) -> bool:
+    return header.stored != header.upright
 
-    @property
-    def is_turned(self) -> bool:
-        return self.size != self.upright
 
-    def size_for(self, mask: _Header | None) -> Size:
-        """The size at which an image with this mask is read."""
-        return self.upright if mask is not None and mask.size == self.upright else self.size
+def _record(image: str, label: str | None, origin: str, header: Header, mask: Header | None) -> Record:
+    """The record of an image, with the size at which it is read with this mask."""
+    size = header.upright if mask is not None and mask.upright == header.upright else header.stored
+    return Record(image, label, size, origin, header.orientation)
+
+
+def headers_of(records: Sequence[Record], folder: Path, cache_dir: str | Path | None = None) -> dict[str, Header]:
+    """Headers of all images of some records; those that cannot be read are left out, for the reading to name them."""
+    return _headers([record.image for record in records], folder, cache_dir, [])
+
+
+def mask_headers_of(records: Sequence[Record], folder: Path, cache_dir: str | Path | None = None) -> dict[str, Header]:
+    """Headers of all masks of some records, in the same way."""
+    return _headers([record.label for record in records if record.label], folder, cache_dir, [])
 
 
 def _headers(
     paths: Sequence[str], folder: Path, cache_dir: str | Path | None, problems: list[str] | None
-) -> dict[str, _Header]:
+) -> dict[str, Header]:
     """Headers of image files; only those that are new or changed since the last scan of `folder` are opened."""
     cache = cache_file("sizes", folder, cache_dir)
     known = _load_cache(cache)
@@ -332,9 +339,9 @@ def _headers(
             for path, waiting in [(path, pool.submit(_read_header, path)) for path in to_read]:
                 with _collected(problems):
                     header = waiting.result()
-                    fresh[path] = [*stamps[path], *header.size, *header.upright]
+                    fresh[path] = [*stamps[path], *header.stored, header.orientation]
         save_cache(cache, known | fresh)
-    return {path: _Header(Size(*fresh[path][2:4]), Size(*fresh[path][4:6])) for path in paths if path in fresh}
+    return {path: Header("", Size(*fresh[path][2:4]), fresh[path][4]) for path in paths if path in fresh}
 
 
 def _stamp_of(path: str) -> list[int]:
@@ -344,16 +351,16 @@ def _stamp_of(path: str) -> list[int]:
         raise DataError(f"{path}: there is no such file ({error.strerror}).") from None
 
 
-def _read_header(path: str) -> _Header:
+def _read_header(path: str) -> Header:
     try:
-        with store.opened(path) as file, Image.open(file) as image:
-            size = Size(image.height, image.width)
-            is_turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
+        with store.opened(path) as file, open_image(file) as image:
+            return header_of(image, file)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except HeaderError as error:
+        raise DataError(f"{path}: the header cannot be read as an image: it {error}.") from None
+    except OSError as error:
         raise DataError(f"{path}: the header cannot be read as an image ({error}).") from error
-    return _Header(size, Size(size.width, size.height) if is_turned else size)
 
 
 def cache_file(kind: str, folder: Path, cache_dir: str | Path | None) -> Path:
@@ -365,7 +372,7 @@ def cache_file(kind: str, folder: Path, cache_dir: str | Path | None) -> Path:
 
 
 def _load_cache(cache: Path) -> dict[str, list[int]]:
-    """path -> [mtime_ns, bytes, height, width, upright height, upright width]; empty if it cannot be read."""
+    """path -> [mtime_ns, bytes, height and width as stored, orientation]; empty if it cannot be read."""
     return {path: row for path, row in load_cache(cache).items() if _is_row(row)}
 
 
@@ -379,7 +386,7 @@ def load_cache(cache: Path) -> dict[str, Any]:
 
 
 def _is_row(row: object) -> bool:
-    return isinstance(row, list) and len(row) == 6 and all(type(number) is int and number > 0 for number in row)
+    return isinstance(row, list) and len(row) == 5 and all(type(number) is int and number > 0 for number in row)
 
 
 def save_cache(cache: Path, entries: Mapping[str, Any]) -> None:

@@ -19,13 +19,17 @@ from numpy.typing import NDArray
 
 from semseg.data.classes import ColourIds
 from semseg.data.geometry import Size
-from semseg.data.images import MAX_PIXELS, read_header, read_image, read_label
+from semseg.data.headers import Header
+from semseg.data.images import MAX_PIXELS, read_header, read_image, read_label, read_largest
 from semseg.data.records import Record, cache_file, load_cache, save_cache
 from semseg.data.store import stamp
 from semseg.errors import DataError
 
 MAX_COLOURS = 256  # a mask in more colours is a picture
-CACHE_FORMAT = 1  # of the remembered findings
+CACHE_FORMAT = 2  # of the remembered findings
+SAMPLED = 64  # images whose pixels are looked at too, besides those of 16 bits
+NEARLY_BLACK = 32  # 8-bit values below which an image uses a fraction of its depth
+SEVERAL = ", first of several"  # ends the kind of a file of frames or pages
 
 
 class Finding(NamedTuple):
@@ -38,6 +42,8 @@ class Finding(NamedTuple):
     ids: dict[int, int]  # of the mask file: id -> pixels
     colours: dict[str, int]  # of a mask that is coded in colours: "#ff8000" -> pixels
     problem: str = ""  # why it cannot be trained on; ids that are no class are not looked at here
+    largest: int = -1  # value of the image's pixels, of 16 bits or nearly black; -1: neither, or not looked at
+    white: int = 255  # the largest that their depth has: 255 or 65535
 
     @property
     def pixels(self) -> int:
@@ -66,7 +72,11 @@ def scan(
     known = load_cache(cache)
     fresh: dict[str, list[object]] = {}
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        waiting = [pool.submit(remembered, record, known, max_pixels, colours) for record in records]
+        step = max(1, len(records) // SAMPLED)
+        waiting = [
+            pool.submit(remembered, record, known, max_pixels, colours, looks=number % step == 0)
+            for number, record in enumerate(records)
+        ]
         try:
             for record, answer in zip(records, waiting, strict=True):
                 found, stamps = answer.result()
@@ -80,7 +90,7 @@ def scan(
 
 
 def remembered(
-    record: Record, known: dict[str, object], max_pixels: int, colours: ColourIds | None
+    record: Record, known: dict[str, object], max_pixels: int, colours: ColourIds | None, *, looks: bool
 ) -> tuple[Finding, list[int]]:
     """The finding of a record, and by what it is told whether its files have changed; nothing if one is missing."""
     table = 0 if colours is None else colours.fingerprint
@@ -89,12 +99,13 @@ def remembered(
             CACHE_FORMAT,
             max_pixels,
             table,
+            looks,
             *record.size,
             *stamp(record.image),
             *(stamp(record.label or record.image)),
         ]
     except OSError:
-        return examine(record, max_pixels, colours), []
+        return examine(record, max_pixels, colours, looks=looks), []
     match known.get(key_of(record)):
         case [
             then,
@@ -106,11 +117,13 @@ def remembered(
                 dict() as ids,
                 dict() as found,
                 str() as problem,
+                int() as largest,
+                int() as white,
             ],
         ] if then == stamps:
             own = {int(raw): count for raw, count in ids.items()}
-            return Finding(height, width, image, mask, own, found, problem), stamps
-    return examine(record, max_pixels, colours), stamps
+            return Finding(height, width, image, mask, own, found, problem, largest, white), stamps
+    return examine(record, max_pixels, colours, looks=looks), stamps
 
 
 def as_row(found: Finding) -> list[object]:
@@ -123,31 +136,46 @@ def key_of(record: Record) -> str:
     return f"{record.image}|{record.label}"
 
 
-def examine(record: Record, max_pixels: int = MAX_PIXELS, colours: ColourIds | None = None) -> Finding:
-    """What the files of one record hold; never raises for a broken file."""
+def examine(
+    record: Record, max_pixels: int = MAX_PIXELS, colours: ColourIds | None = None, *, looks: bool = True
+) -> Finding:
+    """What the files of one record hold; never raises for a broken file.
+
+    Args:
+        looks: at the pixels of the image too; at those of 16 bits it always does.
+    """
     found = Finding(0, 0, "", "", {}, {})
     try:
         image = read_header(record.image, max_pixels=max_pixels)
-        found = found._replace(height=image.stored.height, width=image.stored.width, image_kind=image.kind)
+        found = found._replace(height=image.stored.height, width=image.stored.width, image_kind=kind_of(image))
+        if looks or image.bits == 16:
+            largest, white = read_largest(record.image, max_pixels=max_pixels)
+            if white > 255 or largest < NEARLY_BLACK:
+                found = found._replace(largest=largest, white=white)
         if record.label is None:
             return found
         mask = read_header(record.label, max_pixels=max_pixels)
-        found = found._replace(mask_kind=mask.kind)
-        if mask.stored not in (image.stored, image.upright):
+        found = found._replace(mask_kind=kind_of(mask))
+        if mask.upright not in (image.stored, image.upright):
             raise DataError(
-                f"{record.image} is {image.stored}, its mask {record.label} {mask.stored} (height x width)."
+                f"{record.image} is {image.stored}, its mask {record.label} {mask.upright} (height x width)."
             )
-        found = found._replace(height=mask.stored.height, width=mask.stored.width)
-        if record.size not in (image.stored, mask.stored):
+        found = found._replace(height=mask.upright.height, width=mask.upright.width)
+        if record.size not in (image.stored, mask.upright):
             raise DataError(
                 f"{record.image}: the list says {record.size} (height x width), the file is {image.stored}."
             )
-        if mask.kind.endswith((" RGB", " RGBA")) and not mask.kind.startswith("JPEG"):
+        if mask.kind.endswith((" RGB", " RGBA")) and not mask.lossy:
             found = found._replace(colours=colours_of(read_image(record.label, max_pixels=max_pixels)))
         ids = ids_of(read_label(record.label, max_pixels=max_pixels, colours=colours))
     except DataError as error:
         return found._replace(problem=str(error))
     return found._replace(ids=ids, colours={})  # grey though stored in colours
+
+
+def kind_of(header: Header) -> str:
+    """Format and mode, and whether it is only one of several frames or pages that is read."""
+    return header.kind + SEVERAL if header.has_frames else header.kind
 
 
 def ids_of(raw: NDArray[np.integer]) -> dict[int, int]:

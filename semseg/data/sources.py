@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from semseg.config import DataConfig, SplitConfig
+from semseg.config import SPLITS, DataConfig, SplitConfig
 from semseg.data.classes import ClassTable, ColourIds, LabelMap, built_in_classes
+from semseg.data.headers import Header
+from semseg.data.orientation import Evidence, evidence_of, labels_are_upright, settled, told
 from semseg.data.records import (
     Naming,
     Record,
+    headers_of,
+    mask_headers_of,
     records_from_folders,
     records_from_odgt,
     records_from_table,
@@ -22,6 +27,14 @@ from semseg.data.scenes import make_scenes
 from semseg.errors import ConfigError, DataError
 
 BUILT_IN_CLASSES = ("ade20k", "camvid", "cityscapes", "voc2012", "cocostuff")
+
+
+class Orientations(NamedTuple):
+    """What is known of the photographs of a split that EXIF turns."""
+
+    text: str = ""  # a sentence; empty: there are none
+    is_mixed: bool = False  # some labels lie on the stored pixels, some on the upright picture, as their sizes show
+    problem: str = ""  # why it is not known on which the others lie
 
 
 class DataSource:
@@ -42,6 +55,7 @@ class DataSource:
         self.classes = class_table(config, self.root)
         self.label_map = label_map(config, self.classes)
         self._records: dict[str, list[Record]] = {}
+        self.orientations: dict[str, Orientations] = {}  # of each split that was surveyed
 
     def records(self, split: str) -> list[Record]:
         """Records of "train", "val" or "test"; read on the first call.
@@ -72,15 +86,72 @@ class DataSource:
             raise DataError(f"data.{split}: set data.{split}.list, or data.{split}.images and data.{split}.masks.")
         place = self._place(split)
         has_files = bool(place.list or place.images)
-        records = self._read_place(split, place if has_files else self._place("train"), problems)
+        place = place if has_files else self._place("train")
+        records = self._read_place(split, place, problems)
+        records = self._settle_orientations(split, place, records, is_survey=problems is not None)
         val = self._place("val")
         is_cut = self.config.val_fraction > 0 and not (val.list or val.images)
         if is_cut and split in ("train", "val"):
             kept, held_out = split_by_hash(records, self.config.val_fraction, self.root)
+            if split == "val":
+                self.orientations[split] = Orientations()  # those of train
             records = held_out if split == "val" else kept
         if not records and not problems:
             raise DataError(f"data.{split}: no images found below {self.root}.")
         return records[: self.config.limit]
+
+    def _settle_orientations(
+        self, split: str, place: SplitConfig, records: Sequence[Record], *, is_survey: bool
+    ) -> list[Record]:
+        """The records with the grid of their labels, where the image is turned by EXIF.
+
+        Raises:
+            DataError: if that cannot be known; a survey says so in `orientations` instead.
+        """
+        records, found, headers = self._evidence(place, records)
+        problem, is_upright = "", False
+        try:
+            is_upright = labels_are_upright(
+                self.config.label_orientation, found, lambda: self._evidence_elsewhere(split), split
+            )
+        except DataError as error:
+            if not is_survey:
+                raise
+            problem = str(error)
+        is_mixed = bool(found.stored and found.upright)
+        self.orientations[split] = Orientations(told(found, upright=is_upright), is_mixed, problem)
+        return settled(records, headers, upright=is_upright)
+
+    def _evidence(
+        self, place: SplitConfig, records: Sequence[Record]
+    ) -> tuple[list[Record], Evidence, dict[str, Header]]:
+        """Records with their orientation, what their sizes show, and the headers of turned images and their masks."""
+        if place.list and not is_table(place.list) and self.config.label_orientation != "stored":
+            headers = headers_of(records, self.root)  # an odgt list has sizes, but no orientations
+            records = [
+                record._replace(orientation=headers[record.image].orientation) if record.image in headers else record
+                for record in records
+            ]
+        turned = [record for record in records if record.orientation != 1 and record.label]
+        if not turned:
+            return list(records), Evidence(), {}
+        headers = headers_of(turned, self.root) | mask_headers_of(turned, self.root)
+        return list(records), evidence_of(turned, headers), headers
+
+    def _evidence_elsewhere(self, split: str) -> Evidence:
+        """What the sizes of the other splits show."""
+        found = Evidence()
+        for other in SPLITS:
+            place = self._place(other)
+            if other == split or not (place.list or place.images):
+                continue
+            try:
+                records = self._read_place(other, place, [])
+            except (DataError, ConfigError):
+                continue  # is told when that split is asked for
+            more = self._evidence(place, records)[1]
+            found = Evidence(found.stored + more.stored, found.upright + more.upright)
+        return found
 
     def _place(self, split: str) -> SplitConfig:
         place: SplitConfig = getattr(self.config, split)
@@ -90,7 +161,7 @@ class DataSource:
 
     def _read_place(self, split: str, place: SplitConfig, problems: list[str] | None) -> list[Record]:
         hint = self.config.hint
-        if place.list and Path(place.list).suffix.lower() in (".csv", ".jsonl"):
+        if place.list and is_table(place.list):
             return records_from_table(self.root / place.list, self.root, split, hint=hint, problems=problems)
         if place.list:
             return records_from_odgt(self.root / place.list, self.root, hint=hint, problems=problems)
@@ -100,6 +171,11 @@ class DataSource:
         naming = Naming(self.config.image_suffix, self.config.mask_suffix, stems)
         folders = (self.root / Path(folder).expanduser() for folder in (place.images, place.masks))
         return records_from_folders(*folders, naming=naming, hint=hint, problems=problems)
+
+
+def is_table(name: str) -> bool:
+    """Whether a list is a CSV file or one of JSON lines with columns; else it is an odgt list."""
+    return Path(name).suffix.lower() in (".csv", ".jsonl")
 
 
 def class_table(config: DataConfig, root: Path) -> ClassTable:

@@ -21,7 +21,7 @@ from rich.text import Text
 from semseg.build import build_net, without_weights
 from semseg.check_page import Checked, PlanFacts, Sample, write_check_page
 from semseg.config import SPLITS, Config, DataConfig
-from semseg.data.classes import ClassTable, ColourIds, LabelMap
+from semseg.data.classes import ClassTable, LabelMap
 from semseg.data.geometry import Size, largest_canvas
 from semseg.data.images import read_label, read_pair
 from semseg.data.overlap import Overlap, overlap
@@ -60,7 +60,7 @@ def run(config: Config, overrides: list[str]) -> None:
     folder = Path(config.run_dir)
     source, known = open_data(config.data)
     splits = [scanned(source, split) for split in SPLITS if source.has(split)]
-    diagnosis = diagnose(splits, config.data, known, shared_images(splits), partial(pixel_of, source.label_map.colours))
+    diagnosis = diagnose(splits, config.data, known, shared_images(splits), partial(pixel_of, source))
     if config.check.fix == "list":
         diagnosis.suggestions.update(write_lists(folder, source.root, splits, known))
     checked = Checked(
@@ -68,7 +68,11 @@ def run(config: Config, overrides: list[str]) -> None:
         diagnosis,
         splits,
         plan_facts(config, splits[0], source.classes.num_classes),
-        list(pictures(splits[0], config.check.samples, *explained(config.data, source, diagnosis))),
+        list(
+            pictures(
+                splits[0], config.check.samples, config.data.max_pixels, *explained(config.data, source, diagnosis)
+            )
+        ),
         command(overrides, diagnosis.suggestions),
     )
     files = write_files(folder, checked)
@@ -99,12 +103,13 @@ def scanned(source: DataSource, split: str) -> ScannedSplit:
     colours = source.label_map.colours
     findings = scan(records, source.root, max_pixels=source.config.max_pixels, colours=colours)
     bar = track(findings, f"reading {split}", len(records), disable=not sys.stdout.isatty())
-    return ScannedSplit(split, records, list(bar), problems)
+    return ScannedSplit(split, records, list(bar), problems, source.orientations[split])
 
 
-def pixel_of(colours: ColourIds | None, record: Record, raw_id: int) -> tuple[int, int]:
+def pixel_of(source: DataSource, record: Record, raw_id: int) -> tuple[int, int]:
     """(row, column) of the first pixel of an id in the mask of a record."""
-    return place_of(read_label(record.label or "", colours=colours), raw_id)
+    colours, limit = source.label_map.colours, source.config.max_pixels
+    return place_of(read_label(record.label or "", colours=colours, max_pixels=limit), raw_id)
 
 
 def plan_facts(config: Config, train: ScannedSplit, num_classes: int) -> PlanFacts | None:
@@ -145,13 +150,15 @@ def explained(data: DataConfig, source: DataSource, diagnosis: Diagnosis) -> tup
     return assumed.label_map, assumed.classes
 
 
-def pictures(split: ScannedSplit, count: int, label_map: LabelMap, classes: ClassTable) -> Iterator[Sample]:
+def pictures(
+    split: ScannedSplit, count: int, max_pixels: int, label_map: LabelMap, classes: ClassTable
+) -> Iterator[Sample]:
     """Images spread evenly over a split, with their masks; those with ids that have no meaning are left out."""
     records = [record for record, _ in split.sound]
     for place in range(min(count, len(records))):
         record = records[place * len(records) // min(count, len(records))]
         try:
-            image, label = read_pair(record, label_map)
+            image, label = read_pair(record, label_map, max_pixels=max_pixels)
         except DataError:
             continue
         assert label is not None

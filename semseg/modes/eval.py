@@ -214,7 +214,8 @@ def examples(
         sample = dataset[findings.images[position].index]
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             ((prediction,),) = module.predict([module.transfer_batch_to_device(sample, device, 0)])
-        image = read_pair(dataset.records[sample.index], dataset.label_map).image
+        record = dataset.records[sample.index]
+        image = read_pair(record, dataset.label_map, max_pixels=dataset.max_pixels).image
         yield Example(group, scores[position], image, sample.label.numpy(), prediction.cpu().numpy())
 
 
@@ -246,7 +247,8 @@ class PanelWriter(Callback):
         for sample in batch:
             if sample.path not in outputs:
                 continue  # another rank's image, or one that cannot be read
-            image = read_pair(self.records[sample.index], self.source.label_map).image
+            record, limit = self.records[sample.index], self.source.config.max_pixels
+            image = read_pair(record, self.source.label_map, max_pixels=limit).image
             label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
             write_png(self.targets[sample.index], comparison(image, label, prediction, self.source.classes))
 

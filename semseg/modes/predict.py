@@ -27,7 +27,7 @@ from semseg.inputs import Input, find_inputs
 from semseg.outputs import array_on_disk, write_classes, write_outputs
 from semseg.predictor import Predictor, Result
 from semseg.text import lines_printable, printable
-from semseg.video import VideoWriters, frames_of
+from semseg.video import Frame, LostFramesError, VideoWriters, frames_of
 from semseg.zoo import DEMONSTRATION
 
 
@@ -115,16 +115,26 @@ class Work:
         """Predict every frame: pictures become videos of the same rate, ids and probabilities a file for each frame.
 
         Raises:
-            DataError: if it cannot be read.
+            DataError: if it cannot be read, or, when the others are done, some of its frames cannot.
         """
+        lost = None
         target, files = self.folder / item.place, [name for name in self.outputs if name in ("ids", "probabilities")]
         with VideoWriters(target) as writers:
-            for number, frame in enumerate(frames_of(item.path)):
-                found = self.predictor.predict(frame.pixels, probabilities="probabilities" in files)
-                write_outputs(found, target / f"{number:06d}", files)
-                for name in self.outputs:
-                    if name in PICTURES:
-                        writers.add(name, PICTURES[name](found), frame.rate)
+            try:
+                for frame in frames_of(item.path):
+                    self.frame(frame, target, files, writers)
+            except LostFramesError as error:
+                lost = error
+        if lost is not None:
+            raise lost
+
+    def frame(self, frame: Frame, target: Path, files: Sequence[str], writers: VideoWriters) -> None:
+        """Predict a frame of a video."""
+        found = self.predictor.predict(frame.pixels, probabilities="probabilities" in files)
+        write_outputs(found, target / f"{frame.number:06d}", files)
+        for name in self.outputs:
+            if name in PICTURES:
+                writers.add(name, PICTURES[name](found), frame.rate)
 
 
 def side_by_side(found: Result) -> Pixels:
@@ -153,14 +163,14 @@ class Images(Dataset[Loaded]):
     def __init__(self, inputs: Sequence[Input], predictor: Predictor) -> None:
         self.inputs = inputs
         # Workers get a copy of all that is here: no weights.
-        self.scaled = predictor.scaler()
+        self.scaled, self.max_pixels = predictor.scaler(), predictor.settings.max_pixels
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> Loaded:
         try:
-            pixels = read_image(self.inputs[index].path, upright=True)
+            pixels = read_image(self.inputs[index].path, upright=True, max_pixels=self.max_pixels)
         except DataError as error:
             return Loaded(torch.empty(0), [], str(error))
         return Loaded(torch.from_numpy(pixels), self.scaled(pixels), "")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from browser import in_browser, needs_browser
 from in_process import configured
@@ -20,6 +21,7 @@ from semseg.data.geometry import Size
 from semseg.data.images import read_label
 from semseg.data.records import Record
 from semseg.data.scan import Finding, scan
+from semseg.doctor import ScannedSplit, pixel_notices
 from semseg.errors import DataError
 from semseg.memory import step_memory
 from semseg.modes import check as mode
@@ -209,3 +211,64 @@ def test_the_page_opens_from_disk(tmp_path: Path) -> None:
         "document.querySelectorAll('#samples img').length, document.querySelectorAll('main b').length]",
     )
     assert seen == ["NOT READY", 3, 4, 0]
+
+
+# ---- pixels
+
+
+@pytest.mark.reliability
+def test_c24_12_bits_in_files_of_16_are_a_finding(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data")
+    for path in (root / "images").iterdir():
+        path.unlink()
+        cv2.imwrite(str(path.with_suffix(".png")), (np.arange(4800).reshape(60, 80) * 4095 // 4799).astype(np.uint16))
+    found = check(root, "data.num_classes=3", "data.short_edges=[60]")
+    assert found["verdict"] == "READY, WITH WARNINGS"
+    assert "use a fraction of their depth: the largest value is 4095 of 65535 (6.2%), 15 of 255" in of_level(
+        found, "warning"
+    )
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("kind", "largest", "told"),
+    [(np.uint16, 1023, "1023 of 65535 (1.6%), 3 of 255"), (np.uint16, 16383, "16383 of 65535"),
+     (np.uint16, 65535, None), (np.uint8, 31, "31 of 255"), (np.uint8, 200, None)],
+)  # fmt: skip
+def test_c24_images_that_use_a_fraction_of_their_depth_are_counted(
+    tmp_path: Path, kind: type, largest: int, told: str | None
+) -> None:
+    put(tmp_path, "a", stripes(1, 2))
+    cv2.imwrite(str(tmp_path / "a.png"), (np.arange(4800).reshape(60, 80) * largest // 4799).astype(kind))
+    record = Record(str(tmp_path / "a.png"), str(tmp_path / "masks/a.png"), Size(60, 80), "folder")
+    split = ScannedSplit("train", [record], list(scan([record], tmp_path)), [])
+    notices = [notice.text for notice in pixel_notices(split)]
+    assert (told is None and not notices) or (told is not None and told in notices[0])
+
+
+@pytest.mark.reliability
+def test_c21_lossy_masks_make_a_data_set_not_ready(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data")
+    for path in list((root / "masks").iterdir())[:3]:
+        Image.open(path).save(path.with_suffix(".webp"), quality=90)
+        path.unlink()
+    found = check(root, "data.num_classes=3", "data.short_edges=[60]")
+    assert found["verdict"] == "NOT READY"
+    assert "compressed by lossy WebP, which may change ids" in of_level(found, "error")
+
+
+@pytest.mark.reliability
+def test_c27_photos_turned_by_180_degrees_are_asked_for_or_told(tmp_path: Path) -> None:
+    root, exif = good_folder(tmp_path / "data"), Image.Exif()
+    exif[0x0112] = 3
+    for path in (root / "images").iterdir():
+        Image.open(path).rotate(180).save(path, exif=exif)
+    words = ("data.num_classes=3", "data.short_edges=[60]")
+    found = check(root, *words)
+    assert found["verdict"] == "NOT READY"
+    assert "data.label_orientation=upright" in of_level(found, "error")
+    found = check(root, *words, "data.label_orientation=upright")
+    assert found["verdict"] == "READY"
+    assert "12 photographs are turned by EXIF; their masks are taken to be drawn on the upright picture" in of_level(
+        found, "note"
+    )

@@ -1,0 +1,113 @@
+"""Damaged videos: frames that cannot be read are counted and told, and the others keep their numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from test_predictor import Brightest
+
+from semseg.data.classes import ClassTable, LabelMap
+from semseg.inputs import Input
+from semseg.modes.predict import Work
+from semseg.predictor import Predictor, Settings
+from semseg.video import Clock, LostFramesError, frames_of
+
+pytestmark = pytest.mark.reliability
+
+NUM_FRAMES = 40
+
+
+def film(path: Path, codec: str) -> bytes:
+    """A film whose frame k has the brightness 6 k above, and noise below."""
+    noise = np.random.default_rng(0)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 10, (320, 240))
+    for number in range(NUM_FRAMES):
+        pixels = np.full((240, 320, 3), 6 * number, np.uint8)
+        pixels[60:] += noise.integers(0, 6, (180, 320, 3), np.uint8)
+        writer.write(pixels)
+    writer.release()
+    return path.read_bytes()
+
+
+def read(path: Path) -> tuple[list[int], list[float], str]:
+    """The numbers of the frames that can be read, what they show, and what is said in the end."""
+    numbers, shown = [], []
+    try:
+        for frame in frames_of(path):
+            numbers.append(frame.number)
+            shown.append(float(frame.pixels[:60].mean()) / 6)
+    except LostFramesError as error:
+        return numbers, shown, str(error)
+    return numbers, shown, ""
+
+
+KINDS = [
+    ("a.avi", "MJPG"),
+    ("a.avi", "XVID"),
+    ("a.mp4", "mp4v"),
+    ("a.mov", "mp4v"),
+    ("a.mkv", "mp4v"),
+    ("a.mkv", "MJPG"),
+]
+
+
+@pytest.mark.parametrize(("name", "codec"), KINDS)
+def test_c26_frames_around_damaged_bytes_keep_their_numbers(
+    tmp_path: Path, name: str, codec: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    whole = film(path, codec)
+    assert read(path)[::2] == (list(range(NUM_FRAMES)), "")
+    noise = np.random.default_rng(1).integers(0, 256, 6000, np.uint8).tobytes()
+    path.write_bytes(whole[: len(whole) // 2] + noise + whole[len(whole) // 2 + 6000 :])
+    numbers, shown, told = read(path)
+    assert len(numbers) > 25 and numbers[-1] == NUM_FRAMES - 1
+    assert np.abs(np.array(numbers) - shown).max() < 3.5  # a frame that is concealed shows the one before
+    assert np.median(np.abs(np.array(numbers) - shown)) < 0.5
+    assert f"{name}: {NUM_FRAMES - len(numbers)} of {NUM_FRAMES} frames cannot be read" in told
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("name", "codec"), KINDS)
+def test_c26_a_video_that_breaks_off_is_told(
+    tmp_path: Path, name: str, codec: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    whole = film(path, codec)
+    path.write_bytes(whole[: len(whole) // 2])
+    if name.endswith(("mp4", "mov")):  # what says where its frames are stands at the end
+        with pytest.raises(ValueError, match="is not a video that can be decoded"):
+            next(frames_of(path))
+    else:
+        numbers, _, told = read(path)
+        assert 10 < len(numbers) < 25 and numbers == list(range(len(numbers)))
+        assert f"{NUM_FRAMES - len(numbers)} of {NUM_FRAMES} frames cannot be read" in told
+        assert f"the first behind frame {numbers[-1]}" in told
+    assert capfd.readouterr() == ("", "")
+
+
+def test_c26_prediction_writes_what_can_be_read_under_its_own_number_and_reports_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "a.avi"
+    whole = film(path, "MJPG")
+    path.write_bytes(whole[: len(whole) // 2] + bytes(6000) + whole[len(whole) // 2 + 6000 :])
+    classes = ClassTable(("red", "green", "blue"), ((200, 0, 0), (0, 180, 0), (0, 0, 250)))
+    net = Predictor(Brightest().eval(), classes, LabelMap(3), Settings([16], 64))  # pyright: ignore[reportArgumentType]
+    work = Work(net, tmp_path / "out", ["ids", "overlay"], 0)
+    (failure,) = work.all([Input(path, Path("a"))])
+    assert "of 40 frames cannot be read" in failure
+    written = sorted(int(file.name[:6]) for file in (tmp_path / "out/a").iterdir())
+    assert written == read(path)[0]
+    assert Image.open(tmp_path / f"out/a/{written[0]:06d}_ids.png").size == (320, 240)
+    assert (tmp_path / "out/a_overlay.mp4").is_file()
+
+
+def test_a_clock_counts_where_time_is_uneven_and_reads_time_where_reads_failed() -> None:
+    even, uneven = Clock(10.0), Clock(10.0)
+    assert [even.tick(time, 0) for time in (0, 100, 200, 600)] == [0, 1, 2, 6]
+    assert [uneven.tick(time, 0) for time in (0, 130, 200, 600)] == [0, 1, 2, 3]
+    assert uneven.tick(1000, num_failed=2) == 7
+    assert even.tick(600, num_failed=1) == 7  # never a number twice
