@@ -554,6 +554,8 @@ def is_bare_path(value: str, *, sweep: bool) -> bool:
         return False
     if os.path.lexists(path):
         return value != "null"
+    if "${" in value and not re.search(r"[=~,() ]", value):
+        return False
     return bool(value) and value[0] not in "\"'[${" and not (sweep and re.search(r"[,()\[\]{}]", value))
 
 

@@ -393,8 +393,8 @@ def _pictures_in(images: Path, masks: Path | None, naming: Naming, unused: Unuse
         return found, []
     above, below = os.path.realpath(images), os.path.realpath(masks)
     if above == below:
-        stems = Counter(path.with_suffix("") for path in found)
-        of_masks = {path for path in found if _is_mask(path, naming, is_alone=stems[path.with_suffix("")] == 1)}
+        photos = {path.with_suffix("") for path in found if path.suffix.lower() in LOSSY_SUFFIXES}
+        of_masks = {path for path in found if _is_mask(path, naming, is_beside_photo=path.with_suffix("") in photos)}
         return [path for path in found if path not in of_masks], [path for path in found if path in of_masks]
     if _is_below(below, above):
         found = [path for path in found if not _is_below(os.path.realpath(path.parent) + os.sep, below)]
@@ -418,15 +418,15 @@ def _pictures_below(folder: Path, unused: Unused) -> list[Path]:
     return found
 
 
-def _is_mask(path: Path, naming: Naming, *, is_alone: bool) -> bool:
-    """Whether a file in a folder of both is a mask; `is_alone`: no other file differs in the suffix only."""
+def _is_mask(path: Path, naming: Naming, *, is_beside_photo: bool) -> bool:
+    """Whether a file in a folder of both is a mask; a photo: of a lossy format, with the same stem."""
     if naming.image_suffix != naming.mask_suffix:
         ends = {True: naming.mask_suffix, False: naming.image_suffix}
         fitting = [is_mask for is_mask, end in ends.items() if path.stem.endswith(end)]
         return max(fitting, key=lambda is_mask: len(ends[is_mask]), default=False)
     if path.suffix.lower() == ".png":
         return True
-    return path.suffix.lower() not in LOSSY_SUFFIXES and not is_alone
+    return path.suffix.lower() not in LOSSY_SUFFIXES and is_beside_photo
 
 
 def _by_stem(
