@@ -23,6 +23,7 @@ from typing import IO, Any, NamedTuple
 from filelock import FileLock
 from rich.progress import track
 
+from semseg.data.store import entry_name
 from semseg.errors import DataError
 
 MAX_ENTRIES = 1_000_000
@@ -56,7 +57,8 @@ def extract(archive: Path, folder: Path) -> None:
     """Unpack a zip or tar file (of any compression that `tarfile` knows) to `folder`, whole or not at all.
 
     If everything in it lies in one top folder, the content of that folder becomes `folder`, whatever it is called.
-    Permissions, owners and times are not taken over. A temporary folder beside `folder` is used, and what a killed
+    Permissions, owners and times are not taken over, nor are macOS's own files. Names in a zip file may have Windows'
+    backslashes. A temporary folder beside `folder` is used, and what a killed
     process has left there is removed.
 
     Raises:
@@ -104,7 +106,8 @@ def checked(archive: Path) -> dict[PurePosixPath, Member]:
                 problem = "two entries have this name"
             if problem or member.problem:
                 raise refusal(archive, member.name, problem or member.problem)
-            members[path] = member
+            if not is_of_macos(path):
+                members[path] = member
     for path, member in members.items():
         if any(parent in members and not members[parent].is_folder for parent in path.parents):
             raise refusal(archive, member.name, "it lies in what is a file in the same archive")
@@ -133,6 +136,11 @@ def safe_path(name: str) -> tuple[PurePosixPath, str]:
     if "\\" in name or "\0" in name:
         return path, "its path has a character that does not belong there"
     return path, ""
+
+
+def is_of_macos(path: PurePosixPath) -> bool:
+    """Whether an entry holds what macOS keeps of a file besides its content; it is not unpacked."""
+    return "__MACOSX" in path.parts or path.name.startswith("._") or path.name == ".DS_Store"
 
 
 def require_space(archive: Path, size: int, folder: Path) -> None:
@@ -205,7 +213,8 @@ def zip_member(entry: zipfile.ZipInfo) -> Member:
     kind = stat.S_IFMT(entry.external_attr >> 16)  # of the Unix mode; 0 where it was packed on another system
     problem = "" if kind in (0, stat.S_IFREG, stat.S_IFDIR) else "it is a link or a device"
     problem = "it is encrypted" if entry.flag_bits & 1 else problem
-    return Member(entry.filename, entry.file_size, problem, entry.is_dir(), entry)
+    name = entry_name(entry)
+    return Member(name, entry.file_size, problem, name.endswith("/"), entry)
 
 
 def tar_members(file: tarfile.TarFile) -> Iterator[Member]:

@@ -634,6 +634,9 @@ class SegmentationData(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
+    def on_exception(self, exception: BaseException) -> None:
+        end()  # the traceback keeps iterations referenced, and so their workers alive
+
     def teardown(self, stage: str) -> None:
         if self._train_loader is not None:
             self._train_loader.close()

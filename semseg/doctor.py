@@ -56,6 +56,7 @@ class ScannedSplit(NamedTuple):
     findings: Sequence[Finding]  # one for each record
     problems: Sequence[str]  # with lines and files that gave no record
     orientations: Orientations = Orientations()
+    unused: str = ""  # a sentence that counts the files which are neither images nor masks
 
     @property
     def sound(self) -> list[tuple[Record, Finding]]:
@@ -170,6 +171,12 @@ def file_notices(split: ScannedSplit) -> Iterator[Notice]:
     if split.problems:
         text = f"{split.name}: {len(split.problems)} lines or files without a pair, such as {split.problems[0]}"
         yield Notice(ERROR, text, tuple(split.problems[:MAX_FILES]))
+    if split.unused:
+        yield Notice(NOTE, split.unused)
+    unlabelled = [record for record in split.records if record.label is None]
+    if unlabelled:
+        text = f"{split.name}: {len(unlabelled)} of {len(split.records)} images have no mask and cannot be scored."
+        yield Notice(ERROR, text, tuple(record.image for record in unlabelled[:MAX_FILES]))
     coded = [(record, found) for record, found in zip(split.records, split.findings, strict=True) if found.colours]
     if coded:
         colours = sum((Counter(found.colours) for _, found in coded), Counter[str]())

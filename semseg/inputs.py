@@ -5,15 +5,19 @@ No torch. Nothing here opens an image; a list is opened, and so are folders.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from semseg.data.records import IMAGE_SUFFIXES
+from semseg.data import store
+from semseg.data.records import IMAGE_SUFFIXES, NOT_READ
+from semseg.data.store import Unused
 from semseg.errors import ConfigError, DataError
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
@@ -31,14 +35,16 @@ class Input(NamedTuple):
         return self.path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def find_inputs(word: str, run_dir: Path, stdin: TextIO = sys.stdin) -> list[Input]:
+def find_inputs(word: str, run_dir: Path, stdin: TextIO = sys.stdin, unused: Unused | None = None) -> list[Input]:
     """The files that `input` means, sorted unless they come from a list, each once.
 
     Args:
-        word: an image or a video, a folder (searched at every depth), a pattern such as photos/**/*.jpg, a text file
-            with one path a line (those that are not absolute start at the list's folder), or - for such lines on
-            standard input (which start at the current folder).
+        word: an image or a video, a folder or zip archive (searched at every depth), a pattern such as photos/**/*.jpg,
+            a text file with one path a line (those that are not absolute start at the list's folder), or - for such
+            lines on standard input (which start at the current folder). What is there under this very name, or under
+            the first parts of it, is no pattern.
         run_dir: where outputs go; what is in it is no input of a folder or a pattern.
+        unused: takes the files and folders that are seen and are no inputs.
 
     Raises:
         ConfigError: for an address, and for a run folder that lies over the inputs.
@@ -46,22 +52,22 @@ def find_inputs(word: str, run_dir: Path, stdin: TextIO = sys.stdin) -> list[Inp
     """
     if "://" in word:
         raise ConfigError(f"input={word}: addresses are not opened. Download the file and give its path.")
-    path = Path(word).expanduser()
+    path, unused = store.path_of(word), Unused() if unused is None else unused
     if word == "-":
-        files, base = lines_of(stdin, Path()), None
-    elif path.is_dir():
-        files, base = below(path, run_dir), path
+        files, base = read_lines(stdin, "input=-", Path(), unused), None
+    elif store.is_folder(path):
+        files, base = inputs_among(store.files_below(path, unused), path, run_dir, unused), path
     elif path.suffix.lower() in LIST_SUFFIXES and path.is_file():
-        files, base = read_list(path), None
-    elif path.is_file():
+        files, base = read_list(path, unused), None
+    elif store.is_file(path):
         files, base = [path], path.parent
     elif glob.has_magic(word):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 - ** of any path
-        files, base = [file for file in found if is_picture(file) and not is_below(file, run_dir)], None
+        files, base = inputs_among(matches(path), None, run_dir, unused), None
     else:
         raise DataError(f"input={word}: there is no such file or folder.")
     if not files:
-        raise DataError(f"input={word}: no images or videos there (looked for {', '.join(sorted(suffixes()))}).")
+        told = f" Not used: {unused.words(path)}." if unused.count else ""
+        raise DataError(f"input={word}: no images or videos there (looked for {', '.join(sorted(suffixes()))}).{told}")
     files = list(dict.fromkeys(files))
     if any(file.resolve().parent == run_dir.resolve() for file in files):
         raise ConfigError(f"run_dir={run_dir}: holds inputs, which outputs could overwrite. Give another folder.")
@@ -69,24 +75,61 @@ def find_inputs(word: str, run_dir: Path, stdin: TextIO = sys.stdin) -> list[Inp
 
 
 def suffixes() -> frozenset[str]:
-    return IMAGE_SUFFIXES | VIDEO_SUFFIXES
-
-
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in suffixes() and path.is_file()
+    """Of files that are inputs. Those of NOT_READ are, too: predicting them fails, with the reason."""
+    return IMAGE_SUFFIXES | NOT_READ | VIDEO_SUFFIXES
 
 
 def is_below(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def below(folder: Path, run_dir: Path) -> list[Path]:
-    """Images and videos at any depth, hidden files and earlier outputs in `run_dir` left out."""
-    found = sorted(path for path in folder.rglob("*") if is_picture(path) and not path.name.startswith("."))
-    return [path for path in found if not is_below(path, run_dir) or is_below(folder, run_dir)]
+def inputs_among(paths: Iterable[Path], folder: Path | None, run_dir: Path, unused: Unused) -> list[Path]:
+    """Images and videos, without earlier outputs in `run_dir` unless `folder` is in it; others go to `unused`."""
+    found = []
+    for path in paths:
+        if path.suffix.lower() not in suffixes():
+            unused.add(path.suffix.lower() or "without suffix", path)
+        elif is_below(path, run_dir) and not (folder and is_below(folder, run_dir)):
+            unused.add("in the run folder", path)
+        else:
+            found.append(path)
+    return found
 
 
-def read_list(path: Path) -> list[Path]:
+def matches(pattern: Path) -> list[Path]:
+    """The files that a pattern means, sorted; parts of it that are there under their very name are no patterns.
+
+    `**` means any number of folders. Hidden files are matched by patterns that begin with a dot only, and links to
+    folders are followed but once.
+    """
+    return sorted(
+        {path for path in matching(Path(pattern.anchor), pattern.relative_to(pattern.anchor).parts) if path.is_file()}
+    )
+
+
+def matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Paths below `folder` whose names match `parts`, some of them more than once."""
+    if not parts:
+        yield folder
+        return
+    first, *rest = parts
+    literal = Path(store.existing(str(folder / first)))
+    if os.path.lexists(literal):
+        yield from matching(literal, rest)
+    elif first == "**":
+        files = store.files_below(folder)
+        folders = {folder} | {parent for file in files for parent in file.parents if parent.is_relative_to(folder)}
+        for place in folders:
+            yield from matching(place, rest or ["*"])
+    elif glob.has_magic(first) and folder.is_dir():
+        form = unicodedata.normalize("NFC", first)
+        for path in folder.iterdir():
+            is_meant = fnmatch.fnmatchcase(unicodedata.normalize("NFC", path.name), form)
+            if is_meant and (first.startswith(".") or not store.is_hidden(path.name)) and store.is_utf8(path.name):
+                yield from matching(path, rest)
+
+
+def read_list(path: Path, unused: Unused) -> list[Path]:
     """The paths in a text file.
 
     Raises:
@@ -94,15 +137,30 @@ def read_list(path: Path) -> list[Path]:
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
-            return lines_of(file, path.parent)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the list cannot be read ({type(error).__name__}).") from error
+            return read_lines(file, str(path), path.parent, unused)
+    except OSError as error:
+        raise DataError(f"{path}: the list cannot be read ({error.strerror}).") from error
 
 
-def lines_of(lines: Iterable[str], folder: Path) -> list[Path]:
-    """One path a line; blank lines and lines that begin with # are left out."""
-    stripped = (line.strip() for line in lines)
-    return [folder / Path(line).expanduser() for line in stripped if line and not line.startswith("#")]
+def read_lines(lines: Iterable[str], where: str, folder: Path, unused: Unused) -> list[Path]:
+    """One path a line, which may have Windows' backslashes; blank lines and lines that begin with # are left out.
+
+    Raises:
+        DataError: if they are no text.
+    """
+    found = []
+    try:
+        for line in lines:
+            name = line.removeprefix("\ufeff").strip()
+            if not store.is_utf8(name):
+                unused.add("with a name that is not UTF-8", name)
+            elif name and not name.startswith("#"):
+                path = store.path_of(folder / store.path_of(name))
+                is_windows = "\\" in name and not os.path.lexists(path)
+                found.append(store.path_of(folder / name.replace("\\", "/")) if is_windows else path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: the list cannot be read: not UTF-8 text (byte {error.start}).") from error
+    return found
 
 
 def places(files: list[Path], base: Path | None) -> list[Path]:

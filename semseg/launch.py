@@ -59,7 +59,12 @@ CONFIG_DIR = next(place for place in (PACKAGE / "configs", PACKAGE.parent / "con
 PATH_KEYS = (
     "ckpt", "init_from", "input", "output", "resume", "run_dir", "runs_dir",
     "data.root", "data.classes", "data.label_cache", "loss.class_weights", "download.cache", "model.encoder.weights",
+    "data.images", "data.masks", "data.image_suffix", "data.mask_suffix",
+    *(f"data.{split}.{key}" for split in ("train", "val", "test") for key in ("list", "images", "masks", "stems")),
 )  # fmt: skip
+# What Hydra's grammar reads as text without quotes, and what among it it reads as a number or a truth value.
+PLAIN = re.compile(r"[\w/\-\\+.$%*@?|:]+", re.ASCII)
+NOT_TEXT = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?[\d_]+)?|[+-]?(inf|nan)|true|false", re.IGNORECASE)
 OPEN_KEYS = ("download.mirrors",)  # whose own keys are the user's
 # Options of Hydra's that are passed on. Not among them: those that load code (--experimental-rerun unpickles a file)
 # or another configuration than ours, and abbreviations.
@@ -571,10 +576,25 @@ def friendly(word: str, *, sweep: bool = False) -> str:
         if sweep and "-" not in value:
             return word
         return f"trainer.devices=[{','.join(str(index) for index in device_indices(value))}]"
-    special = re.search(r"[=~,() ]", value)
-    if equals and key in PATH_KEYS and special and value[0] not in "\"'[$" and not sweep:
+    if equals and key in PATH_KEYS and is_bare_path(value, sweep=sweep):
         return f"{key}={quoted(os.path.expanduser(value))}"  # noqa: PTH111 - a glob is no Path
     return word
+
+
+def is_bare_path(value: str, *, sweep: bool) -> bool:
+    """Whether a value is a path that Hydra's grammar would read as something else, or not at all.
+
+    Whatever is there under this very name is a path. Otherwise, quotes, lists, interpolations, and the commas and
+    brackets of a sweep are left to Hydra.
+    """
+    path = os.path.expanduser(value)  # noqa: PTH111
+    if path == value and PLAIN.fullmatch(value) and not NOT_TEXT.fullmatch(value):
+        return False
+    if os.path.lexists(path):
+        return value != "null"
+    if "${" in value and not re.search(r"[=~,() ]", value):
+        return False
+    return bool(value) and value[0] not in "\"'[${" and not (sweep and re.search(r"[,()\[\]{}]", value))
 
 
 def device_indices(text: str) -> list[int]:

@@ -224,7 +224,7 @@ def lasting(stream: TextIO | None, number: int) -> TextIO:
     return io.TextIOWrapper(
         file if through else io.BufferedWriter(file),  # pyright: ignore[reportArgumentType] - as Python's own
         encoding=getattr(stream, "encoding", "utf-8"),
-        errors=getattr(stream, "errors", "backslashreplace"),
+        errors="backslashreplace",  # names of files may hold characters that the terminal's encoding lacks
         line_buffering=getattr(stream, "line_buffering", False),
         write_through=through,
     )

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import io
+import unicodedata
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from semseg.data.store import Unused
 from semseg.errors import ConfigError, DataError
 from semseg.inputs import find_inputs, places
 
@@ -82,3 +85,65 @@ def test_outputs_must_not_go_where_inputs_are(folder: Path, word: str) -> None:
 def test_no_two_files_have_one_place() -> None:
     files = [Path(name) for name in ("x/a.jpg", "x/a.png", "x/a_jpg.jpg", "x/y/a.jpg", "x/b.tar.png")]
     assert [place.as_posix() for place in places(files, None)] == ["a_jpg", "a_png", "a_jpg_2", "y/a", "b.tar"]
+
+
+@pytest.mark.reliability
+def test_c29_inputs_below_linked_folders_are_found_once(folder: Path) -> None:
+    (folder / "more").mkdir()
+    (folder / "more/d.jpg").touch()
+    (folder / "photos/more").symlink_to(folder / "more")
+    (folder / "photos/sub/back").symlink_to(folder / "photos")
+    places = ["a", "b", "more/d", "sub/a", "sub/deep/c", "sub/film"]
+    assert list(found("photos")) == places
+    assert list(found("photos/**/*.jpg").values()) == ["photos/a.jpg", "photos/more/d.jpg", "photos/sub/a.jpg"]
+
+
+@pytest.mark.reliability
+def test_c31_what_is_no_input_is_counted(folder: Path) -> None:
+    unused = Unused()
+    (folder / "photos/gone.jpg").symlink_to(folder / "nowhere")
+    (folder / "photos/x.HEIC").touch()  # predicting it fails, with the reason
+    inputs = find_inputs("photos", Path("out"), unused=unused)
+    assert [item.path.name for item in inputs] == ["a.jpg", "b.PNG", "a.jpg", "c.tiff", "film.mp4", "x.HEIC"]
+    for part in ("1 .txt (notes.txt)", "1 hidden (.hidden.jpg)", "1 broken link (gone.jpg)"):
+        assert part in unused.words("photos")
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("name", ["a[1]", "*", "a?", "{x,y}", "a b", "-x", "100%d", "'q'"])
+def test_c33_a_folder_that_is_there_is_no_pattern(folder: Path, name: str) -> None:
+    for place in (name, "a1", "ab", "x"):
+        (folder / place).mkdir(exist_ok=True)
+        (folder / place / "[1].jpg").touch()
+        (folder / place / "1.jpg").touch()
+    assert sorted(found(name).values()) == [f"{name}/1.jpg", f"{name}/[1].jpg"]
+    assert sorted(found(f"{name}/*.jpg").values()) == [f"{name}/1.jpg", f"{name}/[1].jpg"]
+    assert list(found(f"{name}/[1].jpg").values()) == [f"{name}/[1].jpg"]
+
+
+@pytest.mark.reliability
+def test_c30_inputs_and_lists_are_found_in_either_unicode_form(folder: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "photos/é.jpg") for form in ("NFC", "NFD"))
+    (folder / decomposed).touch()
+    for word in (composed, decomposed, composed.replace(".jpg", ".*")):
+        assert list(found(word).values()) == [decomposed]
+    assert list(found("-", stdin=f"\ufeff{composed}\nphotos\\sub\\a.jpg\n").values()) == [
+        decomposed,
+        "photos/sub/a.jpg",
+    ]
+
+
+@pytest.mark.reliability
+def test_c34_an_archive_is_a_folder(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "photos.zip", "w") as file:
+        file.writestr("x\\a.jpg", b"a")
+        file.writestr("__MACOSX/x/._a.jpg", b"a")
+    assert found("photos.zip") == {"x/a": "photos.zip/x/a.jpg"}
+
+
+@pytest.mark.reliability
+def test_c35_a_list_that_is_not_utf8_is_an_error_of_one_sentence(folder: Path) -> None:
+    (folder / "list.txt").write_bytes(b"caf\xe9.jpg\n")
+    with pytest.raises(DataError, match=r"list\.txt: the list cannot be read: not UTF-8 text \(byte 3\)"):
+        found("list.txt")
+    assert list(found("-", stdin="~nobody.jpg\n").values()) == ["~nobody.jpg"]

@@ -80,12 +80,28 @@ def test_missing_data_is_one_line_that_says_where_and_how(tmp_path: Path) -> Non
         ("trainer.devices=auto", "trainer.devices=auto"),
         ("ckpt=a=b.ckpt", 'ckpt="a=b.ckpt"'),
         ("input=my photos/a,b.jpg", 'input="my photos/a,b.jpg"'),
+        ("data.train.images=im[1]", 'data.train.images="im[1]"'),
+        ("data.val.list=a;b.csv", 'data.val.list="a;b.csv"'),
+        ("data.root=日本", 'data.root="日本"'),
+        ("run_dir=2024_11_28", 'run_dir="2024_11_28"'),  # a number to Hydra
+        ("data.root=true", 'data.root="true"'),
+        ("data.masks=null", "data.masks=null"),
+        ("input=photos/**/*.jpg", "input=photos/**/*.jpg"),
+        ("run_dir=runs/${now:%Y}", "run_dir=runs/${now:%Y}"),
         ("optim.lr=0.1", "optim.lr=0.1"),
         ("--help", "--help"),
     ],
 )
 def test_command_line_words_are_made_fit_for_hydra(typed: str, read: str) -> None:
     assert friendly(typed) == read
+
+
+@pytest.mark.reliability
+def test_c33_what_is_there_under_this_very_name_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert friendly("data.root=[a]") == "data.root=[a]"
+    (tmp_path / "[a]").mkdir()
+    assert friendly("data.root=[a]") == 'data.root="[a]"'
 
 
 def test_a_comma_in_a_sweep_stays_a_sweep() -> None:

@@ -101,6 +101,7 @@ class ClassTable(NamedTuple):
     def from_file(cls, path: str | Path) -> ClassTable:
         """A table from a CSV file (`from_csv`), a JSON file, or a text file with a name on each line.
 
+        Lines of a text file that begin with # are comments; a name that does is put between double quotes.
         JSON: a list of {"name": ..., "color": [R, G, B]}, or that under the key `classes`, as mode=predict writes it;
         colours may be left out everywhere.
 
@@ -113,7 +114,9 @@ class ClassTable(NamedTuple):
         try:
             text = read_text(path)
             if path.suffix.lower() == ".txt":
-                return cls.generated(_required([line.strip() for line in text.splitlines() if line.strip()]))
+                lines = (line.strip() for line in text.splitlines())
+                names = [_unquoted(line) for line in lines if line and not line.startswith("#")]
+                return cls.generated(_required(names))
             content = json.loads(text)
             rows = _required(content["classes"] if isinstance(content, dict) else content)
             names = [str(row["name"]) for row in rows]
@@ -124,6 +127,10 @@ class ClassTable(NamedTuple):
             raise DataError(
                 f"{path}: the table of classes cannot be read ({type(error).__name__}: {error})."
             ) from error
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1] if len(name) > 2 and name[0] == name[-1] == '"' else name
 
 
 def _required(rows: list[Any]) -> list[Any]:

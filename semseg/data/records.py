@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,10 +18,35 @@ from typing import Any, NamedTuple
 from semseg.data import store
 from semseg.data.geometry import Size
 from semseg.data.headers import Header, HeaderError, header_of, open_image
+from semseg.data.store import Unused
 from semseg.errors import DataError
 from semseg.files import replacing
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+LOSSY_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".webp", ".avif", ".jp2", ".j2k", ".jpx",
+})  # fmt: skip
+IMAGE_SUFFIXES = LOSSY_SUFFIXES | {".png", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
+NOT_READ = frozenset({".heic", ".heif", ".hif"})  # photographs that neither Pillow nor OpenCV reads
+# What columns, and values of the column of splits, may be called; case and the signs between the parts do not count.
+COLUMNS = {
+    "image": (
+        "image", "img", "images", "filename", "file_name", "file", "filepath", "file_path", "path", "image_path",
+        "img_path", "image_file", "image_filename", "image_name", "img_name", "imagepath", "fpath_img",
+    ),
+    "mask": (
+        "mask", "label", "annotation", "masks", "labels", "annotations", "segmentation", "seg", "segmap", "gt",
+        "ground_truth", "target", "mask_path", "mask_file", "mask_filename", "mask_name", "maskpath", "label_path",
+        "label_file", "label_filename", "label_name", "annotation_path", "annotation_file", "seg_path",
+        "segmentation_path", "segmentation_mask", "gt_path", "fpath_segm",
+    ),
+    "split": ("split", "set", "subset", "partition", "phase", "usage", "dataset", "stage"),
+}  # fmt: skip
+SPLIT_NAMES = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "validation", "valid", "dev", "development", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
+}
+SEPARATORS = (",", ";", "\t")
 
 
 class Record(NamedTuple):
@@ -41,8 +69,8 @@ def records_from_odgt(
     """Records of an odgt list: one JSON object a line with fpath_img, fpath_segm, width, height.
 
     Paths are relative to `root` and stay inside it; absolute ones are taken if they lie inside. fpath_segm may be
-    null. Sizes are trusted here and checked when the file is read. Blank lines, a byte order mark and CRLF are fine; an
-    image listed twice counts twice.
+    null. Sizes are trusted here and checked when the file is read. Blank lines, lines that begin with #, a
+    byte order mark and CRLF are fine; an image listed twice counts twice.
 
     Args:
         hint: ends the sentence about missing data: the command or page that gets it.
@@ -57,7 +85,7 @@ def records_from_odgt(
     base = os.path.normpath(root.absolute())
     records = []
     for number, line in enumerate(store.read_file(list_file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
+        if line.strip() and not line.lstrip().startswith(b"#"):
             with _collected(problems):
                 records.append(_parse_line(line, base, f"{list_file}:{number}"))
     if not records and not problems:
@@ -92,14 +120,24 @@ def _length(entry: dict[str, object], key: str, where: str) -> int:
     return value
 
 
-def _inside(entry: dict[str, object], key: str, base: str, where: str) -> str:
+def _inside(entry: Mapping[str, object], key: str, base: str, where: str) -> str:
     value = entry[key]
-    if not isinstance(value, str) or not value or "\0" in value:
+    if not isinstance(value, str) or not value or "\0" in value or not store.is_utf8(value):
         raise DataError(f"{where}: {key} must be a path, got {value!r}.")
-    path = os.path.normpath(os.path.join(base, value))  # noqa: PTH118 (pathlib costs seconds on long lists)
-    if not path.startswith(base.rstrip(os.sep) + os.sep):
+    path = _joined(base, value)
+    if "\\" in value and not (_is_below(path, base) and store.is_file(path)):
+        path = _joined(base, value.replace("\\", "/"))  # written on Windows
+    if not (_is_below(path, base) or _is_below(os.path.realpath(path), os.path.realpath(base))):
         raise DataError(f"{where}: {key} {value!r} leaves the data folder {base}. Set data.root to a folder above it.")
-    return path
+    return store.existing(path)
+
+
+def _joined(base: str, path: str) -> str:
+    return os.path.normpath(os.path.join(base, path))  # noqa: PTH118 (pathlib costs seconds on long lists)
+
+
+def _is_below(path: str, base: str) -> bool:
+    return path.startswith(base.rstrip(os.sep) + os.sep)
 
 
 def records_from_table(
@@ -114,8 +152,9 @@ def records_from_table(
     """Records of a CSV file with columns image and mask, or a file with a JSON object {"image", "mask"} on each line.
 
     Paths are relative to `root` and stay inside it; an empty mask means that there is none. A third column, or key,
-    `split` says for each row which split it belongs to; rows of others than `split` are passed over. Sizes come from
-    the headers, as in `records_from_folders`.
+    `split` says for each row which split it belongs to; rows of others than `split` are passed over. Columns, keys and
+    splits may be spelled as in `COLUMNS` and `SPLIT_NAMES`; a CSV file may be separated by any of `SEPARATORS`. Lines
+    that begin with # are comments. Sizes come from the headers, as in `records_from_folders`.
 
     Raises:
         DataError: as `records_from_odgt`.
@@ -125,15 +164,19 @@ def records_from_table(
     _require(store.is_file(list_file), "list of images", list_file, hint)
     base = os.path.normpath(root.absolute())
     pairs: list[tuple[str, str | None, str]] = []
+    others: Counter[str] = Counter()
     for number, row in _rows(list_file, problems):
         where = f"{list_file}:{number}"
-        if row.get("split") not in (None, "", split):
-            continue
         with _collected(problems):
+            own = _split_of(row.get("split"), where)
+            if own not in ("", split):
+                others[own] += 1
+                continue
             label = _inside(row, "mask", base, where) if row.get("mask") else None
             pairs.append((_inside(row, "image", base, where), label, where))
     if not pairs and not problems:
-        raise DataError(f"{list_file}: the list names no image of {split}.{_sentence(hint)}")
+        found = "".join(f" It has {count} of {name}." for name, count in others.items())
+        raise DataError(f"{list_file}: the list names no image of {split}.{found}{_sentence(hint)}")
     headers = _headers([image for image, _, _ in pairs], root, cache_dir, problems)
     turned = [label for image, label, _ in pairs if image in headers and label and _is_turned(headers[image])]
     mask_headers = _headers(turned, root, cache_dir, problems)
@@ -144,23 +187,80 @@ def records_from_table(
     ]
 
 
+def _split_of(value: object, where: str) -> str:
+    """The split that a row states; empty if it states none.
+
+    Raises:
+        DataError: if there is no such split.
+    """
+    name = "" if value is None else str(value).strip()
+    split = split_named(name)
+    if name and not split:
+        allowed = "; ".join(f"{split}: {', '.join(spellings)}" for split, spellings in SPLIT_NAMES.items())
+        raise DataError(f"{where}: there is no split {value!r}. Allowed spellings: {allowed}.")
+    return split
+
+
+def split_named(name: str) -> str:
+    """The split that a name means, whatever its case; empty if it means none.
+
+    >>> split_named("Validation")
+    'val'
+    """
+    return next((split for split, spellings in SPLIT_NAMES.items() if name.strip().lower() in spellings), "")
+
+
 def _rows(list_file: Path, problems: list[str] | None) -> Iterator[tuple[int, dict[str, object]]]:
-    """Line numbers and rows of a CSV or JSON-lines file."""
+    """Line numbers and rows of a CSV or JSON-lines file, with keys as in COLUMNS."""
     try:
         text = store.read_text(list_file)
     except UnicodeDecodeError as error:
         raise DataError(f"{list_file}: not UTF-8 text (byte {error.start}). Save the list as UTF-8.") from None
-    if list_file.suffix.lower() == ".csv":
-        rows = csv.DictReader(text.splitlines())
-        if not {"image", "mask"} <= set(rows.fieldnames or ()):
-            raise DataError(f"{list_file}:1: columns image and mask are needed; found {rows.fieldnames}.")
-        for row in rows:
-            yield rows.line_num, {key: value for key, value in row.items() if key is not None}
+    if list_file.suffix.lower() == ".jsonl":
+        for number, line in enumerate(io.StringIO(text), start=1):
+            with _collected(problems):
+                if line.strip() and not line.lstrip().startswith("#"):
+                    yield number, _json_row(line, f"{list_file}:{number}")
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Comments become blank lines, so that lines keep their numbers.
+    lines = ["\n" if line.startswith(("#", "sep=")) else line for line in io.StringIO(text)]
+    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    header = lines[first] if lines else ""
+    columns: dict[str, str] = {}
+    for separator in SEPARATORS:
+        columns = _columns(next(csv.reader([header], delimiter=separator, skipinitialspace=True), []), list_file)
+        if {"image", "mask"} <= set(columns):
+            break
+    else:
+        raise DataError(
+            f"{list_file}:{first + 1}: columns image and mask are needed; found {header.strip()!r}. Allowed spellings: "
+            f"{', '.join(COLUMNS['image'])}; {', '.join(COLUMNS['mask'])}."
+        )
+    rows = csv.DictReader(lines[first:], delimiter=separator, skipinitialspace=True)
+    for row in rows:
+        number = rows.line_num + first
         with _collected(problems):
-            if line.strip():
-                yield number, _json_row(line, f"{list_file}:{number}")
+            if any(row.get(None) or ()):  # pyright: ignore[reportCallIssue, reportArgumentType] - what has no column
+                raise DataError(f"{list_file}:{number}: more values than columns. Quote names that hold {separator!r}.")
+            yield number, {name: (row[column] or "").strip() for name, column in columns.items()}
+
+
+def _columns(names: Sequence[str], where: object) -> dict[str, str]:
+    """ "image", "mask", "split" -> the name that a list has for it; those that are missing are left out.
+
+    Raises:
+        DataError: if two names stand for the same column, and neither is spelled as here.
+    """
+    found: dict[str, str] = {}
+    plain = {name: "_".join(name.strip().lower().replace("-", " ").replace("_", " ").split()) for name in names}
+    for column, spellings in COLUMNS.items():
+        fitting = [name for name in names if plain[name] in spellings]
+        exact = [name for name in fitting if plain[name] == column]
+        if len(exact or fitting) > 1:
+            raise DataError(f"{where}: {' and '.join(fitting)} may both be the {column}. Call one of them {column}.")
+        if fitting:
+            found[column] = (exact or fitting)[0]
+    return found
 
 
 def _json_row(line: str, where: str) -> dict[str, object]:
@@ -168,9 +268,10 @@ def _json_row(line: str, where: str) -> dict[str, object]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not one JSON object ({error.msg}, column {error.colno}).") from None
-    if not isinstance(row, dict) or "image" not in row:
+    columns = _columns([key for key in row if isinstance(key, str)], where) if isinstance(row, dict) else {}
+    if "image" not in columns:
         raise DataError(f'{where}: a line must be an object like {{"image": "a.jpg", "mask": "a.png"}}.')
-    return row
+    return {name: row[key] for name, key in columns.items()}
 
 
 # ---- from folders
@@ -192,41 +293,49 @@ def records_from_folders(
     naming: Naming | None = None,
     cache_dir: str | Path | None = None,
     problems: list[str] | None = None,
+    unused: Unused | None = None,
 ) -> list[Record]:
     """Records of all images below a folder, each with the mask of the same relative path without suffix.
 
-    `images/a/b.jpg` belongs to `masks/a/b.png`. Names that begin with a dot are passed over. Sizes come from the file
-    headers; they are remembered in `cache_dir` (default: $XDG_CACHE_HOME/semseg) by path, time and length of the
-    file. An image whose EXIF orientation exchanges height and width counts with the size at which it will be read:
+    `images/a/b.jpg` belongs to `masks/a/b.png`, in whatever Unicode form both names are. Links to folders are followed;
+    hidden files are left out. Where both folders are one, or one is in the other, files that end with
+    `naming.mask_suffix` are masks and the others images; without suffixes a.png is the mask of a.jpg. Sizes come from
+    the file headers; they are remembered in `cache_dir` (default: $XDG_CACHE_HOME/semseg) by path, time and length of
+    the file. An image whose EXIF orientation exchanges height and width counts with the size at which it will be read:
     that of its mask, or upright if there are no masks.
 
     Args:
         naming: how names of images and masks differ, and which are meant; None: they are equal, and all are.
         problems: what is wrong with single files goes here, and they are left out; None: the first one raises.
+        unused: takes the files and folders that are neither image nor mask.
 
     Raises:
         DataError: if a folder is missing or empty, an image has no mask or a mask no image, two files have the same
             stem, or a header cannot be read.
     """
-    images = Path(images)
+    images, masks = Path(images), None if masks is None else Path(masks)
     _require(store.is_folder(images), "folder of images", images, hint)
-    naming = naming or Naming()
-    image_files = _by_stem(images, naming.image_suffix, problems)
+    _require(masks is None or store.is_folder(masks), "folder of masks", masks or images, hint)
+    naming, unused = naming or Naming(), Unused() if unused is None else unused
+    image_paths, mask_paths = _pictures_in(images, masks, naming, unused)
+    image_files = _by_stem(image_paths, images, naming.image_suffix, problems, unused)
     if naming.stems is not None:
-        image_files = _chosen(image_files, naming.stems, images, problems)
-    if not image_files:
+        image_files = _chosen(image_files, naming.stems, images, problems, unused)
+    if not image_files and not problems:
         kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-        raise DataError(f"{images}: no image in this folder or below it (looked for {kinds}).{_sentence(hint)}")
+        raise DataError(
+            f"{images}: no image in this folder or below it (looked for {kinds}).{_not_used(unused, images)}"
+            f"{_sentence(hint)}"
+        )
     if masks is None:
         headers = _headers(list(image_files.values()), images, cache_dir, problems)
         return [Record(path, None, header.upright, str(images), header.orientation) for path, header in headers.items()]
-    masks = Path(masks)
-    _require(store.is_folder(masks), "folder of masks", masks, hint)
-    mask_files = _by_stem(masks, naming.mask_suffix, problems)
+    mask_files = _by_stem(mask_paths, masks, naming.mask_suffix, problems, unused)
+    mask_files = _with_stems_of(image_files, mask_files)
     if naming.stems is not None:
         mask_files = {stem: path for stem, path in mask_files.items() if stem in image_files}
     if problems is None:
-        _require_pairs(images, image_files, masks, mask_files)
+        _require_pairs(images, image_files, masks, mask_files, unused)
     else:
         problems += [
             f"{path}: has no mask below {masks}." for stem, path in image_files.items() if stem not in mask_files
@@ -254,29 +363,82 @@ def record_of_image(path: str | Path) -> Record:
     return Record(str(path), None, _read_header(str(path)).upright, "input")
 
 
-def _chosen(files: dict[str, str], stems_file: Path, folder: Path, problems: list[str] | None) -> dict[str, str]:
-    """The files that a list of stems names, in its order."""
+def _chosen(
+    files: dict[str, str], stems_file: Path, folder: Path, problems: list[str] | None, unused: Unused
+) -> dict[str, str]:
+    """The files that a list of stems names, in its order; a suffix and Windows' backslashes do not matter."""
     _require(store.is_file(stems_file), "list of stems", stems_file, "")
+    forms = {unicodedata.normalize("NFC", stem): stem for stem in files}
     found = {}
-    for number, line in enumerate(store.read_text(stems_file).splitlines(), start=1):
+    for number, line in enumerate(io.StringIO(store.read_text(stems_file)), start=1):
         stem = line.strip()
+        names = (stem, stem.replace("\\", "/"), os.path.splitext(stem.replace("\\", "/"))[0])  # noqa: PTH122
+        known = (forms.get(unicodedata.normalize("NFC", name)) for name in names)
+        meant = next((name for name in known if name is not None), None)
+        if meant is None and (not stem or stem.startswith("#")):
+            continue
         with _collected(problems):
-            if stem and stem not in files:
+            if meant is None:
                 raise DataError(f"{stems_file}:{number}: there is no image {stem} below {folder}.")
-            found |= {stem: files[stem]} if stem else {}
+            found[meant] = files[meant]
+    for stem in files.keys() - found.keys():
+        unused.add(f"not in {stems_file.name}", files[stem])
     return found
 
 
-def _by_stem(folder: Path, suffix: str, problems: list[str] | None) -> dict[str, str]:
-    """Image files below `folder` whose stem ends with `suffix`: relative path without both (with /) -> path, sorted."""
+def _pictures_in(images: Path, masks: Path | None, naming: Naming, unused: Unused) -> tuple[list[Path], list[Path]]:
+    """The files that may be images, and those that may be masks; no file is both."""
+    found = _pictures_below(images, unused)
+    if masks is None:
+        return found, []
+    above, below = os.path.realpath(images), os.path.realpath(masks)
+    if above == below:
+        photos = {path.with_suffix("") for path in found if path.suffix.lower() in LOSSY_SUFFIXES}
+        of_masks = {path for path in found if _is_mask(path, naming, is_beside_photo=path.with_suffix("") in photos)}
+        return [path for path in found if path not in of_masks], [path for path in found if path in of_masks]
+    if _is_below(below, above):
+        found = [path for path in found if not _is_below(os.path.realpath(path.parent) + os.sep, below)]
+    masks_found = _pictures_below(masks, unused)
+    if _is_below(above, below):
+        masks_found = [path for path in masks_found if not _is_below(os.path.realpath(path.parent) + os.sep, above)]
+    return found, masks_found
+
+
+def _pictures_below(folder: Path, unused: Unused) -> list[Path]:
+    """Files with the suffix of an image at any depth, sorted."""
+    found = []
+    for path in store.files_below(folder, unused):
+        suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            found.append(path)
+        elif suffix in NOT_READ:
+            unused.add(f"{suffix}, which is not read: save as JPEG or PNG", path)
+        else:
+            unused.add(suffix or "without suffix", path)
+    return found
+
+
+def _is_mask(path: Path, naming: Naming, *, is_beside_photo: bool) -> bool:
+    """Whether a file in a folder of both is a mask; a photo: of a lossy format, with the same stem."""
+    if naming.image_suffix != naming.mask_suffix:
+        ends = {True: naming.mask_suffix, False: naming.image_suffix}
+        fitting = [is_mask for is_mask, end in ends.items() if path.stem.endswith(end)]
+        return max(fitting, key=lambda is_mask: len(ends[is_mask]), default=False)
+    if path.suffix.lower() == ".png":
+        return True
+    return path.suffix.lower() not in LOSSY_SUFFIXES and is_beside_photo
+
+
+def _by_stem(
+    paths: Sequence[Path], folder: Path, suffix: str, problems: list[str] | None, unused: Unused
+) -> dict[str, str]:
+    """Files whose stem ends with `suffix`: path below `folder` without suffixes (with /) -> path."""
     found: dict[str, str] = {}
-    for path in store.files_below(folder):
-        parts = path.relative_to(folder)
-        if path.suffix.lower() not in IMAGE_SUFFIXES or any(part.startswith(".") for part in parts.parts):
-            continue
+    for path in paths:
         if not path.stem.endswith(suffix):
+            unused.add(f"with a name that does not end in {suffix}", path)
             continue
-        stem = parts.with_suffix("").as_posix().removesuffix(suffix)
+        stem = path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix)
         with _collected(problems):
             if stem in found:
                 raise DataError(
@@ -286,7 +448,20 @@ def _by_stem(folder: Path, suffix: str, problems: list[str] | None) -> dict[str,
     return found
 
 
-def _require_pairs(images: Path, image_files: dict[str, str], masks: Path, mask_files: dict[str, str]) -> None:
+def _with_stems_of(image_files: dict[str, str], mask_files: dict[str, str]) -> dict[str, str]:
+    """Masks under the stems of their images where both differ in the Unicode form of their letters alone."""
+    alone = (stem for stem in image_files if not stem.isascii() and stem not in mask_files)
+    forms = {unicodedata.normalize("NFC", stem): stem for stem in alone}
+    found: dict[str, str] = {}
+    for stem, path in mask_files.items():
+        meant = stem if stem in image_files else forms.pop(unicodedata.normalize("NFC", stem), stem)
+        found[meant] = path
+    return found
+
+
+def _require_pairs(
+    images: Path, image_files: dict[str, str], masks: Path, mask_files: dict[str, str], unused: Unused
+) -> None:
     without_mask = [stem for stem in image_files if stem not in mask_files]
     without_image = [stem for stem in mask_files if stem not in image_files]
     if not without_mask and not without_image:
@@ -294,8 +469,12 @@ def _require_pairs(images: Path, image_files: dict[str, str], masks: Path, mask_
     raise DataError(
         f"{len(without_mask)} of {len(image_files)} images in {images} have no mask{_first(without_mask)}; "
         f"{len(without_image)} of {len(mask_files)} masks in {masks} have no image{_first(without_image)}. "
-        "A pair has the same path below its folder, suffix apart (a/b.jpg and a/b.png)."
+        f"A pair has the same path below its folder, suffix apart (a/b.jpg and a/b.png).{_not_used(unused, images)}"
     )
+
+
+def _not_used(unused: Unused, folder: Path) -> str:
+    return f" Not used: {unused.words(folder.parent)}." if unused.count else ""
 
 
 def _first(stems: Sequence[str]) -> str:
@@ -441,7 +620,24 @@ def _collected(problems: list[str] | None) -> Iterator[None]:
 
 def _require(is_there: bool, what: str, path: Path, hint: str) -> None:
     if not is_there:
-        raise DataError(f"{what} not found: {path} (looked at {path.absolute()}).{_sentence(hint)}")
+        raise DataError(
+            f"{what} not found: {path} (looked at {path.absolute()}).{_what_is_there(path)}{_sentence(hint)}"
+        )
+
+
+def _what_is_there(path: Path) -> str:
+    """A sentence about the nearest folder above a path that is missing: what it holds instead."""
+    above = next(
+        (parent for parent in path.absolute().parents if os.path.lexists(parent) or store.is_folder(parent)), None
+    )
+    if above is None or above == above.parent:
+        return ""
+    if not store.is_folder(above):
+        return f" {above} is a file; of archives, only whole .zip files are read in place."
+    unused = Unused()
+    names = store.names_in(above, unused)
+    told = f" In {above} there are: {', '.join(names[:8])}{', ...' if names[8:] else ''}." if names else ""
+    return told + (f" Not used: {unused.words()}." if unused.count else "")
 
 
 def _sentence(hint: str) -> str:

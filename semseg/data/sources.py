@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from semseg.config import SPLITS, DataConfig, SplitConfig
+from semseg.data import store
 from semseg.data.classes import ClassTable, ColourIds, LabelMap, built_in_classes
 from semseg.data.headers import Header
 from semseg.data.orientation import Evidence, evidence_of, labels_are_upright, settled, told
@@ -22,10 +23,12 @@ from semseg.data.records import (
     records_from_odgt,
     records_from_table,
     split_by_hash,
+    split_named,
 )
 from semseg.data.scenes import make_scenes
 from semseg.errors import ConfigError, DataError
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 BUILT_IN_CLASSES = ("ade20k", "camvid", "cityscapes", "voc2012", "cocostuff")
 
 
@@ -49,13 +52,14 @@ class DataSource:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self.root = Path.cwd() if config.images else Path(config.root).expanduser()
+        self.root = Path.cwd() if config.images else store.path_of(config.root)
         if config.make is not None:
             make_scenes(self.root, num_train=config.make.num_train, num_val=config.make.num_val, seed=config.make.seed)
         self.classes = class_table(config, self.root)
         self.label_map = label_map(config, self.classes)
         self._records: dict[str, list[Record]] = {}
         self.orientations: dict[str, Orientations] = {}  # of each split that was surveyed
+        self._unused: dict[str, store.Unused] = {}
 
     def records(self, split: str) -> list[Record]:
         """Records of "train", "val" or "test"; read on the first call.
@@ -81,11 +85,42 @@ class DataSource:
         problems: list[str] = []
         return self._read(split, problems), problems
 
+    def unused(self, split: str) -> str:
+        """A sentence that counts the files of a split's folders which are neither images nor masks; empty if none are.
+
+        Folders that the split shares with train are those of train. Call it after `records` or `survey`.
+        """
+        found = self._unused.get(split)
+        if not found or not found.count:
+            return ""
+        names = found.words(self.root)
+        return f"{split}: {found.count} files or folders below {self.root} are not used: {names}."
+
+    def split_folders(self) -> dict[str, str]:
+        """Keys that use the folders of splits which lie side by side in the images of train; none if there are none.
+
+        They are looked for where train is a folder and no folder is set for val: val would be cut from all of them.
+        """
+        place, val = self._place("train"), self._place("val")
+        if place.list or place.stems or val.list or val.images or not (place.images and place.masks):
+            return {}
+        names = store.names_in(self._path(place.images), store.Unused())
+        found = {split: name for name in names if (split := split_named(name))}
+        if len(found) < 2 or "train" not in found:
+            return {}
+        places = {"images": place.images, "masks": place.masks}
+        keys = {
+            f"data.{split}.{key}": f"{folder}/{name}" for split, name in found.items() for key, folder in places.items()
+        }
+        return keys | ({"data.images": "null", "data.masks": "null"} if self.config.images else {})
+
     def _read(self, split: str, problems: list[str] | None = None) -> list[Record]:
         if not self.has(split):
             raise DataError(f"data.{split}: set data.{split}.list, or data.{split}.images and data.{split}.masks.")
         place = self._place(split)
         has_files = bool(place.list or place.images)
+        if has_files:
+            self._unused[split] = store.Unused()
         place = place if has_files else self._place("train")
         records = self._read_place(split, place, problems)
         records = self._settle_orientations(split, place, records, is_survey=problems is not None)
@@ -162,20 +197,48 @@ class DataSource:
     def _read_place(self, split: str, place: SplitConfig, problems: list[str] | None) -> list[Record]:
         hint = self.config.hint
         if place.list and is_table(place.list):
-            return records_from_table(self.root / place.list, self.root, split, hint=hint, problems=problems)
+            return records_from_table(self._path(place.list), self.root, split, hint=hint, problems=problems)
         if place.list:
-            return records_from_odgt(self.root / place.list, self.root, hint=hint, problems=problems)
+            return records_from_odgt(self._path(place.list), self.root, hint=hint, problems=problems)
         if not (place.images and place.masks):
             raise ConfigError(f"data.{split}: images={place.images} needs masks too: data.{split}.masks=<folder>.")
-        stems = self.root / place.stems if place.stems else None
+        stems = self._path(place.stems) if place.stems else None
         naming = Naming(self.config.image_suffix, self.config.mask_suffix, stems)
-        folders = (self.root / Path(folder).expanduser() for folder in (place.images, place.masks))
-        return records_from_folders(*folders, naming=naming, hint=hint, problems=problems)
+        folders = (self._path(folder) for folder in (place.images, place.masks))
+        unused = self._unused.get(split)
+        return records_from_folders(*folders, naming=naming, hint=hint, problems=problems, unused=unused)
+
+    def _path(self, path: str) -> Path:
+        """A path of the configuration, which may be relative to the root."""
+        return store.path_of(self.root / store.path_of(path))
+
+
+def require_masks(split: str, records: Sequence[Record]) -> None:
+    """Refuse a split that cannot be scored.
+
+    Raises:
+        DataError: if an image has no mask.
+    """
+    without = [record for record in records if record.label is None]
+    if without:
+        raise DataError(
+            f"{without[0].origin}: {without[0].image} has no mask, so it cannot be scored; neither can "
+            f"{len(without) - 1} others of the {len(records)} images of data.{split}. Add the masks, remove these "
+            f"images, or do without the split: data.{split}.list=null data.{split}.images=null."
+        )
+
+
+def split_folders_words(keys: dict[str, str]) -> str:
+    """What `DataSource.split_folders` found, in a sentence."""
+    given = " ".join(f"{key}={value}" for key, value in keys.items())
+    return (
+        f"the images of train lie in folders of several splits, all of which train uses. To use each as named: {given}"
+    )
 
 
 def is_table(name: str) -> bool:
-    """Whether a list is a CSV file or one of JSON lines with columns; else it is an odgt list."""
-    return Path(name).suffix.lower() in (".csv", ".jsonl")
+    """Whether a list is a table of columns, or of JSON lines with columns; else it is an odgt list."""
+    return Path(name).suffix.lower() in TABLE_SUFFIXES
 
 
 def class_table(config: DataConfig, root: Path) -> ClassTable:
@@ -193,7 +256,7 @@ def class_table(config: DataConfig, root: Path) -> ClassTable:
     table = (
         built_in_classes(config.classes)
         if is_built_in
-        else ClassTable.from_file(root / Path(config.classes).expanduser())
+        else ClassTable.from_file(store.path_of(root / store.path_of(config.classes)))
     )
     if config.num_classes not in (None, table.num_classes):
         raise ConfigError(

@@ -28,15 +28,18 @@ from semseg.data.overlap import Overlap, overlap
 from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
 from semseg.data.scan import place_of, scan
-from semseg.data.sources import DataSource
+from semseg.data.sources import DataSource, split_folders_words
 from semseg.doctor import (
     NOT_READY,
+    WARNING,
     Diagnosis,
     Known,
     Lengths,
+    Notice,
     ScannedSplit,
     SplitSummary,
     diagnose,
+    ordered,
     padding_share,
     ranges,
 )
@@ -61,6 +64,9 @@ def run(config: Config, overrides: list[str]) -> None:
     source, known = open_data(config.data)
     splits = [scanned(source, split) for split in SPLITS if source.has(split)]
     diagnosis = diagnose(splits, config.data, known, shared_images(splits), partial(pixel_of, source))
+    if keys := source.split_folders():
+        diagnosis.notices[:] = ordered([*diagnosis.notices, Notice(WARNING, split_folders_words(keys))])
+        diagnosis.suggestions.update(keys)
     if config.check.fix == "list":
         diagnosis.suggestions.update(write_lists(folder, source.root, splits, known))
     checked = Checked(
@@ -103,7 +109,7 @@ def scanned(source: DataSource, split: str) -> ScannedSplit:
     colours = source.label_map.colours
     findings = scan(records, source.root, max_pixels=source.config.max_pixels, colours=colours)
     bar = track(findings, f"reading {split}", len(records), disable=not sys.stdout.isatty())
-    return ScannedSplit(split, records, list(bar), problems, source.orientations[split])
+    return ScannedSplit(split, records, list(bar), problems, source.orientations[split], source.unused(split))
 
 
 def pixel_of(source: DataSource, record: Record, raw_id: int) -> tuple[int, int]:

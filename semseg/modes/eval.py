@@ -14,13 +14,13 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
-from semseg.build import build_trainer, open_network, restore_net
+from semseg.build import build_trainer, open_network, restore_net, tell
 from semseg.checkpoint import FOLDER, SavedNetwork, refuse_nonfinite
 from semseg.config import Config
 from semseg.data.datasets import EvalDataset, EvalSample
 from semseg.data.images import read_pair
 from semseg.data.records import Record
-from semseg.data.sources import DataSource
+from semseg.data.sources import DataSource, require_masks
 from semseg.datamodule import SegmentationData
 from semseg.draw import Pixels, comparison
 from semseg.errors import ConfigError
@@ -64,6 +64,8 @@ def run(config: Config, overrides: list[str]) -> float | None:
     """
     saved, config = open_network(config, overrides)
     source = matching_source(config, saved)
+    require_masks(config.eval.split, source.records(config.eval.split))
+    tell(source.unused(config.eval.split))
     net = restore_net(saved)
     refuse_nonfinite(net.state_dict(), saved.source)
     trainer = build_trainer(config, source)

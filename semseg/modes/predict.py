@@ -15,10 +15,11 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from semseg.build import open_predictor
+from semseg.build import open_predictor, tell
 from semseg.config import Config
 from semseg.data.classes import LabelMap
 from semseg.data.images import read_image
+from semseg.data.store import Unused
 from semseg.datamodule import WatchedLoader
 from semseg.download import fetch
 from semseg.draw import Pixels, colour_map, overlay
@@ -42,7 +43,10 @@ def run(config: Config, overrides: list[str]) -> None:
     """
     folder = Path(config.run_dir)
     word = config.input or str(fetch(DEMONSTRATION, config.download))
-    inputs = find_inputs(word, folder)
+    unused = Unused()
+    inputs = find_inputs(word, folder, unused=unused)
+    if unused.count:
+        tell(f"input: {unused.count} files or folders are not used: {unused.words(word)}")
     predictor = open_predictor(config, overrides)
     if config.predict.format == "ade20k":
         predictor.label_map = LabelMap(predictor.classes.num_classes)

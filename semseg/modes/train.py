@@ -28,7 +28,7 @@ from semseg.checkpoint_io import damage, newest_intact, remove_leftovers
 from semseg.config import Config, ModelConfig, as_plain
 from semseg.console import config_tree
 from semseg.data.overlap import overlap
-from semseg.data.sources import DataSource
+from semseg.data.sources import DataSource, require_masks, split_folders_words
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, DataError
 from semseg.files import from_here, program, replacing
@@ -82,10 +82,10 @@ def run(config: Config, overrides: list[str]) -> float | None:
 
 
 def check_records(config: Config, source: DataSource, world_size: int) -> None:
-    """Warn of images that are in two splits, and refuse a training split that is smaller than one step.
+    """Count files that are not used, warn of images that are in two splits, and refuse what cannot be trained on.
 
     Raises:
-        DataError: then.
+        DataError: if train is smaller than one step, or val has images without a mask.
     """
     records, needed = source.records("train"), config.data.batch_size * world_size
     if len(records) < needed:
@@ -93,6 +93,12 @@ def check_records(config: Config, source: DataSource, world_size: int) -> None:
             f"data.train has {len(records)} images, one step takes {needed}: "
             f"data.batch_size={config.data.batch_size} on {world_size} devices. Lower one of them."
         )
+    tell(source.unused("train"))
+    if source.has("val"):
+        require_masks("val", source.records("val"))
+        tell(source.unused("val"))
+    if keys := source.split_folders():
+        tell(f"warning: {split_folders_words(keys)}")
     common = overlap(records, source.records("val")) if source.has("val") else None
     if common is not None:
         tell(f"warning: {common}")
