@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from semseg.build import open_predictor
 from semseg.config import Config
-from semseg.data.classes import LabelMap
 from semseg.data.images import read_image
 from semseg.download import fetch
 from semseg.draw import Pixels, colour_map, overlay
@@ -43,8 +42,6 @@ def run(config: Config, overrides: list[str]) -> None:
     word = config.input or str(fetch(DEMONSTRATION, config.download))
     inputs = find_inputs(word, folder)
     predictor = open_predictor(config, overrides)
-    if config.predict.format == "ade20k":
-        predictor.label_map = LabelMap(predictor.classes.num_classes)
     work = Work(predictor, folder, config.predict.save, min(1, config.data.num_workers))
     failures = []
     for failure in track(work.all(inputs), "predicting", len(inputs), disable=not sys.stdout.isatty()):
