@@ -13,8 +13,8 @@ COPY configs configs
 COPY semseg semseg
 RUN pip install --no-cache-dir --constraint constraints.txt --editable ".[tb,timm,demo,export]"
 
-# Data and runs are mounted at /work/data and /work/runs. Workers hand images over in shared memory, of which a container
-# has 64 MB unless it is started with --shm-size.
+# Data and runs are mounted at /work/data and /work/runs. Several GPUs (NCCL) and the worker of mode=predict use /dev/shm,
+# of which a container has 64 MB unless it is started with --shm-size; workers of training and evaluation do not.
 VOLUME ["/work/data", "/work/runs"]
 EXPOSE 8000
 ENTRYPOINT ["python", "run.py"]

@@ -33,6 +33,7 @@ from semseg.checkpoint import (
 from semseg.checkpoint_io import AtomicCheckpointIO
 from semseg.config import ONNX, Config, DownloadConfig, ModelConfig, network_options
 from semseg.console import BarProgress, PlainProgress, TellValidation
+from semseg.data.classes import LabelMap
 from semseg.data.convention import CONVENTIONS
 from semseg.data.sources import DataSource, label_map
 from semseg.download import fetch
@@ -220,7 +221,8 @@ def open_predictor(config: Config, overrides: list[str], device: str | torch.dev
         options.memory_limit_mb,
         config.data.max_pixels,
     )
-    ids = label_map(config.data, saved.classes)
+    is_ade20k = options.format == "ade20k"  # classes are 1 to K, whatever the data set
+    ids = LabelMap(saved.classes.num_classes) if is_ade20k else label_map(config.data, saved.classes)
     net = restore_net(saved).to(device)
     refuse_nonfinite(net.state_dict(), saved.source)
     return Predictor(net, saved.classes, ids, settings, name=saved.config.model.name, source=str(saved.source))

@@ -38,10 +38,11 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 
 def render(comparison: Comparison) -> str:
     """The page as one self-contained HTML text."""
+    ids = comparison.class_ids or range(len(comparison.classes))
     return render_template(
         "compare.html",
         comparison=comparison,
-        classes=sorted(enumerate(comparison.classes, start=1), key=lambda numbered: by_change(numbered[1])),
+        classes=sorted(zip(ids, comparison.classes, strict=True), key=lambda numbered: by_change(numbered[1])),
         tallies=tallies(comparison),
         images=[shown(row, comparison.runs) for row in comparison.images[:NUM_IMAGES] if row.change],
     )

@@ -508,17 +508,20 @@ class SegmentationData(pl.LightningDataModule):
         folder = self.config.data.label_cache
         return LabelCache(folder, self.source.label_map) if folder else None
 
-    def num_workers(self) -> int:
+    def num_workers(self, item_bytes: Callable[[], int] | None = None) -> int:
         """data.num_workers; 0 where /dev/shm is needed and cannot hold what those of this machine's ranks keep ready.
 
-        A worker that runs out of it is killed without a word.
+        Forks hand over pixels in slots and labels as bytes, and need none of it (see handover.py); other workers hand
+        over tensors in /dev/shm, and one that runs out of it is killed without a message.
+
+        Args:
+            item_bytes: the largest item of the loader; None: that of training.
         """
         wanted, free = self.config.data.num_workers, free_shared_memory()
         if not wanted or free is None or handover.is_possible():
             return wanted
-        batch = self.largest_batch()
         ranks = 1 if self.trainer is None else self.trainer.num_devices
-        needed = AHEAD * wanted * ranks * (batch.image.nbytes + batch.label.nbytes)
+        needed = AHEAD * wanted * ranks * (item_bytes or self.largest_batch_bytes)()
         if needed <= free:
             return wanted
         rank_zero_warn(
@@ -560,6 +563,11 @@ class SegmentationData(pl.LightningDataModule):
         image = torch.zeros(count, 3, *canvas, dtype=torch.uint8)
         label = torch.zeros(count, *label_size(canvas, self.label_stride), dtype=torch.int64)
         return Batch(image, label, torch.tensor([canvas] * count), ["the largest possible sub-batch"])
+
+    def largest_batch_bytes(self) -> int:
+        """Bytes of the images and labels of `largest_batch`."""
+        batch = self.largest_batch()
+        return batch.image.nbytes + batch.label.nbytes
 
     def largest_sample(self, records: Sequence[Record]) -> int:
         """Bytes of the label and all scales of the largest image."""
@@ -630,7 +638,7 @@ class SegmentationData(pl.LightningDataModule):
             (self.config.eval.batch_size, self.largest_sample(records)),
             batch_sampler=share,
             collate_fn=list,
-            num_workers=data.num_workers,
+            num_workers=self.num_workers(lambda: self.config.eval.batch_size * self.largest_sample(records)),
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -96,6 +96,7 @@ class ClassSummary(NamedTuple):
     images: dict[str, int]  # split -> images that have any
     share: float  # of the scored pixels of the first split
     weight: float  # by median frequency; see `class_weights`
+    id: int  # in the masks; the smallest if several mean the class
 
 
 class Diagnosis(NamedTuple):
@@ -146,7 +147,7 @@ def diagnose(
     for found, advice in (unknown_ids(splits, data, meaning, pixel_of), shifted_ids(splits, data, meaning)):
         notices += found
         suggestions |= advice
-    rows = class_rows(splits, known.classes, meaning)
+    rows = class_rows(splits, known)
     notices += [*label_notices(splits, meaning), *class_notices(rows, [split.name for split in splits])]
     if shared:
         files = (*shared.same_path, *shared.same_content)
@@ -361,8 +362,9 @@ def ignored_share(found: Finding, meaning: Meaning) -> float:
 # ---- classes
 
 
-def class_rows(splits: Sequence[ScannedSplit], classes: ClassTable, meaning: Meaning) -> list[ClassSummary]:
+def class_rows(splits: Sequence[ScannedSplit], known: Known) -> list[ClassSummary]:
     """One row for each class."""
+    classes, meaning, ids = known.classes, known.label_map.meaning, known.label_map.class_ids
     counted = {split.name: [scored(found, meaning) for _, found in split.sound] for split in splits}
     first = counted[splits[0].name]
     total = sum(sum(counts.values()) for counts in first)
@@ -373,7 +375,7 @@ def class_rows(splits: Sequence[ScannedSplit], classes: ClassTable, meaning: Mea
         images = {split: sum(index in counts for counts in found) for split, found in counted.items()}
         share = pixels[splits[0].name] / total if total else 0.0
         name, colour = classes.names[index], classes.palette[index]
-        rows.append(ClassSummary(name, colour, pixels, images, share, weights[index]))
+        rows.append(ClassSummary(name, colour, pixels, images, share, weights[index], ids[index]))
     return rows
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx.numpy_helper
 import onnxruntime
@@ -57,8 +56,8 @@ def description(saved: SavedNetwork, net: Segmenter, quantized: str = "none") ->
         "step": saved.step,
         "size_divisor": net.size_divisor,
         "label_stride": net.label_stride,
-        "label_ids": ids.to_raw(np.arange(saved.classes.num_classes)).tolist(),
-        "ignored_ids": list(ids.ignore),
+        "label_ids": ids.class_ids,
+        "ignored_ids": ids.ignored_ids,
         "quantized": quantized,
         "input": f"{IMAGE}: float32 (N, 3, H, W), RGB, 0..255; H and W multiples of {net.size_divisor}",
         "output": f"{LOGITS}: float32 (N, {net.num_classes}, H / {net.label_stride}, W / {net.label_stride})",

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from semseg import handover
 from semseg.errors import DataError
 from semseg.losses import segmentation_loss
 from semseg.nets.registry import build_segmenter
@@ -116,12 +117,17 @@ def devices() -> Finding:
 
 
 def shared_memory(num_workers: int) -> Finding:
-    """Workers of the loader hand over images in shared memory, of which containers have little."""
+    """Room in /dev/shm, of which containers have 64 MB.
+
+    Workers of training and evaluation need none where they are forks; the worker of mode=predict, other workers, and
+    several GPUs that talk to each other do.
+    """
     free = free_shared_memory()
     if free is None:
         return Finding(OK, "shared memory", "is not a folder on this system")
     if num_workers and free < LITTLE_SHARED_MEMORY:
-        way = "docker run --shm-size=8g, or data.num_workers=0"
+        users = "mode=predict with a worker and several GPUs" if handover.is_possible() else "workers and several GPUs"
+        way = f"{users} may need more (docker run --shm-size=8g, or data.num_workers=0)"
         return Finding(WARNING, "shared memory", f"{in_gigabytes(free)} free in {SHARED_MEMORY}: {way}")
     return Finding(OK, "shared memory", f"{in_gigabytes(free)} free")
 

@@ -80,12 +80,13 @@ def write_panel(found: Prediction, target: Path) -> Path:
 
 
 def write_probabilities(found: Prediction, target: Path) -> Path:
-    """An .npz file with `probabilities` (K, H, W) float16 and `names` (K); numpy.load reads it."""
+    """An .npz file with `probabilities` (K, H, W) float16, `names` (K) and `ids` (K); numpy.load reads it."""
     if found.probabilities is None:
         raise ValueError("there are no probabilities: ask for them with predict(..., probabilities=True)")
     path = target.with_name(f"{target.name}_probabilities.npz")
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-        arrays = {"probabilities": found.probabilities, "names": np.array(found.classes.names)}
+        ids, names = np.array(found.label_map.class_ids, np.uint16), np.array(found.classes.names)
+        arrays = {"probabilities": found.probabilities, "names": names, "ids": ids}
         for name, array in arrays.items():
             with file.open(f"{name}.npy", "w", force_zip64=True) as stream:
                 np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
@@ -111,10 +112,10 @@ def write_png(picture: Image.Image, path: Path) -> Path:
 
 def write_classes(path: Path, classes: ClassTable, label_map: LabelMap) -> None:
     """classes.json: what the numbers in the other files mean."""
-    raw = label_map.to_raw(np.arange(classes.num_classes)).tolist()
+    columns = zip(label_map.class_ids, classes.names, classes.palette, strict=True)
     rows = [
-        {"id": raw[index], "index": index, "name": name, "color": list(colour)}
-        for index, (name, colour) in enumerate(zip(classes.names, classes.palette, strict=True))
+        {"id": raw_id, "index": index, "name": name, "color": list(colour)}
+        for index, (raw_id, name, colour) in enumerate(columns)
     ]
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"classes": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

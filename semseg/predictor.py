@@ -66,6 +66,11 @@ class Result:
         mixed = overlay(self.image, self.ids, self.classes, opacity)
         return with_legend(mixed, self.ids, self.classes) if legend else mixed
 
+    @property
+    def label_ids(self) -> NDArray[np.uint16]:
+        """(H, W) the ids that the label files of the data set have for the classes, as `ids` files hold them."""
+        return self.label_map.to_raw(self.ids)
+
     def shares(self) -> list[Share]:
         """The classes in the picture with their share of its pixels, largest first."""
         return class_shares(self.ids, self.classes)

@@ -44,6 +44,7 @@ class Findings(NamedTuple):
     images: list[ImageRecord]
     speed: Speed
     left_out: Sequence[LeftOut] = ()
+    class_ids: Sequence[int] | None = None  # of the classes in the label files, by class index
 
 
 def findings_of(
@@ -52,6 +53,8 @@ def findings_of(
     rule: str,
     also_scales: Sequence[list[int]] = (),
     intervals: Intervals | None = None,
+    *,
+    class_ids: Sequence[int] | None = None,
 ) -> Findings:
     """All scores of what was counted."""
     matrix, *parts = (counts.matrix.cpu() for counts in evaluation.counts)
@@ -66,6 +69,7 @@ def findings_of(
         images=evaluation.images,
         speed=evaluation.speed,
         left_out=evaluation.left_out,
+        class_ids=class_ids,
     )
 
 
@@ -190,7 +194,8 @@ def write_findings(folder: Path, findings: Findings, root: Path, facts: Mapping[
     write_rows(classes, per_class)
     write_rows(images, [image_row(image, root) for image in findings.images])
     with replacing(confusion) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, matrix=findings.confusion, names=np.array(findings.classes.names, np.str_))
+        ids = {} if findings.class_ids is None else {"ids": np.array(findings.class_ids, np.int64)}
+        np.savez_compressed(file, matrix=findings.confusion, names=np.array(findings.classes.names, np.str_), **ids)
     return [metrics, classes, images, confusion]
 
 
@@ -257,6 +262,8 @@ def class_rows(findings: Findings) -> list[dict[str, Any]]:
         }
         for index, name in enumerate(findings.classes.names)
     ]
+    if findings.class_ids is not None:
+        rows = [row | {"id": raw_id} for row, raw_id in zip(rows, findings.class_ids, strict=True)]
     if boundary is None:
         return rows
     return [row | {"boundary_iou": value} for row, value in zip(rows, boundary.iou, strict=True)]

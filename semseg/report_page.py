@@ -59,6 +59,7 @@ class ClassRow(NamedTuple):
     precision: float | None
     dice: float | None
     share: float  # of all scored pixels, by the labels
+    id: int  # in the label files
 
 
 class ImageScore(NamedTuple):
@@ -152,9 +153,14 @@ def rule_scores(scores: Sequence[Scores], names: Sequence[str]) -> tuple[RuleSco
     return tuple(RuleScore(s.rule, s.mean_iou, s.averaged_classes, tuple(names[n] for n in s.absent)) for s in scores)
 
 
-def class_rows(scores: Scores, classes: ClassTable) -> tuple[ClassRow, ...]:
-    """The table of classes from the scores under any rule."""
-    columns = (scores.iou, scores.accuracy, scores.precision, scores.dice, scores.shares)
+def class_rows(scores: Scores, classes: ClassTable, class_ids: Sequence[int] | None = None) -> tuple[ClassRow, ...]:
+    """The table of classes from the scores under any rule.
+
+    Args:
+        class_ids: in the label files, by class index; None: the class indices.
+    """
+    ids = range(classes.num_classes) if class_ids is None else class_ids
+    columns = (scores.iou, scores.accuracy, scores.precision, scores.dice, scores.shares, ids)
     return tuple(ClassRow(*row) for row in zip(classes.names, classes.palette, *columns, strict=True))
 
 

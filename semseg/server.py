@@ -1,8 +1,10 @@
 """The local web page of a network and its JSON endpoint, for mode=serve. Needs the extra semseg[demo].
 
-An upload passes in this order: how large does it say it is; is there room in the queue; its bytes, counted while they
-come; its header; its pixels; the network. Whatever is wrong with it is told in one sentence and costs no more than the
-steps before. One thread does all the work, so that fifty requests need no more memory than a few.
+An upload passes in this order: does it come from a page of another site; how large does it say it is; is there room in
+the queue; its bytes, counted and timed while they come; its header; its pixels; the network. Whatever is wrong with it
+is reported in one sentence and costs no more than the steps before. Uploads arrive side by side and wait on disk, so
+that slow clients keep nobody waiting; one thread does all the work, so that fifty requests need no more memory than a
+few.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import base64
 import io
 import ipaddress
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -25,14 +28,16 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, Field
-from starlette.datastructures import MutableHeaders, UploadFile
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from semseg.config import ServeConfig
+from semseg.connections import MIN_BYTES_PER_SECOND, STALE_SECONDS, Connection, share_of_client
 from semseg.data.classes import ClassTable, LabelMap
 from semseg.data.images import decode_image
 from semseg.draw import Pixels, class_shares
@@ -40,8 +45,11 @@ from semseg.errors import ConfigError, SemsegError
 from semseg.pages.templates import style_colour
 
 FIELD = "image"  # of the form that is uploaded
-UPLOADS_IN_MEMORY = 4  # the one that is worked on and those that are read meanwhile; others wait unread
 UPLOAD_SECONDS = 60.0  # for one upload to arrive in full
+STALL_SECONDS = 10.0  # by which an upload may lag behind MIN_BYTES_PER_SECOND
+UPLOAD_IN_MEMORY = 2**16  # bytes of an upload that wait in memory; the rest waits in a temporary file
+IDLE_SECONDS = 5  # for the next request on a connection
+MAX_HEADER_BYTES = 2**15
 RETRY_SECONDS = 5
 SHUTDOWN_SECONDS = 5  # for requests under way, after Ctrl-C
 NAME_LENGTH = 80  # characters of an uploaded file's name that an answer repeats
@@ -84,13 +92,15 @@ UPLOAD_FORM = {
         },
     }
 }
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # they make the network do nothing
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "no image, or a broken one, or one of too many pixels"},
+    403: {"description": "sent by a page of another site"},
     408: {"description": "the upload took too long"},
     413: {"description": "too many bytes, or more pixels than the device has memory for"},
     415: {"description": "not a form"},
     422: {"description": "a form without the image"},
-    503: {"description": "too many requests at once"},
+    503: {"description": "too many requests at once, or no room for the upload on the server's disk"},
 }
 
 
@@ -107,7 +117,7 @@ class Upload(NamedTuple):
     """A file as it came."""
 
     name: str
-    data: bytes
+    file: BinaryIO
 
 
 class NetworkClass(BaseModel):
@@ -143,32 +153,88 @@ class PredictAnswer(BaseModel):
 
 
 class Gate:
-    """Who may come in: `queue` requests at once, of which a few hold their upload in memory."""
+    """Admits `queue` requests at once, a share of them from one client, and lets one at a time use the network."""
 
     def __init__(self, queue: int) -> None:
         self._queue = queue
-        self._inside = 0
-        self._uploads = asyncio.Semaphore(UPLOADS_IN_MEMORY)
+        self._inside: Counter[str] = Counter()  # requests by client
+        self._arriving: dict[asyncio.Timeout, str] = {}  # deadlines of uploads that are not complete, and their clients
+        self.turn = asyncio.Lock()  # first come, first served
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Wait for one's turn, in the order of arrival.
+    async def place(self, client: str) -> AsyncIterator[None]:
+        """Take a place in the queue; where all are taken, that of an upload that does not get ahead.
 
         Raises:
             HTTPException: 503 if the queue is full.
         """
-        if self._inside >= self._queue:
+        share = share_of_client(self._queue, client)
+        is_room = self._inside[client] < share or self._end_slowest([client])
+        if not (is_room and (self._inside.total() < self._queue or self._end_slowest([*self._inside]))):
             raise HTTPException(
                 503,
-                f"{self._inside} images are waiting already: try again in a few seconds.",
+                f"{self._inside.total()} images are waiting already: try again in a few seconds.",
                 {"Retry-After": str(RETRY_SECONDS)},
             )
-        self._inside += 1
+        self._inside[client] += 1
         try:
-            async with self._uploads:
-                yield
+            yield
         finally:
-            self._inside -= 1
+            self._inside[client] -= 1
+            self._inside += Counter()  # forgets clients that have left
+
+    @asynccontextmanager
+    async def arrival(self, client: str) -> AsyncIterator[asyncio.Timeout]:
+        """The deadline of an upload that comes in; TimeoutError when it is over."""
+        async with asyncio.timeout(min(STALL_SECONDS, UPLOAD_SECONDS)) as deadline:
+            self._arriving[deadline] = client
+            try:
+                yield deadline
+            finally:
+                self._arriving.pop(deadline, None)
+
+    def _end_slowest(self, clients: list[str]) -> bool:
+        """End the upload that lags furthest behind, if there is one of these clients that lags behind at all."""
+        ends = {deadline: deadline.when() or 0.0 for deadline, client in self._arriving.items() if client in clients}
+        slowest = min(ends, key=ends.__getitem__, default=None)
+        now = asyncio.get_running_loop().time()
+        if slowest is None or ends[slowest] > now + STALL_SECONDS - STALE_SECONDS:
+            return False
+        del self._arriving[slowest]
+        slowest.reschedule(now)
+        return True
+
+
+class SameSite:
+    """Refuses what pages of other sites send, as browsers report it; programs that report nothing are served."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in SAFE_METHODS and is_cross_site(Headers(scope=scope)):
+            refusal = JSONResponse({"detail": "Pages of other sites may not use this server."}, 403)
+            await refusal(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def is_cross_site(headers: Headers) -> bool:
+    """Whether a browser says that a page of another origin sent the request.
+
+    Sec-Fetch-Site is believed before Origin: a proxy that renames the host leaves it true.
+
+    >>> is_cross_site(Headers({"host": "localhost:8000", "origin": "http://localhost:3000"}))
+    True
+    """
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    origin = headers.get("origin", headers.get("referer"))
+    if origin is None:
+        return False
+    host = origin.partition("://")[2].partition("/")[0]
+    return host.lower() != headers.get("host", "").lower()
 
 
 class WithHeaders:
@@ -205,6 +271,7 @@ def build_app(served: Served, config: ServeConfig, hosts: list[str]) -> ASGIApp:
     app = FastAPI(title="semseg", summary=served.name, docs_url=None, redoc_url=None, lifespan=lifespan)
     # Against pages of other sites that have their own name point to this machine (DNS rebinding).
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+    app.add_middleware(SameSite)
     app.add_exception_handler(SemsegError, explain_error)
     app.add_exception_handler(torch.OutOfMemoryError, explain_memory)
     app.add_exception_handler(405, explain_method)
@@ -223,10 +290,17 @@ def build_app(served: Served, config: ServeConfig, hosts: list[str]) -> ASGIApp:
     async def predict(request: Request) -> PredictAnswer:
         """The classes of an image (form field `image`), their shares, and the mask."""
         refuse_by_headers(request, max_bytes)
-        async with gate.place():
-            upload = await read_upload(request, max_bytes)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(worker, segment, served, upload, config.max_pixels)
+        async with gate.place(client_of(request)):
+            upload = await read_upload(request, max_bytes, gate)
+            with upload.file:
+                async with gate.turn:
+                    if await request.is_disconnected():
+                        raise client_has_left()
+                    loop = asyncio.get_running_loop()
+                    try:
+                        return await loop.run_in_executor(worker, segment, served, upload, config.max_pixels)
+                    except asyncio.CancelledError:  # SHUTDOWN_SECONDS are over
+                        raise HTTPException(503, "The server stops.") from None
 
     return WithHeaders(app)
 
@@ -256,27 +330,52 @@ def refuse_by_headers(request: Request, max_bytes: int) -> None:
         raise HTTPException(415, f"Send a form (multipart/form-data) with the image as a file in the field {FIELD!r}.")
 
 
-async def read_upload(request: Request, max_bytes: int) -> Upload:
-    """The file in the form's field `image`.
+class UploadParser(MultiPartParser):
+    """Starlette's, which keeps what is larger in a temporary file."""
+
+    spool_max_size = UPLOAD_IN_MEMORY
+
+
+async def read_upload(request: Request, max_bytes: int, gate: Gate | None = None) -> Upload:
+    """The file in the form's field `image`, open at its start.
+
+    Args:
+        gate: may end the upload to make room for another.
 
     Raises:
-        HTTPException: 408, 413, 422, or 400 for a form that cannot be read.
+        HTTPException: 408, 413, 422, 503, or 400 for a form that cannot be read.
     """
-    counted = Request(request.scope, at_most(request.receive, max_bytes))
+    loop = asyncio.get_running_loop()
+    began = loop.time()
     try:
-        async with asyncio.timeout(UPLOAD_SECONDS), counted.form(max_files=1, max_fields=8) as form:
-            file = form.get(FIELD)
-            if not isinstance(file, UploadFile):
-                raise HTTPException(422, f"The form has no file in the field {FIELD!r}.")
-            return Upload((file.filename or "upload")[:NAME_LENGTH], await file.read())
+        async with (gate or Gate(1)).arrival(client_of(request)) as deadline:
+
+            def keep_pace(num_bytes: int) -> None:
+                deadline.reschedule(began + min(UPLOAD_SECONDS, STALL_SECONDS + num_bytes / MIN_BYTES_PER_SECOND))
+
+            counted = Request(request.scope, at_most(request.receive, max_bytes, keep_pace))
+            form = await UploadParser(request.headers, counted.stream(), max_files=1, max_fields=8).parse()
     except TimeoutError:
-        raise HTTPException(408, f"The upload was not complete after {UPLOAD_SECONDS:.0f} seconds.") from None
+        seconds = f"{loop.time() - began:.0f} seconds"
+        raise HTTPException(408, f"The upload was not complete after {seconds}: it came too slowly.") from None
     except ClientDisconnect:
-        raise HTTPException(400, "The upload broke off.") from None
+        raise client_has_left() from None
+    except MultiPartException as error:
+        raise HTTPException(400, error.message) from None
+    except OSError as error:
+        raise HTTPException(503, f"The upload cannot be kept ({error.strerror}): try again later.") from None
+    file = form.get(FIELD)
+    if not isinstance(file, UploadFile):
+        await form.close()
+        raise HTTPException(422, f"The form has no file in the field {FIELD!r}.")
+    return Upload((file.filename or "upload")[:NAME_LENGTH], file.file)
 
 
-def at_most(receive: Receive, max_bytes: int) -> Receive:
+def at_most(receive: Receive, max_bytes: int, report: Callable[[int], None]) -> Receive:
     """`receive`, until it has given more than `max_bytes` of a body; a body need not say how long it is.
+
+    Args:
+        report: is called with the bytes so far.
 
     Raises:
         HTTPException: 413, then.
@@ -289,9 +388,19 @@ def at_most(receive: Receive, max_bytes: int) -> Receive:
         total += len(message.get("body", b""))
         if total > max_bytes:
             raise too_large(max_bytes)
+        report(total)
         return message
 
     return counted
+
+
+def client_of(request: Request) -> str:
+    """The address that a request comes from; empty if it is not known."""
+    return request.client.host if request.client else ""
+
+
+def client_has_left() -> HTTPException:
+    return HTTPException(400, "The client closed the connection.")
 
 
 def too_large(max_bytes: int) -> HTTPException:
@@ -307,7 +416,7 @@ def segment(served: Served, upload: Upload, max_pixels: int) -> PredictAnswer:
     Raises:
         DataError: if the upload is no image, a broken one, or has more than `max_pixels`.
     """
-    image = decode_image(upload.data, upload.name, upright=True, max_pixels=max_pixels, key="serve.max_pixels")
+    image = decode_image(upload.file.read(), upload.name, upright=True, max_pixels=max_pixels, key="serve.max_pixels")
     ids = served.predict(image)
     present = [
         PresentClass(share=share.share, **describe(served, share.class_index).model_dump())
@@ -320,7 +429,7 @@ def segment(served: Served, upload: Upload, max_pixels: int) -> PredictAnswer:
 def describe(served: Served, index: int) -> NetworkClass:
     """The class of this index."""
     return NetworkClass(
-        id=served.label_map.first_id + index,
+        id=served.label_map.class_ids[index],
         name=served.classes.names[index],
         colour=style_colour(served.classes.palette[index]),
     )
@@ -394,9 +503,11 @@ def run_server(app: ASGIApp, door: socket.socket) -> None:
     """
     options = uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
-        log_level="warning",
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_keep_alive=IDLE_SECONDS,
+        log_level="error",  # what clients do wrong is answered to them
         access_log=False,
         server_header=False,
         proxy_headers=False,

@@ -216,6 +216,12 @@ def test_c17_without_the_shared_memory_that_workers_need_there_are_none(
     monkeypatch.setattr(datamodule.handover, "is_possible", lambda: False)
     with pytest.warns(UserWarning, match="images are read without workers.*--shm-size"):
         assert data.train_dataloader().num_workers == 0
+    needed = 2 * 2 * data.largest_sample(data.source.records("val"))
+    monkeypatch.setattr(datamodule, "free_shared_memory", lambda: needed)
+    assert data.val_dataloader().num_workers == 2
+    monkeypatch.setattr(datamodule, "free_shared_memory", lambda: needed - 1)
+    with pytest.warns(UserWarning, match="images are read without workers.*--shm-size"):
+        assert data.val_dataloader().num_workers == 0
 
 
 def test_c17_training_and_evaluation_watch_their_workers(drawn: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ LAYERS = [
     ["stopping"],
     ["syncbn.plugin", "checkpoint_io", "csv_log", "loggers", "guards", "bad_images", "averaging", "odd_labels"],
     ["restoring", "resume", "saving", "panels", "callbacks", "datamodule", "lit_module"],
-    ["console"],
+    ["console", "connections"],
     ["build", "server"],
     ["supervise"],
     ["sweep"],

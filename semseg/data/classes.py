@@ -420,13 +420,33 @@ class LabelMap:
         words = [f"{raw_id} {names[self._table[raw_id]]}" for raw_id in known]
         if len(words) > 2 * _SHOWN:
             words = [*words[:_SHOWN], "...", *words[-_SHOWN:]]
-        # UNSCORED stands in no file: colours get it.
-        ignored = [str(raw_id) for raw_id in np.flatnonzero(self._table == IGNORED).tolist() if raw_id != UNSCORED]
-        return f"{', '.join(words)}; not scored: {', '.join(ignored) or 'none'}"
+        return f"{', '.join(words)}; not scored: {', '.join(map(str, self.ignored_ids)) or 'none'}"
 
     def to_raw(self, index: NDArray[np.integer]) -> NDArray[np.uint16]:
-        """Class indices (none below 0) back to the raw ids of the data set, for files others will read."""
+        """Class indices (none below 0) to the ids of the label files, for whatever others read.
+
+        Where several ids mean one class, it is the smallest of them.
+        """
         return self._raw[index]
+
+    @property
+    def class_ids(self) -> list[int]:
+        """The id of each class as `to_raw` gives it, by class index.
+
+        >>> LabelMap(2, ignore=[], ids={26: 0, 7: 1, 11: 1, 255: None}).class_ids
+        [26, 7]
+        """
+        return self._raw.tolist()
+
+    @property
+    def ignored_ids(self) -> list[int]:
+        """The ids that are not scored, in order: those of `ignore` and those that `ids` maps to None.
+
+        >>> LabelMap(2, ignore=[0], ids={26: 0, 7: 1, 11: 1, 255: None}).ignored_ids
+        [0, 255]
+        """
+        # UNSCORED is in no file: colours get it.
+        return [raw_id for raw_id in np.flatnonzero(self._table == IGNORED).tolist() if raw_id != UNSCORED]
 
     def _unknown(self, raw: NDArray[np.integer], path: str | Path) -> DataError:
         ids, counts = np.unique(raw, return_counts=True)

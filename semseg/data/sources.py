@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from semseg.config import SPLITS, DataConfig, SplitConfig
 from semseg.data import store
 from semseg.data.classes import ClassTable, ColourIds, LabelMap, built_in_classes
@@ -280,7 +278,7 @@ def label_map(config: DataConfig, classes: ClassTable) -> LabelMap:
     has_file = config.classes is not None and config.classes not in BUILT_IN_CLASSES
     if not always and (config.mask_type == "ids" or not has_file or len(set(classes.palette)) < classes.num_classes):
         return plain
-    raw_ids = plain.to_raw(np.arange(classes.num_classes)).tolist()
+    raw_ids = plain.class_ids
     unscored = [(red, green, blue) for red, green, blue in config.ignore_colors]
     colours = ColourIds(classes.palette, raw_ids, unscored, always=always)
     return LabelMap(classes.num_classes, config.first_id, config.ignore, ids, colours)

@@ -83,6 +83,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
         config.data.miou_rule,
         config.eval.also_scales,
         confidence(config, module.evaluation.images),
+        class_ids=source.label_map.class_ids,
     )
     folder = Path(config.run_dir)
     files = write_findings(folder, findings, source.root, facts(config, saved, findings))
@@ -183,7 +184,7 @@ def page(
         headline=headline(findings.scores, findings.intervals and findings.intervals.mean_iou),
         rules=rule_scores(findings.by_rule, source.classes.names),
         classes=source.classes,
-        rows=class_rows(findings.scores, source.classes),
+        rows=class_rows(findings.scores, source.classes, source.label_map.class_ids),
         confusion=findings.confusion,
         images=tuple(image_scores(findings, source.root)),
         examples=pictures,

@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 
 from semseg.build import open_predictor, tell
 from semseg.config import Config
-from semseg.data.classes import LabelMap
 from semseg.data.images import read_image
 from semseg.data.store import Unused
 from semseg.datamodule import WatchedLoader
@@ -48,8 +47,6 @@ def run(config: Config, overrides: list[str]) -> None:
     if unused.count:
         tell(f"input: {unused.count} files or folders are not used: {unused.words(word)}")
     predictor = open_predictor(config, overrides)
-    if config.predict.format == "ade20k":
-        predictor.label_map = LabelMap(predictor.classes.num_classes)
     work = Work(predictor, folder, config.predict.save, min(1, config.data.num_workers))
     work.patience_s = config.data.worker_timeout_s
     failures = []

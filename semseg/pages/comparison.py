@@ -63,6 +63,12 @@ class Comparison(NamedTuple):
     classes: tuple[Row, ...]  # IoU, in the order of the classes
     images: tuple[Row, ...]  # mean IoU of the images in all runs, the largest change first
 
+    @property
+    def class_ids(self) -> list[Any] | None:
+        """The numbers of the classes in the base's label files; None where an older evaluation does not say them."""
+        ids = [entry.get("id") for entry in self.runs[0].metrics["classes"]]
+        return None if None in ids else ids
+
 
 def read_evaluations(folders: Sequence[str]) -> tuple[Evaluation, ...]:
     """The evaluations in `folders`, each an evaluation's folder or a run folder with eval/ below it.
@@ -271,9 +277,11 @@ def plain_row(row: Row) -> dict[str, Any]:
 
 def csv_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """The IoU of each class in every run and the differences to the base, for compare.csv."""
-    names = [run.name for run in comparison.runs]
+    names, ids = [run.name for run in comparison.runs], comparison.class_ids
     return [
-        {"index": index, "name": row.name}
+        {"index": index}
+        | ({} if ids is None else {"id": ids[index]})
+        | {"name": row.name}
         | {f"iou {name}": value for name, value in zip(names, row.values, strict=True)}
         | {f"difference {name}": value for name, value in zip(names[1:], row.differences, strict=True)}
         for index, row in enumerate(comparison.classes)
