@@ -6,7 +6,7 @@
 
 1. Matrix products: the peak that a network could reach, by type.
 2. Training steps at the published size, ours and other libraries' in the same run: images a second, memory, and the
-   share of the peak (operations counted by torch, times 3 for the backward pass).
+   share of the peak (operations of the architecture counted by torch, times 3 for the backward pass).
 3. torch.compile under sizes that change from step to step: how often it compiles again, and whether it pays.
 4. Memory of UPerNet-101 with two images of the largest published size.
 5. Inference at one scale and at five.
@@ -29,13 +29,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.utils.flop_counter import FlopCounterMode
 from training_step import NETWORKS, NUM_CLASSES, batch, build_ours, segmentation_models_pytorch, stepping, transformers
 
 from semseg.data.convention import CONVENTIONS
 from semseg.inference import predict
 from semseg.losses import segmentation_loss
 from semseg.nets.registry import build_segmenter
+from semseg.summary import count_operations
 
 ROW = "{:<58}{:>12}{:>12}{:>12}"
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -152,9 +152,7 @@ def operations(way: Way, options: argparse.Namespace) -> float:
     """Of a training step: three times those of the forward pass, counted on tensors without numbers."""
     net = build_ours(way.model).to("meta")
     image = torch.empty(way.images, 3, options.height, options.width, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(image)
-    return 3 * counter.get_total_flops()
+    return 3 * count_operations(net, image).get_total_flops()
 
 
 def changing_sizes(options: argparse.Namespace, peaks: dict[str, float]) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
@@ -22,7 +23,7 @@ from semseg.config import Config
 from semseg.data.classes import ClassTable
 from semseg.data.convention import InputConvention
 from semseg.data.datasets import EvalSample
-from semseg.errors import CheckpointError
+from semseg.errors import CheckpointError, ConfigError
 from semseg.evaluation import Evaluation, Evaluator
 from semseg.guards import (
     OutOfMemory,
@@ -34,16 +35,19 @@ from semseg.guards import (
 from semseg.inference import batch_logits, merge_scales
 from semseg.losses import Loss, build_terms, segmentation_loss
 from semseg.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
+from semseg.nets.features import Logits
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter
 from semseg.odd_labels import odd_predictions
 from semseg.optim import apply_settings, build_optimizer, build_scheduler
 from semseg.resume import RUN_KEY, resume_at
 from semseg.syncbn.layer import convert, revert
+from semseg.unused import freeze_unused, modules_of
 from semseg.weights import differences
 
 METRICS_KEY = "semseg_metrics"  # of a checkpoint: TRAIN_METRICS of the last step
 TRAIN_METRICS = ("train/loss", "train/accuracy")
+HALF_PRECISIONS = ("bf16-true", "16-true")  # of weights and buffers alike
 
 
 class SegmentationModule(pl.LightningModule):
@@ -63,6 +67,9 @@ class SegmentationModule(pl.LightningModule):
         self.is_frozen = bool(config.model.encoder.get("frozen", False))
         if self.is_frozen:
             net.encoder.requires_grad_(False)
+        self.unused: dict[str, Parameter] = {}  # frozen, since the loss does not reach them
+        self.batch_idx = 0
+        self.step_metrics: list[Tensor] = []  # (2): loss and accuracy of the sub-batches of the present step
         self.terms = build_terms(config.loss, len(classes.names))
         self.confusion = ConfusionMatrix(len(classes.names))
         self.left_out = SumMetric()  # images of the present evaluation that could not be read
@@ -77,6 +84,32 @@ class SegmentationModule(pl.LightningModule):
         if config.model.compile:
             # In place, so that the names in the state dict stay as they are.
             self.net.compile(dynamic=True)
+
+    def setup(self, stage: str) -> None:
+        """Before training: refuse types in which statistics do not move, and freeze what the loss does not reach.
+
+        Here, since Lightning gives the network to DistributedDataParallel next.
+
+        Raises:
+            ConfigError: for a precision that keeps normalisation statistics in half precision.
+        """
+        if stage != "fit":
+            return
+        self.train()
+        self.check_precision()
+        self.unused |= freeze_unused(self.net, lambda logits, label: self.loss_from(logits, label, "ranks").total)
+        if self.unused:
+            tell_unused(modules_of(self.unused, self.net), len(self.unused))
+
+    def check_precision(self) -> None:
+        """Raises a ConfigError where running statistics would be rounded to half precision after every step."""
+        precision = str(self.trainer.precision)
+        moving = [layer for layer in self.net.modules() if isinstance(layer, _BatchNorm) and layer.training]
+        if precision in HALF_PRECISIONS and moving:
+            raise ConfigError(
+                f"trainer.precision={precision}: the statistics of batch normalisation would be kept in half "
+                "precision, where they stop moving. Use trainer.precision=bf16-mixed, or model.freeze_bn=true."
+            )
 
     def on_fit_start(self) -> None:
         self.train()  # Lightning takes the modes as it finds them, and freeze_bn sets some
@@ -121,6 +154,7 @@ class SegmentationModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.batch = batch
         self.share = self.share_of(batch_idx)
+        self.batch_idx = batch_idx
         if self.rehearsal is not None:
             self.rehearse(self.rehearsal)
             with out_of_memory_told(self.batch):
@@ -191,19 +225,27 @@ class SegmentationModule(pl.LightningModule):
         return smaller
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The loss of one sub-batch; it and the accuracy go to the progress line."""
+        """The loss of one sub-batch; that of its step so far and the accuracy go to the progress line."""
         loss = self.losses(batch, self.config.loss.average)
-        count = len(batch.paths)
-        # To the progress line only: LogSteps brings them to the loggers, before checkpoints are written.
         accuracy = loss.correct / loss.scored.clamp(min=1)
-        self.log("train/loss", loss.total.detach(), prog_bar=True, logger=False, batch_size=count)
-        self.log("train/accuracy", accuracy, prog_bar=True, logger=False, batch_size=count)
+        position = self.batch_idx % self.trainer.accumulate_grad_batches
+        self.step_metrics[position:] = [torch.stack([loss.total.detach(), accuracy.to(loss.total)])]
+        metrics = torch.stack(self.step_metrics).mean(0)
+        if self.trainer.world_size > 1 and step_is_logged(self.trainer, self.batch_idx):
+            # Not at every step: ranks wait for each other here.
+            metrics = self.trainer.strategy.reduce(metrics, reduce_op="mean")
+        # To the progress line only: LogSteps brings them to the loggers, before checkpoints are written.
+        for name, value in zip(TRAIN_METRICS, metrics, strict=True):
+            self.log(name, value, prog_bar=True, logger=False, batch_size=len(batch.paths))
         return loss.total * self.share
 
     def losses(self, batch: Batch, average: str) -> Loss:
         """The loss of one sub-batch, over the ranks as `average` says, with the counts behind the accuracy."""
-        logits = self.net(self.input(batch.image, batch.size))
-        return segmentation_loss(logits, batch.label, self.config.model.deepsup_weight, average, self.terms)
+        return self.loss_from(self.net(self.input(batch.image, batch.size)), batch.label, average)
+
+    def loss_from(self, logits: Logits, label: Tensor, average: str) -> Loss:
+        """What `losses` gives, of the logits of a sub-batch."""
+        return segmentation_loss(logits, label, self.config.model.deepsup_weight, average, self.terms)
 
     def validation_step(self, samples: list[EvalSample], batch_idx: int) -> dict[str, Tensor]:
         """Count some images; returns the class indices (H, W) of each by its path, to be drawn."""
@@ -305,7 +347,7 @@ class SegmentationModule(pl.LightningModule):
         assert counted == data.num_images(stage), f"scored {counted} images of {data.num_images(stage)}"
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = build_optimizer(self.net, self.config.optim)
+        optimizer = build_optimizer(self.net, self.config.optim, self.unused.values())
         total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = build_scheduler(optimizer, self.config.schedule, total_steps)
         self.group_settings = [
@@ -331,3 +373,20 @@ class SegmentationModule(pl.LightningModule):
         checkpoint[RUN_KEY] = self.trainer.datamodule.facts()._asdict()  # pyright: ignore[reportAttributeAccessIssue]
         metrics = self.trainer.callback_metrics
         checkpoint[METRICS_KEY] = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}
+
+
+def step_is_logged(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether the loss of the step is read after this sub-batch: by LogSteps, or at the end of an epoch."""
+    num_done, step = batch_idx + 1, trainer.global_step + 1
+    if num_done == trainer.num_training_batches or step == trainer.max_steps:
+        return True
+    is_taken = num_done % trainer.accumulate_grad_batches == 0
+    return is_taken and step % trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@rank_zero_only
+def tell_unused(modules: Sequence[str], num_parameters: int) -> None:
+    """Name what is frozen since the loss does not reach it, once whatever the number of processes."""
+    print(
+        f"frozen, since the loss does not depend on them: {', '.join(modules)} ({num_parameters} tensors)", flush=True
+    )

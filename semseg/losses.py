@@ -38,10 +38,16 @@ class Loss(NamedTuple):
 def cross_entropy(
     logits: Tensor, label: Tensor, average: str, *, weights: Tensor | None = None, smoothing: float = 0.0
 ) -> Tensor:
-    """The mean over scored pixels, by the weights of their classes if there are any (K)."""
+    """The mean over scored pixels, weighted by the weights (K) of their classes if there are any.
+
+    With smoothing s, a pixel of class y costs (1 - s) * w[y] * -log p[y] + s / K * sum over all c of w[c] * -log p[c].
+    The mean is the sum of these costs over all scored pixels divided by the sum of their w[y], as in torch. Where that
+    divisor is 0, no pixel counts and the loss is 0, although the smoothed part of a pixel of weight 0 is not.
+    """
     weights = None if weights is None else weights.to(logits)
-    total = F.cross_entropy(logits, label, weights, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
-    return total / _denominator(_weight_of(label, weights, logits.dtype), average)
+    # Summed by us: the kernel's own sum has no deterministic form on a GPU (trainer.deterministic).
+    each = F.cross_entropy(logits, label, weights, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
+    return _mean(each, _weight_of(label, weights, logits.dtype), average)
 
 
 def ohem(
@@ -49,10 +55,15 @@ def ohem(
 ) -> Tensor:
     """Cross entropy of the hard pixels alone: online hard example mining (Shrivastava et al. 2016, section 4) by pixel.
 
+    Pixels whose class has the weight 0 are not scored: they would take the places of hard pixels that count.
+
     Args:
         threshold: a pixel is hard if its true class has less than this probability.
         min_kept: share of the scored pixels that are kept at least, the hardest ones.
     """
+    if weights is not None:
+        has_weight = weights.to(logits.device)[label.clamp(min=0)] > 0
+        label = torch.where(has_weight, label, IGNORED)
     each = F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="none")
     scored = label != IGNORED
     with torch.no_grad():
@@ -74,7 +85,7 @@ def focal(logits: Tensor, label: Tensor, average: str, *, gamma: float, weights:
     weighted = each * missed**gamma
     if weights is not None:
         weighted = weighted * weights[label.clamp(min=0)]  # ignored pixels are 0 already
-    return weighted.sum() / _denominator(_weight_of(label, weights, logits.dtype), average)
+    return _mean(weighted, _weight_of(label, weights, logits.dtype), average)
 
 
 def dice(logits: Tensor, label: Tensor, average: str) -> Tensor:
@@ -148,7 +159,9 @@ def class_weights(given: Sequence[float] | str | None, num_classes: int) -> Tens
     numbers = read_class_weights(given) if isinstance(given, str) else list(given)
     if len(numbers) != num_classes:
         raise ConfigError(f"loss.class_weights: {len(numbers)} numbers for {num_classes} classes.")
-    return torch.tensor(numbers, dtype=torch.float32)
+    # Only ratios matter. Scaled by a power of two, which rounds nothing, large ones stay finite in float32.
+    _, exponent = math.frexp(max(numbers))
+    return torch.tensor([math.ldexp(number, -exponent) for number in numbers], dtype=torch.float32)
 
 
 def read_class_weights(path: str) -> list[float]:
@@ -164,6 +177,8 @@ def read_class_weights(path: str) -> list[float]:
         raise ConfigError(f"loss.class_weights={path}: no file with class_weights ({error}).") from None
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise ConfigError(f"loss.class_weights={path}: every weight must be a number of at least 0.")
+    if not any(numbers):
+        raise ConfigError(f"loss.class_weights={path}: at least one weight must be above 0.")
     return numbers
 
 
@@ -185,7 +200,8 @@ def segmentation_loss(
             ranks. With one process both are the same.
         terms: with their factors; cross entropy by default.
 
-    A sub-batch with nothing to score has the loss 0 and zero gradients, never NaN.
+    A sub-batch with nothing to score, or whose classes all have the weight 0, has the loss 0 and zero gradients,
+    never NaN. `dice` and `lovasz` know no weights.
     """
     main = _fitted(logits.main, label)
     total = _sum_of(terms, main, label, average)
@@ -219,15 +235,15 @@ def _weight_of(label: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Ten
     return scored.sum().to(dtype) if weights is None else (weights[label.clamp(min=0)] * scored).sum()
 
 
-def _denominator(weight: Tensor, average: str) -> Tensor:
-    """What the sum over this rank's pixels is divided by; DDP then takes the mean over ranks."""
+def _mean(each: Tensor, weight: Tensor, average: str) -> Tensor:
+    """The sum of `each` (N, h, w) over this rank's pixels, divided by what they weigh; DDP takes the mean over ranks.
+
+    0 with zero gradients where nothing counts: on this rank, or with `average` "pixels" on all of them.
+    """
+    divisor, num_ranks = weight, 1
     if average == "pixels" and dist.is_available() and dist.is_initialized():
-        everywhere = weight.clone()
-        dist.all_reduce(everywhere)
-        return _or_one(everywhere) / dist.get_world_size()
-    return _or_one(weight)
-
-
-def _or_one(weight: Tensor) -> Tensor:
-    """Where nothing counts, the sum is 0 whatever it is divided by."""
-    return torch.where(weight > 0, weight, torch.ones_like(weight))
+        divisor, num_ranks = weight.clone(), dist.get_world_size()
+        dist.all_reduce(divisor)
+    is_counted = divisor > 0
+    total = torch.where(is_counted, each.sum(), 0)  # chosen before the division, whose gradient at 0 is NaN
+    return total / (torch.where(is_counted, divisor, 1) / num_ranks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,8 +30,13 @@ def decay_split(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramete
     return decay, free
 
 
-def parameter_groups(net: Segmenter, config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    net: Segmenter, config: OptimConfig, unused: Collection[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
     """Encoder and decoder, each with its own rate, each with and without decay; frozen parameters are in none.
+
+    But for those in `unused`, which the loss does not reach: an optimiser neither moves nor decays what has no
+    gradient, and with them its state has the same layout as in checkpoints written before they were frozen.
 
     With `layer_decay` the encoder has a pair for each of its stages: the last one, called encoder, at the encoder's
     rate, the one before it, encoder_-1, at layer_decay times that, and so on.
@@ -39,21 +44,24 @@ def parameter_groups(net: Segmenter, config: OptimConfig) -> list[dict[str, Any]
     encoder_rate = config.lr if config.lr_encoder is None else config.lr_encoder
     decoder_rate = config.lr if config.lr_decoder is None else config.lr_decoder
     stages: list[list[nn.Module]] = encoder_stages(net.encoder) if config.layer_decay < 1 else [[net.encoder]]
+    kept = {id(parameter) for parameter in unused}
     groups = []
     for place, stage in enumerate(stages, start=1 - len(stages)):
         name = f"encoder_{place}" if place else "encoder"
-        groups += pair_of_groups(name, stage, encoder_rate * config.layer_decay**-place, config.weight_decay)
-    groups += pair_of_groups("decoder", [net.decoder], decoder_rate, config.weight_decay)
+        groups += pair_of_groups(name, stage, encoder_rate * config.layer_decay**-place, config.weight_decay, kept)
+    groups += pair_of_groups("decoder", [net.decoder], decoder_rate, config.weight_decay, kept)
     return [group for group in groups if group["params"]]
 
 
-def pair_of_groups(name: str, modules: Sequence[nn.Module], rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters of some modules, in one group with and one without decay."""
+def pair_of_groups(
+    name: str, modules: Sequence[nn.Module], rate: float, weight_decay: float, kept: Collection[int]
+) -> list[dict[str, Any]]:
+    """Parameters of some modules, trainable or with an id in `kept`, in one group with and one without decay."""
     decay: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for module in modules:
         for kind, found in zip((decay, free), decay_split(module), strict=True):
-            kind += [parameter for parameter in found if parameter.requires_grad]
+            kind += [parameter for parameter in found if parameter.requires_grad or id(parameter) in kept]
     return [
         {"name": name, "params": decay, "lr": rate, "weight_decay": weight_decay},
         {"name": f"{name}_no_decay", "params": free, "lr": rate, "weight_decay": 0.0},
@@ -78,9 +86,9 @@ def encoder_stages(encoder: nn.Module) -> list[list[nn.Module]]:
     return stages
 
 
-def build_optimizer(net: Segmenter, config: OptimConfig) -> Optimizer:
+def build_optimizer(net: Segmenter, config: OptimConfig, unused: Collection[nn.Parameter] = ()) -> Optimizer:
     """The optimiser named in `config`, over `parameter_groups`."""
-    groups = parameter_groups(net, config)
+    groups = parameter_groups(net, config, unused)
     if config.name == "adamw":
         return AdamW(groups, betas=(config.momentum, config.beta2))
     return SGD(groups, momentum=config.momentum)

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from semseg.data.geometry import Size, canvas_size
 from semseg.files import replacing
+from semseg.nets.blocks import written_out
 from semseg.nets.segmenter import Segmenter
 
 SIZE = Size(512, 512)  # of the image that operations are counted for
@@ -45,13 +46,13 @@ class Cost(NamedTuple):
 def cost_of(net: Segmenter) -> Cost:
     """Parameters, and operations for one image of SIZE or the next size that fits, without the auxiliary head.
 
+    The operations are those of the architecture, whatever shorter way our layers take to its results.
+
     Args:
         net: on the device "meta"; it is put in eval mode.
     """
     size = canvas_size([SIZE], net.size_divisor)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        net.eval()(torch.empty(1, 3, *size, device="meta"))
+    counter = count_operations(net.eval(), torch.empty(1, 3, *size, device="meta"))
     counts = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     root = type(net).__name__
     stages = [
@@ -60,6 +61,13 @@ def cost_of(net: Segmenter) -> Cost:
         if num_parameters(part)
     ]
     return Cost(size, num_parameters(net), counter.get_total_flops(), stages)
+
+
+def count_operations(net: nn.Module, image: Tensor) -> FlopCounterMode:
+    """The operations that the architecture of `net` takes for a sub-batch (N, 3, H, W), both on the device "meta"."""
+    with torch.no_grad(), written_out(), FlopCounterMode(display=False) as counter:
+        net(image)
+    return counter
 
 
 def flops_of(name: str, part: nn.Module, counts: dict[str, int]) -> int:

@@ -30,7 +30,7 @@ LAYERS = [
     ["data.orientation", "data.sources", "data.overlap"],
     ["data.label_cache", "handover"],
     ["data.images", "data.scan", "data.augment", "collate", "data.datasets", "nets", "syncbn.reduce", "syncbn.layer"],
-    ["losses", "optim", "metrics", "evaluation", "inference", "draw", "report", "pages"],
+    ["losses", "unused", "optim", "metrics", "evaluation", "inference", "draw", "report", "pages"],
     ["doctor", "memory", "summary"],
     ["report_page", "compare_page", "sweep_page", "check_page"],
     ["outputs", "video", "predictor"],

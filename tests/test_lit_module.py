@@ -25,6 +25,8 @@ TINY = [
     "trainer.max_epochs=1", "logger=csv",
 ]  # fmt: skip
 
+FROZEN_BN = "model.freeze_bn=true"
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -110,11 +112,20 @@ def test_channels_last_gives_the_same_numbers(root: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(weight, plain.net.encoder.conv1.weight, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_half_precision_trains_on_cpu(root: Path, tmp_path: Path, precision: str) -> None:
-    module, before = fitted(configured(root, tmp_path, f"trainer.precision={precision}"))
+@pytest.mark.parametrize("words", [["trainer.precision=bf16-mixed"], ["trainer.precision=bf16-true", FROZEN_BN]])
+def test_half_precision_trains_on_cpu(root: Path, tmp_path: Path, words: list[str]) -> None:
+    module, before = fitted(configured(root, tmp_path, *words))
     weight = module.net.state_dict()["encoder.conv1.weight"]
     assert torch.isfinite(weight).all() and not torch.equal(weight.float(), before["encoder.conv1.weight"])
+
+
+@pytest.mark.reliability
+def test_d10_weights_in_half_precision_are_refused_where_normalisation_statistics_move(
+    root: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.precision=bf16-true: .*bf16-mixed, or model\.freeze_bn=true"):
+        fitted(configured(root, tmp_path, "trainer.precision=bf16-true"))
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.long

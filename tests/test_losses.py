@@ -170,13 +170,108 @@ def test_a_sum_adds_its_terms_by_their_factors() -> None:
     assert float(together) == pytest.approx(float(apart))
 
 
+def weighted_mean(costs: list[Tensor], weights: list[float], nothing: Tensor) -> Tensor:
+    """The sum of some pixels' costs divided by their weights; 0 if there are none, or none of them counts."""
+    return torch.stack(costs).sum() / sum(weights) if sum(weights) else nothing
+
+
+def pixel_by_pixel(name: str, logits: Tensor, label: Tensor, weights: list[float], smoothing: float) -> Tensor:
+    """A term written out for one pixel after the other: smoothing for cross_entropy, gamma 2, ohem of at least half."""
+    pixels = [
+        (vector - vector.logsumexp(0), index)
+        for vector, index in zip(logits.movedim(1, -1).flatten(0, 2), label.flatten().tolist(), strict=True)
+        if index >= 0 and not (name == "ohem" and weights[index] == 0)
+    ]
+    if name == "ohem":  # p below 0.7, or the harder half
+        pixels.sort(key=lambda pixel: float(pixel[0][pixel[1]]))
+        pixels = [
+            (log_p, index)
+            for place, (log_p, index) in enumerate(pixels)
+            if place < math.ceil(len(pixels) / 2) or float(log_p[index]) <= math.log(0.7)
+        ]
+    costs = []
+    for log_p, index in pixels:
+        cost = -weights[index] * log_p[index]
+        if name == "cross_entropy":
+            smooth = -(log_p * torch.tensor(weights)).sum()
+            cost = (1 - smoothing) * cost + smoothing / len(weights) * smooth
+        if name == "focal":
+            cost = cost * (1 - log_p[index].exp()) ** 2
+        costs.append(cost)
+    return weighted_mean(costs, [weights[index] for _, index in pixels], 0 * logits.sum())
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("name", ["cross_entropy", "ohem", "focal"])
+def test_d7_value_and_gradient_are_those_of_a_plain_sum_over_pixels(
+    name: str, smoothing: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    num_nothing = 0
+    for _ in range(40):
+        weights = torch.tensor([0.0, 0.0, 0.5, 3.0])[torch.randint(0, 4, (4,), generator=generator)].tolist()
+        logits = 3 * torch.randn(1, 4, 2, 2, generator=generator, dtype=torch.float64)
+        label = torch.randint(-1, 4, (1, 2, 2), generator=generator)
+        values, gradients = [], []
+        for function, given in (
+            (of({name: 1.0}, class_weights=weights, label_smoothing=smoothing, ohem_min_kept=0.5), logits.to(dtype)),
+            (lambda x, y: pixel_by_pixel(name, x, y, weights, smoothing), logits),  # noqa: B023 - called at once
+        ):
+            leaf = given.clone().requires_grad_()
+            value = function(leaf, label)
+            value.backward()
+            values.append(float(value))
+            assert leaf.grad is not None
+            gradients.append(leaf.grad.double())
+        rounding = 1e-12 if dtype == torch.float64 else 1e-5
+        assert values[0] == pytest.approx(values[1], rel=rounding, abs=rounding)
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=rounding, atol=rounding)
+        if values[1] == 0:
+            num_nothing += 1
+            assert values[0] == 0 and not gradients[0].any()
+    assert 3 < num_nothing < 37
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("name", ["cross_entropy", "ohem", "focal"])
+def test_d7_a_loss_of_classes_of_weight_0_alone_is_0_whatever_the_number_of_pixels(name: str) -> None:
+    smoothing = 0.1 if name == "cross_entropy" else 0.0
+    loss = of({name: 1.0}, class_weights=[0.0, 1.0, 1.0, 1.0], label_smoothing=smoothing)
+    for num_pixels in (1, 100, 10_000):
+        logits = torch.zeros(1, 4, 1, num_pixels, requires_grad=True)
+        value = loss(logits, torch.zeros(1, 1, num_pixels, dtype=torch.int64))
+        value.backward()
+        assert float(value) == 0
+        assert logits.grad is not None and not logits.grad.any()
+
+
+@pytest.mark.reliability
+def test_d7_ohem_keeps_no_pixel_of_weight_0_in_the_place_of_one_that_counts() -> None:
+    # Ten wrong pixels of a class of weight 0, ten right ones of another: a tenth of the latter is one pixel.
+    logits = torch.zeros(1, 4, 1, 20, dtype=torch.float64)
+    logits[:, 1] = 5.0
+    label = torch.tensor([[10 * [0] + 10 * [1]]])
+    loss = of({"ohem": 1.0}, class_weights=[0.0, 1.0, 1.0, 1.0], ohem_min_kept=0.1)
+    assert float(loss(logits, label)) == pytest.approx(math.log(1 + 3 * math.exp(-5)))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 4.0, 1e30, 1e300])
+def test_only_the_ratios_of_class_weights_matter(scale: float) -> None:
+    logits, label = some_logits()
+    plain = of({"cross_entropy": 1.0}, class_weights=[1.0, 2.0, 0.5, 3.0])(logits.float(), label)
+    scaled = of({"cross_entropy": 1.0}, class_weights=[scale, 2 * scale, 0.5 * scale, 3 * scale])(logits.float(), label)
+    assert float(scaled) == pytest.approx(float(plain), rel=1e-6)
+
+
 def test_class_weights_are_read_from_what_the_doctor_wrote(tmp_path: Path) -> None:
     path = tmp_path / "check.json"
     path.write_text(json.dumps({"class_weights": [1, 2, 0.5, 3]}))
     assert class_weights(str(path), 4) is not None
     with pytest.raises(ConfigError, match="4 numbers for 5 classes"):
         class_weights(str(path), 5)
-    for content in ("", "[]", '{"class_weights": ["a"]}', '{"class_weights": [-1]}'):
+    for content in ("", "[]", '{"class_weights": ["a"]}', '{"class_weights": [-1]}', '{"class_weights": [0]}'):
         path.write_text(content)
         with pytest.raises(ConfigError, match=r"loss\.class_weights=.*check\.json"):
             class_weights(str(path), 1)

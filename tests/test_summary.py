@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from in_process import TinyEncoder
+from semseg.modes.models import cost_of_model
 from semseg.nets.c1 import C1
+from semseg.nets.ppm import PPM
 from semseg.nets.segmenter import Segmenter
 from semseg.summary import Cost, Stage, cost_of, write_cost
 
@@ -28,6 +30,20 @@ def test_operations_are_those_of_a_hand_count() -> None:
     assert coarse == Stage("encoder.coarse", 9 * 8 * 16 + 32, 2 * 64**2 * 9 * 8 * 16)
     assert cost.flops == fine.flops + coarse.flops + decoder.flops
     assert cost.parameters == fine.parameters + coarse.parameters + decoder.parameters
+
+
+def test_operations_are_those_of_the_architecture_not_of_the_shorter_way_to_its_result() -> None:
+    with torch.device("meta"):
+        net = Segmenter(TinyEncoder(), PPM((8, 16), 5), 5)
+    branches = (1 + 4 + 9 + 36) * 16 * 512  # a 1 x 1 convolution in each cell of the four grids
+    joined = 64**2 * 9 * (16 + 4 * 512) * 512  # the 3 x 3 convolution of the map and the upsampled grids, side by side
+    assert cost_of(net).stages[-1].flops == 2 * (branches + joined + 64**2 * 512 * 5)
+
+
+@pytest.mark.parametrize(("model", "billions"), [("upernet50", 489), ("resnet50_dilated8_ppm_deepsup", 369)])
+def test_operations_of_published_networks_are_those_that_papers_count(model: str, billions: int) -> None:
+    cost = cost_of_model(model)
+    assert cost is not None and round(cost.flops / 1e9) == billions
 
 
 def test_the_table_in_the_run_folder_has_every_stage(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,25 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 BLOCK_BYTES = 4 * 2**20  # of an upsampled map, made at a time in evaluation
+_is_written_out = ContextVar("_is_written_out", default=False)
+
+
+@contextmanager
+def written_out() -> Iterator[None]:
+    """While inside, maps are joined, convolved and pooled as the papers write it, not the shorter way.
+
+    For counting: the operations of an architecture are those that papers and other libraries state.
+    """
+    token = _is_written_out.set(True)
+    try:
+        yield
+    finally:
+        _is_written_out.reset(token)
+
+
+def is_written_out() -> bool:
+    """Whether `written_out` is in force; never in a compiled or exported graph."""
+    return not torch.compiler.is_compiling() and _is_written_out.get()
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -67,7 +88,8 @@ def apply_to_joined(layers: nn.Module, maps: Sequence[Tensor]) -> Tensor:
     Returns:
         What the last layer gives for the joined map (N, C_1 + C_2 + ..., h, w) at the size of the first.
     """
-    if torch.compiler.is_exporting():  # one whole convolution, which other runtimes know how to fuse and to quantise
+    # One whole convolution, which other runtimes know how to fuse and to quantise.
+    if torch.compiler.is_exporting() or is_written_out():
         return layers(torch.cat([maps[0], *(resize(features, maps[0]) for features in maps[1:])], 1))
     conv, *rest = layers.children()
     assert isinstance(conv, nn.Conv2d)
@@ -192,6 +214,8 @@ class GridPool(nn.Module):
 
 def grid_means(features: Tensor, bins: int) -> Tensor:
     """(N, C, h, w) -> (N, C, bins, bins), of the type of `features`."""
+    if is_written_out():
+        return F.adaptive_avg_pool2d(features, bins)
     height, width = features.shape[-2:]
     precise = features.to(torch.promote_types(features.dtype, torch.float32))
     rows = cell_weights(height, bins, precise)  # (bins, h)

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from distributed.two_ranks import ALONE, SHARED_OUT, STOPS, Watch, run_of, stop_and_go_on
+from distributed.two_ranks import ALONE, SHARED_OUT, STOPS, UNUSED, Watch, run_of, stop_and_go_on
 from syncbn.ranks import launch
 
-from in_process import assert_equal, fit
+from in_process import assert_equal, fit, logged_losses
 from semseg.data.scenes import make_scenes
 
 pytestmark = pytest.mark.reliability
@@ -71,3 +71,29 @@ def test_d3_a_rank_that_runs_out_of_memory_takes_its_sub_batch_smaller_and_all_k
     assert 0 < second["retry"]["num_shrunk"] == second["stop"]["num_shrunk"] < 6
     assert_equal(second["retry"]["state"], first["retry"]["state"])
     assert_equal(first["retry"]["state"], first["stop"]["state"])  # trying out has left no trace
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_d8_a_network_with_parts_that_the_loss_does_not_reach_trains_on_two_ranks(runs: Runs, name: str) -> None:
+    first, second = (rank["unused"][name] for rank in runs.ranks)
+    assert_equal(second["state"], first["state"])
+    assert first["unused"] == second["unused"]
+    if name == "unread maps":
+        assert len(first["unused"]) == 66
+    else:
+        assert len(first["unused"]) == 5 and all("_deepsup." in parameter for parameter in first["unused"])
+
+
+def test_d9_the_logged_loss_is_the_mean_of_the_ranks_over_all_sub_batches_of_a_step(runs: Runs) -> None:
+    losses = torch.tensor([[loss for _, _, loss in rank["seen"]] for rank in runs.ranks], dtype=torch.float64)
+    found = list(logged_losses(runs.folder / "two").values())
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), losses.mean(0), rtol=1e-12, atol=0)
+    assert float((losses[0] - losses[1]).abs().max()) > 1e-2  # the loss of one rank is not the mean
+    # Six steps of two sub-batches on each rank; every second step is logged.
+    losses = torch.tensor([[loss for _, _, loss in rank["logged"]["seen"]] for rank in runs.ranks], dtype=torch.float64)
+    of_steps = losses.reshape(2, 6, 2).mean((0, 2))
+    logged = logged_losses(runs.folder / "logged")
+    assert [logged[step] for step in ("1", "3", "5")] == pytest.approx(of_steps[1::2].tolist(), rel=1e-12)
+    # Steps 3 and 6 end the epochs; all ranks judge them by the same number.
+    first, second = (rank["logged"]["best"] for rank in runs.ranks)
+    assert first == second == pytest.approx(float(of_steps[2::3].min()), rel=1e-12)

@@ -7,13 +7,14 @@ import logging
 import os
 import signal
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, EarlyStopping
 
 from in_process import TINY_RUN, configured, fit
 from semseg.collate import Batch
@@ -36,6 +37,23 @@ SHARED_OUT = [
 ]  # fmt: skip
 ON_TWO = ["trainer.devices=2", "trainer.strategy=ddp", "data.steps_per_epoch=4"]
 ALONE = ["trainer.accumulate_grad_batches=2", "data.steps_per_epoch=8"]
+
+# The loss of every second step goes to the log, and early stopping watches it at the ends of epochs.
+LOGGED = [
+    *TINY_RUN, "trainer.devices=2", "trainer.strategy=ddp", "data.steps_per_epoch=6", "trainer.max_epochs=2",
+    "trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=2", "trainer.precision=64-true",
+    "callbacks=early_stopping", "callbacks.early_stopping.monitor=train/loss", "callbacks.early_stopping.mode=min",
+    "callbacks.early_stopping.check_on_train_epoch_end=true",
+]  # fmt: skip
+# Networks with parts that the loss does not reach, or that are frozen; each takes two steps.
+TWO_STEPS = [*TINY_RUN, "trainer.devices=2", "trainer.strategy=ddp", "data.steps_per_epoch=2", "trainer.max_epochs=1"]
+UNUSED = {
+    "auxiliary head": ["model/decoder=c1_deepsup", "model.deepsup_weight=0"],
+    "frozen encoder": ["model/decoder=c1_deepsup", "model.deepsup_weight=0", "model.encoder.frozen=true"],
+    "frozen statistics": ["model/decoder=ppm_deepsup", "model.deepsup_weight=0", "model.freeze_bn=true"],
+}
+if find_spec("timm") is not None:
+    UNUSED["unread maps"] = ["model/encoder=timm", "model.encoder.name=hrnet_w18_small", "model.encoder.weights=none"]
 
 # Rank 1 has no memory for canvases as large as a short edge of 48 gives them; one of 32 stays below.
 SCARCE = [
@@ -94,11 +112,20 @@ def shrinking_step(module: SegmentationModule, batch: Batch, batch_idx: int) -> 
     return TRAINING_STEP(module, batch, batch_idx)
 
 
+class BestLoss(Callback):
+    """Notes the loss that early stopping holds for the best."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        (stopping,) = (callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping))  # pyright: ignore[reportAttributeAccessIssue]
+        self.value = float(stopping.best_score)
+
+
 class Weights(Callback):
-    """Keeps what this rank's network is in the end, and how many sub-batches it has shrunk."""
+    """Keeps what this rank's network is in the end, what of it was frozen, and how many sub-batches it has shrunk."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.state = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        self.unused = list(pl_module.unused)
         self.num_shrunk = pl_module.oom_retries
 
 
@@ -114,6 +141,19 @@ def end_with_little_memory(root: str, folder: Path) -> dict[str, Any]:
     return ends
 
 
+def end_with_unused_parts(root: str, folder: Path) -> dict[str, Any]:
+    """Weights of this rank after two steps of the networks in UNUSED, and the names of what was frozen."""
+    ends = {}
+    for name, words in UNUSED.items():
+        weights = Weights()
+        # Of two words for one part of the network the later one is meant.
+        parts = {word.partition("=")[0].replace("/", ".") for word in words if word.startswith("model/")}
+        kept = [word for word in TWO_STEPS if not word.lstrip("~").replace("/", ".").startswith(tuple(parts))]
+        fit(run_of([*kept, *words], root, folder / name.replace(" ", "_")), weights)
+        ends[name] = {"state": weights.state, "unused": weights.unused}
+    return ends
+
+
 def run_of(words: list[str], root: str, run_dir: Path) -> Config:
     drawn = ["data=scenes", "data.make.num_train=5", "data.make.num_val=2"]
     return configured(*drawn, *words, f"data.root={root}", f"run_dir={run_dir}")
@@ -122,8 +162,9 @@ def run_of(words: list[str], root: str, run_dir: Path) -> Config:
 def stop_and_go_on(rank: int, world: int, *, root: str, folder: str) -> dict[str, Any]:
     """Runs in `folder`: `whole`, `stopped_<step>` for all STOPS, and `two`; returns what this rank has seen of those.
 
-    The entry "stopped" tells the steps at which this rank was stopped, "seen" the sub-batches of `two`, "scarce" what
-    `end_with_little_memory` gives.
+    The entry "stopped" tells the steps at which this rank was stopped, "seen" the sub-batches of `two`, "scarce" and
+    "unused" what `end_with_little_memory` and `end_with_unused_parts` give, "logged" the sub-batches of the run
+    `logged` and the best loss of its early stopping.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -139,4 +180,10 @@ def stop_and_go_on(rank: int, world: int, *, root: str, folder: str) -> dict[str
     watch = Watch()
     fit(run_of([*SHARED_OUT, *ON_TWO], root, Path(folder) / "two"), watch)
     scarce = end_with_little_memory(root, Path(folder))
-    return {"stopped": stopped, "seen": watch.seen, "scarce": scarce}
+    unused = end_with_unused_parts(root, Path(folder))
+    logged, best = Watch(), BestLoss()
+    fit(run_of(LOGGED, root, Path(folder) / "logged"), logged, best)
+    return {
+        "stopped": stopped, "seen": watch.seen, "scarce": scarce, "unused": unused,
+        "logged": {"seen": logged.seen, "best": best.value},
+    }  # fmt: skip
