@@ -32,7 +32,7 @@ from semseg.data.plan import RankSequence, TrainPlan, groups_of_one_shape
 from semseg.data.records import Record
 from semseg.data.scan import repeat_factors, scan
 from semseg.data.sources import DataSource
-from semseg.errors import DataError
+from semseg.errors import ConfigError, DataError
 from semseg.handover import Exchange
 from semseg.machine import free_shared_memory
 from semseg.nets.segmenter import Segmenter
@@ -228,6 +228,9 @@ class SegmentationData(pl.LightningDataModule):
         source: records and label map, files checked.
         config: sections data, eval and the seed.
         net: gives the size divisor, the label stride and the input convention.
+
+    Raises:
+        ConfigError: if the size divisor is not a multiple of the label stride.
     """
 
     def __init__(self, source: DataSource, config: Config, net: Segmenter) -> None:
@@ -237,6 +240,11 @@ class SegmentationData(pl.LightningDataModule):
         self.size_divisor = config.model.size_divisor or net.size_divisor
         self.net = net
         self.label_stride = config.model.label_stride or net.label_stride
+        if self.size_divisor % self.label_stride:
+            raise ConfigError(
+                f"model.size_divisor={self.size_divisor}: is no multiple of model.label_stride={self.label_stride}. "
+                f"The network's own, which null means, are {net.size_divisor} and {net.label_stride}."
+            )
         self._train_loader: SubBatchLoader | None = None
         self._position = 0  # where training starts
         self._eval_groups: dict[str, list[list[int]]] = {}  # of each stage
@@ -283,7 +291,18 @@ class SegmentationData(pl.LightningDataModule):
             largest=self.largest_batch().image.nbytes,
         )
         self._train_loader.position = self._position
+        self.check_limit("limit_train_batches", self._train_loader.steps)
         return self._train_loader
+
+    def check_limit(self, key: str, num_batches: int) -> None:
+        """Lightning rounds a share of the batches down, and ends with an error of its own where that is none.
+
+        Raises:
+            ConfigError: then.
+        """
+        share = getattr(self.config.trainer, key)
+        if isinstance(share, float) and 0 < share * num_batches < 1:
+            raise ConfigError(f"trainer.{key}={share}: is less than one of {num_batches} batches.")
 
     def label_cache(self) -> LabelCache | None:
         """data.label_cache, if there is one.
@@ -383,7 +402,9 @@ class SegmentationData(pl.LightningDataModule):
         return self._eval_groups[stage]
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self.eval_loader("val")
+        loader = self.eval_loader("val")
+        self.check_limit("limit_val_batches", len(loader))
+        return loader
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self.eval_loader("test")
