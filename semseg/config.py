@@ -7,10 +7,12 @@ problems of a composed configuration and raises once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -18,6 +20,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from semseg import zoo
 from semseg.data.convention import CONVENTIONS
 from semseg.errors import ConfigError, choose, nearest
+from semseg.hints import unknown_key
 from semseg.secrets import refusal, secret_in
 
 TELLING_MODES = ("models", "data", "doctor")  # that print something and leave no folder
@@ -61,9 +64,22 @@ ALLOWED_TARGETS = (
 HYDRA_WORDS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
-def number(default: Any, *, low: float | None = None, above: float | None = None, high: float | None = None) -> Any:
-    """A field with a range: value >= low, value > above, value <= high."""
-    return field(default=default, metadata={"low": low, "above": above, "high": high})
+LONGEST_EDGE = 2**15  # pixels, of an image after scaling
+LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127  # of int64 and float32, in which numbers are used
+LARGEST_STRIDE = 1024  # pixels; images are padded to multiples of it
+LARGEST_SEED = 2**32 - 1  # that every generator takes; NumPy's global one is the strictest
+
+
+def number(
+    default: Any,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field with a range: value >= low, value > above, value <= high, value < below."""
+    return field(default=default, metadata={"low": low, "above": above, "high": high, "below": below})
 
 
 def one_of(default: Any, choices: tuple[str, ...]) -> Any:
@@ -82,8 +98,10 @@ class ModelConfig:
     convention: str = one_of("auto", ("auto", *CONVENTIONS))
     deepsup_weight: float = number(0.4, low=0)  # weight of the auxiliary loss
     freeze_bn: bool = False  # normalisation statistics stay as they are
-    size_divisor: int | None = number(None, low=1)  # pixels; null: the network's largest stride
-    label_stride: int | None = number(None, low=1)  # pixels; null: the stride of the network's logits
+    size_divisor: int | None = number(None, low=1, high=LARGEST_STRIDE)  # pixels; null: the network's largest stride
+    label_stride: int | None = number(
+        None, low=1, high=LARGEST_STRIDE
+    )  # pixels; null: the stride of the network's logits
     channels_last: bool = False
     winograd: bool = True  # on the CPU, eager and in float32: 3 x 3 convolutions by fewer products
     compile: bool = False
@@ -105,7 +123,7 @@ class ScenesConfig:
 
     num_train: int = number(320, low=1)
     num_val: int = number(64, low=1)
-    seed: int = number(304, low=0)
+    seed: int = number(304, low=0, high=LARGEST_SEED)
 
 
 @dataclass
@@ -144,7 +162,7 @@ class DataConfig:
     ignore_colors: list[list[int]] = field(default_factory=lambda: [[0, 0, 0]])  # of masks in colours, not scored
     miou_rule: str = one_of("present", MIOU_RULES)
     short_edges: list[int] = field(default_factory=lambda: [300, 375, 450, 525, 600])  # pixels
-    max_long_edge: int = number(1000, low=1)  # pixels
+    max_long_edge: int = number(1000, low=1, high=LONGEST_EDGE)  # pixels
     batch_size: int = number(2, low=1)  # images per device
     steps_per_epoch: int | None = number(5000, low=1)  # null: one pass over the records
     limit: int | None = number(None, low=1)  # the first so many records of each split
@@ -194,8 +212,8 @@ class OptimConfig:
     lr: float = number(0.02, above=0)
     lr_encoder: float | None = number(None, low=0)
     lr_decoder: float | None = number(None, low=0)
-    momentum: float = number(0.9, low=0, high=1)  # SGD's momentum, AdamW's beta1
-    beta2: float = number(0.999, low=0, high=1)  # AdamW only
+    momentum: float = number(0.9, low=0, below=1)  # SGD's momentum, AdamW's beta1
+    beta2: float = number(0.999, low=0, below=1)  # AdamW only
     weight_decay: float = number(1e-4, low=0)  # on convolution and linear weights only
     layer_decay: float = number(1.0, above=0, high=1)  # encoder: from each stage to the one before it
 
@@ -375,7 +393,7 @@ class Config:
 
     mode: str = one_of("train", MODES)
     quiet: bool = False  # print warnings and errors only
-    seed: int = number(304, low=0)
+    seed: int = number(304, low=0, high=LARGEST_SEED)
     runs_dir: str = "runs"
     run_dir: str = ""
     ckpt: str | None = None
@@ -414,6 +432,10 @@ def check(composed: DictConfig) -> Config:
     Raises:
         ConfigError: unknown keys, wrong types, values out of range, sections that contradict.
     """
+    plain = OmegaConf.to_container(composed, resolve=False)
+    told = next(section_problems(plain), None)
+    if told is not None:
+        raise ConfigError(told)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(Config), composed)
         config = OmegaConf.to_object(typed)
@@ -451,39 +473,36 @@ def explain(error: OmegaConfBaseException, composed: DictConfig) -> str:
     return f"{key}={value}: {reason}." if key else f"cannot read the configuration: {reason}."
 
 
-def unknown_key(key: str, valid: list[str]) -> str:
-    """One line for a key that does not exist, with the nearest one that does."""
-    meant = nearest_key(key, valid)
-    if meant:
-        return f"There is no key {key!r}. Did you mean {meant}?"
-    section = key.rpartition(".")[0]
-    siblings = list(dict.fromkeys(name for name in valid if name.rpartition(".")[0] == section))
-    siblings = siblings or sorted({name.partition(".")[0] for name in valid})
-    return f"There is no key {key!r}. Valid here: {', '.join(siblings)}."
-
-
-def nearest_key(key: str, valid: list[str]) -> str | None:
-    """The valid key most like `key`: as a whole, or by its last word alone (lr -> optim.lr)."""
-    last = key.rpartition(".")[2]
-    by_last = [name for name in valid if name.rpartition(".")[2] == last]
-    if by_last:
-        return min(by_last, key=len)
-    whole = nearest(key, valid)
-    if whole:
-        return whole
-    word = nearest(last, [name.rpartition(".")[2] for name in valid])
-    return next((name for name in valid if name.rpartition(".")[2] == word), None) if word else None
-
-
 def schema_keys(cls: type = Config, prefix: str = "") -> list[str]:
     """All dotted keys of the sections, leaves and sections alike."""
-    keys = []
+    keys, sections = [], sections_of(cls)
     for item in fields(cls):
         keys.append(prefix + item.name)
-        section = SECTIONS.get(str(item.type))
-        if section:
-            keys.extend(schema_keys(section, f"{prefix}{item.name}."))
+        if item.name in sections:
+            keys.extend(schema_keys(sections[item.name], f"{prefix}{item.name}."))
     return keys
+
+
+def section_problems(plain: Any, cls: type = Config, prefix: str = "") -> Iterator[str]:
+    """A sentence for every section that was given one value in the place of its keys."""
+    for name, kind in sections_of(cls).items():
+        key, value = prefix + name, plain.get(name, {})
+        if isinstance(value, dict):
+            yield from section_problems(value, kind, key + ".")
+        elif value is not None:
+            keys = ", ".join(f"{key}.{item.name}" for item in fields(kind))
+            yield f"{key}={value}: is a section, not a value. Its keys: {keys}."
+    for name in ("encoder", "decoder"):
+        value = plain.get(name, {}) if cls is ModelConfig else {}
+        if not isinstance(value, dict):
+            yield f"{prefix}{name}={value}: is a section, not a value. Choose a network by model/{name}=<name>."
+
+
+def sections_of(cls: type) -> dict[str, type]:
+    """The fields of a section that are sections themselves, or may be."""
+    types = get_type_hints(cls)
+    kinds = {item.name: (types[item.name], *get_args(types[item.name])) for item in fields(cls)}
+    return {name: kind for name, both in kinds.items() for kind in both if is_dataclass(kind)}
 
 
 def range_problems(section: Any, prefix: str = "") -> Iterator[str]:
@@ -501,15 +520,15 @@ def range_problems(section: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _bounds(key: str, value: float, limits: Mapping[str, Any]) -> Iterator[str]:
-    low, above, high = (limits.get(name) for name in ("low", "above", "high"))
-    if math.isnan(value):
-        yield f"{key}={value}: must be a number."
-    if low is not None and value < low:
-        yield f"{key}={value}: must be at least {low}."
-    if above is not None and value <= above:
-        yield f"{key}={value}: must be above {above}."
-    if high is not None and value > high:
-        yield f"{key}={value}: must be at most {high}."
+    largest = LARGEST_FLOAT if isinstance(value, float) else LARGEST_INT
+    if not abs(value) <= largest:  # nor is a NaN
+        yield f"{key}={value}: must be a number of at most {largest:.8g}."
+        return
+    rules = {"low": ("at least", operator.ge), "above": ("above", operator.gt)}
+    rules |= {"high": ("at most", operator.le), "below": ("below", operator.lt)}
+    bounds = [(words, limits[name], holds) for name, (words, holds) in rules.items() if limits.get(name) is not None]
+    if not all(holds(value, bound) for _, bound, holds in bounds):
+        yield f"{key}={value}: must be {' and '.join(f'{words} {bound}' for words, bound, _ in bounds)}."
 
 
 def wrong_choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
@@ -565,19 +584,14 @@ def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def cross_problems(config: Config) -> Iterator[str]:
     """A sentence for every pair of fields that contradict each other."""
-    for key, edges in (
-        ("data.short_edges", config.data.short_edges),
-        ("eval.scales", config.eval.scales),
-        ("predict.scales", config.predict.scales or [1]),
-    ):
-        if not edges or min(edges) < 1:
-            yield f"{key}={edges}: must be a list of short edges in pixels, each at least 1, such as [300,450,600]."
+    yield from edge_problems("data.short_edges", config.data.short_edges)
+    yield from view_problems("eval.", config.eval.scales, config.eval.window, config.eval.stride)
+    predict = config.predict
+    scales = config.eval.scales if predict.scales is None else predict.scales
+    yield from view_problems("predict.", scales, predict.window, predict.stride)
     for part in config.eval.also_scales:
         if not part or not set(part) <= set(config.eval.scales):
             yield f"eval.also_scales: {part} must be a part of eval.scales={config.eval.scales}, such as [[450]]."
-    for key, section in (("eval", config.eval), ("predict", config.predict)):
-        if section.stride and section.stride > (section.window or 0):
-            yield f"{key}.stride={section.stride}: is for windows of at least that side; {key}.window={section.window}."
     yield from _device_problems(config.trainer)
     divisor, stride = config.model.size_divisor, config.model.label_stride
     if divisor and stride and divisor % stride:
@@ -595,6 +609,28 @@ def cross_problems(config: Config) -> Iterator[str]:
     for output in config.predict.save:
         if output not in PREDICT_OUTPUTS:
             yield wrong_choice("predict.save", output, PREDICT_OUTPUTS)
+
+
+def edge_problems(key: str, edges: object) -> Iterator[str]:
+    """A sentence if `edges` is no list of short edges."""
+    listed = list(edges) if isinstance(edges, Iterable) and not isinstance(edges, str) else []
+    if not listed or not all(is_whole(edge, low=1, high=LONGEST_EDGE) for edge in listed):
+        yield (
+            f"{key}={edges}: must be a list of short edges in pixels, each at least 1 and at most {LONGEST_EDGE}, "
+            "such as [300,450,600]."
+        )
+
+
+def view_problems(section: str, scales: object, window: int | None, stride: int | None) -> Iterator[str]:
+    """A sentence for every reason why images cannot be looked at like this; keys begin with `section`."""
+    yield from edge_problems(f"{section}scales", scales)
+    if stride and stride > (window or 0):
+        yield f"{section}stride={stride}: is for windows of at least that side; {section}window={window}."
+
+
+def is_whole(value: object, *, low: int, high: float = math.inf) -> bool:
+    """Whether `value` is a whole number, NumPy's included, from `low` to `high`."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def _mode_problems(config: Config) -> Iterator[str]:
@@ -743,10 +779,13 @@ def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
             "trainer.on_oom=retry: every device tries sub-batches by itself, but may not have all weights with "
             f"trainer.strategy={trainer.strategy}. Use trainer.strategy=ddp, or trainer.on_oom=stop."
         )
-    for key in ("limit_train_batches", "limit_val_batches"):
+    for key, lowest in (("limit_train_batches", 1), ("limit_val_batches", 0)):
         value = getattr(trainer, key)
-        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):
-            yield f"trainer.{key}={value}: must be null, a count, or a share between 0 and 1."
+        is_share = isinstance(value, float) and value <= 1 and (value > 0 or value == lowest)
+        if value is not None and not is_share and not is_whole(value, low=lowest, high=LARGEST_INT):
+            yield f"trainer.{key}={value}: must be null, a count of at least {lowest}, or a share up to 1.0."
+    if not isinstance(trainer.fast_dev_run, bool) and not is_whole(trainer.fast_dev_run, low=1, high=LARGEST_INT):
+        yield f"trainer.fast_dev_run={trainer.fast_dev_run}: must be true, false, or a number of batches."
 
 
 def network_options(section: dict[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
@@ -768,14 +807,5 @@ def network_options(section: dict[str, Any], kind: str) -> tuple[str, dict[str, 
         return name, options
     return choose(f"model.{kind}.library", section["library"], LIBRARIES), {"name": name, **options}
 
-
-SECTIONS: dict[str, type] = {
-    cls.__name__: cls
-    for cls in (
-        ModelConfig, DataConfig, SplitConfig, AugmentConfig, OptimConfig, ScheduleConfig, LossConfig, LossTermsConfig,
-        SyncBNConfig, TrainerConfig, EmaConfig, CheckpointConfig, EvalConfig, PredictConfig, ServeConfig, ExportConfig,
-        CheckConfig, DownloadConfig,
-    )
-} | {"ScenesConfig | None": ScenesConfig, "ArchiveConfig | None": ArchiveConfig}  # fmt: skip
 
 __all__ = ["Config", "as_plain", "check", "choose"]

@@ -401,6 +401,9 @@ class SegmentationData(pl.LightningDataModule):
         source: records and label map, files checked.
         config: sections data, eval and the seed.
         net: gives the size divisor, the label stride and the input convention.
+
+    Raises:
+        ConfigError: if the size divisor is not a multiple of the label stride.
     """
 
     def __init__(self, source: DataSource, config: Config, net: Segmenter) -> None:
@@ -410,6 +413,11 @@ class SegmentationData(pl.LightningDataModule):
         self.size_divisor = config.model.size_divisor or net.size_divisor
         self.net = net
         self.label_stride = config.model.label_stride or net.label_stride
+        if self.size_divisor % self.label_stride:
+            raise ConfigError(
+                f"model.size_divisor={self.size_divisor}: is no multiple of model.label_stride={self.label_stride}. "
+                f"The network's own, which null means, are {net.size_divisor} and {net.label_stride}."
+            )
         self._train_loader: SubBatchLoader | None = None
         self._taken = 0  # sub-batches before those that training starts with
         self._plan: TrainPlan | None = None
@@ -498,6 +506,16 @@ class SegmentationData(pl.LightningDataModule):
         )
         self._train_loader.taken = self._taken
         return self._train_loader
+
+    def check_limit(self, key: str, num_batches: int) -> None:
+        """Lightning rounds a share of the batches down, and ends with an error of its own where that is none.
+
+        Raises:
+            ConfigError: then.
+        """
+        share = getattr(self.config.trainer, key)
+        if isinstance(share, float) and 0 < share * num_batches < 1:
+            raise ConfigError(f"trainer.{key}={share}: is less than one of {num_batches} batches.")
 
     def label_cache(self) -> LabelCache | None:
         """data.label_cache, if there is one.
@@ -605,7 +623,9 @@ class SegmentationData(pl.LightningDataModule):
         return self._eval_groups[stage]
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self.eval_loader("val")
+        loader = self.eval_loader("val")
+        self.check_limit("limit_val_batches", len(loader))
+        return loader
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self.eval_loader("test")

@@ -35,9 +35,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from semseg import run_lock
-from semseg.config import TELLING_MODES, Config, check, explain, hydra_words, schema_keys, unknown_key, walk
+from semseg.config import TELLING_MODES, Config, check, explain, hydra_words, schema_keys, walk
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError, nearest
 from semseg.files import SCRIPT, from_here, program, replacing, script, unwritable
+from semseg.hints import unknown_key
 from semseg.jobs import finished_job, job_words
 from semseg.process import lead_sweep, prepare
 from semseg.secrets import guard_interpolations, refusal, secret_in
@@ -82,6 +83,8 @@ OPTUNA_SAMPLERS = tuple(f"optuna.samplers.{name}Sampler" for name in ("TPE", "Ra
 PLUGIN_EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}
 LOGGING_CALLS = ("logging.StreamHandler", "logging.FileHandler", "colorlog.ColoredFormatter")
 LOGGING_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+# How Hydra names a key that does not exist: in key=value, in ~key, and where OmegaConf looks it up.
+UNKNOWN_KEY = (r"Could not override '([^'@]+)", r"Could not delete from config\. '([^'@]+)' does not", r"Key '([^']+)'")
 LONGEST_WORD = 10_000  # characters; Hydra's parser takes seconds for more
 LONGEST_NUMBER = r"[\d_]{1000}"  # Python refuses to read integers with a few thousand
 DEEPEST_WORD = 50  # brackets inside each other; the parser is recursive
@@ -518,6 +521,9 @@ def compose_all(overrides: list[str], *, sweep: bool = False) -> DictConfig:
         except (HydraException, OmegaConfBaseException):
             raise
         except Exception as error:  # whatever Hydra stumbles over: an assertion, a file name that is too long, ...
+            told = next(group_problems(overrides), None)
+            if told is not None:
+                raise ConfigError(told) from error
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"cannot read this command line ({type(error).__name__}: {reason}).") from error
     told = next(hydra_problems(OmegaConf.to_container(composed.hydra, resolve=False)), None)
@@ -615,16 +621,23 @@ def explain_hydra(error: Exception, overrides: list[str]) -> str:
     if missing:
         group, _, option = missing[1].rpartition("/")
         return explain_option(group, option, re.findall(r"^\t(\w+)$", text, re.MULTILINE))
-    key = re.search(r"Could not override '([^'@]+)", text) or re.search(r"Key '([^']+)'", text)
+    key = next(filter(None, (re.search(pattern, text) for pattern in UNKNOWN_KEY)), None)
     if key:
-        meant = group_of_option(key[1], overrides)
-        valid = [meant] if meant else schema_keys() + composed_keys(overrides) + groups()
-        return unknown_key(key[1], valid)
+        return explain_key(key[1], overrides)
     if isinstance(error, OmegaConfBaseException):
         return explain(error, OmegaConf.create())
     if not text and isinstance(error.__cause__, Exception):
         return explain_hydra(error.__cause__, overrides)
     return " ".join(line.strip() for line in text.splitlines() if line.strip())[:400]
+
+
+def explain_key(key: str, overrides: list[str]) -> str:
+    """One line for a key that is not in the configuration with these groups."""
+    section, option = [*key.split("."), ""][:2]
+    if section in ("logger", "callbacks") and option in options_of(section):
+        return f"There is no key {key!r} without {section}={option}."
+    meant = group_of_option(key, overrides)
+    return unknown_key(key, [meant] if meant else schema_keys() + composed_keys(overrides) + groups())
 
 
 def group_of_option(key: str, overrides: list[str]) -> str | None:
@@ -644,6 +657,14 @@ def explain_option(group: str, option: str, listed: list[str]) -> str:
     meant = nearest(option, options)
     hint = f" Did you mean {group}={meant}?" if meant else ""
     return f"{group}={option}: not known.{hint}\nValid: {', '.join(options)}."
+
+
+def group_problems(overrides: list[str]) -> Iterator[str]:
+    """A sentence for every group that was given something else than the name of one of its options."""
+    for word in overrides:
+        key, _, value = word.lstrip("+").partition("=")
+        if key in groups() and value not in options_of(key):
+            yield explain_option(key, value, [])
 
 
 def explain_grammar(override: str) -> str:

@@ -342,7 +342,8 @@ class SegmentationModule(pl.LightningModule):
         """Every image exactly once, whatever the number of ranks."""
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
         limits = trainer.limit_val_batches if stage == "val" else trainer.limit_test_batches
-        if data is None or limits != 1.0 or trainer.sanity_checking or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+        is_whole = isinstance(limits, float) and limits == 1  # the int 1 is one batch, the float 1.0 all of them
+        if data is None or not is_whole or trainer.sanity_checking or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         assert counted == data.num_images(stage), f"scored {counted} images of {data.num_images(stage)}"
 

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from semseg.config import is_whole, view_problems
 from semseg.data.classes import ClassTable, LabelMap
 from semseg.data.datasets import at_scales
 from semseg.data.images import MAX_PIXELS, read_image, rgb_of
 from semseg.draw import Pixels, Share, class_shares, overlay, with_legend
-from semseg.errors import DataError
+from semseg.errors import ConfigError, DataError
 from semseg.inference import predict
 from semseg.nets.segmenter import Segmenter
 from semseg.outputs import write_outputs
@@ -41,6 +42,19 @@ class Settings:
     stride: int | None = None
     memory_limit_mb: int = 1024
     max_pixels: int = MAX_PIXELS  # of a picture; data.max_pixels
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: if one of them cannot be used, or window and stride contradict each other.
+        """
+        for problem in view_problems("", self.scales, self.window, self.stride):
+            raise ConfigError(problem)
+        for name in ("max_long_edge", "size_divisor", "window", "stride", "memory_limit_mb"):
+            value = getattr(self, name)
+            if value is not None and not is_whole(value, low=1):
+                raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1.")
 
 
 @dataclass(frozen=True)
@@ -122,12 +136,13 @@ class Predictor:
             picture: a path (turned upright), a PIL image (likewise), a numpy array (H, W, 3) uint8 RGB, or a tensor
                 (3, H, W) uint8 RGB.
             probabilities: keep those of all classes too: 2 bytes a pixel and class.
-            settings: scales, flip, window, stride, ...: those of `Settings` that shall differ for this picture.
+            settings: scales, flip, window, stride, max_long_edge, size_divisor, memory_limit_mb: those of `Settings`
+                that shall differ for this picture.
 
         Raises:
             DataError: if a file is missing, broken, or no image.
             TypeError: for anything else than a picture, and for settings that do not exist.
-            ValueError: for an array of another shape or type.
+            ValueError: for an array of another shape or type, and for settings out of their range (ConfigError).
         """
         image = to_pixels(picture, replace(self.settings, **settings).max_pixels)
         shape = (self.classes.num_classes, *image.shape[:2])
@@ -155,6 +170,7 @@ class Predictor:
         size: Sequence[int],
         scales: Sequence[Tensor],
         probabilities: NDArray[np.floating] | None = None,
+        /,  # since `settings` has a key `scales` too
         **settings: Any,
     ) -> NDArray[np.int16]:
         """(H, W) class indices of a picture of `size` (H, W) from its scaled copies.

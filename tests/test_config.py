@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from semseg.config import Config, as_plain, check, nearest_key, schema_keys
+from semseg.config import Config, as_plain, check, schema_keys
 from semseg.errors import ConfigError
+from semseg.hints import nearest_key
 from semseg.launch import CONFIG_DIR, compose_config
 
 ROOT = CONFIG_DIR.parent

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "semseg"
 LAYERS = [
     [
         "errors",
+        "hints",
         "secrets",
         "archive",
         "digest",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from in_process import TINY_RUN, fit
 from semseg.build import build_net, build_trainer
 from semseg.config import Config, check
 from semseg.data.sources import DataSource
@@ -170,3 +171,42 @@ def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path
         upsampled = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         matrix.update(confusion_counts(upsampled.argmax(1)[0], sample.label, source.classes.num_classes))
     assert module.scores == scores_from(matrix.compute().matrix, config.data.miou_rule)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(("limit", "scored"), [("1", 1), ("9", 3), ("0.5", 1), ("1.0", 3), ("0", None)])
+def test_i2_a_limit_of_validation_is_a_number_of_batches_or_a_share(
+    tmp_path: Path, limit: str, scored: int | None
+) -> None:
+    words = [*TINY_RUN, "data.make.num_train=2", "data.make.num_val=3", "data.steps_per_epoch=1"]
+    places = [f"data.root={tmp_path / 'data'}", f"run_dir={tmp_path / 'run'}", "trainer.max_epochs=1"]
+    config = check(compose_config(["data=scenes", *words, *places, f"trainer.limit_val_batches={limit}"]))
+    counted: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        check_images = SegmentationModule.check_images
+        patched.setattr(
+            SegmentationModule,
+            "check_images",
+            lambda module, images, stage: (counted.append(images), check_images(module, images, stage)),
+        )
+        fit(config)
+    assert counted == ([] if scored is None else [scored])
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "limit_train_batches=0", "limit_train_batches=0.0", "limit_train_batches=1.5", "limit_train_batches=true",
+        "limit_val_batches=-1", "limit_val_batches=1.5", "limit_val_batches=nan", "limit_val_batches=all",
+        "fast_dev_run=0", "fast_dev_run=some",
+    ],
+)  # fmt: skip
+def test_i2_other_limits_are_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match=rf"trainer\.{word.partition('=')[0]}=.*: must be"):
+        check(compose_config([f"trainer.{word}"]))
+
+
+@pytest.mark.parametrize("key", ["limit_train_batches", "limit_val_batches"])
+def test_i2_a_share_of_less_than_one_batch_is_refused(root: Path, tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"trainer\.{key}=0\.1: is less than one of 2 batches"):
+        fitted(configured(root, tmp_path, f"trainer.{key}=0.1"))

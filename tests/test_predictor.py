@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from semseg.data.classes import ClassTable, LabelMap
 from semseg.data.convention import CONVENTIONS
-from semseg.errors import DataError
+from semseg.errors import ConfigError, DataError
 from semseg.nets.features import Logits
 from semseg.outputs import array_on_disk, write_outputs
 from semseg.predictor import Predictor, Result, Settings
@@ -99,6 +101,50 @@ def test_settings_hold_for_one_picture(net: Predictor) -> None:
     assert np.array_equal(net.predict(stripes(), flip=True, window=8).ids, net.predict(stripes()).ids)
     with pytest.raises(TypeError, match="scale"):
         net.predict(stripes(), scale=[8])
+
+
+@pytest.mark.reliability
+def test_i1_every_combination_of_settings_gives_a_map_and_its_probabilities(net: Predictor) -> None:
+    choices = {
+        "probabilities": (False, True), "scales": ([8], (8, 16), np.array([12])), "flip": (False, True),
+        "window": (None, 8), "stride": (None, 4), "max_long_edge": (64, 20), "size_divisor": (None, 8),
+        "memory_limit_mb": (1024,),
+    }  # fmt: skip
+    assert set(choices) - {"probabilities"} == {item.name for item in fields(Settings)}
+    for values in itertools.product(*choices.values()):
+        given = dict(zip(choices, values, strict=True))
+        if given["stride"] and not given["window"]:
+            continue  # refused below
+        result = net.predict(stripes(), **given)
+        assert result.ids.shape == (16, 24) and result.ids[8, [2, 12, 21]].tolist() == [0, 1, 2], given
+        assert (result.probabilities is not None) == given["probabilities"]
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"scales": []}, r"scales=\[\]: must be a list of short edges"),
+        ({"scales": 64}, "scales=64: must be a list of short edges"),
+        ({"scales": [0]}, r"scales=\[0\]: must be a list"),
+        ({"scales": [1.5]}, r"scales=\[1.5\]: must be a list"),
+        ({"scales": ["64"]}, "must be a list"),
+        ({"scales": "64"}, "scales=64: must be a list"),
+        ({"window": 0}, "window=0: must be a whole number of at least 1"),
+        ({"window": 8.5}, "window=8.5: must be a whole number"),
+        ({"window": 8, "stride": 0}, "stride=0: must be a whole number"),
+        ({"window": 8, "stride": 9}, "stride=9: is for windows of at least that side; window=8"),
+        ({"stride": 4}, "stride=4: is for windows of at least that side; window=None"),
+        ({"max_long_edge": 0}, "max_long_edge=0: must be"),
+        ({"size_divisor": -4}, "size_divisor=-4: must be"),
+        ({"memory_limit_mb": 0}, "memory_limit_mb=0: must be"),
+    ],
+)
+def test_i1_settings_out_of_their_range_are_refused_in_a_sentence(
+    net: Predictor, settings: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        net.predict(stripes(), **settings)  # pyright: ignore[reportArgumentType]
 
 
 def test_shares_and_probabilities(net: Predictor) -> None:

@@ -1,0 +1,134 @@
+"""What a key that does not exist was probably meant to be. Knows names, not the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from semseg.errors import nearest
+
+# Names of Lightning's Trainer, of today and of earlier releases, and what there is instead.
+TRAINER = {
+    "auto_lr_find": "Sweep over optim.lr instead: hparams_search=grid.",
+    "auto_scale_batch_size": "Set data.batch_size; trainer.probe_memory tries the largest sub-batch before training.",
+    "barebones": "mode=bench times the steps without logging and checkpoints.",
+    "callbacks": "Set callbacks=early_stopping; checkpoint, ema and trainer.enable_progress_bar set the other ones.",
+    "checkpoint_callback": "Set checkpoint.every_n_steps, checkpoint.every_n_minutes and checkpoint.keep.",
+    "default_root_dir": "Set run_dir, the folder of this run, or runs_dir, the folder of all runs.",
+    "enable_autolog_hparams": "The whole configuration is always logged, and kept in <run folder>/config.yaml.",
+    "enable_checkpointing": "Checkpoints are always written: see checkpoint.every_n_steps and checkpoint.keep.",
+    "enable_model_summary": "The network is always described in <run folder>/model.txt; quiet=true prints nothing.",
+    "gpus": "Set trainer.devices=<count or list> and trainer.accelerator=gpu.",
+    "gradient_clip_algorithm": "Gradients are clipped by their norm, at trainer.gradient_clip_val.",
+    "inference_mode": "Validation and evaluation never keep gradients.",
+    "ipus": "Set trainer.accelerator and trainer.devices.",
+    "limit_predict_batches": "Give fewer images as input=<pattern or list of paths>.",
+    "limit_test_batches": "Set data.limit=<number of images>, of each split.",
+    "logger": "Set logger=csv, tensorboard, csv_tensorboard, wandb or mlflow, without trainer.",
+    "max_time": "Set trainer.max_epochs or trainer.max_steps; SIGTERM stops a run with a checkpoint to resume from.",
+    "min_epochs": "A run trains trainer.max_epochs unless callbacks=early_stopping ends it: raise its patience.",
+    "min_steps": "A run trains trainer.max_epochs unless callbacks=early_stopping ends it: raise its patience.",
+    "model_registry": "Set logger=mlflow or logger=wandb; checkpoints stay in the run folder.",
+    "num_gpus": "Set trainer.devices=<count or list> and trainer.accelerator=gpu.",
+    "num_processes": "Set trainer.devices=<count> and trainer.accelerator=cpu.",
+    "overfit_batches": "Set debug=overfit, or data.limit=<number of images>.",
+    "plugins": "Set trainer.precision, trainer.strategy and syncbn.",
+    "progress_bar_refresh_rate": "Set trainer.enable_progress_bar=true or false.",
+    "reload_dataloaders_every_n_epochs": "Every epoch draws other sub-batches by itself.",
+    "replace_sampler_ddp": "Every device always gets sub-batches of its own.",
+    "resume_from_checkpoint": "Set resume=<checkpoint>, or nothing: a run folder with a checkpoint is resumed.",
+    "stochastic_weight_avg": "Set ema.decay=0.999, a moving average of the weights.",
+    "sync_batchnorm": "Set syncbn=reduce (the default), native or off.",
+    "terminate_on_nan": "A NaN always stops a run: see trainer.max_nonfinite_steps.",
+    "tpu_cores": "Set trainer.accelerator and trainer.devices.",
+    "track_grad_norm": "Set trainer.gradient_clip_val to limit the norm of the gradients.",
+    "use_distributed_sampler": "Every device always gets sub-batches of its own.",
+    "val_check_interval": (
+        "Set trainer.check_val_every_n_epoch=<epochs>, and data.steps_per_epoch=<steps> for the length of an epoch."
+    ),
+    "weights_save_path": "Set run_dir, the folder of this run.",
+    "weights_summary": "The network is always described in <run folder>/model.txt.",
+}
+# What other programs call our keys, by the last part of a key.
+SYNONYMS = {
+    "amp": "trainer.precision",
+    "arch": "model",
+    "backbone": "model/encoder",
+    "batch": "data.batch_size",
+    "bs": "data.batch_size",
+    "class_names": "data.classes",
+    "crop_size": "augment.crop",
+    "dataset": "data",
+    "ema_decay": "ema.decay",
+    "epoch": "trainer.max_epochs",
+    "epochs": "trainer.max_epochs",
+    "fp16": "trainer.precision",
+    "grad_clip": "trainer.gradient_clip_val",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "head": "model/decoder",
+    "ignore_index": "data.ignore",
+    "image_size": "data.short_edges",
+    "img_size": "data.short_edges",
+    "imgsz": "data.short_edges",
+    "learning_rate": "optim.lr",
+    "lr_scheduler": "schedule",
+    "n_epochs": "trainer.max_epochs",
+    "nproc": "trainer.devices",
+    "num_epochs": "trainer.max_epochs",
+    "optimiser": "optim",
+    "optimizer": "optim",
+    "output_dir": "run_dir",
+    "pretrained": "model.encoder.weights",
+    "random_seed": "seed",
+    "scheduler": "schedule",
+    "steps": "trainer.max_steps",
+    "wd": "optim.weight_decay",
+    "workers": "data.num_workers",
+}
+
+
+def unknown_key(key: str, valid: list[str]) -> str:
+    """One line for a key that does not exist: what there is instead, the nearest key, or the keys that are valid."""
+    section, _, last = key.rpartition(".")
+    if section in ("", "trainer") and last in TRAINER:
+        return f"There is no key {key!r}. {TRAINER[last]}"
+    meant = nearest_key(key, valid)
+    if meant:
+        return f"There is no key {key!r}. Did you mean {meant}?"
+    siblings = list(dict.fromkeys(name for name in valid if name.rpartition(".")[0] == section))
+    siblings = siblings or sorted({name.partition(".")[0] for name in valid if "/" not in name})
+    return f"There is no key {key!r}. Valid here: {', '.join(siblings)}."
+
+
+def nearest_key(key: str, valid: list[str]) -> str | None:
+    """The valid key most like `key`: by its last part in another section, in its own section, or as a whole.
+
+    >>> nearest_key("lr", ["optim.lr", "optim.momentum"]), nearest_key("optim.momentm", ["optim.lr", "optim.momentum"])
+    ('optim.lr', 'optim.momentum')
+    """
+    section, _, last = key.rpartition(".")
+    exact = shortest(name for name in valid if last_part(name) == last)
+    if exact:
+        return exact
+    within = [name for name in valid if name.rpartition(".")[0] == section]
+    sibling = nearest(last, map(last_part, within))
+    if sibling:
+        return next(name for name in within if last_part(name) == sibling)
+    if last in SYNONYMS:
+        return SYNONYMS[last]
+    if section and within:  # only the last part is wrong
+        word = nearest(last, map(last_part, valid))
+        return shortest(name for name in valid if last_part(name) == word) if word else None
+    whole = nearest(key, valid)
+    if whole:
+        return whole
+    word = nearest(last, map(last_part, valid))
+    return shortest(name for name in valid if last_part(name) == word) if word else None
+
+
+def last_part(key: str) -> str:
+    return key.replace("/", ".").rpartition(".")[2]
+
+
+def shortest(names: Iterable[str]) -> str | None:
+    """The shortest of some keys, a group before a section of the same name."""
+    return min(names, key=lambda name: (len(name), "." in name), default=None)
