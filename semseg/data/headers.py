@@ -166,10 +166,10 @@ def _bits(image: Image.Image, file: BinaryIO) -> int:
 
 
 def _white_of_ppm(image: Image.Image) -> int:
-    arguments = image.tile[0][3] if image.tile else None
-    is_scaled = isinstance(arguments, tuple) and len(arguments) > 1 and isinstance(arguments[-1], int)
-    if is_scaled and image.mode in ("L", "RGB", "I") and arguments[-1] > 0:
-        return arguments[-1]
+    tile = getattr(image, "tile", None)
+    match tile[0][3] if tile else None:
+        case (_, int() as white) if image.mode in ("L", "RGB", "I") and white > 0:
+            return white
     return {"1": 1, "I": 65535}.get(image.mode, 255)
 
 

@@ -414,7 +414,7 @@ def _decode_by_opencv(path: str | Path, data: bytes, header: Header, factor: int
     if pixels is None or (factor == 1 and _size(pixels) != header.stored):
         return None
     if pixels.dtype == np.uint16:
-        pixels = _eight_bits(pixels, path)
+        pixels = _eight_bits(np.asarray(pixels, np.uint16), path)
     return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels), np.uint8)
 
 
