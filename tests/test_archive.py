@@ -218,3 +218,15 @@ def test_an_archive_that_the_disk_cannot_hold_is_told(tmp_path: Path, monkeypatc
 def test_an_archive_without_files_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no files"):
         extract(make(tmp_path / "set.zip", [Entry("a/", b"")]), tmp_path / "set")
+
+
+@pytest.mark.reliability
+def test_c34_zip_files_of_windows_and_macos_are_unpacked(tmp_path: Path) -> None:
+    entries = [
+        Entry("set\\a\\1.png", b"one"),
+        Entry("set/b.txt"),
+        Entry("__MACOSX/set/._b.txt"),
+        Entry("set/.DS_Store"),
+    ]
+    extract(make(tmp_path / "set.zip", entries), tmp_path / "data")
+    assert tree(tmp_path / "data") == {"a/1.png": b"one", "b.txt": b"abc"}

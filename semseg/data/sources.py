@@ -220,9 +220,9 @@ def require_masks(split: str, records: Sequence[Record]) -> None:
     without = [record for record in records if record.label is None]
     if without:
         raise DataError(
-            f"{without[0].origin}: {without[0].image} has no mask, so it cannot be scored; neither can "
-            f"{len(without) - 1} others of the {len(records)} images of data.{split}. Add the masks, remove these "
-            f"images, or do without the split: data.{split}.list=null data.{split}.images=null."
+            f"{without[0].origin}: {without[0].image} has no mask, so it cannot be scored ({len(without)} of "
+            f"{len(records)} images of data.{split} have none). Add the masks, remove these images, or do without the "
+            f"split: data.{split}.list=null data.{split}.images=null."
         )
 
 

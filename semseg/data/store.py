@@ -222,7 +222,9 @@ def names_in(folder: Path, unused: Unused) -> list[str]:
 
 def _walk(start: str, unused: Unused) -> Iterator[str]:
     top = os.path.realpath(start)
-    waiting = [(start, (top,))]  # a folder, and where it and the links that lead to it really are
+    waiting: list[tuple[str, tuple[str, ...]]] = [
+        (start, (top,))
+    ]  # a folder, and where it and the links that lead to it really are
     while waiting:
         folder, above = waiting.pop()
         try:
@@ -335,15 +337,15 @@ def _open_once(path: str, _changed: int, _length: int, _process: int) -> Archive
         name = entry_name(entry)
         if name.endswith("/"):
             continue
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:  # such names can only be meant to do harm
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts:  # such names can only be meant to do harm
             unused.append(("with a path that leads out of the archive", name))
         elif stat.S_ISLNK(entry.external_attr >> 16):
-            unused.append(("symbolic link", str(path)))
+            unused.append(("symbolic link", str(place)))
         else:
-            if str(path) in entries:
-                unused.append(("older entry of the same name", str(path)))
-            entries[str(path)] = entry
+            if str(place) in entries:
+                unused.append(("older entry of the same name", str(place)))
+            entries[str(place)] = entry
     folders = {str(parent) for name in entries for parent in PurePosixPath(name).parents} - {"."} | {""}
     names = (name for name in (*folders, *entries) if not name.isascii())
     aliases = {unicodedata.normalize("NFC", name): name for name in names}

@@ -148,3 +148,9 @@ def test_checking_ids_refuses_what_translating_refuses() -> None:
     for unknown in ([4, 5], [0, 3, 255], [8], [-1, 5], [70000, 5]):
         with pytest.raises(DataError, match="label ids"):
             label_map.check(np.array([unknown], np.int32), "a.png")
+
+
+@pytest.mark.reliability
+def test_c36_lines_of_a_text_file_that_begin_with_a_sign_are_comments(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text('# mine\nroad\n\n"#1"\nsky # blue\n')
+    assert ClassTable.from_file(tmp_path / "classes.txt").names == ("road", "#1", "sky # blue")

@@ -365,7 +365,7 @@ def test_c37_validation_without_masks_is_refused_in_one_sentence(tmp_path: Path)
     (tmp_path / "val.csv").write_text("image,mask\nimages/0.jpg,masks/0.png\nimages/1.jpg,\n")
     found = source(tmp_path, "data.val.list=val.csv")
     with pytest.raises(
-        DataError, match=r"val\.csv:3: .*1\.jpg has no mask, so it cannot be scored.*data\.val\.list=null"
+        DataError, match=r"val\.csv:3: .*1\.jpg has no mask, so it cannot be scored \(1 of 2.*data\.val\.list=null"
     ):
         require_masks("val", found.records("val"))
     records = found.records("val")
