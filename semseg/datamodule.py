@@ -48,7 +48,7 @@ from semseg.errors import ConfigError, DataError, SemsegError
 from semseg.handover import Exchange
 from semseg.machine import free_shared_memory
 from semseg.nets.segmenter import Segmenter
-from semseg.process import ask_for_death_signal, end_with_parent
+from semseg.process import end_with_parent
 from semseg.resume import RunFacts, digest_records, limited, num_steps
 from semseg.stopping import leave_signals_to_the_parent
 
@@ -299,11 +299,19 @@ def begin(exchange: Exchange | None, parent: int | None, worker: int) -> None:
     leave_signals_to_the_parent(worker)
     if parent is not None:
         end_with_parent(parent)
-    elif multiprocessing.get_start_method(allow_none=True) == "forkserver":
-        ask_for_death_signal()  # of the server, which ends with the process that trains
+    else:  # a fork server started it, which lives as long as its workers
+        threading.Thread(target=end_with_trainer, daemon=True).start()
     Queue._on_queue_feeder_error = send_error  # pyright: ignore[reportAttributeAccessIssue] - Python's hook for this
     if exchange is not None:
         exchange.join(worker)
+
+
+def end_with_trainer() -> None:
+    """In a worker: wait for the end of the process that uses its items, then end too."""
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def send_error(queue: Queue[Any], error: Exception, item: Any) -> None:

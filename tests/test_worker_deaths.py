@@ -94,11 +94,17 @@ def test_e10_a_worker_that_is_stopped_is_told_after_the_patience_and_ends() -> N
     assert not wait_for(numbers, 1)
 
 
-@pytest.mark.parametrize("state", ["idle", "busy", "blocked", "stopped"])
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize(
+    ("method", "state"),
+    [
+        ("fork", "idle"),
+        ("fork", "busy"),
+        ("fork", "blocked"),
+        ("fork", "stopped"),
+        pytest.param("forkserver", "busy", marks=pytest.mark.slow),
+    ],
+)
 def test_e7_workers_end_with_their_process_whatever_they_are_at(tmp_path: Path, state: str, method: str) -> None:
-    if method == "forkserver" and state not in ("busy", "stopped"):
-        pytest.skip("the same as of a fork")
     program = tmp_path / "program.py"
     arguments = {"idle": "", "busy": "slow=1", "blocked": "is_large=True", "stopped": ""}[state]
     program.write_text(f"""
@@ -106,7 +112,7 @@ import multiprocessing, os, signal, time
 from test_worker_deaths import Numbers, loader, workers
 if __name__ == "__main__":
     multiprocessing.set_start_method("{method}")
-    items = iter(loader(Numbers({arguments})))
+    items = iter(loader(Numbers({arguments}), 600))
     next(items)
     time.sleep(1)
     if "{state}" == "stopped":
