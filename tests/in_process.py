@@ -67,9 +67,9 @@ def fit(config: Config, *callbacks: Callback, resume: Path | None = None) -> dic
 
 
 def logged_losses(run_dir: Path) -> dict[str, float]:
-    """The training loss of every step in a run's log, by the number of the step."""
+    """The training loss of every step that a run's log has one of, by the number of the step."""
     with (run_dir / "logs" / "metrics.csv").open(newline="") as file:
-        return {row["step"]: float(row["train/loss"]) for row in csv.DictReader(file)}
+        return {row["step"]: float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
 
 
 def assert_equal(found: Any, expected: Any, where: str = "") -> None:

@@ -119,7 +119,7 @@ def test_d8_a_run_of_a_release_that_froze_nothing_goes_on_exactly(
     assert len(told) == 1 and all(name in told[0] for name in AUXILIARY)
     with patch("semseg.lit_module.freeze_unused", lambda net, loss: {}):
         fit(configured(*words, f"run_dir={tmp_path / 'earlier'}"))
-    earlier = tmp_path / "earlier" / "checkpoints" / "step_00000002.ckpt"
+    earlier = tmp_path / "earlier" / "checkpoints" / "step_00000001.ckpt"
     end = fit(configured(*words, f"run_dir={tmp_path / 'resumed'}"), resume=earlier)
     assert end["global_step"] == 4
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
