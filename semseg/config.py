@@ -784,6 +784,8 @@ def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
         is_share = isinstance(value, float) and value <= 1 and (value > 0 or value == lowest)
         if value is not None and not is_share and not is_whole(value, low=lowest, high=LARGEST_INT):
             yield f"trainer.{key}={value}: must be null, a count of at least {lowest}, or a share up to 1.0."
+    if trainer.max_steps == 0:
+        yield "trainer.max_steps=0: must be at least 1, or -1 for no limit."
     if not isinstance(trainer.fast_dev_run, bool) and not is_whole(trainer.fast_dev_run, low=1, high=LARGEST_INT):
         yield f"trainer.fast_dev_run={trainer.fast_dev_run}: must be true, false, or a number of batches."
 

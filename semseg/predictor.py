@@ -76,7 +76,13 @@ class Result:
     probabilities: NDArray[np.float16] | None = None
 
     def overlay(self, opacity: float = 0.6, *, legend: bool = True) -> Pixels:
-        """(H', W', 3) uint8 RGB: the picture under its class colours, with names and shares below it."""
+        """(H', W', 3) uint8 RGB: the picture under its class colours, with names and shares below it.
+
+        Raises:
+            ConfigError: if `opacity` is not from 0, the picture alone, to 1, the colours alone.
+        """
+        if not 0 <= opacity <= 1:
+            raise ConfigError(f"opacity={opacity}: must be from 0 to 1.")
         mixed = overlay(self.image, self.ids, self.classes, opacity)
         return with_legend(mixed, self.ids, self.classes) if legend else mixed
 
