@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from semseg.checkpoint import first_line, is_count
+from semseg.checkpoint import first_line, is_count, is_dense
 from semseg.checkpoint_io import AtomicCheckpointIO
 from semseg.errors import CheckpointError, SemsegError
 from semseg.text import shortened
@@ -92,7 +92,7 @@ def is_of_its_kind(key: Any, value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether `value` is a real number, by itself or as a tensor; it may be NaN."""
     if isinstance(value, Tensor):
-        return value.ndim == 0 and not value.is_complex()
+        return value.ndim == 0 and is_dense(value)
     return type(value) in (int, float) and (math.isnan(value) or abs(value) < 1e20)
 
 
