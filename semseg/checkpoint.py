@@ -87,7 +87,7 @@ def network_of(path: Path, content: dict[str, Any]) -> SavedNetwork:
     """The network in the content of a Lightning checkpoint; see `read_checkpoint`."""
     entry = content.get(FORMAT_KEY)
     if not isinstance(entry, dict) or "state_dict" not in content:
-        found = ", ".join(map(shortened, list(content)[:4]))
+        found = ", ".join(printable(key)[:80] for key in list(content)[:4])
         raise CheckpointError(f"{path}: not a checkpoint of semseg (it holds {found}, ...).")
     weights = {
         name.removeprefix(NET_PREFIX): tensor
@@ -244,7 +244,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     checked_weights(path, tensors)
     if not tensors:
-        found = ", ".join(map(shortened, list(content)[:4]))
+        found = ", ".join(printable(key)[:80] for key in list(content)[:4])
         raise CheckpointError(f"{path}: holds no weights (it holds {found}, ...).")
     is_wrapped = all(name.startswith("module.") for name in tensors)
     return {name.removeprefix("module."): value for name, value in tensors.items()} if is_wrapped else tensors

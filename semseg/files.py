@@ -48,6 +48,9 @@ def disk_error(error: Exception, folder: Path) -> OSError | None:
     for found in (error, error.__cause__, error.__context__):
         if isinstance(found, OSError) and found.errno in UNWRITABLE:
             return found
+    code = re.search(r"\(os error (\d+)\)", str(error))  # as programs in Rust report it
+    if code is not None and int(code[1]) in UNWRITABLE:
+        return OSError(int(code[1]), os.strerror(int(code[1])))
     is_full = shutil.disk_usage(folder).free < SMALLEST_FREE
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if is_full else None
 

@@ -103,8 +103,8 @@ class NonFiniteGuard(Callback):
         """Write this rank's sub-batches of a step; returns the file."""
         path = self.folder / f"step_{step}_rank_{rank}.pt"
         content = {"step": step, "batches": [as_plain_batch(batch) for batch in batches]}
-        with replacing(path) as temporary:
-            torch.save(content, temporary)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
         return path
 
     def describe(self, step: int, losses: list[float], norm: float, optimizer: Optimizer, batches: list[Batch]) -> str:

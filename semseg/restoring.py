@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from semseg.checkpoint import first_line, is_count
+from semseg.checkpoint import first_line, is_count, is_dense
 from semseg.checkpoint_io import AtomicCheckpointIO
 from semseg.errors import CheckpointError, SemsegError
 from semseg.text import shortened
@@ -22,7 +22,7 @@ COUNTERS = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.automatic
 # Entries of callbacks, Lightning's and ours, by what they must hold.
 COUNTS = ("skipped", "seen", "left_out", "wait_count", "stopped_epoch", "patience")
 SCORES = ("best", "best_score", "best_model_score", "current_score", "kth_value")
-TEXTS = ("monitor", "best_model_path", "kth_best_model_path", "last_model_path")
+TEXTS = ("monitor", "dirpath", "best_model_path", "kth_best_model_path", "last_model_path")
 
 
 def check_training_state(path: Path, content: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ def misfits(content: dict[str, Any]) -> Iterator[str]:
         if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
             yield f"{key}={shortened(states)}"
     callbacks = content.get("callbacks")
-    if not isinstance(callbacks, dict):
+    if not isinstance(callbacks, dict) or not callbacks:  # every run has some
         yield f"callbacks={shortened(callbacks)}"
         return
     for name, state in callbacks.items():
@@ -83,7 +83,7 @@ def is_of_its_kind(key: Any, value: Any) -> bool:
     if key in SCORES:
         return value is None or is_number(value)
     if key in TEXTS:
-        return isinstance(value, str) or (key == "monitor" and value is None)
+        return isinstance(value, str) or (key in ("monitor", "dirpath") and value is None)
     if key == "best_k_models":
         return isinstance(value, dict) and all(isinstance(k, str) and is_number(v) for k, v in value.items())
     return isinstance(key, str)
@@ -92,8 +92,8 @@ def is_of_its_kind(key: Any, value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether `value` is a real number, by itself or as a tensor; it may be NaN."""
     if isinstance(value, Tensor):
-        return value.ndim == 0 and not value.is_complex()
-    return type(value) in (int, float) and (math.isnan(value) or abs(value) < 1e30)
+        return value.ndim == 0 and is_dense(value)
+    return type(value) in (int, float) and (math.isnan(value) or abs(value) < 1e20)
 
 
 class CheckRestored(Callback):
@@ -120,6 +120,9 @@ def unfit(trainer: pl.Trainer) -> Iterator[str]:
     """What of the restored optimisers and schedules cannot belong to this network."""
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
+            name, rate = group.get("name"), group.get("initial_lr", 0.0)
+            if not isinstance(name, str) or not is_number(rate):
+                yield f"optimizer_states: a group with name={shortened(name)} and initial_lr={shortened(rate)}"
             for key, usual in optimizer.defaults.items():
                 if key not in group or not is_like(group[key], usual):
                     yield f"optimizer_states: {key}={shortened(group.get(key))}"
@@ -128,6 +131,10 @@ def unfit(trainer: pl.Trainer) -> Iterator[str]:
                 fits = value.shape in (parameter.shape, ()) if isinstance(value, Tensor) else is_number(value)
                 if not fits or (isinstance(value, Tensor) and not value.is_floating_point()):
                     yield f"optimizer_states: {key}, which does not fit a weight {tuple(parameter.shape)}"
+    yield from unfit_schedules(trainer)
+
+
+def unfit_schedules(trainer: pl.Trainer) -> Iterator[str]:
     for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
         number = len(schedule.optimizer.param_groups)
         for key in ("base_lrs", "_last_lr"):

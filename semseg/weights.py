@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ class LoadReport(NamedTuple):
             table.add_column(column, justify="right" if column == "tensors" else "left")
         for kind, names in self._asdict().items():
             told = "" if kind == "loaded" else ", ".join(names)
-            table.add_row(kind.replace("reinit", "re-init"), str(len(names)), Text(printable(told)))
+            table.add_row(kind.replace("reinit", "re-init"), str(len(names)), escape(printable(told)))
         return table
 
 

@@ -79,6 +79,8 @@ def tiny() -> Iterator[None]:
 
 
 @pytest.mark.reliability
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_h4_every_spoiled_entry_of_the_network_is_read_or_refused_by_name(whole: dict[str, Any]) -> None:
     path, read, refused = Path("runs/spoiled.ckpt"), 0, 0
     places = [place for place in entries(whole) if place[0] in ("semseg", "state_dict", "epoch", "global_step")]

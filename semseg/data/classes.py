@@ -61,13 +61,20 @@ class ClassTable(NamedTuple):
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: the table of classes cannot be read ({error}).") from error
         rows = csv.DictReader(lines)
-        missing = {"index", "name", "R", "G", "B"} - set(rows.fieldnames or ())
-        if missing:
-            raise DataError(f"{path}:1: columns {', '.join(sorted(missing))} are missing. Needed: index,name,R,G,B.")
-        found = sorted(_parse_row(row, f"{path}:{rows.line_num}") for row in rows)
+        try:
+            missing = {"index", "name", "R", "G", "B"} - set(rows.fieldnames or ())
+            if missing:
+                raise DataError(
+                    f"{path}:1: columns {', '.join(sorted(missing))} are missing. Needed: index,name,R,G,B."
+                )
+            found = sorted(_parse_row(row, f"{path}:{rows.line_num}") for row in rows)
+        except csv.Error as error:  # a field that is too long
+            raise DataError(f"{path}:{rows.line_num}: is no line of a table ({error}).") from None
         indices = [index for index, _, _ in found]
         if not found or indices[0] not in (0, 1) or indices != list(range(indices[0], indices[0] + len(found))):
-            raise DataError(f"{path}: indices must be 0, 1, 2, ... or 1, 2, 3, ... without gaps or repeats: {indices}.")
+            raise DataError(
+                f"{path}: indices must be 0, 1, 2, ... or 1, 2, 3, ... without gaps or repeats: {shortened(indices)}."
+            )
         return cls(tuple(name for _, name, _ in found), tuple(colour for _, _, colour in found))
 
     def as_plain(self) -> dict[str, list[Any]]:
