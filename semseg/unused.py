@@ -57,8 +57,8 @@ def parameters_behind(value: Tensor) -> set[int]:
         node = waiting.pop()
         if node is None:
             continue
-        if hasattr(node, "variable"):  # where gradients are accumulated
-            found.add(id(node.variable))
+        if (leaf := getattr(node, "variable", None)) is not None:  # where gradients are accumulated
+            found.add(id(leaf))
         following = {parent for parent, _ in node.next_functions} - seen
         seen |= following
         waiting += following
