@@ -194,7 +194,7 @@ def write_findings(folder: Path, findings: Findings, root: Path, facts: Mapping[
     write_rows(classes, per_class)
     write_rows(images, [image_row(image, root) for image in findings.images])
     with replacing(confusion) as temporary, temporary.open("wb") as file:
-        ids = {} if findings.class_ids is None else {"ids": np.array(findings.class_ids, np.int64)}
+        ids: dict[str, Any] = {} if findings.class_ids is None else {"ids": np.array(findings.class_ids, np.int64)}
         np.savez_compressed(file, matrix=findings.confusion, names=np.array(findings.classes.names, np.str_), **ids)
     return [metrics, classes, images, confusion]
 

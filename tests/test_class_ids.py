@@ -17,10 +17,11 @@ from test_server import SERVED, client, encoded, half_bright, mask_of
 
 from in_process import configured
 from semseg import predictor, server
-from semseg.build import build_net, open_predictor
-from semseg.checkpoint import FORMAT_KEY, describe
+from semseg.build import build_net, open_predictor, restore_net
+from semseg.checkpoint import FORMAT_KEY, describe, read_checkpoint
 from semseg.data.classes import ClassTable, LabelMap
 from semseg.evaluation import Evaluation, Speed
+from semseg.exported import description
 from semseg.metrics import Counts
 from semseg.modes import check
 from semseg.outputs import write_classes
@@ -176,6 +177,13 @@ def test_j3_an_evaluation_names_its_classes_by_the_ids(folder: Path) -> None:
     assert compare([compared]).class_ids == IDS
 
 
+def test_j3_an_exported_file_says_the_ids(folder: Path) -> None:
+    saved = read_checkpoint(folder / "net.ckpt")
+    about = description(saved, restore_net(saved))
+    assert about["label_ids"] == IDS and about["ignored_ids"] == [0, 255]
+
+
+@pytest.mark.slow
 def test_j3_an_exported_network_gives_the_same_ids(folder: Path) -> None:
     run_mode(folder, "export", "x", f"output={folder / 'net.onnx'}", "export.score_images=0")
     about = json.loads({i.key: i.value for i in onnx.load(folder / "net.onnx").metadata_props}["semseg"])
