@@ -120,7 +120,9 @@ class BestCheckpoint(ModelCheckpoint):
         here = {name: self._here(name) for name in _paths_in(state_dict)}
         if not all(Path(path).is_file() for path in here.values()):
             return
-        moved = {key: here.get(value, value) for key, value in state_dict.items() if key != "best_k_models"}
+        moved: dict[str, Any] = {
+            key: here.get(value, value) for key, value in state_dict.items() if key != "best_k_models"
+        }
         moved["best_k_models"] = {here[name]: score for name, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**moved, "dirpath": self.dirpath})
         self.current_score = state_dict["current_score"]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeGuard, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -498,11 +498,16 @@ def section_problems(plain: Any, cls: type = Config, prefix: str = "") -> Iterat
             yield f"{prefix}{name}={value}: is a section, not a value. Choose a network by model/{name}=<name>."
 
 
+def is_section(kind: Any) -> TypeGuard[type]:
+    """Whether a type is a section of the configuration."""
+    return isinstance(kind, type) and is_dataclass(kind)
+
+
 def sections_of(cls: type) -> dict[str, type]:
     """The fields of a section that are sections themselves, or may be."""
     types = get_type_hints(cls)
     kinds = {item.name: (types[item.name], *get_args(types[item.name])) for item in fields(cls)}
-    return {name: kind for name, both in kinds.items() for kind in both if is_dataclass(kind)}
+    return {name: kind for name, both in kinds.items() for kind in both if is_section(kind)}
 
 
 def range_problems(section: Any, prefix: str = "") -> Iterator[str]:

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 import hydra
 import yaml
 from hydra import initialize_config_dir
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -421,7 +422,7 @@ def job(composed: DictConfig) -> float | None:
         leave(told, SemsegError.exit_code)
 
 
-def record_of(composed: DictConfig, runtime: DictConfig, folder: Path) -> dict[Path, str]:
+def record_of(composed: DictConfig, runtime: HydraConf, folder: Path) -> dict[Path, str]:
     """The files in which Hydra keeps the command line of a run, with their contents.
 
     Hydra writes over those that are there, without a lock, and leaves them empty on a full disk.
