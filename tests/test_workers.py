@@ -75,7 +75,7 @@ def loader_of(dataset: Dataset[Any], **options: Any) -> WatchedLoader[Any]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_c19_every_error_of_a_worker_ends_the_iteration_and_both_workers(fault: str) -> None:
+def test_c28_every_error_of_a_worker_ends_the_iteration_and_both_workers(fault: str) -> None:
     _, kind, message = FAULTS[fault]
     with pytest.raises(SemsegError, match=message) as raised:
         list(loader_of(Faulty(fault)))
@@ -83,7 +83,7 @@ def test_c19_every_error_of_a_worker_ends_the_iteration_and_both_workers(fault: 
     assert not multiprocessing.active_children()
 
 
-def test_c19_an_error_does_not_wait_for_the_worker_that_is_busy() -> None:
+def test_c28_an_error_does_not_wait_for_the_worker_that_is_busy() -> None:
     started = time.monotonic()
     with pytest.raises(ConfigError):
         list(loader_of(Faulty("user", is_slow=True)))
@@ -91,13 +91,13 @@ def test_c19_an_error_does_not_wait_for_the_worker_that_is_busy() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_c19_without_workers_an_error_keeps_its_type() -> None:
+def test_c28_without_workers_an_error_keeps_its_type() -> None:
     loader = WatchedLoader(Faulty("defect"), lambda number: [f"{number}.jpg"], 60.0, batch_size=None, num_workers=0)
     with pytest.raises(ZeroDivisionError):
         list(loader)
 
 
-def test_c19_an_iteration_that_is_left_half_done_ends_with_the_program() -> None:
+def test_c28_an_iteration_that_is_left_half_done_ends_with_the_program() -> None:
     items = iter(loader_of(Faulty("user", is_slow=True)))
     next(items)
     assert len(multiprocessing.active_children()) == 2
@@ -106,7 +106,7 @@ def test_c19_an_iteration_that_is_left_half_done_ends_with_the_program() -> None
 
 
 @pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
-def test_c19_the_program_ends_under_every_start_method(method: str, tmp_path: Path) -> None:
+def test_c28_the_program_ends_under_every_start_method(method: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import multiprocessing\n"

@@ -120,7 +120,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", FAULTS)
-def test_group_c_is_the_same_with_workers_and_without(name: str, workers: int, tmp_path: Path) -> None:
+def test_c28_group_c_is_the_same_with_workers_and_without(name: str, workers: int, tmp_path: Path) -> None:
     write_data(tmp_path)
     fault = FAULTS[name]
     fault.spoil(tmp_path)
@@ -138,7 +138,7 @@ def test_group_c_is_the_same_with_workers_and_without(name: str, workers: int, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [["data.num_workers=4"], ["trainer=ddp_cpu", "data.num_workers=2"]])
-def test_c19_an_unknown_id_ends_the_command_within_seconds(words: list[str], tmp_path: Path) -> None:
+def test_c28_an_unknown_id_ends_the_command_within_seconds(words: list[str], tmp_path: Path) -> None:
     write_data(tmp_path)
     for number in TRAIN:
         save_mask(tmp_path, number, value=9)
