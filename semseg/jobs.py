@@ -82,7 +82,7 @@ def read_result(run_dir: Path) -> Result | None:
     if content is None:
         return None
     score = content.get("score")
-    if type(score) not in (int, float) or not math.isfinite(score):
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         score = None
     mode = "min" if content.get("mode") == "min" else "max"
     return Result(score, printable(content.get("monitor", "score")), mode)

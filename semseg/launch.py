@@ -409,7 +409,7 @@ def job(composed: DictConfig) -> float | None:
         leave(told, SemsegError.exit_code)
 
 
-def record_of(composed: DictConfig, runtime: DictConfig, folder: Path) -> dict[Path, str]:
+def record_of(composed: DictConfig, runtime: Any, folder: Path) -> dict[Path, str]:
     """The files in which Hydra keeps the command line of a run, with their contents.
 
     Hydra writes over those that are there, without a lock, and leaves them empty on a full disk.

@@ -82,7 +82,7 @@ class ClassTable(NamedTuple):
         return {"names": list(self.names), "palette": [list(colour) for colour in self.palette]}
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> ClassTable:
+    def from_plain(cls, plain: Any) -> ClassTable:
         """The inverse of `as_plain`, from a file of whatever origin.
 
         Raises:

@@ -20,7 +20,7 @@ class InputConvention(NamedTuple):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self._asdict().items()}
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> InputConvention:
+    def from_plain(cls, plain: Any) -> InputConvention:
         """The inverse of `as_plain`, from a file of whatever origin.
 
         Raises:
