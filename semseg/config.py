@@ -500,7 +500,9 @@ def sections_of(cls: type) -> dict[str, type]:
     """The fields of a section that are sections themselves, or may be."""
     types = get_type_hints(cls)
     kinds = {item.name: (types[item.name], *get_args(types[item.name])) for item in fields(cls)}
-    return {name: kind for name, both in kinds.items() for kind in both if is_dataclass(kind)}
+    return {
+        name: kind for name, both in kinds.items() for kind in both if isinstance(kind, type) and is_dataclass(kind)
+    }
 
 
 def range_problems(section: Any, prefix: str = "") -> Iterator[str]:
