@@ -60,7 +60,7 @@ def test_every_key_of_the_schema_can_be_set_on_the_command_line() -> None:
         ("optim.lr=abc", "optim.lr=abc"),
         ("trainer.devices=0", "trainer.devices=0: must be a count"),
         ("trainer.devices=two", "trainer.devices=two"),
-        ("optim.momentum=2", "optim.momentum=2.0: must be at most 1"),
+        ("optim.momentum=2", "optim.momentum=2.0: must be at least 0 and below 1"),
         ("optim.lr=0", "must be above 0"),
         ("data.batch_size=0", "data.batch_size=0: must be at least 1"),
         ("mode=evl", "Did you mean mode=eval?"),
