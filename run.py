@@ -1,6 +1,6 @@
 """Entry point: `python run.py --help`."""
 
-from semseg.entry import main
+from semseg.cli.entry import main
 
 if __name__ == "__main__":
     main()

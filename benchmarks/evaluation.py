@@ -24,7 +24,7 @@ from torch import Tensor
 from training_step import NUM_CLASSES, joined_maps
 
 from semseg.data.geometry import Size, stretched_size
-from semseg.inference import batch_logits, merge_scales, scale_logits
+from semseg.evaluation.inference import batch_logits, merge_scales, scale_logits
 from semseg.nets.normalise import normalise
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from training_step import NETWORKS, NUM_CLASSES, batch, build_ours, segmentation_models_pytorch, stepping, transformers
 
-from semseg.data.convention import CONVENTIONS
-from semseg.inference import predict
-from semseg.losses import segmentation_loss
+from semseg.config.preprocessing import CONVENTIONS
+from semseg.evaluation.inference import predict
+from semseg.nets.cost import count_operations
 from semseg.nets.registry import build_segmenter
-from semseg.summary import count_operations
+from semseg.training.losses import segmentation_loss
 
 ROW = "{:<58}{:>12}{:>12}{:>12}"
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}

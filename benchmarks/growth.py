@@ -21,13 +21,13 @@ import torch
 from loader import dataset, draw_mix, found
 from markupsafe import Markup
 
-from semseg.data.convention import CONVENTIONS
+from semseg.config.preprocessing import CONVENTIONS
 from semseg.data.plan import TrainPlan
-from semseg.inference import predict
-from semseg.losses import segmentation_loss
-from semseg.metrics import confusion_counts
+from semseg.evaluation.inference import predict
+from semseg.evaluation.metrics import confusion_counts
 from semseg.nets.registry import build_segmenter
-from semseg.pages.charts import element
+from semseg.reports.charts import element
+from semseg.training.losses import segmentation_loss
 
 PLOT = Path(__file__).resolve().parent.parent / "docs" / "images" / "growth.svg"
 RGB = CONVENTIONS["rgb_mean_std"]

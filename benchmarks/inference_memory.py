@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from semseg.inference import merge_scales
+from semseg.evaluation.inference import merge_scales
 
 SIZE = (3000, 4000)
 NUM_CLASSES = 150

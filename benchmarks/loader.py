@@ -34,7 +34,7 @@ from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.data.scenes import draw_scene
 from semseg.datamodule import WatchedLoader
-from semseg.metrics import ConfusionMatrix, confusion_counts
+from semseg.evaluation.metrics import ConfusionMatrix, confusion_counts
 
 SHORT_EDGES = (300, 375, 450, 525, 600)
 MAX_LONG_EDGE, STRIDE = 1000, 8

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
-from semseg.nets.pointwise import Pointwise, pays
+from semseg.nets.cpu.pointwise import Pointwise, pays
 
 SHAPES = (  # channels, out channels, height, width
     (512, 1536, 60, 76),

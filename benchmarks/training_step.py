@@ -36,11 +36,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from semseg.losses import segmentation_loss
-from semseg.nets import ppm, upernet
 from semseg.nets.blocks import resize
+from semseg.nets.decoders import ppm, upernet
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
+from semseg.training.losses import segmentation_loss
 
 NUM_CLASSES = 150
 ROW = "{:<34}{:>10}{:>10}{:>12}{:>14}{:>14}"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semseg.nets import winograd
+from semseg.nets.cpu import winograd
 
 # name, images, channels in and out, height and width of the map, dilation
 LAYERS = {

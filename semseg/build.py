@@ -18,11 +18,9 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
 
-from semseg import zoo
-from semseg.averaging import MovingAverage
-from semseg.bad_images import CountBadImages
-from semseg.callbacks import EndOnSignals, LogSteps, checkpoints
-from semseg.checkpoint import (
+from semseg.checkpoints import zoo
+from semseg.checkpoints.atomic_io import AtomicCheckpointIO
+from semseg.checkpoints.format import (
     SavedNetwork,
     find_checkpoint,
     first_line,
@@ -30,28 +28,30 @@ from semseg.checkpoint import (
     read_checkpoint,
     refuse_nonfinite,
 )
-from semseg.checkpoint_io import AtomicCheckpointIO
-from semseg.config import ONNX, Config, DownloadConfig, ModelConfig, network_options
-from semseg.console import BarProgress, PlainProgress, TellValidation
+from semseg.checkpoints.initialise import differences, fill, load_encoder_weights
+from semseg.checkpoints.published import FREE_KEYS, Files, find_files, read_published
+from semseg.config.preprocessing import CONVENTIONS
+from semseg.config.schema import ONNX, Config, DownloadConfig, ModelConfig, network_options
 from semseg.data.classes import LabelMap
-from semseg.data.convention import CONVENTIONS
 from semseg.data.sources import DataSource, label_map
-from semseg.download import fetch
 from semseg.errors import CheckpointError, ConfigError
-from semseg.guards import NonFiniteGuard, ProbeMemory
-from semseg.loggers import not_opened, require_extra
-from semseg.nets.features import Encoder
+from semseg.nets.interfaces import Encoder
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
-from semseg.odd_labels import WarnOfOddLabels
-from semseg.panels import LogPanels
-from semseg.predictor import Predictor, Settings
-from semseg.published import FREE_KEYS, Files, find_files, read_published
-from semseg.restoring import CheckRestored
-from semseg.resume import ForgetRepeatedSteps, SeedEveryStep
+from semseg.prediction.predictor import Predictor, Settings
+from semseg.storage.download import fetch
 from semseg.syncbn.plugin import layer_sync
-from semseg.text import lines_printable
-from semseg.weights import differences, fill, load_encoder_weights
+from semseg.system.text import lines_printable
+from semseg.training.callbacks.bad_images import CountBadImages
+from semseg.training.callbacks.console import BarProgress, PlainProgress, TellValidation
+from semseg.training.callbacks.ema import MovingAverage
+from semseg.training.callbacks.guards import NonFiniteGuard, ProbeMemory
+from semseg.training.callbacks.label_warnings import WarnOfOddLabels
+from semseg.training.callbacks.log_steps import EndOnSignals, LogSteps, checkpoints
+from semseg.training.callbacks.panels import LogPanels
+from semseg.training.loggers.external import not_opened, require_extra
+from semseg.training.resume import ForgetRepeatedSteps, SeedEveryStep
+from semseg.training.training_state import CheckRestored
 
 OWN_TRAINER_KEYS = ("max_nonfinite_steps", "on_oom", "probe_memory", "log_images")  # that Lightning does not know
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
@@ -137,7 +137,7 @@ def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwor
     if path.suffix.lower() != ONNX:
         return read_checkpoint(path)
     require_export_extra()
-    from semseg.exported import read_exported  # noqa: PLC0415 - the packages of an extra
+    from semseg.export.onnx_runtime import read_exported  # noqa: PLC0415 - the packages of an extra
 
     return read_exported(path)
 
@@ -167,7 +167,7 @@ def restore_net(saved: SavedNetwork) -> Segmenter:
         CheckpointError: if any weight is missing, unexpected or of another shape.
     """
     if saved.graph is not None:
-        from semseg.exported import graph_network  # noqa: PLC0415 - the packages of an extra
+        from semseg.export.onnx_runtime import graph_network  # noqa: PLC0415 - the packages of an extra
 
         return graph_network(saved, saved.graph)
     check_network(saved)

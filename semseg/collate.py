@@ -13,7 +13,7 @@ from torch import Tensor
 
 from semseg.data.classes import IGNORED
 from semseg.data.geometry import Size, canvas_size, label_size
-from semseg.handover import Slot, received, sent
+from semseg.data.shared_slots import Slot, received, sent
 
 
 class Sample(NamedTuple):

@@ -32,9 +32,10 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
-from semseg import handover
+from semseg.checks.machine import free_shared_memory
 from semseg.collate import Batch
-from semseg.config import Config
+from semseg.config.schema import Config
+from semseg.data import shared_slots
 from semseg.data.augment import Augmentation, cropped
 from semseg.data.classes import IGNORED
 from semseg.data.datasets import EvalDataset, TrainDataset
@@ -43,14 +44,13 @@ from semseg.data.label_cache import LabelCache
 from semseg.data.plan import RankSequence, TrainPlan, groups_of_one_shape
 from semseg.data.records import Record
 from semseg.data.scan import repeat_factors, scan
+from semseg.data.shared_slots import Exchange
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError, DataError, SemsegError
-from semseg.handover import Exchange
-from semseg.machine import free_shared_memory
 from semseg.nets.segmenter import Segmenter
-from semseg.process import end_with_parent
-from semseg.resume import RunFacts, digest_records, limited, num_steps
-from semseg.stopping import leave_signals_to_the_parent
+from semseg.system.process import end_with_parent
+from semseg.training.callbacks.stop import leave_signals_to_the_parent
+from semseg.training.resume import RunFacts, digest_records, limited, num_steps
 
 Item = TypeVar("Item")
 LOOK_S = 2.0  # seconds
@@ -77,7 +77,7 @@ class WatchedLoader(DataLoader[Item]):
         tensors: tuple[int, int] | None = None,
         **options: Any,
     ) -> None:
-        reason = handover.why_no_workers() if options["num_workers"] else None
+        reason = shared_slots.why_no_workers() if options["num_workers"] else None
         if reason is not None:
             rank_zero_warn(
                 f"images are read without workers, since the system has no locks for them: {reason} (/dev/shm)."
@@ -85,7 +85,7 @@ class WatchedLoader(DataLoader[Item]):
             options["num_workers"] = 0
         if options["num_workers"]:
             # DataLoader looks after its workers each time that it has waited so long.
-            options |= {"timeout": LOOK_S, "multiprocessing_context": handover.start_method()}
+            options |= {"timeout": LOOK_S, "multiprocessing_context": shared_slots.start_method()}
         super().__init__(dataset, **options)
         self._images_of, self.patience_s, self._tensors = images_of, patience_s or math.inf, tensors
 
@@ -117,7 +117,9 @@ class WatchedLoader(DataLoader[Item]):
 
     def _parent(self) -> int | None:
         """The process id of the workers' parent, if they are to end with it: it is this thread that Linux means."""
-        is_direct = handover.start_method() != "forkserver" and threading.current_thread() is threading.main_thread()
+        is_direct = (
+            shared_slots.start_method() != "forkserver" and threading.current_thread() is threading.main_thread()
+        )
         return os.getpid() if self.num_workers and is_direct else None
 
     def _explain(self, error: Exception, number: int, stream: Iterator[Item]) -> SemsegError | None:
@@ -151,7 +153,7 @@ class WatchedLoader(DataLoader[Item]):
 
     def _exchange(self) -> Exchange | None:
         """Slots for what the workers keep ready, the items that they are at among them."""
-        if self._tensors is None or not self.num_workers or not handover.is_possible():
+        if self._tensors is None or not self.num_workers or not shared_slots.is_possible():
             return None
         count, size = self._tensors
         try:
@@ -537,14 +539,14 @@ class SegmentationData(pl.LightningDataModule):
     def num_workers(self, item_bytes: Callable[[], int] | None = None) -> int:
         """data.num_workers; 0 where /dev/shm is needed and cannot hold what those of this machine's ranks keep ready.
 
-        Forks hand over pixels in slots and labels as bytes, and need none of it (see handover.py); other workers hand
-        over tensors in /dev/shm, and one that runs out of it is killed without a message.
+        Forks hand over pixels in slots and labels as bytes, and need none of it (see shared_slots.py); other workers
+        hand over tensors in /dev/shm, and one that runs out of it is killed without a message.
 
         Args:
             item_bytes: the largest item of the loader; None: that of training.
         """
         wanted, free = self.config.data.num_workers, free_shared_memory()
-        if not wanted or free is None or handover.is_possible():
+        if not wanted or free is None or shared_slots.is_possible():
             return wanted
         ranks = 1 if self.trainer is None else self.trainer.num_devices
         needed = AHEAD * wanted * ranks * (item_bytes or self.largest_batch_bytes)()

@@ -16,34 +16,34 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
-from semseg.bad_images import check_share, tell_bad
-from semseg.checkpoint import FORMAT_KEY, NET_PREFIX, describe
+from semseg.checkpoints.format import FORMAT_KEY, NET_PREFIX, describe
+from semseg.checkpoints.initialise import differences
 from semseg.collate import Batch
-from semseg.config import Config
+from semseg.config.preprocessing import InputConvention
+from semseg.config.schema import Config
 from semseg.data.classes import ClassTable
-from semseg.data.convention import InputConvention
 from semseg.data.datasets import EvalSample
 from semseg.errors import CheckpointError, ConfigError
-from semseg.evaluation import Evaluation, Evaluator
-from semseg.guards import (
+from semseg.evaluation.evaluator import Evaluation, Evaluator
+from semseg.evaluation.inference import batch_logits, merge_scales
+from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
+from semseg.nets.interfaces import Logits
+from semseg.nets.normalise import normalise
+from semseg.nets.segmenter import Segmenter
+from semseg.syncbn.layer import convert, revert
+from semseg.training.callbacks.bad_images import check_share, tell_bad
+from semseg.training.callbacks.guards import (
     OutOfMemory,
     Rehearsal,
     at_next_smaller_edge,
     out_of_memory_in_evaluation_told,
     out_of_memory_told,
 )
-from semseg.inference import batch_logits, merge_scales
-from semseg.losses import Loss, build_terms, segmentation_loss
-from semseg.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
-from semseg.nets.features import Logits
-from semseg.nets.normalise import normalise
-from semseg.nets.segmenter import Segmenter
-from semseg.odd_labels import odd_predictions
-from semseg.optim import apply_settings, build_optimizer, build_scheduler
-from semseg.resume import RUN_KEY, resume_at
-from semseg.syncbn.layer import convert, revert
-from semseg.unused import freeze_unused, modules_of
-from semseg.weights import differences
+from semseg.training.callbacks.label_warnings import odd_predictions
+from semseg.training.losses import Loss, build_terms, segmentation_loss
+from semseg.training.optim import apply_settings, build_optimizer, build_scheduler
+from semseg.training.resume import RUN_KEY, resume_at
+from semseg.training.unused import freeze_unused, modules_of
 
 METRICS_KEY = "semseg_metrics"  # of a checkpoint: TRAIN_METRICS of the last step
 TRAIN_METRICS = ("train/loss", "train/accuracy")

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-from semseg import launch
-from semseg.launch import CONFIG_DIR
+from semseg.cli import main
+from semseg.cli.main import CONFIG_DIR
 
 RUN = CONFIG_DIR.parent / "run.py"
 TINY = [
@@ -42,7 +42,7 @@ def run_here(cwd: Path, *words: str, code: int = 0) -> str:
         contextlib.redirect_stderr(output),
     ):
         try:
-            launch.main()
+            main.main()
             ended = 0
         except SystemExit as leaving:
             ended = leaving.code or 0

@@ -13,13 +13,13 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from semseg.build import build_net, build_trainer
-from semseg.config import Config, check
+from semseg.cli.main import compose_config
+from semseg.config.schema import Config, check
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
-from semseg.launch import compose_config
 from semseg.lit_module import SegmentationModule
 from semseg.nets.blocks import conv_norm_relu
-from semseg.nets.features import Encoder
+from semseg.nets.interfaces import Encoder
 from semseg.nets.registry import ENCODERS, Constructor
 
 # To be put behind data=...: a run of TinyEncoder and C1 on the CPU.

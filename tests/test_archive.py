@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import pytest
 
-from semseg import archive
-from semseg.archive import extract
 from semseg.errors import DataError
+from semseg.storage import archive
+from semseg.storage.archive import extract
 
 
 class Entry(NamedTuple):

@@ -12,9 +12,9 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from in_process import TINY_RUN, configured, fit
-from semseg.averaging import MovingAverage
-from semseg.checkpoint import read_checkpoint
-from semseg.config import Config
+from semseg.checkpoints.format import read_checkpoint
+from semseg.config.schema import Config
+from semseg.training.callbacks.ema import MovingAverage
 
 WEIGHT = "net.decoder.conv_last.weight"
 

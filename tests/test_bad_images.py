@@ -17,9 +17,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from in_process import TINY_RUN, configured, fit
-from semseg import bad_images, datamodule
-from semseg.bad_images import check_share
-from semseg.config import Config
+from semseg import datamodule
+from semseg.config.schema import Config
 from semseg.data.datasets import EvalDataset, TrainDataset
 from semseg.data.overlap import overlap
 from semseg.data.plan import SubBatch
@@ -29,6 +28,8 @@ from semseg.errors import DataError
 from semseg.modes import eval as evaluate
 from semseg.modes import train
 from semseg.nets.registry import ENCODERS, Constructor, build_segmenter
+from semseg.training.callbacks import bad_images
+from semseg.training.callbacks.bad_images import check_share
 
 pytestmark = pytest.mark.reliability
 

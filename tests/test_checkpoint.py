@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from semseg.build import build_net, restore_net
-from semseg.checkpoint import FORMAT_KEY, describe, find_checkpoint, inherit, read_checkpoint
-from semseg.config import check
+from semseg.checkpoints.format import FORMAT_KEY, describe, find_checkpoint, inherit, read_checkpoint
+from semseg.cli.main import compose_config
+from semseg.config.schema import check
 from semseg.data.classes import ClassTable
 from semseg.errors import CheckpointError, ConfigError
-from semseg.launch import compose_config
 
 CLASSES = ClassTable.generated(["sky", "road"])
 SMALL = ["data=scenes", "model/encoder=resnet18", "model.encoder.weights=none", "model/decoder=c1", "eval.scales=[64]"]

@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from memory import FORK, MEGABYTE, in_child, needs_proc, peak_growth
-from semseg import checkpoint_io
-from semseg.checkpoint_io import AtomicCheckpointIO, BestCheckpoint, damage, newest_intact, remove_leftovers
+from semseg.checkpoints import atomic_io
+from semseg.checkpoints.atomic_io import AtomicCheckpointIO, BestCheckpoint, damage, newest_intact, remove_leftovers
 from semseg.errors import CheckpointError
-from semseg.files import replacing, temporary_beside
-from semseg.process import StopRequest
+from semseg.storage.atomic import replacing, temporary_beside
+from semseg.system.process import StopRequest
 
 
 def content(step: int, megabytes: float) -> dict[str, Any]:
@@ -204,16 +204,16 @@ def test_e8_who_stops_while_a_checkpoint_is_written_stops_and_keeps_the_one_befo
 def test_b3_a_disk_that_is_plainly_too_small_is_told_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_io, "_write", lambda *_: pytest.fail("wrote"))
-    usage = checkpoint_io.shutil.disk_usage(tmp_path)._replace(free=1_000_000)
-    monkeypatch.setattr(checkpoint_io.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(atomic_io, "_write", lambda *_: pytest.fail("wrote"))
+    usage = atomic_io.shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(atomic_io.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"2097120 bytes \(2\.1 MB\).*1000000 \(1\.0 MB\) are free"):
         save(1, tmp_path / "last.ckpt", megabytes=2)
 
 
 def test_shared_memory_is_needed_once_and_a_view_needs_all_of_it() -> None:
     weights = torch.zeros(1000)
-    assert checkpoint_io.needed_bytes({"a": weights, "b": [weights], "c": ({"d": weights[:1]},), "e": 3}) == 4000
+    assert atomic_io.needed_bytes({"a": weights, "b": [weights], "c": ({"d": weights[:1]},), "e": 3}) == 4000
 
 
 @pytest.mark.reliability

@@ -16,18 +16,19 @@ from PIL import Image
 from test_server import SERVED, client, encoded, half_bright, mask_of
 
 from in_process import configured
-from semseg import predictor, server
 from semseg.build import build_net, open_predictor, restore_net
-from semseg.checkpoint import FORMAT_KEY, describe, read_checkpoint
+from semseg.checkpoints.format import FORMAT_KEY, describe, read_checkpoint
 from semseg.data.classes import ClassTable, LabelMap
-from semseg.evaluation import Evaluation, Speed
-from semseg.exported import description
-from semseg.metrics import Counts
+from semseg.evaluation.evaluator import Evaluation, Speed
+from semseg.evaluation.metrics import Counts
+from semseg.evaluation.tables import findings_of, write_findings
+from semseg.export.onnx_runtime import description
 from semseg.modes import check
-from semseg.outputs import write_classes
-from semseg.pages.comparison import compare, read_evaluations
-from semseg.predictor import Predictor
-from semseg.report import findings_of, write_findings
+from semseg.prediction import predictor
+from semseg.prediction.outputs import write_classes
+from semseg.prediction.predictor import Predictor
+from semseg.reports.comparison import compare, read_evaluations
+from semseg.serving import server
 
 pytestmark = pytest.mark.reliability
 

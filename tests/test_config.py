@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from semseg.config import Config, as_plain, check, schema_keys
+from semseg.cli.main import CONFIG_DIR, compose_config
+from semseg.config.hints import nearest_key
+from semseg.config.schema import Config, as_plain, check, schema_keys
 from semseg.errors import ConfigError
-from semseg.hints import nearest_key
-from semseg.launch import CONFIG_DIR, compose_config
 
 ROOT = CONFIG_DIR.parent
 
@@ -50,7 +50,7 @@ def test_every_key_of_the_schema_can_be_set_on_the_command_line() -> None:
             continue  # only data sets that are made on the spot have it
         node = composed
         for word in key.split("."):
-            assert word in node, f"{key} is in semseg/config.py but not in configs/"
+            assert word in node, f"{key} is in semseg/config/schema.py but not in configs/"
             node = node[word]
 
 

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from command_line import RUN, TINY, run
 from in_process import configured
-from semseg.console import TellValidation, config_tree, validation_table
-from semseg.metrics import Scores
+from semseg.evaluation.metrics import Scores
+from semseg.training.callbacks.console import TellValidation, config_tree, validation_table
 
 RUN_WORDS = [*TINY, "data.steps_per_epoch=3", "trainer.max_epochs=2"]
 

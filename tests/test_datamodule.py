@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from pytorch_lightning import Trainer
 
+from semseg.cli.main import compose_config
 from semseg.collate import Batch
-from semseg.config import Config, check
-from semseg.data.convention import CONVENTIONS
+from semseg.config.preprocessing import CONVENTIONS
+from semseg.config.schema import Config, check
 from semseg.data.datasets import EvalSample
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData, SubBatchLoader
 from semseg.errors import ConfigError, DataError
-from semseg.launch import compose_config
 from semseg.nets.segmenter import Segmenter
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from in_process import TINY_RUN, configured, fit, logged_losses
-from semseg.config import Config
+from semseg.config.schema import Config
 from semseg.data.sources import DataSource
 
 RUN = [*TINY_RUN, "data.make.num_train=8", "data.make.num_val=3"]

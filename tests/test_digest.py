@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from semseg.digest import digests_of, mismatch, note_of, parse_digest, recall, remember
 from semseg.errors import DownloadError
+from semseg.storage.digest import digests_of, mismatch, note_of, parse_digest, recall, remember
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256 of b"abc", FIPS 180-2
 

@@ -19,11 +19,11 @@ from PIL import Image
 import semseg
 from command_line import RUN
 from in_process import TINY_RUN, configured, fit
-from semseg.config import ServeConfig
+from semseg.config.schema import ServeConfig
 from semseg.errors import ConfigError
 from semseg.nets.registry import ENCODERS, Constructor
-from semseg.predictor import Predictor, Result
-from semseg.server import Served, build_app
+from semseg.prediction.predictor import Predictor, Result
+from semseg.serving.server import Served, build_app
 
 pytestmark = pytest.mark.reliability
 ROOT = RUN.parent

@@ -19,19 +19,19 @@ from urllib.request import Request
 import pytest
 
 from local_server import Answer, Handler, LocalServer, body, local_server, status, until
-from semseg.config import DownloadConfig
-from semseg.download import cache_folder, fetch
+from semseg.cli.main import CONFIG_DIR
+from semseg.config.schema import DownloadConfig
 from semseg.errors import ConfigError, DownloadError
-from semseg.launch import CONFIG_DIR
-from semseg.transfer import PassingError, Redirects, RefusedError, no_connection
+from semseg.storage.download import cache_folder, fetch
+from semseg.storage.transfer import PassingError, Redirects, RefusedError, no_connection
 
 CONTENT = random.Random(304).randbytes(1_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 PATH = "/weights/net.pth"
 FETCH = """
 import sys
-from semseg.config import DownloadConfig
-from semseg.download import fetch
+from semseg.config.schema import DownloadConfig
+from semseg.storage.download import fetch
 url, cache = sys.argv[1:]
 print(fetch(url, DownloadConfig(cache=cache, delay_s=0)))
 """
@@ -338,7 +338,7 @@ def test_the_time_between_attempts_doubles_unless_the_server_asks_for_more(
     server: LocalServer, config: DownloadConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("semseg.download.time.sleep", waits.append)
+    monkeypatch.setattr("semseg.storage.download.time.sleep", waits.append)
     config.delay_s = 1
     server.answers[PATH] = [status(500), status(500), status(429, Retry_After="30"), status(503, Retry_After="9999")]
     fetch(server.url(PATH), config)
@@ -420,11 +420,11 @@ def test_a_file_that_did_not_change_is_not_read_again(
     path = fetch(server.url(PATH), config, digest=sha1)
     fetch(server.url(PATH), config)
     with monkeypatch.context() as patched:
-        patched.setattr("semseg.download.digests_of", None)
+        patched.setattr("semseg.storage.download.digests_of", None)
         assert fetch(server.url(PATH), config, digest=sha1) == path
     os.utime(path, ns=(0, 0))
     with monkeypatch.context() as patched, pytest.raises(TypeError):
-        patched.setattr("semseg.download.digests_of", None)
+        patched.setattr("semseg.storage.download.digests_of", None)
         fetch(server.url(PATH), config, digest=sha1)
     assert fetch(server.url(PATH), config, digest=sha1) == path
 
@@ -441,8 +441,8 @@ def test_a_cache_that_can_only_be_read_will_do(config: DownloadConfig, monkeypat
     def read_only(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("semseg.download.remember", read_only)
-    monkeypatch.setattr("semseg.download.FileLock", read_only)
+    monkeypatch.setattr("semseg.storage.download.remember", read_only)
+    monkeypatch.setattr("semseg.storage.download.FileLock", read_only)
     path = cache_folder(config) / "net.pth"
     path.write_bytes(CONTENT)
     assert fetch("http://nowhere.invalid/net.pth", config) == path

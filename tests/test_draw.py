@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from semseg.data.classes import ClassTable
-from semseg.draw import MIN_PANEL_WIDTH, borders, class_shares, colour_map, legend, overlay, panel, percent
+from semseg.reports.draw import MIN_PANEL_WIDTH, borders, class_shares, colour_map, legend, overlay, panel, percent
 
 CLASSES = ClassTable(("sky", "road", "car"), ((0, 0, 255), (128, 128, 128), (255, 0, 0)))
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import semseg.evaluation
-from semseg.config import EvalConfig
+import semseg.evaluation.evaluator
+from semseg.config.schema import EvalConfig
 from semseg.data.datasets import EvalSample
-from semseg.evaluation import CHUNK, Evaluator, bootstrap, interval, margins_of, speed_of
-from semseg.metrics import boundary_counts, confusion_counts, scores_from
+from semseg.evaluation.evaluator import CHUNK, Evaluator, bootstrap, interval, margins_of, speed_of
+from semseg.evaluation.metrics import boundary_counts, confusion_counts, scores_from
 
 LABEL = torch.tensor([[0, 0, 1, 1], [-1, -1, 2, 2]])
 RIGHT = torch.tensor([[0, 0, 1, 1], [0, 0, 2, 2]])
@@ -72,7 +72,7 @@ def test_outlines_are_counted_only_if_asked_for() -> None:
 
 def test_time_is_told_apart_and_drawing_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.accumulate([0, 1, 10, 100, 1000, 10_000])  # seconds between two looks at it
-    monkeypatch.setattr(semseg.evaluation.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(semseg.evaluation.evaluator.time, "perf_counter", lambda: next(clock))
     counting = evaluator()
     counting.watch.lap("reading")
     counting.add([sample(0)], [[RIGHT]])  # 10 s of network, 100 s of scoring
@@ -85,7 +85,7 @@ def test_time_is_told_apart_and_drawing_is_not_counted(monkeypatch: pytest.Monke
 
 def test_images_that_went_through_together_share_the_time_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.accumulate([0, 10, 100, 1000])  # seconds between two looks at it
-    monkeypatch.setattr(semseg.evaluation.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(semseg.evaluation.evaluator.time, "perf_counter", lambda: next(clock))
     counting = evaluator()
     counting.add([sample(0), sample(1)], [[RIGHT], [WRONG]])  # 10 s of network, 100 s and 1000 s of scoring
     result = counting.result()

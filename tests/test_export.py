@@ -26,20 +26,21 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 import semseg
 from command_line import TINY
-from semseg import build, export
+from semseg import build
 from semseg.build import build_net, restore_net
-from semseg.checkpoint import SavedNetwork, write_ckpt
-from semseg.config import check
+from semseg.checkpoints.format import SavedNetwork, write_ckpt
+from semseg.cli.main import CONFIG_DIR, compose_config
+from semseg.config.schema import check
 from semseg.data.sources import DataSource
 from semseg.errors import CheckpointError, ConfigError, ExportError, SemsegError
-from semseg.export import Deviation, PixelNetwork, deviation, write_onnx, write_torch_export
-from semseg.exported import METADATA_KEY, read_exported
-from semseg.launch import CONFIG_DIR, compose_config
+from semseg.export import onnx as onnx_export
+from semseg.export.onnx import Deviation, PixelNetwork, deviation, write_onnx, write_torch_export
+from semseg.export.onnx_runtime import METADATA_KEY, read_exported
+from semseg.export.quantize import quantize_onnx
 from semseg.modes import eval as eval_mode
 from semseg.modes import export as export_mode
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
-from semseg.quantize import quantize_onnx
 
 SMALL = [word for word in TINY if not word.startswith("data.root=")]
 NUM_CLASSES = 11  # of drawn scenes
@@ -74,7 +75,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def differences(net: Segmenter, path: Path) -> list[float]:
     """Largest difference of the logits, as a share of the largest logit, at sizes that the export has not checked."""
-    exported = export.run_onnx(path, net)
+    exported = onnx_export.run_onnx(path, net)
     found = []
     for size in ((1, 5, 7), (4, 2, 1), (1, 1, 12)):
         shape = (size[0], 3, net.size_divisor * size[1], net.size_divisor * size[2])
@@ -191,7 +192,7 @@ def test_a_refused_file_leaves_things_as_they_were(
         path.write_bytes(b"wrong")
         return deviation(net, lambda image: PixelNetwork(net)(image) + 1e6, ((1, 1, 1),))
 
-    monkeypatch.setitem(export.WRITERS, "onnx", write_wrongly)
+    monkeypatch.setitem(onnx_export.WRITERS, "onnx", write_wrongly)
     output = tmp_path / "out" / "net.onnx"
     if before is not None:
         output.parent.mkdir()
@@ -203,7 +204,7 @@ def test_a_refused_file_leaves_things_as_they_were(
 
 
 def test_what_the_exporter_cannot_do_is_told_in_one_line() -> None:
-    with pytest.raises(ExportError) as caught, export.explained("ONNX"):
+    with pytest.raises(ExportError) as caught, onnx_export.explained("ONNX"):
         raise RuntimeError("Failed.\n\nHow to report it:\n...") from ValueError("sizes are fixed\nat 7")
     assert str(caught.value) == "this network cannot be exported to ONNX: sizes are fixed."
 
@@ -226,7 +227,7 @@ def test_integers_make_a_quarter_of_the_file_and_the_scores_are_told(
         shutil.copy(folder / "net.onnx", path)
         return Deviation(0.0, 1.0)
 
-    monkeypatch.setitem(export.WRITERS, "onnx", copy)
+    monkeypatch.setitem(onnx_export.WRITERS, "onnx", copy)
     output = tmp_path / "small.onnx"
     words = [f"export.quantize={method}", "export.calibration_images=6", "export.score_images=3"]
     run("export", f"ckpt={folder / 'net.ckpt'}", f"output={output}", *words)

@@ -22,16 +22,16 @@ from safetensors.torch import save_file
 
 from command_line import RUN, TINY
 from in_process import TINY_RUN, configured, fit
-from semseg import checkpoint_io
-from semseg.csv_log import CSVLog, RowFile
+from semseg.checkpoints import atomic_io
 from semseg.data.classes import LabelMap
 from semseg.data.label_cache import LabelCache
 from semseg.data.records import load_cache, save_cache
-from semseg.files import replacing, unwritable
-from semseg.jobs import Job, Result, write_job, write_result
+from semseg.evaluation.tables import write_rows
 from semseg.modes.convert import save_plain
-from semseg.outputs import array_on_disk, write_png
-from semseg.report import write_rows
+from semseg.prediction.outputs import array_on_disk, write_png
+from semseg.storage.atomic import replacing, unwritable
+from semseg.storage.run_results import Job, Result, write_job, write_result
+from semseg.training.loggers.csv import CSVLog, RowFile
 
 NOISE = torch.rand(3, 64, 64)
 
@@ -96,7 +96,7 @@ def test_b9_a_library_that_hides_a_full_disk_is_seen_through(tmp_path: Path, mon
     path = tmp_path / "net.pt2"
     with pytest.raises(RuntimeError, match="of its own"), replacing(path):
         raise RuntimeError("of its own")
-    monkeypatch.setattr("semseg.files.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    monkeypatch.setattr("semseg.storage.atomic.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
     with pytest.raises(OSError, match="No space left") as caught, replacing(path):
         raise RuntimeError("unexpected pos 832 vs 726")
     assert caught.value.filename == str(path)
@@ -122,7 +122,7 @@ def test_b10_on_error_warn_trains_on_without_best_last_log_and_panels(
 ) -> None:
     words = [f"data.root={tmp_path}/scenes", "data.make.num_train=4", "data.make.num_val=1", *TINY_RUN]
     words += ["data=scenes", "data.steps_per_epoch=1", "trainer.max_epochs=3", f"run_dir={tmp_path}/run"]
-    write, written = checkpoint_io._write, []
+    write, written = atomic_io._write, []
 
     def write_if_there_is_room(path: Path, checkpoint: dict[str, Any]) -> None:
         if checkpoint["epoch"] == 1:  # of 0, 1, 2
@@ -135,7 +135,7 @@ def test_b10_on_error_warn_trains_on_without_best_last_log_and_panels(
 
     scores = iter([0.2, 0.4, 0.3])  # better than the best that could be saved, though not than the one in between
     with (
-        patch.object(checkpoint_io, "_write", write_if_there_is_room),
+        patch.object(atomic_io, "_write", write_if_there_is_room),
         patch("semseg.lit_module.scores_from", rising(scores)),
     ):
         content = fit(configured(*words, "checkpoint.on_error=warn"))
@@ -148,7 +148,7 @@ def test_b10_on_error_warn_trains_on_without_best_last_log_and_panels(
 
 
 def rising(scores: Iterator[float]) -> Callable[..., Any]:
-    from semseg.metrics import scores_from
+    from semseg.evaluation.metrics import scores_from
 
     def scored(*args: Any, **kwargs: Any) -> Any:
         return scores_from(*args, **kwargs)._replace(mean_iou=next(scores))

@@ -9,9 +9,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from semseg.config import check, schema_keys
+from semseg.cli.main import compose_config, explain_hydra, groups, understood
+from semseg.config.schema import check, schema_keys
 from semseg.errors import SemsegError
-from semseg.launch import compose_config, explain_hydra, groups, understood
 
 pytestmark = pytest.mark.reliability
 

@@ -12,9 +12,9 @@ from golden.make_checkpoint import run_of
 
 from in_process import fit, logged_losses
 from reference import GOLDEN
-from semseg.checkpoint import FORMAT_VERSION, read_checkpoint
+from semseg.checkpoints.format import FORMAT_VERSION, read_checkpoint
 from semseg.errors import ConfigError
-from semseg.resume import Position, check_same_run, read_run_state
+from semseg.training.resume import Position, check_same_run, read_run_state
 
 CHECKPOINTS = sorted((GOLDEN / "checkpoint").glob("*.ckpt"))
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from in_process import TINY_RUN, assert_equal, configured, fit
 from semseg.build import build_net, build_trainer
+from semseg.cli.main import compose_config
 from semseg.collate import Batch
-from semseg.config import Config, check
+from semseg.config.schema import Config, check
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import SemsegError
-from semseg.guards import NonFiniteError, OutOfMemory, at_next_smaller_edge, first_nonfinite
-from semseg.launch import compose_config
 from semseg.lit_module import SegmentationModule
-from semseg.losses import Loss
+from semseg.training.callbacks.guards import NonFiniteError, OutOfMemory, at_next_smaller_edge, first_nonfinite
+from semseg.training.losses import Loss
 
 RUN = [
     "data=scenes", "data.make.num_train=4", "data.make.num_val=1", "data.batch_size=2", "data.short_edges=[32,48]",

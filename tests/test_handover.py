@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from semseg import handover
 from semseg.collate import Batch
+from semseg.data import shared_slots
+from semseg.data.shared_slots import Exchange, Slot, received, sent
 from semseg.datamodule import AHEAD, WatchedLoader
-from semseg.handover import Exchange, Slot, received, sent
 
 COUNT = 40
 
@@ -50,7 +50,7 @@ def assert_right(batches: Iterator[Batch]) -> None:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Exchange]:
     """This process as a worker with two slots of twelve bytes."""
-    monkeypatch.setattr(handover, "_sender", None)
+    monkeypatch.setattr(shared_slots, "_sender", None)
     exchange = Exchange(1, 2, 12)
     exchange.join(0)
     yield exchange

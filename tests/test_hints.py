@@ -11,10 +11,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 
 from semseg.build import OWN_TRAINER_KEYS
-from semseg.config import TrainerConfig, check, schema_keys
+from semseg.cli.main import compose_config, explain_hydra, groups
+from semseg.config.hints import SYNONYMS, TRAINER, unknown_key
+from semseg.config.schema import TrainerConfig, check, schema_keys
 from semseg.errors import ConfigError
-from semseg.hints import SYNONYMS, TRAINER, unknown_key
-from semseg.launch import compose_config, explain_hydra, groups
 
 pytestmark = pytest.mark.reliability
 KEYS = schema_keys()

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semseg.data.convention import CONVENTIONS
+from semseg.config.preprocessing import CONVENTIONS
 from semseg.errors import ConfigError
-from semseg.inference import Prediction, band_height, batch_logits, merge_scales, predict, scale_logits
-from semseg.nets.features import Logits
+from semseg.evaluation.inference import Prediction, band_height, batch_logits, merge_scales, predict, scale_logits
+from semseg.nets.interfaces import Logits
 from semseg.nets.normalise import normalise
 
 CONVENTION = CONVENTIONS["rgb_mean_std"]
@@ -118,7 +118,7 @@ def test_the_memory_limit_never_changes_a_bit(monkeypatch: pytest.MonkeyPatch) -
     answers: list[tuple[Prediction, np.ndarray]] = []
     heights = []
     for rows in (1, 7, 64, 1000):
-        monkeypatch.setattr("semseg.inference.band_height", lambda *_, rows=rows: rows)
+        monkeypatch.setattr("semseg.evaluation.inference.band_height", lambda *_, rows=rows: rows)
         found = np.empty((150, 101, 77), np.float32)
         answers.append((merge_scales(logits, (101, 77), probabilities=found), found))
         heights.append(rows)

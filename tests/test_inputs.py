@@ -9,7 +9,7 @@ import pytest
 
 from semseg.data.store import Unused
 from semseg.errors import ConfigError, DataError
-from semseg.inputs import find_inputs, places
+from semseg.prediction.inputs import find_inputs, places
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from torch import nn
 
 from in_process import TINY_RUN, fit
 from semseg.build import build_net, build_trainer
-from semseg.config import Config, check
+from semseg.cli.main import compose_config
+from semseg.config.schema import Config, check
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError
-from semseg.launch import compose_config
 from semseg.lit_module import SegmentationModule
 
 TINY = [
@@ -153,7 +153,7 @@ def test_a_gpu_that_is_not_there_is_told(root: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path, batch_size: int) -> None:
-    from semseg.metrics import ConfusionMatrix, confusion_counts, scores_from
+    from semseg.evaluation.metrics import ConfusionMatrix, confusion_counts, scores_from
 
     config = configured(root, tmp_path, f"eval.batch_size={batch_size}")
     module, _ = fitted(config)

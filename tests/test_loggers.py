@@ -12,14 +12,14 @@ from hydra.errors import MissingConfigException
 from PIL import Image
 
 from in_process import TINY_RUN, configured, fit
-from semseg import loggers
 from semseg.build import build_trainer
-from semseg.config import Config
-from semseg.csv_log import CSVLog
+from semseg.cli.main import explain_hydra
+from semseg.config.schema import Config
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError
-from semseg.launch import explain_hydra
-from semseg.loggers import MLflow, WandB, log_settings
+from semseg.training.loggers import external
+from semseg.training.loggers.csv import CSVLog
+from semseg.training.loggers.external import MLflow, WandB, log_settings
 
 # Two epochs of two steps, each with a validation of three images.
 RUN = [
@@ -131,7 +131,7 @@ def test_a_logger_that_is_not_installed_is_told_in_one_line(
     option: str, extra: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_of(root, tmp_path, f"logger={option}")
-    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    monkeypatch.setattr(external, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=rf"logger={option} needs {option}: pip install 'semseg\[{extra}\]'"):
         build_trainer(config, DataSource(config.data))
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semseg.config import LossConfig, LossTermsConfig, check
+from semseg.cli.main import compose_config
+from semseg.config.schema import LossConfig, LossTermsConfig, check
 from semseg.errors import ConfigError
-from semseg.launch import compose_config
-from semseg.losses import build_terms, class_weights, segmentation_loss
-from semseg.nets.features import Logits
+from semseg.nets.interfaces import Logits
+from semseg.training.losses import build_terms, class_weights, segmentation_loss
 
 
 def test_uniform_logits_cost_the_logarithm_of_the_number_of_classes() -> None:

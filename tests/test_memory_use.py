@@ -20,9 +20,9 @@ from command_line import RUN
 from in_process import TINY_RUN, configured, fit
 from memory import MEGABYTE, in_new_process, needs_proc, peak_growth, resident
 from semseg.collate import Batch
-from semseg.data.convention import CONVENTIONS
-from semseg.inference import predict
-from semseg.nets.features import Logits
+from semseg.config.preprocessing import CONVENTIONS
+from semseg.evaluation.inference import predict
+from semseg.nets.interfaces import Logits
 
 NUM_CLASSES = 150
 

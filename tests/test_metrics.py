@@ -16,7 +16,7 @@ from torchmetrics.classification import (
 )
 
 from reference import GOLDEN, golden
-from semseg.metrics import BoundaryIoU, ConfusionMatrix, boundary_counts, confusion_counts, scores_from
+from semseg.evaluation.metrics import BoundaryIoU, ConfusionMatrix, boundary_counts, confusion_counts, scores_from
 
 
 def random_maps(num_classes: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:

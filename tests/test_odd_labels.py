@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from in_process import TINY_RUN, configured, fit
-from semseg import odd_labels as module
 from semseg.collate import Batch
-from semseg.odd_labels import odd_labels, odd_predictions, pixel_counts
+from semseg.training.callbacks import label_warnings as module
+from semseg.training.callbacks.label_warnings import odd_labels, odd_predictions, pixel_counts
 
 NAMES = ("sky", "road", "car")
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from reference import golden
-from semseg.config import OptimConfig, ScheduleConfig
+from semseg.config.schema import OptimConfig, ScheduleConfig
 from semseg.nets.registry import build_segmenter
-from semseg.optim import build_optimizer, build_schedule, build_scheduler, decay_split, parameter_groups
+from semseg.training.optim import build_optimizer, build_schedule, build_scheduler, decay_split, parameter_groups
 
 
 def test_poly_gives_the_published_rates_before_each_step() -> None:

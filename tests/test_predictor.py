@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from semseg.config.preprocessing import CONVENTIONS
 from semseg.data.classes import ClassTable, LabelMap
-from semseg.data.convention import CONVENTIONS
 from semseg.errors import ConfigError, DataError
-from semseg.nets.features import Logits
-from semseg.outputs import array_on_disk, write_outputs
-from semseg.predictor import Predictor, Result, Settings
-from semseg.video import VideoWriters, frames_of
+from semseg.nets.interfaces import Logits
+from semseg.prediction.outputs import array_on_disk, write_outputs
+from semseg.prediction.predictor import Predictor, Result, Settings
+from semseg.prediction.video import VideoWriters, frames_of
 
 CLASSES = ClassTable(("red", "green", "blue"), ((200, 0, 0), (0, 180, 0), (0, 0, 250)))
 

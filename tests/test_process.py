@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from command_line import RUN
-from semseg import process
 from semseg.errors import INTERRUPTED, TERMINATED
-from semseg.process import SUPERVISOR, SWEEP, StopRequest, lead_sweep, stop_now, sweep_is_gone
+from semseg.system import process
+from semseg.system.process import SUPERVISOR, SWEEP, StopRequest, lead_sweep, stop_now, sweep_is_gone
 
 ROOT = RUN.parent
-CHILD = "import time; from semseg.process import prepare; prepare(); print('on', flush=True); time.sleep(60)"
+CHILD = "import time; from semseg.system.process import prepare; prepare(); print('on', flush=True); time.sleep(60)"
 
 
 def python(code: str, *, environment: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:
@@ -78,7 +78,7 @@ def test_e7_a_child_ends_with_its_parent_at_any_moment(delay: float, *, fails: b
 def test_e7_what_a_child_starts_is_not_taken_for_a_child_of_the_supervisor() -> None:
     grandchild = f"import os; print({SUPERVISOR!r} in os.environ)"
     code = (
-        "import subprocess, sys; from semseg.process import prepare, is_supervised; prepare();"
+        "import subprocess, sys; from semseg.system.process import prepare, is_supervised; prepare();"
         f"print(is_supervised(), flush=True); subprocess.run([sys.executable, '-c', {grandchild!r}])"
     )
     child = python(code, environment={SUPERVISOR: str(os.getpid())}, stdout=subprocess.PIPE)
@@ -146,7 +146,7 @@ def test_e8_a_signal_unwinds_and_the_second_ctrl_c_ends_at_once(
 def test_e8_a_process_that_cannot_unwind_ends_all_the_same() -> None:
     code = """
 import os, signal, time
-from semseg import process
+from semseg.system import process
 process.UNWIND_SECONDS = 0.5
 process.prepare()
 class Swallows:
@@ -203,7 +203,7 @@ def test_e9_a_stream_that_is_closed_or_full_costs_what_is_written_to_it(redirect
 @pytest.mark.reliability
 def test_e9_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     code = (
-        "import sys; from semseg.process import prepare; prepare();"
+        "import sys; from semseg.system.process import prepare; prepare();"
         f"file = open({str(tmp_path / 'result')!r}, 'w'); print('astray'); print('astray', file=sys.stderr);"
         "print(sys.stdin.read() == '', sys.stdout.isatty(), file=file)"
     )

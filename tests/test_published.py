@@ -9,14 +9,14 @@ import torch
 from published_files import served, write_files
 from reference import golden
 from semseg.build import find_network, restore_net
-from semseg.checkpoint import load_weights
-from semseg.config import Config, DownloadConfig, check
-from semseg.data.convention import CONVENTIONS
+from semseg.checkpoints.format import load_weights
+from semseg.checkpoints.initialise import without_bookkeeping
+from semseg.checkpoints.published import Files, find_files, fitting, identify_decoder, identify_encoder, read_published
+from semseg.cli.main import compose_config
+from semseg.config.preprocessing import CONVENTIONS
+from semseg.config.schema import Config, DownloadConfig, check
 from semseg.errors import CheckpointError, DownloadError
-from semseg.launch import compose_config
 from semseg.nets.registry import resolve
-from semseg.published import Files, find_files, fitting, identify_decoder, identify_encoder, read_published
-from semseg.weights import without_bookkeeping
 
 LAYOUTS = golden("nets_layouts.json")["layouts"]
 TWO_CLASSES = ("resnet18_dilated8", "c1_deepsup", 2)

@@ -13,9 +13,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from in_process import TINY_RUN, fit
-from semseg.config import LARGEST_FLOAT, LARGEST_INT, Config, check, cross_problems, range_problems, sections_of
+from semseg.cli.main import compose_config
+from semseg.config.schema import LARGEST_FLOAT, LARGEST_INT, Config, check, cross_problems, range_problems, sections_of
 from semseg.errors import ConfigError
-from semseg.launch import compose_config
 
 pytestmark = pytest.mark.reliability
 TRAINING = ("seed", "model", "data", "augment", "optim", "schedule", "loss", "syncbn", "trainer", "ema", "checkpoint")

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from semseg.data.classes import ClassTable
-from semseg.evaluation import Evaluation, ImageRecord, Intervals, Speed
-from semseg.metrics import Counts, scores_from
-from semseg.report import (
+from semseg.evaluation.evaluator import Evaluation, ImageRecord, Intervals, Speed
+from semseg.evaluation.metrics import Counts, scores_from
+from semseg.evaluation.tables import (
     Findings,
     class_table,
     findings_of,

@@ -11,16 +11,14 @@ import torch
 from PIL import Image
 
 from browser import in_browser, needs_browser
-from semseg.config import Config, LossConfig
+from semseg.config.schema import Config, LossConfig
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.data.records import Record
-from semseg.metrics import scores_from
-from semseg.pages.charts import Line, heat_map, histogram, line_chart, thinned, ticks
-from semseg.pages.curves import Curves, run_folder_of, training_curves
-from semseg.pages.pictures import MAX_EDGE, error_map, nearest_pixels, shrunk, strip
-from semseg.pages.run_card import NO_CHECKOUT, RunCard, data_fingerprint, git_state, masked, masked_word, run_card
-from semseg.report_page import (
+from semseg.evaluation.metrics import scores_from
+from semseg.reports.charts import Line, heat_map, histogram, line_chart, thinned, ticks
+from semseg.reports.curves import Curves, run_folder_of, training_curves
+from semseg.reports.evaluation_page import (
     Example,
     ImageScore,
     Pair,
@@ -35,6 +33,8 @@ from semseg.report_page import (
     rule_scores,
     write_report,
 )
+from semseg.reports.pictures import MAX_EDGE, error_map, nearest_pixels, shrunk, strip
+from semseg.reports.run_card import NO_CHECKOUT, RunCard, data_fingerprint, git_state, masked, masked_word, run_card
 
 HOSTILE = "<img src=x onerror=alert(1)> & \"quoted\" 'name'"
 CLASSES = ClassTable(("sky", "road", HOSTILE, "boat"), ((0, 0, 255), (128, 128, 128), (255, 0, 0), (0, 255, 0)))

@@ -13,18 +13,18 @@ import torch
 
 from in_process import TINY_RUN, assert_equal, configured, fit, logged_losses
 from semseg.build import build_net
-from semseg.checkpoint import read_checkpoint, write_ckpt
-from semseg.checkpoint_io import AtomicCheckpointIO
-from semseg.config import Config
-from semseg.csv_log import read_rows
+from semseg.checkpoints.atomic_io import AtomicCheckpointIO
+from semseg.checkpoints.format import read_checkpoint, write_ckpt
+from semseg.config.schema import Config
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, ConfigError
 from semseg.modes import train
 from semseg.modes.train import state_to_resume, with_meaning_of_ckpt
 from semseg.nets.registry import ENCODERS, Constructor
-from semseg.resume import Position, RunFacts, RunState, check_same_facts, check_same_run, read_run_state
-from semseg.saving import Saver
+from semseg.training.callbacks.saver import Saver
+from semseg.training.loggers.csv import read_rows
+from semseg.training.resume import Position, RunFacts, RunState, check_same_facts, check_same_run, read_run_state
 
 # Five images in sub-batches of two, two epochs of three steps: every epoch ends in the middle of a pass.
 RUN = [

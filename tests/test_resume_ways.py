@@ -21,11 +21,11 @@ from torch import Tensor
 
 from in_process import TINY_RUN, configured, fit
 from semseg.collate import Batch
-from semseg.config import Config, SplitConfig
+from semseg.config.schema import Config, SplitConfig
 from semseg.datamodule import SegmentationData
-from semseg.optim import poly
-from semseg.resume import read_run_state
-from semseg.stopping import STOP_SIGNALS, StoppedError
+from semseg.training.callbacks.stop import STOP_SIGNALS, StoppedError
+from semseg.training.optim import poly
+from semseg.training.resume import read_run_state
 
 RATE, POWER = 0.02, 0.9
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from semseg import launch
+from semseg.cli import main
+from semseg.cli.main import CONFIG_DIR, claimed, compose_all, quoted, run_folder, understood
 from semseg.errors import ConfigError
-from semseg.launch import CONFIG_DIR, claimed, compose_all, quoted, run_folder, understood
 
 pytestmark = pytest.mark.reliability
 
@@ -32,10 +32,10 @@ class Stopped(datetime):
         return cls(2026, 1, 2, 3, 4, 5)
 
 hydra.core.utils.datetime = Stopped
-from semseg import launch
+from semseg.cli import main
 import semseg.modes.compare
 semseg.modes.compare.run = lambda config, overrides: print("ran in", config.run_dir)
-launch.main()
+main.main()
 """
 COMPARE = ["mode=compare", "runs=[a,b]"]
 
@@ -67,11 +67,11 @@ def test_f1_sweeps_of_the_same_second_get_different_folders_with_all_their_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "run_in_own_process", lambda overrides, run_dir, scores: 0.0)
+    monkeypatch.setattr(main, "run_in_own_process", lambda overrides, run_dir, scores: 0.0)
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["run.py", "-m", *COMPARE, "seed=1,2", "runs_dir=x", *frozen_sweep()])
         with pytest.raises(SystemExit):
-            launch.main()
+            main.main()
     assert [path.name for path in sorted((tmp_path / "x").iterdir())] == ["then_sweep", "then_sweep_2"]
     assert len(list(tmp_path.glob("x/*/*/.hydra/config.yaml"))) == 4
 
@@ -112,7 +112,7 @@ def test_f1_and_f3_ranks_that_somebody_else_started_share_the_folder_that_rank_0
     def agreed(mine: str, rank: int) -> str:
         return told.setdefault("run_dir", mine) if rank == 0 else told["run_dir"]
 
-    monkeypatch.setattr(launch, "agreed_run_dir", agreed)
+    monkeypatch.setattr(main, "agreed_run_dir", agreed)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     taken = run_folder(compose_all(["run_dir=${runs_dir}/${now:then}"]))
     for rank in (0, 1, 2):
@@ -126,12 +126,10 @@ def test_f1_and_f3_ranks_that_somebody_else_started_share_the_folder_that_rank_0
 def test_f3_ranks_of_ours_are_told_the_folder_and_claim_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     commands = []
-    monkeypatch.setattr(
-        launch, "supervise", lambda command, processes, run_dir: commands.append((command, run_dir)) or 0
-    )
+    monkeypatch.setattr(main, "supervise", lambda command, processes, run_dir: commands.append((command, run_dir)) or 0)
     monkeypatch.setattr(sys, "argv", ["run.py", "trainer.devices=2"])
     with pytest.raises(SystemExit) as ended:
-        launch.main()
+        main.main()
     assert ended.value.code == 0
     [(command, run_dir)] = commands
     assert list((tmp_path / "runs").iterdir()) == [run_dir]

@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 from semseg.errors import ConfigError
-from semseg.run_lock import HOLDER_FILE, LOCK_FILE, RunLock
+from semseg.storage.run_lock import HOLDER_FILE, LOCK_FILE, RunLock
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
 import sys, time
 from pathlib import Path
-from semseg.run_lock import RunLock
+from semseg.storage.run_lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -34,8 +34,8 @@ RACE = """
 import multiprocessing, sys
 from pathlib import Path
 from semseg.errors import ConfigError
-from semseg import run_lock
-from semseg.run_lock import RunLock
+from semseg.storage import run_lock
+from semseg.storage.run_lock import RunLock
 
 run_lock.WAIT_SECONDS = 0
 
@@ -87,7 +87,7 @@ def leave_holder(folder: Path, **changes: object) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for a lock."""
-    monkeypatch.setattr("semseg.run_lock.WAIT_SECONDS", 0)
+    monkeypatch.setattr("semseg.storage.run_lock.WAIT_SECONDS", 0)
 
 
 def test_the_holder_is_named_and_goes_with_the_run(tmp_path: Path) -> None:

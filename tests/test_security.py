@@ -28,14 +28,14 @@ from command_line import RUN, TINY
 from published_files import served
 from semseg import build
 from semseg.build import build_net, open_network
-from semseg.checkpoint import FORMAT_KEY, load_plain, load_weights, read_checkpoint, write_safetensors
-from semseg.checkpoint_io import AtomicCheckpointIO, newest_intact
-from semseg.config import ALLOWED_TARGETS, check, network_options
-from semseg.download import fetch
+from semseg.checkpoints.atomic_io import AtomicCheckpointIO, newest_intact
+from semseg.checkpoints.format import FORMAT_KEY, load_plain, load_weights, read_checkpoint, write_safetensors
+from semseg.checkpoints.zoo import published
+from semseg.cli.main import CONFIG_DIR, compose_all, compose_config, explain_hydra, understood
+from semseg.config.schema import ALLOWED_TARGETS, check, network_options
 from semseg.errors import CheckpointError, ConfigError, SemsegError
-from semseg.launch import CONFIG_DIR, compose_all, compose_config, explain_hydra, understood
-from semseg.resume import read_run_state
-from semseg.zoo import published
+from semseg.storage.download import fetch
+from semseg.training.resume import read_run_state
 
 pytestmark = pytest.mark.reliability
 
@@ -343,13 +343,14 @@ NAMES = [
     f"{HOSTILE}.mark", f"{HOSTILE}", f"{HOSTILE}.Mark", "os.system", "posix.system", "builtins.eval", "builtins.exec",
     "subprocess.run", "subprocess.Popen", "logging.os.system", "pytorch_lightning.callbacks.os.system", "torch.load",
     "torch.hub.load", "torch.jit.load", "numpy.load", "shutil.rmtree", "pathlib.Path.touch", "importlib.import_module",
-    "runpy.run_path", "webbrowser.open", "pickle.load", "semseg.launch.main", "semseg.csv_log.os.system",
+    "runpy.run_path", "webbrowser.open", "pickle.load", "semseg.cli.main.main", "semseg.training.loggers.csv.os.system",
     "hydra.utils.instantiate", "hydra.utils.call", "hydra.utils.get_method", "functools.partial", "pydoc.locate",
-    "PYTORCH_LIGHTNING.CALLBACKS.EARLYSTOPPING", "semseg.csv_log.CSVlog", "semseg.csv_log.CSVLog.__init__",
+    "PYTORCH_LIGHTNING.CALLBACKS.EARLYSTOPPING", "semseg.training.loggers.csv.CSVlog",
+    "semseg.training.loggers.csv.CSVLog.__init__",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping", "pytorch_lightning.callbacks.Callback", "antigravity.x",
-    "semseg.csv_log", "..semseg.csv_log.CSVLog", "",
+    "semseg.training.loggers.csv", "..semseg.training.loggers.csv.CSVLog", "",
 ]  # fmt: skip
-FINE = "_target_: semseg.csv_log.CSVLog, folder: x"
+FINE = "_target_: semseg.training.loggers.csv.CSVLog, folder: x"
 EARLY = "_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: x"
 MARK = f"{HOSTILE}.mark"
 PLACES = [
@@ -459,7 +460,7 @@ def test_g4_loggers_and_callbacks_of_a_saved_configuration_are_never_made(
     monkeypatch.setattr(build, "instantiate", made.append)
     path = place / "loggers.ckpt"
     for group in ("logger", "callbacks"):
-        section = {"_target_": "semseg.loggers.TensorBoard", "save_dir": str(place / "written")}
+        section = {"_target_": "semseg.training.loggers.external.TensorBoard", "save_dir": str(place / "written")}
         torch.save(with_saved_config(honest, f"{group}.x", section), path)
         mode("eval", f"ckpt={path}", "~logger.csv", "eval.scales=[32]")(place)
         saved, config = open_network(check(compose_config(["mode=eval", f"ckpt={path}"])), [])

@@ -37,15 +37,15 @@ from starlette.types import Message
 from browser import needs_browser
 from command_line import RUN, run
 from devtools import Tab, browser_tab
-from semseg import server
 from semseg.build import build_net
-from semseg.checkpoint import FORMAT_KEY, describe
-from semseg.config import ServeConfig, check
+from semseg.checkpoints.format import FORMAT_KEY, describe
+from semseg.cli.main import CONFIG_DIR, compose_config
+from semseg.config.schema import ServeConfig, check
 from semseg.data.classes import ClassTable, LabelMap
 from semseg.errors import ConfigError
-from semseg.launch import CONFIG_DIR, compose_config
 from semseg.modes import serve
-from semseg.server import FILES, HEADERS, Served, address_of, build_app, is_loopback, listen, read_upload
+from semseg.serving import server
+from semseg.serving.server import FILES, HEADERS, Served, address_of, build_app, is_loopback, listen, read_upload
 
 CLASSES = ClassTable(("dark", "bright", "<b>other"), ((0, 0, 255), (255, 0, 0), (0, 255, 0)))
 SERVED = Served("a network", CLASSES, LabelMap(3), lambda image: (image[..., 0] >= 128).astype(np.int64))

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 from test_server import SERVED, client, encoded, half_bright
 
-from semseg import connections, server
-from semseg.config import ServeConfig
-from semseg.connections import max_connections, share_of_client
-from semseg.server import Gate, build_app, listen, run_server
+from semseg.config.schema import ServeConfig
+from semseg.serving import connections, server
+from semseg.serving.connections import max_connections, share_of_client
+from semseg.serving.server import Gate, build_app, listen, run_server
 
 pytestmark = pytest.mark.reliability
 

@@ -21,8 +21,8 @@ import semseg
 from in_process import TINY_RUN, configured, fit
 from memory import MEGABYTE, in_child, resident
 from semseg.build import check_network
-from semseg.checkpoint import load_plain, network_of, refuse_nonfinite
-from semseg.checkpoint_io import damage
+from semseg.checkpoints.atomic_io import damage
+from semseg.checkpoints.format import load_plain, network_of, refuse_nonfinite
 from semseg.errors import CheckpointError, SemsegError
 from semseg.modes import train
 from semseg.nets.registry import ENCODERS, Constructor

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from semseg.csv_log import RowFile
+from semseg.cli.main import saved_words
 from semseg.data.classes import ClassTable
 from semseg.data.records import load_cache
 from semseg.errors import ConfigError, DataError
-from semseg.jobs import JOB_FILE, RESULT_FILE, read_job, read_result
-from semseg.launch import saved_words
-from semseg.metrics import ConfusionMatrix
-from semseg.pages.comparison import compare, read_evaluations
-from semseg.pages.curves import read_log
-from semseg.report import write_rows
-from semseg.text import cell, lines_printable, printable
+from semseg.evaluation.metrics import ConfusionMatrix
+from semseg.evaluation.tables import write_rows
+from semseg.reports.comparison import compare, read_evaluations
+from semseg.reports.curves import read_log
+from semseg.storage.run_results import JOB_FILE, RESULT_FILE, read_job, read_result
+from semseg.system.text import cell, lines_printable, printable
+from semseg.training.loggers.csv import RowFile
 
 SPOILED = [b"", b"\xff\xfe\x00", b"step\nabc\n", b"[" * 99999, b"null", b'{"a": 1e999}', b"\x00" * 40, b"a,b\n1"]
 METRICS = {"mean_iou": 0.5, "classes": [{"name": "sky", "iou": 0.5}, {"name": "road", "iou": None}]}
@@ -113,7 +113,7 @@ def test_h8_text_of_files_moves_no_cursor_and_starts_no_formula(tmp_path: Path) 
 
 @pytest.mark.reliability
 def test_h9_a_confusion_matrix_without_memory_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("semseg.metrics.free_memory", lambda: 16 * 10**9)
+    monkeypatch.setattr("semseg.evaluation.metrics.free_memory", lambda: 16 * 10**9)
     with pytest.raises(
         ConfigError, match=r"data\.num_classes=32767: .* take 34\.4 GB, and 16\.0 GB of memory are free"
     ):

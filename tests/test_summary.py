@@ -9,10 +9,10 @@ import torch
 
 from in_process import TinyEncoder
 from semseg.modes.models import cost_of_model
-from semseg.nets.c1 import C1
-from semseg.nets.ppm import PPM
+from semseg.nets.cost import Cost, Stage, cost_of, write_cost
+from semseg.nets.decoders.c1 import C1
+from semseg.nets.decoders.ppm import PPM
 from semseg.nets.segmenter import Segmenter
-from semseg.summary import Cost, Stage, cost_of, write_cost
 
 
 def tiny() -> Cost:

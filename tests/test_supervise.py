@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from semseg.config import check
+from semseg.cli.main import compose_config
+from semseg.cli.supervise import EXTERNAL_LAUNCHERS, FOLDER, check_world_size, num_processes, supervise
+from semseg.config.schema import check
 from semseg.errors import ConfigError
-from semseg.launch import compose_config
-from semseg.supervise import EXTERNAL_LAUNCHERS, FOLDER, check_world_size, num_processes, supervise
 
 WAIT = "time.sleep(60)"
 SPEAK = """
-from semseg.supervise import leave_last_words
+from semseg.cli.supervise import leave_last_words
 try:
     raise ValueError("a damaged image")
 except ValueError as error:
@@ -99,7 +99,7 @@ def without_nohup() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_supervisor_ends_all(tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import sys; from pathlib import Path; from semseg.supervise import supervise;"
+        "import sys; from pathlib import Path; from semseg.cli.supervise import supervise;"
         f"sys.exit(supervise([sys.executable, '-c', 'import time; time.sleep(60)'], 2, Path({str(tmp_path)!r})))"
     )
     root = Path(__file__).resolve().parent.parent

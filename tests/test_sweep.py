@@ -21,13 +21,23 @@ from omegaconf import OmegaConf
 
 from browser import in_browser, needs_browser
 from command_line import TINY, run
-from semseg import launch, sweep
+from semseg.cli import main, sweep
+from semseg.cli.main import CONFIG_DIR, compose_all, explain_option, hydra_problems
+from semseg.cli.supervise import RANK_NAMES, Ended, run_alone
+from semseg.cli.sweep import outcome
 from semseg.errors import ConfigError
-from semseg.jobs import Job, Result, finished_job, job_name, rank, read_jobs, read_result, write_job, write_result
-from semseg.launch import CONFIG_DIR, compose_all, explain_option, hydra_problems
-from semseg.supervise import RANK_NAMES, Ended, run_alone
-from semseg.sweep import outcome
-from semseg.sweep_page import log_marks, render
+from semseg.reports.sweep_page import log_marks, render
+from semseg.storage.run_results import (
+    Job,
+    Result,
+    finished_job,
+    job_name,
+    rank,
+    read_jobs,
+    read_result,
+    write_job,
+    write_result,
+)
 
 Sweep = Callable[..., int]
 GRACE = 20  # seconds for processes on a busy machine
@@ -70,7 +80,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sweep:
     def run_main(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["run.py", *words])
         with pytest.raises(SystemExit) as ended:
-            launch.main()
+            main.main()
         return int(ended.value.code or 0)
 
     return run_main

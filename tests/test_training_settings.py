@@ -12,7 +12,7 @@ import torch
 from test_resume import copies_of_every_save
 
 from in_process import TINY_RUN, assert_equal, configured, fit, logged_losses
-from semseg.config import Config
+from semseg.config.schema import Config
 from semseg.errors import ConfigError
 
 # One epoch of three steps of two images.

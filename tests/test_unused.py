@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from in_process import TINY_RUN, TinyEncoder, assert_equal, configured, fit
-from semseg.config import OptimConfig
-from semseg.losses import segmentation_loss
-from semseg.nets.c1 import C1
+from semseg.config.schema import OptimConfig
+from semseg.nets.decoders.c1 import C1
 from semseg.nets.registry import build_decoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
-from semseg.optim import build_optimizer, parameter_groups
-from semseg.unused import freeze_unused, modules_of
+from semseg.training.losses import segmentation_loss
+from semseg.training.optim import build_optimizer, parameter_groups
+from semseg.training.unused import freeze_unused, modules_of
 
 pytestmark = pytest.mark.reliability
 

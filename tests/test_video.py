@@ -11,10 +11,10 @@ from PIL import Image
 from test_predictor import Brightest
 
 from semseg.data.classes import ClassTable, LabelMap
-from semseg.inputs import Input
 from semseg.modes.predict import Work
-from semseg.predictor import Predictor, Settings
-from semseg.video import Clock, LostFramesError, frames_of
+from semseg.prediction.inputs import Input
+from semseg.prediction.predictor import Predictor, Settings
+from semseg.prediction.video import Clock, LostFramesError, frames_of
 
 pytestmark = pytest.mark.reliability
 

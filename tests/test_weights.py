@@ -11,18 +11,18 @@ from torch import Tensor
 
 from published_files import served, with_bookkeeping, without_counters
 from semseg.build import build_net, imagenet_weights
-from semseg.checkpoint import SavedNetwork, load_weights
-from semseg.config import DownloadConfig, ModelConfig, check
+from semseg.checkpoints.format import SavedNetwork, load_weights
+from semseg.checkpoints.initialise import load_encoder_weights, start_from
+from semseg.cli.main import compose_config
+from semseg.config.preprocessing import CONVENTIONS
+from semseg.config.schema import DownloadConfig, ModelConfig, check
 from semseg.data.classes import ClassTable
-from semseg.data.convention import CONVENTIONS
 from semseg.data.images import read_image
 from semseg.errors import CheckpointError, ConfigError
-from semseg.launch import compose_config
-from semseg.nets.features import Encoder
+from semseg.nets.interfaces import Encoder
 from semseg.nets.normalise import normalise
 from semseg.nets.registry import build_encoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
-from semseg.weights import load_encoder_weights, start_from
 
 
 def imagenet_file(path: Path, encoder: Encoder) -> dict[str, Tensor]:

@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import Dataset
 
 from command_line import RUN, TINY
-from semseg import handover
+from semseg.data import shared_slots
 from semseg.data.scenes import make_scenes
 from semseg.datamodule import WatchedLoader, workers_of
 from semseg.errors import DataError
-from semseg.process import birth
+from semseg.system.process import birth
 
 pytestmark = pytest.mark.reliability
 
@@ -135,7 +135,7 @@ if __name__ == "__main__":
 
 
 def test_e10_without_locks_images_are_read_without_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handover, "why_no_workers", lambda: "Read-only file system")
+    monkeypatch.setattr(shared_slots, "why_no_workers", lambda: "Read-only file system")
     with pytest.warns(UserWarning, match="without workers, since the system has no locks for them: Read-only file"):
         alone = loader(Numbers())
     assert alone.num_workers == 0
@@ -143,13 +143,13 @@ def test_e10_without_locks_images_are_read_without_workers(monkeypatch: pytest.M
 
 
 def test_e10_what_keeps_a_system_from_locks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert handover.why_no_workers() is None
+    assert shared_slots.why_no_workers() is None
 
     def refuse(*_: Any) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", refuse)
-    assert handover.why_no_workers() == "Read-only file system"
+    assert shared_slots.why_no_workers() == "Read-only file system"
 
 
 @pytest.mark.slow

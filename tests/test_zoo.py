@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from semseg.checkpoints.zoo import ZOO, published, release_of_folder
+from semseg.cli.main import CONFIG_DIR
 from semseg.errors import CheckpointError
-from semseg.launch import CONFIG_DIR
-from semseg.zoo import ZOO, published, release_of_folder
 
 
 def test_a_name_means_two_files_of_one_folder_on_the_server() -> None:

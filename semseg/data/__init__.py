@@ -1,1 +1,4 @@
-"""From files on disk to sub-batches: geometry, records, classes, plan, images, data sets."""
+"""From files to sub-batches: records, plan, decoding, labels, augmentation, data sets.
+
+The Lightning data module is semseg/datamodule.py, normalisation happens on the device in nets/.
+"""

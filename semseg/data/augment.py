@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from semseg.config import AugmentConfig
+from semseg.config.schema import AugmentConfig
 from semseg.data.classes import IGNORED
 from semseg.data.geometry import Size
-from semseg.seeding import number_for
+from semseg.data.seeding import number_for
 
 AUGMENT = 3  # stream of randomness, beside those of the plan
 LARGEST_BLUR = 4.0  # radius of the blur's kernel in standard deviations

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from semseg.data.store import read_text
 from semseg.errors import ConfigError, DataError
-from semseg.text import printable, shortened
+from semseg.system.text import printable, shortened
 
 IGNORED = -1
 _UNKNOWN = -2

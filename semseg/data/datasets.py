@@ -33,8 +33,8 @@ from semseg.data.images import (
 from semseg.data.label_cache import LabelCache
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
+from semseg.data.shared_slots import Slot, received, sent
 from semseg.errors import DataError
-from semseg.handover import Slot, received, sent
 
 
 class TrainDataset(Dataset[Batch]):

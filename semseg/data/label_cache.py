@@ -22,7 +22,7 @@ from semseg.data.classes import LabelMap
 from semseg.data.geometry import Size
 from semseg.data.store import stamp
 from semseg.errors import ConfigError
-from semseg.files import replacing
+from semseg.storage.atomic import replacing
 
 FORMAT = 2  # of the files; part of their names
 MOST_RUNS = 4  # pixels to a run, at least: a label of more runs is noise, and smaller as it is

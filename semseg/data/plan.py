@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semseg.data.geometry import Size
-from semseg.seeding import generator_for
+from semseg.data.seeding import generator_for
 
 ORDER, DRAWS, TURNS = 0, 1, 2  # streams of randomness under one seed: generator_for(seed, stream, number)
 

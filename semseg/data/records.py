@@ -20,7 +20,7 @@ from semseg.data.geometry import Size
 from semseg.data.headers import Header, HeaderError, header_of, open_image
 from semseg.data.store import Unused
 from semseg.errors import DataError
-from semseg.files import replacing
+from semseg.storage.atomic import replacing
 
 LOSSY_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".webp", ".avif", ".jp2", ".j2k", ".jpx",

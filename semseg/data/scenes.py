@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
+from semseg.data.seeding import generator_for
 from semseg.errors import DataError
-from semseg.files import writing
-from semseg.seeding import generator_for
+from semseg.storage.atomic import writing
 
 VERSION = 1  # raise it whenever the same seed would draw other pixels
 MANIFEST = "scenes.json"

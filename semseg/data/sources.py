@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from semseg.config import SPLITS, DataConfig, SplitConfig
+from semseg.config.schema import SPLITS, DataConfig, SplitConfig
 from semseg.data import store
 from semseg.data.classes import ClassTable, ColourIds, LabelMap, built_in_classes
 from semseg.data.headers import Header

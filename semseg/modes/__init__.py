@@ -1,1 +1,4 @@
-"""One module per `mode=`; each has one function `run(config)`."""
+"""One file for each `mode=`, with one function `run(config, overrides)`.
+
+What modes share lives in the packages below them.
+"""

@@ -22,16 +22,16 @@ from rich.table import Table
 
 from semseg.build import accelerator, build_net, build_trainer, without_weights
 from semseg.collate import Batch
-from semseg.config import BenchConfig, Config
+from semseg.config.schema import BenchConfig, Config
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import DataError
-from semseg.evaluation import Speed
-from semseg.files import replacing
+from semseg.evaluation.evaluator import Speed
+from semseg.evaluation.tables import speed_line
 from semseg.lit_module import SegmentationModule
 from semseg.modes.train import network_name
 from semseg.nets.segmenter import Segmenter
-from semseg.report import speed_line
+from semseg.storage.atomic import replacing
 
 WAITING = 0.1  # share of a step from which reading is what limits
 WASTED = 0.25  # share of padding from which it is worth a word

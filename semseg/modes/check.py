@@ -19,17 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from semseg.build import build_net, without_weights
-from semseg.check_page import Checked, PlanFacts, Sample, write_check_page
-from semseg.config import SPLITS, Config, DataConfig
-from semseg.data.classes import ClassTable, LabelMap
-from semseg.data.geometry import Size, largest_canvas
-from semseg.data.images import read_label, read_pair
-from semseg.data.overlap import Overlap, overlap
-from semseg.data.plan import TrainPlan
-from semseg.data.records import Record
-from semseg.data.scan import place_of, scan
-from semseg.data.sources import DataSource, split_folders_words
-from semseg.doctor import (
+from semseg.checks.dataset import (
     NOT_READY,
     WARNING,
     Diagnosis,
@@ -43,11 +33,21 @@ from semseg.doctor import (
     padding_share,
     ranges,
 )
-from semseg.draw import percent
+from semseg.config.schema import SPLITS, Config, DataConfig
+from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.geometry import Size, largest_canvas
+from semseg.data.images import read_label, read_pair
+from semseg.data.overlap import Overlap, overlap
+from semseg.data.plan import TrainPlan
+from semseg.data.records import Record
+from semseg.data.scan import place_of, scan
+from semseg.data.sources import DataSource, split_folders_words
 from semseg.errors import DataError
-from semseg.files import program, replacing
-from semseg.memory import step_memory
-from semseg.text import lines_printable, printable
+from semseg.nets.step_memory import step_memory
+from semseg.reports.check_page import Checked, PlanFacts, Sample, write_check_page
+from semseg.reports.draw import percent
+from semseg.storage.atomic import program, replacing
+from semseg.system.text import lines_printable, printable
 
 PLANNED = 500  # sub-batches whose padding is counted
 NUM_CLASSES = 20  # rows on the console; the files hold all

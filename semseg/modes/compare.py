@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from semseg.compare_page import write_comparison
-from semseg.config import Config
-from semseg.files import replacing
-from semseg.pages.comparison import Comparison, Row, as_plain, by_change, compare, csv_rows, read_evaluations
-from semseg.pages.templates import percent, points
-from semseg.text import printable, row_of_cells
+from semseg.config.schema import Config
+from semseg.reports.compare_page import write_comparison
+from semseg.reports.comparison import Comparison, Row, as_plain, by_change, compare, csv_rows, read_evaluations
+from semseg.reports.templates import percent, points
+from semseg.storage.atomic import replacing
+from semseg.system.text import printable, row_of_cells
 
 NUM_CLASSES = 15  # rows on the console; the files hold all
 

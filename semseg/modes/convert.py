@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from semseg.build import find_network, restore_net, tell
-from semseg.checkpoint import SAFETENSORS, SavedNetwork, detached, write_ckpt, write_safetensors
-from semseg.config import Config
+from semseg.checkpoints.format import SAFETENSORS, SavedNetwork, detached, write_ckpt, write_safetensors
+from semseg.config.schema import Config
 from semseg.errors import ConfigError
-from semseg.files import replacing
+from semseg.storage.atomic import replacing
 
 
 def run(config: Config, overrides: list[str]) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from semseg.config import Config, DataConfig
+from semseg.cli.main import load_config, options_of
+from semseg.config.schema import Config, DataConfig
 from semseg.data import store
 from semseg.data.classes import built_in_classes
 from semseg.data.sources import BUILT_IN_CLASSES
-from semseg.launch import load_config, options_of
 
 
 def run(config: Config, overrides: list[str]) -> None:

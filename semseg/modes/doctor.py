@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from semseg.config import Config
+from semseg.checks.machine import ERROR, WARNING, examine
+from semseg.config.schema import Config
 from semseg.errors import SemsegError
-from semseg.machine import ERROR, WARNING, examine
 
 
 class MachineError(SemsegError):

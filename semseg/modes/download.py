@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
-from semseg.archive import extract
-from semseg.config import ArchiveConfig, Config, DataConfig
+from semseg.cli.main import CONFIG_DIR
+from semseg.config.schema import ArchiveConfig, Config, DataConfig
 from semseg.data.sources import DataSource
-from semseg.download import fetch
 from semseg.errors import ConfigError, DataError
-from semseg.launch import CONFIG_DIR
+from semseg.storage.archive import extract
+from semseg.storage.download import fetch
 
 FOLDER = "data"  # of the cache
 

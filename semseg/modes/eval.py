@@ -15,22 +15,17 @@ from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
 from semseg.build import build_trainer, open_network, restore_net, tell
-from semseg.checkpoint import FOLDER, SavedNetwork, refuse_nonfinite
-from semseg.config import Config
+from semseg.checkpoints.format import FOLDER, SavedNetwork, refuse_nonfinite
+from semseg.config.schema import Config
 from semseg.data.datasets import EvalDataset, EvalSample
 from semseg.data.images import read_pair
 from semseg.data.records import Record
+from semseg.data.seeding import generator_for
 from semseg.data.sources import DataSource, require_masks
 from semseg.datamodule import SegmentationData
-from semseg.draw import Pixels, comparison
 from semseg.errors import ConfigError
-from semseg.evaluation import ImageRecord, Intervals, bootstrap
-from semseg.files import replacing
-from semseg.jobs import Result, write_result
-from semseg.lit_module import SegmentationModule
-from semseg.pages.curves import run_folder_of, training_curves
-from semseg.pages.run_card import data_fingerprint, run_card
-from semseg.report import (
+from semseg.evaluation.evaluator import ImageRecord, Intervals, bootstrap
+from semseg.evaluation.tables import (
     Findings,
     class_table,
     findings_of,
@@ -40,7 +35,10 @@ from semseg.report import (
     summary_table,
     write_findings,
 )
-from semseg.report_page import (
+from semseg.lit_module import SegmentationModule
+from semseg.reports.curves import run_folder_of, training_curves
+from semseg.reports.draw import Pixels, comparison
+from semseg.reports.evaluation_page import (
     Example,
     ImageScore,
     ReportData,
@@ -50,8 +48,10 @@ from semseg.report_page import (
     rule_scores,
     write_report,
 )
-from semseg.seeding import generator_for
-from semseg.text import lines_printable, printable
+from semseg.reports.run_card import data_fingerprint, run_card
+from semseg.storage.atomic import replacing
+from semseg.storage.run_results import Result, write_result
+from semseg.system.text import lines_printable, printable
 
 log = logging.getLogger(__name__)
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from torch import Tensor
 
 from semseg.build import open_network, require_export_extra, restore_net
-from semseg.checkpoint import SavedNetwork, refuse_nonfinite
-from semseg.config import EXPORT_SUFFIXES, Config
+from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite
+from semseg.config.schema import EXPORT_SUFFIXES, Config
 from semseg.data.datasets import EvalDataset
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
-from semseg.files import replacing
-from semseg.metrics import Scores
+from semseg.evaluation.metrics import Scores
 from semseg.nets.segmenter import Segmenter
+from semseg.storage.atomic import replacing
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ def run(config: Config, overrides: list[str]) -> None:
     """
     assert config.output, "config.check asks for it"
     require_export_extra()
-    from semseg.export import WRITERS  # noqa: PLC0415 - the packages of an extra
-    from semseg.exported import description, read_exported  # noqa: PLC0415
+    from semseg.export.onnx import WRITERS  # noqa: PLC0415 - the packages of an extra
+    from semseg.export.onnx_runtime import description, read_exported  # noqa: PLC0415
 
     output = Path(config.output).expanduser()
     saved, config = open_network(config, overrides)
@@ -42,7 +42,7 @@ def run(config: Config, overrides: list[str]) -> None:
         found = write(temporary, net, description(saved, net, options.quantize))
         print(f"checked at 5 sizes: the largest difference is {found.largest:.2g}, the largest logit {found.scale:.2g}")
         if options.quantize != "none":
-            from semseg.quantize import quantize_onnx  # noqa: PLC0415
+            from semseg.export.quantize import quantize_onnx  # noqa: PLC0415
 
             quantize_onnx(temporary, calibration_images(config, net) if options.quantize == "static" else None)
             print_loss(config, saved, net, restore_net(read_exported(temporary)))
@@ -56,7 +56,7 @@ def calibration_images(config: Config, net: Segmenter) -> Iterator[Tensor]:
     Raises:
         DataError: if they are not there.
     """
-    from semseg.quantize import sampled  # noqa: PLC0415 - the packages of an extra
+    from semseg.export.quantize import sampled  # noqa: PLC0415 - the packages of an extra
 
     dataset = scaled_images(config, DataSource(config.data), config.export.calibration_split, net)
     for index in sampled(dataset, config.export.calibration_images):
@@ -77,7 +77,7 @@ def scaled_images(config: Config, source: DataSource, split: str, net: Segmenter
 
 def print_loss(config: Config, saved: SavedNetwork, net: Segmenter, quantized: Segmenter) -> None:
     """Tell the scores of both networks on export.score_images of eval.split; or why there are none."""
-    from semseg.quantize import score  # noqa: PLC0415 - the packages of an extra
+    from semseg.export.quantize import score  # noqa: PLC0415 - the packages of an extra
 
     count, split = config.export.score_images, config.eval.split
     if not count:

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from semseg.build import network_options
-from semseg.config import Config, ModelConfig
-from semseg.launch import load_config, options_of
+from semseg.checkpoints.zoo import SCORES, ZOO
+from semseg.cli.main import load_config, options_of
+from semseg.config.schema import Config, ModelConfig
+from semseg.nets.cost import SIZE, Cost, cost_of
 from semseg.nets.registry import build_segmenter
-from semseg.summary import SIZE, Cost, cost_of
-from semseg.zoo import SCORES, ZOO
 
 NUM_CLASSES = 150  # of the published networks
 

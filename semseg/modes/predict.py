@@ -16,19 +16,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from semseg.build import open_predictor, tell
-from semseg.config import Config
+from semseg.checkpoints.zoo import DEMONSTRATION
+from semseg.config.schema import Config
 from semseg.data.images import read_image
 from semseg.data.store import Unused
 from semseg.datamodule import WatchedLoader
-from semseg.download import fetch
-from semseg.draw import Pixels, colour_map, overlay
 from semseg.errors import DataError
-from semseg.inputs import Input, find_inputs
-from semseg.outputs import array_on_disk, write_classes, write_outputs
-from semseg.predictor import Predictor, Result
-from semseg.text import lines_printable, printable
-from semseg.video import Frame, LostFramesError, VideoWriters, frames_of
-from semseg.zoo import DEMONSTRATION
+from semseg.prediction.inputs import Input, find_inputs
+from semseg.prediction.outputs import array_on_disk, write_classes, write_outputs
+from semseg.prediction.predictor import Predictor, Result
+from semseg.prediction.video import Frame, LostFramesError, VideoWriters, frames_of
+from semseg.reports.draw import Pixels, colour_map, overlay
+from semseg.storage.download import fetch
+from semseg.system.text import lines_printable, printable
 
 
 def run(config: Config, overrides: list[str]) -> None:

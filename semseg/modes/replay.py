@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.text import Text
 
 from semseg.build import open_network, restore_net
-from semseg.checkpoint import is_dense, load_plain
+from semseg.checkpoints.format import is_dense, load_plain
 from semseg.collate import Batch
-from semseg.config import Config
+from semseg.config.schema import Config
 from semseg.errors import CheckpointError
-from semseg.guards import first_nonfinite
-from semseg.losses import build_terms, segmentation_loss
 from semseg.nets.normalise import normalise
-from semseg.text import printable
+from semseg.system.text import printable
+from semseg.training.callbacks.guards import first_nonfinite
+from semseg.training.losses import build_terms, segmentation_loss
 
 
 def run(config: Config, overrides: list[str]) -> None:

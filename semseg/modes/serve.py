@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semseg.build import open_predictor
-from semseg.config import Config
-from semseg.draw import Pixels
+from semseg.config.schema import Config
 from semseg.errors import ConfigError
-from semseg.predictor import Predictor
-from semseg.process import StopRequest
+from semseg.prediction.predictor import Predictor
+from semseg.reports.draw import Pixels
+from semseg.system.process import StopRequest
 
 EXTRA = ("fastapi", "uvicorn", "python_multipart")  # modules of semseg[demo]
 LOOPBACK_NAMES = ["localhost", "127.0.0.1", "::1", "[::1]"]
@@ -27,7 +27,7 @@ def run(config: Config, overrides: list[str]) -> None:
         SemsegError: for anything the user can mend.
     """
     require_extra()
-    from semseg.server import Served, address_of, build_app, is_loopback, listen, run_server  # noqa: PLC0415
+    from semseg.serving.server import Served, address_of, build_app, is_loopback, listen, run_server  # noqa: PLC0415
 
     with listen(config.serve) as door:  # before the network is read, which takes longer
         predictor = open_predictor(config, overrides)

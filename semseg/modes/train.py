@@ -21,25 +21,30 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from semseg import zoo
 from semseg.build import build_net, build_trainer, check_network, find_network, tell, without_weights
-from semseg.checkpoint import FOLDER, SavedNetwork, find_checkpoint, read_checkpoint, refuse_nonfinite
-from semseg.checkpoint_io import damage, newest_intact, remove_leftovers
-from semseg.config import Config, ModelConfig, as_plain
-from semseg.console import config_tree
+from semseg.checkpoints import zoo
+from semseg.checkpoints.atomic_io import damage, newest_intact, remove_leftovers
+from semseg.checkpoints.format import FOLDER, SavedNetwork, find_checkpoint, read_checkpoint, refuse_nonfinite
+from semseg.checkpoints.initialise import start_from
+from semseg.checkpoints.published import find_files
+from semseg.config.schema import Config, ModelConfig, as_plain
 from semseg.data.overlap import overlap
 from semseg.data.sources import DataSource, require_masks, split_folders_words
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, DataError
-from semseg.files import from_here, program, replacing
-from semseg.jobs import RESULT_FILE, Result, read_result, write_result
 from semseg.lit_module import SegmentationModule
-from semseg.loggers import log_settings
-from semseg.losses import read_class_weights
+from semseg.nets.cost import Cost, cost_of, write_cost
 from semseg.nets.segmenter import Segmenter
-from semseg.published import find_files
-from semseg.restoring import restoring
-from semseg.resume import (
+from semseg.storage.atomic import from_here, program, replacing
+from semseg.storage.run_lock import RunLock
+from semseg.storage.run_results import RESULT_FILE, Result, read_result, write_result
+from semseg.storage.transfer import is_first_rank
+from semseg.system.text import printable
+from semseg.training.callbacks.console import config_tree
+from semseg.training.callbacks.stop import StoppedError, requeue
+from semseg.training.loggers.external import log_settings
+from semseg.training.losses import read_class_weights
+from semseg.training.resume import (
     RunState,
     check_same_facts,
     check_same_run,
@@ -47,12 +52,7 @@ from semseg.resume import (
     read_run_state,
     without_callback,
 )
-from semseg.run_lock import RunLock
-from semseg.stopping import StoppedError, requeue
-from semseg.summary import Cost, cost_of, write_cost
-from semseg.text import printable
-from semseg.transfer import is_first_rank
-from semseg.weights import start_from
+from semseg.training.training_state import restoring
 
 NETWORK_KEYS = ("model/", "model.encoder", "model.decoder")
 

@@ -1,1 +1,4 @@
-"""Networks: encoders, decoders, and the Segmenter that joins one of each."""
+"""Networks: interfaces, encoders, decoders, the segmenter, their cost and memory.
+
+Weights live in checkpoints/, synchronised batch normalisation in syncbn/.
+"""

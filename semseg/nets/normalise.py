@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from semseg.data.convention import InputConvention
+from semseg.config.preprocessing import InputConvention
 
 
 def normalise(image: Tensor, convention: InputConvention, size: Tensor | None = None) -> Tensor:

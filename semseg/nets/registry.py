@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from semseg.errors import ConfigError, choose, nearest
 
 if TYPE_CHECKING:
-    from semseg.nets.features import Decoder, Encoder
+    from semseg.nets.interfaces import Decoder, Encoder
     from semseg.nets.segmenter import Segmenter
 
 
@@ -32,19 +32,19 @@ class Constructor(NamedTuple):
 
 
 ENCODERS: dict[str, Constructor] = {
-    "resnet18": Constructor("semseg.nets.resnet", "resnet18"),
-    "resnet50": Constructor("semseg.nets.resnet", "resnet50"),
-    "resnet101": Constructor("semseg.nets.resnet", "resnet101"),
-    "resnext101": Constructor("semseg.nets.resnext", "resnext101"),
-    "mobilenetv2": Constructor("semseg.nets.mobilenet", "MobileNetV2"),
-    "hrnetv2": Constructor("semseg.nets.hrnet", "HRNetV2"),
-    "torchvision": Constructor("semseg.nets.torchvision_encoder", "TorchvisionEncoder"),
-    "timm": Constructor("semseg.nets.timm_encoder", "TimmEncoder"),
+    "resnet18": Constructor("semseg.nets.encoders.resnet", "resnet18"),
+    "resnet50": Constructor("semseg.nets.encoders.resnet", "resnet50"),
+    "resnet101": Constructor("semseg.nets.encoders.resnet", "resnet101"),
+    "resnext101": Constructor("semseg.nets.encoders.resnext", "resnext101"),
+    "mobilenetv2": Constructor("semseg.nets.encoders.mobilenet", "MobileNetV2"),
+    "hrnetv2": Constructor("semseg.nets.encoders.hrnet", "HRNetV2"),
+    "torchvision": Constructor("semseg.nets.encoders.torchvision", "TorchvisionEncoder"),
+    "timm": Constructor("semseg.nets.encoders.timm", "TimmEncoder"),
 }
 DECODERS: dict[str, Constructor] = {
-    "c1": Constructor("semseg.nets.c1", "C1"),
-    "ppm": Constructor("semseg.nets.ppm", "PPM"),
-    "upernet": Constructor("semseg.nets.upernet", "UPerNet"),
+    "c1": Constructor("semseg.nets.decoders.c1", "C1"),
+    "ppm": Constructor("semseg.nets.decoders.ppm", "PPM"),
+    "upernet": Constructor("semseg.nets.decoders.upernet", "UPerNet"),
 }
 TABLES: dict[str, dict[str, Constructor]] = {"encoder": ENCODERS, "decoder": DECODERS}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from semseg.nets.features import Decoder, Encoder, Logits
-from semseg.nets.pointwise import use_onednn
-from semseg.nets.winograd import use_winograd
+from semseg.nets.cpu.pointwise import use_onednn
+from semseg.nets.cpu.winograd import use_winograd
+from semseg.nets.interfaces import Decoder, Encoder, Logits
 
 
 class Segmenter(nn.Module):
@@ -19,7 +19,7 @@ class Segmenter(nn.Module):
 
     Attributes:
         convention: how pixel values enter it; bound to the weights it has or starts from.
-        winograd: run 3 x 3 convolutions on the CPU the shorter way; see `semseg.nets.winograd`.
+        winograd: run 3 x 3 convolutions on the CPU the shorter way; see `semseg.nets.cpu.winograd`.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, num_classes: int) -> None:

@@ -1,1 +1,1 @@
-"""Batch normalisation whose statistics are reduced over all devices."""
+"""Batch normalisation whose statistics are reduced over ranks."""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from in_process import configured
-from semseg.config import AugmentConfig
+from semseg.config.schema import AugmentConfig
 from semseg.data.augment import Augmentation
 from semseg.data.classes import LabelMap
 from semseg.data.datasets import TrainDataset

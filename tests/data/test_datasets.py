@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from semseg.collate import Batch
+from semseg.config.preprocessing import CONVENTIONS
 from semseg.data.classes import LabelMap
-from semseg.data.convention import CONVENTIONS
 from semseg.data.datasets import EvalDataset, TrainDataset
 from semseg.data.geometry import Size
 from semseg.data.plan import RankSequence, SubBatch, TrainPlan

@@ -20,7 +20,7 @@ from semseg.data import images as images_module
 from semseg.data.images import decode_image, oriented, read_header, read_image, read_label
 from semseg.data.records import record_of_image
 from semseg.errors import DataError
-from semseg.predictor import to_pixels
+from semseg.prediction.predictor import to_pixels
 
 pytestmark = pytest.mark.reliability
 

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from in_process import configured
-from semseg.config import DataConfig
+from semseg.checks.dataset import ScannedSplit, file_notices
+from semseg.config.schema import DataConfig
 from semseg.data import store
 from semseg.data.images import read_label
 from semseg.data.scan import examine
 from semseg.data.sources import DataSource, require_masks
-from semseg.doctor import ScannedSplit, file_notices
 from semseg.errors import DataError
 
 pytestmark = pytest.mark.reliability

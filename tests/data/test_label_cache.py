@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.utils.data import DataLoader
 
-from semseg.checkpoint import inherit
+from semseg.checkpoints.format import inherit
 from semseg.collate import Batch
-from semseg.config import AugmentConfig, Config, DataConfig
+from semseg.config.schema import AugmentConfig, Config, DataConfig
 from semseg.data import images
 from semseg.data.augment import Augmentation
 from semseg.data.classes import LabelMap

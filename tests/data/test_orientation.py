@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from in_process import configured
-from semseg.config import DataConfig, SplitConfig
+from semseg.config.schema import DataConfig, SplitConfig
 from semseg.data.images import read_pair, read_reduced
 from semseg.data.sources import DataSource
 from semseg.errors import DataError

@@ -15,7 +15,7 @@ import pytest
 
 from semseg.data.geometry import Size
 from semseg.data.plan import ORDER, RankSequence, TrainPlan
-from semseg.seeding import generator_for
+from semseg.data.seeding import generator_for
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/dataset_shapes.json").read_text())
 

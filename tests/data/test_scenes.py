@@ -17,8 +17,8 @@ from semseg.data.classes import ClassTable, LabelMap
 from semseg.data.images import read_pair
 from semseg.data.records import records_from_odgt
 from semseg.data.scenes import SCENE_CLASSES, Scene, draw_scene, make_scenes
+from semseg.data.seeding import generator_for
 from semseg.errors import DataError
-from semseg.seeding import generator_for
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from semseg.data.records import records_from_folders
 from semseg.data.scenes import make_scenes
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
-from semseg.pages.run_card import data_fingerprint
+from semseg.reports.run_card import data_fingerprint
 
 
 @pytest.fixture(scope="module")

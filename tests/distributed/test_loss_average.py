@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from semseg.losses import cross_entropy, segmentation_loss
-from semseg.nets.features import Logits
+from semseg.nets.interfaces import Logits
+from semseg.training.losses import cross_entropy, segmentation_loss
 
 LABELS = (torch.tensor([[[0, 1, 2, 0]]]), torch.tensor([[[1, -1, -1, -1]]]), torch.full((1, 1, 4), -1))
 SCORES = torch.arange(12, dtype=torch.float64).reshape(1, 3, 1, 4) / 5

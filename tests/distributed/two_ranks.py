@@ -18,11 +18,11 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping
 
 from in_process import TINY_RUN, configured, fit
 from semseg.collate import Batch
-from semseg.config import Config
-from semseg.guards import at_next_smaller_edge
+from semseg.config.schema import Config
 from semseg.lit_module import SegmentationModule
-from semseg.losses import Loss
-from semseg.stopping import StoppedError
+from semseg.training.callbacks.guards import at_next_smaller_edge
+from semseg.training.callbacks.stop import StoppedError
+from semseg.training.losses import Loss
 
 # Five images in sub-batches of two on two ranks; two epochs of three steps of two sub-batches a rank.
 RESUMED = [

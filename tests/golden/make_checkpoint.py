@@ -18,8 +18,8 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
 
 from in_process import TINY_RUN, configured, fit, logged_losses  # noqa: E402 - found by the line above
-from semseg.checkpoint import FORMAT_VERSION  # noqa: E402
-from semseg.config import Config  # noqa: E402
+from semseg.checkpoints.format import FORMAT_VERSION  # noqa: E402
+from semseg.config.schema import Config  # noqa: E402
 
 # Six images of tests/golden/dataset, in float64: another processor rounds differently.
 RUN = [

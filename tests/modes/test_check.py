@@ -17,15 +17,15 @@ from PIL import Image
 
 from browser import in_browser, needs_browser
 from in_process import configured
+from semseg.checks.dataset import ScannedSplit, pixel_notices
 from semseg.data.geometry import Size
 from semseg.data.images import read_label
 from semseg.data.records import Record
 from semseg.data.scan import Finding, scan
-from semseg.doctor import ScannedSplit, pixel_notices
 from semseg.errors import DataError
-from semseg.memory import step_memory
 from semseg.modes import check as mode
 from semseg.nets.registry import build_segmenter
+from semseg.nets.step_memory import step_memory
 
 TINY = ["model/encoder=resnet18", "model/decoder=c1", "model.encoder.weights=none", "check.samples=2"]
 

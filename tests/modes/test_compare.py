@@ -14,11 +14,11 @@ from PIL import Image
 
 from browser import in_browser, needs_browser
 from command_line import RUN
-from semseg.compare_page import render
-from semseg.config import Config
+from semseg.config.schema import Config
 from semseg.errors import ConfigError, DataError
 from semseg.modes import compare as mode
-from semseg.pages.comparison import compare, distinct_names, read_evaluations
+from semseg.reports.compare_page import render
+from semseg.reports.comparison import compare, distinct_names, read_evaluations
 
 SKY, ROAD = "sky", "<b>[red]road[/red]</b>"
 
@@ -168,7 +168,7 @@ def test_a_broken_panel_is_named(runs: list[str]) -> None:
 
 
 def test_the_command_line_compares_without_torch(tmp_path: Path, runs: list[str]) -> None:
-    probe = "import sys; from semseg.launch import main; main(); assert 'torch' not in sys.modules"
+    probe = "import sys; from semseg.cli.main import main; main(); assert 'torch' not in sys.modules"
     words = ["mode=compare", f"runs=[{','.join(runs)}]", f"run_dir={tmp_path}/out"]
     result = subprocess.run(
         [sys.executable, "-c", probe, *words],

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from command_line import run
 from published_files import served, write_files
-from semseg.checkpoint import load_weights, read_checkpoint, write_ckpt, write_safetensors
+from semseg.checkpoints.format import load_weights, read_checkpoint, write_ckpt, write_safetensors
 from semseg.modes.convert import write_published
 
 

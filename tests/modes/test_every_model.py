@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from semseg.build import build_net
-from semseg.config import check
+from semseg.cli.main import CONFIG_DIR, compose_config
+from semseg.config.schema import check
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
-from semseg.launch import CONFIG_DIR, compose_config
 from semseg.lit_module import SegmentationModule
-from semseg.losses import segmentation_loss
-from semseg.optim import build_optimizer
+from semseg.training.losses import segmentation_loss
+from semseg.training.optim import build_optimizer
 
 MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
 

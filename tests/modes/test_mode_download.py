@@ -16,7 +16,7 @@ from PIL import Image
 
 from command_line import run
 from local_server import LocalServer, local_server
-from semseg.launch import CONFIG_DIR
+from semseg.cli.main import CONFIG_DIR
 
 PATH = "/ADEChallengeData2016.zip"
 COUNTS = "3 training and 2 validation images with labels"

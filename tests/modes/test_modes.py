@@ -16,7 +16,7 @@ from PIL import Image
 import semseg
 from command_line import RUN, run
 from semseg.errors import SemsegError
-from semseg.video import VideoWriters, frames_of
+from semseg.prediction.video import VideoWriters, frames_of
 
 TINY = [
     "data=scenes",

@@ -10,12 +10,12 @@ from rich.console import Console
 
 from command_line import RUN, run
 from in_process import configured
-from semseg import machine
+from semseg.checkpoints.zoo import SCORES
+from semseg.checks import machine
+from semseg.checks.machine import ERROR, OK, WARNING, Finding
 from semseg.data.scenes import make_scenes
 from semseg.errors import SemsegError
-from semseg.machine import ERROR, OK, WARNING, Finding
 from semseg.modes import data, doctor, models
-from semseg.zoo import SCORES
 
 
 def test_the_models_are_told_with_their_cost_and_their_published_scores(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from reference import golden
-from semseg.nets.features import Decoder, Encoder
+from semseg.nets.interfaces import Decoder, Encoder
 from semseg.nets.registry import build_decoder, build_encoder
-from semseg.optim import decay_split
+from semseg.training.optim import decay_split
 
 LAYOUTS = golden("nets_layouts.json")
 PUBLISHED_CHANNELS = {"512": (64, 128, 256, 512), "2048": (256, 512, 1024, 2048)}  # by the deepest

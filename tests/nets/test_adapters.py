@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from semseg.config import network_options
-from semseg.data.convention import CONVENTIONS
+from semseg.checkpoints.initialise import differences
+from semseg.cli.main import compose_config
+from semseg.config.preprocessing import CONVENTIONS
+from semseg.config.schema import network_options
 from semseg.errors import CheckpointError, ConfigError
-from semseg.launch import compose_config
 from semseg.nets.blocks import BatchNorm2d
-from semseg.nets.features import Encoder
+from semseg.nets.interfaces import Encoder
 from semseg.nets.registry import build_decoder, build_encoder
 from semseg.nets.segmenter import Segmenter
 from semseg.syncbn.layer import convert, revert
-from semseg.weights import differences
 
 PYRAMID = (4, 8, 16, 32)
 # Library, name -> channels of the maps, and for torchvision the modules whose outputs they are.
@@ -314,6 +314,6 @@ def test_a_library_that_is_not_known_is_told() -> None:
 
 def test_without_timm_the_way_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    monkeypatch.delitem(sys.modules, "semseg.nets.timm_encoder", raising=False)
+    monkeypatch.delitem(sys.modules, "semseg.nets.encoders.timm", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'semseg\[timm\]'"):
         build_encoder("timm", name="resnet18")

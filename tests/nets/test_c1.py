@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from nets.contract import DecoderContract
-from semseg.nets.c1 import C1
+from semseg.nets.decoders.c1 import C1
 
 
 class TestC1(DecoderContract):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from semseg.errors import ConfigError
-from semseg.nets.dilate import stage_plans, strides_of
+from semseg.nets.encoders.dilation import stage_plans, strides_of
 
 
 @pytest.mark.parametrize(

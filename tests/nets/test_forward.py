@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nets.fill import fill_module, image, sampled
 from reference import golden
-from semseg.inference import merge_scales
-from semseg.nets.features import Decoder, Logits
+from semseg.evaluation.inference import merge_scales
+from semseg.nets.interfaces import Decoder, Logits
 from semseg.nets.registry import build_decoder, build_encoder
 
 REFERENCE = golden("nets_forward.json")

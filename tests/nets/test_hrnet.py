@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets.contract import check_layout, check_maps, check_one_pixel_trains, check_start
+from semseg.checkpoints.initialise import differences
 from semseg.nets.blocks import BatchNorm2d
-from semseg.nets.hrnet import HRNetBatchNorm2d, HRNetV2
+from semseg.nets.encoders.hrnet import HRNetBatchNorm2d, HRNetV2
 from semseg.nets.registry import build_decoder
 from semseg.syncbn.layer import convert, revert
-from semseg.weights import differences
 
 BRANCHES = (48, 96, 192, 384)
 

@@ -9,9 +9,9 @@ from torchvision import models
 from torchvision.models import MobileNetV2 as TorchvisionMobileNetV2
 
 from nets.contract import LAYOUTS, EncoderContract, check_layout
-from semseg.nets.mobilenet import InvertedResidual
+from semseg.checkpoints.initialise import differences, load_encoder_weights
+from semseg.nets.encoders.mobilenet import InvertedResidual
 from semseg.nets.registry import build_decoder, build_encoder
-from semseg.weights import differences, load_encoder_weights
 
 
 class TestMobileNetV2(EncoderContract):

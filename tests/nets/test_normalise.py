@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from semseg.data.convention import CONVENTIONS
+from semseg.config.preprocessing import CONVENTIONS
 from semseg.nets.normalise import normalise
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semseg.nets import pointwise
-from semseg.nets.pointwise import Pointwise, pays, use_onednn
+from semseg.nets.cpu import pointwise
+from semseg.nets.cpu.pointwise import Pointwise, pays, use_onednn
 from semseg.nets.registry import build_segmenter
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from nets.contract import DecoderContract
-from semseg.nets.ppm import PPM
+from semseg.nets.decoders.ppm import PPM
 
 
 class TestPPM(DecoderContract):

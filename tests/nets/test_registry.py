@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from semseg.config import network_options
+from semseg.cli.main import compose_config
+from semseg.config.schema import network_options
 from semseg.errors import ConfigError
-from semseg.launch import compose_config
-from semseg.nets.features import Decoder, Encoder
+from semseg.nets.interfaces import Decoder, Encoder
 from semseg.nets.registry import OLD_NAMES, TABLES, build_decoder, build_encoder, build_segmenter, resolve
 
 CHANNELS = (8, 16, 32, 64)

@@ -5,7 +5,7 @@ import torch
 
 from nets.contract import DecoderContract
 from semseg.errors import ConfigError
-from semseg.nets.upernet import UPerNet
+from semseg.nets.decoders.upernet import UPerNet
 
 
 class TestUPerNet(DecoderContract):

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semseg.build import build_net
-from semseg.config import ModelConfig
-from semseg.nets import winograd
+from semseg.config.schema import ModelConfig
+from semseg.nets.cpu import winograd
+from semseg.nets.cpu.winograd import Limits, Winograd, conv2d, limits, use_winograd
 from semseg.nets.registry import build_segmenter
-from semseg.nets.winograd import Limits, Winograd, conv2d, limits, use_winograd
 
 LIMITS = Limits(min_channels=128, min_tiles=32, max_waste=1.6)
 

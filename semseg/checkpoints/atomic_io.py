@@ -1,0 +1,299 @@
+"""How checkpoint files reach the disk, so that a kill, a full disk or a crash never costs the one before.
+
+A checkpoint is streamed into a temporary file in its own folder, synced, read back, and only then renamed over the old
+one: whatever happens, `last.ckpt` and `best.ckpt` are whole files. The price is room for one more checkpoint, and one
+read of the file. What a killed process leaves is a temporary file, which the next start removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins import CheckpointIO
+from torch import Tensor
+
+from semseg.checkpoints.format import first_line, load_plain, packed_entry
+from semseg.errors import CheckpointError
+from semseg.storage.atomic import DISK_FULL, TEMPORARY, temporary_beside
+from semseg.system.text import lines_printable, shortened
+
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's CheckpointIO for local paths: `Trainer(plugins=[AtomicCheckpointIO()])`."""
+
+    has_loaded = False  # whether a checkpoint was loaded
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write `checkpoint` to `path`, whole or not at all.
+
+        Takes no more memory than the largest tensor that is not on the CPU. The file is read once more before it
+        replaces the old one (about 1 s per GB, from the page cache), so that what is kept can be loaded.
+
+        Raises:
+            CheckpointError: if it cannot be written, or not be loaded with weights_only=True; the file that was at
+                `path` is untouched.
+            TypeError: if storage options are given; there are none.
+        """
+        if storage_options is not None:
+            raise TypeError("AtomicCheckpointIO has no storage options")
+        target = _local(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _replace(target, checkpoint)
+        except OSError as error:
+            raise CheckpointError(_why_not_saved(error, target, checkpoint)) from error
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read tensors and plain containers, tensors on the CPU, whatever the file says: always weights_only=True.
+
+        Raises:
+            CheckpointError: if the file is missing, damaged, holds code, or is no dict, or if `path` is a URL.
+            ValueError: if the caller asks for weights_only=False or for another device.
+        """
+        if weights_only is False or str(map_location or "cpu") != "cpu":
+            raise ValueError("AtomicCheckpointIO loads with weights_only=True, onto the CPU")
+        content = load_plain(_local(path))
+        self.has_loaded = True
+        return content
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Delete one checkpoint file; nothing happens if it is not there.
+
+        Raises:
+            CheckpointError: if it is a folder.
+        """
+        target = _local(path)
+        if target.is_dir():
+            raise CheckpointError(f"{target}: is a folder, so it is not deleted as a checkpoint.")
+        target.unlink(missing_ok=True)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint for which a NaN is never the best, and which loads all that it saves.
+
+    Lightning takes a NaN if it comes first, and saves the score of the last checkpoint without loading it.
+
+    Args:
+        warns: train on where the file cannot be written; the best one is still the one before then.
+    """
+
+    def __init__(self, *args: Any, warns: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.warns = warns
+
+    def _update_best_and_save(
+        self, current: Tensor, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
+        names = ("current_score", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score")
+        before, models = {name: getattr(self, name) for name in names}, dict(self.best_k_models)
+        try:
+            super()._update_best_and_save(current, trainer, monitor_candidates)
+        except CheckpointError as error:
+            if not self.warns:
+                raise
+            self.__dict__.update(before, best_k_models=models)
+            warn_and_train_on(trainer, error)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a saved state, that of a run folder included which was moved, copied or is resumed in another one.
+
+        A best checkpoint that is not in this folder comes from beside the resumed one. Without it, the search for the
+        best starts over: a score without its file would keep worse ones from being saved, and leave none.
+        """
+        here = {name: self._here(name) for name in _paths_in(state_dict)}
+        if not all(Path(path).is_file() for path in here.values()):
+            return
+        moved: dict[str, Any] = {
+            key: here.get(value, value) for key, value in state_dict.items() if key != "best_k_models"
+        }
+        moved["best_k_models"] = {here[name]: score for name, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**moved, "dirpath": self.dirpath})
+        self.current_score = state_dict["current_score"]
+
+    def _here(self, path: str) -> str:
+        """Where a file of the saved folder is in this one."""
+        assert self.dirpath is not None, "set up by the trainer"
+        return os.path.join(self.dirpath, os.path.basename(path))  # noqa: PTH118, PTH119 - as Lightning writes them
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        is_better = super().check_monitor_top_k(trainer, current)  # first: the ranks may talk in there
+        return is_better and current is not None and not bool(torch.isnan(current))
+
+
+def _paths_in(state: dict[str, Any]) -> set[str]:
+    """The checkpoint files that a saved state of ModelCheckpoint names."""
+    single = (state["best_model_path"], state["kth_best_model_path"])
+    return {str(path) for path in (*single, *state["best_k_models"]) if path}
+
+
+def warn_and_train_on(trainer: pl.Trainer, error: Exception) -> None:
+    """Report a checkpoint that could not be written, and meet the other ranks where they wait."""
+    print(f"warning: {lines_printable(error)}", file=sys.stderr, flush=True)
+    trainer.strategy.barrier("Trainer.save_checkpoint")
+
+
+class Damaged(NamedTuple):
+    """A checkpoint that cannot be used."""
+
+    path: Path
+    reason: str
+
+
+class Newest(NamedTuple):
+    """What `newest_intact` found."""
+
+    path: Path | None  # None: no checkpoint of the folder is intact
+    passed_over: list[Damaged]  # newer ones, the newest first
+
+
+def newest_intact(folder: Path) -> Newest:
+    """The checkpoint of a folder that was written last and is intact, and the damaged ones that are newer."""
+    passed_over = []
+    for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        reason = damage(path)
+        if reason is None:
+            return Newest(path, passed_over)
+        passed_over.append(Damaged(path, reason))
+    return Newest(None, passed_over)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, in words, or None if it is intact.
+
+    Reads the whole file, a megabyte at a time, and compares every tensor with its checksum; then reads the structure
+    without the tensors, as weights_only=True allows. Knows the files of torch.save since torch 1.6, with checksums.
+    """
+    if not path.is_file():
+        return "there is no such file"
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start:
+        return "the file is empty"
+    if not start.startswith(b"PK\x03\x04"):
+        return f"not a checkpoint: it begins with {start!r}"
+    try:
+        return _damage_inside(path)
+    except zipfile.BadZipFile as error:
+        return f"cut short or damaged at {path.stat().st_size} bytes ({first_line(error)})"
+    except Exception as error:  # whatever a flipped bit makes of a length, a method or a name
+        return f"damaged ({first_line(error)})"
+
+
+def _damage_inside(path: Path) -> str | None:
+    packed = packed_entry(path)
+    if packed is not None:
+        return f"its entry {shortened(packed)} is compressed or overlaps another one"
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        return f"damaged: {broken} in it does not match its checksum"
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if foreign:
+        return f"holds more than tensors and plain containers: {', '.join(sorted(foreign))}"
+    content = torch.load(path, map_location="meta", weights_only=True)
+    return None if isinstance(content, dict) else f"holds a {type(content).__name__}, not a dict"
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete the temporary files of processes that were killed while writing; returns what it deleted.
+
+    Call it while the run folder is locked: then no process writes to `folder`, and every temporary file is stale.
+    """
+    leftovers = [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return leftovers
+
+
+def needed_bytes(checkpoint: Any) -> int:
+    """Bytes of all tensors in nested containers, shared memory counted once: what a file of them takes at least."""
+    storages: dict[tuple[str, int], int] = {}
+    waiting = [checkpoint]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            storage = value.untyped_storage()  # a view is saved with all of the memory that it looks at
+            storages[str(storage.device), storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple | set):
+            waiting.extend(value)
+    return sum(storages.values())
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    if URL.match(os.fspath(path)):
+        raise CheckpointError(f"{path}: checkpoints are local files, not URLs. Download it first and give the file.")
+    return Path(path)
+
+
+def _replace(target: Path, checkpoint: dict[str, Any]) -> None:
+    """Put a file with `checkpoint` in the place of `target`."""
+    disk = shutil.disk_usage(target.parent)
+    if disk.total and disk.free < needed_bytes(checkpoint):  # some file systems report no size at all
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    temporary = temporary_beside(target)
+    try:
+        _write(temporary, checkpoint)
+        reason = damage(temporary)
+        if reason is not None:
+            raise CheckpointError(f"{target}: not replaced, because the new file is of no use: {reason}.")
+        temporary.replace(target)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # after a failure; else the rename took it away
+    _sync_folder(target.parent)
+
+
+def _write(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Stream `checkpoint` into a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            # After a failed write, torch's zip writer fails again when it closes and hides the reason, which may also
+            # be that the user wants to leave.
+            reason = error.__context__
+            if reason is None or (isinstance(reason, Exception) and not isinstance(reason, OSError)):
+                raise
+            raise reason from error
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # not every network file system syncs folders; the file itself is on the disk
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _why_not_saved(error: OSError, target: Path, checkpoint: dict[str, Any]) -> str:
+    if error.errno not in DISK_FULL:
+        return f"{target}: the checkpoint cannot be written ({error.strerror}). What was there before is untouched."
+    needed, free = needed_bytes(checkpoint), shutil.disk_usage(target.parent).free
+    return (
+        f"{target}: the checkpoint cannot be written ({error.strerror}). It needs {needed} bytes "
+        f"({needed / 1e6:.1f} MB) beside what is there, and {free} ({free / 1e6:.1f} MB) are free. "
+        "What was there before is untouched. Make room or raise the quota, then go on with resume=auto."
+    )

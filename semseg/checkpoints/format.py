@@ -1,0 +1,414 @@
+"""Our checkpoint formats, and where checkpoints are found.
+
+A checkpoint is a Lightning file with one more entry, FORMAT_KEY: plain dicts, lists and numbers that
+say how to build the network again, so that evaluation and prediction need nothing else. Everything
+loads with weights_only=True; nothing in a file can name code to run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from semseg.config.preprocessing import InputConvention
+from semseg.config.schema import Config, as_plain, check
+from semseg.data.classes import ClassTable
+from semseg.data.sources import label_map
+from semseg.errors import CheckpointError, ConfigError
+from semseg.storage.atomic import program, replacing
+from semseg.system.text import printable, shortened
+
+FORMAT_KEY = "semseg"
+FORMAT_VERSION = 1
+FOLDER = "checkpoints"  # inside a run folder
+SAFETENSORS = ".safetensors"
+# What a run did whose configuration lacks a key, where the default of that key does something else.
+BEFORE = {"data": {"decode": "exact"}, "model": {"encoder": {"frozen": False}}}
+NET_PREFIX = "net."  # of the network's weights in the Lightning state dict
+
+
+class Graph(NamedTuple):
+    """A network that was exported: one graph, weights included."""
+
+    model: bytes  # an ONNX file, checked
+    size_divisor: int
+    label_stride: int
+
+
+class SavedNetwork(NamedTuple):
+    """A network with everything that is needed to build and use it again."""
+
+    source: str  # the file or files it came from, for messages
+    weights: dict[str, Tensor]  # encoder.* and decoder.*, on the CPU; none where there is a graph
+    config: Config  # of the run that wrote it
+    classes: ClassTable
+    convention: InputConvention  # how pixel values enter the network
+    epoch: int = 0
+    step: int = 0
+    note: str = ""  # what the files were taken for, where they do not say it themselves
+    graph: Graph | None = None  # of an exported network
+
+
+def describe(config: Config, classes: ClassTable, convention: InputConvention) -> dict[str, Any]:
+    """The entry FORMAT_KEY of a checkpoint: plain data only."""
+    return {
+        "format": FORMAT_VERSION,
+        "config": as_plain(config),
+        "classes": classes.as_plain(),
+        "convention": convention.as_plain(),
+    }
+
+
+def read_checkpoint(path: Path) -> SavedNetwork:
+    """Read a checkpoint of ours: a .ckpt, or a .safetensors with its .json beside it.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged, or not one of ours.
+    """
+    return read_safetensors(path) if path.suffix == SAFETENSORS else read_ckpt(path)
+
+
+def read_ckpt(path: Path) -> SavedNetwork:
+    """Read a Lightning checkpoint with our entry; see `read_checkpoint`."""
+    return network_of(path, load_plain(path))
+
+
+def network_of(path: Path, content: dict[str, Any]) -> SavedNetwork:
+    """The network in the content of a Lightning checkpoint; see `read_checkpoint`."""
+    entry = content.get(FORMAT_KEY)
+    if not isinstance(entry, dict) or "state_dict" not in content:
+        found = ", ".join(printable(key)[:80] for key in list(content)[:4])
+        raise CheckpointError(f"{path}: not a checkpoint of semseg (it holds {found}, ...).")
+    weights = {
+        name.removeprefix(NET_PREFIX): tensor
+        for name, tensor in checked_weights(path, content["state_dict"]).items()
+        if name.startswith(NET_PREFIX)
+    }
+    return from_entry(path, entry, weights, content.get("epoch", 0), content.get("global_step", 0))
+
+
+def checked_weights(path: Path, weights: Any) -> dict[str, Tensor]:
+    """`weights` if they are a dict of names to dense tensors of real numbers in memory.
+
+    Raises:
+        CheckpointError: otherwise.
+    """
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{path}: its weights are a {type(weights).__name__}, expected a dict of tensors.")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not is_dense(value):
+            raise CheckpointError(f"{path}: its weight {shortened(name)} is not a dense tensor of real numbers.")
+    return weights
+
+
+def is_dense(value: Any) -> bool:
+    """Whether `value` is a tensor that can be a weight: neither sparse, nested, quantised, complex nor without data."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_meta or value.is_quantized or value.is_complex())
+    )
+
+
+def refuse_nonfinite(weights: Mapping[str, Tensor], source: str) -> None:
+    """Leave before a network computes with weights that are NaN or infinite.
+
+    Raises:
+        CheckpointError: then, with the first such weight.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{source}: its weight {printable(name)} holds NaN or infinite values, so whatever it "
+                "computes is wrong. Use an earlier checkpoint."
+            )
+
+
+def is_count(value: Any) -> bool:
+    """Whether `value` can be a number of steps or epochs."""
+    return type(value) is int and 0 <= value < 2**40
+
+
+def read_safetensors(path: Path) -> SavedNetwork:
+    """Read weights in safetensors and their description in JSON; see `read_checkpoint`."""
+    weights = load_tensors(path)
+    description = path.with_suffix(".json")
+    try:
+        entry = json.loads(description.read_text(encoding="utf-8"))
+        epoch, step, order = entry["epoch"], entry["step"], [str(name) for name in entry["order"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{description}: the description of {path.name} cannot be read ({first_line(error)}). "
+            "Both files are written together by mode=convert."
+        ) from None
+    if set(order) != set(weights):
+        raise CheckpointError(f"{description}: names other weights than those in {path.name}.")
+    return from_entry(path, entry, {name: weights[name] for name in order}, epoch, step)
+
+
+def from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch: Any, step: Any) -> SavedNetwork:
+    """A network from the description that `describe` made.
+
+    Raises:
+        CheckpointError: for another format, a configuration that this version does not know, or damaged entries.
+    """
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{path}: its description is a {type(entry).__name__}, expected a dict.")
+    if not is_count(entry.get("format")) or entry["format"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format {shortened(entry.get('format'))}, this version of semseg reads format {FORMAT_VERSION}."
+        )
+    if not is_count(epoch) or not is_count(step):
+        raise CheckpointError(f"{path}: its epoch {shortened(epoch)} or step {shortened(step)} is not a count.")
+    try:
+        classes = ClassTable.from_plain(entry.get("classes"))
+        convention = InputConvention.from_plain(entry.get("convention"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its description is damaged: {error}.") from None
+    if not isinstance(entry.get("config"), dict) or "${" in str(entry["config"]):
+        # It is data: what is in it is compared and read, never resolved with the environment of this machine.
+        raise CheckpointError(f"{path}: its saved configuration is not plain data.")
+    try:
+        # Merged over itself, since the order of keys is part of what converting gives back.
+        config = check(DictConfig(OmegaConf.merge(entry["config"], BEFORE, entry["config"])))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its saved configuration does not fit this version: {error}") from None
+    except Exception as error:  # OmegaConf's, for whatever is no configuration
+        raise CheckpointError(f"{path}: its saved configuration cannot be read ({first_line(error)}).") from None
+    try:
+        label_map(config.data, classes)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its saved configuration contradicts its classes: {error}") from None
+    if config.data.num_classes not in (None, classes.num_classes):
+        raise CheckpointError(
+            f"{path}: it names {classes.num_classes} classes, but its data.num_classes is {config.data.num_classes}."
+        )
+    return SavedNetwork(str(path), weights, config, classes, convention, epoch, step)
+
+
+def write_ckpt(path: Path, saved: SavedNetwork) -> None:
+    """Write the network, without optimiser, as a checkpoint for every mode and for init_from."""
+    content = {
+        "epoch": saved.epoch,
+        "global_step": saved.step,
+        "state_dict": {NET_PREFIX + name: detached(value) for name, value in saved.weights.items()},
+        # Through JSON: equal content gives equal bytes, whatever objects it was made of.
+        FORMAT_KEY: json.loads(json.dumps(describe(saved.config, saved.classes, saved.convention))),
+    }
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+
+
+def write_safetensors(path: Path, saved: SavedNetwork) -> list[Path]:
+    """Write the weights as `path` and what belongs to them as JSON beside it; returns both files."""
+    with replacing(path) as temporary:
+        save_file({name: detached(value) for name, value in saved.weights.items()}, temporary)
+    entry = describe(saved.config, saved.classes, saved.convention)
+    # safetensors sorts by type and name; the order of the layers is kept here.
+    entry |= {"epoch": saved.epoch, "step": saved.step, "order": list(saved.weights)}
+    description = path.with_suffix(".json")
+    with replacing(description) as temporary:
+        temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+    return [path, description]
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """A copy with memory of its own: what is saved holds these numbers and nothing else."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file, .safetensors or anything torch.load opens, by their names in it.
+
+    A `state_dict` inside the file is opened, and the prefix of DataParallel is taken off.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or holds no tensors.
+    """
+    if path.suffix == SAFETENSORS:
+        return load_tensors(path)
+    content = load_plain(path)
+    content = content.get("state_dict", content)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: its state_dict is a {type(content).__name__}, expected a dict of tensors.")
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    checked_weights(path, tensors)
+    if not tensors:
+        found = ", ".join(printable(key)[:80] for key in list(content)[:4])
+        raise CheckpointError(f"{path}: holds no weights (it holds {found}, ...).")
+    is_wrapped = all(name.startswith("module.") for name in tensors)
+    return {name.removeprefix("module."): value for name, value in tensors.items()} if is_wrapped else tensors
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file.")
+    try:
+        return checked_weights(path, load_file(path))
+    except CheckpointError:
+        raise
+    except Exception as error:  # SafetensorError, and KeyError for a type of numbers that torch does not know
+        raise CheckpointError(f"{path}: a damaged safetensors file ({first_line(error)}).") from None
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """torch.load of tensors and plain containers, with errors that name the file.
+
+    Raises:
+        CheckpointError: if the file is missing, empty, damaged, holds code, or is no dict.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file.")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: the file is empty.")
+    packed = packed_entry(path)
+    if packed is not None:
+        raise CheckpointError(
+            f"{path}: its entry {shortened(packed)} is compressed or overlaps another one, which torch.save never "
+            "writes. It was not unpacked."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: {why_not_plain(path, error)}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors.")
+    return content
+
+
+def packed_entry(path: Path) -> str | None:
+    """The name of an entry that would take more memory than it has bytes in the file; None if there is none.
+
+    Read from the directory of the archive; a file that is no archive has none.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return None
+    left = path.stat().st_size
+    for entry in entries:
+        left -= entry.file_size
+        if entry.compress_type != zipfile.ZIP_STORED or left < 0:
+            return entry.filename
+    return None
+
+
+def why_not_plain(path: Path, error: Exception) -> str:
+    """Why torch.load refused a file. In words of ours: torch's own advise to load it with code and all."""
+    foreign = foreign_names(path, error)
+    if foreign:
+        return (
+            f"holds more than tensors and plain containers: {', '.join(foreign)}. It was not loaded, because that "
+            "would run code of the file. Where you trust it, save its state dict by itself"
+        )
+    kind = "a damaged checkpoint" if zipfile.is_zipfile(path) or path.suffix == ".ckpt" else "not a checkpoint"
+    reason = "not tensors and plain containers" if "weights_only" in str(error) else first_line(error)
+    return f"{kind} ({reason})"
+
+
+def foreign_names(path: Path, error: Exception) -> list[str]:
+    """The first few classes and functions that loading the file would call, besides those that torch allows."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return []
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # a file from before torch 1.6, or one that is damaged: torch's error names the first
+        names = re.findall(r"GLOBAL ([\w.]+)", str(error))
+    return [re.sub(r"[^\w.]", "?", name)[:80] for name in names[:3]]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, or its class if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best", "last")) -> Path:
+    """The file that `ckpt=` means: a file, a run folder, or last / best of the newest run.
+
+    A run folder means the checkpoint of the first name in `prefer` that is there.
+
+    Raises:
+        CheckpointError: if there is none; it lists what is there.
+    """
+    path = Path(spec).expanduser()
+    if spec in ("last", "best"):
+        found = newest(runs_dir, f"*/{FOLDER}/{spec}.ckpt")
+        if found is None:
+            raise CheckpointError(
+                f"ckpt={spec}: no {spec}.ckpt in any run below {runs_dir.resolve()}{listing(runs_dir)}. "
+                f"Give a file or a run folder, or train first: {program()}."
+            )
+        return found
+    if path.is_dir():
+        for name in prefer:
+            for folder in (path / FOLDER, path):
+                if (folder / f"{name}.ckpt").is_file():
+                    return folder / f"{name}.ckpt"
+        raise CheckpointError(f"ckpt={spec}: no best.ckpt or last.ckpt in this folder{listing(path)}.")
+    if not path.is_file():
+        raise CheckpointError(f"ckpt={spec}: there is no such file{listing(path.parent)}.")
+    return path
+
+
+def newest(folder: Path, pattern: str) -> Path | None:
+    """The most recently written file that matches, or None."""
+    return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def listing(folder: Path) -> str:
+    """` (there: a, b, ...)` for an error message; empty if the folder is not there."""
+    if not folder.is_dir():
+        return f" ({folder} does not exist)"
+    names = sorted(path.name for path in folder.iterdir())
+    return f" (there: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else " (it is empty)"
+
+
+def inherit(saved: Config, given: Config, overrides: list[str]) -> Config:
+    """The configuration for using a checkpoint: the saved one, with what the user gave on top.
+
+    The network always comes from the checkpoint; data and evaluation settings come from it unless
+    they are given on the command line (a whole group such as data=camvid, or single keys).
+
+    Raises:
+        ConfigError: if the command line asks for another network.
+    """
+    keys = [word.lstrip("+").partition("=")[0] for word in overrides]
+    for key in keys:
+        if key.partition(".")[0].partition("/")[0] == "model" and key not in FREE_MODEL_KEYS:
+            raise ConfigError(f"{key}: the network comes from ckpt, so it cannot be set here.")
+    merged, ours = OmegaConf.structured(given), OmegaConf.structured(saved)
+    merged.model = ours.model
+    for section in ("data", "eval"):
+        if section in keys or "experiment" in keys:
+            continue
+        wanted = [key for key in keys if key.startswith(f"{section}.")]
+        kept = {key: OmegaConf.select(merged, key) for key in wanted}
+        merged[section] = ours[section]
+        for key, value in kept.items():
+            OmegaConf.update(merged, key, value)
+    for key in FREE_MODEL_KEYS:
+        if key in keys:
+            OmegaConf.update(merged, key, OmegaConf.select(OmegaConf.structured(given), key))
+    merged.data.label_cache = given.data.label_cache  # a checkpoint does not say where this machine keeps files
+    return check(merged)
+
+
+# How a network is run, not which one it is.
+FREE_MODEL_KEYS = ("model.channels_last", "model.winograd", "model.compile")

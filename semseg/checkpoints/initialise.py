@@ -1,0 +1,167 @@
+"""Starting from weights: an encoder's ImageNet file, or a whole network for a new run.
+
+What does not fit is told in full; nothing is ever half loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from semseg.checkpoints.format import NET_PREFIX, SavedNetwork, load_weights, refuse_nonfinite
+from semseg.errors import CheckpointError
+from semseg.nets.interfaces import Encoder
+from semseg.nets.segmenter import Segmenter
+from semseg.system.text import printable
+
+# Statistics that the normalisation layers of the published code kept beside nn.BatchNorm2d's.
+BOOKKEEPING = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
+COUNTER = "num_batches_tracked"  # in files of PyTorch 0.4.1 and later; nothing here depends on it
+NAMES_SHOWN = 3
+
+
+def load_encoder_weights(encoder: Encoder, path: Path) -> None:
+    """Fill `encoder` from a file of ImageNet weights, or from the encoder of a checkpoint, by name and shape.
+
+    The ImageNet classifier and the bookkeeping of old normalisation layers are left out.
+
+    Raises:
+        CheckpointError: if the file is damaged, or any weight is missing, unexpected or of another
+            shape; the first of each kind are named, and the encoder is left as it was.
+    """
+    found = load_weights(path)
+    refuse_nonfinite(found, str(path))
+    part = encoder_part(found)
+    fill(encoder, without_bookkeeping(part or encoder.state_from(found)), f"{path}: does not fit model.encoder")
+
+
+def encoder_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's entries of a whole network's weights; empty if they are not those of a whole network."""
+    for prefix in (f"{NET_PREFIX}encoder.", "encoder."):
+        part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if part:
+            return part
+    return {}
+
+
+def fill(module: nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
+    """Give `module` all its weights, cast to its types; counters of batches may be missing.
+
+    Raises:
+        CheckpointError: `complaint`, and what is missing, unexpected or of another shape; nothing is loaded then.
+    """
+    problems = differences(weights, module.state_dict())
+    if problems:
+        raise CheckpointError(f"{complaint}: {'; '.join(problems)}.")
+    module.load_state_dict(weights, strict=False)
+
+
+def without_bookkeeping(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` without the extra statistics of the published normalisation layers."""
+    return {name: value for name, value in weights.items() if name.rpartition(".")[2] not in BOOKKEEPING}
+
+
+def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    """What keeps `found` from filling `wanted`, a phrase for each kind. Counters of batches do not count."""
+    missing = [name for name in wanted if name not in found and not is_counter(name)]
+    unexpected = [name for name in found if name not in wanted and not is_counter(name)]
+    reshaped = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]
+    retyped = [
+        f"{name} {found[name].dtype} instead of {wanted[name].dtype}"
+        for name in wanted
+        if name in found and found[name].is_floating_point() != wanted[name].is_floating_point()
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped, "of another type": retyped}
+    return [f"{len(names)} {kind} ({shortened(names)})" for kind, names in kinds.items() if names]
+
+
+def is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] == COUNTER
+
+
+def shortened(names: list[str]) -> str:
+    """The first few names.
+
+    >>> shortened(["a", "b", "c", "d"])
+    'a, b, c, ...'
+    """
+    return ", ".join(map(printable, names[:NAMES_SHOWN])) + (", ..." if len(names) > NAMES_SHOWN else "")
+
+
+class LoadReport(NamedTuple):
+    """What became of every weight of a file and of a network, by name."""
+
+    loaded: list[str]
+    skipped: list[str]  # in the file, not in the network: an auxiliary head that is switched off
+    reinitialised: list[str]  # in both, for another number of classes
+    missing: list[str]  # in the network, not in the file: an auxiliary head that is new
+
+    def table(self, source: str) -> Table:
+        """One row for each kind."""
+        table = Table(title=Text(printable(f"weights from {source}")))
+        for column in ("", "tensors", "names"):
+            table.add_column(column, justify="right" if column == "tensors" else "left")
+        for kind, names in self._asdict().items():
+            told = "" if kind == "loaded" else ", ".join(names)
+            table.add_row(kind.replace("reinit", "re-init"), str(len(names)), escape(printable(told)))
+        return table
+
+
+def start_from(net: Segmenter, saved: SavedNetwork) -> LoadReport:
+    """Give `net` the weights of `saved`, for a new run with the same architecture.
+
+    Classifiers for another number of classes keep their fresh weights. An auxiliary head may be in one of the two only.
+
+    Raises:
+        CheckpointError: if anything else differs; the first differing names are told, and `net` is left as it was.
+    """
+    wanted = net.state_dict()
+    found = {name: value for name, value in saved.weights.items() if name in wanted or not is_counter(name)}
+    other_classes = [
+        name
+        for name, value in found.items()
+        if name in wanted and is_classifier_of(value, saved.classes.num_classes, wanted[name], net.num_classes)
+    ]
+    skipped = [name for name in found if name not in wanted and is_auxiliary(name)]
+    missing = [name for name in wanted if name not in found and is_auxiliary(name) and not is_counter(name)]
+    set_aside = {*other_classes, *skipped}
+    usable = {name: value for name, value in found.items() if name not in set_aside}
+    needed = {name: value for name, value in wanted.items() if name not in {*other_classes, *missing}}
+    problems = differences(usable, needed)
+    if problems:
+        model = saved.config.model
+        raise CheckpointError(
+            f"init_from={saved.source}: of another architecture than model={net_name(net)}: {'; '.join(problems)}. "
+            f"The file holds {model.encoder.get('name')} + {model.decoder.get('name')}: leave model out to take that, "
+            "or load its encoder alone with model.encoder.weights=<file>."
+        )
+    net.load_state_dict(usable, strict=False)
+    return LoadReport(list(usable), skipped, other_classes, missing)
+
+
+def is_auxiliary(name: str) -> bool:
+    """Whether a weight belongs to the head of deep supervision."""
+    return name.startswith("decoder.") and "_deepsup." in name
+
+
+def is_classifier_of(found: Tensor, found_classes: int, wanted: Tensor, wanted_classes: int) -> bool:
+    """Whether two tensors differ in nothing but the number of classes, which comes first."""
+    return (
+        found.shape != wanted.shape
+        and found.shape[1:] == wanted.shape[1:]
+        and (found.shape[0], wanted.shape[0]) == (found_classes, wanted_classes)
+    )
+
+
+def net_name(net: Segmenter) -> str:
+    """Class names of the parts, for messages."""
+    return f"{type(net.encoder).__name__} + {type(net.decoder).__name__}"

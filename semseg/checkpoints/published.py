@@ -1,0 +1,244 @@
+"""Files of the 2018 and 2020 releases: an encoder and a decoder, flat state dicts without a word about what they are.
+
+Architecture and number of classes are told by names and shapes. Two things do not show in the weights, and follow
+rules that the command line overrules:
+
+- dilation: UPerNet sits on the plain encoder, C1 and PPM on one with output stride 8 (model.encoder.output_stride);
+- the release, and so the input convention: by the folder's name on the server (baseline-... 2018, ade20k-... 2020),
+  otherwise 2020 (model.convention=bgr_mean for 2018).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from semseg.checkpoints.format import SavedNetwork, load_weights
+from semseg.checkpoints.initialise import differences, without_bookkeeping
+from semseg.checkpoints.zoo import RELEASES, Release, release_of_folder
+from semseg.config.preprocessing import CONVENTIONS
+from semseg.config.schema import Config
+from semseg.data.classes import ClassTable, ade20k_classes
+from semseg.errors import CheckpointError
+from semseg.nets.interfaces import CLASSIFIERS
+from semseg.nets.registry import DECODERS, ENCODERS, Network, build_decoder, build_encoder
+
+PUBLISHED_ENCODERS = ("resnet18", "resnet50", "resnet101", "resnext101", "mobilenetv2", "hrnetv2")
+ONLY_2020 = ("mobilenetv2", "hrnetv2")
+FREE_KEYS = ("model.convention", "model.encoder.output_stride")  # what the files do not tell
+
+
+class Files(NamedTuple):
+    """The two files of a published network."""
+
+    encoder: Path
+    decoder: Path
+
+    @property
+    def epoch(self) -> int:
+        """The number in the decoder's name; 0 if there is none."""
+        found = re.search(r"epoch_(\d+)", self.decoder.name)
+        return int(found[1]) if found else 0
+
+    def __str__(self) -> str:
+        return f"{self.encoder},{self.decoder}"
+
+
+def find_files(spec: str) -> Files | None:
+    """The published files that `ckpt=<folder>` or `ckpt=<encoder file>,<decoder file>` means, or None.
+
+    In a folder with several epochs it is the last one of which both files are there.
+
+    Raises:
+        CheckpointError: if one file of a pair is missing.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        pairs = [
+            (encoder, decoder)
+            for encoder in path.glob("encoder*.pth")
+            if (decoder := path / encoder.name.replace("encoder", "decoder", 1)).is_file()
+        ]
+        found = (Files(*pair) for pair in pairs)
+        return max(found, key=lambda files: (files.epoch, files.decoder.name), default=None)
+    if path.exists() or "," not in spec:
+        return None
+    parts = [Path(part.strip()).expanduser() for part in spec.split(",")]
+    if len(parts) != 2:
+        raise CheckpointError(f"{spec}: two files belong together: <encoder file>,<decoder file>.")
+    for part in parts:
+        if not part.is_file():
+            raise CheckpointError(f"{part}: there is no such file.")
+    return Files(*parts)
+
+
+def read_published(files: Files, config: Config, overrides: list[str], release: Release | None = None) -> SavedNetwork:
+    """Read two published files. The `note` of the answer says what they were taken for and how to correct that.
+
+    Args:
+        config: gives what the files do not hold: data set and evaluation, and FREE_KEYS if they are overridden.
+        overrides: words of the command line.
+        release: 2018 or 2020 where it is known; None: by the rule above.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged, or of no known architecture.
+    """
+    given = {word.partition("=")[0] for word in overrides}
+    encoder_weights = without_bookkeeping(load_weights(files.encoder))
+    decoder_weights = without_bookkeeping(load_weights(files.decoder))
+    encoder_weights = {name: value for name, value in encoder_weights.items() if not name.startswith(CLASSIFIERS)}
+    encoder = identify_encoder(files.encoder, encoder_weights)
+    num_classes = count_classes(files.decoder, decoder_weights)
+    decoder = identify_decoder(files.decoder, decoder_weights, encoder, num_classes)
+
+    encoder_section: dict[str, Any] = {"name": encoder, "weights": "none", "frozen": False}
+    if "output_stride" in inspect.signature(ENCODERS[encoder].load()).parameters:
+        by_rule = 32 if decoder.name == "upernet" else 8
+        by_hand = "model.encoder.output_stride" in given
+        encoder_section["output_stride"] = config.model.encoder["output_stride"] if by_hand else by_rule
+    release, reason = (release, "by the zoo") if release else told_release(files, encoder)
+    convention, word = release.convention, f"release of {release.year} {reason}"
+    if "model.convention" in given and config.model.convention != "auto":
+        convention, word = config.model.convention, "as given"
+    model = replace(
+        config.model,
+        name=f"{encoder}_{decoder.name}",
+        encoder=encoder_section,
+        decoder={"name": decoder.name, **decoder.options},
+        convention=convention,
+    )
+    stride = f" at output stride {encoder_section['output_stride']}" if "output_stride" in encoder_section else ""
+    return SavedNetwork(
+        source=str(files),
+        weights={f"encoder.{name}": value for name, value in encoder_weights.items()}
+        | {f"decoder.{name}": value for name, value in decoder_weights.items()},
+        config=replace(config, model=model),
+        classes=class_table_for(num_classes),
+        convention=CONVENTIONS[convention],
+        epoch=files.epoch,
+        note=f"{files.encoder.parent}: {encoder}{stride} + {in_words(decoder)}, {num_classes} classes, "
+        f"input {convention} ({word}). To correct: {'=... '.join(FREE_KEYS)}=...",
+    )
+
+
+def told_release(files: Files, encoder: str) -> tuple[Release, str]:
+    """The release of files that are not from the zoo, and the reason."""
+    by_name = release_of_folder(files.encoder.resolve().parent.name)
+    if by_name:
+        return by_name, "by the folder's name"
+    reason = "the only one with this encoder" if encoder in ONLY_2020 else "assumed"
+    return RELEASES[2020], reason
+
+
+def identify_encoder(path: Path, weights: dict[str, Tensor]) -> str:
+    """The encoder whose state dict has these names and shapes.
+
+    Raises:
+        CheckpointError: if there is none; it tells the first differences to the nearest one.
+    """
+    return fitting(path, weights, {name: encoder_layout(name).tensors for name in PUBLISHED_ENCODERS})
+
+
+class Layout(NamedTuple):
+    """What can be known of an encoder without memory for its weights."""
+
+    channels: tuple[int, ...]
+    tensors: dict[str, Tensor]  # on the meta device
+
+
+@cache
+def encoder_layout(name: str) -> Layout:
+    """Names and shapes of the encoder `name`."""
+    with torch.device("meta"):
+        encoder = build_encoder(name)
+    return Layout(encoder.channels, encoder.state_dict())
+
+
+def identify_decoder(path: Path, weights: dict[str, Tensor], encoder: str, num_classes: int) -> Network:
+    """The decoder and its options whose state dict has these names and shapes.
+
+    Raises:
+        CheckpointError: if there is none; it tells the first differences to the nearest one.
+    """
+    channels = encoder_layout(encoder).channels
+    with torch.device("meta"):
+        candidates = {
+            in_words(network): (network, build_decoder(network.name, channels, num_classes, **network.options))
+            for network in possible_decoders(weights, len(channels))
+        }
+    states = {words: decoder.state_dict() for words, (_, decoder) in candidates.items()}
+    return candidates[fitting(path, weights, states)][0]
+
+
+def possible_decoders(weights: dict[str, Tensor], num_maps: int) -> Iterator[Network]:
+    """Every decoder with every option that these weights could belong to."""
+    lateral = weights.get("fpn_in.0.0.weight")
+    for name, constructor in DECODERS.items():
+        options = inspect.signature(constructor.load()).parameters
+        if "width" in options:
+            yield Network(name, {"width": 512 if lateral is None else lateral.shape[0]})
+            continue
+        yield Network(name, {})
+        if "deep_supervision" in options and num_maps > 1:
+            yield Network(name, {"deep_supervision": True})
+
+
+def fitting(path: Path, weights: dict[str, Tensor], candidates: dict[str, dict[str, Tensor]]) -> str:
+    """The name of the candidate with the same names and shapes; counters of batches may be missing.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    problems = {name: differences(weights, state) for name, state in candidates.items()}
+    found = next((name for name, told in problems.items() if not told), None)
+    if found is not None:
+        return found
+
+    def overlap(name: str) -> int:
+        state = candidates[name]
+        return sum(key in state and state[key].shape == value.shape for key, value in weights.items())
+
+    closest = max(candidates, key=overlap)
+    raise CheckpointError(
+        f"{path}: of no published architecture. Nearest is {closest}: {'; '.join(problems[closest])}."
+    )
+
+
+def count_classes(path: Path, weights: dict[str, Tensor]) -> int:
+    """The number of classes of a decoder's weights: the outputs of its last convolution.
+
+    Raises:
+        CheckpointError: if there is no such convolution.
+    """
+    outputs = [
+        value.shape[0]
+        for name, value in weights.items()
+        if re.fullmatch(r"conv_last\.(\d+\.)?weight", name) and value.ndim == 4
+    ]
+    if not outputs:
+        found = ", ".join(list(weights)[:3])
+        raise CheckpointError(f"{path}: not a published decoder: it has no conv_last (it holds {found}, ...).")
+    return outputs[-1]
+
+
+def class_table_for(num_classes: int) -> ClassTable:
+    """ADE20K's classes for 150 of them, otherwise numbered ones."""
+    ade20k = ade20k_classes()
+    if num_classes == ade20k.num_classes:
+        return ade20k
+    return ClassTable.generated([f"class {index}" for index in range(num_classes)])
+
+
+def in_words(network: Network) -> str:
+    """`ppm with deep supervision`, `upernet of width 256`."""
+    if network.options.get("deep_supervision"):
+        return f"{network.name} with deep supervision"
+    return f"{network.name} of width {network.options['width']}" if "width" in network.options else network.name

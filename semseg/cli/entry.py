@@ -1,0 +1,13 @@
+"""Where the commands `semseg` and `python run.py` begin: with what must be done before anything slow is imported."""
+
+from __future__ import annotations
+
+from semseg.system.process import prepare
+
+
+def main() -> None:
+    """Run the command line in sys.argv; ends the process."""
+    prepare()
+    from semseg.cli import main  # noqa: PLC0415
+
+    main.main()

@@ -1,0 +1,126 @@
+"""Run the jobs of a sweep, each in a process of its own, and tell at the end how all of them went. No torch."""
+
+from __future__ import annotations
+
+import csv
+import re
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from semseg.cli.supervise import Ended, run_alone
+from semseg.errors import STOPPED_CODES
+from semseg.reports.sweep_page import duration, score_words, write_sweep_page
+from semseg.storage.atomic import from_here, replacing
+from semseg.storage.run_results import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    Job,
+    Ranking,
+    Result,
+    rank,
+    read_job,
+    read_jobs,
+    read_result,
+    write_job,
+)
+from semseg.system.process import stopped_code
+from semseg.system.text import cell, lines_printable
+
+LAST_WORDS_FILE = "error.txt"  # in the folder of a job that raised
+
+
+def run_job(command: Sequence[str], overrides: Sequence[str], run_dir: Path, *, scores: bool) -> Job:
+    """Run `command` as the job of `run_dir` and note how it went.
+
+    Args:
+        command: what runs the job.
+        overrides: the words of the job.
+        scores: the job is done when there is a result, not just when the command has ended well.
+
+    Raises:
+        SystemExit: if this process was asked to stop, with the code for that signal. The job had it passed on.
+    """
+    before = read_job(run_dir)
+    spent = before.seconds if before else 0.0
+    job = Job(run_dir, tuple(overrides), seconds=spent)
+    write_job(job)
+    start = time.monotonic()
+    ended = run_alone(command, run_dir / LAST_WORDS_FILE)
+    status, reason = outcome(ended, run_dir, scores=scores)
+    job = job._replace(status=status, reason=reason, seconds=spent + time.monotonic() - start)
+    write_job(job)
+    if ended.signal is not None:
+        raise SystemExit(stopped_code(ended.signal))
+    result = read_result(run_dir) if job.is_finished else None
+    return job._replace(result=result or Result())
+
+
+def outcome(ended: Ended, run_dir: Path, *, scores: bool) -> tuple[str, str]:
+    """Status of a job whose process has ended, and the reason of a failure in one line."""
+    code = ended.exit_code
+    if code in STOPPED_CODES or (code and ended.signal is not None):
+        return STOPPED, ""
+    if code < 0:
+        return FAILED, f"killed by signal {-code} ({signal.Signals(-code).name})"
+    if code:
+        return FAILED, last_words(run_dir) or f"exit code {code}"
+    # SLURM has put a job without a result back into its queue.
+    return (STOPPED if scores and read_result(run_dir) is None else FINISHED), ""
+
+
+def last_words(run_dir: Path) -> str:
+    """What a job raised, in one line; empty if it left no words."""
+    try:
+        text = (run_dir / LAST_WORDS_FILE).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    return re.sub(r"^semseg\.[\w.]+: ", "", text.strip().splitlines()[-1])  # our errors need no name
+
+
+def conclude(sweep_dir: Path, command: str) -> int:
+    """Print and write the table of a sweep, and print the command that goes on with it.
+
+    Returns:
+        the exit code: 0 if every job is finished, else 1.
+    """
+    ranking = rank(read_jobs(sweep_dir))
+    console = Console()
+    if ranking.jobs:
+        write_csv(sweep_dir / "sweep.csv", ranking)
+        write_sweep_page(sweep_dir / "sweep.html", ranking, command)
+        console.print(table_of(ranking))
+        console.print(f"written to {from_here(sweep_dir)}/sweep.csv, sweep.html", soft_wrap=True, highlight=False)
+    console.print(f"{ranking.headline}\nto go on: {command}", soft_wrap=True, highlight=False, markup=False)
+    return 0 if all(job.is_finished for job in ranking.jobs) else 1
+
+
+def table_of(ranking: Ranking) -> Table:
+    """All jobs for the console."""
+    table = Table(title=Text(f"sweep, by {ranking.monitor} ({ranking.mode} is best)"))
+    for name in ("", *ranking.varying, ranking.monitor, "time", "status", "folder"):
+        table.add_column(Text(name), overflow="fold")
+    for place, job in enumerate(ranking.jobs, start=1):
+        status = f"{job.status}: {job.reason}" if job.reason else job.status
+        score, time_spent = score_words(job.result.score), duration(job.seconds)
+        cells = [str(place), *ranking.values(job), score, time_spent, status, job.folder.name]
+        table.add_row(*(Text(lines_printable(text)) for text in cells))
+    return table
+
+
+def write_csv(path: Path, ranking: Ranking) -> None:
+    """All jobs, best first: place, folder, the keys that vary, the score, seconds, status and reason."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["place", "folder", *ranking.varying, ranking.monitor, "seconds", "status", "reason"])
+        for place, job in enumerate(ranking.jobs, start=1):
+            score = "" if job.result.score is None else job.result.score
+            seconds = round(job.seconds, 1)
+            values = [job.folder.name, *ranking.values(job), score, seconds, job.status, job.reason]
+            writer.writerow([place, *(cell(value) if isinstance(value, str) else value for value in values)])

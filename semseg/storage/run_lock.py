@@ -1,0 +1,187 @@
+"""One run per folder: an operating-system lock on run.lock, held for the life of the run. Knows no torch.
+
+The kernel frees the lock with the process, however it ended and whatever host name or process ids come next, so no lock
+is ever stale. Forked children close the descriptor (filelock does that): a loader worker that outlives a killed run
+does not keep the folder. The file beside it names the holder for messages; whatever is in it, it decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shlex
+import socket
+import sys
+import warnings
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+
+from semseg.errors import ConfigError
+from semseg.storage.atomic import DISK_FULL, replacing
+from semseg.system.text import printable
+
+LOCK_FILE, HOLDER_FILE = "run.lock", "run.holder.json"  # in the run folder
+# For a killed run whose last process is still ending, and for a holder that is just being written.
+WAIT_SECONDS = 2.0
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def when_held() -> None:
+    """Called by RunLock once it holds its folder; replaced by who has files to write into it, but not before."""
+
+
+class Holder(NamedTuple):
+    """The process that holds, or held, a run folder."""
+
+    pid: int
+    host: str
+    started: str  # local time, ISO 8601
+    command: str
+    pid_namespace: str = ""  # of the container; the same process id means another process in another one
+    slurm_job: str | None = None
+    slurm_restart: int = 0  # how many times SLURM has requeued the job
+
+    def __str__(self) -> str:
+        place = f"{self.host}, in another container" if self.is_elsewhere() else self.host
+        return printable(f"process {self.pid} on {place}")
+
+    def is_elsewhere(self) -> bool:
+        return self.host == socket.gethostname() and self.pid_namespace != _pid_namespace()
+
+    def is_earlier_attempt_of(self, other: Holder) -> bool:
+        """Whether SLURM ended this process before it requeued the job, whatever the file system still believes."""
+        return (
+            self.slurm_job is not None
+            and self.slurm_job == other.slurm_job
+            and self.slurm_restart < other.slurm_restart
+        )
+
+
+class RunLock:
+    """Holds a run folder for this process: `with RunLock(run_dir) as lock: ...`.
+
+    Entering makes the folder and takes the lock; `lock.takeover` is then a line to log if the run before ended without
+    giving it back, else None. On a file system without locks a warning says so, and nothing is held.
+
+    Raises (on entering):
+        ConfigError: if another process holds the folder, or if the folder cannot be written.
+        OSError: if the disk is full.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.takeover: str | None = None
+        self.path, self._holder_path = run_dir / LOCK_FILE, run_dir / HOLDER_FILE
+        self._lock: FileLock | None = None
+        self._inode = 0
+        self._mine = _this_process()
+
+    def __enter__(self) -> RunLock:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            raise ConfigError(
+                f"run_dir={self.run_dir}: this folder cannot be written ({error.strerror}). Give another run_dir."
+            ) from error
+        if self._lock is not None and self._holder_path.exists():
+            before = _read(self._holder_path)
+            who = f"{before}, which held this folder since {before.started}," if before else "the run before"
+            self.takeover = f"{self.run_dir}: {who} ended without giving it back; this run takes it over"
+        with contextlib.suppress(OSError), replacing(self._holder_path, durable=False) as temporary:
+            temporary.write_text(json.dumps(self._mine._asdict()) + "\n", encoding="utf-8")
+        try:
+            when_held()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._mine.pid != os.getpid():
+            return  # a forked child has a copy of this object
+        # Where the file system has gone away, the holder is left to be taken over.
+        with contextlib.suppress(OSError):
+            if _read(self._holder_path) == self._mine:
+                self._holder_path.unlink()
+            if self._lock is not None and self.path.stat().st_ino == self._inode:  # not another's, after a deletion
+                self.path.unlink()  # filelock takes no lock on a file that has been removed
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._lock.release()
+
+    def _acquire(self) -> None:
+        # A soft lock, which filelock would fall back to, is a file with a process id: stale after a kill.
+        lock = FileLock(self.path, fallback_to_soft=False)
+        try:
+            try:
+                lock.acquire(timeout=WAIT_SECONDS)
+            except Timeout:
+                holder = _read(self._holder_path)
+                if holder is None or not holder.is_earlier_attempt_of(self._mine):
+                    raise ConfigError(self._in_use_by(holder)) from None
+                self.path.unlink(missing_ok=True)  # the file system keeps the lock of a node that has died
+                lock.acquire(timeout=WAIT_SECONDS)
+        except Timeout:
+            raise ConfigError(self._in_use_by(None)) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(
+                f"run_dir={self.run_dir}: this file system has no locks ({error.strerror}), so a second run in the "
+                "folder would not be noticed",
+                stacklevel=1,
+            )
+            return
+        self._lock, self._inode = lock, self.path.stat().st_ino
+
+    def _in_use_by(self, holder: Holder | None) -> str:
+        if holder is None:
+            return (
+                f"run_dir={self.run_dir}: in use by another process. Give another run_dir, or wait until it has ended."
+            )
+        way_out = "Give another run_dir, or wait until it has ended."
+        if holder.host != socket.gethostname():
+            way_out += f" If that machine has failed and the lock stays, delete {self.path}."
+        command = printable(holder.command)
+        return f"run_dir={self.run_dir}: in use by {holder} since {printable(holder.started)} ({command}). {way_out}"
+
+
+def _this_process() -> Holder:
+    return Holder(
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        started=datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=shlex.join(sys.argv)[:200],
+        pid_namespace=_pid_namespace(),
+        slurm_job=os.environ.get("SLURM_JOB_ID"),
+        slurm_restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+    )
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the target is no path
+    except OSError:  # not Linux
+        return ""
+
+
+def _read(path: Path) -> Holder | None:
+    """The process that a holder file names; None if it names none."""
+    try:
+        holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    texts = (holder.host, holder.started, holder.command, holder.pid_namespace, holder.slurm_job or "")
+    is_valid = all(isinstance(text, str) for text in texts) and type(holder.pid) is type(holder.slurm_restart) is int
+    return holder if is_valid else None

@@ -1,0 +1,184 @@
+"""What runs leave behind for a sweep: the result of each, how it went, and the ranking of all. No torch.
+
+Whatever starts the jobs (one after the other, in parallel, on a cluster), all that is known of them is in their
+folders. So a sweep that is started again finds what it has done before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from semseg.storage.atomic import replacing
+from semseg.system.text import printable
+
+RESULT_FILE = "result.json"  # of a run that has come to its end: the score, and what it is a score of
+JOB_FILE = "job.json"  # of a job: its words, and how it went
+STARTED, FINISHED, FAILED, STOPPED = "started", "finished", "failed", "stopped"
+
+
+class Result(NamedTuple):
+    """What a run has come to."""
+
+    score: float | None = None  # None: nothing was scored
+    monitor: str = "score"  # name of the score
+    mode: str = "max"  # which is better: max or min
+
+
+class Job(NamedTuple):
+    """One job of a sweep."""
+
+    folder: Path
+    overrides: tuple[str, ...]
+    status: str = STARTED
+    reason: str = ""  # why it failed
+    seconds: float = 0.0  # all attempts together
+    result: Result = Result()
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status == FINISHED
+
+
+def job_words(overrides: Iterable[str]) -> list[str]:
+    """The words that a job is about; how its sweep came to them is not.
+
+    >>> job_words(["hparams_search=grid", "optim.lr=0.1"])
+    ['optim.lr=0.1']
+    """
+    return [word for word in overrides if word.partition("=")[0] != "hparams_search"]
+
+
+def job_name(overrides: Iterable[str]) -> str:
+    """Name of a job's folder: the same for the same words in whatever order, whichever sweep they are part of.
+
+    >>> job_name(["seed=1", "optim.lr=0.1"]) == job_name(["optim.lr=0.1", "hparams_search=grid", "seed=1"])
+    True
+    """
+    return hashlib.sha256("\n".join(sorted(job_words(overrides))).encode()).hexdigest()[:12]
+
+
+# For hydra.sweep.subdir. Here, since a job may be started by a process that has imported its function and no more.
+OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+
+
+def write_result(run_dir: Path, result: Result) -> None:
+    """Leave the result of a run in its folder."""
+    with replacing(run_dir / RESULT_FILE) as temporary:
+        temporary.write_text(json.dumps(result._asdict()) + "\n", encoding="utf-8")
+
+
+def read_result(run_dir: Path) -> Result | None:
+    """The result of a run; None if it has none, or none that can be read."""
+    content = _read(run_dir / RESULT_FILE)
+    if content is None:
+        return None
+    score = content.get("score")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        score = None
+    mode = "min" if content.get("mode") == "min" else "max"
+    return Result(score, printable(content.get("monitor", "score")), mode)
+
+
+def read_job(folder: Path) -> Job | None:
+    """The job of a folder; None if it holds none, or none that can be read."""
+    content = _read(folder / JOB_FILE)
+    if content is None:
+        return None
+    try:
+        overrides, seconds = tuple(map(str, content["overrides"])), float(content["seconds"])
+        status, reason = str(content["status"]), str(content["reason"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    result = read_result(folder) if status == FINISHED else None
+    return Job(folder, overrides, status, reason, seconds, result or Result())
+
+
+def write_job(job: Job) -> None:
+    """Leave a job in its folder; its result is in a file of its own."""
+    content = {"overrides": job.overrides, "status": job.status, "reason": job.reason, "seconds": job.seconds}
+    with replacing(job.folder / JOB_FILE) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_jobs(sweep_dir: Path) -> list[Job]:
+    """All jobs of a sweep, in the order of their words."""
+    jobs = (read_job(path.parent) for path in sweep_dir.glob(f"*/{JOB_FILE}"))
+    return sorted((job for job in jobs if job is not None), key=lambda job: job.overrides)
+
+
+def finished_job(run_dir: Path, overrides: Sequence[str], *, scores: bool) -> Job | None:
+    """The job of `run_dir` if it has come to its end with these very words, and with a result if it `scores`."""
+    job = read_job(run_dir)
+    if job is None or not job.is_finished or sorted(job.overrides) != sorted(overrides):
+        return None
+    return None if scores and read_result(run_dir) is None else job
+
+
+class Ranking(NamedTuple):
+    """The jobs of a sweep in order."""
+
+    jobs: tuple[Job, ...]  # those with a score first, the best at the top
+    varying: tuple[str, ...]  # keys that do not have the same value in all jobs
+    monitor: str  # name of the score
+    mode: str  # which score is better: max or min
+
+    def values(self, job: Job) -> list[str]:
+        """What `job` has for each of the varying keys; the empty text if it says nothing of a key."""
+        given = settings(job)
+        return [given.get(key, "") for key in self.varying]
+
+    @property
+    def headline(self) -> str:
+        """How many jobs there are, and how many of each status."""
+        counts = Counter(job.status for job in self.jobs)
+        told = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+        return f"{len(self.jobs)} job{'' if len(self.jobs) == 1 else 's'}: {told or 'none was started'}"
+
+
+def rank(jobs: Sequence[Job]) -> Ranking:
+    """Order jobs by their score in the direction that the runs themselves name."""
+    scored = [job for job in jobs if job.result.score is not None]
+    others = [job for job in jobs if job.result.score is None]
+    result = scored[0].result if scored else Result()
+    best_first = sorted(scored, key=lambda job: job.result.score or 0.0, reverse=result.mode == "max")
+    return Ranking((*best_first, *others), varying_keys(jobs), result.monitor, result.mode)
+
+
+def settings(job: Job) -> dict[str, str]:
+    """The words of a job as keys and values.
+
+    >>> settings(Job(Path("x"), ("+a.b=1", "model/encoder='resnet18'")))
+    {'a.b': '1', 'model/encoder': 'resnet18'}
+    """
+    words = (word.lstrip("+~").partition("=") for word in job.overrides)
+    return {key: value.strip("\"'") for key, _, value in words}
+
+
+def varying_keys(jobs: Sequence[Job]) -> tuple[str, ...]:
+    """Keys that do not have the same value in all jobs."""
+    given = [settings(job) for job in jobs]
+    keys = dict.fromkeys(key for values in given for key in values)
+    return tuple(key for key in keys if len({values.get(key) for values in given}) > 1)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is none. A damaged file is reported by a warning."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if isinstance(content, dict):
+        return content
+    warnings.warn(f"{path}: cannot be read, so it counts as missing", stacklevel=1)
+    return None

@@ -1,0 +1,72 @@
+"""Images that cannot be read, where `data.on_bad=skip` leaves them out: told, counted over all ranks, and limited."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from semseg.collate import Batch
+from semseg.config.schema import DataConfig
+from semseg.errors import DataError
+from semseg.system.text import lines_printable
+from semseg.training.callbacks.stop import Votes
+
+FEW = 100  # images; a share of fewer says nothing yet
+
+_told: set[str] = set()
+
+
+def tell_bad(reason: str) -> None:
+    """Print what is wrong with an image that is left out; once in a process."""
+    if reason not in _told:
+        _told.add(reason)
+        print(f"left out: {lines_printable(reason)}", file=sys.stderr, flush=True)
+
+
+def check_share(left_out: int, seen: int, limit: float) -> None:
+    """Stop where so many images cannot be read that it is no accident.
+
+    Raises:
+        DataError: if `left_out` is more than the share `limit` of the images seen, or of FEW.
+    """
+    if left_out > limit * max(seen, FEW):
+        raise DataError(
+            f"{left_out} of {seen} images could not be read, more than data.max_bad={limit:g} allows; they are named "
+            "above. Mend or remove them, or raise data.max_bad."
+        )
+
+
+class CountBadImages(Callback):
+    """Counts images left out of training over all ranks and the whole run, and stops it at data.max_bad.
+
+    The count is logged as data/left_out with the step.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.seen = self.left_out = 0
+        self._votes: Votes | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "left_out": self.left_out}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen, self.left_out = state_dict["seen"], state_dict["left_out"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._votes = Votes(trainer.world_size)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        assert self._votes is not None, "on_fit_start comes first"
+        for reason in batch.bad:
+            tell_bad(reason)
+        bad, seen = self._votes.total(len(batch.bad), self.config.batch_size)
+        self.left_out += bad
+        self.seen += seen
+        pl_module.log("data/left_out", float(self.left_out), logger=False, batch_size=1)
+        check_share(self.left_out, self.seen, self.config.max_bad)

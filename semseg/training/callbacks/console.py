@@ -1,0 +1,246 @@
+"""What a training run says while it works: its configuration, its progress, its scores after every validation."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, ProgressBar, RichProgressBar
+from pytorch_lightning.callbacks.progress.rich_progress import (
+    BatchesProcessedColumn,
+    CustomBarColumn,
+    CustomTimeColumn,
+)
+from rich.console import Console, Group
+from rich.progress import ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from semseg.collate import Batch
+from semseg.config.schema import Config, as_plain
+from semseg.evaluation.metrics import Scores
+from semseg.lit_module import SegmentationModule
+from semseg.system.text import printable
+
+WEAKEST = 5  # classes named after every validation
+OTHER_MODES = ("predict", "serve", "export", "check", "bench", "download")  # sections that training does not read
+
+
+def config_tree(config: Config, overrides: Sequence[str]) -> Tree:
+    """What is set in every section that training reads, a branch each; what the command line gave stands out.
+
+    Args:
+        config: of the run.
+        overrides: the words of the command line, which stand at the end.
+    """
+    given = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    sections: dict[str, dict[str, Any]] = {"": {}}
+    for key, value in leaves(as_plain(config)):
+        section, _, name = key.partition(".")
+        inside = sections.setdefault(section, {}) if name else sections[""]
+        if value is not None and value not in ([], {}, ""):
+            inside[key] = value
+    tree = Tree(Text("configuration", "bold"), guide_style="dim")
+    for section, inside in sections.items():
+        if section in OTHER_MODES or not inside:
+            continue
+        branch = Text()
+        branch.append(f"{section or 'run'}  ", "bold cyan")
+        for key, value in inside.items():
+            style = "bold" if key in given else "default"
+            branch.append(f"{key.removeprefix(f'{section}.')}=", "dim")
+            branch.append(f"{str(value).lower() if isinstance(value, bool) else value}  ", style)
+        tree.add(branch)
+    if overrides:
+        branch = Text()
+        branch.append("given  ", "bold cyan")
+        branch.append("  ".join(overrides), "bold")
+        tree.add(branch)
+    return tree
+
+
+def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All (dotted key, value) pairs of nested dicts."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class TimeLeft:
+    """How long a run still takes at the speed it has had since it was started, validations included."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._since, self._first = time.monotonic(), trainer.global_step
+        self._total = trainer.estimated_stepping_batches
+
+    def words(self, trainer: pl.Trainer) -> str:
+        """Hours, minutes and seconds, "0:04:10"; "-:--:--" where nothing is known yet, or the run has no end."""
+        done, left = trainer.global_step - self._first, self._total - trainer.global_step
+        if done <= 0 or math.isinf(left):
+            return "-:--:--"
+        return str(timedelta(seconds=round(max(left, 0) * (time.monotonic() - self._since) / done)))
+
+
+class ImagesPerSecond(ProgressColumn):
+    """Images a second, over all devices, of the last seconds."""
+
+    max_refresh = 0.5
+
+    def __init__(self, bar: BarProgress, trainer: pl.Trainer) -> None:
+        super().__init__()
+        self.bar, self.devices = bar, trainer.world_size
+
+    def render(self, task: Task) -> Text:
+        is_training = task.id == self.bar.train_progress_bar_id
+        images = self.devices * (self.bar.batch_size if is_training else self.bar.eval_batch_size)
+        return Text("" if task.speed is None else f"{images * task.speed:.1f} images/s")
+
+
+class BarProgress(RichProgressBar):
+    """Lightning's bar with images a second and the time that the whole run still takes.
+
+    Args:
+        batch_size: images of a sub-batch, per device.
+        eval_batch_size: images that are evaluated together at most, per device.
+    """
+
+    def __init__(self, batch_size: int, eval_batch_size: int) -> None:
+        super().__init__(refresh_rate=10)
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self._left: TimeLeft | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._left = TimeLeft(trainer)
+
+    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
+        return [
+            TextColumn("[progress.description]{task.description}"),
+            CustomBarColumn(bar_width=20),
+            BatchesProcessedColumn(""),
+            ImagesPerSecond(self, trainer),
+            CustomTimeColumn("dim"),
+        ]
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)  # the version of a logger's folder
+        return items if self._left is None else {"left": self._left.words(trainer), **items}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # Lightning's starts with 0
+
+
+class PlainProgress(ProgressBar):
+    """One line now and then instead of a bar: for logs and pipes."""
+
+    def __init__(self, seconds_between_lines: float = 10) -> None:
+        super().__init__()
+        self.seconds_between_lines = seconds_between_lines
+        self._last_line = 0.0
+        self._images = 0
+        self._since = 0.0
+        self._is_enabled = True
+
+    def enable(self) -> None:
+        self._is_enabled = True
+
+    def disable(self) -> None:
+        """Lightning calls it on every rank but the first."""
+        self._is_enabled = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._left = TimeLeft(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._last_line = self._since = time.monotonic()
+        self._images = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._images += len(batch.paths) * trainer.world_size
+        now = time.monotonic()
+        is_last = batch_idx + 1 == trainer.num_training_batches
+        if not self._is_enabled or (now - self._last_line < self.seconds_between_lines and not is_last):
+            return
+        self._last_line = now
+        rate = self._images / max(now - self._since, 1e-9)
+        loss, accuracy = (
+            float(trainer.callback_metrics.get(key, float("nan"))) for key in ("train/loss", "train/accuracy")
+        )
+        print(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            f"  step {batch_idx + 1}/{trainer.num_training_batches}"
+            f"  loss {loss:.3f}  accuracy {accuracy:.3f}  {rate:.1f} images/s  {self._left.words(trainer)} left",
+            flush=True,
+        )
+
+
+class TellValidation(Callback):
+    """The scores of every validation on rank 0: a table in a terminal, else one line."""
+
+    def __init__(self) -> None:
+        self.best: float | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        scores = getattr(pl_module, "scores", None)
+        if not isinstance(pl_module, SegmentationModule) or scores is None or trainer.sanity_checking:
+            return
+        of_epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        best, score = self.best, scores.mean_iou
+        self.best = max((one for one in (best, score) if one is not None), default=None)
+        if not trainer.is_global_zero:
+            return
+        if sys.stdout.isatty():
+            console = Console()
+            console.print(validation_table(scores, best, pl_module.classes.names, f"validation after {of_epoch}"))
+        else:
+            print(
+                f"{of_epoch}  validation  mean IoU {in_words(score)}  pixel accuracy {in_words(scores.pixel_accuracy)}",
+                flush=True,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+def validation_table(scores: Scores, best: float | None, names: Sequence[str], title: str) -> Group:
+    """The scores of a validation beside the best mean IoU before it, and the weakest classes.
+
+    Args:
+        scores: as shares of 1.
+        best: mean IoU; None before the first validation.
+        names: of the classes.
+        title: of the table.
+    """
+    table = Table(title=title, title_justify="left", min_width=len(title))
+    row = {
+        "mean IoU": in_words(scores.mean_iou),
+        "best before": in_words(best),
+        "pixel accuracy": in_words(scores.pixel_accuracy),
+        "overall": in_words(scores.overall),
+    }
+    for heading in row:
+        table.add_column(heading, justify="right")
+    is_best = scores.mean_iou is not None and (best is None or scores.mean_iou > best)
+    table.add_row(*row.values(), style="green" if is_best else None)
+    known = sorted((iou, name) for iou, name in zip(scores.iou, names, strict=True) if iou is not None)
+    weakest = Text(f"weakest: {', '.join(f'{printable(name)} {iou:.3f}' for iou, name in known[:WEAKEST])}", "dim")
+    return Group(table, weakest)
+
+
+def in_words(score: float | None) -> str:
+    """Four digits, or a dash where there is no score."""
+    return "-" if score is None else f"{score:.4f}"

@@ -1,0 +1,111 @@
+"""What happens around the steps: checkpoints and the log."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from pytorch_lightning.callbacks import Callback
+
+from semseg.checkpoints.atomic_io import BestCheckpoint
+from semseg.checkpoints.format import FOLDER
+from semseg.collate import Batch
+from semseg.config.schema import CheckpointConfig
+from semseg.system.process import take_signals
+from semseg.training.callbacks.saver import Saver
+
+MONITOR = "val/miou"
+
+
+def checkpoints(run_dir: Path, config: CheckpointConfig, *, has_val: bool) -> list[Callback]:
+    """best.ckpt by mean IoU if there is validation, and last.ckpt, which therefore knows the best score."""
+    last = Saver(run_dir, config)
+    if not has_val:
+        return [last]
+    best = BestCheckpoint(
+        run_dir / FOLDER, "best", monitor=MONITOR, mode="max", save_top_k=1,
+        enable_version_counter=False, save_on_train_epoch_end=False, warns=config.on_error == "warn",
+    )  # fmt: skip
+    return [best, last]
+
+
+class LogSteps(Callback):
+    """Loss, accuracy, learning rates, times and memory of every `trainer.log_every_n_steps`-th step, to all loggers.
+
+    `time/data` and `time/step` are seconds a sub-batch, in the mean since the last such step: waiting for it (and
+    writing checkpoints), and training on it. `memory` is the peak of this process's GPU memory so far, in GiB.
+
+    Lightning logs a step after its checkpoints are written: a run that goes on from one would lack that step.
+    """
+
+    def __init__(self) -> None:
+        self._rates: dict[str, float] = {}
+        self._seconds: dict[str, list[float]] = {"time/data": [], "time/step": []}
+        self._since = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.monotonic()  # a run that resumes inside an epoch does not start one
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.monotonic()  # a validation is no waiting for data
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self._lap("time/data")
+        # Now, since the schedule has moved on when the step ends. Groups without decay have the rate of their part.
+        groups = trainer.optimizers[0].param_groups
+        self._rates = {f"lr/{group['name'].removesuffix('_no_decay')}": group["lr"] for group in groups}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._lap("time/step")
+        step = trainer.global_step  # counted after it was taken
+        done = batch_idx + 1
+        is_taken = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
+        if not is_taken or step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        logged = trainer.callback_metrics
+        values = {
+            name: float(logged[name]) for name in ("train/loss", "train/accuracy", "data/left_out") if name in logged
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, **self._rates, **self._cost(), "epoch": trainer.current_epoch}, step - 1)
+        for seconds in self._seconds.values():
+            seconds.clear()
+
+    def _lap(self, name: str) -> None:
+        now = time.monotonic()
+        self._seconds[name].append(now - self._since)
+        self._since = now
+
+    def _cost(self) -> dict[str, float]:
+        """Times and, where there is a GPU, memory."""
+        cost = {name: sum(seconds) / max(len(seconds), 1) for name, seconds in self._seconds.items()}
+        if torch.cuda.is_available():
+            cost["memory"] = torch.cuda.max_memory_allocated() / 2**30
+        return cost
+
+
+class EndOnSignals(Callback):
+    """Signals that ask to stop end the process at once.
+
+    Lightning's own handler of SIGTERM broadcasts from rank 0, which hangs a job of which one rank got the signal, and
+    ends with exit code 0. Under SLURM it requeues the job, so there it stays.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore(trainer)
+
+    def _restore(self, trainer: pl.Trainer) -> None:
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if not isinstance(environment, SLURMEnvironment):
+            take_signals()

@@ -1,0 +1,162 @@
+"""When checkpoints are written: after every epoch, now and then in between, and when the run is asked to stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+
+from semseg.checkpoints.atomic_io import warn_and_train_on
+from semseg.checkpoints.format import FOLDER
+from semseg.collate import Batch
+from semseg.config.schema import CheckpointConfig
+from semseg.errors import CheckpointError
+from semseg.storage.atomic import replacing, unwritable
+from semseg.training.callbacks.stop import StoppedError, StopSignals, Votes
+
+LAST = "last.ckpt"
+
+
+def shared_batches(groups: int, world_size: int, limit: float | None) -> int:
+    """How many batches of a validation every rank has, of so many over all ranks.
+
+    Args:
+        limit: trainer.limit_val_batches: a number of batches, or as a float a share of those of each rank.
+
+    >>> shared_batches(7, world_size=2, limit=1.0), shared_batches(7, world_size=2, limit=0.5)
+    (3, 1)
+    """
+    return int(groups // world_size * (limit if isinstance(limit, float) else 1))
+
+
+def validates_after(trainer: pl.Trainer) -> bool:
+    """Whether a validation follows the running epoch."""
+    interval = trainer.check_val_every_n_epoch
+    return trainer.enable_validation and bool(interval) and (trainer.current_epoch + 1) % (interval or 1) == 0
+
+
+class Saver(Checkpoint):
+    """Writes last.ckpt, and stops the run in good order when a signal asks for it.
+
+    last.ckpt is written before every validation, at the end of every epoch, after every `every_n_steps` steps and
+    `every_n_minutes` minutes of training, at `trainer.max_steps`, and when any rank was asked to stop. `keep` of those
+    written between epochs stay, as step_<number>.ckpt.
+
+    Raises:
+        StoppedError: in all ranks at the same step, once last.ckpt is written.
+        CheckpointError: if it cannot be written, unless `on_error` is "warn".
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+        self.folder = run_dir / FOLDER
+        self.config = config
+        self.signals = StopSignals()
+        self._votes: Votes | None = None
+        self._last_save = time.monotonic()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._votes = Votes(trainer.world_size)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.signals.install()  # now: Lightning sets its own while it starts
+        self._last_save = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        is_last = batch_idx + 1 == trainer.num_training_batches
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not is_last:
+            return  # gradients that wait for more are in no checkpoint
+        if is_last and not validates_after(trainer):
+            return  # on_train_epoch_end comes next; callbacks that look at the epoch come before it
+        signal_number, is_due = self._vote(self.signals.received or 0, self._minutes_are_over())
+        step = trainer.global_step
+        is_periodic = bool(self.config.every_n_steps) and step % (self.config.every_n_steps or 1) == 0
+        is_end = step == trainer.max_steps  # which may be inside an epoch
+        is_wanted = bool(is_last or is_due or is_periodic or signal_number or is_end)
+        is_saved = is_wanted and self.save(trainer)
+        if is_saved and (is_due or is_periodic) and not is_last:
+            self.keep(trainer, step)
+        self._stop_if(signal_number, trainer)
+
+    def on_validation_batch_end(  # noqa: PLR0917 - Lightning calls it like this
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # The last images of some ranks have no counterpart on the others. The state is in last.ckpt already.
+        groups = len(trainer.datamodule.eval_groups("val"))  # pyright: ignore[reportAttributeAccessIssue]
+        shared = shared_batches(groups, trainer.world_size, trainer.limit_val_batches)
+        if not trainer.sanity_checking and batch_idx < shared:
+            self._stop_if(self._vote(self.signals.received or 0)[0], trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # cut by trainer.max_steps: on_train_batch_end has saved where
+        (signal_number,) = self._vote(self.signals.received or 0)
+        self.save(trainer)
+        self._stop_if(signal_number, trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.signals.restore()
+
+    def save(self, trainer: pl.Trainer) -> bool:
+        """Write last.ckpt, and the log up to the same step; returns whether that went well."""
+        try:
+            for logger in trainer.loggers:
+                logger.save()
+            trainer.save_checkpoint(self.folder / LAST)
+        except (CheckpointError, OSError) as error:
+            told = unwritable(error, self.folder) if isinstance(error, OSError) else str(error)
+            if self.config.on_error != "warn" or told is None:
+                raise
+            warn_and_train_on(trainer, CheckpointError(told))
+            return False
+        finally:
+            self._last_save = time.monotonic()
+        return True
+
+    def keep(self, trainer: pl.Trainer, step: int) -> None:
+        """Let the checkpoint just written stay under the name of its step, and the oldest of these go."""
+        if not self.config.keep or not trainer.is_global_zero:
+            return
+        kept = self.folder / f"step_{step:08d}.ckpt"
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(self.folder / LAST, kept)  # last.ckpt is replaced, never changed
+        except OSError:  # a file system without links
+            try:
+                with replacing(kept) as temporary:
+                    shutil.copyfile(self.folder / LAST, temporary)
+            except OSError as error:
+                told = unwritable(error, self.folder)
+                if self.config.on_error != "warn" or told is None:
+                    raise
+                print(f"warning: {told}", file=sys.stderr, flush=True)
+        for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.config.keep]:
+            old.unlink()
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.every_n_minutes
+        return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
+
+    def _vote(self, *numbers: int) -> list[int]:
+        assert self._votes is not None, "on_fit_start comes first"
+        return self._votes.largest(*(int(number) for number in numbers))
+
+    def _stop_if(self, number: int, trainer: pl.Trainer) -> None:
+        if not number:
+            return
+        name = signal.Signals(number).name
+        raise StoppedError(f"stopped by {name} at step {trainer.global_step}; {self.folder / LAST} is written.", number)

@@ -1,0 +1,1 @@
+"""Where metrics go: the CSV log, TensorBoard, Weights & Biases, MLflow."""

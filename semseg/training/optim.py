@@ -1,0 +1,147 @@
+"""Stage 6: parameter groups, optimisers, and the learning rate at every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from semseg.config.schema import OptimConfig, ScheduleConfig
+from semseg.nets.segmenter import Segmenter
+
+Schedule = Callable[[int], float]
+
+
+def decay_split(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(weights of convolutions and linear layers, everything else): only the first decay.
+
+    Biases and the scale and shift of normalisation are free, as published.
+    """
+    decay, free = [], []
+    for layer in module.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            is_weight = name == "weight" and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            (decay if is_weight else free).append(parameter)
+    return decay, free
+
+
+def parameter_groups(
+    net: Segmenter, config: OptimConfig, unused: Collection[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
+    """Encoder and decoder, each with its own rate, each with and without decay; frozen parameters are in none.
+
+    But for those in `unused`, which the loss does not reach: an optimiser neither moves nor decays what has no
+    gradient, and with them its state has the same layout as in checkpoints written before they were frozen.
+
+    With `layer_decay` the encoder has a pair for each of its stages: the last one, called encoder, at the encoder's
+    rate, the one before it, encoder_-1, at layer_decay times that, and so on.
+    """
+    encoder_rate = config.lr if config.lr_encoder is None else config.lr_encoder
+    decoder_rate = config.lr if config.lr_decoder is None else config.lr_decoder
+    stages: list[list[nn.Module]] = encoder_stages(net.encoder) if config.layer_decay < 1 else [[net.encoder]]
+    kept = {id(parameter) for parameter in unused}
+    groups = []
+    for place, stage in enumerate(stages, start=1 - len(stages)):
+        name = f"encoder_{place}" if place else "encoder"
+        groups += pair_of_groups(name, stage, encoder_rate * config.layer_decay**-place, config.weight_decay, kept)
+    groups += pair_of_groups("decoder", [net.decoder], decoder_rate, config.weight_decay, kept)
+    return [group for group in groups if group["params"]]
+
+
+def pair_of_groups(
+    name: str, modules: Sequence[nn.Module], rate: float, weight_decay: float, kept: Collection[int]
+) -> list[dict[str, Any]]:
+    """Parameters of some modules, trainable or with an id in `kept`, in one group with and one without decay."""
+    decay: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for module in modules:
+        for kind, found in zip((decay, free), decay_split(module), strict=True):
+            kind += [parameter for parameter in found if parameter.requires_grad or id(parameter) in kept]
+    return [
+        {"name": name, "params": decay, "lr": rate, "weight_decay": weight_decay},
+        {"name": f"{name}_no_decay", "params": free, "lr": rate, "weight_decay": 0.0},
+    ]
+
+
+def encoder_stages(encoder: nn.Module) -> list[list[nn.Module]]:
+    """The children of an encoder from its input on; the single layers before the first block are one stage.
+
+    A lone child stands for its own children: adapters hold their network so.
+    """
+    children = [child for child in encoder.children() if next(child.parameters(), None) is not None]
+    if len(children) == 1 and next(children[0].children(), None) is not None:
+        return encoder_stages(children[0])
+    stages: list[list[nn.Module]] = []
+    for child in children:
+        is_layer = next(child.children(), None) is None
+        if is_layer and stages:
+            stages[-1].append(child)
+        else:
+            stages.append([child])
+    return stages
+
+
+def build_optimizer(net: Segmenter, config: OptimConfig, unused: Collection[nn.Parameter] = ()) -> Optimizer:
+    """The optimiser named in `config`, over `parameter_groups`."""
+    groups = parameter_groups(net, config, unused)
+    if config.name == "adamw":
+        return AdamW(groups, betas=(config.momentum, config.beta2))
+    return SGD(groups, momentum=config.momentum)
+
+
+def poly(step: int, *, total_steps: int, power: float) -> float:
+    """Share of the base rate at `step`, set before the step: (1 - step / total) ** power.
+
+    >>> poly(50, total_steps=100, power=1.0)
+    0.5
+    """
+    return max(0.0, 1 - step / total_steps) ** power
+
+
+def cosine(step: int, *, total_steps: int, floor: float) -> float:
+    """Half a cosine from 1 at step 0 to `floor` at `total_steps` (Loshchilov and Hutter 2017, eq. 5)."""
+    progress = min(1.0, step / total_steps)
+    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmed_up(step: int, *, schedule: Schedule, warmup_steps: int, factor: float) -> float:
+    """`schedule`, damped by a factor that rises linearly from `factor` to 1 over `warmup_steps`."""
+    if step >= warmup_steps:
+        return schedule(step)
+    return schedule(step) * (factor + (1 - factor) * step / warmup_steps)
+
+
+def build_schedule(config: ScheduleConfig, total_steps: int) -> Schedule:
+    """The share of the base rate as a function of the step (from 0)."""
+    schedule: Schedule = partial(poly, total_steps=total_steps, power=config.power)
+    if config.name == "cosine":
+        schedule = partial(cosine, total_steps=total_steps, floor=config.min_factor)
+    if config.name == "poly" or not config.warmup_steps:
+        return schedule
+    return partial(warmed_up, schedule=schedule, warmup_steps=config.warmup_steps, factor=config.warmup_factor)
+
+
+def apply_settings(optimizer: Optimizer, scheduler: LambdaLR, settings: Sequence[dict[str, Any]]) -> None:
+    """Give the parameter groups of a resumed run the settings and the schedule of this run instead of the saved ones.
+
+    Restoring an optimiser brings back the rate that the saved schedule had, and LambdaLR corrects it one step late.
+
+    Args:
+        settings: of each group, as the optimiser was built: what `optimizer.param_groups` hold besides the parameters,
+            `initial_lr` of the scheduler included.
+    """
+    for group, given, schedule in zip(optimizer.param_groups, settings, scheduler.lr_lambdas, strict=True):
+        group.update(given)
+        group["lr"] = given["initial_lr"] * schedule(scheduler.last_epoch)
+    scheduler.base_lrs = [given["initial_lr"] for given in settings]
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
+    """Lightning steps it after every optimiser step, so that step n runs with schedule(n)."""
+    return LambdaLR(optimizer, build_schedule(config, total_steps))

@@ -1,0 +1,172 @@
+"""The training state of a checkpoint is data from anywhere: what Lightning would take as it is gets checked here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from semseg.checkpoints.atomic_io import AtomicCheckpointIO
+from semseg.checkpoints.format import first_line, is_count, is_dense
+from semseg.errors import CheckpointError, SemsegError
+from semseg.system.text import shortened
+
+# Without these counters Lightning would count from 0 and say nothing.
+COUNTERS = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress")
+# Entries of callbacks, Lightning's and ours, by what they must hold.
+COUNTS = ("skipped", "seen", "left_out", "wait_count", "stopped_epoch", "patience")
+SCORES = ("best", "best_score", "best_model_score", "current_score", "kth_value")
+TEXTS = ("monitor", "dirpath", "best_model_path", "kth_best_model_path", "last_model_path")
+
+
+def check_training_state(path: Path, content: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose training state is not what a run of ours writes.
+
+    Raises:
+        CheckpointError: then, with the first entry that is wrong.
+    """
+    wrong = next(misfits(content), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{path}: its training state is damaged at {wrong}, so no run can go on from it. Resume from another "
+            f"checkpoint, or start a new run from its weights: init_from={path}."
+        )
+
+
+def misfits(content: dict[str, Any]) -> Iterator[str]:
+    """The entries of a checkpoint that are missing or not of their kind, as `place=value`."""
+    loops = content.get("loops")
+    fit_loop = loops.get("fit_loop") if isinstance(loops, dict) else None
+    for name in COUNTERS:
+        counter = fit_loop.get(name) if isinstance(fit_loop, dict) else None
+        if not isinstance(counter, dict) or not counter:
+            yield f"loops.fit_loop.{name}={shortened(counter)}"
+    for place, value in leaves(loops, "loops"):
+        if not is_count(value) and not isinstance(value, bool) and value not in ({}, []):
+            yield f"{place}={shortened(value)}"
+    position = content.get("SegmentationData")
+    if not isinstance(position, dict) or not is_count(position.get("taken", position.get("position"))):
+        yield f"SegmentationData={shortened(position)}"
+    for key in ("optimizer_states", "lr_schedulers"):
+        states = content.get(key)
+        if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
+            yield f"{key}={shortened(states)}"
+    callbacks = content.get("callbacks")
+    if not isinstance(callbacks, dict) or not callbacks:  # every run has some
+        yield f"callbacks={shortened(callbacks)}"
+        return
+    for name, state in callbacks.items():
+        for key, value in state.items() if isinstance(state, dict) else [(state, None)]:
+            if not is_of_its_kind(key, value):
+                yield f"callbacks.{shortened(name)}.{shortened(key)}={shortened(value)}"
+
+
+def leaves(node: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """All values in nested dicts and lists with their places."""
+    items: Any = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    if not items:
+        yield place, node
+    for key, value in items:
+        yield from leaves(value, f"{place}.{key}")
+
+
+def is_of_its_kind(key: Any, value: Any) -> bool:
+    """Whether `value` can be the entry `key` of a callback's state."""
+    if key in COUNTS:
+        return is_count(value)
+    if key in SCORES:
+        return value is None or is_number(value)
+    if key in TEXTS:
+        return isinstance(value, str) or (key in ("monitor", "dirpath") and value is None)
+    if key == "best_k_models":
+        return isinstance(value, dict) and all(isinstance(k, str) and is_number(v) for k, v in value.items())
+    return isinstance(key, str)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a real number, by itself or as a tensor; it may be NaN."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and is_dense(value)
+    return type(value) in (int, float) and (math.isnan(value) or abs(value) < 1e20)
+
+
+class CheckRestored(Callback):
+    """Before the first step of a resumed run: the optimiser and the schedule fit the network.
+
+    Raises:
+        CheckpointError: if they do not.
+    """
+
+    def __init__(self) -> None:
+        self.is_restored = False
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        wrong = None if self.is_restored or trainer.ckpt_path is None else next(unfit(trainer), None)
+        self.is_restored = True
+        if wrong is not None:
+            raise CheckpointError(f"{trainer.ckpt_path}: its training state is damaged at {wrong}.")
+
+
+def unfit(trainer: pl.Trainer) -> Iterator[str]:
+    """What of the restored optimisers and schedules cannot belong to this network."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            name, rate = group.get("name"), group.get("initial_lr", 0.0)
+            if not isinstance(name, str) or not is_number(rate):
+                yield f"optimizer_states: a group with name={shortened(name)} and initial_lr={shortened(rate)}"
+            for key, usual in optimizer.defaults.items():
+                if key not in group or not is_like(group[key], usual):
+                    yield f"optimizer_states: {key}={shortened(group.get(key))}"
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                fits = value.shape in (parameter.shape, ()) if isinstance(value, Tensor) else is_number(value)
+                if not fits or (isinstance(value, Tensor) and not value.is_floating_point()):
+                    yield f"optimizer_states: {key}, which does not fit a weight {tuple(parameter.shape)}"
+    yield from unfit_schedules(trainer)
+
+
+def unfit_schedules(trainer: pl.Trainer) -> Iterator[str]:
+    for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
+        number = len(schedule.optimizer.param_groups)
+        for key in ("base_lrs", "_last_lr"):
+            rates = getattr(schedule, key, None)
+            if not isinstance(rates, list) or len(rates) != number or not all(map(is_number, rates)):
+                yield f"lr_schedulers: {key}={shortened(rates)}"
+        for key in ("last_epoch", "_step_count"):
+            if not is_count(getattr(schedule, key, None)):
+                yield f"lr_schedulers: {key}={shortened(getattr(schedule, key, None))}"
+
+
+def is_like(value: Any, usual: Any) -> bool:
+    """Whether an option of an optimiser is of the kind of its default."""
+    if isinstance(usual, bool) or usual is None:
+        return value is None or isinstance(value, bool)
+    if isinstance(usual, tuple):
+        return isinstance(value, list | tuple) and len(value) == len(usual) and all(map(is_number, value))
+    return is_number(value) and float(value) >= 0
+
+
+@contextmanager
+def restoring(trainer: pl.Trainer, path: Path | None) -> Iterator[None]:
+    """While Lightning takes over the training state of `path`, whatever it stumbles over is an error that names it."""
+    try:
+        yield
+    except SemsegError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+        io = trainer.strategy.checkpoint_io
+        checks = [callback for callback in trainer.callbacks if isinstance(callback, CheckRestored)]  # pyright: ignore[reportAttributeAccessIssue]
+        is_restored = not checks or checks[0].is_restored
+        if path is None or is_restored or not (isinstance(io, AtomicCheckpointIO) and io.has_loaded):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{path}: its training state cannot be restored ({reason}).") from error

@@ -1,0 +1,80 @@
+"""Parameters that the loss does not reach: found before training, and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from semseg.nets.interfaces import Logits
+from semseg.nets.segmenter import Segmenter
+
+
+def freeze_unused(net: Segmenter, loss: Callable[[Logits, Tensor], Tensor]) -> dict[str, nn.Parameter]:
+    """Set requires_grad to False for every trainable parameter that `loss` does not depend on; returns them by name.
+
+    Such are an auxiliary head whose loss has the weight 0, and the layers of an encoder behind maps that the decoder
+    does not read. They never get a gradient, for which DistributedDataParallel would wait in vain.
+
+    The network runs once on a small image, in the mode that it is in, to build the graph of autograd, which is then
+    searched for parameters. Weights, normalisation statistics and random numbers stay as they are.
+
+    Args:
+        net: as it will be trained, on any device.
+        loss: a scalar of logits and label (N, h, w); only its graph is used.
+    """
+    used = parameters_behind(total_loss(net, loss))
+    found = {name: value for name, value in net.named_parameters() if value.requires_grad and id(value) not in used}
+    for parameter in found.values():
+        parameter.requires_grad_(False)
+    return found
+
+
+def total_loss(net: Segmenter, loss: Callable[[Logits, Tensor], Tensor]) -> Tensor:
+    """The loss of two black images, two pixels high and wide at the largest stride, with the graph behind it."""
+    weight = next(net.parameters())
+    side = 2 * net.size_divisor
+    image = torch.zeros(2, 3, side, side, dtype=weight.dtype, device=weight.device)
+    statistics = {name: value.clone() for name, value in net.named_buffers()}
+    try:
+        with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []), torch.enable_grad():
+            logits = net.forward(image)  # not net(image), which would compile a compiled network for this size
+            label = torch.zeros_like(logits.main[:, 0], dtype=torch.int64)
+            return loss(logits, label)
+    finally:
+        with torch.no_grad():
+            for name, value in net.named_buffers():
+                value.copy_(statistics[name])
+
+
+def parameters_behind(value: Tensor) -> set[int]:
+    """The ids of the tensors to which a backward pass from `value` would bring gradients."""
+    found: set[int] = set()
+    seen = {value.grad_fn}
+    waiting = [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if (leaf := getattr(node, "variable", None)) is not None:  # where gradients are accumulated
+            found.add(id(leaf))
+        following = {parent for parent, _ in node.next_functions} - seen
+        seen |= following
+        waiting += following
+    return found
+
+
+def modules_of(names: Iterable[str], net: nn.Module) -> list[str]:
+    """`names` of parameters, shortened to the largest modules all of whose parameters are among them."""
+    return list(_modules_of(set(names), "", net))
+
+
+def _modules_of(names: set[str], prefix: str, module: nn.Module) -> Iterator[str]:
+    own = [f"{prefix}{name}" for name, _ in module.named_parameters()]
+    if prefix and own and names.issuperset(own):
+        yield prefix.removesuffix(".")
+        return
+    yield from (f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False) if f"{prefix}{name}" in names)
+    for name, child in module.named_children():
+        yield from _modules_of(names, f"{prefix}{name}.", child)
