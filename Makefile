@@ -1,7 +1,7 @@
 # make demo    install, then train, evaluate and predict on drawn scenes (minutes on two CPU cores)
 # make demo-published    the original's demonstration: published weights and picture (downloads 110 MB)
 # make test    install, then the tests
-# make check   formatting, lint and types
+# make check   formatting, lint, who imports whom, and types
 # make docs    the documentation as a site, in site/; a broken link fails it
 # make wheel   what is published, in dist/
 # make bench   every benchmark of the CPU, other libraries in the same run where they install (a quarter of an hour)
@@ -36,6 +36,7 @@ test-long: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.installed-dev

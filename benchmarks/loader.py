@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from semseg.collate import collate
 from semseg.data.classes import LabelMap
 from semseg.data.datasets import TrainDataset
 from semseg.data.geometry import Size, canvas_size, label_size, scaled_size
@@ -95,6 +96,7 @@ def dataset(records: list[Record], *, exact: bool, kept: str | None = None) -> T
         label_stride=STRIDE,
         exact=exact,
         cache=cache,
+        collate=collate,
     )
     for index in range(len(records) if kept else 0):
         made[sub_batch(index)]

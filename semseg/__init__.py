@@ -28,7 +28,7 @@ def load(ckpt: str | Path, *overrides: str, device: str | torch.device | None = 
         SemsegError: if there is no such network, it is damaged, or a word is wrong.
     """
     from semseg.build import open_predictor  # noqa: PLC0415
-    from semseg.cli.main import load_config  # noqa: PLC0415
+    from semseg.config.load import load_config  # noqa: PLC0415
 
     words = ["mode=serve", f"ckpt={ckpt}", *overrides]  # of all modes it asks for the least
     return open_predictor(*load_config(words), device=device)

@@ -31,7 +31,7 @@ from semseg.checkpoints.format import (
 from semseg.checkpoints.initialise import differences, fill, load_encoder_weights
 from semseg.checkpoints.published import FREE_KEYS, Files, find_files, read_published
 from semseg.config.preprocessing import CONVENTIONS
-from semseg.config.schema import ONNX, Config, DownloadConfig, ModelConfig, network_options
+from semseg.config.schema import ONNX, ZOO_PREFIX, Config, DownloadConfig, ModelConfig, network_options
 from semseg.data.classes import LabelMap
 from semseg.data.sources import DataSource, label_map
 from semseg.errors import CheckpointError, ConfigError
@@ -123,7 +123,7 @@ def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwor
         DownloadError: if it cannot be fetched.
         ConfigError: for an ONNX file, if the packages that read it are not installed.
     """
-    if spec.startswith(zoo.PREFIX):
+    if spec.startswith(ZOO_PREFIX):
         network = zoo.published(spec)
         encoder, decoder = (
             fetch(url, config.download, folder=network.folder, manual="or give ckpt=<folder with both files>")

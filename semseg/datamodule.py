@@ -32,11 +32,11 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
-from semseg.checks.machine import free_shared_memory
-from semseg.collate import Batch
+from semseg.collate import collate
 from semseg.config.schema import Config
 from semseg.data import shared_slots
 from semseg.data.augment import Augmentation, cropped
+from semseg.data.batch import Batch
 from semseg.data.classes import IGNORED
 from semseg.data.datasets import EvalDataset, TrainDataset
 from semseg.data.geometry import Size, canvas_size, label_size, largest_canvas, stretched_size
@@ -49,6 +49,7 @@ from semseg.data.sources import DataSource
 from semseg.errors import ConfigError, DataError, SemsegError
 from semseg.nets.segmenter import Segmenter
 from semseg.system.process import end_with_parent
+from semseg.system.shared_memory import free_shared_memory
 from semseg.training.callbacks.stop import leave_signals_to_the_parent
 from semseg.training.resume import RunFacts, digest_records, limited, num_steps
 
@@ -502,6 +503,7 @@ class SegmentationData(pl.LightningDataModule):
             skip_bad=data.on_bad == "skip",
             max_pixels=data.max_pixels,
             cache=self.label_cache(),
+            collate=collate,
         )
         rank, world_size = self._place()
         self._train_loader = SubBatchLoader(

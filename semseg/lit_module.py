@@ -18,9 +18,9 @@ from torchmetrics import SumMetric
 
 from semseg.checkpoints.format import FORMAT_KEY, NET_PREFIX, describe
 from semseg.checkpoints.initialise import differences
-from semseg.collate import Batch
 from semseg.config.preprocessing import InputConvention
 from semseg.config.schema import Config
+from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 from semseg.data.datasets import EvalSample
 from semseg.errors import CheckpointError, ConfigError

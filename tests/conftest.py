@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reference import SHARED
+from helpers.reference import SHARED
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from semseg.collate import Batch, Sample, collate
+from semseg.collate import collate
+from semseg.data.batch import Batch, Sample
 
 
 def sample(height: int, width: int, stride: int, value: int) -> Sample:

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from pytorch_lightning import Trainer
 
-from semseg.cli.main import compose_config
-from semseg.collate import Batch
+from semseg.config.compose import compose_config
 from semseg.config.preprocessing import CONVENTIONS
 from semseg.config.schema import Config, check
+from semseg.data.batch import Batch
 from semseg.data.datasets import EvalSample
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData, SubBatchLoader

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from in_process import TINY_RUN, fit
+from helpers.in_process import TINY_RUN, fit
 from semseg.build import build_net, build_trainer
-from semseg.cli.main import compose_config
+from semseg.config.compose import compose_config
 from semseg.config.schema import Config, check
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
-from command_line import RUN
-from in_process import TINY_RUN, configured, fit
-from memory import MEGABYTE, in_new_process, needs_proc, peak_growth, resident
-from semseg.collate import Batch
+from helpers.command_line import RUN
+from helpers.in_process import TINY_RUN, configured, fit
+from helpers.memory import MEGABYTE, in_new_process, needs_proc, peak_growth, resident
 from semseg.config.preprocessing import CONVENTIONS
+from semseg.data.batch import Batch
 from semseg.evaluation.inference import predict
 from semseg.nets.interfaces import Logits
 

@@ -24,14 +24,16 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
-from command_line import RUN, TINY
-from published_files import served
+from helpers.command_line import RUN, TINY
+from helpers.published_files import served
 from semseg import build
 from semseg.build import build_net, open_network
 from semseg.checkpoints.atomic_io import AtomicCheckpointIO, newest_intact
 from semseg.checkpoints.format import FORMAT_KEY, load_plain, load_weights, read_checkpoint, write_safetensors
 from semseg.checkpoints.zoo import published
-from semseg.cli.main import CONFIG_DIR, compose_all, compose_config, explain_hydra, understood
+from semseg.config.compose import CONFIG_DIR, compose_config, compose_with_hydra
+from semseg.config.explain import explain_error
+from semseg.config.overrides import parse_overrides
 from semseg.config.schema import ALLOWED_TARGETS, check, network_options
 from semseg.errors import CheckpointError, ConfigError, SemsegError
 from semseg.storage.download import fetch
@@ -148,7 +150,7 @@ def mode(name: str, *words: str) -> Callable[[Path], object]:
     def run(folder: Path) -> object:
         scenes = f"data.root={folder.parent / 'scenes'}"
         common = [f"mode={name}", scenes, "trainer=cpu", "trainer.enable_progress_bar=false"]
-        given = understood([*common, *(word.format(f=folder) for word in words)])
+        given = parse_overrides([*common, *(word.format(f=folder) for word in words)])
         config = check(compose_config([*given, f"run_dir={folder / f'out_{name}'}"]))
         return importlib.import_module(f"semseg.modes.{name}").run(config, given)
 
@@ -265,14 +267,14 @@ def test_g1_a_run_folder_of_a_stranger_cannot_run_code_when_it_is_repeated(words
     saved.parent.mkdir(parents=True, exist_ok=True)
     saved.write_text("\n".join(words) + "\n")
     with pytest.raises(ConfigError) as caught:
-        check(compose_config(understood(["mode=rerun", "run=stranger"])))
+        check(compose_config(parse_overrides(["mode=rerun", "run=stranger"])))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("option", ["--experimental-rerun", "--experimental", "-cd", "--config-dir", "--config-name=x"])
 def test_g1_options_that_load_files_of_other_places_are_not_passed_on(option: str) -> None:
     with pytest.raises(ConfigError, match="there is no such option"):
-        understood([option, "job.pickle"])
+        parse_overrides([option, "job.pickle"])
 
 
 # ---- G2: no call that could run what a file says
@@ -382,9 +384,9 @@ def test_g3_a_target_that_is_not_on_the_list_is_refused_before_anything_is_impor
     compose_config([])  # what Hydra itself imports for the first command line
     before = set(sys.modules)
     with pytest.raises((SemsegError, *HYDRA_ERRORS)) as caught:
-        check(compose_config(understood([word])))
+        check(compose_config(parse_overrides([word])))
     if isinstance(caught.value, HYDRA_ERRORS):
-        assert "key" in explain_hydra(caught.value, [word]).lower()  # there is no such place
+        assert "key" in explain_error(caught.value, [word]).lower()  # there is no such place
     assert set(sys.modules) - before == set()
 
 
@@ -397,7 +399,7 @@ def test_g3_there_are_enough_of_them_and_the_honest_ones_pass() -> None:
 @pytest.mark.parametrize("word", [word for word in PLACES if "hydra" in word])
 def test_g3_sweeps_are_checked_before_hydra_starts_one(word: str) -> None:
     with pytest.raises((ConfigError, *HYDRA_ERRORS)):
-        compose_all([word, "optim.lr=0.1,0.2"], sweep=True)
+        compose_with_hydra([word, "optim.lr=0.1,0.2"], sweep=True)
 
 
 @pytest.mark.parametrize("name", ["hf-hub:stranger/model", "local-dir:stranger", "hf_hub:x/y", "../x"])
@@ -492,12 +494,12 @@ def test_g9_the_value_of_a_secret_is_refused_wherever_it_stands_and_not_repeated
     told = []
     for words in (["data.root=/data/hunter2-hunter2"], ["run_dir=hunter2-hunter2"], ["+hunter2-hunter2=1"]):
         with pytest.raises(ConfigError, match=f"holds the value of the environment variable {name}") as caught:
-            understood(words)
+            parse_overrides(words)
         told.append(str(caught.value))
     with pytest.raises(ConfigError, match=f"{name} sounds like a secret") as caught:
         check(compose_config([f"data.root='${{oc.env:{name}}}'"]))
     assert "hunter2" not in "".join([*told, str(caught.value)])
-    config = check(compose_config(understood(["data.root='${oc.env:HARMLESS}'"])))
+    config = check(compose_config(parse_overrides(["data.root='${oc.env:HARMLESS}'"])))
     assert config.data.root == "hunter3-hunter3"
 
 

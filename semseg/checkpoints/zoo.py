@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from semseg.config.schema import ZOO_PREFIX
 from semseg.errors import CheckpointError, nearest
 
 ROOT = "http://sceneparsing.csail.mit.edu/model/pytorch"
-PREFIX = "zoo:"
 # The picture of the original's demonstration; mode=predict takes it for a network of the zoo without input.
 DEMONSTRATION = "http://sceneparsing.csail.mit.edu/data/ADEChallengeData2016/images/validation/ADE_val_00001519.jpg"
 
@@ -90,12 +90,12 @@ def published(spec: str) -> Published:
     >>> published("zoo:upernet50").urls()[0]
     'http://sceneparsing.csail.mit.edu/model/pytorch/ade20k-resnet50-upernet/encoder_epoch_30.pth'
     """
-    name = spec.removeprefix(PREFIX)
+    name = spec.removeprefix(ZOO_PREFIX)
     by_name = ZOO | {network.folder: network for network in ZOO.values()}
     if name in by_name:
         return by_name[name]
     meant = nearest(name, by_name)
-    hint = f" Did you mean {PREFIX}{meant}?" if meant else ""
+    hint = f" Did you mean {ZOO_PREFIX}{meant}?" if meant else ""
     raise CheckpointError(f"{spec}: not in the zoo.{hint} Valid: {', '.join(ZOO)}.")
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a data set (mode=check) or a machine (mode=doctor).
+"""What is wrong with a data set, and which settings fit it (mode=check).
 
-The pages that show it live in reports/, the modes in modes/.
+The page that shows it lives in reports/. Whether a machine can train is modes/doctor.py.
 """

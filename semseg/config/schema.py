@@ -17,7 +17,6 @@ from typing import Any, TypeGuard, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from semseg.checkpoints import zoo
 from semseg.config.hints import unknown_key
 from semseg.config.preprocessing import CONVENTIONS
 from semseg.config.secrets import refusal, secret_in
@@ -43,6 +42,7 @@ MONITORED = ("val/miou", "val/pixel_accuracy", "val/overall", "train/loss", "tra
 SYNCBN = ("reduce", "native", "off")
 SYNCBN_CONVENTIONS = ("torch", "published")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "64")
+ZOO_PREFIX = "zoo:"  # before the name of a published network, in ckpt and init_from
 ONNX, TORCH_EXPORT = ".onnx", ".pt2"
 EXPORT_SUFFIXES = {ONNX: "onnx", TORCH_EXPORT: "torch_export"}  # of files, and what they are called in `format`
 RUNS_EXPORTED = ("eval", "predict", "serve")  # modes that can use an exported network
@@ -650,7 +650,7 @@ def _mode_problems(config: Config) -> Iterator[str]:
         yield "mode=convert needs output=<file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files>."
     if config.mode == "replay" and not config.input:
         yield "mode=replay needs input=<sub-batch that a run with a NaN loss has saved>."
-    is_demonstration = (config.ckpt or "").startswith(zoo.PREFIX)  # which brings its picture along
+    is_demonstration = (config.ckpt or "").startswith(ZOO_PREFIX)  # which brings its picture along
     if config.mode == "predict" and not config.input and not is_demonstration:
         yield "mode=predict needs input=<image, video, folder, pattern, list of paths, or - for standard input>."
     if config.quiet and config.mode in TELLING_MODES:

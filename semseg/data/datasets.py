@@ -6,7 +6,7 @@ TrainDataset is asked for a whole sub-batch, EvalDataset for one image at every 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from semseg.collate import Batch, Sample, collate
 from semseg.data.augment import Augmentation
+from semseg.data.batch import Batch, Sample
 from semseg.data.classes import IGNORED, LabelMap
 from semseg.data.geometry import Size, scaled_size, stretched_size
 from semseg.data.images import (
@@ -36,6 +36,8 @@ from semseg.data.records import Record
 from semseg.data.shared_slots import Slot, received, sent
 from semseg.errors import DataError
 
+Collate = Callable[[Sequence[Sample], int, int], Batch]
+
 
 class TrainDataset(Dataset[Batch]):
     """Item `sub_batch` is the batch that the plan asks for.
@@ -44,6 +46,7 @@ class TrainDataset(Dataset[Batch]):
 
     Args:
         records: every one with a label.
+        collate: samples, size_divisor and label_stride to a batch; see `semseg.collate`.
         max_long_edge: pixels; the long side of an image never gets longer.
         size_divisor: height and width of a batch are multiples of it.
         label_stride: pixels of the image to one of the label; divides size_divisor.
@@ -64,6 +67,7 @@ class TrainDataset(Dataset[Batch]):
         records: Sequence[Record],
         label_map: LabelMap,
         *,
+        collate: Collate,
         max_long_edge: int,
         size_divisor: int,
         label_stride: int,
@@ -78,7 +82,7 @@ class TrainDataset(Dataset[Batch]):
             raise DataError(f"{unlabelled.origin}: {unlabelled.image} has no label, so it cannot be trained on.")
         if size_divisor % label_stride:
             raise ValueError(f"label_stride {label_stride} must divide size_divisor {size_divisor}")
-        self.records, self.label_map = records, label_map
+        self.records, self.label_map, self.collate = records, label_map, collate
         self.max_long_edge, self.size_divisor, self.label_stride = max_long_edge, size_divisor, label_stride
         self.augmentation, self.cache = augmentation, cache
         self.exact, self.skip_bad, self.max_pixels = exact, skip_bad, max_pixels
@@ -106,7 +110,7 @@ class TrainDataset(Dataset[Batch]):
                 bad.append(str(error))
         if not samples:
             samples = [self._blank(self.records[sub_batch.records[0]], sub_batch.short_edge)]
-        return collate(samples, self.size_divisor, self.label_stride)._replace(bad=tuple(bad))
+        return self.collate(samples, self.size_divisor, self.label_stride)._replace(bad=tuple(bad))
 
     def _blank(self, record: Record, short_edge: int) -> Sample:
         """A black image of the size that the record would have, nowhere scored."""

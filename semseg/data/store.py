@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from semseg.errors import DataError
+from semseg.storage.archive import entry_name
 
 SUFFIX = ".zip"
 MAX_BYTES = 2**30  # of one file once it is unpacked: more than any image has; a few kB can announce terabytes
@@ -352,24 +353,6 @@ def _open_once(path: str, _changed: int, _length: int, _process: int) -> Archive
     tops = {name.split("/", 1)[0] for name in entries if not is_hidden(name.split("/", 1)[0])}
     top = next(iter(tops)) if len(tops) == 1 else ""
     return Archive(file, entries, frozenset(folders), aliases, f"{top}/" if top in folders and top else "", unused)
-
-
-def entry_name(entry: zipfile.ZipInfo) -> str:
-    """The path of an entry of a zip archive with /, whatever system has packed it; a folder ends with /."""
-    name, is_text = entry.filename, bool(entry.flag_bits & 0x800)  # the flag: the name is UTF-8
-    if not is_text and not name.isascii():
-        with contextlib.suppress(UnicodeError):
-            # macOS and old Linux tools write UTF-8 without the flag; zipfile has read it as cp437.
-            name, is_text = name.encode("cp437").decode(), True
-    if "\\" not in name:
-        return name
-    if is_text or name.isascii() or "/" not in name:
-        return name.replace("\\", "/")
-    # In East Asian encodings, a backslash may be the second byte of a character.
-    return "".join(
-        "/" if character == "\\" and before.isascii() else character
-        for before, character in zip(f" {name}", name, strict=False)
-    )
 
 
 def _as_old_systems_wrote(name: str) -> Iterator[str]:

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from semseg.build import accelerator, build_net, build_trainer, without_weights
-from semseg.collate import Batch
 from semseg.config.schema import BenchConfig, Config
+from semseg.data.batch import Batch
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import DataError

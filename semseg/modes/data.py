@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from semseg.cli.main import load_config, options_of
+from semseg.config.compose import list_options
+from semseg.config.load import load_config
 from semseg.config.schema import Config, DataConfig
 from semseg.data import store
 from semseg.data.classes import built_in_classes
@@ -20,7 +21,7 @@ def run(config: Config, overrides: list[str]) -> None:
     table = Table(title="data sets: data=<name>", caption="docs/data.md has their layouts; data.root=<path> moves one")
     for name in ("data", "classes", "root", "here"):
         table.add_column(name, overflow="fold")
-    for name in options_of("data"):
+    for name in list_options("data"):
         data = load_config([f"data={name}", *(kept if config.data.name == name else [])])[0].data
         table.add_row(name, num_classes(data), data.root, whether_here(data))
     Console().print(table)

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from semseg.build import network_options
 from semseg.checkpoints.zoo import SCORES, ZOO
-from semseg.cli.main import load_config, options_of
+from semseg.config.compose import list_options
+from semseg.config.load import load_config
 from semseg.config.schema import Config, ModelConfig
 from semseg.nets.cost import SIZE, Cost, cost_of
 from semseg.nets.registry import build_segmenter
@@ -34,7 +35,7 @@ def models_table() -> Table:
     for name in ("M", "GFLOPs", "mIoU", "mIoU x5"):
         table.add_column(name, justify="right")
     table.add_column("weights")
-    for name in options_of("model"):
+    for name in list_options("model"):
         cost = cost_of_model(name)
         counted = ["", ""] if cost is None else [f"{cost.parameters / 1e6:.1f}", f"{cost.flops / 1e9:.0f}"]
         scores = SCORES.get(name)

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from semseg.build import open_network, restore_net
 from semseg.checkpoints.format import is_dense, load_plain
-from semseg.collate import Batch
 from semseg.config.schema import Config
+from semseg.data.batch import Batch
 from semseg.errors import CheckpointError
 from semseg.nets.normalise import normalise
 from semseg.system.text import printable

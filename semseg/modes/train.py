@@ -22,12 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from semseg.build import build_net, build_trainer, check_network, find_network, tell, without_weights
-from semseg.checkpoints import zoo
 from semseg.checkpoints.atomic_io import damage, newest_intact, remove_leftovers
 from semseg.checkpoints.format import FOLDER, SavedNetwork, find_checkpoint, read_checkpoint, refuse_nonfinite
 from semseg.checkpoints.initialise import start_from
 from semseg.checkpoints.published import find_files
-from semseg.config.schema import Config, ModelConfig, as_plain
+from semseg.config.schema import ZOO_PREFIX, Config, ModelConfig, as_plain
 from semseg.data.overlap import overlap
 from semseg.data.sources import DataSource, require_masks, split_folders_words
 from semseg.datamodule import SegmentationData
@@ -202,7 +201,7 @@ def with_meaning_of_ckpt(config: Config) -> Config:
     """
     if config.ckpt is None:
         return config
-    if config.ckpt.startswith(zoo.PREFIX) or find_files(config.ckpt) is not None:
+    if config.ckpt.startswith(ZOO_PREFIX) or find_files(config.ckpt) is not None:
         return replace(config, ckpt=None, init_from=config.ckpt)
     path = find_checkpoint(config.ckpt, Path(config.runs_dir), prefer=("last", "best"))
     return replace(config, ckpt=None, resume=str(path))

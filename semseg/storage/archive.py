@@ -6,6 +6,7 @@ devices, two files of one name, and contents that are out of proportion to the a
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import lzma
 import re
@@ -23,7 +24,6 @@ from typing import IO, Any, NamedTuple
 from filelock import FileLock
 from rich.progress import track
 
-from semseg.data.store import entry_name
 from semseg.errors import DataError
 
 MAX_ENTRIES = 1_000_000
@@ -231,3 +231,21 @@ def tar_members(file: tarfile.TarFile) -> Iterator[Member]:
     end = file.fileobj.read(MIN_SUSPICIOUS)  # a compressed file checks its sum on the way
     if not end.startswith(tarfile.NUL * tarfile.BLOCKSIZE):
         raise tarfile.ReadError("it breaks off")
+
+
+def entry_name(entry: zipfile.ZipInfo) -> str:
+    """The path of an entry of a zip archive with /, whatever system has packed it; a folder ends with /."""
+    name, is_text = entry.filename, bool(entry.flag_bits & 0x800)  # the flag: the name is UTF-8
+    if not is_text and not name.isascii():
+        with contextlib.suppress(UnicodeError):
+            # macOS and old Linux tools write UTF-8 without the flag; zipfile has read it as cp437.
+            name, is_text = name.encode("cp437").decode(), True
+    if "\\" not in name:
+        return name
+    if is_text or name.isascii() or "/" not in name:
+        return name.replace("\\", "/")
+    # In East Asian encodings, a backslash may be the second byte of a character.
+    return "".join(
+        "/" if character == "\\" and before.isascii() else character
+        for before, character in zip(f" {name}", name, strict=False)
+    )

@@ -20,8 +20,8 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from semseg.checkpoints.format import FORMAT_KEY, first_line, load_plain, network_of
-from semseg.collate import Batch
 from semseg.config.schema import Config, as_plain, walk
+from semseg.data.batch import Batch
 from semseg.data.overlap import length_of
 from semseg.data.records import Record
 from semseg.data.seeding import number_for

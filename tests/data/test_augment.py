@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from in_process import configured
+from helpers.in_process import configured
+from semseg.collate import collate
 from semseg.config.schema import AugmentConfig
 from semseg.data.augment import Augmentation
 from semseg.data.classes import LabelMap
@@ -93,7 +94,7 @@ def test_training_images_are_scaled_cut_and_read_alike_by_every_worker(tmp_path:
     record = Record(str(tmp_path / "a.png"), str(tmp_path / "m.png"), Size(40, 60), "list:1")
     options = {"max_long_edge": 100, "size_divisor": 8, "label_stride": 2}
     change = Augmentation(AugmentConfig(scale=[0.5, 0.5], crop=[16, 64]), 304)
-    dataset = TrainDataset([record], LabelMap(2), augmentation=change, **options)
+    dataset = TrainDataset([record], LabelMap(2), augmentation=change, **options, collate=collate)
     sub_batch = SubBatch(5, (0, 0), 40, (False, True))
     batch = dataset[sub_batch]
     assert batch.size.tolist() == [[16, 30], [16, 30]]  # half of 40 x 60, of which 16 rows

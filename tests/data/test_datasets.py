@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from semseg.collate import Batch
+from semseg.collate import collate
 from semseg.config.preprocessing import CONVENTIONS
+from semseg.data.batch import Batch
 from semseg.data.classes import LabelMap
 from semseg.data.datasets import EvalDataset, TrainDataset
 from semseg.data.geometry import Size
@@ -30,7 +31,7 @@ LABEL_MAP = LabelMap(num_classes=150)
 
 def train_set(size_divisor: int = 8, label_stride: int = 8, *, exact: bool = True) -> TrainDataset:
     strides = {"size_divisor": size_divisor, "label_stride": label_stride}
-    return TrainDataset(RECORDS, LABEL_MAP, max_long_edge=1000, exact=exact, **strides)
+    return TrainDataset(RECORDS, LABEL_MAP, max_long_edge=1000, exact=exact, **strides, collate=collate)
 
 
 def eval_set(label_map: LabelMap | None, short_edges: list[int], antialias: bool) -> EvalDataset:
@@ -178,7 +179,7 @@ def test_prediction_needs_no_label(num_workers: int) -> None:
 def test_training_without_labels_or_with_a_wrong_stride_is_refused() -> None:
     record = Record("a.jpg", None, Size(1, 1), "train.odgt:5")
     with pytest.raises(DataError, match=r"train\.odgt:5: a\.jpg has no label"):
-        TrainDataset([record], LABEL_MAP, max_long_edge=1000, size_divisor=8, label_stride=8)
+        TrainDataset([record], LABEL_MAP, max_long_edge=1000, size_divisor=8, label_stride=8, collate=collate)
     with pytest.raises(ValueError, match="must divide"):
         train_set(size_divisor=8, label_stride=3)
 

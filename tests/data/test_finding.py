@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from in_process import configured
+from helpers.in_process import configured
 from semseg.checks.dataset import ScannedSplit, file_notices
 from semseg.config.schema import DataConfig
 from semseg.data import store

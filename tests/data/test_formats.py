@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from in_process import configured
+from helpers.in_process import configured
+from semseg.collate import collate
 from semseg.data.classes import UNSCORED, ClassTable, ColourIds, LabelMap
 from semseg.data.datasets import TrainDataset
 from semseg.data.images import read_label, read_pair
@@ -74,7 +75,13 @@ def test_masks_in_colours_are_read_by_the_table_and_black_is_not_scored(coloured
 def test_training_reads_colours_in_both_ways_of_decoding(coloured: Path, exact: bool) -> None:
     data = source(coloured, *COLOURED)
     dataset = TrainDataset(
-        data.records("train"), data.label_map, max_long_edge=100, size_divisor=4, label_stride=1, exact=exact
+        data.records("train"),
+        data.label_map,
+        max_long_edge=100,
+        size_divisor=4,
+        label_stride=1,
+        exact=exact,
+        collate=collate,
     )
     assert dataset[SubBatch(0, (1,), 8, (False,))].label[0, 0].tolist() == [-1] * 4 + [0] * 4 + [1] * 4
 

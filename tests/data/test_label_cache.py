@@ -16,10 +16,11 @@ from hypothesis.extra.numpy import arrays
 from torch.utils.data import DataLoader
 
 from semseg.checkpoints.format import inherit
-from semseg.collate import Batch
+from semseg.collate import collate
 from semseg.config.schema import AugmentConfig, Config, DataConfig
 from semseg.data import images
 from semseg.data.augment import Augmentation
+from semseg.data.batch import Batch
 from semseg.data.classes import LabelMap
 from semseg.data.datasets import EvalDataset, EvalSample, TrainDataset
 from semseg.data.geometry import Size
@@ -70,7 +71,7 @@ Item = Batch | EvalSample
 
 def train_set(records: list[Record], cache: LabelCache | None, **options: object) -> TrainDataset:
     sizes = {"max_long_edge": 200, "size_divisor": 8, "label_stride": 8}
-    return TrainDataset(records, LABEL_MAP, cache=cache, **sizes, **options)  # pyright: ignore[reportArgumentType]
+    return TrainDataset(records, LABEL_MAP, cache=cache, **sizes, **options, collate=collate)  # pyright: ignore[reportArgumentType]
 
 
 def batches(dataset: TrainDataset) -> list[Item]:

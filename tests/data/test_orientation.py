@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from in_process import configured
+from helpers.in_process import configured
 from semseg.config.schema import DataConfig, SplitConfig
 from semseg.data.images import read_pair, read_reduced
 from semseg.data.sources import DataSource

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from in_process import configured
+from helpers.in_process import configured
 from semseg.data import store
 from semseg.data.images import read_pair
 from semseg.data.overlap import overlap

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import RUN
+from helpers.command_line import RUN
 from semseg.data.scenes import make_scenes
 
 

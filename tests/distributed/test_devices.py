@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import TINY
+from helpers.command_line import TINY
 
 Run = Callable[..., str]
 Start = Callable[..., subprocess.Popen[str]]

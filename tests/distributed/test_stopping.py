@@ -15,7 +15,7 @@ import pytest
 import torch
 from distributed.test_devices import rank_processes, wait_for_steps
 
-from command_line import TINY
+from helpers.command_line import TINY
 
 Start = Callable[..., subprocess.Popen[str]]
 Run = Callable[..., str]

@@ -16,9 +16,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 
-from in_process import TINY_RUN, configured, fit
-from semseg.collate import Batch
+from helpers.in_process import TINY_RUN, configured, fit
 from semseg.config.schema import Config
+from semseg.data.batch import Batch
 from semseg.lit_module import SegmentationModule
 from semseg.training.callbacks.guards import at_next_smaller_edge
 from semseg.training.callbacks.stop import StoppedError

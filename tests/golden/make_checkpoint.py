@@ -17,7 +17,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
 
-from in_process import TINY_RUN, configured, fit, logged_losses  # noqa: E402 - found by the line above
+from helpers.in_process import TINY_RUN, configured, fit, logged_losses  # noqa: E402 - found by the line above
 from semseg.checkpoints.format import FORMAT_VERSION  # noqa: E402
 from semseg.config.schema import Config  # noqa: E402
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from command_line import RUN, run_here
-from in_process import TINY_RUN
+from helpers.command_line import RUN, run_here
+from helpers.in_process import TINY_RUN
 from semseg.nets.registry import ENCODERS, Constructor
 
 pytestmark = pytest.mark.reliability
@@ -125,7 +125,7 @@ def test_c28_group_c_is_the_same_with_workers_and_without(name: str, workers: in
     fault = FAULTS[name]
     fault.spoil(tmp_path)
     words = [*WORDS, *TINY_RUN, *fault.words, f"data.num_workers={workers}", "run_dir=run"]
-    with patch.dict(ENCODERS, {"tiny": Constructor("in_process", "TinyEncoder")}):
+    with patch.dict(ENCODERS, {"tiny": Constructor("helpers.in_process", "TinyEncoder")}):
         output = run_here(tmp_path, *words, code=0 if fault.message is None else 1)
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     if fault.message is None:

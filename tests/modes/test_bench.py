@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import TINY, run
-from in_process import configured
+from helpers.command_line import TINY, run
+from helpers.in_process import configured
 from semseg.modes.bench import Loading, Stepping, advise
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from browser import in_browser, needs_browser
-from in_process import configured
+from helpers.browser import in_browser, needs_browser
+from helpers.in_process import configured
 from semseg.checks.dataset import ScannedSplit, pixel_notices
 from semseg.data.geometry import Size
 from semseg.data.images import read_label

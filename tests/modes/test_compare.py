@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from browser import in_browser, needs_browser
-from command_line import RUN
+from helpers.browser import in_browser, needs_browser
+from helpers.command_line import RUN
 from semseg.config.schema import Config
 from semseg.errors import ConfigError, DataError
 from semseg.modes import compare as mode

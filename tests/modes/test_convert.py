@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from command_line import run
-from published_files import served, write_files
+from helpers.command_line import run
+from helpers.published_files import served, write_files
 from semseg.checkpoints.format import load_weights, read_checkpoint, write_ckpt, write_safetensors
 from semseg.modes.convert import write_published
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from semseg.build import build_net
-from semseg.cli.main import CONFIG_DIR, compose_config
+from semseg.config.compose import CONFIG_DIR, compose_config
 from semseg.config.schema import check
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData

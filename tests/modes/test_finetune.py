@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from command_line import TINY, run
-from in_process import configured
-from published_files import write_files
+from helpers.command_line import TINY, run
+from helpers.in_process import configured
+from helpers.published_files import write_files
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import RUN, TINY, run
+from helpers.command_line import RUN, TINY, run
 
 pytestmark = pytest.mark.reliability
 

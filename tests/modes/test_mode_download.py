@@ -14,9 +14,9 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from command_line import run
-from local_server import LocalServer, local_server
-from semseg.cli.main import CONFIG_DIR
+from helpers.command_line import run
+from helpers.local_server import LocalServer, local_server
+from semseg.config.compose import CONFIG_DIR
 
 PATH = "/ADEChallengeData2016.zip"
 COUNTS = "3 training and 2 validation images with labels"

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import semseg
-from command_line import RUN, run
+from helpers.command_line import RUN, run
 from semseg.errors import SemsegError
 from semseg.prediction.video import VideoWriters, frames_of
 

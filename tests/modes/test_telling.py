@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from command_line import RUN, run
-from in_process import configured
+from helpers.command_line import RUN, run
+from helpers.in_process import configured
 from semseg.checkpoints.zoo import SCORES
-from semseg.checks import machine
-from semseg.checks.machine import ERROR, OK, WARNING, Finding
 from semseg.data.scenes import make_scenes
 from semseg.errors import SemsegError
 from semseg.modes import data, doctor, models
+from semseg.modes.doctor import ERROR, OK, WARNING, Finding
 
 
 def test_the_models_are_told_with_their_cost_and_their_published_scores(
@@ -62,7 +61,7 @@ def levels(findings: list[Finding]) -> dict[str, str]:
 
 
 def test_this_machine_can_train(tmp_path: Path) -> None:
-    found = machine.examine(tmp_path / "runs", num_workers=2)
+    found = doctor.examine(tmp_path / "runs", num_workers=2)
     assert ERROR not in levels(found).values(), found
     assert levels(found)["training step"] == levels(found)["loader"] == OK
     assert not list(tmp_path.iterdir())
@@ -74,15 +73,15 @@ def test_what_is_wrong_is_told_and_ends_with_1(
     def broken() -> Finding:
         raise RuntimeError("CUDA error: no kernel image is available\nfor execution on the device")
 
-    monkeypatch.setattr(machine, "training_step", broken)
-    monkeypatch.setattr(machine, "LITTLE_SHARED_MEMORY", 2**60)
-    monkeypatch.setattr(machine, "LITTLE_DISK", 2**60)
-    monkeypatch.setattr(machine, "loader", lambda workers: Finding(OK, "loader", ""))
-    found = machine.examine(tmp_path, num_workers=4)
+    monkeypatch.setattr(doctor, "training_step", broken)
+    monkeypatch.setattr(doctor, "LITTLE_SHARED_MEMORY", 2**60)
+    monkeypatch.setattr(doctor, "LITTLE_DISK", 2**60)
+    monkeypatch.setattr(doctor, "loader", lambda workers: Finding(OK, "loader", ""))
+    found = doctor.examine(tmp_path, num_workers=4)
     assert {"training step": ERROR, "disk": WARNING}.items() <= levels(found).items()
-    if machine.SHARED_MEMORY.is_dir():
+    if doctor.SHARED_MEMORY.is_dir():
         assert levels(found)["shared memory"] == WARNING
-        assert levels(machine.examine(tmp_path, num_workers=0))["shared memory"] == OK
+        assert levels(doctor.examine(tmp_path, num_workers=0))["shared memory"] == OK
     monkeypatch.setattr(doctor, "Console", lambda: Console(width=200))
     with pytest.raises(SemsegError, match=r"^NOT READY: training step\. See above\.$") as caught:
         doctor.run(configured("mode=doctor", f"runs_dir={tmp_path}"), [])
@@ -94,8 +93,8 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch
     def refuse(dir: Path) -> None:
         raise PermissionError(13, "Permission denied", str(dir))
 
-    monkeypatch.setattr(machine.tempfile, "TemporaryFile", refuse)
-    finding = machine.attempted("disk", lambda: machine.disk(tmp_path / "runs"))
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
+    finding = doctor.attempted("disk", lambda: doctor.disk(tmp_path / "runs"))
     assert finding.level == ERROR and str(tmp_path) in finding.text
 
 

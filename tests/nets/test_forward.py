@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nets.fill import fill_module, image, sampled
-from reference import golden
+from helpers.fill import fill_module, image, sampled
+from helpers.reference import golden
 from semseg.evaluation.inference import merge_scales
 from semseg.nets.interfaces import Decoder, Logits
 from semseg.nets.registry import build_decoder, build_encoder

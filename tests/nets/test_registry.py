@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from semseg.cli.main import compose_config
+from semseg.config.compose import compose_config
 from semseg.config.schema import network_options
 from semseg.errors import ConfigError
 from semseg.nets.interfaces import Decoder, Encoder

@@ -9,7 +9,7 @@ import torch
 from ranks import CASES, CHANNELS, STEPS, SUBSET, Case, Trained, trained
 from torch import Tensor, nn
 
-from reference import golden
+from helpers.reference import golden
 from semseg.syncbn.layer import PUBLISHED_MOMENTUM
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -8,8 +8,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from semseg.collate import Batch
 from semseg.config.schema import DataConfig
+from semseg.data.batch import Batch
 from semseg.errors import DataError
 from semseg.system.text import lines_printable
 from semseg.training.callbacks.stop import Votes

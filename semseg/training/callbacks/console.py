@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ProgressBar, RichProgressBar
@@ -22,14 +22,22 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from semseg.collate import Batch
 from semseg.config.schema import Config, as_plain
+from semseg.data.batch import Batch
+from semseg.data.classes import ClassTable
 from semseg.evaluation.metrics import Scores
-from semseg.lit_module import SegmentationModule
 from semseg.system.text import printable
 
 WEAKEST = 5  # classes named after every validation
 OTHER_MODES = ("predict", "serve", "export", "check", "bench", "download")  # sections that training does not read
+
+
+@runtime_checkable
+class HasScores(Protocol):
+    """A module that scores a validation: what this file needs to know of semseg/lit_module.py."""
+
+    scores: Scores | None  # of the last validation or test
+    classes: ClassTable
 
 
 def config_tree(config: Config, overrides: Sequence[str]) -> Tree:
@@ -192,9 +200,9 @@ class TellValidation(Callback):
         self.best: float | None = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        scores = getattr(pl_module, "scores", None)
-        if not isinstance(pl_module, SegmentationModule) or scores is None or trainer.sanity_checking:
+        if not isinstance(pl_module, HasScores) or pl_module.scores is None or trainer.sanity_checking:
             return
+        scores = pl_module.scores
         of_epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         best, score = self.best, scores.mean_iou
         self.best = max((one for one in (best, score) if one is not None), default=None)

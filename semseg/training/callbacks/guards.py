@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from semseg.collate import Batch
 from semseg.config.schema import TrainerConfig
+from semseg.data.batch import Batch
 from semseg.data.classes import IGNORED
 from semseg.data.datasets import EvalSample
 from semseg.data.geometry import Size, canvas_size, label_size

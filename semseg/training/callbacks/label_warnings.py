@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from semseg.collate import Batch
+from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 
 MOSTLY_IGNORED = 0.9  # share of the pixels of training images

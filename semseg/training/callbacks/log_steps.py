@@ -13,8 +13,8 @@ from pytorch_lightning.callbacks import Callback
 
 from semseg.checkpoints.atomic_io import BestCheckpoint
 from semseg.checkpoints.format import FOLDER
-from semseg.collate import Batch
 from semseg.config.schema import CheckpointConfig
+from semseg.data.batch import Batch
 from semseg.system.process import take_signals
 from semseg.training.callbacks.saver import Saver
 

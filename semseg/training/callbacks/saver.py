@@ -15,8 +15,8 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from semseg.checkpoints.atomic_io import warn_and_train_on
 from semseg.checkpoints.format import FOLDER
-from semseg.collate import Batch
 from semseg.config.schema import CheckpointConfig
+from semseg.data.batch import Batch
 from semseg.errors import CheckpointError
 from semseg.storage.atomic import replacing, unwritable
 from semseg.training.callbacks.stop import StoppedError, StopSignals, Votes

@@ -1,0 +1,25 @@
+"""The configuration of a command line, for use from Python."""
+
+from __future__ import annotations
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from semseg.config.compose import compose_config
+from semseg.config.explain import explain_error
+from semseg.config.overrides import parse_overrides
+from semseg.config.schema import Config, check
+from semseg.errors import ConfigError
+
+
+def load_config(words: list[str]) -> tuple[Config, list[str]]:
+    """The checked configuration of a command line, for use from Python, and its words as Hydra's grammar wants them.
+
+    Raises:
+        ConfigError: if a word is wrong.
+    """
+    words = parse_overrides(words)
+    try:
+        return check(compose_config(words)), words
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain_error(error, words)) from error

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from semseg.build import build_net, restore_net
+from semseg.checkpoints.format import FORMAT_KEY, describe, find_checkpoint, inherit, read_checkpoint
+from semseg.config.compose import compose_config
+from semseg.config.schema import check
+from semseg.data.classes import ClassTable
+from semseg.errors import CheckpointError, ConfigError
+
+CLASSES = ClassTable.generated(["sky", "road"])
+SMALL = ["data=scenes", "model/encoder=resnet18", "model.encoder.weights=none", "model/decoder=c1", "eval.scales=[64]"]
+
+
+@pytest.fixture(scope="module")
+def saved_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = check(compose_config(SMALL))
+    net = build_net(config.model, 2)
+    path = tmp_path_factory.mktemp("run") / "checkpoints" / "best.ckpt"
+    path.parent.mkdir()
+    weights = {f"net.{name}": value for name, value in net.state_dict().items()}
+    torch.save(
+        {"state_dict": weights, "epoch": 3, "global_step": 7, FORMAT_KEY: describe(config, CLASSES, net.convention)},
+        path,
+    )
+    return path
+
+
+def test_a_network_comes_back_from_its_file_alone(saved_file: Path) -> None:
+    saved = read_checkpoint(saved_file)
+    assert (saved.epoch, saved.step, saved.classes) == (3, 7, CLASSES)
+    net = restore_net(saved)
+    assert not net.training
+    assert all(torch.equal(value, saved.weights[name]) for name, value in net.state_dict().items())
+
+
+def test_a_run_folder_means_its_best_checkpoint(saved_file: Path) -> None:
+    assert find_checkpoint(str(saved_file.parent.parent), Path("runs")) == saved_file
+    assert find_checkpoint(str(saved_file), Path("runs")) == saved_file
+
+
+def test_last_means_the_newest_run(tmp_path: Path) -> None:
+    for age, name in enumerate(["new", "old"]):
+        path = tmp_path / name / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert find_checkpoint("last", tmp_path).parent.parent.name == "new"
+
+
+@pytest.mark.parametrize("spec", ["last", "best", "nowhere.ckpt"])
+def test_a_checkpoint_that_is_not_there_is_an_error_that_lists_what_is(spec: str, tmp_path: Path) -> None:
+    (tmp_path / "some_run").mkdir()
+    with pytest.raises(CheckpointError, match="ckpt="):
+        find_checkpoint(spec, tmp_path)
+
+
+def test_an_empty_run_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"no best\.ckpt or last\.ckpt.*notes\.txt"):
+        find_checkpoint(str(tmp_path), tmp_path)
+
+
+def test_a_damaged_file_is_named(saved_file: Path, tmp_path: Path) -> None:
+    for name, content in {
+        "cut.ckpt": saved_file.read_bytes()[:5000],
+        "empty.ckpt": b"",
+        "page.ckpt": b"<html>404 not found</html>",
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=name) as caught:
+            read_checkpoint(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"conv1.weight": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of semseg.*conv1\.weight"):
+        read_checkpoint(path)
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.marker,)
+
+
+def test_a_checkpoint_cannot_run_code(saved_file: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    content = torch.load(saved_file, weights_only=True)
+    torch.save({**content, "extra": Payload(marker)}, tmp_path / "bad.ckpt")
+    with pytest.raises(CheckpointError, match=r"bad\.ckpt"):
+        read_checkpoint(tmp_path / "bad.ckpt")
+    assert not marker.exists()
+
+
+def test_weights_that_do_not_fit_are_told(saved_file: Path) -> None:
+    saved = read_checkpoint(saved_file)
+    del saved.weights["encoder.conv1.weight"]
+    with pytest.raises(CheckpointError, match=r"encoder\.conv1\.weight"):
+        restore_net(saved)
+
+
+def test_settings_come_from_the_checkpoint_unless_given() -> None:
+    saved = check(compose_config([*SMALL, "data.max_long_edge=123"]))
+    plain = check(compose_config(["mode=eval", "ckpt=x"]))
+    inherited = inherit(saved, plain, ["mode=eval", "ckpt=x"])
+    assert (inherited.data.name, inherited.data.max_long_edge, inherited.eval.scales) == ("scenes", 123, [64])
+    assert inherited.model.encoder["name"] == "resnet18"
+
+    words = ["mode=eval", "ckpt=x", "eval.flip=true", "data.num_workers=0"]
+    some = inherit(saved, check(compose_config(words)), words)
+    assert (some.data.name, some.data.num_workers, some.eval.scales, some.eval.flip) == ("scenes", 0, [64], True)
+
+    words = ["mode=eval", "ckpt=x", "data=camvid"]
+    assert inherit(saved, check(compose_config(words)), words).data.name == "camvid"
+
+
+def test_another_network_cannot_be_asked_of_a_checkpoint() -> None:
+    words = ["mode=eval", "ckpt=x", "model=upernet50"]
+    saved = check(compose_config(SMALL))
+    with pytest.raises(ConfigError, match="comes from ckpt"):
+        inherit(saved, check(compose_config(words)), words)

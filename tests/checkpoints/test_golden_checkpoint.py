@@ -1,0 +1,64 @@
+"""Checkpoints of every format so far load, and their runs go on with the steps that they would have taken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from golden.make_checkpoint import run_of
+
+from helpers.in_process import fit, logged_losses
+from helpers.reference import GOLDEN
+from semseg.checkpoints.format import FORMAT_VERSION, read_checkpoint
+from semseg.errors import ConfigError
+from semseg.training.resume import Position, check_same_run, read_run_state
+
+CHECKPOINTS = sorted((GOLDEN / "checkpoint").glob("*.ckpt"))
+
+pytestmark = pytest.mark.reliability
+
+
+def test_a12_there_is_a_checkpoint_of_the_present_format() -> None:
+    assert f"format_{FORMAT_VERSION}.ckpt" in [path.name for path in CHECKPOINTS]
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: path.stem)
+def test_a12_a_checkpoint_of_an_earlier_release_goes_on_with_the_same_losses(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path.stem == "format_1":
+        # That release prolonged the run with a rate of 0 in the first step, which its losses show.
+        monkeypatch.setattr("semseg.lit_module.apply_settings", lambda *_: None)
+    config = run_of(tmp_path)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    shutil.copyfile(path, last)
+    state = read_run_state(last, config, has_val=True)
+    assert state.position == Position(epochs=1) and state.facts is None
+    assert check_same_run(state, config, num_classes=state.num_classes) is None
+    end = fit(config, resume=last)
+    assert end["global_step"] == 6
+    expected = json.loads(path.with_suffix(".json").read_text())
+    found = logged_losses(tmp_path)
+    assert list(found) == list(expected) == ["3", "4", "5"]
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], abs=1e-6)
+
+
+def test_a12_a_run_that_knew_no_way_of_decoding_read_every_pixel_and_goes_on_so(tmp_path: Path) -> None:
+    path = GOLDEN / "checkpoint" / "format_1.ckpt"
+    assert read_checkpoint(path).config.data.decode == "exact"
+    state = read_run_state(path, run_of(tmp_path), has_val=True)
+    with pytest.raises(ConfigError, match=r"data\.decode: exact in the checkpoint, fast now"):
+        check_same_run(state, run_of(tmp_path, "data.decode=fast"), num_classes=state.num_classes)
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: path.stem)
+def test_a12_the_network_of_an_earlier_release_is_read_whole(path: Path) -> None:
+    saved = read_checkpoint(path)
+    assert (saved.epoch, saved.step, len(saved.classes.names)) == (0, 3, 150)
+    assert saved.config.model.encoder["name"] == "tiny" and saved.config.optim.momentum == 0.9
+    assert all(torch.isfinite(value).all() for value in saved.weights.values())

@@ -1,0 +1,148 @@
+"""Every run has a folder of its own, whatever is started beside it: rows F1 and F3 of what must hold.
+
+The real processes of several devices are in tests/distributed/test_devices.py: one folder and one saved configuration
+for ranks of ours, of torchrun and of SLURM.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from semseg.cli import main
+from semseg.cli.main import claimed, run_folder
+from semseg.config.compose import CONFIG_DIR, compose_with_hydra
+from semseg.config.overrides import parse_overrides, quote
+from semseg.errors import ConfigError
+
+pytestmark = pytest.mark.reliability
+
+# The real front door, at one second that lasts for ever, with a job that writes down where it runs.
+FROZEN = """
+import sys
+from datetime import datetime
+import hydra.core.utils
+
+class Stopped(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 2, 3, 4, 5)
+
+hydra.core.utils.datetime = Stopped
+from semseg.cli import main
+import semseg.modes.compare
+semseg.modes.compare.run = lambda config, overrides: print("ran in", config.run_dir)
+main.main()
+"""
+COMPARE = ["mode=compare", "runs=[a,b]"]
+
+
+def start(cwd: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", FROZEN, *words]
+    environment = {"PYTHONPATH": str(CONFIG_DIR.parent), "PATH": "/usr/bin:/bin"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[str]:
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def test_f1_runs_of_the_same_second_get_different_folders(tmp_path: Path) -> None:
+    outputs = ended([start(tmp_path, *COMPARE) for _ in range(4)])
+    name = "2026-01-02_03-04-05_compare"
+    expected = [name, f"{name}_2", f"{name}_3", f"{name}_4"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == expected
+    assert sorted(output.split()[-1] for output in outputs) == [str(tmp_path / "runs" / name) for name in expected]
+    assert len(list(tmp_path.glob("runs/*/.hydra/config.yaml"))) == 4  # nobody's configuration is lost
+
+
+def test_f1_sweeps_of_the_same_second_get_different_folders_with_all_their_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main, "run_in_own_process", lambda overrides, run_dir, scores: 0.0)
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["run.py", "-m", *COMPARE, "seed=1,2", "runs_dir=x", *frozen_sweep()])
+        with pytest.raises(SystemExit):
+            main.main()
+    assert [path.name for path in sorted((tmp_path / "x").iterdir())] == ["then_sweep", "then_sweep_2"]
+    assert len(list(tmp_path.glob("x/*/*/.hydra/config.yaml"))) == 4
+
+
+def frozen_sweep() -> list[str]:
+    """A sweep folder whose name has the time in it, as a word."""
+    return ["hydra.sweep.dir=${runs_dir}/${now:then}_sweep"]
+
+
+def test_f1_a_folder_that_the_user_names_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word in ("run_dir=mine", f"hydra.run.dir={tmp_path}/mine", "run_dir='runs/2026-01-02_03-04-05_train'"):
+        composed = compose_with_hydra(parse_overrides([word]))
+        first = run_folder(composed)
+        first.mkdir(parents=True, exist_ok=True)
+        assert run_folder(composed) == first
+    assert not list(tmp_path.rglob("*_2"))
+
+
+def test_f1_a_hundred_claims_at_once_give_a_hundred_folders(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        folders = list(pool.map(lambda _: claimed(tmp_path / "runs" / "now"), range(100)))
+    assert len(set(folders)) == 100 and all(folder.is_dir() for folder in folders)
+
+
+def test_f1_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(ConfigError, match="this run folder cannot be made"):
+        claimed(tmp_path / "runs" / "now")
+
+
+def test_f1_and_f3_ranks_that_somebody_else_started_share_the_folder_that_rank_0_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told: dict[str, str] = {}
+
+    def agreed(mine: str, rank: int) -> str:
+        return told.setdefault("run_dir", mine) if rank == 0 else told["run_dir"]
+
+    monkeypatch.setattr(main, "agreed_run_dir", agreed)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    taken = run_folder(compose_with_hydra(["run_dir=${runs_dir}/${now:then}"]))
+    for rank in (0, 1, 2):
+        monkeypatch.setenv("RANK", str(rank))
+        folder = run_folder(compose_with_hydra(["run_dir=${runs_dir}/${now:then}"]))
+        assert folder == tmp_path / "runs" / "then_2"
+    assert taken == tmp_path / "runs" / "then"
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_f3_ranks_of_ours_are_told_the_folder_and_claim_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = []
+    monkeypatch.setattr(main, "supervise", lambda command, processes, run_dir: commands.append((command, run_dir)) or 0)
+    monkeypatch.setattr(sys, "argv", ["run.py", "trainer.devices=2"])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 0
+    [(command, run_dir)] = commands
+    assert list((tmp_path / "runs").iterdir()) == [run_dir]
+    assert run_folder(compose_with_hydra(command[2:])) == run_dir
+    assert list((tmp_path / "runs").iterdir()) == [run_dir]
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "my runs", 'a"b', "a\\", 'a\\"b', "a\\\\", "it's", "a=b,c(d)", "[x]{y}", "ü"]
+)
+def test_any_name_of_a_folder_survives_hydras_grammar(name: str, tmp_path: Path) -> None:
+    composed = compose_with_hydra([f"hydra.run.dir={quote(tmp_path / name)}"])
+    assert run_folder(composed) == tmp_path / name
+    assert OmegaConf.to_container(composed.hydra.run, resolve=False) == {"dir": str(tmp_path / name)}

@@ -1,0 +1,414 @@
+"""Sweeps: what becomes of each job, what is done again and what is not, and the table at the end.
+
+Jobs are stubs that score 1 - 10 * optim.lr or fail, behind the real front door and the real Hydra; one sweep at the
+end trains.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from helpers.browser import in_browser, needs_browser
+from helpers.command_line import TINY, run
+from semseg.cli import main, sweep
+from semseg.cli.supervise import RANK_NAMES, Ended, run_alone
+from semseg.cli.sweep import outcome
+from semseg.config.compose import CONFIG_DIR, compose_with_hydra, explain_option, hydra_problems
+from semseg.errors import ConfigError
+from semseg.reports.sweep_page import log_marks, render
+from semseg.storage.run_results import (
+    Job,
+    Result,
+    finished_job,
+    job_name,
+    rank,
+    read_jobs,
+    read_result,
+    write_job,
+    write_result,
+)
+
+Sweep = Callable[..., int]
+GRACE = 20  # seconds for processes on a busy machine
+
+
+class Stub:
+    """Stands in for the process of a job."""
+
+    def __init__(self) -> None:
+        self.rates: list[str] = []  # of the jobs that were run
+        self.failing: set[str] = set()
+        self.stopping: set[str] = set()  # Ctrl-C comes in these
+
+    def __call__(self, command: Sequence[str], last_words: Path) -> Ended:
+        given = dict(word.split("=", 1) for word in command[2:])
+        rate, run_dir = given["optim.lr"], Path(given["run_dir"].strip('"'))
+        self.rates.append(rate)
+        if rate in self.stopping:
+            return Ended(130, signal.SIGINT)
+        if rate in self.failing:
+            last_words.write_text("1\nTraceback\nsemseg.errors.DataError: no such image.\n")
+            return Ended(1, None)
+        write_result(run_dir, Result(1 - 10 * float(rate), "val/miou", "max"))
+        return Ended(0, None)
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    stub = Stub()
+    monkeypatch.setattr(sweep, "run_alone", stub)
+    return stub
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sweep:
+    """Runs the front door in this process, in the folder `tmp_path`, and returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+
+    def run_main(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["run.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            main.main()
+        return int(ended.value.code or 0)
+
+    return run_main
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- F4: what fails, what is skipped, what the table says
+
+
+@pytest.mark.reliability
+def test_f4_a_failing_job_does_not_stop_the_others_and_the_table_ranks_them_all(
+    stub: Stub, start: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.failing = {"0.02"}
+    assert start("-m", "optim.lr=0.04,0.02,0.01", "seed=1", "sweep_dir=x") == 1
+    assert stub.rates == ["0.04", "0.02", "0.01"]
+    rows = table(tmp_path / "x")
+    columns = ("place", "optim.lr", "val/miou", "status", "reason")
+    assert [[row[name] for name in columns] for row in rows] == [
+        ["1", "0.01", "0.9", "finished", ""],
+        ["2", "0.04", "0.6", "finished", ""],
+        ["3", "0.02", "", "failed", "no such image."],
+    ]
+    assert "seed" not in rows[0]  # it is the same in all jobs
+    output = capsys.readouterr().out
+    assert "3 jobs: 1 failed, 2 finished" in output
+    assert "to go on: python run.py -m optim.lr=0.04,0.02,0.01 seed=1 sweep_dir=x\n" in output
+
+
+@pytest.mark.reliability
+def test_f4_the_sweep_again_runs_only_what_is_not_finished_and_what_is_new(
+    stub: Stub, start: Sweep, tmp_path: Path
+) -> None:
+    stub.failing = {"0.02"}
+    assert start("-m", "optim.lr=0.01,0.02", "seed=1", "sweep_dir=x") == 1
+    stub.failing = set()
+    assert start("-m", "seed=1", "optim.lr=0.04,0.02,0.01", "sweep_dir=x") == 0
+    assert stub.rates == ["0.01", "0.02", "0.04", "0.02"]
+    assert [row["optim.lr"] for row in table(tmp_path / "x")] == ["0.01", "0.02", "0.04"]
+
+
+@pytest.mark.reliability
+def test_f4_only_the_very_same_words_with_a_result_are_a_finished_job(tmp_path: Path) -> None:
+    words = ["seed=1", "optim.lr=0.1"]
+    write_job(Job(tmp_path, tuple(words), "finished"))
+    assert finished_job(tmp_path, words, scores=True) is None  # no result.json
+    assert finished_job(tmp_path, words, scores=False) is not None
+    write_result(tmp_path, Result(0.5))
+    assert finished_job(tmp_path, words[::-1], scores=True) is not None
+    assert finished_job(tmp_path, ["seed=1", "optim.lr=0.2"], scores=True) is None
+    write_job(Job(tmp_path, tuple(words), "stopped"))
+    assert finished_job(tmp_path, words, scores=True) is None
+    (tmp_path / "job.json").write_text("{")
+    assert finished_job(tmp_path, words, scores=True) is None
+
+
+def test_ctrl_c_ends_the_sweep_and_tells_how_to_go_on(
+    stub: Stub, start: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.stopping = {"0.02"}
+    assert start("-m", "optim.lr=0.02,0.01", "sweep_dir=x") == 130
+    assert stub.rates == ["0.02"]
+    assert [row["status"] for row in table(tmp_path / "x")] == ["stopped"]
+    assert "to go on: python run.py -m optim.lr=0.02,0.01 sweep_dir=x" in capsys.readouterr().out
+    stub.stopping = set()
+    assert start("-m", "optim.lr=0.02,0.01", "sweep_dir=x") == 0
+    assert stub.rates == ["0.02", "0.02", "0.01"]
+
+
+def test_time_of_all_attempts_adds_up(stub: Stub, tmp_path: Path) -> None:
+    write_job(Job(tmp_path, ("optim.lr=0.1",), "stopped", seconds=100))
+    command = ["python", "run.py", "optim.lr=0.1", f"run_dir={tmp_path}"]
+    job = sweep.run_job(command, ["optim.lr=0.1"], tmp_path, scores=True)
+    assert 100 < job.seconds < 110
+    assert job.result.score == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "reason"),
+    [
+        (Ended(0, None), "finished", ""),
+        (Ended(130, None), "stopped", ""),
+        (Ended(143, signal.SIGTERM), "stopped", ""),
+        (Ended(-9, signal.SIGINT), "stopped", ""),  # it did not stop in time
+        (Ended(-9, None), "failed", "killed by signal 9 (SIGKILL)"),
+        (Ended(2, None), "failed", "exit code 2"),
+    ],
+)
+def test_the_end_of_a_process_in_words(ended: Ended, status: str, reason: str, tmp_path: Path) -> None:
+    assert outcome(ended, tmp_path, scores=False) == (status, reason)
+
+
+def test_a_training_without_a_result_has_not_ended(tmp_path: Path) -> None:
+    assert outcome(Ended(0, None), tmp_path, scores=True) == ("stopped", "")
+
+
+@pytest.mark.reliability
+def test_d5_twenty_jobs_leave_the_memory_of_the_sweep_as_it_is(stub: Stub, start: Sweep) -> None:
+    start("-m", "optim.lr=0.01", "sweep_dir=before")  # imports what there is to import
+    before = resident_bytes()
+    start("-m", "optim.lr=range(1,21)", "sweep_dir=x")
+    assert len(stub.rates) == 1 + 20
+    assert resident_bytes() - before < 50 * 2**20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# ---- the ranking and the page
+
+
+def jobs_of(folder: Path, mode: str = "max") -> list[Job]:
+    rows = [("0.001", "resnet18", 0.3), ("0.1", "resnet50", 0.5), ("0.01", "<b>hrnet</b>", 0.4)]
+    return [
+        Job(folder / rate, (f"optim.lr={rate}", f"model/encoder={name}", "seed=1"), "finished", "", 61.0,
+            Result(score, "val/miou", mode))
+        for rate, name, score in rows
+    ] + [Job(folder / "none", ("optim.lr=1", "model/encoder=resnet18", "seed=1"), "failed", "killed")]  # fmt: skip
+
+
+def test_the_best_score_is_at_the_top_in_the_direction_of_the_runs() -> None:
+    highest, lowest = rank(jobs_of(Path())), rank(jobs_of(Path(), "min"))
+    assert [job.result.score for job in highest.jobs] == [0.5, 0.4, 0.3, None]
+    assert [job.result.score for job in lowest.jobs] == [0.3, 0.4, 0.5, None]
+    assert highest.varying == ("optim.lr", "model/encoder")
+
+
+def test_a_key_that_only_one_job_names_varies() -> None:
+    ranking = rank([Job(Path("a"), ("seed=1",)), Job(Path("b"), ("seed=1", "optim.lr=1"))])
+    assert ranking.varying == ("optim.lr",)
+    assert [ranking.values(job) for job in ranking.jobs] == [[""], ["1"]]
+
+
+def test_the_page_plots_the_score_against_each_parameter_and_escapes_what_it_is_given() -> None:
+    page = render(rank(jobs_of(Path())), "python run.py -m 'x'")
+    assert page.count("<circle") == 6  # three jobs with a score, two parameters
+    assert "optim.lr=0.1: 0.5" in page and "model/encoder=resnet50: 0.5" in page
+    assert "<b>hrnet" not in page and "&lt;b&gt;hrnet" in page
+    assert "http" not in page.replace("http-equiv", "")  # it needs no network
+    assert "failed: killed" in page and "0:01:01" in page
+
+
+def test_a_sweep_without_any_score_has_a_page_without_plots() -> None:
+    page = render(rank([Job(Path("a"), ("seed=1",), "failed"), Job(Path("b"), ("seed=2",), "failed")]), "x")
+    assert "<svg" not in page and "2 jobs: 2 failed" in page
+
+
+def test_marks_of_many_powers_are_thinned_out() -> None:
+    assert list(log_marks(1e-12, 1.0).values()) == ["1e-12", "1e-10", "1e-8", "1e-6", "1e-4", "0.01", "1"]
+
+
+@needs_browser
+def test_the_page_sorts_and_fits_a_telephone(tmp_path: Path) -> None:
+    page = tmp_path / "sweep.html"
+    page.write_text(render(rank(jobs_of(tmp_path)), "python run.py " + "x" * 300))
+    order, width = in_browser(
+        page,
+        """(() => {
+          const table = document.querySelector("#jobs table");
+          table.tHead.rows[0].cells[1].querySelector("button").click();
+          const order = [...table.tBodies[0].rows].map((row) => row.cells[1].innerText);
+          return [order, document.documentElement.scrollWidth];
+        })()""",
+        width=390,
+    )
+    assert order == ["0.001", "0.01", "0.1", "1"]
+    assert width == 390
+
+
+# ---- the process of a job
+
+
+def test_a_job_gets_our_signals_and_nothing_that_makes_it_a_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in RANK_NAMES:
+        monkeypatch.setenv(name, "1")
+    code = f"""
+import os, signal, sys, time
+def stop(*_):
+    open("stopped", "w").close()
+    sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+assert not set(os.environ) & set({RANK_NAMES!r})
+open("ready", "w").close()
+time.sleep({GRACE})
+"""
+    monkeypatch.chdir(tmp_path)
+    threading.Thread(target=interrupt_once, args=(tmp_path / "ready",), daemon=True).start()
+    assert run_alone([sys.executable, "-c", code], tmp_path / "error.txt") == Ended(130, signal.SIGINT)
+    assert (tmp_path / "stopped").exists()
+
+
+def interrupt_once(path: Path) -> None:
+    """Send this process Ctrl-C as soon as `path` is there."""
+    deadline = time.monotonic() + GRACE
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["sweep_dir=x"], "is for sweeps. Add -m"),
+        (["hparams_search=grid"], "is for sweeps. Add -m"),
+        (["-m", "optim.lr=1,2", "--cfg", "job"], "a sweep takes no other option"),
+        (["-m", "hydra/launcher=jblib", "seed=1,2"], "not known. Did you mean hydra/launcher=joblib?"),
+    ],
+)
+def test_what_is_no_sweep_is_told_in_a_line(
+    words: list[str], told: str, start: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(*words) == 2
+    assert told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plugin_that_is_missing_is_named_with_the_way_to_install_it() -> None:
+    assert "pip install 'semseg[optuna]'" in explain_option("hydra/sweeper", "optuna", ["basic"])
+    assert "pip install 'semseg[slurm]'" in explain_option("hydra/launcher", "submitit_slurm", ["basic"])
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "hydra.sweeper.custom_search_space=os.system",
+        "hydra.sweeper.sampler._target_=os.system",
+        "hydra.sweeper.sampler._target_=optuna.samplers.TPESampler.os",
+        "++hydra.sweeper.params={hydra.job_logging.handlers.x.class: os.system}",
+        "++hydra.sweeper.params={+hydra.callbacks.x._target_: os.system}",
+        "++hydra.sweeper.params='${optim}'",
+    ],
+)
+def test_g3_nothing_in_a_search_can_name_code(word: str) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    with pytest.raises(ConfigError, match="not allowed"):
+        compose_with_hydra(["hparams_search=optuna", word], sweep=True)
+
+
+@pytest.mark.parametrize("name", ["params", "search_space"])
+def test_g3_a_search_in_a_file_cannot_change_hydra_for_its_jobs(name: str) -> None:
+    assert not list(hydra_problems({"sweeper": {name: {"optim.lr": "1,2"}}}))
+    assert list(hydra_problems({"sweeper": {name: {"~hydra.job_logging": "1,2"}}}))
+
+
+# ---- searches and launchers
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_DIR / "hparams_search").glob("*.yaml")))
+def test_a_search_says_nothing_that_the_jobs_would_have_to_see(name: str) -> None:
+    if name == "optuna":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    alone, searched = (
+        OmegaConf.to_container(compose_with_hydra(words, sweep=True)) for words in ([], [f"hparams_search={name}"])
+    )
+    assert isinstance(alone, dict) and isinstance(searched, dict)
+    assert {key for key in alone if alone[key] != searched[key]} == {"hydra"}
+    assert job_name([f"hparams_search={name}", "seed=1"]) == job_name(["seed=1"])
+
+
+def test_the_grid_is_swept_and_a_word_takes_the_place_of_its_values(stub: Stub, start: Sweep) -> None:
+    assert start("-m", "hparams_search=grid", "optim.weight_decay=1e-4", "sweep_dir=x") == 0
+    assert stub.rates == ["0.005", "0.01", "0.02", "0.04"]
+
+
+def test_optuna_is_told_the_scores_and_the_failures_and_goes_on_where_it_was(
+    stub: Stub, start: Sweep, tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    search = ["-m", "hparams_search=optuna", "sweep_dir=x"]
+    assert start(*search, "hydra.sweeper.n_trials=2") == 0
+    first = list(stub.rates)
+    assert start(*search, "hydra.sweeper.n_trials=3") == 0
+    assert len(first) == 2 and len(stub.rates) == 3  # the same two are asked for again, and skipped
+    assert all(0.002 <= float(rate) <= 0.2 for rate in stub.rates)
+    best = OmegaConf.to_container(OmegaConf.load(tmp_path / "x" / "optimization_results.yaml"))
+    assert isinstance(best, dict)
+    assert best["best_params"]["optim.lr"] == min(map(float, stub.rates))
+
+
+def test_optuna_without_one_good_job_ends_with_the_table(
+    stub: Stub, start: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    monkeypatch.setattr(sweep, "run_alone", lambda command, last_words: Ended(1, None))
+    assert start("-m", "hparams_search=optuna", "hydra.sweeper.n_trials=2", "sweep_dir=x") == 1
+    assert [row["reason"] for row in table(tmp_path / "x")] == ["exit code 1"] * 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("plugin", "words"),
+    [
+        ("hydra_joblib_launcher", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]),
+        ("hydra_submitit_launcher", ["hydra/launcher=submitit_local"]),
+    ],
+)
+def test_jobs_may_run_at_the_same_time(plugin: str, words: list[str], tmp_path: Path) -> None:
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    content = {"mean_iou": 0.5, "classes": [{"name": "sky", "iou": 0.5}, {"name": "sea", "iou": 0.5}]}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(content))
+    # A mode that takes a second: it reads two small files.
+    run(tmp_path, "-m", "mode=compare", "runs=[a,b]", "seed=1,2", "sweep_dir=x", *words)
+    assert [job.status for job in read_jobs(tmp_path / "x")] == ["finished", "finished"]
+    assert len(list(tmp_path.glob("x/*/compare.html"))) == 2
+
+
+@pytest.mark.reliability
+def test_f4_a_sweep_that_trains(start: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["-m", *TINY, "optim.lr=-1,0.01", "sweep_dir=x"]
+    run(tmp_path, *words, code=1)
+    failed, finished = read_jobs(tmp_path / "x")
+    assert failed.status == "failed" and failed.reason == "optim.lr=-1.0: must be above 0."
+    assert finished.status == "finished"
+    result = read_result(finished.folder)
+    assert result is not None and result.score is not None and (result.monitor, result.mode) == ("val/miou", "max")
+    again: list[Path] = []
+    monkeypatch.setattr(sweep, "run_alone", lambda command, last_words: again.append(last_words) or Ended(2, None))
+    assert start(*words) == 1
+    assert [path.parent for path in again] == [failed.folder]

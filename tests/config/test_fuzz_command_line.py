@@ -1,0 +1,99 @@
+"""Whatever is typed, the front end answers with success or one error of ours: row H2 of what must hold."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from semseg.config.compose import compose_config, list_groups
+from semseg.config.explain import explain_error
+from semseg.config.overrides import parse_overrides
+from semseg.config.schema import check, schema_keys
+from semseg.errors import SemsegError
+
+pytestmark = pytest.mark.reliability
+
+REAL = [
+    "mode=eval", "ckpt=last", "ckpt=runs/a=b/epoch=3.ckpt", "data=camvid", "data.root=~/my data", "model=upernet50",
+    "model/encoder=resnet18", "model.encoder.weights=none", "optim.lr=0.01", "data.short_edges=[300,375]",
+    "trainer.devices=0-3", "trainer.devices=0,2", "trainer.precision=16-mixed", "input=photos/a,b (1).jpg",
+    "+callbacks.stop._target_=pytorch_lightning.callbacks.EarlyStopping", "+logger={}", "~logger.csv", "seed=1e3",
+    "download.mirrors={http://a.org/x:['https://b.org/y']}", "run_dir=${runs_dir}/x", "after_training=[eval,predict]",
+    "hydra.run.dir=x", "hydra/launcher=basic", "experiment=quickstart", "data.classes=null", "++optim.lr='0.1'",
+    "model@net=upernet50", "+a@b:c=d", "data.hint=\"it's\"", "data.hint='a \\'b\\''", "eval.scales=range(1,5)",
+    "optim.lr=choice(1,2)", "data.flip=on", "mode=rerun", "run=nowhere", "resume=null", "--cfg", "-m", "=", "",
+]  # fmt: skip
+PIECES = [
+    *"=~+@:.,$\\{}[]()'\"/ -_%#!?*&^|<>;`0123456789aZ", "${", "${now:%S}", "${oc.env:HOME}", "${data.root}", "${nope}",
+    "\\", "\\\\", "\n", "\r", "\t", "\0", "\x1b[31m", "\u2028", "\ud800", "é", "Ω", "٣", "²", "💥", "null", "nan",
+    "-inf", "true", "1e999", "9" * 40, "9" * 5000, "0-99999999999", "../", "/etc/passwd", "[" * 30, "{" * 60, "(" * 200,
+    "x" * 300,
+    "a.b.c.", "hydra.", "_target_", "shuffle(", "interval(0,1)", "glob(*)", "cast(", "int(", "str(", "sort(", "???",
+]  # fmt: skip
+
+
+def mutant(rng: random.Random) -> str:
+    """A word of a real command line, or an unreal one, with up to four places changed."""
+    word = rng.choice([*REAL, f"{rng.choice(KEYS)}={rng.choice(VALUES)}"])
+    for _ in range(rng.randrange(5)):
+        place = rng.randrange(len(word) + 1)
+        kind = rng.randrange(4)
+        if kind == 0:
+            word = word[:place] + rng.choice(PIECES) + word[place:]
+        elif kind == 1:
+            word = word[:place] + word[place + rng.randint(1, 3) :]
+        elif kind == 2:
+            word = word[:place] + rng.choice(REAL) + word[place:]
+        else:
+            word = word[:place] + chr(rng.choice([rng.randrange(128), rng.randrange(0x110000)])) + word[place:]
+    return word
+
+
+KEYS = [*schema_keys(), *list_groups(), "hydra.run.dir", "lr", "x", "logger.csv", "callbacks.x", "model.encoder.name"]
+VALUES = [word.partition("=")[2] for word in REAL] + PIECES
+
+
+def complaint(words: list[str], *, compose: bool) -> str | None:
+    """What `python run.py <words>` says against its words, or None; any other error is a defect."""
+    try:
+        words = parse_overrides(words)
+        if compose:
+            check(compose_config([word for word in words if not word.startswith("-")]))
+        else:
+            parser = OverridesParser.create()
+            for word in words:
+                parser.parse_override(word)
+    except SemsegError as error:
+        return str(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        return explain_error(error, words)
+    return None
+
+
+def assert_short(told: str | None, words: list[str]) -> None:
+    assert told is None or (told.strip() and len(told) < 20_000), words
+    assert told is None or told.isprintable() or len(told.splitlines()) <= 12, words
+
+
+def fuzz(count: int, *, words_each: int, compose: bool, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(count):
+        words = [mutant(rng) for _ in range(words_each)]
+        try:
+            assert_short(complaint(words, compose=compose), words)
+        except Exception as error:
+            pytest.fail(f"{words!a}: {type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("count", [3_000, pytest.param(100_000, marks=pytest.mark.long)])
+def test_h2_any_word_is_understood_or_refused_in_a_sentence(count: int) -> None:
+    fuzz(count, words_each=1, compose=False, seed=1)
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(1_000, marks=pytest.mark.long)])
+def test_h2_any_command_line_is_composed_or_refused_in_a_sentence(count: int) -> None:
+    fuzz(count, words_each=3, compose=True, seed=2)

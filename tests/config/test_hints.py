@@ -1,0 +1,116 @@
+"""Keys that do not exist are answered by the key that was meant, or by what there is instead of it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+
+import pytest
+import pytorch_lightning as pl
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, open_dict
+
+from semseg.build import OWN_TRAINER_KEYS
+from semseg.config.compose import compose_config, list_groups
+from semseg.config.explain import explain_error
+from semseg.config.hints import SYNONYMS, TRAINER, unknown_key
+from semseg.config.schema import TrainerConfig, check, schema_keys
+from semseg.errors import ConfigError
+
+pytestmark = pytest.mark.reliability
+KEYS = schema_keys()
+COMPOSED = compose_config([])
+
+
+def answer(word: str) -> str:
+    """What the program says against one word of the command line."""
+    with pytest.raises((ConfigError, HydraException)) as caught:
+        check(compose_config([word]))
+    return str(caught.value) if isinstance(caught.value, ConfigError) else explain_error(caught.value, [word])
+
+
+def answer_of_a_file(key: str) -> str:
+    """What the program says against a key that a configuration file holds."""
+    composed = COMPOSED.copy()
+    with open_dict(composed):
+        OmegaConf.update(composed, key, 1, force_add=True)
+    with pytest.raises(ConfigError) as caught:
+        check(composed)
+    return str(caught.value)
+
+
+def doubled(word: str) -> str:
+    """`word` with its last letter twice."""
+    return word + word[-1]
+
+
+def test_i4_a_typo_in_any_key_of_any_section_is_answered() -> None:
+    assert {"bench.steps", "download.cache", "serve.port", "data.make.seed", "loss.terms.dice"} <= set(KEYS)
+    for key in KEYS:
+        section, dot, last = key.rpartition(".")
+        assert f"Did you mean {key}?" in unknown_key(f"{section}{dot}{doubled(last)}", KEYS)
+        swapped = f"{section}{dot}{last[0]}{last[2:3]}{last[1]}{last[3:]}"
+        if len(last) > 3 and swapped not in KEYS:  # in the same section: model.edcoder may be either of two
+            assert f"Did you mean {section}{dot}" in unknown_key(swapped, KEYS)
+
+
+@pytest.mark.parametrize("section", sorted({key.rpartition(".")[0] for key in KEYS} - {""}))
+def test_i4_every_section_of_a_file_answers_a_typo(section: str) -> None:
+    key = max((key for key in KEYS if key.rpartition(".")[0] == section), key=len)
+    base = section.replace("data.make", "data").replace("data.archive", "data")  # absent from the default data set
+    wrong = f"{section}.{doubled(key.rpartition('.')[2])}"
+    told = answer_of_a_file(wrong) if base == section else unknown_key(wrong, KEYS)
+    assert f"Did you mean {key}?" in told
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("bench.stpes=3", "Did you mean bench.steps?"),
+        ("dta=camvid", "Did you mean data?"),
+        ("model/encoder=resnte50", "Did you mean model/encoder=resnet50?"),
+        ("model.encoder=resnet18", "is a section, not a value. Choose a network by model/encoder=<name>"),
+        ("ema=0.99", "ema=0.99: is a section, not a value. Its keys: ema.decay, ema.start_step."),
+        ("optim=null", "optim=null: not known.\nValid: adamw, sgd."),
+        ("~trainer.max_epoch", "Did you mean trainer.max_epochs?"),
+        ("logger.wandb.project=x", "There is no key 'logger.wandb.project' without logger=wandb."),
+        ("trainer.val_check_interval=0.5", "Set trainer.check_val_every_n_epoch=<epochs>, and data.steps_per_epoch"),
+    ],
+)  # fmt: skip
+def test_i4_what_was_meant_is_told(word: str, part: str) -> None:
+    assert part in answer(word)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lr", "optim.lr"), ("trainer.lr", "optim.lr"), ("optimizer.learning_rate", "optim.lr"),
+        ("trainer.num_workers", "data.num_workers"), ("batch_size", "data.batch_size"), ("devices", "trainer.devices"),
+        ("epochs", "trainer.max_epochs"), ("data.epochs", "trainer.max_epochs"), ("max_epochs", "trainer.max_epochs"),
+        ("trainr.max_epochs", "trainer.max_epochs"), ("num_classes", "data.num_classes"), ("optimizer", "optim"),
+        ("model.backbone", "model/encoder"), ("encoder", "model/encoder"), ("decoder", "model/decoder"),
+    ],
+)  # fmt: skip
+def test_i4_a_key_of_another_section_or_program_is_answered(key: str, meant: str) -> None:
+    assert unknown_key(key, KEYS + list_groups()) == f"There is no key {key!r}. Did you mean {meant}?"
+
+
+def test_i3_every_option_of_lightnings_trainer_is_accepted_or_answered() -> None:
+    accepted = {item.name for item in fields(TrainerConfig)} - set(OWN_TRAINER_KEYS)
+    options = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
+    assert accepted <= options, "one of ours is no option of Lightning's any more"
+    assert options - accepted - set(TRAINER) == set()
+    for option in TRAINER:
+        assert unknown_key(f"trainer.{option}", KEYS) == f"There is no key 'trainer.{option}'. {TRAINER[option]}"
+        assert unknown_key(option, KEYS) == f"There is no key {option!r}. {TRAINER[option]}"
+    assert not accepted & set(TRAINER)
+
+
+def test_i3_the_answers_name_keys_that_exist() -> None:
+    known = {*KEYS, *list_groups(), "model.encoder.weights"}
+    assert set(SYNONYMS.values()) <= known
+    assert not set(SYNONYMS) & known
+    for text in TRAINER.values():
+        for word in text.replace("=", " ").replace(",", " ").replace(":", " ").replace(";", " ").split():
+            is_key = "." in word.strip(".") and not {*"<>/"} & {*word} and word != "0.999"
+            assert not is_key or word.strip(".") in known, f"{word} in {text!r}"

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from semseg.config.compose import CONFIG_DIR, compose_config
+from semseg.config.hints import nearest_key
+from semseg.config.schema import Config, as_plain, check, schema_keys
+from semseg.errors import ConfigError
+
+ROOT = CONFIG_DIR.parent
+
+
+def problem(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(compose_config(list(overrides)))
+    return str(caught.value)
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    config = check(compose_config([]))
+    assert config.model.name == "resnet50_dilated8_ppm_deepsup"
+    assert (config.seed, config.data.batch_size, config.data.steps_per_epoch) == (304, 2, 5000)
+    assert config.data.short_edges == [300, 375, 450, 525, 600]
+    assert config.data.max_long_edge == 1000
+    assert (config.optim.lr, config.optim.momentum, config.optim.weight_decay) == (0.02, 0.9, 1e-4)
+    assert config.model.deepsup_weight == 0.4
+
+
+@pytest.mark.parametrize(
+    "group", ["model", "model/encoder", "model/decoder", "data", "optim", "schedule", "loss", "syncbn", "trainer",
+              "logger", "callbacks", "experiment", "debug"],
+)  # fmt: skip
+def test_every_option_of_every_group_composes_and_checks(group: str) -> None:
+    for option in options(group):
+        named = {"model/encoder": ["model.encoder.name=resnet18"], "model/decoder": ["model.decoder.name=c1"]}
+        check(compose_config([f"{group}={option}", *(named[group] if option == "custom" else [])]))
+
+
+def test_every_key_of_the_schema_can_be_set_on_the_command_line() -> None:
+    composed = compose_config([])
+    for key in schema_keys():
+        if key.startswith("data.make."):
+            continue  # only data sets that are made on the spot have it
+        node = composed
+        for word in key.split("."):
+            assert word in node, f"{key} is in semseg/config/schema.py but not in configs/"
+            node = node[word]
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("optim.lr=abc", "optim.lr=abc"),
+        ("trainer.devices=0", "trainer.devices=0: must be a count"),
+        ("trainer.devices=two", "trainer.devices=two"),
+        ("optim.momentum=2", "optim.momentum=2.0: must be at least 0 and below 1"),
+        ("optim.lr=0", "must be above 0"),
+        ("data.batch_size=0", "data.batch_size=0: must be at least 1"),
+        ("mode=evl", "Did you mean mode=eval?"),
+        ("mode=eval", "needs ckpt="),
+        ("mode=predict ckpt=x", "needs input="),
+        ("data.short_edges=[]", "data.short_edges=[]"),
+        ("eval.split=vall", "Did you mean eval.split=val?"),
+        ("trainer.precision=bf17", "trainer.precision=bf17"),
+        ("trainer.strategy=fsdp trainer.on_oom=retry", "trainer.on_oom=retry: every device tries"),
+        ("+lrr=3", "There is no key 'lrr'"),
+        ("+optim.lrr=3", "Did you mean optim.lr?"),
+        ("predict.save=[idz]", "Did you mean predict.save=ids?"),
+        ("model.size_divisor=12 model.label_stride=8", "must be a multiple of model.label_stride"),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_line(override: str, part: str) -> None:
+    message = problem(*override.split(" "))
+    assert part in message
+    assert "\n" not in message
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = problem("optim.lr=-1", "optim.momentum=3")
+    assert message.startswith("2 problems")
+    assert "optim.lr" in message and "optim.momentum" in message
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "torch.load", "builtins.eval", "pytorch_lightning.callbacks.os.system", "subprocess.run"]
+)
+def test_a_target_that_is_not_on_the_list_is_refused(target: str) -> None:
+    assert "not allowed" in problem(f"+callbacks.extra._target_={target}")
+    assert "not allowed" in problem(f"logger.csv._target_={target}")
+
+
+def test_a_typo_inside_a_file_is_caught(tmp_path: Path) -> None:
+    composed = compose_config([])
+    composed = type(composed)({**composed, "optim": {**composed.optim, "lerning_rate": 1}})
+    with pytest.raises(ConfigError, match="lerning_rate"):
+        check(composed)
+
+
+def test_a_configuration_survives_the_trip_through_plain_data() -> None:
+    config = check(compose_config(["data=camvid", "model=upernet50", "trainer.devices=[0,1]"]))
+    plain = yaml.safe_load(yaml.safe_dump(as_plain(config)))
+    assert check(compose_config([]).__class__(plain)) == config
+    assert isinstance(config, Config)
+
+
+def test_a_last_word_alone_finds_its_section() -> None:
+    assert nearest_key("lr", schema_keys()) == "optim.lr"
+    assert nearest_key("optim.lrr", schema_keys()) == "optim.lr"
+    assert nearest_key("trainer.max_epoch", schema_keys()) == "trainer.max_epochs"
+    assert nearest_key("xyzzy", schema_keys()) is None
+
+
+def test_every_line_of_the_root_configuration_is_commented() -> None:
+    lines = (CONFIG_DIR / "config.yaml").read_text().split("mode:", 1)[1].split("\nhydra:")[0].splitlines()
+    keys = [line for line in lines if ":" in line and not line.rstrip().endswith(":")]
+    assert [line for line in keys if "#" not in line and "flip" not in line] == []

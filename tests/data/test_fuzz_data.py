@@ -1,0 +1,121 @@
+"""Lists and images spoiled at random: a record, pixels, or one sentence, and never anything else. Rows H1 and H3."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.memory import in_child, peak_growth
+from semseg.data.images import decode_image, read_label
+from semseg.data.records import Record, records_from_odgt
+from semseg.data.records import _parse_line as parse_line
+from semseg.errors import DataError
+
+pytestmark = pytest.mark.reliability
+
+GOOD = json.dumps({"fpath_img": "images/ä.jpg", "fpath_segm": "labels/a.png", "width": 640, "height": 480}).encode()
+PIECES = [
+    b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\0", b"\xff", b"\xef\xbb\xbf", b"../", b"/", b"null", b"true",
+    b"-1", b"0", b"1e999", b"NaN", b"Infinity", b"9" * 400, b'"\\ud800"', b"\r", b"\t", b" " * 50, b"width",
+    b"fpath_img",
+]  # fmt: skip
+
+
+def spoiled(data: bytes, chance: random.Random, pieces: list[bytes]) -> bytes:
+    """`data` with one to four places overwritten, removed, repeated, or filled with one of `pieces`."""
+    spoilt = bytearray(data)
+    for _ in range(chance.randint(1, 4)):
+        start = chance.randrange(len(spoilt) + 1)
+        end = min(len(spoilt), start + chance.choice([0, 1, 1, 2, 8, 40]))
+        filling = chance.choice(
+            [b"", chance.choice(pieces), bytes(spoilt[start:end]) * 2, chance.randbytes(end - start)]
+        )
+        spoilt[start:end] = filling
+    return bytes(spoilt)
+
+
+def test_h1_a_hundred_thousand_spoiled_lines_give_a_record_or_one_sentence_with_the_line() -> None:
+    chance, kinds = random.Random(0), Counter()
+    for number in range(100_000):
+        try:
+            record = parse_line(spoiled(GOOD, chance, PIECES), "/data", f"list.odgt:{number}")
+        except DataError as error:
+            assert str(error).startswith(f"list.odgt:{number}: ") and "\n" not in str(error)
+            kinds["error"] += 1
+        else:
+            assert isinstance(record, Record) and record.image.startswith("/data/") and min(record.size) >= 1
+            kinds["record"] += 1
+    assert min(kinds.values()) > 1000  # both happen
+
+
+def test_h1_a_list_of_spoiled_lines_names_the_first_bad_one(tmp_path: Path) -> None:
+    (tmp_path / "a.odgt").write_bytes(b"\n".join([GOOD, GOOD, GOOD[:-1], b"nothing"]))
+    with pytest.raises(DataError, match=r"a\.odgt:3: "):
+        records_from_odgt(tmp_path / "a.odgt", tmp_path)
+
+
+def pictures() -> list[bytes]:
+    """JPEG, progressive JPEG and PNG files of noise, grey, palette and 16-bit ones among them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    grey = Image.fromarray(pixels[..., 0])
+    options = [(Image.fromarray(pixels), "JPEG", {}), (Image.fromarray(pixels), "JPEG", {"progressive": True}),
+               (Image.fromarray(pixels), "PNG", {}), (grey, "PNG", {}), (grey.convert("P"), "PNG", {}),
+               (Image.fromarray(pixels[..., 0].astype(np.uint16) * 255), "PNG", {})]  # fmt: skip
+    found = []
+    for image, kind, how in options:
+        stream = io.BytesIO()
+        image.save(stream, kind, **how)
+        found.append(stream.getvalue())
+    return found
+
+
+def decode_spoiled(count: int, seed: int, folder: Path) -> tuple[Counter[str], int]:
+    """What became of `count` spoiled files, read as images and as labels, and by how many bytes the memory grew."""
+    chance, files, kinds = random.Random(seed), pictures(), Counter[str]()
+    pieces = [
+        b"\xff\xd9",
+        b"\xff\xd8",
+        b"\xff\xda",
+        b"\xff\xc0",
+        b"IDAT",
+        b"IEND",
+        b"\0" * 40,
+        b"\xff" * 4,
+        b"\x7f\xff\xff\xff",
+    ]
+
+    def work() -> None:
+        for number in range(count):
+            data = spoiled(files[number % len(files)], chance, pieces)
+            (folder / "a").write_bytes(data)
+            for kind, read in (
+                ("image", lambda data=data: decode_image(data, "a")),
+                ("label", lambda: read_label(folder / "a")),
+            ):
+                try:
+                    pixels = read()
+                except DataError as error:
+                    assert "\n" not in str(error), str(error)
+                    kinds[f"{kind} refused"] += 1
+                else:
+                    assert pixels.dtype in (np.uint8, np.uint16, np.int32)
+                    kinds[f"{kind} read"] += 1
+
+    growth = peak_growth(work)
+    return kinds, growth
+
+
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_h3_spoiled_images_crash_nothing_and_take_no_memory(count: int, tmp_path: Path) -> None:
+    kinds, growth = in_child(lambda: decode_spoiled(count, 0, tmp_path))
+    assert sum(kinds.values()) == 2 * count  # the process lived to the end
+    assert kinds["image refused"] > count / 10 and kinds["image read"] > count / 100
+    assert growth < 2**30

@@ -1,0 +1,158 @@
+"""What workers send arrives as it was, whichever way it goes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from semseg.data import shared_slots
+from semseg.data.batch import Batch
+from semseg.data.shared_slots import Exchange, Slot, received, sent
+from semseg.datamodule import AHEAD, WatchedLoader
+
+COUNT = 40
+
+
+class Numbered(Dataset[Batch]):
+    """Batch number n is filled with n and has a size of its own."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, number: int) -> Batch:
+        image = torch.full((1, 3, 8 + number % 5, 16), number, dtype=torch.uint8)
+        return Batch(image, torch.full((1, 2, 2), number), torch.tensor([[8, 16]]), [f"{number}.jpg"])
+
+
+def loader(workers: int, tensors: tuple[int, int] | None = (1, 3 * 12 * 16)) -> WatchedLoader[Batch]:
+    return WatchedLoader(Numbered(), lambda _: [], 60, tensors, batch_size=None, num_workers=workers)
+
+
+def assert_right(batches: Iterator[Batch]) -> None:
+    held = list(batches)  # all at once: what has been received no longer lies in a slot
+    for number, batch in enumerate(held):
+        expected = Numbered()[number]
+        assert torch.equal(batch.image, expected.image)
+        assert torch.equal(batch.label, expected.label)
+        assert batch.paths == expected.paths
+    assert len(held) == COUNT
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Exchange]:
+    """This process as a worker with two slots of twelve bytes."""
+    monkeypatch.setattr(shared_slots, "_sender", None)
+    exchange = Exchange(1, 2, 12)
+    exchange.join(0)
+    yield exchange
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_everything_goes_through_slots(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = Exchange.put
+
+    def always(self: Exchange, tensor: Tensor, worker: int, free: list[int]) -> Slot:
+        slot = put(self, tensor, worker, free)
+        assert slot is not None, "PyTorch's own way was taken"
+        return slot
+
+    monkeypatch.setattr(Exchange, "put", always)
+    assert_right(iter(loader(workers)))
+
+
+def test_everything_goes_through_slots_in_inference_mode() -> None:
+    with torch.inference_mode():  # as Lightning validates and tests
+        assert_right(iter(loader(2)))
+
+
+def test_a_slot_is_used_again_once_it_was_received(worker: Exchange) -> None:
+    first, second, third = (torch.full((2, 3), number, dtype=torch.uint8) for number in range(3))
+    parcels = [sent(first), sent(second), sent(third)]
+    assert [type(parcel) for parcel in parcels] == [Slot, Slot, Tensor]
+    assert torch.equal(received(parcels[1]), second)
+    again = sent(third)
+    assert isinstance(again, Slot)
+    assert again == parcels[1]
+    assert [torch.equal(received(parcel), wanted) for parcel, wanted in ((again, third), (parcels[0], first))]
+
+
+def test_what_does_not_fit_goes_the_other_way(worker: Exchange) -> None:
+    for tensor in (torch.zeros(13, dtype=torch.uint8), torch.zeros(2)):
+        assert sent(tensor) is tensor
+        assert received(tensor) is tensor
+    empty = received(sent(torch.zeros(0, 4, dtype=torch.uint8)))
+    assert empty.shape == (0, 4)
+
+
+@pytest.mark.parametrize("tensors", [None, (1, 10)], ids=["no slots", "slots that are too small"])
+def test_without_slots_everything_arrives_as_well(tensors: tuple[int, int] | None) -> None:
+    assert_right(iter(loader(2, tensors)))
+
+
+def test_processes_that_inherit_nothing_have_no_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loader(2)._exchange() is not None
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "spawn")
+    assert loader(2)._exchange() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
+def test_workers_are_forks_unless_the_program_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: None)
+    assert loader(2).multiprocessing_context.get_start_method() == "fork"
+    monkeypatch.setattr(sys, "version_info", (3, 14))
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "forkserver")  # Python's choice from then on
+    assert loader(2).multiprocessing_context.get_start_method() == "fork"
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "spawn")
+    assert loader(2).multiprocessing_context.get_start_method() == "spawn"
+
+
+def test_two_iterations_of_one_loader_do_not_meet() -> None:
+    one = loader(2)
+    first = iter(one)
+    begun = [next(first) for _ in range(3)]
+    assert_right(iter(one))
+    assert_right(iter([*begun, *first]))
+
+
+def test_memory_is_taken_for_what_is_sent_alone() -> None:
+    mappings = Path("/proc/self/smaps")
+    if not mappings.exists():
+        pytest.skip("needs Linux's account of memory")
+    exchange = Exchange(3, AHEAD, 2**27)
+
+    def resident() -> int:
+        """KiB of the exchange that are in memory; of no other mapping of the process."""
+        blocks = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", mappings.read_text())
+        size = f"{3 * AHEAD * 2**17} kB"
+        (own,) = (block for block in blocks if re.search(rf"^Size: +{size}$", block, re.MULTILINE))
+        return int(own.split("Rss:")[1].split()[0])
+
+    assert resident() == 0
+    assert exchange.put(torch.ones(2**24, dtype=torch.uint8), 0, [0]) is not None
+    assert resident() == 2**14
+
+
+LEAVE = """
+import torch
+from torch.utils.data import TensorDataset
+from semseg.datamodule import WatchedLoader
+
+data = TensorDataset(torch.arange(100))
+items = iter(WatchedLoader(data, lambda _: [], 60, batch_size=None, num_workers=2))
+print(next(items))
+"""
+
+
+def test_a_program_may_end_with_a_loader_half_done() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, timeout=90, check=True)
+    assert ended.stdout == "[tensor(0)]\n"
+    assert not ended.stderr

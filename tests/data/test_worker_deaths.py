@@ -1,0 +1,188 @@
+"""Workers of a loader that are killed or stopped, and workers whose process was killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from helpers.command_line import RUN, TINY
+from semseg.data import shared_slots
+from semseg.data.scenes import make_scenes
+from semseg.datamodule import WatchedLoader, workers_of
+from semseg.errors import DataError
+from semseg.system.process import birth
+
+pytestmark = pytest.mark.reliability
+
+
+class Numbers(Dataset[Any]):
+    """Twenty numbers; from number `slow` on each takes a minute, or fills the pipe to a process that does not read."""
+
+    def __init__(self, slow: int = 20, *, is_large: bool = False) -> None:
+        self.slow, self.is_large = slow, is_large
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> Any:
+        if self.is_large:
+            return "x" * 2**20
+        if index >= self.slow:
+            time.sleep(60)
+        return torch.tensor(index)
+
+
+def loader(dataset: Dataset[Any], patience_s: float = 60) -> WatchedLoader[Any]:
+    return WatchedLoader(dataset, lambda number: [f"{number}.jpg"], patience_s, batch_size=None, num_workers=2)
+
+
+def workers(items: Iterator[Any]) -> list[int]:
+    stream = items.gi_frame.f_locals["stream"]  # pyright: ignore[reportAttributeAccessIssue]
+    return [worker.pid or 0 for worker in workers_of(stream)]
+
+
+def wait_for(numbers: list[int], seconds: float) -> list[int]:
+    """Those of the processes that still run after `seconds`; they are killed."""
+    deadline = time.monotonic() + seconds
+    while any(map(birth, numbers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    left = [number for number in numbers if birth(number)]
+    for number in left:
+        os.kill(number, signal.SIGKILL)
+    return left
+
+
+def test_e10_a_worker_that_dies_while_the_network_computes_is_told_at_the_next_item_with_its_images() -> None:
+    items = iter(loader(Numbers()))
+    assert int(next(items)) == 0
+    killed = workers(items)[1]
+    started = time.monotonic()
+    os.kill(killed, signal.SIGKILL)
+    while birth(killed):
+        torch.ones(9).sum()  # nothing is raised here
+    with pytest.raises(DataError, match=r"waiting for 1\.jpg, .*4\.jpg: .*was killed by signal SIGKILL\. "):
+        next(items)
+    assert time.monotonic() - started < 10
+
+
+def test_e10_the_death_of_an_idle_worker_of_another_iteration_is_not_blamed_on_this_one() -> None:
+    training, validation = iter(loader(Numbers())), iter(loader(Numbers()))
+    assert int(next(training)) == int(next(validation)) == 0
+    os.kill(workers(training)[0], signal.SIGKILL)
+    assert [int(item) for item in validation] == list(range(1, 20))
+    with pytest.raises(DataError, match=r"1\.jpg"):
+        next(training)
+
+
+def test_e10_a_worker_that_is_stopped_is_told_after_the_patience_and_ends() -> None:
+    items = iter(loader(Numbers(slow=3), patience_s=1))
+    assert int(next(items)) == 0
+    numbers = workers(items)
+    os.kill(numbers[1], signal.SIGSTOP)
+    with pytest.raises(DataError, match="timed out"):
+        list(items)
+    assert not wait_for(numbers, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "state"),
+    [
+        ("fork", "idle"),
+        ("fork", "busy"),
+        ("fork", "blocked"),
+        ("fork", "stopped"),
+        pytest.param("forkserver", "busy", marks=pytest.mark.slow),
+    ],
+)
+def test_e7_workers_end_with_their_process_whatever_they_are_at(tmp_path: Path, state: str, method: str) -> None:
+    program = tmp_path / "program.py"
+    arguments = {"idle": "", "busy": "slow=1", "blocked": "is_large=True", "stopped": ""}[state]
+    program.write_text(f"""
+import multiprocessing, os, signal, time
+from test_worker_deaths import Numbers, loader, workers
+if __name__ == "__main__":
+    multiprocessing.set_start_method("{method}")
+    items = iter(loader(Numbers({arguments}), 600))
+    next(items)
+    time.sleep(1)
+    if "{state}" == "stopped":
+        for number in workers(items):
+            os.kill(number, signal.SIGSTOP)
+    print(*workers(items), flush=True)
+    time.sleep(60)
+""")
+    path = os.pathsep.join(map(str, [Path(__file__).parent, RUN.parent, RUN.parent / "tests"]))
+    process = subprocess.Popen(
+        [sys.executable, str(program)], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    numbers = [int(word) for word in process.stdout.readline().split()]
+    process.kill()
+    process.communicate()
+    assert len(numbers) == 2
+    assert not wait_for(numbers, 5)
+
+
+def test_e10_without_locks_images_are_read_without_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_slots, "why_no_workers", lambda: "Read-only file system")
+    with pytest.warns(UserWarning, match="without workers, since the system has no locks for them: Read-only file"):
+        alone = loader(Numbers())
+    assert alone.num_workers == 0
+    assert [int(item) for item in alone] == list(range(20))
+
+
+def test_e10_what_keeps_a_system_from_locks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shared_slots.why_no_workers() is None
+
+    def refuse(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", refuse)
+    assert shared_slots.why_no_workers() == "Read-only file system"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_e10_a_killed_worker_ends_training_with_one_sentence(tmp_path: Path, ranks: int) -> None:
+    make_scenes(tmp_path / "scenes", num_train=6, num_val=7, seed=304)
+    words = [*TINY, "data.num_workers=1", "data.steps_per_epoch=100000", "trainer.log_every_n_steps=1", "run_dir=run"]
+    job = subprocess.Popen(
+        [sys.executable, str(RUN), *words, f"trainer.devices={ranks}"], cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = tmp_path / "run/logs/metrics.csv"
+    while not (log.is_file() and log.stat().st_size):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.1)
+    trainer = children(job.pid)[-1] if ranks == 2 else job.pid
+    os.kill(children(trainer)[-1], signal.SIGKILL)
+    started = time.monotonic()
+    _, errors = job.communicate(timeout=60)
+    assert time.monotonic() - started < 15
+    assert job.returncode == 1
+    assert "Traceback" not in errors
+    assert re.search(r"waiting for \S+\.jpg, .*: DataLoader worker .* was killed by signal SIGKILL", errors), errors
+
+
+def children(parent: int) -> list[int]:
+    """Process ids of the children of a process, the youngest last."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent:
+            found.append(int(stat.parent.name))
+    return sorted(found)

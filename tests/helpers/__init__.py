@@ -1,0 +1,1 @@
+"""What tests share: the command line, tiny networks and runs, servers, reference numbers."""

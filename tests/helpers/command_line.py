@@ -1,0 +1,60 @@
+"""The real command line, and a run of it that takes seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+from semseg.cli import main
+from semseg.config.compose import CONFIG_DIR
+
+RUN = CONFIG_DIR.parent / "run.py"
+TINY = [
+    "data=scenes", "data.make.num_train=6", "data.make.num_val=7", "data.root=scenes", "data.batch_size=1",
+    "data.short_edges=[32]", "data.max_long_edge=64", "data.num_workers=0", "data.steps_per_epoch=2",
+    "model/encoder=resnet18", "model.encoder.weights=none", "model/decoder=c1", "eval.scales=[32]",
+    "trainer.accelerator=cpu", "trainer.max_epochs=1",
+]  # fmt: skip
+
+
+def run(cwd: Path, *words: str, code: int = 0) -> str:
+    """What `python run.py <words>` prints in the folder `cwd`; it must end with the exit code `code`."""
+    result = subprocess.run(
+        [sys.executable, str(RUN), *words], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def run_here(cwd: Path, *words: str, code: int = 0) -> str:
+    """As `run`, without a new process: what the command line prints, in a fraction of the time."""
+    output = io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        patch.dict(os.environ),
+        patch.object(sys, "argv", [str(RUN), *words]),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        try:
+            main.main()
+            ended = 0
+        except SystemExit as leaving:
+            ended = leaving.code or 0
+    assert ended == code, output.getvalue()
+    return output.getvalue()
+
+
+def run_script(path: Path, cwd: Path) -> tuple[int, str]:
+    """Exit code and output of a program that imports this package and the modules in the folder `cwd`."""
+    paths = os.pathsep.join(map(str, [RUN.parent, RUN.parent / "tests", cwd]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    result = subprocess.run(
+        [sys.executable, str(path)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    return result.returncode, result.stdout + result.stderr

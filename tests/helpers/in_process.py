@@ -1,0 +1,88 @@
+"""Training runs in the process of the test, and the smallest network that has every part. Imports no pytest."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor, nn
+
+from semseg.build import build_net, build_trainer
+from semseg.config.compose import compose_config
+from semseg.config.schema import Config, check
+from semseg.data.sources import DataSource
+from semseg.datamodule import SegmentationData
+from semseg.lit_module import SegmentationModule
+from semseg.nets.blocks import conv_norm_relu
+from semseg.nets.interfaces import Encoder
+from semseg.nets.registry import ENCODERS, Constructor
+
+# To be put behind data=...: a run of TinyEncoder and C1 on the CPU.
+TINY_RUN = [
+    "data.batch_size=2", "data.short_edges=[32,48]", "data.max_long_edge=64", "data.num_workers=0",
+    "model/encoder=resnet18", "~model.encoder.output_stride", "model.encoder.name=tiny", "model.encoder.weights=none",
+    "model/decoder=c1", "eval.scales=[32]", "trainer=cpu", "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false", "checkpoint.every_n_minutes=null",
+]  # fmt: skip
+
+
+class TinyEncoder(Encoder):
+    """1 976 parameters. Two maps."""
+
+    channels = (8, 16)
+    strides = (4, 8)
+
+    def __init__(self, dropout: bool = True) -> None:
+        super().__init__()
+        self.fine = nn.Sequential(conv_norm_relu(3, 8, 3, stride=2), conv_norm_relu(8, 8, 3, stride=2))
+        self.coarse = conv_norm_relu(8, 16, 3, stride=2)
+        self.dropout = nn.Dropout2d(0.1 if dropout else 0.0)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        fine = self.fine(image)
+        return [fine, self.dropout(self.coarse(fine))]
+
+
+def configured(*words: str) -> Config:
+    """The configuration of a command line."""
+    return check(compose_config(list(words)))
+
+
+def fit(config: Config, *callbacks: Callback, resume: Path | None = None) -> dict[str, Any]:
+    """Train as mode=train does; returns the content of last.ckpt. The encoder may be `tiny`."""
+    pl.seed_everything(config.seed, verbose=False)
+    source = DataSource(config.data)
+    with patch.dict(ENCODERS, {"tiny": Constructor("helpers.in_process", "TinyEncoder")}):
+        net = build_net(config.model, source.classes.num_classes)
+    module = SegmentationModule(net, config, source.classes)
+    trainer = build_trainer(config, source)
+    trainer.callbacks += callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.fit(module, datamodule=SegmentationData(source, config, net), ckpt_path=resume, weights_only=True)
+    return torch.load(Path(config.run_dir) / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def logged_losses(run_dir: Path) -> dict[str, float]:
+    """The training loss of every step that a run's log has one of, by the number of the step."""
+    with (run_dir / "logs" / "metrics.csv").open(newline="") as file:
+        return {row["step"]: float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+
+
+def assert_equal(found: Any, expected: Any, where: str = "") -> None:
+    """Nested dicts, lists, tensors and numbers are equal to the last bit."""
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert set(found) == set(expected), where
+        for key, value in expected.items():
+            assert_equal(found[key], value, f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_equal(found[index], value, f"{where}.{index}")
+    else:
+        assert found == expected, where

@@ -1,0 +1,205 @@
+"""Whatever names a class by a number names it by its id in the label files, for maps that are no offsets."""
+
+from __future__ import annotations
+
+import csv
+import json
+from importlib import import_module
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from test_server import SERVED, client, encoded, half_bright, mask_of
+
+from helpers.in_process import configured
+from semseg.build import build_net, open_predictor, restore_net
+from semseg.checkpoints.format import FORMAT_KEY, describe, read_checkpoint
+from semseg.data.classes import ClassTable, LabelMap
+from semseg.evaluation.evaluator import Evaluation, Speed
+from semseg.evaluation.metrics import Counts
+from semseg.evaluation.tables import findings_of, write_findings
+from semseg.export.onnx_runtime import description
+from semseg.modes import check
+from semseg.prediction import predictor
+from semseg.prediction.outputs import write_classes
+from semseg.prediction.predictor import Predictor
+from semseg.reports.comparison import compare, read_evaluations
+from semseg.serving import server
+
+pytestmark = pytest.mark.reliability
+
+MAPS = {
+    "far apart": ({7: 0, 11: 1, 26: 2}, [7, 11, 26]),
+    "several to one": ({7: 0, 8: 0, 26: 2, 11: 1, 3: 1}, [7, 3, 26]),
+    "permuted": ({1: 2, 2: 0, 3: 1}, [2, 3, 1]),
+    "16 bits": ({300: 1, 40_000: 0, 5: 2, 255: None}, [40_000, 300, 5]),
+}
+NAMES = ["road", "car", "sky"]
+
+
+@pytest.fixture(params=MAPS)
+def mapped(request: pytest.FixtureRequest) -> tuple[LabelMap, list[int]]:
+    ids, expected = MAPS[request.param]
+    return LabelMap(3, ignore=[0], ids=ids), expected
+
+
+def test_j1_the_smallest_of_several_ids_stands_for_a_class(mapped: tuple[LabelMap, list[int]]) -> None:
+    label_map, expected = mapped
+    assert label_map.class_ids == expected
+    assert label_map.to_raw(np.arange(3)).tolist() == expected
+    assert label_map(label_map.to_raw(np.arange(3)), "a.png").tolist() == [0, 1, 2]
+
+
+def test_j1_ids_that_are_not_scored_are_those_of_the_map_too() -> None:
+    label_map = LabelMap(2, ignore=[0, 9], ids={7: 0, 8: 1, 255: None, 3: None})
+    assert label_map.ignored_ids == [0, 3, 9, 255]
+    assert LabelMap(2, ignore=[0, 255]).ignored_ids == [0, 255]
+
+
+def test_j2_the_server_names_classes_by_the_ids_of_its_mask(mapped: tuple[LabelMap, list[int]]) -> None:
+    label_map, expected = mapped
+    asked = client(SERVED._replace(label_map=label_map))
+    assert [one["id"] for one in asked.get("/network").json()["classes"]] == expected
+    answer = asked.post("/predict", files={"image": encoded(half_bright())}).json()
+    assert {one["name"]: one["id"] for one in answer["classes"]} == {"dark": expected[0], "bright": expected[1]}
+    mask = np.asarray(mask_of(answer))
+    assert mask[0, 0] == expected[0] and mask[0, 7] == expected[1]
+
+
+def test_j2_predictions_are_written_by_the_ids(tmp_path: Path, mapped: tuple[LabelMap, list[int]]) -> None:
+    label_map, expected = mapped
+    classes = ClassTable.generated(NAMES)
+    ids = np.array([[0, 1, 2, 2]], np.int16)
+    probabilities = np.zeros((3, 1, 4), np.float16)
+    found = predictor.Result(np.zeros((1, 4, 3), np.uint8), ids, classes, label_map, probabilities)
+    assert found.label_ids.tolist() == [[expected[0], expected[1], expected[2], expected[2]]]
+    found.save(tmp_path, ["ids", "probabilities"], name="a")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a_ids.png")), found.label_ids)
+    assert np.load(tmp_path / "a_probabilities.npz")["ids"].tolist() == expected
+    write_classes(tmp_path / "classes.json", classes, label_map)
+    assert [row["id"] for row in json.loads((tmp_path / "classes.json").read_text())["classes"]] == expected
+
+
+def test_j2_evaluations_are_written_by_the_ids(tmp_path: Path, mapped: tuple[LabelMap, list[int]]) -> None:
+    label_map, expected = mapped
+    counts = Counts(torch.diag(torch.tensor([3, 4, 5])), 1)
+    evaluation = Evaluation([counts], None, [], Speed(1.0, {}))
+    found = findings_of(evaluation, ClassTable.generated(NAMES), "present", class_ids=label_map.class_ids)
+    # per_image.csv needs an image, which the scores of classes do not
+    with pytest.raises(IndexError):
+        write_findings(tmp_path, found, tmp_path, {})
+    rows = list(csv.DictReader((tmp_path / "per_class.csv").open()))
+    assert [(row["index"], row["id"]) for row in rows] == [(str(n), str(raw)) for n, raw in enumerate(expected)]
+    classes = json.loads((tmp_path / "metrics.json").read_text())["classes"]
+    assert [row["id"] for row in classes] == expected
+
+
+# ---- the whole way, mode by mode
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`net.ckpt`, and a data set of four images whose masks hold 7, 8, 300 and 26: classes 1, 1, 0 and 2."""
+    folder = tmp_path_factory.mktemp("ids")
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / "d" / name).mkdir(parents=True)
+    for number in range(4):
+        label = np.repeat([[7, 8, 300, 26]], 32, 0).repeat(8, 1).astype(np.uint16)
+        Image.fromarray(label).save(folder / f"d/masks/{number}.png")
+        pixels = np.stack([label % 251] * 3, -1).astype(np.uint8) + rng.integers(0, 5, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"d/images/{number}.png")
+    (folder / "classes.txt").write_text("\n".join(NAMES))
+    video = cv2.VideoWriter(str(folder / "v.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 5, (32, 32))
+    video.write(np.zeros((32, 32, 3), np.uint8))
+    video.release()
+    config = configured(*words(folder))
+    torch.manual_seed(0)
+    net = build_net(config.model, 3)
+    entry = {FORMAT_KEY: describe(config, ClassTable.generated(NAMES), net.convention)}
+    weights = {f"net.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"state_dict": weights, "epoch": 1, "global_step": 1} | entry, folder / "net.ckpt")
+    return folder
+
+
+IDS = [300, 7, 26]
+
+
+def words(folder: Path) -> list[str]:
+    return [
+        "data=folder", f"data.root={folder / 'd'}", f"data.classes={folder / 'classes.txt'}", "data.num_classes=3",
+        "data.map={7: 1, 8: 1, 300: 0, 26: 2, 255: null}", "data.short_edges=[32]", "eval.scales=[32]",
+        "model/encoder=resnet18", "model.encoder.weights=none", "model/decoder=c1", "trainer=cpu", "data.num_workers=0",
+    ]  # fmt: skip
+
+
+def run_mode(folder: Path, mode: str, name: str, *changes: str) -> Path:
+    """Run a mode in this process; returns its run folder."""
+    given = [f"ckpt={folder / 'net.ckpt'}", f"run_dir={folder / name}", "trainer=cpu", "data.num_workers=0", *changes]
+    import_module(f"semseg.modes.{mode}").run(configured(f"mode={mode}", *given), given)
+    return folder / name
+
+
+def opened(path: Path, *changes: str) -> Predictor:
+    given = [f"ckpt={path}", "trainer=cpu", *changes]
+    return open_predictor(configured("mode=serve", *given), given)
+
+
+def test_j3_every_mode_writes_the_same_ids(folder: Path) -> None:
+    image = folder / "d/images/0.png"
+    found = run_mode(folder, "predict", "p", f"input={image}", "predict.save=[ids]")
+    ids = np.asarray(Image.open(found / "0_ids.png"))
+    assert set(np.unique(ids)) <= set(IDS)
+    net = opened(folder / "net.ckpt")
+    assert np.array_equal(net.predict(image).label_ids, ids)
+    served = server.Served("", net.classes, net.label_map, lambda pixels: net.predict(pixels).ids)
+    answer = client(served).post("/predict", files={"image": image.read_bytes()}).json()
+    assert np.array_equal(np.asarray(mask_of(answer)), ids)
+    assert {one["id"] for one in answer["classes"]} == set(np.unique(ids).tolist())
+
+
+def test_j3_frames_of_a_video_hold_the_ids(folder: Path) -> None:
+    found = run_mode(folder, "predict", "v", f"input={folder / 'v.avi'}", "predict.save=[ids]")
+    assert set(np.unique(np.asarray(Image.open(found / "v/000000_ids.png")))) <= set(IDS)
+
+
+def test_j3_an_evaluation_names_its_classes_by_the_ids(folder: Path) -> None:
+    found = run_mode(folder, "eval", "e", *words(folder)[:5])
+    assert np.load(found / "confusion.npz")["ids"].tolist() == IDS
+    page = (found / "report.html").read_text()
+    assert all(f'data-value="{raw_id}">{raw_id}<' in page for raw_id in IDS)
+    with (found / "per_class.csv").open() as file:
+        assert [int(row["id"]) for row in csv.DictReader(file)] == IDS
+    (compared,) = read_evaluations([str(found)])
+    assert compare([compared]).class_ids == IDS
+
+
+def test_j3_an_exported_file_says_the_ids(folder: Path) -> None:
+    saved = read_checkpoint(folder / "net.ckpt")
+    about = description(saved, restore_net(saved))
+    assert about["label_ids"] == IDS and about["ignored_ids"] == [0, 255]
+
+
+@pytest.mark.slow
+def test_j3_an_exported_network_gives_the_same_ids(folder: Path) -> None:
+    run_mode(folder, "export", "x", f"output={folder / 'net.onnx'}", "export.score_images=0")
+    about = json.loads({i.key: i.value for i in onnx.load(folder / "net.onnx").metadata_props}["semseg"])
+    assert about["label_ids"] == IDS and about["ignored_ids"] == [0, 255]
+    image = folder / "d/images/0.png"
+    own, exported = (opened(folder / name).predict(image).label_ids for name in ("net.ckpt", "net.onnx"))
+    assert np.array_equal(own, exported)
+
+
+def test_j3_the_doctor_lists_classes_by_their_ids(folder: Path) -> None:
+    check.run(configured("mode=check", f"run_dir={folder / 'c'}", *words(folder)), words(folder))
+    found = json.loads((folder / "c/check.json").read_text())
+    assert [(row["name"], row["id"]) for row in found["classes"]] == list(zip(NAMES, IDS, strict=True))
+
+
+def test_j3_serve_and_python_follow_predict_format(folder: Path) -> None:
+    net = opened(folder / "net.ckpt", "predict.format=ade20k")
+    assert net.label_map.class_ids == [1, 2, 3]

@@ -1,0 +1,521 @@
+"""The page and the endpoint of mode=serve: by themselves, as a process of the real command line, and in a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import http.client
+import io
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import tomllib
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from numpy.typing import NDArray
+from PIL import Image
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import Message
+
+from helpers.browser import needs_browser
+from helpers.command_line import RUN, run
+from helpers.devtools import Tab, browser_tab
+from semseg.build import build_net
+from semseg.checkpoints.format import FORMAT_KEY, describe
+from semseg.config.compose import CONFIG_DIR, compose_config
+from semseg.config.schema import ServeConfig, check
+from semseg.data.classes import ClassTable, LabelMap
+from semseg.errors import ConfigError
+from semseg.modes import serve
+from semseg.serving import server
+from semseg.serving.server import FILES, HEADERS, Served, address_of, build_app, is_loopback, listen, read_upload
+
+CLASSES = ClassTable(("dark", "bright", "<b>other"), ((0, 0, 255), (255, 0, 0), (0, 255, 0)))
+SERVED = Served("a network", CLASSES, LabelMap(3), lambda image: (image[..., 0] >= 128).astype(np.int64))
+SMALL = ServeConfig(max_upload_mb=0.05, max_pixels=10_000)
+
+
+def client(served: Served = SERVED, config: ServeConfig = SMALL) -> TestClient:
+    return TestClient(build_app(served, config, ["testserver"]))
+
+
+def encoded(pixels: NDArray[np.uint8], kind: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def mask_of(answer: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(answer["mask"])))
+
+
+def half_bright() -> NDArray[np.uint8]:
+    """4 x 8 pixels, the right quarter white."""
+    image = np.zeros((4, 8, 3), np.uint8)
+    image[:, 6:] = 255
+    return image
+
+
+def noise(height: int, width: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes whose header announces 50000 x 50000 pixels."""
+    png = encoded(half_bright())
+    header = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+# ---- the answer
+
+
+def test_the_answer_has_the_size_the_classes_and_a_mask_of_their_ids() -> None:
+    answer = client().post("/predict", files={"image": ("a.png", encoded(half_bright()))}).json()
+    assert (answer["height"], answer["width"]) == (4, 8)
+    assert answer["classes"] == [
+        {"id": 1, "name": "dark", "colour": "#0000ff", "share": 0.75},
+        {"id": 2, "name": "bright", "colour": "#ff0000", "share": 0.25},
+    ]
+    mask = mask_of(answer)
+    assert mask.mode == "L" and np.asarray(mask).tolist() == [[1] * 6 + [2] * 2] * 4
+
+
+def test_ids_above_255_come_in_a_mask_of_16_bits() -> None:
+    served = SERVED._replace(label_map=LabelMap(3, first_id=300))
+    answer = client(served).post("/predict", files={"image": encoded(half_bright())}).json()
+    assert np.unique(np.asarray(mask_of(answer))).tolist() == [300, 301]
+
+
+def test_a_photo_is_answered_the_way_up_that_its_viewer_shows_it() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned right by a quarter when shown
+    photo = encoded(np.repeat(np.repeat(half_bright(), 8, 0), 8, 1), "JPEG", exif=exif)
+    answer = client().post("/predict", files={"image": photo}).json()
+    assert (answer["height"], answer["width"]) == (64, 32)
+    assert np.asarray(mask_of(answer))[:, 0].tolist() == [1] * 48 + [2] * 16
+
+
+def test_the_network_is_described_with_all_its_classes_and_the_limits() -> None:
+    answer = client().get("/network").json()
+    assert answer["name"] == "a network"
+    assert [one["id"] for one in answer["classes"]] == [1, 2, 3]
+    assert answer["classes"][2]["name"] == "<b>other"
+    assert (answer["max_upload_bytes"], answer["max_pixels"]) == (52428, 10_000)
+
+
+def test_the_openapi_description_names_the_form_and_no_page_loads_it_from_elsewhere() -> None:
+    with client() as asking:
+        form = asking.get("/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]["content"]
+        assert list(form["multipart/form-data"]["schema"]["properties"]) == ["image"]
+        assert asking.get("/docs").status_code == asking.get("/redoc").status_code == 404
+
+
+# ---- what is refused
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("upload", "status", "part"),
+    [
+        (b"", 400, "a.jpg: the file is empty"),
+        (b"<html>not an image</html>", 400, "a.jpg: is not an image in a known format"),
+        (encoded(noise(40, 40), "JPEG")[:900], 400, "a.jpg: the JPEG is truncated"),
+        (encoded(noise(40, 40))[:900], 400, "a.jpg: the PNG file is broken"),
+        (bomb(), 400, "a.jpg: the header announces"),
+        (encoded(np.zeros((101, 100, 3), np.uint8)), 400, "101 x 100 pixels, more than 10000 are not read"),
+        (bytes(60_000), 413, "larger than 0.05 MB"),
+    ],
+)
+def test_g8_a_bad_upload_is_refused_in_one_sentence(upload: bytes, status: int, part: str) -> None:
+    answer = client().post("/predict", files={"image": ("a.jpg", upload)})
+    assert answer.status_code == status
+    assert part in answer.json()["detail"] and "\n" not in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "part"),
+    [
+        ({"files": {"photo": b"x"}}, 422, "no file in the field 'image'"),
+        ({"files": {"image": (None, "text")}}, 422, "no file in the field 'image'"),
+        ({"data": {"image": "text"}}, 415, "Send a form (multipart/form-data)"),
+        ({}, 415, "Send a form (multipart/form-data)"),
+        ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "boundary"),
+        ({"files": [("image", b"x"), ("image", b"x")]}, 400, "Too many files"),
+    ],
+)
+def test_a_request_without_the_form_is_refused_in_one_sentence(content: Any, status: int, part: str) -> None:
+    answer = client().post("/predict", **content)
+    assert (answer.status_code, part in answer.json()["detail"]) == (status, True), answer.json()
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
+def test_another_method_is_refused(method: str) -> None:
+    answer = client().request(method, "/predict")
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
+    assert answer.json()["detail"] == f"/predict takes POST, not {method}."
+
+
+def test_a_long_file_name_is_cut_in_the_answer() -> None:
+    answer = client().post("/predict", files={"image": ("x" * 5000, b"y")})
+    assert len(answer.json()["detail"]) < 200
+
+
+def test_an_image_that_the_device_has_no_memory_for_is_refused() -> None:
+    def predict(image: NDArray[np.uint8]) -> NDArray[np.int64]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    answer = client(SERVED._replace(predict=predict)).post("/predict", files={"image": encoded(half_bright())})
+    assert (answer.status_code, answer.json()["detail"]) == (
+        413,
+        "The image does not fit into the memory of the device: send a smaller one.",
+    )
+
+
+def form_request(receive: Callable[[], Any]) -> Request:
+    headers = [(b"content-type", b"multipart/form-data; boundary=x")]
+    return Request({"type": "http", "method": "POST", "path": "/predict", "headers": headers, "app": None}, receive)
+
+
+@pytest.mark.reliability
+def test_g8_an_upload_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing_more() -> Message:
+        await asyncio.sleep(60)
+        raise AssertionError("was waited for")
+
+    monkeypatch.setattr(server, "UPLOAD_SECONDS", 0.05)
+    with pytest.raises(HTTPException, match="not complete") as caught:
+        asyncio.run(read_upload(form_request(nothing_more), 1000))
+    assert caught.value.status_code == 408
+
+
+@pytest.mark.reliability
+def test_g8_an_upload_is_read_no_further_than_the_limit() -> None:
+    given = 0
+
+    async def endless() -> Message:
+        nonlocal given
+        given += 100
+        start = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' if given == 100 else b""
+        return {"type": "http.request", "body": start.ljust(100, b"y"), "more_body": True}
+
+    with pytest.raises(HTTPException, match="larger than") as caught:
+        asyncio.run(read_upload(form_request(endless), 1000))
+    assert (caught.value.status_code, given) == (413, 1100)
+
+
+# ---- the queue
+
+
+def test_requests_over_the_queue_are_asked_to_come_back() -> None:
+    going_on = threading.Event()
+
+    def predict(image: NDArray[np.uint8]) -> NDArray[np.int64]:
+        assert going_on.wait(30)
+        return np.zeros(image.shape[:2], np.int64)
+
+    config = ServeConfig(queue=2)
+    with client(SERVED._replace(predict=predict), config) as asking, ThreadPoolExecutor(3) as threads:
+        files = {"image": encoded(half_bright())}
+        waiting = [threads.submit(asking.post, "/predict", files=files) for _ in range(3)]
+        first = next(as_completed(waiting))  # whichever came in last: the others wait for the event
+        refused = first.result()
+        assert refused.status_code == 503
+        assert refused.headers["Retry-After"] == "5"
+        assert refused.json()["detail"] == "2 images are waiting already: try again in a few seconds."
+        assert asking.get("/network").status_code == 200
+        going_on.set()
+        assert [one.result().status_code for one in waiting if one is not first] == [200, 200]
+        assert asking.post("/predict", files=files).status_code == 200
+
+
+# ---- what is served, and to whom
+
+
+@pytest.mark.parametrize("address", ["/", "/serve.js", "/network", "/nothing", "/predict"])
+def test_every_answer_has_the_security_headers_and_opens_nothing_to_other_sites(address: str) -> None:
+    answer = client().get(address, headers={"Origin": "http://elsewhere.example"})
+    assert {name: answer.headers[name] for name in HEADERS} == HEADERS
+    assert "unsafe" not in HEADERS["Content-Security-Policy"]
+    assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+
+
+def test_a_page_of_another_name_that_points_here_is_refused() -> None:
+    assert client().get("/", headers={"Host": "rebound.example"}).status_code == 400
+
+
+def test_the_served_files_are_part_of_the_package() -> None:
+    data = tomllib.loads((CONFIG_DIR.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for file, _ in FILES.values():
+        assert any(fnmatch(file, pattern) for pattern in data["semseg"]), file
+
+
+def test_the_missing_extra_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else object())
+    with pytest.raises(ValueError, match=r"^mode=serve needs uvicorn: pip install 'semseg\[demo\]'$"):
+        serve.require_extra()
+
+
+# ---- as a process
+
+
+class Process(NamedTuple):
+    """`python run.py mode=serve`, as it runs."""
+
+    process: subprocess.Popen[str]
+    said: str  # up to the line with its address
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def post(self, image: bytes) -> tuple[int, dict[str, Any]]:
+        """Status and answer of /predict."""
+        start = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        connection.request("POST", "/predict", start + image + b"\r\n--x--\r\n", headers)
+        answer = connection.getresponse()
+        status, content = answer.status, json.loads(answer.read())
+        connection.close()
+        return status, content
+
+    def memory(self) -> float:
+        """The most memory that was resident so far, MB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 1024
+
+
+def started(folder: Path, *words: str) -> Process:
+    command = [sys.executable, str(RUN), "mode=serve", "ckpt=net.ckpt", "trainer.accelerator=cpu", *words]
+    process = subprocess.Popen(
+        [*command, "serve.port=0"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if found := re.search(r"at http://([\d.]+):(\d+)", line):
+            return Process(process, said, found[1], int(found[2]))
+    raise AssertionError(said)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `net.ckpt`, a network of three classes, and `photo.png`, 60 x 90 pixels."""
+    folder = tmp_path_factory.mktemp("serve")
+    words = ["data=scenes", "model/encoder=resnet18", "model.encoder.weights=none", "model/decoder=c1"]
+    config = check(compose_config([*words, "eval.scales=[64]", "data.max_long_edge=128"]))
+    torch.manual_seed(0)
+    net = build_net(config.model, 3)
+    entry = {FORMAT_KEY: describe(config, CLASSES, net.convention)}
+    weights = {f"net.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"state_dict": weights, "epoch": 1, "global_step": 1} | entry, folder / "net.ckpt")
+    Image.fromarray(noise(60, 90)).save(folder / "photo.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Iterator[Process]:
+    process = started(folder, "run_dir=served", "serve.max_upload_mb=2")
+    yield process
+    process.process.terminate()
+    process.process.wait(30)
+
+
+@pytest.mark.slow
+def test_fifty_requests_at_once_all_succeed_in_the_memory_of_a_few(page: Process) -> None:
+    photo = encoded(noise(450, 600))  # 0.8 MB
+    for _ in range(4):
+        assert page.post(photo)[0] == 200
+    before = page.memory()
+    with ThreadPoolExecutor(50) as threads:
+        answers = list(threads.map(page.post, [photo] * 50))
+        after = page.memory()
+        answers += list(threads.map(page.post, [photo] * 50))
+    assert [status for status, _ in answers] == [200] * 100
+    assert len({answer["mask"] for _, answer in answers}) == 1
+    assert after - before < 60  # MB; fifty uploads are 40, fifty decoded images another 40, their logits much more
+    assert page.memory() - after < 25  # and the next fifty ask for nothing new
+
+
+def test_the_answer_of_the_process_is_that_of_the_network(page: Process, folder: Path) -> None:
+    status, answer = page.post((folder / "photo.png").read_bytes())
+    ids = np.asarray(mask_of(answer))
+    assert (status, ids.shape) == (200, (60, 90))
+    assert sum(one["share"] for one in answer["classes"]) == pytest.approx(1)
+    for one in answer["classes"]:
+        assert one["share"] == pytest.approx((ids == one["id"]).mean())
+    run(folder, "mode=predict", "ckpt=net.ckpt", "input=photo.png", "run_dir=predicted", "trainer.accelerator=cpu")
+    assert np.array_equal(ids, np.asarray(Image.open(folder / "predicted" / "photo_ids.png")))
+
+
+@pytest.mark.reliability
+def test_g8_an_endless_upload_is_refused_while_it_comes(page: Process) -> None:
+    with socket.create_connection((page.host, page.port), timeout=20) as connection:
+        head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+        connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode())
+        start = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        connection.sendall(b"%x\r\n%b\r\n" % (len(start), start))
+        for _ in range(40):  # of 64 KB: 2.5 MB of the 2 MB that are taken
+            connection.sendall(b"10000\r\n%b\r\n" % bytes(2**16))
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
+    with socket.create_connection((page.host, page.port), timeout=20) as connection:
+        announced = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n\r\n"
+        connection.sendall(announced.encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")  # with no byte of it sent
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    "path",
+    ["/../../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/web/index.html", "/serve.js/../net.ckpt",
+     "/..%5c..%5cnet.ckpt", "/net.ckpt", "/server.py", "/.hydra/config.yaml", "/%00", "/static/"],
+)  # fmt: skip
+def test_g8_no_path_but_those_of_the_page_is_served(page: Process, path: str) -> None:
+    connection = http.client.HTTPConnection(page.host, page.port, timeout=20)
+    connection.putrequest("GET", path, skip_host=True)
+    connection.putheader("Host", f"{page.host}:{page.port}")
+    connection.endheaders()
+    answer = connection.getresponse()
+    assert (answer.status, answer.read()) == (404, b'{"detail":"Not Found"}')
+
+
+@pytest.mark.reliability
+def test_g8_only_this_machine_reaches_the_page_unless_told_otherwise(page: Process) -> None:
+    assert page.host == "127.0.0.1" and "without a password" not in page.said
+    listening = Path("/proc/net/tcp").read_text()
+    assert re.findall(rf"(\w+):{page.port:04X} 00000000:0000 0A", listening) == ["0100007F"]  # 127.0.0.1
+
+
+def test_a_port_that_is_taken_and_a_host_that_is_not_here_are_told() -> None:
+    with listen(ServeConfig(port=0)) as door:
+        port = door.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"serve.port={port}: cannot be listened at \(Address already in use\)"):
+            listen(ServeConfig(port=port))
+    with pytest.raises(ConfigError, match=r"^serve.host=192.0.2.1 serve.port=0: cannot .* address of this machine"):
+        listen(ServeConfig(host="192.0.2.1", port=0))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "0.0.0.0"])
+def test_the_address_that_is_told_is_where_the_socket_is(host: str) -> None:
+    with listen(ServeConfig(host=host, port=0)) as door:
+        assert is_loopback(door) == (host != "0.0.0.0")
+        address = urlsplit(address_of(door))
+        socket.create_connection((str(address.hostname), address.port or 0), timeout=5).close()
+
+
+def test_other_hosts_are_warned_of_and_ctrl_c_ends_the_page_in_good_order(folder: Path) -> None:
+    page = started(folder, "run_dir=open", "serve.host=0.0.0.0")
+    assert page.said.splitlines()[0] == (
+        "serve.host=0.0.0.0: whoever reaches this machine can use the page, without a password."
+    )
+    assert page.post((folder / "photo.png").read_bytes())[0] == 200
+    page.process.send_signal(signal.SIGINT)
+    output, _ = page.process.communicate(timeout=30)
+    assert (page.process.returncode, output) == (0, "stopped.\n")
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def tab(page: Process, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    with browser_tab(tmp_path_factory.mktemp("browser")) as tab:
+        tab.resize(1280, 900)
+        yield tab
+
+
+def choose(tab: Tab, image: Path) -> None:
+    """Choose an image in the page's file field and wait for its result."""
+    tab.choose_file("#file", image)
+    tab.wait(f"document.getElementById('status').textContent.startsWith('{image.name}: 90 \u00d7 60 pixels')")
+
+
+@needs_browser
+def test_in_the_page_an_image_gets_its_overlay_legend_names_and_mask(page: Process, folder: Path, tab: Tab) -> None:
+    _, answer = page.post((folder / "photo.png").read_bytes())
+    ids, names = np.asarray(mask_of(answer)), {one["id"]: one["name"] for one in answer["classes"]}
+    tab.open(page.url)
+    assert tab.evaluate("document.getElementById('result').hidden")
+    choose(tab, folder / "photo.png")
+
+    drawn = tab.evaluate("[...document.getElementById('overlay').getContext('2d').getImageData(0, 0, 90, 60).data]")
+    overlay = np.array(drawn).reshape(60, 90, 4)
+    palette = np.vstack([np.zeros((1, 3), int), CLASSES.colours()])
+    is_inside = (overlay[..., :3] == palette[ids]).all(-1)  # not darkened as a border
+    assert is_inside.mean() > 0.5 and (overlay[..., 3] == 255).all()
+    assert (overlay[~is_inside][:, :3].max(-1) == 89).all()  # 0.35 of 255
+
+    rows = tab.evaluate("[...document.querySelectorAll('#legend tbody tr')].map((row) => row.innerText.split(/\\s+/))")
+    assert [row[0] for row in rows] == [one["name"] for one in answer["classes"]]
+    assert [row[1] for row in rows] == [f"{100 * one['share']:.1f}" for one in answer["classes"]]
+
+    for across, down in ((0.5, 0.5), (0.1, 0.9)):
+        tab.point("#view", across, down)
+        tab.wait("!document.getElementById('tip').hidden")
+        name = names[int(ids[int(down * 60), int(across * 90)])]
+        assert tab.evaluate("document.getElementById('tip').textContent") == name
+        assert tab.evaluate("document.querySelector('#legend .under th').innerText") == name
+
+    tab.evaluate("Object.assign(at('opacity'), {value: 25}).dispatchEvent(new Event('input'))")
+    assert tab.evaluate("at('overlay').style.opacity") == "0.25"
+
+    tab.download("#download", folder)
+    assert np.array_equal(np.asarray(Image.open(folder / "photo_ids.png")), ids)
+
+
+@needs_browser
+def test_the_page_asks_nobody_but_its_own_server_and_complains_of_nothing(
+    page: Process, folder: Path, tab: Tab
+) -> None:
+    tab.open(page.url)
+    choose(tab, folder / "photo.png")
+    assert f"{page.url}/predict" in tab.requests
+    assert all(url.startswith((f"{page.url}/", f"blob:{page.url}/", "about:")) for url in tab.requests), tab.requests
+    assert tab.errors == []
+
+
+@needs_browser
+def test_on_a_phone_the_page_is_as_wide_as_the_window(page: Process, folder: Path, tab: Tab) -> None:
+    tab.resize(390, 844)
+    tab.open(page.url)
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    choose(tab, folder / "photo.png")
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    tab.resize(1280, 900)
+
+
+@needs_browser
+def test_the_page_says_what_the_server_says_of_a_bad_upload(page: Process, folder: Path, tab: Tab) -> None:
+    (folder / "notes.png").write_text("no image")
+    (folder / "large.png").write_bytes(bytes(3_000_000))
+    tab.open(page.url)
+    for name, message in (("notes.png", "is not an image in a known format"), ("large.png", "larger than the 2 MB")):
+        tab.choose_file("#file", folder / name)
+        tab.wait(f"document.getElementById('status').textContent.includes('{name}: {message}')")
+        assert tab.evaluate("document.getElementById('status').className") == "wrong"

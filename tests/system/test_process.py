@@ -1,0 +1,211 @@
+"""What every process does first, in processes of a few lines: parents that go, signals, streams."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers.command_line import RUN
+from semseg.errors import INTERRUPTED, TERMINATED
+from semseg.system import process
+from semseg.system.process import SUPERVISOR, SWEEP, StopRequest, lead_sweep, stop_now, sweep_is_gone
+
+ROOT = RUN.parent
+CHILD = "import time; from semseg.system.process import prepare; prepare(); print('on', flush=True); time.sleep(60)"
+
+
+def python(code: str, *, environment: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **(environment or {})}, text=True, **options
+    )
+
+
+def is_there(number: int) -> bool:
+    """Whether a process runs; one that nobody has waited for does not."""
+    return bool(process.birth(number))
+
+
+def ends(number: int, within: float) -> bool:
+    deadline = time.monotonic() + within
+    while is_there(number) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if is_there(number):
+        os.kill(number, signal.SIGKILL)
+        return False
+    return True
+
+
+# ---- ending with the parent
+
+
+@pytest.mark.reliability
+def test_e7_a_child_whose_parent_is_gone_already_ends_before_it_does_anything() -> None:
+    child = python(CHILD, environment={SUPERVISOR: "1"}, stdout=subprocess.PIPE)  # our parent is another one
+    assert child.communicate(timeout=20)[0] == ""
+    assert child.returncode == -signal.SIGKILL
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("delay", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("fails", [False, True], ids=["prctl", "watching"])
+def test_e7_a_child_ends_with_its_parent_at_any_moment(delay: float, *, fails: bool) -> None:
+    """`fails`: on a system that cannot send a signal when a parent dies."""
+    blind = "from semseg import process; process.ask_for_death_signal = lambda: False; " if fails else ""
+    start = (
+        "import os, subprocess, sys, time;"
+        f"os.environ[{SUPERVISOR!r}] = str(os.getpid());"
+        f"child = subprocess.Popen([sys.executable, '-c', {blind + CHILD!r}], start_new_session=True);"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = python(start, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    time.sleep(delay)
+    parent.kill()
+    parent.wait()
+    assert ends(child, within=5)
+    parent.stdout.close()
+
+
+@pytest.mark.reliability
+def test_e7_what_a_child_starts_is_not_taken_for_a_child_of_the_supervisor() -> None:
+    grandchild = f"import os; print({SUPERVISOR!r} in os.environ)"
+    code = (
+        "import subprocess, sys; from semseg.system.process import prepare, is_supervised; prepare();"
+        f"print(is_supervised(), flush=True); subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    )
+    child = python(code, environment={SUPERVISOR: str(os.getpid())}, stdout=subprocess.PIPE)
+    assert child.communicate(timeout=20)[0].split() == ["True", "False"]
+
+
+@pytest.mark.reliability
+def test_e7_a_launcher_s_process_knows_whether_its_sweep_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SWEEP, raising=False)
+    assert not sweep_is_gone()  # there is none
+    lead_sweep()
+    assert not sweep_is_gone()
+    host, _, birth = os.environ[SWEEP].split(" ")
+    ended = python("pass")
+    ended.wait()
+    for gone in (
+        f"{host} {ended.pid} {birth}",
+        f"{host} {os.getpid()} 1",
+    ):  # the number may be another process's by now
+        monkeypatch.setenv(SWEEP, gone)
+        assert sweep_is_gone()
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    assert not sweep_is_gone()  # the job is SLURM's
+    monkeypatch.delenv("SUBMITIT_EXECUTOR")
+    monkeypatch.setenv(SWEEP, f"elsewhere {ended.pid} 1")
+    assert not sweep_is_gone()  # cannot be told from here
+
+
+# ---- signals
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Nobody has asked this process to stop; the codes with which it would have ended at once."""
+    codes: list[int] = []
+    monkeypatch.setattr(process, "_was_asked", False)
+    monkeypatch.setattr(process, "leave_at_once", codes.append)
+    monkeypatch.setattr(process, "UNWIND_SECONDS", 1000)
+    return codes
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, INTERRUPTED, "interrupted."),
+        (signal.SIGHUP, TERMINATED, "stopped by SIGHUP."),
+        (signal.SIGTERM, TERMINATED, "stopped by SIGTERM."),
+    ],
+)
+def test_e8_a_signal_unwinds_and_the_second_ctrl_c_ends_at_once(
+    asked: list[int], capfd: pytest.CaptureFixture[str], number: int, code: int, line: str
+) -> None:
+    with pytest.raises(StopRequest) as request:
+        stop_now(number, None)
+    assert (request.value.code, request.value.number) == (code, number)
+    stop_now(signal.SIGTERM, None)  # a scheduler sends it to every process of a job, more than once
+    assert asked == []
+    stop_now(signal.SIGINT, None)
+    assert asked == [INTERRUPTED]
+    assert capfd.readouterr().err == f"{line}\n"
+
+
+@pytest.mark.reliability
+def test_e8_a_process_that_cannot_unwind_ends_all_the_same() -> None:
+    code = """
+import os, signal, time
+from semseg.system import process
+process.UNWIND_SECONDS = 0.5
+process.prepare()
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+Swallows()
+time.sleep(60)
+"""
+    child = python(code, stderr=subprocess.PIPE)
+    assert child.communicate(timeout=20)[1].startswith("interrupted.\n")
+    assert child.returncode == INTERRUPTED
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(("handling", "code"), [("SIG_DFL", TERMINATED), ("SIG_IGN", None)])
+def test_e8_nohup_is_respected(handling: str, code: int | None) -> None:
+    child = python(
+        CHILD, stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, getattr(signal, handling))
+    )
+    assert child.stdout is not None and child.stdout.readline() == "on\n"
+    child.send_signal(signal.SIGHUP)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=1 if code is None else 20)
+    assert child.returncode == code
+    child.kill()
+    child.communicate()
+
+
+# ---- streams
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&- <&-", "2>&1 | head -1", ">/dev/full"])
+def test_e9_a_stream_that_is_closed_or_full_costs_what_is_written_to_it(redirection: str) -> None:
+    command = f"{sys.executable} {RUN} --help {redirection}; echo ${{PIPESTATUS[0]}} >&9"
+    read, write = os.pipe()
+    ended = subprocess.run(
+        ["bash", "-c", command.replace("&9", f"&{write}")],
+        pass_fds=[write],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(write)
+    with os.fdopen(read) as codes:
+        assert codes.read() == "0\n"
+    assert "Traceback" not in ended.stderr + ended.stdout
+    lost = "warning: standard output cannot be written (No space left on device): what follows is lost.\n"
+    assert ended.stderr == (lost if redirection == ">/dev/full" else "")
+
+
+@pytest.mark.reliability
+def test_e9_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    code = (
+        "import sys; from semseg.system.process import prepare; prepare();"
+        f"file = open({str(tmp_path / 'result')!r}, 'w'); print('astray'); print('astray', file=sys.stderr);"
+        "print(sys.stdin.read() == '', sys.stdout.isatty(), file=file)"
+    )
+    subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" <&- >&- 2>&-'], cwd=ROOT, check=True, timeout=20)
+    assert (tmp_path / "result").read_text() == "True False\n"

@@ -1,0 +1,49 @@
+"""Packages import from lower ones only (pyproject.toml says which those are), and what starts fast imports no torch."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from importlinter.cli import lint_imports
+
+PACKAGE = Path(__file__).resolve().parent.parent / "semseg"
+HEAVY = {"torch", "torchvision", "torchmetrics", "pytorch_lightning"}
+# Read before a command is known to be right, or by processes that watch others: folders, and files of other folders.
+FAST = ("errors.py", "cli", "config", "reports", "storage", "system", "checkpoints/zoo.py", "modes/compare.py",
+        "modes/download.py", *(f"data/{name}.py" for name in (
+            "classes", "geometry", "headers", "orientation", "overlap", "plan", "records", "scenes", "seeding",
+            "sources", "store")))  # fmt: skip
+
+
+def imported_packages(path: Path) -> set[str]:
+    """Top-level packages that a file imports when it is loaded."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_packages_import_from_lower_ones_and_files_in_no_circle() -> None:
+    assert lint_imports(config_filename=str(PACKAGE.parent / "pyproject.toml")) == 0
+
+
+def test_what_starts_fast_imports_no_torch() -> None:
+    for name in FAST:
+        place = PACKAGE / name
+        assert place.exists(), name
+        for path in [place] if place.is_file() else place.rglob("*.py"):
+            assert not imported_packages(path) & HEAVY, path
+
+
+def test_importing_a_package_costs_nothing() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        assert not imported_packages(path) & HEAVY, path
+
+
+def test_the_root_of_the_package_holds_six_files() -> None:
+    files = {path.name for path in PACKAGE.glob("*.py")}
+    assert files == {"__init__.py", "build.py", "collate.py", "datamodule.py", "errors.py", "lit_module.py"}

@@ -1,0 +1,119 @@
+"""What a run says: in a terminal, in a pipe, and when it is told to be quiet."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from helpers.command_line import RUN, TINY, run
+from helpers.in_process import configured
+from semseg.evaluation.metrics import Scores
+from semseg.training.callbacks.console import TellValidation, config_tree, validation_table
+
+RUN_WORDS = [*TINY, "data.steps_per_epoch=3", "trainer.max_epochs=2"]
+
+
+def scores(mean_iou: float | None, iou: list[float | None]) -> Scores:
+    return Scores(0.75, mean_iou, 0.6, 0.5, 0.5, 0.5, iou, iou, iou, iou, [1] * len(iou), 3, [], "present")
+
+
+def text_of(printed: object, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(printed)
+    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def in_terminal(words: list[str], folder: Path) -> str:
+    """What a command prints to a terminal of 160 columns, without its colours."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"COLUMNS": "160", "TERM": "xterm-256color"}
+    command = [sys.executable, str(RUN), *words]
+    process = subprocess.Popen(command, cwd=folder, stdout=theirs, stderr=theirs, stdin=theirs, env=environment)
+    os.close(theirs)
+    printed = b""
+    while True:
+        try:
+            block = os.read(ours, 65536)
+        except OSError:  # the terminal is closed when the process ends
+            break
+        if not block:
+            break
+        printed += block
+    os.close(ours)
+    assert process.wait() == 0, printed.decode()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed.decode())
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_the_configuration_a_bar_and_a_table_per_validation(tmp_path: Path) -> None:
+    printed = in_terminal(RUN_WORDS, tmp_path)
+    assert printed.index("configuration") < printed.index("training") < printed.index("images/s")
+    assert re.search(r"epoch 2/2 .* 3/3 +[\d.]+ images/s +\d:\d\d:\d\d . \d:\d\d:\d\d", printed)
+    assert re.search(r"left: \d:\d\d:\d\d", printed) and "v_num" not in printed
+    for epoch in (1, 2):
+        assert printed.count(f"validation after epoch {epoch}/2") == 1
+    assert "weakest: " in printed and "best before" in printed
+
+
+@pytest.mark.slow
+def test_a_pipe_gets_plain_lines_and_quiet_says_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(RUN), *RUN_WORDS]
+    loud = subprocess.run([*command, "run_dir=loud"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "\x1b" not in loud.stdout and "\r" not in loud.stdout
+    lines = loud.stdout.splitlines()
+    assert (
+        sum(bool(re.fullmatch(r"epoch ./2  step 3/3  loss .* images/s  \d:\d\d:\d\d left", one)) for one in lines) == 2
+    )
+    assert sum(bool(re.fullmatch(r"epoch ./2  validation  mean IoU 0\.\d{4}  .*", one)) for one in lines) == 2
+
+    words = ["run_dir=quiet", "quiet=true", "after_training=[eval]"]
+    quiet = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert quiet.stdout == ""
+    assert all(line.startswith("warning: ") for line in quiet.stderr.splitlines()), quiet.stderr
+    assert (tmp_path / "quiet" / "checkpoints" / "best.ckpt").is_file()
+    assert (tmp_path / "quiet" / "eval" / "report.html").is_file()
+
+
+def test_quiet_leaves_errors_and_is_refused_where_there_is_nothing_else_to_do(tmp_path: Path) -> None:
+    assert "quiet=true: mode=models does nothing but print." in run(tmp_path, "mode=models", "quiet=true", code=2)
+    assert "nowhere.ckpt" in run(tmp_path, "mode=eval", "ckpt=nowhere.ckpt", "quiet=true", code=1)
+
+
+def test_the_tree_shows_what_training_reads_and_marks_what_was_given() -> None:
+    words = ["data=scenes", "optim.lr=0.5", "trainer.max_epochs=7"]
+    tree = config_tree(configured(*words), words)
+    printed = text_of(tree, 200)
+    assert "lr=0.5" in printed and "max_epochs=7" in printed and "given  data=scenes  optim.lr=0.5" in printed
+    assert "max_upload_mb" not in printed and "None" not in printed
+    bold = [
+        str(branch.label)[span.start : span.end]
+        for branch in tree.children
+        for span in branch.label.spans  # pyright: ignore[reportAttributeAccessIssue]
+        if span.style == "bold"
+    ]
+    assert [word.strip() for word in bold[:-1]] == ["0.5", "7"]
+
+
+def test_the_table_of_a_validation_names_the_weakest_classes() -> None:
+    names = ["sky", "tree", "car", "road", "sign", "person", "fence"]
+    iou = [0.9, 0.2, None, 0.8, 0.0, 0.3, 0.5]
+    printed = text_of(validation_table(scores(0.45, iou), 0.4, names, "validation after epoch 2/3"))
+    assert "0.4500" in printed and "0.4000" in printed
+    assert "weakest: sign 0.000, tree 0.200, person 0.300, fence 0.500, road 0.800" in printed
+    first = text_of(validation_table(scores(None, [None] * 7), None, names, "validation"))
+    assert "nan" not in first.lower() and "None" not in first
+
+
+def test_a_resumed_run_knows_the_best_score_before() -> None:
+    before, after = TellValidation(), TellValidation()
+    before.best = 0.25
+    after.load_state_dict(before.state_dict())
+    assert after.best == 0.25

@@ -1,0 +1,81 @@
+"""The moving average of the weights: its values, who sees it, and what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from helpers.in_process import TINY_RUN, configured, fit
+from semseg.checkpoints.format import read_checkpoint
+from semseg.config.schema import Config
+from semseg.training.callbacks.ema import MovingAverage
+
+WEIGHT = "net.decoder.conv_last.weight"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data") / "scenes"
+
+
+def run_of(root: Path, run_dir: Path, *words: str) -> Config:
+    scenes = ["data=scenes", f"data.root={root}", "data.make.num_train=4", "data.make.num_val=2"]
+    return configured(
+        *scenes, *TINY_RUN, "data.steps_per_epoch=4", "trainer.max_epochs=1", f"run_dir={run_dir}", *words
+    )
+
+
+class Watch(Callback):
+    """Keeps a weight after every step, and as validation sees it; saves a checkpoint in the middle of a validation."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+        self.validated: list[Tensor] = []
+        self.saved: dict[str, Any] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.steps.append(pl_module.state_dict()[WEIGHT].clone())
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.validated.append(pl_module.state_dict()[WEIGHT].clone())
+        path = Path(trainer.default_root_dir) / "middle.ckpt"
+        trainer.save_checkpoint(path)
+        self.saved = torch.load(path, weights_only=True)
+
+
+def test_the_average_follows_the_formula_and_is_what_is_validated_and_kept(root: Path, tmp_path: Path) -> None:
+    watch = Watch()
+    end = fit(run_of(root, tmp_path, "ema.decay=0.8", "ema.start_step=2"), watch)
+    average = watch.steps[1]  # step 2: the weights themselves
+    for weight in watch.steps[2:]:
+        average = 0.8 * average + 0.2 * weight
+    torch.testing.assert_close(end["state_dict"][WEIGHT], average)
+    assert torch.equal(end["current_model_state"][WEIGHT], watch.steps[-1])
+    assert all(torch.equal(seen, end["state_dict"][WEIGHT]) for seen in watch.validated)
+    best = read_checkpoint(tmp_path / "checkpoints" / "best.ckpt")
+    assert torch.equal(best.weights[WEIGHT.removeprefix("net.")], end["state_dict"][WEIGHT])
+
+
+def test_a_checkpoint_of_the_middle_of_a_validation_tells_weights_and_average_apart(root: Path, tmp_path: Path) -> None:
+    watch = Watch()
+    end = fit(run_of(root, tmp_path, "ema.decay=0.8"), watch)
+    for key in ("state_dict", "current_model_state"):
+        assert torch.equal(watch.saved[key][WEIGHT], end[key][WEIGHT]), key
+
+
+def test_statistics_of_normalisation_are_averaged_too(root: Path, tmp_path: Path) -> None:
+    end = fit(run_of(root, tmp_path, "ema.decay=0.8"))
+    name = "net.encoder.coarse.1.running_mean"
+    assert not torch.equal(end["state_dict"][name], end["current_model_state"][name])
+
+
+def test_without_a_decay_there_is_no_average(root: Path, tmp_path: Path) -> None:
+    assert "current_model_state" not in fit(run_of(root, tmp_path))
+    with pytest.raises(AssertionError):
+        MovingAverage(run_of(root, tmp_path).ema)

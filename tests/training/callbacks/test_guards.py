@@ -1,0 +1,289 @@
+"""Steps that must not reach the weights: NaN, infinite, too large for the memory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from helpers.in_process import TINY_RUN, assert_equal, configured, fit
+from semseg.build import build_net, build_trainer
+from semseg.config.compose import compose_config
+from semseg.config.schema import Config, check
+from semseg.data.batch import Batch
+from semseg.data.sources import DataSource
+from semseg.datamodule import SegmentationData
+from semseg.errors import SemsegError
+from semseg.lit_module import SegmentationModule
+from semseg.training.callbacks.guards import NonFiniteError, OutOfMemory, at_next_smaller_edge, first_nonfinite
+from semseg.training.losses import Loss
+
+RUN = [
+    "data=scenes", "data.make.num_train=4", "data.make.num_val=1", "data.batch_size=2", "data.short_edges=[32,48]",
+    "data.max_long_edge=200", "data.num_workers=0", "data.steps_per_epoch=3", "model/encoder=resnet18",
+    "model.encoder.weights=none", "model/decoder=c1", "eval.scales=[32]", "trainer=cpu", "trainer.max_epochs=1",
+]  # fmt: skip
+
+pytestmark = pytest.mark.reliability
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data") / "scenes"
+
+
+class Run:
+    """A run in this process: its module, and what was seen before every step."""
+
+    def __init__(self, config: Config) -> None:
+        pl.seed_everything(config.seed, verbose=False)
+        source = DataSource(config.data)
+        self.config = config
+        self.net = build_net(config.model, source.classes.num_classes)
+        self.module = SegmentationModule(self.net, config, source.classes)
+        self.trainer = build_trainer(config, source)
+        self.data = SegmentationData(source, config, self.net)
+
+    def fit(self) -> None:
+        self.trainer.fit(self.module, datamodule=self.data)
+
+
+def make(root: Path, run_dir: Path, *words: str) -> Run:
+    return Run(check(compose_config([*RUN, f"data.root={root}", f"run_dir={run_dir}", *words])))
+
+
+def spoil_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[dict[str, Tensor]]:
+    """Make the loss of some steps NaN; returns a list that gets the network's state at the start of every step."""
+    states: list[dict[str, Tensor]] = []
+    whole = SegmentationModule.loss_of
+
+    def spoilt(module: SegmentationModule, batch: Batch) -> Tensor:
+        states.append({name: value.clone() for name, value in module.net.state_dict().items()})
+        loss = whole(module, batch)
+        return loss * float("nan") if len(states) in steps else loss
+
+    monkeypatch.setattr(SegmentationModule, "loss_of", spoilt)
+    return states
+
+
+def test_d1_a_nan_loss_stops_the_run_and_tells_what_there_is_to_know(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = spoil_steps(monkeypatch, {2})
+    run = make(root, tmp_path)
+    with pytest.raises(NonFiniteError) as caught:
+        run.fit()
+    told = str(caught.value)
+    assert told.startswith("step 2: the loss is nan and the gradient's norm nan, at learning rates 0.0")
+    assert told.count(".jpg") == 2
+    assert len(states) == 2 and not list(tmp_path.glob("checkpoints/*"))
+    weights = dict(run.net.named_parameters())
+    assert all(torch.equal(value, states[1][name]) for name, value in weights.items())
+    saved = re.search(r"input=(\S+)", told)
+    assert saved is not None
+    content = torch.load(saved[1], weights_only=True)
+    assert content["step"] == 2
+    assert content["batches"][0]["image"].dtype == torch.uint8 and len(content["batches"][0]["paths"]) == 2
+
+
+def test_d1_a_skipped_step_changes_nothing_and_the_next_one_too_many_stops(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = spoil_steps(monkeypatch, {1, 3})
+    run = make(root, tmp_path, "trainer.max_nonfinite_steps=1")
+    with pytest.raises(NonFiniteError, match="step 3"):
+        run.fit()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())  # statistics too
+    assert any(not torch.equal(value, states[2][name]) for name, value in states[1].items())
+    assert len(list(tmp_path.glob("nonfinite/*.pt"))) == 2
+
+
+def test_d2_a_nan_score_is_never_the_best(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = pl.LightningModule.log
+    scores = iter([float("nan"), 0.25])
+
+    def with_scores(module: SegmentationModule, name: str, value: float, **options: object) -> None:
+        log(module, name, next(scores) if name == "val/miou" else value, **options)
+
+    monkeypatch.setattr(SegmentationModule, "log", with_scores)
+    run = make(root, tmp_path, "trainer.max_epochs=2", "data.steps_per_epoch=1")
+    run.fit()
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["epoch"] == 1
+
+
+LARGE = 64 * 64  # pixels of a canvas, at least, at a short edge of 48; at 32 it is smaller
+
+
+def no_memory_for_large(monkeypatch: pytest.MonkeyPatch, large: int = LARGE) -> list[int]:
+    """A device on which a canvas of `large` pixels does not fit; returns the numbers of pixels that were tried."""
+    tried: list[int] = []
+    whole = SegmentationModule.losses
+
+    def limited(module: SegmentationModule, batch: Batch, average: str) -> Loss:
+        tried.append(batch.image[0, 0].numel())
+        if tried[-1] >= large:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return whole(module, batch, average)
+
+    monkeypatch.setattr(SegmentationModule, "losses", limited)
+    return tried
+
+
+def test_d3_out_of_memory_is_told_with_sizes_and_keys(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_memory_for_large(monkeypatch)
+    with pytest.raises(OutOfMemory) as caught:
+        make(root, tmp_path, "data.short_edges=[48]").fit()
+    told = str(caught.value)
+    assert re.match(r"out of memory on a sub-batch of 2 images of \d+ x \d+ pixels \(\S+\.jpg, ", told)
+    assert all(key in told for key in ("data.batch_size", "data.max_long_edge", "data.short_edges", "20.00 GiB"))
+    assert "\n" not in told
+
+
+def test_d3_out_of_memory_in_evaluation_is_told_with_images_and_keys(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(root, tmp_path, "eval.scales=[32,64]")
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(type(run.net), "forward", full)
+    with pytest.raises(SemsegError, match=r"evaluating .*\.jpg at up to \d+ x \d+ pixels") as caught:
+        run.trainer.validate(run.module, datamodule=run.data, verbose=False)
+    assert "eval.batch_size" in str(caught.value) and "Tried to allocate 20.00 GiB" in str(caught.value)
+
+
+def test_d3_retry_runs_the_sub_batch_at_the_next_smaller_short_edge(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = no_memory_for_large(monkeypatch)
+    run = make(root, tmp_path, "trainer.on_oom=retry")
+    run.fit()
+    large = [pixels for pixels in tried if pixels >= LARGE]
+    assert run.module.oom_retries == len(large) > 0
+    assert len(tried) == 3 + len(large)
+
+
+def test_d3_a_sub_batch_that_does_not_fit_at_the_smaller_size_either_stops_the_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = no_memory_for_large(monkeypatch, large=0)  # and seed 1 draws the larger edge first
+    with pytest.raises(OutOfMemory, match=r"2 images of \d+ x \d+ pixels"):
+        make(root, tmp_path, "trainer.on_oom=retry", "data.short_edges=[32,64]", "seed=1").fit()
+    assert len(tried) == 2 and tried[1] < tried[0]
+
+
+def test_d3_memory_that_runs_out_in_the_backward_pass_is_handled_too(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = Tensor.backward
+    run = make(root, tmp_path, "trainer.on_oom=retry")
+    failures = 0
+
+    def failing(loss: Tensor) -> None:
+        nonlocal failures
+        backward(loss)
+        if run.module.batch.image[0, 0].numel() >= LARGE:
+            failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Tensor, "backward", failing)
+    run.fit()
+    assert run.module.oom_retries == failures > 0
+    assert run.trainer.global_step == 3
+
+
+def test_d3_with_accumulation_the_sub_batch_is_tried_before_its_gradient_meets_others(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = no_memory_for_large(monkeypatch)
+    run = make(root, tmp_path, "trainer.on_oom=retry", "trainer.accumulate_grad_batches=3")
+    run.fit()
+    assert run.module.oom_retries > 0 and run.trainer.global_step == 1
+    large = [place for place, pixels in enumerate(tried) if pixels >= LARGE]
+    # Every sub-batch of the first step is tried once, a large one again at its smaller size, and then trained on.
+    assert len(large) == run.module.oom_retries and len(tried) == 3 * 2 + len(large)
+    assert all(tried[place + 1] == tried[place + 2] < LARGE for place in large)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_d3_trying_a_sub_batch_trains_nothing(root: Path, tmp_path: Path, precision: str) -> None:
+    words = ["data=scenes", *TINY_RUN, "data.make.num_train=4", "data.make.num_val=1", f"data.root={root}"]
+    words += ["data.steps_per_epoch=6", "trainer.accumulate_grad_batches=3", "trainer.max_epochs=1"]
+    ends = {
+        policy: fit(
+            configured(*words, f"trainer.precision={precision}", f"trainer.on_oom={policy}", f"run_dir={run_dir}")
+        )
+        for policy, run_dir in (("retry", tmp_path / "retry"), ("stop", tmp_path / "stop"))
+    }
+    assert ends["stop"]["global_step"] == 2
+    assert_equal(ends["retry"]["state_dict"], ends["stop"]["state_dict"])
+    assert_equal(ends["retry"]["optimizer_states"], ends["stop"]["optimizer_states"])
+
+
+def test_the_largest_sub_batch_is_tried_before_the_first_step(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = no_memory_for_large(monkeypatch)
+    with pytest.raises(OutOfMemory, match="the largest possible sub-batch"):
+        make(root, tmp_path, "trainer.probe_memory=always").fit()
+    assert len(tried) == 1
+
+
+def test_trying_the_largest_sub_batch_trains_nothing(root: Path, tmp_path: Path) -> None:
+    ends = []
+    for probe in ("always", "never"):
+        run = make(root, tmp_path / probe, f"trainer.probe_memory={probe}")
+        run.fit()
+        ends.append(run.net.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_smaller_batch_holds_the_same_picture() -> None:
+    image = torch.zeros(1, 3, 64, 96, dtype=torch.uint8)
+    image[:, :, :60, :45] = 200
+    label = torch.full((1, 16, 24), -1)
+    label[:, :15, :23] = 1
+    label[:, :15, :12] = 0
+    batch = Batch(image, label, torch.tensor([[60, 90]]), ["a.jpg"])
+    smaller = at_next_smaller_edge(batch, [30, 60], size_divisor=32, label_stride=4)
+    assert smaller is not None
+    assert smaller.image.shape == (1, 3, 32, 64) and smaller.size.tolist() == [[30, 45]]
+    assert int(smaller.image[0, 0, 10, 10]) == 200 and int(smaller.image[0, 0, 10, 40]) == 0
+    assert smaller.label.shape == (1, 8, 16)
+    assert smaller.label[0, 0].tolist() == [0] * 6 + [1] * 6 + [-1] * 4
+    assert at_next_smaller_edge(smaller, [30, 60], size_divisor=32, label_stride=4) is None
+
+
+def test_the_first_layer_that_goes_wrong_is_named() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    image = torch.rand(1, 3, 4, 4)
+    assert first_nonfinite(net, image) is None
+    with torch.no_grad():
+        net[2].weight[0, 0] = float("inf")
+    culprit = first_nonfinite(net, image)
+    assert culprit is not None and (culprit.name, culprit.kind) == ("2", "Conv2d")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["syncbn=off"], ["syncbn.convention=published", "model/encoder=timm", "model.encoder.name=test_resnet"]],
+    ids=lambda words: words[-1],
+)
+def test_d6_one_image_whose_deepest_map_is_one_pixel_trains_with_pyramid_pooling(
+    root: Path, tmp_path: Path, words: list[str]
+) -> None:
+    small = ["data.batch_size=1", "data.short_edges=[16]", "data.max_long_edge=32", "data.steps_per_epoch=1"]
+    run = make(root, tmp_path, "model/decoder=ppm_deepsup", *small, *words, "model.encoder.weights=none")
+    weight = run.net.get_parameter("decoder.ppm.0.1.weight")  # behind the coarsest grid, which has one value a channel
+    before = weight.detach().clone()
+    run.fit()
+    assert run.module.batch.image.shape == (1, 3, 32, 32) and run.net.size_divisor == 32
+    assert torch.isfinite(weight).all() and not torch.equal(weight, before)

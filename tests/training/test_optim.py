@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.reference import golden
+from semseg.config.schema import OptimConfig, ScheduleConfig
+from semseg.nets.registry import build_segmenter
+from semseg.training.optim import build_optimizer, build_schedule, build_scheduler, decay_split, parameter_groups
+
+
+def test_poly_gives_the_published_rates_before_each_step() -> None:
+    reference = golden("lr_poly.json")
+    schedule = build_schedule(ScheduleConfig(name="poly", power=0.9), reference["max_iters"])
+    for step, rate in reference["before_step"].items():
+        assert reference["base_lr"] * schedule(int(step)) == pytest.approx(rate, abs=1e-9)
+    longer = build_schedule(ScheduleConfig(name="poly", power=0.9), 125000)
+    for step, rate in reference["before_step_125000"].items():
+        assert 0.02 * longer(int(step)) == pytest.approx(rate, abs=1e-9)
+
+
+def test_the_scheduler_sets_the_rate_of_step_n_before_step_n() -> None:
+    layer = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    scheduler = build_scheduler(optimizer, ScheduleConfig(power=1.0), total_steps=4)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_warm_up_rises_and_meets_the_schedule() -> None:
+    config = ScheduleConfig(name="poly_warmup", power=1.0, warmup_steps=10, warmup_factor=0.0)
+    schedule = build_schedule(config, 100)
+    assert schedule(0) == 0.0
+    assert schedule(5) == pytest.approx(0.5 * 0.95)
+    assert schedule(10) == pytest.approx(0.9)
+
+
+def test_cosine_ends_at_its_floor() -> None:
+    schedule = build_schedule(ScheduleConfig(name="cosine", min_factor=0.1), 100)
+    assert schedule(0) == pytest.approx(1)
+    assert schedule(50) == pytest.approx(0.55)
+    assert schedule(100) == pytest.approx(0.1)
+
+
+def test_only_weights_of_convolutions_and_linear_layers_decay() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    decay, free = decay_split(net)
+    assert {id(p) for p in decay} == {id(net[0].weight), id(net[2].weight)}
+    assert len(free) == 4
+
+
+def test_groups_have_the_published_numbers_of_elements() -> None:
+    net = build_segmenter("resnet18", "c1", 150, {"output_stride": 8}, {"deep_supervision": True})
+    groups = {group["name"]: group for group in parameter_groups(net, OptimConfig())}
+    count = {name: sum(p.numel() for p in group["params"]) for name, group in groups.items()}
+    assert count == {
+        "encoder": 11_314_880,
+        "encoder_no_decay": 10_112,
+        "decoder": 923_136,
+        "decoder_no_decay": 812,
+    }
+    assert groups["encoder"]["weight_decay"] == 1e-4
+    assert groups["decoder_no_decay"]["weight_decay"] == 0.0
+
+
+def test_lr_sets_both_rates_and_each_can_be_set_alone() -> None:
+    net = build_segmenter("resnet18", "c1", 5, {}, {})
+    rates = {g["name"]: g["lr"] for g in build_optimizer(net, OptimConfig(lr=0.1, lr_decoder=0.5)).param_groups}
+    assert rates["encoder"] == rates["encoder_no_decay"] == 0.1
+    assert rates["decoder"] == rates["decoder_no_decay"] == 0.5
+
+
+def test_adamw_takes_its_own_settings() -> None:
+    net = build_segmenter("resnet18", "c1", 5, {}, {})
+    optimizer = build_optimizer(net, OptimConfig(name="adamw", lr=1e-4, momentum=0.8, weight_decay=0.05))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.999)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("encoder", "stages"), [("resnet18", 5), ("mobilenetv2", 18), ("torchvision", 5), ("hrnetv2", 8)]
+)
+def test_layer_decay_slows_the_encoder_stage_by_stage_towards_its_input(encoder: str, stages: int) -> None:
+    options = {"name": "resnet18"} if encoder == "torchvision" else {}
+    with torch.device("meta"):
+        net = build_segmenter(encoder, "c1", 5, options, {})
+    groups = parameter_groups(net, OptimConfig(lr=0.1, layer_decay=0.5, weight_decay=0.01))
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates["encoder"] == rates["decoder"] == 0.1
+    assert rates["encoder_-1"] == pytest.approx(0.05)
+    assert min(rates.values()) == pytest.approx(0.1 * 0.5 ** (stages - 1))
+    named = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(named) == sorted(id(parameter) for parameter in net.parameters())
+    stem = next(group for group in groups if group["lr"] == min(rates.values()))
+    assert any(parameter is next(net.encoder.parameters()) for parameter in stem["params"])
