@@ -152,7 +152,7 @@ def test_c31_unusual_suffixes_are_found_and_the_rest_is_counted_in_one_line(tmp_
         assert part in line
     found = source(tmp_path)
     records, problems = found.survey("train")
-    notices = file_notices(ScannedSplit("train", records[:0], [], problems, found.unused("train")))
+    notices = file_notices(ScannedSplit("train", records[:0], [], problems, unused=found.unused("train")))
     assert (line in [notice.text for notice in notices]) and "\n" not in line
 
 

@@ -45,6 +45,7 @@ CALLS = {
 VALUES: dict[str, tuple[Any, ...]] = {
     "probabilities": (False, True), "scales": ([32], (24, 32)), "flip": (False, True), "window": (None, 24),
     "stride": (None, 16), "max_long_edge": (64, 24), "size_divisor": (None, 16), "memory_limit_mb": (16, 1024),
+    "max_pixels": (10**6, 10**7),
     "opacity": (0, 0.6, 1), "legend": (False, True), "device": ("cpu", None),
     "outputs": (["ids"], ["ids", "color", "overlay", "panel", "probabilities"]), "name": ("photo",),
 }  # fmt: skip

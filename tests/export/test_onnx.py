@@ -412,7 +412,7 @@ HOSTILE = {
     "target": (with_entry("config.logger.x", {"_target_": "os.system"}), "_target_=os.system: not allowed"),
     "interpolation": (with_entry("config.data.root", "${oc.env:HOME}"), "saved configuration is not plain data"),
     "another format": (with_entry("format", 99), "format 99"),
-    "no classes": (with_entry("classes", 5), "not a network that mode=export has written"),
+    "no classes": (with_entry("classes", 5), "its description is damaged"),
     "list": (with_entry("size_divisor", []), "not a network that mode=export has written"),
     "stride": (with_entry("label_stride", 0), "strides 32 and 0 do not go together"),
 }
