@@ -199,7 +199,9 @@ ENTRY_POINTS: dict[str, Callable[[Path], object]] = {
     "a file before torch 1.6": lambda folder: load_weights(folder / "old.pth"),
     "a download": in_cache,
     "Trainer.fit(ckpt_path)": lambda folder: AtomicCheckpointIO().load_checkpoint(CKPT.format(f=folder)),
-    "where a run is": lambda folder: read_run_state(Path(CKPT.format(f=folder)), check(compose_config([])), has_val=True),
+    "where a run is": lambda folder: read_run_state(
+        Path(CKPT.format(f=folder)), check(compose_config([])), has_val=True
+    ),
 }
 
 
