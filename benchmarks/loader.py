@@ -31,10 +31,10 @@ from semseg.data.classes import LabelMap
 from semseg.data.datasets import TrainDataset
 from semseg.data.geometry import Size, canvas_size, label_size, scaled_size
 from semseg.data.label_cache import LabelCache
+from semseg.data.loaders import WatchedLoader
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.data.scenes import draw_scene
-from semseg.datamodule import WatchedLoader
 from semseg.evaluation.metrics import ConfusionMatrix, confusion_counts
 
 SHORT_EDGES = (300, 375, 450, 525, 600)

@@ -15,8 +15,9 @@ from semseg.config.preprocessing import CONVENTIONS
 from semseg.config.schema import Config, check
 from semseg.data.batch import Batch
 from semseg.data.datasets import EvalSample
+from semseg.data.loaders import SubBatchLoader
 from semseg.data.sources import DataSource
-from semseg.datamodule import SegmentationData, SubBatchLoader
+from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError, DataError
 from semseg.nets.segmenter import Segmenter
 

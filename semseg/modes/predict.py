@@ -19,8 +19,8 @@ from semseg.build import open_predictor, tell
 from semseg.checkpoints.zoo import DEMONSTRATION
 from semseg.config.schema import Config
 from semseg.data.images import read_image
+from semseg.data.loaders import WatchedLoader
 from semseg.data.store import Unused
-from semseg.datamodule import WatchedLoader
 from semseg.errors import DataError
 from semseg.prediction.inputs import Input, find_inputs
 from semseg.prediction.outputs import array_on_disk, write_classes, write_outputs

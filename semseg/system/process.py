@@ -139,6 +139,12 @@ def take_signals() -> None:
                 signal.signal(number, stop_now)
 
 
+def leave_signals_to_the_parent(worker: int) -> None:
+    """In a worker of a loader: a signal to the whole job is for the process that trains; workers end with it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def heeded_signals() -> list[signal.Signals]:
     """The signals that ask this process to stop."""
     is_nohup = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from semseg.data import shared_slots
 from semseg.data.batch import Batch
+from semseg.data.loaders import AHEAD, WatchedLoader
 from semseg.data.shared_slots import Exchange, Slot, received, sent
-from semseg.datamodule import AHEAD, WatchedLoader
 
 COUNT = 40
 
@@ -144,7 +144,7 @@ def test_memory_is_taken_for_what_is_sent_alone() -> None:
 LEAVE = """
 import torch
 from torch.utils.data import TensorDataset
-from semseg.datamodule import WatchedLoader
+from semseg.data.loaders import WatchedLoader
 
 data = TensorDataset(torch.arange(100))
 items = iter(WatchedLoader(data, lambda _: [], 60, batch_size=None, num_workers=2))

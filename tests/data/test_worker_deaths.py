@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 
 from helpers.command_line import RUN, TINY
 from semseg.data import shared_slots
+from semseg.data.loaders import WatchedLoader, workers_of
 from semseg.data.scenes import make_scenes
-from semseg.datamodule import WatchedLoader, workers_of
 from semseg.errors import DataError
 from semseg.system.process import birth
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from helpers.command_line import run_script
-from semseg.datamodule import WatchedLoader, end
+from semseg.data.loaders import WatchedLoader, end
 from semseg.errors import ConfigError, DataError, SemsegError
 
 pytestmark = pytest.mark.reliability

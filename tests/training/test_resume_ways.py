@@ -23,7 +23,8 @@ from helpers.in_process import TINY_RUN, configured, fit
 from semseg.config.schema import Config, SplitConfig
 from semseg.data.batch import Batch
 from semseg.datamodule import SegmentationData
-from semseg.training.callbacks.stop import STOP_SIGNALS, StoppedError
+from semseg.system.process import STOP_SIGNALS
+from semseg.training.callbacks.stop import StoppedError
 from semseg.training.optim import poly
 from semseg.training.resume import read_run_state
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from semseg.errors import SemsegError
-from semseg.system.process import STOP_SIGNALS, heeded_signals, stop_now, stopped_code
+from semseg.system.process import heeded_signals, stop_now, stopped_code
 
 
 class StoppedError(SemsegError):
@@ -45,12 +45,6 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         signal.signal(signal.SIGINT, stop_now)
-
-
-def leave_signals_to_the_parent(worker: int) -> None:
-    """In a worker of a loader: a signal to the whole job is for the process that trains; workers end with it."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def requeue(number: int, *, is_first_rank: bool) -> str | None:

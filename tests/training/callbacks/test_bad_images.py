@@ -20,11 +20,13 @@ from helpers.in_process import TINY_RUN, configured, fit
 from semseg import datamodule
 from semseg.collate import collate
 from semseg.config.schema import Config
+from semseg.data import loaders
 from semseg.data.datasets import EvalDataset, TrainDataset
+from semseg.data.loaders import WatchedLoader
 from semseg.data.overlap import overlap
 from semseg.data.plan import SubBatch
 from semseg.data.sources import DataSource
-from semseg.datamodule import SegmentationData, WatchedLoader
+from semseg.datamodule import SegmentationData
 from semseg.errors import DataError
 from semseg.modes import eval as evaluate
 from semseg.modes import train
@@ -203,7 +205,7 @@ def test_c17_a_worker_that_dies_or_hangs_is_told_with_the_image_in_its_hands(
 
 
 def test_c17_a_long_wait_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datamodule, "TELL_S", 0.5)
+    monkeypatch.setattr(loaders, "TELL_S", 0.5)
     loader = WatchedLoader(Trouble(kills=False), lambda number: [f"{number}.jpg"], 2.5, batch_size=None, num_workers=1)
     with pytest.warns(UserWarning, match=r"waiting for 2\.jpg since \d s") as told, pytest.raises(DataError):
         list(loader)
@@ -221,7 +223,7 @@ def test_c17_without_the_shared_memory_that_workers_need_there_are_none(
     assert data.train_dataloader().num_workers == 2
     monkeypatch.setattr(datamodule, "free_shared_memory", lambda: needed - 1)
     assert data.train_dataloader().num_workers == 2  # as forks they need none
-    monkeypatch.setattr(datamodule.handover, "is_possible", lambda: False)
+    monkeypatch.setattr(datamodule.shared_slots, "is_possible", lambda: False)
     with pytest.warns(UserWarning, match="images are read without workers.*--shm-size"):
         assert data.train_dataloader().num_workers == 0
     needed = 2 * 2 * data.largest_sample(data.source.records("val"))
