@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from semseg.system.text import lines_printable
 
 FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and last words of ranks that raised
 LAST_WORDS = "SEMSEG_LAST_WORDS"  # file, in the environment of every rank and every job of a sweep
+MESSAGE_MARK = "\nmessage:\n"  # in that file, between the traceback and the message alone
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 3.0  # between asking a rank to end and ending it
 STOP_SECONDS = 30.0  # for ranks that were asked to stop: they write a checkpoint first
@@ -255,7 +257,7 @@ def _first_failure(codes: list[int | None], folder: Path) -> Failure:
     first = min(spoken, key=lambda path: path.stat().st_mtime_ns)
     rank = words.index(first)
     exit_code, _, text = first.read_text().partition("\n")
-    return Failure(rank, text.strip().splitlines()[-1], _where(folder, rank), int(exit_code))
+    return Failure(rank, message_in_last_words(text), _where(folder, rank), int(exit_code))
 
 
 def _pass_on(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> None:
@@ -366,5 +368,13 @@ def leave_last_words(error: BaseException, exit_code: int) -> None:
     if path is None:
         return
     text = "".join(traceback.format_exception(error))
-    Path(f"{path}.new").write_text(f"{exit_code}\n{text}")
+    message = "".join(traceback.format_exception_only(error))  # may have several lines
+    Path(f"{path}.new").write_text(f"{exit_code}\n{text}{MESSAGE_MARK}{message}")
     Path(f"{path}.new").replace(path)
+
+
+def message_in_last_words(text: str) -> str:
+    """The whole message of the error in a file of last words; its last line where the message is not marked."""
+    _, is_marked, message = text.rpartition(MESSAGE_MARK)
+    message = message.strip() if is_marked else text.strip().splitlines()[-1]
+    return re.sub(r"^semseg\.[\w.]+: ", "", message)  # our errors need no name

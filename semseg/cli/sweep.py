@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 import signal
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from semseg.cli.supervise import Ended, run_alone
+from semseg.cli.supervise import Ended, message_in_last_words, run_alone
 from semseg.errors import STOPPED_CODES
 from semseg.reports.sweep_page import duration, score_words, write_sweep_page
 from semseg.storage.atomic import from_here, replacing
@@ -81,7 +80,7 @@ def last_words(run_dir: Path) -> str:
         text = (run_dir / LAST_WORDS_FILE).read_text(encoding="utf-8")
     except OSError:
         return ""
-    return re.sub(r"^semseg\.[\w.]+: ", "", text.strip().splitlines()[-1])  # our errors need no name
+    return " ".join(message_in_last_words(text).split())
 
 
 def conclude(sweep_dir: Path, command: str) -> int:

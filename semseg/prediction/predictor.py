@@ -200,6 +200,8 @@ class Predictor:
 
 def to_pixels(picture: Picture, max_pixels: int = MAX_PIXELS) -> Pixels:
     """(H, W, 3) uint8 RGB of whatever holds a picture; see `Predictor.predict`."""
+    if isinstance(picture, Tensor | np.ndarray) and 0 in picture.shape:
+        raise ValueError(f"the picture has no pixels: its shape is {tuple(picture.shape)}")
     if isinstance(picture, str | Path):
         return read_image(picture, upright=True, max_pixels=max_pixels)
     if isinstance(picture, Image.Image):

@@ -71,6 +71,14 @@ def test_the_first_to_fail_is_named_not_the_one_that_noticed(tmp_path: Path, cap
     assert "rank 1 of 2 failed: ValueError: a damaged image" in capfd.readouterr().err
 
 
+def test_a_message_of_several_lines_is_reported_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    error = "from semseg.errors import DataError\n" + SPEAK.replace("ValueError", "DataError").replace(
+        "a damaged image", "two problems:\\n  a.png\\n  b.png"
+    )
+    job(tmp_path, 1, error + "sys.exit(1)", WAIT)
+    assert "error: rank 1 of 2 failed: two problems:\n  a.png\n  b.png\n" in capfd.readouterr().err
+
+
 def test_a_killed_rank_is_named_even_if_the_other_spoke_of_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -243,3 +243,9 @@ def test_a_file_that_is_no_video_is_named(tmp_path: Path) -> None:
 def test_importing_the_package_loads_no_torch() -> None:
     code = "import semseg, sys; assert 'torch' not in sys.modules and callable(semseg.load)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_picture_without_pixels_is_refused_in_a_sentence(net: Predictor) -> None:
+    for empty in (np.zeros((0, 0, 3), np.uint8), torch.zeros(3, 0, 5, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"the picture has no pixels: its shape is \("):
+            net.predict(empty)
