@@ -14,7 +14,6 @@ from semseg.config.schema import Config
 from semseg.errors import ConfigError
 from semseg.prediction.predictor import Predictor
 from semseg.reports.draw import Pixels
-from semseg.system.process import StopRequest
 
 EXTRA = ("fastapi", "uvicorn", "python_multipart")  # modules of semseg[demo]
 LOOPBACK_NAMES = ["localhost", "127.0.0.1", "::1", "[::1]"]
@@ -37,12 +36,14 @@ def run(config: Config, overrides: list[str]) -> None:
         if not is_loopback(door):
             print(f"serve.host={config.serve.host}: whoever reaches this machine can use the page, without a password.")
         print(f"serving {predictor.source} at {address_of(door)} (Ctrl-C to stop)", flush=True)
+        # The server ends in good order on Ctrl-C and then passes it on.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             run_server(app, door)
-        except StopRequest as stop:
-            if stop.number != signal.SIGINT:
-                raise
+        except KeyboardInterrupt:
             print("stopped.")
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def require_extra() -> None:

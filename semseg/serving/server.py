@@ -499,7 +499,7 @@ def run_server(app: ASGIApp, door: socket.socket) -> None:
     """Serve until Ctrl-C or SIGTERM, and let requests under way finish for a few seconds.
 
     Raises:
-        StopRequest: after the signal, if that is how the program takes it.
+        KeyboardInterrupt: after Ctrl-C, where Python's own handler is installed.
     """
     options = uvicorn.Config(
         app,
