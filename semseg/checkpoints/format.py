@@ -34,6 +34,13 @@ FOLDER = "checkpoints"  # inside a run folder
 SAFETENSORS = ".safetensors"
 # What a run did whose configuration lacks a key, where the default of that key does something else.
 BEFORE = {"data": {"decode": "exact"}, "model": {"encoder": {"frozen": False}}}
+# The names of loggers in the configurations of earlier versions, and where these classes are now.
+MOVED_TARGETS = {
+    "semseg.csv_log.CSVLog": "semseg.training.loggers.csv.CSVLog",
+    "semseg.loggers.TensorBoard": "semseg.training.loggers.external.TensorBoard",
+    "semseg.loggers.WandB": "semseg.training.loggers.external.WandB",
+    "semseg.loggers.MLflow": "semseg.training.loggers.external.MLflow",
+}
 NET_PREFIX = "net."  # of the network's weights in the Lightning state dict
 
 
@@ -180,7 +187,8 @@ def from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch: Any, s
         raise CheckpointError(f"{path}: its saved configuration is not plain data.")
     try:
         # Merged over itself, since the order of keys is part of what converting gives back.
-        config = check(DictConfig(OmegaConf.merge(entry["config"], BEFORE, entry["config"])))
+        merged = DictConfig(OmegaConf.merge(entry["config"], BEFORE, entry["config"]))
+        config = check(update_saved_config(merged))
     except ConfigError as error:
         raise CheckpointError(f"{path}: its saved configuration does not fit this version: {error}") from None
     except Exception as error:  # OmegaConf's, for whatever is no configuration
@@ -194,6 +202,16 @@ def from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch: Any, s
             f"{path}: it names {classes.num_classes} classes, but its data.num_classes is {config.data.num_classes}."
         )
     return SavedNetwork(str(path), weights, config, classes, convention, epoch, step)
+
+
+def update_saved_config(config: DictConfig) -> DictConfig:
+    """The configuration of an earlier version in the names of this one; changes `config`."""
+    loggers = OmegaConf.select(config, "logger")
+    for section in loggers.values() if isinstance(loggers, DictConfig) else ():
+        target = str(section.get("_target_")) if isinstance(section, DictConfig) else ""
+        if target in MOVED_TARGETS:
+            section["_target_"] = MOVED_TARGETS[target]
+    return config
 
 
 def write_ckpt(path: Path, saved: SavedNetwork) -> None:

@@ -12,7 +12,8 @@ from golden.make_checkpoint import run_of
 
 from helpers.in_process import fit, logged_losses
 from helpers.reference import GOLDEN
-from semseg.checkpoints.format import FORMAT_VERSION, read_checkpoint
+from semseg.checkpoints.format import FORMAT_VERSION, MOVED_TARGETS, read_checkpoint
+from semseg.config.schema import ALLOWED_TARGETS
 from semseg.errors import ConfigError
 from semseg.training.resume import Position, check_same_run, read_run_state
 
@@ -62,3 +63,9 @@ def test_a12_the_network_of_an_earlier_release_is_read_whole(path: Path) -> None
     assert (saved.epoch, saved.step, len(saved.classes.names)) == (0, 3, 150)
     assert saved.config.model.encoder["name"] == "tiny" and saved.config.optim.momentum == 0.9
     assert all(torch.isfinite(value).all() for value in saved.weights.values())
+
+
+def test_a12_every_logger_of_an_earlier_release_is_one_that_is_allowed_now() -> None:
+    assert set(MOVED_TARGETS.values()) <= set(ALLOWED_TARGETS)
+    saved = read_checkpoint(GOLDEN / "checkpoint" / "format_1.ckpt").config
+    assert saved.logger["csv"]["_target_"] == MOVED_TARGETS["semseg.csv_log.CSVLog"]
