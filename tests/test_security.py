@@ -273,6 +273,14 @@ def test_g1_a_run_folder_of_a_stranger_cannot_run_code_when_it_is_repeated(words
     assert "\n" not in str(caught.value)
 
 
+def test_words_of_a_saved_run_that_are_gone_since_are_left_out_when_it_is_repeated(place: Path) -> None:
+    saved = place / "before" / ".hydra" / "overrides.yaml"
+    saved.parent.mkdir(parents=True)
+    saved.write_text("- trainer.on_oom=retry\n- ++trainer.on_oom=retry\n- seed=7\n")
+    words = parse_overrides(["mode=rerun", "run=before"])
+    assert words == ["seed=7"] and check(compose_config(words)).seed == 7
+
+
 @pytest.mark.parametrize("option", ["--experimental-rerun", "--experimental", "-cd", "--config-dir", "--config-name=x"])
 def test_g1_options_that_load_files_of_other_places_are_not_passed_on(option: str) -> None:
     with pytest.raises(ConfigError, match="there is no such option"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from semseg.config.hints import REMOVED
 from semseg.config.secrets import refusal, secret_in
 from semseg.errors import ConfigError
 
@@ -111,7 +112,8 @@ def rerun_overrides(words: list[str]) -> list[str]:
     if not folder or not os.path.isfile(saved):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         raise ConfigError(f"mode=rerun needs run=<run folder>: there is no {saved}.")
     before = read_saved_overrides(saved)
-    kept = [word for word in before if word.partition("=")[0] not in ("run_dir", "resume")]
+    left_out = ("run_dir", "resume", *REMOVED)
+    kept = [word for word in before if word.lstrip("+~").partition("=")[0] not in left_out]
     return kept + [word for word in words if word != "mode=rerun" and not word.startswith("run=")]
 
 

@@ -287,7 +287,6 @@ class TrainerConfig:
     enable_progress_bar: bool = True
     # Ours, not Lightning's:
     max_nonfinite_steps: int = number(0, low=0)  # of a run that may be skipped for a NaN or infinite loss
-    on_oom: str = one_of("stop", ("stop", "retry"))  # retry: once, at the next smaller short edge
     probe_memory: str = one_of("gpu", ("gpu", "always", "never"))  # run the largest possible sub-batch first
     log_images: int = number(4, low=0)  # validation images shown in every validation; 0: none
 
@@ -779,11 +778,6 @@ def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
     )
     if not fine:
         yield f"trainer.devices={devices}: must be a count of at least 1, a list such as [0,2], a range 0-3, or auto."
-    if trainer.on_oom == "retry" and not has_all_weights(trainer):
-        yield (
-            "trainer.on_oom=retry: every device tries sub-batches by itself, but may not have all weights with "
-            f"trainer.strategy={trainer.strategy}. Use trainer.strategy=ddp, or trainer.on_oom=stop."
-        )
     for key, lowest in (("limit_train_batches", 1), ("limit_val_batches", 0)):
         value = getattr(trainer, key)
         is_share = isinstance(value, float) and value <= 1 and (value > 0 or value == lowest)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -315,25 +314,6 @@ def keep_loaded_statistics(layer: _SyncBatchNorm) -> None:
     is_initial = bool((mean == 0).all() and (var == 1).all())
     if not is_initial and int(steps) == 0:
         steps.fill_(steady_steps(layer.rule.momentum))
-
-
-@contextmanager
-def reduced_over(module: nn.Module, group: dist.ProcessGroup) -> Iterator[None]:
-    """While inside, synced layers of `module`, torch's own included, share statistics over `group`."""
-    ours = [layer for layer in module.modules() if isinstance(layer, _SyncBatchNorm)]
-    torchs = [layer for layer in module.modules() if isinstance(layer, nn.SyncBatchNorm)]
-    rules, groups = [layer.rule for layer in ours], [layer.process_group for layer in torchs]
-    for layer in ours:
-        layer.rule = replace(layer.rule, process_group=group)
-    for layer in torchs:
-        layer.process_group = group
-    try:
-        yield
-    finally:
-        for layer, rule in zip(ours, rules, strict=True):
-            layer.rule = rule
-        for layer, before in zip(torchs, groups, strict=True):
-            layer.process_group = before
 
 
 def _group_of_several(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
