@@ -778,6 +778,11 @@ def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
     )
     if not fine:
         yield f"trainer.devices={devices}: must be a count of at least 1, a list such as [0,2], a range 0-3, or auto."
+    if trainer.strategy.lower().startswith("fsdp"):
+        yield (
+            f"trainer.strategy={trainer.strategy}: not supported, since averages, statistics and checkpoints need all "
+            "weights on every device. Use trainer.strategy=ddp."
+        )
     for key, lowest in (("limit_train_batches", 1), ("limit_val_batches", 0)):
         value = getattr(trainer, key)
         is_share = isinstance(value, float) and value <= 1 and (value > 0 or value == lowest)

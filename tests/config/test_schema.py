@@ -69,6 +69,8 @@ def test_every_key_of_the_schema_can_be_set_on_the_command_line() -> None:
         ("data.short_edges=[]", "data.short_edges=[]"),
         ("eval.split=vall", "Did you mean eval.split=val?"),
         ("trainer.precision=bf17", "trainer.precision=bf17"),
+        ("trainer.strategy=fsdp", "Use trainer.strategy=ddp."),
+        ("trainer.strategy=fsdp_cpu_offload", "Use trainer.strategy=ddp."),
         ("+lrr=3", "There is no key 'lrr'"),
         ("+optim.lrr=3", "Did you mean optim.lr?"),
         ("predict.save=[idz]", "Did you mean predict.save=ids?"),
