@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -31,6 +30,7 @@ M = TypeVar("M", bound=nn.Module)
 
 CONVENTIONS = ("torch", "published")
 PUBLISHED_MOMENTUM = 0.001  # of all networks of the 2018 code but HRNet, which has 0.1
+# Statistics that the normalisation layers of the 2018 code kept beside those of nn.BatchNorm2d.
 OLD_BUFFERS = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
 
 
@@ -272,22 +272,13 @@ def steady_steps(momentum: float) -> int:
     return math.ceil(40 / momentum)
 
 
-def without_old_buffers(state_dict: Mapping[str, Tensor], momentum: float = PUBLISHED_MOMENTUM) -> dict[str, Tensor]:
-    """A state dict of the 2018 code with the keys of plain nn.BatchNorm layers.
+def _replace_old_buffers(state_dict: dict[str, Tensor], prefix: str, momentum: float) -> None:
+    """Give a state dict of the 2018 code the keys of nn.BatchNorm, for the layer at `prefix`.
 
     `_tmp_running_mean`, `_tmp_running_var` and `_running_iter` go. `num_batches_tracked` is set from `_running_iter`,
     or, where that is missing and `num_batches_tracked` too, to the steady state: statistics that were loaded then
     count as a long average, whereas the original forgot them at the first step.
     """
-    plain = dict(state_dict)
-    suffix = "running_var"
-    for key in state_dict:
-        if key.endswith(suffix) and not key.endswith("_tmp_" + suffix):
-            _replace_old_buffers(plain, key.removesuffix(suffix), momentum)
-    return plain
-
-
-def _replace_old_buffers(state_dict: dict[str, Tensor], prefix: str, momentum: float) -> None:
     old = {name: state_dict.pop(prefix + name, None) for name in OLD_BUFFERS}
     if prefix + "running_var" not in state_dict:
         return
