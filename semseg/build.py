@@ -53,7 +53,7 @@ from semseg.training.loggers.external import not_opened, require_extra
 from semseg.training.resume import ForgetRepeatedSteps, SeedEveryStep
 from semseg.training.training_state import CheckRestored
 
-OWN_TRAINER_KEYS = ("max_nonfinite_steps", "on_oom", "probe_memory", "log_images")  # that Lightning does not know
+OWN_TRAINER_KEYS = ("max_nonfinite_steps", "probe_memory", "log_images")  # that Lightning does not know
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
 EXPORT_EXTRA = ("onnx", "onnxscript", "onnxruntime")  # modules of semseg[export]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,13 +31,7 @@ from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter
 from semseg.syncbn.layer import convert, revert
 from semseg.training.callbacks.bad_images import check_share, tell_bad
-from semseg.training.callbacks.guards import (
-    OutOfMemory,
-    Rehearsal,
-    at_next_smaller_edge,
-    out_of_memory_in_evaluation_told,
-    out_of_memory_told,
-)
+from semseg.training.callbacks.guards import out_of_memory_in_evaluation_told, out_of_memory_told
 from semseg.training.callbacks.label_warnings import odd_predictions
 from semseg.training.losses import Loss, build_terms, segmentation_loss
 from semseg.training.optim import apply_settings, build_optimizer, build_scheduler
@@ -77,8 +70,6 @@ class SegmentationModule(pl.LightningModule):
         self.evaluation: Evaluation | None = None  # of the last test, in full
         self.share = 1.0  # see share_of
         self.metrics_to_restore: dict[str, Tensor] = {}  # of the last step before a run was stopped
-        self.oom_retries = 0  # sub-batches that ran at a smaller size, since there was no memory for them
-        self.rehearsal: Rehearsal | None = None
         if config.model.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if config.model.compile:
@@ -117,10 +108,6 @@ class SegmentationModule(pl.LightningModule):
         syncbn = self.config.syncbn
         if self.trainer.world_size == 1 and (syncbn.name, syncbn.convention) == ("reduce", "published"):
             convert(self.net, "published")
-        trainer = self.config.trainer
-        can_go_back = self.trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
-        if trainer.on_oom == "retry" and not can_go_back:
-            self.rehearsal = Rehearsal(self.trainer.world_size)
 
     def on_train_start(self) -> None:
         scheduler = self.lr_schedulers()
@@ -155,17 +142,8 @@ class SegmentationModule(pl.LightningModule):
         self.batch = batch
         self.share = self.share_of(batch_idx)
         self.batch_idx = batch_idx
-        if self.rehearsal is not None:
-            self.rehearse(self.rehearsal)
-            with out_of_memory_told(self.batch):
-                return self.loss_of(self.batch)
-        try:
+        with out_of_memory_told(batch):
             return self.loss_of(batch)
-        except torch.OutOfMemoryError as error:
-            problem = OutOfMemory(batch, error)
-        smaller = self.smaller_batch(problem)
-        with out_of_memory_told(smaller):
-            return self.loss_of(smaller)
 
     def share_of(self, batch_idx: int) -> float:
         """The factor that makes a step the mean over its sub-batches.
@@ -176,53 +154,9 @@ class SegmentationModule(pl.LightningModule):
         accumulate, batches = self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches)
         return accumulate / min(accumulate, batches - batch_idx // accumulate * accumulate)
 
-    def rehearse(self, rehearsal: Rehearsal) -> None:
-        """Take the present sub-batch at the next smaller short edge if there is no memory for it.
-
-        Raises:
-            OutOfMemory: if that does not fit either.
-        """
-        problem = rehearsal.problem_with(self, self.batch)
-        if problem is None:
-            return
-        problem = rehearsal.problem_with(self, self.smaller_batch(problem))
-        if problem is not None:
-            raise problem
-
     def backward(self, loss: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        try:
+        with out_of_memory_told(self.batch):
             loss.backward()
-            return
-        except torch.OutOfMemoryError as error:
-            problem = OutOfMemory(self.batch, error)
-        if self.rehearsal is not None:
-            raise problem
-        smaller = self.smaller_batch(problem)
-        self.zero_grad(set_to_none=True)  # what was there of this step
-        with out_of_memory_told(smaller):
-            self.loss_of(smaller).backward()
-
-    def smaller_batch(self, problem: OutOfMemory) -> Batch:
-        """The present sub-batch at the next smaller short edge, if there is one and `trainer.on_oom` allows it.
-
-        Raises:
-            OutOfMemory: otherwise.
-        """
-        data = self.config.data
-        divisor = self.config.model.size_divisor or self.net.size_divisor
-        stride = self.config.model.label_stride or self.net.label_stride
-        smaller = at_next_smaller_edge(self.batch, data.short_edges, divisor, stride)
-        if self.config.trainer.on_oom != "retry" or smaller is None:
-            raise problem
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.oom_retries += 1
-        warnings.warn(
-            f"{problem} Running it again at {tuple(smaller.image.shape[-2:])} ({self.oom_retries} so far).",
-            stacklevel=1,
-        )
-        self.batch = smaller
-        return smaller
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The loss of one sub-batch; that of its step so far and the accuracy go to the progress line."""

@@ -1,4 +1,4 @@
-"""Nothing that is read from a file runs code, and no secret of the environment is written: rows G of what must hold.
+"""Nothing that is read from a file runs code: rows G of what must hold.
 
 Archives (G5) are in test_archive.py, downloads (G6) in test_download.py, the server (G8) in test_server.py, round trips
 between formats (G7) in modes/test_convert.py.
@@ -31,7 +31,7 @@ from semseg.build import build_net, open_network
 from semseg.checkpoints.atomic_io import AtomicCheckpointIO, newest_intact
 from semseg.checkpoints.format import FORMAT_KEY, load_plain, load_weights, read_checkpoint, write_safetensors
 from semseg.checkpoints.zoo import published
-from semseg.config.compose import CONFIG_DIR, compose_config, compose_with_hydra
+from semseg.config.compose import CONFIG_DIR, compose_config
 from semseg.config.explain import explain_error
 from semseg.config.overrides import parse_overrides
 from semseg.config.schema import ALLOWED_TARGETS, check, network_options
@@ -262,7 +262,8 @@ def test_g1_the_command_line_says_so_in_one_line(words: list[str], place: Path, 
 @pytest.mark.parametrize(
     "words", [["- --experimental-rerun=bad.pkl"], ["- -m"], ["- hydra.callbacks.x._target_=hostile_module.mark"],
               ["- +callbacks.x._target_=hostile_module.mark"], ["- hydra/launcher=hostile_module"], ["a: b"], ["[["],
-              ["!!python/object/apply:os.system [exit]"], ["- 1"], ["- ~hydra.run"]],
+              ["!!python/object/apply:os.system [exit]"], ["- 1"], ["- ~hydra.run"],
+              ["- +logger@hydra.callbacks.x=csv"], ["- ++hydra.launcher._target_=hostile_module.mark"]],
 )  # fmt: skip
 def test_g1_a_run_folder_of_a_stranger_cannot_run_code_when_it_is_repeated(words: list[str], place: Path) -> None:
     saved = place / "stranger" / ".hydra" / "overrides.yaml"
@@ -271,6 +272,14 @@ def test_g1_a_run_folder_of_a_stranger_cannot_run_code_when_it_is_repeated(words
     with pytest.raises(ConfigError) as caught:
         check(compose_config(parse_overrides(["mode=rerun", "run=stranger"])))
     assert "\n" not in str(caught.value)
+
+
+def test_words_of_a_saved_run_that_are_gone_since_are_left_out_when_it_is_repeated(place: Path) -> None:
+    saved = place / "before" / ".hydra" / "overrides.yaml"
+    saved.parent.mkdir(parents=True)
+    saved.write_text("- trainer.on_oom=retry\n- ++trainer.on_oom=retry\n- seed=7\n")
+    words = parse_overrides(["mode=rerun", "run=before"])
+    assert words == ["seed=7"] and check(compose_config(words)).seed == 7
 
 
 @pytest.mark.parametrize("option", ["--experimental-rerun", "--experimental", "-cd", "--config-dir", "--config-name=x"])
@@ -372,11 +381,6 @@ PLACES = [
     f"+optim._target_={MARK}", f"+trainer.x._target_={MARK}", f"trainer.devices={{_target_: {MARK}}}",
     f"trainer.limit_train_batches=[{{_target_: {MARK}}}]", f"++data.train._target_={MARK}",
     f"model={{_target_: {MARK}}}",
-    f"+hydra.callbacks.x._target_={MARK}", f"++hydra.launcher._target_={MARK}", f"++hydra.sweeper._target_={MARK}",
-    f"++hydra.sweeper.params={{x: {{_target_: {MARK}}}}}", f"+hydra.job_logging.handlers.x.class={MARK}",
-    f"+hydra.job_logging.handlers.x={{\\(\\): {MARK}}}", f"hydra.job_logging.handlers.console.stream=ext://{MARK}",
-    f"+hydra.hydra_logging.formatters.x.class={MARK}", f"+hydra.job_logging.filters.x={{\\(\\): {MARK}}}",
-    "hydra.job_logging.handlers.console.class=${oc.env:HOME}",
 ]  # fmt: skip
 HOSTILE_WORDS = [*(f"+callbacks.extra._target_='{name}'" for name in NAMES), *PLACES]
 
@@ -396,12 +400,6 @@ def test_g3_there_are_enough_of_them_and_the_honest_ones_pass() -> None:
     assert len(HOSTILE_WORDS) >= 60
     for index, target in enumerate(ALLOWED_TARGETS):
         check(compose_config([f"+callbacks.x{index}._target_={target}"]))
-
-
-@pytest.mark.parametrize("word", [word for word in PLACES if "hydra" in word])
-def test_g3_sweeps_are_checked_before_hydra_starts_one(word: str) -> None:
-    with pytest.raises((ConfigError, *HYDRA_ERRORS)):
-        compose_with_hydra([word, "optim.lr=0.1,0.2"], sweep=True)
 
 
 @pytest.mark.parametrize("name", ["hf-hub:stranger/model", "local-dir:stranger", "hf_hub:x/y", "../x"])
@@ -482,31 +480,3 @@ def test_g7_every_key_of_our_checkpoints_loads_as_plain_data(place: Path, honest
         assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", FORMAT_KEY} <= set(content)
         assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
         assert json.loads(json.dumps(content[FORMAT_KEY])) == content[FORMAT_KEY]
-
-
-# ---- G9: nothing that is saved or printed holds a secret of the environment
-
-
-@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "aws_secret_access", "DB_PASSWORD"])
-def test_g9_the_value_of_a_secret_is_refused_wherever_it_stands_and_not_repeated(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(name, "hunter2-hunter2")
-    monkeypatch.setenv("HARMLESS", "hunter3-hunter3")
-    told = []
-    for words in (["data.root=/data/hunter2-hunter2"], ["run_dir=hunter2-hunter2"], ["+hunter2-hunter2=1"]):
-        with pytest.raises(ConfigError, match=f"holds the value of the environment variable {name}") as caught:
-            parse_overrides(words)
-        told.append(str(caught.value))
-    with pytest.raises(ConfigError, match=f"{name} sounds like a secret") as caught:
-        check(compose_config([f"data.root='${{oc.env:{name}}}'"]))
-    assert "hunter2" not in "".join([*told, str(caught.value)])
-    config = check(compose_config(parse_overrides(["data.root='${oc.env:HARMLESS}'"])))
-    assert config.data.root == "hunter3-hunter3"
-
-
-def test_g9_a_secret_in_a_configuration_that_came_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    composed = compose_config(["data.hint=hunter2-hunter2"])
-    monkeypatch.setenv("MY_TOKEN", "hunter2-hunter2")
-    with pytest.raises(ConfigError, match=r"^data: holds the value of the environment variable MY_TOKEN"):
-        check(composed)

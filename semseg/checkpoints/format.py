@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from semseg.config.hints import REMOVED
 from semseg.config.preprocessing import InputConvention
 from semseg.config.schema import Config, as_plain, check
 from semseg.data.classes import ClassTable
@@ -206,6 +207,11 @@ def from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch: Any, s
 
 def update_saved_config(config: DictConfig) -> DictConfig:
     """The configuration of an earlier version in the names of this one; changes `config`."""
+    for key in REMOVED:
+        name = key.rpartition(".")[2]
+        section = OmegaConf.select(config, key.removesuffix(f".{name}"))
+        if isinstance(section, DictConfig):
+            section.pop(name, None)
     loggers = OmegaConf.select(config, "logger")
     for section in loggers.values() if isinstance(loggers, DictConfig) else ():
         target = str(section.get("_target_")) if isinstance(section, DictConfig) else ""

@@ -17,10 +17,9 @@ from semseg.checkpoints.format import NET_PREFIX, SavedNetwork, load_weights, re
 from semseg.errors import CheckpointError
 from semseg.nets.interfaces import Encoder
 from semseg.nets.segmenter import Segmenter
+from semseg.syncbn.layer import OLD_BUFFERS
 from semseg.system.text import printable
 
-# Statistics that the normalisation layers of the published code kept beside nn.BatchNorm2d's.
-BOOKKEEPING = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
 COUNTER = "num_batches_tracked"  # in files of PyTorch 0.4.1 and later; nothing here depends on it
 NAMES_SHOWN = 3
 
@@ -63,7 +62,7 @@ def fill(module: nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
 
 def without_bookkeeping(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """`weights` without the extra statistics of the published normalisation layers."""
-    return {name: value for name, value in weights.items() if name.rpartition(".")[2] not in BOOKKEEPING}
+    return {name: value for name, value in weights.items() if name.rpartition(".")[2] not in OLD_BUFFERS}
 
 
 def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:

@@ -26,7 +26,7 @@ from semseg.checkpoints.initialise import differences, without_bookkeeping
 from semseg.checkpoints.zoo import RELEASES, Release, release_of_folder
 from semseg.config.preprocessing import CONVENTIONS
 from semseg.config.schema import Config
-from semseg.data.classes import ClassTable, ade20k_classes
+from semseg.data.classes import ClassTable, built_in_classes
 from semseg.errors import CheckpointError
 from semseg.nets.interfaces import CLASSIFIERS
 from semseg.nets.registry import DECODERS, ENCODERS, Network, build_decoder, build_encoder
@@ -231,7 +231,7 @@ def count_classes(path: Path, weights: dict[str, Tensor]) -> int:
 
 def class_table_for(num_classes: int) -> ClassTable:
     """ADE20K's classes for 150 of them, otherwise numbered ones."""
-    ade20k = ade20k_classes()
+    ade20k = built_in_classes("ade20k")
     if num_classes == ade20k.num_classes:
         return ade20k
     return ClassTable.generated([f"class {index}" for index in range(num_classes)])

@@ -45,7 +45,7 @@ LAUNCHERS = (
     ("mpirun", "PMI_RANK", ("PMI_SIZE",), ()),
 )
 PARALLEL_MODES = ("train", "eval")
-OWN_LAUNCH = ("ddp", "auto", "fsdp")  # strategies, by the start of their name, whose ranks are scripts of their own
+OWN_LAUNCH = ("ddp", "auto")  # strategies, by the start of their name, whose ranks are scripts of their own
 
 
 class Failure(NamedTuple):

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from semseg.config.compose import CONFIG_DIR, compose_config, explain_option, list_groups, list_options
 from semseg.config.hints import unknown_key
+from semseg.config.overrides import shorten_override
 from semseg.config.schema import explain, schema_keys, walk
 from semseg.errors import nearest
 
@@ -57,7 +58,9 @@ def explain_grammar(override: str) -> str:
     """One line for a word that is not of the form key=value in Hydra's grammar."""
     key, equals, value = override.partition("=")
     if not equals:
-        return f"{override!r} is not of the form key=value."
+        return f"{shorten_override(override) if len(override) > 200 else repr(override)} is not of the form key=value."
+    if len(override) > 200:
+        return f"cannot read {shorten_override(override)}. Quote the value."
     quoted = value.strip("\"'")
     return f"cannot read {override!r}. Quote the value: '{key}=\"{quoted}\"'"
 

@@ -48,6 +48,14 @@ TRAINER = {
     "weights_save_path": "Set run_dir, the folder of this run.",
     "weights_summary": "The network is always described in <run folder>/model.txt.",
 }
+# Keys of earlier versions that are gone, and what there is instead. Checkpoints and the command lines of saved runs may
+# still hold them, and are read without them.
+REMOVED = {
+    "trainer.on_oom": (
+        "A sub-batch that does not fit into memory ends the run: trainer.probe_memory tries the largest one before "
+        "training, and data.batch_size, data.max_long_edge and data.short_edges set its size."
+    ),
+}
 # What other programs call our keys, by the last part of a key.
 SYNONYMS = {
     "amp": "trainer.precision",
@@ -91,6 +99,9 @@ def unknown_key(key: str, valid: list[str]) -> str:
     section, _, last = key.rpartition(".")
     if section in ("", "trainer") and last in TRAINER:
         return f"There is no key {key!r}. {TRAINER[last]}"
+    removed = next((name for name in REMOVED if key in (name, last_part(name))), None)
+    if removed:
+        return f"There is no key {key!r} any more. {REMOVED[removed]}"
     meant = nearest_key(key, valid)
     if meant:
         return f"There is no key {key!r}. Did you mean {meant}?"

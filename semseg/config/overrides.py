@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import unicodedata
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from semseg.config.secrets import refusal, secret_in
+from semseg.config.hints import REMOVED
 from semseg.errors import ConfigError
 
 PATH_KEYS = (
@@ -30,9 +29,6 @@ OPTIONS = (
     "--multirun", "-m", "--info", "-i", "--shell-completion", "-sc",
 )  # fmt: skip
 SWEEP = ("-m", "--multirun")
-LONGEST_WORD = 10_000  # characters; Hydra's parser takes seconds for more
-LONGEST_NUMBER = r"[\d_]{1000}"  # Python refuses to read integers with a few thousand
-DEEPEST_WORD = 50  # brackets inside each other; the parser is recursive
 
 
 def parse_overrides(words: list[str]) -> list[str]:
@@ -53,40 +49,23 @@ def parse_overrides(words: list[str]) -> list[str]:
 
 
 def check_word(word: str) -> None:
-    """Refuse what no configuration can hold or no program should print.
+    """Refuse words that Hydra would misread.
 
     Raises:
-        ConfigError: for control characters, bytes that are no UTF-8, options that are not passed on, too many
-            characters or brackets, and secrets.
+        ConfigError: for control characters, bytes that are no UTF-8, options that are not passed on, and values
+            without a key.
     """
-    secret = secret_in(word)
-    if secret is not None:
-        raise ConfigError(refusal("a word of the command line", secret))
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in word):
         raise ConfigError(f"{shorten_override(word)}: holds a character that cannot be printed.")
     if word.startswith("-") and word.partition("=")[0] not in OPTIONS:
         raise ConfigError(f"{shorten_override(word)}: there is no such option. Valid: {', '.join(OPTIONS)}.")
     if re.match(r"[+~]*=", word):
         raise ConfigError(f"{shorten_override(word)}: there is no key before the sign =.")
-    if len(word) > LONGEST_WORD or nesting(word) > DEEPEST_WORD or re.search(LONGEST_NUMBER, word):
-        raise ConfigError(
-            f"{shorten_override(word)}: is too long, or has too many digits or brackets inside each other."
-        )
 
 
 def shorten_override(word: str) -> str:
     """A word as it may be printed: one line of plain characters."""
     return ascii(word if len(word) <= 80 else f"{word[:80]}...")
-
-
-def nesting(word: str) -> int:
-    """The largest number of brackets that are open at once.
-
-    >>> nesting("a=[[1],[2]]")
-    2
-    """
-    steps = ((character in "[{(") - (character in ")}]") for character in word)
-    return max(itertools.accumulate(steps), default=0)
 
 
 def is_sweep(words: list[str]) -> bool:
@@ -111,7 +90,8 @@ def rerun_overrides(words: list[str]) -> list[str]:
     if not folder or not os.path.isfile(saved):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         raise ConfigError(f"mode=rerun needs run=<run folder>: there is no {saved}.")
     before = read_saved_overrides(saved)
-    kept = [word for word in before if word.partition("=")[0] not in ("run_dir", "resume")]
+    left_out = ("run_dir", "resume", *REMOVED)
+    kept = [word for word in before if word.lstrip("+~").partition("=")[0] not in left_out]
     return kept + [word for word in words if word != "mode=rerun" and not word.startswith("run=")]
 
 
@@ -128,7 +108,7 @@ def read_saved_overrides(path: Path) -> list[str]:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ConfigError(f"{path}: not the saved words of a run.")
     for word in words:
-        if word.startswith("-") or re.match(r"[+~]*hydra\b", word):
+        if word.startswith("-") or re.search(r"\bhydra\b", word.partition("=")[0]):
             raise ConfigError(f"{path}: {shorten_override(word)} is no word of a run.")
     return words
 

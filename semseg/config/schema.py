@@ -19,7 +19,6 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from semseg.config.hints import unknown_key
 from semseg.config.preprocessing import CONVENTIONS
-from semseg.config.secrets import refusal, secret_in
 from semseg.errors import ConfigError, choose, nearest
 
 TELLING_MODES = ("models", "data", "doctor")  # that print something and leave no folder
@@ -287,7 +286,6 @@ class TrainerConfig:
     enable_progress_bar: bool = True
     # Ours, not Lightning's:
     max_nonfinite_steps: int = number(0, low=0)  # of a run that may be skipped for a NaN or infinite loss
-    on_oom: str = one_of("stop", ("stop", "retry"))  # retry: once, at the next smaller short edge
     probe_memory: str = one_of("gpu", ("gpu", "always", "never"))  # run the largest possible sub-batch first
     log_images: int = number(4, low=0)  # validation images shown in every validation; 0: none
 
@@ -432,6 +430,14 @@ def check(composed: DictConfig) -> Config:
     Raises:
         ConfigError: unknown keys, wrong types, values out of range, sections that contradict.
     """
+    try:
+        return check_sections(composed)
+    except RecursionError:
+        raise ConfigError("cannot read the configuration: a value has too many brackets inside each other.") from None
+
+
+def check_sections(composed: DictConfig) -> Config:
+    """`check`, without its answer to values that are nested too deeply."""
     plain = OmegaConf.to_container(composed, resolve=False)
     told = next(section_problems(plain), None)
     if told is not None:
@@ -543,11 +549,8 @@ def wrong_choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
 
 
 def text_problems(config: Config) -> Iterator[str]:
-    """A sentence for every text that would change its meaning or do harm where the configuration is saved."""
+    """A sentence for every text that would change its meaning where the configuration is saved."""
     for key, value in walk(as_plain(config)):
-        name = secret_in(f"{key}={value}")
-        if name is not None:
-            yield refusal(key.partition(".")[0], name)
         if "${" in f"{key}={value}":
             yield f"{key}={value}: a value cannot hold ${{ as text; it would be read as an interpolation."
 
@@ -779,10 +782,10 @@ def _device_problems(trainer: TrainerConfig) -> Iterator[str]:
     )
     if not fine:
         yield f"trainer.devices={devices}: must be a count of at least 1, a list such as [0,2], a range 0-3, or auto."
-    if trainer.on_oom == "retry" and not has_all_weights(trainer):
+    if trainer.strategy.lower().startswith("fsdp"):
         yield (
-            "trainer.on_oom=retry: every device tries sub-batches by itself, but may not have all weights with "
-            f"trainer.strategy={trainer.strategy}. Use trainer.strategy=ddp, or trainer.on_oom=stop."
+            f"trainer.strategy={trainer.strategy}: not supported, since averages, statistics and checkpoints need all "
+            "weights on every device. Use trainer.strategy=ddp."
         )
     for key, lowest in (("limit_train_batches", 1), ("limit_val_batches", 0)):
         value = getattr(trainer, key)

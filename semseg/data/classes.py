@@ -168,27 +168,13 @@ def _parse_row(row: dict[str, str], where: str) -> tuple[int, str, Colour]:
 def built_in_classes(name: str) -> ClassTable:
     """The classes of a data set that the package knows: ade20k, camvid, cityscapes, voc2012 or cocostuff.
 
-    Names and colours are the published ones; those of COCO-Stuff have no colours of their own.
+    Names and colours are the published ones; those of COCO-Stuff have no colours of their own. ADE20K's are the 150 of
+    the scene-parsing challenge, CamVid's the 11 of the SegNet papers.
+
+    >>> built_in_classes("ade20k").names[:3], built_in_classes("camvid").num_classes
+    (('wall', 'building', 'sky'), 11)
     """
     return ClassTable.from_csv(Path(__file__).with_name(f"{name}_classes.csv"))
-
-
-def ade20k_classes() -> ClassTable:
-    """The 150 classes of the ADE20K scene-parsing challenge, with the published colours.
-
-    >>> ade20k_classes().names[:3], ade20k_classes().palette[2]
-    (('wall', 'building', 'sky'), (6, 230, 230))
-    """
-    return built_in_classes("ade20k")
-
-
-def camvid_classes() -> ClassTable:
-    """The 11 classes of CamVid as the SegNet papers group them.
-
-    >>> camvid_classes().names[-1]
-    'Bicyclist'
-    """
-    return built_in_classes("camvid")
 
 
 @lru_cache

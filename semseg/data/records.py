@@ -354,15 +354,6 @@ def records_from_folders(
     ]
 
 
-def record_of_image(path: str | Path) -> Record:
-    """The record of one image without a label, for prediction; its size is the upright one.
-
-    Raises:
-        DataError: if the header cannot be read.
-    """
-    return Record(str(path), None, _read_header(str(path)).upright, "input")
-
-
 def _chosen(
     files: dict[str, str], stems_file: Path, folder: Path, problems: list[str] | None, unused: Unused
 ) -> dict[str, str]:
@@ -515,7 +506,7 @@ def _headers(
     to_read = [path for path in stamps if path not in fresh]
     if to_read:
         with ThreadPoolExecutor(8) as pool:
-            for path, waiting in [(path, pool.submit(_read_header, path)) for path in to_read]:
+            for path, waiting in [(path, pool.submit(read_record_header, path)) for path in to_read]:
                 with _collected(problems):
                     header = waiting.result()
                     fresh[path] = [*stamps[path], *header.stored, header.orientation]
@@ -530,7 +521,12 @@ def _stamp_of(path: str) -> list[int]:
         raise DataError(f"{path}: there is no such file ({error.strerror}).") from None
 
 
-def _read_header(path: str) -> Header:
+def read_record_header(path: str) -> Header:
+    """Size and orientation of one image, from its header alone; much faster than reading it.
+
+    Raises:
+        DataError: if there is no such file, or its header cannot be read.
+    """
     try:
         with store.opened(path) as file, open_image(file) as image:
             return header_of(image, file)

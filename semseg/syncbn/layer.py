@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -32,6 +30,7 @@ M = TypeVar("M", bound=nn.Module)
 
 CONVENTIONS = ("torch", "published")
 PUBLISHED_MOMENTUM = 0.001  # of all networks of the 2018 code but HRNet, which has 0.1
+# Statistics that the normalisation layers of the 2018 code kept beside those of nn.BatchNorm2d.
 OLD_BUFFERS = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
 
 
@@ -273,22 +272,13 @@ def steady_steps(momentum: float) -> int:
     return math.ceil(40 / momentum)
 
 
-def without_old_buffers(state_dict: Mapping[str, Tensor], momentum: float = PUBLISHED_MOMENTUM) -> dict[str, Tensor]:
-    """A state dict of the 2018 code with the keys of plain nn.BatchNorm layers.
+def _replace_old_buffers(state_dict: dict[str, Tensor], prefix: str, momentum: float) -> None:
+    """Give a state dict of the 2018 code the keys of nn.BatchNorm, for the layer at `prefix`.
 
     `_tmp_running_mean`, `_tmp_running_var` and `_running_iter` go. `num_batches_tracked` is set from `_running_iter`,
     or, where that is missing and `num_batches_tracked` too, to the steady state: statistics that were loaded then
     count as a long average, whereas the original forgot them at the first step.
     """
-    plain = dict(state_dict)
-    suffix = "running_var"
-    for key in state_dict:
-        if key.endswith(suffix) and not key.endswith("_tmp_" + suffix):
-            _replace_old_buffers(plain, key.removesuffix(suffix), momentum)
-    return plain
-
-
-def _replace_old_buffers(state_dict: dict[str, Tensor], prefix: str, momentum: float) -> None:
     old = {name: state_dict.pop(prefix + name, None) for name in OLD_BUFFERS}
     if prefix + "running_var" not in state_dict:
         return
@@ -315,25 +305,6 @@ def keep_loaded_statistics(layer: _SyncBatchNorm) -> None:
     is_initial = bool((mean == 0).all() and (var == 1).all())
     if not is_initial and int(steps) == 0:
         steps.fill_(steady_steps(layer.rule.momentum))
-
-
-@contextmanager
-def reduced_over(module: nn.Module, group: dist.ProcessGroup) -> Iterator[None]:
-    """While inside, synced layers of `module`, torch's own included, share statistics over `group`."""
-    ours = [layer for layer in module.modules() if isinstance(layer, _SyncBatchNorm)]
-    torchs = [layer for layer in module.modules() if isinstance(layer, nn.SyncBatchNorm)]
-    rules, groups = [layer.rule for layer in ours], [layer.process_group for layer in torchs]
-    for layer in ours:
-        layer.rule = replace(layer.rule, process_group=group)
-    for layer in torchs:
-        layer.process_group = group
-    try:
-        yield
-    finally:
-        for layer, rule in zip(ours, rules, strict=True):
-            layer.rule = rule
-        for layer, before in zip(torchs, groups, strict=True):
-            layer.process_group = before
 
 
 def _group_of_several(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

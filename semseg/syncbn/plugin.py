@@ -1,6 +1,6 @@
 """Lightning's way to the synced layers: a LayerSync plugin, and the table behind `syncbn=reduce|native|off`.
 
-Lightning calls a LayerSync in `fit` under DDP and FSDP only: not with one device (the torch convention is plain
+Lightning calls a LayerSync in `fit` under DDP only: not with one device (the torch convention is plain
 batch normalisation there; for the published one call `convert` yourself), and not in validate, test or predict.
 """
 

@@ -12,9 +12,12 @@ from golden.make_checkpoint import run_of
 
 from helpers.in_process import fit, logged_losses
 from helpers.reference import GOLDEN
-from semseg.checkpoints.format import FORMAT_VERSION, MOVED_TARGETS, read_checkpoint
-from semseg.config.schema import ALLOWED_TARGETS
+from semseg.checkpoints.format import FORMAT_KEY, FORMAT_VERSION, MOVED_TARGETS, read_checkpoint
+from semseg.config.compose import compose_config
+from semseg.config.schema import ALLOWED_TARGETS, check
 from semseg.errors import ConfigError
+from semseg.modes import eval as evaluate
+from semseg.nets.registry import ENCODERS, Constructor
 from semseg.training.resume import Position, check_same_run, read_run_state
 
 CHECKPOINTS = sorted((GOLDEN / "checkpoint").glob("*.ckpt"))
@@ -50,6 +53,26 @@ def test_a12_a_run_that_knew_no_way_of_decoding_read_every_pixel_and_goes_on_so(
     state = read_run_state(path, run_of(tmp_path), has_val=True)
     with pytest.raises(ConfigError, match=r"data\.decode: exact in the checkpoint, fast now"):
         check_same_run(state, run_of(tmp_path, "data.decode=fast"), num_classes=state.num_classes)
+
+
+def test_a12_a_checkpoint_with_a_key_that_is_gone_is_resumed_and_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENCODERS, "tiny", Constructor("helpers.in_process", "TinyEncoder"))
+    content = torch.load(GOLDEN / "checkpoint" / "format_1.ckpt", weights_only=True)
+    content[FORMAT_KEY]["config"]["trainer"]["on_oom"] = "retry"
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    torch.save(content, last)
+    config = run_of(tmp_path)
+    state = read_run_state(last, config, has_val=True)
+    assert check_same_run(state, config, num_classes=state.num_classes) is None
+    assert fit(config, resume=last)["global_step"] == 6
+    assert "on_oom" not in torch.load(last, weights_only=True)[FORMAT_KEY]["config"]["trainer"]
+    torch.save(content, last)
+    words = ["mode=eval", f"ckpt={last}", f"data.root={GOLDEN / 'dataset'}", "trainer=cpu"]
+    evaluate.run(check(compose_config([*words, f"run_dir={tmp_path / 'out'}"])), words)
+    assert (tmp_path / "out" / "metrics.json").is_file()
 
 
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: path.stem)

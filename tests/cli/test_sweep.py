@@ -24,8 +24,7 @@ from helpers.command_line import TINY, run
 from semseg.cli import main, sweep
 from semseg.cli.supervise import RANK_NAMES, Ended, run_alone
 from semseg.cli.sweep import outcome
-from semseg.config.compose import CONFIG_DIR, compose_with_hydra, explain_option, hydra_problems
-from semseg.errors import ConfigError
+from semseg.config.compose import CONFIG_DIR, compose_with_hydra, explain_option
 from semseg.reports.sweep_page import log_marks, render
 from semseg.storage.run_results import (
     Job,
@@ -310,29 +309,6 @@ def test_what_is_no_sweep_is_told_in_a_line(
 def test_a_plugin_that_is_missing_is_named_with_the_way_to_install_it() -> None:
     assert "pip install 'semseg[optuna]'" in explain_option("hydra/sweeper", "optuna", ["basic"])
     assert "pip install 'semseg[slurm]'" in explain_option("hydra/launcher", "submitit_slurm", ["basic"])
-
-
-@pytest.mark.parametrize(
-    "word",
-    [
-        "hydra.sweeper.custom_search_space=os.system",
-        "hydra.sweeper.sampler._target_=os.system",
-        "hydra.sweeper.sampler._target_=optuna.samplers.TPESampler.os",
-        "++hydra.sweeper.params={hydra.job_logging.handlers.x.class: os.system}",
-        "++hydra.sweeper.params={+hydra.callbacks.x._target_: os.system}",
-        "++hydra.sweeper.params='${optim}'",
-    ],
-)
-def test_g3_nothing_in_a_search_can_name_code(word: str) -> None:
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    with pytest.raises(ConfigError, match="not allowed"):
-        compose_with_hydra(["hparams_search=optuna", word], sweep=True)
-
-
-@pytest.mark.parametrize("name", ["params", "search_space"])
-def test_g3_a_search_in_a_file_cannot_change_hydra_for_its_jobs(name: str) -> None:
-    assert not list(hydra_problems({"sweeper": {name: {"optim.lr": "1,2"}}}))
-    assert list(hydra_problems({"sweeper": {name: {"~hydra.job_logging": "1,2"}}}))
 
 
 # ---- searches and launchers

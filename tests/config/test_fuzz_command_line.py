@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from semseg.config.compose import compose_config, list_groups
+from semseg.config.compose import compose_config, hydra_failures_explained, list_groups
 from semseg.config.explain import explain_error
 from semseg.config.overrides import parse_overrides
 from semseg.config.schema import check, schema_keys
@@ -66,7 +66,8 @@ def complaint(words: list[str], *, compose: bool) -> str | None:
         else:
             parser = OverridesParser.create()
             for word in words:
-                parser.parse_override(word)
+                with hydra_failures_explained([word]):
+                    parser.parse_override(word)
     except SemsegError as error:
         return str(error)
     except (HydraException, OmegaConfBaseException) as error:
@@ -97,3 +98,15 @@ def test_h2_any_word_is_understood_or_refused_in_a_sentence(count: int) -> None:
 @pytest.mark.parametrize("count", [30, pytest.param(1_000, marks=pytest.mark.long)])
 def test_h2_any_command_line_is_composed_or_refused_in_a_sentence(count: int) -> None:
     fuzz(count, words_each=3, compose=True, seed=2)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["data.hint=" + "[" * 300, "seed=" + "9" * 5000, "data=" + "x" * 5000, "x" * 20_000, "data.hint=a\0b",
+     *(f"+model.encoder.x={'[' * depth}1{']' * depth}" for depth in (60, 70, 80, 90, 300))],
+    ids=range(10),
+)  # fmt: skip
+def test_h2_deep_long_and_unprintable_words_are_understood_or_refused_in_a_sentence(word: str) -> None:
+    told = complaint([word], compose=True)
+    assert_short(told, [word])
+    assert told or "[1]" in word

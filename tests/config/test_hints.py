@@ -13,7 +13,7 @@ from omegaconf import OmegaConf, open_dict
 from semseg.build import OWN_TRAINER_KEYS
 from semseg.config.compose import compose_config, list_groups
 from semseg.config.explain import explain_error
-from semseg.config.hints import SYNONYMS, TRAINER, unknown_key
+from semseg.config.hints import REMOVED, SYNONYMS, TRAINER, unknown_key
 from semseg.config.schema import TrainerConfig, check, schema_keys
 from semseg.errors import ConfigError
 
@@ -106,11 +106,20 @@ def test_i3_every_option_of_lightnings_trainer_is_accepted_or_answered() -> None
     assert not accepted & set(TRAINER)
 
 
+@pytest.mark.parametrize("key", REMOVED)
+def test_i3_a_key_of_an_earlier_version_is_answered_by_what_there_is_instead(key: str) -> None:
+    assert key not in KEYS
+    for word in (f"{key}=x", f"+{key}=x", f"++{key}=x"):
+        told = answer(word)
+        assert told == f"There is no key {key!r} any more. {REMOVED[key]}"
+    assert REMOVED[key] in answer_of_a_file(key)
+
+
 def test_i3_the_answers_name_keys_that_exist() -> None:
     known = {*KEYS, *list_groups(), "model.encoder.weights"}
     assert set(SYNONYMS.values()) <= known
     assert not set(SYNONYMS) & known
-    for text in TRAINER.values():
+    for text in [*TRAINER.values(), *REMOVED.values()]:
         for word in text.replace("=", " ").replace(",", " ").replace(":", " ").replace(";", " ").split():
             is_key = "." in word.strip(".") and not {*"<>/"} & {*word} and word != "0.999"
             assert not is_key or word.strip(".") in known, f"{word} in {text!r}"

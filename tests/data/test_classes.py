@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from semseg.data.classes import ClassTable, LabelMap, ade20k_classes, camvid_classes, generated_palette
+from semseg.data.classes import ClassTable, LabelMap, built_in_classes, generated_palette
 from semseg.errors import ConfigError, DataError
 
 
 def test_ade20k_has_150_names_and_one_pair_of_equal_colours() -> None:
-    table = ade20k_classes()
+    table = built_in_classes("ade20k")
     assert table.num_classes == len(set(table.names)) == 150
     assert (table.names[0], table.names[12], table.names[149]) == ("wall", "person", "flag")
     assert (table.palette[0], table.palette[12], table.palette[149]) == ((120, 120, 120), (150, 5, 61), (92, 0, 255))
@@ -23,7 +23,7 @@ def test_ade20k_has_150_names_and_one_pair_of_equal_colours() -> None:
 
 
 def test_camvid_has_11_classes() -> None:
-    table = camvid_classes()
+    table = built_in_classes("camvid")
     assert table.num_classes == 11
     assert (table.names[0], table.palette[3]) == ("Sky", (128, 64, 128))
 
@@ -33,7 +33,7 @@ def test_camvid_is_the_table_beside_the_data() -> None:
     path = Path(__file__).parents[2].parent / "shared/camvid/classes.csv"
     if not path.exists():
         pytest.skip("no shared data")
-    assert ClassTable.from_csv(path) == camvid_classes()
+    assert ClassTable.from_csv(path) == built_in_classes("camvid")
 
 
 def test_a_table_may_start_at_0_and_come_in_any_order(tmp_path: Path) -> None:

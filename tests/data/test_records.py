@@ -12,7 +12,7 @@ from PIL import Image
 
 from semseg.data import records as records_module
 from semseg.data.geometry import Size
-from semseg.data.records import Record, record_of_image, records_from_folders, records_from_odgt, split_by_hash
+from semseg.data.records import Record, read_record_header, records_from_folders, records_from_odgt, split_by_hash
 from semseg.errors import DataError
 
 GOOD = {"fpath_img": "images/a.jpg", "fpath_segm": "annotations/a.png", "width": 640, "height": 480}
@@ -163,13 +163,13 @@ def test_a_turned_photo_has_the_size_of_its_mask(tmp_path: Path) -> None:
     assert [record.size for record in with_masks] == [Size(6, 8), Size(8, 6)]
     alone = records_from_folders(tmp_path / "images", cache_dir=tmp_path)
     assert [record.size for record in alone] == [Size(8, 6), Size(8, 6)]
-    assert record_of_image(tmp_path / "images/stored.jpg").size == Size(8, 6)
+    assert read_record_header(str(tmp_path / "images/stored.jpg")).upright == Size(8, 6)
 
 
 def test_headers_are_read_once_and_again_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    original = records_module._read_header
-    monkeypatch.setattr(records_module, "_read_header", lambda path: (opened.append(path), original(path))[1])
+    original = records_module.read_record_header
+    monkeypatch.setattr(records_module, "read_record_header", lambda path: (opened.append(path), original(path))[1])
     for name in "abc":
         draw(tmp_path / f"images/{name}.png")
     scan = [records_from_folders(tmp_path / "images", cache_dir=tmp_path / "cache") for _ in range(2)]
@@ -196,7 +196,7 @@ def test_a_broken_header_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jpg: the header cannot be read"):
         records_from_folders(tmp_path / "images", cache_dir=tmp_path)
     with pytest.raises(DataError, match="no such file"):
-        record_of_image(tmp_path / "none.jpg")
+        read_record_header(str(tmp_path / "none.jpg"))
 
 
 # ---- split

@@ -63,16 +63,6 @@ def test_a6_two_processes_take_the_sub_batches_of_one_that_accumulates_two(runs:
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
 
 
-def test_d3_a_rank_that_runs_out_of_memory_takes_its_sub_batch_smaller_and_all_keep_the_same_weights(
-    runs: Runs,
-) -> None:
-    first, second = (rank["scarce"] for rank in runs.ranks)
-    assert first["retry"]["num_shrunk"] == 0
-    assert 0 < second["retry"]["num_shrunk"] == second["stop"]["num_shrunk"] < 6
-    assert_equal(second["retry"]["state"], first["retry"]["state"])
-    assert_equal(first["retry"]["state"], first["stop"]["state"])  # trying out has left no trace
-
-
 @pytest.mark.parametrize("name", UNUSED)
 def test_d8_a_network_with_parts_that_the_loss_does_not_reach_trains_on_two_ranks(runs: Runs, name: str) -> None:
     first, second = (rank["unused"][name] for rank in runs.ranks)

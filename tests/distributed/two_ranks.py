@@ -10,19 +10,14 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg.config.schema import Config
 from semseg.data.batch import Batch
-from semseg.lit_module import SegmentationModule
-from semseg.training.callbacks.guards import at_next_smaller_edge
 from semseg.training.callbacks.stop import StoppedError
-from semseg.training.losses import Loss
 
 # Five images in sub-batches of two on two ranks; two epochs of three steps of two sub-batches a rank.
 RESUMED = [
@@ -55,17 +50,6 @@ UNUSED = {
 if find_spec("timm") is not None:
     UNUSED["unread maps"] = ["model/encoder=timm", "model.encoder.name=hrnet_w18_small", "model.encoder.weights=none"]
 
-# Rank 1 has no memory for canvases as large as a short edge of 48 gives them; one of 32 stays below.
-SCARCE = [
-    *TINY_RUN, "data.steps_per_epoch=6", "trainer.max_epochs=1", "trainer.devices=2", "trainer.strategy=ddp",
-    "loss.average=pixels", "trainer.accumulate_grad_batches=2",
-]  # fmt: skip
-LARGE = 48 * 48  # pixels
-LOSSES, TRAINING_STEP = (
-    SegmentationModule.losses,
-    SegmentationModule.training_step,
-)  # as they are before they are patched
-
 
 class StopAt(Callback):
     """Rank 1 alone gets SIGTERM during the last sub-batch of step `step`."""
@@ -94,24 +78,6 @@ class Watch(Callback):
         self.seen.append((batch.paths, list(batch.image.shape), loss))
 
 
-def scarce_losses(module: SegmentationModule, batch: Batch, average: str) -> Loss:
-    """`losses` on devices of which the second has little memory: it fails half way, in front of a collective."""
-    if module.global_rank == 1 and batch.image[0, 0].numel() >= LARGE:
-        module.net.encoder.fine(module.input(batch.image, batch.size))  # pyright: ignore[reportCallIssue]
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-    return LOSSES(module, batch, average)
-
-
-def shrinking_step(module: SegmentationModule, batch: Batch, batch_idx: int) -> torch.Tensor:
-    """`training_step` by a policy that needs no failure: rank 1 takes large canvases at the next smaller short edge."""
-    if module.global_rank == 1 and batch.image[0, 0].numel() >= LARGE:
-        smaller = at_next_smaller_edge(batch, [32, 48], size_divisor=8, label_stride=8)
-        assert smaller is not None
-        module.oom_retries += 1
-        batch = smaller
-    return TRAINING_STEP(module, batch, batch_idx)
-
-
 class BestLoss(Callback):
     """Notes the loss that early stopping holds for the best."""
 
@@ -121,24 +87,11 @@ class BestLoss(Callback):
 
 
 class Weights(Callback):
-    """Keeps what this rank's network is in the end, what of it was frozen, and how many sub-batches it has shrunk."""
+    """Keeps what this rank's network is in the end, and what of it was frozen."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.state = {name: value.clone() for name, value in pl_module.state_dict().items()}
         self.unused = list(pl_module.unused)
-        self.num_shrunk = pl_module.oom_retries
-
-
-def end_with_little_memory(root: str, folder: Path) -> dict[str, Any]:
-    """Weights of this rank after runs in which large sub-batches of rank 1 fail, or never come."""
-    ends = {}
-    for name, stub in (("losses", scarce_losses), ("training_step", shrinking_step)):
-        weights = Weights()
-        policy = "retry" if name == "losses" else "stop"
-        with patch.object(SegmentationModule, name, stub):
-            fit(run_of([*SCARCE, f"trainer.on_oom={policy}"], root, folder / policy), weights)
-        ends[policy] = {"state": weights.state, "num_shrunk": weights.num_shrunk}
-    return ends
 
 
 def end_with_unused_parts(root: str, folder: Path) -> dict[str, Any]:
@@ -162,8 +115,8 @@ def run_of(words: list[str], root: str, run_dir: Path) -> Config:
 def stop_and_go_on(rank: int, world: int, *, root: str, folder: str) -> dict[str, Any]:
     """Runs in `folder`: `whole`, `stopped_<step>` for all STOPS, and `two`; returns what this rank has seen of those.
 
-    The entry "stopped" tells the steps at which this rank was stopped, "seen" the sub-batches of `two`, "scarce" and
-    "unused" what `end_with_little_memory` and `end_with_unused_parts` give, "logged" the sub-batches of the run
+    The entry "stopped" tells the steps at which this rank was stopped, "seen" the sub-batches of `two`,
+    "unused" what `end_with_unused_parts` gives, "logged" the sub-batches of the run
     `logged` and the best loss of its early stopping.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -179,11 +132,10 @@ def stop_and_go_on(rank: int, world: int, *, root: str, folder: str) -> dict[str
         fit(config, resume=Path(config.run_dir) / "checkpoints" / "last.ckpt")
     watch = Watch()
     fit(run_of([*SHARED_OUT, *ON_TWO], root, Path(folder) / "two"), watch)
-    scarce = end_with_little_memory(root, Path(folder))
     unused = end_with_unused_parts(root, Path(folder))
     logged, best = Watch(), BestLoss()
     fit(run_of(LOGGED, root, Path(folder) / "logged"), logged, best)
     return {
-        "stopped": stopped, "seen": watch.seen, "scarce": scarce, "unused": unused,
+        "stopped": stopped, "seen": watch.seen, "unused": unused,
         "logged": {"seen": logged.seen, "best": best.value},
     }  # fmt: skip

@@ -20,7 +20,6 @@ from semseg.syncbn.layer import (
     revert,
     steady_steps,
     steps_of,
-    without_old_buffers,
 )
 
 CHANNELS = 3
@@ -272,11 +271,6 @@ def test_files_of_the_2018_code_load_with_none_two_or_three_of_its_buffers(
     net = nn.Sequential(SyncBatchNorm2d(CHANNELS, convention="published"))
     net.load_state_dict({f"0.{key}": value for key, value in old_file(*buffers).items()})
     assert net[0].num_batches_tracked == steps
-
-    # The road through the plain layer, which is how Lightning restores a network, ends at the same place.
-    plain = nn.Sequential(nn.BatchNorm2d(CHANNELS))
-    plain.load_state_dict(without_old_buffers({f"0.{key}": value for key, value in old_file(*buffers).items()}))
-    assert convert(plain, "published")[0].num_batches_tracked == steps
 
 
 def test_loaded_statistics_are_not_forgotten_by_the_first_step() -> None:

@@ -77,7 +77,7 @@ def test_training_does_not_notice_that_there_is_an_average(
 
 def test_an_average_that_would_be_of_parts_of_the_weights_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"ema\.decay=0\.9: the average needs all weights on every device"):
-        configured("ema.decay=0.9", "trainer.strategy=fsdp")
+        configured("ema.decay=0.9", "trainer.strategy=deepspeed")
 
 
 STILL = (

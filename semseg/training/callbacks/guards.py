@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
@@ -20,12 +18,10 @@ from torch.optim import Optimizer
 
 from semseg.config.schema import TrainerConfig
 from semseg.data.batch import Batch
-from semseg.data.classes import IGNORED
 from semseg.data.datasets import EvalSample
-from semseg.data.geometry import Size, canvas_size, label_size
+from semseg.data.geometry import Size
 from semseg.errors import SemsegError
 from semseg.storage.atomic import program, replacing
-from semseg.syncbn.layer import reduced_over
 from semseg.training.callbacks.stop import Votes
 
 FOLDER = "nonfinite"  # in the run folder
@@ -133,7 +129,7 @@ class ProbeMemory(Callback):
     gradients are thrown away, and normalisation statistics put back.
 
     Raises:
-        OutOfMemory: if it does not fit, unless `trainer.on_oom` is "retry".
+        OutOfMemory: if it does not fit.
     """
 
     def __init__(self, config: TrainerConfig) -> None:
@@ -141,7 +137,7 @@ class ProbeMemory(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_wanted = {"always": True, "never": False, "gpu": pl_module.device.type == "cuda"}[self.config.probe_memory]
-        if not is_wanted or self.config.on_oom == "retry":
+        if not is_wanted:
             return
         batch: Batch = trainer.datamodule.largest_batch()  # pyright: ignore[reportAttributeAccessIssue]
         batch = batch._replace(**{
@@ -170,36 +166,6 @@ def try_out(module: pl.LightningModule, batch: Batch) -> None:
         torch.clear_autocast_cache()  # its copies of the weights belong to the graph that is gone
         for name, value in module.named_buffers():
             value.copy_(statistics[name])
-
-
-class Rehearsal:
-    """Tries sub-batches out before their step, on each rank alone, where a step could not be taken back.
-
-    That is on several devices, where ranks wait for each other in the middle of a step, and with accumulation, since a
-    backward pass that fails spoils the gradients of the sub-batches before. Here a rank that runs out of memory has
-    told the others nothing yet. Only a sub-batch with more pixels than all that went well is tried.
-    """
-
-    def __init__(self, world_size: int) -> None:
-        self._largest = 0  # numbers in a tensor of images
-        self._alone: dist.ProcessGroup | None = None
-        if world_size > 1:
-            group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-            assert isinstance(group, dist.ProcessGroup), "this process is in it"
-            self._alone = group
-
-    def problem_with(self, module: pl.LightningModule, batch: Batch) -> OutOfMemory | None:
-        """None if the sub-batch fits into memory."""
-        if batch.image.numel() <= self._largest:
-            return None
-        try:
-            with nullcontext() if self._alone is None else reduced_over(module, self._alone):
-                try_out(module, batch)
-        except torch.OutOfMemoryError as error:
-            return OutOfMemory(batch, error)
-        if module.trainer.global_step:  # until then the optimiser has no memory of its own
-            self._largest = batch.image.numel()
-        return None
 
 
 class Culprit(NamedTuple):
@@ -275,33 +241,3 @@ def out_of_memory_told(batch: Batch) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(batch, error) from None
-
-
-def at_next_smaller_edge(
-    batch: Batch, short_edges: Sequence[int], size_divisor: int, label_stride: int
-) -> Batch | None:
-    """The same images at the next smaller of `short_edges` (pixels); None if they have the smallest already.
-
-    Pixels are resized by the antialiased bilinear rule, labels by the nearest one, on the device where they are.
-    """
-    shortest = min(int(size.min()) for size in batch.size)
-    smaller = [edge for edge in short_edges if edge < shortest]
-    if not smaller:
-        return None
-    share = max(smaller) / shortest
-    sizes = [Size(max(1, int(height * share)), max(1, int(width * share))) for height, width in batch.size.tolist()]
-    canvas = canvas_size(sizes, size_divisor)
-    image = batch.image.new_zeros(len(sizes), 3, *canvas)
-    label = torch.full_like(batch.label[:, :1, :1], IGNORED).expand(-1, *label_size(canvas, label_stride)).clone()
-    for place, ((height, width), size) in enumerate(zip(batch.size.tolist(), sizes, strict=True)):
-        pixels = F.interpolate(
-            batch.image[place : place + 1, :, :height, :width], size=size, mode="bilinear", antialias=True
-        )
-        image[place, :, : size.height, : size.width] = pixels[0]
-        rows, columns = (-(-length // label_stride) for length in (height, width))
-        target = [-(-length // label_stride) for length in size]
-        ids = F.interpolate(
-            batch.label[place : place + 1, None, :rows, :columns].double(), size=target, mode="nearest-exact"
-        )
-        label[place, : target[0], : target[1]] = ids[0, 0].long()
-    return batch._replace(image=image, label=label, size=torch.tensor(sizes, device=batch.size.device))

@@ -10,7 +10,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from helpers.in_process import TINY_RUN, assert_equal, configured, fit
 from semseg.build import build_net, build_trainer
 from semseg.config.compose import compose_config
 from semseg.config.schema import Config, check
@@ -19,7 +18,7 @@ from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import SemsegError
 from semseg.lit_module import SegmentationModule
-from semseg.training.callbacks.guards import NonFiniteError, OutOfMemory, at_next_smaller_edge, first_nonfinite
+from semseg.training.callbacks.guards import NonFiniteError, OutOfMemory, first_nonfinite
 from semseg.training.losses import Loss
 
 RUN = [
@@ -160,72 +159,19 @@ def test_d3_out_of_memory_in_evaluation_is_told_with_images_and_keys(
     assert "eval.batch_size" in str(caught.value) and "Tried to allocate 20.00 GiB" in str(caught.value)
 
 
-def test_d3_retry_runs_the_sub_batch_at_the_next_smaller_short_edge(
+def test_d3_out_of_memory_in_the_backward_pass_names_the_sub_batch_too(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = no_memory_for_large(monkeypatch)
-    run = make(root, tmp_path, "trainer.on_oom=retry")
-    run.fit()
-    large = [pixels for pixels in tried if pixels >= LARGE]
-    assert run.module.oom_retries == len(large) > 0
-    assert len(tried) == 3 + len(large)
+    run = make(root, tmp_path)
 
+    def full(loss: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-def test_d3_a_sub_batch_that_does_not_fit_at_the_smaller_size_either_stops_the_run(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried = no_memory_for_large(monkeypatch, large=0)  # and seed 1 draws the larger edge first
-    with pytest.raises(OutOfMemory, match=r"2 images of \d+ x \d+ pixels"):
-        make(root, tmp_path, "trainer.on_oom=retry", "data.short_edges=[32,64]", "seed=1").fit()
-    assert len(tried) == 2 and tried[1] < tried[0]
-
-
-def test_d3_memory_that_runs_out_in_the_backward_pass_is_handled_too(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backward = Tensor.backward
-    run = make(root, tmp_path, "trainer.on_oom=retry")
-    failures = 0
-
-    def failing(loss: Tensor) -> None:
-        nonlocal failures
-        backward(loss)
-        if run.module.batch.image[0, 0].numel() >= LARGE:
-            failures += 1
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(Tensor, "backward", failing)
-    run.fit()
-    assert run.module.oom_retries == failures > 0
-    assert run.trainer.global_step == 3
-
-
-def test_d3_with_accumulation_the_sub_batch_is_tried_before_its_gradient_meets_others(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried = no_memory_for_large(monkeypatch)
-    run = make(root, tmp_path, "trainer.on_oom=retry", "trainer.accumulate_grad_batches=3")
-    run.fit()
-    assert run.module.oom_retries > 0 and run.trainer.global_step == 1
-    large = [place for place, pixels in enumerate(tried) if pixels >= LARGE]
-    # Every sub-batch of the first step is tried once, a large one again at its smaller size, and then trained on.
-    assert len(large) == run.module.oom_retries and len(tried) == 3 * 2 + len(large)
-    assert all(tried[place + 1] == tried[place + 2] < LARGE for place in large)
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_d3_trying_a_sub_batch_trains_nothing(root: Path, tmp_path: Path, precision: str) -> None:
-    words = ["data=scenes", *TINY_RUN, "data.make.num_train=4", "data.make.num_val=1", f"data.root={root}"]
-    words += ["data.steps_per_epoch=6", "trainer.accumulate_grad_batches=3", "trainer.max_epochs=1"]
-    ends = {
-        policy: fit(
-            configured(*words, f"trainer.precision={precision}", f"trainer.on_oom={policy}", f"run_dir={run_dir}")
-        )
-        for policy, run_dir in (("retry", tmp_path / "retry"), ("stop", tmp_path / "stop"))
-    }
-    assert ends["stop"]["global_step"] == 2
-    assert_equal(ends["retry"]["state_dict"], ends["stop"]["state_dict"])
-    assert_equal(ends["retry"]["optimizer_states"], ends["stop"]["optimizer_states"])
+    monkeypatch.setattr(Tensor, "backward", full)
+    with pytest.raises(OutOfMemory, match=r"data\.batch_size") as caught:
+        run.fit()
+    assert all(path in str(caught.value) for path in run.module.batch.paths)
+    assert run.trainer.global_step == 0
 
 
 def test_the_largest_sub_batch_is_tried_before_the_first_step(
@@ -237,29 +183,14 @@ def test_the_largest_sub_batch_is_tried_before_the_first_step(
     assert len(tried) == 1
 
 
-def test_trying_the_largest_sub_batch_trains_nothing(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_trying_the_largest_sub_batch_trains_nothing(root: Path, tmp_path: Path, precision: str) -> None:
     ends = []
     for probe in ("always", "never"):
-        run = make(root, tmp_path / probe, f"trainer.probe_memory={probe}")
+        run = make(root, tmp_path / probe, f"trainer.probe_memory={probe}", f"trainer.precision={precision}")
         run.fit()
         ends.append(run.net.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
-
-
-def test_a_smaller_batch_holds_the_same_picture() -> None:
-    image = torch.zeros(1, 3, 64, 96, dtype=torch.uint8)
-    image[:, :, :60, :45] = 200
-    label = torch.full((1, 16, 24), -1)
-    label[:, :15, :23] = 1
-    label[:, :15, :12] = 0
-    batch = Batch(image, label, torch.tensor([[60, 90]]), ["a.jpg"])
-    smaller = at_next_smaller_edge(batch, [30, 60], size_divisor=32, label_stride=4)
-    assert smaller is not None
-    assert smaller.image.shape == (1, 3, 32, 64) and smaller.size.tolist() == [[30, 45]]
-    assert int(smaller.image[0, 0, 10, 10]) == 200 and int(smaller.image[0, 0, 10, 40]) == 0
-    assert smaller.label.shape == (1, 8, 16)
-    assert smaller.label[0, 0].tolist() == [0] * 6 + [1] * 6 + [-1] * 4
-    assert at_next_smaller_edge(smaller, [30, 60], size_divisor=32, label_stride=4) is None
 
 
 def test_the_first_layer_that_goes_wrong_is_named() -> None:
