@@ -35,6 +35,7 @@ from semseg.cli.supervise import (
     external_rank,
     leave_last_words,
     num_processes,
+    other_rank_failed_first,
     refuse_ranks,
     supervise,
 )
@@ -267,6 +268,8 @@ def job(composed: DictConfig) -> float | None:
     except Exception as error:
         leave_last_words(error, 1)
         told = unwritable(error, run_dir) if isinstance(error, OSError) else None
+        if told is None and other_rank_failed_first():
+            sys.exit(1)  # a lost connection, say: its traceback, kept in this rank's file, would bury the reason
         if told is None:
             raise
         leave(told, SemsegError.exit_code)

@@ -373,6 +373,14 @@ def leave_last_words(error: BaseException, exit_code: int) -> None:
     Path(f"{path}.new").replace(path)
 
 
+def other_rank_failed_first() -> bool:
+    """In a rank of ours: whether another one has already written down why it failed, which this one only noticed."""
+    path = os.environ.get(LAST_WORDS)
+    if path is None or Path(path).parent.name != FOLDER:
+        return False
+    return any(other != Path(path) for other in Path(path).parent.glob("rank*.error"))
+
+
 def message_in_last_words(text: str) -> str:
     """The whole message of the error in a file of last words; its last line where the message is not marked."""
     _, is_marked, message = text.rpartition(MESSAGE_MARK)

@@ -365,7 +365,7 @@ def read_run_state(path: Path, config: Config, *, has_val: bool) -> RunState:
     try:
         position = Position.of(content["loops"]["fit_loop"], validation_interval(config, has_val=has_val))
         facts, early_stop = RunFacts.of(content), EarlyStop.of(content, config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:  # tensors raise any
         raise CheckpointError(
             f"{path}: what it says of its run is damaged ({first_line(error)}). Resume from another one, or start "
             f"a new run from its weights: init_from={path}."

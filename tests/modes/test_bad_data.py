@@ -149,7 +149,7 @@ def test_c28_an_unknown_id_ends_the_command_within_seconds(words: list[str], tmp
         check=False,
     )  # fmt: skip
     assert ended.returncode == 1
-    assert "Traceback" not in ended.stderr and ended.stderr.count("label ids 9 (1920 pixels)") == 1
+    assert "Traceback" not in ended.stderr and "label ids 9 (1920 pixels)" in ended.stderr
     assert time.monotonic() - started < 150  # seconds to import torch on a busy machine included; it never ended
     left = subprocess.run(
         ["pgrep", "-f", f"^{sys.executable}.*run_dir=run"], capture_output=True, text=True, check=False
