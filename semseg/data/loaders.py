@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
-from lightning_fabric.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_warn
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
