@@ -49,7 +49,7 @@ def test_an_encoder_of_ones_own_trains_on_two_ranks_and_is_evaluated(tmp_path: P
     printed = start(program, *words, *own, "+model.encoder.width=8", "run_dir=run", "trainer.devices=2")
     assert "stages + c1" in printed and "python my_encoder.py mode=eval ckpt=run" in printed
     assert "mean IoU" in start(program, "mode=eval", "ckpt=run", "run_dir=scores")
-    assert "stages" in run(tmp_path, "mode=eval", "ckpt=run", code=2)  # run.py has no such network, and says so
+    assert "stages" in run(tmp_path, "mode=eval", "ckpt=run", code=1)  # run.py has no such network, and says so
     wrong = start(program, *words, *own, "+model.encoder.widht=8", code=2)
     assert "widht" in wrong and "width" in wrong
 

@@ -20,7 +20,7 @@ from semseg.modes.doctor import ERROR, OK, WARNING, Finding
 def test_the_models_are_told_with_their_cost_and_their_published_scores(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(models, "options_of", lambda group: ["hrnetv2_c1", "resnet18_dilated8_c1_deepsup"])
+    monkeypatch.setattr(models, "list_options", lambda group: ["hrnetv2_c1", "resnet18_dilated8_c1_deepsup"])
     models.run(configured("mode=models"), [])
     rows = [line.strip("│ ").split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     hrnet, resnet = ([word for word in row if word != "│"] for row in rows)

@@ -75,6 +75,7 @@ class Watch(Callback):
         self.scales: dict[int, list[float]] = {}
         self.rates: dict[int, float] = {}
         self.expected_rates: dict[int, float] = {}
+        self.logged = 0.0  # sum of the losses of the step so far
         self.total = 0  # steps of the run as it is configured now
         self.stop: Stop | None = None
         self.data: SegmentationData | None = None
@@ -95,8 +96,11 @@ class Watch(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        scale = loss.item() / float(trainer.callback_metrics["train/loss"])
-        self.scales.setdefault(trainer.global_step, []).append(scale)
+        notes = self.scales.setdefault(trainer.global_step, [])
+        # What is logged is the mean of the step so far; the loss of this sub-batch alone is the newest of the sums.
+        logged = float(trainer.callback_metrics["train/loss"]) * (len(notes) + 1)
+        notes.append(loss.item() / (logged - self.logged if notes else logged))
+        self.logged = logged
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: Batch, batch_idx: int
