@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import patch
 
+from helpers.fork_server import run_python
 from semseg.cli import main
 from semseg.config.compose import CONFIG_DIR
 
@@ -24,11 +24,9 @@ TINY = [
 
 def run(cwd: Path, *words: str, code: int = 0) -> str:
     """What `python run.py <words>` prints in the folder `cwd`; it must end with the exit code `code`."""
-    result = subprocess.run(
-        [sys.executable, str(RUN), *words], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    result = run_python(str(RUN), *words, cwd=cwd)
+    assert result.returncode == code, result.stdout
+    return result.stdout
 
 
 def run_here(cwd: Path, *words: str, code: int = 0) -> str:
@@ -54,7 +52,5 @@ def run_script(path: Path, cwd: Path) -> tuple[int, str]:
     """Exit code and output of a program that imports this package and the modules in the folder `cwd`."""
     paths = os.pathsep.join(map(str, [RUN.parent, RUN.parent / "tests", cwd]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    result = subprocess.run(
-        [sys.executable, str(path)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    return result.returncode, result.stdout + result.stderr
+    result = run_python(str(path), cwd=cwd, env=environment)
+    return result.returncode, result.stdout

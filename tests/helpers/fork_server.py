@@ -1,0 +1,228 @@
+"""Start Python programs as real processes without the seconds that importing torch and Lightning takes.
+
+The first program of a test process starts a server that has imported everything; it forks once for each program. The
+fork has its own process id, working directory, environment, streams and exit code. It differs from a program that was
+started afresh in its entry in the process table and in what is already imported: tests of those start their own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_REQUEST = 1 << 20  # bytes
+
+
+class ForkedProgram:
+    """A running program; the part of subprocess.Popen that tests need. Its output is a file, not a pipe."""
+
+    def __init__(self, arguments: Sequence[str], cwd: Path, env: dict[str, str] | None = None) -> None:
+        self.output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - lives as long as the program
+        self.returncode: int | None = None
+        self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.connection.connect(server_address())
+        request = {
+            "arguments": [str(argument) for argument in arguments],
+            "cwd": str(cwd),
+            "env": dict(os.environ if env is None else env),
+        }
+        descriptor = self.output.fileno()
+        socket.send_fds(self.connection, [json.dumps(request).encode()], [descriptor, descriptor])
+        self.pid = int(self.connection.recv(64))
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, negative for a signal.
+
+        Raises:
+            subprocess.TimeoutExpired: if the program still runs after `timeout` seconds.
+        """
+        if self.returncode is None:
+            self.connection.settimeout(timeout)
+            try:
+                self.returncode = int(self.connection.recv(64))
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0, self.read()) from None
+            self.connection.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """The exit code, or None while the program runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(timeout=1e-3)
+        return None
+
+    def read(self) -> str:
+        """What the program has written so far to standard output and standard error."""
+        self.output.flush()
+        with os.fdopen(os.dup(self.output.fileno()), "rb") as file:
+            return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run_python(
+    *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300.0
+) -> subprocess.CompletedProcess[str]:
+    """Run `python <arguments>`, a file or `-c` and a program, to its end. Both streams are in `stdout`, in order.
+
+    Raises:
+        subprocess.TimeoutExpired: after `timeout` seconds; the program has been killed then.
+    """
+    program = ForkedProgram(arguments, cwd, env)
+    try:
+        code = program.wait(timeout)
+    except subprocess.TimeoutExpired:
+        program.kill()
+        raise
+    return subprocess.CompletedProcess(["python", *arguments], code, program.read(), "")
+
+
+@functools.cache
+def server_address() -> str:
+    """Start the server of this process, once."""
+    folder = tempfile.TemporaryDirectory(prefix="fork_server")
+    atexit.register(folder.cleanup)
+    address = f"{folder.name}/socket"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-m", "helpers.fork_server", address]
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdin is not None and server.stdout is not None
+    assert server.stdout.readline() == b"ready\n"
+    atexit.register(server.stdin.close)  # the server ends when its standard input does
+    return address
+
+
+# ---- in the server
+
+
+def serve(address: str) -> None:
+    """Fork for each connection, until standard input is closed."""
+    import_everything()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(address)
+    listener.listen()
+    os.write(1, b"ready\n")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+    with selectors.DefaultSelector() as selector:
+        selector.register(sys.stdin, selectors.EVENT_READ)
+        selector.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is sys.stdin:
+                    return
+                if key.fileobj is listener:
+                    pid, connection = fork_program(listener, selector)
+                    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, connection))
+                    continue
+                pid, connection = key.data
+                _, status = os.waitpid(pid, 0)
+                with contextlib.suppress(OSError):  # the test may have lost interest
+                    connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+                connection.close()
+                selector.unregister(key.fileobj)
+                os.close(key.fd)
+
+
+def import_everything() -> None:
+    """Import this package, and with it torch, Lightning, Hydra and OpenCV."""
+    import semseg  # only in the server, which is a process of its own
+
+    for module in pkgutil.walk_packages(semseg.__path__, "semseg."):
+        with contextlib.suppress(ImportError):  # of an extra that is not installed
+            importlib.import_module(module.name)
+
+
+def fork_program(listener: socket.socket, selector: selectors.BaseSelector) -> tuple[int, socket.socket]:
+    """Accept one request; returns in the server only, with the process id and the connection to report to."""
+    connection, _ = listener.accept()
+    message, descriptors, *_ = socket.recv_fds(connection, MAX_REQUEST, 2)
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDONLY)
+        for number, descriptor in enumerate([null, *descriptors]):
+            os.dup2(descriptor, number)
+        selector.close()
+        listener.close()
+        connection.close()
+        os.closerange(3, 256)
+        execute(**json.loads(message))
+    for descriptor in descriptors:
+        os.close(descriptor)
+    connection.send(str(pid).encode())
+    return pid, connection
+
+
+def execute(arguments: list[str], cwd: str, env: dict[str, str]) -> NoReturn:
+    """Become the program; ends the process as the interpreter would."""
+    code = 1
+    try:
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ.update(env)
+        sys.path[:0] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
+        if arguments[0] == "-c":
+            sys.argv = ["-c", *arguments[2:]]
+            sys.path.insert(0, "")
+            module = types.ModuleType("__main__")
+            sys.modules["__main__"] = module
+            exec(compile(arguments[1], "<string>", "exec"), module.__dict__)
+        else:
+            sys.argv = arguments
+            sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+            runpy.run_path(arguments[0], run_name="__main__")
+        code = 0
+    except SystemExit as leaving:
+        code = exit_status(leaving.code)
+    except BaseException:  # as the interpreter does
+        traceback.print_exc()
+    finally:
+        run_exit_handlers()
+        os._exit(code)
+
+
+def exit_status(code: object) -> int:
+    if code is None or isinstance(code, int):
+        return code or 0
+    sys.stderr.write(f"{code}\n")
+    return 1
+
+
+def run_exit_handlers() -> None:
+    """What the interpreter does at its end: wait for threads, run atexit's functions, flush."""
+    with contextlib.suppress(BaseException):
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - no public name
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):
+            stream.flush()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
