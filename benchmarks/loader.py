@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from semseg.collate import collate
-from semseg.data.classes import LabelMap
 from semseg.data.datasets import TrainDataset
 from semseg.data.geometry import Size, canvas_size, label_size, scaled_size
 from semseg.data.label_cache import LabelCache
+from semseg.data.label_map import LabelMap
 from semseg.data.loaders import WatchedLoader
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record

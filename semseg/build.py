@@ -32,7 +32,7 @@ from semseg.checkpoints.initialise import differences, fill, load_encoder_weight
 from semseg.checkpoints.published import FREE_KEYS, Files, find_files, read_published
 from semseg.config.preprocessing import CONVENTIONS
 from semseg.config.schema import ONNX, ZOO_PREFIX, Config, DownloadConfig, ModelConfig, network_options
-from semseg.data.classes import LabelMap
+from semseg.data.label_map import LabelMap
 from semseg.data.sources import DataSource, label_map
 from semseg.errors import CheckpointError, ConfigError
 from semseg.nets.interfaces import Encoder

@@ -8,8 +8,8 @@ import cv2
 import torch
 
 from semseg.data.batch import Batch, Sample
-from semseg.data.classes import IGNORED
 from semseg.data.geometry import Size, canvas_size, label_size
+from semseg.data.label_map import IGNORED
 
 __all__ = ["Batch", "Sample", "collate"]
 

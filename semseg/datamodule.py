@@ -18,10 +18,10 @@ from semseg.config.schema import Config
 from semseg.data import shared_slots
 from semseg.data.augment import Augmentation, cropped
 from semseg.data.batch import Batch
-from semseg.data.classes import IGNORED
 from semseg.data.datasets import EvalDataset, TrainDataset
 from semseg.data.geometry import Size, canvas_size, label_size, largest_canvas, stretched_size
 from semseg.data.label_cache import LabelCache
+from semseg.data.label_map import IGNORED
 from semseg.data.loaders import AHEAD, SubBatchLoader, WatchedLoader, end, sub_batches_taken
 from semseg.data.plan import TrainPlan, groups_of_one_shape
 from semseg.data.records import Record
@@ -202,7 +202,7 @@ class SegmentationData(pl.LightningDataModule):
             return None
         source = self.source
         found = scan(source.records("train"), source.root, max_pixels=data.max_pixels, colours=source.label_map.colours)
-        meaning = self.source.label_map.meaning
+        meaning = self.source.label_map.class_index
         present = [
             {index for raw in finding.ids if (index := meaning(raw)) not in (None, IGNORED)} for finding in found
         ]

@@ -234,7 +234,7 @@ def class_table_for(num_classes: int) -> ClassTable:
     ade20k = built_in_classes("ade20k")
     if num_classes == ade20k.num_classes:
         return ade20k
-    return ClassTable.generated([f"class {index}" for index in range(num_classes)])
+    return ClassTable.from_names([f"class {index}" for index in range(num_classes)])
 
 
 def in_words(network: Network) -> str:

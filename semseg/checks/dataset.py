@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from semseg.config.schema import DataConfig
-from semseg.data.classes import IGNORED, ClassTable, Colour, LabelMap
+from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size, canvas_size, scaled_size
+from semseg.data.label_map import IGNORED, LabelMap
 from semseg.data.overlap import Overlap
+from semseg.data.palette import Colour
 from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
 from semseg.data.scan import SEVERAL, Finding
@@ -143,7 +145,7 @@ def diagnose(
         suggestions |= found
         notices.append(Notice(ERROR, unexplained(sorted(ids_of(splits)))))
         return Diagnosis(ordered(notices), [summary(split, None) for split in splits], [], suggestions)
-    meaning = known.label_map.meaning
+    meaning = known.label_map.class_index
     for found, advice in (unknown_ids(splits, data, meaning, pixel_of), shifted_ids(splits, data, meaning)):
         notices += found
         suggestions |= advice
@@ -364,7 +366,7 @@ def ignored_share(found: Finding, meaning: Meaning) -> float:
 
 def class_rows(splits: Sequence[ScannedSplit], known: Known) -> list[ClassSummary]:
     """One row for each class."""
-    classes, meaning, ids = known.classes, known.label_map.meaning, known.label_map.class_ids
+    classes, meaning, ids = known.classes, known.label_map.class_index, known.label_map.class_ids
     counted = {split.name: [scored(found, meaning) for _, found in split.sound] for split in splits}
     first = counted[splits[0].name]
     total = sum(sum(counts.values()) for counts in first)

@@ -16,8 +16,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from semseg.config.schema import AugmentConfig
-from semseg.data.classes import IGNORED
 from semseg.data.geometry import Size
+from semseg.data.label_map import IGNORED
 from semseg.data.seeding import number_for
 
 AUGMENT = 3  # stream of randomness, beside those of the plan

@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 
 from semseg.data.augment import Augmentation
 from semseg.data.batch import Batch, Sample
-from semseg.data.classes import IGNORED, LabelMap
 from semseg.data.geometry import Size, scaled_size, stretched_size
 from semseg.data.images import (
     MAX_PIXELS,
@@ -31,6 +30,7 @@ from semseg.data.images import (
     stride_label,
 )
 from semseg.data.label_cache import LabelCache
+from semseg.data.label_map import IGNORED, LabelMap
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.data.shared_slots import Slot, received, sent

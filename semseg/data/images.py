@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from semseg.data.classes import IGNORED, ColourIds, LabelMap
 from semseg.data.decoders import pillow_without_limit, silent_stderr
 from semseg.data.geometry import Size
 from semseg.data.headers import (
@@ -36,6 +35,7 @@ from semseg.data.headers import (
     open_image,
 )
 from semseg.data.label_cache import LabelCache, Runs
+from semseg.data.label_map import IGNORED, ColourIds, LabelMap
 from semseg.data.records import Record
 from semseg.data.store import read_file
 from semseg.errors import DataError
@@ -243,7 +243,7 @@ def read_classes(
         if kept is not None and kept.size.height * kept.size.width <= max_pixels:
             return kept
     raw = read_label(path, max_pixels=max_pixels, colours=label_map.colours)
-    label_map.check(raw, path)
+    label_map.check_ids(raw, path)
     label = RawLabel(raw, label_map, path)
     if cache is not None and place is not None:
         cache.put(place, label.whole())

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from semseg.data.classes import LabelMap
 from semseg.data.geometry import Size
+from semseg.data.label_map import LabelMap
 from semseg.data.store import stamp
 from semseg.errors import ConfigError
 from semseg.storage.atomic import replacing

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from semseg.data.classes import ColourIds
 from semseg.data.geometry import Size
 from semseg.data.headers import Header
 from semseg.data.images import MAX_PIXELS, read_header, read_image, read_label, read_largest
+from semseg.data.label_map import ColourIds
 from semseg.data.records import Record, cache_file, load_cache, save_cache
 from semseg.data.store import stamp
 from semseg.errors import DataError

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from semseg.config.schema import SPLITS, DataConfig, SplitConfig
 from semseg.data import store
-from semseg.data.classes import ClassTable, ColourIds, LabelMap, built_in_classes
+from semseg.data.classes import ClassTable, built_in_classes
 from semseg.data.headers import Header
+from semseg.data.label_map import ColourIds, LabelMap
 from semseg.data.orientation import Evidence, evidence_of, labels_are_upright, settled, told
 from semseg.data.records import (
     Naming,
@@ -249,7 +250,7 @@ def class_table(config: DataConfig, root: Path) -> ClassTable:
     if config.classes is None:
         if config.num_classes is None:
             raise ConfigError("data.num_classes must be set, or data.classes=<CSV file with index,name,R,G,B>.")
-        return ClassTable.generated(numbered(config.num_classes))
+        return ClassTable.from_names(numbered(config.num_classes))
     is_built_in = config.classes in BUILT_IN_CLASSES
     table = (
         built_in_classes(config.classes)

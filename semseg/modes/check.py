@@ -34,9 +34,10 @@ from semseg.checks.dataset import (
     ranges,
 )
 from semseg.config.schema import SPLITS, Config, DataConfig
-from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size, largest_canvas
 from semseg.data.images import read_label, read_pair
+from semseg.data.label_map import LabelMap
 from semseg.data.overlap import Overlap, overlap
 from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
@@ -173,7 +174,7 @@ def pictures(
 
 def write_lists(folder: Path, root: Path, splits: Sequence[ScannedSplit], known: Known | None) -> dict[str, str]:
     """An odgt list of the sound pairs of each split, and the keys that use it."""
-    meaning = known.label_map.meaning if known else None
+    meaning = known.label_map.class_index if known else None
     keys = {}
     for split in splits:
         path = folder / f"{split.name}.odgt"

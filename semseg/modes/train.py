@@ -270,7 +270,7 @@ def start_table(config: Config, net: Segmenter, source: DataSource, cost: Cost) 
         "network": f"{network_name(config.model)}: {cost}, {net.num_classes} classes",
         "strides": f"images padded to {net.size_divisor}, labels at 1/{net.label_stride}",
         "data": f"{data.name}: {len(source.records('train'))} images in {data.root}",
-        "labels": source.label_map.words(source.classes.names),
+        "labels": source.label_map.describe(source.classes.names),
         "sub-batch": f"{data.batch_size} images per device, short edges {data.short_edges}",
         "run folder": config.run_dir,
     }

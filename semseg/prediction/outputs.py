@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.classes import ClassTable
+from semseg.data.label_map import LabelMap
 from semseg.reports.draw import Pixels, colour_map, overlay, panel, with_legend
 from semseg.storage.atomic import replacing, temporary_beside, writing
 

@@ -18,9 +18,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from semseg.config.schema import is_whole, view_problems
-from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.classes import ClassTable
 from semseg.data.datasets import at_scales
 from semseg.data.images import MAX_PIXELS, read_image, rgb_of
+from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.inference import predict
 from semseg.nets.segmenter import Segmenter

@@ -14,7 +14,8 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from semseg.data.classes import ClassTable, Colour
+from semseg.data.classes import ClassTable
+from semseg.data.palette import Colour
 from semseg.reports.charts import heat_map, histogram, line_chart
 from semseg.reports.curves import Curves
 from semseg.reports.draw import Pixels

@@ -37,8 +37,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from semseg.config.schema import ServeConfig
-from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.classes import ClassTable
 from semseg.data.images import decode_image
+from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError, SemsegError
 from semseg.reports.draw import Pixels, class_shares
 from semseg.reports.templates import style_colour

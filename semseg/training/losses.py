@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semseg.config.schema import LossConfig
-from semseg.data.classes import IGNORED
+from semseg.data.label_map import IGNORED
 from semseg.errors import ConfigError
 from semseg.nets.interfaces import Logits
 

@@ -13,7 +13,7 @@ from semseg.config.schema import check
 from semseg.data.classes import ClassTable
 from semseg.errors import CheckpointError, ConfigError
 
-CLASSES = ClassTable.generated(["sky", "road"])
+CLASSES = ClassTable.from_names(["sky", "road"])
 SMALL = ["data=scenes", "model/encoder=resnet18", "model.encoder.weights=none", "model/decoder=c1", "eval.scales=[64]"]
 
 

@@ -132,7 +132,7 @@ def saved(encoder: str, decoder: str, num_classes: int, options: dict | None = N
         source="old.ckpt",
         weights={name: value.clone() for name, value in net.state_dict().items()},
         config=config,
-        classes=ClassTable.generated([str(index) for index in range(num_classes)]),
+        classes=ClassTable.from_names([str(index) for index in range(num_classes)]),
         convention=CONVENTIONS["bgr_mean"],
     )
 

@@ -13,9 +13,9 @@ from helpers.in_process import configured
 from semseg.collate import collate
 from semseg.config.schema import AugmentConfig
 from semseg.data.augment import Augmentation
-from semseg.data.classes import LabelMap
 from semseg.data.datasets import TrainDataset
 from semseg.data.geometry import Size
+from semseg.data.label_map import LabelMap
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.errors import ConfigError

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from semseg.collate import collate
 from semseg.config.preprocessing import CONVENTIONS
 from semseg.data.batch import Batch
-from semseg.data.classes import LabelMap
 from semseg.data.datasets import EvalDataset, TrainDataset
 from semseg.data.geometry import Size
+from semseg.data.label_map import LabelMap
 from semseg.data.plan import RankSequence, SubBatch, TrainPlan
 from semseg.data.records import Record, records_from_odgt
 from semseg.errors import DataError

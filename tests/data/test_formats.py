@@ -12,9 +12,10 @@ from PIL import Image
 
 from helpers.in_process import configured
 from semseg.collate import collate
-from semseg.data.classes import UNSCORED, ClassTable, ColourIds, LabelMap
+from semseg.data.classes import ClassTable
 from semseg.data.datasets import TrainDataset
 from semseg.data.images import read_label, read_pair
+from semseg.data.label_map import UNSCORED_ID, ColourIds, LabelMap
 from semseg.data.plan import SubBatch
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError, DataError
@@ -90,10 +91,10 @@ def test_an_unknown_colour_is_named_with_its_first_pixel(coloured: Path) -> None
     mask = colours(RED, GREEN)
     mask[5, 7] = BLUE
     path = save(coloured / "masks" / "a.png", mask)
-    with pytest.raises(DataError, match=r"masks/a\.png: the colour \(10, 10, 200\) at row 5, column 7 is no class"):
+    with pytest.raises(DataError, match=r"masks/a\.png: the colour \(10, 10, 200\) at row 5, column 7"):
         labels(source(coloured, *COLOURED))
     data = source(coloured, *COLOURED, "data.ignore_colors=[[10,10,200]]")
-    assert read_label(path, colours=data.label_map.colours)[5, 7] == UNSCORED
+    assert read_label(path, colours=data.label_map.colours)[5, 7] == UNSCORED_ID
 
 
 def test_a_grey_colour_file_holds_ids_unless_the_type_is_set(coloured: Path) -> None:
@@ -143,7 +144,7 @@ def test_class_tables_of_every_kind(
 @pytest.mark.parametrize("text", ["", "{}", "[]", "[1]", '[{"name": "a", "color": [1, 2]}]', '[{"color": [1, 2, 3]}]'])
 def test_a_broken_class_table_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises(DataError, match=r"c\.json: the table of classes cannot be read"):
+    with pytest.raises(DataError, match=r"c\.json: the class table cannot be read"):
         ClassTable.from_file(tmp_path / "c.json")
 
 
@@ -168,7 +169,7 @@ def test_a_map_comes_from_the_command_line_and_back_from_a_file(tmp_path: Path) 
     ("value", "told"),
     [
         ("{7:0}", "classes 1 of 2 have no raw id"),
-        ("{7:0,8:2}", "8: 2 does not fit"),
+        ("{7:0,8:2}", "8: 2 is out of range"),
         ("{7:0,a:1}", "must be like"),
         ("[1]", "must be like"),
     ],

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from semseg.data.classes import LabelMap
 from semseg.data.geometry import Size
 from semseg.data.images import (
     RawLabel,
@@ -30,6 +29,7 @@ from semseg.data.images import (
     stride_label,
 )
 from semseg.data.label_cache import Runs
+from semseg.data.label_map import LabelMap
 from semseg.data.records import Record
 from semseg.errors import DataError
 

@@ -21,11 +21,11 @@ from semseg.config.schema import AugmentConfig, Config, DataConfig
 from semseg.data import images
 from semseg.data.augment import Augmentation
 from semseg.data.batch import Batch
-from semseg.data.classes import LabelMap
 from semseg.data.datasets import EvalDataset, EvalSample, TrainDataset
 from semseg.data.geometry import Size
 from semseg.data.images import RawLabel, read_classes
 from semseg.data.label_cache import LabelCache, Runs
+from semseg.data.label_map import LabelMap
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.errors import ConfigError, DataError

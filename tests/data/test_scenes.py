@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from semseg.data import scenes
-from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.classes import ClassTable
 from semseg.data.images import read_pair
+from semseg.data.label_map import LabelMap
 from semseg.data.records import records_from_odgt
 from semseg.data.scenes import SCENE_CLASSES, Scene, draw_scene, make_scenes
 from semseg.data.seeding import generator_for

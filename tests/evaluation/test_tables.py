@@ -26,7 +26,7 @@ from semseg.evaluation.tables import (
     write_findings,
 )
 
-CLASSES = ClassTable.generated(["sky", "road", "boat"])
+CLASSES = ClassTable.from_names(["sky", "road", "boat"])
 MATRIX = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])  # the boat is neither labelled nor predicted
 SPEED = Speed(2.5, {"reading": 0.01, "network": 0.3, "scoring": 0.09})
 IMAGES = [

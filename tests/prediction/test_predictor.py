@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from semseg.config.preprocessing import CONVENTIONS
-from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.classes import ClassTable
+from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError, DataError
 from semseg.nets.interfaces import Logits
 from semseg.prediction.outputs import array_on_disk, write_outputs
@@ -201,7 +202,7 @@ def test_ids_above_255_are_saved_in_16_bits(net: Predictor, tmp_path: Path) -> N
 
 
 def test_more_than_256_classes_are_coloured_in_rgb(tmp_path: Path) -> None:
-    classes = ClassTable.generated([str(index) for index in range(300)])
+    classes = ClassTable.from_names([str(index) for index in range(300)])
     result = Result(np.zeros((1, 300, 3), np.uint8), np.arange(300, dtype=np.int16)[None], classes, LabelMap(300))
     picture = Image.open(write_outputs(result, tmp_path / "a", ["color"])[0])
     assert picture.mode == "RGB" and picture.getpixel((299, 0)) == classes.palette[299]

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from test_predictor import Brightest
 
-from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.classes import ClassTable
+from semseg.data.label_map import LabelMap
 from semseg.modes.predict import Work
 from semseg.prediction.inputs import Input
 from semseg.prediction.predictor import Predictor, Settings

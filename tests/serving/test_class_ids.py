@@ -18,7 +18,8 @@ from test_server import SERVED, client, encoded, half_bright, mask_of
 from helpers.in_process import configured
 from semseg.build import build_net, open_predictor, restore_net
 from semseg.checkpoints.format import FORMAT_KEY, describe, read_checkpoint
-from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.classes import ClassTable
+from semseg.data.label_map import LabelMap
 from semseg.evaluation.evaluator import Evaluation, Speed
 from semseg.evaluation.metrics import Counts
 from semseg.evaluation.tables import findings_of, write_findings
@@ -72,7 +73,7 @@ def test_j2_the_server_names_classes_by_the_ids_of_its_mask(mapped: tuple[LabelM
 
 def test_j2_predictions_are_written_by_the_ids(tmp_path: Path, mapped: tuple[LabelMap, list[int]]) -> None:
     label_map, expected = mapped
-    classes = ClassTable.generated(NAMES)
+    classes = ClassTable.from_names(NAMES)
     ids = np.array([[0, 1, 2, 2]], np.int16)
     probabilities = np.zeros((3, 1, 4), np.float16)
     found = predictor.Result(np.zeros((1, 4, 3), np.uint8), ids, classes, label_map, probabilities)
@@ -88,7 +89,7 @@ def test_j2_evaluations_are_written_by_the_ids(tmp_path: Path, mapped: tuple[Lab
     label_map, expected = mapped
     counts = Counts(torch.diag(torch.tensor([3, 4, 5])), 1)
     evaluation = Evaluation([counts], None, [], Speed(1.0, {}))
-    found = findings_of(evaluation, ClassTable.generated(NAMES), "present", class_ids=label_map.class_ids)
+    found = findings_of(evaluation, ClassTable.from_names(NAMES), "present", class_ids=label_map.class_ids)
     # per_image.csv needs an image, which the scores of classes do not
     with pytest.raises(IndexError):
         write_findings(tmp_path, found, tmp_path, {})
@@ -120,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = configured(*words(folder))
     torch.manual_seed(0)
     net = build_net(config.model, 3)
-    entry = {FORMAT_KEY: describe(config, ClassTable.generated(NAMES), net.convention)}
+    entry = {FORMAT_KEY: describe(config, ClassTable.from_names(NAMES), net.convention)}
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
     torch.save({"state_dict": weights, "epoch": 1, "global_step": 1} | entry, folder / "net.ckpt")
     return folder

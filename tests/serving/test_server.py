@@ -41,7 +41,8 @@ from semseg.build import build_net
 from semseg.checkpoints.format import FORMAT_KEY, describe
 from semseg.config.compose import CONFIG_DIR, compose_config
 from semseg.config.schema import ServeConfig, check
-from semseg.data.classes import ClassTable, LabelMap
+from semseg.data.classes import ClassTable
+from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError
 from semseg.modes import serve
 from semseg.serving import server

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from helpers.command_line import RUN, TINY
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg.checkpoints import atomic_io
-from semseg.data.classes import LabelMap
 from semseg.data.label_cache import LabelCache
+from semseg.data.label_map import LabelMap
 from semseg.data.records import load_cache, save_cache
 from semseg.evaluation.tables import write_rows
 from semseg.modes.convert import save_plain
