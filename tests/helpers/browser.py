@@ -1,51 +1,93 @@
-"""A page as a real browser sees it; tests that need one are skipped where there is none."""
+"""Open pages in Debian's Chromium with Playwright; tests that need a browser are skipped without Chromium."""
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
-import subprocess
-from html import escape, unescape
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page, ViewportSize
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no chromium on the PATH (apt-get install chromium)"
+)
+FLAGS = [
+    "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+TIMEOUT_MS = 60_000  # for any single wait; a busy machine is slow
+
+Answer = TypeVar("Answer")
 
 
-def in_browser(page: Path, expression: str, *, width: int = 1280) -> Any:
-    """Open `page` in a frame of `width` pixels and return what a JavaScript expression says of it.
+class SharedBrowser:
+    """One Chromium for all tests of a process.
 
-    Fails if the page writes an error to the console.
+    Playwright occupies the event loop of the thread that uses it, so the browser has a thread of its own, in which
+    `run` calls its argument.
     """
-    assert BROWSER is not None
-    script = f"<script>parent.document.body.dataset.answer = JSON.stringify({expression});</script></body>"
-    inner = page.read_text(encoding="utf-8").replace("</body>", script)
-    # A frame, for windows are at least 500 pixels wide.
-    frame = f'<!doctype html><body><iframe style="width: {width}px; height: 800px; border: 0" srcdoc="{escape(inner)}">'
-    probe = page.with_name("probe.html")
-    probe.write_text(frame, encoding="utf-8")
-    words = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--enable-logging=stderr",
-        "--dump-dom",
-    ]
-    result = subprocess.run(
-        [BROWSER, *words, f"--user-data-dir={page.parent / 'browser'}", probe.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert "CONSOLE" not in result.stderr, result.stderr
-    answer = re.search(r'<body data-answer="([^"]*)"', result.stdout)
-    assert answer, result.stderr[-500:]
-    return json.loads(unescape(answer[1]))
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "browser")
+        self._open = ExitStack()
+        self._browser: Browser | None = None
+
+    def run(self, work: Callable[[Page], Answer], size: ViewportSize, expected_errors: Sequence[str]) -> Answer:
+        return self._thread.submit(self._call_with_page, work, size, expected_errors).result()
+
+    def close(self) -> None:
+        if self._browser is not None:
+            self._thread.submit(self._open.close).result()
+            self._browser = None
+
+    def _call_with_page(
+        self, work: Callable[[Page], Answer], size: ViewportSize, expected_errors: Sequence[str]
+    ) -> Answer:
+        if self._browser is None:
+            self._browser = self._start()
+        errors: list[str] = []
+        with self._browser.new_context(viewport=size) as context:
+            context.set_default_timeout(TIMEOUT_MS)
+            page = context.new_page()
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.on("console", lambda message: errors.append(f"{message.type}: {message.text}"))
+            answer = work(page)
+        unexpected = [error for error in errors if not any(part in error for part in expected_errors)]
+        assert not unexpected, unexpected
+        return answer
+
+    def _start(self) -> Browser:
+        from playwright.sync_api import sync_playwright
+
+        playwright = self._open.enter_context(sync_playwright())
+        return self._open.enter_context(playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS))
+
+
+shared_browser = SharedBrowser()
+
+
+def run_in_browser(work: Callable[[Page], Answer], *, width: int = 1280, expected_errors: Sequence[str] = ()) -> Answer:
+    """Call `work` with an empty page of `width` x 900 pixels.
+
+    Fails if the page raises an error or writes to the console, unless the text has one of `expected_errors` in it.
+    """
+    return shared_browser.run(work, {"width": width, "height": 900}, expected_errors)
+
+
+def in_browser(file: Path, expression: str, *, width: int = 1280) -> Any:
+    """Open an HTML file and return the value of a JavaScript expression."""
+
+    def evaluate(page: Page) -> Any:
+        page.goto(file.resolve().as_uri())
+        return page.evaluate(expression)
+
+    return run_in_browser(evaluate, width=width)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -34,9 +34,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
 
-from helpers.browser import needs_browser
+from helpers.browser import needs_browser, run_in_browser
 from helpers.command_line import RUN, run
-from helpers.devtools import Tab, browser_tab
 from semseg.build import build_net
 from semseg.checkpoints.format import FORMAT_KEY, describe
 from semseg.config.compose import CONFIG_DIR, compose_config
@@ -47,6 +46,9 @@ from semseg.errors import ConfigError
 from semseg.modes import serve
 from semseg.serving import server
 from semseg.serving.server import FILES, HEADERS, Served, address_of, build_app, is_loopback, listen, read_upload
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 CLASSES = ClassTable(("dark", "bright", "<b>other"), ((0, 0, 255), (255, 0, 0), (0, 255, 0)))
 SERVED = Served("a network", CLASSES, LabelMap(3), lambda image: (image[..., 0] >= 128).astype(np.int64))
@@ -444,79 +446,80 @@ def test_other_hosts_are_warned_of_and_ctrl_c_ends_the_page_in_good_order(folder
 # ---- in a browser
 
 
-@pytest.fixture(scope="module")
-def tab(page: Process, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    with browser_tab(tmp_path_factory.mktemp("browser")) as tab:
-        tab.resize(1280, 900)
-        yield tab
-
-
-def choose(tab: Tab, image: Path) -> None:
+def choose(page: Page, image: Path) -> None:
     """Choose an image in the page's file field and wait for its result."""
-    tab.choose_file("#file", image)
-    tab.wait(f"document.getElementById('status').textContent.startsWith('{image.name}: 90 \u00d7 60 pixels')")
+    page.set_input_files("#file", image)
+    page.wait_for_function(
+        "start => at('status').textContent.startsWith(start)", arg=f"{image.name}: 90 \u00d7 60 pixels"
+    )
 
 
 @needs_browser
-def test_in_the_page_an_image_gets_its_overlay_legend_names_and_mask(page: Process, folder: Path, tab: Tab) -> None:
+def test_in_the_page_an_image_gets_its_overlay_legend_names_and_mask(page: Process, folder: Path) -> None:
     _, answer = page.post((folder / "photo.png").read_bytes())
     ids, names = np.asarray(mask_of(answer)), {one["id"]: one["name"] for one in answer["classes"]}
-    tab.open(page.url)
-    assert tab.evaluate("document.getElementById('result').hidden")
-    choose(tab, folder / "photo.png")
+    positions = [(0.5, 0.5), (0.1, 0.9)]  # fractions of width and height
 
-    drawn = tab.evaluate("[...document.getElementById('overlay').getContext('2d').getImageData(0, 0, 90, 60).data]")
-    overlay = np.array(drawn).reshape(60, 90, 4)
+    def work(tab: Page) -> dict[str, Any]:
+        tab.goto(page.url)
+        assert tab.locator("#result").is_hidden()
+        choose(tab, folder / "photo.png")
+        pixels = tab.evaluate("[...at('overlay').getContext('2d').getImageData(0, 0, 90, 60).data]")
+        legend = [row.split() for row in tab.locator("#legend tbody tr").all_inner_texts()]
+        box = tab.locator("#view").bounding_box()
+        assert box is not None
+        named = []
+        for across, down in positions:
+            tab.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"])
+            tab.locator("#tip").wait_for(state="visible")
+            named.append((tab.locator("#tip").inner_text(), tab.locator("#legend .highlighted th").inner_text()))
+        tab.locator("#opacity").fill("25")
+        opacity = tab.evaluate("at('overlay').style.opacity")
+        with tab.expect_download() as download:
+            tab.click("#download")
+        download.value.save_as(folder / download.value.suggested_filename)
+        return {"pixels": pixels, "legend": legend, "named": named, "opacity": opacity}
+
+    seen = run_in_browser(work)
+    overlay = np.array(seen["pixels"]).reshape(60, 90, 4)
     palette = np.vstack([np.zeros((1, 3), int), CLASSES.colours()])
     is_inside = (overlay[..., :3] == palette[ids]).all(-1)  # not darkened as a border
     assert is_inside.mean() > 0.5 and (overlay[..., 3] == 255).all()
     assert (overlay[~is_inside][:, :3].max(-1) == 89).all()  # 0.35 of 255
-
-    rows = tab.evaluate("[...document.querySelectorAll('#legend tbody tr')].map((row) => row.innerText.split(/\\s+/))")
-    assert [row[0] for row in rows] == [one["name"] for one in answer["classes"]]
-    assert [row[1] for row in rows] == [f"{100 * one['share']:.1f}" for one in answer["classes"]]
-
-    for across, down in ((0.5, 0.5), (0.1, 0.9)):
-        tab.point("#view", across, down)
-        tab.wait("!document.getElementById('tip').hidden")
-        name = names[int(ids[int(down * 60), int(across * 90)])]
-        assert tab.evaluate("document.getElementById('tip').textContent") == name
-        assert tab.evaluate("document.querySelector('#legend .under th').innerText") == name
-
-    tab.evaluate("Object.assign(at('opacity'), {value: 25}).dispatchEvent(new Event('input'))")
-    assert tab.evaluate("at('overlay').style.opacity") == "0.25"
-
-    tab.download("#download", folder)
+    assert seen["legend"] == [[one["name"], f"{100 * one['share']:.1f}"] for one in answer["classes"]]
+    expected = [names[int(ids[int(down * 60), int(across * 90)])] for across, down in positions]
+    assert seen["named"] == [(name, name) for name in expected]
+    assert seen["opacity"] == "0.25"
     assert np.array_equal(np.asarray(Image.open(folder / "photo_ids.png")), ids)
 
 
 @needs_browser
-def test_the_page_asks_nobody_but_its_own_server_and_complains_of_nothing(
-    page: Process, folder: Path, tab: Tab
-) -> None:
-    tab.open(page.url)
-    choose(tab, folder / "photo.png")
-    assert f"{page.url}/predict" in tab.requests
-    assert all(url.startswith((f"{page.url}/", f"blob:{page.url}/", "about:")) for url in tab.requests), tab.requests
-    assert tab.errors == []
+def test_the_page_requests_only_its_own_server_and_fits_a_phone(page: Process, folder: Path) -> None:
+    def work(tab: Page) -> tuple[list[str], list[int]]:
+        requests: list[str] = []
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(page.url)
+        widths = [tab.evaluate("document.documentElement.scrollWidth")]
+        choose(tab, folder / "photo.png")
+        return requests, [*widths, tab.evaluate("document.documentElement.scrollWidth")]
+
+    requests, widths = run_in_browser(work, width=390)
+    assert f"{page.url}/predict" in requests
+    assert all(url.startswith((f"{page.url}/", f"blob:{page.url}/", "about:")) for url in requests), requests
+    assert widths == [390, 390]
 
 
 @needs_browser
-def test_on_a_phone_the_page_is_as_wide_as_the_window(page: Process, folder: Path, tab: Tab) -> None:
-    tab.resize(390, 844)
-    tab.open(page.url)
-    assert tab.evaluate("document.documentElement.scrollWidth") == 390
-    choose(tab, folder / "photo.png")
-    assert tab.evaluate("document.documentElement.scrollWidth") == 390
-    tab.resize(1280, 900)
-
-
-@needs_browser
-def test_the_page_says_what_the_server_says_of_a_bad_upload(page: Process, folder: Path, tab: Tab) -> None:
+def test_the_page_shows_why_an_upload_was_rejected(page: Process, folder: Path) -> None:
     (folder / "notes.png").write_text("no image")
     (folder / "large.png").write_bytes(bytes(3_000_000))
-    tab.open(page.url)
-    for name, message in (("notes.png", "is not an image in a known format"), ("large.png", "larger than the 2 MB")):
-        tab.choose_file("#file", folder / name)
-        tab.wait(f"document.getElementById('status').textContent.includes('{name}: {message}')")
-        assert tab.evaluate("document.getElementById('status').className") == "wrong"
+    messages = {"notes.png": "is not an image in a known format", "large.png": "larger than the 2 MB"}
+
+    def work(tab: Page) -> None:
+        tab.goto(page.url)
+        for name, message in messages.items():
+            tab.set_input_files("#file", folder / name)
+            tab.wait_for_function("part => at('status').textContent.includes(part)", arg=f"{name}: {message}")
+            assert tab.locator("#status").get_attribute("class") == "wrong"
+
+    run_in_browser(work, expected_errors=("400",))

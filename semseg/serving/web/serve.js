@@ -215,7 +215,7 @@ function draw() {
 function pointAt(id) {
   if (!shown || id === under) return;
   under = id;
-  for (const row of at("legend").tBodies[0].rows) row.classList.toggle("under", row.dataset.id === String(id));
+  for (const row of at("legend").tBodies[0].rows) row.classList.toggle("highlighted", row.dataset.id === String(id));
   draw();
 }
 
