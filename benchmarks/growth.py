@@ -26,7 +26,7 @@ from semseg.data.plan import TrainPlan
 from semseg.evaluation.inference import predict
 from semseg.evaluation.metrics import confusion_counts
 from semseg.nets.registry import build_segmenter
-from semseg.reports.charts import element
+from semseg.reports.charts import svg_element
 from semseg.training.losses import segmentation_loss
 
 PLOT = Path(__file__).resolve().parent.parent / "docs" / "images" / "growth.svg"
@@ -134,10 +134,12 @@ def drawing(measured: list[tuple[Series, list[float]]]) -> str:
     """A panel a series: cost of a unit against size, both on logarithmic axes that double; 1 is the largest size's."""
     panels = [panel(series, costs, number) for number, (series, costs) in enumerate(measured)]
     width, height = len(panels) * (PANEL + MARGIN) + MARGIN, PANEL + 2 * MARGIN
-    style = element("style", "text{font:10px sans-serif;fill:#777}.line{fill:none;stroke:#3b6fd4;stroke-width:2}"
+    style = svg_element("style", "text{font:10px sans-serif;fill:#777}.line{fill:none;stroke:#3b6fd4;stroke-width:2}"
                     ".dot{fill:#3b6fd4}.even{stroke:#999;stroke-dasharray:3 3}.box{fill:none;stroke:#999}")  # fmt: skip
     return str(
-        element("svg", style, *panels, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=width)
+        svg_element(
+            "svg", style, *panels, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=width
+        )
     )
 
 
@@ -149,23 +151,23 @@ def panel(series: Series, costs: list[float], number: int) -> Markup:
     heights = [top + PANEL * (1 - min(cost / costs[-1], 2) / 2) for cost in costs]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(places, heights, strict=True))
     dots = [
-        element("circle", element("title", f"{size:,} {series.unit}: {cost:.3g} ms a unit"), class_="dot",
+        svg_element("circle", svg_element("title", f"{size:,} {series.unit}: {cost:.3g} ms a unit"), class_="dot",
                 cx=f"{x:.1f}", cy=f"{y:.1f}", r=3)
         for size, cost, x, y in zip(series.sizes, costs, places, heights, strict=True)
     ]  # fmt: skip
     middle = top + PANEL / 2
     ends = {series.sizes[0]: places[0], series.sizes[-1]: places[-1]}
-    return element(
+    return svg_element(
         "g",
-        element("rect", class_="box", x=left, y=top, width=PANEL, height=PANEL),
-        element("line", class_="even", x1=left, x2=left + PANEL, y1=middle, y2=middle),
-        element("polyline", class_="line", points=path),
+        svg_element("rect", class_="box", x=left, y=top, width=PANEL, height=PANEL),
+        svg_element("line", class_="even", x1=left, x2=left + PANEL, y1=middle, y2=middle),
+        svg_element("polyline", class_="line", points=path),
         *dots,
-        element("text", series.name, x=left, y=top - 8),
-        *(element("text", f"{size:,}", x=f"{x:.0f}", y=top + PANEL + 13, text_anchor="middle")
+        svg_element("text", series.name, x=left, y=top - 8),
+        *(svg_element("text", f"{size:,}", x=f"{x:.0f}", y=top + PANEL + 13, text_anchor="middle")
           for size, x in ends.items()),
-        element("text", series.unit, x=left + PANEL / 2, y=top + PANEL + 27, text_anchor="middle"),
-        *(element("text", str(value), x=left - 4, y=f"{top + PANEL * (1 - value / 2) + 3:.0f}", text_anchor="end")
+        svg_element("text", series.unit, x=left + PANEL / 2, y=top + PANEL + 27, text_anchor="middle"),
+        *(svg_element("text", str(value), x=left - 4, y=f"{top + PANEL * (1 - value / 2) + 3:.0f}", text_anchor="end")
           for value in (0, 1, 2)),
     )  # fmt: skip
 

@@ -45,8 +45,8 @@ from semseg.data.scan import place_of, scan
 from semseg.data.sources import DataSource, split_folders_words
 from semseg.errors import DataError
 from semseg.nets.step_memory import step_memory
-from semseg.reports.check_page import Checked, PlanFacts, Sample, write_check_page
-from semseg.reports.draw import percent
+from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary, write_check_page
+from semseg.reports.draw import format_share
 from semseg.storage.atomic import program, replacing
 from semseg.system.text import lines_printable, printable
 
@@ -70,7 +70,7 @@ def run(config: Config, overrides: list[str]) -> None:
         diagnosis.suggestions.update(keys)
     if config.check.fix == "list":
         diagnosis.suggestions.update(write_lists(folder, source.root, splits, known))
-    checked = Checked(
+    checked = CheckReport(
         config.data.name,
         diagnosis,
         splits,
@@ -119,7 +119,7 @@ def pixel_of(source: DataSource, record: Record, raw_id: int) -> tuple[int, int]
     return place_of(read_label(record.label or "", colours=colours, max_pixels=limit), raw_id)
 
 
-def plan_facts(config: Config, train: ScannedSplit, num_classes: int) -> PlanFacts | None:
+def plan_facts(config: Config, train: ScannedSplit, num_classes: int) -> PlanSummary | None:
     """What the plan makes of the images of train, and the memory its largest sub-batch takes; None without images."""
     data = config.data
     sizes = [Size(found.height, found.width) for _, found in train.sound]
@@ -132,7 +132,7 @@ def plan_facts(config: Config, train: ScannedSplit, num_classes: int) -> PlanFac
     padding = padding_share(plan, sizes, data.max_long_edge, divisor, PLANNED)
     canvas = largest_canvas(sizes, max(data.short_edges), data.max_long_edge, divisor)
     memory = step_memory(net, canvas, data.batch_size)
-    return PlanFacts(padding, canvas, data.batch_size, config.model.name, memory.activations + 3 * memory.weights)
+    return PlanSummary(padding, canvas, data.batch_size, config.model.name, memory.activations + 3 * memory.weights)
 
 
 def shared_images(splits: Sequence[ScannedSplit]) -> Overlap | None:
@@ -159,7 +159,7 @@ def explained(data: DataConfig, source: DataSource, diagnosis: Diagnosis) -> tup
 
 def pictures(
     split: ScannedSplit, count: int, max_pixels: int, label_map: LabelMap, classes: ClassTable
-) -> Iterator[Sample]:
+) -> Iterator[CheckedSample]:
     """Images spread evenly over a split, with their masks; those with ids that have no meaning are left out."""
     records = [record for record, _ in split.sound]
     for place in range(min(count, len(records))):
@@ -169,7 +169,7 @@ def pictures(
         except DataError:
             continue
         assert label is not None
-        yield Sample(record.image, image, label, classes)
+        yield CheckedSample(record.image, image, label, classes)
 
 
 def write_lists(folder: Path, root: Path, splits: Sequence[ScannedSplit], known: Known | None) -> dict[str, str]:
@@ -199,7 +199,7 @@ def command(overrides: Sequence[str], suggestions: dict[str, str]) -> str:
     return shlex.join([*program().split(), *kept, *(f"{key}={value}" for key, value in suggestions.items())])
 
 
-def write_files(folder: Path, checked: Checked) -> list[Path]:
+def write_files(folder: Path, checked: CheckReport) -> list[Path]:
     """Write check.json and check.html, and return their paths."""
     content, page = folder / "check.json", folder / "check.html"
     with replacing(content) as temporary:
@@ -208,7 +208,7 @@ def write_files(folder: Path, checked: Checked) -> list[Path]:
     return [content, page]
 
 
-def as_plain(checked: Checked) -> dict[str, Any]:
+def as_plain(checked: CheckReport) -> dict[str, Any]:
     """What check.json holds: words, numbers, lists and mappings."""
     diagnosis = checked.diagnosis
     return {
@@ -232,14 +232,14 @@ def plain_split(split: SplitSummary) -> dict[str, Any]:
 # ---- console
 
 
-def tell(checked: Checked, files: Sequence[Path]) -> None:
+def tell(checked: CheckReport, files: Sequence[Path]) -> None:
     """What was found, in words."""
     diagnosis, console = checked.diagnosis, Console(soft_wrap=True, highlight=False)
     console.print(split_table(diagnosis.splits))
     if diagnosis.classes:
         console.print(class_table(diagnosis))
     if checked.plan:
-        console.print(Text(lines_printable(checked.plan.words)))
+        console.print(Text(lines_printable(checked.plan.describe())))
     for notice in diagnosis.notices:
         style = {"error": "bold red", "warning": "yellow"}.get(notice.level, "")
         console.print(Text(f"{notice.level}: ", style), Text(lines_printable(notice.text)), sep="")
@@ -256,7 +256,7 @@ def split_table(splits: Sequence[SplitSummary]) -> Table:
     for split in splits:
         ids = ranges(list(split.ids))
         row = [split.name, str(split.pairs), str(split.wrong), in_words(split.heights), in_words(split.widths)]
-        row += [", ".join(split.image_kinds), ", ".join(split.mask_kinds), ids, percent(split.ignored)]
+        row += [", ".join(split.image_kinds), ", ".join(split.mask_kinds), ids, format_share(split.ignored)]
         table.add_row(*(Text(printable(text)) for text in row))
     return table
 
@@ -269,7 +269,7 @@ def class_table(diagnosis: Diagnosis) -> Table:
     shown = rows if len(rows) <= NUM_CLASSES else rows[: NUM_CLASSES // 2] + rows[-NUM_CLASSES // 2 :]
     totals = {name: sum(row.pixels[name] for row in rows) or 1 for name in names}
     for row in shown:
-        counts = [f"{percent(row.pixels[name] / totals[name])}, {row.images[name]}" for name in names]
+        counts = [f"{format_share(row.pixels[name] / totals[name])}, {row.images[name]}" for name in names]
         table.add_row(*(Text(printable(text)) for text in (row.name, *counts, f"{row.weight:g}")))
     if len(shown) < len(rows):
         table.caption = f"the first and last of {len(rows)} classes by pixels; all are in check.json"

@@ -1,4 +1,4 @@
-"""mode=compare: put finished evaluations side by side; writes compare.json, compare.csv and compare.html. No torch."""
+"""mode=compare: compare finished evaluations; writes compare.json, compare.csv and compare.html. No torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from rich.table import Table
 from rich.text import Text
 
 from semseg.config.schema import Config
-from semseg.reports.compare_page import write_comparison
-from semseg.reports.comparison import Comparison, Row, as_plain, by_change, compare, csv_rows, read_evaluations
-from semseg.reports.templates import percent, points
+from semseg.reports.compare_page import write_compare_page
+from semseg.reports.comparison import (
+    Comparison,
+    ScoreRow,
+    build_csv_rows,
+    change_sort_key,
+    compare_runs,
+    comparison_to_dict,
+    read_evaluations,
+)
+from semseg.reports.templates import format_percent, format_points
 from semseg.storage.atomic import replacing
 from semseg.system.text import printable, row_of_cells
 
-NUM_CLASSES = 15  # rows on the console; the files hold all
+MAX_CLASS_ROWS = 15  # on the console; the files hold all classes
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -26,19 +34,20 @@ def run(config: Config, overrides: list[str]) -> None:
     Raises:
         SemsegError: if there is no evaluation, a file is broken, or the classes differ.
     """
-    comparison = compare(read_evaluations(config.runs))
-    files = write_files(Path(config.run_dir), comparison)
+    comparison = compare_runs(read_evaluations(config.runs))
+    files = write_comparison_files(Path(config.run_dir), comparison)
     console = Console()
-    console.print(side_by_side(comparison))
+    console.print(build_comparison_table(comparison))
     for note in comparison.notes:
         console.print(f"note: {printable(note)}", highlight=False, markup=False)
     console.print(f"written to {', '.join(map(str, files))}", soft_wrap=True, highlight=False, markup=False)
 
 
-def side_by_side(comparison: Comparison) -> Table:
-    """The headline scores and the classes that changed most, in percent."""
+def build_comparison_table(comparison: Comparison) -> Table:
+    """Build a table of the headline scores and the classes with the largest changes, in percent."""
     table = Table(
-        title=Text(printable(f"comparison with {comparison.runs[0].name}")), caption="percent; differences in points"
+        title=Text(printable(f"comparison with {comparison.runs[0].name}")),
+        caption="percent; differences in percentage points",
     )
     table.add_column("")
     table.add_column(Text(printable(comparison.runs[0].name)), justify="right")
@@ -46,31 +55,31 @@ def side_by_side(comparison: Comparison) -> Table:
         table.add_column(Text(printable(other.name)), justify="right")
         table.add_column("+/-", justify="right")
     for row in comparison.headline:
-        table.add_row(*cells(row), style="bold")
+        table.add_row(*format_cells(row), style="bold")
     table.add_section()
-    changed = sorted((row for row in comparison.classes if row.change), key=by_change)
-    for row in changed[:NUM_CLASSES]:
-        table.add_row(*cells(row))
+    changed = sorted((row for row in comparison.classes if row.change), key=change_sort_key)
+    for row in changed[:MAX_CLASS_ROWS]:
+        table.add_row(*format_cells(row))
     return table
 
 
-def cells(row: Row) -> list[Text]:
-    """Name, the base's value, then value and difference of each other run."""
-    texts = [row.name, percent(row.values[0])]
+def format_cells(row: ScoreRow) -> list[Text]:
+    """Format a row: name, value of the base, then value and difference of each other run."""
+    texts = [row.name, format_percent(row.values[0])]
     for value, difference in zip(row.values[1:], row.differences, strict=True):
-        texts += [percent(value), points(difference)]
+        texts += [format_percent(value), format_points(difference)]
     return [Text(printable(text)) for text in texts]  # a class may be called "[b]"
 
 
-def write_files(folder: Path, comparison: Comparison) -> list[Path]:
-    """Write the three files and return their paths."""
-    content, table, page = (folder / f"compare.{suffix}" for suffix in ("json", "csv", "html"))
-    with replacing(content) as temporary:
-        temporary.write_text(json.dumps(as_plain(comparison), indent=1) + "\n", encoding="utf-8")
-    rows = csv_rows(comparison)
+def write_comparison_files(folder: Path, comparison: Comparison) -> list[Path]:
+    """Write compare.json, compare.csv and compare.html; returns their paths."""
+    scores, table, page = (folder / f"compare.{suffix}" for suffix in ("json", "csv", "html"))
+    with replacing(scores) as temporary:
+        temporary.write_text(json.dumps(comparison_to_dict(comparison), indent=1) + "\n", encoding="utf-8")
+    rows = build_csv_rows(comparison)
     with replacing(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(map(row_of_cells, rows))
-    write_comparison(page, comparison)
-    return [content, table, page]
+    write_compare_page(page, comparison)
+    return [scores, table, page]

@@ -36,19 +36,19 @@ from semseg.evaluation.tables import (
     write_findings,
 )
 from semseg.lit_module import SegmentationModule
-from semseg.reports.curves import run_folder_of, training_curves
-from semseg.reports.draw import Pixels, comparison
+from semseg.reports.curves import read_training_curves, run_folder_of_checkpoint
+from semseg.reports.draw import Pixels, draw_comparison
 from semseg.reports.evaluation_page import (
+    EvaluationReport,
     Example,
     ImageScore,
-    ReportData,
+    build_class_scores,
+    build_headline_tiles,
+    build_rule_scores,
     choose_examples,
-    class_rows,
-    headline,
-    rule_scores,
-    write_report,
+    write_evaluation_page,
 )
-from semseg.reports.run_card import data_fingerprint, run_card
+from semseg.reports.run_card import build_run_card, compute_data_fingerprint
 from semseg.storage.atomic import replacing
 from semseg.storage.run_results import Result, write_result
 from semseg.system.text import lines_printable, printable
@@ -89,7 +89,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     files = write_findings(folder, findings, source.root, facts(config, saved, findings))
     pictures = tuple(examples(findings, trainer, module, data))
     report = page(config, saved, source, findings, pictures=pictures, device=device_in_words(trainer))
-    write_report(folder / "report.html", report)
+    write_evaluation_page(folder / "report.html", report)
     print_tables(findings, config)
     write_result(folder, Result(findings.scores.mean_iou, "mean IoU"))
     written = ", ".join(map(str, [*files, folder / "report.html"]))
@@ -174,22 +174,22 @@ def page(
     *,
     pictures: tuple[Example, ...],
     device: str,
-) -> ReportData:
+) -> EvaluationReport:
     """All that report.html shows."""
-    fingerprint = data_fingerprint(source.records(config.eval.split), source.root)
+    fingerprint = compute_data_fingerprint(source.records(config.eval.split), source.root)
     checkpoint = Path(saved.source)
-    return ReportData(
+    return EvaluationReport(
         title=f"{config.model.name} on {config.data.name}",
         subtitle=title_of(config, findings),
-        headline=headline(findings.scores, findings.intervals and findings.intervals.mean_iou),
-        rules=rule_scores(findings.by_rule, source.classes.names),
+        headline=build_headline_tiles(findings.scores, findings.intervals and findings.intervals.mean_iou),
+        rules=build_rule_scores(findings.by_rule, source.classes.names),
         classes=source.classes,
-        rows=class_rows(findings.scores, source.classes, source.label_map.class_ids),
+        rows=build_class_scores(findings.scores, source.classes, source.label_map.class_ids),
         confusion=findings.confusion,
         images=tuple(image_scores(findings, source.root)),
         examples=pictures,
-        curves=training_curves(run_folder_of(checkpoint)) if checkpoint.parent.name == FOLDER else (),
-        card=run_card(config, ["python", *sys.argv], device, fingerprint),
+        curves=read_training_curves(run_folder_of_checkpoint(checkpoint)) if checkpoint.parent.name == FOLDER else (),
+        card=build_run_card(config, ["python", *sys.argv], device, fingerprint),
     )
 
 
@@ -253,7 +253,7 @@ class PanelWriter(Callback):
             record, limit = self.records[sample.index], self.source.config.max_pixels
             image = read_pair(record, self.source.label_map, max_pixels=limit).image
             label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
-            write_png(self.targets[sample.index], comparison(image, label, prediction, self.source.classes))
+            write_png(self.targets[sample.index], draw_comparison(image, label, prediction, self.source.classes))
 
 
 def panel_path(record: Record, root: Path, run_dir: Path) -> Path:

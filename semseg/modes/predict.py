@@ -26,7 +26,7 @@ from semseg.prediction.inputs import Input, find_inputs
 from semseg.prediction.outputs import array_on_disk, write_classes, write_outputs
 from semseg.prediction.predictor import Predictor, Result
 from semseg.prediction.video import Frame, LostFramesError, VideoWriters, frames_of
-from semseg.reports.draw import Pixels, colour_map, overlay
+from semseg.reports.draw import Pixels, colour_class_map, draw_overlay
 from semseg.storage.download import fetch
 from semseg.system.text import lines_printable, printable
 
@@ -139,13 +139,13 @@ class Work:
 
 
 def side_by_side(found: Result) -> Pixels:
-    return np.concatenate([found.image, overlay(found.image, found.ids, found.classes)], axis=1)
+    return np.concatenate([found.image, draw_overlay(found.image, found.ids, found.classes)], axis=1)
 
 
 # Without a legend, whose height would change from frame to frame.
 PICTURES = {
-    "color": lambda found: colour_map(found.ids, found.classes),
-    "overlay": lambda found: overlay(found.image, found.ids, found.classes),
+    "color": lambda found: colour_class_map(found.ids, found.classes),
+    "overlay": lambda found: draw_overlay(found.image, found.ids, found.classes),
     "panel": side_by_side,
 }
 

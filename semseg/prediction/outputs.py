@@ -17,7 +17,7 @@ from PIL import Image
 
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
-from semseg.reports.draw import Pixels, colour_map, overlay, panel, with_legend
+from semseg.reports.draw import Pixels, add_legend, colour_class_map, draw_overlay, draw_panel
 from semseg.storage.atomic import replacing, temporary_beside, writing
 
 MAX_INDEXED = 256  # colours of a PNG with a palette
@@ -60,7 +60,7 @@ def write_ids(found: Prediction, target: Path) -> Path:
 def write_color(found: Prediction, target: Path) -> Path:
     """Class indices (from 0) as an indexed-colour PNG, the palette in the file; RGB if there are more than 256."""
     if found.classes.num_classes > MAX_INDEXED:
-        picture = Image.fromarray(colour_map(found.ids, found.classes))
+        picture = Image.fromarray(colour_class_map(found.ids, found.classes))
     else:
         picture = Image.fromarray(found.ids.astype(np.uint8), "L")
         picture.putpalette(found.classes.colours().tobytes())
@@ -69,14 +69,14 @@ def write_color(found: Prediction, target: Path) -> Path:
 
 def write_overlay(found: Prediction, target: Path) -> Path:
     """The picture under its class colours, with a legend below."""
-    mixed = overlay(found.image, found.ids, found.classes)
-    pixels = with_legend(mixed, found.ids, found.classes)
+    mixed = draw_overlay(found.image, found.ids, found.classes)
+    pixels = add_legend(mixed, found.ids, found.classes)
     return write_png(Image.fromarray(pixels), target.with_name(f"{target.name}_overlay.png"))
 
 
 def write_panel(found: Prediction, target: Path) -> Path:
     """image | overlay, with a legend below."""
-    pixels = panel(found.image, found.ids, found.classes)
+    pixels = draw_panel(found.image, found.ids, found.classes)
     return write_png(Image.fromarray(pixels), target.with_name(f"{target.name}_panel.png"))
 
 

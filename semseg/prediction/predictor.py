@@ -26,7 +26,7 @@ from semseg.errors import ConfigError, DataError
 from semseg.evaluation.inference import predict
 from semseg.nets.segmenter import Segmenter
 from semseg.prediction.outputs import write_outputs
-from semseg.reports.draw import Pixels, Share, class_shares, overlay, with_legend
+from semseg.reports.draw import ClassShare, Pixels, add_legend, class_shares, draw_overlay
 
 Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 
@@ -84,15 +84,15 @@ class Result:
         """
         if not 0 <= opacity <= 1:
             raise ConfigError(f"opacity={opacity}: must be from 0 to 1.")
-        mixed = overlay(self.image, self.ids, self.classes, opacity)
-        return with_legend(mixed, self.ids, self.classes) if legend else mixed
+        mixed = draw_overlay(self.image, self.ids, self.classes, opacity)
+        return add_legend(mixed, self.ids, self.classes) if legend else mixed
 
     @property
     def label_ids(self) -> NDArray[np.uint16]:
         """(H, W) the ids that the label files of the data set have for the classes, as `ids` files hold them."""
         return self.label_map.to_raw(self.ids)
 
-    def shares(self) -> list[Share]:
+    def shares(self) -> list[ClassShare]:
         """The classes in the picture with their share of its pixels, largest first."""
         return class_shares(self.ids, self.classes)
 

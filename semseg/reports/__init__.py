@@ -1,4 +1,4 @@
 """HTML pages and pictures of evaluations, comparisons, sweeps and data checks.
 
-The scores come from evaluation/.
+The package `evaluation` computes the scores that they show.
 """

@@ -1,4 +1,4 @@
-"""Stage 8: what the data doctor found, as one HTML file that opens from disk. No torch."""
+"""Stage 8: the findings of mode=check as one HTML file that opens from disk. No torch."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ from numpy.typing import NDArray
 from semseg.checks.dataset import Diagnosis, ScannedSplit
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
-from semseg.reports.charts import distribution
-from semseg.reports.draw import Pixels, Share, class_shares, overlay, percent
-from semseg.reports.pictures import MAX_EDGE, jpeg_uri, nearest_pixels, shrunk
+from semseg.reports.charts import draw_distribution
+from semseg.reports.draw import ClassShare, Pixels, class_shares, draw_overlay, format_share
+from semseg.reports.pictures import MAX_EDGE, encode_jpeg_uri, resize_nearest, shrink
 from semseg.reports.templates import render_template
 from semseg.storage.atomic import replacing
 
 
-class PlanFacts(NamedTuple):
-    """What the plan makes of the training images."""
+class PlanSummary(NamedTuple):
+    """The sub-batches that the plan makes of the training images."""
 
-    padding: float  # share of a sub-batch, 0..1
-    largest: Size  # canvas of a sub-batch, pixels
+    padding: float  # fraction of a sub-batch, 0..1
+    largest: Size  # canvas of the largest sub-batch, pixels
     batch_size: int  # images
     model: str
-    memory: int  # bytes of a training step on it, in float32
+    memory: int  # bytes of a training step on the largest sub-batch, in float32
 
-    @property
-    def words(self) -> str:
-        """One sentence."""
+    def describe(self) -> str:
+        """Summarise the plan in one sentence."""
         return (
-            f"padding {percent(self.padding)} of a sub-batch; the largest one is {self.batch_size} images of "
+            f"padding {format_share(self.padding)} of a sub-batch; the largest one is {self.batch_size} images of "
             f"{self.largest} pixels, which take about {self.memory / 1e9:.1f} GB to train {self.model} in float32, "
-            "besides what the device needs for work in progress."
+            "in addition to the working memory of the device."
         )
 
 
-class Sample(NamedTuple):
-    """One image with its mask."""
+class CheckedSample(NamedTuple):
+    """An image with its mask."""
 
     file: str
     image: Pixels  # (H, W, 3) RGB
@@ -48,63 +47,64 @@ class Sample(NamedTuple):
     classes: ClassTable
 
 
-class Checked(NamedTuple):
-    """Everything a check has found."""
+class CheckReport(NamedTuple):
+    """Everything that the page of a check shows."""
 
-    name: str  # of the data set
+    name: str  # name of the data set
     diagnosis: Diagnosis
     splits: Sequence[ScannedSplit]
-    plan: PlanFacts | None
-    samples: Sequence[Sample]
-    command: str  # to train with all suggestions
+    plan: PlanSummary | None
+    samples: Sequence[CheckedSample]
+    command: str  # trains with all suggestions
 
 
-class Picture(NamedTuple):
-    """A sample as the page shows it."""
+class SamplePictures(NamedTuple):
+    """A sample, encoded for the page."""
 
     file: str
     image: str  # data: URI
-    overlay: str
-    shares: list[Share]
+    overlay: str  # data: URI
+    shares: list[ClassShare]
     classes: ClassTable
 
 
-def write_check_page(path: Path, checked: Checked) -> None:
+def write_check_page(path: Path, report: CheckReport) -> None:
     """Write the page, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(render(checked), encoding="utf-8")
+        temporary.write_text(render_check_page(report), encoding="utf-8")
 
 
-def render(checked: Checked) -> str:
-    """The page as one self-contained HTML text."""
+def render_check_page(report: CheckReport) -> str:
+    """Render the page as one self-contained HTML text."""
     return render_template(
         "check.html",
-        checked=checked,
-        diagnosis=checked.diagnosis,
-        charts=list(charts(checked.splits)),
-        pictures=[picture(sample) for sample in checked.samples],
-        largest_share=max((row.share for row in checked.diagnosis.classes), default=1.0) or 1.0,
+        report=report,
+        diagnosis=report.diagnosis,
+        charts=list(draw_image_histograms(report.splits)),
+        pictures=[encode_sample(sample) for sample in report.samples],
+        largest_share=max((row.share for row in report.diagnosis.classes), default=1.0) or 1.0,
     )
 
 
-def charts(splits: Sequence[ScannedSplit]) -> list[tuple[str, Markup]]:
-    """Titles and drawings of what differs from image to image, all splits together."""
-    seen = [found for split in splits for found in split.findings if found.height]
+def draw_image_histograms(splits: Sequence[ScannedSplit]) -> list[tuple[str, Markup]]:
+    """Draw a histogram, with its title, of each property that differs between the images of all splits."""
+    findings = [found for split in splits for found in split.findings if found.height]
     measures = [
-        ("Short side", "pixels", [min(found.height, found.width) for found in seen]),
-        ("Width / height", "width / height", [found.width / found.height for found in seen]),
-        ("Ids of a mask", "different ids", [len(found.ids) for found in seen if found.ids]),
+        ("Short side", "pixels", [min(found.height, found.width) for found in findings]),
+        ("Width / height", "width / height", [found.width / found.height for found in findings]),
+        ("Ids in a mask", "different ids", [len(found.ids) for found in findings if found.ids]),
     ]
     return [
-        (title, distribution(values, f"histogram: {title.lower()}", unit, unit))
+        (title, draw_distribution(values, f"histogram: {title.lower()}", unit, unit))
         for title, unit, values in measures
         if len(set(values)) > 1
     ]
 
 
-def picture(sample: Sample) -> Picture:
-    """A sample, small."""
-    small = shrunk(sample.image, MAX_EDGE)
-    label = nearest_pixels(sample.label, *small.shape[:2])
-    mixed = overlay(small, label, sample.classes)
-    return Picture(sample.file, jpeg_uri(small), jpeg_uri(mixed), class_shares(label, sample.classes), sample.classes)
+def encode_sample(sample: CheckedSample) -> SamplePictures:
+    """Shrink a sample and encode it for the page."""
+    small = shrink(sample.image, MAX_EDGE)
+    label = resize_nearest(sample.label, *small.shape[:2])
+    blended = draw_overlay(small, label, sample.classes)
+    shares = class_shares(label, sample.classes)
+    return SamplePictures(sample.file, encode_jpeg_uri(small), encode_jpeg_uri(blended), shares, sample.classes)

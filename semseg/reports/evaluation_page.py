@@ -1,7 +1,7 @@
-"""Stage 8: an evaluation as one HTML file that opens from disk, asks nothing of a network, and prints. No torch.
+"""Stage 8: an evaluation as one HTML file that opens from disk, needs no network access, and can be printed. No torch.
 
-Takes plain numbers and arrays (`ReportData`); `headline`, `rule_scores` and `class_rows` make them of what the
-evaluation counted. Layout is in pages/*.html, drawing in pages/charts.py and pages/pictures.py.
+The page shows plain numbers and arrays (`EvaluationReport`), which `build_headline_tiles`, `build_rule_scores` and
+`build_class_scores` make from the scores of an evaluation. Its layout is in templates/report.html.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from semseg.data.classes import ClassTable
 from semseg.data.palette import Colour
-from semseg.reports.charts import heat_map, histogram, line_chart
+from semseg.reports.charts import draw_heat_map, draw_histogram, draw_line_chart
 from semseg.reports.curves import Curves
 from semseg.reports.draw import Pixels
-from semseg.reports.pictures import Strip, strip
+from semseg.reports.pictures import PictureStrip, encode_strip
 from semseg.reports.run_card import RunCard
 from semseg.reports.templates import render_template
 from semseg.storage.atomic import replacing
@@ -27,16 +27,16 @@ from semseg.storage.atomic import replacing
 if TYPE_CHECKING:
     from semseg.evaluation.metrics import Scores
 
-NUM_PAIRS = 15  # rows of the table of confused pairs
-NUM_HEAT_CLASSES = 20
-GROUPS = ("best", "median", "worst")
+MAX_PAIRS = 15  # rows of the table of confused pairs
+MAX_HEAT_MAP_CLASSES = 20
+EXAMPLE_GROUPS = ("best", "median", "worst")
 
 
-class Tile(NamedTuple):
+class ScoreTile(NamedTuple):
     """One headline score."""
 
     name: str
-    value: float | None  # 0..1; None: nothing was scored
+    value: float | None  # 0..1; None if nothing was scored
     note: str = ""
     interval: tuple[float, float] | None = None  # 95 % confidence, 0..1
 
@@ -47,11 +47,11 @@ class RuleScore(NamedTuple):
     rule: str
     mean_iou: float | None  # 0..1
     num_averaged: int  # classes
-    absent: tuple[str, ...]  # names of the classes that the rule treats as absent
+    absent: tuple[str, ...]  # names of the classes that the rule considers absent
 
 
-class ClassRow(NamedTuple):
-    """The scores of one class, 0..1; None where there was nothing to score."""
+class ClassScores(NamedTuple):
+    """The scores of one class, 0..1; None where nothing was scored."""
 
     name: str
     colour: Colour
@@ -59,7 +59,7 @@ class ClassRow(NamedTuple):
     accuracy: float | None
     precision: float | None
     dice: float | None
-    share: float  # of all scored pixels, by the labels
+    share: float  # fraction of all scored pixels, by the labels
     id: int  # in the label files
 
 
@@ -72,42 +72,42 @@ class ImageScore(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One image to be shown."""
+    """An image that the page shows."""
 
-    group: str  # one of GROUPS
+    group: str  # one of EXAMPLE_GROUPS
     score: ImageScore
     image: Pixels  # (H, W, 3) RGB
     label: NDArray[np.integer]  # (H, W), -1 = not scored
     prediction: NDArray[np.integer]  # (H, W)
 
 
-class Pair(NamedTuple):
-    """One class taken for another."""
+class ConfusedPair(NamedTuple):
+    """A class that was predicted as another one."""
 
-    label: int
-    predicted: int
-    share: float  # of the label's pixels, 0..1
+    label: int  # class index
+    predicted: int  # class index
+    share: float  # fraction of the label's pixels, 0..1
     pixels: int
 
 
-class Present(NamedTuple):
-    """One class of an example's legend."""
+class LegendEntry(NamedTuple):
+    """A class in the legend of an example."""
 
     name: str
     colour: Colour
-    labelled: float  # share of the image, 0..1
-    predicted: float
+    labelled: float  # fraction of the image, 0..1
+    predicted: float  # fraction of the image, 0..1
 
 
-class ReportData(NamedTuple):
-    """All that the page shows."""
+class EvaluationReport(NamedTuple):
+    """Everything that the page shows."""
 
     title: str
     subtitle: str  # data, split, number of images, scales
-    headline: tuple[Tile, ...]
+    headline: tuple[ScoreTile, ...]
     rules: tuple[RuleScore, ...]
     classes: ClassTable
-    rows: tuple[ClassRow, ...]  # one for each class
+    rows: tuple[ClassScores, ...]  # one for each class
     confusion: NDArray[np.int64]  # (K, K); rows are labels
     images: tuple[ImageScore, ...]
     examples: tuple[Example, ...]
@@ -115,58 +115,63 @@ class ReportData(NamedTuple):
     card: RunCard
 
 
-def write_report(path: Path, report: ReportData) -> None:
+def write_evaluation_page(path: Path, report: EvaluationReport) -> None:
     """Write the page, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(render(report), encoding="utf-8")
+        temporary.write_text(render_evaluation_page(report), encoding="utf-8")
 
 
-def render(report: ReportData) -> str:
-    """The page as one self-contained HTML text."""
+def render_evaluation_page(report: EvaluationReport) -> str:
+    """Render the page as one self-contained HTML text."""
     return render_template(
         "report.html",
         report=report,
-        charts=[(curves, curves_chart(curves)) for curves in report.curves],
-        histograms=histograms(report.images),
-        heat=confusion_chart(report.confusion, report.classes.names),
-        pairs=confused_pairs(report.confusion)[:NUM_PAIRS],
-        groups=[(group, [shown(e, report.classes) for e in report.examples if e.group == group]) for group in GROUPS],
+        charts=[(curves, draw_curves(curves)) for curves in report.curves],
+        histograms=draw_score_histograms(report.images),
+        heat=draw_confusion_chart(report.confusion, report.classes.names),
+        pairs=rank_confused_pairs(report.confusion)[:MAX_PAIRS],
+        groups=[
+            (group, [encode_example(e, report.classes) for e in report.examples if e.group == group])
+            for group in EXAMPLE_GROUPS
+        ],
     )
 
 
-# ---- from what the evaluation counted
+# ---- convert the scores of an evaluation
 
 
-def headline(scores: Scores, interval: tuple[float, float] | None = None) -> tuple[Tile, ...]:
-    """The scores at the top of the page; `interval` is the 95 % confidence interval of the mean IoU."""
+def build_headline_tiles(scores: Scores, interval: tuple[float, float] | None = None) -> tuple[ScoreTile, ...]:
+    """Build the tiles at the top of the page; `interval` is the 95 % confidence interval of the mean IoU."""
     rule = f"rule {scores.rule}: {scores.averaged_classes} of {len(scores.iou)} classes"
     return (
-        Tile("mean IoU", scores.mean_iou, rule, interval),
-        Tile("pixel accuracy", scores.pixel_accuracy, "share of the scored pixels that are right"),
-        Tile("overall score", scores.overall, "mean of mean IoU and pixel accuracy"),
-        Tile("mean accuracy", scores.mean_accuracy, "over the classes in the labels"),
-        Tile("frequency-weighted IoU", scores.frequency_weighted_iou, "each class by its share of the pixels"),
+        ScoreTile("mean IoU", scores.mean_iou, rule, interval),
+        ScoreTile("pixel accuracy", scores.pixel_accuracy, "fraction of the scored pixels that are correct"),
+        ScoreTile("overall score", scores.overall, "mean of mean IoU and pixel accuracy"),
+        ScoreTile("mean accuracy", scores.mean_accuracy, "over the classes in the labels"),
+        ScoreTile("frequency-weighted IoU", scores.frequency_weighted_iou, "weighted by the pixels of each class"),
     )
 
 
-def rule_scores(scores: Sequence[Scores], names: Sequence[str]) -> tuple[RuleScore, ...]:
-    """The table of rules from the scores under each of them."""
+def build_rule_scores(scores: Sequence[Scores], names: Sequence[str]) -> tuple[RuleScore, ...]:
+    """Build the table of rules from the scores under each of them."""
     return tuple(RuleScore(s.rule, s.mean_iou, s.averaged_classes, tuple(names[n] for n in s.absent)) for s in scores)
 
 
-def class_rows(scores: Scores, classes: ClassTable, class_ids: Sequence[int] | None = None) -> tuple[ClassRow, ...]:
-    """The table of classes from the scores under any rule.
+def build_class_scores(
+    scores: Scores, classes: ClassTable, class_ids: Sequence[int] | None = None
+) -> tuple[ClassScores, ...]:
+    """Build the table of classes from the scores under any rule.
 
     Args:
-        class_ids: in the label files, by class index; None: the class indices.
+        class_ids: ids in the label files, by class index; None means the class indices.
     """
     ids = range(classes.num_classes) if class_ids is None else class_ids
     columns = (scores.iou, scores.accuracy, scores.precision, scores.dice, scores.shares, ids)
-    return tuple(ClassRow(*row) for row in zip(classes.names, classes.palette, *columns, strict=True))
+    return tuple(ClassScores(*row) for row in zip(classes.names, classes.palette, *columns, strict=True))
 
 
 def choose_examples(images: Sequence[ImageScore], per_group: int = 3) -> list[tuple[str, int]]:
-    """(group, index) of the images worth showing by mean IoU; no image twice, those without a score never.
+    """Choose the best, median and worst images by mean IoU, as (group, index); images without a score are skipped.
 
     >>> choose_examples([ImageScore(str(n), None, n / 10) for n in range(5)], per_group=1)
     [('best', 4), ('median', 2), ('worst', 0)]
@@ -175,80 +180,84 @@ def choose_examples(images: Sequence[ImageScore], per_group: int = 3) -> list[tu
     order = [index for _, index in sorted(scored, reverse=True)]
     best = order[:per_group]
     worst = order[per_group:][-per_group:][::-1]
-    between = order[per_group : len(order) - len(worst)]
-    start = max(0, (len(between) - per_group + 1) // 2)
-    median = between[start : start + per_group]
-    return [(group, index) for group, part in zip(GROUPS, (best, median, worst), strict=True) for index in part]
+    middle = order[per_group : len(order) - len(worst)]
+    start = max(0, (len(middle) - per_group + 1) // 2)
+    median = middle[start : start + per_group]
+    return [(group, index) for group, part in zip(EXAMPLE_GROUPS, (best, median, worst), strict=True) for index in part]
 
 
 # ---- parts of the page
 
 
-def confused_pairs(confusion: NDArray[np.int64]) -> list[Pair]:
-    """All pairs of classes of which one was taken for the other, the largest share of the label's pixels first."""
-    shares = row_shares(confusion)
+def rank_confused_pairs(confusion: NDArray[np.int64]) -> list[ConfusedPair]:
+    """Return all pairs of confused classes, the largest fraction of the label's pixels first."""
+    fractions = normalise_rows(confusion)
     pairs = [
-        Pair(int(row), int(column), float(shares[row, column]), int(confusion[row, column]))
+        ConfusedPair(int(row), int(column), float(fractions[row, column]), int(confusion[row, column]))
         for row, column in np.argwhere(confusion)
         if row != column
     ]
     return sorted(pairs, key=lambda pair: (-pair.share, -pair.pixels))
 
 
-def row_shares(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Each row as shares of its sum; rows without pixels stay 0."""
+def normalise_rows(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Divide each row by its sum; rows without pixels stay 0."""
     return confusion / np.maximum(1, confusion.sum(1, keepdims=True))
 
 
-def confusion_chart(confusion: NDArray[np.int64], names: Sequence[str]) -> Markup | None:
-    """The heat map of the classes of the most confused pairs; None if nothing was confused."""
+def draw_confusion_chart(confusion: NDArray[np.int64], names: Sequence[str]) -> Markup | None:
+    """Draw the heat map of the classes of the most confused pairs; None if no classes were confused."""
     chosen: dict[int, None] = {}
-    for pair in confused_pairs(confusion):
+    for pair in rank_confused_pairs(confusion):
         chosen |= {pair.label: None, pair.predicted: None}
-        if len(chosen) >= NUM_HEAT_CLASSES:
+        if len(chosen) >= MAX_HEAT_MAP_CLASSES:
             break
     if not chosen:
         return None
-    keep = sorted(list(chosen)[:NUM_HEAT_CLASSES])
-    return heat_map(row_shares(confusion)[np.ix_(keep, keep)], [names[index] for index in keep], "confusion matrix")
+    keep = sorted(list(chosen)[:MAX_HEAT_MAP_CLASSES])
+    return draw_heat_map(
+        normalise_rows(confusion)[np.ix_(keep, keep)], [names[index] for index in keep], "confusion matrix"
+    )
 
 
-def curves_chart(curves: Curves) -> Markup:
-    """One chart of the training."""
-    return line_chart(curves.lines, f"{curves.title} over the training steps", "step")
+def draw_curves(curves: Curves) -> Markup:
+    """Draw one chart of the training."""
+    return draw_line_chart(curves.lines, f"{curves.title} over the training steps", "step")
 
 
-def histograms(images: Sequence[ImageScore]) -> list[tuple[str, Markup]]:
-    """Title and drawing of the spread of the images' scores; none without scored images."""
-    spreads = {
+def draw_score_histograms(images: Sequence[ImageScore]) -> list[tuple[str, Markup]]:
+    """Draw the histograms of the images' scores, each with its title; empty without scored images."""
+    scores = {
         "mean IoU of each image": [score.mean_iou for score in images if score.mean_iou is not None],
         "pixel accuracy of each image": [score.pixel_accuracy for score in images if score.pixel_accuracy is not None],
     }
-    return [(title, histogram(values, title)) for title, values in spreads.items() if values]
+    return [(title, draw_histogram(values, title)) for title, values in scores.items() if values]
 
 
-class Shown(NamedTuple):
-    """One example as the template wants it."""
+class EncodedExample(NamedTuple):
+    """An example, encoded for the page."""
 
     score: ImageScore
-    pictures: Strip
-    legend: list[Present]
+    pictures: PictureStrip
+    legend: list[LegendEntry]
 
 
-def shown(example: Example, classes: ClassTable) -> Shown:
-    """An example as pictures and legend."""
-    pictures = strip(example.image, example.label, example.prediction, classes)
-    return Shown(example.score, pictures, legend(example.label, example.prediction, classes))
+def encode_example(example: Example, classes: ClassTable) -> EncodedExample:
+    """Encode the pictures of an example and build its legend."""
+    pictures = encode_strip(example.image, example.label, example.prediction, classes)
+    return EncodedExample(example.score, pictures, build_example_legend(example.label, example.prediction, classes))
 
 
-def legend(label: NDArray[np.integer], prediction: NDArray[np.integer], classes: ClassTable) -> list[Present]:
-    """The classes in the label or the prediction, largest first."""
+def build_example_legend(
+    label: NDArray[np.integer], prediction: NDArray[np.integer], classes: ClassTable
+) -> list[LegendEntry]:
+    """Return the classes in the label or the prediction, the largest first."""
     labelled, predicted = (
         np.bincount(ids[ids >= 0].ravel(), minlength=classes.num_classes) / ids.size for ids in (label, prediction)
     )
     order = np.argsort(-np.maximum(labelled, predicted), kind="stable")
     return [
-        Present(classes.names[index], classes.palette[index], float(labelled[index]), float(predicted[index]))
+        LegendEntry(classes.names[index], classes.palette[index], float(labelled[index]), float(predicted[index]))
         for index in order
         if labelled[index] or predicted[index]
     ]

@@ -1,6 +1,7 @@
-"""Where a result comes from: command, configuration, versions, commit, data, device. No torch.
+"""Record how a result was made: command, configuration, versions, commit, data, device. No torch.
 
-Secrets stay out: nothing is read from the environment, and values under keys that sound like one are masked.
+The card holds no secrets: nothing is read from the environment, and the values of keys whose names look like a
+secret are masked.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from semseg.config.schema import Config, as_plain
 from semseg.data.records import Record
 from semseg.data.store import stamp
 
-PACKAGES = ("torch", "torchvision", "pytorch-lightning")
+RUN_CARD_PACKAGES = ("torch", "torchvision", "pytorch-lightning")
 SECRET_KEY = re.compile("key|token|secret|password", re.IGNORECASE)
 LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 MASK = "***"
@@ -32,14 +33,14 @@ GIT_SECONDS = 20
 
 
 class Fingerprint(NamedTuple):
-    """Which files a split is made of."""
+    """Identifies the files of a split."""
 
     images: int
     sha256: str  # 64 hexadecimal digits
 
 
 class RunCard(NamedTuple):
-    """What is needed to repeat a run."""
+    """Everything needed to repeat a run."""
 
     command: str  # one line for a shell
     config: str  # YAML
@@ -50,95 +51,96 @@ class RunCard(NamedTuple):
     data: Fingerprint | None
 
 
-def run_card(config: Config, command: Sequence[str], device: str, data: Fingerprint | None = None) -> RunCard:
-    """The card of the run that this process does now.
+def build_run_card(config: Config, command: Sequence[str], device: str, data: Fingerprint | None = None) -> RunCard:
+    """Build the card of the run in this process.
 
     Args:
-        command: the words of the command line: ["python", "run.py", "mode=eval", ...].
-        device: in words, such as "cpu" or the name of a GPU.
+        command: the arguments of the command line: ["python", "run.py", "mode=eval", ...].
+        device: its name, such as "cpu" or the name of a GPU.
     """
     return RunCard(
-        command=shlex.join(masked_word(word) for word in command),
-        config=OmegaConf.to_yaml(OmegaConf.create(masked(as_plain(config)))),
-        versions=versions(),
-        git=git_state(Path(__file__).resolve().parent.parent / "__init__.py"),
+        command=shlex.join(mask_argument(argument) for argument in command),
+        config=OmegaConf.to_yaml(OmegaConf.create(mask_secrets(as_plain(config)))),
+        versions=collect_versions(),
+        git=describe_git_state(Path(__file__).resolve().parent.parent / "__init__.py"),
         device=device,
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z"),
         data=data,
     )
 
 
-def masked(node: Any) -> Any:
-    """Nested dicts and lists, with *** for values whose key sounds like a secret and for logins in URLs.
+def mask_secrets(node: Any) -> Any:
+    """Replace values whose key looks like a secret, and logins in URLs, by *** in nested dicts and lists.
 
-    >>> masked({"api_key": "abc", "lr": 0.1})
+    >>> mask_secrets({"api_key": "abc", "lr": 0.1})
     {'api_key': '***', 'lr': 0.1}
     """
     if isinstance(node, dict):
-        return {key: MASK if SECRET_KEY.search(str(key)) else masked(value) for key, value in node.items()}
+        return {key: MASK if SECRET_KEY.search(str(key)) else mask_secrets(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [masked(value) for value in node]
+        return [mask_secrets(value) for value in node]
     return LOGIN_IN_URL.sub(MASK, node) if isinstance(node, str) else node
 
 
-def masked_word(word: str) -> str:
-    """A word of a command line, its value masked as in `masked`.
+def mask_argument(argument: str) -> str:
+    """Mask the value of a command-line argument as `mask_secrets` does.
 
-    >>> masked_word("logger.api_key=abc")
+    >>> mask_argument("logger.api_key=abc")
     'logger.api_key=***'
     """
-    key, equals, value = word.partition("=")
+    key, equals, value = argument.partition("=")
     is_secret = equals and (SECRET_KEY.search(key) or ("{" in value and SECRET_KEY.search(value)))
-    return f"{key}={MASK}" if is_secret else LOGIN_IN_URL.sub(MASK, word)
+    return f"{key}={MASK}" if is_secret else LOGIN_IN_URL.sub(MASK, argument)
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, this package and what it computes with."""
-    return {"semseg": __version__, "python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+def collect_versions() -> dict[str, str]:
+    """Return the versions of Python, of this package, and of the packages that it computes with."""
+    installed = {name: _installed_version(name) for name in RUN_CARD_PACKAGES}
+    return {"semseg": __version__, "python": platform.python_version(), **installed}
 
 
-def _version(package: str) -> str:
+def _installed_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
 
 
-def git_state(file: Path) -> str:
-    """The commit of the checkout that tracks `file`, and whether something in it was changed since."""
-    # Without the question for the file, a package installed below someone else's checkout would claim its commit.
-    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+def describe_git_state(file: Path) -> str:
+    """Name the commit of the checkout that tracks `file`, and the number of files changed since."""
+    # A package that is installed inside another project's checkout is not tracked by it, and must not name its commit.
+    if _run_git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         return NO_CHECKOUT
-    commit = _git(file.parent, "rev-parse", "HEAD")
-    changes = _git(file.parent, "status", "--porcelain")
+    commit = _run_git(file.parent, "rev-parse", "HEAD")
+    changes = _run_git(file.parent, "status", "--porcelain")
     if commit is None or changes is None:
         return NO_CHECKOUT
-    changed = len(changes.splitlines())
-    return f"{commit}, files changed since: {changed}" if changed else f"{commit}, nothing changed since"
+    num_changed = len(changes.splitlines())
+    return f"{commit}, files changed since: {num_changed}" if num_changed else f"{commit}, nothing changed since"
 
 
-def _git(folder: Path, *words: str) -> str | None:
-    """What git answers, or None if it is missing or fails."""
-    command = ["git", "--no-optional-locks", "-C", str(folder), *words]
+def _run_git(folder: Path, *arguments: str) -> str | None:
+    """Return the output of git, or None if it is missing or fails."""
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
-        answer = subprocess.run(  # noqa: S603 - fixed words
+        result = subprocess.run(  # noqa: S603 - fixed arguments
             command, capture_output=True, text=True, timeout=GIT_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
-def data_fingerprint(records: Sequence[Record], root: str | Path) -> Fingerprint:
-    """Tells whether two results are of the same files: a hash of relative paths and sizes in bytes, not of pixels.
+def compute_data_fingerprint(records: Sequence[Record], root: str | Path) -> Fingerprint:
+    """Hash the relative paths and sizes in bytes of images and labels: equal for results of the same files.
 
-    Images and labels count; order and the place of `root` do not.
+    The pixels, the order of the records and the location of `root` do not change it.
     """
     files = {path for record in records for path in (record.image, record.label) if path}
-    lines = sorted(f"{_below(Path(path), Path(root))}\t{stamp(path)[1]}\n" for path in files)
+    lines = sorted(f"{_relative_path(Path(path), Path(root))}\t{stamp(path)[1]}\n" for path in files)
     return Fingerprint(len(records), hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest())
 
 
-def _below(path: Path, root: Path) -> str:
+def _relative_path(path: Path, root: Path) -> str:
     path, root = path.absolute(), root.absolute()
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()

@@ -8,70 +8,74 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from semseg.reports.charts import Point, scatter, tick_words
-from semseg.reports.templates import NOT_SCORED, render_template
+from semseg.reports.charts import Point, draw_scatter_plot, format_tick
+from semseg.reports.templates import NOT_AVAILABLE, render_template
 from semseg.storage.atomic import replacing
 from semseg.storage.run_results import Ranking
 
-LOG_FACTOR = 10  # a parameter whose largest value is so many times its smallest is drawn on a logarithmic scale
-MAX_MARKS = 6  # names below a logarithmic scale
-LETTERS = 54  # below a plot
+LOG_FACTOR = 10  # a parameter whose values differ by at least this factor is drawn on a logarithmic scale
+MAX_LOG_MARKS = 6
+MAX_AXIS_LETTERS = 54  # in all names below a plot
 
 
 def write_sweep_page(path: Path, ranking: Ranking, command: str) -> None:
-    """Write the page, whole or not at all; `command` goes on with the sweep."""
+    """Write the page, whole or not at all; `command` continues the sweep."""
     with replacing(path) as temporary:
-        temporary.write_text(render(ranking, command), encoding="utf-8")
+        temporary.write_text(render_sweep_page(ranking, command), encoding="utf-8")
 
 
-def render(ranking: Ranking, command: str) -> str:
-    """The page as one self-contained HTML text."""
+def render_sweep_page(ranking: Ranking, command: str) -> str:
+    """Render the page as one self-contained HTML text."""
     rows = [
-        (place, job, ranking.values(job), score_words(job.result.score), duration(job.seconds))
-        for place, job in enumerate(ranking.jobs, start=1)
+        (rank, job, ranking.values(job), format_score(job.result.score), format_duration(job.seconds))
+        for rank, job in enumerate(ranking.jobs, start=1)
     ]
-    return render_template("sweep.html", ranking=ranking, rows=rows, charts=charts(ranking), command=command)
+    charts = draw_parameter_charts(ranking)
+    return render_template("sweep.html", ranking=ranking, rows=rows, charts=charts, command=command)
 
 
-def charts(ranking: Ranking) -> list[tuple[str, Markup]]:
-    """For each parameter that varies among the jobs with a score: its name, and the score against it."""
+def draw_parameter_charts(ranking: Ranking) -> list[tuple[str, Markup]]:
+    """Draw the score against each parameter that varies among the jobs with a score; returns key and drawing."""
     scored = [(job, job.result.score) for job in ranking.jobs if job.result.score is not None]
-    drawn = []
+    charts = []
     for column, key in enumerate(ranking.varying):
         values = [ranking.values(job)[column] for job, _ in scored]
         if len(set(values)) > 1:
             scores = [score for _, score in scored]
-            drawn.append((key, chart(values, scores, key, ranking.monitor)))
-    return drawn
+            charts.append((key, draw_parameter_chart(values, scores, key, ranking.monitor)))
+    return charts
 
 
-def chart(values: Sequence[str], scores: Sequence[float], key: str, monitor: str) -> Markup:
-    """The score against one parameter, which has two values or more.
+def draw_parameter_chart(values: Sequence[str], scores: Sequence[float], key: str, monitor: str) -> Markup:
+    """Draw the score against one parameter, which has two values or more.
 
-    On a number line, on a logarithmic one, or with a place for each value if one of them is no number.
+    The axis is linear or logarithmic; if a value is not a number, each value has a position of its own.
     """
-    numbers = [as_number(value) for value in values]
-    given = [number for number in numbers if number is not None]
+    numbers = [number for value in values if (number := parse_finite_number(value)) is not None]
     marks: Mapping[float, str] | None = None
-    room = 0.05
-    if len(given) < len(values):
+    margin = 0.05
+    if len(numbers) < len(values):
         names = sorted(set(values))
-        places = [float(names.index(value)) for value in values]
-        marks = {float(place): shortened(name or "default", LETTERS // len(names)) for place, name in enumerate(names)}
-        room = 0.5 / (len(names) - 1)
-    elif min(given) > 0 and max(given) / min(given) >= LOG_FACTOR:
-        places = [math.log10(number) for number in given]
-        marks = log_marks(min(given), max(given))
+        positions = [float(names.index(value)) for value in values]
+        max_letters = MAX_AXIS_LETTERS // len(names)
+        marks = {float(index): shorten_start(name or "default", max_letters) for index, name in enumerate(names)}
+        margin = 0.5 / (len(names) - 1)
+    elif min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_FACTOR:
+        positions = [math.log10(number) for number in numbers]
+        marks = choose_log_marks(min(numbers), max(numbers))
     else:
-        places = given
-    points = [Point(f"{key}={value}", place, score) for value, place, score in zip(values, places, scores, strict=True)]
-    return scatter(points, f"{monitor} against {key}", key, marks, room)
+        positions = numbers
+    points = [
+        Point(f"{key}={value}", position, score)
+        for value, position, score in zip(values, positions, scores, strict=True)
+    ]
+    return draw_scatter_plot(points, f"{monitor} against {key}", key, marks, margin)
 
 
-def as_number(text: str) -> float | None:
-    """The finite number that a value is, or None.
+def parse_finite_number(text: str) -> float | None:
+    """Return the finite number that `text` holds, or None.
 
-    >>> as_number("1e-4"), as_number("resnet18"), as_number("nan")
+    >>> parse_finite_number("1e-4"), parse_finite_number("resnet18"), parse_finite_number("nan")
     (0.0001, None, None)
     """
     try:
@@ -81,39 +85,39 @@ def as_number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def log_marks(low: float, high: float) -> dict[float, str]:
-    """Places (decadic logarithms) and names of round numbers around `low` and `high`, both above 0.
+def choose_log_marks(low: float, high: float) -> dict[float, str]:
+    """Return positions (decadic logarithms) and labels of powers of ten around `low` and `high`, both above 0.
 
-    >>> list(log_marks(0.003, 0.2).values())
+    >>> list(choose_log_marks(0.003, 0.2).values())
     ['0.001', '0.01', '0.1', '1']
     """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    step = math.ceil((last - first) / MAX_MARKS)
-    return {float(power): tick_words(10.0**power) for power in range(first, last + step, step)}
+    step = math.ceil((last - first) / MAX_LOG_MARKS)
+    return {float(power): format_tick(10.0**power) for power in range(first, last + step, step)}
 
 
-def shortened(name: str, letters: int) -> str:
-    """`name` with its end if it is too long, for that is where names differ.
+def shorten_start(name: str, max_letters: int) -> str:
+    """Replace the start of a long name by an ellipsis: names usually differ at their end.
 
-    >>> shortened("resnet50_dilated8", 9)
+    >>> shorten_start("resnet50_dilated8", 9)
     '…dilated8'
     """
-    return name if len(name) <= letters else f"…{name[len(name) - letters + 1 :]}"
+    return name if len(name) <= max_letters else f"…{name[len(name) - max_letters + 1 :]}"
 
 
-def score_words(score: float | None) -> str:
-    """A score with four digits, or n/a.
+def format_score(score: float | None) -> str:
+    """Format a score with four digits, or as n/a.
 
-    >>> score_words(0.43216), score_words(None)
+    >>> format_score(0.43216), format_score(None)
     ('0.4322', 'n/a')
     """
-    return NOT_SCORED if score is None else f"{score:.4f}"
+    return NOT_AVAILABLE if score is None else f"{score:.4f}"
 
 
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds.
+def format_duration(seconds: float) -> str:
+    """Format hours, minutes and seconds.
 
-    >>> duration(3725.4)
+    >>> format_duration(3725.4)
     '1:02:05'
     """
     minutes, rest = divmod(round(seconds), 60)

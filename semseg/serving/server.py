@@ -42,7 +42,7 @@ from semseg.data.images import decode_image
 from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError, SemsegError
 from semseg.reports.draw import Pixels, class_shares
-from semseg.reports.templates import style_colour
+from semseg.reports.templates import format_css_colour
 from semseg.serving.connections import MIN_BYTES_PER_SECOND, STALE_SECONDS, Connection, share_of_client
 
 FIELD = "image"  # of the form that is uploaded
@@ -432,7 +432,7 @@ def describe(served: Served, index: int) -> NetworkClass:
     return NetworkClass(
         id=served.label_map.class_ids[index],
         name=served.classes.names[index],
-        colour=style_colour(served.classes.palette[index]),
+        colour=format_css_colour(served.classes.palette[index]),
     )
 
 

@@ -25,7 +25,7 @@ from semseg.cli import main, sweep
 from semseg.cli.supervise import RANK_NAMES, Ended, run_alone
 from semseg.cli.sweep import outcome
 from semseg.config.compose import CONFIG_DIR, compose_with_hydra, explain_option
-from semseg.reports.sweep_page import log_marks, render
+from semseg.reports.sweep_page import choose_log_marks, render_sweep_page
 from semseg.storage.run_results import (
     Job,
     Result,
@@ -219,7 +219,7 @@ def test_a_key_that_only_one_job_names_varies() -> None:
 
 
 def test_the_page_plots_the_score_against_each_parameter_and_escapes_what_it_is_given() -> None:
-    page = render(rank(jobs_of(Path())), "python run.py -m 'x'")
+    page = render_sweep_page(rank(jobs_of(Path())), "python run.py -m 'x'")
     assert page.count("<circle") == 6  # three jobs with a score, two parameters
     assert "optim.lr=0.1: 0.5" in page and "model/encoder=resnet50: 0.5" in page
     assert "<b>hrnet" not in page and "&lt;b&gt;hrnet" in page
@@ -228,18 +228,18 @@ def test_the_page_plots_the_score_against_each_parameter_and_escapes_what_it_is_
 
 
 def test_a_sweep_without_any_score_has_a_page_without_plots() -> None:
-    page = render(rank([Job(Path("a"), ("seed=1",), "failed"), Job(Path("b"), ("seed=2",), "failed")]), "x")
+    page = render_sweep_page(rank([Job(Path("a"), ("seed=1",), "failed"), Job(Path("b"), ("seed=2",), "failed")]), "x")
     assert "<svg" not in page and "2 jobs: 2 failed" in page
 
 
 def test_marks_of_many_powers_are_thinned_out() -> None:
-    assert list(log_marks(1e-12, 1.0).values()) == ["1e-12", "1e-10", "1e-8", "1e-6", "1e-4", "0.01", "1"]
+    assert list(choose_log_marks(1e-12, 1.0).values()) == ["1e-12", "1e-10", "1e-8", "1e-6", "1e-4", "0.01", "1"]
 
 
 @needs_browser
 def test_the_page_sorts_and_fits_a_telephone(tmp_path: Path) -> None:
     page = tmp_path / "sweep.html"
-    page.write_text(render(rank(jobs_of(tmp_path)), "python run.py " + "x" * 300))
+    page.write_text(render_sweep_page(rank(jobs_of(tmp_path)), "python run.py " + "x" * 300))
     order, width = in_browser(
         page,
         """(() => {

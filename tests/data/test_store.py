@@ -19,7 +19,7 @@ from semseg.data.records import records_from_folders
 from semseg.data.scenes import make_scenes
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
-from semseg.reports.run_card import data_fingerprint
+from semseg.reports.run_card import compute_data_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_an_archive_gives_the_records_and_pixels_of_its_files(
             whole, zipped = read_pair(one, on_disk.label_map), read_pair(other, in_zip.label_map)
             assert np.array_equal(whole.image, zipped.image)
             assert np.array_equal(np.asarray(whole.label), np.asarray(zipped.label))
-        assert data_fingerprint(expected, plain) == data_fingerprint(found, archive)
+        assert compute_data_fingerprint(expected, plain) == compute_data_fingerprint(found, archive)
 
 
 def test_the_class_table_and_a_list_of_pairs_may_be_in_the_archive(plain: Path, tmp_path: Path) -> None:

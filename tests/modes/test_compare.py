@@ -17,8 +17,8 @@ from helpers.command_line import RUN
 from semseg.config.schema import Config
 from semseg.errors import ConfigError, DataError
 from semseg.modes import compare as mode
-from semseg.reports.compare_page import render
-from semseg.reports.comparison import compare, distinct_names, read_evaluations
+from semseg.reports.compare_page import render_compare_page
+from semseg.reports.comparison import choose_distinct_names, compare_runs, read_evaluations
 
 SKY, ROAD = "sky", "<b>[red]road[/red]</b>"
 
@@ -108,7 +108,7 @@ def test_runs_that_were_scored_in_another_way_are_noted(tmp_path: Path, runs: li
     notes = run(tmp_path, [runs[0], other])["notes"]
     assert len(notes) == 2
     assert "split differs (base: val, other: test)" in notes[0]
-    assert "scales differs (base: not told, other: [300])" in notes[1]
+    assert "scales differs (base: not stored, other: [300])" in notes[1]
 
 
 def test_a_run_folder_stands_for_the_evaluation_below_it(tmp_path: Path, runs: list[str]) -> None:
@@ -119,7 +119,7 @@ def test_a_run_folder_stands_for_the_evaluation_below_it(tmp_path: Path, runs: l
 
 
 def test_names_are_as_long_as_it_takes_to_tell_runs_apart() -> None:
-    assert distinct_names([Path("/r/a/eval"), Path("/r/b/eval")]) == ["a/eval", "b/eval"]
+    assert choose_distinct_names([Path("/r/a/eval"), Path("/r/b/eval")]) == ["a/eval", "b/eval"]
 
 
 @pytest.mark.parametrize("change", ["names", "number"])
@@ -132,7 +132,7 @@ def test_runs_with_other_classes_are_refused(tmp_path: Path, runs: list[str], ch
         content["classes"].pop()
     file.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"class 1 is .*road.* but 'river' in new|new has 1"):
-        compare(read_evaluations(runs))
+        compare_runs(read_evaluations(runs))
 
 
 def test_a_folder_without_an_evaluation_is_told_with_the_way_out(tmp_path: Path, runs: list[str]) -> None:
@@ -141,7 +141,7 @@ def test_a_folder_without_an_evaluation_is_told_with_the_way_out(tmp_path: Path,
 
 
 def test_the_same_run_twice_is_refused(runs: list[str]) -> None:
-    with pytest.raises(ConfigError, match="twice"):
+    with pytest.raises(ConfigError, match="listed twice"):
         read_evaluations([runs[0], runs[0] + "/."])
 
 
@@ -155,16 +155,16 @@ def test_a_broken_file_is_named(runs: list[str], file: str, text: str) -> None:
 def test_panels_are_shown_where_an_evaluation_kept_them(runs: list[str]) -> None:
     (Path(runs[0]) / "panels").mkdir()
     Image.fromarray(np.zeros((600, 900, 3), np.uint8)).save(Path(runs[0]) / "panels" / "b.png")
-    page = render(compare(read_evaluations(runs)))
+    page = render_compare_page(compare_runs(read_evaluations(runs)))
     assert page.count("data:image/jpeg") == 1
-    assert "new: better than base on 1 images, worse on 1, the same on 0" in page
+    assert "new: better than base on 1 images, worse on 1, equal on 0" in page
 
 
 def test_a_broken_panel_is_named(runs: list[str]) -> None:
     (Path(runs[0]) / "panels").mkdir()
     (Path(runs[0]) / "panels" / "b_panel.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"b_panel\.png: cannot be read"):
-        render(compare(read_evaluations(runs)))
+        render_compare_page(compare_runs(read_evaluations(runs)))
 
 
 def test_the_command_line_compares_without_torch(tmp_path: Path, runs: list[str]) -> None:

@@ -16,25 +16,33 @@ from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.data.records import Record
 from semseg.evaluation.metrics import scores_from
-from semseg.reports.charts import Line, heat_map, histogram, line_chart, thinned, ticks
-from semseg.reports.curves import Curves, run_folder_of, training_curves
+from semseg.reports.charts import Line, average_points, draw_heat_map, draw_histogram, draw_line_chart, round_ticks
+from semseg.reports.curves import Curves, read_training_curves, run_folder_of_checkpoint
 from semseg.reports.evaluation_page import (
+    ConfusedPair,
+    EvaluationReport,
     Example,
     ImageScore,
-    Pair,
-    ReportData,
+    build_class_scores,
+    build_example_legend,
+    build_headline_tiles,
+    build_rule_scores,
     choose_examples,
-    class_rows,
-    confused_pairs,
-    confusion_chart,
-    headline,
-    legend,
-    render,
-    rule_scores,
-    write_report,
+    draw_confusion_chart,
+    rank_confused_pairs,
+    render_evaluation_page,
+    write_evaluation_page,
 )
-from semseg.reports.pictures import MAX_EDGE, error_map, nearest_pixels, shrunk, strip
-from semseg.reports.run_card import NO_CHECKOUT, RunCard, data_fingerprint, git_state, masked, masked_word, run_card
+from semseg.reports.pictures import MAX_EDGE, draw_error_map, encode_strip, resize_nearest, shrink
+from semseg.reports.run_card import (
+    NO_CHECKOUT,
+    RunCard,
+    build_run_card,
+    compute_data_fingerprint,
+    describe_git_state,
+    mask_argument,
+    mask_secrets,
+)
 
 HOSTILE = "<img src=x onerror=alert(1)> & \"quoted\" 'name'"
 CLASSES = ClassTable(("sky", "road", HOSTILE, "boat"), ((0, 0, 255), (128, 128, 128), (255, 0, 0), (0, 255, 0)))
@@ -46,7 +54,7 @@ CARD = RunCard(
 )
 
 
-def report(num_images: int = 5) -> ReportData:
+def report(num_images: int = 5) -> EvaluationReport:
     """A page with everything on it, about one small picture."""
     images = tuple(ImageScore(f"a&b/{n}.jpg", n / 10, n / 10) for n in range(num_images))
     label = np.array([[0, 0, 1], [-1, 2, 2]])
@@ -55,13 +63,13 @@ def report(num_images: int = 5) -> ReportData:
     examples = tuple(Example(group, images[n], picture, label, prediction) for group, n in choose_examples(images, 1))
     rules = [scores_from(torch.from_numpy(CONFUSION), rule) for rule in ("ade20k", "present", "ground_truth")]
     curve = Curves("loss", (Line("train/loss", (1, 2, 3), (3.0, 2.0, 1.0)),))
-    return ReportData(
+    return EvaluationReport(
         title=f"report of {HOSTILE}",
         subtitle="five images",
-        headline=headline(SCORES, (0.2, 0.4)),
-        rules=rule_scores(rules, CLASSES.names),
+        headline=build_headline_tiles(SCORES, (0.2, 0.4)),
+        rules=build_rule_scores(rules, CLASSES.names),
         classes=CLASSES,
-        rows=class_rows(SCORES, CLASSES),
+        rows=build_class_scores(SCORES, CLASSES),
         confusion=CONFUSION,
         images=images,
         examples=examples,
@@ -95,7 +103,7 @@ def read(page: str) -> Reader:
 
 
 def test_names_with_markup_in_them_stay_text() -> None:
-    page = render(report())
+    page = render_evaluation_page(report())
     reader = read(page)
     assert HOSTILE in reader.text
     assert not [attributes for tag, attributes in reader.tags if tag == "img" and attributes.get("src") == "x"]
@@ -104,7 +112,7 @@ def test_names_with_markup_in_them_stay_text() -> None:
 
 
 def test_the_page_refers_to_nothing_outside_itself() -> None:
-    page = render(report())
+    page = render_evaluation_page(report())
     links = [(name, value) for _, attributes in read(page).tags for name, value in attributes.items()]
     sources = [value or "" for name, value in links if name in ("src", "href", "srcset", "action")]
     assert sources and all(value.startswith(("data:image/", "#")) for value in sources)
@@ -113,7 +121,7 @@ def test_the_page_refers_to_nothing_outside_itself() -> None:
 
 
 def test_scores_are_shown_in_percent_and_what_was_not_scored_as_not_available() -> None:
-    text = read(render(report())).text
+    text = read(render_evaluation_page(report())).text
     # IoU: sky 6 of 9, road 8 of 13, the third 0 of 4; boat is absent.
     assert "66.67" in text and "61.54" in text and "n/a" in text
     assert "20.00 to 40.00 %" in re.sub(r"\s+", " ", text)
@@ -123,14 +131,14 @@ def test_scores_are_shown_in_percent_and_what_was_not_scored_as_not_available() 
 
 def test_the_page_leaves_out_what_there_is_nothing_to_say_about() -> None:
     bare = report()._replace(images=(), examples=(), curves=(), rules=(), confusion=np.diag([1, 2, 3, 0]))
-    reader = read(render(bare))
+    reader = read(render_evaluation_page(bare))
     ids = {attributes["id"] for tag, attributes in reader.tags if tag == "section"}
     assert ids == {"scores", "classes", "confusion", "run"}
-    assert "No class was taken for another." in reader.text
+    assert "No classes were confused." in reader.text
 
 
 def test_every_anchor_of_the_page_is_there() -> None:
-    tags = read(render(report())).tags
+    tags = read(render_evaluation_page(report())).tags
     anchors = {str(attributes["href"])[1:] for tag, attributes in tags if tag == "a"}
     assert anchors <= {attributes.get("id") for _, attributes in tags}
     assert len(anchors) == 7
@@ -138,7 +146,7 @@ def test_every_anchor_of_the_page_is_there() -> None:
 
 def test_the_page_is_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.html"
-    write_report(path, report())
+    write_evaluation_page(path, report())
     assert path.read_text(encoding="utf-8").endswith("</html>")
     assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
 
@@ -150,10 +158,10 @@ def test_a_page_of_150_classes_and_nine_photos_stays_below_three_megabytes() -> 
     classes = ClassTable(tuple(f"class {n}" for n in range(150)), ((1, 2, 3),) * 150)
     confusion = rng.integers(0, 1000, (150, 150))
     images = tuple(ImageScore(str(n), n / 10, n / 10) for n in range(10))
-    page = render(
+    page = render_evaluation_page(
         report()._replace(
             classes=classes,
-            rows=class_rows(scores_from(torch.from_numpy(confusion)), classes),
+            rows=build_class_scores(scores_from(torch.from_numpy(confusion)), classes),
             confusion=confusion,
             images=images,
             examples=tuple(Example("best", images[n], photo, ids, ids.T.reshape(ids.shape)) for n in range(9)),
@@ -166,7 +174,7 @@ def test_a_page_of_150_classes_and_nine_photos_stays_below_three_megabytes() -> 
 
 
 def test_the_table_of_classes_holds_the_scores_of_each() -> None:
-    sky, road, third, boat = class_rows(SCORES, CLASSES)
+    sky, road, third, boat = build_class_scores(SCORES, CLASSES)
     assert (sky.name, sky.colour, sky.share) == ("sky", (0, 0, 255), 8 / 20)
     assert (sky.iou, sky.accuracy, sky.precision, sky.dice) == (6 / 9, 6 / 8, 6 / 7, 12 / 15)
     assert road.precision == 8 / 13
@@ -177,16 +185,20 @@ def test_the_table_of_classes_holds_the_scores_of_each() -> None:
 def test_a_class_that_is_only_predicted_is_absent_by_the_ground_truth_alone() -> None:
     confusion = torch.tensor([[1, 1], [0, 0]])
     rules = [scores_from(confusion, rule) for rule in ("ade20k", "present", "ground_truth")]
-    assert [score.absent for score in rule_scores(rules, ["sky", "boat"])] == [(), (), ("boat",)]
+    assert [score.absent for score in build_rule_scores(rules, ["sky", "boat"])] == [(), (), ("boat",)]
 
 
 def test_confused_pairs_come_by_their_share_of_the_label() -> None:
-    assert confused_pairs(CONFUSION) == [Pair(2, 1, 0.75, 3), Pair(0, 1, 0.25, 2), Pair(2, 0, 0.25, 1)]
+    assert rank_confused_pairs(CONFUSION) == [
+        ConfusedPair(2, 1, 0.75, 3),
+        ConfusedPair(0, 1, 0.25, 2),
+        ConfusedPair(2, 0, 0.25, 1),
+    ]
 
 
 def test_the_heat_map_holds_at_most_twenty_classes() -> None:
     confusion = np.ones((30, 30), int)
-    drawn = confusion_chart(confusion, [f"class{n}" for n in range(30)])
+    drawn = draw_confusion_chart(confusion, [f"class{n}" for n in range(30)])
     assert drawn is not None and drawn.count("predicted as") == 20 * 20
 
 
@@ -214,7 +226,7 @@ def test_the_error_map_is_red_where_wrong_grey_where_right_and_striped_where_not
     prediction = np.zeros((8, 8), int)
     prediction[0] = 1
     label[4:] = -1
-    drawn = error_map(image, label, prediction)
+    drawn = draw_error_map(image, label, prediction)
     red, green, blue = drawn[0, 0].tolist()
     assert red > 3 * green and green == blue
     assert len(set(drawn[2, 2].tolist())) == 1 and drawn[2, 2, 0] < 150
@@ -222,23 +234,23 @@ def test_the_error_map_is_red_where_wrong_grey_where_right_and_striped_where_not
 
 
 def test_pictures_are_shrunk_to_the_limit_and_never_enlarged() -> None:
-    assert shrunk(np.zeros((1000, 500, 3), np.uint8), MAX_EDGE).shape == (480, 240, 3)
-    assert shrunk(np.zeros((10, 20, 3), np.uint8), MAX_EDGE).shape == (10, 20, 3)
+    assert shrink(np.zeros((1000, 500, 3), np.uint8), MAX_EDGE).shape == (480, 240, 3)
+    assert shrink(np.zeros((10, 20, 3), np.uint8), MAX_EDGE).shape == (10, 20, 3)
 
 
 def test_class_maps_are_shrunk_without_new_values() -> None:
     ids = np.array([[0, 0, 9, 9], [0, 0, 9, 9], [5, 5, -1, -1], [5, 5, -1, -1]])
-    assert nearest_pixels(ids, 2, 2).tolist() == [[0, 9], [5, -1]]
+    assert resize_nearest(ids, 2, 2).tolist() == [[0, 9], [5, -1]]
 
 
 def test_maps_that_do_not_fit_the_image_are_refused() -> None:
     with pytest.raises(ValueError, match="differ"):
-        strip(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5), int), np.zeros((4, 4), int), CLASSES)
+        encode_strip(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5), int), np.zeros((4, 4), int), CLASSES)
 
 
 def test_the_legend_names_labelled_and_predicted_classes_largest_first() -> None:
-    shown = legend(np.array([[0, 0], [0, -1]]), np.array([[0, 1], [1, 1]]), CLASSES)
-    assert [(entry.name, entry.labelled, entry.predicted) for entry in shown] == [
+    entries = build_example_legend(np.array([[0, 0], [0, -1]]), np.array([[0, 1], [1, 1]]), CLASSES)
+    assert [(entry.name, entry.labelled, entry.predicted) for entry in entries] == [
         ("sky", 0.75, 0.25),
         ("road", 0, 0.75),
     ]
@@ -248,30 +260,30 @@ def test_the_legend_names_labelled_and_predicted_classes_largest_first() -> None
 
 
 def test_the_histogram_counts_every_image_once() -> None:
-    drawn = histogram([0.0, 0.02, 0.5, 1.0], "scores")
+    drawn = draw_histogram([0.0, 0.02, 0.5, 1.0], "scores")
     assert "0 to 5 %: 2 images" in drawn and "50 to 55 %: 1 image<" in drawn and "95 to 100 %: 1 image<" in drawn
     assert "median: 26 %" in drawn
 
 
 def test_a_flat_curve_and_a_single_point_can_be_drawn() -> None:
-    flat = line_chart([Line("loss", (1, 2), (0.0, 0.0))], "loss", "step")
+    flat = draw_line_chart([Line("loss", (1, 2), (0.0, 0.0))], "loss", "step")
     assert "polyline" in flat and "nan" not in flat
-    assert "circle" in line_chart([Line("loss", (1,), (2.0,))], "loss", "step")
+    assert "circle" in draw_line_chart([Line("loss", (1,), (2.0,))], "loss", "step")
 
 
 def test_long_curves_are_averaged_in_groups() -> None:
-    line = thinned(Line("loss", tuple(range(10)), tuple(range(10))), most=5)
+    line = average_points(Line("loss", tuple(range(10)), tuple(range(10))), max_points=5)
     assert line.x == line.y == (0.5, 2.5, 4.5, 6.5, 8.5)
 
 
 def test_ticks_are_round_numbers_inside_the_range() -> None:
-    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    assert ticks(130, 171, 4) == [140, 160]
-    assert ticks(3, 3) == [3]
+    assert round_ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert round_ticks(130, 171, 4) == [140, 160]
+    assert round_ticks(3, 3) == [3]
 
 
 def test_cells_of_the_heat_map_tell_their_numbers() -> None:
-    drawn = heat_map(np.array([[0.7, 0.3], [0.0001, 0.0]]), ["sky", "<b>"], "confusion")
+    drawn = draw_heat_map(np.array([[0.7, 0.3], [0.0001, 0.0]]), ["sky", "<b>"], "confusion")
     assert "sky predicted as &lt;b&gt;: 30.0 % of its pixels" in drawn
     assert "&lt;b&gt; predicted as sky: &lt;0.1 % of its pixels" in drawn
 
@@ -287,14 +299,14 @@ def log(folder: Path, text: str) -> None:
 def test_the_log_of_a_resumed_run_replaces_the_steps_it_did_again(tmp_path: Path) -> None:
     log(tmp_path / "logs/version_9", "epoch,step,train/loss,val/miou\n0,10,3.0,\n0,20,2.0,\n0,20,,0.5\n0,30,9.0,\n")
     log(tmp_path / "logs/version_10", "epoch,step,train/loss\n1,30,1.5\n1,40,1.0\n")
-    loss, miou = training_curves(tmp_path)
+    loss, miou = read_training_curves(tmp_path)
     assert loss == Curves("loss", (Line("train/loss", (10, 20, 30, 40), (3.0, 2.0, 1.5, 1.0)),))
     assert miou == Curves("mean IoU", (Line("val/miou", (20,), (0.5,)),))
 
 
 def test_equal_learning_rates_are_one_line_and_nan_is_left_out(tmp_path: Path) -> None:
     log(tmp_path / "logs/csv", "step,lr-SGD/decoder,lr-SGD/encoder,train/loss\n1,0.1,0.1,nan\n2,0.05,0.05,2\n")
-    loss, rate = training_curves(tmp_path)
+    loss, rate = read_training_curves(tmp_path)
     assert loss.lines[0].y == (2.0,)
     assert [line.name for line in rate.lines] == ["lr-SGD/decoder"]
 
@@ -302,15 +314,15 @@ def test_equal_learning_rates_are_one_line_and_nan_is_left_out(tmp_path: Path) -
 def test_a_curve_that_was_done_again_and_not_logged_is_gone(tmp_path: Path) -> None:
     log(tmp_path / "logs/version_0", "step,train/loss,val/miou\n5,2.0,0.5\n")
     log(tmp_path / "logs/version_1", "step,train/loss\n5,1.0\n")
-    assert [curves.title for curves in training_curves(tmp_path)] == ["loss"]
+    assert [curves.title for curves in read_training_curves(tmp_path)] == ["loss"]
 
 
 def test_a_folder_without_logs_has_no_curves(tmp_path: Path) -> None:
-    assert training_curves(tmp_path) == ()
+    assert read_training_curves(tmp_path) == ()
 
 
 def test_the_run_folder_of_a_checkpoint_is_two_levels_up() -> None:
-    assert run_folder_of("/runs/a/checkpoints/best.ckpt") == Path("/runs/a")
+    assert run_folder_of_checkpoint("/runs/a/checkpoints/best.ckpt") == Path("/runs/a")
 
 
 # ---- run card
@@ -318,19 +330,19 @@ def test_the_run_folder_of_a_checkpoint_is_two_levels_up() -> None:
 
 def test_secrets_are_masked_wherever_they_stand() -> None:
     plain = {"logger": {"w": {"API_Key": "abc", "url": "https://me:pw@host/x"}}, "list": [{"token": 1}], "lr": 0.1}
-    assert masked(plain) == {
+    assert mask_secrets(plain) == {
         "logger": {"w": {"API_Key": "***", "url": "https://***@host/x"}},
         "list": [{"token": "***"}],
         "lr": 0.1,
     }
-    assert masked_word("logger={w:{api_key:abc}}") == "logger=***"
-    assert masked_word("ckpt=epoch=3.ckpt") == "ckpt=epoch=3.ckpt"
+    assert mask_argument("logger={w:{api_key:abc}}") == "logger=***"
+    assert mask_argument("ckpt=epoch=3.ckpt") == "ckpt=epoch=3.ckpt"
 
 
 def test_the_card_holds_a_command_that_can_be_pasted_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_VARIABLE", "do-not-tell")
     config = Config(mode="eval", ckpt="my run/best.ckpt", loss=LossConfig(), logger={"w": {"password": "hunter2"}})
-    card = run_card(config, ["python", "run.py", "ckpt=my run/best.ckpt", "logger.w.password=hunter2"], "cpu")
+    card = build_run_card(config, ["python", "run.py", "ckpt=my run/best.ckpt", "logger.w.password=hunter2"], "cpu")
     assert card.command == "python run.py 'ckpt=my run/best.ckpt' 'logger.w.password=***'"
     assert "ckpt: my run/best.ckpt" in card.config
     assert "hunter2" not in str(card) and "do-not-tell" not in str(card)
@@ -340,16 +352,16 @@ def test_the_card_holds_a_command_that_can_be_pasted_and_no_environment(monkeypa
 def test_the_git_state_tells_commit_and_changes_of_the_tracking_checkout_alone(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
     file.write_text("x = 1\n")
-    assert git_state(file) == NO_CHECKOUT
+    assert describe_git_state(file) == NO_CHECKOUT
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "a.py"], [*identity, "commit", "-q", "-m", "first"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    assert re.fullmatch(r"[0-9a-f]{40}, nothing changed since", git_state(file))
+    assert re.fullmatch(r"[0-9a-f]{40}, nothing changed since", describe_git_state(file))
     file.write_text("x = 2\n")
-    assert git_state(file).endswith(", files changed since: 1")
+    assert describe_git_state(file).endswith(", files changed since: 1")
     installed = tmp_path / "b.py"
     installed.write_text("")
-    assert git_state(installed) == NO_CHECKOUT
+    assert describe_git_state(installed) == NO_CHECKOUT
 
 
 def test_the_fingerprint_knows_names_and_sizes_but_not_place_and_order(tmp_path: Path) -> None:
@@ -358,7 +370,7 @@ def test_the_fingerprint_knows_names_and_sizes_but_not_place_and_order(tmp_path:
         for name in names:
             (root / name).write_bytes(b"x" * size)
         records = [Record(str(root / name), None, Size(1, 1), "") for name in names]
-        found = data_fingerprint(records, root)
+        found = compute_data_fingerprint(records, root)
         assert found.images == len(names)
         return found.sha256
 
@@ -375,7 +387,7 @@ def test_the_fingerprint_knows_names_and_sizes_but_not_place_and_order(tmp_path:
 @needs_browser
 def test_a_click_on_a_header_sorts_and_leaves_missing_values_at_the_end(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    write_report(page, report())
+    write_evaluation_page(page, report())
     answer = in_browser(
         page,
         """(() => {
@@ -389,15 +401,15 @@ def test_a_click_on_a_header_sorts_and_leaves_missing_values_at_the_end(tmp_path
           return {down: click(2), up: click(2), name: click(1), requests: requests.filter((n) => !/^data:/.test(n))};
         })()""",
     )
-    assert answer["down"] == ["descending", ["1", "2", "3", "4"]]
-    assert answer["up"] == ["ascending", ["3", "2", "1", "4"]]
-    assert answer["name"] == ["ascending", ["3", "4", "2", "1"]]
+    assert answer["down"] == ["descending", ["0", "1", "2", "3"]]
+    assert answer["up"] == ["ascending", ["2", "1", "0", "3"]]
+    assert answer["name"] == ["ascending", ["2", "3", "1", "0"]]
     assert answer["requests"] == []
 
 
 @needs_browser
 def test_on_a_phone_the_page_is_as_wide_as_the_window(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    write_report(page, report())
+    write_evaluation_page(page, report())
     widths = in_browser(page, "[innerWidth, document.documentElement.scrollWidth]", width=390)
     assert widths == [390, 390]

@@ -28,7 +28,7 @@ from semseg.modes import check
 from semseg.prediction import predictor
 from semseg.prediction.outputs import write_classes
 from semseg.prediction.predictor import Predictor
-from semseg.reports.comparison import compare, read_evaluations
+from semseg.reports.comparison import compare_runs, read_evaluations
 from semseg.serving import server
 
 pytestmark = pytest.mark.reliability
@@ -176,7 +176,7 @@ def test_j3_an_evaluation_names_its_classes_by_the_ids(folder: Path) -> None:
     with (found / "per_class.csv").open() as file:
         assert [int(row["id"]) for row in csv.DictReader(file)] == IDS
     (compared,) = read_evaluations([str(found)])
-    assert compare([compared]).class_ids == IDS
+    assert compare_runs([compared]).class_ids == IDS
 
 
 def test_j3_an_exported_file_says_the_ids(folder: Path) -> None:

@@ -16,8 +16,8 @@ from semseg.data.records import load_cache
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.metrics import ConfusionMatrix
 from semseg.evaluation.tables import write_rows
-from semseg.reports.comparison import compare, read_evaluations
-from semseg.reports.curves import read_log
+from semseg.reports.comparison import compare_runs, read_evaluations
+from semseg.reports.curves import read_metrics_log
 from semseg.storage.run_results import JOB_FILE, RESULT_FILE, read_job, read_result
 from semseg.system.text import cell, lines_printable, printable
 from semseg.training.loggers.csv import RowFile
@@ -37,7 +37,7 @@ def test_h7_a_damaged_log_is_named_or_has_no_rows(content: bytes, tmp_path: Path
     else:
         assert RowFile(path)._rows == {}
     with pytest.warns(UserWarning, match=r"metrics\.csv") if b"\xff" in content else nothing():
-        read_log(path)
+        read_metrics_log(path)
 
 
 class nothing:  # noqa: N801 - a context
@@ -76,7 +76,7 @@ def test_h7_damaged_evaluations_are_named(changes: dict[str, Any], tmp_path: Pat
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=str(tmp_path / "b" / "metrics.json")):
-        compare(read_evaluations([str(tmp_path / "a"), str(tmp_path / "b")]))
+        compare_runs(read_evaluations([str(tmp_path / "a"), str(tmp_path / "b")]))
 
 
 @pytest.mark.reliability

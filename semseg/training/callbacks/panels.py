@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from semseg.data.datasets import EvalSample
 from semseg.data.images import read_pair
 from semseg.data.sources import DataSource
-from semseg.reports.draw import comparison
+from semseg.reports.draw import draw_comparison
 from semseg.training.loggers.external import TakesPictures
 
 
@@ -52,6 +52,6 @@ class LogPanels(Callback):
             limit = self.source.config.max_pixels
             image = read_pair(record, self.source.label_map, max_pixels=limit).image
             label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
-            pixels = comparison(image, label, prediction, self.source.classes)
+            pixels = draw_comparison(image, label, prediction, self.source.classes)
             for logger in takers:
                 logger.log_picture(f"{sample.index}_{Path(record.image).stem}", pixels, trainer.global_step)
