@@ -38,7 +38,7 @@ from semseg.errors import CheckpointError, ConfigError
 from semseg.nets.interfaces import Encoder
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
-from semseg.prediction.predictor import Predictor, Settings
+from semseg.prediction.predictor import PredictionSettings, Predictor
 from semseg.storage.download import fetch
 from semseg.syncbn.plugin import layer_sync
 from semseg.system.text import lines_printable
@@ -211,7 +211,7 @@ def open_predictor(config: Config, overrides: list[str], device: str | torch.dev
     if device is None:
         device = "cuda" if accelerator(config) == "gpu" else "cpu"
     options = config.predict
-    settings = Settings(
+    settings = PredictionSettings(
         options.scales or config.eval.scales,
         config.data.max_long_edge,
         config.model.size_divisor,

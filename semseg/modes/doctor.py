@@ -22,7 +22,7 @@ from semseg.config.schema import Config
 from semseg.data import shared_slots
 from semseg.errors import DataError, SemsegError
 from semseg.nets.registry import build_segmenter
-from semseg.prediction.video import VideoWriters, frames_of
+from semseg.prediction.video import VideoWriters, read_frames
 from semseg.system.shared_memory import SHARED_MEMORY, free_shared_memory
 from semseg.training.losses import segmentation_loss
 
@@ -191,7 +191,7 @@ def videos() -> Finding:
             with VideoWriters(target) as writers:
                 writers.add("overlay", np.full((64, 96, 3), 90, np.uint8), 25.0)
             (film,) = Path(folder).iterdir()
-            frames = sum(1 for _ in frames_of(film))
+            frames = sum(1 for _ in read_frames(film))
         except (DataError, OSError, ValueError, cv2.error) as error:
             return Finding(WARNING, "videos", f"cannot be written and read ({error}): pictures work")
     return Finding(OK, "videos", f"MP4, {frames} frame written and read")

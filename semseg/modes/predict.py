@@ -1,4 +1,4 @@
-"""mode=predict: class maps and pictures of anyone's images and videos."""
+"""mode=predict: write class maps and pictures for images and videos."""
 
 from __future__ import annotations
 
@@ -24,154 +24,163 @@ from semseg.data.store import Unused
 from semseg.errors import DataError
 from semseg.prediction.inputs import Input, find_inputs
 from semseg.prediction.outputs import array_on_disk, write_classes, write_outputs
-from semseg.prediction.predictor import Predictor, Result
-from semseg.prediction.video import Frame, LostFramesError, VideoWriters, frames_of
+from semseg.prediction.predictor import PredictionResult, Predictor
+from semseg.prediction.video import Frame, LostFramesError, VideoWriters, read_frames
 from semseg.reports.draw import Pixels, colour_class_map, draw_overlay
 from semseg.storage.download import fetch
 from semseg.system.text import lines_printable, printable
 
 
 def run(config: Config, overrides: list[str]) -> None:
-    """Predict everything that `input` means and write what `predict.save` asks for.
+    """Predict every file of `input` and write the outputs listed in `predict.save`.
 
-    A file that cannot be read is reported and left out; the others are done.
+    A file that cannot be read is reported and skipped; the others are predicted.
 
     Raises:
-        DataError: in the end, if any file was left out.
-        SemsegError: for anything else the user can mend.
+        DataError: at the end, if files were skipped.
+        SemsegError: for any other error that the user can fix.
     """
     folder = Path(config.run_dir)
-    word = config.input or str(fetch(DEMONSTRATION, config.download))
+    source = config.input or str(fetch(DEMONSTRATION, config.download))
     unused = Unused()
-    inputs = find_inputs(word, folder, unused=unused)
+    inputs = find_inputs(source, folder, unused=unused)
     if unused.count:
-        tell(f"input: {unused.count} files or folders are not used: {unused.words(word)}")
+        tell(f"input: {unused.count} files or folders are not used: {unused.words(source)}")
     predictor = open_predictor(config, overrides)
-    work = Work(predictor, folder, config.predict.save, min(1, config.data.num_workers))
-    work.patience_s = config.data.worker_timeout_s
+    job = PredictionJob(
+        predictor,
+        folder,
+        config.predict.save,
+        num_workers=min(1, config.data.num_workers),
+        timeout_s=config.data.worker_timeout_s,
+    )
     failures = []
-    for failure in track(work.all(inputs), "predicting", len(inputs), disable=not sys.stdout.isatty()):
+    for failure in track(job.predict_all(inputs), "predicting", len(inputs), disable=not sys.stdout.isatty()):
         if failure:
             print(lines_printable(failure), file=sys.stderr, flush=True)
             failures.append(failure)
     write_classes(folder / "classes.json", predictor.classes, predictor.label_map)
-    done = f"{len(inputs) - len(failures)} of {len(inputs)} files predicted, written below {folder}"
+    summary = f"{len(inputs) - len(failures)} of {len(inputs)} files predicted, written to {folder}"
     if failures:
-        raise DataError(f"{len(failures)} files could not be read, see above; {done}.")
-    print(printable(done))
+        raise DataError(f"{len(failures)} files could not be read, see above; {summary}.")
+    print(printable(summary))
 
 
-class Work:
-    """What is done to each input.
+class PredictionJob:
+    """Predicts files and writes their outputs.
 
     Args:
-        outputs: as predict.save names them.
-        num_workers: that read images while the network runs; 0 or 1.
+        outputs: names as in predict.save.
+        num_workers: processes that read images while the network computes; 0 or 1.
+        timeout_s: how long to wait for an image; 0 means without limit.
     """
 
-    def __init__(self, predictor: Predictor, folder: Path, outputs: Sequence[str], num_workers: int) -> None:
-        self.predictor, self.folder, self.outputs, self.num_workers = predictor, folder, outputs, num_workers
-        self.patience_s = 0.0  # to wait for an image; 0: for ever
+    def __init__(
+        self, predictor: Predictor, folder: Path, outputs: Sequence[str], *, num_workers: int = 0, timeout_s: float = 0
+    ) -> None:
+        self.predictor, self.folder, self.outputs = predictor, folder, outputs
+        self.num_workers, self.timeout_s = num_workers, timeout_s
 
-    def all(self, inputs: Sequence[Input]) -> Iterator[str]:
-        """Predict each input; gives what went wrong with it, or an empty string."""
+    def predict_all(self, inputs: Sequence[Input]) -> Iterator[str]:
+        """Predict each input; yields its error, or an empty string."""
         images = [item for item in inputs if not item.is_video]
         loader = WatchedLoader(
-            Images(images, self.predictor),
-            lambda number: [str(images[number].path)],
-            self.patience_s,
+            InputImages(images, self.predictor),
+            lambda index: [str(images[index].path)],
+            self.timeout_s,
             batch_size=None,
             num_workers=self.num_workers,
         )
         for item, loaded in zip(images, loader, strict=True):
             if not loaded.failure:
-                self.image(item, loaded)
+                self.predict_image(item, loaded)
             yield loaded.failure
         for item in inputs:
             if item.is_video:
                 try:
-                    self.video(item)
+                    self.predict_video(item)
                 except DataError as error:
                     yield str(error)
                 else:
                     yield ""
 
-    def image(self, item: Input, loaded: Loaded) -> None:
-        """Predict an image that was read, and write its outputs."""
-        pixels, target = loaded.pixels.numpy(), self.folder / item.place
-        with self.place_for_probabilities(target, pixels) as kept:
-            ids = self.predictor.class_map(pixels.shape[:2], loaded.scales, kept)
-            found = Result(pixels, ids, self.predictor.classes, self.predictor.label_map, kept)
-            write_outputs(found, target, self.outputs)
+    def predict_image(self, item: Input, loaded: LoadedImage) -> None:
+        """Predict a loaded image and write its outputs."""
+        predictor, pixels, target = self.predictor, loaded.pixels.numpy(), self.folder / item.output_path
+        with self.open_probabilities(target, pixels) as probabilities:
+            ids = predictor.predict_class_map(pixels.shape[:2], loaded.scales, probabilities)
+            result = PredictionResult(pixels, ids, predictor.classes, predictor.label_map, probabilities)
+            write_outputs(result, target, self.outputs)
 
-    def place_for_probabilities(
-        self, target: Path, pixels: Pixels
-    ) -> AbstractContextManager[NDArray[np.float16] | None]:
+    def open_probabilities(self, target: Path, pixels: Pixels) -> AbstractContextManager[NDArray[np.float16] | None]:
+        """Open an array on disk for the probabilities of an image, if they are an output."""
         if "probabilities" not in self.outputs:
             return nullcontext()
         shape = (self.predictor.classes.num_classes, *pixels.shape[:2])
         return array_on_disk(target.with_name(f"{target.name}_probabilities.npz"), shape)
 
-    def video(self, item: Input) -> None:
-        """Predict every frame: pictures become videos of the same rate, ids and probabilities a file for each frame.
+    def predict_video(self, item: Input) -> None:
+        """Predict every frame; writes pictures as videos of the same rate, ids and probabilities as files per frame.
 
         Raises:
-            DataError: if it cannot be read, or, when the others are done, some of its frames cannot.
+            DataError: if the video cannot be read, or, after all other frames, if some frames cannot.
         """
-        lost = None
-        target, files = self.folder / item.place, [name for name in self.outputs if name in ("ids", "probabilities")]
+        lost_frames = None
+        target = self.folder / item.output_path
         with VideoWriters(target) as writers:
             try:
-                for frame in frames_of(item.path):
-                    self.frame(frame, target, files, writers)
+                for frame in read_frames(item.path):
+                    self.predict_frame(frame, target, writers)
             except LostFramesError as error:
-                lost = error
-        if lost is not None:
-            raise lost
+                lost_frames = error
+        if lost_frames is not None:
+            raise lost_frames
 
-    def frame(self, frame: Frame, target: Path, files: Sequence[str], writers: VideoWriters) -> None:
-        """Predict a frame of a video."""
-        found = self.predictor.predict(frame.pixels, probabilities="probabilities" in files)
-        write_outputs(found, target / f"{frame.number:06d}", files)
+    def predict_frame(self, frame: Frame, target: Path, writers: VideoWriters) -> None:
+        """Predict a frame of a video and write its outputs."""
+        per_frame = [name for name in self.outputs if name not in FRAME_PICTURES]
+        result = self.predictor.predict(frame.pixels, probabilities="probabilities" in per_frame)
+        write_outputs(result, target / f"{frame.number:06d}", per_frame)
         for name in self.outputs:
-            if name in PICTURES:
-                writers.add(name, PICTURES[name](found), frame.rate)
+            if name in FRAME_PICTURES:
+                writers.add(name, FRAME_PICTURES[name](result), frame.rate)
 
 
-def side_by_side(found: Result) -> Pixels:
-    return np.concatenate([found.image, draw_overlay(found.image, found.ids, found.classes)], axis=1)
+def draw_side_by_side(result: PredictionResult) -> Pixels:
+    """Draw image | overlay."""
+    return np.concatenate([result.image, draw_overlay(result.image, result.ids, result.classes)], axis=1)
 
 
-# Without a legend, whose height would change from frame to frame.
-PICTURES = {
-    "color": lambda found: colour_class_map(found.ids, found.classes),
-    "overlay": lambda found: draw_overlay(found.image, found.ids, found.classes),
-    "panel": side_by_side,
+# Outputs that become videos; without a legend, because its height would change from frame to frame.
+FRAME_PICTURES = {
+    "color": lambda result: colour_class_map(result.ids, result.classes),
+    "overlay": lambda result: draw_overlay(result.image, result.ids, result.classes),
+    "panel": draw_side_by_side,
 }
 
 
-class Loaded(NamedTuple):
-    """An image as a worker hands it over, or why there is none."""
+class LoadedImage(NamedTuple):
+    """An image from a worker, or the reason why it could not be read."""
 
     pixels: Tensor  # (H, W, 3) uint8 RGB
     scales: list[Tensor]  # (3, h, w) uint8 each
     failure: str
 
 
-class Images(Dataset[Loaded]):
-    """Reads and scales images. One that cannot be read is handed over as a sentence: the others go on."""
+class InputImages(Dataset[LoadedImage]):
+    """Reads and resizes images. An image that cannot be read becomes an error message, so that the others are read."""
 
     def __init__(self, inputs: Sequence[Input], predictor: Predictor) -> None:
         self.inputs = inputs
-        # Workers get a copy of all that is here: no weights.
-        self.scaled, self.max_pixels = predictor.scaler(), predictor.settings.max_pixels
+        # Workers receive a copy of these attributes, so they hold no weights.
+        self.resize, self.max_pixels = predictor.build_resizer(), predictor.settings.max_pixels
 
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def __getitem__(self, index: int) -> Loaded:
+    def __getitem__(self, index: int) -> LoadedImage:
         try:
             pixels = read_image(self.inputs[index].path, upright=True, max_pixels=self.max_pixels)
         except DataError as error:
-            return Loaded(torch.empty(0), [], str(error))
-        return Loaded(torch.from_numpy(pixels), self.scaled(pixels), "")
+            return LoadedImage(torch.empty(0), [], str(error))
+        return LoadedImage(torch.from_numpy(pixels), self.resize(pixels), "")

@@ -1,4 +1,4 @@
-"""A network that is shown pictures: inputs, predictor, output files, videos.
+"""Apply a network to pictures and videos: inputs, predictor, output files.
 
-The web page lives in serving/, exported networks in export/.
+The web page is in serving/, and exported networks are in export/.
 """

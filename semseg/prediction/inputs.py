@@ -1,6 +1,6 @@
-"""What mode=predict shall look at: one word of the command line to image and video files, each with a place of its own.
+"""Resolve `input=` of mode=predict to image and video files, each with the path of its outputs.
 
-No torch. Nothing here opens an image; a list is opened, and so are folders.
+No torch. Folders and lists are read; images and videos are not opened.
 """
 
 from __future__ import annotations
@@ -25,57 +25,58 @@ LIST_SUFFIXES = frozenset({".lst", ".txt"})
 
 
 class Input(NamedTuple):
-    """One file to predict."""
+    """A file to predict."""
 
     path: Path
-    place: Path  # of its outputs below the run folder, without suffix
+    output_path: Path  # of its outputs: relative to the run folder, without suffix
 
     @property
     def is_video(self) -> bool:
         return self.path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def find_inputs(word: str, run_dir: Path, stdin: TextIO = sys.stdin, unused: Unused | None = None) -> list[Input]:
-    """The files that `input` means, sorted unless they come from a list, each once.
+def find_inputs(source: str, run_dir: Path, stdin: TextIO = sys.stdin, unused: Unused | None = None) -> list[Input]:
+    """Find the files that `input` names: each once, sorted unless they come from a list.
 
     Args:
-        word: an image or a video, a folder or zip archive (searched at every depth), a pattern such as photos/**/*.jpg,
-            a text file with one path a line (those that are not absolute start at the list's folder), or - for such
-            lines on standard input (which start at the current folder). What is there under this very name, or under
-            the first parts of it, is no pattern.
-        run_dir: where outputs go; what is in it is no input of a folder or a pattern.
-        unused: takes the files and folders that are seen and are no inputs.
+        source: an image or a video, a folder or zip archive (searched at every depth), a pattern such as
+            photos/**/*.jpg, a text file with one path a line (relative paths start at the folder of the list), or - for
+            such lines on standard input (relative paths start at the current folder). A file or folder of exactly this
+            name, or of its first parts, takes precedence over the pattern.
+        run_dir: folder of the outputs; files in it are not inputs of a folder or a pattern.
+        unused: collects the files and folders that are not inputs.
 
     Raises:
-        ConfigError: for an address, and for a run folder that lies over the inputs.
-        DataError: if there is nothing.
+        ConfigError: for a URL, and for a run folder that holds inputs.
+        DataError: if there are no inputs.
     """
-    if "://" in word:
-        raise ConfigError(f"input={word}: addresses are not opened. Download the file and give its path.")
-    path, unused = store.path_of(word), Unused() if unused is None else unused
-    if word == "-":
-        files, base = read_lines(stdin, "input=-", Path(), unused), None
+    if "://" in source:
+        raise ConfigError(f"input={source}: URLs are not supported. Download the file and give its path.")
+    path, unused = store.path_of(source), Unused() if unused is None else unused
+    if source == "-":
+        files, base = parse_path_lines(stdin, "input=-", Path(), unused), None
     elif store.is_folder(path):
-        files, base = inputs_among(store.files_below(path, unused), path, run_dir, unused), path
+        files, base = select_inputs(store.files_below(path, unused), path, run_dir, unused), path
     elif path.suffix.lower() in LIST_SUFFIXES and path.is_file():
-        files, base = read_list(path, unused), None
+        files, base = read_path_list(path, unused), None
     elif store.is_file(path):
         files, base = [path], path.parent
-    elif glob.has_magic(word):
-        files, base = inputs_among(matches(path), None, run_dir, unused), None
+    elif glob.has_magic(source):
+        files, base = select_inputs(expand_pattern(path), None, run_dir, unused), None
     else:
-        raise DataError(f"input={word}: there is no such file or folder.")
+        raise DataError(f"input={source}: there is no such file or folder.")
     if not files:
-        told = f" Not used: {unused.words(path)}." if unused.count else ""
-        raise DataError(f"input={word}: no images or videos there (looked for {', '.join(sorted(suffixes()))}).{told}")
+        ignored = f" Not used: {unused.words(path)}." if unused.count else ""
+        known = ", ".join(sorted(input_suffixes()))
+        raise DataError(f"input={source}: there are no images or videos (suffixes: {known}).{ignored}")
     files = list(dict.fromkeys(files))
     if any(file.resolve().parent == run_dir.resolve() for file in files):
-        raise ConfigError(f"run_dir={run_dir}: holds inputs, which outputs could overwrite. Give another folder.")
-    return [Input(file, place) for file, place in zip(files, places(files, base), strict=True)]
+        raise ConfigError(f"run_dir={run_dir}: holds inputs, which outputs could overwrite. Set another folder.")
+    return [Input(file, target) for file, target in zip(files, choose_output_paths(files, base), strict=True)]
 
 
-def suffixes() -> frozenset[str]:
-    """Of files that are inputs. Those of NOT_READ are, too: predicting them fails, with the reason."""
+def input_suffixes() -> frozenset[str]:
+    """Return the suffixes of inputs. NOT_READ is included: predicting such a file fails and reports the reason."""
     return IMAGE_SUFFIXES | NOT_READ | VIDEO_SUFFIXES
 
 
@@ -83,72 +84,75 @@ def is_below(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def inputs_among(paths: Iterable[Path], folder: Path | None, run_dir: Path, unused: Unused) -> list[Path]:
-    """Images and videos, without earlier outputs in `run_dir` unless `folder` is in it; others go to `unused`."""
-    found = []
+def select_inputs(paths: Iterable[Path], folder: Path | None, run_dir: Path, unused: Unused) -> list[Path]:
+    """Select images and videos; other files, and files in `run_dir` unless `folder` is in it, are added to `unused`."""
+    selected = []
     for path in paths:
-        if path.suffix.lower() not in suffixes():
+        if path.suffix.lower() not in input_suffixes():
             unused.add(path.suffix.lower() or "without suffix", path)
         elif is_below(path, run_dir) and not (folder and is_below(folder, run_dir)):
             unused.add("in the run folder", path)
         else:
-            found.append(path)
-    return found
+            selected.append(path)
+    return selected
 
 
-def matches(pattern: Path) -> list[Path]:
-    """The files that a pattern means, sorted; parts of it that are there under their very name are no patterns.
+def expand_pattern(pattern: Path) -> list[Path]:
+    """Return the files that match a pattern, sorted; parts that exist under exactly this name are not patterns.
 
-    `**` means any number of folders. Hidden files are matched by patterns that begin with a dot only, and links to
-    folders are followed but once.
+    `**` matches any number of folders. Hidden files are matched only by patterns that begin with a dot. Links to
+    folders are followed, each folder only once.
     """
-    return sorted(
-        {path for path in matching(Path(pattern.anchor), pattern.relative_to(pattern.anchor).parts) if path.is_file()}
-    )
+    parts = pattern.relative_to(pattern.anchor).parts
+    return sorted({path for path in match_parts(Path(pattern.anchor), parts) if path.is_file()})
 
 
-def matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """Paths below `folder` whose names match `parts`, some of them more than once."""
+def match_parts(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Yield paths below `folder` whose names match `parts`; a path may occur more than once."""
     if not parts:
         yield folder
         return
     first, *rest = parts
     literal = Path(store.existing(str(folder / first)))
     if os.path.lexists(literal):
-        yield from matching(literal, rest)
+        yield from match_parts(literal, rest)
     elif first == "**":
         files = store.files_below(folder)
         folders = {folder} | {parent for file in files for parent in file.parents if parent.is_relative_to(folder)}
-        for place in folders:
-            yield from matching(place, rest or ["*"])
+        for subfolder in folders:
+            yield from match_parts(subfolder, rest or ["*"])
     elif glob.has_magic(first) and folder.is_dir():
-        form = unicodedata.normalize("NFC", first)
+        pattern = unicodedata.normalize("NFC", first)
         for path in folder.iterdir():
-            is_meant = fnmatch.fnmatchcase(unicodedata.normalize("NFC", path.name), form)
-            if is_meant and (first.startswith(".") or not store.is_hidden(path.name)) and store.is_utf8(path.name):
-                yield from matching(path, rest)
+            is_match = fnmatch.fnmatchcase(unicodedata.normalize("NFC", path.name), pattern)
+            if is_match and (first.startswith(".") or not store.is_hidden(path.name)) and store.is_utf8(path.name):
+                yield from match_parts(path, rest)
 
 
-def read_list(path: Path, unused: Unused) -> list[Path]:
-    """The paths in a text file.
+def read_path_list(path: Path, unused: Unused) -> list[Path]:
+    """Read the paths in a text file.
 
     Raises:
-        DataError: if it is no text.
+        DataError: if the file is not text.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
-            return read_lines(file, str(path), path.parent, unused)
+            return parse_path_lines(file, str(path), path.parent, unused)
     except OSError as error:
         raise DataError(f"{path}: the list cannot be read ({error.strerror}).") from error
 
 
-def read_lines(lines: Iterable[str], where: str, folder: Path, unused: Unused) -> list[Path]:
-    """One path a line, which may have Windows' backslashes; blank lines and lines that begin with # are left out.
+def parse_path_lines(lines: Iterable[str], source: str, folder: Path, unused: Unused) -> list[Path]:
+    """Parse one path a line, with slashes or Windows' backslashes; blank lines and lines that begin with # are skipped.
+
+    Args:
+        source: name of the list in an error.
+        folder: where relative paths start.
 
     Raises:
-        DataError: if they are no text.
+        DataError: if the lines are not text.
     """
-    found = []
+    paths = []
     try:
         for line in lines:
             name = line.removeprefix("\ufeff").strip()
@@ -157,32 +161,35 @@ def read_lines(lines: Iterable[str], where: str, folder: Path, unused: Unused) -
             elif name and not name.startswith("#"):
                 path = store.path_of(folder / store.path_of(name))
                 is_windows = "\\" in name and not os.path.lexists(path)
-                found.append(store.path_of(folder / name.replace("\\", "/")) if is_windows else path)
+                paths.append(store.path_of(folder / name.replace("\\", "/")) if is_windows else path)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: the list cannot be read: not UTF-8 text (byte {error.start}).") from error
-    return found
+        raise DataError(
+            f"{source}: the list cannot be read: it is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        ) from error
+    return paths
 
 
-def places(files: list[Path], base: Path | None) -> list[Path]:
-    """A place for each file: its path below what they have in common, or below `base`; no two are equal.
+def choose_output_paths(files: list[Path], base: Path | None) -> list[Path]:
+    """Choose an output path for each file: its path below the common folder, or below `base`; all are different.
 
-    Files that differ in nothing but the suffix keep it: a.jpg and a.png become a_jpg and a_png.
+    Files that differ only in their suffix keep it: a.jpg and a.png become a_jpg and a_png.
 
-    >>> [place.as_posix() for place in places([Path("x/a.jpg"), Path("x/a.png"), Path("x/y/a.jpg")], Path("x"))]
+    >>> files = [Path("x/a.jpg"), Path("x/a.png"), Path("x/y/a.jpg")]
+    >>> [path.as_posix() for path in choose_output_paths(files, Path("x"))]
     ['a_jpg', 'a_png', 'y/a']
     """
     absolute = [Path(os.path.abspath(file)) for file in files]  # noqa: PTH100 - without following links
     start = Path(os.path.abspath(base)) if base else Path(os.path.commonpath([file.parent for file in absolute]))  # noqa: PTH100
     relative = [file.relative_to(start) for file in absolute]
-    stems = Counter(place.with_suffix("") for place in relative)
+    stems = Counter(path.with_suffix("") for path in relative)
     taken: set[Path] = set()
-    found = []
-    for place in relative:
-        is_alone = stems[place.with_suffix("")] == 1
-        free = wanted = place.with_suffix("") if is_alone else place.with_name(place.name.replace(".", "_"))
+    chosen = []
+    for path in relative:
+        is_unique = stems[path.with_suffix("")] == 1
+        free = preferred = path.with_suffix("") if is_unique else path.with_name(path.name.replace(".", "_"))
         number = 2
         while free in taken:
-            free, number = wanted.with_name(f"{wanted.name}_{number}"), number + 1
+            free, number = preferred.with_name(f"{preferred.name}_{number}"), number + 1
         taken.add(free)
-        found.append(free)
-    return found
+        chosen.append(free)
+    return chosen

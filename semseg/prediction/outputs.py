@@ -1,4 +1,4 @@
-"""Stage 8: the files that a prediction becomes. Each is written whole or not at all."""
+"""Stage 8: write the files of a prediction. Each is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from semseg.data.label_map import LabelMap
 from semseg.reports.draw import Pixels, add_legend, colour_class_map, draw_overlay, draw_panel
 from semseg.storage.atomic import replacing, temporary_beside, writing
 
-MAX_INDEXED = 256  # colours of a PNG with a palette
+MAX_PALETTE_SIZE = 256  # colours of a PNG
 
 
-class Prediction(Protocol):
-    """What is written; `semseg.prediction.predictor.Result` is one."""
+class WritablePrediction(Protocol):
+    """The content of the files; `semseg.prediction.predictor.PredictionResult` satisfies it."""
 
     @property
     def image(self) -> Pixels: ...
@@ -38,65 +38,65 @@ class Prediction(Protocol):
     def probabilities(self) -> NDArray[np.floating] | None: ...
 
 
-def write_outputs(found: Prediction, target: Path, outputs: Sequence[str]) -> list[Path]:
+def write_outputs(prediction: WritablePrediction, target: Path, outputs: Sequence[str]) -> list[Path]:
     """Write `<target>_<output>.<suffix>` for each of `outputs`.
 
     Raises:
-        ValueError: for an unknown output, and for probabilities that are not there.
+        ValueError: for an unknown output, and if the prediction has no probabilities.
     """
-    unknown = [output for output in outputs if output not in WRITERS]
+    unknown = [output for output in outputs if output not in OUTPUT_WRITERS]
     if unknown:
-        raise ValueError(f"outputs {unknown} are not known; valid: {', '.join(WRITERS)}")
-    return [WRITERS[output](found, target) for output in outputs]
+        raise ValueError(f"outputs {unknown} are not known; valid: {', '.join(OUTPUT_WRITERS)}")
+    return [OUTPUT_WRITERS[output](prediction, target) for output in outputs]
 
 
-def write_ids(found: Prediction, target: Path) -> Path:
-    """The class ids of the data set's label files: one channel of 8 bits, or of 16 where an id is above 255."""
-    raw = found.label_map.to_raw(found.ids)
+def write_ids(prediction: WritablePrediction, target: Path) -> Path:
+    """Write the class ids of the data set's label files: one channel of 8 bits, or of 16 if an id is above 255."""
+    raw = prediction.label_map.to_raw(prediction.ids)
     narrow = raw.astype(np.uint8) if raw.max(initial=0) < 256 else raw
-    return write_png(Image.fromarray(narrow), target.with_name(f"{target.name}_ids.png"))
+    return save_png(Image.fromarray(narrow), target.with_name(f"{target.name}_ids.png"))
 
 
-def write_color(found: Prediction, target: Path) -> Path:
-    """Class indices (from 0) as an indexed-colour PNG, the palette in the file; RGB if there are more than 256."""
-    if found.classes.num_classes > MAX_INDEXED:
-        picture = Image.fromarray(colour_class_map(found.ids, found.classes))
+def write_color(prediction: WritablePrediction, target: Path) -> Path:
+    """Write class indices (from 0) as a PNG with a palette, or as RGB if there are more than 256 classes."""
+    if prediction.classes.num_classes > MAX_PALETTE_SIZE:
+        picture = Image.fromarray(colour_class_map(prediction.ids, prediction.classes))
     else:
-        picture = Image.fromarray(found.ids.astype(np.uint8), "L")
-        picture.putpalette(found.classes.colours().tobytes())
-    return write_png(picture, target.with_name(f"{target.name}_color.png"))
+        picture = Image.fromarray(prediction.ids.astype(np.uint8), "L")
+        picture.putpalette(prediction.classes.colours().tobytes())
+    return save_png(picture, target.with_name(f"{target.name}_color.png"))
 
 
-def write_overlay(found: Prediction, target: Path) -> Path:
-    """The picture under its class colours, with a legend below."""
-    mixed = draw_overlay(found.image, found.ids, found.classes)
-    pixels = add_legend(mixed, found.ids, found.classes)
-    return write_png(Image.fromarray(pixels), target.with_name(f"{target.name}_overlay.png"))
+def write_overlay(prediction: WritablePrediction, target: Path) -> Path:
+    """Write the picture blended with its class colours, with a legend below."""
+    blended = draw_overlay(prediction.image, prediction.ids, prediction.classes)
+    pixels = add_legend(blended, prediction.ids, prediction.classes)
+    return save_png(Image.fromarray(pixels), target.with_name(f"{target.name}_overlay.png"))
 
 
-def write_panel(found: Prediction, target: Path) -> Path:
-    """image | overlay, with a legend below."""
-    pixels = draw_panel(found.image, found.ids, found.classes)
-    return write_png(Image.fromarray(pixels), target.with_name(f"{target.name}_panel.png"))
+def write_panel(prediction: WritablePrediction, target: Path) -> Path:
+    """Write image | overlay, with a legend below."""
+    pixels = draw_panel(prediction.image, prediction.ids, prediction.classes)
+    return save_png(Image.fromarray(pixels), target.with_name(f"{target.name}_panel.png"))
 
 
-def write_probabilities(found: Prediction, target: Path) -> Path:
-    """An .npz file with `probabilities` (K, H, W) float16, `names` (K) and `ids` (K); numpy.load reads it."""
-    if found.probabilities is None:
-        raise ValueError("there are no probabilities: ask for them with predict(..., probabilities=True)")
+def write_probabilities(prediction: WritablePrediction, target: Path) -> Path:
+    """Write `probabilities` (K, H, W) float16, `names` (K) and `ids` (K) for numpy.load."""
+    if prediction.probabilities is None:
+        raise ValueError("there are no probabilities: request them with predict(..., probabilities=True)")
     path = target.with_name(f"{target.name}_probabilities.npz")
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-        ids, names = np.array(found.label_map.class_ids, np.uint16), np.array(found.classes.names)
-        arrays = {"probabilities": found.probabilities, "names": names, "ids": ids}
+        ids, names = np.array(prediction.label_map.class_ids, np.uint16), np.array(prediction.classes.names)
+        arrays = {"probabilities": prediction.probabilities, "names": names, "ids": ids}
         for name, array in arrays.items():
             with file.open(f"{name}.npy", "w", force_zip64=True) as stream:
                 np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
-                for index in range(len(array)):  # plane by plane: the array may be larger than the memory
+                for index in range(len(array)):  # one class at a time: the array may be larger than the memory
                     stream.write(array[index : index + 1].tobytes())
     return path
 
 
-WRITERS: dict[str, Callable[[Prediction, Path], Path]] = {
+OUTPUT_WRITERS: dict[str, Callable[[WritablePrediction, Path], Path]] = {
     "ids": write_ids,
     "color": write_color,
     "overlay": write_overlay,
@@ -105,14 +105,14 @@ WRITERS: dict[str, Callable[[Prediction, Path], Path]] = {
 }
 
 
-def write_png(picture: Image.Image, path: Path) -> Path:
+def save_png(picture: Image.Image, path: Path) -> Path:
     with replacing(path) as temporary:
         picture.save(temporary, "PNG")
     return path
 
 
 def write_classes(path: Path, classes: ClassTable, label_map: LabelMap) -> None:
-    """classes.json: what the numbers in the other files mean."""
+    """Write classes.json: the id, index, name and colour of each class."""
     columns = zip(label_map.class_ids, classes.names, classes.palette, strict=True)
     rows = [
         {"id": raw_id, "index": index, "name": name, "color": list(colour)}
@@ -124,7 +124,7 @@ def write_classes(path: Path, classes: ClassTable, label_map: LabelMap) -> None:
 
 @contextmanager
 def array_on_disk(path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.float16]]:
-    """A float16 array in a temporary file beside `path`: 150 classes of a 12-megapixel photo are 3.6 GB."""
+    """Map a float16 array to a temporary file beside `path`: 150 classes of a 12-megapixel photo are 3.6 GB."""
     temporary = temporary_beside(path)
     try:
         with writing(path):

@@ -1,6 +1,6 @@
-"""Stage 7 for one picture at a time: a network with all that it needs to read one and to name what it sees.
+"""Stage 7 for one picture at a time: a network with its preprocessing, its settings and its class names.
 
-mode=predict, mode=serve and the Python API share it. No Lightning.
+mode=predict, mode=serve and the Python API use it. No Lightning.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a picture is scaled and looked at. The keys of `predict` and `eval` in the configuration say more."""
+class PredictionSettings:
+    """How a picture is scaled and predicted. The keys of `predict` and `eval` in the configuration are the same."""
 
     scales: Sequence[int]  # short edges, pixels
     max_long_edge: int = 1000  # pixels
-    size_divisor: int | None = None  # None: the network's
+    size_divisor: int | None = None  # None means the network's
     flip: bool = False
     window: int | None = None
     stride: int | None = None
@@ -48,7 +48,7 @@ class Settings:
         """Check the values.
 
         Raises:
-            ConfigError: if one of them cannot be used, or window and stride contradict each other.
+            ConfigError: if a value is out of its range, or window and stride contradict each other.
         """
         for problem in view_problems("", self.scales, self.window, self.stride):
             raise ConfigError(problem)
@@ -59,15 +59,15 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a network sees in a picture, on the grid of the picture as its EXIF orientation turns it.
+class PredictionResult:
+    """The prediction for a picture, on the pixel grid of the picture after its EXIF orientation is applied.
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
         ids: (H, W) int16 class indices, 0 .. K - 1.
         classes: names and colours by class index.
-        label_map: which number stands for a class in the label files of the data set.
-        probabilities: (K, H, W) float16, or None if they were not asked for.
+        label_map: maps class indices to the ids in the label files of the data set.
+        probabilities: (K, H, W) float16, or None if they were not requested.
     """
 
     image: Pixels
@@ -77,50 +77,50 @@ class Result:
     probabilities: NDArray[np.float16] | None = None
 
     def overlay(self, opacity: float = 0.6, *, legend: bool = True) -> Pixels:
-        """(H', W', 3) uint8 RGB: the picture under its class colours, with names and shares below it.
+        """Blend the picture with its class colours, with a legend below: (H', W', 3) uint8 RGB.
 
         Raises:
-            ConfigError: if `opacity` is not from 0, the picture alone, to 1, the colours alone.
+            ConfigError: if `opacity` is not from 0 (only the picture) to 1 (only the colours).
         """
         if not 0 <= opacity <= 1:
             raise ConfigError(f"opacity={opacity}: must be from 0 to 1.")
-        mixed = draw_overlay(self.image, self.ids, self.classes, opacity)
-        return add_legend(mixed, self.ids, self.classes) if legend else mixed
+        blended = draw_overlay(self.image, self.ids, self.classes, opacity)
+        return add_legend(blended, self.ids, self.classes) if legend else blended
 
     @property
     def label_ids(self) -> NDArray[np.uint16]:
-        """(H, W) the ids that the label files of the data set have for the classes, as `ids` files hold them."""
+        """(H, W) uint16 class ids of the data set's label files, as in the `ids` files."""
         return self.label_map.to_raw(self.ids)
 
     def shares(self) -> list[ClassShare]:
-        """The classes in the picture with their share of its pixels, largest first."""
+        """Return the classes in the picture with their fraction of its pixels, the largest first."""
         return class_shares(self.ids, self.classes)
 
     def save(
         self, folder: str | Path, outputs: Sequence[str] = ("ids", "overlay"), *, name: str = "prediction"
     ) -> list[Path]:
-        """Write `<folder>/<name>_<output>.<suffix>` for each of `outputs`; those that exist are replaced.
+        """Write `<folder>/<name>_<output>.<suffix>` for each of `outputs`; existing files are replaced.
 
         Args:
-            outputs: of ids, color, overlay, panel, probabilities, as predict.save names them.
+            outputs: any of ids, color, overlay, panel, probabilities, as in predict.save.
 
         Returns:
-            The files.
+            The paths of the files.
 
         Raises:
-            ValueError: for another output, and for probabilities that were not asked for.
+            ValueError: for another output, and for probabilities that were not requested.
         """
         return write_outputs(self, Path(folder) / name, outputs)
 
 
 class Predictor:
-    """A network that can be shown pictures.
+    """Applies a network to pictures.
 
     Args:
-        net: in eval mode, on the device where it shall run.
-        settings: may be overruled for one picture in `predict`.
-        name: of the network.
-        source: where it was read from.
+        net: in eval mode, on the device that computes.
+        settings: defaults that `predict` can override for one picture.
+        name: name of the network.
+        source: file that it was read from.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Predictor:
         net: Segmenter,
         classes: ClassTable,
         label_map: LabelMap,
-        settings: Settings,
+        settings: PredictionSettings,
         *,
         name: str = "",
         source: str = "",
@@ -136,33 +136,33 @@ class Predictor:
         self.net, self.classes, self.label_map, self.settings = net, classes, label_map, settings
         self.name, self.source = name, source
 
-    def predict(self, picture: Picture, *, probabilities: bool = False, **settings: Any) -> Result:
-        """What the network sees in a picture.
+    def predict(self, picture: Picture, *, probabilities: bool = False, **settings: Any) -> PredictionResult:
+        """Predict the class of every pixel of a picture.
 
         Args:
-            picture: a path (turned upright), a PIL image (likewise), a numpy array (H, W, 3) uint8 RGB, or a tensor
+            picture: a path or a PIL image (both turned upright), a numpy array (H, W, 3) uint8 RGB, or a tensor
                 (3, H, W) uint8 RGB.
-            probabilities: keep those of all classes too: 2 bytes a pixel and class.
-            settings: scales, flip, window, stride, max_long_edge, size_divisor, memory_limit_mb: those of `Settings`
-                that shall differ for this picture.
+            probabilities: keep the probabilities of all classes as well: 2 bytes per pixel and class.
+            settings: fields of `PredictionSettings` to override for this picture: scales, flip, window, stride,
+                max_long_edge, size_divisor, memory_limit_mb, max_pixels.
 
         Raises:
-            DataError: if a file is missing, broken, or no image.
-            TypeError: for anything else than a picture, and for settings that do not exist.
+            DataError: if a file is missing, broken, or not an image.
+            TypeError: if `picture` is not a picture, and for unknown settings.
             ValueError: for an array of another shape or type, and for settings out of their range (ConfigError).
         """
-        image = to_pixels(picture, replace(self.settings, **settings).max_pixels)
+        image = convert_to_pixels(picture, replace(self.settings, **settings).max_pixels)
         shape = (self.classes.num_classes, *image.shape[:2])
-        kept = np.empty(shape, np.float16) if probabilities else None
-        ids = self.class_map(image.shape[:2], self.scaled(image, **settings), kept, **settings)
-        return Result(image, ids, self.classes, self.label_map, kept)
+        array = np.empty(shape, np.float16) if probabilities else None
+        ids = self.predict_class_map(image.shape[:2], self.resize(image, **settings), array, **settings)
+        return PredictionResult(image, ids, self.classes, self.label_map, array)
 
-    def scaled(self, image: Pixels, **settings: Any) -> list[Tensor]:
-        """The picture (H, W, 3) at every scale: uint8 (3, h, w) each, as the network takes them."""
-        return self.scaler(**settings)(image)
+    def resize(self, image: Pixels, **settings: Any) -> list[Tensor]:
+        """Resize the picture (H, W, 3) to every scale: a list of uint8 (3, h, w)."""
+        return self.build_resizer(**settings)(image)
 
-    def scaler(self, **settings: Any) -> Callable[[Pixels], list[Tensor]]:
-        """`scaled` by itself, for workers that shall not carry the weights."""
+    def build_resizer(self, **settings: Any) -> Callable[[Pixels], list[Tensor]]:
+        """Return `resize` as a function without the weights, for worker processes."""
         chosen = replace(self.settings, **settings)
         return partial(
             at_scales,
@@ -172,20 +172,20 @@ class Predictor:
             antialias=self.net.convention.antialias,
         )
 
-    def class_map(
+    def predict_class_map(
         self,
         size: Sequence[int],
         scales: Sequence[Tensor],
         probabilities: NDArray[np.floating] | None = None,
-        /,  # since `settings` has a key `scales` too
+        /,  # because `settings` may have a key `scales` too
         **settings: Any,
     ) -> NDArray[np.int16]:
-        """(H, W) class indices of a picture of `size` (H, W) from its scaled copies.
+        """Predict (H, W) class indices of a picture of `size` (H, W) from its resized copies.
 
-        `probabilities` (K, H, W) is filled if it is given; it may lie in a file.
+        Writes the probabilities into the array `probabilities` (K, H, W) if it is given; it may be mapped to a file.
         """
         chosen = replace(self.settings, **settings)
-        found = predict(
+        prediction = predict(
             self.net,
             scales,
             (size[0], size[1]),
@@ -196,17 +196,17 @@ class Predictor:
             memory_limit_mb=chosen.memory_limit_mb,
             probabilities=probabilities,
         )
-        return found.ids.cpu().numpy()
+        return prediction.ids.cpu().numpy()
 
 
-def to_pixels(picture: Picture, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """(H, W, 3) uint8 RGB of whatever holds a picture; see `Predictor.predict`."""
+def convert_to_pixels(picture: Picture, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Convert any supported picture to (H, W, 3) uint8 RGB; see `Predictor.predict`."""
     if isinstance(picture, Tensor | np.ndarray) and 0 in picture.shape:
         raise ValueError(f"the picture has no pixels: its shape is {tuple(picture.shape)}")
     if isinstance(picture, str | Path):
         return read_image(picture, upright=True, max_pixels=max_pixels)
     if isinstance(picture, Image.Image):
-        return pixels_of(picture, max_pixels)
+        return convert_pil_image(picture, max_pixels)
     if isinstance(picture, Tensor):
         if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
             raise ValueError(f"a tensor must be uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
@@ -218,18 +218,18 @@ def to_pixels(picture: Picture, max_pixels: int = MAX_PIXELS) -> Pixels:
     raise TypeError(f"a picture is a path, a PIL image, a numpy array or a tensor, not {type(picture).__name__}")
 
 
-def pixels_of(image: Image.Image, max_pixels: int) -> Pixels:
-    """(H, W, 3) uint8 RGB of a PIL image, turned upright, which leaves the image as it is."""
+def convert_pil_image(image: Image.Image, max_pixels: int) -> Pixels:
+    """Convert a PIL image to (H, W, 3) uint8 RGB, turned upright; the image itself is not changed."""
     if image.width * image.height > max_pixels:
         raise DataError(
-            f"the PIL image has {image.height} x {image.width} pixels, more than {max_pixels} are not read "
+            f"the PIL image has {image.height} x {image.width} pixels, more than the limit of {max_pixels} "
             "(data.max_pixels)."
         )
     try:
         upright = ImageOps.exif_transpose(image)
-        upright.format = image.format  # says what the numbers of mode I are
+        upright.format = image.format  # defines the range of mode I
         return rgb_of(upright, "the PIL image")
     except DataError:
         raise
-    except Exception as error:  # Pillow decodes late, and has no common type for what it runs into
+    except Exception as error:  # Pillow decodes lazily, and its errors have no common type
         raise DataError(f"the PIL image cannot be decoded ({error}).") from error

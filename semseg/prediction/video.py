@@ -1,4 +1,4 @@
-"""Frames of video files, and videos of pictures, by OpenCV's FFmpeg."""
+"""Read frames of video files and write videos, with OpenCV's FFmpeg."""
 
 from __future__ import annotations
 
@@ -16,38 +16,42 @@ import numpy as np
 from semseg.errors import DataError
 from semseg.reports.draw import Pixels
 
-# Why a video cannot be read is in our own sentence, not in lines of OpenCV's and FFmpeg's on standard error.
+# Our own errors say why a video cannot be read; OpenCV and FFmpeg must not write to standard error.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-CODEC = "mp4v"  # MPEG-4 part 2: the one that OpenCV's own build can always write
-DEFAULT_RATE = 25.0  # where a file does not say
+CODEC = "mp4v"  # MPEG-4 part 2: every build of OpenCV can write it
+DEFAULT_RATE = 25.0  # frames per second, if a file has no rate
 
-
-COUNTING_SUFFIXES = (".avi", ".m4v", ".mov", ".mp4")  # whose header has the number of frames; others a duration
-UNEVEN = 0.1  # of the time between two frames: a video whose frames are off by more has no even rate
-AVI_SEARCHED = 2**24  # bytes at the beginning and at the end
-MOST_FAILED = 1000  # reads in a row that fail; then there is nothing behind them
+FRAME_COUNT_SUFFIXES = (
+    ".avi",
+    ".m4v",
+    ".mov",
+    ".mp4",
+)  # formats with a frame count in the header; others have a duration
+MAX_UNEVENNESS = 0.1  # largest deviation of a frame's time, in frames, in a video of constant rate
+AVI_SEARCH_BYTES = 2**24  # searched at the beginning and at the end of a file
+MAX_FAILED_READS = 1000  # consecutive failures that end a video
 
 
 class LostFramesError(DataError):
-    """Some frames of a video could not be read; the others could."""
+    """Some frames of a video could not be read; the others were read."""
 
 
 class Frame(NamedTuple):
-    """A picture of a video."""
+    """A frame of a video."""
 
-    pixels: Pixels  # (H, W, 3) uint8 RGB, turned as the file says
-    rate: float  # of the video, frames per second
-    number: int  # in the video, from 0; those that cannot be read have numbers too
+    pixels: Pixels  # (H, W, 3) uint8 RGB, rotated as the file specifies
+    rate: float  # frames per second of the video
+    number: int  # in the video, from 0; unreadable frames are counted too
 
 
-def frames_of(path: Path) -> Iterator[Frame]:
-    """The frames of a video in order; those that cannot be decoded are passed over.
+def read_frames(path: Path) -> Iterator[Frame]:
+    """Yield the frames of a video in order; frames that cannot be decoded are skipped.
 
     Raises:
-        DataError: if there is no such file, or it has no frame that can be decoded.
-        LostFramesError: behind the last frame, if frames were passed over or the file breaks off.
+        DataError: if there is no such file, or no frame of it can be decoded.
+        LostFramesError: after the last frame, if frames were skipped or the file is truncated.
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such file.")
@@ -55,109 +59,115 @@ def frames_of(path: Path) -> Iterator[Frame]:
     try:
         rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_RATE
         announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        clock, gap, count, number = Clock(rate), None, 0, -1
-        found = frames_found(path, announced)
-        while (pixels := next_frame(capture, announced - clock.number)) is not None:
-            before, count = number, count + 1
-            number = clock.tick(capture.get(cv2.CAP_PROP_POS_MSEC), pixels.num_failed)
-            number = found[number] if number < len(found) else number
-            gap = before if gap is None and number != before + 1 else gap
-            yield Frame(np.asarray(cv2.cvtColor(pixels.bgr, cv2.COLOR_BGR2RGB), np.uint8), rate, number)
+        clock, last_before_gap, count, number = FrameClock(rate), None, 0, -1
+        avi_numbers = find_avi_frames(path, announced)
+        while (decoded := read_next_frame(capture, announced - clock.number)) is not None:
+            previous, count = number, count + 1
+            number = clock.tick(capture.get(cv2.CAP_PROP_POS_MSEC), decoded.num_failed)
+            number = avi_numbers[number] if number < len(avi_numbers) else number
+            if last_before_gap is None and number != previous + 1:
+                last_before_gap = previous
+            yield Frame(np.asarray(cv2.cvtColor(decoded.bgr, cv2.COLOR_BGR2RGB), np.uint8), rate, number)
         if not count:
-            raise DataError(f"{path}: is not a video that can be decoded, or has no frame.")
+            raise DataError(f"{path}: cannot be decoded as a video, or has no frames.")
         total = number + 1
-        if is_cut_off(path, announced - total, rate, announced) or (gap is not None and announced > total):
-            gap, total = number if gap is None else gap, announced
-        if gap is not None:
+        if is_truncated(path, announced - total, rate, announced) or (
+            last_before_gap is not None and announced > total
+        ):
+            last_before_gap, total = number if last_before_gap is None else last_before_gap, announced
+        if last_before_gap is not None:
             raise LostFramesError(
-                f"{path}: {total - count} of {total} frames cannot be read, the first behind frame {gap}: the video is "
-                "damaged or breaks off. Get it again."
+                f"{path}: {total - count} of {total} frames cannot be read, the first after frame {last_before_gap}: "
+                "the video is damaged or truncated. Obtain it again."
             )
     finally:
         capture.release()
 
 
-class Clock:
+class FrameClock:
     """Numbers the frames that are read.
 
-    A frame has the number behind that of the one before. If reads failed between them, or time jumps in a video that
-    was even until then, the time between them says how many frames there were.
+    A frame has the number after that of the previous frame. If reads failed between them, or the time jumps in a video
+    whose rate was constant so far, the number of frames between them follows from their times.
     """
 
     def __init__(self, rate: float) -> None:
         self.rate, self.number, self.is_even = rate, -1, True
-        self._time = 0.0  # of the last frame, in frames
+        self._time = 0.0  # time of the last frame, in frames
 
     def tick(self, milliseconds: float, num_failed: int) -> int:
-        """The number of a frame that was read at this time, after so many reads that failed."""
+        """Return the number of a frame with this time, which was read after `num_failed` failed reads."""
         time = milliseconds * self.rate / 1000
-        passed = time - self._time if self.number >= 0 else 1.0 + num_failed
-        self.is_even = self.is_even and abs(passed - round(passed)) < UNEVEN and passed > 0
-        self.number += max(1, round(passed)) if num_failed or self.is_even else 1
+        elapsed = time - self._time if self.number >= 0 else 1.0 + num_failed
+        self.is_even = self.is_even and abs(elapsed - round(elapsed)) < MAX_UNEVENNESS and elapsed > 0
+        self.number += max(1, round(elapsed)) if num_failed or self.is_even else 1
         self._time = time
         return self.number
 
 
-class Decoded(NamedTuple):
-    """A frame as OpenCV gives it."""
+class DecodedFrame(NamedTuple):
+    """A frame as OpenCV returns it."""
 
     bgr: Pixels
-    num_failed: int  # reads that failed before it
+    num_failed: int  # failed reads before it
 
 
-def next_frame(capture: cv2.VideoCapture, num_left: int) -> Decoded | None:
-    """The next frame that can be decoded; None if none of those that are left can."""
-    for num_failed in range(max(1, min(num_left, MOST_FAILED))):
+def read_next_frame(capture: cv2.VideoCapture, num_left: int) -> DecodedFrame | None:
+    """Read the next frame that can be decoded; None if no remaining frame can."""
+    for num_failed in range(max(1, min(num_left, MAX_FAILED_READS))):
         is_read, pixels = capture.read()
         if is_read:
-            return Decoded(np.asarray(pixels, np.uint8), num_failed)
+            return DecodedFrame(np.asarray(pixels, np.uint8), num_failed)
     return None
 
 
-def frames_found(path: Path, announced: int) -> list[int]:
-    """The numbers of the frames of an AVI file that FFmpeg finds: it passes over those whose beginning is damaged, and
-    counts on as if they had never been. Empty for other files, and for those without their index.
+def find_avi_frames(path: Path, announced: int) -> list[int]:
+    """Return the numbers of the frames that FFmpeg finds in an AVI file.
+
+    FFmpeg skips frames whose beginning is damaged, and does not count them. Empty for other formats, and for files
+    without an index.
     """
     if path.suffix.lower() != ".avi" or not path.stat().st_size:
         return []
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-        movie, index = data.find(b"movi", 0, AVI_SEARCHED), data.rfind(b"idx1", max(0, len(data) - AVI_SEARCHED))
+        movie = data.find(b"movi", 0, AVI_SEARCH_BYTES)
+        index = data.rfind(b"idx1", max(0, len(data) - AVI_SEARCH_BYTES))
         length = int.from_bytes(data[index + 4 : index + 8], "little") // 16 * 16
         if min(movie, index) < 0 or index + 8 + length > len(data):
             return []
-        rows = [data[place : place + 16] for place in range(index + 8, index + 8 + length, 16)]
-        frames = [row for row in rows if row[2:4] in (b"dc", b"db")]
+        entries = [data[start : start + 16] for start in range(index + 8, index + 8 + length, 16)]
+        frames = [entry for entry in entries if entry[2:4] in (b"dc", b"db")]
         if len(frames) != announced:
             return []
-        places = [
-            movie + int.from_bytes(row[8:12], "little") for row in frames
-        ]  # an index of whole files counts from 0
-        places = places if data[places[0] : places[0] + 4] == frames[0][:4] else [place - movie for place in places]
-        starts = zip(frames, places, strict=True)
-        return [number for number, (row, place) in enumerate(starts) if data[place : place + 4] == row[:4]]
+        # Offsets count from the list "movi", or in some files from the start of the file.
+        offsets = [movie + int.from_bytes(entry[8:12], "little") for entry in frames]
+        if data[offsets[0] : offsets[0] + 4] != frames[0][:4]:
+            offsets = [offset - movie for offset in offsets]
+        chunks = zip(frames, offsets, strict=True)
+        return [number for number, (entry, offset) in enumerate(chunks) if data[offset : offset + 4] == entry[:4]]
 
 
-def is_cut_off(path: Path, num_missing: int, rate: float, announced: int) -> bool:
-    """Whether frames are missing at the end; a duration is not exact, and may be that of the sound."""
-    if path.suffix.lower() in COUNTING_SUFFIXES:
+def is_truncated(path: Path, num_missing: int, rate: float, announced: int) -> bool:
+    """Whether frames are missing at the end; a duration is inexact, and may be that of the sound."""
+    if path.suffix.lower() in FRAME_COUNT_SUFFIXES:
         return num_missing > 0
     return num_missing > max(rate, announced / 20)
 
 
 class VideoWriters:
-    """Videos `<target>_<name>.mp4`, each begun with its first picture and finished on leaving the context.
+    """Writes videos `<target>_<name>.mp4`; a video begins with its first picture and is finished on exit.
 
-    A video that is left by an error is removed.
+    After an error, unfinished videos are removed.
 
     Raises:
-        DataError: on leaving, if the disk did not take all frames; the video that was there before stays.
+        DataError: on exit, if not all frames could be written; an older video of this name is kept.
     """
 
     def __init__(self, target: Path) -> None:
         self.target = target
         self._open: dict[str, cv2.VideoWriter] = {}
-        self._counts: dict[str, int] = {}  # pictures added
-        self._token = uuid.uuid4().hex  # no other process has the same temporary names
+        self._counts: dict[str, int] = {}  # number of pictures added
+        self._token = uuid.uuid4().hex  # makes the temporary names unique to this process
 
     def __enter__(self) -> VideoWriters:
         return self
@@ -175,24 +185,24 @@ class VideoWriters:
                 self._temporary(name).unlink(missing_ok=True)
 
     def _finish(self, name: str, path: Path) -> None:
-        """Put a finished video in its place. OpenCV does not report a full disk: the frames are counted instead."""
+        """Rename a finished video. OpenCV does not report a full disk, so the written frames are counted."""
         capture = cv2.VideoCapture(str(self._temporary(name)))
         written = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
         capture.release()
         if written != self._counts[name]:
             raise DataError(
-                f"{path}: the video cannot be written in full ({written} of {self._counts[name]} frames). Is the disk "
-                "full?"
+                f"{path}: the video could not be written in full ({written} of {self._counts[name]} frames). Check "
+                "the free space of the disk."
             )
         self._temporary(name).replace(path)
 
     def add(self, name: str, picture: Pixels, rate: float) -> None:
-        """Add a picture (H, W, 3) RGB to video `name`; all of one video have one size.
+        """Add a picture (H, W, 3) RGB to video `name`; all pictures of a video have the same size.
 
         Raises:
             DataError: if the video cannot be written.
         """
-        # MPEG-4 wants even sides: an odd one gets its last row or column twice.
+        # MPEG-4 requires even sides: in pictures with odd sides, the last row or column is repeated.
         bottom, right = picture.shape[0] % 2, picture.shape[1] % 2
         even = cv2.copyMakeBorder(picture, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
         if name not in self._open:

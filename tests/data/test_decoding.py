@@ -20,7 +20,7 @@ from semseg.data import images as images_module
 from semseg.data.images import decode_image, oriented, read_header, read_image, read_label
 from semseg.data.records import read_record_header
 from semseg.errors import DataError
-from semseg.prediction.predictor import to_pixels
+from semseg.prediction.predictor import convert_to_pixels
 
 pytestmark = pytest.mark.reliability
 
@@ -127,7 +127,7 @@ def test_c19_every_image_has_pillows_pixels_by_path_bytes_and_pil_object(tmp_pat
         expected, path = pillows(data), tmp_path / "a.png"
         path.write_bytes(data)
         if expected is None:
-            for read in (read_image, to_pixels, lambda path: to_pixels(Image.open(path))):
+            for read in (read_image, convert_to_pixels, lambda path: convert_to_pixels(Image.open(path))):
                 with pytest.raises(DataError, match=r"32-bit (float|integer) pixels, which are not read"):
                     read(path)
             continue
@@ -136,9 +136,9 @@ def test_c19_every_image_has_pillows_pixels_by_path_bytes_and_pil_object(tmp_pat
         for found in (
             read_image(path, upright=True),
             decode_image(data, "a", upright=True),
-            to_pixels(path),
-            to_pixels(str(path)),
-            to_pixels(Image.open(io.BytesIO(data))),
+            convert_to_pixels(path),
+            convert_to_pixels(str(path)),
+            convert_to_pixels(Image.open(io.BytesIO(data))),
             oriented(stored, header.orientation),
         ):
             assert found.shape == expected.shape, name

@@ -22,7 +22,7 @@ from helpers.in_process import TINY_RUN, configured, fit
 from semseg.config.schema import ServeConfig
 from semseg.errors import ConfigError
 from semseg.nets.registry import ENCODERS, Constructor
-from semseg.prediction.predictor import Predictor, Result
+from semseg.prediction.predictor import PredictionResult, Predictor
 from semseg.serving.server import Served, build_app
 
 pytestmark = pytest.mark.reliability
@@ -96,10 +96,16 @@ def test_i1_a_python_block_of_the_documentation_runs(
 
 
 def test_i1_the_documented_calls_are_those_of_the_classes() -> None:
-    assert {"semseg.load", "Predictor.predict", "Result.overlay", "Result.shares", "Result.save"} <= set(CALLS)
+    assert {
+        "semseg.load",
+        "Predictor.predict",
+        "PredictionResult.overlay",
+        "PredictionResult.shares",
+        "PredictionResult.save",
+    } <= set(CALLS)
     for name, arguments in CALLS.items():
         owner, _, method = name.partition(".")
-        call = getattr({"semseg": semseg, "Predictor": Predictor, "Result": Result}[owner], method)
+        call = getattr({"semseg": semseg, "Predictor": Predictor, "PredictionResult": PredictionResult}[owner], method)
         parameters = inspect.signature(call).parameters
         takes_more = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
         assert takes_more or set(keywords(arguments)) <= set(parameters), name
@@ -120,7 +126,7 @@ def test_i1_load_overlay_and_save_take_every_documented_argument(checkpoint: Pat
     for given in combinations(keywords(CALLS["semseg.load"])):
         net = semseg.load(str(checkpoint), **given)
     result = net.predict(photo, probabilities=True)
-    for given in combinations(keywords(CALLS["Result.overlay"])):
+    for given in combinations(keywords(CALLS["PredictionResult.overlay"])):
         assert result.overlay(**given).dtype == np.uint8
     for outputs, name in itertools.product(VALUES["outputs"], VALUES["name"]):
         assert len(result.save(tmp_path / "out", outputs, name=name)) == len(outputs)

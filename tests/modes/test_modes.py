@@ -16,7 +16,7 @@ from PIL import Image
 import semseg
 from helpers.command_line import RUN, run
 from semseg.errors import SemsegError
-from semseg.prediction.video import VideoWriters, frames_of
+from semseg.prediction.video import VideoWriters, read_frames
 
 TINY = [
     "data=scenes",
@@ -138,7 +138,7 @@ def test_prediction_of_a_folder_with_a_film_and_a_broken_file(folder: Path) -> N
     expected |= {f"film_of_two_{kind}.mp4" for kind in ("color", "overlay", "panel")}
     expected |= {f"film_of_two/00000{number}_{kind}" for number in (0, 1) for kind in ("ids.png", "probabilities.npz")}
     assert {name for name in written if not name.startswith(".hydra")} == expected
-    assert [frame.rate for frame in frames_of(place / "out/film_of_two_overlay.mp4")] == [10, 10]
+    assert [frame.rate for frame in read_frames(place / "out/film_of_two_overlay.mp4")] == [10, 10]
     classes = json.loads((place / "out/classes.json").read_text())["classes"]
     assert [row["id"] for row in classes] == list(range(1, len(classes) + 1))
 

@@ -9,7 +9,7 @@ import pytest
 
 from semseg.data.store import Unused
 from semseg.errors import ConfigError, DataError
-from semseg.prediction.inputs import find_inputs, places
+from semseg.prediction.inputs import choose_output_paths, find_inputs
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def found(word: str, run_dir: str = "out", stdin: str = "") -> dict[str, str]:
     """Place of the outputs -> file, of all inputs."""
     inputs = find_inputs(word, Path(run_dir), io.StringIO(stdin))
-    return {item.place.as_posix(): item.path.as_posix() for item in inputs}
+    return {item.output_path.as_posix(): item.path.as_posix() for item in inputs}
 
 
 def test_a_folder_gives_images_and_videos_at_every_depth(folder: Path) -> None:
@@ -65,7 +65,7 @@ def test_earlier_outputs_are_no_inputs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "error", "part"),
     [
-        ("https://a.org/x.jpg", ConfigError, "addresses are not opened"),
+        ("https://a.org/x.jpg", ConfigError, "URLs are not supported"),
         ("nowhere", DataError, "no such file or folder"),
         ("photos/*.bmp", DataError, "no images or videos"),
         ("-", DataError, "no images or videos"),
@@ -84,7 +84,13 @@ def test_outputs_must_not_go_where_inputs_are(folder: Path, word: str) -> None:
 
 def test_no_two_files_have_one_place() -> None:
     files = [Path(name) for name in ("x/a.jpg", "x/a.png", "x/a_jpg.jpg", "x/y/a.jpg", "x/b.tar.png")]
-    assert [place.as_posix() for place in places(files, None)] == ["a_jpg", "a_png", "a_jpg_2", "y/a", "b.tar"]
+    assert [place.as_posix() for place in choose_output_paths(files, None)] == [
+        "a_jpg",
+        "a_png",
+        "a_jpg_2",
+        "y/a",
+        "b.tar",
+    ]
 
 
 @pytest.mark.reliability
@@ -93,8 +99,8 @@ def test_c29_inputs_below_linked_folders_are_found_once(folder: Path) -> None:
     (folder / "more/d.jpg").touch()
     (folder / "photos/more").symlink_to(folder / "more")
     (folder / "photos/sub/back").symlink_to(folder / "photos")
-    places = ["a", "b", "more/d", "sub/a", "sub/deep/c", "sub/film"]
-    assert list(found("photos")) == places
+    targets = ["a", "b", "more/d", "sub/a", "sub/deep/c", "sub/film"]
+    assert list(found("photos")) == targets
     assert list(found("photos/**/*.jpg").values()) == ["photos/a.jpg", "photos/more/d.jpg", "photos/sub/a.jpg"]
 
 
@@ -144,6 +150,6 @@ def test_c34_an_archive_is_a_folder(folder: Path) -> None:
 @pytest.mark.reliability
 def test_c35_a_list_that_is_not_utf8_is_an_error_of_one_sentence(folder: Path) -> None:
     (folder / "list.txt").write_bytes(b"caf\xe9.jpg\n")
-    with pytest.raises(DataError, match=r"list\.txt: the list cannot be read: not UTF-8 text \(byte 3\)"):
+    with pytest.raises(DataError, match=r"list\.txt: the list cannot be read: it is not UTF-8 text \(byte 3\)"):
         found("list.txt")
     assert list(found("-", stdin="~nobody.jpg\n").values()) == ["~nobody.jpg"]

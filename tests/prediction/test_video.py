@@ -12,10 +12,10 @@ from test_predictor import Brightest
 
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
-from semseg.modes.predict import Work
+from semseg.modes.predict import PredictionJob
 from semseg.prediction.inputs import Input
-from semseg.prediction.predictor import Predictor, Settings
-from semseg.prediction.video import Clock, LostFramesError, frames_of
+from semseg.prediction.predictor import PredictionSettings, Predictor
+from semseg.prediction.video import FrameClock, LostFramesError, read_frames
 
 pytestmark = pytest.mark.reliability
 
@@ -38,7 +38,7 @@ def read(path: Path) -> tuple[list[int], list[float], str]:
     """The numbers of the frames that can be read, what they show, and what is said in the end."""
     numbers, shown = [], []
     try:
-        for frame in frames_of(path):
+        for frame in read_frames(path):
             numbers.append(frame.number)
             shown.append(float(frame.pixels[:60].mean()) / 6)
     except LostFramesError as error:
@@ -81,13 +81,13 @@ def test_c26_a_video_that_breaks_off_is_told(
     whole = film(path, codec)
     path.write_bytes(whole[: len(whole) // 2])
     if name.endswith(("mp4", "mov")):  # what says where its frames are stands at the end
-        with pytest.raises(ValueError, match="is not a video that can be decoded"):
-            next(frames_of(path))
+        with pytest.raises(ValueError, match="cannot be decoded as a video"):
+            next(read_frames(path))
     else:
         numbers, _, told = read(path)
         assert 10 < len(numbers) < 25 and numbers == list(range(len(numbers)))
         assert f"{NUM_FRAMES - len(numbers)} of {NUM_FRAMES} frames cannot be read" in told
-        assert f"the first behind frame {numbers[-1]}" in told
+        assert f"the first after frame {numbers[-1]}" in told
     assert capfd.readouterr() == ("", "")
 
 
@@ -96,9 +96,9 @@ def test_c26_prediction_writes_what_can_be_read_under_its_own_number_and_reports
     whole = film(path, "MJPG")
     path.write_bytes(whole[: len(whole) // 2] + bytes(6000) + whole[len(whole) // 2 + 6000 :])
     classes = ClassTable(("red", "green", "blue"), ((200, 0, 0), (0, 180, 0), (0, 0, 250)))
-    net = Predictor(Brightest().eval(), classes, LabelMap(3), Settings([16], 64))  # pyright: ignore[reportArgumentType]
-    work = Work(net, tmp_path / "out", ["ids", "overlay"], 0)
-    (failure,) = work.all([Input(path, Path("a"))])
+    net = Predictor(Brightest().eval(), classes, LabelMap(3), PredictionSettings([16], 64))  # pyright: ignore[reportArgumentType]
+    job = PredictionJob(net, tmp_path / "out", ["ids", "overlay"])
+    (failure,) = job.predict_all([Input(path, Path("a"))])
     assert "of 40 frames cannot be read" in failure
     written = sorted(int(file.name[:6]) for file in (tmp_path / "out/a").iterdir())
     assert written == read(path)[0]
@@ -107,7 +107,7 @@ def test_c26_prediction_writes_what_can_be_read_under_its_own_number_and_reports
 
 
 def test_a_clock_counts_where_time_is_uneven_and_reads_time_where_reads_failed() -> None:
-    even, uneven = Clock(10.0), Clock(10.0)
+    even, uneven = FrameClock(10.0), FrameClock(10.0)
     assert [even.tick(time, 0) for time in (0, 100, 200, 600)] == [0, 1, 2, 6]
     assert [uneven.tick(time, 0) for time in (0, 130, 200, 600)] == [0, 1, 2, 3]
     assert uneven.tick(1000, num_failed=2) == 7

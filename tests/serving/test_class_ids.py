@@ -76,7 +76,7 @@ def test_j2_predictions_are_written_by_the_ids(tmp_path: Path, mapped: tuple[Lab
     classes = ClassTable.from_names(NAMES)
     ids = np.array([[0, 1, 2, 2]], np.int16)
     probabilities = np.zeros((3, 1, 4), np.float16)
-    found = predictor.Result(np.zeros((1, 4, 3), np.uint8), ids, classes, label_map, probabilities)
+    found = predictor.PredictionResult(np.zeros((1, 4, 3), np.uint8), ids, classes, label_map, probabilities)
     assert found.label_ids.tolist() == [[expected[0], expected[1], expected[2], expected[2]]]
     found.save(tmp_path, ["ids", "probabilities"], name="a")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a_ids.png")), found.label_ids)

@@ -28,7 +28,7 @@ from semseg.data.label_map import LabelMap
 from semseg.data.records import load_cache, save_cache
 from semseg.evaluation.tables import write_rows
 from semseg.modes.convert import save_plain
-from semseg.prediction.outputs import array_on_disk, write_png
+from semseg.prediction.outputs import array_on_disk, save_png
 from semseg.storage.atomic import replacing, unwritable
 from semseg.storage.run_results import Job, Result, write_job, write_result
 from semseg.training.loggers.csv import CSVLog, RowFile
@@ -69,7 +69,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "result.json": lambda path: write_result(path.parent, Result(0.123456789, "a score with a long name " * 3)),
     "job.json": lambda path: write_job(Job(path.parent, ("optim.lr=0.1",) * 9)),
     "per_class.csv": lambda path: write_rows(path, [{"name": "sky", "iou": 0.5}] * 9),
-    "photo_ids.png": lambda path: write_png(Image.fromarray((NOISE[0].numpy() * 255).astype(np.uint8)), path),
+    "photo_ids.png": lambda path: save_png(Image.fromarray((NOISE[0].numpy() * 255).astype(np.uint8)), path),
     "encoder.pth": lambda path: save_plain(path, {"noise": NOISE}),
     "net.safetensors": save_safetensors,
     "photo_probabilities.npz": save_probabilities,
