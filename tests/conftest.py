@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from helpers.browser import shared_browser
 from helpers.reference import SHARED
+from semseg.system.process import STOP_SIGNALS
 
 
 @pytest.fixture
@@ -17,6 +20,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the real images of ../shared, which are not part of the repository")
     return SHARED
+
+
+@pytest.fixture
+def signals_restored() -> Iterator[None]:
+    """Training takes over signals; give them back afterwards."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

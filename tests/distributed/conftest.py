@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from helpers.command_line import RUN
+from helpers.fork_server import FORK_CHILDREN, ForkedProgram
+from helpers.tiny_program import PROGRAM
 from semseg.data.scenes import make_scenes
 
 
@@ -22,30 +21,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def start(folder: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start a command line in the working directory, without waiting."""
+@pytest.fixture(scope="session")
+def start(folder: Path) -> Callable[..., ForkedProgram]:
+    """Start a command line of the tiny network in the working directory, without waiting."""
 
-    def start(
-        *words: str, launcher: tuple[str, ...] = (sys.executable,), variables: dict[str, str] | None = None
-    ) -> subprocess.Popen[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})}
-        return subprocess.Popen(
-            [*launcher, str(RUN), *words],
-            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    def start(*words: str, launcher: tuple[str, ...] = (), variables: dict[str, str] | None = None) -> ForkedProgram:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", FORK_CHILDREN: "1"} | (variables or {})
+        return ForkedProgram([*launcher, str(PROGRAM), *words], folder, environment)
 
     return start
 
 
-@pytest.fixture
-def run(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
+@pytest.fixture(scope="session")
+def run(start: Callable[..., ForkedProgram]) -> Callable[..., str]:
     """Run a command line to its end and return what it printed."""
 
-    def run(*words: str, launcher: tuple[str, ...] = (sys.executable,), code: int = 0) -> str:
+    def run(*words: str, launcher: tuple[str, ...] = (), code: int = 0) -> str:
         process = start(*words, launcher=launcher)
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == code, output + errors
-        return output + errors
+        assert process.wait(timeout=300) == code, process.read()
+        return process.read()
 
     return run

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.ranks import launch
 from semseg.nets.interfaces import Logits
 from semseg.training.losses import cross_entropy, segmentation_loss
 
@@ -27,10 +24,8 @@ def smoothing_of(weights: list[float] | None) -> float:
     return 0.0 if weights is None else 0.1
 
 
-def mean_gradients(rank: int, folder: str) -> None:
+def mean_gradients(rank: int, world: int) -> dict[str, Tensor]:
     """What DDP gives: the mean over ranks of each one's gradient."""
-    os.environ.update(MASTER_ADDR="127.0.0.1")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(LABELS))
     gradients = {}
     for name, weights in WEIGHTS.items():
         vector = None if weights is None else torch.tensor(weights)
@@ -41,16 +36,13 @@ def mean_gradients(rank: int, folder: str) -> None:
             loss.total.backward()
             assert logits.grad is not None
             gradients[f"{name}, {average}"] = logits.grad / len(LABELS)
-    torch.save(gradients, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return gradients
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+def found() -> list[dict[str, Tensor]]:
     """The gradients of every rank."""
-    folder: Path = tmp_path_factory.mktemp("average")
-    mp.spawn(mean_gradients, (str(folder),), nprocs=len(LABELS))
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(len(LABELS))]
+    return launch(mean_gradients, len(LABELS))
 
 
 @pytest.mark.reliability

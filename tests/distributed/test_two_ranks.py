@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from distributed.two_ranks import ALONE, SHARED_OUT, STOPS, UNUSED, Watch, run_of, stop_and_go_on
-from syncbn.ranks import launch
 
 from helpers.in_process import assert_equal, fit, logged_losses
+from helpers.ranks import launch
 from semseg.data.scenes import make_scenes
 
 pytestmark = pytest.mark.reliability

@@ -3,6 +3,9 @@
 The first program of a test process starts a server that has imported everything; it forks once for each program. The
 fork has its own process id, working directory, environment, streams and exit code. It differs from a program that was
 started afresh in its entry in the process table and in what is already imported: tests of those start their own.
+
+With FORK_CHILDREN=1 in its environment, the Python programs that a program starts (the ranks of a job) are forks of
+that program in the same way.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import atexit
 import contextlib
 import functools
 import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -26,10 +30,12 @@ import traceback
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
+FORK_CHILDREN = "FORK_CHILDREN"  # in the environment of a program
 MAX_REQUEST = 1 << 20  # bytes
+PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")  # arguments of Popen._execute_child
 
 
 class ForkedProgram:
@@ -185,6 +191,8 @@ def execute(arguments: list[str], cwd: str, env: dict[str, str]) -> NoReturn:
         os.chdir(cwd)
         os.environ.clear()
         os.environ.update(env)
+        if env.get(FORK_CHILDREN) == "1":
+            fork_children()
         sys.path[:0] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
         if arguments[0] == "-c":
             sys.argv = ["-c", *arguments[2:]]
@@ -204,6 +212,46 @@ def execute(arguments: list[str], cwd: str, env: dict[str, str]) -> NoReturn:
     finally:
         run_exit_handlers()
         os._exit(code)
+
+
+@functools.cache
+def fork_children() -> None:
+    """Have subprocess.Popen fork this process where it is to start a file with our interpreter."""
+    from hydra.core.singleton import Singleton
+
+    start = subprocess.Popen._execute_child  # pyright: ignore[reportAttributeAccessIssue]
+    names = list(inspect.signature(start).parameters)
+    state = dict(Singleton._instances)  # without the configuration of a program that is running
+
+    def fork_or_start(process: subprocess.Popen, *values: Any) -> None:
+        given = dict(zip(names, [process, *values], strict=True))
+        command = given["args"] if isinstance(given["args"], list | tuple) else [given["args"]]
+        command = [str(word) for word in command if word != "-u"]
+        if command[0] != sys.executable or not command[1:] or command[1].startswith("-"):
+            start(process, *values)
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        process.pid = os.fork()
+        if process.pid:
+            process._child_created = True  # pyright: ignore[reportAttributeAccessIssue]
+            process._close_pipe_fds(*(given[name] for name in PIPES))  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        if given["start_new_session"]:
+            os.setsid()
+        for number, name in enumerate(["p2cread", "c2pwrite", "errwrite"]):
+            if given[name] != -1:
+                os.dup2(given[name], number)
+        os.closerange(3, 256)
+        for number in signal.valid_signals():  # handlers do not survive the start of a program, ignored signals do
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        Singleton._instances = state
+        atexit._clear()
+        execute(command[1:], str(given["cwd"] or Path.cwd()), dict(given["env"] or os.environ))
+
+    subprocess.Popen._execute_child = fork_or_start  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def exit_status(code: object) -> int:

@@ -12,10 +12,10 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import launch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from helpers.ranks import launch
 from semseg.nets.registry import build_segmenter
 from semseg.syncbn import layer as synced
 from semseg.syncbn.plugin import layer_sync, node_group

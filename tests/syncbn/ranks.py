@@ -1,4 +1,4 @@
-"""Several gloo processes on this machine, and what the tests have them do. Imports no pytest: every rank loads it.
+"""What the tests of normalisation have several gloo processes do. Imports no pytest: every rank loads it.
 
 Starting a process costs seconds, so all cases of one world size run in one launch, and the launch is cached.
 """
@@ -8,19 +8,15 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import socket
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from helpers.ranks import launch
 from semseg.syncbn import layer as synced
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "syncbn.json").read_text())
@@ -220,30 +216,3 @@ SUBSET = Case("subset", ((1, 7, 9), (2, 4, 3), (2, 2, 2)))
 def trained(world: int) -> list[dict[str, Any]]:
     """Results of `run_cases`, one per rank."""
     return launch(run_cases, world)
-
-
-def launch(work: Callable[[int, int], Any], world: int) -> list[Any]:
-    """What `work(rank, world)` gives on each of `world` processes of one gloo group."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        mp.spawn(_rank_main, (work, world, port, folder), nprocs=world)
-        with torch.serialization.safe_globals([Trained]):
-            return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-
-def _rank_main(rank: int, work: Callable[[int, int], Any], world: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {  # as Lightning's own launcher would set them
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(world),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    torch.save(work(rank, world), Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
