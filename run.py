@@ -1,6 +1,6 @@
 """Entry point: `python run.py --help`."""
 
-from semseg.cli.entry import main
+from semseg.cli.entry import run_program
 
 if __name__ == "__main__":
-    main()
+    run_program()

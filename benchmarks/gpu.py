@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from training_step import NETWORKS, NUM_CLASSES, batch, build_ours, segmentation_models_pytorch, stepping, transformers
 
-from semseg.config.preprocessing import CONVENTIONS
+from semseg.config.preprocessing import PREPROCESSING
 from semseg.evaluation.inference import predict
 from semseg.nets.cost import count_operations
 from semseg.nets.registry import build_segmenter
@@ -211,7 +211,7 @@ def inference(options: argparse.Namespace, peaks: dict[str, float]) -> None:
             images = [scale.to(torch.uint8).to(options.device) for scale in scales]
 
             def once(net: nn.Module = net, images: list[Tensor] = images) -> object:
-                return predict(net, images, (height, width), CONVENTIONS["rgb_mean_std"])
+                return predict(net, images, (height, width), PREPROCESSING["rgb_mean_std"])
 
             for _ in range(2):
                 timed(once, options)

@@ -21,7 +21,7 @@ import torch
 from loader import dataset, draw_mix, found
 from markupsafe import Markup
 
-from semseg.config.preprocessing import CONVENTIONS
+from semseg.config.preprocessing import PREPROCESSING
 from semseg.data.plan import TrainPlan
 from semseg.evaluation.inference import predict
 from semseg.evaluation.metrics import confusion_counts
@@ -30,7 +30,7 @@ from semseg.reports.charts import svg_element
 from semseg.training.losses import segmentation_loss
 
 PLOT = Path(__file__).resolve().parent.parent / "docs" / "images" / "growth.svg"
-RGB = CONVENTIONS["rgb_mean_std"]
+RGB = PREPROCESSING["rgb_mean_std"]
 PANEL, MARGIN = 150, 34  # pixels of the drawing
 
 

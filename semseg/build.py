@@ -30,8 +30,8 @@ from semseg.checkpoints.format import (
 )
 from semseg.checkpoints.initialise import differences, fill, load_encoder_weights
 from semseg.checkpoints.published import FREE_KEYS, Files, find_files, read_published
-from semseg.config.preprocessing import CONVENTIONS
-from semseg.config.schema import ONNX, ZOO_PREFIX, Config, DownloadConfig, ModelConfig, network_options
+from semseg.config.preprocessing import PREPROCESSING
+from semseg.config.schema import ONNX, ZOO_PREFIX, Config, DownloadConfig, ModelConfig, split_network_options
 from semseg.data.label_map import LabelMap
 from semseg.data.sources import DataSource, label_map
 from semseg.errors import CheckpointError, ConfigError
@@ -41,7 +41,7 @@ from semseg.nets.segmenter import Segmenter
 from semseg.prediction.predictor import PredictionSettings, Predictor
 from semseg.storage.download import fetch
 from semseg.syncbn.plugin import layer_sync
-from semseg.system.text import lines_printable
+from semseg.system.text import escape_lines
 from semseg.training.callbacks.bad_images import CountBadImages
 from semseg.training.callbacks.console import BarProgress, PlainProgress, TellValidation
 from semseg.training.callbacks.ema import MovingAverage
@@ -69,8 +69,8 @@ def build_net(config: ModelConfig, num_classes: int, download: DownloadConfig | 
         CheckpointError: if the weight file does not fit.
         DownloadError: if it cannot be fetched.
     """
-    encoder, encoder_options = network_options(config.encoder, "encoder")
-    decoder, decoder_options = network_options(config.decoder, "decoder")
+    encoder, encoder_options = split_network_options(config.encoder, "encoder")
+    decoder, decoder_options = split_network_options(config.decoder, "decoder")
     net = build_segmenter(encoder, decoder, num_classes, encoder_options, decoder_options)
     weights = config.encoder.get("weights", "none")
     if weights == "imagenet":
@@ -78,7 +78,7 @@ def build_net(config: ModelConfig, num_classes: int, download: DownloadConfig | 
     elif weights not in (None, "none"):
         load_encoder_weights(net.encoder, Path(weights).expanduser())
     if config.convention != "auto":
-        net.convention = CONVENTIONS[config.convention]
+        net.convention = PREPROCESSING[config.convention]
     net.winograd = config.winograd
     return net
 
@@ -157,7 +157,7 @@ def require_export_extra() -> None:
 def tell(line: str) -> None:
     """Print a line once, whatever the number of processes; nothing for an empty one."""
     if line:
-        print(lines_printable(line), flush=True)
+        print(escape_lines(line), flush=True)
 
 
 def restore_net(saved: SavedNetwork) -> Segmenter:

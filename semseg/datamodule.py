@@ -29,7 +29,7 @@ from semseg.data.scan import repeat_factors, scan
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError
 from semseg.nets.segmenter import Segmenter
-from semseg.system.shared_memory import free_shared_memory
+from semseg.system.shared_memory import get_free_shared_memory
 from semseg.training.resume import RunFacts, digest_records, limited, num_steps
 
 
@@ -175,7 +175,7 @@ class SegmentationData(pl.LightningDataModule):
         Args:
             item_bytes: the largest item of the loader; None: that of training.
         """
-        wanted, free = self.config.data.num_workers, free_shared_memory()
+        wanted, free = self.config.data.num_workers, get_free_shared_memory()
         if not wanted or free is None or shared_slots.is_possible():
             return wanted
         ranks = 1 if self.trainer is None else self.trainer.num_devices

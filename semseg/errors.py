@@ -41,17 +41,17 @@ class DownloadError(SemsegError):
     """A file cannot be fetched, or is not the one that was meant."""
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
+def find_nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice that `word` was probably meant to be, or None if none is close.
 
-    >>> nearest("upernett", ["c1", "ppm", "upernet"])
+    >>> find_nearest("upernett", ["c1", "ppm", "upernet"])
     'upernet'
     """
     matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
-def choose(kind: str, word: str, choices: Iterable[str]) -> str:
+def check_choice(kind: str, word: str, choices: Iterable[str]) -> str:
     """`word` itself if it is one of `choices`.
 
     Raises:
@@ -60,6 +60,6 @@ def choose(kind: str, word: str, choices: Iterable[str]) -> str:
     names = sorted(choices)
     if word in names:
         return word
-    meant = nearest(str(word), names)
+    meant = find_nearest(str(word), names)
     hint = f" Did you mean {meant}?" if meant else ""
     raise ConfigError(f"{kind}: {word!r} is not known.{hint} Valid: {', '.join(names)}.")

@@ -17,7 +17,7 @@ from torchmetrics import SumMetric
 
 from semseg.checkpoints.format import FORMAT_KEY, NET_PREFIX, describe
 from semseg.checkpoints.initialise import differences
-from semseg.config.preprocessing import InputConvention
+from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import Config
 from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
@@ -301,7 +301,7 @@ class SegmentationModule(pl.LightningModule):
         # A callback may monitor them at the end of an epoch whose steps are all done.
         self.metrics_to_restore = checkpoint.get(METRICS_KEY, {})
         # A resumed run does not load the weights that the convention came with.
-        self.net.convention = InputConvention.from_plain(checkpoint[FORMAT_KEY]["convention"])
+        self.net.convention = Preprocessing.from_plain(checkpoint[FORMAT_KEY]["convention"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[FORMAT_KEY] = describe(self.config, self.classes, self.net.convention)

@@ -11,8 +11,9 @@ from PIL import Image
 from pytorch_lightning import Trainer
 
 from semseg.config.compose import compose_config
-from semseg.config.preprocessing import CONVENTIONS
-from semseg.config.schema import Config, check
+from semseg.config.preprocessing import PREPROCESSING
+from semseg.config.schema import Config
+from semseg.config.validate import check_config
 from semseg.data.batch import Batch
 from semseg.data.datasets import EvalSample
 from semseg.data.loaders import SubBatchLoader
@@ -27,7 +28,7 @@ class Strides:
 
     size_divisor = 32
     label_stride = 4
-    convention = CONVENTIONS["rgb_mean_std"]
+    convention = PREPROCESSING["rgb_mean_std"]
 
 
 class Place:
@@ -45,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configured(root: Path, *overrides: str) -> Config:
     words = ["data=scenes", f"data.root={root}", "data.make.num_train=7", "data.make.num_val=5", "data.num_workers=0",
              "data.batch_size=2", "data.short_edges=[32,48]", "eval.scales=[32]"]  # fmt: skip
-    return check(compose_config([*words, *overrides]))
+    return check_config(compose_config([*words, *overrides]))
 
 
 def loaders(config: Config, rank: int = 0, world_size: int = 1) -> SegmentationData:
@@ -138,7 +139,7 @@ def test_a_fraction_of_the_training_images_is_held_out_for_validation(root: Path
     folders = ["data=folder", f"data.root={root}", "data.train.images=images/training",
                "data.train.masks=annotations/training", "data.num_classes=10"]  # fmt: skip
     DataSource(configured(root).data)  # draws the scenes
-    source = DataSource(check(compose_config([*folders, "data.val_fraction=0.4"])).data)
+    source = DataSource(check_config(compose_config([*folders, "data.val_fraction=0.4"])).data)
     train, val = source.records("train"), source.records("val")
     assert len(train) + len(val) == 7 and train and val
     assert not {record.image for record in train} & {record.image for record in val}
@@ -149,9 +150,9 @@ def test_what_is_not_configured_is_told_with_its_key(root: Path) -> None:
     with pytest.raises(DataError, match=r"data\.test"):
         source.records("test")
     with pytest.raises(ConfigError, match=r"data\.num_classes"):
-        DataSource(check(compose_config(["data=folder"])).data)
+        DataSource(check_config(compose_config(["data=folder"])).data)
     with pytest.raises(ConfigError, match="has 150"):
-        DataSource(check(compose_config(["data.num_classes=5"])).data)
+        DataSource(check_config(compose_config(["data.num_classes=5"])).data)
 
 
 def test_images_with_a_rare_class_are_seen_more_often(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_images_with_a_rare_class_are_seen_more_often(tmp_path: Path) -> None:
     words = ["data=folder", f"data.root={tmp_path}", "data.num_classes=2", "data.val_fraction=0", "data.num_workers=0",
              "data.batch_size=1", "data.short_edges=[32]"]  # fmt: skip
     for oversample, times in ((0.0, 1), (0.2, 2)):  # one of 20 images has class 1: sqrt(0.2 / 0.05) = 2
-        loader = loaders(check(compose_config([*words, f"data.oversample={oversample}"]))).train_dataloader()
+        loader = loaders(check_config(compose_config([*words, f"data.oversample={oversample}"]))).train_dataloader()
         seen = [Path(path).stem for batch in take(loader, 19 + times) for path in batch.paths]
         assert seen.count("07") == times
         assert len(set(seen)) == 20

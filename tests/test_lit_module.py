@@ -13,7 +13,8 @@ from torch import nn
 from helpers.in_process import TINY_RUN, fit
 from semseg.build import build_net, build_trainer
 from semseg.config.compose import compose_config
-from semseg.config.schema import Config, check
+from semseg.config.schema import Config
+from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError
@@ -35,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(root: Path, run_dir: Path, *overrides: str) -> Config:
-    return check(compose_config([*TINY, f"data.root={root}", f"run_dir={run_dir}", *overrides]))
+    return check_config(compose_config([*TINY, f"data.root={root}", f"run_dir={run_dir}", *overrides]))
 
 
 def fitted(config: Config) -> tuple[SegmentationModule, dict[str, torch.Tensor]]:
@@ -180,7 +181,7 @@ def test_i2_a_limit_of_validation_is_a_number_of_batches_or_a_share(
 ) -> None:
     words = [*TINY_RUN, "data.make.num_train=2", "data.make.num_val=3", "data.steps_per_epoch=1"]
     places = [f"data.root={tmp_path / 'data'}", f"run_dir={tmp_path / 'run'}", "trainer.max_epochs=1"]
-    config = check(compose_config(["data=scenes", *words, *places, f"trainer.limit_val_batches={limit}"]))
+    config = check_config(compose_config(["data=scenes", *words, *places, f"trainer.limit_val_batches={limit}"]))
     counted: list[int] = []
     with pytest.MonkeyPatch.context() as patched:
         check_images = SegmentationModule.check_images
@@ -203,7 +204,7 @@ def test_i2_a_limit_of_validation_is_a_number_of_batches_or_a_share(
 )  # fmt: skip
 def test_i2_other_limits_are_refused(word: str) -> None:
     with pytest.raises(ConfigError, match=rf"trainer\.{word.partition('=')[0]}=.*: must be"):
-        check(compose_config([f"trainer.{word}"]))
+        check_config(compose_config([f"trainer.{word}"]))
 
 
 @pytest.mark.parametrize("key", ["limit_train_batches", "limit_val_batches"])

@@ -32,9 +32,10 @@ from semseg.checkpoints.atomic_io import AtomicCheckpointIO, newest_intact
 from semseg.checkpoints.format import FORMAT_KEY, load_plain, load_weights, read_checkpoint, write_safetensors
 from semseg.checkpoints.zoo import published
 from semseg.config.compose import CONFIG_DIR, compose_config
-from semseg.config.explain import explain_error
+from semseg.config.explain import explain_hydra_error
 from semseg.config.overrides import parse_overrides
-from semseg.config.schema import ALLOWED_TARGETS, check, network_options
+from semseg.config.schema import ALLOWED_TARGETS, split_network_options
+from semseg.config.validate import check_config
 from semseg.errors import CheckpointError, ConfigError, SemsegError
 from semseg.storage.download import fetch
 from semseg.training.resume import read_run_state
@@ -111,7 +112,7 @@ def honest(place: Path) -> dict[str, Any]:
         "trainer.enable_progress_bar=false",
     ]
     (place / "honest").mkdir()
-    train.run(check(compose_config(words)), words)
+    train.run(check_config(compose_config(words)), words)
     return load_plain(place / "honest" / "checkpoints" / "last.ckpt")
 
 
@@ -151,7 +152,7 @@ def mode(name: str, *words: str) -> Callable[[Path], object]:
         scenes = f"data.root={folder.parent / 'scenes'}"
         common = [f"mode={name}", scenes, "trainer=cpu", "trainer.enable_progress_bar=false"]
         given = parse_overrides([*common, *(word.format(f=folder) for word in words)])
-        config = check(compose_config([*given, f"run_dir={folder / f'out_{name}'}"]))
+        config = check_config(compose_config([*given, f"run_dir={folder / f'out_{name}'}"]))
         return importlib.import_module(f"semseg.modes.{name}").run(config, given)
 
     return run
@@ -163,16 +164,16 @@ def train(*words: str) -> Callable[[Path], object]:
 
 def encoder_weights(folder: Path) -> object:
     words = [*SMALL, f"model.encoder.weights={folder / 'encoder_epoch_1.pth'}"]
-    return build_net(check(compose_config(words)).model, 12)
+    return build_net(check_config(compose_config(words)).model, 12)
 
 
 def from_the_cache(folder: Path) -> object:
     words = ["mode=eval", "ckpt=zoo:upernet50", f"download.cache={folder / 'cache'}", "download.offline=true"]
-    return open_network(check(compose_config(words)), words)
+    return open_network(check_config(compose_config(words)), words)
 
 
 def in_cache(folder: Path) -> object:
-    config = check(compose_config([f"download.cache={folder / 'cache'}", "download.offline=true"]))
+    config = check_config(compose_config([f"download.cache={folder / 'cache'}", "download.offline=true"]))
     url = published("zoo:upernet50").urls()[0]
     return load_weights(fetch(url, config.download, folder=published("zoo:upernet50").folder))
 
@@ -200,7 +201,7 @@ ENTRY_POINTS: dict[str, Callable[[Path], object]] = {
     "a download": in_cache,
     "Trainer.fit(ckpt_path)": lambda folder: AtomicCheckpointIO().load_checkpoint(CKPT.format(f=folder)),
     "where a run is": lambda folder: read_run_state(
-        Path(CKPT.format(f=folder)), check(compose_config([])), has_val=True
+        Path(CKPT.format(f=folder)), check_config(compose_config([])), has_val=True
     ),
 }
 
@@ -270,7 +271,7 @@ def test_g1_a_run_folder_of_a_stranger_cannot_run_code_when_it_is_repeated(words
     saved.parent.mkdir(parents=True, exist_ok=True)
     saved.write_text("\n".join(words) + "\n")
     with pytest.raises(ConfigError) as caught:
-        check(compose_config(parse_overrides(["mode=rerun", "run=stranger"])))
+        check_config(compose_config(parse_overrides(["mode=rerun", "run=stranger"])))
     assert "\n" not in str(caught.value)
 
 
@@ -279,7 +280,7 @@ def test_words_of_a_saved_run_that_are_gone_since_are_left_out_when_it_is_repeat
     saved.parent.mkdir(parents=True)
     saved.write_text("- trainer.on_oom=retry\n- ++trainer.on_oom=retry\n- seed=7\n")
     words = parse_overrides(["mode=rerun", "run=before"])
-    assert words == ["seed=7"] and check(compose_config(words)).seed == 7
+    assert words == ["seed=7"] and check_config(compose_config(words)).seed == 7
 
 
 @pytest.mark.parametrize("option", ["--experimental-rerun", "--experimental", "-cd", "--config-dir", "--config-name=x"])
@@ -390,24 +391,26 @@ def test_g3_a_target_that_is_not_on_the_list_is_refused_before_anything_is_impor
     compose_config([])  # what Hydra itself imports for the first command line
     before = set(sys.modules)
     with pytest.raises((SemsegError, *HYDRA_ERRORS)) as caught:
-        check(compose_config(parse_overrides([word])))
+        check_config(compose_config(parse_overrides([word])))
     if isinstance(caught.value, HYDRA_ERRORS):
-        assert "key" in explain_error(caught.value, [word]).lower()  # there is no such place
+        assert "key" in explain_hydra_error(caught.value, [word]).lower()  # there is no such place
     assert set(sys.modules) - before == set()
 
 
 def test_g3_there_are_enough_of_them_and_the_honest_ones_pass() -> None:
     assert len(HOSTILE_WORDS) >= 60
     for index, target in enumerate(ALLOWED_TARGETS):
-        check(compose_config([f"+callbacks.x{index}._target_={target}"]))
+        check_config(compose_config([f"+callbacks.x{index}._target_={target}"]))
 
 
 @pytest.mark.parametrize("name", ["hf-hub:stranger/model", "local-dir:stranger", "hf_hub:x/y", "../x"])
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_g3_a_network_is_a_name_in_a_table_and_no_address(library: str, name: str) -> None:
     section = {"library": library, "name": name}
-    assert network_options(section, "encoder") == (library, {"name": name})
-    model = check(compose_config([*SMALL, f"+model.encoder.library={library}", f"model.encoder.name='{name}'"])).model
+    assert split_network_options(section, "encoder") == (library, {"name": name})
+    model = check_config(
+        compose_config([*SMALL, f"+model.encoder.library={library}", f"model.encoder.name='{name}'"])
+    ).model
     with pytest.raises(ConfigError, match=re.escape(name)):
         build_net(model, 2)
 
@@ -452,7 +455,7 @@ def test_g4_a_saved_configuration_that_names_code_is_refused(
 
 def network(path: Path) -> Any:
     words = ["mode=eval", f"ckpt={path}"]
-    return open_network(check(compose_config(words)), words)[0]
+    return open_network(check_config(compose_config(words)), words)[0]
 
 
 def test_g4_loggers_and_callbacks_of_a_saved_configuration_are_never_made(
@@ -465,7 +468,7 @@ def test_g4_loggers_and_callbacks_of_a_saved_configuration_are_never_made(
         section = {"_target_": "semseg.training.loggers.external.TensorBoard", "save_dir": str(place / "written")}
         torch.save(with_saved_config(honest, f"{group}.x", section), path)
         mode("eval", f"ckpt={path}", "~logger.csv", "eval.scales=[32]")(place)
-        saved, config = open_network(check(compose_config(["mode=eval", f"ckpt={path}"])), [])
+        saved, config = open_network(check_config(compose_config(["mode=eval", f"ckpt={path}"])), [])
         assert getattr(saved.config, group)["x"] == section  # it is there to be read
         assert "x" not in getattr(config, group)
     assert made == [] and not (place / "written").exists()

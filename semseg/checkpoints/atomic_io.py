@@ -26,7 +26,7 @@ from torch import Tensor
 from semseg.checkpoints.format import first_line, load_plain, packed_entry
 from semseg.errors import CheckpointError
 from semseg.storage.atomic import DISK_FULL, TEMPORARY, temporary_beside
-from semseg.system.text import lines_printable, shortened
+from semseg.system.text import escape_lines, shorten_repr
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
@@ -145,7 +145,7 @@ def _paths_in(state: dict[str, Any]) -> set[str]:
 
 def warn_and_train_on(trainer: pl.Trainer, error: Exception) -> None:
     """Report a checkpoint that could not be written, and meet the other ranks where they wait."""
-    print(f"warning: {lines_printable(error)}", file=sys.stderr, flush=True)
+    print(f"warning: {escape_lines(error)}", file=sys.stderr, flush=True)
     trainer.strategy.barrier("Trainer.save_checkpoint")
 
 
@@ -199,7 +199,7 @@ def damage(path: Path) -> str | None:
 def _damage_inside(path: Path) -> str | None:
     packed = packed_entry(path)
     if packed is not None:
-        return f"its entry {shortened(packed)} is compressed or overlaps another one"
+        return f"its entry {shorten_repr(packed)} is compressed or overlaps another one"
     with zipfile.ZipFile(path) as archive:
         broken = archive.testzip()
     if broken is not None:

@@ -20,14 +20,15 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from semseg.config.hints import REMOVED
-from semseg.config.preprocessing import InputConvention
-from semseg.config.schema import Config, as_plain, check
+from semseg.config.hints import REMOVED_KEYS
+from semseg.config.preprocessing import Preprocessing
+from semseg.config.schema import Config, config_to_plain
+from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.data.sources import label_map
 from semseg.errors import CheckpointError, ConfigError
 from semseg.storage.atomic import program, replacing
-from semseg.system.text import printable, shortened
+from semseg.system.text import escape_unprintable, shorten_repr
 
 FORMAT_KEY = "semseg"
 FORMAT_VERSION = 1
@@ -60,18 +61,18 @@ class SavedNetwork(NamedTuple):
     weights: dict[str, Tensor]  # encoder.* and decoder.*, on the CPU; none where there is a graph
     config: Config  # of the run that wrote it
     classes: ClassTable
-    convention: InputConvention  # how pixel values enter the network
+    convention: Preprocessing  # how pixel values enter the network
     epoch: int = 0
     step: int = 0
     note: str = ""  # what the files were taken for, where they do not say it themselves
     graph: Graph | None = None  # of an exported network
 
 
-def describe(config: Config, classes: ClassTable, convention: InputConvention) -> dict[str, Any]:
+def describe(config: Config, classes: ClassTable, convention: Preprocessing) -> dict[str, Any]:
     """The entry FORMAT_KEY of a checkpoint: plain data only."""
     return {
         "format": FORMAT_VERSION,
-        "config": as_plain(config),
+        "config": config_to_plain(config),
         "classes": classes.as_plain(),
         "convention": convention.as_plain(),
     }
@@ -95,7 +96,7 @@ def network_of(path: Path, content: dict[str, Any]) -> SavedNetwork:
     """The network in the content of a Lightning checkpoint; see `read_checkpoint`."""
     entry = content.get(FORMAT_KEY)
     if not isinstance(entry, dict) or "state_dict" not in content:
-        found = ", ".join(printable(key)[:80] for key in list(content)[:4])
+        found = ", ".join(escape_unprintable(key)[:80] for key in list(content)[:4])
         raise CheckpointError(f"{path}: not a checkpoint of semseg (it holds {found}, ...).")
     weights = {
         name.removeprefix(NET_PREFIX): tensor
@@ -115,7 +116,7 @@ def checked_weights(path: Path, weights: Any) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: its weights are a {type(weights).__name__}, expected a dict of tensors.")
     for name, value in weights.items():
         if not isinstance(name, str) or not is_dense(value):
-            raise CheckpointError(f"{path}: its weight {shortened(name)} is not a dense tensor of real numbers.")
+            raise CheckpointError(f"{path}: its weight {shorten_repr(name)} is not a dense tensor of real numbers.")
     return weights
 
 
@@ -137,7 +138,7 @@ def refuse_nonfinite(weights: Mapping[str, Tensor], source: str) -> None:
     for name, value in weights.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(
-                f"{source}: its weight {printable(name)} holds NaN or infinite values, so whatever it "
+                f"{source}: its weight {escape_unprintable(name)} holds NaN or infinite values, so whatever it "
                 "computes is wrong. Use an earlier checkpoint."
             )
 
@@ -174,13 +175,13 @@ def from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch: Any, s
         raise CheckpointError(f"{path}: its description is a {type(entry).__name__}, expected a dict.")
     if not is_count(entry.get("format")) or entry["format"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format {shortened(entry.get('format'))}, this version of semseg reads format {FORMAT_VERSION}."
+            f"{path}: format {shorten_repr(entry.get('format'))}, this version of semseg reads format {FORMAT_VERSION}."
         )
     if not is_count(epoch) or not is_count(step):
-        raise CheckpointError(f"{path}: its epoch {shortened(epoch)} or step {shortened(step)} is not a count.")
+        raise CheckpointError(f"{path}: its epoch {shorten_repr(epoch)} or step {shorten_repr(step)} is not a count.")
     try:
         classes = ClassTable.from_plain(entry.get("classes"))
-        convention = InputConvention.from_plain(entry.get("convention"))
+        convention = Preprocessing.from_plain(entry.get("convention"))
     except ValueError as error:
         raise CheckpointError(f"{path}: its description is damaged: {error}.") from None
     if not isinstance(entry.get("config"), dict) or "${" in str(entry["config"]):
@@ -189,7 +190,7 @@ def from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch: Any, s
     try:
         # Merged over itself, since the order of keys is part of what converting gives back.
         merged = DictConfig(OmegaConf.merge(entry["config"], BEFORE, entry["config"]))
-        config = check(update_saved_config(merged))
+        config = check_config(update_saved_config(merged))
     except ConfigError as error:
         raise CheckpointError(f"{path}: its saved configuration does not fit this version: {error}") from None
     except Exception as error:  # OmegaConf's, for whatever is no configuration
@@ -207,7 +208,7 @@ def from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch: Any, s
 
 def update_saved_config(config: DictConfig) -> DictConfig:
     """The configuration of an earlier version in the names of this one; changes `config`."""
-    for key in REMOVED:
+    for key in REMOVED_KEYS:
         name = key.rpartition(".")[2]
         section = OmegaConf.select(config, key.removesuffix(f".{name}"))
         if isinstance(section, DictConfig):
@@ -268,7 +269,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     checked_weights(path, tensors)
     if not tensors:
-        found = ", ".join(printable(key)[:80] for key in list(content)[:4])
+        found = ", ".join(escape_unprintable(key)[:80] for key in list(content)[:4])
         raise CheckpointError(f"{path}: holds no weights (it holds {found}, ...).")
     is_wrapped = all(name.startswith("module.") for name in tensors)
     return {name.removeprefix("module."): value for name, value in tensors.items()} if is_wrapped else tensors
@@ -303,7 +304,7 @@ def load_plain(path: Path) -> dict[str, Any]:
     packed = packed_entry(path)
     if packed is not None:
         raise CheckpointError(
-            f"{path}: its entry {shortened(packed)} is compressed or overlaps another one, which torch.save never "
+            f"{path}: its entry {shorten_repr(packed)} is compressed or overlaps another one, which torch.save never "
             "writes. It was not unpacked."
         )
     try:
@@ -431,7 +432,7 @@ def inherit(saved: Config, given: Config, overrides: list[str]) -> Config:
         if key in keys:
             OmegaConf.update(merged, key, OmegaConf.select(OmegaConf.structured(given), key))
     merged.data.label_cache = given.data.label_cache  # a checkpoint does not say where this machine keeps files
-    return check(merged)
+    return check_config(merged)
 
 
 # How a network is run, not which one it is.

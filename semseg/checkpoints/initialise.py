@@ -18,7 +18,7 @@ from semseg.errors import CheckpointError
 from semseg.nets.interfaces import Encoder
 from semseg.nets.segmenter import Segmenter
 from semseg.syncbn.layer import OLD_BUFFERS
-from semseg.system.text import printable
+from semseg.system.text import escape_unprintable
 
 COUNTER = "num_batches_tracked"  # in files of PyTorch 0.4.1 and later; nothing here depends on it
 NAMES_SHOWN = 3
@@ -95,7 +95,7 @@ def shortened(names: list[str]) -> str:
     >>> shortened(["a", "b", "c", "d"])
     'a, b, c, ...'
     """
-    return ", ".join(map(printable, names[:NAMES_SHOWN])) + (", ..." if len(names) > NAMES_SHOWN else "")
+    return ", ".join(map(escape_unprintable, names[:NAMES_SHOWN])) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
 class LoadReport(NamedTuple):
@@ -108,12 +108,12 @@ class LoadReport(NamedTuple):
 
     def table(self, source: str) -> Table:
         """One row for each kind."""
-        table = Table(title=Text(printable(f"weights from {source}")))
+        table = Table(title=Text(escape_unprintable(f"weights from {source}")))
         for column in ("", "tensors", "names"):
             table.add_column(column, justify="right" if column == "tensors" else "left")
         for kind, names in self._asdict().items():
             told = "" if kind == "loaded" else ", ".join(names)
-            table.add_row(kind.replace("reinit", "re-init"), str(len(names)), escape(printable(told)))
+            table.add_row(kind.replace("reinit", "re-init"), str(len(names)), escape(escape_unprintable(told)))
         return table
 
 

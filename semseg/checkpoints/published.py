@@ -24,7 +24,7 @@ from torch import Tensor
 from semseg.checkpoints.format import SavedNetwork, load_weights
 from semseg.checkpoints.initialise import differences, without_bookkeeping
 from semseg.checkpoints.zoo import RELEASES, Release, release_of_folder
-from semseg.config.preprocessing import CONVENTIONS
+from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import Config
 from semseg.data.classes import ClassTable, built_in_classes
 from semseg.errors import CheckpointError
@@ -122,7 +122,7 @@ def read_published(files: Files, config: Config, overrides: list[str], release: 
         | {f"decoder.{name}": value for name, value in decoder_weights.items()},
         config=replace(config, model=model),
         classes=class_table_for(num_classes),
-        convention=CONVENTIONS[convention],
+        convention=PREPROCESSING[convention],
         epoch=files.epoch,
         note=f"{files.encoder.parent}: {encoder}{stride} + {in_words(decoder)}, {num_classes} classes, "
         f"input {convention} ({word}). To correct: {'=... '.join(FREE_KEYS)}=...",

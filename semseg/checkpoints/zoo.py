@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from semseg.config.schema import ZOO_PREFIX
-from semseg.errors import CheckpointError, nearest
+from semseg.errors import CheckpointError, find_nearest
 
 ROOT = "http://sceneparsing.csail.mit.edu/model/pytorch"
 # The picture of the original's demonstration; mode=predict takes it for a network of the zoo without input.
@@ -94,7 +94,7 @@ def published(spec: str) -> Published:
     by_name = ZOO | {network.folder: network for network in ZOO.values()}
     if name in by_name:
         return by_name[name]
-    meant = nearest(name, by_name)
+    meant = find_nearest(name, by_name)
     hint = f" Did you mean {ZOO_PREFIX}{meant}?" if meant else ""
     raise CheckpointError(f"{spec}: not in the zoo.{hint} Valid: {', '.join(ZOO)}.")
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from semseg.system.process import prepare
+from semseg.system.process import prepare_process
 
 
-def main() -> None:
+def run_program() -> None:
     """Run the command line in sys.argv; ends the process."""
-    prepare()
-    from semseg.cli import main  # noqa: PLC0415
+    prepare_process()
 
-    main.main()
+    run_program()

@@ -23,19 +23,19 @@ from typing import NamedTuple
 
 from semseg.config.schema import Config
 from semseg.errors import STOPPED_CODES, TERMINATED, ConfigError, SemsegError
-from semseg.system.process import SUPERVISOR, heeded_signals, is_supervised, stopped_code, sweep_is_gone
-from semseg.system.text import lines_printable
+from semseg.system.process import SUPERVISOR_VARIABLE, get_stop_code, is_supervised, is_sweep_gone, list_stop_signals
+from semseg.system.text import escape_lines
 
-FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and last words of ranks that raised
-LAST_WORDS = "SEMSEG_LAST_WORDS"  # file, in the environment of every rank and every job of a sweep
+RANKS_FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and last words of ranks that raised
+ERROR_FILE_VARIABLE = "SEMSEG_LAST_WORDS"  # file, in the environment of every rank and every job of a sweep
 MESSAGE_MARK = "\nmessage:\n"  # in that file, between the traceback and the message alone
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 3.0  # between asking a rank to end and ending it
 STOP_SECONDS = 30.0  # for ranks that were asked to stop: they write a checkpoint first
 # Environment variables by which somebody else says that it starts the ranks.
-EXTERNAL_LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+LAUNCHER_VARIABLES = ("LOCAL_RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 # What a run that starts its own ranks must not inherit, these and those by which Lightning takes it for a rank.
-RANK_NAMES = (*EXTERNAL_LAUNCHERS, "RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")
+RANK_VARIABLES = (*LAUNCHER_VARIABLES, "RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")
 # Who else starts ranks: the variable that says so, those for the number of processes, and those for the processes of a
 # node (torchrun) or the number of nodes.
 LAUNCHERS = (
@@ -45,10 +45,10 @@ LAUNCHERS = (
     ("mpirun", "PMI_RANK", ("PMI_SIZE",), ()),
 )
 PARALLEL_MODES = ("train", "eval")
-OWN_LAUNCH = ("ddp", "auto")  # strategies, by the start of their name, whose ranks are scripts of their own
+SCRIPT_STRATEGIES = ("ddp", "auto")  # strategies, by the start of their name, whose ranks are scripts of their own
 
 
-class Failure(NamedTuple):
+class RankFailure(NamedTuple):
     """Why a job ended."""
 
     rank: int
@@ -57,22 +57,22 @@ class Failure(NamedTuple):
     exit_code: int
 
 
-def num_processes(config: Config) -> int:
+def count_processes(config: Config) -> int:
     """Processes to start on this machine: 1 where nothing needs supervision."""
     trainer = config.trainer
-    is_external = any(name in os.environ for name in EXTERNAL_LAUNCHERS)
-    is_single = config.mode not in PARALLEL_MODES or not trainer.strategy.startswith(OWN_LAUNCH)
+    is_external = any(name in os.environ for name in LAUNCHER_VARIABLES)
+    is_single = config.mode not in PARALLEL_MODES or not trainer.strategy.startswith(SCRIPT_STRATEGIES)
     if is_external or is_single or trainer.strategy.endswith(("spawn", "fork", "notebook")):
         return 1
-    return num_devices(config)
+    return count_devices(config)
 
 
-def num_devices(config: Config) -> int:
+def count_devices(config: Config) -> int:
     """Devices on one machine."""
     devices = config.trainer.devices
     if isinstance(devices, list):
         return len(devices)
-    return max(1, _num_gpus(config.trainer.accelerator)) if devices in ("auto", -1) else int(devices)
+    return max(1, _count_gpus(config.trainer.accelerator)) if devices in ("auto", -1) else int(devices)
 
 
 def check_world_size(config: Config) -> None:
@@ -83,36 +83,36 @@ def check_world_size(config: Config) -> None:
     Raises:
         ConfigError: with the keys to set.
     """
-    started = _started_processes()
+    started = _find_launcher()
     if started is None:
         return
     launcher, world_size, nodes = started
     if config.mode not in PARALLEL_MODES:
-        return refuse_ranks(f"mode={config.mode}")
+        return refuse_launcher(f"mode={config.mode}")
     trainer = config.trainer
-    devices = num_devices(config)
+    devices = count_devices(config)
     if devices * trainer.num_nodes != world_size:
         raise ConfigError(
-            f"{launcher} has started {world_size} processes, but trainer.devices={_as_word(trainer.devices)} on "
+            f"{launcher} has started {world_size} processes, but trainer.devices={_format_devices(trainer.devices)} on "
             f"trainer.num_nodes={trainer.num_nodes} takes {devices * trainer.num_nodes}. "
             f"Set trainer.devices={world_size // nodes} trainer.num_nodes={nodes}, or start as many processes."
         )
 
 
-def refuse_ranks(what: str) -> None:
+def refuse_launcher(what: str) -> None:
     """Refuse torchrun where `what` takes one process. (srun's variables are there in the job's own script, too.)
 
     Raises:
         ConfigError: if there are several.
     """
-    started = _started_processes()
+    started = _find_launcher()
     if started is not None and started[0] == "torchrun" and started[1] > 1:
         raise ConfigError(
             f"{what} takes one process, but torchrun has started {started[1]}. Start it without torchrun."
         )
 
 
-def _started_processes() -> tuple[str, int, int] | None:
+def _find_launcher() -> tuple[str, int, int] | None:
     """Who started the ranks, their number, and on how many nodes; None if nobody else did."""
     if is_supervised():
         return None
@@ -129,11 +129,11 @@ def _started_processes() -> tuple[str, int, int] | None:
     return None
 
 
-def _as_word(devices: object) -> str:
+def _format_devices(devices: object) -> str:
     return str(devices).replace(" ", "")
 
 
-def _num_gpus(accelerator: str) -> int:
+def _count_gpus(accelerator: str) -> int:
     if accelerator == "cpu":
         return 1
     import torch  # noqa: PLC0415 - only where devices have to be counted
@@ -141,46 +141,46 @@ def _num_gpus(accelerator: str) -> int:
     return torch.cuda.device_count()
 
 
-def supervise(command: Sequence[str], processes: int, run_dir: Path) -> int:
+def supervise_ranks(command: Sequence[str], processes: int, run_dir: Path) -> int:
     """Run `command` once per rank and return the exit code of the job.
 
     The job ends when all ranks have ended, or at most about ten seconds after the first one failed; then
     the last thing printed says which rank that was, why, and where its log is. No process outlives it.
     """
-    folder = run_dir / FOLDER
+    folder = run_dir / RANKS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
-    port = _free_port()
+    port = _find_free_port()
     received: list[int] = []
-    with _handlers(received.append):
-        ranks = [_start(command, rank, processes, folder, port) for rank in range(processes)]
-        failure = _watch(ranks, folder, received)
+    with _collect_stop_signals(received.append):
+        ranks = [_start_rank(command, rank, processes, folder, port) for rank in range(processes)]
+        failure = _watch_ranks(ranks, folder, received)
         if failure is None and received:
-            _pass_on(ranks, received)
+            _forward_signals(ranks, received)
         if failure is not None and any(rank.returncode in STOPPED_CODES for rank in ranks):
-            _wait(ranks, STOP_SECONDS)  # one rank got the signal, all of them stop at the same step
-        _end(ranks)
+            _wait_for_exit(ranks, STOP_SECONDS)  # one rank got the signal, all of them stop at the same step
+        _terminate_all(ranks)
     stopped = [rank.returncode for rank in ranks if rank.returncode in STOPPED_CODES]
     if stopped and len(stopped) == len(ranks):
         return stopped[0]
     if failure is not None:
         told = f"rank {failure.rank} of {processes} failed: {failure.reason}"
-        leave_last_words(SemsegError(told), failure.exit_code)  # if this is a job of a sweep
+        record_error(SemsegError(told), failure.exit_code)  # if this is a job of a sweep
         sys.stdout.flush()
-        print(f"\nerror: {lines_printable(told)}\nits log: {failure.log}", file=sys.stderr, flush=True)
+        print(f"\nerror: {escape_lines(told)}\nits log: {failure.log}", file=sys.stderr, flush=True)
         return failure.exit_code
-    return stopped_code(received[0]) if received else 0
+    return get_stop_code(received[0]) if received else 0
 
 
-class Ended(NamedTuple):
+class ProcessEnd(NamedTuple):
     """How a process of its own ended."""
 
     exit_code: int  # below 0: killed by that signal
     signal: int | None  # that this process got meanwhile and passed on
 
 
-def run_alone(command: Sequence[str], last_words: Path) -> Ended:
+def run_isolated(command: Sequence[str], last_words: Path) -> ProcessEnd:
     """Run `command` as a run of its own, with its own ranks, and wait for its end. No process outlives it.
 
     Args:
@@ -188,79 +188,79 @@ def run_alone(command: Sequence[str], last_words: Path) -> Ended:
     """
     last_words.unlink(missing_ok=True)
     last_words.parent.mkdir(parents=True, exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_NAMES}
-    environment |= {SUPERVISOR: str(os.getpid()), LAST_WORDS: str(last_words)}
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    environment |= {SUPERVISOR_VARIABLE: str(os.getpid()), ERROR_FILE_VARIABLE: str(last_words)}
     received: list[int] = []
     is_gone = False
-    with _handlers(received.append):
+    with _collect_stop_signals(received.append):
         process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603 - our own entry point
-        while process.poll() is None and not received and not (is_gone := sweep_is_gone()):
+        while process.poll() is None and not received and not (is_gone := is_sweep_gone()):
             time.sleep(POLL_SECONDS)
         if received:
-            _pass_on([process], received)
-        _end([process])
+            _forward_signals([process], received)
+        _terminate_all([process])
     if is_gone:
         os._exit(TERMINATED)  # or the launcher's process would take the next job
-    return Ended(process.returncode, received[0] if received else None)
+    return ProcessEnd(process.returncode, received[0] if received else None)
 
 
-def _start(command: Sequence[str], rank: int, processes: int, folder: Path, port: int) -> subprocess.Popen[bytes]:
+def _start_rank(command: Sequence[str], rank: int, processes: int, folder: Path, port: int) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "LOCAL_RANK": str(rank),
         "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
         "MASTER_PORT": os.environ.get("MASTER_PORT", str(port)),
-        SUPERVISOR: str(os.getpid()),
-        LAST_WORDS: str(_last_words(folder, rank)),
+        SUPERVISOR_VARIABLE: str(os.getpid()),
+        ERROR_FILE_VARIABLE: str(_error_path(folder, rank)),
     }
     # One thread per rank on a share of the cores, as Lightning's own launcher does.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, _count_cores() // processes)))
     words = list(command) + (["hydra.output_subdir=null"] if rank else [])
     with contextlib.ExitStack() as stack:
-        output = None if rank == 0 else stack.enter_context(_log(folder, rank).open("wb"))
+        output = None if rank == 0 else stack.enter_context(_log_path(folder, rank).open("wb"))
         return subprocess.Popen(  # noqa: S603 - our own interpreter and entry point
             words, env=environment, stdout=output, stderr=output, start_new_session=True
         )
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], folder: Path, received: list[int]) -> Failure | None:
+def _watch_ranks(ranks: list[subprocess.Popen[bytes]], folder: Path, received: list[int]) -> RankFailure | None:
     """Wait until all ranks have ended well (None), one has failed, or a signal has come (None)."""
     deadline = None
     while not received:
         codes = [rank.poll() for rank in ranks]
         if all(code == 0 for code in codes):
             return None
-        has_spoken = any(_last_words(folder, rank).exists() for rank in range(len(ranks)))
+        has_spoken = any(_error_path(folder, rank).exists() for rank in range(len(ranks)))
         if any(codes):
             time.sleep(POLL_SECONDS)  # let last words that are being written arrive
-            return _first_failure([rank.poll() for rank in ranks], folder)
+            return _find_first_failure([rank.poll() for rank in ranks], folder)
         if has_spoken:
             # A rank that raised may hang on its way out.
             deadline = deadline or time.monotonic() + GRACE_SECONDS
             if time.monotonic() > deadline:
-                return _first_failure(codes, folder)
+                return _find_first_failure(codes, folder)
         time.sleep(POLL_SECONDS)
     return None
 
 
-def _first_failure(codes: list[int | None], folder: Path) -> Failure:
+def _find_first_failure(codes: list[int | None], folder: Path) -> RankFailure:
     """The rank where it began: one that went without a word, or the first to speak."""
-    silent = [rank for rank, code in enumerate(codes) if code and not _last_words(folder, rank).exists()]
+    silent = [rank for rank, code in enumerate(codes) if code and not _error_path(folder, rank).exists()]
     if silent:
         rank = silent[0]
         code = codes[rank] or 1
         if code < 0:
             name = signal.Signals(-code).name
-            return Failure(rank, f"killed by signal {-code} ({name})", _where(folder, rank), 128 - code)
-        return Failure(rank, f"ended with exit code {code}", _where(folder, rank), code)
-    words = [_last_words(folder, rank) for rank in range(len(codes))]
+            return RankFailure(rank, f"killed by signal {-code} ({name})", _locate_log(folder, rank), 128 - code)
+        return RankFailure(rank, f"ended with exit code {code}", _locate_log(folder, rank), code)
+    words = [_error_path(folder, rank) for rank in range(len(codes))]
     spoken = [path for path in words if path.exists()]
     first = min(spoken, key=lambda path: path.stat().st_mtime_ns)
     rank = words.index(first)
     exit_code, _, text = first.read_text().partition("\n")
-    return Failure(rank, message_in_last_words(text), _where(folder, rank), int(exit_code))
+    return RankFailure(rank, extract_error_message(text), _locate_log(folder, rank), int(exit_code))
 
 
-def _pass_on(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> None:
+def _forward_signals(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> None:
     """Give the ranks the signal that this process got, and time to stop in good order; less after another Ctrl-C."""
     deadline, num_sent = time.monotonic() + STOP_SECONDS, 0
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
@@ -273,18 +273,18 @@ def _pass_on(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
+def _wait_for_exit(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
 
 
-def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _terminate_all(ranks: list[subprocess.Popen[bytes]]) -> None:
     """End every rank that still runs, and whatever it has started."""
     for rank in ranks:
         if rank.poll() is None:
             rank.terminate()
-    _wait(ranks, GRACE_SECONDS)
+    _wait_for_exit(ranks, GRACE_SECONDS)
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(rank.pid, signal.SIGKILL)  # its session: data loading workers too
@@ -292,13 +292,13 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 
 @contextlib.contextmanager
-def _handlers(tell: Callable[[int], None]):
+def _collect_stop_signals(tell: Callable[[int], None]):
     """While inside, signals that ask to stop are for the job instead of this process alone."""
 
     def note(number: int, frame: FrameType | None) -> None:
         tell(number)
 
-    before = {number: signal.signal(number, note) for number in heeded_signals()}
+    before = {number: signal.signal(number, note) for number in list_stop_signals()}
     try:
         yield
     finally:
@@ -306,34 +306,34 @@ def _handlers(tell: Callable[[int], None]):
             signal.signal(number, handler)
 
 
-def _num_cores() -> int:
+def _count_cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _free_port() -> int:
+def _find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _log(folder: Path, rank: int) -> Path:
+def _log_path(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.log"
 
 
-def _last_words(folder: Path, rank: int) -> Path:
+def _error_path(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.error"
 
 
-def _where(folder: Path, rank: int) -> str:
-    paths = [path for path in (_last_words(folder, rank), _log(folder, rank)) if path.exists()]
+def _locate_log(folder: Path, rank: int) -> str:
+    paths = [path for path in (_error_path(folder, rank), _log_path(folder, rank)) if path.exists()]
     return ", ".join(map(str, paths)) or "above (rank 0 writes to this terminal)"
 
 
 # ---- in a rank
 
 
-def external_rank() -> int | None:
+def get_external_rank() -> int | None:
     """This process's number among all ranks, if torchrun or SLURM started it; else None."""
     if is_supervised():
         return None
@@ -341,7 +341,7 @@ def external_rank() -> int | None:
     return int(number) if number is not None else None
 
 
-def agreed_run_dir(mine: str, rank: int) -> str:
+def agree_on_run_dir(mine: str, rank: int) -> str:
     """The run folder of a job whose ranks torchrun or SLURM started: the same one on every rank.
 
     Each rank composes the configuration for itself, and the time in the folder's name differs. Under
@@ -362,9 +362,9 @@ def agreed_run_dir(mine: str, rank: int) -> str:
     return store.get(key).decode()
 
 
-def leave_last_words(error: BaseException, exit_code: int) -> None:
+def record_error(error: BaseException, exit_code: int) -> None:
     """In a rank or a job of a sweep: write down what it raised, before it hangs on its way out. Elsewhere: nothing."""
-    path = os.environ.get(LAST_WORDS)
+    path = os.environ.get(ERROR_FILE_VARIABLE)
     if path is None:
         return
     text = "".join(traceback.format_exception(error))
@@ -373,15 +373,15 @@ def leave_last_words(error: BaseException, exit_code: int) -> None:
     Path(f"{path}.new").replace(path)
 
 
-def other_rank_failed_first() -> bool:
+def has_other_rank_failed() -> bool:
     """In a rank of ours: whether another one has already written down why it failed, which this one only noticed."""
-    path = os.environ.get(LAST_WORDS)
-    if path is None or Path(path).parent.name != FOLDER:
+    path = os.environ.get(ERROR_FILE_VARIABLE)
+    if path is None or Path(path).parent.name != RANKS_FOLDER:
         return False
     return any(other != Path(path) for other in Path(path).parent.glob("rank*.error"))
 
 
-def message_in_last_words(text: str) -> str:
+def extract_error_message(text: str) -> str:
     """The whole message of the error in a file of last words; its last line where the message is not marked."""
     _, is_marked, message = text.rpartition(MESSAGE_MARK)
     message = message.strip() if is_marked else text.strip().splitlines()[-1]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from semseg.cli.supervise import Ended, message_in_last_words, run_alone
+from semseg.cli.supervise import ProcessEnd, extract_error_message, run_isolated
 from semseg.errors import STOPPED_CODES
 from semseg.reports.sweep_page import format_duration, format_score, write_sweep_page
 from semseg.storage.atomic import from_here, replacing
@@ -29,10 +29,10 @@ from semseg.storage.run_results import (
     read_result,
     write_job,
 )
-from semseg.system.process import stopped_code
-from semseg.system.text import cell, lines_printable
+from semseg.system.process import get_stop_code
+from semseg.system.text import escape_csv_cell, escape_lines
 
-LAST_WORDS_FILE = "error.txt"  # in the folder of a job that raised
+ERROR_FILE = "error.txt"  # in the folder of a job that raised
 
 
 def run_job(command: Sequence[str], overrides: Sequence[str], run_dir: Path, *, scores: bool) -> Job:
@@ -51,17 +51,17 @@ def run_job(command: Sequence[str], overrides: Sequence[str], run_dir: Path, *, 
     job = Job(run_dir, tuple(overrides), seconds=spent)
     write_job(job)
     start = time.monotonic()
-    ended = run_alone(command, run_dir / LAST_WORDS_FILE)
-    status, reason = outcome(ended, run_dir, scores=scores)
+    ended = run_isolated(command, run_dir / ERROR_FILE)
+    status, reason = classify_end(ended, run_dir, scores=scores)
     job = job._replace(status=status, reason=reason, seconds=spent + time.monotonic() - start)
     write_job(job)
     if ended.signal is not None:
-        raise SystemExit(stopped_code(ended.signal))
+        raise SystemExit(get_stop_code(ended.signal))
     result = read_result(run_dir) if job.is_finished else None
     return job._replace(result=result or Result())
 
 
-def outcome(ended: Ended, run_dir: Path, *, scores: bool) -> tuple[str, str]:
+def classify_end(ended: ProcessEnd, run_dir: Path, *, scores: bool) -> tuple[str, str]:
     """Status of a job whose process has ended, and the reason of a failure in one line."""
     code = ended.exit_code
     if code in STOPPED_CODES or (code and ended.signal is not None):
@@ -69,21 +69,21 @@ def outcome(ended: Ended, run_dir: Path, *, scores: bool) -> tuple[str, str]:
     if code < 0:
         return FAILED, f"killed by signal {-code} ({signal.Signals(-code).name})"
     if code:
-        return FAILED, last_words(run_dir) or f"exit code {code}"
+        return FAILED, read_error(run_dir) or f"exit code {code}"
     # SLURM has put a job without a result back into its queue.
     return (STOPPED if scores and read_result(run_dir) is None else FINISHED), ""
 
 
-def last_words(run_dir: Path) -> str:
+def read_error(run_dir: Path) -> str:
     """What a job raised, in one line; empty if it left no words."""
     try:
-        text = (run_dir / LAST_WORDS_FILE).read_text(encoding="utf-8")
+        text = (run_dir / ERROR_FILE).read_text(encoding="utf-8")
     except OSError:
         return ""
-    return " ".join(message_in_last_words(text).split())
+    return " ".join(extract_error_message(text).split())
 
 
-def conclude(sweep_dir: Path, command: str) -> int:
+def report_sweep(sweep_dir: Path, command: str) -> int:
     """Print and write the table of a sweep, and print the command that goes on with it.
 
     Returns:
@@ -92,15 +92,15 @@ def conclude(sweep_dir: Path, command: str) -> int:
     ranking = rank(read_jobs(sweep_dir))
     console = Console()
     if ranking.jobs:
-        write_csv(sweep_dir / "sweep.csv", ranking)
+        write_sweep_csv(sweep_dir / "sweep.csv", ranking)
         write_sweep_page(sweep_dir / "sweep.html", ranking, command)
-        console.print(table_of(ranking))
+        console.print(render_sweep_table(ranking))
         console.print(f"written to {from_here(sweep_dir)}/sweep.csv, sweep.html", soft_wrap=True, highlight=False)
     console.print(f"{ranking.headline}\nto go on: {command}", soft_wrap=True, highlight=False, markup=False)
     return 0 if all(job.is_finished for job in ranking.jobs) else 1
 
 
-def table_of(ranking: Ranking) -> Table:
+def render_sweep_table(ranking: Ranking) -> Table:
     """All jobs for the console."""
     table = Table(title=Text(f"sweep, by {ranking.monitor} ({ranking.mode} is best)"))
     for name in ("", *ranking.varying, ranking.monitor, "time", "status", "folder"):
@@ -109,11 +109,11 @@ def table_of(ranking: Ranking) -> Table:
         status = f"{job.status}: {job.reason}" if job.reason else job.status
         score, time_spent = format_score(job.result.score), format_duration(job.seconds)
         cells = [str(place), *ranking.values(job), score, time_spent, status, job.folder.name]
-        table.add_row(*(Text(lines_printable(text)) for text in cells))
+        table.add_row(*(Text(escape_lines(text)) for text in cells))
     return table
 
 
-def write_csv(path: Path, ranking: Ranking) -> None:
+def write_sweep_csv(path: Path, ranking: Ranking) -> None:
     """All jobs, best first: place, folder, the keys that vary, the score, seconds, status and reason."""
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -122,4 +122,4 @@ def write_csv(path: Path, ranking: Ranking) -> None:
             score = "" if job.result.score is None else job.result.score
             seconds = round(job.seconds, 1)
             values = [job.folder.name, *ranking.values(job), score, seconds, job.status, job.reason]
-            writer.writerow([place, *(cell(value) if isinstance(value, str) else value for value in values)])
+            writer.writerow([place, *(escape_csv_cell(value) if isinstance(value, str) else value for value in values)])

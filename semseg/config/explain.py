@@ -10,31 +10,36 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from semseg.config.compose import CONFIG_DIR, compose_config, explain_option, list_groups, list_options
-from semseg.config.hints import unknown_key
+from semseg.config.hints import explain_unknown_key
 from semseg.config.overrides import shorten_override
-from semseg.config.schema import explain, schema_keys, walk
-from semseg.errors import nearest
+from semseg.config.schema import list_keys
+from semseg.config.validate import explain_omegaconf_error, iterate_leaves
+from semseg.errors import find_nearest
 
 # How Hydra names a key that does not exist: in key=value, in ~key, and where OmegaConf looks it up.
-UNKNOWN_KEY = (r"Could not override '([^'@]+)", r"Could not delete from config\. '([^'@]+)' does not", r"Key '([^']+)'")
+UNKNOWN_KEY_PATTERNS = (
+    r"Could not override '([^'@]+)",
+    r"Could not delete from config\. '([^'@]+)' does not",
+    r"Key '([^']+)'",
+)
 
 
-def explain_error(error: Exception, overrides: list[str]) -> str:
+def explain_hydra_error(error: Exception, overrides: list[str]) -> str:
     """Hydra's error in at most three lines: what is wrong, what was meant, what is valid."""
     text = str(error)
     if isinstance(error, OverrideParseException):
-        return explain_grammar(error.override)
+        return explain_grammar_error(error.override)
     missing = re.search(r"Could not (?:find|load) '([^']+)'", text)  # load: one of a list
     if missing:
         group, _, option = missing[1].rpartition("/")
         return explain_option(group, option, re.findall(r"^\t(\w+)$", text, re.MULTILINE))
-    key = next(filter(None, (re.search(pattern, text) for pattern in UNKNOWN_KEY)), None)
+    key = next(filter(None, (re.search(pattern, text) for pattern in UNKNOWN_KEY_PATTERNS)), None)
     if key:
         return explain_key(key[1], overrides)
     if isinstance(error, OmegaConfBaseException):
-        return explain(error, OmegaConf.create())
+        return explain_omegaconf_error(error, OmegaConf.create())
     if not text and isinstance(error.__cause__, Exception):
-        return explain_error(error.__cause__, overrides)
+        return explain_hydra_error(error.__cause__, overrides)
     return " ".join(line.strip() for line in text.splitlines() if line.strip())[:400]
 
 
@@ -43,18 +48,18 @@ def explain_key(key: str, overrides: list[str]) -> str:
     section, option = [*key.split("."), ""][:2]
     if section in ("logger", "callbacks") and option in list_options(section):
         return f"There is no key {key!r} without {section}={option}."
-    meant = group_of_option(key, overrides)
-    return unknown_key(key, [meant] if meant else schema_keys() + composed_keys(overrides) + list_groups())
+    meant = guess_group(key, overrides)
+    return explain_unknown_key(key, [meant] if meant else list_keys() + list_composed_keys(overrides) + list_groups())
 
 
-def group_of_option(key: str, overrides: list[str]) -> str | None:
+def guess_group(key: str, overrides: list[str]) -> str | None:
     """The group that `key=value` was meant for, told by its value: modle=upernet50 -> model."""
     values = [word.partition("=")[2] for word in overrides if word.startswith(f"{key}=")]
     owners = [group for group in list_groups() for value in values if (CONFIG_DIR / group / f"{value}.yaml").is_file()]
-    return nearest(key, owners)
+    return find_nearest(key, owners)
 
 
-def explain_grammar(override: str) -> str:
+def explain_grammar_error(override: str) -> str:
     """One line for a word that is not of the form key=value in Hydra's grammar."""
     key, equals, value = override.partition("=")
     if not equals:
@@ -65,7 +70,7 @@ def explain_grammar(override: str) -> str:
     return f"cannot read {override!r}. Quote the value: '{key}=\"{quoted}\"'"
 
 
-def composed_keys(overrides: list[str]) -> list[str]:
+def list_composed_keys(overrides: list[str]) -> list[str]:
     """All keys of the configuration with the groups, but not the values, of `overrides`."""
     parser = OverridesParser.create()
     chosen = []
@@ -80,4 +85,4 @@ def composed_keys(overrides: list[str]) -> list[str]:
         plain = OmegaConf.to_container(compose_config(chosen), resolve=False)
     except (HydraException, OmegaConfBaseException):
         return []
-    return [key for key, _ in walk(plain)]
+    return [key for key, _ in iterate_leaves(plain)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from semseg.errors import nearest
+from semseg.errors import find_nearest
 
 # Names of Lightning's Trainer, of today and of earlier releases, and what there is instead.
-TRAINER = {
+TRAINER_HINTS = {
     "auto_lr_find": "Sweep over optim.lr instead: hparams_search=grid.",
     "auto_scale_batch_size": "Set data.batch_size; trainer.probe_memory tries the largest sub-batch before training.",
     "barebones": "mode=bench times the steps without logging and checkpoints.",
@@ -50,14 +50,14 @@ TRAINER = {
 }
 # Keys of earlier versions that are gone, and what there is instead. Checkpoints and the command lines of saved runs may
 # still hold them, and are read without them.
-REMOVED = {
+REMOVED_KEYS = {
     "trainer.on_oom": (
         "A sub-batch that does not fit into memory ends the run: trainer.probe_memory tries the largest one before "
         "training, and data.batch_size, data.max_long_edge and data.short_edges set its size."
     ),
 }
 # What other programs call our keys, by the last part of a key.
-SYNONYMS = {
+KEY_SYNONYMS = {
     "amp": "trainer.precision",
     "arch": "model",
     "backbone": "model/encoder",
@@ -94,15 +94,15 @@ SYNONYMS = {
 }
 
 
-def unknown_key(key: str, valid: list[str]) -> str:
+def explain_unknown_key(key: str, valid: list[str]) -> str:
     """One line for a key that does not exist: what there is instead, the nearest key, or the keys that are valid."""
     section, _, last = key.rpartition(".")
-    if section in ("", "trainer") and last in TRAINER:
-        return f"There is no key {key!r}. {TRAINER[last]}"
-    removed = next((name for name in REMOVED if key in (name, last_part(name))), None)
+    if section in ("", "trainer") and last in TRAINER_HINTS:
+        return f"There is no key {key!r}. {TRAINER_HINTS[last]}"
+    removed = next((name for name in REMOVED_KEYS if key in (name, get_last_part(name))), None)
     if removed:
-        return f"There is no key {key!r} any more. {REMOVED[removed]}"
-    meant = nearest_key(key, valid)
+        return f"There is no key {key!r} any more. {REMOVED_KEYS[removed]}"
+    meant = find_nearest_key(key, valid)
     if meant:
         return f"There is no key {key!r}. Did you mean {meant}?"
     siblings = list(dict.fromkeys(name for name in valid if name.rpartition(".")[0] == section))
@@ -110,36 +110,38 @@ def unknown_key(key: str, valid: list[str]) -> str:
     return f"There is no key {key!r}. Valid here: {', '.join(siblings)}."
 
 
-def nearest_key(key: str, valid: list[str]) -> str | None:
+def find_nearest_key(key: str, valid: list[str]) -> str | None:
     """The valid key most like `key`: by its last part in another section, in its own section, or as a whole.
 
-    >>> nearest_key("lr", ["optim.lr", "optim.momentum"]), nearest_key("optim.momentm", ["optim.lr", "optim.momentum"])
-    ('optim.lr', 'optim.momentum')
+    >>> find_nearest_key("lr", ["optim.lr", "optim.momentum"])
+    'optim.lr'
+    >>> find_nearest_key("optim.momentm", ["optim.lr", "optim.momentum"])
+    'optim.momentum'
     """
     section, _, last = key.rpartition(".")
-    exact = shortest(name for name in valid if last_part(name) == last)
+    exact = pick_shortest(name for name in valid if get_last_part(name) == last)
     if exact:
         return exact
     within = [name for name in valid if name.rpartition(".")[0] == section]
-    sibling = nearest(last, map(last_part, within))
+    sibling = find_nearest(last, map(get_last_part, within))
     if sibling:
-        return next(name for name in within if last_part(name) == sibling)
-    if last in SYNONYMS:
-        return SYNONYMS[last]
+        return next(name for name in within if get_last_part(name) == sibling)
+    if last in KEY_SYNONYMS:
+        return KEY_SYNONYMS[last]
     if section and within:  # only the last part is wrong
-        word = nearest(last, map(last_part, valid))
-        return shortest(name for name in valid if last_part(name) == word) if word else None
-    whole = nearest(key, valid)
+        word = find_nearest(last, map(get_last_part, valid))
+        return pick_shortest(name for name in valid if get_last_part(name) == word) if word else None
+    whole = find_nearest(key, valid)
     if whole:
         return whole
-    word = nearest(last, map(last_part, valid))
-    return shortest(name for name in valid if last_part(name) == word) if word else None
+    word = find_nearest(last, map(get_last_part, valid))
+    return pick_shortest(name for name in valid if get_last_part(name) == word) if word else None
 
 
-def last_part(key: str) -> str:
+def get_last_part(key: str) -> str:
     return key.replace("/", ".").rpartition(".")[2]
 
 
-def shortest(names: Iterable[str]) -> str | None:
+def pick_shortest(names: Iterable[str]) -> str | None:
     """The shortest of some keys, a group before a section of the same name."""
     return min(names, key=lambda name: (len(name), "." in name), default=None)

@@ -6,9 +6,10 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from semseg.config.compose import compose_config
-from semseg.config.explain import explain_error
+from semseg.config.explain import explain_hydra_error
 from semseg.config.overrides import parse_overrides
-from semseg.config.schema import Config, check
+from semseg.config.schema import Config
+from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 
 
@@ -20,6 +21,6 @@ def load_config(words: list[str]) -> tuple[Config, list[str]]:
     """
     words = parse_overrides(words)
     try:
-        return check(compose_config(words)), words
+        return check_config(compose_config(words)), words
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain_error(error, words)) from error
+        raise ConfigError(explain_hydra_error(error, words)) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from semseg.config.hints import REMOVED
+from semseg.config.hints import REMOVED_KEYS
 from semseg.errors import ConfigError
 
 PATH_KEYS = (
@@ -19,16 +19,18 @@ PATH_KEYS = (
     *(f"data.{split}.{key}" for split in ("train", "val", "test") for key in ("list", "images", "masks", "stems")),
 )  # fmt: skip
 # What Hydra's grammar reads as text without quotes, and what among it it reads as a number or a truth value.
-PLAIN = re.compile(r"[\w/\-\\+.$%*@?|:]+", re.ASCII)
-NOT_TEXT = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?[\d_]+)?|[+-]?(inf|nan)|true|false", re.IGNORECASE)
+UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:]+", re.ASCII)
+NUMBER_OR_BOOLEAN = re.compile(
+    r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?[\d_]+)?|[+-]?(inf|nan)|true|false", re.IGNORECASE
+)
 OPEN_KEYS = ("download.mirrors",)  # whose own keys are the user's
 # Options of Hydra's that are passed on. Not among them: those that load code (--experimental-rerun unpickles a file)
 # or another configuration than ours, and abbreviations.
-OPTIONS = (
+HYDRA_OPTIONS = (
     "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r",
     "--multirun", "-m", "--info", "-i", "--shell-completion", "-sc",
 )  # fmt: skip
-SWEEP = ("-m", "--multirun")
+SWEEP_OPTIONS = ("-m", "--multirun")
 
 
 def parse_overrides(words: list[str]) -> list[str]:
@@ -38,17 +40,17 @@ def parse_overrides(words: list[str]) -> list[str]:
         ConfigError: for a word that is never right, whatever the configuration.
     """
     for word in words:
-        check_word(word)
-    words = [quote_override(word, sweep=is_sweep(words)) for word in rerun_overrides(words)]
+        check_argument(word)
+    words = [quote_override(word, sweep=is_sweep(words)) for word in expand_rerun(words)]
     alone = next((word for word in words if word.startswith("sweep_dir=")), None)
     if alone is not None:
         raise ConfigError(f"{shorten_override(alone)}: is for sweeps. Add -m.")
     for word in words:
-        check_word(word)
+        check_argument(word)
     return words
 
 
-def check_word(word: str) -> None:
+def check_argument(word: str) -> None:
     """Refuse words that Hydra would misread.
 
     Raises:
@@ -57,8 +59,8 @@ def check_word(word: str) -> None:
     """
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in word):
         raise ConfigError(f"{shorten_override(word)}: holds a character that cannot be printed.")
-    if word.startswith("-") and word.partition("=")[0] not in OPTIONS:
-        raise ConfigError(f"{shorten_override(word)}: there is no such option. Valid: {', '.join(OPTIONS)}.")
+    if word.startswith("-") and word.partition("=")[0] not in HYDRA_OPTIONS:
+        raise ConfigError(f"{shorten_override(word)}: there is no such option. Valid: {', '.join(HYDRA_OPTIONS)}.")
     if re.match(r"[+~]*=", word):
         raise ConfigError(f"{shorten_override(word)}: there is no key before the sign =.")
 
@@ -69,15 +71,15 @@ def shorten_override(word: str) -> str:
 
 
 def is_sweep(words: list[str]) -> bool:
-    return any(word in SWEEP for word in words)
+    return any(word in SWEEP_OPTIONS for word in words)
 
 
-def overrides_in(words: list[str]) -> list[str]:
+def select_overrides(words: list[str]) -> list[str]:
     """The words that are neither options nor values of options."""
     return [word for word in words if not word.startswith("-") and ("=" in word or word.startswith("~"))]
 
 
-def rerun_overrides(words: list[str]) -> list[str]:
+def expand_rerun(words: list[str]) -> list[str]:
     """The words of the run that `mode=rerun run=<folder>` repeats, and what else is given; other words as they are.
 
     Raises:
@@ -90,7 +92,7 @@ def rerun_overrides(words: list[str]) -> list[str]:
     if not folder or not os.path.isfile(saved):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         raise ConfigError(f"mode=rerun needs run=<run folder>: there is no {saved}.")
     before = read_saved_overrides(saved)
-    left_out = ("run_dir", "resume", *REMOVED)
+    left_out = ("run_dir", "resume", *REMOVED_KEYS)
     kept = [word for word in before if word.lstrip("+~").partition("=")[0] not in left_out]
     return kept + [word for word in words if word != "mode=rerun" and not word.startswith("run=")]
 
@@ -126,26 +128,26 @@ def quote_override(word: str, *, sweep: bool = False) -> str:
     """
     key, equals, value = word.partition("=")
     if key == "sweep_dir" and sweep:
-        return f"hydra.sweep.dir={quote(os.path.expanduser(value))}"  # noqa: PTH111
+        return f"hydra.sweep.dir={quote_value(os.path.expanduser(value))}"  # noqa: PTH111
     if key in OPEN_KEYS:
         return f"++{word}"  # Hydra's way to give keys that are in no file
     if key == "trainer.devices" and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", value) and not value.isdigit():
         if sweep and "-" not in value:
             return word
         return f"trainer.devices=[{','.join(str(index) for index in parse_device_indices(value))}]"
-    if equals and key in PATH_KEYS and is_bare_path(value, sweep=sweep):
-        return f"{key}={quote(os.path.expanduser(value))}"  # noqa: PTH111 - a glob is no Path
+    if equals and key in PATH_KEYS and needs_quotes(value, sweep=sweep):
+        return f"{key}={quote_value(os.path.expanduser(value))}"  # noqa: PTH111 - a glob is no Path
     return word
 
 
-def is_bare_path(value: str, *, sweep: bool) -> bool:
+def needs_quotes(value: str, *, sweep: bool) -> bool:
     """Whether a value is a path that Hydra's grammar would read as something else, or not at all.
 
     Whatever is there under this very name is a path. Otherwise, quotes, lists, interpolations, and the commas and
     brackets of a sweep are left to Hydra.
     """
     path = os.path.expanduser(value)  # noqa: PTH111
-    if path == value and PLAIN.fullmatch(value) and not NOT_TEXT.fullmatch(value):
+    if path == value and UNQUOTED.fullmatch(value) and not NUMBER_OR_BOOLEAN.fullmatch(value):
         return False
     if os.path.lexists(path):
         return value != "null"
@@ -163,10 +165,10 @@ def parse_device_indices(text: str) -> list[int]:
     return indices
 
 
-def quote(text: object) -> str:
+def quote_value(text: object) -> str:
     """`text` between quotes of Hydra's grammar.
 
-    >>> quote("my photos")
+    >>> quote_value("my photos")
     '"my photos"'
     """
     escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + (r"\"" if found[2] else ""), str(text))

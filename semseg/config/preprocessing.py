@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
-class InputConvention(NamedTuple):
+class Preprocessing(NamedTuple):
     """Normalised = (pixel * scale - mean) / std, pixels 0..255, channels in `channel_order`."""
 
     channel_order: str  # "rgb" or "bgr"
@@ -20,7 +20,7 @@ class InputConvention(NamedTuple):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self._asdict().items()}
 
     @classmethod
-    def from_plain(cls, plain: Any) -> InputConvention:
+    def from_plain(cls, plain: Any) -> Preprocessing:
         """The inverse of `as_plain`, from a file of whatever origin.
 
         Raises:
@@ -43,9 +43,9 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e6  # so neither NaN nor infinite
 
 
-CONVENTIONS: dict[str, InputConvention] = {
+PREPROCESSING: dict[str, Preprocessing] = {
     # October 2018: Caffe's habit; evaluation resized by plain bilinear.
-    "bgr_mean": InputConvention("bgr", 1.0, (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0), antialias=False),
+    "bgr_mean": Preprocessing("bgr", 1.0, (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0), antialias=False),
     # 2020 and torchvision.
-    "rgb_mean_std": InputConvention("rgb", 1 / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), antialias=True),
+    "rgb_mean_std": Preprocessing("rgb", 1 / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), antialias=True),
 }

@@ -16,7 +16,7 @@ from semseg.data.label_map import MAX_CLASSES
 from semseg.data.palette import Colour, generated_palette
 from semseg.data.store import read_text
 from semseg.errors import DataError
-from semseg.system.text import printable, shortened
+from semseg.system.text import escape_unprintable, shorten_repr
 
 
 class ClassTable(NamedTuple):
@@ -61,7 +61,7 @@ class ClassTable(NamedTuple):
         if not entries or indices[0] not in (0, 1) or indices != list(range(indices[0], indices[0] + len(entries))):
             raise DataError(
                 f"{path}: indices must be 0, 1, 2, ... or 1, 2, 3, ... without gaps or repeats, "
-                f"got {shortened(indices)}."
+                f"got {shorten_repr(indices)}."
             )
         return cls(tuple(name for _, name, _ in entries), tuple(colour for _, _, colour in entries))
 
@@ -81,7 +81,7 @@ class ClassTable(NamedTuple):
             raise ValueError("the class names are not a list of strings")
         if not isinstance(palette, list) or len(palette) != len(names) or not 0 < len(names) <= MAX_CLASSES:
             raise ValueError(f"{len(names)} classes need a list of as many colours (1 to {MAX_CLASSES} classes)")
-        return cls(tuple(map(printable, names)), tuple(map(_parse_colour, palette)))
+        return cls(tuple(map(escape_unprintable, names)), tuple(map(_parse_colour, palette)))
 
     @classmethod
     def from_names(cls, names: Sequence[str]) -> ClassTable:
@@ -90,7 +90,7 @@ class ClassTable(NamedTuple):
         >>> ClassTable.from_names(["cat", "dog"]).num_classes
         2
         """
-        return cls(tuple(map(printable, names)), generated_palette(len(names)))
+        return cls(tuple(map(escape_unprintable, names)), generated_palette(len(names)))
 
     @classmethod
     def from_file(cls, path: str | Path) -> ClassTable:
@@ -117,7 +117,7 @@ class ClassTable(NamedTuple):
             names = [str(row["name"]) for row in rows]
             if not any("color" in row for row in rows):
                 return cls.from_names(names)
-            return cls(tuple(map(printable, names)), tuple(_parse_colour(row["color"]) for row in rows))
+            return cls(tuple(map(escape_unprintable, names)), tuple(_parse_colour(row["color"]) for row in rows))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: the class table cannot be read ({type(error).__name__}: {error}).") from error
 
@@ -135,7 +135,7 @@ def _require_entries(rows: list[Any]) -> list[Any]:
 def _parse_colour(numbers: Any) -> Colour:
     is_colour = isinstance(numbers, list | tuple) and len(numbers) == 3
     if not is_colour or not all(type(part) is int and 0 <= part <= 255 for part in numbers):
-        raise ValueError(f"a colour is three integers in 0..255, got {shortened(numbers)}")
+        raise ValueError(f"a colour is three integers in 0..255, got {shorten_repr(numbers)}")
     red, green, blue = numbers
     return red, green, blue
 
@@ -147,7 +147,7 @@ def _parse_row(row: dict[str, str], where: str) -> tuple[int, str, Colour]:
         raise DataError(f"{where}: index, R, G and B must be integers.") from None
     if not all(0 <= part <= 255 for part in (red, green, blue)):
         raise DataError(f"{where}: a colour is three integers in 0..255, got {red},{green},{blue}.")
-    return index, printable((row["name"] or "").strip()) or f"class {index}", (red, green, blue)
+    return index, escape_unprintable((row["name"] or "").strip()) or f"class {index}", (red, green, blue)
 
 
 @lru_cache

@@ -35,7 +35,7 @@ from semseg.data.datasets import TrainDataset
 from semseg.data.plan import RankSequence, TrainPlan
 from semseg.data.shared_slots import Exchange
 from semseg.errors import DataError, SemsegError
-from semseg.system.process import end_with_parent, leave_signals_to_the_parent
+from semseg.system.process import end_with_parent, ignore_stop_signals
 
 Item = TypeVar("Item")
 LOOK_S = 2.0  # seconds
@@ -283,7 +283,7 @@ def end() -> None:
 
 def begin(exchange: Exchange | None, parent: int | None, worker: int) -> None:
     """The first thing that a worker does."""
-    leave_signals_to_the_parent(worker)
+    ignore_stop_signals(worker)
     if parent is not None:
         end_with_parent(parent)
     else:  # a fork server started it, which lives as long as its workers

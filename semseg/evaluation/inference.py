@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from semseg.config.preprocessing import InputConvention
+from semseg.config.preprocessing import Preprocessing
 from semseg.data.geometry import round_up
 from semseg.data.plan import groups_of_one_shape
 from semseg.errors import ConfigError
@@ -43,7 +43,7 @@ def predict(
     net: nn.Module,
     scales: Sequence[Tensor],
     out_size: tuple[int, int],
-    convention: InputConvention,
+    convention: Preprocessing,
     *,
     flip: bool = False,
     window: int | None = None,
@@ -66,7 +66,7 @@ def predict(
 def scale_logits(
     net: nn.Module,
     scales: Sequence[Tensor],
-    convention: InputConvention,
+    convention: Preprocessing,
     *,
     flip: bool = False,
     window: int | None = None,
@@ -97,7 +97,7 @@ def scale_logits(
 def batch_logits(
     net: nn.Module,
     images: Sequence[Sequence[Tensor]],
-    convention: InputConvention,
+    convention: Preprocessing,
     *,
     flip: bool = False,
     window: int | None = None,

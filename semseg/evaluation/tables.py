@@ -19,7 +19,7 @@ from semseg.data.classes import ClassTable
 from semseg.evaluation.evaluator import LEVEL, Evaluation, ImageRecord, Intervals, LeftOut, Speed
 from semseg.evaluation.metrics import BoundaryCounts, Scores, scores_from
 from semseg.storage.atomic import replacing
-from semseg.system.text import printable, row_of_cells
+from semseg.system.text import escape_csv_row, escape_unprintable
 
 NOT_SCORED = "n/a"
 RULES = {
@@ -100,7 +100,9 @@ def class_table(findings: Findings, title: str) -> Table:
         table.add_column(column, justify="right")
     for rows in (best, worst):
         for index in rows:
-            table.add_row(Text(printable(names[index])), *(shown(values[index]) for values in columns.values()))
+            table.add_row(
+                Text(escape_unprintable(names[index])), *(shown(values[index]) for values in columns.values())
+            )
         table.add_section()
     return table
 
@@ -204,7 +206,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
-        writer.writerows(map(row_of_cells, rows))
+        writer.writerows(map(escape_csv_row, rows))
 
 
 def as_plain(findings: Findings) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from onnx.external_data_helper import uses_external_data
 from torch import Tensor, nn
 
 from semseg.checkpoints.format import Graph, SavedNetwork, describe, first_line, from_entry, refuse_nonfinite
-from semseg.config.preprocessing import InputConvention
+from semseg.config.preprocessing import Preprocessing
 from semseg.data.sources import label_map
 from semseg.errors import CheckpointError, SemsegError
 from semseg.nets.interfaces import Decoder, Encoder, Logits
@@ -31,7 +31,7 @@ METADATA_KEY = "semseg"
 IMAGE, LOGITS = "image", "logits"  # the input and the output of a graph
 STANDARD_DOMAINS = ("", "ai.onnx")  # of operators
 # What a graph takes: pixels as they are. Normalisation is inside.
-PIXELS = InputConvention("rgb", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), antialias=True)
+PIXELS = Preprocessing("rgb", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), antialias=True)
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class GraphEncoder(Encoder):
         convention: PIXELS, for normalisation is a part of the graph.
     """
 
-    def __init__(self, source: str, graph: Graph, num_classes: int, convention: InputConvention) -> None:
+    def __init__(self, source: str, graph: Graph, num_classes: int, convention: Preprocessing) -> None:
         super().__init__()
         self.source = source
         self.graph = graph

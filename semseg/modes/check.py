@@ -48,7 +48,7 @@ from semseg.nets.step_memory import step_memory
 from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary, write_check_page
 from semseg.reports.draw import format_share
 from semseg.storage.atomic import program, replacing
-from semseg.system.text import lines_printable, printable
+from semseg.system.text import escape_lines, escape_unprintable
 
 PLANNED = 500  # sub-batches whose padding is counted
 NUM_CLASSES = 20  # rows on the console; the files hold all
@@ -239,11 +239,11 @@ def tell(checked: CheckReport, files: Sequence[Path]) -> None:
     if diagnosis.classes:
         console.print(class_table(diagnosis))
     if checked.plan:
-        console.print(Text(lines_printable(checked.plan.describe())))
+        console.print(Text(escape_lines(checked.plan.describe())))
     for notice in diagnosis.notices:
         style = {"error": "bold red", "warning": "yellow"}.get(notice.level, "")
-        console.print(Text(f"{notice.level}: ", style), Text(lines_printable(notice.text)), sep="")
-    console.print(Text(f"\n{lines_printable(diagnosis.verdict)}", "bold"))
+        console.print(Text(f"{notice.level}: ", style), Text(escape_lines(notice.text)), sep="")
+    console.print(Text(f"\n{escape_lines(diagnosis.verdict)}", "bold"))
     console.print(Text(f"to train{' as suggested' if diagnosis.suggestions else ''}: {checked.command}"))
     console.print(Text(f"written {', '.join(map(str, files))}"))
 
@@ -257,7 +257,7 @@ def split_table(splits: Sequence[SplitSummary]) -> Table:
         ids = ranges(list(split.ids))
         row = [split.name, str(split.pairs), str(split.wrong), in_words(split.heights), in_words(split.widths)]
         row += [", ".join(split.image_kinds), ", ".join(split.mask_kinds), ids, format_share(split.ignored)]
-        table.add_row(*(Text(printable(text)) for text in row))
+        table.add_row(*(Text(escape_unprintable(text)) for text in row))
     return table
 
 
@@ -270,7 +270,7 @@ def class_table(diagnosis: Diagnosis) -> Table:
     totals = {name: sum(row.pixels[name] for row in rows) or 1 for name in names}
     for row in shown:
         counts = [f"{format_share(row.pixels[name] / totals[name])}, {row.images[name]}" for name in names]
-        table.add_row(*(Text(printable(text)) for text in (row.name, *counts, f"{row.weight:g}")))
+        table.add_row(*(Text(escape_unprintable(text)) for text in (row.name, *counts, f"{row.weight:g}")))
     if len(shown) < len(rows):
         table.caption = f"the first and last of {len(rows)} classes by pixels; all are in check.json"
     return table

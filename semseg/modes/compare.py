@@ -23,7 +23,7 @@ from semseg.reports.comparison import (
 )
 from semseg.reports.templates import format_percent, format_points
 from semseg.storage.atomic import replacing
-from semseg.system.text import printable, row_of_cells
+from semseg.system.text import escape_csv_row, escape_unprintable
 
 MAX_CLASS_ROWS = 15  # on the console; the files hold all classes
 
@@ -39,20 +39,20 @@ def run(config: Config, overrides: list[str]) -> None:
     console = Console()
     console.print(build_comparison_table(comparison))
     for note in comparison.notes:
-        console.print(f"note: {printable(note)}", highlight=False, markup=False)
+        console.print(f"note: {escape_unprintable(note)}", highlight=False, markup=False)
     console.print(f"written to {', '.join(map(str, files))}", soft_wrap=True, highlight=False, markup=False)
 
 
 def build_comparison_table(comparison: Comparison) -> Table:
     """Build a table of the headline scores and the classes with the largest changes, in percent."""
     table = Table(
-        title=Text(printable(f"comparison with {comparison.runs[0].name}")),
+        title=Text(escape_unprintable(f"comparison with {comparison.runs[0].name}")),
         caption="percent; differences in percentage points",
     )
     table.add_column("")
-    table.add_column(Text(printable(comparison.runs[0].name)), justify="right")
+    table.add_column(Text(escape_unprintable(comparison.runs[0].name)), justify="right")
     for other in comparison.runs[1:]:
-        table.add_column(Text(printable(other.name)), justify="right")
+        table.add_column(Text(escape_unprintable(other.name)), justify="right")
         table.add_column("+/-", justify="right")
     for row in comparison.headline:
         table.add_row(*format_cells(row), style="bold")
@@ -68,7 +68,7 @@ def format_cells(row: ScoreRow) -> list[Text]:
     texts = [row.name, format_percent(row.values[0])]
     for value, difference in zip(row.values[1:], row.differences, strict=True):
         texts += [format_percent(value), format_points(difference)]
-    return [Text(printable(text)) for text in texts]  # a class may be called "[b]"
+    return [Text(escape_unprintable(text)) for text in texts]  # a class may be called "[b]"
 
 
 def write_comparison_files(folder: Path, comparison: Comparison) -> list[Path]:
@@ -80,6 +80,6 @@ def write_comparison_files(folder: Path, comparison: Comparison) -> list[Path]:
     with replacing(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
-        writer.writerows(map(row_of_cells, rows))
+        writer.writerows(map(escape_csv_row, rows))
     write_compare_page(page, comparison)
     return [scores, table, page]

@@ -23,7 +23,7 @@ from semseg.data import shared_slots
 from semseg.errors import DataError, SemsegError
 from semseg.nets.registry import build_segmenter
 from semseg.prediction.video import VideoWriters, read_frames
-from semseg.system.shared_memory import SHARED_MEMORY, free_shared_memory
+from semseg.system.shared_memory import SHARED_MEMORY, get_free_shared_memory
 from semseg.training.losses import segmentation_loss
 
 OK, WARNING, ERROR = "ok", "warning", "error"
@@ -149,7 +149,7 @@ def shared_memory(num_workers: int) -> Finding:
     Workers of training and evaluation need none where they are forks; the worker of mode=predict, other workers, and
     several GPUs that talk to each other do.
     """
-    free = free_shared_memory()
+    free = get_free_shared_memory()
     if free is None:
         return Finding(OK, "shared memory", "is not a folder on this system")
     if num_workers and free < LITTLE_SHARED_MEMORY:

@@ -51,7 +51,7 @@ from semseg.reports.evaluation_page import (
 from semseg.reports.run_card import build_run_card, compute_data_fingerprint
 from semseg.storage.atomic import replacing
 from semseg.storage.run_results import Result, write_result
-from semseg.system.text import lines_printable, printable
+from semseg.system.text import escape_lines, escape_unprintable
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     print_tables(findings, config)
     write_result(folder, Result(findings.scores.mean_iou, "mean IoU"))
     written = ", ".join(map(str, [*files, folder / "report.html"]))
-    print(lines_printable(f"checkpoint {saved.source}\nwritten to {written}"))
+    print(escape_lines(f"checkpoint {saved.source}\nwritten to {written}"))
     return findings.scores.mean_iou
 
 
@@ -113,7 +113,7 @@ def matching_source(config: Config, saved: SavedNetwork) -> DataSource:
         log.warning(
             "class names of data=%s differ from those in %s: is this the same task?",
             config.data.name,
-            printable(saved.source),
+            escape_unprintable(saved.source),
         )
     return source
 

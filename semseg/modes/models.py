@@ -8,11 +8,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from semseg.build import network_options
 from semseg.checkpoints.zoo import SCORES, ZOO
 from semseg.config.compose import list_options
 from semseg.config.load import load_config
-from semseg.config.schema import Config, ModelConfig
+from semseg.config.schema import Config, ModelConfig, split_network_options
 from semseg.nets.cost import SIZE, Cost, cost_of
 from semseg.nets.registry import build_segmenter
 
@@ -55,7 +54,7 @@ def cost_of_model(name: str) -> Cost | None:
 
 def cost_on_meta(model: ModelConfig) -> Cost:
     """Of a network that is built without numbers."""
-    encoder, encoder_options = network_options(model.encoder, "encoder")
-    decoder, decoder_options = network_options(model.decoder, "decoder")
+    encoder, encoder_options = split_network_options(model.encoder, "encoder")
+    decoder, decoder_options = split_network_options(model.decoder, "decoder")
     with torch.device("meta"):
         return cost_of(build_segmenter(encoder, decoder, NUM_CLASSES, encoder_options, decoder_options))

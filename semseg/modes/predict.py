@@ -28,7 +28,7 @@ from semseg.prediction.predictor import PredictionResult, Predictor
 from semseg.prediction.video import Frame, LostFramesError, VideoWriters, read_frames
 from semseg.reports.draw import Pixels, colour_class_map, draw_overlay
 from semseg.storage.download import fetch
-from semseg.system.text import lines_printable, printable
+from semseg.system.text import escape_lines, escape_unprintable
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -57,13 +57,13 @@ def run(config: Config, overrides: list[str]) -> None:
     failures = []
     for failure in track(job.predict_all(inputs), "predicting", len(inputs), disable=not sys.stdout.isatty()):
         if failure:
-            print(lines_printable(failure), file=sys.stderr, flush=True)
+            print(escape_lines(failure), file=sys.stderr, flush=True)
             failures.append(failure)
     write_classes(folder / "classes.json", predictor.classes, predictor.label_map)
     summary = f"{len(inputs) - len(failures)} of {len(inputs)} files predicted, written to {folder}"
     if failures:
         raise DataError(f"{len(failures)} files could not be read, see above; {summary}.")
-    print(printable(summary))
+    print(escape_unprintable(summary))
 
 
 class PredictionJob:

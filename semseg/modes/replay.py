@@ -14,7 +14,7 @@ from semseg.config.schema import Config
 from semseg.data.batch import Batch
 from semseg.errors import CheckpointError
 from semseg.nets.normalise import normalise
-from semseg.system.text import printable
+from semseg.system.text import escape_unprintable
 from semseg.training.callbacks.guards import first_nonfinite
 from semseg.training.losses import build_terms, segmentation_loss
 
@@ -32,7 +32,9 @@ def run(config: Config, overrides: list[str]) -> None:
     net = restore_net(saved).train()
     terms = build_terms(saved.config.loss, saved.classes.num_classes)
     console = Console(soft_wrap=True, highlight=False)
-    console.print(Text(printable(f"step {step} again, with the weights of {saved.source} (step {saved.step})")))
+    console.print(
+        Text(escape_unprintable(f"step {step} again, with the weights of {saved.source} (step {saved.step})"))
+    )
     for batch in batches:
         image = normalise(batch.image, net.convention, batch.size)
         culprit = first_nonfinite(net, image)
@@ -41,7 +43,7 @@ def run(config: Config, overrides: list[str]) -> None:
         spoilt = [
             name for name, value in net.named_parameters() if value.grad is not None and not value.grad.isfinite().all()
         ]
-        console.print(Text(printable(f"images {', '.join(batch.paths)}")))
+        console.print(Text(escape_unprintable(f"images {', '.join(batch.paths)}")))
         console.print(f"loss {float(loss.total):g}, {int(loss.scored)} scored pixels")
         if culprit:
             console.print(f"the first layer to give NaN or infinity: {culprit.name} ({culprit.kind})")

@@ -26,7 +26,7 @@ from semseg.checkpoints.atomic_io import damage, newest_intact, remove_leftovers
 from semseg.checkpoints.format import FOLDER, SavedNetwork, find_checkpoint, read_checkpoint, refuse_nonfinite
 from semseg.checkpoints.initialise import start_from
 from semseg.checkpoints.published import find_files
-from semseg.config.schema import ZOO_PREFIX, Config, ModelConfig, as_plain
+from semseg.config.schema import ZOO_PREFIX, Config, ModelConfig, config_to_plain
 from semseg.data.overlap import overlap
 from semseg.data.sources import DataSource, require_masks, split_folders_words
 from semseg.datamodule import SegmentationData
@@ -38,7 +38,7 @@ from semseg.storage.atomic import from_here, program, replacing
 from semseg.storage.run_lock import RunLock
 from semseg.storage.run_results import RESULT_FILE, Result, read_result, write_result
 from semseg.storage.transfer import is_first_rank
-from semseg.system.text import printable
+from semseg.system.text import escape_unprintable
 from semseg.training.callbacks.console import config_tree
 from semseg.training.callbacks.stop import StoppedError, requeue
 from semseg.training.loggers.external import log_settings
@@ -130,7 +130,7 @@ def train(
     if trainer.is_global_zero:
         (run_dir / RESULT_FILE).unlink(missing_ok=True)  # of an earlier end
         with replacing(run_dir / "config.yaml") as temporary:
-            OmegaConf.save(OmegaConf.create(as_plain(config)), temporary)
+            OmegaConf.save(OmegaConf.create(config_to_plain(config)), temporary)
         cost = cost_of(deepcopy(net).to("meta"))
         write_cost(run_dir / "model.txt", cost)
         console.print(config_tree(config, overrides), start_table(config, net, source, cost))
@@ -275,7 +275,7 @@ def start_table(config: Config, net: Segmenter, source: DataSource, cost: Cost) 
         "run folder": config.run_dir,
     }
     for name, value in rows.items():
-        table.add_row(name, Text(printable(value)))
+        table.add_row(name, Text(escape_unprintable(value)))
     return table
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from semseg.config.preprocessing import CONVENTIONS, InputConvention
+from semseg.config.preprocessing import PREPROCESSING, Preprocessing
 
 CLASSIFIERS = ("fc.", "classifier.", "head.")  # ImageNet heads, which no encoder keeps
 
@@ -49,7 +49,7 @@ class Encoder(nn.Module, ABC):
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
-    convention: InputConvention = CONVENTIONS["rgb_mean_std"]
+    convention: Preprocessing = PREPROCESSING["rgb_mean_std"]
     weights_file: WeightsFile | None = None
 
     @property

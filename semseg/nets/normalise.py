@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from semseg.config.preprocessing import InputConvention
+from semseg.config.preprocessing import Preprocessing
 
 
-def normalise(image: Tensor, convention: InputConvention, size: Tensor | None = None) -> Tensor:
+def normalise(image: Tensor, convention: Preprocessing, size: Tensor | None = None) -> Tensor:
     """Apply an input convention.
 
     Args:

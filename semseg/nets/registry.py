@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from semseg.errors import ConfigError, choose, nearest
+from semseg.errors import ConfigError, check_choice, find_nearest
 
 if TYPE_CHECKING:
     from semseg.nets.interfaces import Decoder, Encoder
@@ -100,7 +100,7 @@ def resolve(kind: str, name: str) -> Network:
     Network(name='resnet50', options={'output_stride': 8})
     """
     old_names = OLD_NAMES[kind]
-    choose(f"model.{kind}.name", name, [*TABLES[kind], *old_names])
+    check_choice(f"model.{kind}.name", name, [*TABLES[kind], *old_names])
     return old_names.get(name, Network(name, {}))
 
 
@@ -187,7 +187,7 @@ def option_problems(
     defaults = defaults_of(constructor)
     for option, value in options.items():
         if option not in defaults:
-            meant = nearest(option, defaults)
+            meant = find_nearest(option, defaults)
             hint = f" Did you mean {section}.{meant}?" if meant else ""
             yield f"{section}.{option}: {name} has no such option.{hint} Valid: {', '.join(defaults) or 'none'}."
         elif value is not None and type(value) is not type(defaults[option]):

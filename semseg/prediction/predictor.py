@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from semseg.config.schema import is_whole, view_problems
+from semseg.config.fields import find_view_problems, is_int_between
 from semseg.data.classes import ClassTable
 from semseg.data.datasets import at_scales
 from semseg.data.images import MAX_PIXELS, read_image, rgb_of
@@ -50,11 +50,11 @@ class PredictionSettings:
         Raises:
             ConfigError: if a value is out of its range, or window and stride contradict each other.
         """
-        for problem in view_problems("", self.scales, self.window, self.stride):
+        for problem in find_view_problems("", self.scales, self.window, self.stride):
             raise ConfigError(problem)
         for name in ("max_long_edge", "size_divisor", "window", "stride", "memory_limit_mb"):
             value = getattr(self, name)
-            if value is not None and not is_whole(value, low=1):
+            if value is not None and not is_int_between(value, low=1):
                 raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1.")
 
 

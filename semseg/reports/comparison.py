@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from semseg.errors import ConfigError, DataError
 from semseg.storage.atomic import program
-from semseg.system.text import printable, shortened
+from semseg.system.text import escape_unprintable, shorten_repr
 
 HEADLINE_NAMES = {
     "mean_iou": "mean IoU",
@@ -133,10 +133,10 @@ def read_metrics(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: holds no class scores. Only files that mode=eval wrote can be compared.")
     for entry in classes:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not is_score(entry.get("iou")):
-            raise DataError(f"{path}: the scores of a class are damaged: {shortened(entry)}. Evaluate again.")
+            raise DataError(f"{path}: the scores of a class are damaged: {shorten_repr(entry)}. Evaluate again.")
     for key in HEADLINE_NAMES:
         if not is_score(metrics.get(key)):
-            raise DataError(f"{path}: {key} is damaged: {shortened(metrics[key])}. Evaluate again.")
+            raise DataError(f"{path}: {key} is damaged: {shorten_repr(metrics[key])}. Evaluate again.")
     return metrics
 
 
@@ -189,7 +189,7 @@ def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
 
 def class_names(run: ComparedRun) -> list[str]:
     """Return the names of the classes in the order of their indices."""
-    return [printable(entry["name"]) for entry in run.metrics["classes"]]
+    return [escape_unprintable(entry["name"]) for entry in run.metrics["classes"]]
 
 
 def describe_class_difference(base: str, base_names: list[str], other: str, other_names: list[str]) -> str:

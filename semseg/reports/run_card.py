@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from semseg import __version__
-from semseg.config.schema import Config, as_plain
+from semseg.config.schema import Config, config_to_plain
 from semseg.data.records import Record
 from semseg.data.store import stamp
 
@@ -60,7 +60,7 @@ def build_run_card(config: Config, command: Sequence[str], device: str, data: Fi
     """
     return RunCard(
         command=shlex.join(mask_argument(argument) for argument in command),
-        config=OmegaConf.to_yaml(OmegaConf.create(mask_secrets(as_plain(config)))),
+        config=OmegaConf.to_yaml(OmegaConf.create(mask_secrets(config_to_plain(config)))),
         versions=collect_versions(),
         git=describe_git_state(Path(__file__).resolve().parent.parent / "__init__.py"),
         device=device,

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from semseg.errors import ConfigError
 from semseg.storage.atomic import DISK_FULL, replacing
-from semseg.system.text import printable
+from semseg.system.text import escape_unprintable
 
 LOCK_FILE, HOLDER_FILE = "run.lock", "run.holder.json"  # in the run folder
 # For a killed run whose last process is still ending, and for a holder that is just being written.
@@ -49,7 +49,7 @@ class Holder(NamedTuple):
 
     def __str__(self) -> str:
         place = f"{self.host}, in another container" if self.is_elsewhere() else self.host
-        return printable(f"process {self.pid} on {place}")
+        return escape_unprintable(f"process {self.pid} on {place}")
 
     def is_elsewhere(self) -> bool:
         return self.host == socket.gethostname() and self.pid_namespace != _pid_namespace()
@@ -153,8 +153,9 @@ class RunLock:
         way_out = "Give another run_dir, or wait until it has ended."
         if holder.host != socket.gethostname():
             way_out += f" If that machine has failed and the lock stays, delete {self.path}."
-        command = printable(holder.command)
-        return f"run_dir={self.run_dir}: in use by {holder} since {printable(holder.started)} ({command}). {way_out}"
+        command = escape_unprintable(holder.command)
+        started = escape_unprintable(holder.started)
+        return f"run_dir={self.run_dir}: in use by {holder} since {started} ({command}). {way_out}"
 
 
 def _this_process() -> Holder:

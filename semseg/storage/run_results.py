@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from semseg.storage.atomic import replacing
-from semseg.system.text import printable
+from semseg.system.text import escape_unprintable
 
 RESULT_FILE = "result.json"  # of a run that has come to its end: the score, and what it is a score of
 JOB_FILE = "job.json"  # of a job: its words, and how it went
@@ -85,7 +85,7 @@ def read_result(run_dir: Path) -> Result | None:
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         score = None
     mode = "min" if content.get("mode") == "min" else "max"
-    return Result(score, printable(content.get("monitor", "score")), mode)
+    return Result(score, escape_unprintable(content.get("monitor", "score")), mode)
 
 
 def read_job(folder: Path) -> Job | None:

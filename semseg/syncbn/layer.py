@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from semseg.errors import ConfigError, choose
+from semseg.errors import ConfigError, check_choice
 from semseg.syncbn.reduce import Statistics, local_statistics, normalise, reduce_statistics
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,7 +52,7 @@ class Rule:
     process_group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
-        choose("syncbn.convention", self.convention, CONVENTIONS)
+        check_choice("syncbn.convention", self.convention, CONVENTIONS)
         if not 0 < self.momentum < 1:
             raise ConfigError(f"The published convention needs a momentum above 0 and below 1, not {self.momentum}.")
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from pytorch_lightning.plugins import LayerSync, TorchSyncBatchNorm
 from torch import nn
 
-from semseg.errors import ConfigError, choose
+from semseg.errors import ConfigError, check_choice
 from semseg.syncbn.layer import CONVENTIONS, PUBLISHED_MOMENTUM, convert, revert
 
 GROUPS = ("world", "node")
@@ -35,8 +35,8 @@ class ReducedBatchNorm(LayerSync):
     """
 
     def __init__(self, convention: str = "torch", group: str = "world", momentum: float = PUBLISHED_MOMENTUM) -> None:
-        self.convention = choose("syncbn.convention", convention, CONVENTIONS)
-        self.group = choose("syncbn.group", group, GROUPS)
+        self.convention = check_choice("syncbn.convention", convention, CONVENTIONS)
+        self.group = check_choice("syncbn.group", group, GROUPS)
         self.momentum = momentum
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -98,4 +98,4 @@ def layer_sync(
     Raises:
         ConfigError: for an unknown word, or if `native` cannot do what is asked.
     """
-    return SYNCBN[choose("syncbn", name, SYNCBN)](convention, accelerator, group)
+    return SYNCBN[check_choice("syncbn", name, SYNCBN)](convention, accelerator, group)

@@ -8,6 +8,6 @@ from pathlib import Path
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written
 
 
-def free_shared_memory() -> int | None:
+def get_free_shared_memory() -> int | None:
     """Bytes; None where it is no folder."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None

@@ -20,7 +20,8 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from semseg.checkpoints.format import FORMAT_KEY, first_line, load_plain, network_of
-from semseg.config.schema import Config, as_plain, walk
+from semseg.config.schema import Config, config_to_plain
+from semseg.config.validate import iterate_leaves
 from semseg.data.batch import Batch
 from semseg.data.overlap import length_of
 from semseg.data.records import Record
@@ -393,7 +394,7 @@ EXACT_TRAINER = ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val",
 
 def differing_keys(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
     """Keys on which two runs cannot be the same run, with the saved and the given value."""
-    before, after = (dict(walk(as_plain(config))) for config in (saved, given))
+    before, after = (dict(iterate_leaves(config_to_plain(config))) for config in (saved, given))
     return {
         key: (before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
@@ -442,7 +443,7 @@ def check_same_facts(state: RunState, config: Config, now: RunFacts) -> list[str
     before = state.facts
     if before is None:  # a checkpoint of the first release: what its settings say of it
         keys = ("trainer.devices", "trainer.num_nodes", "trainer.limit_train_batches")
-        saved, given = (dict(walk(as_plain(one))) for one in (state.config, config))
+        saved, given = (dict(iterate_leaves(config_to_plain(one))) for one in (state.config, config))
         rows = [difference(key, saved.get(key), given.get(key)) for key in keys]
     else:
         rows = [

@@ -15,7 +15,7 @@ from torch import Tensor
 from semseg.checkpoints.atomic_io import AtomicCheckpointIO
 from semseg.checkpoints.format import first_line, is_count, is_dense
 from semseg.errors import CheckpointError, SemsegError
-from semseg.system.text import shortened
+from semseg.system.text import shorten_repr
 
 # Without these counters Lightning would count from 0 and say nothing.
 COUNTERS = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress")
@@ -46,25 +46,25 @@ def misfits(content: dict[str, Any]) -> Iterator[str]:
     for name in COUNTERS:
         counter = fit_loop.get(name) if isinstance(fit_loop, dict) else None
         if not isinstance(counter, dict) or not counter:
-            yield f"loops.fit_loop.{name}={shortened(counter)}"
+            yield f"loops.fit_loop.{name}={shorten_repr(counter)}"
     for place, value in leaves(loops, "loops"):
         if not is_count(value) and not isinstance(value, bool) and value not in ({}, []):
-            yield f"{place}={shortened(value)}"
+            yield f"{place}={shorten_repr(value)}"
     position = content.get("SegmentationData")
     if not isinstance(position, dict) or not is_count(position.get("taken", position.get("position"))):
-        yield f"SegmentationData={shortened(position)}"
+        yield f"SegmentationData={shorten_repr(position)}"
     for key in ("optimizer_states", "lr_schedulers"):
         states = content.get(key)
         if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
-            yield f"{key}={shortened(states)}"
+            yield f"{key}={shorten_repr(states)}"
     callbacks = content.get("callbacks")
     if not isinstance(callbacks, dict) or not callbacks:  # every run has some
-        yield f"callbacks={shortened(callbacks)}"
+        yield f"callbacks={shorten_repr(callbacks)}"
         return
     for name, state in callbacks.items():
         for key, value in state.items() if isinstance(state, dict) else [(state, None)]:
             if not is_of_its_kind(key, value):
-                yield f"callbacks.{shortened(name)}.{shortened(key)}={shortened(value)}"
+                yield f"callbacks.{shorten_repr(name)}.{shorten_repr(key)}={shorten_repr(value)}"
 
 
 def leaves(node: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -122,10 +122,10 @@ def unfit(trainer: pl.Trainer) -> Iterator[str]:
         for group in optimizer.param_groups:
             name, rate = group.get("name"), group.get("initial_lr", 0.0)
             if not isinstance(name, str) or not is_number(rate):
-                yield f"optimizer_states: a group with name={shortened(name)} and initial_lr={shortened(rate)}"
+                yield f"optimizer_states: a group with name={shorten_repr(name)} and initial_lr={shorten_repr(rate)}"
             for key, usual in optimizer.defaults.items():
                 if key not in group or not is_like(group[key], usual):
-                    yield f"optimizer_states: {key}={shortened(group.get(key))}"
+                    yield f"optimizer_states: {key}={shorten_repr(group.get(key))}"
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 fits = value.shape in (parameter.shape, ()) if isinstance(value, Tensor) else is_number(value)
@@ -140,10 +140,10 @@ def unfit_schedules(trainer: pl.Trainer) -> Iterator[str]:
         for key in ("base_lrs", "_last_lr"):
             rates = getattr(schedule, key, None)
             if not isinstance(rates, list) or len(rates) != number or not all(map(is_number, rates)):
-                yield f"lr_schedulers: {key}={shortened(rates)}"
+                yield f"lr_schedulers: {key}={shorten_repr(rates)}"
         for key in ("last_epoch", "_step_count"):
             if not is_count(getattr(schedule, key, None)):
-                yield f"lr_schedulers: {key}={shortened(getattr(schedule, key, None))}"
+                yield f"lr_schedulers: {key}={shorten_repr(getattr(schedule, key, None))}"
 
 
 def is_like(value: Any, usual: Any) -> bool:

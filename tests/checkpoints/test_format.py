@@ -9,7 +9,7 @@ import torch
 from semseg.build import build_net, restore_net
 from semseg.checkpoints.format import FORMAT_KEY, describe, find_checkpoint, inherit, read_checkpoint
 from semseg.config.compose import compose_config
-from semseg.config.schema import check
+from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.errors import CheckpointError, ConfigError
 
@@ -19,7 +19,7 @@ SMALL = ["data=scenes", "model/encoder=resnet18", "model.encoder.weights=none", 
 
 @pytest.fixture(scope="module")
 def saved_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = check(compose_config(SMALL))
+    config = check_config(compose_config(SMALL))
     net = build_net(config.model, 2)
     path = tmp_path_factory.mktemp("run") / "checkpoints" / "best.ckpt"
     path.parent.mkdir()
@@ -113,22 +113,22 @@ def test_weights_that_do_not_fit_are_told(saved_file: Path) -> None:
 
 
 def test_settings_come_from_the_checkpoint_unless_given() -> None:
-    saved = check(compose_config([*SMALL, "data.max_long_edge=123"]))
-    plain = check(compose_config(["mode=eval", "ckpt=x"]))
+    saved = check_config(compose_config([*SMALL, "data.max_long_edge=123"]))
+    plain = check_config(compose_config(["mode=eval", "ckpt=x"]))
     inherited = inherit(saved, plain, ["mode=eval", "ckpt=x"])
     assert (inherited.data.name, inherited.data.max_long_edge, inherited.eval.scales) == ("scenes", 123, [64])
     assert inherited.model.encoder["name"] == "resnet18"
 
     words = ["mode=eval", "ckpt=x", "eval.flip=true", "data.num_workers=0"]
-    some = inherit(saved, check(compose_config(words)), words)
+    some = inherit(saved, check_config(compose_config(words)), words)
     assert (some.data.name, some.data.num_workers, some.eval.scales, some.eval.flip) == ("scenes", 0, [64], True)
 
     words = ["mode=eval", "ckpt=x", "data=camvid"]
-    assert inherit(saved, check(compose_config(words)), words).data.name == "camvid"
+    assert inherit(saved, check_config(compose_config(words)), words).data.name == "camvid"
 
 
 def test_another_network_cannot_be_asked_of_a_checkpoint() -> None:
     words = ["mode=eval", "ckpt=x", "model=upernet50"]
-    saved = check(compose_config(SMALL))
+    saved = check_config(compose_config(SMALL))
     with pytest.raises(ConfigError, match="comes from ckpt"):
-        inherit(saved, check(compose_config(words)), words)
+        inherit(saved, check_config(compose_config(words)), words)

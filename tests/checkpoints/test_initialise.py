@@ -14,8 +14,9 @@ from semseg.build import build_net, imagenet_weights
 from semseg.checkpoints.format import SavedNetwork, load_weights
 from semseg.checkpoints.initialise import load_encoder_weights, start_from
 from semseg.config.compose import compose_config
-from semseg.config.preprocessing import CONVENTIONS
-from semseg.config.schema import DownloadConfig, ModelConfig, check
+from semseg.config.preprocessing import PREPROCESSING
+from semseg.config.schema import DownloadConfig, ModelConfig
+from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.data.images import read_image
 from semseg.errors import CheckpointError, ConfigError
@@ -127,13 +128,13 @@ def saved(encoder: str, decoder: str, num_classes: int, options: dict | None = N
     """A random network as a checkpoint holds it."""
     torch.manual_seed(2)
     net = build_segmenter(encoder, decoder, num_classes, decoder_options=options)
-    config = check(compose_config([f"model/encoder={encoder}", f"model/decoder={decoder}"]))
+    config = check_config(compose_config([f"model/encoder={encoder}", f"model/decoder={decoder}"]))
     return SavedNetwork(
         source="old.ckpt",
         weights={name: value.clone() for name, value in net.state_dict().items()},
         config=config,
         classes=ClassTable.from_names([str(index) for index in range(num_classes)]),
-        convention=CONVENTIONS["bgr_mean"],
+        convention=PREPROCESSING["bgr_mean"],
     )
 
 

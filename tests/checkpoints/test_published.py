@@ -13,8 +13,9 @@ from semseg.checkpoints.format import load_weights
 from semseg.checkpoints.initialise import without_bookkeeping
 from semseg.checkpoints.published import Files, find_files, fitting, identify_decoder, identify_encoder, read_published
 from semseg.config.compose import compose_config
-from semseg.config.preprocessing import CONVENTIONS
-from semseg.config.schema import Config, DownloadConfig, check
+from semseg.config.preprocessing import PREPROCESSING
+from semseg.config.schema import Config, DownloadConfig
+from semseg.config.validate import check_config
 from semseg.errors import CheckpointError, DownloadError
 from semseg.nets.registry import resolve
 
@@ -23,7 +24,7 @@ TWO_CLASSES = ("resnet18_dilated8", "c1_deepsup", 2)
 
 
 def config(*words: str) -> Config:
-    return check(compose_config(["mode=eval", "ckpt=x", *words]))
+    return check_config(compose_config(["mode=eval", "ckpt=x", *words]))
 
 
 def read(folder: Path, *words: str):
@@ -84,7 +85,7 @@ def test_the_last_epoch_with_both_files_is_taken(tmp_path: Path) -> None:
 def test_the_release_follows_a_rule_that_is_told(tmp_path: Path, folder: str, convention: str, reason: str) -> None:
     write_files(tmp_path / folder, *TWO_CLASSES)
     saved = read(tmp_path / folder)
-    assert saved.convention == restore_net(saved).convention == CONVENTIONS[convention]
+    assert saved.convention == restore_net(saved).convention == PREPROCESSING[convention]
     assert reason in saved.note
     assert "resnet18 at output stride 8 + c1 with deep supervision, 2 classes" in saved.note
     assert "\n" not in saved.note
@@ -93,7 +94,7 @@ def test_the_release_follows_a_rule_that_is_told(tmp_path: Path, folder: str, co
 def test_what_the_files_do_not_tell_can_be_set_by_hand(tmp_path: Path) -> None:
     write_files(tmp_path, *TWO_CLASSES)
     saved = read(tmp_path, "model.convention=bgr_mean", "model.encoder.output_stride=16")
-    assert saved.convention == CONVENTIONS["bgr_mean"]
+    assert saved.convention == PREPROCESSING["bgr_mean"]
     assert restore_net(saved).encoder.strides == (4, 8, 16, 16)
 
 

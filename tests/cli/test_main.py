@@ -58,8 +58,8 @@ def test_a_mistake_ends_in_three_lines_and_exit_code_2_and_leaves_nothing(
 
 def test_the_configuration_is_composed_and_checked_without_torch() -> None:
     code = (
-        "import sys; from semseg.config.compose import compose_config; from semseg.config.schema import check;"
-        "check(compose_config(['model=upernet50']));"
+        "import sys; from semseg.config.compose import compose_config; from semseg.config.validate import check_config;"
+        "check_config(compose_config(['model=upernet50']));"
         "assert not {'torch', 'pytorch_lightning', 'cv2'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=RUN.parent, check=True)

@@ -15,9 +15,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from semseg.cli import main
-from semseg.cli.main import claimed, run_folder
+from semseg.cli.main import claim_folder, resolve_run_dir
 from semseg.config.compose import CONFIG_DIR, compose_with_hydra
-from semseg.config.overrides import parse_overrides, quote
+from semseg.config.overrides import parse_overrides, quote_value
 from semseg.errors import ConfigError
 
 pytestmark = pytest.mark.reliability
@@ -69,7 +69,7 @@ def test_f1_sweeps_of_the_same_second_get_different_folders_with_all_their_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main, "run_in_own_process", lambda overrides, run_dir, scores: 0.0)
+    monkeypatch.setattr(main, "run_sweep_job", lambda overrides, run_dir, scores: 0.0)
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["run.py", "-m", *COMPARE, "seed=1,2", "runs_dir=x", *frozen_sweep()])
         with pytest.raises(SystemExit):
@@ -87,22 +87,22 @@ def test_f1_a_folder_that_the_user_names_is_kept(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     for word in ("run_dir=mine", f"hydra.run.dir={tmp_path}/mine", "run_dir='runs/2026-01-02_03-04-05_train'"):
         composed = compose_with_hydra(parse_overrides([word]))
-        first = run_folder(composed)
+        first = resolve_run_dir(composed)
         first.mkdir(parents=True, exist_ok=True)
-        assert run_folder(composed) == first
+        assert resolve_run_dir(composed) == first
     assert not list(tmp_path.rglob("*_2"))
 
 
 def test_f1_a_hundred_claims_at_once_give_a_hundred_folders(tmp_path: Path) -> None:
     with ThreadPoolExecutor(16) as pool:
-        folders = list(pool.map(lambda _: claimed(tmp_path / "runs" / "now"), range(100)))
+        folders = list(pool.map(lambda _: claim_folder(tmp_path / "runs" / "now"), range(100)))
     assert len(set(folders)) == 100 and all(folder.is_dir() for folder in folders)
 
 
 def test_f1_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ConfigError, match="this run folder cannot be made"):
-        claimed(tmp_path / "runs" / "now")
+        claim_folder(tmp_path / "runs" / "now")
 
 
 def test_f1_and_f3_ranks_that_somebody_else_started_share_the_folder_that_rank_0_claimed(
@@ -114,12 +114,12 @@ def test_f1_and_f3_ranks_that_somebody_else_started_share_the_folder_that_rank_0
     def agreed(mine: str, rank: int) -> str:
         return told.setdefault("run_dir", mine) if rank == 0 else told["run_dir"]
 
-    monkeypatch.setattr(main, "agreed_run_dir", agreed)
+    monkeypatch.setattr(main, "agree_on_run_dir", agreed)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    taken = run_folder(compose_with_hydra(["run_dir=${runs_dir}/${now:then}"]))
+    taken = resolve_run_dir(compose_with_hydra(["run_dir=${runs_dir}/${now:then}"]))
     for rank in (0, 1, 2):
         monkeypatch.setenv("RANK", str(rank))
-        folder = run_folder(compose_with_hydra(["run_dir=${runs_dir}/${now:then}"]))
+        folder = resolve_run_dir(compose_with_hydra(["run_dir=${runs_dir}/${now:then}"]))
         assert folder == tmp_path / "runs" / "then_2"
     assert taken == tmp_path / "runs" / "then"
     assert len(list((tmp_path / "runs").iterdir())) == 2
@@ -128,14 +128,16 @@ def test_f1_and_f3_ranks_that_somebody_else_started_share_the_folder_that_rank_0
 def test_f3_ranks_of_ours_are_told_the_folder_and_claim_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     commands = []
-    monkeypatch.setattr(main, "supervise", lambda command, processes, run_dir: commands.append((command, run_dir)) or 0)
+    monkeypatch.setattr(
+        main, "supervise_ranks", lambda command, processes, run_dir: commands.append((command, run_dir)) or 0
+    )
     monkeypatch.setattr(sys, "argv", ["run.py", "trainer.devices=2"])
     with pytest.raises(SystemExit) as ended:
         main.main()
     assert ended.value.code == 0
     [(command, run_dir)] = commands
     assert list((tmp_path / "runs").iterdir()) == [run_dir]
-    assert run_folder(compose_with_hydra(command[2:])) == run_dir
+    assert resolve_run_dir(compose_with_hydra(command[2:])) == run_dir
     assert list((tmp_path / "runs").iterdir()) == [run_dir]
 
 
@@ -143,6 +145,6 @@ def test_f3_ranks_of_ours_are_told_the_folder_and_claim_none(tmp_path: Path, mon
     "name", ["plain", "my runs", 'a"b', "a\\", 'a\\"b', "a\\\\", "it's", "a=b,c(d)", "[x]{y}", "ü"]
 )
 def test_any_name_of_a_folder_survives_hydras_grammar(name: str, tmp_path: Path) -> None:
-    composed = compose_with_hydra([f"hydra.run.dir={quote(tmp_path / name)}"])
-    assert run_folder(composed) == tmp_path / name
+    composed = compose_with_hydra([f"hydra.run.dir={quote_value(tmp_path / name)}"])
+    assert resolve_run_dir(composed) == tmp_path / name
     assert OmegaConf.to_container(composed.hydra.run, resolve=False) == {"dir": str(tmp_path / name)}

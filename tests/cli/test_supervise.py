@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from semseg.cli.supervise import EXTERNAL_LAUNCHERS, FOLDER, check_world_size, num_processes, supervise
+from semseg.cli.supervise import LAUNCHER_VARIABLES, RANKS_FOLDER, check_world_size, count_processes, supervise_ranks
 from semseg.config.compose import compose_config
-from semseg.config.schema import check
+from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 
 WAIT = "time.sleep(60)"
 SPEAK = """
-from semseg.cli.supervise import leave_last_words
+from semseg.cli.supervise import record_error
 try:
     raise ValueError("a damaged image")
 except ValueError as error:
-    leave_last_words(error, 1)
+    record_error(error, 1)
 """
 
 
@@ -35,7 +35,7 @@ if int(os.environ["LOCAL_RANK"]) == {rank}:
 else:
 {indented(others)}
 """
-    return supervise([sys.executable, "-c", code], 2, tmp_path)
+    return supervise_ranks([sys.executable, "-c", code], 2, tmp_path)
 
 
 def indented(code: str) -> str:
@@ -88,13 +88,13 @@ def test_a_killed_rank_is_named_even_if_the_other_spoke_of_it(
 
 def test_all_well_is_zero_and_other_ranks_write_to_their_log(tmp_path: Path) -> None:
     assert job(tmp_path, 1, "print('hello from one')", "pass") == 0
-    assert (tmp_path / FOLDER / "rank1.log").read_text().strip() == "hello from one"
+    assert (tmp_path / RANKS_FOLDER / "rank1.log").read_text().strip() == "hello from one"
 
 
 def test_what_a_rank_started_ends_with_it(tmp_path: Path) -> None:
     fault = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nprint(child.pid, flush=True)\nos._exit(3)"
     job(tmp_path, 1, fault)
-    child = int((tmp_path / FOLDER / "rank1.log").read_text())
+    child = int((tmp_path / RANKS_FOLDER / "rank1.log").read_text())
     time.sleep(0.2)
     status = Path(f"/proc/{child}/stat")
     assert not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
@@ -107,12 +107,12 @@ def without_nohup() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_supervisor_ends_all(tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import sys; from pathlib import Path; from semseg.cli.supervise import supervise;"
-        f"sys.exit(supervise([sys.executable, '-c', 'import time; time.sleep(60)'], 2, Path({str(tmp_path)!r})))"
+        "import sys; from pathlib import Path; from semseg.cli.supervise import supervise_ranks;"
+        f"sys.exit(supervise_ranks([sys.executable, '-c', 'import time; time.sleep(60)'], 2, Path({str(tmp_path)!r})))"
     )
     root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen([sys.executable, "-c", code], cwd=root, preexec_fn=without_nohup)  # noqa: PLW1509
-    while not (tmp_path / FOLDER / "rank1.log").exists():
+    while not (tmp_path / RANKS_FOLDER / "rank1.log").exists():
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait(timeout=15) == (130 if number == signal.SIGINT else 143)
@@ -131,12 +131,12 @@ def test_a_signal_to_the_supervisor_ends_all(tmp_path: Path, number: signal.Sign
     ],
 )
 def test_a_process_per_device(monkeypatch: pytest.MonkeyPatch, overrides: list[str], count: int) -> None:
-    for name in EXTERNAL_LAUNCHERS:
+    for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    config = check(compose_config(overrides))
-    assert num_processes(config) == count
+    config = check_config(compose_config(overrides))
+    assert count_processes(config) == count
     monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun has started the ranks already
-    assert num_processes(config) == 1
+    assert count_processes(config) == 1
     assert os.environ["LOCAL_RANK"] == "0"
 
 
@@ -170,11 +170,11 @@ REFUSED = "has started 4 processes, but trainer.devices={} on trainer.num_nodes=
 def test_e11_the_number_of_processes_is_that_of_the_configuration(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], overrides: list[str], refusal: str | None
 ) -> None:
-    for name in (*TORCHRUN, *SRUN, *MPIRUN, *EXTERNAL_LAUNCHERS):
+    for name in (*TORCHRUN, *SRUN, *MPIRUN, *LAUNCHER_VARIABLES):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    config = check(compose_config(overrides))
+    config = check_config(compose_config(overrides))
     if refusal is None:
         return check_world_size(config)
     with pytest.raises(ConfigError) as raised:

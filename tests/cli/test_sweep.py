@@ -22,8 +22,8 @@ from omegaconf import OmegaConf
 from helpers.browser import in_browser, needs_browser
 from helpers.command_line import TINY, run
 from semseg.cli import main, sweep
-from semseg.cli.supervise import RANK_NAMES, Ended, run_alone
-from semseg.cli.sweep import outcome
+from semseg.cli.supervise import RANK_VARIABLES, ProcessEnd, run_isolated
+from semseg.cli.sweep import classify_end
 from semseg.config.compose import CONFIG_DIR, compose_with_hydra, explain_option
 from semseg.reports.sweep_page import choose_log_marks, render_sweep_page
 from semseg.storage.run_results import (
@@ -50,23 +50,23 @@ class Stub:
         self.failing: set[str] = set()
         self.stopping: set[str] = set()  # Ctrl-C comes in these
 
-    def __call__(self, command: Sequence[str], last_words: Path) -> Ended:
+    def __call__(self, command: Sequence[str], last_words: Path) -> ProcessEnd:
         given = dict(word.split("=", 1) for word in command[2:])
         rate, run_dir = given["optim.lr"], Path(given["run_dir"].strip('"'))
         self.rates.append(rate)
         if rate in self.stopping:
-            return Ended(130, signal.SIGINT)
+            return ProcessEnd(130, signal.SIGINT)
         if rate in self.failing:
             last_words.write_text("1\nTraceback\nsemseg.errors.DataError: no such image.\n")
-            return Ended(1, None)
+            return ProcessEnd(1, None)
         write_result(run_dir, Result(1 - 10 * float(rate), "val/miou", "max"))
-        return Ended(0, None)
+        return ProcessEnd(0, None)
 
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     stub = Stub()
-    monkeypatch.setattr(sweep, "run_alone", stub)
+    monkeypatch.setattr(sweep, "run_isolated", stub)
     return stub
 
 
@@ -164,20 +164,20 @@ def test_time_of_all_attempts_adds_up(stub: Stub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ended", "status", "reason"),
     [
-        (Ended(0, None), "finished", ""),
-        (Ended(130, None), "stopped", ""),
-        (Ended(143, signal.SIGTERM), "stopped", ""),
-        (Ended(-9, signal.SIGINT), "stopped", ""),  # it did not stop in time
-        (Ended(-9, None), "failed", "killed by signal 9 (SIGKILL)"),
-        (Ended(2, None), "failed", "exit code 2"),
+        (ProcessEnd(0, None), "finished", ""),
+        (ProcessEnd(130, None), "stopped", ""),
+        (ProcessEnd(143, signal.SIGTERM), "stopped", ""),
+        (ProcessEnd(-9, signal.SIGINT), "stopped", ""),  # it did not stop in time
+        (ProcessEnd(-9, None), "failed", "killed by signal 9 (SIGKILL)"),
+        (ProcessEnd(2, None), "failed", "exit code 2"),
     ],
 )
-def test_the_end_of_a_process_in_words(ended: Ended, status: str, reason: str, tmp_path: Path) -> None:
-    assert outcome(ended, tmp_path, scores=False) == (status, reason)
+def test_the_end_of_a_process_in_words(ended: ProcessEnd, status: str, reason: str, tmp_path: Path) -> None:
+    assert classify_end(ended, tmp_path, scores=False) == (status, reason)
 
 
 def test_a_training_without_a_result_has_not_ended(tmp_path: Path) -> None:
-    assert outcome(Ended(0, None), tmp_path, scores=True) == ("stopped", "")
+    assert classify_end(ProcessEnd(0, None), tmp_path, scores=True) == ("stopped", "")
 
 
 @pytest.mark.reliability
@@ -260,7 +260,7 @@ def test_the_page_sorts_and_fits_a_telephone(tmp_path: Path) -> None:
 def test_a_job_gets_our_signals_and_nothing_that_makes_it_a_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in RANK_NAMES:
+    for name in RANK_VARIABLES:
         monkeypatch.setenv(name, "1")
     code = f"""
 import os, signal, sys, time
@@ -268,13 +268,13 @@ def stop(*_):
     open("stopped", "w").close()
     sys.exit(130)
 signal.signal(signal.SIGINT, stop)
-assert not set(os.environ) & set({RANK_NAMES!r})
+assert not set(os.environ) & set({RANK_VARIABLES!r})
 open("ready", "w").close()
 time.sleep({GRACE})
 """
     monkeypatch.chdir(tmp_path)
     threading.Thread(target=interrupt_once, args=(tmp_path / "ready",), daemon=True).start()
-    assert run_alone([sys.executable, "-c", code], tmp_path / "error.txt") == Ended(130, signal.SIGINT)
+    assert run_isolated([sys.executable, "-c", code], tmp_path / "error.txt") == ProcessEnd(130, signal.SIGINT)
     assert (tmp_path / "stopped").exists()
 
 
@@ -350,7 +350,7 @@ def test_optuna_without_one_good_job_ends_with_the_table(
     stub: Stub, start: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    monkeypatch.setattr(sweep, "run_alone", lambda command, last_words: Ended(1, None))
+    monkeypatch.setattr(sweep, "run_isolated", lambda command, last_words: ProcessEnd(1, None))
     assert start("-m", "hparams_search=optuna", "hydra.sweeper.n_trials=2", "sweep_dir=x") == 1
     assert [row["reason"] for row in table(tmp_path / "x")] == ["exit code 1"] * 2
     assert "Traceback" not in capsys.readouterr().err
@@ -385,6 +385,8 @@ def test_f4_a_sweep_that_trains(start: Sweep, tmp_path: Path, monkeypatch: pytes
     result = read_result(finished.folder)
     assert result is not None and result.score is not None and (result.monitor, result.mode) == ("val/miou", "max")
     again: list[Path] = []
-    monkeypatch.setattr(sweep, "run_alone", lambda command, last_words: again.append(last_words) or Ended(2, None))
+    monkeypatch.setattr(
+        sweep, "run_isolated", lambda command, last_words: again.append(last_words) or ProcessEnd(2, None)
+    )
     assert start(*words) == 1
     assert [path.parent for path in again] == [failed.folder]

@@ -9,10 +9,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from semseg.config.compose import compose_config, hydra_failures_explained, list_groups
-from semseg.config.explain import explain_error
+from semseg.config.compose import compose_config, list_groups, translate_hydra_failures
+from semseg.config.explain import explain_hydra_error
 from semseg.config.overrides import parse_overrides
-from semseg.config.schema import check, schema_keys
+from semseg.config.schema import list_keys
+from semseg.config.validate import check_config
 from semseg.errors import SemsegError
 
 pytestmark = pytest.mark.reliability
@@ -53,7 +54,7 @@ def mutant(rng: random.Random) -> str:
     return word
 
 
-KEYS = [*schema_keys(), *list_groups(), "hydra.run.dir", "lr", "x", "logger.csv", "callbacks.x", "model.encoder.name"]
+KEYS = [*list_keys(), *list_groups(), "hydra.run.dir", "lr", "x", "logger.csv", "callbacks.x", "model.encoder.name"]
 VALUES = [word.partition("=")[2] for word in REAL] + PIECES
 
 
@@ -62,16 +63,16 @@ def complaint(words: list[str], *, compose: bool) -> str | None:
     try:
         words = parse_overrides(words)
         if compose:
-            check(compose_config([word for word in words if not word.startswith("-")]))
+            check_config(compose_config([word for word in words if not word.startswith("-")]))
         else:
             parser = OverridesParser.create()
             for word in words:
-                with hydra_failures_explained([word]):
+                with translate_hydra_failures([word]):
                     parser.parse_override(word)
     except SemsegError as error:
         return str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        return explain_error(error, words)
+        return explain_hydra_error(error, words)
     return None
 
 

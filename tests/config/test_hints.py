@@ -12,21 +12,22 @@ from omegaconf import OmegaConf, open_dict
 
 from semseg.build import OWN_TRAINER_KEYS
 from semseg.config.compose import compose_config, list_groups
-from semseg.config.explain import explain_error
-from semseg.config.hints import REMOVED, SYNONYMS, TRAINER, unknown_key
-from semseg.config.schema import TrainerConfig, check, schema_keys
+from semseg.config.explain import explain_hydra_error
+from semseg.config.hints import KEY_SYNONYMS, REMOVED_KEYS, TRAINER_HINTS, explain_unknown_key
+from semseg.config.schema import TrainerConfig, list_keys
+from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 
 pytestmark = pytest.mark.reliability
-KEYS = schema_keys()
+KEYS = list_keys()
 COMPOSED = compose_config([])
 
 
 def answer(word: str) -> str:
     """What the program says against one word of the command line."""
     with pytest.raises((ConfigError, HydraException)) as caught:
-        check(compose_config([word]))
-    return str(caught.value) if isinstance(caught.value, ConfigError) else explain_error(caught.value, [word])
+        check_config(compose_config([word]))
+    return str(caught.value) if isinstance(caught.value, ConfigError) else explain_hydra_error(caught.value, [word])
 
 
 def answer_of_a_file(key: str) -> str:
@@ -35,7 +36,7 @@ def answer_of_a_file(key: str) -> str:
     with open_dict(composed):
         OmegaConf.update(composed, key, 1, force_add=True)
     with pytest.raises(ConfigError) as caught:
-        check(composed)
+        check_config(composed)
     return str(caught.value)
 
 
@@ -48,10 +49,10 @@ def test_i4_a_typo_in_any_key_of_any_section_is_answered() -> None:
     assert {"bench.steps", "download.cache", "serve.port", "data.make.seed", "loss.terms.dice"} <= set(KEYS)
     for key in KEYS:
         section, dot, last = key.rpartition(".")
-        assert f"Did you mean {key}?" in unknown_key(f"{section}{dot}{doubled(last)}", KEYS)
+        assert f"Did you mean {key}?" in explain_unknown_key(f"{section}{dot}{doubled(last)}", KEYS)
         swapped = f"{section}{dot}{last[0]}{last[2:3]}{last[1]}{last[3:]}"
         if len(last) > 3 and swapped not in KEYS:  # in the same section: model.edcoder may be either of two
-            assert f"Did you mean {section}{dot}" in unknown_key(swapped, KEYS)
+            assert f"Did you mean {section}{dot}" in explain_unknown_key(swapped, KEYS)
 
 
 @pytest.mark.parametrize("section", sorted({key.rpartition(".")[0] for key in KEYS} - {""}))
@@ -59,7 +60,7 @@ def test_i4_every_section_of_a_file_answers_a_typo(section: str) -> None:
     key = max((key for key in KEYS if key.rpartition(".")[0] == section), key=len)
     base = section.replace("data.make", "data").replace("data.archive", "data")  # absent from the default data set
     wrong = f"{section}.{doubled(key.rpartition('.')[2])}"
-    told = answer_of_a_file(wrong) if base == section else unknown_key(wrong, KEYS)
+    told = answer_of_a_file(wrong) if base == section else explain_unknown_key(wrong, KEYS)
     assert f"Did you mean {key}?" in told
 
 
@@ -92,34 +93,37 @@ def test_i4_what_was_meant_is_told(word: str, part: str) -> None:
     ],
 )  # fmt: skip
 def test_i4_a_key_of_another_section_or_program_is_answered(key: str, meant: str) -> None:
-    assert unknown_key(key, KEYS + list_groups()) == f"There is no key {key!r}. Did you mean {meant}?"
+    assert explain_unknown_key(key, KEYS + list_groups()) == f"There is no key {key!r}. Did you mean {meant}?"
 
 
 def test_i3_every_option_of_lightnings_trainer_is_accepted_or_answered() -> None:
     accepted = {item.name for item in fields(TrainerConfig)} - set(OWN_TRAINER_KEYS)
     options = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
     assert accepted <= options, "one of ours is no option of Lightning's any more"
-    assert options - accepted - set(TRAINER) == set()
-    for option in TRAINER:
-        assert unknown_key(f"trainer.{option}", KEYS) == f"There is no key 'trainer.{option}'. {TRAINER[option]}"
-        assert unknown_key(option, KEYS) == f"There is no key {option!r}. {TRAINER[option]}"
-    assert not accepted & set(TRAINER)
+    assert options - accepted - set(TRAINER_HINTS) == set()
+    for option in TRAINER_HINTS:
+        assert (
+            explain_unknown_key(f"trainer.{option}", KEYS)
+            == f"There is no key 'trainer.{option}'. {TRAINER_HINTS[option]}"
+        )
+        assert explain_unknown_key(option, KEYS) == f"There is no key {option!r}. {TRAINER_HINTS[option]}"
+    assert not accepted & set(TRAINER_HINTS)
 
 
-@pytest.mark.parametrize("key", REMOVED)
+@pytest.mark.parametrize("key", REMOVED_KEYS)
 def test_i3_a_key_of_an_earlier_version_is_answered_by_what_there_is_instead(key: str) -> None:
     assert key not in KEYS
     for word in (f"{key}=x", f"+{key}=x", f"++{key}=x"):
         told = answer(word)
-        assert told == f"There is no key {key!r} any more. {REMOVED[key]}"
-    assert REMOVED[key] in answer_of_a_file(key)
+        assert told == f"There is no key {key!r} any more. {REMOVED_KEYS[key]}"
+    assert REMOVED_KEYS[key] in answer_of_a_file(key)
 
 
 def test_i3_the_answers_name_keys_that_exist() -> None:
     known = {*KEYS, *list_groups(), "model.encoder.weights"}
-    assert set(SYNONYMS.values()) <= known
-    assert not set(SYNONYMS) & known
-    for text in [*TRAINER.values(), *REMOVED.values()]:
+    assert set(KEY_SYNONYMS.values()) <= known
+    assert not set(KEY_SYNONYMS) & known
+    for text in [*TRAINER_HINTS.values(), *REMOVED_KEYS.values()]:
         for word in text.replace("=", " ").replace(",", " ").replace(":", " ").replace(";", " ").split():
             is_key = "." in word.strip(".") and not {*"<>/"} & {*word} and word != "0.999"
             assert not is_key or word.strip(".") in known, f"{word} in {text!r}"

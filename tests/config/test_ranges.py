@@ -14,7 +14,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from helpers.in_process import TINY_RUN, fit
 from semseg.config.compose import compose_config
-from semseg.config.schema import LARGEST_FLOAT, LARGEST_INT, Config, check, cross_problems, range_problems, sections_of
+from semseg.config.fields import MAX_FLOAT, MAX_INT
+from semseg.config.schema import Config, get_sections
+from semseg.config.validate import check_config, find_cross_problems, find_range_problems
 from semseg.errors import ConfigError
 
 pytestmark = pytest.mark.reliability
@@ -31,7 +33,7 @@ Value = int | float | str | bool | None
 
 def leaves(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """(dotted key, type, range) of every value of the schema."""
-    types, sections = get_type_hints(cls), sections_of(cls)
+    types, sections = get_type_hints(cls), get_sections(cls)
     for item in fields(cls):
         if item.name in sections:
             yield from leaves(sections[item.name], f"{prefix}{item.name}.")
@@ -52,7 +54,7 @@ def inside(kind: Any, limits: dict[str, Any]) -> list[Value]:
     found += [True, False] if bool in kinds else []
     low, above, high, below = (limits.get(name) for name in ("low", "above", "high", "below"))
     if int in kinds and low is not None:
-        found += [low, low + 1] + ([high - 1, high] if high is not None else [LARGEST_INT])
+        found += [low, low + 1] + ([high - 1, high] if high is not None else [MAX_INT])
     if float in kinds:
         found += [float(low), low + 1e-6] if low is not None else []
         found += [above + 1e-6] if above is not None else []
@@ -70,9 +72,9 @@ def outside(kind: Any, limits: dict[str, Any]) -> list[Value]:
     found += [end for end in (above, below) if end is not None]
     found += [high + step] if high is not None else []
     if float in kinds:
-        found += [math.nan, math.inf, -math.inf, 2 * LARGEST_FLOAT]
+        found += [math.nan, math.inf, -math.inf, 2 * MAX_FLOAT]
     if int in kinds and limits:
-        found += [LARGEST_INT + 1] if "choices" not in limits else []
+        found += [MAX_INT + 1] if "choices" not in limits else []
     return found + (["nonsense"] if "choices" in limits else [])
 
 
@@ -103,18 +105,18 @@ def with_value(config: Config, key: str, value: Value) -> Config:
     section: Any = copied
     for word in path:
         if getattr(section, word) is None:  # data.make and data.archive
-            setattr(section, word, sections_of(type(section))[word]())
+            setattr(section, word, get_sections(type(section))[word]())
         section = getattr(section, word)
     setattr(section, last, value)
     return copied
 
 
 def problems(config: Config) -> list[str]:
-    return [*range_problems(config), *cross_problems(config)]
+    return [*find_range_problems(config), *find_cross_problems(config)]
 
 
 def test_i5_every_value_outside_of_its_range_is_refused_with_the_key() -> None:
-    config = check(BASE)
+    config = check_config(BASE)
     refused = {
         (key, value): problems(with_value(config, key, value)) for key, *rest in LEAVES for value in outside(*rest)
     }
@@ -123,7 +125,7 @@ def test_i5_every_value_outside_of_its_range_is_refused_with_the_key() -> None:
 
 
 def test_i5_every_value_inside_its_range_is_accepted_or_contradicts_another_key() -> None:
-    config = check(BASE)
+    config = check_config(BASE)
     refused = {
         (key, value): problems(with_value(config, key, value)) for key, *rest in LEAVES for value in inside(*rest)
     }
@@ -159,7 +161,7 @@ def test_i6_two_steps_are_taken_with_every_value_inside_its_range(
             continue
         given = {key: value, "data.root": str(root), "run_dir": str(tmp_path / str(number))}
         try:
-            config = check(changed(**{"trainer.max_steps": 2, "checkpoint.every_n_steps": 1} | given))
+            config = check_config(changed(**{"trainer.max_steps": 2, "checkpoint.every_n_steps": 1} | given))
             steps = fit(config)["global_step"]
         except ConfigError as error:  # a value that another key does not go with
             assert (key.rpartition(".")[0] or key) in str(error)

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from semseg.config.compose import CONFIG_DIR, compose_config
-from semseg.config.hints import nearest_key
-from semseg.config.schema import Config, as_plain, check, schema_keys
+from semseg.config.hints import find_nearest_key
+from semseg.config.schema import Config, config_to_plain, list_keys
+from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 
 ROOT = CONFIG_DIR.parent
@@ -15,7 +16,7 @@ ROOT = CONFIG_DIR.parent
 
 def problem(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        check(compose_config(list(overrides)))
+        check_config(compose_config(list(overrides)))
     return str(caught.value)
 
 
@@ -24,7 +25,7 @@ def options(group: str) -> list[str]:
 
 
 def test_the_defaults_are_the_published_ones() -> None:
-    config = check(compose_config([]))
+    config = check_config(compose_config([]))
     assert config.model.name == "resnet50_dilated8_ppm_deepsup"
     assert (config.seed, config.data.batch_size, config.data.steps_per_epoch) == (304, 2, 5000)
     assert config.data.short_edges == [300, 375, 450, 525, 600]
@@ -40,12 +41,12 @@ def test_the_defaults_are_the_published_ones() -> None:
 def test_every_option_of_every_group_composes_and_checks(group: str) -> None:
     for option in options(group):
         named = {"model/encoder": ["model.encoder.name=resnet18"], "model/decoder": ["model.decoder.name=c1"]}
-        check(compose_config([f"{group}={option}", *(named[group] if option == "custom" else [])]))
+        check_config(compose_config([f"{group}={option}", *(named[group] if option == "custom" else [])]))
 
 
 def test_every_key_of_the_schema_can_be_set_on_the_command_line() -> None:
     composed = compose_config([])
-    for key in schema_keys():
+    for key in list_keys():
         if key.startswith("data.make."):
             continue  # only data sets that are made on the spot have it
         node = composed
@@ -101,21 +102,21 @@ def test_a_typo_inside_a_file_is_caught(tmp_path: Path) -> None:
     composed = compose_config([])
     composed = type(composed)({**composed, "optim": {**composed.optim, "lerning_rate": 1}})
     with pytest.raises(ConfigError, match="lerning_rate"):
-        check(composed)
+        check_config(composed)
 
 
 def test_a_configuration_survives_the_trip_through_plain_data() -> None:
-    config = check(compose_config(["data=camvid", "model=upernet50", "trainer.devices=[0,1]"]))
-    plain = yaml.safe_load(yaml.safe_dump(as_plain(config)))
-    assert check(compose_config([]).__class__(plain)) == config
+    config = check_config(compose_config(["data=camvid", "model=upernet50", "trainer.devices=[0,1]"]))
+    plain = yaml.safe_load(yaml.safe_dump(config_to_plain(config)))
+    assert check_config(compose_config([]).__class__(plain)) == config
     assert isinstance(config, Config)
 
 
 def test_a_last_word_alone_finds_its_section() -> None:
-    assert nearest_key("lr", schema_keys()) == "optim.lr"
-    assert nearest_key("optim.lrr", schema_keys()) == "optim.lr"
-    assert nearest_key("trainer.max_epoch", schema_keys()) == "trainer.max_epochs"
-    assert nearest_key("xyzzy", schema_keys()) is None
+    assert find_nearest_key("lr", list_keys()) == "optim.lr"
+    assert find_nearest_key("optim.lrr", list_keys()) == "optim.lr"
+    assert find_nearest_key("trainer.max_epoch", list_keys()) == "trainer.max_epochs"
+    assert find_nearest_key("xyzzy", list_keys()) is None
 
 
 def test_every_line_of_the_root_configuration_is_commented() -> None:

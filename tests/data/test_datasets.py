@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from semseg.collate import collate
-from semseg.config.preprocessing import CONVENTIONS
+from semseg.config.preprocessing import PREPROCESSING
 from semseg.data.batch import Batch
 from semseg.data.datasets import EvalDataset, TrainDataset
 from semseg.data.geometry import Size
@@ -46,7 +46,7 @@ def one(name: str, short_edge: int, is_flipped: bool) -> SubBatch:
 
 def normalised_2018(image: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     """uint8 (3, H, W) RGB to float32 (1, 3, H, W) BGR minus mean, 0 outside `size`."""
-    mean = np.array(CONVENTIONS["bgr_mean"].mean, np.float32)
+    mean = np.array(PREPROCESSING["bgr_mean"].mean, np.float32)
     values = image.numpy()[::-1].astype(np.float32) - mean[:, None, None]
     inside = np.zeros(values.shape, np.float32)
     inside[:, : size[0], : size[1]] = 1
@@ -91,7 +91,7 @@ def test_evaluation_pixels_are_those_of_2018(key: str) -> None:
 @pytest.mark.parametrize("key", [key for key in PIXELS if "val" in key])
 def test_evaluation_pixels_of_2020_are_within_one_grey_level(key: str) -> None:
     name, short_edge = key[:8], int(key.split("/")[1][3:])
-    convention = CONVENTIONS["rgb_mean_std"]
+    convention = PREPROCESSING["rgb_mean_std"]
     sample = eval_set(LABEL_MAP, [short_edge], convention.antialias)[BY_NAME[name]]
     values = sample.scales[0].numpy().astype(np.float64) * convention.scale
     values = (values - np.array(convention.mean)[:, None, None]) / np.array(convention.std)[:, None, None]

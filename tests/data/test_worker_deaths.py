@@ -21,7 +21,7 @@ from semseg.data import shared_slots
 from semseg.data.loaders import WatchedLoader, workers_of
 from semseg.data.scenes import make_scenes
 from semseg.errors import DataError
-from semseg.system.process import birth
+from semseg.system.process import get_start_time
 
 pytestmark = pytest.mark.reliability
 
@@ -55,9 +55,9 @@ def workers(items: Iterator[Any]) -> list[int]:
 def wait_for(numbers: list[int], seconds: float) -> list[int]:
     """Those of the processes that still run after `seconds`; they are killed."""
     deadline = time.monotonic() + seconds
-    while any(map(birth, numbers)) and time.monotonic() < deadline:
+    while any(map(get_start_time, numbers)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    left = [number for number in numbers if birth(number)]
+    left = [number for number in numbers if get_start_time(number)]
     for number in left:
         os.kill(number, signal.SIGKILL)
     return left
@@ -69,7 +69,7 @@ def test_e10_a_worker_that_dies_while_the_network_computes_is_told_at_the_next_i
     killed = workers(items)[1]
     started = time.monotonic()
     os.kill(killed, signal.SIGKILL)
-    while birth(killed):
+    while get_start_time(killed):
         torch.ones(9).sum()  # nothing is raised here
     with pytest.raises(DataError, match=r"waiting for 1\.jpg, .*4\.jpg: .*was killed by signal SIGKILL\. "):
         next(items)

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semseg.config.preprocessing import CONVENTIONS
+from semseg.config.preprocessing import PREPROCESSING
 from semseg.errors import ConfigError
 from semseg.evaluation.inference import Prediction, band_height, batch_logits, merge_scales, predict, scale_logits
 from semseg.nets.interfaces import Logits
 from semseg.nets.normalise import normalise
 
-CONVENTION = CONVENTIONS["rgb_mean_std"]
+CONVENTION = PREPROCESSING["rgb_mean_std"]
 
 
 class Colours(nn.Module):

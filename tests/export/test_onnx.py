@@ -30,7 +30,7 @@ from semseg import build
 from semseg.build import build_net, restore_net
 from semseg.checkpoints.format import SavedNetwork, write_ckpt
 from semseg.config.compose import CONFIG_DIR, compose_config
-from semseg.config.schema import check
+from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
 from semseg.errors import CheckpointError, ConfigError, ExportError, SemsegError
 from semseg.export import onnx as onnx_export
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     words = [*SMALL, "model/decoder=c1_deepsup", f"data.root={folder / 'scenes'}"]
-    config = check(compose_config(words))
+    config = check_config(compose_config(words))
     net = build_net(config.model, NUM_CLASSES)
     classes = DataSource(config.data).classes
     write_ckpt(folder / "net.ckpt", SavedNetwork("", net.state_dict(), config, classes, net.convention, epoch=3))
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(mode: str, *words: str) -> float | None:
     """A mode in this process; the score of mode=eval."""
     overrides = [f"mode={mode}", *words]
-    config = check(compose_config(overrides))
+    config = check_config(compose_config(overrides))
     Path(config.run_dir).mkdir(parents=True, exist_ok=mode == "eval")
     return {"export": export_mode, "eval": eval_mode}[mode].run(config, overrides)
 
@@ -245,7 +245,7 @@ def test_without_the_data_set_dynamic_quantisation_works_and_nothing_is_scored(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved = read_exported(folder / "net.onnx")
-    config = check(compose_config(["data=camvid", f"data.root={tmp_path / 'nowhere'}"]))
+    config = check_config(compose_config(["data=camvid", f"data.root={tmp_path / 'nowhere'}"]))
     net = restore_net(saved)
     export_mode.print_loss(config, saved, net, net)
     assert "what the quantisation costs was not measured" in caplog.text and "nowhere" in caplog.text
@@ -274,7 +274,7 @@ def test_without_the_data_set_dynamic_quantisation_works_and_nothing_is_scored(
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_read(words: list[str], complaint: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(complaint)) as caught:
-        check(compose_config(words))
+        check_config(compose_config(words))
     assert "\n" not in str(caught.value)
 
 
@@ -284,7 +284,7 @@ def test_without_the_extra_one_line_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(build, "find_spec", lambda name: None)
     overrides = [*words, f"ckpt={folder / ('net.ckpt' if words[0] == 'mode=export' else 'net.onnx')}"]
-    config = check(compose_config(overrides))
+    config = check_config(compose_config(overrides))
     with pytest.raises(ConfigError, match=re.escape("pip install 'semseg[export]'")):
         export_mode.run(config, overrides) if config.mode == "export" else build.open_network(config, overrides)
 
@@ -318,7 +318,7 @@ def hostile(tmp_path: Path, marker: Path) -> Path:
 @pytest.mark.parametrize("key", ["ckpt", "init_from", "resume", "model.encoder.weights"])
 def test_g1_a_file_of_torch_export_is_not_opened(key: str, hostile: Path, marker: Path) -> None:
     with pytest.raises(ConfigError, match="is not read, for reading it could run code in it"):
-        check(compose_config([*SMALL, f"{key}={hostile}"]))
+        check_config(compose_config([*SMALL, f"{key}={hostile}"]))
     with pytest.raises(CheckpointError):
         build.read_checkpoint(hostile)
     assert not marker.exists()

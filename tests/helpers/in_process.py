@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from semseg.build import build_net, build_trainer
 from semseg.config.compose import compose_config
-from semseg.config.schema import Config, check
+from semseg.config.schema import Config
+from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.lit_module import SegmentationModule
@@ -50,7 +51,7 @@ class TinyEncoder(Encoder):
 
 def configured(*words: str) -> Config:
     """The configuration of a command line."""
-    return check(compose_config(list(words)))
+    return check_config(compose_config(list(words)))
 
 
 def fit(config: Config, *callbacks: Callback, resume: Path | None = None) -> dict[str, Any]:

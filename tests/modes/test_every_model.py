@@ -9,7 +9,7 @@ import torch
 
 from semseg.build import build_net
 from semseg.config.compose import CONFIG_DIR, compose_config
-from semseg.config.schema import check
+from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.lit_module import SegmentationModule
@@ -23,7 +23,7 @@ MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_a_step_on_real_images_gives_every_weight_a_gradient(model: str, shared: Path) -> None:
-    config = check(
+    config = check_config(
         compose_config(
             [f"model={model}", "model.encoder.weights=none", f"data.root={shared / 'ade20k_samples'}",
              "data.train.list=training.odgt", "data.val.list=validation.odgt", "data.short_edges=[96]",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from semseg.config.compose import compose_config
-from semseg.config.schema import network_options
+from semseg.config.schema import split_network_options
 from semseg.errors import ConfigError
 from semseg.nets.interfaces import Decoder, Encoder
 from semseg.nets.registry import OLD_NAMES, TABLES, build_decoder, build_encoder, build_segmenter, resolve
@@ -43,7 +43,7 @@ def test_old_names_are_names_and_options_of_today(kind: str, name: str) -> None:
 @pytest.mark.parametrize(("kind", "name"), [pair for pair in NAMES if not pair[1].endswith("dilated")])
 def test_a_name_and_its_configuration_file_mean_the_same(kind: str, name: str) -> None:
     section = compose_config([f"model/{kind}={name}"]).model[kind]
-    typed, options = network_options(dict(section), kind)
+    typed, options = split_network_options(dict(section), kind)
     with torch.device("meta"):
         from_file, from_name = (
             build_encoder(word, **set_by_hand) if kind == "encoder" else build_decoder(word, CHANNELS, 3, **set_by_hand)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from semseg.config.preprocessing import CONVENTIONS
+from semseg.config.preprocessing import PREPROCESSING
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError, DataError
@@ -31,7 +31,7 @@ class Brightest(nn.Module):
     """Every pixel belongs to the brightest of its three channels."""
 
     size_divisor = 4
-    convention = CONVENTIONS["rgb_mean_std"]
+    convention = PREPROCESSING["rgb_mean_std"]
 
     def __init__(self) -> None:
         super().__init__()

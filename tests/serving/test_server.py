@@ -39,7 +39,8 @@ from helpers.command_line import RUN, run
 from semseg.build import build_net
 from semseg.checkpoints.format import FORMAT_KEY, describe
 from semseg.config.compose import CONFIG_DIR, compose_config
-from semseg.config.schema import ServeConfig, check
+from semseg.config.schema import ServeConfig
+from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError
@@ -332,7 +333,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `net.ckpt`, a network of three classes, and `photo.png`, 60 x 90 pixels."""
     folder = tmp_path_factory.mktemp("serve")
     words = ["data=scenes", "model/encoder=resnet18", "model.encoder.weights=none", "model/decoder=c1"]
-    config = check(compose_config([*words, "eval.scales=[64]", "data.max_long_edge=128"]))
+    config = check_config(compose_config([*words, "eval.scales=[64]", "data.max_long_edge=128"]))
     torch.manual_seed(0)
     net = build_net(config.model, 3)
     entry = {FORMAT_KEY: describe(config, CLASSES, net.convention)}

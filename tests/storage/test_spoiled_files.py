@@ -19,7 +19,7 @@ from semseg.evaluation.tables import write_rows
 from semseg.reports.comparison import compare_runs, read_evaluations
 from semseg.reports.curves import read_metrics_log
 from semseg.storage.run_results import JOB_FILE, RESULT_FILE, read_job, read_result
-from semseg.system.text import cell, lines_printable, printable
+from semseg.system.text import escape_csv_cell, escape_lines, escape_unprintable
 from semseg.training.loggers.csv import RowFile
 
 SPOILED = [b"", b"\xff\xfe\x00", b"step\nabc\n", b"[" * 99999, b"null", b'{"a": 1e999}', b"\x00" * 40, b"a,b\n1"]
@@ -101,11 +101,17 @@ def test_h8_names_with_control_characters_are_escaped_wherever_classes_come_from
 
 @pytest.mark.reliability
 def test_h8_text_of_files_moves_no_cursor_and_starts_no_formula(tmp_path: Path) -> None:
-    assert printable("a\nb\x1b]0;title\x07") == "a\\nb\\x1b]0;title\\x07"
-    assert printable("Straße 道路 [red]") == "Straße 道路 [red]"
-    assert printable("\udcff") == "\\udcff"
-    assert lines_printable("a:\n\tb\x1b") == "a:\n\tb\\x1b"
-    assert [cell(text) for text in ("=1+1", "+1", "-1", "@a", "a=1")] == ["'=1+1", "'+1", "'-1", "'@a", "a=1"]
+    assert escape_unprintable("a\nb\x1b]0;title\x07") == "a\\nb\\x1b]0;title\\x07"
+    assert escape_unprintable("Straße 道路 [red]") == "Straße 道路 [red]"
+    assert escape_unprintable("\udcff") == "\\udcff"
+    assert escape_lines("a:\n\tb\x1b") == "a:\n\tb\\x1b"
+    assert [escape_csv_cell(text) for text in ("=1+1", "+1", "-1", "@a", "a=1")] == [
+        "'=1+1",
+        "'+1",
+        "'-1",
+        "'@a",
+        "a=1",
+    ]
     write_rows(tmp_path / "per_class.csv", [{"name": "=cmd|' /C calc'!A0", "iou": -0.5}])
     with (tmp_path / "per_class.csv").open(newline="") as file:
         assert list(csv.reader(file))[1] == ["'=cmd|' /C calc'!A0", "-0.5"]

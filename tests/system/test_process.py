@@ -15,7 +15,14 @@ import pytest
 from helpers.command_line import RUN
 from semseg.errors import INTERRUPTED, TERMINATED
 from semseg.system import process
-from semseg.system.process import SUPERVISOR, SWEEP, StopRequest, lead_sweep, stop_now, sweep_is_gone
+from semseg.system.process import (
+    SUPERVISOR_VARIABLE,
+    SWEEP_VARIABLE,
+    StopRequest,
+    announce_sweep,
+    is_sweep_gone,
+    request_stop,
+)
 
 ROOT = RUN.parent
 CHILD = "import time; from semseg.system.process import prepare; prepare(); print('on', flush=True); time.sleep(60)"
@@ -29,7 +36,7 @@ def python(code: str, *, environment: dict[str, str] | None = None, **options) -
 
 def is_there(number: int) -> bool:
     """Whether a process runs; one that nobody has waited for does not."""
-    return bool(process.birth(number))
+    return bool(process.get_start_time(number))
 
 
 def ends(number: int, within: float) -> bool:
@@ -47,7 +54,7 @@ def ends(number: int, within: float) -> bool:
 
 @pytest.mark.reliability
 def test_e7_a_child_whose_parent_is_gone_already_ends_before_it_does_anything() -> None:
-    child = python(CHILD, environment={SUPERVISOR: "1"}, stdout=subprocess.PIPE)  # our parent is another one
+    child = python(CHILD, environment={SUPERVISOR_VARIABLE: "1"}, stdout=subprocess.PIPE)  # our parent is another one
     assert child.communicate(timeout=20)[0] == ""
     assert child.returncode == -signal.SIGKILL
 
@@ -60,7 +67,7 @@ def test_e7_a_child_ends_with_its_parent_at_any_moment(delay: float, *, fails: b
     blind = "from semseg import process; process.ask_for_death_signal = lambda: False; " if fails else ""
     start = (
         "import os, subprocess, sys, time;"
-        f"os.environ[{SUPERVISOR!r}] = str(os.getpid());"
+        f"os.environ[{SUPERVISOR_VARIABLE!r}] = str(os.getpid());"
         f"child = subprocess.Popen([sys.executable, '-c', {blind + CHILD!r}], start_new_session=True);"
         "print(child.pid, flush=True); time.sleep(60)"
     )
@@ -76,35 +83,35 @@ def test_e7_a_child_ends_with_its_parent_at_any_moment(delay: float, *, fails: b
 
 @pytest.mark.reliability
 def test_e7_what_a_child_starts_is_not_taken_for_a_child_of_the_supervisor() -> None:
-    grandchild = f"import os; print({SUPERVISOR!r} in os.environ)"
+    grandchild = f"import os; print({SUPERVISOR_VARIABLE!r} in os.environ)"
     code = (
         "import subprocess, sys; from semseg.system.process import prepare, is_supervised; prepare();"
         f"print(is_supervised(), flush=True); subprocess.run([sys.executable, '-c', {grandchild!r}])"
     )
-    child = python(code, environment={SUPERVISOR: str(os.getpid())}, stdout=subprocess.PIPE)
+    child = python(code, environment={SUPERVISOR_VARIABLE: str(os.getpid())}, stdout=subprocess.PIPE)
     assert child.communicate(timeout=20)[0].split() == ["True", "False"]
 
 
 @pytest.mark.reliability
 def test_e7_a_launcher_s_process_knows_whether_its_sweep_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(SWEEP, raising=False)
-    assert not sweep_is_gone()  # there is none
-    lead_sweep()
-    assert not sweep_is_gone()
-    host, _, birth = os.environ[SWEEP].split(" ")
+    monkeypatch.delenv(SWEEP_VARIABLE, raising=False)
+    assert not is_sweep_gone()  # there is none
+    announce_sweep()
+    assert not is_sweep_gone()
+    host, _, birth = os.environ[SWEEP_VARIABLE].split(" ")
     ended = python("pass")
     ended.wait()
     for gone in (
         f"{host} {ended.pid} {birth}",
         f"{host} {os.getpid()} 1",
     ):  # the number may be another process's by now
-        monkeypatch.setenv(SWEEP, gone)
-        assert sweep_is_gone()
+        monkeypatch.setenv(SWEEP_VARIABLE, gone)
+        assert is_sweep_gone()
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    assert not sweep_is_gone()  # the job is SLURM's
+    assert not is_sweep_gone()  # the job is SLURM's
     monkeypatch.delenv("SUBMITIT_EXECUTOR")
-    monkeypatch.setenv(SWEEP, f"elsewhere {ended.pid} 1")
-    assert not sweep_is_gone()  # cannot be told from here
+    monkeypatch.setenv(SWEEP_VARIABLE, f"elsewhere {ended.pid} 1")
+    assert not is_sweep_gone()  # cannot be told from here
 
 
 # ---- signals
@@ -114,8 +121,8 @@ def test_e7_a_launcher_s_process_knows_whether_its_sweep_is_there(monkeypatch: p
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Nobody has asked this process to stop; the codes with which it would have ended at once."""
     codes: list[int] = []
-    monkeypatch.setattr(process, "_was_asked", False)
-    monkeypatch.setattr(process, "leave_at_once", codes.append)
+    monkeypatch.setattr(process, "_is_stopping", False)
+    monkeypatch.setattr(process, "exit_immediately", codes.append)
     monkeypatch.setattr(process, "UNWIND_SECONDS", 1000)
     return codes
 
@@ -133,11 +140,11 @@ def test_e8_a_signal_unwinds_and_the_second_ctrl_c_ends_at_once(
     asked: list[int], capfd: pytest.CaptureFixture[str], number: int, code: int, line: str
 ) -> None:
     with pytest.raises(StopRequest) as request:
-        stop_now(number, None)
+        request_stop(number, None)
     assert (request.value.code, request.value.number) == (code, number)
-    stop_now(signal.SIGTERM, None)  # a scheduler sends it to every process of a job, more than once
+    request_stop(signal.SIGTERM, None)  # a scheduler sends it to every process of a job, more than once
     assert asked == []
-    stop_now(signal.SIGINT, None)
+    request_stop(signal.SIGINT, None)
     assert asked == [INTERRUPTED]
     assert capfd.readouterr().err == f"{line}\n"
 

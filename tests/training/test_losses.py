@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semseg.config.compose import compose_config
-from semseg.config.schema import LossConfig, LossTermsConfig, check
+from semseg.config.schema import LossConfig, LossTermsConfig
+from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 from semseg.nets.interfaces import Logits
 from semseg.training.losses import build_terms, class_weights, segmentation_loss
@@ -288,4 +289,4 @@ def test_class_weights_are_read_from_what_the_doctor_wrote(tmp_path: Path) -> No
 )
 def test_a_loss_that_makes_no_sense_is_refused(words: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        check(compose_config(words))
+        check_config(compose_config(words))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from semseg.config.preprocessing import CONVENTIONS, InputConvention
+from semseg.config.preprocessing import PREPROCESSING, Preprocessing
 from semseg.nets.blocks import BatchNorm2d
 from semseg.nets.interfaces import Encoder, WeightsFile
 
@@ -69,11 +69,11 @@ class LibraryEncoder(Encoder):
         return features.permute(0, 3, 1, 2)
 
 
-def rgb_convention(mean: list[float], std: list[float]) -> InputConvention:
+def rgb_convention(mean: list[float], std: list[float]) -> Preprocessing:
     """Normalisation as libraries write it: of RGB pixels in 0..1."""
     red_mean, green_mean, blue_mean = mean
     red_std, green_std, blue_std = std
-    return CONVENTIONS["rgb_mean_std"]._replace(
+    return PREPROCESSING["rgb_mean_std"]._replace(
         mean=(red_mean, green_mean, blue_mean), std=(red_std, green_std, blue_std)
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semseg.errors import CheckpointError, ConfigError, nearest
+from semseg.errors import CheckpointError, ConfigError, find_nearest
 from semseg.nets.encoders.dilation import stage_plans
 from semseg.nets.encoders.library import FINEST_STRIDE, LibraryEncoder, rgb_convention, weights_file
 from semseg.nets.interfaces import WeightsFile
@@ -147,7 +147,7 @@ def check_name(name: str) -> None:
     names = [*timm.list_models(), *timm.list_pretrained()]
     if name in names:
         return
-    meant = nearest(name, names)
+    meant = find_nearest(name, names)
     hint = f" Did you mean {meant}?" if meant else ""
     raise ConfigError(f"model.encoder.name={name}: timm has no such network.{hint} timm.list_models() names all.")
 

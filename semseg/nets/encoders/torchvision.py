@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import ResNet, SwinTransformer
 
-from semseg.errors import ConfigError, choose
+from semseg.errors import ConfigError, check_choice
 from semseg.nets.encoders.dilation import stage_plans
 from semseg.nets.encoders.library import FINEST_STRIDE, LibraryEncoder, rgb_convention, weights_file
 
@@ -85,7 +85,7 @@ def build_model(name: str, output_stride: int) -> nn.Module:
         ConfigError: see TorchvisionEncoder.
     """
     names = [name for name in models.list_models(module=models) if name.startswith(FAMILIES)]
-    choose("model.encoder.name", name, names)
+    check_choice("model.encoder.name", name, names)
     plans = stage_plans(output_stride)
     if output_stride == 32:
         return models.get_model(name, weights=None)

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from semseg.config.schema import DataConfig
 from semseg.data.batch import Batch
 from semseg.errors import DataError
-from semseg.system.text import lines_printable
+from semseg.system.text import escape_lines
 from semseg.training.callbacks.stop import Votes
 
 FEW = 100  # images; a share of fewer says nothing yet
@@ -23,7 +23,7 @@ def tell_bad(reason: str) -> None:
     """Print what is wrong with an image that is left out; once in a process."""
     if reason not in _told:
         _told.add(reason)
-        print(f"left out: {lines_printable(reason)}", file=sys.stderr, flush=True)
+        print(f"left out: {escape_lines(reason)}", file=sys.stderr, flush=True)
 
 
 def check_share(left_out: int, seen: int, limit: float) -> None:

@@ -22,11 +22,11 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from semseg.config.schema import Config, as_plain
+from semseg.config.schema import Config, config_to_plain
 from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 from semseg.evaluation.metrics import Scores
-from semseg.system.text import printable
+from semseg.system.text import escape_unprintable
 
 WEAKEST = 5  # classes named after every validation
 OTHER_MODES = ("predict", "serve", "export", "check", "bench", "download")  # sections that training does not read
@@ -49,7 +49,7 @@ def config_tree(config: Config, overrides: Sequence[str]) -> Tree:
     """
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     sections: dict[str, dict[str, Any]] = {"": {}}
-    for key, value in leaves(as_plain(config)):
+    for key, value in leaves(config_to_plain(config)):
         section, _, name = key.partition(".")
         inside = sections.setdefault(section, {}) if name else sections[""]
         if value is not None and value not in ([], {}, ""):
@@ -245,7 +245,9 @@ def validation_table(scores: Scores, best: float | None, names: Sequence[str], t
     is_best = scores.mean_iou is not None and (best is None or scores.mean_iou > best)
     table.add_row(*row.values(), style="green" if is_best else None)
     known = sorted((iou, name) for iou, name in zip(scores.iou, names, strict=True) if iou is not None)
-    weakest = Text(f"weakest: {', '.join(f'{printable(name)} {iou:.3f}' for iou, name in known[:WEAKEST])}", "dim")
+    weakest = Text(
+        f"weakest: {', '.join(f'{escape_unprintable(name)} {iou:.3f}' for iou, name in known[:WEAKEST])}", "dim"
+    )
     return Group(table, weakest)
 
 

@@ -15,7 +15,7 @@ from semseg.checkpoints.atomic_io import BestCheckpoint
 from semseg.checkpoints.format import FOLDER
 from semseg.config.schema import CheckpointConfig
 from semseg.data.batch import Batch
-from semseg.system.process import take_signals
+from semseg.system.process import handle_stop_signals
 from semseg.training.callbacks.saver import Saver
 
 MONITOR = "val/miou"
@@ -108,4 +108,4 @@ class EndOnSignals(Callback):
     def _restore(self, trainer: pl.Trainer) -> None:
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if not isinstance(environment, SLURMEnvironment):
-            take_signals()
+            handle_stop_signals()

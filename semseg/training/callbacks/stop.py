@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from semseg.errors import SemsegError
-from semseg.system.process import heeded_signals, stop_now, stopped_code
+from semseg.system.process import get_stop_code, list_stop_signals, request_stop
 
 
 class StoppedError(SemsegError):
@@ -20,7 +20,7 @@ class StoppedError(SemsegError):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.number = number  # of the signal
-        self.exit_code = stopped_code(number)
+        self.exit_code = get_stop_code(number)
 
 
 class StopSignals:
@@ -32,7 +32,7 @@ class StopSignals:
 
     def install(self) -> None:
         """Take over the signals. Lightning's own handler ends with exit code 0 and hangs if one rank gets it alone."""
-        for number in heeded_signals():
+        for number in list_stop_signals():
             handler = signal.signal(number, self._note)
             self._before.setdefault(number, handler)
 
@@ -44,7 +44,7 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
-        signal.signal(signal.SIGINT, stop_now)
+        signal.signal(signal.SIGINT, request_stop)
 
 
 def requeue(number: int, *, is_first_rank: bool) -> str | None:

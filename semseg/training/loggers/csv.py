@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import Logger
 from semseg.errors import DataError
 from semseg.reports.draw import Pixels
 from semseg.storage.atomic import replacing, unwritable
-from semseg.system.text import shortened
+from semseg.system.text import shorten_repr
 
 Row = dict[str, float | str]
 FIRST_COLUMNS = ("step", "epoch")
@@ -116,8 +116,8 @@ class RowFile:
             self._rows: dict[int, Row] = {int(row["step"]): row for row in read_rows(path)}
         except (KeyError, TypeError, ValueError, csv.Error) as error:  # and bytes that are no text
             raise DataError(
-                f"{path}: this log is damaged ({type(error).__name__}: {shortened(str(error))}). Mend it, or move it "
-                "away: the run goes on without its old rows."
+                f"{path}: this log is damaged ({type(error).__name__}: {shorten_repr(str(error))}). "
+                "Mend it, or move it away: the run goes on without its old rows."
             ) from None
         self._has_news = False
 

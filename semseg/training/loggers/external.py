@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from semseg.config.schema import Config, as_plain
+from semseg.config.schema import Config, config_to_plain
 from semseg.errors import ConfigError
 from semseg.reports.draw import Pixels
 from semseg.storage.atomic import replacing
@@ -137,7 +137,7 @@ def log_settings(loggers: Sequence[Logger], config: Config) -> None:
     """
     for logger in loggers:
         try:
-            logger.log_hyperparams(as_plain(config))
+            logger.log_hyperparams(config_to_plain(config))
         except Exception as error:  # every library has kinds of its own
             raise not_opened(type(logger).__name__, error) from error
 

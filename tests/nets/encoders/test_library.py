@@ -14,8 +14,8 @@ from torchvision import models
 
 from semseg.checkpoints.initialise import differences
 from semseg.config.compose import compose_config
-from semseg.config.preprocessing import CONVENTIONS
-from semseg.config.schema import network_options
+from semseg.config.preprocessing import PREPROCESSING
+from semseg.config.schema import split_network_options
 from semseg.errors import CheckpointError, ConfigError
 from semseg.nets.blocks import BatchNorm2d
 from semseg.nets.interfaces import Encoder
@@ -206,7 +206,7 @@ def meta_encoder(library: str, name: str) -> Encoder:
 
 
 def test_pixels_enter_as_they_did_when_the_weights_were_trained() -> None:
-    assert meta_encoder("torchvision", "resnet18").convention == CONVENTIONS["rgb_mean_std"]
+    assert meta_encoder("torchvision", "resnet18").convention == PREPROCESSING["rgb_mean_std"]
     for library, name in (("torchvision", "efficientnet_v2_l"), ("timm", "test_resnet")):
         convention = meta_encoder(library, name).convention
         assert (convention.mean, convention.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -257,7 +257,7 @@ def test_synced_layers_do_what_the_library_s_layers_do(library: str, name: str) 
 def test_a_network_of_a_library_is_named_on_the_command_line() -> None:
     for library, name, channels in (("torchvision", "convnext_tiny", 768), ("timm", "efficientnet_b3", 384)):
         section = compose_config([f"model/encoder={library}", f"model.encoder.name={name}"]).model.encoder
-        typed, options = network_options(dict(section), "encoder")
+        typed, options = split_network_options(dict(section), "encoder")
         with torch.device("meta"):
             assert build_encoder(typed, **options).channels[-1] == channels
 
@@ -309,7 +309,7 @@ def test_what_a_library_does_not_have_is_told(library: str, options: dict[str, A
 
 def test_a_library_that_is_not_known_is_told() -> None:
     with pytest.raises(ConfigError, match=r"model\.encoder\.library: 'tim' is not known\. Did you mean timm\?"):
-        network_options({"library": "tim", "name": "resnet18"}, "encoder")
+        split_network_options({"library": "tim", "name": "resnet18"}, "encoder")
 
 
 def test_without_timm_the_way_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from semseg.build import build_net, build_trainer
 from semseg.config.compose import compose_config
-from semseg.config.schema import Config, check
+from semseg.config.schema import Config
+from semseg.config.validate import check_config
 from semseg.data.batch import Batch
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
@@ -52,7 +53,7 @@ class Run:
 
 
 def make(root: Path, run_dir: Path, *words: str) -> Run:
-    return Run(check(compose_config([*RUN, f"data.root={root}", f"run_dir={run_dir}", *words])))
+    return Run(check_config(compose_config([*RUN, f"data.root={root}", f"run_dir={run_dir}", *words])))
 
 
 def spoil_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg.build import build_trainer
-from semseg.config.explain import explain_error
+from semseg.config.explain import explain_hydra_error
 from semseg.config.schema import Config
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError
@@ -159,4 +159,4 @@ def test_a_server_that_is_away_is_told_in_one_line(root: Path, tmp_path: Path) -
 def test_an_unknown_logger_in_a_list_is_told_with_its_likeness() -> None:
     with pytest.raises(MissingConfigException) as caught:
         configured("logger=[csv,tensorbord]")
-    assert "Did you mean logger=tensorboard?" in explain_error(caught.value, [])
+    assert "Did you mean logger=tensorboard?" in explain_hydra_error(caught.value, [])
