@@ -1,4 +1,1 @@
-"""The local web page and JSON endpoint of mode=serve.
-
-The network behind it is a prediction.Predictor.
-"""
+"""The local web page and JSON endpoint of mode=serve, which use a prediction.Predictor."""

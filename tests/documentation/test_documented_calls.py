@@ -23,7 +23,7 @@ from semseg.config.schema import ServeConfig
 from semseg.errors import ConfigError
 from semseg.nets.registry import ENCODERS, Constructor
 from semseg.prediction.predictor import PredictionResult, Predictor
-from semseg.serving.server import Served, build_app
+from semseg.serving.server import ServedNetwork, build_app
 
 pytestmark = pytest.mark.reliability
 ROOT = RUN.parent
@@ -86,7 +86,7 @@ def test_i1_a_python_block_of_the_documentation_runs(
     monkeypatch.chdir(photo.parent)
     net = semseg.load(checkpoint, device="cpu")
     monkeypatch.setattr(semseg, "load", lambda *_, **__: net)  # the network that the page names is not here
-    served = Served("a network", net.classes, net.label_map, lambda image: net.predict(image).ids)
+    served = ServedNetwork("a network", net.classes, net.label_map, lambda image: net.predict(image).ids)
     client = TestClient(build_app(served, ServeConfig(), ["testserver"]))
     monkeypatch.setattr(requests, "post", lambda url, **given: client.post(url.rpartition(":8000")[2], **given))
     names: dict[str, Any] = {}

@@ -157,7 +157,7 @@ def test_j3_every_mode_writes_the_same_ids(folder: Path) -> None:
     assert set(np.unique(ids)) <= set(IDS)
     net = opened(folder / "net.ckpt")
     assert np.array_equal(net.predict(image).label_ids, ids)
-    served = server.Served("", net.classes, net.label_map, lambda pixels: net.predict(pixels).ids)
+    served = server.ServedNetwork("", net.classes, net.label_map, lambda pixels: net.predict(pixels).ids)
     answer = client(served).post("/predict", files={"image": image.read_bytes()}).json()
     assert np.array_equal(np.asarray(mask_of(answer)), ids)
     assert {one["id"] for one in answer["classes"]} == set(np.unique(ids).tolist())

@@ -15,11 +15,9 @@ import struct
 import subprocess
 import sys
 import threading
-import tomllib
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -38,7 +36,7 @@ from helpers.browser import needs_browser, run_in_browser
 from helpers.command_line import RUN, run
 from semseg.build import build_net
 from semseg.checkpoints.format import FORMAT_KEY, describe
-from semseg.config.compose import CONFIG_DIR, compose_config
+from semseg.config.compose import compose_config
 from semseg.config.schema import ServeConfig
 from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
@@ -46,17 +44,25 @@ from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError
 from semseg.modes import serve
 from semseg.serving import server
-from semseg.serving.server import FILES, HEADERS, Served, address_of, build_app, is_loopback, listen, read_upload
+from semseg.serving.server import (
+    SECURITY_HEADERS,
+    ServedNetwork,
+    address_of,
+    build_app,
+    is_loopback,
+    listen,
+    read_upload,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 CLASSES = ClassTable(("dark", "bright", "<b>other"), ((0, 0, 255), (255, 0, 0), (0, 255, 0)))
-SERVED = Served("a network", CLASSES, LabelMap(3), lambda image: (image[..., 0] >= 128).astype(np.int64))
+SERVED = ServedNetwork("a network", CLASSES, LabelMap(3), lambda image: (image[..., 0] >= 128).astype(np.int64))
 SMALL = ServeConfig(max_upload_mb=0.05, max_pixels=10_000)
 
 
-def client(served: Served = SERVED, config: ServeConfig = SMALL) -> TestClient:
+def client(served: ServedNetwork = SERVED, config: ServeConfig = SMALL) -> TestClient:
     return TestClient(build_app(served, config, ["testserver"]))
 
 
@@ -174,7 +180,7 @@ def test_a_request_without_the_form_is_refused_in_one_sentence(content: Any, sta
 def test_another_method_is_refused(method: str) -> None:
     answer = client().request(method, "/predict")
     assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
-    assert answer.json()["detail"] == f"/predict takes POST, not {method}."
+    assert answer.json()["detail"] == f"/predict accepts POST, not {method}."
 
 
 def test_a_long_file_name_is_cut_in_the_answer() -> None:
@@ -243,7 +249,7 @@ def test_requests_over_the_queue_are_asked_to_come_back() -> None:
         refused = first.result()
         assert refused.status_code == 503
         assert refused.headers["Retry-After"] == "5"
-        assert refused.json()["detail"] == "2 images are waiting already: try again in a few seconds."
+        assert refused.json()["detail"] == "2 images are already waiting: try again in a few seconds."
         assert asking.get("/network").status_code == 200
         going_on.set()
         assert [one.result().status_code for one in waiting if one is not first] == [200, 200]
@@ -256,8 +262,8 @@ def test_requests_over_the_queue_are_asked_to_come_back() -> None:
 @pytest.mark.parametrize("address", ["/", "/serve.js", "/network", "/nothing", "/predict"])
 def test_every_answer_has_the_security_headers_and_opens_nothing_to_other_sites(address: str) -> None:
     answer = client().get(address, headers={"Origin": "http://elsewhere.example"})
-    assert {name: answer.headers[name] for name in HEADERS} == HEADERS
-    assert "unsafe" not in HEADERS["Content-Security-Policy"]
+    assert {name: answer.headers[name] for name in SECURITY_HEADERS} == SECURITY_HEADERS
+    assert "unsafe" not in SECURITY_HEADERS["Content-Security-Policy"]
     assert not [name for name in answer.headers if name.lower().startswith("access-control")]
 
 
@@ -265,16 +271,10 @@ def test_a_page_of_another_name_that_points_here_is_refused() -> None:
     assert client().get("/", headers={"Host": "rebound.example"}).status_code == 400
 
 
-def test_the_served_files_are_part_of_the_package() -> None:
-    data = tomllib.loads((CONFIG_DIR.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    for file, _ in FILES.values():
-        assert any(fnmatch(file, pattern) for pattern in data["semseg"]), file
-
-
-def test_the_missing_extra_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else object())
     with pytest.raises(ValueError, match=r"^mode=serve needs uvicorn: pip install 'semseg\[demo\]'$"):
-        serve.require_extra()
+        serve.require_demo_extra()
 
 
 # ---- as a process
@@ -417,26 +417,30 @@ def test_g8_only_this_machine_reaches_the_page_unless_told_otherwise(page: Proce
 
 
 def test_a_port_that_is_taken_and_a_host_that_is_not_here_are_told() -> None:
-    with listen(ServeConfig(port=0)) as door:
-        port = door.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"serve.port={port}: cannot be listened at \(Address already in use\)"):
+    with listen(ServeConfig(port=0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(
+            ConfigError, match=rf"serve.port={port}: cannot bind to this address \(Address already in use\)"
+        ):
             listen(ServeConfig(port=port))
-    with pytest.raises(ConfigError, match=r"^serve.host=192.0.2.1 serve.port=0: cannot .* address of this machine"):
+    with pytest.raises(
+        ConfigError, match=r"^serve.host=192.0.2.1 serve.port=0: cannot bind .* address of this machine"
+    ):
         listen(ServeConfig(host="192.0.2.1", port=0))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "0.0.0.0"])
 def test_the_address_that_is_told_is_where_the_socket_is(host: str) -> None:
-    with listen(ServeConfig(host=host, port=0)) as door:
-        assert is_loopback(door) == (host != "0.0.0.0")
-        address = urlsplit(address_of(door))
+    with listen(ServeConfig(host=host, port=0)) as listener:
+        assert is_loopback(listener) == (host != "0.0.0.0")
+        address = urlsplit(address_of(listener))
         socket.create_connection((str(address.hostname), address.port or 0), timeout=5).close()
 
 
 def test_other_hosts_are_warned_of_and_ctrl_c_ends_the_page_in_good_order(folder: Path) -> None:
     page = started(folder, "run_dir=open", "serve.host=0.0.0.0")
     assert page.said.splitlines()[0] == (
-        "serve.host=0.0.0.0: whoever reaches this machine can use the page, without a password."
+        "serve.host=0.0.0.0: anyone who can reach this machine can use the page, without a password."
     )
     assert page.post((folder / "photo.png").read_bytes())[0] == 200
     page.process.send_signal(signal.SIGINT)
@@ -451,7 +455,7 @@ def choose(page: Page, image: Path) -> None:
     """Choose an image in the page's file field and wait for its result."""
     page.set_input_files("#file", image)
     page.wait_for_function(
-        "start => at('status').textContent.startsWith(start)", arg=f"{image.name}: 90 \u00d7 60 pixels"
+        "start => byId('status').textContent.startsWith(start)", arg=f"{image.name}: 90 \u00d7 60 pixels"
     )
 
 
@@ -465,7 +469,7 @@ def test_in_the_page_an_image_gets_its_overlay_legend_names_and_mask(page: Proce
         tab.goto(page.url)
         assert tab.locator("#result").is_hidden()
         choose(tab, folder / "photo.png")
-        pixels = tab.evaluate("[...at('overlay').getContext('2d').getImageData(0, 0, 90, 60).data]")
+        pixels = tab.evaluate("[...byId('overlay').getContext('2d').getImageData(0, 0, 90, 60).data]")
         legend = [row.split() for row in tab.locator("#legend tbody tr").all_inner_texts()]
         box = tab.locator("#view").bounding_box()
         assert box is not None
@@ -475,7 +479,7 @@ def test_in_the_page_an_image_gets_its_overlay_legend_names_and_mask(page: Proce
             tab.locator("#tip").wait_for(state="visible")
             named.append((tab.locator("#tip").inner_text(), tab.locator("#legend .highlighted th").inner_text()))
         tab.locator("#opacity").fill("25")
-        opacity = tab.evaluate("at('overlay').style.opacity")
+        opacity = tab.evaluate("byId('overlay').style.opacity")
         with tab.expect_download() as download:
             tab.click("#download")
         download.value.save_as(folder / download.value.suggested_filename)
@@ -514,13 +518,13 @@ def test_the_page_requests_only_its_own_server_and_fits_a_phone(page: Process, f
 def test_the_page_shows_why_an_upload_was_rejected(page: Process, folder: Path) -> None:
     (folder / "notes.png").write_text("no image")
     (folder / "large.png").write_bytes(bytes(3_000_000))
-    messages = {"notes.png": "is not an image in a known format", "large.png": "larger than the 2 MB"}
+    messages = {"notes.png": "is not an image in a known format", "large.png": "larger than the limit of 2 MB"}
 
     def work(tab: Page) -> None:
         tab.goto(page.url)
         for name, message in messages.items():
             tab.set_input_files("#file", folder / name)
-            tab.wait_for_function("part => at('status').textContent.includes(part)", arg=f"{name}: {message}")
+            tab.wait_for_function("part => byId('status').textContent.includes(part)", arg=f"{name}: {message}")
             assert tab.locator("#status").get_attribute("class") == "wrong"
 
     run_in_browser(work, expected_errors=("400",))

@@ -22,8 +22,8 @@ from test_server import SERVED, client, encoded, half_bright
 
 from semseg.config.schema import ServeConfig
 from semseg.serving import connections, server
-from semseg.serving.connections import max_connections, share_of_client
-from semseg.serving.server import Gate, build_app, listen, run_server
+from semseg.serving.connections import client_limit, max_connections
+from semseg.serving.server import RequestGate, build_app, listen, run_server
 
 pytestmark = pytest.mark.reliability
 
@@ -74,12 +74,12 @@ def running(
 
     monkeypatch.setattr(uvicorn, "Server", Kept)
     config = ServeConfig(port=0, queue=queue, max_upload_mb=1)
-    with listen(config) as door:
+    with listen(config) as listener:
         app = build_app(SERVED._replace(predict=predict), config, ["*"])
-        thread = threading.Thread(target=run_server, args=(app, door))
+        thread = threading.Thread(target=run_server, args=(app, listener))
         thread.start()
         try:
-            yield Running(door.getsockname()[1])
+            yield Running(listener.getsockname()[1])
         finally:
             servers[0].should_exit = True
             thread.join(20)
@@ -131,7 +131,7 @@ def test_g11_an_upload_that_comes_too_slowly_is_ended(monkeypatch: pytest.Monkey
         connection.settimeout(5)
         while b"}" not in answer:
             answer += connection.recv(4096)
-        assert answer.startswith(b"HTTP/1.1 408 ") and b"came too slowly" in answer
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"it was too slow" in answer
         assert here.post() == HTTPStatus.OK
 
 
@@ -214,17 +214,17 @@ def test_g12_connections_fit_into_the_descriptors_of_the_process(monkeypatch: py
 
 
 def test_g12_one_client_of_another_machine_gets_half_of_the_places() -> None:
-    assert [share_of_client(64, host) for host in ("203.0.113.9", "2001:db8::1", "127.0.0.1", "::1", "")] == [
+    assert [client_limit(64, host) for host in ("203.0.113.9", "2001:db8::1", "127.0.0.1", "::1", "")] == [
         32, 32, 64, 64, 64,
     ]  # fmt: skip
 
     async def admitted(host: str) -> int:
-        gate = Gate(6)
-        async with AsyncExitStack() as places:
-            await places.enter_async_context(gate.place("198.51.100.1"))
+        gate = RequestGate(6)
+        async with AsyncExitStack() as admissions:
+            await admissions.enter_async_context(gate.admit("198.51.100.1"))
             for count in range(10):
                 try:
-                    await places.enter_async_context(gate.place(host))
+                    await admissions.enter_async_context(gate.admit(host))
                 except HTTPException as refusal:
                     assert refusal.status_code == HTTPStatus.SERVICE_UNAVAILABLE
                     return count
@@ -361,4 +361,4 @@ def test_g14_uploads_wait_on_disk_and_a_full_disk_is_a_sentence(monkeypatch: pyt
     monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", no_room)
     answer = client().post("/predict", files={"image": encoded(half_bright())})
     assert answer.status_code == 503
-    assert answer.json()["detail"] == "The upload cannot be kept (No space left on device): try again later."
+    assert answer.json()["detail"] == "The upload cannot be stored (No space left on device): try again later."
