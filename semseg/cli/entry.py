@@ -8,5 +8,6 @@ from semseg.system.process import prepare_process
 def run_program() -> None:
     """Run the command line in sys.argv; ends the process."""
     prepare_process()
+    from semseg.cli import main  # noqa: PLC0415
 
-    run_program()
+    main.main()

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from semseg.cli.entry import prepare
+from semseg.system.process import prepare_process
 
 PROGRAM = Path(__file__)
 # To be put behind a command line with resnet18.
@@ -54,7 +54,7 @@ def add_gate() -> None:
 
 
 def main() -> None:
-    prepare()
+    prepare_process()
     from semseg.cli.main import main
     from semseg.nets.registry import ENCODERS, Constructor
 
