@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers.command_line import TINY, run
+from helpers.command_line import TINY, run_here
 from helpers.in_process import configured
 from helpers.published_files import write_files
-
-pytestmark = pytest.mark.slow
 
 SMALL = [word for word in TINY if not word.startswith(("model", "~model"))]
 
@@ -21,7 +19,7 @@ def test_a_published_network_learns_other_classes(recipe: str, tmp_path: Path) -
     whole = configured(f"experiment={recipe}", "data=scenes")
     assert whole.init_from == f"zoo:{whole.model.name}"
     write_files(tmp_path / "published", "resnet18_dilated8", "c1_deepsup")
-    printed = run(
+    printed = run_here(
         tmp_path, f"experiment={recipe}", *SMALL, "model=resnet18_dilated8_c1_deepsup", "init_from=published",
         "run_dir=run", "trainer.log_every_n_steps=1",
     )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from helpers.command_line import RUN, run
+from helpers.command_line import RUN, run_here
 from helpers.in_process import configured
 from semseg.checkpoints.zoo import SCORES
 from semseg.data.scenes import make_scenes
@@ -99,6 +99,6 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch
 
 
 def test_no_run_folder_is_made(tmp_path: Path) -> None:
-    output = run(tmp_path, "mode=data")
+    output = run_here(tmp_path, "mode=data")
     assert "cityscapes_labelids" in output
     assert not list(tmp_path.iterdir())
