@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch.distributed import run as torchrun
 
-from helpers.command_line import RUN, TINY
+from helpers.command_line import RUN, TINY, TINY_NETWORK
 from helpers.fork_server import ForkedProgram
-from helpers.tiny_program import TINY_NETWORK, Gate
+from helpers.tiny_program import Gate
 
 Run = Callable[..., str]
 Start = Callable[..., ForkedProgram]

@@ -14,8 +14,6 @@ from typing import Any
 from semseg.system.process import prepare_process
 
 PROGRAM = Path(__file__)
-# To be put behind a command line with resnet18.
-TINY_NETWORK = ["~model.encoder.output_stride", "model.encoder.name=tiny"]
 GATE = "GATE"
 
 
@@ -55,10 +53,11 @@ def add_gate() -> None:
 
 def main() -> None:
     prepare_process()
+    from helpers.command_line import TINY_ENCODERS
     from semseg.cli.main import main
-    from semseg.nets.registry import ENCODERS, Constructor
+    from semseg.nets.registry import ENCODERS
 
-    ENCODERS["tiny"] = Constructor("helpers.in_process", "TinyEncoder")
+    ENCODERS.update(TINY_ENCODERS)
     if GATE in os.environ:
         add_gate()
     main()

@@ -20,13 +20,12 @@ MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
 
 
 @pytest.mark.shared
-@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_a_step_on_real_images_gives_every_weight_a_gradient(model: str, shared: Path) -> None:
     config = check_config(
         compose_config(
             [f"model={model}", "model.encoder.weights=none", f"data.root={shared / 'ade20k_samples'}",
-             "data.train.list=training.odgt", "data.val.list=validation.odgt", "data.short_edges=[96]",
+             "data.train.list=training.odgt", "data.val.list=validation.odgt", "data.short_edges=[64]",
              "data.num_workers=0"]
         )
     )  # fmt: skip

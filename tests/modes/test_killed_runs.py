@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.command_line import TINY, run_here
+from helpers.command_line import TINY, TINY_NETWORK, run_here
 from helpers.fork_server import ForkedProgram
-from helpers.tiny_program import PROGRAM, TINY_NETWORK, Gate
+from helpers.tiny_program import PROGRAM, Gate
 
 pytestmark = pytest.mark.reliability
 

@@ -1,24 +1,24 @@
-"""What a run says: in a terminal, in a pipe, and when it is told to be quiet."""
+"""What a run prints: in a terminal, in a pipe, and with quiet=true."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
 import re
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
-import pytest
 from rich.console import Console
 
-from helpers.command_line import RUN, TINY, run
+from helpers.command_line import TINY, TINY_NETWORK, call_main, run, run_here
 from helpers.in_process import configured
 from semseg.evaluation.metrics import Scores
 from semseg.training.callbacks.console import TellValidation, config_tree, validation_table
 
-RUN_WORDS = [*TINY, "data.steps_per_epoch=3", "trainer.max_epochs=2"]
+RUN_WORDS = [*TINY, *TINY_NETWORK, "data.steps_per_epoch=3", "trainer.max_epochs=2"]
 
 
 def scores(mean_iou: float | None, iou: list[float | None]) -> Scores:
@@ -34,25 +34,29 @@ def text_of(printed: object, width: int = 100) -> str:
 def in_terminal(words: list[str], folder: Path) -> str:
     """What a command prints to a terminal of 160 columns, without its colours."""
     ours, theirs = pty.openpty()
-    environment = os.environ | {"COLUMNS": "160", "TERM": "xterm-256color"}
-    command = [sys.executable, str(RUN), *words]
-    process = subprocess.Popen(command, cwd=folder, stdout=theirs, stderr=theirs, stdin=theirs, env=environment)
-    os.close(theirs)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        patch.dict(os.environ, {"COLUMNS": "160", "TERM": "xterm-256color"}),
+        os.fdopen(theirs, "w", encoding="utf-8") as terminal,
+    ):
+        printed = pool.submit(read_to_end, ours)
+        code = call_main(folder, words, terminal)
+        terminal.close()
+        text = printed.result(timeout=60).decode()
+    assert code == 0, text
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def read_to_end(descriptor: int) -> bytes:
+    """All that is written to a terminal until its other side is closed."""
     printed = b""
-    while True:
-        try:
-            block = os.read(ours, 65536)
-        except OSError:  # the terminal is closed when the process ends
-            break
-        if not block:
-            break
-        printed += block
-    os.close(ours)
-    assert process.wait() == 0, printed.decode()
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed.decode())
+    with contextlib.suppress(OSError):  # how Linux reports that
+        while block := os.read(descriptor, 65536):
+            printed += block
+    os.close(descriptor)
+    return printed
 
 
-@pytest.mark.slow
 def test_a_terminal_gets_the_configuration_a_bar_and_a_table_per_validation(tmp_path: Path) -> None:
     printed = in_terminal(RUN_WORDS, tmp_path)
     assert printed.index("configuration") < printed.index("training") < printed.index("images/s")
@@ -63,27 +67,26 @@ def test_a_terminal_gets_the_configuration_a_bar_and_a_table_per_validation(tmp_
     assert "weakest: " in printed and "best before" in printed
 
 
-@pytest.mark.slow
-def test_a_pipe_gets_plain_lines_and_quiet_says_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, str(RUN), *RUN_WORDS]
-    loud = subprocess.run([*command, "run_dir=loud"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "\x1b" not in loud.stdout and "\r" not in loud.stdout
-    lines = loud.stdout.splitlines()
-    assert (
-        sum(bool(re.fullmatch(r"epoch ./2  step 3/3  loss .* images/s  \d:\d\d:\d\d left", one)) for one in lines) == 2
-    )
-    assert sum(bool(re.fullmatch(r"epoch ./2  validation  mean IoU 0\.\d{4}  .*", one)) for one in lines) == 2
+def test_a_pipe_gets_plain_lines(tmp_path: Path) -> None:
+    printed = run_here(tmp_path, *RUN_WORDS)
+    assert "\x1b" not in printed and "\r" not in printed
+    lines = printed.splitlines()
+    progress = r"epoch ./2  step 3/3  loss .* images/s  \d:\d\d:\d\d left"
+    assert sum(bool(re.fullmatch(progress, line)) for line in lines) == 2
+    validation = r"epoch ./2  validation  mean IoU 0\.\d{4}  .*"
+    assert sum(bool(re.fullmatch(validation, line)) for line in lines) == 2
 
-    words = ["run_dir=quiet", "quiet=true", "after_training=[eval]"]
-    quiet = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert quiet.stdout == ""
-    assert all(line.startswith("warning: ") for line in quiet.stderr.splitlines()), quiet.stderr
+
+def test_a_quiet_run_prints_warnings_only(tmp_path: Path) -> None:
+    printed = run(tmp_path, *TINY, "run_dir=quiet", "quiet=true", "after_training=[eval]")
+    assert all(line.startswith("warning: ") for line in printed.splitlines()), printed
     assert (tmp_path / "quiet" / "checkpoints" / "best.ckpt").is_file()
     assert (tmp_path / "quiet" / "eval" / "report.html").is_file()
 
 
 def test_quiet_leaves_errors_and_is_refused_where_there_is_nothing_else_to_do(tmp_path: Path) -> None:
-    assert "quiet=true: mode=models does nothing but print." in run(tmp_path, "mode=models", "quiet=true", code=2)
+    refused = run_here(tmp_path, "mode=models", "quiet=true", code=2)
+    assert "quiet=true" in refused and "mode=models" in refused
     assert "nowhere.ckpt" in run(tmp_path, "mode=eval", "ckpt=nowhere.ckpt", "quiet=true", code=1)
 
 
