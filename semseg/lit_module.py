@@ -23,7 +23,7 @@ from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 from semseg.data.datasets import EvalSample
 from semseg.errors import CheckpointError, ConfigError
-from semseg.evaluation.evaluator import Evaluation, Evaluator
+from semseg.evaluation.evaluator import Evaluator, SplitCounts
 from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.nets.interfaces import Logits
@@ -67,7 +67,7 @@ class SegmentationModule(pl.LightningModule):
         self.confusion = ConfusionMatrix(len(classes.names))
         self.left_out = SumMetric()  # images of the present evaluation that could not be read
         self.scores: Scores | None = None  # of the last validation or test
-        self.evaluation: Evaluation | None = None  # of the last test, in full
+        self.evaluation: SplitCounts | None = None  # of the last test, in full
         self.share = 1.0  # see share_of
         self.metrics_to_restore: dict[str, Tensor] = {}  # of the last step before a run was stopped
         if config.model.channels_last:
@@ -194,7 +194,7 @@ class SegmentationModule(pl.LightningModule):
         self.evaluator = Evaluator(self.config.eval, self.confusion.num_classes, self.device)
 
     def on_test_batch_start(self, batch: list[EvalSample], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.evaluator.watch.lap("reading")
+        self.evaluator.stopwatch.lap("reading")
 
     def test_step(self, samples: list[EvalSample], batch_idx: int) -> dict[str, Tensor]:
         """Score some images; returns what `validation_step` does."""
@@ -204,11 +204,11 @@ class SegmentationModule(pl.LightningModule):
         self.evaluator.add(readable, predictions)
         for sample in samples:
             if sample.bad:
-                self.evaluator.leave_out(sample)
+                self.evaluator.record_unreadable(sample)
         return {sample.path: maps[0] for sample, maps in zip(readable, predictions, strict=True)}
 
     def on_test_batch_end(self, outputs: Any, batch: list[EvalSample], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.evaluator.watch.restart()  # drawing is no part of the speed
+        self.evaluator.stopwatch.restart()  # drawing is no part of the speed
 
     def own(self, samples: list[EvalSample]) -> list[EvalSample]:
         """Those to be counted: none where a rank without images of its own has the first of the split as company."""

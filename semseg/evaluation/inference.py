@@ -1,12 +1,12 @@
 """Stage 7: from the scaled inputs of an image to its class map, in bounded memory. Used by all modes.
 
-The network runs once at every scale, on the whole image or window by window, images of one shape together. What is kept
-are its logits at their own low resolution, channels last. Only then, a band of output rows at a time, are they
-upsampled, turned into probabilities and averaged: num_classes x height x width numbers never exist at once.
+The network runs once per scale, on the whole image or on windows, and on images of equal shape together. Its logits are
+kept at their own low resolution, channels last. Then they are upsampled, turned into probabilities and averaged, one
+band of output rows at a time, so that num_classes x height x width numbers never exist at once.
 
 Every output pixel is computed by the same operations in the same order, whatever the height of the bands: products
-and sums that are rounded one by one, and a softmax over numbers that lie side by side. So the memory limit never
-changes a bit of the answer (CUDA's softmax of more than 1024 classes excepted, which depends on addresses).
+and sums that are rounded one by one, and a softmax over contiguous numbers. The result is therefore equal to the last
+bit for every memory limit (except for CUDA's softmax of more than 1024 classes, which depends on addresses).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from semseg.data.plan import groups_of_one_shape
 from semseg.errors import ConfigError
 from semseg.nets.normalise import normalise
 
-MEGABYTE = 2**20
+BYTES_PER_MB = 2**20
 # Arrays of a band's size that exist at once: the sum, two gathered columns, their rows, probabilities, a copy to keep.
 BUFFERS = 6
-# On the CPU an array of a band that fits the cache is five times as fast as one that does not.
-CPU_BAND_BYTES = MEGABYTE // 2
+# On the CPU a band whose arrays fit in the cache is five times as fast as one whose arrays do not.
+CPU_BAND_BYTES = BYTES_PER_MB // 2
 
 
-class Prediction(NamedTuple):
-    """The answer for one image, on the device of the network."""
+class ClassMap(NamedTuple):
+    """The prediction for one image, on the device of the network."""
 
-    ids: Tensor  # (height, width) int16: the class of the highest probability, the first one of equals
+    ids: Tensor  # (height, width) int16: the class of the highest probability; of equal ones the first
     confidence: Tensor  # (height, width): that probability; float32, or float64 for a float64 network
 
 
@@ -50,11 +50,11 @@ def predict(
     stride: int | None = None,
     memory_limit_mb: int = 1024,
     probabilities: NDArray[np.floating] | None = None,
-) -> Prediction:
-    """The class map of one image: the mean over all scales of the softmax of the upsampled logits.
+) -> ClassMap:
+    """Predict one image: the mean over all scales of the softmax of the upsampled logits.
 
-    The same as `merge_scales` of `scale_logits`, where the arguments are explained. Whoever wants the answers of
-    several subsets of the scales calls those two: the network runs once, and `merge_scales` for each subset.
+    The same as `merge_scales(scale_logits(...))`, where the arguments are documented. To score several subsets of the
+    scales, call `scale_logits` once and `merge_scales` for each subset.
     """
     logits = scale_logits(net, scales, convention, flip=flip, window=window, stride=stride)
     return merge_scales(logits, out_size, memory_limit_mb=memory_limit_mb, probabilities=probabilities)
@@ -76,18 +76,18 @@ def scale_logits(
 
     Args:
         net: a Segmenter in eval mode.
-        scales: uint8 RGB images (3, H, W), one per scale, anywhere; H and W multiples of the network's size_divisor.
-        flip: run it on the mirror image too.
+        scales: uint8 RGB images (3, H, W), one per scale, on any device; H and W multiples of size_divisor.
+        flip: run the network on the mirrored image too.
         window: side of a square window in pixels of the scaled image, rounded up to a multiple of size_divisor; the
             logits of overlapping windows are averaged. None, or larger than the image: the whole image at once.
-        stride: pixels from window to window, at most `window`, rounded up likewise; None: 2/3 of the window.
+        stride: pixels from window to window, at most `window`, rounded up in the same way; None: 2/3 of the window.
 
     Returns:
-        One tensor per scale, on the network's device: (M, h, w, K) with M = 1, or 2 with the mirrored answer turned
-        back; float32, or float64 for a float64 network.
+        One tensor per scale, on the network's device: (M, h, w, K) with M = 1, or M = 2 with the logits of the mirrored
+        image flipped back; float32, or float64 for a float64 network.
 
     Raises:
-        ConfigError: with a window, if an image is no multiple of size_divisor.
+        ConfigError: if a window is set and the sides of an image are not multiples of size_divisor.
     """
     (logits,) = batch_logits(net, [scales], convention, flip=flip, window=window, stride=stride)
     return logits
@@ -103,16 +103,16 @@ def batch_logits(
     window: int | None = None,
     stride: int | None = None,
 ) -> list[list[Tensor]]:
-    """`scale_logits` of several images, all at equally many scales.
+    """`scale_logits` for several images with the same number of scales.
 
-    Those that have the same shape at a scale go through the network together: on a GPU that is faster, and may change
-    the rounding of their logits.
+    Images that have the same shape at a scale go through the network together. On a GPU that is faster, and it may
+    change the rounding of their logits.
     """
-    weights = next(net.parameters(), torch.empty(0))  # their type is float32 but for trainer.precision=*-true
-    # Convolutions on the CPU are a tenth faster so, and the logits come out as they are wanted below.
+    weights = next(net.parameters(), torch.empty(0))  # float32 unless trainer.precision is one of *-true
+    # Convolutions on the CPU are 10 % faster in channels_last, and merge_scales reads logits in this layout.
     layout = torch.channels_last if weights.device.type == "cpu" else torch.preserve_format
     found: list[list[Tensor]] = [[] for _ in images]
-    for scale in zip(*images, strict=True):  # of every image
+    for scale in zip(*images, strict=True):  # all images at one scale
         for members in groups_of_one_shape([pixels.shape for pixels in scale], most=len(images)):
             stacked = torch.stack([scale[member].to(weights.device, non_blocking=True) for member in members])
             image = normalise(stacked, convention).to(weights.dtype, memory_format=layout)  # (N, 3, H, W)
@@ -120,42 +120,42 @@ def batch_logits(
             if flip:
                 maps.append(run_in_windows(net, image.flip(-1), window, stride).flip(-1))
             logits = torch.stack([one.permute(0, 2, 3, 1) for one in maps], dim=1)  # (N, M, h, w, K)
-            for member, own in zip(members, logits, strict=True):
-                found[member].append(own)
+            for member, logits_of_member in zip(members, logits, strict=True):
+                found[member].append(logits_of_member)
     return found
 
 
 def run_in_windows(net: nn.Module, image: Tensor, window: int | None, stride: int | None) -> Tensor:
-    """Logits (N, K, h, w) of images (N, 3, H, W): of the whole, or the mean over all windows that see a place."""
+    """Logits (N, K, h, w) of images (N, 3, H, W): whole, or averaged over the windows that cover a position."""
     height, width = image.shape[-2:]
     if window is None or window >= max(height, width):
-        return wide(net(image).main)
-    divisor = int(net.size_divisor)  # pyright: ignore[reportArgumentType] - of a Segmenter
+        return to_full_precision(net(image).main)
+    divisor = int(net.size_divisor)  # pyright: ignore[reportArgumentType] - the net is a Segmenter
     if height % divisor or width % divisor:
         raise ConfigError(
-            f"window={window}: windows need images in multiples of the network's {divisor} pixels, got {height} x "
-            f"{width}. Set model.size_divisor to null or to a multiple of {divisor}."
+            f"window={window}: with windows, height and width of an image must be multiples of {divisor} pixels, not "
+            f"{height} x {width}. Set model.size_divisor to null or to a multiple of {divisor}."
         )
     side = round_up(window, divisor)
     step = round_up(stride or max(1, 2 * window // 3), divisor)
-    total = seen = torch.empty(0)
+    total = num_windows = torch.empty(0)
     for top in window_starts(height, side, step):
         for left in window_starts(width, side, step):
             part = image[..., top : top + side, left : left + side]
-            logits = wide(net(part).main)
-            shrink = part.shape[-1] // logits.shape[-1]  # pixels to one of the logits; divides size_divisor
+            logits = to_full_precision(net(part).main)
+            label_stride = part.shape[-1] // logits.shape[-1]  # divides size_divisor
             if not total.numel():
-                total = logits.new_zeros(*logits.shape[:2], height // shrink, width // shrink)
-                seen = torch.zeros_like(total[:1, :1])
-            rows = slice(top // shrink, top // shrink + logits.shape[-2])
-            columns = slice(left // shrink, left // shrink + logits.shape[-1])
+                total = logits.new_zeros(*logits.shape[:2], height // label_stride, width // label_stride)
+                num_windows = torch.zeros_like(total[:1, :1])
+            rows = slice(top // label_stride, top // label_stride + logits.shape[-2])
+            columns = slice(left // label_stride, left // label_stride + logits.shape[-1])
             total[..., rows, columns] += logits
-            seen[..., rows, columns] += 1
-    return total / seen
+            num_windows[..., rows, columns] += 1
+    return total / num_windows
 
 
 def window_starts(length: int, side: int, step: int) -> list[int]:
-    """Where the windows of one axis begin: every `step`, the last one flush with the end.
+    """First pixels of the windows along one axis: every `step` pixels, the last window flush with the end.
 
     >>> window_starts(100, side=40, step=32), window_starts(30, side=40, step=32)
     ([0, 32, 60], [0])
@@ -164,8 +164,8 @@ def window_starts(length: int, side: int, step: int) -> list[int]:
     return [*range(0, last, step), last]
 
 
-def wide(logits: Tensor) -> Tensor:
-    """In float32 at least: 150 half-precision probabilities do not sum to 1."""
+def to_full_precision(logits: Tensor) -> Tensor:
+    """Logits in float32 or float64: half-precision probabilities of 150 classes do not sum to 1."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -179,25 +179,26 @@ def merge_scales(
     *,
     memory_limit_mb: int = 1024,
     probabilities: NDArray[np.floating] | None = None,
-) -> Prediction:
-    """The class map of the mean over scales (and mirror images) of the softmax of the upsampled logits.
+) -> ClassMap:
+    """Predict the classes from the mean over scales (and mirrored images) of the softmax of the upsampled logits.
 
-    Upsampling is F.interpolate's (bilinear, align_corners=False), and equal to it but for rounding: it goes by rows
-    first and then by columns. The answer is the same to the last bit for every memory limit.
+    Upsampling equals F.interpolate (bilinear, align_corners=False) up to rounding: it interpolates rows first, then
+    columns. The result is equal to the last bit for every memory limit.
 
     Args:
         logits: (M, h, w, K) of each scale, from `scale_logits`.
-        out_size: (height, width) of the answer.
-        memory_limit_mb: for everything that grows with K x width x rows of a band; at least one row is done at a time.
-        probabilities: filled with the mean probabilities: (K, height, width), of any floating type; may lie in a file.
+        out_size: (height, width) of the class map.
+        memory_limit_mb: limit of all arrays that grow with K x width x rows of a band; a band has at least one row.
+        probabilities: array to fill with the mean probabilities: (K, height, width), any floating type; may be
+            memory-mapped.
     """
     height, width = out_size
-    maps = [Upsampled(one, out_size) for scale in logits for one in scale]
+    maps = [UpsampledMap(one, out_size) for scale in logits for one in scale]
     num_classes, like = logits[0].shape[-1], logits[0]
     ids = torch.empty(out_size, dtype=torch.int16, device=like.device)
     confidence = torch.empty(out_size, dtype=like.dtype, device=like.device)
-    widest = max(width, *(one.logits.shape[1] for one in maps))
-    step = band_height(widest * num_classes * like.element_size(), memory_limit_mb, like.device)
+    max_width = max(width, *(one.logits.shape[1] for one in maps))
+    step = band_height(max_width * num_classes * like.element_size(), memory_limit_mb, like.device)
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))
         total = maps[0].rows(rows).softmax(-1)  # (n, width, K)
@@ -206,57 +207,57 @@ def merge_scales(
         total /= len(maps)
         confidence[rows], ids[rows] = total.max(-1)
         if probabilities is not None:
-            narrow = total.half() if probabilities.dtype == np.float16 else total
-            probabilities[:, rows] = narrow.permute(2, 0, 1).cpu().numpy()
-    return Prediction(ids, confidence)
+            converted = total.half() if probabilities.dtype == np.float16 else total
+            probabilities[:, rows] = converted.permute(2, 0, 1).cpu().numpy()
+    return ClassMap(ids, confidence)
 
 
 def band_height(row_bytes: int, memory_limit_mb: int, device: torch.device) -> int:
-    """Output rows to do at a time, at least 1, where one row of one array takes `row_bytes`.
+    """Number of output rows per band, at least 1, if one row of one array takes `row_bytes`.
 
     >>> band_height(row_bytes=2**20, memory_limit_mb=1024, device=torch.device("cuda"))
     170
     """
-    array_bytes = memory_limit_mb * MEGABYTE // BUFFERS
+    array_bytes = memory_limit_mb * BYTES_PER_MB // BUFFERS
     if device.type == "cpu":
         array_bytes = min(array_bytes, CPU_BAND_BYTES)
     return max(1, array_bytes // row_bytes)
 
 
-class Taps(NamedTuple):
-    """What bilinear interpolation reads along one axis: a neighbour before, one after, and the share of the latter."""
+class LinearInterpolation(NamedTuple):
+    """Linear interpolation along one axis: the two neighbours of each output position, and the weight of the second."""
 
-    before: Tensor  # (n,) int64
-    after: Tensor  # (n,) int64
-    share: Tensor  # (n,) in the type of the logits, 0..1
+    first: Tensor  # (n,) int64
+    second: Tensor  # (n,) int64
+    weight: Tensor  # (n,) 0..1, weight of the second neighbour, in the type of the logits
 
 
-def bilinear_taps(length: int, out_length: int, like: Tensor) -> Taps:
-    """Taps from `length` places to `out_length`, rounded as PyTorch's own interpolation rounds them."""
-    places = torch.arange(out_length, device=like.device, dtype=like.dtype)
+def linear_interpolation(length: int, out_length: int, like: Tensor) -> LinearInterpolation:
+    """Interpolation from `length` to `out_length` positions, rounded as in PyTorch's own interpolation."""
+    positions = torch.arange(out_length, device=like.device, dtype=like.dtype)
     scale = torch.tensor(length, dtype=like.dtype, device=like.device) / out_length
-    source = ((places + 0.5) * scale - 0.5).clamp(min=0)
-    before = source.long().clamp(max=length - 1)
-    return Taps(before, (before + 1).clamp(max=length - 1), source - before)
+    source = ((positions + 0.5) * scale - 0.5).clamp(min=0)
+    first = source.long().clamp(max=length - 1)
+    return LinearInterpolation(first, (first + 1).clamp(max=length - 1), source - first)
 
 
-class Upsampled:
-    """A map of logits (h, w, K) seen at (height, width), of which any rows can be had."""
+class UpsampledMap:
+    """A map of logits (h, w, K) upsampled to (height, width), computed for any range of rows on request."""
 
     def __init__(self, logits: Tensor, size: tuple[int, int]) -> None:
         self.logits = logits
-        self.row_taps = bilinear_taps(logits.shape[0], size[0], logits)
-        self.column_taps = bilinear_taps(logits.shape[1], size[1], logits)
+        self.vertical = linear_interpolation(logits.shape[0], size[0], logits)
+        self.horizontal = linear_interpolation(logits.shape[1], size[1], logits)
 
     def rows(self, rows: slice) -> Tensor:
         """Output rows `rows`: (n, width, K)."""
-        taps = Taps(*(values[rows] for values in self.row_taps))
-        return between(between(self.logits, 0, taps), 1, self.column_taps)
+        vertical = LinearInterpolation(*(values[rows] for values in self.vertical))
+        return interpolate_axis(interpolate_axis(self.logits, 0, vertical), 1, self.horizontal)
 
 
-def between(values: Tensor, axis: int, taps: Taps) -> Tensor:
+def interpolate_axis(values: Tensor, axis: int, interpolation: LinearInterpolation) -> Tensor:
     """Interpolate (h, w, K) along axis 0 or 1."""
-    share = taps.share.view((-1, 1, 1) if axis == 0 else (-1, 1))
-    # One rounding for each product and sum: torch.lerp's last bit may depend on where a number lies in memory.
-    before = values.index_select(axis, taps.before).mul_(1 - share)
-    return before.add_(values.index_select(axis, taps.after).mul_(share))
+    weight = interpolation.weight.view((-1, 1, 1) if axis == 0 else (-1, 1))
+    # Each product and sum is rounded once: the last bit of torch.lerp may depend on the memory address.
+    first = values.index_select(axis, interpolation.first).mul_(1 - weight)
+    return first.add_(values.index_select(axis, interpolation.second).mul_(weight))

@@ -1,4 +1,4 @@
-"""Stage 7: exact counts of pixels, and every score from them."""
+"""Stage 7: exact pixel counts, and every score computed from them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torchmetrics import Metric
 
 from semseg.errors import ConfigError
 
-OUTSIDE = -2  # stands for the pixels around an image; differs from every class and from -1
+OUTSIDE = -2  # value of the pixels around an image; differs from every class and from -1
 
 
 # ---- counts
 
 
 def confusion_counts(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """Counts of (class in the label, class predicted) over all scored pixels.
+    """Count the pairs (class in the label, class predicted) over all scored pixels.
 
     Args:
         prediction: integer tensor of any shape, values 0..num_classes-1.
@@ -37,16 +37,16 @@ def confusion_counts(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
     [[1, 0], [0, 1]]
     """
     num_cells = (num_classes + 1) * num_classes
-    # The narrowest type that holds the number of a cell: most of the time goes into moving them through memory.
+    # The narrowest type that can index a cell: the time goes mostly into memory traffic.
     narrow = torch.int16 if num_cells <= 2**15 else torch.int32
-    # One spare row takes the pixels that are not scored: no mask, no copy.
+    # An extra row counts the pixels that are not scored, which saves a mask and a copy.
     cell = torch.add(prediction.to(narrow), label.to(narrow), alpha=num_classes).add_(num_classes)
     counts = torch.bincount(cell.flatten(), minlength=num_cells)
     return counts.view(num_classes + 1, num_classes)[1:]
 
 
 class Counts(NamedTuple):
-    """What a ConfusionMatrix has counted over all ranks."""
+    """A confusion matrix and the number of images in it, over all ranks."""
 
     matrix: Tensor  # (num_classes, num_classes) int64; rows are labels
     images: int
@@ -56,7 +56,7 @@ class ConfusionMatrix(Metric):
     """The confusion matrix and the number of images, summed over images and ranks in int64.
 
     Raises:
-        ConfigError: if there is no memory for so many classes.
+        ConfigError: if the matrices of `num_classes` classes do not fit in memory.
     """
 
     full_state_update = False
@@ -71,70 +71,71 @@ class ConfusionMatrix(Metric):
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, counts: Tensor) -> None:
-        """Add the counts of one image, as `confusion_counts` gives them."""
+        """Add the counts of one image, from `confusion_counts`."""
         self.matrix += counts
         self.images += 1
 
     def compute(self) -> Counts:
-        """The counts of all ranks together."""
+        """The counts summed over all ranks."""
         return Counts(self.matrix, int(self.images))
 
 
 def require_memory(num_classes: int) -> None:
-    """Leave before a confusion matrix would end the process: the sum, its start, and the counts of an image twice.
+    """Check that confusion matrices of `num_classes` classes fit in memory.
 
     Raises:
-        ConfigError: then.
+        ConfigError: if they do not.
     """
+    # Four matrices: the sum, its initial value, and the counts of an image twice.
     needed = 4 * torch.int64.itemsize * num_classes**2
     free = free_memory() if needed > 2**28 else None
     if free is not None and needed > free:
         raise ConfigError(
-            f"data.num_classes={num_classes}: confusion matrices of so many classes take {needed / 1e9:.1f} GB, and "
+            f"data.num_classes={num_classes}: confusion matrices of this size take {needed / 1e9:.1f} GB, but only "
             f"{free / 1e9:.1f} GB of memory are free. Merge classes with data.map."
         )
 
 
 def free_memory() -> int | None:
-    """Bytes that this process can still take, by the system, its container and its own limit; None if not known."""
-    found = []
+    """Bytes that this process can still allocate, by system, container and process limits; None if unknown."""
+    limits = []
     with suppress(OSError, LookupError, ValueError):
         status = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        found.append(1024 * int(status["MemAvailable"].split()[0]))
-    with suppress(OSError, ValueError):  # of cgroup 2; the text "max" is no number
+        limits.append(1024 * int(status["MemAvailable"].split()[0]))
+    with suppress(OSError, ValueError):  # cgroup 2; the text "max" is not a number
         group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     with suppress(OSError, ValueError, LookupError):
         limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm").read_text().split()[0]
         if limit != resource.RLIM_INFINITY:
-            found.append(limit - int(used) * resource.getpagesize())
-    return max(0, min(found)) if found else None
+            limits.append(limit - int(used) * resource.getpagesize())
+    return max(0, min(limits)) if limits else None
 
 
 # ---- scores
 
 
 class Scores(NamedTuple):
-    """Scores as shares (0..1); None where nothing was scored."""
+    """Scores as fractions (0..1); None where nothing was scored."""
 
     pixel_accuracy: float | None
     mean_iou: float | None
     overall: float | None  # mean of mean_iou and pixel_accuracy
     mean_accuracy: float | None  # over the classes in the labels
-    frequency_weighted_iou: float | None  # each class by its share of the labelled pixels
+    frequency_weighted_iou: float | None  # each class weighted by its fraction of the labelled pixels
     mean_dice: float | None  # over the same classes as mean_iou
     iou: list[float | None]  # per class; None: neither in the labels nor predicted
     accuracy: list[float | None]  # per class, the recall; None: not in the labels
     precision: list[float | None]  # per class; None: not predicted
     dice: list[float | None]  # per class; None: neither in the labels nor predicted
     pixels: list[int]  # labelled pixels per class
-    averaged_classes: int  # over how many classes mean_iou is the mean
+    num_averaged: int  # number of classes that mean_iou is the mean of
     absent: list[int]  # classes that the rule treats as absent
     rule: str
 
     @property
-    def shares(self) -> list[float]:
-        """Per class, its share of the labelled pixels."""
+    def pixel_fractions(self) -> list[float]:
+        """The fraction of the labelled pixels that each class has."""
         total = sum(self.pixels) or 1
         return [pixels / total for pixels in self.pixels]
 
@@ -144,9 +145,9 @@ def scores_from(matrix: Tensor, rule: str = "present") -> Scores:
 
     Args:
         matrix: (K, K) int64, rows are labels.
-        rule: what an absent class is to the mean IoU. "ade20k": all K classes are averaged, one that
-            is neither labelled nor predicted counts 0 (the published tables); "present": such a class
-            is left out; "ground_truth": only classes in the labels are averaged.
+        rule: how the mean IoU treats absent classes. "ade20k": all K classes are averaged, and a class that is neither
+            labelled nor predicted counts as 0 (as in the published results); "present": such a class is left out;
+            "ground_truth": only classes in the labels are averaged.
 
     >>> scores_from(torch.tensor([[3, 1], [0, 4]])).pixel_accuracy
     0.875
@@ -159,8 +160,8 @@ def scores_from(matrix: Tensor, rule: str = "present") -> Scores:
     total = sum(labelled)
     pixel_accuracy = _ratio(sum(correct), total)
     absent = absent_classes(iou, labelled, rule)
-    left_out = set() if rule == "ade20k" else set(absent)
-    averaged = [index for index in range(len(iou)) if index not in left_out]
+    excluded = set() if rule == "ade20k" else set(absent)
+    averaged = [index for index in range(len(iou)) if index not in excluded]
     mean_iou = mean([iou[index] or 0.0 for index in averaged]) if total else None
     overall = None if mean_iou is None or pixel_accuracy is None else (mean_iou + pixel_accuracy) / 2
     weighted = sum(n * value for n, value in zip(labelled, iou, strict=True) if value is not None)
@@ -176,21 +177,21 @@ def scores_from(matrix: Tensor, rule: str = "present") -> Scores:
         precision=[_ratio(c, p) for c, _, p in rows],
         dice=dice,
         pixels=labelled,
-        averaged_classes=len(averaged),
+        num_averaged=len(averaged),
         absent=absent,
         rule=rule,
     )
 
 
 def absent_classes(iou: list[float | None], labelled: list[int], rule: str) -> list[int]:
-    """Classes without labelled pixels; unless the rule is "ground_truth", only those that are not predicted either."""
+    """Classes without labelled pixels; under rules other than "ground_truth", only those not predicted either."""
     if rule == "ground_truth":
         return [index for index, pixels in enumerate(labelled) if not pixels]
     return [index for index, value in enumerate(iou) if value is None]
 
 
 def mean(values: list[float]) -> float | None:
-    """The arithmetic mean; None of nothing."""
+    """The arithmetic mean; None for an empty list."""
     return _ratio(sum(values), len(values))
 
 
@@ -202,7 +203,7 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 class BoundaryCounts(NamedTuple):
-    """Pixels of the boundary regions of every class."""
+    """Pixel counts of the boundary regions of every class."""
 
     intersection: Tensor  # (num_classes,) int64
     union: Tensor  # (num_classes,) int64
@@ -219,11 +220,11 @@ class BoundaryCounts(NamedTuple):
 
 
 def boundary_counts(prediction: Tensor, label: Tensor, num_classes: int, ratio: float = 0.02) -> BoundaryCounts:
-    """Counts for the boundary IoU of Cheng et al., "Boundary IoU" (CVPR 2021).
+    """Count the pixels for the boundary IoU of Cheng et al., "Boundary IoU" (CVPR 2021).
 
-    The boundary region of a class is the part of it within `ratio` of the image's diagonal (at least one pixel, counted
-    as a king moves) of its outline, and the edge of the image belongs to the outline, as in the authors' code. Pixels
-    that are not scored belong to no class, neither labelled nor predicted.
+    The boundary region of a class is the part of it that is close to its outline: within `ratio` of the image's
+    diagonal in Chebyshev distance, and at least one pixel. The edge of the image belongs to the outline, as in the
+    authors' code. Pixels that are not scored belong to no class, neither in the label nor in the prediction.
 
     Args:
         prediction: (H, W) integers, values 0..num_classes-1.
@@ -233,28 +234,28 @@ def boundary_counts(prediction: Tensor, label: Tensor, num_classes: int, ratio: 
     predicted = np.where(labelled < 0, labelled, predicted)
     distance = max(1, round(ratio * math.hypot(*labelled.shape)))
     labelled, predicted = (np.where(is_near_outline(ids, distance), ids, -1) for ids in (labelled, predicted))
-    both = _pixels_of(labelled[labelled == predicted], num_classes)
-    union = _pixels_of(labelled, num_classes) + _pixels_of(predicted, num_classes) - both
-    return BoundaryCounts(torch.from_numpy(both), torch.from_numpy(union))
+    intersection = _class_pixels(labelled[labelled == predicted], num_classes)
+    union = _class_pixels(labelled, num_classes) + _class_pixels(predicted, num_classes) - intersection
+    return BoundaryCounts(torch.from_numpy(intersection), torch.from_numpy(union))
 
 
 def is_near_outline(ids: NDArray[np.int16], distance: int) -> NDArray[np.bool_]:
-    """(H, W): pixels with another value, or the edge of the image, at most `distance` king's moves away."""
+    """(H, W): pixels within Chebyshev distance `distance` of a pixel of another value or of the edge of the image."""
     framed = cv2.copyMakeBorder(ids, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=OUTSIDE)
-    near = np.ones((3, 3), np.uint8)
-    outline = (cv2.dilate(framed, near) != cv2.erode(framed, near)).astype(np.uint8)  # at most 1 move away
-    # All values in one pass: widening the outline of all classes is the same as shrinking each class by itself.
+    neighbourhood = np.ones((3, 3), np.uint8)
+    outline = (cv2.dilate(framed, neighbourhood) != cv2.erode(framed, neighbourhood)).astype(np.uint8)  # distance 1
+    # All classes in one pass: dilating the outline of all classes equals eroding each class separately.
     widened = cv2.dilate(outline, np.ones((2 * distance - 1, 2 * distance - 1), np.uint8))
     return widened[1:-1, 1:-1] > 0
 
 
-def _pixels_of(ids: NDArray[np.int16], num_classes: int) -> NDArray[np.int64]:
-    """(num_classes,) how often each class occurs; -1 counts nowhere."""
+def _class_pixels(ids: NDArray[np.int16], num_classes: int) -> NDArray[np.int64]:
+    """(num_classes,) number of pixels of each class; -1 is not counted."""
     return np.bincount(ids.ravel().astype(np.int64) + 1, minlength=num_classes + 1)[1:]
 
 
 class BoundaryIoU(Metric):
-    """The boundary counts, summed over images and ranks in int64."""
+    """Boundary counts, summed over images and ranks in int64."""
 
     full_state_update = False
     intersection: Tensor
@@ -271,5 +272,5 @@ class BoundaryIoU(Metric):
         self.union += counts.union.to(self.union.device)
 
     def compute(self) -> BoundaryCounts:
-        """The counts of all ranks together."""
+        """The counts summed over all ranks."""
         return BoundaryCounts(self.intersection, self.union)

@@ -27,7 +27,7 @@ from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import DataError
 from semseg.evaluation.evaluator import Speed
-from semseg.evaluation.tables import speed_line
+from semseg.evaluation.tables import format_speed
 from semseg.lit_module import SegmentationModule
 from semseg.modes.train import network_name
 from semseg.nets.segmenter import Segmenter
@@ -231,7 +231,7 @@ def table_of(figures: Figures, config: Config) -> Table:
     table.add_row("a step", f"{stepping.step_s * 1e3:.0f} ms, and {stepping.waiting_s * 1e3:.0f} ms of waiting")
     table.add_row("memory at most", f"{stepping.memory / 2**30:.2f} GiB")
     if evaluating is not None:
-        table.add_row(f"evaluation, {config.eval.scales}", speed_line(evaluating))
+        table.add_row(f"evaluation, {config.eval.scales}", format_speed(evaluating))
     return table
 
 

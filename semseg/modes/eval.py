@@ -1,4 +1,4 @@
-"""mode=eval: score a checkpoint on a split; prints tables, writes numbers, a page, and pictures if wanted."""
+"""mode=eval: score a checkpoint on a split; prints tables and writes numbers, a page and, if requested, panels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from semseg.build import build_trainer, open_network, restore_net, tell
 from semseg.checkpoints.format import FOLDER, SavedNetwork, refuse_nonfinite
-from semseg.config.schema import Config
+from semseg.config.schema import Config, DataConfig, EvalConfig
 from semseg.data.datasets import EvalDataset, EvalSample
 from semseg.data.images import read_pair
 from semseg.data.records import Record
@@ -24,30 +24,15 @@ from semseg.data.seeding import generator_for
 from semseg.data.sources import DataSource, require_masks
 from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError
-from semseg.evaluation.evaluator import ImageRecord, Intervals, bootstrap
-from semseg.evaluation.tables import (
-    Findings,
-    class_table,
-    findings_of,
-    place_of,
-    scales_table,
-    speed_line,
-    summary_table,
-    write_findings,
-)
+from semseg.evaluation.bootstrap import ConfidenceIntervals, bootstrap
+from semseg.evaluation.evaluator import ImageRecord
+from semseg.evaluation.result import EvaluationResult, build_result, relative_name
+from semseg.evaluation.result_files import write_result_files
+from semseg.evaluation.tables import class_score_table, format_speed, scales_table, summary_table
 from semseg.lit_module import SegmentationModule
 from semseg.reports.curves import read_training_curves, run_folder_of_checkpoint
-from semseg.reports.draw import Pixels, draw_comparison
-from semseg.reports.evaluation_page import (
-    EvaluationReport,
-    Example,
-    ImageScore,
-    build_class_scores,
-    build_headline_tiles,
-    build_rule_scores,
-    choose_examples,
-    write_evaluation_page,
-)
+from semseg.reports.draw import draw_comparison
+from semseg.reports.evaluation_page import EvaluationReport, Example, choose_examples, write_evaluation_page
 from semseg.reports.run_card import build_run_card, compute_data_fingerprint
 from semseg.storage.atomic import replacing
 from semseg.storage.run_results import Result, write_result
@@ -60,183 +45,171 @@ def run(config: Config, overrides: list[str]) -> float | None:
     """Evaluate; returns the mean IoU (None if nothing was scored).
 
     Raises:
-        SemsegError: for anything the user can mend.
+        SemsegError: for any error that the user can fix.
     """
     saved, config = open_network(config, overrides)
-    source = matching_source(config, saved)
-    require_masks(config.eval.split, source.records(config.eval.split))
-    tell(source.unused(config.eval.split))
+    source = open_source(config.data, saved)
+    split, folder = config.eval.split, Path(config.run_dir)
+    require_masks(split, source.records(split))
+    tell(source.unused(split))
     net = restore_net(saved)
     refuse_nonfinite(net.state_dict(), saved.source)
     trainer = build_trainer(config, source)
     module = SegmentationModule(net, config, source.classes)
     data = SegmentationData(source, config, net)
     if config.eval.visualize:
-        trainer.callbacks.append(PanelWriter(source, config.eval.split, Path(config.run_dir)))  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.callbacks.append(PanelWriter(source, split, folder))  # pyright: ignore[reportAttributeAccessIssue]
     trainer.test(module, datamodule=data, verbose=False)
     assert module.scores is not None and module.evaluation is not None, "the test loop ends with scores"
     if not trainer.is_global_zero:
         return module.scores.mean_iou
-    findings = findings_of(
+    images = module.evaluation.images
+    result = build_result(
         module.evaluation,
         source.classes,
-        config.data.miou_rule,
-        config.eval.also_scales,
-        confidence(config, module.evaluation.images),
-        class_ids=source.label_map.class_ids,
+        source.label_map.class_ids,
+        rule=config.data.miou_rule,
+        root=source.root,
+        subsets=config.eval.also_scales,
+        intervals=confidence_intervals(images, config.data.miou_rule, config.eval.bootstrap, config.seed),
     )
-    folder = Path(config.run_dir)
-    files = write_findings(folder, findings, source.root, facts(config, saved, findings))
-    pictures = tuple(examples(findings, trainer, module, data))
-    report = page(config, saved, source, findings, pictures=pictures, device=device_in_words(trainer))
+    title = describe_evaluation(config.data.name, config.eval, result)
+    files = write_result_files(folder, result, describe_settings(config.data.name, config.eval, saved.source, result))
+    report = EvaluationReport(
+        title=f"{config.model.name} on {config.data.name}",
+        subtitle=title,
+        result=result,
+        examples=tuple(predict_examples(result, images, trainer, module, data)),
+        curves=read_training_curves(run_folder_of_checkpoint(Path(saved.source))) if is_in_run_folder(saved) else (),
+        card=build_run_card(
+            config,
+            ["python", *sys.argv],
+            describe_device(trainer),
+            compute_data_fingerprint(source.records(split), source.root),
+        ),
+    )
     write_evaluation_page(folder / "report.html", report)
-    print_tables(findings, config)
-    write_result(folder, Result(findings.scores.mean_iou, "mean IoU"))
+    print_tables(result, title, config.eval.scales)
+    write_result(folder, Result(result.scores.mean_iou, "mean IoU"))
     written = ", ".join(map(str, [*files, folder / "report.html"]))
     print(escape_lines(f"checkpoint {saved.source}\nwritten to {written}"))
-    return findings.scores.mean_iou
+    return result.scores.mean_iou
 
 
-def matching_source(config: Config, saved: SavedNetwork) -> DataSource:
-    """The data set, whose classes must be as many as the network's.
+def open_source(config: DataConfig, saved: SavedNetwork) -> DataSource:
+    """The data set, which must have as many classes as the network.
 
     Raises:
-        ConfigError: if they are not.
+        ConfigError: if it has not.
     """
-    source = DataSource(config.data)
+    source = DataSource(config)
     if source.classes.num_classes != saved.classes.num_classes:
         raise ConfigError(
-            f"data={config.data.name} has {source.classes.num_classes} classes, but {saved.source} was trained "
-            f"for {saved.classes.num_classes}."
+            f"data={config.name} has {source.classes.num_classes} classes, but {saved.source} was trained "
+            f"for {saved.classes.num_classes}. Evaluate on a data set with the classes of the network."
         )
     if source.classes.names != saved.classes.names:
         log.warning(
             "class names of data=%s differ from those in %s: is this the same task?",
-            config.data.name,
+            config.name,
             escape_unprintable(saved.source),
         )
     return source
 
 
-def confidence(config: Config, images: Sequence[ImageRecord]) -> Intervals | None:
-    """Confidence intervals, if eval.bootstrap asks for them."""
-    if not config.eval.bootstrap:
+def confidence_intervals(
+    images: Sequence[ImageRecord], rule: str, resamples: int, seed: int
+) -> ConfidenceIntervals | None:
+    """Confidence intervals from `resamples` resamples; None for 0."""
+    if not resamples:
         return None
-    margins = [image.margins for image in images if image.margins is not None]
-    return bootstrap(margins, config.data.miou_rule, config.eval.bootstrap, generator_for(config.seed))
+    counts = [image.class_counts for image in images if image.class_counts is not None]
+    return bootstrap(counts, rule, resamples, generator_for(seed))
 
 
-# ---- on the console and in metrics.json
-
-
-def title_of(config: Config, findings: Findings) -> str:
+def describe_evaluation(data_name: str, settings: EvalConfig, result: EvaluationResult) -> str:
     """What was scored, in one line."""
-    settings = config.eval
     flip = ", mirrored too" if settings.flip else ""
-    left_out = f" ({len(findings.left_out)} left out)" if findings.left_out else ""
-    return (
-        f"{config.data.name} {settings.split}, {len(findings.images)} images{left_out}, scales {settings.scales}{flip}"
-    )
+    unreadable = f" ({len(result.unreadable)} unreadable)" if result.unreadable else ""
+    return f"{data_name} {settings.split}, {len(result.images)} images{unreadable}, scales {settings.scales}{flip}"
 
 
-def print_tables(findings: Findings, config: Config) -> None:
-    """All tables and the speed."""
-    console = Console()
-    console.print(class_table(findings, title_of(config, findings)))
-    if findings.parts:
-        console.print(scales_table(findings, config.eval.scales))
-    console.print(summary_table(findings))
-    console.print(speed_line(findings.speed), soft_wrap=True, highlight=False)
-
-
-def facts(config: Config, saved: SavedNetwork, findings: Findings) -> dict[str, Any]:
-    """What metrics.json says of how the scores came about."""
-    settings = config.eval
-    found = {
-        "checkpoint": saved.source,
-        "data": config.data.name,
+def describe_settings(
+    data_name: str, settings: EvalConfig, checkpoint: str, result: EvaluationResult
+) -> dict[str, Any]:
+    """The entries of metrics.json that say what was evaluated, and how."""
+    entries = {
+        "checkpoint": checkpoint,
+        "data": data_name,
         "split": settings.split,
-        "images": len(findings.images),
+        "images": len(result.images),
         "scales": settings.scales,
         "flip": settings.flip,
     }
-    return found | {"boundary_ratio": settings.boundary_ratio} if settings.boundary_iou else found
+    return entries | {"boundary_ratio": settings.boundary_ratio} if settings.boundary_iou else entries
+
+
+def print_tables(result: EvaluationResult, title: str, scales: list[int]) -> None:
+    """Print all tables and the speed."""
+    console = Console()
+    console.print(class_score_table(result, title))
+    if result.subsets:
+        console.print(scales_table(result, scales))
+    console.print(summary_table(result))
+    console.print(format_speed(result.speed), soft_wrap=True, highlight=False)
 
 
 # ---- the page
 
 
-def page(
-    config: Config,
-    saved: SavedNetwork,
-    source: DataSource,
-    findings: Findings,
-    *,
-    pictures: tuple[Example, ...],
-    device: str,
-) -> EvaluationReport:
-    """All that report.html shows."""
-    fingerprint = compute_data_fingerprint(source.records(config.eval.split), source.root)
-    checkpoint = Path(saved.source)
-    return EvaluationReport(
-        title=f"{config.model.name} on {config.data.name}",
-        subtitle=title_of(config, findings),
-        headline=build_headline_tiles(findings.scores, findings.intervals and findings.intervals.mean_iou),
-        rules=build_rule_scores(findings.by_rule, source.classes.names),
-        classes=source.classes,
-        rows=build_class_scores(findings.scores, source.classes, source.label_map.class_ids),
-        confusion=findings.confusion,
-        images=tuple(image_scores(findings, source.root)),
-        examples=pictures,
-        curves=read_training_curves(run_folder_of_checkpoint(checkpoint)) if checkpoint.parent.name == FOLDER else (),
-        card=build_run_card(config, ["python", *sys.argv], device, fingerprint),
-    )
+def is_in_run_folder(saved: SavedNetwork) -> bool:
+    """Whether the network is a checkpoint in the folder of its run, beside the training curves."""
+    return Path(saved.source).parent.name == FOLDER
 
 
-def image_scores(findings: Findings, root: Path) -> list[ImageScore]:
-    """The images as the page names and ranks them."""
-    return [ImageScore(place_of(image.path, root), image.pixel_accuracy, image.mean_iou) for image in findings.images]
-
-
-def device_in_words(trainer: pl.Trainer) -> str:
-    """Such as "2 x NVIDIA H200", or "cpu"."""
+def describe_device(trainer: pl.Trainer) -> str:
+    """The devices of a trainer, such as "2 x NVIDIA H200" or "cpu"."""
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
 
 
-def examples(
-    findings: Findings, trainer: pl.Trainer, module: SegmentationModule, data: SegmentationData
+def predict_examples(
+    result: EvaluationResult,
+    images: Sequence[ImageRecord],
+    trainer: pl.Trainer,
+    module: SegmentationModule,
+    data: SegmentationData,
 ) -> Iterator[Example]:
-    """The best, median and worst images, predicted once more: no one could know before that these are the ones."""
-    scores = image_scores(findings, data.source.root)
+    """The best, median and worst images, predicted again because they are known only after the evaluation."""
     dataset, device = data.test_dataloader().dataset, trainer.strategy.root_device
-    assert isinstance(dataset, EvalDataset), "of the whole split"
-    module.to(device).eval()  # Lightning has taken it to the CPU
-    for group, position in choose_examples(scores):
-        sample = dataset[findings.images[position].index]
+    assert isinstance(dataset, EvalDataset), "the loader reads the whole split"
+    module.to(device).eval()  # Lightning has moved it to the CPU
+    for group, index in choose_examples(result.images):
+        position = images[index].position
+        sample = dataset[position]
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             ((prediction,),) = module.predict([module.transfer_batch_to_device(sample, device, 0)])
-        record = dataset.records[sample.index]
+        record = dataset.records[position]
         image = read_pair(record, dataset.label_map, max_pixels=dataset.max_pixels).image
-        yield Example(group, scores[position], image, sample.label.numpy(), prediction.cpu().numpy())
+        yield Example(group, result.images[index], image, sample.label.numpy(), prediction.cpu().numpy())
 
 
 # ---- panels
 
 
 class PanelWriter(Callback):
-    """Writes image | ground truth | prediction of every image as `<run_dir>/panels/<place below data.root>.png`.
+    """Writes image | ground truth | prediction of every image to `<run_dir>/panels/<path below data.root>.png`.
 
     Raises:
-        ConfigError: if a picture would take the place of a file of the data set.
+        ConfigError: if a panel would overwrite a file of the data set.
     """
 
     def __init__(self, source: DataSource, split: str, run_dir: Path) -> None:
         self.source = source
         self.records = source.records(split)
         self.targets = [panel_path(record, source.root, run_dir) for record in self.records]
-        check_targets(self.targets, self.records)
+        refuse_overwriting(self.targets, self.records)
 
     def on_test_batch_end(  # noqa: PLR0917 - Lightning's signature
         self,
@@ -253,28 +226,26 @@ class PanelWriter(Callback):
             record, limit = self.records[sample.index], self.source.config.max_pixels
             image = read_pair(record, self.source.label_map, max_pixels=limit).image
             label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
-            write_png(self.targets[sample.index], draw_comparison(image, label, prediction, self.source.classes))
+            panel = draw_comparison(image, label, prediction, self.source.classes)
+            with replacing(self.targets[sample.index]) as temporary:
+                Image.fromarray(panel).save(temporary, "png", compress_level=1)
 
 
 def panel_path(record: Record, root: Path, run_dir: Path) -> Path:
-    """Where the panel of an image goes. The suffix stays, so that a.jpg and a.png, or b/a.jpg, never meet."""
-    place = place_of(record.image, root).lstrip("/")  # a split lies below the root as a whole, or elsewhere
-    return run_dir / "panels" / f"{place}.png"
+    """The file of an image's panel. The suffix of the image is kept, so that a.jpg and a.png do not collide."""
+    name = relative_name(record.image, root).lstrip("/")  # a split may be outside of the root as a whole
+    return run_dir / "panels" / f"{name}.png"
 
 
-def check_targets(targets: Sequence[Path], records: Sequence[Record]) -> None:
-    """Nothing that is read may be written.
+def refuse_overwriting(targets: Sequence[Path], records: Sequence[Record]) -> None:
+    """Check that no panel overwrites a file of the data set.
 
     Raises:
-        ConfigError: naming the first file that would be.
+        ConfigError: naming the first file that would be overwritten.
     """
     inputs = {Path(path).resolve() for record in records for path in (record.image, record.label) if path}
-    lost = next((path for path in targets if path.resolve() in inputs), None)
-    if lost is not None:
-        raise ConfigError(f"eval.visualize=true would overwrite {lost}, a file of the data set. Set another run_dir.")
-
-
-def write_png(path: Path, pixels: Pixels) -> None:
-    """Write a picture, whole or not at all."""
-    with replacing(path) as temporary:
-        Image.fromarray(pixels).save(temporary, "png", compress_level=1)
+    overwritten = next((path for path in targets if path.resolve() in inputs), None)
+    if overwritten is not None:
+        raise ConfigError(
+            f"eval.visualize=true would overwrite {overwritten}, a file of the data set. Set another run_dir."
+        )

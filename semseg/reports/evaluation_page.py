@@ -1,7 +1,7 @@
 """Stage 8: an evaluation as one HTML file that opens from disk, needs no network access, and can be printed. No torch.
 
-The page shows plain numbers and arrays (`EvaluationReport`), which `build_headline_tiles`, `build_rule_scores` and
-`build_class_scores` make from the scores of an evaluation. Its layout is in templates/report.html.
+The page shows the result of the evaluation and what belongs to it (`EvaluationReport`). Its layout is in
+templates/report.html.
 """
 
 from __future__ import annotations
@@ -25,50 +25,11 @@ from semseg.reports.templates import render_template
 from semseg.storage.atomic import replacing
 
 if TYPE_CHECKING:
-    from semseg.evaluation.metrics import Scores
+    from semseg.evaluation.result import EvaluationResult, ImageScore
 
 MAX_PAIRS = 15  # rows of the table of confused pairs
 MAX_HEAT_MAP_CLASSES = 20
 EXAMPLE_GROUPS = ("best", "median", "worst")
-
-
-class ScoreTile(NamedTuple):
-    """One headline score."""
-
-    name: str
-    value: float | None  # 0..1; None if nothing was scored
-    note: str = ""
-    interval: tuple[float, float] | None = None  # 95 % confidence, 0..1
-
-
-class RuleScore(NamedTuple):
-    """The mean IoU under one rule for absent classes."""
-
-    rule: str
-    mean_iou: float | None  # 0..1
-    num_averaged: int  # classes
-    absent: tuple[str, ...]  # names of the classes that the rule considers absent
-
-
-class ClassScores(NamedTuple):
-    """The scores of one class, 0..1; None where nothing was scored."""
-
-    name: str
-    colour: Colour
-    iou: float | None
-    accuracy: float | None
-    precision: float | None
-    dice: float | None
-    share: float  # fraction of all scored pixels, by the labels
-    id: int  # in the label files
-
-
-class ImageScore(NamedTuple):
-    """The scores of one image, 0..1."""
-
-    file: str
-    pixel_accuracy: float | None
-    mean_iou: float | None
 
 
 class Example(NamedTuple):
@@ -104,12 +65,7 @@ class EvaluationReport(NamedTuple):
 
     title: str
     subtitle: str  # data, split, number of images, scales
-    headline: tuple[ScoreTile, ...]
-    rules: tuple[RuleScore, ...]
-    classes: ClassTable
-    rows: tuple[ClassScores, ...]  # one for each class
-    confusion: NDArray[np.int64]  # (K, K); rows are labels
-    images: tuple[ImageScore, ...]
+    result: EvaluationResult
     examples: tuple[Example, ...]
     curves: tuple[Curves, ...]
     card: RunCard
@@ -123,56 +79,27 @@ def write_evaluation_page(path: Path, report: EvaluationReport) -> None:
 
 def render_evaluation_page(report: EvaluationReport) -> str:
     """Render the page as one self-contained HTML text."""
+    result, classes = report.result, report.result.classes
     return render_template(
         "report.html",
         report=report,
+        result=result,
+        class_scores=result.class_scores,
         charts=[(curves, draw_curves(curves)) for curves in report.curves],
-        histograms=draw_score_histograms(report.images),
-        heat=draw_confusion_chart(report.confusion, report.classes.names),
-        pairs=rank_confused_pairs(report.confusion)[:MAX_PAIRS],
+        histograms=draw_score_histograms(result.images),
+        heat=draw_confusion_chart(result.confusion, classes.names),
+        pairs=rank_confused_pairs(result.confusion)[:MAX_PAIRS],
         groups=[
-            (group, [encode_example(e, report.classes) for e in report.examples if e.group == group])
+            (group, [encode_example(e, classes) for e in report.examples if e.group == group])
             for group in EXAMPLE_GROUPS
         ],
     )
 
 
-# ---- convert the scores of an evaluation
-
-
-def build_headline_tiles(scores: Scores, interval: tuple[float, float] | None = None) -> tuple[ScoreTile, ...]:
-    """Build the tiles at the top of the page; `interval` is the 95 % confidence interval of the mean IoU."""
-    rule = f"rule {scores.rule}: {scores.averaged_classes} of {len(scores.iou)} classes"
-    return (
-        ScoreTile("mean IoU", scores.mean_iou, rule, interval),
-        ScoreTile("pixel accuracy", scores.pixel_accuracy, "fraction of the scored pixels that are correct"),
-        ScoreTile("overall score", scores.overall, "mean of mean IoU and pixel accuracy"),
-        ScoreTile("mean accuracy", scores.mean_accuracy, "over the classes in the labels"),
-        ScoreTile("frequency-weighted IoU", scores.frequency_weighted_iou, "weighted by the pixels of each class"),
-    )
-
-
-def build_rule_scores(scores: Sequence[Scores], names: Sequence[str]) -> tuple[RuleScore, ...]:
-    """Build the table of rules from the scores under each of them."""
-    return tuple(RuleScore(s.rule, s.mean_iou, s.averaged_classes, tuple(names[n] for n in s.absent)) for s in scores)
-
-
-def build_class_scores(
-    scores: Scores, classes: ClassTable, class_ids: Sequence[int] | None = None
-) -> tuple[ClassScores, ...]:
-    """Build the table of classes from the scores under any rule.
-
-    Args:
-        class_ids: ids in the label files, by class index; None means the class indices.
-    """
-    ids = range(classes.num_classes) if class_ids is None else class_ids
-    columns = (scores.iou, scores.accuracy, scores.precision, scores.dice, scores.shares, ids)
-    return tuple(ClassScores(*row) for row in zip(classes.names, classes.palette, *columns, strict=True))
-
-
 def choose_examples(images: Sequence[ImageScore], per_group: int = 3) -> list[tuple[str, int]]:
     """Choose the best, median and worst images by mean IoU, as (group, index); images without a score are skipped.
 
+    >>> from semseg.evaluation.result import ImageScore
     >>> choose_examples([ImageScore(str(n), None, n / 10) for n in range(5)], per_group=1)
     [('best', 4), ('median', 2), ('worst', 0)]
     """

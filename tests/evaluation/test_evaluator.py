@@ -9,7 +9,8 @@ import torch
 import semseg.evaluation.evaluator
 from semseg.config.schema import EvalConfig
 from semseg.data.datasets import EvalSample
-from semseg.evaluation.evaluator import CHUNK, Evaluator, bootstrap, interval, margins_of, speed_of
+from semseg.evaluation.bootstrap import RESAMPLES_PER_CHUNK, bootstrap, class_counts, percentile_interval
+from semseg.evaluation.evaluator import Evaluator, speed_of
 from semseg.evaluation.metrics import boundary_counts, confusion_counts, scores_from
 
 LABEL = torch.tensor([[0, 0, 1, 1], [-1, -1, 2, 2]])
@@ -25,7 +26,7 @@ def evaluator(**settings: object) -> Evaluator:
     return Evaluator(EvalConfig(scales=[300, 450], **settings), 3, torch.device("cpu"))  # pyright: ignore[reportArgumentType]
 
 
-def test_each_part_of_the_scales_has_counts_of_its_own() -> None:
+def test_each_subset_of_the_scales_is_counted_separately() -> None:
     counting = evaluator(also_scales=[[450]])
     counting.add([sample(0)], [[RIGHT, WRONG]])
     counting.add([sample(1)], [[RIGHT, RIGHT]])
@@ -43,7 +44,7 @@ def test_an_image_is_scored_over_the_classes_it_has() -> None:
     assert image.mean_iou == pytest.approx((2 / 4 + 1 / 3 + 0) / 3)  # classes 0, 1, 2
     assert (image.path, image.height, image.width) == ("images/0.jpg", 2, 4)
     assert image.seconds > 0
-    assert image.margins is None
+    assert image.class_counts is None
 
 
 def test_an_image_without_a_scored_pixel_has_no_score() -> None:
@@ -53,14 +54,14 @@ def test_an_image_without_a_scored_pixel_has_no_score() -> None:
     assert image.pixel_accuracy is None and image.mean_iou is None
 
 
-def test_images_come_back_in_the_order_of_the_list() -> None:
+def test_images_are_returned_in_the_order_of_the_split() -> None:
     counting = evaluator()
     for index in (2, 0, 1):
         counting.add([sample(index)], [[RIGHT]])
-    assert [image.index for image in counting.result().images] == [0, 1, 2]
+    assert [image.position for image in counting.result().images] == [0, 1, 2]
 
 
-def test_outlines_are_counted_only_if_asked_for() -> None:
+def test_boundaries_are_counted_only_if_requested() -> None:
     assert evaluator().result().boundary is None
     counting = evaluator(boundary_iou=True, boundary_ratio=0.5)
     counting.add([sample(0)], [[WRONG]])
@@ -70,21 +71,21 @@ def test_outlines_are_counted_only_if_asked_for() -> None:
     assert torch.equal(boundary.intersection, expected.intersection) and torch.equal(boundary.union, expected.union)
 
 
-def test_time_is_told_apart_and_drawing_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.accumulate([0, 1, 10, 100, 1000, 10_000])  # seconds between two looks at it
+def test_time_is_split_by_stage_and_drawing_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.accumulate([0, 1, 10, 100, 1000, 10_000])  # seconds between two readings
     monkeypatch.setattr(semseg.evaluation.evaluator.time, "perf_counter", lambda: next(clock))
     counting = evaluator()
-    counting.watch.lap("reading")
+    counting.stopwatch.lap("reading")
     counting.add([sample(0)], [[RIGHT]])  # 10 s of network, 100 s of scoring
-    counting.watch.restart()
-    counting.watch.lap("reading")
+    counting.stopwatch.restart()
+    counting.stopwatch.lap("reading")
     result = counting.result()
     assert result.speed.seconds_per_image == {"reading": 10_001, "network": 10, "scoring": 100}
     assert result.images[0].seconds == 110
 
 
-def test_images_that_went_through_together_share_the_time_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.accumulate([0, 10, 100, 1000])  # seconds between two looks at it
+def test_images_predicted_together_share_the_time_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.accumulate([0, 10, 100, 1000])  # seconds between two readings
     monkeypatch.setattr(semseg.evaluation.evaluator.time, "perf_counter", lambda: next(clock))
     counting = evaluator()
     counting.add([sample(0), sample(1)], [[RIGHT], [WRONG]])  # 10 s of network, 100 s and 1000 s of scoring
@@ -104,7 +105,7 @@ def test_the_slowest_rank_sets_the_pace() -> None:
 
 
 def matrices(number: int, num_classes: int = 6) -> list[torch.Tensor]:
-    """Confusion matrices of images that have few of the classes, some of them hardly ever."""
+    """Confusion matrices of images that contain few of the classes, some of them rarely."""
     generator = torch.Generator().manual_seed(number)
     found = []
     for _ in range(number):
@@ -116,34 +117,34 @@ def matrices(number: int, num_classes: int = 6) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("rule", ["ade20k", "present", "ground_truth"])
 def test_every_resample_is_scored_as_a_data_set_of_its_own(rule: str) -> None:
-    images, resamples = matrices(9), CHUNK + 30  # the second chunk is not full
+    images, resamples = matrices(9), RESAMPLES_PER_CHUNK + 30  # the second chunk is not full
     draws = np.random.default_rng(7).integers(9, size=(resamples, 9))
     scores = [scores_from(torch.stack([images[n] for n in draw]).sum(0), rule) for draw in draws]
     means = [score.mean_iou for score in scores if score.mean_iou is not None]
     accuracies = [score.pixel_accuracy for score in scores if score.pixel_accuracy is not None]
-    found = bootstrap([margins_of(image) for image in images], rule, resamples, np.random.default_rng(7))
+    found = bootstrap([class_counts(image) for image in images], rule, resamples, np.random.default_rng(7))
     assert found.mean_iou == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-12)
     assert found.pixel_accuracy == pytest.approx(np.quantile(accuracies, [0.025, 0.975]), rel=1e-12)
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
-    margins = [margins_of(image) for image in matrices(20)]
-    first, again, other = (bootstrap(margins, "present", 100, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert first == again != other
+    counts = [class_counts(image) for image in matrices(20)]
+    first, repeated, other = (bootstrap(counts, "present", 100, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first == repeated != other
 
 
-def test_equal_images_leave_no_doubt() -> None:
-    margins = [margins_of(torch.tensor([[3, 1], [0, 4]]))] * 5
-    found = bootstrap(margins, "present", 50, np.random.default_rng(0))
+def test_equal_images_have_an_interval_of_length_zero() -> None:
+    counts = [class_counts(torch.tensor([[3, 1], [0, 4]]))] * 5
+    found = bootstrap(counts, "present", 50, np.random.default_rng(0))
     assert found.mean_iou == pytest.approx((0.775, 0.775))
     assert found.pixel_accuracy == (0.875, 0.875)
 
 
 def test_nothing_scored_has_no_interval() -> None:
-    margins = [margins_of(torch.zeros(3, 3, dtype=torch.int64))] * 2
-    found = bootstrap(margins, "ade20k", 10, np.random.default_rng(0))
+    counts = [class_counts(torch.zeros(3, 3, dtype=torch.int64))] * 2
+    found = bootstrap(counts, "ade20k", 10, np.random.default_rng(0))
     assert found.mean_iou is None and found.pixel_accuracy is None
 
 
-def test_an_interval_is_the_middle_of_the_values_that_are_numbers() -> None:
-    assert interval(np.array([*np.arange(201) / 200, np.nan])) == pytest.approx((0.025, 0.975))
+def test_an_interval_covers_the_central_finite_values() -> None:
+    assert percentile_interval(np.array([*np.arange(201) / 200, np.nan])) == pytest.approx((0.025, 0.975))

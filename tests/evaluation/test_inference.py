@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.errors import ConfigError
-from semseg.evaluation.inference import Prediction, band_height, batch_logits, merge_scales, predict, scale_logits
+from semseg.evaluation.inference import ClassMap, band_height, batch_logits, merge_scales, predict, scale_logits
 from semseg.nets.interfaces import Logits
 from semseg.nets.normalise import normalise
 
@@ -115,7 +115,7 @@ def test_bands_give_the_classes_and_probabilities_of_the_whole_image(size: tuple
 
 def test_the_memory_limit_never_changes_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = random_logits((13, 17), (26, 34))
-    answers: list[tuple[Prediction, np.ndarray]] = []
+    answers: list[tuple[ClassMap, np.ndarray]] = []
     heights = []
     for rows in (1, 7, 64, 1000):
         monkeypatch.setattr("semseg.evaluation.inference.band_height", lambda *_, rows=rows: rows)
@@ -167,7 +167,7 @@ def test_windows_are_averaged_where_they_overlap() -> None:
 
 
 def test_windows_need_images_that_fit_the_network() -> None:
-    with pytest.raises(ConfigError, match=r"window=8: .* multiples of the network's 4 pixels, got 8 x 10"):
+    with pytest.raises(ConfigError, match=r"window=8: .* multiples of 4 pixels, not 8 x 10"):
         predict(Colours(), [random_image(8, 10)], (8, 10), CONVENTION, window=8)
 
 

@@ -89,7 +89,7 @@ def test_one_pair_with_two_classes_shows_what_the_published_rule_does() -> None:
     assert scores_from(counts, "ade20k").mean_iou == pytest.approx(group["mean_iou"], abs=1e-9)
     present = scores_from(counts, "present")
     assert present.mean_iou == pytest.approx(group["mean_iou_over_classes_with_union"], abs=1e-9)
-    assert present.averaged_classes == 2
+    assert present.num_averaged == 2
 
 
 def as_counts(listed: dict[str, int]) -> dict[int, int]:
@@ -121,7 +121,7 @@ def test_all_scores_of_a_small_matrix_by_hand() -> None:
     assert scores.dice == [6 / 7, 8 / 9]
     assert scores.mean_dice == pytest.approx((6 / 7 + 8 / 9) / 2)
     assert scores.frequency_weighted_iou == pytest.approx(0.5 * 3 / 4 + 0.5 * 4 / 5)
-    assert scores.shares == [0.5, 0.5]
+    assert scores.pixel_fractions == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -173,7 +173,7 @@ def test_golden_figures_of_the_ade20k_samples(shared) -> None:
         single = scores_from(confusion_counts(prediction.clamp(min=0), label, 150), "present")
         assert single.pixel_accuracy == pytest.approx(accuracy, abs=1e-6)
         assert single.mean_iou == pytest.approx(iou, abs=1e-6)
-        assert single.averaged_classes == classes
+        assert single.num_averaged == classes
         matrix.update(confusion_counts(prediction.clamp(min=0), label, 150))
     both = matrix.compute().matrix
     assert scores_from(both, "ade20k").mean_iou == pytest.approx(0.130006, abs=1e-6)

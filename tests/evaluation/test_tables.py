@@ -11,19 +11,18 @@ from rich.console import Console
 from rich.table import Table
 
 from semseg.data.classes import ClassTable
-from semseg.evaluation.evaluator import Evaluation, ImageRecord, Intervals, Speed
-from semseg.evaluation.metrics import Counts, scores_from
+from semseg.evaluation.bootstrap import ConfidenceIntervals
+from semseg.evaluation.evaluator import ImageRecord, Speed, SplitCounts
+from semseg.evaluation.metrics import Counts
+from semseg.evaluation.result import EvaluationResult, build_result, relative_name
+from semseg.evaluation.result_files import write_result_files
 from semseg.evaluation.tables import (
-    Findings,
-    class_table,
-    findings_of,
-    place_of,
-    rows_to_show,
-    rule_in_words,
+    class_score_table,
+    describe_rule,
+    format_speed,
     scales_table,
-    speed_line,
+    select_rows,
     summary_table,
-    write_findings,
 )
 
 CLASSES = ClassTable.from_names(["sky", "road", "boat"])
@@ -35,9 +34,17 @@ IMAGES = [
 ]
 
 
-def findings(intervals: Intervals | None = None) -> Findings:
-    counts = [Counts(MATRIX, 2), Counts(torch.diag(torch.tensor([4, 4, 0])), 2)]
-    return findings_of(Evaluation(counts, None, IMAGES, SPEED), CLASSES, "present", [[450]], intervals)
+def result(intervals: ConfidenceIntervals | None = None) -> EvaluationResult:
+    counts = SplitCounts([Counts(MATRIX, 2), Counts(torch.diag(torch.tensor([4, 4, 0])), 2)], None, IMAGES, SPEED)
+    return build_result(
+        counts,
+        CLASSES,
+        [7, 8, 11],
+        rule="present",
+        root=Path("/data"),
+        subsets=[[450]],
+        intervals=intervals,
+    )
 
 
 def text_of(table: Table) -> str:
@@ -51,7 +58,7 @@ def text_of(table: Table) -> str:
 def test_c13_the_table_has_a_row_for_each_class_and_says_what_was_not_scored() -> None:
     rows = {
         line.split("│")[1].strip(): line
-        for line in text_of(class_table(findings(), "a title")).splitlines()
+        for line in text_of(class_score_table(result(), "a title")).splitlines()
         if "│" in line
     }
     assert "75.00" in rows["sky"] and "50.00" in rows["sky"]  # IoU 3/4, half of the pixels
@@ -59,38 +66,38 @@ def test_c13_the_table_has_a_row_for_each_class_and_says_what_was_not_scored() -
     assert rows["boat"].count("n/a") == 4
 
 
-def test_of_many_classes_the_best_and_the_worst_are_shown() -> None:
-    best, worst = rows_to_show([index / 100 for index in range(100)])
+def test_only_the_best_and_the_worst_of_many_classes_are_shown() -> None:
+    best, worst = select_rows([index / 100 for index in range(100)])
     assert best == list(range(99, 79, -1)) and worst == list(range(19, -1, -1))
-    assert rows_to_show([None] * 40) == (list(range(40)), [])
+    assert select_rows([None] * 40) == (list(range(40)), [])
 
 
 def test_the_summary_gives_the_mean_under_every_rule_and_names_the_absent() -> None:
-    text = text_of(summary_table(findings(Intervals(100, (0.7, 0.8), None))))
+    text = text_of(summary_table(result(ConfidenceIntervals(100, (0.7, 0.8), None))))
     assert "95 % interval 70.00 to 80.00" in text
     assert "77.50" in text  # (0.75 + 0.80) / 2
-    assert "51.67" in text and "over all 3 classes, an absent one counts 0; 1 absent: boat" in text
+    assert "51.67" in text and "over all 3 classes; an absent class counts as 0; 1 absent: boat" in text
 
 
-def test_each_rule_is_put_into_words() -> None:
-    for rule in ("ade20k", "present", "ground_truth"):
-        told = rule_in_words(scores_from(torch.eye(3, dtype=torch.int64), rule), CLASSES.names)
-        assert "3 classes" in told and told.endswith("none is absent")
+def test_each_rule_is_described() -> None:
+    for score, averaged in zip(result().rule_scores, ("all 3", "2 of 3", "2 of 3"), strict=True):
+        assert averaged in describe_rule(score, 3) and "1 absent: boat" in describe_rule(score, 3)
+        assert "no class is absent" in describe_rule(score._replace(absent=()), 3)
 
 
-def test_parts_of_the_scales_have_rows_of_their_own() -> None:
-    text = text_of(scales_table(findings(), [300, 450]))
+def test_each_subset_of_the_scales_has_a_row() -> None:
+    text = text_of(scales_table(result(), [300, 450]))
     assert "300, 450" in text and "77.50" in text and "100.00" in text
 
 
-def test_the_speed_says_what_the_time_went_into() -> None:
-    assert speed_line(SPEED) == (
-        "2.50 images per second; an image takes reading 10.0 ms, network 300.0 ms, scoring 90.0 ms"
-    )
+def test_the_speed_lists_the_time_of_each_stage() -> None:
+    text = format_speed(SPEED)
+    assert "2.50 images per second" in text
+    assert "reading 10.0 ms, network 300.0 ms, scoring 90.0 ms" in text
 
 
 def test_files_hold_the_numbers_and_null_for_what_was_not_scored(tmp_path: Path) -> None:
-    metrics, classes, images, confusion = write_findings(tmp_path, findings(), Path("/data"), {"split": "val"})
+    metrics, classes, images, confusion = write_result_files(tmp_path, result(), {"split": "val"})
     content = json.loads(metrics.read_text())
     assert (content["split"], content["pixel_accuracy"], content["mean_iou"]) == ("val", 0.875, (0.75 + 0.8) / 2)
     assert content["classes"][2]["iou"] is None
@@ -99,12 +106,14 @@ def test_files_hold_the_numbers_and_null_for_what_was_not_scored(tmp_path: Path)
     rows = list(csv.DictReader(classes.open()))
     assert [row["name"] for row in rows] == ["sky", "road", "boat"]
     assert rows[0]["iou"] == "0.75" and rows[2]["iou"] == ""
+    assert [row["id"] for row in rows] == ["7", "8", "11"]
     rows = list(csv.DictReader(images.open()))
     assert [row["file"] for row in rows] == ["images/a.jpg", "/elsewhere/b.jpg"]
     assert rows[1]["mean_iou"] == ""
     saved = np.load(confusion)
     assert saved["matrix"].tolist() == MATRIX.tolist() and saved["names"].tolist() == ["sky", "road", "boat"]
+    assert saved["ids"].tolist() == [7, 8, 11]
 
 
-def test_an_image_is_named_by_its_place_in_the_data_set() -> None:
-    assert place_of("/data/x/../images/a.jpg", Path("/data")) == "images/a.jpg"
+def test_an_image_is_named_by_its_path_in_the_data_set() -> None:
+    assert relative_name("/data/x/../images/a.jpg", Path("/data")) == "images/a.jpg"

@@ -15,18 +15,17 @@ from semseg.config.schema import Config, LossConfig
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.data.records import Record
-from semseg.evaluation.metrics import scores_from
+from semseg.evaluation.bootstrap import ConfidenceIntervals
+from semseg.evaluation.evaluator import Speed, SplitCounts
+from semseg.evaluation.metrics import Counts
+from semseg.evaluation.result import EvaluationResult, ImageScore, build_result
 from semseg.reports.charts import Line, average_points, draw_heat_map, draw_histogram, draw_line_chart, round_ticks
 from semseg.reports.curves import Curves, read_training_curves, run_folder_of_checkpoint
 from semseg.reports.evaluation_page import (
     ConfusedPair,
     EvaluationReport,
     Example,
-    ImageScore,
-    build_class_scores,
     build_example_legend,
-    build_headline_tiles,
-    build_rule_scores,
     choose_examples,
     draw_confusion_chart,
     rank_confused_pairs,
@@ -48,30 +47,31 @@ HOSTILE = "<img src=x onerror=alert(1)> & \"quoted\" 'name'"
 CLASSES = ClassTable(("sky", "road", HOSTILE, "boat"), ((0, 0, 255), (128, 128, 128), (255, 0, 0), (0, 255, 0)))
 # Rows are labels. boat is neither labelled nor predicted.
 CONFUSION = np.array([[6, 2, 0, 0], [0, 8, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0]])
-SCORES = scores_from(torch.from_numpy(CONFUSION))
 CARD = RunCard(
     "python run.py mode=eval", f"mode: eval\nname: {HOSTILE}\n", {"torch": "2.10"}, NO_CHECKOUT, "cpu", "today", None
 )
 
 
+def result_of(confusion: np.ndarray, classes: ClassTable) -> EvaluationResult:
+    counts = SplitCounts([Counts(torch.from_numpy(confusion), 1)], None, [], Speed(1.0, {}))
+    intervals = ConfidenceIntervals(100, (0.2, 0.4), None)
+    return build_result(
+        counts, classes, range(classes.num_classes), rule="present", root=Path("/data"), intervals=intervals
+    )
+
+
 def report(num_images: int = 5) -> EvaluationReport:
     """A page with everything on it, about one small picture."""
-    images = tuple(ImageScore(f"a&b/{n}.jpg", n / 10, n / 10) for n in range(num_images))
+    images = [ImageScore(f"a&b/{n}.jpg", n / 10, n / 10) for n in range(num_images)]
     label = np.array([[0, 0, 1], [-1, 2, 2]])
     prediction = np.array([[0, 1, 1], [0, 1, 0]])
     picture = np.full((2, 3, 3), 200, np.uint8)
     examples = tuple(Example(group, images[n], picture, label, prediction) for group, n in choose_examples(images, 1))
-    rules = [scores_from(torch.from_numpy(CONFUSION), rule) for rule in ("ade20k", "present", "ground_truth")]
     curve = Curves("loss", (Line("train/loss", (1, 2, 3), (3.0, 2.0, 1.0)),))
     return EvaluationReport(
         title=f"report of {HOSTILE}",
         subtitle="five images",
-        headline=build_headline_tiles(SCORES, (0.2, 0.4)),
-        rules=build_rule_scores(rules, CLASSES.names),
-        classes=CLASSES,
-        rows=build_class_scores(SCORES, CLASSES),
-        confusion=CONFUSION,
-        images=images,
+        result=result_of(CONFUSION, CLASSES)._replace(images=images),
         examples=examples,
         curves=(curve,),
         card=CARD,
@@ -130,7 +130,7 @@ def test_scores_are_shown_in_percent_and_what_was_not_scored_as_not_available() 
 
 
 def test_the_page_leaves_out_what_there_is_nothing_to_say_about() -> None:
-    bare = report()._replace(images=(), examples=(), curves=(), rules=(), confusion=np.diag([1, 2, 3, 0]))
+    bare = report()._replace(result=result_of(np.diag([1, 2, 3, 0]), CLASSES), examples=(), curves=())
     reader = read(render_evaluation_page(bare))
     ids = {attributes["id"] for tag, attributes in reader.tags if tag == "section"}
     assert ids == {"scores", "classes", "confusion", "run"}
@@ -157,13 +157,10 @@ def test_a_page_of_150_classes_and_nine_photos_stays_below_three_megabytes() -> 
     ids = np.kron(rng.integers(0, 150, (30, 40)), np.ones((20, 20), int))
     classes = ClassTable(tuple(f"class {n}" for n in range(150)), ((1, 2, 3),) * 150)
     confusion = rng.integers(0, 1000, (150, 150))
-    images = tuple(ImageScore(str(n), n / 10, n / 10) for n in range(10))
+    images = [ImageScore(str(n), n / 10, n / 10) for n in range(10)]
     page = render_evaluation_page(
         report()._replace(
-            classes=classes,
-            rows=build_class_scores(scores_from(torch.from_numpy(confusion)), classes),
-            confusion=confusion,
-            images=images,
+            result=result_of(confusion, classes)._replace(images=images),
             examples=tuple(Example("best", images[n], photo, ids, ids.T.reshape(ids.shape)) for n in range(9)),
         )
     )
@@ -174,18 +171,17 @@ def test_a_page_of_150_classes_and_nine_photos_stays_below_three_megabytes() -> 
 
 
 def test_the_table_of_classes_holds_the_scores_of_each() -> None:
-    sky, road, third, boat = build_class_scores(SCORES, CLASSES)
-    assert (sky.name, sky.colour, sky.share) == ("sky", (0, 0, 255), 8 / 20)
+    sky, road, third, boat = result_of(CONFUSION, CLASSES).class_scores
+    assert (sky.name, sky.colour, sky.fraction) == ("sky", (0, 0, 255), 8 / 20)
     assert (sky.iou, sky.accuracy, sky.precision, sky.dice) == (6 / 9, 6 / 8, 6 / 7, 12 / 15)
     assert road.precision == 8 / 13
     assert (third.iou, third.accuracy, third.precision) == (0, 0, None)
-    assert (boat.iou, boat.accuracy, boat.precision, boat.dice, boat.share) == (None, None, None, None, 0)
+    assert (boat.iou, boat.accuracy, boat.precision, boat.dice, boat.fraction) == (None, None, None, None, 0)
 
 
 def test_a_class_that_is_only_predicted_is_absent_by_the_ground_truth_alone() -> None:
-    confusion = torch.tensor([[1, 1], [0, 0]])
-    rules = [scores_from(confusion, rule) for rule in ("ade20k", "present", "ground_truth")]
-    assert [score.absent for score in build_rule_scores(rules, ["sky", "boat"])] == [(), (), ("boat",)]
+    result = result_of(np.array([[1, 1], [0, 0]]), ClassTable.from_names(["sky", "boat"]))
+    assert [score.absent for score in result.rule_scores] == [(), (), ("boat",)]
 
 
 def test_confused_pairs_come_by_their_share_of_the_label() -> None:

@@ -20,9 +20,10 @@ from semseg.build import build_net, open_predictor, restore_net
 from semseg.checkpoints.format import FORMAT_KEY, describe, read_checkpoint
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
-from semseg.evaluation.evaluator import Evaluation, Speed
+from semseg.evaluation.evaluator import Speed, SplitCounts
 from semseg.evaluation.metrics import Counts
-from semseg.evaluation.tables import findings_of, write_findings
+from semseg.evaluation.result import build_result
+from semseg.evaluation.result_files import write_result_files
 from semseg.export.onnx_runtime import description
 from semseg.modes import check
 from semseg.prediction import predictor
@@ -88,11 +89,16 @@ def test_j2_predictions_are_written_by_the_ids(tmp_path: Path, mapped: tuple[Lab
 def test_j2_evaluations_are_written_by_the_ids(tmp_path: Path, mapped: tuple[LabelMap, list[int]]) -> None:
     label_map, expected = mapped
     counts = Counts(torch.diag(torch.tensor([3, 4, 5])), 1)
-    evaluation = Evaluation([counts], None, [], Speed(1.0, {}))
-    found = findings_of(evaluation, ClassTable.from_names(NAMES), "present", class_ids=label_map.class_ids)
+    result = build_result(
+        SplitCounts([counts], None, [], Speed(1.0, {})),
+        ClassTable.from_names(NAMES),
+        label_map.class_ids,
+        rule="present",
+        root=tmp_path,
+    )
     # per_image.csv needs an image, which the scores of classes do not
     with pytest.raises(IndexError):
-        write_findings(tmp_path, found, tmp_path, {})
+        write_result_files(tmp_path, result, {})
     rows = list(csv.DictReader((tmp_path / "per_class.csv").open()))
     assert [(row["index"], row["id"]) for row in rows] == [(str(n), str(raw)) for n, raw in enumerate(expected)]
     classes = json.loads((tmp_path / "metrics.json").read_text())["classes"]

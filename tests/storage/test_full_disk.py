@@ -26,7 +26,7 @@ from semseg.checkpoints import atomic_io
 from semseg.data.label_cache import LabelCache
 from semseg.data.label_map import LabelMap
 from semseg.data.records import load_cache, save_cache
-from semseg.evaluation.tables import write_rows
+from semseg.evaluation.result_files import write_rows
 from semseg.modes.convert import save_plain
 from semseg.prediction.outputs import array_on_disk, save_png
 from semseg.storage.atomic import replacing, unwritable

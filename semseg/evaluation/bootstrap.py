@@ -1,0 +1,84 @@
+"""Stage 8: how much scores would vary with other images of the same kind (Efron's percentile bootstrap)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, stack
+
+CONFIDENCE_LEVEL = 0.95
+RESAMPLES_PER_CHUNK = 64  # bounds the memory that a bootstrap takes
+
+
+class ConfidenceIntervals(NamedTuple):
+    """Percentile confidence intervals (low, high); None if no resample had a scored pixel."""
+
+    resamples: int
+    mean_iou: tuple[float, float] | None
+    pixel_accuracy: tuple[float, float] | None
+
+
+def class_counts(matrix: Tensor) -> NDArray[np.int32]:
+    """(K, K) confusion matrix of one image -> (3, K) pixels of each class: correct, labelled, predicted.
+
+    IoU and accuracy need no more than these margins of the matrix, which take 1 / 50 of its memory for 150 classes. An
+    image has less than 2^31 pixels.
+    """
+    return stack([matrix.diag(), matrix.sum(1), matrix.sum(0)]).numpy().astype(np.int32)
+
+
+def bootstrap(
+    counts: Sequence[NDArray[np.int32]], rule: str, resamples: int, generator: np.random.Generator
+) -> ConfidenceIntervals:
+    """Confidence intervals of mean IoU and pixel accuracy.
+
+    Each resample draws as many images as there are, with replacement, and is scored exactly, from the summed counts of
+    the images drawn.
+
+    Args:
+        counts: one array per image, from `class_counts`.
+        rule: how the mean IoU treats classes that are absent from a resample, as in `scores_from`.
+    """
+    num_images, num_classes = len(counts), counts[0].shape[1]
+    # Integers below 2^53 are exact in float64, in any order of summation, and BLAS sums them fast.
+    pixels = np.stack(counts).reshape(num_images, -1).astype(np.float64)  # (N, 3 K)
+    means, accuracies = [], []
+    for start in range(0, resamples, RESAMPLES_PER_CHUNK):
+        size = (min(RESAMPLES_PER_CHUNK, resamples - start), num_images)
+        draws = generator.integers(num_images, size=size)
+        multiplicities = np.stack([np.bincount(draw, minlength=num_images) for draw in draws])  # (draws, N)
+        totals = (multiplicities.astype(np.float64) @ pixels).reshape(-1, 3, num_classes)
+        correct, labelled, predicted = totals.swapaxes(0, 1)  # each (draws, K)
+        means.append(mean_ious(correct, labelled, predicted, rule))
+        accuracies.append(divide(correct.sum(1), labelled.sum(1)))
+    mean_interval, accuracy_interval = (percentile_interval(np.concatenate(values)) for values in (means, accuracies))
+    return ConfidenceIntervals(resamples, mean_interval, accuracy_interval)
+
+
+def mean_ious(
+    correct: NDArray[np.float64], labelled: NDArray[np.float64], predicted: NDArray[np.float64], rule: str
+) -> NDArray[np.float64]:
+    """Mean IoU of each row of (rows, K) pixel counts; NaN for rows without a scored pixel."""
+    iou = divide(correct, labelled + predicted - correct)
+    if rule == "ground_truth":
+        iou[labelled == 0] = np.nan
+    num_averaged = np.isfinite(iou).sum(1) if rule != "ade20k" else np.full(len(iou), iou.shape[1])
+    is_scored = labelled.sum(1) > 0
+    return divide(np.nansum(iou, axis=1), np.where(is_scored, num_averaged, 0))
+
+
+def divide(part: NDArray[np.float64], whole: NDArray[np.number]) -> NDArray[np.float64]:
+    """Quotients; NaN where `whole` is 0."""
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
+
+
+def percentile_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
+    """The central CONFIDENCE_LEVEL of the finite values; None if there are none."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return None
+    low, high = np.quantile(finite, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
+    return float(low), float(high)

@@ -1,0 +1,114 @@
+"""Stage 8: the result of an evaluation as metrics.json, per_class.csv, per_image.csv and confusion.npz."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from semseg.evaluation.bootstrap import CONFIDENCE_LEVEL
+from semseg.evaluation.metrics import Scores
+from semseg.evaluation.result import ClassScore, EvaluationResult, ImageScore
+from semseg.storage.atomic import replacing
+from semseg.system.text import escape_csv_row
+
+
+def write_result_files(folder: Path, result: EvaluationResult, facts: Mapping[str, Any]) -> list[Path]:
+    """Write metrics.json, per_class.csv, per_image.csv and confusion.npz to `folder`; returns their paths.
+
+    Scores of nothing are null in metrics.json and empty in the tables.
+
+    Args:
+        facts: further entries for metrics.json: checkpoint, split, scales, ...
+    """
+    metrics, classes, images, confusion = (
+        folder / name for name in ("metrics.json", "per_class.csv", "per_image.csv", "confusion.npz")
+    )
+    class_rows = [class_score_row(score, with_boundary=result.boundary is not None) for score in result.class_scores]
+    content = {**facts, **metrics_entries(result), "classes": class_rows}
+    with replacing(metrics) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    write_rows(classes, class_rows)
+    write_rows(images, [image_score_row(image) for image in result.images])
+    with replacing(confusion) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(
+            file,
+            matrix=result.confusion,
+            names=np.array(result.classes.names, np.str_),
+            ids=np.array(result.class_ids, np.int64),
+        )
+    return [metrics, classes, images, confusion]
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV file with a header; there must be at least one row."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(map(escape_csv_row, rows))
+
+
+def metrics_entries(result: EvaluationResult) -> dict[str, Any]:
+    """The entries of metrics.json, apart from the scores of each class."""
+    entries: dict[str, Any] = {
+        "confusion": result.confusion.tolist(),  # rows are labels
+        **score_entries(result.scores),
+        "mean_iou_by_rule": {
+            score.rule: {"mean_iou": score.mean_iou, "classes": score.num_averaged, "absent": list(score.absent)}
+            for score in result.rule_scores
+        },
+        "also_scales": [{"scales": scales, **score_entries(scores)} for scales, scores in result.subsets],
+        "speed": result.speed._asdict(),
+        "left_out": [{"file": image.path, "reason": image.reason} for image in result.unreadable],
+    }
+    if result.boundary is not None:
+        entries["boundary_iou"] = result.boundary.mean_iou
+    if result.intervals is not None:
+        entries["confidence"] = {"level": CONFIDENCE_LEVEL, **result.intervals._asdict()}
+    return entries
+
+
+def score_entries(scores: Scores) -> dict[str, Any]:
+    """The scores that are one number each, and how the mean IoU was averaged."""
+    return {
+        "mean_iou": scores.mean_iou,
+        "mean_iou_rule": scores.rule,
+        "mean_iou_classes": scores.num_averaged,
+        "pixel_accuracy": scores.pixel_accuracy,
+        "overall_score": scores.overall,
+        "mean_accuracy": scores.mean_accuracy,
+        "frequency_weighted_iou": scores.frequency_weighted_iou,
+        "mean_dice": scores.mean_dice,
+    }
+
+
+def class_score_row(score: ClassScore, *, with_boundary: bool) -> dict[str, Any]:
+    """One class, for per_class.csv and metrics.json."""
+    row: dict[str, Any] = {
+        "index": score.position,
+        "name": score.name,
+        "iou": score.iou,
+        "accuracy": score.accuracy,
+        "precision": score.precision,
+        "dice": score.dice,
+        "pixels": score.pixels,
+        "share": score.fraction,
+        "id": score.id,
+    }
+    return row | {"boundary_iou": score.boundary_iou} if with_boundary else row
+
+
+def image_score_row(image: ImageScore) -> dict[str, Any]:
+    """One row of per_image.csv."""
+    return {
+        "file": image.file,
+        "pixel_accuracy": image.pixel_accuracy,
+        "mean_iou": image.mean_iou,
+        "seconds": round(image.seconds, 6),
+        "height": image.height,
+        "width": image.width,
+    }
