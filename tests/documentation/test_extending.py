@@ -1,38 +1,32 @@
-"""The programs of docs/extending.md, run as they stand there: networks and data from outside the package."""
+"""The programs of docs/extending.md run unchanged: networks and data from outside the package."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
-import pytest
 
 from helpers.command_line import RUN, TINY, run
-
-pytestmark = pytest.mark.slow
+from helpers.fork_server import FORK_CHILDREN, run_python
 
 DOCUMENT = RUN.parent / "docs" / "extending.md"
 PROGRAMS = dict(re.findall(r"^`(\w+\.py)`\n\n```python\n(.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE))
 
 
-def written(name: str, folder: Path) -> Path:
+def write_program(name: str, folder: Path) -> Path:
     path = folder / name
     path.write_text(PROGRAMS[name])
     return path
 
 
 def start(program: Path, *words: str, code: int = 0) -> str:
-    result = subprocess.run(
-        [sys.executable, program.name, *words], cwd=program.parent, capture_output=True, text=True, timeout=300,
-        env={"PYTHONPATH": str(RUN.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    environment = {"PYTHONPATH": str(RUN.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", FORK_CHILDREN: "1"}
+    result = run_python(program.name, *words, cwd=program.parent, env=environment)
+    assert result.returncode == code, result.stdout
+    return result.stdout
 
 
 def test_every_program_is_shorter_than_forty_lines() -> None:
@@ -42,8 +36,8 @@ def test_every_program_is_shorter_than_forty_lines() -> None:
         assert len(lines) < 40, name
 
 
-def test_an_encoder_of_ones_own_trains_on_two_ranks_and_is_evaluated(tmp_path: Path) -> None:
-    program = written("my_encoder.py", tmp_path)
+def test_a_custom_encoder_trains_on_two_ranks_and_is_evaluated(tmp_path: Path) -> None:
+    program = write_program("my_encoder.py", tmp_path)
     words = [word for word in TINY if "encoder" not in word and "accelerator" not in word]
     own = ["model/encoder=custom", "model.encoder.name=stages", "trainer=ddp_cpu"]
     printed = start(program, *words, *own, "+model.encoder.width=8", "run_dir=run", "trainer.devices=2")
@@ -54,15 +48,15 @@ def test_an_encoder_of_ones_own_trains_on_two_ranks_and_is_evaluated(tmp_path: P
     assert "widht" in wrong and "width" in wrong
 
 
-def test_a_decoder_of_ones_own_trains_and_predicts(tmp_path: Path) -> None:
-    program = written("my_decoder.py", tmp_path)
+def test_a_custom_decoder_trains_and_predicts(tmp_path: Path) -> None:
+    program = write_program("my_decoder.py", tmp_path)
     words = [word for word in TINY if "decoder" not in word]
     start(program, *words, "model/decoder=custom", "model.decoder.name=added", "run_dir=run")
     start(program, "mode=predict", "ckpt=run", "input=scenes/images/validation", "run_dir=seen")
     assert len(list((tmp_path / "seen").rglob("*_panel*"))) == 7
 
 
-def test_labels_of_another_kind_become_masks(tmp_path: Path) -> None:
+def test_polygon_labels_become_masks(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     rng = np.random.default_rng(0)
@@ -73,7 +67,7 @@ def test_labels_of_another_kind_become_masks(tmp_path: Path) -> None:
             {"label": "car", "points": [[10, 20], [30, 20], [30, 40], [10, 40]]},
         ]
         (photos / f"{name}.json").write_text(json.dumps({"height": 48, "width": 64, "shapes": shapes}))
-    start(written("polygons.py", tmp_path), "photos", "my_data")
+    start(write_program("polygons.py", tmp_path), "photos", "my_data")
     mask = cv2.imread(str(tmp_path / "my_data/masks/a.png"), cv2.IMREAD_UNCHANGED)
     assert (mask[0, 0], mask[47, 0], mask[30, 20]) == (255, 1, 0)  # not labelled, road, car
     data = ["data=folder", "data.root=my_data", "data.classes=classes.csv", "data.first_id=0"]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from helpers.browser import in_browser, needs_browser
-from helpers.command_line import RUN
+from helpers.command_line import RUN, run_here
 from semseg.config.schema import Config
 from semseg.errors import ConfigError, DataError
 from semseg.modes import compare as mode
@@ -183,15 +183,7 @@ def test_the_command_line_compares_without_torch(tmp_path: Path, runs: list[str]
 
 
 def test_one_run_is_too_few(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, str(RUN), "mode=compare", "runs=[a]"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2
-    assert "mode=compare needs at least two evaluations" in result.stderr
+    assert "mode=compare needs at least two" in run_here(tmp_path, "mode=compare", "runs=[a]", code=2)
     assert not list(tmp_path.iterdir())
 
 
