@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from helpers.command_line import TINY_NETWORK
 from helpers.fork_server import FORK_CHILDREN, ForkedProgram
-from helpers.tiny_program import PROGRAM, TINY_NETWORK, Gate
+from helpers.tiny_program import PROGRAM, Gate
 
 SMALL = f"model/encoder=resnet18 {' '.join(TINY_NETWORK)} model.encoder.weights=none data.num_workers=0"
 QUICKSTART = (
