@@ -14,7 +14,7 @@ from rich.text import Text
 
 from semseg.cli.supervise import ProcessEnd, extract_error_message, run_isolated
 from semseg.errors import STOPPED_CODES
-from semseg.reports.sweep_page import format_duration, format_score, write_sweep_page
+from semseg.reports.sweep_page import format_duration, format_job_score, write_sweep_page
 from semseg.storage.atomic import from_here, replacing
 from semseg.storage.run_results import (
     FAILED,
@@ -107,7 +107,7 @@ def render_sweep_table(ranking: Ranking) -> Table:
         table.add_column(Text(name), overflow="fold")
     for place, job in enumerate(ranking.jobs, start=1):
         status = f"{job.status}: {job.reason}" if job.reason else job.status
-        score, time_spent = format_score(job.result.score), format_duration(job.seconds)
+        score, time_spent = format_job_score(job.result.score), format_duration(job.seconds)
         cells = [str(place), *ranking.values(job), score, time_spent, status, job.folder.name]
         table.add_row(*(Text(escape_lines(text)) for text in cells))
     return table

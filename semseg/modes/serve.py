@@ -28,7 +28,9 @@ def run(config: Config, overrides: list[str]) -> None:
     require_demo_extra()
     from semseg.serving.server import ServedNetwork, address_of, build_app, is_loopback, listen, run_server  # noqa: PLC0415
 
-    with listen(config.serve) as listener:  # fails before the network is loaded, which takes longer
+    with listen(
+        config.serve.host, config.serve.port
+    ) as listener:  # fails before the network is loaded, which takes longer
         predictor = open_predictor(config, overrides)
         served = ServedNetwork(predictor.name, predictor.classes, predictor.label_map, partial(predict_ids, predictor))
         hosts = [*LOOPBACK_NAMES, config.serve.host] if is_loopback(listener) else ["*"]

@@ -27,7 +27,7 @@ def write_sweep_page(path: Path, ranking: Ranking, command: str) -> None:
 def render_sweep_page(ranking: Ranking, command: str) -> str:
     """Render the page as one self-contained HTML text."""
     rows = [
-        (rank, job, ranking.values(job), format_score(job.result.score), format_duration(job.seconds))
+        (rank, job, ranking.values(job), format_job_score(job.result.score), format_duration(job.seconds))
         for rank, job in enumerate(ranking.jobs, start=1)
     ]
     charts = draw_parameter_charts(ranking)
@@ -105,10 +105,10 @@ def shorten_start(name: str, max_letters: int) -> str:
     return name if len(name) <= max_letters else f"…{name[len(name) - max_letters + 1 :]}"
 
 
-def format_score(score: float | None) -> str:
+def format_job_score(score: float | None) -> str:
     """Format a score with four digits, or as n/a.
 
-    >>> format_score(0.43216), format_score(None)
+    >>> format_job_score(0.43216), format_job_score(None)
     ('0.4322', 'n/a')
     """
     return NOT_AVAILABLE if score is None else f"{score:.4f}"

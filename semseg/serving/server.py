@@ -53,7 +53,7 @@ MAX_HEADER_BYTES = 2**15
 RETRY_SECONDS = 5
 SHUTDOWN_SECONDS = 5  # for requests in progress, after Ctrl-C
 MAX_NAME_LENGTH = 80  # characters of an uploaded file's name in a response
-BYTES_PER_MB = 2**20
+MEBIBYTE = 2**20
 
 # The page may load its own files and show pictures from its memory, and nothing else.
 CONTENT_POLICY = (
@@ -263,7 +263,7 @@ def build_app(served: ServedNetwork, config: ServeConfig, hosts: list[str]) -> A
     """
     worker = ThreadPoolExecutor(1, "network")
     gate = RequestGate(config.queue)
-    max_bytes = int(config.max_upload_mb * BYTES_PER_MB)
+    max_bytes = int(config.max_upload_mb * MEBIBYTE)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -409,7 +409,7 @@ def client_left_error() -> HTTPException:
 
 
 def too_large_error(max_bytes: int) -> HTTPException:
-    return HTTPException(413, f"The upload is larger than {max_bytes / BYTES_PER_MB:.3g} MB (serve.max_upload_mb).")
+    return HTTPException(413, f"The upload is larger than {max_bytes / MEBIBYTE:.3g} MB (serve.max_upload_mb).")
 
 
 # ---- respond to it
@@ -467,21 +467,19 @@ async def answer_wrong_method(request: Request, error: Exception) -> Response:
 # ---- the socket
 
 
-def listen(config: ServeConfig) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Bind a listening socket to serve.host and serve.port; from now on it accepts connections.
 
     Raises:
         ConfigError: if this machine does not have the address, or the port is taken or needs privileges.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)
     except OSError as error:
         reason = str(error.strerror).partition(" (")[0]
         raise ConfigError(
-            f"serve.host={config.host} serve.port={config.port}: cannot bind to this address ({reason}). Set "
+            f"serve.host={host} serve.port={port}: cannot bind to this address ({reason}). Set "
             "serve.host to an address of this machine, and serve.port to a free port (0 chooses one)."
         ) from error
 

@@ -74,7 +74,7 @@ def running(
 
     monkeypatch.setattr(uvicorn, "Server", Kept)
     config = ServeConfig(port=0, queue=queue, max_upload_mb=1)
-    with listen(config) as listener:
+    with listen(config.host, config.port) as listener:
         app = build_app(SERVED._replace(predict=predict), config, ["*"])
         thread = threading.Thread(target=run_server, args=(app, listener))
         thread.start()
