@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from helpers.command_line import TINY_ENCODERS
+from helpers.in_process import TINY_RUN, configured
 from semseg.build import build_net, build_trainer
-from semseg.config.compose import compose_config
 from semseg.config.schema import Config
-from semseg.config.validate import check_config
 from semseg.data.batch import Batch
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import SemsegError
 from semseg.lit_module import SegmentationModule
+from semseg.nets.registry import ENCODERS
 from semseg.training.callbacks.guards import NonFiniteError, OutOfMemory, first_nonfinite
 from semseg.training.losses import Loss
 
 RUN = [
-    "data=scenes", "data.make.num_train=4", "data.make.num_val=1", "data.batch_size=2", "data.short_edges=[32,48]",
-    "data.max_long_edge=200", "data.num_workers=0", "data.steps_per_epoch=3", "model/encoder=resnet18",
-    "model.encoder.weights=none", "model/decoder=c1", "eval.scales=[32]", "trainer=cpu", "trainer.max_epochs=1",
+    "data=scenes", "data.make.num_train=4", "data.make.num_val=1", *TINY_RUN, "data.max_long_edge=200",
+    "data.steps_per_epoch=3", "trainer.max_epochs=1",
 ]  # fmt: skip
+WITHOUT_ENCODER = [word for word in RUN if not word.lstrip("~").startswith(("model/encoder", "model.encoder"))]
 
 pytestmark = pytest.mark.reliability
 
@@ -43,7 +46,8 @@ class Run:
         pl.seed_everything(config.seed, verbose=False)
         source = DataSource(config.data)
         self.config = config
-        self.net = build_net(config.model, source.classes.num_classes)
+        with patch.dict(ENCODERS, TINY_ENCODERS):
+            self.net = build_net(config.model, source.classes.num_classes)
         self.module = SegmentationModule(self.net, config, source.classes)
         self.trainer = build_trainer(config, source)
         self.data = SegmentationData(source, config, self.net)
@@ -52,8 +56,8 @@ class Run:
         self.trainer.fit(self.module, datamodule=self.data)
 
 
-def make(root: Path, run_dir: Path, *words: str) -> Run:
-    return Run(check_config(compose_config([*RUN, f"data.root={root}", f"run_dir={run_dir}", *words])))
+def make(root: Path, run_dir: Path, *words: str, base: Sequence[str] = RUN) -> Run:
+    return Run(configured(*base, f"data.root={root}", f"run_dir={run_dir}", *words))
 
 
 def spoil_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[dict[str, Tensor]]:
@@ -116,7 +120,7 @@ def test_d2_a_nan_score_is_never_the_best(root: Path, tmp_path: Path, monkeypatc
     assert best["epoch"] == 1
 
 
-LARGE = 64 * 64  # pixels of a canvas, at least, at a short edge of 48; at 32 it is smaller
+LARGE = 48 * 48  # pixels of a canvas, at least, at a short edge of 48; at 32 it is smaller
 
 
 def no_memory_for_large(monkeypatch: pytest.MonkeyPatch, large: int = LARGE) -> list[int]:
@@ -206,14 +210,18 @@ def test_the_first_layer_that_goes_wrong_is_named() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["syncbn=off"], ["syncbn.convention=published", "model/encoder=timm", "model.encoder.name=test_resnet"]],
+    [
+        ["syncbn=off", "model/encoder=resnet18"],
+        ["syncbn.convention=published", "model/encoder=timm", "model.encoder.name=test_resnet"],
+    ],
     ids=lambda words: words[-1],
 )
 def test_d6_one_image_whose_deepest_map_is_one_pixel_trains_with_pyramid_pooling(
     root: Path, tmp_path: Path, words: list[str]
 ) -> None:
     small = ["data.batch_size=1", "data.short_edges=[16]", "data.max_long_edge=32", "data.steps_per_epoch=1"]
-    run = make(root, tmp_path, "model/decoder=ppm_deepsup", *small, *words, "model.encoder.weights=none")
+    words = ["model/decoder=ppm_deepsup", *small, *words, "model.encoder.weights=none"]
+    run = make(root, tmp_path, *words, base=WITHOUT_ENCODER)
     weight = run.net.get_parameter("decoder.ppm.0.1.weight")  # behind the coarsest grid, which has one value a channel
     before = weight.detach().clone()
     run.fit()
