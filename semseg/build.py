@@ -24,12 +24,12 @@ from semseg.checkpoints.format import (
     SavedNetwork,
     find_checkpoint,
     first_line,
-    inherit,
+    inherit_config,
     read_checkpoint,
-    refuse_nonfinite,
+    refuse_nonfinite_weights,
 )
-from semseg.checkpoints.initialise import differences, fill, load_encoder_weights
-from semseg.checkpoints.published import FREE_KEYS, Files, find_files, read_published
+from semseg.checkpoints.initialise import find_differences, load_all_weights, load_encoder_weights
+from semseg.checkpoints.published import PUBLISHED_FREE_KEYS, PublishedFiles, find_published_files, read_published
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import ONNX, ZOO_PREFIX, Config, DownloadConfig, ModelConfig, split_network_options
 from semseg.data.label_map import LabelMap
@@ -111,8 +111,8 @@ def open_network(config: Config, overrides: list[str]) -> tuple[SavedNetwork, Co
     assert config.ckpt is not None, "config.check asks for ckpt"
     saved = find_network(config.ckpt, config, overrides)
     tell(saved.note)
-    kept = [word for word in overrides if not (saved.note and word.partition("=")[0] in FREE_KEYS)]
-    return saved, inherit(saved.config, config, kept)
+    kept = [word for word in overrides if not (saved.note and word.partition("=")[0] in PUBLISHED_FREE_KEYS)]
+    return saved, inherit_config(saved.config, config, kept)
 
 
 def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwork:
@@ -124,13 +124,13 @@ def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwor
         ConfigError: for an ONNX file, if the packages that read it are not installed.
     """
     if spec.startswith(ZOO_PREFIX):
-        network = zoo.published(spec)
+        network = zoo.find_published_network(spec)
         encoder, decoder = (
             fetch(url, config.download, folder=network.folder, manual="or give ckpt=<folder with both files>")
             for url in network.urls()
         )
-        return read_published(Files(encoder, decoder), config, overrides, network.release)
-    files = find_files(spec)
+        return read_published(PublishedFiles(encoder, decoder), config, overrides, network.release)
+    files = find_published_files(spec)
     if files is not None:
         return read_published(files, config, overrides)
     path = find_checkpoint(spec, Path(config.runs_dir))
@@ -172,7 +172,7 @@ def restore_net(saved: SavedNetwork) -> Segmenter:
         return graph_network(saved, saved.graph)
     check_network(saved)
     net = build_net(without_weights(saved.config.model), saved.classes.num_classes)
-    fill(net, saved.weights, f"{saved.source}: its weights do not fit its own configuration")
+    load_all_weights(net, saved.weights, f"{saved.source}: its weights do not fit its own configuration")
     net.convention = saved.convention
     return net.eval()
 
@@ -193,7 +193,7 @@ def check_network(saved: SavedNetwork) -> None:
         return
     except Exception as error:  # whatever a network makes of options of a file
         raise CheckpointError(f"{saved.source}: its network cannot be built: {first_line(error)}") from error
-    problems = differences(saved.weights, net.state_dict())
+    problems = find_differences(saved.weights, net.state_dict())
     if problems:
         raise CheckpointError(f"{fitting}: {'; '.join(problems)}.")
 
@@ -224,7 +224,7 @@ def open_predictor(config: Config, overrides: list[str], device: str | torch.dev
     is_ade20k = options.format == "ade20k"  # classes are 1 to K, whatever the data set
     ids = LabelMap(saved.classes.num_classes) if is_ade20k else label_map(config.data, saved.classes)
     net = restore_net(saved).to(device)
-    refuse_nonfinite(net.state_dict(), saved.source)
+    refuse_nonfinite_weights(net.state_dict(), saved.source)
     return Predictor(net, saved.classes, ids, settings, name=saved.config.model.name, source=str(saved.source))
 
 

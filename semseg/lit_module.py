@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
-from semseg.checkpoints.format import FORMAT_KEY, NET_PREFIX, describe
-from semseg.checkpoints.initialise import differences
+from semseg.checkpoints.format import FORMAT_KEY, NET_PREFIX, describe_network
+from semseg.checkpoints.initialise import find_differences
 from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import Config
 from semseg.data.batch import Batch
@@ -293,7 +293,7 @@ class SegmentationModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         found = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith(NET_PREFIX)}
         own = {f"{NET_PREFIX}{name}": value for name, value in self.net.state_dict().items()}
-        problems = differences(found, own)
+        problems = find_differences(found, own)
         if problems:
             raise CheckpointError(f"{self.trainer.ckpt_path}: its weights do not fit this run: {'; '.join(problems)}.")
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -304,7 +304,7 @@ class SegmentationModule(pl.LightningModule):
         self.net.convention = Preprocessing.from_plain(checkpoint[FORMAT_KEY]["convention"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[FORMAT_KEY] = describe(self.config, self.classes, self.net.convention)
+        checkpoint[FORMAT_KEY] = describe_network(self.config, self.classes, self.net.convention)
         checkpoint[RUN_KEY] = self.trainer.datamodule.facts()._asdict()  # pyright: ignore[reportAttributeAccessIssue]
         metrics = self.trainer.callback_metrics
         checkpoint[METRICS_KEY] = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}

@@ -28,9 +28,9 @@ from helpers.command_line import RUN, TINY
 from helpers.published_files import served
 from semseg import build
 from semseg.build import build_net, open_network
-from semseg.checkpoints.atomic_io import AtomicCheckpointIO, newest_intact
+from semseg.checkpoints.atomic_io import AtomicCheckpointIO, find_newest_intact
 from semseg.checkpoints.format import FORMAT_KEY, load_plain, load_weights, read_checkpoint, write_safetensors
-from semseg.checkpoints.zoo import published
+from semseg.checkpoints.zoo import find_published_network
 from semseg.config.compose import CONFIG_DIR, compose_config
 from semseg.config.explain import explain_hydra_error
 from semseg.config.overrides import parse_overrides
@@ -136,9 +136,9 @@ def files(request: pytest.FixtureRequest, place: Path, honest: dict[str, Any]) -
     description.write_text(json.dumps(with_targets(json.loads(description.read_text()))))
     if request.param != "targets":
         (folder / "net.safetensors").write_bytes((folder / "old.pth").read_bytes())
-    cache = folder / "cache" / published("zoo:upernet50").folder
+    cache = folder / "cache" / find_published_network("zoo:upernet50").folder
     cache.mkdir(parents=True)
-    for url in published("zoo:upernet50").urls():
+    for url in find_published_network("zoo:upernet50").urls():
         part = Path(url).name.partition("_")[0]
         (cache / Path(url).name).symlink_to(folder / f"{part}_epoch_1.pth")
     Image.new("RGB", (40, 40)).save(folder / "photo.png")
@@ -174,8 +174,8 @@ def from_the_cache(folder: Path) -> object:
 
 def in_cache(folder: Path) -> object:
     config = check_config(compose_config([f"download.cache={folder / 'cache'}", "download.offline=true"]))
-    url = published("zoo:upernet50").urls()[0]
-    return load_weights(fetch(url, config.download, folder=published("zoo:upernet50").folder))
+    url = find_published_network("zoo:upernet50").urls()[0]
+    return load_weights(fetch(url, config.download, folder=find_published_network("zoo:upernet50").folder))
 
 
 CKPT = "{f}/runs/stranger/checkpoints/last.ckpt"
@@ -193,7 +193,7 @@ ENTRY_POINTS: dict[str, Callable[[Path], object]] = {
     "ckpt=<file>, train": train(f"ckpt={CKPT}", "resume_force=true"),
     "ckpt=<folder of files>, train": train("ckpt={f}"),
     "resume=<file>": train(f"resume={CKPT}", "trainer.max_epochs=2"),
-    "resume=auto": lambda folder: newest_intact(folder / "runs/stranger/checkpoints"),
+    "resume=auto": lambda folder: find_newest_intact(folder / "runs/stranger/checkpoints"),
     "init_from=<file>": train(f"init_from={CKPT}"),
     "init_from=<safetensors>": train("init_from={f}/net.safetensors"),
     "model.encoder.weights=<file>": encoder_weights,

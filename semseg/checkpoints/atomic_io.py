@@ -23,9 +23,9 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import CheckpointIO
 from torch import Tensor
 
-from semseg.checkpoints.format import first_line, load_plain, packed_entry
+from semseg.checkpoints.format import find_packed_entry, first_line, load_plain
 from semseg.errors import CheckpointError
-from semseg.storage.atomic import DISK_FULL, TEMPORARY, temporary_beside
+from semseg.storage.atomic import DISK_FULL, TEMPORARY_NAME, temporary_path
 from semseg.system.text import escape_lines, shorten_repr
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
@@ -51,12 +51,12 @@ class AtomicCheckpointIO(CheckpointIO):
         """
         if storage_options is not None:
             raise TypeError("AtomicCheckpointIO has no storage options")
-        target = _local(path)
+        target = _require_local_path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _replace(target, checkpoint)
+            _write_verified(target, checkpoint)
         except OSError as error:
-            raise CheckpointError(_why_not_saved(error, target, checkpoint)) from error
+            raise CheckpointError(_describe_save_error(error, target, checkpoint)) from error
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
@@ -69,7 +69,7 @@ class AtomicCheckpointIO(CheckpointIO):
         """
         if weights_only is False or str(map_location or "cpu") != "cpu":
             raise ValueError("AtomicCheckpointIO loads with weights_only=True, onto the CPU")
-        content = load_plain(_local(path))
+        content = load_plain(_require_local_path(path))
         self.has_loaded = True
         return content
 
@@ -79,7 +79,7 @@ class AtomicCheckpointIO(CheckpointIO):
         Raises:
             CheckpointError: if it is a folder.
         """
-        target = _local(path)
+        target = _require_local_path(path)
         if target.is_dir():
             raise CheckpointError(f"{target}: is a folder, so it is not deleted as a checkpoint.")
         target.unlink(missing_ok=True)
@@ -109,7 +109,7 @@ class BestCheckpoint(ModelCheckpoint):
             if not self.warns:
                 raise
             self.__dict__.update(before, best_k_models=models)
-            warn_and_train_on(trainer, error)
+            report_failed_save(trainer, error)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state, that of a run folder included which was moved, copied or is resumed in another one.
@@ -117,7 +117,7 @@ class BestCheckpoint(ModelCheckpoint):
         A best checkpoint that is not in this folder comes from beside the resumed one. Without it, the search for the
         best starts over: a score without its file would keep worse ones from being saved, and leave none.
         """
-        here = {name: self._here(name) for name in _paths_in(state_dict)}
+        here = {name: self._path_in_this_folder(name) for name in _checkpoint_paths(state_dict)}
         if not all(Path(path).is_file() for path in here.values()):
             return
         moved: dict[str, Any] = {
@@ -127,7 +127,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict({**moved, "dirpath": self.dirpath})
         self.current_score = state_dict["current_score"]
 
-    def _here(self, path: str) -> str:
+    def _path_in_this_folder(self, path: str) -> str:
         """Where a file of the saved folder is in this one."""
         assert self.dirpath is not None, "set up by the trainer"
         return os.path.join(self.dirpath, os.path.basename(path))  # noqa: PTH118, PTH119 - as Lightning writes them
@@ -137,44 +137,44 @@ class BestCheckpoint(ModelCheckpoint):
         return is_better and current is not None and not bool(torch.isnan(current))
 
 
-def _paths_in(state: dict[str, Any]) -> set[str]:
+def _checkpoint_paths(state: dict[str, Any]) -> set[str]:
     """The checkpoint files that a saved state of ModelCheckpoint names."""
     single = (state["best_model_path"], state["kth_best_model_path"])
     return {str(path) for path in (*single, *state["best_k_models"]) if path}
 
 
-def warn_and_train_on(trainer: pl.Trainer, error: Exception) -> None:
+def report_failed_save(trainer: pl.Trainer, error: Exception) -> None:
     """Report a checkpoint that could not be written, and meet the other ranks where they wait."""
     print(f"warning: {escape_lines(error)}", file=sys.stderr, flush=True)
     trainer.strategy.barrier("Trainer.save_checkpoint")
 
 
-class Damaged(NamedTuple):
+class DamagedCheckpoint(NamedTuple):
     """A checkpoint that cannot be used."""
 
     path: Path
     reason: str
 
 
-class Newest(NamedTuple):
+class NewestCheckpoint(NamedTuple):
     """What `newest_intact` found."""
 
     path: Path | None  # None: no checkpoint of the folder is intact
-    passed_over: list[Damaged]  # newer ones, the newest first
+    passed_over: list[DamagedCheckpoint]  # newer ones, the newest first
 
 
-def newest_intact(folder: Path) -> Newest:
+def find_newest_intact(folder: Path) -> NewestCheckpoint:
     """The checkpoint of a folder that was written last and is intact, and the damaged ones that are newer."""
     passed_over = []
     for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        reason = damage(path)
+        reason = find_damage(path)
         if reason is None:
-            return Newest(path, passed_over)
-        passed_over.append(Damaged(path, reason))
-    return Newest(None, passed_over)
+            return NewestCheckpoint(path, passed_over)
+        passed_over.append(DamagedCheckpoint(path, reason))
+    return NewestCheckpoint(None, passed_over)
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint file, in words, or None if it is intact.
 
     Reads the whole file, a megabyte at a time, and compares every tensor with its checksum; then reads the structure
@@ -189,15 +189,15 @@ def damage(path: Path) -> str | None:
     if not start.startswith(b"PK\x03\x04"):
         return f"not a checkpoint: it begins with {start!r}"
     try:
-        return _damage_inside(path)
+        return _find_damage_inside(path)
     except zipfile.BadZipFile as error:
         return f"cut short or damaged at {path.stat().st_size} bytes ({first_line(error)})"
     except Exception as error:  # whatever a flipped bit makes of a length, a method or a name
         return f"damaged ({first_line(error)})"
 
 
-def _damage_inside(path: Path) -> str | None:
-    packed = packed_entry(path)
+def _find_damage_inside(path: Path) -> str | None:
+    packed = find_packed_entry(path)
     if packed is not None:
         return f"its entry {shorten_repr(packed)} is compressed or overlaps another one"
     with zipfile.ZipFile(path) as archive:
@@ -216,13 +216,13 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
     Call it while the run folder is locked: then no process writes to `folder`, and every temporary file is stale.
     """
-    leftovers = [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
+    leftovers = [path for path in folder.glob(".*.tmp") if TEMPORARY_NAME.fullmatch(path.name)]
     for path in leftovers:
         path.unlink(missing_ok=True)
     return leftovers
 
 
-def needed_bytes(checkpoint: Any) -> int:
+def count_tensor_bytes(checkpoint: Any) -> int:
     """Bytes of all tensors in nested containers, shared memory counted once: what a file of them takes at least."""
     storages: dict[tuple[str, int], int] = {}
     waiting = [checkpoint]
@@ -238,21 +238,21 @@ def needed_bytes(checkpoint: Any) -> int:
     return sum(storages.values())
 
 
-def _local(path: str | os.PathLike[str]) -> Path:
+def _require_local_path(path: str | os.PathLike[str]) -> Path:
     if URL.match(os.fspath(path)):
         raise CheckpointError(f"{path}: checkpoints are local files, not URLs. Download it first and give the file.")
     return Path(path)
 
 
-def _replace(target: Path, checkpoint: dict[str, Any]) -> None:
+def _write_verified(target: Path, checkpoint: dict[str, Any]) -> None:
     """Put a file with `checkpoint` in the place of `target`."""
     disk = shutil.disk_usage(target.parent)
-    if disk.total and disk.free < needed_bytes(checkpoint):  # some file systems report no size at all
+    if disk.total and disk.free < count_tensor_bytes(checkpoint):  # some file systems report no size at all
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    temporary = temporary_beside(target)
+    temporary = temporary_path(target)
     try:
-        _write(temporary, checkpoint)
-        reason = damage(temporary)
+        _stream_checkpoint(temporary, checkpoint)
+        reason = find_damage(temporary)
         if reason is not None:
             raise CheckpointError(f"{target}: not replaced, because the new file is of no use: {reason}.")
         temporary.replace(target)
@@ -262,7 +262,7 @@ def _replace(target: Path, checkpoint: dict[str, Any]) -> None:
     _sync_folder(target.parent)
 
 
-def _write(path: Path, checkpoint: dict[str, Any]) -> None:
+def _stream_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Stream `checkpoint` into a file and wait until the disk has it."""
     with path.open("wb") as file:
         try:
@@ -288,10 +288,10 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _why_not_saved(error: OSError, target: Path, checkpoint: dict[str, Any]) -> str:
+def _describe_save_error(error: OSError, target: Path, checkpoint: dict[str, Any]) -> str:
     if error.errno not in DISK_FULL:
         return f"{target}: the checkpoint cannot be written ({error.strerror}). What was there before is untouched."
-    needed, free = needed_bytes(checkpoint), shutil.disk_usage(target.parent).free
+    needed, free = count_tensor_bytes(checkpoint), shutil.disk_usage(target.parent).free
     return (
         f"{target}: the checkpoint cannot be written ({error.strerror}). It needs {needed} bytes "
         f"({needed / 1e6:.1f} MB) beside what is there, and {free} ({free / 1e6:.1f} MB) are free. "

@@ -27,15 +27,15 @@ from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.data.sources import label_map
 from semseg.errors import CheckpointError, ConfigError
-from semseg.storage.atomic import program, replacing
+from semseg.storage.atomic import atomic_write, entry_command
 from semseg.system.text import escape_unprintable, shorten_repr
 
 FORMAT_KEY = "semseg"
 FORMAT_VERSION = 1
-FOLDER = "checkpoints"  # inside a run folder
+CHECKPOINT_FOLDER = "checkpoints"  # inside a run folder
 SAFETENSORS = ".safetensors"
 # What a run did whose configuration lacks a key, where the default of that key does something else.
-BEFORE = {"data": {"decode": "exact"}, "model": {"encoder": {"frozen": False}}}
+EARLIER_DEFAULTS = {"data": {"decode": "exact"}, "model": {"encoder": {"frozen": False}}}
 # The names of loggers in the configurations of earlier versions, and where these classes are now.
 MOVED_TARGETS = {
     "semseg.csv_log.CSVLog": "semseg.training.loggers.csv.CSVLog",
@@ -68,7 +68,7 @@ class SavedNetwork(NamedTuple):
     graph: Graph | None = None  # of an exported network
 
 
-def describe(config: Config, classes: ClassTable, convention: Preprocessing) -> dict[str, Any]:
+def describe_network(config: Config, classes: ClassTable, convention: Preprocessing) -> dict[str, Any]:
     """The entry FORMAT_KEY of a checkpoint: plain data only."""
     return {
         "format": FORMAT_VERSION,
@@ -89,10 +89,10 @@ def read_checkpoint(path: Path) -> SavedNetwork:
 
 def read_ckpt(path: Path) -> SavedNetwork:
     """Read a Lightning checkpoint with our entry; see `read_checkpoint`."""
-    return network_of(path, load_plain(path))
+    return parse_checkpoint(path, load_plain(path))
 
 
-def network_of(path: Path, content: dict[str, Any]) -> SavedNetwork:
+def parse_checkpoint(path: Path, content: dict[str, Any]) -> SavedNetwork:
     """The network in the content of a Lightning checkpoint; see `read_checkpoint`."""
     entry = content.get(FORMAT_KEY)
     if not isinstance(entry, dict) or "state_dict" not in content:
@@ -100,13 +100,13 @@ def network_of(path: Path, content: dict[str, Any]) -> SavedNetwork:
         raise CheckpointError(f"{path}: not a checkpoint of semseg (it holds {found}, ...).")
     weights = {
         name.removeprefix(NET_PREFIX): tensor
-        for name, tensor in checked_weights(path, content["state_dict"]).items()
+        for name, tensor in validate_weights(path, content["state_dict"]).items()
         if name.startswith(NET_PREFIX)
     }
-    return from_entry(path, entry, weights, content.get("epoch", 0), content.get("global_step", 0))
+    return network_from_entry(path, entry, weights, content.get("epoch", 0), content.get("global_step", 0))
 
 
-def checked_weights(path: Path, weights: Any) -> dict[str, Tensor]:
+def validate_weights(path: Path, weights: Any) -> dict[str, Tensor]:
     """`weights` if they are a dict of names to dense tensors of real numbers in memory.
 
     Raises:
@@ -115,12 +115,12 @@ def checked_weights(path: Path, weights: Any) -> dict[str, Tensor]:
     if not isinstance(weights, dict):
         raise CheckpointError(f"{path}: its weights are a {type(weights).__name__}, expected a dict of tensors.")
     for name, value in weights.items():
-        if not isinstance(name, str) or not is_dense(value):
+        if not isinstance(name, str) or not is_dense_tensor(value):
             raise CheckpointError(f"{path}: its weight {shorten_repr(name)} is not a dense tensor of real numbers.")
     return weights
 
 
-def is_dense(value: Any) -> bool:
+def is_dense_tensor(value: Any) -> bool:
     """Whether `value` is a tensor that can be a weight: neither sparse, nested, quantised, complex nor without data."""
     return (
         isinstance(value, Tensor)
@@ -129,7 +129,7 @@ def is_dense(value: Any) -> bool:
     )
 
 
-def refuse_nonfinite(weights: Mapping[str, Tensor], source: str) -> None:
+def refuse_nonfinite_weights(weights: Mapping[str, Tensor], source: str) -> None:
     """Leave before a network computes with weights that are NaN or infinite.
 
     Raises:
@@ -150,7 +150,7 @@ def is_count(value: Any) -> bool:
 
 def read_safetensors(path: Path) -> SavedNetwork:
     """Read weights in safetensors and their description in JSON; see `read_checkpoint`."""
-    weights = load_tensors(path)
+    weights = load_safetensors(path)
     description = path.with_suffix(".json")
     try:
         entry = json.loads(description.read_text(encoding="utf-8"))
@@ -162,10 +162,10 @@ def read_safetensors(path: Path) -> SavedNetwork:
         ) from None
     if set(order) != set(weights):
         raise CheckpointError(f"{description}: names other weights than those in {path.name}.")
-    return from_entry(path, entry, {name: weights[name] for name in order}, epoch, step)
+    return network_from_entry(path, entry, {name: weights[name] for name in order}, epoch, step)
 
 
-def from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch: Any, step: Any) -> SavedNetwork:
+def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch: Any, step: Any) -> SavedNetwork:
     """A network from the description that `describe` made.
 
     Raises:
@@ -189,7 +189,7 @@ def from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch: Any, s
         raise CheckpointError(f"{path}: its saved configuration is not plain data.")
     try:
         # Merged over itself, since the order of keys is part of what converting gives back.
-        merged = DictConfig(OmegaConf.merge(entry["config"], BEFORE, entry["config"]))
+        merged = DictConfig(OmegaConf.merge(entry["config"], EARLIER_DEFAULTS, entry["config"]))
         config = check_config(update_saved_config(merged))
     except ConfigError as error:
         raise CheckpointError(f"{path}: its saved configuration does not fit this version: {error}") from None
@@ -226,28 +226,28 @@ def write_ckpt(path: Path, saved: SavedNetwork) -> None:
     content = {
         "epoch": saved.epoch,
         "global_step": saved.step,
-        "state_dict": {NET_PREFIX + name: detached(value) for name, value in saved.weights.items()},
+        "state_dict": {NET_PREFIX + name: copy_detached(value) for name, value in saved.weights.items()},
         # Through JSON: equal content gives equal bytes, whatever objects it was made of.
-        FORMAT_KEY: json.loads(json.dumps(describe(saved.config, saved.classes, saved.convention))),
+        FORMAT_KEY: json.loads(json.dumps(describe_network(saved.config, saved.classes, saved.convention))),
     }
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
 
 def write_safetensors(path: Path, saved: SavedNetwork) -> list[Path]:
     """Write the weights as `path` and what belongs to them as JSON beside it; returns both files."""
-    with replacing(path) as temporary:
-        save_file({name: detached(value) for name, value in saved.weights.items()}, temporary)
-    entry = describe(saved.config, saved.classes, saved.convention)
+    with atomic_write(path) as temporary:
+        save_file({name: copy_detached(value) for name, value in saved.weights.items()}, temporary)
+    entry = describe_network(saved.config, saved.classes, saved.convention)
     # safetensors sorts by type and name; the order of the layers is kept here.
     entry |= {"epoch": saved.epoch, "step": saved.step, "order": list(saved.weights)}
     description = path.with_suffix(".json")
-    with replacing(description) as temporary:
+    with atomic_write(description) as temporary:
         temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
     return [path, description]
 
 
-def detached(tensor: Tensor) -> Tensor:
+def copy_detached(tensor: Tensor) -> Tensor:
     """A copy with memory of its own: what is saved holds these numbers and nothing else."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
@@ -261,13 +261,13 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         CheckpointError: if the file is missing, damaged, or holds no tensors.
     """
     if path.suffix == SAFETENSORS:
-        return load_tensors(path)
+        return load_safetensors(path)
     content = load_plain(path)
     content = content.get("state_dict", content)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: its state_dict is a {type(content).__name__}, expected a dict of tensors.")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    checked_weights(path, tensors)
+    validate_weights(path, tensors)
     if not tensors:
         found = ", ".join(escape_unprintable(key)[:80] for key in list(content)[:4])
         raise CheckpointError(f"{path}: holds no weights (it holds {found}, ...).")
@@ -275,7 +275,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in tensors.items()} if is_wrapped else tensors
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
@@ -284,7 +284,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file.")
     try:
-        return checked_weights(path, load_file(path))
+        return validate_weights(path, load_file(path))
     except CheckpointError:
         raise
     except Exception as error:  # SafetensorError, and KeyError for a type of numbers that torch does not know
@@ -301,7 +301,7 @@ def load_plain(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: there is no such file.")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty.")
-    packed = packed_entry(path)
+    packed = find_packed_entry(path)
     if packed is not None:
         raise CheckpointError(
             f"{path}: its entry {shorten_repr(packed)} is compressed or overlaps another one, which torch.save never "
@@ -310,13 +310,13 @@ def load_plain(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path}: {why_not_plain(path, error)}.") from error
+        raise CheckpointError(f"{path}: {explain_load_failure(path, error)}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors.")
     return content
 
 
-def packed_entry(path: Path) -> str | None:
+def find_packed_entry(path: Path) -> str | None:
     """The name of an entry that would take more memory than it has bytes in the file; None if there is none.
 
     Read from the directory of the archive; a file that is no archive has none.
@@ -334,9 +334,9 @@ def packed_entry(path: Path) -> str | None:
     return None
 
 
-def why_not_plain(path: Path, error: Exception) -> str:
+def explain_load_failure(path: Path, error: Exception) -> str:
     """Why torch.load refused a file. In words of ours: torch's own advise to load it with code and all."""
-    foreign = foreign_names(path, error)
+    foreign = find_foreign_names(path, error)
     if foreign:
         return (
             f"holds more than tensors and plain containers: {', '.join(foreign)}. It was not loaded, because that "
@@ -347,7 +347,7 @@ def why_not_plain(path: Path, error: Exception) -> str:
     return f"{kind} ({reason})"
 
 
-def foreign_names(path: Path, error: Exception) -> list[str]:
+def find_foreign_names(path: Path, error: Exception) -> list[str]:
     """The first few classes and functions that loading the file would call, besides those that torch allows."""
     if not isinstance(error, pickle.UnpicklingError):
         return []
@@ -374,30 +374,30 @@ def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best"
     """
     path = Path(spec).expanduser()
     if spec in ("last", "best"):
-        found = newest(runs_dir, f"*/{FOLDER}/{spec}.ckpt")
+        found = find_newest_file(runs_dir, f"*/{CHECKPOINT_FOLDER}/{spec}.ckpt")
         if found is None:
             raise CheckpointError(
-                f"ckpt={spec}: no {spec}.ckpt in any run below {runs_dir.resolve()}{listing(runs_dir)}. "
-                f"Give a file or a run folder, or train first: {program()}."
+                f"ckpt={spec}: no {spec}.ckpt in any run below {runs_dir.resolve()}{list_folder(runs_dir)}. "
+                f"Give a file or a run folder, or train first: {entry_command()}."
             )
         return found
     if path.is_dir():
         for name in prefer:
-            for folder in (path / FOLDER, path):
+            for folder in (path / CHECKPOINT_FOLDER, path):
                 if (folder / f"{name}.ckpt").is_file():
                     return folder / f"{name}.ckpt"
-        raise CheckpointError(f"ckpt={spec}: no best.ckpt or last.ckpt in this folder{listing(path)}.")
+        raise CheckpointError(f"ckpt={spec}: no best.ckpt or last.ckpt in this folder{list_folder(path)}.")
     if not path.is_file():
-        raise CheckpointError(f"ckpt={spec}: there is no such file{listing(path.parent)}.")
+        raise CheckpointError(f"ckpt={spec}: there is no such file{list_folder(path.parent)}.")
     return path
 
 
-def newest(folder: Path, pattern: str) -> Path | None:
+def find_newest_file(folder: Path, pattern: str) -> Path | None:
     """The most recently written file that matches, or None."""
     return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
 
 
-def listing(folder: Path) -> str:
+def list_folder(folder: Path) -> str:
     """` (there: a, b, ...)` for an error message; empty if the folder is not there."""
     if not folder.is_dir():
         return f" ({folder} does not exist)"
@@ -405,7 +405,7 @@ def listing(folder: Path) -> str:
     return f" (there: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else " (it is empty)"
 
 
-def inherit(saved: Config, given: Config, overrides: list[str]) -> Config:
+def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config:
     """The configuration for using a checkpoint: the saved one, with what the user gave on top.
 
     The network always comes from the checkpoint; data and evaluation settings come from it unless

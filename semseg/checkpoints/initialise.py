@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from semseg.checkpoints.format import NET_PREFIX, SavedNetwork, load_weights, refuse_nonfinite
+from semseg.checkpoints.format import NET_PREFIX, SavedNetwork, load_weights, refuse_nonfinite_weights
 from semseg.errors import CheckpointError
 from semseg.nets.interfaces import Encoder
 from semseg.nets.segmenter import Segmenter
@@ -21,7 +21,7 @@ from semseg.syncbn.layer import OLD_BUFFERS
 from semseg.system.text import escape_unprintable
 
 COUNTER = "num_batches_tracked"  # in files of PyTorch 0.4.1 and later; nothing here depends on it
-NAMES_SHOWN = 3
+MAX_NAMES = 3
 
 
 def load_encoder_weights(encoder: Encoder, path: Path) -> None:
@@ -34,12 +34,14 @@ def load_encoder_weights(encoder: Encoder, path: Path) -> None:
             shape; the first of each kind are named, and the encoder is left as it was.
     """
     found = load_weights(path)
-    refuse_nonfinite(found, str(path))
-    part = encoder_part(found)
-    fill(encoder, without_bookkeeping(part or encoder.state_from(found)), f"{path}: does not fit model.encoder")
+    refuse_nonfinite_weights(found, str(path))
+    part = extract_encoder_weights(found)
+    load_all_weights(
+        encoder, drop_old_buffers(part or encoder.state_from(found)), f"{path}: does not fit model.encoder"
+    )
 
 
-def encoder_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def extract_encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's entries of a whole network's weights; empty if they are not those of a whole network."""
     for prefix in (f"{NET_PREFIX}encoder.", "encoder."):
         part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
@@ -48,24 +50,24 @@ def encoder_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {}
 
 
-def fill(module: nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
+def load_all_weights(module: nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
     """Give `module` all its weights, cast to its types; counters of batches may be missing.
 
     Raises:
         CheckpointError: `complaint`, and what is missing, unexpected or of another shape; nothing is loaded then.
     """
-    problems = differences(weights, module.state_dict())
+    problems = find_differences(weights, module.state_dict())
     if problems:
         raise CheckpointError(f"{complaint}: {'; '.join(problems)}.")
     module.load_state_dict(weights, strict=False)
 
 
-def without_bookkeeping(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def drop_old_buffers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """`weights` without the extra statistics of the published normalisation layers."""
     return {name: value for name, value in weights.items() if name.rpartition(".")[2] not in OLD_BUFFERS}
 
 
-def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+def find_differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
     """What keeps `found` from filling `wanted`, a phrase for each kind. Counters of batches do not count."""
     missing = [name for name in wanted if name not in found and not is_counter(name)]
     unexpected = [name for name in found if name not in wanted and not is_counter(name)]
@@ -82,20 +84,20 @@ def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str
         and not is_counter(name)
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped, "of another type": retyped}
-    return [f"{len(names)} {kind} ({shortened(names)})" for kind, names in kinds.items() if names]
+    return [f"{len(names)} {kind} ({shorten_names(names)})" for kind, names in kinds.items() if names]
 
 
 def is_counter(name: str) -> bool:
     return name.rpartition(".")[2] == COUNTER
 
 
-def shortened(names: list[str]) -> str:
+def shorten_names(names: list[str]) -> str:
     """The first few names.
 
-    >>> shortened(["a", "b", "c", "d"])
+    >>> shorten_names(["a", "b", "c", "d"])
     'a, b, c, ...'
     """
-    return ", ".join(map(escape_unprintable, names[:NAMES_SHOWN])) + (", ..." if len(names) > NAMES_SHOWN else "")
+    return ", ".join(map(escape_unprintable, names[:MAX_NAMES])) + (", ..." if len(names) > MAX_NAMES else "")
 
 
 class LoadReport(NamedTuple):
@@ -106,7 +108,7 @@ class LoadReport(NamedTuple):
     reinitialised: list[str]  # in both, for another number of classes
     missing: list[str]  # in the network, not in the file: an auxiliary head that is new
 
-    def table(self, source: str) -> Table:
+    def make_table(self, source: str) -> Table:
         """One row for each kind."""
         table = Table(title=Text(escape_unprintable(f"weights from {source}")))
         for column in ("", "tensors", "names"):
@@ -117,7 +119,7 @@ class LoadReport(NamedTuple):
         return table
 
 
-def start_from(net: Segmenter, saved: SavedNetwork) -> LoadReport:
+def initialise_from(net: Segmenter, saved: SavedNetwork) -> LoadReport:
     """Give `net` the weights of `saved`, for a new run with the same architecture.
 
     Classifiers for another number of classes keep their fresh weights. An auxiliary head may be in one of the two only.
@@ -130,20 +132,20 @@ def start_from(net: Segmenter, saved: SavedNetwork) -> LoadReport:
     other_classes = [
         name
         for name, value in found.items()
-        if name in wanted and is_classifier_of(value, saved.classes.num_classes, wanted[name], net.num_classes)
+        if name in wanted and differs_only_in_classes(value, saved.classes.num_classes, wanted[name], net.num_classes)
     ]
     skipped = [name for name in found if name not in wanted and is_auxiliary(name)]
     missing = [name for name in wanted if name not in found and is_auxiliary(name) and not is_counter(name)]
     set_aside = {*other_classes, *skipped}
     usable = {name: value for name, value in found.items() if name not in set_aside}
     needed = {name: value for name, value in wanted.items() if name not in {*other_classes, *missing}}
-    problems = differences(usable, needed)
+    problems = find_differences(usable, needed)
     if problems:
         model = saved.config.model
         raise CheckpointError(
-            f"init_from={saved.source}: of another architecture than model={net_name(net)}: {'; '.join(problems)}. "
-            f"The file holds {model.encoder.get('name')} + {model.decoder.get('name')}: leave model out to take that, "
-            "or load its encoder alone with model.encoder.weights=<file>."
+            f"init_from={saved.source}: its architecture is not that of model={architecture_name(net)}: "
+            f"{'; '.join(problems)}. The file holds {model.encoder.get('name')} + {model.decoder.get('name')}: "
+            "omit model to use it, or load its encoder alone with model.encoder.weights=<file>."
         )
     net.load_state_dict(usable, strict=False)
     return LoadReport(list(usable), skipped, other_classes, missing)
@@ -154,7 +156,7 @@ def is_auxiliary(name: str) -> bool:
     return name.startswith("decoder.") and "_deepsup." in name
 
 
-def is_classifier_of(found: Tensor, found_classes: int, wanted: Tensor, wanted_classes: int) -> bool:
+def differs_only_in_classes(found: Tensor, found_classes: int, wanted: Tensor, wanted_classes: int) -> bool:
     """Whether two tensors differ in nothing but the number of classes, which comes first."""
     return (
         found.shape != wanted.shape
@@ -163,6 +165,6 @@ def is_classifier_of(found: Tensor, found_classes: int, wanted: Tensor, wanted_c
     )
 
 
-def net_name(net: Segmenter) -> str:
+def architecture_name(net: Segmenter) -> str:
     """Class names of the parts, for messages."""
     return f"{type(net.encoder).__name__} + {type(net.decoder).__name__}"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from semseg.checkpoints.format import SavedNetwork, load_weights
-from semseg.checkpoints.initialise import differences, without_bookkeeping
+from semseg.checkpoints.initialise import drop_old_buffers, find_differences
 from semseg.checkpoints.zoo import RELEASES, Release, release_of_folder
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import Config
@@ -33,10 +33,10 @@ from semseg.nets.registry import DECODERS, ENCODERS, Network, build_decoder, bui
 
 PUBLISHED_ENCODERS = ("resnet18", "resnet50", "resnet101", "resnext101", "mobilenetv2", "hrnetv2")
 ONLY_2020 = ("mobilenetv2", "hrnetv2")
-FREE_KEYS = ("model.convention", "model.encoder.output_stride")  # what the files do not tell
+PUBLISHED_FREE_KEYS = ("model.convention", "model.encoder.output_stride")  # what the files do not tell
 
 
-class Files(NamedTuple):
+class PublishedFiles(NamedTuple):
     """The two files of a published network."""
 
     encoder: Path
@@ -52,7 +52,7 @@ class Files(NamedTuple):
         return f"{self.encoder},{self.decoder}"
 
 
-def find_files(spec: str) -> Files | None:
+def find_published_files(spec: str) -> PublishedFiles | None:
     """The published files that `ckpt=<folder>` or `ckpt=<encoder file>,<decoder file>` means, or None.
 
     In a folder with several epochs it is the last one of which both files are there.
@@ -67,7 +67,7 @@ def find_files(spec: str) -> Files | None:
             for encoder in path.glob("encoder*.pth")
             if (decoder := path / encoder.name.replace("encoder", "decoder", 1)).is_file()
         ]
-        found = (Files(*pair) for pair in pairs)
+        found = (PublishedFiles(*pair) for pair in pairs)
         return max(found, key=lambda files: (files.epoch, files.decoder.name), default=None)
     if path.exists() or "," not in spec:
         return None
@@ -77,10 +77,12 @@ def find_files(spec: str) -> Files | None:
     for part in parts:
         if not part.is_file():
             raise CheckpointError(f"{part}: there is no such file.")
-    return Files(*parts)
+    return PublishedFiles(*parts)
 
 
-def read_published(files: Files, config: Config, overrides: list[str], release: Release | None = None) -> SavedNetwork:
+def read_published(
+    files: PublishedFiles, config: Config, overrides: list[str], release: Release | None = None
+) -> SavedNetwork:
     """Read two published files. The `note` of the answer says what they were taken for and how to correct that.
 
     Args:
@@ -92,8 +94,8 @@ def read_published(files: Files, config: Config, overrides: list[str], release: 
         CheckpointError: if a file is missing, damaged, or of no known architecture.
     """
     given = {word.partition("=")[0] for word in overrides}
-    encoder_weights = without_bookkeeping(load_weights(files.encoder))
-    decoder_weights = without_bookkeeping(load_weights(files.decoder))
+    encoder_weights = drop_old_buffers(load_weights(files.encoder))
+    decoder_weights = drop_old_buffers(load_weights(files.decoder))
     encoder_weights = {name: value for name, value in encoder_weights.items() if not name.startswith(CLASSIFIERS)}
     encoder = identify_encoder(files.encoder, encoder_weights)
     num_classes = count_classes(files.decoder, decoder_weights)
@@ -104,7 +106,7 @@ def read_published(files: Files, config: Config, overrides: list[str], release: 
         by_rule = 32 if decoder.name == "upernet" else 8
         by_hand = "model.encoder.output_stride" in given
         encoder_section["output_stride"] = config.model.encoder["output_stride"] if by_hand else by_rule
-    release, reason = (release, "by the zoo") if release else told_release(files, encoder)
+    release, reason = (release, "by the zoo") if release else infer_release(files, encoder)
     convention, word = release.convention, f"release of {release.year} {reason}"
     if "model.convention" in given and config.model.convention != "auto":
         convention, word = config.model.convention, "as given"
@@ -124,12 +126,12 @@ def read_published(files: Files, config: Config, overrides: list[str], release: 
         classes=class_table_for(num_classes),
         convention=PREPROCESSING[convention],
         epoch=files.epoch,
-        note=f"{files.encoder.parent}: {encoder}{stride} + {in_words(decoder)}, {num_classes} classes, "
-        f"input {convention} ({word}). To correct: {'=... '.join(FREE_KEYS)}=...",
+        note=f"{files.encoder.parent}: {encoder}{stride} + {decoder_label(decoder)}, {num_classes} classes, "
+        f"input {convention} ({word}). To correct: {'=... '.join(PUBLISHED_FREE_KEYS)}=...",
     )
 
 
-def told_release(files: Files, encoder: str) -> tuple[Release, str]:
+def infer_release(files: PublishedFiles, encoder: str) -> tuple[Release, str]:
     """The release of files that are not from the zoo, and the reason."""
     by_name = release_of_folder(files.encoder.resolve().parent.name)
     if by_name:
@@ -144,10 +146,10 @@ def identify_encoder(path: Path, weights: dict[str, Tensor]) -> str:
     Raises:
         CheckpointError: if there is none; it tells the first differences to the nearest one.
     """
-    return fitting(path, weights, {name: encoder_layout(name).tensors for name in PUBLISHED_ENCODERS})
+    return find_matching_layout(path, weights, {name: encoder_layout(name).tensors for name in PUBLISHED_ENCODERS})
 
 
-class Layout(NamedTuple):
+class EncoderLayout(NamedTuple):
     """What can be known of an encoder without memory for its weights."""
 
     channels: tuple[int, ...]
@@ -155,11 +157,11 @@ class Layout(NamedTuple):
 
 
 @cache
-def encoder_layout(name: str) -> Layout:
+def encoder_layout(name: str) -> EncoderLayout:
     """Names and shapes of the encoder `name`."""
     with torch.device("meta"):
         encoder = build_encoder(name)
-    return Layout(encoder.channels, encoder.state_dict())
+    return EncoderLayout(encoder.channels, encoder.state_dict())
 
 
 def identify_decoder(path: Path, weights: dict[str, Tensor], encoder: str, num_classes: int) -> Network:
@@ -171,14 +173,14 @@ def identify_decoder(path: Path, weights: dict[str, Tensor], encoder: str, num_c
     channels = encoder_layout(encoder).channels
     with torch.device("meta"):
         candidates = {
-            in_words(network): (network, build_decoder(network.name, channels, num_classes, **network.options))
-            for network in possible_decoders(weights, len(channels))
+            decoder_label(network): (network, build_decoder(network.name, channels, num_classes, **network.options))
+            for network in list_possible_decoders(weights, len(channels))
         }
     states = {words: decoder.state_dict() for words, (_, decoder) in candidates.items()}
-    return candidates[fitting(path, weights, states)][0]
+    return candidates[find_matching_layout(path, weights, states)][0]
 
 
-def possible_decoders(weights: dict[str, Tensor], num_maps: int) -> Iterator[Network]:
+def list_possible_decoders(weights: dict[str, Tensor], num_maps: int) -> Iterator[Network]:
     """Every decoder with every option that these weights could belong to."""
     lateral = weights.get("fpn_in.0.0.weight")
     for name, constructor in DECODERS.items():
@@ -191,13 +193,13 @@ def possible_decoders(weights: dict[str, Tensor], num_maps: int) -> Iterator[Net
             yield Network(name, {"deep_supervision": True})
 
 
-def fitting(path: Path, weights: dict[str, Tensor], candidates: dict[str, dict[str, Tensor]]) -> str:
+def find_matching_layout(path: Path, weights: dict[str, Tensor], candidates: dict[str, dict[str, Tensor]]) -> str:
     """The name of the candidate with the same names and shapes; counters of batches may be missing.
 
     Raises:
         CheckpointError: if there is none.
     """
-    problems = {name: differences(weights, state) for name, state in candidates.items()}
+    problems = {name: find_differences(weights, state) for name, state in candidates.items()}
     found = next((name for name, told in problems.items() if not told), None)
     if found is not None:
         return found
@@ -237,7 +239,7 @@ def class_table_for(num_classes: int) -> ClassTable:
     return ClassTable.from_names([f"class {index}" for index in range(num_classes)])
 
 
-def in_words(network: Network) -> str:
+def decoder_label(network: Network) -> str:
     """`ppm with deep supervision`, `upernet of width 256`."""
     if network.options.get("deep_supervision"):
         return f"{network.name} with deep supervision"

@@ -7,9 +7,11 @@ from typing import NamedTuple
 from semseg.config.schema import ZOO_PREFIX
 from semseg.errors import CheckpointError, find_nearest
 
-ROOT = "http://sceneparsing.csail.mit.edu/model/pytorch"
+SERVER_URL = "http://sceneparsing.csail.mit.edu/model/pytorch"
 # The picture of the original's demonstration; mode=predict takes it for a network of the zoo without input.
-DEMONSTRATION = "http://sceneparsing.csail.mit.edu/data/ADEChallengeData2016/images/validation/ADE_val_00001519.jpg"
+DEMONSTRATION_IMAGE = (
+    "http://sceneparsing.csail.mit.edu/data/ADEChallengeData2016/images/validation/ADE_val_00001519.jpg"
+)
 
 
 class Release(NamedTuple):
@@ -22,7 +24,7 @@ class Release(NamedTuple):
 RELEASES = {2018: Release(2018, "bgr_mean"), 2020: Release(2020, "rgb_mean_std")}
 
 
-class Published(NamedTuple):
+class PublishedNetwork(NamedTuple):
     """One published network: two files in one folder of the server."""
 
     name: str  # as our configuration calls it
@@ -32,22 +34,24 @@ class Published(NamedTuple):
 
     def urls(self) -> tuple[str, str]:
         """Of the encoder's and the decoder's file."""
-        encoder, decoder = (f"{ROOT}/{self.folder}/{part}_epoch_{self.epoch}.pth" for part in ("encoder", "decoder"))
+        encoder, decoder = (
+            f"{SERVER_URL}/{self.folder}/{part}_epoch_{self.epoch}.pth" for part in ("encoder", "decoder")
+        )
         return encoder, decoder
 
 
 ZOO = {
     network.name: network
     for network in (
-        Published("mobilenetv2_dilated8_c1_deepsup", "ade20k-mobilenetv2dilated-c1_deepsup", 20, RELEASES[2020]),
-        Published("resnet18_dilated8_ppm_deepsup", "ade20k-resnet18dilated-ppm_deepsup", 20, RELEASES[2020]),
-        Published("resnet50_dilated8_ppm_deepsup", "ade20k-resnet50dilated-ppm_deepsup", 20, RELEASES[2020]),
-        Published("resnet101_dilated8_ppm_deepsup", "ade20k-resnet101dilated-ppm_deepsup", 25, RELEASES[2020]),
-        Published("upernet50", "ade20k-resnet50-upernet", 30, RELEASES[2020]),
-        Published("upernet101", "ade20k-resnet101-upernet", 50, RELEASES[2020]),
-        Published("hrnetv2_c1", "ade20k-hrnetv2-c1", 30, RELEASES[2020]),
+        PublishedNetwork("mobilenetv2_dilated8_c1_deepsup", "ade20k-mobilenetv2dilated-c1_deepsup", 20, RELEASES[2020]),
+        PublishedNetwork("resnet18_dilated8_ppm_deepsup", "ade20k-resnet18dilated-ppm_deepsup", 20, RELEASES[2020]),
+        PublishedNetwork("resnet50_dilated8_ppm_deepsup", "ade20k-resnet50dilated-ppm_deepsup", 20, RELEASES[2020]),
+        PublishedNetwork("resnet101_dilated8_ppm_deepsup", "ade20k-resnet101dilated-ppm_deepsup", 25, RELEASES[2020]),
+        PublishedNetwork("upernet50", "ade20k-resnet50-upernet", 30, RELEASES[2020]),
+        PublishedNetwork("upernet101", "ade20k-resnet101-upernet", 50, RELEASES[2020]),
+        PublishedNetwork("hrnetv2_c1", "ade20k-hrnetv2-c1", 30, RELEASES[2020]),
         # The same network was released in both years; this one by the name it had then.
-        Published(
+        PublishedNetwork(
             "resnet50_dilated8_ppm_bilinear_deepsup",
             "baseline-resnet50_dilated8-ppm_bilinear_deepsup",
             20,
@@ -57,37 +61,37 @@ ZOO = {
 }
 
 
-class Score(NamedTuple):
+class PublishedScore(NamedTuple):
     """On ADE20K validation, in percent."""
 
     mean_iou: float
     pixel_accuracy: float
 
 
-class Scores(NamedTuple):
+class PublishedScores(NamedTuple):
     """What was published for a network: short edge 450, and the mean over 300, 375, 450, 525 and 600."""
 
-    one_scale: Score
-    five_scales: Score
+    one_scale: PublishedScore
+    five_scales: PublishedScore
 
 
-SCORES = {
-    "resnet18_dilated8_c1_deepsup": Scores(Score(33.82, 76.05), Score(35.34, 77.41)),
-    "resnet18_dilated8_ppm_deepsup": Scores(Score(38.00, 78.64), Score(38.81, 79.29)),
-    "resnet50_dilated8_ppm_deepsup": Scores(Score(41.26, 79.73), Score(42.04, 80.23)),
-    "resnet101_dilated8_ppm_deepsup": Scores(Score(42.19, 80.59), Score(42.53, 80.91)),
-    "upernet50": Scores(Score(40.44, 79.80), Score(41.55, 80.23)),
-    "upernet101": Scores(Score(41.98, 80.63), Score(42.66, 81.01)),
+PUBLISHED_SCORES = {
+    "resnet18_dilated8_c1_deepsup": PublishedScores(PublishedScore(33.82, 76.05), PublishedScore(35.34, 77.41)),
+    "resnet18_dilated8_ppm_deepsup": PublishedScores(PublishedScore(38.00, 78.64), PublishedScore(38.81, 79.29)),
+    "resnet50_dilated8_ppm_deepsup": PublishedScores(PublishedScore(41.26, 79.73), PublishedScore(42.04, 80.23)),
+    "resnet101_dilated8_ppm_deepsup": PublishedScores(PublishedScore(42.19, 80.59), PublishedScore(42.53, 80.91)),
+    "upernet50": PublishedScores(PublishedScore(40.44, 79.80), PublishedScore(41.55, 80.23)),
+    "upernet101": PublishedScores(PublishedScore(41.98, 80.63), PublishedScore(42.66, 81.01)),
 }
 
 
-def published(spec: str) -> Published:
+def find_published_network(spec: str) -> PublishedNetwork:
     """The entry that `zoo:<name>` means; the folder's name on the server will do as well.
 
     Raises:
         CheckpointError: for another name, with the nearest one and all.
 
-    >>> published("zoo:upernet50").urls()[0]
+    >>> find_published_network("zoo:upernet50").urls()[0]
     'http://sceneparsing.csail.mit.edu/model/pytorch/ade20k-resnet50-upernet/encoder_epoch_30.pth'
     """
     name = spec.removeprefix(ZOO_PREFIX)

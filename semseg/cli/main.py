@@ -46,8 +46,15 @@ from semseg.config.schema import PRINTING_MODES
 from semseg.config.validate import check_config
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError
 from semseg.storage import run_lock
-from semseg.storage.atomic import SCRIPT, from_here, program, replacing, script, unwritable
-from semseg.storage.run_results import finished_job, job_words
+from semseg.storage.atomic import (
+    SCRIPT_VARIABLE,
+    atomic_write,
+    describe_write_error,
+    entry_command,
+    entry_script,
+    relative_to_cwd,
+)
+from semseg.storage.run_results import find_finished_job, job_overrides
 from semseg.storage.transfer import is_first_rank
 from semseg.system.process import announce_sweep, prepare_process
 from semseg.system.text import escape_lines
@@ -76,7 +83,7 @@ def main() -> None:
     # Hydra prints errors its own way unless told to pass them on.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if Path(sys.argv[0]).is_file():  # not so in python -c
-        os.environ[SCRIPT] = str(Path(sys.argv[0]).resolve())
+        os.environ[SCRIPT_VARIABLE] = str(Path(sys.argv[0]).resolve())
     given = words = sys.argv[1:]
     try:
         sys.argv[1:] = words = parse_overrides(words)
@@ -108,7 +115,7 @@ def main() -> None:
     except KeyboardInterrupt:
         exit_with_error("interrupted.", INTERRUPTED)
     except OSError as error:
-        told = unwritable(error, Path.cwd())
+        told = describe_write_error(error, Path.cwd())
         if told is None:
             raise
         exit_with_error(told, SemsegError.exit_code)
@@ -155,13 +162,13 @@ def run_sweep(given: list[str], words: list[str]) -> int:
         raise
     except Exception as error:  # of a launcher that lost a job, say; the table tells what became of the others
         stopped = 1
-        told = unwritable(error, sweep_dir) if isinstance(error, OSError) else None
+        told = describe_write_error(error, sweep_dir) if isinstance(error, OSError) else None
         if told is not None:
             exit_with_error(told, SemsegError.exit_code)
         if "No trials are completed" not in str(error):  # Optuna, when every job failed
             traceback.print_exc()
     again = [word for word in given if word.partition("=")[0] not in ("sweep_dir", "hydra.sweep.dir")]
-    command = shlex.join([*program().split(), *again, f"sweep_dir={from_here(sweep_dir)}"])
+    command = shlex.join([*entry_command().split(), *again, f"sweep_dir={relative_to_cwd(sweep_dir)}"])
     from semseg.cli.sweep import report_sweep  # noqa: PLC0415 - tables and pages take time to import, and most runs need none
 
     code = report_sweep(sweep_dir, command)
@@ -230,7 +237,7 @@ def claim_folder(folder: Path) -> Path:
 
 def run_ranks(words: list[str], processes: int, run_dir: Path) -> int:
     """Run this command line as one process per device, all with the same run folder."""
-    command = [sys.executable, str(script()), *words, f"hydra.run.dir={quote_value(run_dir)}"]
+    command = [sys.executable, str(entry_script()), *words, f"hydra.run.dir={quote_value(run_dir)}"]
     return supervise_ranks(command, processes, run_dir)
 
 
@@ -246,7 +253,7 @@ def run_hydra_job(composed: DictConfig) -> float | None:
     """One job: the mode's `run` in this process, or in its own process if it is part of a sweep."""
     runtime = HydraConfig.get()
     if runtime.mode == RunMode.MULTIRUN:
-        overrides, run_dir = job_words(runtime.overrides.task), Path(runtime.runtime.output_dir)
+        overrides, run_dir = job_overrides(runtime.overrides.task), Path(runtime.runtime.output_dir)
         return run_sweep_job(overrides, run_dir, scores=composed.mode == "train")
     run_dir = Path(runtime.runtime.output_dir)
     is_recorded = runtime.output_subdir is None and is_first_rank()
@@ -261,7 +268,7 @@ def run_hydra_job(composed: DictConfig) -> float | None:
         warnings.formatwarning = lambda message, *_, **__: f"warning: {escape_lines(message)}\n"
         with silence_stdout(config.quiet):
             if config.mode == "train":  # not before the folder is known to be its own
-                run_lock.when_held = partial(write_run_record, record)
+                run_lock.on_lock_acquired = partial(write_run_record, record)
             else:
                 write_run_record(record)
             return mode.run(config, list(runtime.overrides.task))
@@ -270,7 +277,7 @@ def run_hydra_job(composed: DictConfig) -> float | None:
         exit_with_error(str(error), error.exit_code)  # here, or Hydra puts a line of its own before it
     except Exception as error:
         record_error(error, 1)
-        told = unwritable(error, run_dir) if isinstance(error, OSError) else None
+        told = describe_write_error(error, run_dir) if isinstance(error, OSError) else None
         if told is None and has_other_rank_failed():
             sys.exit(1)  # a lost connection, say: its traceback, kept in this rank's file, would bury the reason
         if told is None:
@@ -292,7 +299,7 @@ def collect_run_record(composed: DictConfig, runtime: HydraConf, folder: Path) -
 
 def write_run_record(contents: dict[Path, str]) -> None:
     for path, text in contents.items():
-        with replacing(path, durable=False) as temporary:
+        with atomic_write(path, durable=False) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 
@@ -318,11 +325,11 @@ def run_sweep_job(overrides: list[str], run_dir: Path, *, scores: bool) -> float
     """
     from semseg.cli.sweep import run_job  # noqa: PLC0415 - as above
 
-    done = finished_job(run_dir, overrides, scores=scores)
+    done = find_finished_job(run_dir, overrides, scores=scores)
     if done is not None:
         _log.info("job %s: was finished before", run_dir.name)
         return done.result.score
-    command = [sys.executable, str(script()), *overrides]
+    command = [sys.executable, str(entry_script()), *overrides]
     command += [f"{key}={quote_value(run_dir)}" for key in ("hydra.run.dir", "run_dir")]
     job = run_job(command, overrides, run_dir, scores=scores)
     _log.info("job %s: %s%s", run_dir.name, job.status, f": {job.reason}" if job.reason else "")

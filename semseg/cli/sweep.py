@@ -15,15 +15,15 @@ from rich.text import Text
 from semseg.cli.supervise import ProcessEnd, extract_error_message, run_isolated
 from semseg.errors import STOPPED_CODES
 from semseg.reports.sweep_page import format_duration, format_job_score, write_sweep_page
-from semseg.storage.atomic import from_here, replacing
+from semseg.storage.atomic import atomic_write, relative_to_cwd
 from semseg.storage.run_results import (
     FAILED,
     FINISHED,
     STOPPED,
     Job,
     Ranking,
-    Result,
-    rank,
+    RunResult,
+    rank_jobs,
     read_job,
     read_jobs,
     read_result,
@@ -58,7 +58,7 @@ def run_job(command: Sequence[str], overrides: Sequence[str], run_dir: Path, *, 
     if ended.signal is not None:
         raise SystemExit(get_stop_code(ended.signal))
     result = read_result(run_dir) if job.is_finished else None
-    return job._replace(result=result or Result())
+    return job._replace(result=result or RunResult())
 
 
 def classify_end(ended: ProcessEnd, run_dir: Path, *, scores: bool) -> tuple[str, str]:
@@ -89,13 +89,13 @@ def report_sweep(sweep_dir: Path, command: str) -> int:
     Returns:
         the exit code: 0 if every job is finished, else 1.
     """
-    ranking = rank(read_jobs(sweep_dir))
+    ranking = rank_jobs(read_jobs(sweep_dir))
     console = Console()
     if ranking.jobs:
         write_sweep_csv(sweep_dir / "sweep.csv", ranking)
         write_sweep_page(sweep_dir / "sweep.html", ranking, command)
         console.print(render_sweep_table(ranking))
-        console.print(f"written to {from_here(sweep_dir)}/sweep.csv, sweep.html", soft_wrap=True, highlight=False)
+        console.print(f"written to {relative_to_cwd(sweep_dir)}/sweep.csv, sweep.html", soft_wrap=True, highlight=False)
     console.print(f"{ranking.headline}\nto go on: {command}", soft_wrap=True, highlight=False, markup=False)
     return 0 if all(job.is_finished for job in ranking.jobs) else 1
 
@@ -108,18 +108,18 @@ def render_sweep_table(ranking: Ranking) -> Table:
     for place, job in enumerate(ranking.jobs, start=1):
         status = f"{job.status}: {job.reason}" if job.reason else job.status
         score, time_spent = format_job_score(job.result.score), format_duration(job.seconds)
-        cells = [str(place), *ranking.values(job), score, time_spent, status, job.folder.name]
+        cells = [str(place), *ranking.values_of(job), score, time_spent, status, job.folder.name]
         table.add_row(*(Text(escape_lines(text)) for text in cells))
     return table
 
 
 def write_sweep_csv(path: Path, ranking: Ranking) -> None:
     """All jobs, best first: place, folder, the keys that vary, the score, seconds, status and reason."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["place", "folder", *ranking.varying, ranking.monitor, "seconds", "status", "reason"])
         for place, job in enumerate(ranking.jobs, start=1):
             score = "" if job.result.score is None else job.result.score
             seconds = round(job.seconds, 1)
-            values = [job.folder.name, *ranking.values(job), score, seconds, job.status, job.reason]
+            values = [job.folder.name, *ranking.values_of(job), score, seconds, job.status, job.reason]
             writer.writerow([place, *(escape_csv_cell(value) if isinstance(value, str) else value for value in values)])

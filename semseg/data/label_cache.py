@@ -22,7 +22,7 @@ from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
 from semseg.data.store import stamp
 from semseg.errors import ConfigError
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 
 FORMAT = 2  # of the files; part of their names
 MOST_RUNS = 4  # pixels to a run, at least: a label of more runs is noise, and smaller as it is
@@ -106,7 +106,7 @@ class LabelCache:
         check = np.array([checksum(size, runs.starts, runs.classes)], np.uint32)
         parts = {"size": size, "starts": runs.starts, "classes": runs.classes, "check": check}
         try:
-            with replacing(place, durable=False) as temporary:
+            with atomic_write(place, durable=False) as temporary:
                 temporary.write_bytes(save(parts))
         except OSError as error:
             self._can_write = False

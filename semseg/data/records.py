@@ -20,7 +20,7 @@ from semseg.data.geometry import Size
 from semseg.data.headers import Header, HeaderError, header_of, open_image
 from semseg.data.store import Unused
 from semseg.errors import DataError
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 
 LOSSY_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".webp", ".avif", ".jp2", ".j2k", ".jpx",
@@ -567,7 +567,7 @@ def _is_row(row: object) -> bool:
 def save_cache(cache: Path, entries: Mapping[str, Any]) -> None:
     """Write a cache file, whole or not at all; nothing happens if it cannot be written."""
     try:
-        with replacing(cache, durable=False) as temporary:
+        with atomic_write(cache, durable=False) as temporary:
             temporary.write_text(json.dumps(entries), encoding="utf-8")
     except OSError:
         return  # a read-only or full home must not stop anyone: the next scan reads the headers again

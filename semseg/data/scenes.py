@@ -25,7 +25,7 @@ from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.data.seeding import generator_for
 from semseg.errors import DataError
-from semseg.storage.atomic import writing
+from semseg.storage.atomic import name_file_in_errors
 
 VERSION = 1  # raise it whenever the same seed would draw other pixels
 MANIFEST = "scenes.json"
@@ -77,7 +77,7 @@ def make_scenes(root: str | Path, *, num_train: int = 320, num_val: int = 60, se
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{root.name}.lock")):
         if not _holds(root, manifest):  # else another rank or run has drawn it meanwhile
-            with writing(root):
+            with name_file_in_errors(root):
                 _draw(root, manifest)
     return root
 

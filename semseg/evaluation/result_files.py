@@ -13,7 +13,7 @@ import numpy as np
 from semseg.evaluation.bootstrap import CONFIDENCE_LEVEL
 from semseg.evaluation.metrics import Scores
 from semseg.evaluation.result import ClassScore, EvaluationResult, ImageScore
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 from semseg.system.text import escape_csv_row
 
 
@@ -30,11 +30,11 @@ def write_result_files(folder: Path, result: EvaluationResult, facts: Mapping[st
     )
     class_rows = [class_score_row(score, with_boundary=result.boundary is not None) for score in result.class_scores]
     content = {**facts, **metrics_entries(result), "classes": class_rows}
-    with replacing(metrics) as temporary:
+    with atomic_write(metrics) as temporary:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     write_rows(classes, class_rows)
     write_rows(images, [image_score_row(image) for image in result.images])
-    with replacing(confusion) as temporary, temporary.open("wb") as file:
+    with atomic_write(confusion) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,
             matrix=result.confusion,
@@ -46,7 +46,7 @@ def write_result_files(folder: Path, result: EvaluationResult, facts: Mapping[st
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a CSV file with a header; there must be at least one row."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(map(escape_csv_row, rows))

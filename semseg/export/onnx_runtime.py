@@ -20,7 +20,14 @@ from google.protobuf.message import DecodeError
 from onnx.external_data_helper import uses_external_data
 from torch import Tensor, nn
 
-from semseg.checkpoints.format import Graph, SavedNetwork, describe, first_line, from_entry, refuse_nonfinite
+from semseg.checkpoints.format import (
+    Graph,
+    SavedNetwork,
+    describe_network,
+    first_line,
+    network_from_entry,
+    refuse_nonfinite_weights,
+)
 from semseg.config.preprocessing import Preprocessing
 from semseg.data.sources import label_map
 from semseg.errors import CheckpointError, SemsegError
@@ -48,7 +55,7 @@ def description(saved: SavedNetwork, net: Segmenter, quantized: str = "none") ->
         quantized: as export.quantize has it.
     """
     ids = label_map(saved.config.data, saved.classes)
-    entry = describe(saved.config, saved.classes, net.convention)
+    entry = describe_network(saved.config, saved.classes, net.convention)
     # How a network is run does not belong to a graph: onnxruntime sees to it.
     entry["config"]["model"] |= {"compile": False, "channels_last": False}
     return entry | {
@@ -83,12 +90,12 @@ def read_exported(path: Path) -> SavedNetwork:
     problem = problem_of(model)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}. It was not run.")
-    refuse_nonfinite(constants_of(model, path), str(path))
+    refuse_nonfinite_weights(constants_of(model, path), str(path))
     metadata = {item.key: item.value for item in model.metadata_props}
     try:
         entry = json.loads(metadata[METADATA_KEY])
         graph = Graph(content, int(entry["size_divisor"]), int(entry["label_stride"]))
-        saved = from_entry(path, entry, {}, entry["epoch"], entry["step"])
+        saved = network_from_entry(path, entry, {}, entry["epoch"], entry["step"])
     except SemsegError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:

@@ -31,7 +31,7 @@ from semseg.evaluation.tables import format_speed
 from semseg.lit_module import SegmentationModule
 from semseg.modes.train import network_name
 from semseg.nets.segmenter import Segmenter
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 
 WAITING = 0.1  # share of a step from which reading is what limits
 WASTED = 0.25  # share of padding from which it is worth a word
@@ -122,7 +122,7 @@ def run(config: Config, overrides: list[str]) -> None:
     for line in figures.advice:
         console.print(line, markup=False)
     path = Path(config.run_dir) / "bench.json"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(as_plain(figures), indent=2) + "\n")
     console.print(f"written {path}", markup=False)
 

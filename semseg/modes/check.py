@@ -47,7 +47,7 @@ from semseg.errors import DataError
 from semseg.nets.step_memory import step_memory
 from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary, write_check_page
 from semseg.reports.draw import format_share
-from semseg.storage.atomic import program, replacing
+from semseg.storage.atomic import atomic_write, entry_command
 from semseg.system.text import escape_lines, escape_unprintable
 
 PLANNED = 500  # sub-batches whose padding is counted
@@ -178,7 +178,7 @@ def write_lists(folder: Path, root: Path, splits: Sequence[ScannedSplit], known:
     keys = {}
     for split in splits:
         path = folder / f"{split.name}.odgt"
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for record, found in split.sound:
                 if meaning is None or all(meaning(raw) is not None for raw in found.ids):
                     file.write(json.dumps(line_of(record, found.height, found.width, root)) + "\n")
@@ -196,13 +196,13 @@ def command(overrides: Sequence[str], suggestions: dict[str, str]) -> str:
     """The command to train with all suggestions."""
     given = [word for word in overrides if not word.startswith(("mode=", "check.", "run_dir="))]
     kept = [word for word in given if word.partition("=")[0].lstrip("+~") not in suggestions]
-    return shlex.join([*program().split(), *kept, *(f"{key}={value}" for key, value in suggestions.items())])
+    return shlex.join([*entry_command().split(), *kept, *(f"{key}={value}" for key, value in suggestions.items())])
 
 
 def write_files(folder: Path, checked: CheckReport) -> list[Path]:
     """Write check.json and check.html, and return their paths."""
     content, page = folder / "check.json", folder / "check.html"
-    with replacing(content) as temporary:
+    with atomic_write(content) as temporary:
         temporary.write_text(json.dumps(as_plain(checked), indent=1) + "\n", encoding="utf-8")
     write_check_page(page, checked)
     return [content, page]

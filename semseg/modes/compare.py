@@ -22,7 +22,7 @@ from semseg.reports.comparison import (
     read_evaluations,
 )
 from semseg.reports.templates import format_percent, format_points
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 from semseg.system.text import escape_csv_row, escape_unprintable
 
 MAX_CLASS_ROWS = 15  # on the console; the files hold all classes
@@ -74,10 +74,10 @@ def format_cells(row: ScoreRow) -> list[Text]:
 def write_comparison_files(folder: Path, comparison: Comparison) -> list[Path]:
     """Write compare.json, compare.csv and compare.html; returns their paths."""
     scores, table, page = (folder / f"compare.{suffix}" for suffix in ("json", "csv", "html"))
-    with replacing(scores) as temporary:
+    with atomic_write(scores) as temporary:
         temporary.write_text(json.dumps(comparison_to_dict(comparison), indent=1) + "\n", encoding="utf-8")
     rows = build_csv_rows(comparison)
-    with replacing(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(map(escape_csv_row, rows))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from semseg.build import find_network, restore_net, tell
-from semseg.checkpoints.format import SAFETENSORS, SavedNetwork, detached, write_ckpt, write_safetensors
+from semseg.checkpoints.format import SAFETENSORS, SavedNetwork, copy_detached, write_ckpt, write_safetensors
 from semseg.config.schema import Config
 from semseg.errors import ConfigError
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -27,11 +27,11 @@ def run(config: Config, overrides: list[str]) -> None:
     tell(saved.note)
     restore_net(saved)  # what does not fit its own description is told before anything is written
     output = Path(config.output).expanduser()
-    for path in write(output, saved):
+    for path in write_network(output, saved):
         print(f"written {path}")
 
 
-def write(output: Path, saved: SavedNetwork) -> list[Path]:
+def write_network(output: Path, saved: SavedNetwork) -> list[Path]:
     """Write `saved` in the format that the name `output` asks for; returns the files.
 
     Raises:
@@ -52,16 +52,16 @@ def write_published(folder: Path, saved: SavedNetwork) -> list[Path]:
     files = []
     for part in ("encoder", "decoder"):
         weights = {
-            name.removeprefix(f"{part}."): detached(value)
+            name.removeprefix(f"{part}."): copy_detached(value)
             for name, value in saved.weights.items()
             if name.startswith(f"{part}.")
         }
-        files.append(save_plain(folder / f"{part}_epoch_{saved.epoch}.pth", weights))
+        files.append(save_state_dict(folder / f"{part}_epoch_{saved.epoch}.pth", weights))
     return files
 
 
-def save_plain(path: Path, weights: dict[str, Tensor]) -> Path:
+def save_state_dict(path: Path, weights: dict[str, Tensor]) -> Path:
     """torch.save of a flat state dict, whole or not at all."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         torch.save(weights, file)
     return path

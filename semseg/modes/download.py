@@ -14,10 +14,10 @@ from semseg.errors import ConfigError, DataError
 from semseg.storage.archive import extract
 from semseg.storage.download import fetch
 
-FOLDER = "data"  # of the cache
+DATA_CACHE_FOLDER = "data"  # of the cache
 
 
-class Pairs(NamedTuple):
+class PairCounts(NamedTuple):
     """How many images with a label each split has."""
 
     train: int
@@ -37,29 +37,29 @@ def run(config: Config, overrides: list[str]) -> None:
     if archive is None:
         raise ConfigError(
             f"data={data.name}: there is nothing to download. mode=download works with "
-            f"{', '.join(f'data={name}' for name in downloadable())}."
+            f"{', '.join(f'data={name}' for name in list_downloadable_data_sets())}."
         )
     root = Path(data.root).expanduser()
     if root.is_dir() and any(root.iterdir()):
-        print(f"{root}: is there already, {require_all(data, archive)}")
+        print(f"{root}: is there already, {require_complete_data_set(data, archive)}")
         return
     manual = f"or unpack it at {root} yourself, or set data.root to where it is"
-    file = fetch(archive.url, config.download, folder=FOLDER, digest=archive.digest, manual=manual)
+    file = fetch(archive.url, config.download, folder=DATA_CACHE_FOLDER, digest=archive.digest, manual=manual)
     print(f"unpacking {file} to {root}", flush=True)
     try:
         extract(file, root)
     except OSError as error:
         raise DataError(f"{root}: cannot be written ({error.strerror or error}). Set data.root.") from error
-    print(f"{root}: {require_all(data, archive)}")
+    print(f"{root}: {require_complete_data_set(data, archive)}")
 
 
-def downloadable() -> list[str]:
+def list_downloadable_data_sets() -> list[str]:
     """The data sets of configs/data/ that say where they can be downloaded."""
     files = sorted((CONFIG_DIR / "data").glob("*.yaml"))
     return [file.stem for file in files if OmegaConf.select(OmegaConf.load(file), "archive")]
 
 
-def require_all(data: DataConfig, archive: ArchiveConfig) -> Pairs:
+def require_complete_data_set(data: DataConfig, archive: ArchiveConfig) -> PairCounts:
     """The pairs below data.root; all that the archive holds.
 
     Raises:
@@ -68,10 +68,10 @@ def require_all(data: DataConfig, archive: ArchiveConfig) -> Pairs:
     way_out = f"Remove {data.root} and run mode=download again, or set data.root to another folder."
     source = DataSource(data)
     try:
-        found = Pairs(len(source.records("train")), len(source.records("val")))
+        found = PairCounts(len(source.records("train")), len(source.records("val")))
     except DataError as error:
         raise DataError(f"{data.root}: this is not all of data={data.name}. {way_out}\n{error}") from error
-    wanted = Pairs(archive.num_train, archive.num_val)
+    wanted = PairCounts(archive.num_train, archive.num_val)
     if found != wanted:
         raise DataError(f"{data.root}: has {found}, but data={data.name} has {wanted}. {way_out}")
     return found

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
 from semseg.build import build_trainer, open_network, restore_net, tell
-from semseg.checkpoints.format import FOLDER, SavedNetwork, refuse_nonfinite
+from semseg.checkpoints.format import CHECKPOINT_FOLDER, SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import Config, DataConfig, EvalConfig
 from semseg.data.datasets import EvalDataset, EvalSample
 from semseg.data.images import read_pair
@@ -34,8 +34,8 @@ from semseg.reports.curves import read_training_curves, run_folder_of_checkpoint
 from semseg.reports.draw import draw_comparison
 from semseg.reports.evaluation_page import EvaluationReport, Example, choose_examples, write_evaluation_page
 from semseg.reports.run_card import build_run_card, compute_data_fingerprint
-from semseg.storage.atomic import replacing
-from semseg.storage.run_results import Result, write_result
+from semseg.storage.atomic import atomic_write
+from semseg.storage.run_results import RunResult, write_result
 from semseg.system.text import escape_lines, escape_unprintable
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     require_masks(split, source.records(split))
     tell(source.unused(split))
     net = restore_net(saved)
-    refuse_nonfinite(net.state_dict(), saved.source)
+    refuse_nonfinite_weights(net.state_dict(), saved.source)
     trainer = build_trainer(config, source)
     module = SegmentationModule(net, config, source.classes)
     data = SegmentationData(source, config, net)
@@ -90,7 +90,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     )
     write_evaluation_page(folder / "report.html", report)
     print_tables(result, title, config.eval.scales)
-    write_result(folder, Result(result.scores.mean_iou, "mean IoU"))
+    write_result(folder, RunResult(result.scores.mean_iou, "mean IoU"))
     written = ", ".join(map(str, [*files, folder / "report.html"]))
     print(escape_lines(f"checkpoint {saved.source}\nwritten to {written}"))
     return result.scores.mean_iou
@@ -164,7 +164,7 @@ def print_tables(result: EvaluationResult, title: str, scales: list[int]) -> Non
 
 def is_in_run_folder(saved: SavedNetwork) -> bool:
     """Whether the network is a checkpoint in the folder of its run, beside the training curves."""
-    return Path(saved.source).parent.name == FOLDER
+    return Path(saved.source).parent.name == CHECKPOINT_FOLDER
 
 
 def describe_device(trainer: pl.Trainer) -> str:
@@ -227,7 +227,7 @@ class PanelWriter(Callback):
             image = read_pair(record, self.source.label_map, max_pixels=limit).image
             label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
             panel = draw_comparison(image, label, prediction, self.source.classes)
-            with replacing(self.targets[sample.index]) as temporary:
+            with atomic_write(self.targets[sample.index]) as temporary:
                 Image.fromarray(panel).save(temporary, "png", compress_level=1)
 
 

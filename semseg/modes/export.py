@@ -9,14 +9,14 @@ from pathlib import Path
 from torch import Tensor
 
 from semseg.build import open_network, require_export_extra, restore_net
-from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite
+from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import EXPORT_SUFFIXES, Config
 from semseg.data.datasets import EvalDataset
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
 from semseg.evaluation.metrics import Scores
 from semseg.nets.segmenter import Segmenter
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ def run(config: Config, overrides: list[str]) -> None:
     output = Path(config.output).expanduser()
     saved, config = open_network(config, overrides)
     net = restore_net(saved)
-    refuse_nonfinite(net.state_dict(), saved.source)
+    refuse_nonfinite_weights(net.state_dict(), saved.source)
     options = config.export
-    with replacing(output) as temporary:
+    with atomic_write(output) as temporary:
         write = WRITERS[EXPORT_SUFFIXES[output.suffix]]
         found = write(temporary, net, description(saved, net, options.quantize))
         print(f"checked at 5 sizes: the largest difference is {found.largest:.2g}, the largest logit {found.scale:.2g}")

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from semseg.checkpoints.zoo import SCORES, ZOO
+from semseg.checkpoints.zoo import PUBLISHED_SCORES, ZOO
 from semseg.config.compose import list_options
 from semseg.config.load import load_config
 from semseg.config.schema import Config, ModelConfig, split_network_options
@@ -37,7 +37,7 @@ def models_table() -> Table:
     for name in list_options("model"):
         cost = cost_of_model(name)
         counted = ["", ""] if cost is None else [f"{cost.parameters / 1e6:.1f}", f"{cost.flops / 1e9:.0f}"]
-        scores = SCORES.get(name)
+        scores = PUBLISHED_SCORES.get(name)
         published = ["", ""] if scores is None else [f"{score.mean_iou:.2f}" for score in scores]
         weights = "zoo" if name in ZOO else ""
         table.add_row(name, *counted, *published, "needs timm" if cost is None else weights)

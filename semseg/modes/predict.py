@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from semseg.build import open_predictor, tell
-from semseg.checkpoints.zoo import DEMONSTRATION
+from semseg.checkpoints.zoo import DEMONSTRATION_IMAGE
 from semseg.config.schema import Config
 from semseg.data.images import read_image
 from semseg.data.loaders import WatchedLoader
@@ -41,7 +41,7 @@ def run(config: Config, overrides: list[str]) -> None:
         SemsegError: for any other error that the user can fix.
     """
     folder = Path(config.run_dir)
-    source = config.input or str(fetch(DEMONSTRATION, config.download))
+    source = config.input or str(fetch(DEMONSTRATION_IMAGE, config.download))
     unused = Unused()
     inputs = find_inputs(source, folder, unused=unused)
     if unused.count:

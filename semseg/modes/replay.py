@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from semseg.build import open_network, restore_net
-from semseg.checkpoints.format import is_dense, load_plain
+from semseg.checkpoints.format import is_dense_tensor, load_plain
 from semseg.config.schema import Config
 from semseg.data.batch import Batch
 from semseg.errors import CheckpointError
@@ -66,6 +66,6 @@ def read_batches(path: Path) -> tuple[int, list[Batch]]:
         raise CheckpointError(
             f"input={path}: not a saved sub-batch; a run that ends with a NaN loss tells its name."
         ) from error
-    if not all(is_dense(value) for batch in batches for value in batch[:3]):
+    if not all(is_dense_tensor(value) for batch in batches for value in batch[:3]):
         raise CheckpointError(f"input={path}: not a saved sub-batch.")
     return step, batches

@@ -22,10 +22,16 @@ from rich.table import Table
 from rich.text import Text
 
 from semseg.build import build_net, build_trainer, check_network, find_network, tell, without_weights
-from semseg.checkpoints.atomic_io import damage, newest_intact, remove_leftovers
-from semseg.checkpoints.format import FOLDER, SavedNetwork, find_checkpoint, read_checkpoint, refuse_nonfinite
-from semseg.checkpoints.initialise import start_from
-from semseg.checkpoints.published import find_files
+from semseg.checkpoints.atomic_io import find_damage, find_newest_intact, remove_leftovers
+from semseg.checkpoints.format import (
+    CHECKPOINT_FOLDER,
+    SavedNetwork,
+    find_checkpoint,
+    read_checkpoint,
+    refuse_nonfinite_weights,
+)
+from semseg.checkpoints.initialise import initialise_from
+from semseg.checkpoints.published import find_published_files
 from semseg.config.schema import ZOO_PREFIX, Config, ModelConfig, config_to_plain
 from semseg.data.overlap import overlap
 from semseg.data.sources import DataSource, require_masks, split_folders_words
@@ -34,9 +40,9 @@ from semseg.errors import CheckpointError, DataError
 from semseg.lit_module import SegmentationModule
 from semseg.nets.cost import Cost, cost_of, write_cost
 from semseg.nets.segmenter import Segmenter
-from semseg.storage.atomic import from_here, program, replacing
+from semseg.storage.atomic import atomic_write, entry_command, relative_to_cwd
 from semseg.storage.run_lock import RunLock
-from semseg.storage.run_results import RESULT_FILE, Result, read_result, write_result
+from semseg.storage.run_results import RESULT_FILE, RunResult, read_result, write_result
 from semseg.storage.transfer import is_first_rank
 from semseg.system.text import escape_unprintable
 from semseg.training.callbacks.console import config_tree
@@ -113,7 +119,7 @@ def train(
     check_records(config, source, trainer.world_size)
     if saved is not None:
         check_network(saved)
-        refuse_nonfinite(saved.weights, saved.source)
+        refuse_nonfinite_weights(saved.weights, saved.source)
     has_weights = saved is not None or state is not None
     model = without_weights(config.model) if has_weights else config.model
     net = build_net(model, source.classes.num_classes, config.download)
@@ -124,19 +130,19 @@ def train(
             tell(line)
         tell(f"going on from {state.path}")
         if trainer.is_global_zero:
-            bring_best_along(state, run_dir / FOLDER)
+            bring_best_along(state, run_dir / CHECKPOINT_FOLDER)
     console = Console(quiet=not trainer.is_global_zero)
     log_settings(trainer.loggers, config)
     if trainer.is_global_zero:
         (run_dir / RESULT_FILE).unlink(missing_ok=True)  # of an earlier end
-        with replacing(run_dir / "config.yaml") as temporary:
+        with atomic_write(run_dir / "config.yaml") as temporary:
             OmegaConf.save(OmegaConf.create(config_to_plain(config)), temporary)
         cost = cost_of(deepcopy(net).to("meta"))
         write_cost(run_dir / "model.txt", cost)
         console.print(config_tree(config, overrides), start_table(config, net, source, cost))
     if saved is not None and state is None:
         tell(saved.note)
-        console.print(start_from(net, saved).table(saved.source))
+        console.print(initialise_from(net, saved).make_table(saved.source))
         if config.model.convention == "auto":
             net.convention = saved.convention
     module = SegmentationModule(net, config, source.classes)
@@ -174,9 +180,9 @@ def state_to_resume(config: Config, source: DataSource) -> RunState | None:
 def bring_best_along(state: RunState, folder: Path) -> None:
     """Copy best.ckpt from beside the resumed checkpoint, if that is in another folder than the run has now."""
     best, target = state.path.parent / "best.ckpt", folder / "best.ckpt"
-    if target.exists() or damage(best) is not None or read_checkpoint(best).step > state.step:
+    if target.exists() or find_damage(best) is not None or read_checkpoint(best).step > state.step:
         return  # or it is of steps that this run has not taken yet
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         shutil.copyfile(best, temporary)
 
 
@@ -188,7 +194,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         return
     with RunLock(run_dir) as lock:
         tell(lock.takeover or "")
-        for folder in (run_dir / FOLDER, run_dir / "logs"):
+        for folder in (run_dir / CHECKPOINT_FOLDER, run_dir / "logs"):
             remove_leftovers(folder)
         yield
 
@@ -201,7 +207,7 @@ def with_meaning_of_ckpt(config: Config) -> Config:
     """
     if config.ckpt is None:
         return config
-    if config.ckpt.startswith(ZOO_PREFIX) or find_files(config.ckpt) is not None:
+    if config.ckpt.startswith(ZOO_PREFIX) or find_published_files(config.ckpt) is not None:
         return replace(config, ckpt=None, init_from=config.ckpt)
     path = find_checkpoint(config.ckpt, Path(config.runs_dir), prefer=("last", "best"))
     return replace(config, ckpt=None, resume=str(path))
@@ -247,11 +253,11 @@ def resume_path(config: Config) -> Path | None:
         if not path.is_file():
             raise CheckpointError(f"resume={config.resume}: there is no such file.")
         return path
-    folder = Path(config.run_dir) / FOLDER
+    folder = Path(config.run_dir) / CHECKPOINT_FOLDER
     last = folder / "last.ckpt"
-    if last.is_file() and damage(last) is None:
+    if last.is_file() and find_damage(last) is None:
         return last
-    newest = newest_intact(folder)
+    newest = find_newest_intact(folder)
     if newest.passed_over and newest.path is None:
         told = "; ".join(f"{damaged.path.name}: {damaged.reason}" for damaged in newest.passed_over)
         raise CheckpointError(
@@ -284,15 +290,15 @@ def network_name(model: ModelConfig) -> str:
     return f"{model.encoder['name']} + {model.decoder['name']}"
 
 
-def best_result(trainer: pl.Trainer) -> Result:
+def best_result(trainer: pl.Trainer) -> RunResult:
     """The score by which best.ckpt was chosen; without validation there is none."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
-            return Result(float(callback.best_model_score), callback.monitor, callback.mode)
-    return Result()
+            return RunResult(float(callback.best_model_score), callback.monitor, callback.mode)
+    return RunResult()
 
 
-def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: Console, result: Result) -> None:
+def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: Console, result: RunResult) -> None:
     """Run what comes after training, then tell paths and commands. Rank 0 only; the others leave."""
     is_first = trainer.is_global_zero
     if dist.is_available() and dist.is_initialized():
@@ -315,7 +321,7 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
     """Where the checkpoints of a run are, the best one first."""
-    return [run_dir / FOLDER / name for name in ("best.ckpt", "last.ckpt")]
+    return [run_dir / CHECKPOINT_FOLDER / name for name in ("best.ckpt", "last.ckpt")]
 
 
 def follow_up(mode: str, config: Config, checkpoint: Path) -> None:
@@ -346,7 +352,7 @@ def last_lines(config: Config, checkpoint: Path, score: float | None, again: str
     Args:
         again: the command that trains on.
     """
-    run_dir, ckpt = (shlex.quote(str(from_here(path))) for path in (Path(config.run_dir), checkpoint))
+    run_dir, ckpt = (shlex.quote(str(relative_to_cwd(path))) for path in (Path(config.run_dir), checkpoint))
     lines = [] if score is None else [f"best mean IoU   {score:.4f} on the validation images"]
     if torch.cuda.is_available():
         lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
@@ -354,15 +360,15 @@ def last_lines(config: Config, checkpoint: Path, score: float | None, again: str
     lines += [f"{mode:15} {run_dir}/{mode}" for mode in config.after_training]
     return [
         *lines,
-        f"to evaluate     {program()} mode=eval ckpt={ckpt}",
-        f"to predict      {program()} mode=predict ckpt={ckpt} input=<image or folder>",
+        f"to evaluate     {entry_command()} mode=eval ckpt={ckpt}",
+        f"to predict      {entry_command()} mode=predict ckpt={ckpt} input=<image or folder>",
         f"to train on     {again}",
     ]
 
 
 def command_to_go_on(config: Config, overrides: list[str], *further: str) -> str:
     """The exact command that goes on with this run, with `further` words in the place of those with the same keys."""
-    last = [f"run_dir={from_here(Path(config.run_dir))}", "resume=auto", *further]
+    last = [f"run_dir={relative_to_cwd(Path(config.run_dir))}", "resume=auto", *further]
     replaced = {word.partition("=")[0] for word in last}
     kept = [word for word in overrides if word.partition("=")[0] not in replaced]
-    return " ".join([program(), *map(shlex.quote, [*kept, *last])])
+    return " ".join([entry_command(), *map(shlex.quote, [*kept, *last])])

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from semseg.data.geometry import Size, canvas_size
 from semseg.nets.blocks import written_out
 from semseg.nets.segmenter import Segmenter
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 
 SIZE = Size(512, 512)  # of the image that operations are counted for
 
@@ -106,5 +106,5 @@ def cost_table(cost: Cost) -> Table:
 
 def write_cost(path: Path, cost: Cost) -> None:
     """Write the table as text."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         Console(file=file, width=100).print(cost_table(cost))

@@ -18,7 +18,7 @@ from PIL import Image
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.reports.draw import Pixels, add_legend, colour_class_map, draw_overlay, draw_panel
-from semseg.storage.atomic import replacing, temporary_beside, writing
+from semseg.storage.atomic import atomic_write, name_file_in_errors, temporary_path
 
 MAX_PALETTE_SIZE = 256  # colours of a PNG
 
@@ -85,7 +85,10 @@ def write_probabilities(prediction: WritablePrediction, target: Path) -> Path:
     if prediction.probabilities is None:
         raise ValueError("there are no probabilities: request them with predict(..., probabilities=True)")
     path = target.with_name(f"{target.name}_probabilities.npz")
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+    with (
+        atomic_write(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
+    ):
         ids, names = np.array(prediction.label_map.class_ids, np.uint16), np.array(prediction.classes.names)
         arrays = {"probabilities": prediction.probabilities, "names": names, "ids": ids}
         for name, array in arrays.items():
@@ -106,7 +109,7 @@ OUTPUT_WRITERS: dict[str, Callable[[WritablePrediction, Path], Path]] = {
 
 
 def save_png(picture: Image.Image, path: Path) -> Path:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         picture.save(temporary, "PNG")
     return path
 
@@ -118,16 +121,16 @@ def write_classes(path: Path, classes: ClassTable, label_map: LabelMap) -> None:
         {"id": raw_id, "index": index, "name": name, "color": list(colour)}
         for index, (raw_id, name, colour) in enumerate(columns)
     ]
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({"classes": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def array_on_disk(path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.float16]]:
     """Map a float16 array to a temporary file beside `path`: 150 classes of a 12-megapixel photo are 3.6 GB."""
-    temporary = temporary_beside(path)
+    temporary = temporary_path(path)
     try:
-        with writing(path):
+        with name_file_in_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 file.truncate(2 * math.prod(shape))

@@ -17,7 +17,7 @@ from semseg.reports.charts import draw_distribution
 from semseg.reports.draw import ClassShare, Pixels, class_shares, draw_overlay, format_share
 from semseg.reports.pictures import MAX_EDGE, encode_jpeg_uri, resize_nearest, shrink
 from semseg.reports.templates import render_template
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 
 
 class PlanSummary(NamedTuple):
@@ -70,7 +70,7 @@ class SamplePictures(NamedTuple):
 
 def write_check_page(path: Path, report: CheckReport) -> None:
     """Write the page, whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(render_check_page(report), encoding="utf-8")
 
 

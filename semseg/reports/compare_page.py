@@ -9,7 +9,7 @@ from typing import NamedTuple
 from semseg.reports.comparison import ComparedRun, Comparison, ScoreRow, change_sort_key
 from semseg.reports.pictures import encode_thumbnail
 from semseg.reports.templates import render_template
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 
 MAX_IMAGES = 12  # that the page shows, those with the largest changes
 PANEL_NAMES = ("{stem}.png", "{stem}_panel.png")  # possible names of an image's panel in <evaluation>/panels
@@ -33,7 +33,7 @@ class ComparedImage(NamedTuple):
 
 def write_compare_page(path: Path, comparison: Comparison) -> None:
     """Write the page, whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(render_compare_page(comparison), encoding="utf-8")
 
 

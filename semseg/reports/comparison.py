@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from semseg.errors import ConfigError, DataError
-from semseg.storage.atomic import program
+from semseg.storage.atomic import entry_command
 from semseg.system.text import escape_unprintable, shorten_repr
 
 HEADLINE_NAMES = {
@@ -100,7 +100,7 @@ def find_evaluation_folder(folder: str) -> Path:
             return candidate
     raise ConfigError(
         f"runs: {folder} holds no evaluation (neither metrics.json nor eval/metrics.json). "
-        f"Evaluate it first: {program()} mode=eval ckpt={folder}"
+        f"Evaluate it first: {entry_command()} mode=eval ckpt={folder}"
     )
 
 

@@ -22,7 +22,7 @@ from semseg.reports.draw import Pixels
 from semseg.reports.pictures import PictureStrip, encode_strip
 from semseg.reports.run_card import RunCard
 from semseg.reports.templates import render_template
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from semseg.evaluation.result import EvaluationResult, ImageScore
@@ -73,7 +73,7 @@ class EvaluationReport(NamedTuple):
 
 def write_evaluation_page(path: Path, report: EvaluationReport) -> None:
     """Write the page, whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(render_evaluation_page(report), encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from semseg.reports.charts import Point, draw_scatter_plot, format_tick
 from semseg.reports.templates import NOT_AVAILABLE, render_template
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 from semseg.storage.run_results import Ranking
 
 LOG_FACTOR = 10  # a parameter whose values differ by at least this factor is drawn on a logarithmic scale
@@ -20,14 +20,14 @@ MAX_AXIS_LETTERS = 54  # in all names below a plot
 
 def write_sweep_page(path: Path, ranking: Ranking, command: str) -> None:
     """Write the page, whole or not at all; `command` continues the sweep."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(render_sweep_page(ranking, command), encoding="utf-8")
 
 
 def render_sweep_page(ranking: Ranking, command: str) -> str:
     """Render the page as one self-contained HTML text."""
     rows = [
-        (rank, job, ranking.values(job), format_job_score(job.result.score), format_duration(job.seconds))
+        (rank, job, ranking.values_of(job), format_job_score(job.result.score), format_duration(job.seconds))
         for rank, job in enumerate(ranking.jobs, start=1)
     ]
     charts = draw_parameter_charts(ranking)
@@ -39,7 +39,7 @@ def draw_parameter_charts(ranking: Ranking) -> list[tuple[str, Markup]]:
     scored = [(job, job.result.score) for job in ranking.jobs if job.result.score is not None]
     charts = []
     for column, key in enumerate(ranking.varying):
-        values = [ranking.values(job)[column] for job, _ in scored]
+        values = [ranking.values_of(job)[column] for job, _ in scored]
         if len(set(values)) > 1:
             scores = [score for _, score in scored]
             charts.append((key, draw_parameter_chart(values, scores, key, ranking.monitor)))

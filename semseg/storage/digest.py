@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from semseg.errors import ConfigError, DownloadError
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 
 HEX_DIGITS = {"sha256": 64, "sha1": 40, "md5": 32}
 MIN_PREFIX = 8  # hex digits of a SHA-256 that tell a file: as many as torchvision puts into file names
@@ -102,7 +102,7 @@ def remember(path: Path, digests: dict[str, str]) -> None:
     """Note the digests of a file and the state it has them in."""
     status = path.stat()
     facts = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "digests": digests}
-    with replacing(note_of(path)) as temporary:
+    with atomic_write(note_of(path)) as temporary:
         temporary.write_text(f"{digests['sha256']}  {path.name}\n# {json.dumps(facts)}\n", encoding="utf-8")
 
 

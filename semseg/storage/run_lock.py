@@ -23,7 +23,7 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 
 from semseg.errors import ConfigError
-from semseg.storage.atomic import DISK_FULL, replacing
+from semseg.storage.atomic import DISK_FULL, atomic_write
 from semseg.system.text import escape_unprintable
 
 LOCK_FILE, HOLDER_FILE = "run.lock", "run.holder.json"  # in the run folder
@@ -32,7 +32,7 @@ WAIT_SECONDS = 2.0
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-def when_held() -> None:
+def on_lock_acquired() -> None:
     """Called by RunLock once it holds its folder; replaced by who has files to write into it, but not before."""
 
 
@@ -80,7 +80,7 @@ class RunLock:
         self.path, self._holder_path = run_dir / LOCK_FILE, run_dir / HOLDER_FILE
         self._lock: FileLock | None = None
         self._inode = 0
-        self._mine = _this_process()
+        self._mine = _describe_this_process()
 
     def __enter__(self) -> RunLock:
         try:
@@ -93,13 +93,13 @@ class RunLock:
                 f"run_dir={self.run_dir}: this folder cannot be written ({error.strerror}). Give another run_dir."
             ) from error
         if self._lock is not None and self._holder_path.exists():
-            before = _read(self._holder_path)
+            before = _read_holder(self._holder_path)
             who = f"{before}, which held this folder since {before.started}," if before else "the run before"
             self.takeover = f"{self.run_dir}: {who} ended without giving it back; this run takes it over"
-        with contextlib.suppress(OSError), replacing(self._holder_path, durable=False) as temporary:
+        with contextlib.suppress(OSError), atomic_write(self._holder_path, durable=False) as temporary:
             temporary.write_text(json.dumps(self._mine._asdict()) + "\n", encoding="utf-8")
         try:
-            when_held()
+            on_lock_acquired()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -112,7 +112,7 @@ class RunLock:
             return  # a forked child has a copy of this object
         # Where the file system has gone away, the holder is left to be taken over.
         with contextlib.suppress(OSError):
-            if _read(self._holder_path) == self._mine:
+            if _read_holder(self._holder_path) == self._mine:
                 self._holder_path.unlink()
             if self._lock is not None and self.path.stat().st_ino == self._inode:  # not another's, after a deletion
                 self.path.unlink()  # filelock takes no lock on a file that has been removed
@@ -127,13 +127,13 @@ class RunLock:
             try:
                 lock.acquire(timeout=WAIT_SECONDS)
             except Timeout:
-                holder = _read(self._holder_path)
+                holder = _read_holder(self._holder_path)
                 if holder is None or not holder.is_earlier_attempt_of(self._mine):
-                    raise ConfigError(self._in_use_by(holder)) from None
+                    raise ConfigError(self._in_use_message(holder)) from None
                 self.path.unlink(missing_ok=True)  # the file system keeps the lock of a node that has died
                 lock.acquire(timeout=WAIT_SECONDS)
         except Timeout:
-            raise ConfigError(self._in_use_by(None)) from None
+            raise ConfigError(self._in_use_message(None)) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -145,7 +145,7 @@ class RunLock:
             return
         self._lock, self._inode = lock, self.path.stat().st_ino
 
-    def _in_use_by(self, holder: Holder | None) -> str:
+    def _in_use_message(self, holder: Holder | None) -> str:
         if holder is None:
             return (
                 f"run_dir={self.run_dir}: in use by another process. Give another run_dir, or wait until it has ended."
@@ -158,7 +158,7 @@ class RunLock:
         return f"run_dir={self.run_dir}: in use by {holder} since {started} ({command}). {way_out}"
 
 
-def _this_process() -> Holder:
+def _describe_this_process() -> Holder:
     return Holder(
         pid=os.getpid(),
         host=socket.gethostname(),
@@ -177,7 +177,7 @@ def _pid_namespace() -> str:
         return ""
 
 
-def _read(path: Path) -> Holder | None:
+def _read_holder(path: Path) -> Holder | None:
     """The process that a holder file names; None if it names none."""
     try:
         holder = Holder(**json.loads(path.read_text(encoding="utf-8")))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 from semseg.system.text import escape_unprintable
 
 RESULT_FILE = "result.json"  # of a run that has come to its end: the score, and what it is a score of
@@ -25,7 +25,7 @@ JOB_FILE = "job.json"  # of a job: its words, and how it went
 STARTED, FINISHED, FAILED, STOPPED = "started", "finished", "failed", "stopped"
 
 
-class Result(NamedTuple):
+class RunResult(NamedTuple):
     """What a run has come to."""
 
     score: float | None = None  # None: nothing was scored
@@ -41,17 +41,17 @@ class Job(NamedTuple):
     status: str = STARTED
     reason: str = ""  # why it failed
     seconds: float = 0.0  # all attempts together
-    result: Result = Result()
+    result: RunResult = RunResult()
 
     @property
     def is_finished(self) -> bool:
         return self.status == FINISHED
 
 
-def job_words(overrides: Iterable[str]) -> list[str]:
+def job_overrides(overrides: Iterable[str]) -> list[str]:
     """The words that a job is about; how its sweep came to them is not.
 
-    >>> job_words(["hparams_search=grid", "optim.lr=0.1"])
+    >>> job_overrides(["hparams_search=grid", "optim.lr=0.1"])
     ['optim.lr=0.1']
     """
     return [word for word in overrides if word.partition("=")[0] != "hparams_search"]
@@ -63,34 +63,34 @@ def job_name(overrides: Iterable[str]) -> str:
     >>> job_name(["seed=1", "optim.lr=0.1"]) == job_name(["optim.lr=0.1", "hparams_search=grid", "seed=1"])
     True
     """
-    return hashlib.sha256("\n".join(sorted(job_words(overrides))).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join(sorted(job_overrides(overrides))).encode()).hexdigest()[:12]
 
 
 # For hydra.sweep.subdir. Here, since a job may be started by a process that has imported its function and no more.
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
 
-def write_result(run_dir: Path, result: Result) -> None:
+def write_result(run_dir: Path, result: RunResult) -> None:
     """Leave the result of a run in its folder."""
-    with replacing(run_dir / RESULT_FILE) as temporary:
+    with atomic_write(run_dir / RESULT_FILE) as temporary:
         temporary.write_text(json.dumps(result._asdict()) + "\n", encoding="utf-8")
 
 
-def read_result(run_dir: Path) -> Result | None:
+def read_result(run_dir: Path) -> RunResult | None:
     """The result of a run; None if it has none, or none that can be read."""
-    content = _read(run_dir / RESULT_FILE)
+    content = _read_json_object(run_dir / RESULT_FILE)
     if content is None:
         return None
     score = content.get("score")
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         score = None
     mode = "min" if content.get("mode") == "min" else "max"
-    return Result(score, escape_unprintable(content.get("monitor", "score")), mode)
+    return RunResult(score, escape_unprintable(content.get("monitor", "score")), mode)
 
 
 def read_job(folder: Path) -> Job | None:
     """The job of a folder; None if it holds none, or none that can be read."""
-    content = _read(folder / JOB_FILE)
+    content = _read_json_object(folder / JOB_FILE)
     if content is None:
         return None
     try:
@@ -99,13 +99,13 @@ def read_job(folder: Path) -> Job | None:
     except (KeyError, TypeError, ValueError):
         return None
     result = read_result(folder) if status == FINISHED else None
-    return Job(folder, overrides, status, reason, seconds, result or Result())
+    return Job(folder, overrides, status, reason, seconds, result or RunResult())
 
 
 def write_job(job: Job) -> None:
     """Leave a job in its folder; its result is in a file of its own."""
     content = {"overrides": job.overrides, "status": job.status, "reason": job.reason, "seconds": job.seconds}
-    with replacing(job.folder / JOB_FILE) as temporary:
+    with atomic_write(job.folder / JOB_FILE) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -115,7 +115,7 @@ def read_jobs(sweep_dir: Path) -> list[Job]:
     return sorted((job for job in jobs if job is not None), key=lambda job: job.overrides)
 
 
-def finished_job(run_dir: Path, overrides: Sequence[str], *, scores: bool) -> Job | None:
+def find_finished_job(run_dir: Path, overrides: Sequence[str], *, scores: bool) -> Job | None:
     """The job of `run_dir` if it has come to its end with these very words, and with a result if it `scores`."""
     job = read_job(run_dir)
     if job is None or not job.is_finished or sorted(job.overrides) != sorted(overrides):
@@ -131,9 +131,9 @@ class Ranking(NamedTuple):
     monitor: str  # name of the score
     mode: str  # which score is better: max or min
 
-    def values(self, job: Job) -> list[str]:
+    def values_of(self, job: Job) -> list[str]:
         """What `job` has for each of the varying keys; the empty text if it says nothing of a key."""
-        given = settings(job)
+        given = parse_settings(job)
         return [given.get(key, "") for key in self.varying]
 
     @property
@@ -144,19 +144,19 @@ class Ranking(NamedTuple):
         return f"{len(self.jobs)} job{'' if len(self.jobs) == 1 else 's'}: {told or 'none was started'}"
 
 
-def rank(jobs: Sequence[Job]) -> Ranking:
+def rank_jobs(jobs: Sequence[Job]) -> Ranking:
     """Order jobs by their score in the direction that the runs themselves name."""
     scored = [job for job in jobs if job.result.score is not None]
     others = [job for job in jobs if job.result.score is None]
-    result = scored[0].result if scored else Result()
+    result = scored[0].result if scored else RunResult()
     best_first = sorted(scored, key=lambda job: job.result.score or 0.0, reverse=result.mode == "max")
     return Ranking((*best_first, *others), varying_keys(jobs), result.monitor, result.mode)
 
 
-def settings(job: Job) -> dict[str, str]:
+def parse_settings(job: Job) -> dict[str, str]:
     """The words of a job as keys and values.
 
-    >>> settings(Job(Path("x"), ("+a.b=1", "model/encoder='resnet18'")))
+    >>> parse_settings(Job(Path("x"), ("+a.b=1", "model/encoder='resnet18'")))
     {'a.b': '1', 'model/encoder': 'resnet18'}
     """
     words = (word.lstrip("+~").partition("=") for word in job.overrides)
@@ -165,12 +165,12 @@ def settings(job: Job) -> dict[str, str]:
 
 def varying_keys(jobs: Sequence[Job]) -> tuple[str, ...]:
     """Keys that do not have the same value in all jobs."""
-    given = [settings(job) for job in jobs]
+    given = [parse_settings(job) for job in jobs]
     keys = dict.fromkeys(key for values in given for key in values)
     return tuple(key for key in keys if len({values.get(key) for values in given}) > 1)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_json_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if there is none. A damaged file is reported by a warning."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

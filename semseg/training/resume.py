@@ -19,7 +19,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
-from semseg.checkpoints.format import FORMAT_KEY, first_line, load_plain, network_of
+from semseg.checkpoints.format import FORMAT_KEY, first_line, load_plain, parse_checkpoint
 from semseg.config.schema import Config, config_to_plain
 from semseg.config.validate import iterate_leaves
 from semseg.data.batch import Batch
@@ -356,7 +356,7 @@ def read_run_state(path: Path, config: Config, *, has_val: bool) -> RunState:
         CheckpointError: if the file is damaged, not one of ours, or holds a network without its optimiser.
     """
     content = load_plain(path)
-    saved = network_of(path, content)
+    saved = parse_checkpoint(path, content)
     if "optimizer_states" not in content:
         raise CheckpointError(
             f"{path}: a network without its optimiser, so no run can go on from it. "

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from semseg.checkpoints.atomic_io import AtomicCheckpointIO
-from semseg.checkpoints.format import first_line, is_count, is_dense
+from semseg.checkpoints.format import first_line, is_count, is_dense_tensor
 from semseg.errors import CheckpointError, SemsegError
 from semseg.system.text import shorten_repr
 
@@ -92,7 +92,7 @@ def is_of_its_kind(key: Any, value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether `value` is a real number, by itself or as a tensor; it may be NaN."""
     if isinstance(value, Tensor):
-        return value.ndim == 0 and is_dense(value)
+        return value.ndim == 0 and is_dense_tensor(value)
     return type(value) in (int, float) and (math.isnan(value) or abs(value) < 1e20)
 
 

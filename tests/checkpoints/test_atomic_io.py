@@ -28,9 +28,15 @@ from torch.utils.data import DataLoader
 
 from helpers.memory import FORK, MEGABYTE, in_child, needs_proc, peak_growth
 from semseg.checkpoints import atomic_io
-from semseg.checkpoints.atomic_io import AtomicCheckpointIO, BestCheckpoint, damage, newest_intact, remove_leftovers
+from semseg.checkpoints.atomic_io import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    find_damage,
+    find_newest_intact,
+    remove_leftovers,
+)
 from semseg.errors import CheckpointError
-from semseg.storage.atomic import replacing, temporary_beside
+from semseg.storage.atomic import atomic_write, temporary_path
 from semseg.system.process import StopRequest
 
 
@@ -90,7 +96,7 @@ def test_b1_b2_a_kill_while_saving_costs_neither_the_checkpoint_nor_disk_space(
         time.sleep(rng.uniform(0, 0.3))
         os.kill(child.pid or 0, signal.SIGKILL)
         child.join()
-        assert damage(last) is None
+        assert find_damage(last) is None
         assert step_of(last) >= before
         num_leftovers += len(remove_leftovers(tmp_path))
         assert list(tmp_path.iterdir()) == [last]
@@ -101,7 +107,7 @@ def test_b1_b2_a_kill_while_saving_costs_neither_the_checkpoint_nor_disk_space(
 @pytest.mark.reliability
 def test_b2_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     last = tmp_path / "last.ckpt"
-    stale = {temporary_beside(last).name, ".last.ckpt.5@elsewhere.tmp", ".metrics.csv.17.tmp"}
+    stale = {temporary_path(last).name, ".last.ckpt.5@elsewhere.tmp", ".metrics.csv.17.tmp"}
     kept = {".notes.tmp", "last.ckpt", "last.ckpt.tmp"}
     for name in stale | kept:
         (tmp_path / name).write_text("half a file")
@@ -115,7 +121,7 @@ def test_f7_processes_with_one_id_on_one_host_name_do_not_share_temporary_names(
 ) -> None:
     monkeypatch.setattr(os, "getpid", lambda: 1)
     path = tmp_path / "metrics.json"
-    with replacing(path) as first, replacing(path) as second:
+    with atomic_write(path) as first, atomic_write(path) as second:
         first.write_text("first")
         second.write_text("second")
     assert path.read_text() == "first"
@@ -204,7 +210,7 @@ def test_e8_who_stops_while_a_checkpoint_is_written_stops_and_keeps_the_one_befo
 def test_b3_a_disk_that_is_plainly_too_small_is_told_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic_io, "_write", lambda *_: pytest.fail("wrote"))
+    monkeypatch.setattr(atomic_io, "_stream_checkpoint", lambda *_: pytest.fail("wrote"))
     usage = atomic_io.shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(atomic_io.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"2097120 bytes \(2\.1 MB\).*1000000 \(1\.0 MB\) are free"):
@@ -213,7 +219,7 @@ def test_b3_a_disk_that_is_plainly_too_small_is_told_before_writing(
 
 def test_shared_memory_is_needed_once_and_a_view_needs_all_of_it() -> None:
     weights = torch.zeros(1000)
-    assert atomic_io.needed_bytes({"a": weights, "b": [weights], "c": ({"d": weights[:1]},), "e": 3}) == 4000
+    assert atomic_io.count_tensor_bytes({"a": weights, "b": [weights], "c": ({"d": weights[:1]},), "e": 3}) == 4000
 
 
 @pytest.mark.reliability
@@ -367,7 +373,7 @@ def test_b6_damage_is_told_and_the_newest_intact_checkpoint_is_found(
     last = tmp_path / "last.ckpt"
     last.write_bytes(spoil(last.read_bytes()))
     os.utime(last, (1e9, 1e9))
-    found = newest_intact(tmp_path)
+    found = find_newest_intact(tmp_path)
     assert found.path == tmp_path / "best.ckpt"
     assert [(item.path, expected in item.reason) for item in found.passed_over] == [(last, True)]
 
@@ -379,10 +385,10 @@ def flipped(whole: bytes, bit: int) -> bytes:
 
 
 def test_a_folder_without_an_intact_checkpoint_says_so(tmp_path: Path) -> None:
-    assert newest_intact(tmp_path) == (None, [])
+    assert find_newest_intact(tmp_path) == (None, [])
     (tmp_path / "last.ckpt").touch()
-    assert newest_intact(tmp_path) == (None, [(tmp_path / "last.ckpt", "the file is empty")])
-    assert damage(tmp_path / "best.ckpt") == "there is no such file"
+    assert find_newest_intact(tmp_path) == (None, [(tmp_path / "last.ckpt", "the file is empty")])
+    assert find_damage(tmp_path / "best.ckpt") == "there is no such file"
 
 
 def test_any_flipped_bit_is_told_or_harmless(tmp_path: Path) -> None:
@@ -393,7 +399,7 @@ def test_any_flipped_bit_is_told_or_harmless(tmp_path: Path) -> None:
     num_told = 0
     for _ in range(300):
         path.write_bytes(flipped(whole, rng.randrange(8 * len(whole))))
-        reason = damage(path)
+        reason = find_damage(path)
         num_told += reason is not None
         assert reason is not None or step_of(path) == 3
         assert reason is None or "\n" not in reason
@@ -403,9 +409,9 @@ def test_any_flipped_bit_is_told_or_harmless(tmp_path: Path) -> None:
 def test_a_file_with_code_in_it_is_not_intact(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     torch.save({"run": os.getcwd}, path)
-    assert damage(path) == "holds more than tensors and plain containers: posix.getcwd"
+    assert find_damage(path) == "holds more than tensors and plain containers: posix.getcwd"
     torch.save([1], path)
-    assert damage(path) == "holds a list, not a dict"
+    assert find_damage(path) == "holds a list, not a dict"
 
 
 def test_loading_goes_to_the_cpu_and_never_runs_code(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from semseg.build import build_net, restore_net
-from semseg.checkpoints.format import FORMAT_KEY, describe, find_checkpoint, inherit, read_checkpoint
+from semseg.checkpoints.format import FORMAT_KEY, describe_network, find_checkpoint, inherit_config, read_checkpoint
 from semseg.config.compose import compose_config
 from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
@@ -25,7 +25,12 @@ def saved_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.parent.mkdir()
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
     torch.save(
-        {"state_dict": weights, "epoch": 3, "global_step": 7, FORMAT_KEY: describe(config, CLASSES, net.convention)},
+        {
+            "state_dict": weights,
+            "epoch": 3,
+            "global_step": 7,
+            FORMAT_KEY: describe_network(config, CLASSES, net.convention),
+        },
         path,
     )
     return path
@@ -115,20 +120,20 @@ def test_weights_that_do_not_fit_are_told(saved_file: Path) -> None:
 def test_settings_come_from_the_checkpoint_unless_given() -> None:
     saved = check_config(compose_config([*SMALL, "data.max_long_edge=123"]))
     plain = check_config(compose_config(["mode=eval", "ckpt=x"]))
-    inherited = inherit(saved, plain, ["mode=eval", "ckpt=x"])
+    inherited = inherit_config(saved, plain, ["mode=eval", "ckpt=x"])
     assert (inherited.data.name, inherited.data.max_long_edge, inherited.eval.scales) == ("scenes", 123, [64])
     assert inherited.model.encoder["name"] == "resnet18"
 
     words = ["mode=eval", "ckpt=x", "eval.flip=true", "data.num_workers=0"]
-    some = inherit(saved, check_config(compose_config(words)), words)
+    some = inherit_config(saved, check_config(compose_config(words)), words)
     assert (some.data.name, some.data.num_workers, some.eval.scales, some.eval.flip) == ("scenes", 0, [64], True)
 
     words = ["mode=eval", "ckpt=x", "data=camvid"]
-    assert inherit(saved, check_config(compose_config(words)), words).data.name == "camvid"
+    assert inherit_config(saved, check_config(compose_config(words)), words).data.name == "camvid"
 
 
 def test_another_network_cannot_be_asked_of_a_checkpoint() -> None:
     words = ["mode=eval", "ckpt=x", "model=upernet50"]
     saved = check_config(compose_config(SMALL))
     with pytest.raises(ConfigError, match="comes from ckpt"):
-        inherit(saved, check_config(compose_config(words)), words)
+        inherit_config(saved, check_config(compose_config(words)), words)

@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers.published_files import served, with_bookkeeping, without_counters
 from semseg.build import build_net, imagenet_weights
 from semseg.checkpoints.format import SavedNetwork, load_weights
-from semseg.checkpoints.initialise import load_encoder_weights, start_from
+from semseg.checkpoints.initialise import initialise_from, load_encoder_weights
 from semseg.config.compose import compose_config
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import DownloadConfig, ModelConfig
@@ -145,7 +145,7 @@ def fresh(encoder: str, decoder: str, num_classes: int) -> Segmenter:
 
 def test_the_same_network_is_loaded_whole() -> None:
     start, net = saved("resnet18", "c1", 4), fresh("resnet18", "c1", 4)
-    report = start_from(net, start)
+    report = initialise_from(net, start)
     assert all(torch.equal(value, start.weights[name]) for name, value in net.state_dict().items())
     assert (len(report.loaded), *report[1:]) == (len(start.weights), [], [], [])
 
@@ -153,7 +153,7 @@ def test_the_same_network_is_loaded_whole() -> None:
 def test_classifiers_for_other_classes_keep_their_fresh_weights() -> None:
     start, net = saved("resnet18", "c1_deepsup", 150), fresh("resnet18", "c1_deepsup", 4)
     classifier = net.decoder.conv_last.weight.clone()
-    report = start_from(net, start)
+    report = initialise_from(net, start)
     assert report.reinitialised == [
         "decoder.conv_last.weight", "decoder.conv_last.bias",
         "decoder.conv_last_deepsup.weight", "decoder.conv_last_deepsup.bias",
@@ -164,9 +164,9 @@ def test_classifiers_for_other_classes_keep_their_fresh_weights() -> None:
 
 def test_an_auxiliary_head_may_come_or_go() -> None:
     head = {"decoder.cbr_deepsup.0.weight", "decoder.conv_last_deepsup.bias"}
-    without = start_from(fresh("resnet18", "c1", 4), saved("resnet18", "c1_deepsup", 4))
+    without = initialise_from(fresh("resnet18", "c1", 4), saved("resnet18", "c1_deepsup", 4))
     assert head <= set(without.skipped) and without.missing == []
-    added = start_from(fresh("resnet18", "c1_deepsup", 4), saved("resnet18", "c1", 4))
+    added = initialise_from(fresh("resnet18", "c1_deepsup", 4), saved("resnet18", "c1", 4))
     assert head <= set(added.missing) and added.skipped == []
 
 
@@ -181,15 +181,15 @@ def test_another_architecture_is_refused_and_nothing_changes(encoder: str, decod
     net = fresh("resnet18", "c1", 4)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
-        start_from(net, saved(encoder, decoder, 4))
+        initialise_from(net, saved(encoder, decoder, 4))
     assert told in str(caught.value)
     assert f"The file holds {encoder} + {decoder}" in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_the_table_lists_what_was_not_loaded() -> None:
-    report = start_from(fresh("resnet18", "c1_deepsup", 4), saved("resnet18", "c1", 4))
-    table = report.table("old.ckpt")
+    report = initialise_from(fresh("resnet18", "c1_deepsup", 4), saved("resnet18", "c1", 4))
+    table = report.make_table("old.ckpt")
     cells = {name: list(column.cells) for name, column in zip(("kind", "count", "names"), table.columns, strict=True)}
     assert cells["kind"] == ["loaded", "skipped", "re-initialised", "missing"]
     assert cells["names"][0] == "" and "decoder.cbr_deepsup.0.weight" in cells["names"][3]

@@ -10,8 +10,15 @@ from helpers.published_files import served, write_files
 from helpers.reference import golden
 from semseg.build import find_network, restore_net
 from semseg.checkpoints.format import load_weights
-from semseg.checkpoints.initialise import without_bookkeeping
-from semseg.checkpoints.published import Files, find_files, fitting, identify_decoder, identify_encoder, read_published
+from semseg.checkpoints.initialise import drop_old_buffers
+from semseg.checkpoints.published import (
+    PublishedFiles,
+    find_matching_layout,
+    find_published_files,
+    identify_decoder,
+    identify_encoder,
+    read_published,
+)
 from semseg.config.compose import compose_config
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import Config, DownloadConfig
@@ -68,10 +75,10 @@ def test_the_last_epoch_with_both_files_is_taken(tmp_path: Path) -> None:
     for epoch in (3, 20):
         write_files(tmp_path, *TWO_CLASSES, epoch=epoch)
     (tmp_path / "encoder_epoch_30.pth").write_bytes(b"")
-    files = find_files(str(tmp_path))
-    assert files == Files(tmp_path / "encoder_epoch_20.pth", tmp_path / "decoder_epoch_20.pth")
+    files = find_published_files(str(tmp_path))
+    assert files == PublishedFiles(tmp_path / "encoder_epoch_20.pth", tmp_path / "decoder_epoch_20.pth")
     assert files.epoch == 20
-    assert find_files(f"{files.encoder},{files.decoder}") == files
+    assert find_published_files(f"{files.encoder},{files.decoder}") == files
 
 
 @pytest.mark.parametrize(
@@ -115,7 +122,7 @@ def test_the_classes_are_those_of_ade20k_if_there_are_150(tmp_path: Path) -> Non
 def test_another_architecture_is_refused_with_its_first_differences(tmp_path: Path) -> None:
     write_files(tmp_path, *TWO_CLASSES)
     path = tmp_path / "encoder_epoch_20.pth"
-    weights = without_bookkeeping(load_weights(path))
+    weights = drop_old_buffers(load_weights(path))
     weights["layer5.0.conv1.weight"] = weights.pop("layer4.1.conv2.weight")
     torch.save(weights, path)
     with pytest.raises(CheckpointError) as caught:
@@ -130,17 +137,17 @@ def test_a_decoder_in_the_place_of_an_encoder_is_told(tmp_path: Path) -> None:
     write_files(tmp_path, *TWO_CLASSES)
     (tmp_path / "encoder_epoch_20.pth").unlink()
     with pytest.raises(CheckpointError, match="no such file"):
-        find_files(f"{tmp_path}/encoder_epoch_20.pth,{tmp_path}/decoder_epoch_20.pth")
+        find_published_files(f"{tmp_path}/encoder_epoch_20.pth,{tmp_path}/decoder_epoch_20.pth")
     decoder = tmp_path / "decoder_epoch_20.pth"
     with pytest.raises(CheckpointError, match="of no published architecture"):
-        read_published(Files(decoder, decoder), config(), [])
+        read_published(PublishedFiles(decoder, decoder), config(), [])
 
 
 def test_a_shape_that_differs_is_a_difference() -> None:
     state = {"a": torch.empty(2, 3), "b": torch.empty(1), "c.num_batches_tracked": torch.empty(())}
     with pytest.raises(CheckpointError, match=r"1 of another shape \(a \(2, 4\) instead of \(2, 3\)\)"):
-        fitting(Path("x"), {"a": torch.empty(2, 4), "b": torch.empty(1)}, {"net": state})
-    assert fitting(Path("x"), {"a": torch.empty(2, 3), "b": torch.empty(1)}, {"net": state}) == "net"
+        find_matching_layout(Path("x"), {"a": torch.empty(2, 4), "b": torch.empty(1)}, {"net": state})
+    assert find_matching_layout(Path("x"), {"a": torch.empty(2, 3), "b": torch.empty(1)}, {"net": state}) == "net"
 
 
 def test_a_network_of_the_zoo_is_downloaded(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ import semseg
 from helpers.in_process import TINY_RUN, configured, fit
 from helpers.memory import MEGABYTE, in_child, resident
 from semseg.build import check_network
-from semseg.checkpoints.atomic_io import damage
-from semseg.checkpoints.format import load_plain, network_of, refuse_nonfinite
+from semseg.checkpoints.atomic_io import find_damage
+from semseg.checkpoints.format import load_plain, parse_checkpoint, refuse_nonfinite_weights
 from semseg.errors import CheckpointError, SemsegError
 from semseg.modes import train
 from semseg.nets.registry import ENCODERS, Constructor
@@ -90,9 +90,9 @@ def test_h4_every_spoiled_entry_of_the_network_is_read_or_refused_by_name(whole:
     pairs += [(place, value) for place in places if place not in in_config for value in SPOILED]
     for place, value in pairs:
         try:
-            saved = network_of(path, spoiled(whole, place, value))
+            saved = parse_checkpoint(path, spoiled(whole, place, value))
             check_network(saved)
-            refuse_nonfinite(saved.weights, saved.source)
+            refuse_nonfinite_weights(saved.weights, saved.source)
             read += 1
         except CheckpointError as error:
             assert str(error).startswith(f"{path}: "), (place, value, error)
@@ -159,7 +159,7 @@ def test_h6_packed_entries_are_refused_before_they_take_memory(packing: str, tmp
         before = resident(field="VmHWM")
         with pytest.raises(CheckpointError) as caught:
             load_plain(path)
-        return resident(field="VmHWM") - before, str(caught.value), str(damage(path))
+        return resident(field="VmHWM") - before, str(caught.value), str(find_damage(path))
 
     grown, told, damaged = in_child(growth)
     assert grown < 50 * MEGABYTE

@@ -2,26 +2,26 @@ from __future__ import annotations
 
 import pytest
 
-from semseg.checkpoints.zoo import ZOO, published, release_of_folder
+from semseg.checkpoints.zoo import ZOO, find_published_network, release_of_folder
 from semseg.config.compose import CONFIG_DIR
 from semseg.errors import CheckpointError
 
 
 def test_a_name_means_two_files_of_one_folder_on_the_server() -> None:
-    assert published("zoo:hrnetv2_c1").urls() == (
+    assert find_published_network("zoo:hrnetv2_c1").urls() == (
         "http://sceneparsing.csail.mit.edu/model/pytorch/ade20k-hrnetv2-c1/encoder_epoch_30.pth",
         "http://sceneparsing.csail.mit.edu/model/pytorch/ade20k-hrnetv2-c1/decoder_epoch_30.pth",
     )
 
 
 def test_the_name_of_the_folder_on_the_server_will_do() -> None:
-    assert published("zoo:ade20k-resnet101-upernet") is published("zoo:upernet101")
-    assert published("zoo:baseline-resnet50_dilated8-ppm_bilinear_deepsup").release.year == 2018
+    assert find_published_network("zoo:ade20k-resnet101-upernet") is find_published_network("zoo:upernet101")
+    assert find_published_network("zoo:baseline-resnet50_dilated8-ppm_bilinear_deepsup").release.year == 2018
 
 
 def test_another_name_is_told_with_the_nearest_one() -> None:
     with pytest.raises(CheckpointError, match=r"Did you mean zoo:upernet50\? Valid: .*hrnetv2_c1"):
-        published("zoo:upernet5")
+        find_published_network("zoo:upernet5")
 
 
 @pytest.mark.parametrize("network", ZOO.values(), ids=lambda network: network.name)

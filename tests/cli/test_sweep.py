@@ -28,10 +28,10 @@ from semseg.config.compose import CONFIG_DIR, compose_with_hydra, explain_option
 from semseg.reports.sweep_page import choose_log_marks, render_sweep_page
 from semseg.storage.run_results import (
     Job,
-    Result,
-    finished_job,
+    RunResult,
+    find_finished_job,
     job_name,
-    rank,
+    rank_jobs,
     read_jobs,
     read_result,
     write_job,
@@ -59,7 +59,7 @@ class Stub:
         if rate in self.failing:
             last_words.write_text("1\nTraceback\nsemseg.errors.DataError: no such image.\n")
             return ProcessEnd(1, None)
-        write_result(run_dir, Result(1 - 10 * float(rate), "val/miou", "max"))
+        write_result(run_dir, RunResult(1 - 10 * float(rate), "val/miou", "max"))
         return ProcessEnd(0, None)
 
 
@@ -129,15 +129,15 @@ def test_f4_the_sweep_again_runs_only_what_is_not_finished_and_what_is_new(
 def test_f4_only_the_very_same_words_with_a_result_are_a_finished_job(tmp_path: Path) -> None:
     words = ["seed=1", "optim.lr=0.1"]
     write_job(Job(tmp_path, tuple(words), "finished"))
-    assert finished_job(tmp_path, words, scores=True) is None  # no result.json
-    assert finished_job(tmp_path, words, scores=False) is not None
-    write_result(tmp_path, Result(0.5))
-    assert finished_job(tmp_path, words[::-1], scores=True) is not None
-    assert finished_job(tmp_path, ["seed=1", "optim.lr=0.2"], scores=True) is None
+    assert find_finished_job(tmp_path, words, scores=True) is None  # no result.json
+    assert find_finished_job(tmp_path, words, scores=False) is not None
+    write_result(tmp_path, RunResult(0.5))
+    assert find_finished_job(tmp_path, words[::-1], scores=True) is not None
+    assert find_finished_job(tmp_path, ["seed=1", "optim.lr=0.2"], scores=True) is None
     write_job(Job(tmp_path, tuple(words), "stopped"))
-    assert finished_job(tmp_path, words, scores=True) is None
+    assert find_finished_job(tmp_path, words, scores=True) is None
     (tmp_path / "job.json").write_text("{")
-    assert finished_job(tmp_path, words, scores=True) is None
+    assert find_finished_job(tmp_path, words, scores=True) is None
 
 
 def test_ctrl_c_ends_the_sweep_and_tells_how_to_go_on(
@@ -200,26 +200,26 @@ def jobs_of(folder: Path, mode: str = "max") -> list[Job]:
     rows = [("0.001", "resnet18", 0.3), ("0.1", "resnet50", 0.5), ("0.01", "<b>hrnet</b>", 0.4)]
     return [
         Job(folder / rate, (f"optim.lr={rate}", f"model/encoder={name}", "seed=1"), "finished", "", 61.0,
-            Result(score, "val/miou", mode))
+            RunResult(score, "val/miou", mode))
         for rate, name, score in rows
     ] + [Job(folder / "none", ("optim.lr=1", "model/encoder=resnet18", "seed=1"), "failed", "killed")]  # fmt: skip
 
 
 def test_the_best_score_is_at_the_top_in_the_direction_of_the_runs() -> None:
-    highest, lowest = rank(jobs_of(Path())), rank(jobs_of(Path(), "min"))
+    highest, lowest = rank_jobs(jobs_of(Path())), rank_jobs(jobs_of(Path(), "min"))
     assert [job.result.score for job in highest.jobs] == [0.5, 0.4, 0.3, None]
     assert [job.result.score for job in lowest.jobs] == [0.3, 0.4, 0.5, None]
     assert highest.varying == ("optim.lr", "model/encoder")
 
 
 def test_a_key_that_only_one_job_names_varies() -> None:
-    ranking = rank([Job(Path("a"), ("seed=1",)), Job(Path("b"), ("seed=1", "optim.lr=1"))])
+    ranking = rank_jobs([Job(Path("a"), ("seed=1",)), Job(Path("b"), ("seed=1", "optim.lr=1"))])
     assert ranking.varying == ("optim.lr",)
-    assert [ranking.values(job) for job in ranking.jobs] == [[""], ["1"]]
+    assert [ranking.values_of(job) for job in ranking.jobs] == [[""], ["1"]]
 
 
 def test_the_page_plots_the_score_against_each_parameter_and_escapes_what_it_is_given() -> None:
-    page = render_sweep_page(rank(jobs_of(Path())), "python run.py -m 'x'")
+    page = render_sweep_page(rank_jobs(jobs_of(Path())), "python run.py -m 'x'")
     assert page.count("<circle") == 6  # three jobs with a score, two parameters
     assert "optim.lr=0.1: 0.5" in page and "model/encoder=resnet50: 0.5" in page
     assert "<b>hrnet" not in page and "&lt;b&gt;hrnet" in page
@@ -228,7 +228,9 @@ def test_the_page_plots_the_score_against_each_parameter_and_escapes_what_it_is_
 
 
 def test_a_sweep_without_any_score_has_a_page_without_plots() -> None:
-    page = render_sweep_page(rank([Job(Path("a"), ("seed=1",), "failed"), Job(Path("b"), ("seed=2",), "failed")]), "x")
+    page = render_sweep_page(
+        rank_jobs([Job(Path("a"), ("seed=1",), "failed"), Job(Path("b"), ("seed=2",), "failed")]), "x"
+    )
     assert "<svg" not in page and "2 jobs: 2 failed" in page
 
 
@@ -239,7 +241,7 @@ def test_marks_of_many_powers_are_thinned_out() -> None:
 @needs_browser
 def test_the_page_sorts_and_fits_a_telephone(tmp_path: Path) -> None:
     page = tmp_path / "sweep.html"
-    page.write_text(render_sweep_page(rank(jobs_of(tmp_path)), "python run.py " + "x" * 300))
+    page.write_text(render_sweep_page(rank_jobs(jobs_of(tmp_path)), "python run.py " + "x" * 300))
     order, width = in_browser(
         page,
         """(() => {

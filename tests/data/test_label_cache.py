@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.utils.data import DataLoader
 
-from semseg.checkpoints.format import inherit
+from semseg.checkpoints.format import inherit_config
 from semseg.collate import collate
 from semseg.config.schema import AugmentConfig, Config, DataConfig
 from semseg.data import images
@@ -220,5 +220,5 @@ def test_workers_fill_one_folder_together(tmp_path: Path) -> None:
 
 def test_a_checkpoint_does_not_say_where_labels_are_kept() -> None:
     saved, given = Config(data=DataConfig(label_cache="/theirs")), Config(data=DataConfig(label_cache="ours"))
-    assert inherit(saved, given, []).data.label_cache == "ours"
-    assert inherit(saved, Config(), []).data.label_cache is None
+    assert inherit_config(saved, given, []).data.label_cache == "ours"
+    assert inherit_config(saved, Config(), []).data.label_cache is None

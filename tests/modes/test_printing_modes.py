@@ -10,7 +10,7 @@ from rich.console import Console
 
 from helpers.command_line import RUN, run_here
 from helpers.in_process import configured
-from semseg.checkpoints.zoo import SCORES
+from semseg.checkpoints.zoo import PUBLISHED_SCORES
 from semseg.data.scenes import make_scenes
 from semseg.errors import SemsegError
 from semseg.modes import data, doctor, models
@@ -37,8 +37,8 @@ def test_the_scores_are_those_of_the_readme_and_the_recipes() -> None:
     for model, _, mean_iou, accuracy in rows:
         name = model or name
         found.setdefault(name, []).append((float(mean_iou), float(accuracy)))
-    assert found == {name: [tuple(score) for score in scores] for name, scores in SCORES.items()}
-    for name, scores in SCORES.items():
+    assert found == {name: [tuple(score) for score in scores] for name, scores in PUBLISHED_SCORES.items()}
+    for name, scores in PUBLISHED_SCORES.items():
         recipe = (RUN.parent / "configs" / "experiment" / f"published_{name}.yaml").read_text()
         assert all(f"{number:.2f}" in recipe for score in scores for number in score), name
 

@@ -17,7 +17,7 @@ from test_server import SERVED, client, encoded, half_bright, mask_of
 
 from helpers.in_process import configured
 from semseg.build import build_net, open_predictor, restore_net
-from semseg.checkpoints.format import FORMAT_KEY, describe, read_checkpoint
+from semseg.checkpoints.format import FORMAT_KEY, describe_network, read_checkpoint
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.evaluation.evaluator import Speed, SplitCounts
@@ -127,7 +127,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = configured(*words(folder))
     torch.manual_seed(0)
     net = build_net(config.model, 3)
-    entry = {FORMAT_KEY: describe(config, ClassTable.from_names(NAMES), net.convention)}
+    entry = {FORMAT_KEY: describe_network(config, ClassTable.from_names(NAMES), net.convention)}
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
     torch.save({"state_dict": weights, "epoch": 1, "global_step": 1} | entry, folder / "net.ckpt")
     return folder

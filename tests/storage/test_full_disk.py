@@ -27,10 +27,10 @@ from semseg.data.label_cache import LabelCache
 from semseg.data.label_map import LabelMap
 from semseg.data.records import load_cache, save_cache
 from semseg.evaluation.result_files import write_rows
-from semseg.modes.convert import save_plain
+from semseg.modes.convert import save_state_dict
 from semseg.prediction.outputs import array_on_disk, save_png
-from semseg.storage.atomic import replacing, unwritable
-from semseg.storage.run_results import Job, Result, write_job, write_result
+from semseg.storage.atomic import atomic_write, describe_write_error
+from semseg.storage.run_results import Job, RunResult, write_job, write_result
 from semseg.training.loggers.csv import CSVLog, RowFile
 
 NOISE = torch.rand(3, 64, 64)
@@ -54,23 +54,23 @@ def save_rows(path: Path) -> None:
 
 
 def save_safetensors(path: Path) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file({"noise": NOISE}, temporary)
 
 
 def save_probabilities(path: Path) -> None:
     with array_on_disk(path, (3, 64, 64)) as array:
         array[:] = 1
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(bytes(100))
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
-    "result.json": lambda path: write_result(path.parent, Result(0.123456789, "a score with a long name " * 3)),
+    "result.json": lambda path: write_result(path.parent, RunResult(0.123456789, "a score with a long name " * 3)),
     "job.json": lambda path: write_job(Job(path.parent, ("optim.lr=0.1",) * 9)),
     "per_class.csv": lambda path: write_rows(path, [{"name": "sky", "iou": 0.5}] * 9),
     "photo_ids.png": lambda path: save_png(Image.fromarray((NOISE[0].numpy() * 255).astype(np.uint8)), path),
-    "encoder.pth": lambda path: save_plain(path, {"noise": NOISE}),
+    "encoder.pth": lambda path: save_state_dict(path, {"noise": NOISE}),
     "net.safetensors": save_safetensors,
     "photo_probabilities.npz": save_probabilities,
     "metrics.csv": save_rows,
@@ -85,7 +85,7 @@ def test_b9_a_full_disk_is_reported_with_the_file_and_leaves_the_one_before(name
     before = path.read_bytes()
     with full_disk(), pytest.raises(OSError) as caught:
         WRITERS[name](path)
-    told = unwritable(caught.value, tmp_path) or ""
+    told = describe_write_error(caught.value, tmp_path) or ""
     assert told.startswith(f"{path}: cannot be written (") and "\n" not in told
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -94,10 +94,10 @@ def test_b9_a_full_disk_is_reported_with_the_file_and_leaves_the_one_before(name
 @pytest.mark.reliability
 def test_b9_a_library_that_hides_a_full_disk_is_seen_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net.pt2"
-    with pytest.raises(RuntimeError, match="of its own"), replacing(path):
+    with pytest.raises(RuntimeError, match="of its own"), atomic_write(path):
         raise RuntimeError("of its own")
     monkeypatch.setattr("semseg.storage.atomic.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
-    with pytest.raises(OSError, match="No space left") as caught, replacing(path):
+    with pytest.raises(OSError, match="No space left") as caught, atomic_write(path):
         raise RuntimeError("unexpected pos 832 vs 726")
     assert caught.value.filename == str(path)
 
@@ -122,7 +122,7 @@ def test_b10_on_error_warn_trains_on_without_best_last_log_and_panels(
 ) -> None:
     words = [f"data.root={tmp_path}/scenes", "data.make.num_train=4", "data.make.num_val=1", *TINY_RUN]
     words += ["data=scenes", "data.steps_per_epoch=1", "trainer.max_epochs=3", f"run_dir={tmp_path}/run"]
-    write, written = atomic_io._write, []
+    write, written = atomic_io._stream_checkpoint, []
 
     def write_if_there_is_room(path: Path, checkpoint: dict[str, Any]) -> None:
         if checkpoint["epoch"] == 1:  # of 0, 1, 2
@@ -135,7 +135,7 @@ def test_b10_on_error_warn_trains_on_without_best_last_log_and_panels(
 
     scores = iter([0.2, 0.4, 0.3])  # better than the best that could be saved, though not than the one in between
     with (
-        patch.object(atomic_io, "_write", write_if_there_is_room),
+        patch.object(atomic_io, "_stream_checkpoint", write_if_there_is_room),
         patch("semseg.lit_module.scores_from", rising(scores)),
     ):
         content = fit(configured(*words, "checkpoint.on_error=warn"))

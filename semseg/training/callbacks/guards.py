@@ -21,7 +21,7 @@ from semseg.data.batch import Batch
 from semseg.data.datasets import EvalSample
 from semseg.data.geometry import Size
 from semseg.errors import SemsegError
-from semseg.storage.atomic import program, replacing
+from semseg.storage.atomic import atomic_write, entry_command
 from semseg.training.callbacks.stop import Votes
 
 FOLDER = "nonfinite"  # in the run folder
@@ -88,7 +88,7 @@ class NonFiniteGuard(Callback):
         saved = self.save(batches, step, trainer.global_rank)
         told = self.describe(step, losses, norm, optimizer, batches) if mine else f"step {step}: another rank's loss"
         if self.skipped > self.max_skipped:
-            command = f"{program()} mode=replay ckpt=last input={saved}"
+            command = f"{entry_command()} mode=replay ckpt=last input={saved}"
             raise NonFiniteError(f"{told} The sub-batch is saved: {command}")
         rank_zero_warn(f"{told} The step is skipped ({self.skipped} of {self.max_skipped}).")
         optimizer.zero_grad(set_to_none=True)  # an optimiser leaves alone what has no gradient
@@ -99,7 +99,7 @@ class NonFiniteGuard(Callback):
         """Write this rank's sub-batches of a step; returns the file."""
         path = self.folder / f"step_{step}_rank_{rank}.pt"
         content = {"step": step, "batches": [as_plain_batch(batch) for batch in batches]}
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
         return path
 

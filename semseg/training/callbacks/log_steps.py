@@ -12,7 +12,7 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import Callback
 
 from semseg.checkpoints.atomic_io import BestCheckpoint
-from semseg.checkpoints.format import FOLDER
+from semseg.checkpoints.format import CHECKPOINT_FOLDER
 from semseg.config.schema import CheckpointConfig
 from semseg.data.batch import Batch
 from semseg.system.process import handle_stop_signals
@@ -27,7 +27,7 @@ def checkpoints(run_dir: Path, config: CheckpointConfig, *, has_val: bool) -> li
     if not has_val:
         return [last]
     best = BestCheckpoint(
-        run_dir / FOLDER, "best", monitor=MONITOR, mode="max", save_top_k=1,
+        run_dir / CHECKPOINT_FOLDER, "best", monitor=MONITOR, mode="max", save_top_k=1,
         enable_version_counter=False, save_on_train_epoch_end=False, warns=config.on_error == "warn",
     )  # fmt: skip
     return [best, last]

@@ -13,12 +13,12 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
-from semseg.checkpoints.atomic_io import warn_and_train_on
-from semseg.checkpoints.format import FOLDER
+from semseg.checkpoints.atomic_io import report_failed_save
+from semseg.checkpoints.format import CHECKPOINT_FOLDER
 from semseg.config.schema import CheckpointConfig
 from semseg.data.batch import Batch
 from semseg.errors import CheckpointError
-from semseg.storage.atomic import replacing, unwritable
+from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.training.callbacks.stop import StoppedError, StopSignals, Votes
 
 LAST = "last.ckpt"
@@ -55,7 +55,7 @@ class Saver(Checkpoint):
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
-        self.folder = run_dir / FOLDER
+        self.folder = run_dir / CHECKPOINT_FOLDER
         self.config = config
         self.signals = StopSignals()
         self._votes: Votes | None = None
@@ -118,10 +118,10 @@ class Saver(Checkpoint):
                 logger.save()
             trainer.save_checkpoint(self.folder / LAST)
         except (CheckpointError, OSError) as error:
-            told = unwritable(error, self.folder) if isinstance(error, OSError) else str(error)
+            told = describe_write_error(error, self.folder) if isinstance(error, OSError) else str(error)
             if self.config.on_error != "warn" or told is None:
                 raise
-            warn_and_train_on(trainer, CheckpointError(told))
+            report_failed_save(trainer, CheckpointError(told))
             return False
         finally:
             self._last_save = time.monotonic()
@@ -137,10 +137,10 @@ class Saver(Checkpoint):
             os.link(self.folder / LAST, kept)  # last.ckpt is replaced, never changed
         except OSError:  # a file system without links
             try:
-                with replacing(kept) as temporary:
+                with atomic_write(kept) as temporary:
                     shutil.copyfile(self.folder / LAST, temporary)
             except OSError as error:
-                told = unwritable(error, self.folder)
+                told = describe_write_error(error, self.folder)
                 if self.config.on_error != "warn" or told is None:
                     raise
                 print(f"warning: {told}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import Logger
 
 from semseg.errors import DataError
 from semseg.reports.draw import Pixels
-from semseg.storage.atomic import replacing, unwritable
+from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.system.text import shorten_repr
 
 Row = dict[str, float | str]
@@ -74,10 +74,10 @@ class CSVLog(Logger):
         """Write a picture (H, W, 3) as `panels/<name>/<step>.png` in the run folder."""
         path = self.folder.parent / "panels" / name / f"{step:08d}.png"
         try:
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 Image.fromarray(pixels).save(temporary, "png")
         except OSError as error:
-            told = unwritable(error, path.parent)
+            told = describe_write_error(error, path.parent)
             if told is None:
                 raise
             warnings.warn(told, stacklevel=1)  # a picture is not worth a run
@@ -145,7 +145,7 @@ class RowFile:
         names = {name: None for row in self._rows.values() for name in row}
         first = [name for name in FIRST_COLUMNS if name in names or name == "step"]
         columns = [*first, *sorted(name for name in names if name not in FIRST_COLUMNS)]
-        with replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self._rows[step] for step in sorted(self._rows))

@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from semseg.config.schema import Config, config_to_plain
 from semseg.errors import ConfigError
 from semseg.reports.draw import Pixels
-from semseg.storage.atomic import replacing
+from semseg.storage.atomic import atomic_write
 from semseg.storage.transfer import is_first_rank
 
 EXTRAS = {"TensorBoard": ("tensorboard", "tb"), "WandB": ("wandb", "wandb"), "MLflow": ("mlflow", "mlflow")}
@@ -111,7 +111,7 @@ def run_id(file: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers.contract import check_layout, check_maps, check_one_pixel_trains, check_start
-from semseg.checkpoints.initialise import differences
+from semseg.checkpoints.initialise import find_differences
 from semseg.nets.blocks import BatchNorm2d
 from semseg.nets.encoders.hrnet import HRNetBatchNorm2d, HRNetV2
 from semseg.nets.registry import build_decoder
@@ -61,7 +61,7 @@ def test_the_classification_head_of_a_weight_file_is_left_out(encoder: HRNetV2) 
     head = {
         name: torch.empty(1) for name in ("incre_modules.0.0.conv1.weight", "final_layer.0.bias", "classifier.bias")
     }
-    assert differences(encoder.state_from({**encoder.state_dict(), **head}), encoder.state_dict()) == []
+    assert find_differences(encoder.state_from({**encoder.state_dict(), **head}), encoder.state_dict()) == []
     assert encoder.weights_file is not None
     assert encoder.weights_file.url.endswith("/pretrained_resnet/hrnetv2_w48-imagenet.pth")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from semseg.checkpoints.initialise import differences
+from semseg.checkpoints.initialise import find_differences
 from semseg.config.compose import compose_config
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import split_network_options
@@ -80,7 +80,7 @@ def test_torchvision_weights_give_torchvision_s_maps_to_the_last_bit(name: str) 
     library = models.get_model(name, weights=None).eval()
     encoder = build_encoder("torchvision", name=name).eval()
     published = encoder.state_from(library.state_dict())
-    assert differences(published, encoder.state_dict()) == []
+    assert find_differences(published, encoder.state_dict()) == []
     encoder.load_state_dict(published)
     image = torch.randn(2, 3, 64, 96)
     expected = outputs_of(library, modules, image)
@@ -99,7 +99,7 @@ def test_timm_weights_give_timm_s_maps_to_the_last_bit(name: str) -> None:
     before = torch.get_rng_state()
     published = encoder.state_from(library.state_dict())
     assert torch.equal(torch.get_rng_state(), before)  # although timm builds the network anew to fill it
-    assert differences(published, encoder.state_dict()) == []
+    assert find_differences(published, encoder.state_dict()) == []
     encoder.load_state_dict(published)
     image = torch.randn(2, 3, 64, 96)
     expected = library.forward_intermediates(image, intermediates_only=True)[-4:]
@@ -112,7 +112,7 @@ def test_a_weight_that_is_not_in_a_timm_file_is_missing_and_not_random() -> None
     published = timm.create_model("test_convnext").state_dict()
     del published["stem.1.bias"]
     found = encoder.state_from(published)
-    assert differences(found, encoder.state_dict()) == ["1 missing (model.stem_1.bias)"]
+    assert find_differences(found, encoder.state_dict()) == ["1 missing (model.stem_1.bias)"]
 
 
 def test_weights_of_another_timm_network_are_refused() -> None:

@@ -9,7 +9,7 @@ from torchvision import models
 from torchvision.models import MobileNetV2 as TorchvisionMobileNetV2
 
 from helpers.contract import LAYOUTS, EncoderContract, check_layout
-from semseg.checkpoints.initialise import differences, load_encoder_weights
+from semseg.checkpoints.initialise import find_differences, load_encoder_weights
 from semseg.nets.encoders.mobilenet import InvertedResidual
 from semseg.nets.registry import build_decoder, build_encoder
 
@@ -49,7 +49,7 @@ def test_the_published_imagenet_file_fits() -> None:
     encoder = build_encoder("mobilenetv2")
     published = {name: torch.empty(shape) for name, shape in LAYOUTS["layouts"]["base/mobilenetv2"]}
     state = encoder.state_from(published)
-    assert differences(state, encoder.state_dict()) == []
+    assert find_differences(state, encoder.state_dict()) == []
     assert all(state[name] is published[name] for name in state)
     assert len(published) - len(state) == 8  # the last convolution, its norm, and the classifier
 
