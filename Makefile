@@ -2,6 +2,7 @@
 # make demo-published    the original's demonstration: published weights and picture (downloads 110 MB)
 # make test    install, then the tests
 # make check   formatting, lint, who imports whom, and types
+# make configs write what repeats the schema: keys in configs/, docs/configuration.md, the sections in --help
 # make docs    the documentation as a site, in site/; a broken link fails it
 # make wheel   what is published, in dist/
 # make bench   every benchmark of the CPU, other libraries in the same run where they install (a quarter of an hour)
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 # Processes with one thread each: the tests start many small programs that keep one core busy.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo demo-published install test test-fast test-long check format docs wheel bench audit lock clean
+.PHONY: demo demo-published install test test-fast test-long check format configs docs wheel bench audit lock clean
 
 demo: install
 	$(BIN)/python run.py experiment=quickstart
@@ -42,6 +43,9 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+configs: $(VENV)/.installed-dev
+	$(BIN)/python -m semseg.config.generate
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/zensical build --strict --clean

@@ -1,9 +1,10 @@
-"""Fields of the configuration with a range or choices, and the checks that several sections share."""
+"""Building blocks of the schema: fields with a range or choices, and checks that several sections share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
 from numbers import Integral
 from typing import Any
@@ -11,9 +12,16 @@ from typing import Any
 from semseg.errors import find_nearest
 
 MAX_EDGE_LENGTH = 2**15  # pixels, of an image after scaling
-MAX_INT, MAX_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127  # of int64 and float32, in which numbers are used
+MAX_INT, MAX_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127  # the largest int64 and the largest float32
 MAX_STRIDE = 1024  # pixels; images are padded to multiples of it
-MAX_SEED = 2**32 - 1  # that every generator takes; NumPy's global one is the strictest
+MAX_SEED = 2**32 - 1  # accepted by every generator; NumPy's global one is the strictest
+# Metadata of a field: words for the bound, and the comparison that a value must pass.
+BOUNDS = {
+    "low": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "high": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def number_field(
@@ -33,14 +41,52 @@ def choice_field(default: Any, choices: tuple[str, ...]) -> Any:
     return field(default=default, metadata={"choices": choices})
 
 
+def free_field(default: Any, accepts: str) -> Any:
+    """A field of several types, which its section checks; `accepts` describes them for the documentation."""
+    return field(default=default, metadata={"accepts": accepts})
+
+
+def interpolated_field(interpolation: str) -> Any:
+    """A text field whose default in configs/ is an interpolation; without a configuration file it is empty."""
+    return field(default="", metadata={"interpolation": interpolation})
+
+
+def network_field(keys: type) -> Any:
+    """A section whose keys depend on the chosen network; `keys` documents those that are always the same."""
+    return field(default_factory=dict, metadata={"keys": keys})
+
+
+def describe_range(metadata: Mapping[str, Any]) -> str:
+    """The bounds of a field in words; empty if it has none.
+
+    >>> describe_range({"low": 0, "below": 1})
+    'at least 0 and below 1'
+    """
+    bounds = [f"{words} {metadata[name]}" for name, (words, _) in BOUNDS.items() if metadata.get(name) is not None]
+    return " and ".join(bounds)
+
+
+def find_bound_problems(key: str, value: float, metadata: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence if a number violates the bounds of its field, or those of the type it is stored in."""
+    limits = dict(metadata)
+    largest = MAX_FLOAT if isinstance(value, float) else MAX_INT
+    if not value <= largest and limits.get("high") is None and limits.get("below") is None:  # includes NaN
+        limits["high"] = largest
+    if value < -largest and limits.get("low") is None and limits.get("above") is None:
+        limits["low"] = -largest
+    if not all(holds(value, limits[name]) for name, (_, holds) in BOUNDS.items() if limits.get(name) is not None):
+        yield f"{key}={value}: must be {describe_range(limits)}."
+
+
 def format_wrong_choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
-    meant = find_nearest(str(value), choices)
-    hint = f" Did you mean {key}={meant}?" if meant else ""
+    """A sentence for a value that is not one of `choices`, with the nearest one."""
+    nearest = find_nearest(str(value), choices)
+    hint = f" Did you mean {key}={nearest}?" if nearest else ""
     return f"{key}={value}: not known.{hint} Valid: {', '.join(choices)}."
 
 
 def find_edge_problems(key: str, edges: object) -> Iterator[str]:
-    """A sentence if `edges` is no list of short edges."""
+    """A sentence if `edges` is not a list of short edges."""
     listed = list(edges) if isinstance(edges, Iterable) and not isinstance(edges, str) else []
     if not listed or not all(is_int_between(edge, low=1, high=MAX_EDGE_LENGTH) for edge in listed):
         yield (
@@ -50,12 +96,14 @@ def find_edge_problems(key: str, edges: object) -> Iterator[str]:
 
 
 def find_view_problems(section: str, scales: object, window: int | None, stride: int | None) -> Iterator[str]:
-    """A sentence for every reason why images cannot be looked at like this; keys begin with `section`."""
+    """A sentence for every problem with scales and windows; their keys begin with `section`, such as `eval.`."""
     yield from find_edge_problems(f"{section}scales", scales)
-    if stride and stride > (window or 0):
-        yield f"{section}stride={stride}: is for windows of at least that side; {section}window={window}."
+    if stride and window is None:
+        yield f"{section}stride={stride}: needs {section}window=<pixels>."
+    elif stride and window and stride > window:
+        yield f"{section}stride={stride}: must not exceed {section}window={window}."
 
 
 def is_int_between(value: object, *, low: int, high: float = math.inf) -> bool:
-    """Whether `value` is a whole number, NumPy's included, from `low` to `high`."""
+    """Whether `value` is an integer, NumPy's included, from `low` to `high`."""
     return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high

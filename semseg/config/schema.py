@@ -1,19 +1,38 @@
-"""The configuration as typed sections: units, ranges, cross-field checks. Imports no torch.
+"""The schema of the configuration: every key with its type, default, range and explanation.
 
-The YAML files in configs/ give the defaults; these classes say what is allowed. `check` gathers all
-problems of a composed configuration and raises once.
+This is the only place where a key is described. The string below a field is its explanation; `find_problems` of a
+section checks what types and ranges cannot. The YAML files with all keys, the page docs/configuration.md and a part of
+`--help` are written from here (semseg/config/generate.py), and semseg/config/validate.py checks what was composed.
+Imports no torch.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeGuard, get_args, get_type_hints
 
-from semseg.config.fields import MAX_EDGE_LENGTH, MAX_SEED, MAX_STRIDE, choice_field, number_field
+from semseg.config.fields import (
+    MAX_EDGE_LENGTH,
+    MAX_INT,
+    MAX_SEED,
+    MAX_STRIDE,
+    choice_field,
+    find_edge_problems,
+    find_view_problems,
+    format_wrong_choice,
+    free_field,
+    interpolated_field,
+    is_int_between,
+    network_field,
+    number_field,
+)
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.errors import ConfigError, check_choice
 
-PRINTING_MODES = ("models", "data", "doctor")  # that print something and leave no folder
+PRINTING_MODES = ("models", "data", "doctor")  # these print something and create no run folder
 MODES = (
     "train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export", "check", "bench",
     *PRINTING_MODES,
@@ -26,22 +45,28 @@ LABEL_ORIENTATIONS = ("auto", "stored", "upright")
 ON_BAD_CHOICES = ("error", "skip")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("poly", "poly_warmup", "cosine")
-LIBRARIES = ("torchvision", "timm")  # whose networks are encoders
-WEIGHTED_LOSSES = ("cross_entropy", "ohem", "focal")  # that know class weights
-SMOOTHED_LOSSES = ("cross_entropy",)  # that know label smoothing
-MONITORED_METRICS = ("val/miou", "val/pixel_accuracy", "val/overall", "train/loss", "train/accuracy")  # by callbacks
+LIBRARIES = ("torchvision", "timm")  # their networks can be encoders
+WEIGHTED_LOSSES = ("cross_entropy", "ohem", "focal")  # these support class weights
+SMOOTHED_LOSSES = ("cross_entropy",)  # these support label smoothing
+MONITORED_METRICS = (
+    "val/miou",
+    "val/pixel_accuracy",
+    "val/overall",
+    "train/loss",
+    "train/accuracy",
+)  # what callbacks can watch
 SYNCBN_NAMES = ("reduce", "native", "off")
 SYNCBN_CONVENTIONS = ("torch", "published")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "64")
-ZOO_PREFIX = "zoo:"  # before the name of a published network, in ckpt and init_from
+ZOO_PREFIX = "zoo:"  # marks the name of a published network in ckpt and init_from
 ONNX, TORCH_EXPORT = ".onnx", ".pt2"
-EXPORT_SUFFIXES = {ONNX: "onnx", TORCH_EXPORT: "torch_export"}  # of files, and what they are called in `format`
-EXPORTED_NETWORK_MODES = ("eval", "predict", "serve")  # modes that can use an exported network
+EXPORT_SUFFIXES = {ONNX: "onnx", TORCH_EXPORT: "torch_export"}  # file suffixes and their values of `format`
+EXPORTED_NETWORK_MODES = ("eval", "predict", "serve")  # modes that accept an exported network
 QUANTIZE_CHOICES = ("none", "dynamic", "static")
 PREDICT_OUTPUTS = ("ids", "color", "overlay", "panel", "probabilities")
 PREDICT_FORMATS = ("dataset", "ade20k")
 
-# What a `_target_` in a configuration may name: nothing read from a file can call anything else.
+# The only objects that `_target_` in a configuration may name, so that no file can make us call anything else.
 ALLOWED_TARGETS = (
     "pytorch_lightning.callbacks.EarlyStopping",
     "pytorch_lightning.callbacks.LearningRateMonitor",
@@ -51,57 +76,114 @@ ALLOWED_TARGETS = (
     "semseg.training.loggers.external.WandB",
     "semseg.training.loggers.external.MLflow",
 )
-# Keys to which Hydra's instantiate gives a meaning; all but the first would be of no use here.
+# Keys that Hydra's instantiate interprets. Only `_target_` is useful here.
 INSTANTIATE_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
 @dataclass
+class EncoderKeys:
+    """The encoder, chosen by model/encoder=<name>; further keys are options of its constructor."""
+
+    library: str
+    """Where the network comes from, if it is not one of ours: torchvision or timm."""
+    name: str
+    """Name of the network; with `library`, its name in that library."""
+    output_stride: int
+    """Stride of the coarsest map: 32; 16 or 8 dilates the last stages."""
+    join: bool | None
+    """hrnetv2; true: one map, all branches joined at stride 4; false: four maps; null: what the decoder reads."""
+    weights: str
+    """Initial weights: imagenet (downloaded), a file, or none."""
+    frozen: bool = False
+    """Train the decoder only; weights and statistics of the encoder stay as they are."""
+
+
+@dataclass
+class DecoderKeys:
+    """The decoder, chosen by model/decoder=<name>; further keys are options of its constructor."""
+
+    name: str
+    """Name of the network."""
+    deep_supervision: bool
+    """c1, ppm: train an auxiliary classifier on the last but one map."""
+    width: int
+    """upernet: channels of the feature pyramid."""
+
+
+@dataclass
 class ModelConfig:
-    """Which network, and how it is run."""
+    """Which network, and how it runs."""
 
     name: str = ""
-    encoder: dict[str, Any] = field(default_factory=dict)  # name and the options of its constructor
-    decoder: dict[str, Any] = field(default_factory=dict)
-    # How pixel values enter the network; auto: as the encoder's weights were trained, or as the checkpoint says.
+    """Name in the run card and in tables."""
+    encoder: dict[str, Any] = network_field(EncoderKeys)
+    decoder: dict[str, Any] = network_field(DecoderKeys)
     convention: str = choice_field("auto", ("auto", *PREPROCESSING))
-    deepsup_weight: float = number_field(0.4, low=0)  # weight of the auxiliary loss
-    freeze_bn: bool = False  # normalisation statistics stay as they are
-    size_divisor: int | None = number_field(None, low=1, high=MAX_STRIDE)  # pixels; null: the network's largest stride
-    label_stride: int | None = number_field(
-        None, low=1, high=MAX_STRIDE
-    )  # pixels; null: the stride of the network's logits
+    """Preprocessing of pixel values; auto: as the weights were trained, rgb_mean_std without weights."""
+    deepsup_weight: float = number_field(0.4, low=0)
+    """Weight of the auxiliary loss of the *_deepsup decoders."""
+    freeze_bn: bool = False
+    """Keep normalisation statistics as they are (the original's fix_bn)."""
+    size_divisor: int | None = number_field(None, low=1, high=MAX_STRIDE)
+    """Images are padded to multiples of this many pixels; null: the network's largest stride."""
+    label_stride: int | None = number_field(None, low=1, high=MAX_STRIDE)
+    """Stride of training labels in pixels; null: the stride of the network's logits."""
     channels_last: bool = False
-    winograd: bool = True  # on the CPU, eager and in float32: 3 x 3 convolutions by fewer products
+    """Memory layout of images and weights."""
+    winograd: bool = True
+    """Winograd's algorithm for 3 x 3 convolutions where it is faster: on a CPU, in float32, without compile."""
     compile: bool = False
+    """Use torch.compile(dynamic=True); the first steps take minutes."""
+
+    def find_problems(self) -> Iterator[str]:
+        """A sentence for every value that does not fit the others."""
+        if self.size_divisor and self.label_stride and self.size_divisor % self.label_stride:
+            yield (
+                f"model.size_divisor={self.size_divisor}: must be a multiple of model.label_stride={self.label_stride}."
+            )
+        frozen = self.encoder.get("frozen", False)
+        if not isinstance(frozen, bool):
+            yield f"model.encoder.frozen={frozen}: must be true or false."
 
 
 @dataclass
 class SplitConfig:
-    """Where the records of one split are: a list, or a folder pair. Relative to data.root."""
+    """Where the records of a split are: a list, or a folder of images and one of masks. Relative to data.root."""
 
-    list: str | None = None  # odgt, .csv or .jsonl
+    list: str | None = None
+    """A list of images and labels: .odgt, .csv or .jsonl."""
     images: str | None = None
+    """Folder of images."""
     masks: str | None = None
-    stems: str | None = None  # a text file: which of the images are meant
+    """Folder of masks."""
+    stems: str | None = None
+    """A text file with the stems of the images to use; null: all."""
 
 
 @dataclass
 class ScenesConfig:
-    """How many scenes are drawn when the data set is made on the spot."""
+    """How many scenes to draw, for a data set that is drawn at its first use (data=scenes)."""
 
     num_train: int = number_field(320, low=1)
+    """Training images."""
     num_val: int = number_field(64, low=1)
+    """Validation images."""
     seed: int = number_field(304, low=0, high=MAX_SEED)
+    """Seed of the drawing."""
 
 
 @dataclass
 class ArchiveConfig:
-    """Where a data set can be downloaded, and what it then holds (mode=download)."""
+    """The file that mode=download fetches, and what is below data.root afterwards; null: nothing to download."""
 
-    url: str = ""  # of a zip or tar file
-    digest: str = ""  # sha256:<hex>, sha1:<hex> or md5:<hex> of that file; empty: none is known
-    num_train: int = number_field(0, low=0)  # pairs of image and label
+    url: str = ""
+    """Address of a zip or tar file."""
+    digest: str = ""
+    """Checksum of that file, sha256:<hex>, sha1:<hex> or md5:<hex>; empty: unknown."""
+    num_train: int = number_field(0, low=0)
+    """Pairs of image and label for training."""
     num_val: int = number_field(0, low=0)
+    """Pairs of image and label for validation."""
 
 
 @dataclass
@@ -109,65 +191,118 @@ class DataConfig:
     """Which images, and how they become sub-batches."""
 
     name: str = ""
+    """Name in the run card and in tables."""
     root: str = ""
+    """Folder of the data set."""
     train: SplitConfig = field(default_factory=SplitConfig)
     val: SplitConfig = field(default_factory=SplitConfig)
     test: SplitConfig = field(default_factory=SplitConfig)
-    images: str | None = None  # short for train.images, from the working directory
+    images: str | None = None
+    """Shorthand for train.images, relative to the working directory."""
     masks: str | None = None
-    image_suffix: str = ""  # what the stems of images have in addition to those of their masks, and the other way round
+    """Shorthand for train.masks, relative to the working directory."""
+    image_suffix: str = ""
+    """End of the stems of images that the stems of masks do not have: _leftImg8bit."""
     mask_suffix: str = ""
-    val_fraction: float = number_field(0.0, low=0, high=0.9)  # of train, held out by a hash of the path
+    """End of the stems of masks that the stems of images do not have: _gtFine_labelTrainIds."""
+    val_fraction: float = number_field(0.0, low=0, high=0.9)
+    """Fraction of train that is held out for validation, chosen by a hash of the path."""
     make: ScenesConfig | None = None
-    archive: ArchiveConfig | None = None  # null: there is nothing to download
-    classes: str | None = None  # ade20k, camvid, or a CSV file with index,name,R,G,B
-    num_classes: int | None = number_field(None, low=2)  # null: as many as `classes` has
-    first_id: int = number_field(1, low=0)  # the value that class 0 has in the label files
-    ignore: list[int] = field(default_factory=lambda: [0])  # label values that are not scored
-    map: Any = None  # label value -> class index, or null for values that are not scored; in the place of first_id
-    mask_type: str = choice_field("auto", MASK_TYPES)  # auto: colour files are in colours if data.classes is a file
-    label_orientation: str = choice_field("auto", LABEL_ORIENTATIONS)  # grid of the labels of photos that EXIF turns
-    ignore_colors: list[list[int]] = field(default_factory=lambda: [[0, 0, 0]])  # of masks in colours, not scored
+    archive: ArchiveConfig | None = None
+    classes: str | None = None
+    """Built-in classes (ade20k, camvid, cityscapes, cocostuff, voc2012), or a CSV file with index,name,R,G,B."""
+    num_classes: int | None = number_field(None, low=2)
+    """Number of classes; null: as many as `classes` has."""
+    first_id: int = number_field(1, low=0)
+    """Value of class 0 in label files."""
+    ignore: list[int] = field(default_factory=lambda: [0])
+    """Label values that are ignored."""
+    map: Any = free_field(None, "a mapping or null")
+    """Class index of each label value, null: ignored; used instead of first_id: {7: 0, 8: 1, 255: null}."""
+    mask_type: str = choice_field("auto", MASK_TYPES)
+    """What masks hold; auto: a colour image holds the colours of `classes` if that is a CSV file."""
+    label_orientation: str = choice_field("auto", LABEL_ORIENTATIONS)
+    """Labels of photographs with an EXIF rotation: on the stored pixels, or upright; auto: as their sizes show."""
+    ignore_colors: list[list[int]] = field(default_factory=lambda: [[0, 0, 0]])
+    """Colours of masks that are ignored unless they belong to a class."""
     miou_rule: str = choice_field("present", MIOU_RULES)
-    short_edges: list[int] = field(default_factory=lambda: [300, 375, 450, 525, 600])  # pixels
-    max_long_edge: int = number_field(1000, low=1, high=MAX_EDGE_LENGTH)  # pixels
-    batch_size: int = number_field(2, low=1)  # images per device
-    steps_per_epoch: int | None = number_field(5000, low=1)  # null: one pass over the records
-    limit: int | None = number_field(None, low=1)  # the first so many records of each split
+    """Classes of the mean IoU; ade20k: all, an absent one counts 0 (the original's rule); present: those that are
+    labelled or predicted; ground_truth: those that are labelled."""
+    short_edges: list[int] = field(default_factory=lambda: [300, 375, 450, 525, 600])
+    """Short edges in pixels; one is drawn at random for each sub-batch of training images."""
+    max_long_edge: int = number_field(1000, low=1, high=MAX_EDGE_LENGTH)
+    """Limit of the long edge in pixels; takes precedence over the short edge."""
+    batch_size: int = number_field(2, low=1)
+    """Images per device and step."""
+    steps_per_epoch: int | None = number_field(5000, low=1)
+    """Steps of an epoch; null: one pass over the records."""
+    limit: int | None = number_field(None, low=1)
+    """Use only so many records of each split, the first ones."""
     flip: bool = True
-    oversample: float = number_field(
-        0.0, low=0, high=1
-    )  # of rare classes: those in fewer images than this share; 0: off
-    num_workers: int = number_field(4, low=0)  # per process
-    worker_timeout_s: float = number_field(
-        120.0, low=0
-    )  # seconds to wait for a worker's next sub-batch or image; 0: for ever
-    decode: str = choice_field(
-        "fast", DECODE_MODES
-    )  # of training images; exact: every pixel, resized as the original does
-    label_cache: str | None = None  # a folder in which labels are kept once they were read; null: none
-    on_bad: str = choice_field(
-        "error", ON_BAD_CHOICES
-    )  # a file that is missing, broken or does not fit: stop, or leave the image out
-    max_bad: float = number_field(0.01, low=0, high=1)  # share of images left out beyond which a run stops
-    max_pixels: int = number_field(2**27, low=1)  # of an image; larger ones are refused by their header
-    hint: str = ""  # what to do when the files are not there
+    """Mirror half of the training images, at random."""
+    oversample: float = number_field(0.0, low=0, high=1)
+    """Repeat images with classes that occur in less than this fraction of all images: 0.05; 0: off."""
+    num_workers: int = number_field(4, low=0)
+    """Data-loading workers per process; 0: load in the process itself."""
+    worker_timeout_s: float = number_field(120.0, low=0)
+    """Seconds to wait for the next sub-batch or image of a worker; 0: for ever."""
+    decode: str = choice_field("fast", DECODE_MODES)
+    """Large JPEGs of training; fast: decoded at a reduced size; exact: every pixel, as in the original."""
+    label_cache: str | None = None
+    """A folder in which labels are kept run-length encoded, 10 times as fast to read; null: no cache."""
+    on_bad: str = choice_field("error", ON_BAD_CHOICES)
+    """A file that is missing, damaged or does not fit; error: stop the run; skip: leave out the image."""
+    max_bad: float = number_field(0.01, low=0, high=1)
+    """Largest fraction of images that may be left out; the run stops beyond it."""
+    max_pixels: int = number_field(2**27, low=1)
+    """Largest image in pixels; larger ones are refused by their header."""
+    hint: str = ""
+    """Shown when files of the data set are missing."""
+
+    def find_problems(self) -> Iterator[str]:
+        """A sentence for every value that is not a list of edges, map, colour, or pair of folders."""
+        yield from find_edge_problems("data.short_edges", self.short_edges)
+        if self.map is not None:
+            entries = self.map.items() if isinstance(self.map, dict) else [(self.map, None)]
+            is_valid = all(_is_id(key) and (index is None or _is_id(index)) for key, index in entries)
+            if not is_valid or not self.map:
+                yield f"data.map={self.map}: must be like {{7: 0, 8: 1, 255: null}}: label value, class index."
+        for colour in self.ignore_colors:
+            if len(colour) != 3 or not all(0 <= part <= 255 for part in colour):
+                yield f"data.ignore_colors={self.ignore_colors}: a colour is [red, green, blue], each 0..255."
+        if bool(self.images) != bool(self.masks):
+            yield f"data.images={self.images} and data.masks={self.masks}: set both, or neither."
+
+
+def _is_id(value: object) -> bool:
+    """Whether a label value or class index, which files keep as text, is an integer of at least 0."""
+    return not isinstance(value, bool) and str(value).isdecimal()
 
 
 @dataclass
 class AugmentConfig:
-    """Random changes of training images, beyond data.flip and data.short_edges."""
+    """Random changes of training images, besides data.flip and data.short_edges."""
 
-    name: str = "none"  # for the run card
-    brightness: float = number_field(0.0, low=0, high=1)  # factors are drawn from 1 - this to 1 + this
+    name: str = "none"
+    """Name in the run card."""
+    brightness: float = number_field(0.0, low=0, high=1)
+    """Pixels are multiplied by a random factor from 1 - this to 1 + this; 0.4: 0.6 to 1.4."""
     contrast: float = number_field(0.0, low=0, high=1)
+    """Like brightness."""
     saturation: float = number_field(0.0, low=0, high=1)
-    hue: float = number_field(0.0, low=0, high=0.5)  # share of the circle of colours, to both sides
-    blur: float = number_field(0.0, low=0, high=1)  # chance
-    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])  # standard deviation in pixels, from .. to
-    rotation: float = number_field(0.0, low=0, high=180)  # degrees, to both sides
-    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])  # of data.short_edges and max_long_edge, from .. to
-    crop: list[int] | None = None  # height and width in pixels of the part that is kept, after scaling
+    """Like brightness."""
+    hue: float = number_field(0.0, low=0, high=0.5)
+    """Largest rotation of the hue in both directions, as a fraction of the colour circle."""
+    blur: float = number_field(0.0, low=0, high=1)
+    """Probability of a Gaussian blur."""
+    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
+    """Standard deviation of the blur in pixels, [from, to]."""
+    rotation: float = number_field(0.0, low=0, high=180)
+    """Largest rotation in degrees, in both directions; the corners are black and ignored."""
+    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """Random factor of each image's size, [from, to], in addition to its short edge."""
+    crop: list[int] | None = None
+    """[height, width] in pixels: a random crop of the scaled image; smaller images stay whole; null: no crop."""
 
     @property
     def is_on(self) -> bool:
@@ -175,215 +310,397 @@ class AugmentConfig:
         amounts = (self.brightness, self.contrast, self.saturation, self.hue, self.blur, self.rotation)
         return any(amounts) or self.crop is not None or self.scale != [1.0, 1.0]
 
+    def find_problems(self) -> Iterator[str]:
+        """A sentence for every invalid range or crop."""
+        for key in ("blur_sigma", "scale"):
+            values = getattr(self, key)
+            if len(values) != 2 or not 0 < values[0] <= values[1] < math.inf:
+                yield f"augment.{key}={values}: must be [from, to], above 0."
+        if self.crop is not None and (len(self.crop) != 2 or min(self.crop) < 1):
+            yield f"augment.crop={self.crop}: must be [height, width] in pixels, or null."
+
 
 @dataclass
 class OptimConfig:
-    """The optimiser. `lr` sets both rates; `lr_encoder` and `lr_decoder` each."""
+    """The optimiser."""
 
     name: str = choice_field("sgd", OPTIMIZERS)
+    """Which optimiser."""
     lr: float = number_field(0.02, above=0)
+    """Base learning rate of encoder and decoder."""
     lr_encoder: float | None = number_field(None, low=0)
+    """Base learning rate of the encoder; null: lr."""
     lr_decoder: float | None = number_field(None, low=0)
-    momentum: float = number_field(0.9, low=0, below=1)  # SGD's momentum, AdamW's beta1
-    beta2: float = number_field(0.999, low=0, below=1)  # AdamW only
-    weight_decay: float = number_field(1e-4, low=0)  # on convolution and linear weights only
-    layer_decay: float = number_field(1.0, above=0, high=1)  # encoder: from each stage to the one before it
+    """Base learning rate of the decoder; null: lr."""
+    momentum: float = number_field(0.9, low=0, below=1)
+    """Momentum of sgd, beta1 of adamw."""
+    beta2: float = number_field(0.999, low=0, below=1)
+    """adamw only."""
+    weight_decay: float = number_field(1e-4, low=0)
+    """Applies to convolution and linear weights only."""
+    layer_decay: float = number_field(1.0, above=0, high=1)
+    """Encoder: factor of the learning rate from each stage to the one before it; 0.8: the stem learns slowest."""
 
 
 @dataclass
 class ScheduleConfig:
-    """The learning rate as a share of its base, per step."""
+    """The learning rate of each step, as a fraction of the base rate."""
 
     name: str = choice_field("poly", SCHEDULES)
-    power: float = number_field(0.9, above=0)  # poly, poly_warmup
-    warmup_steps: int = number_field(0, low=0)  # poly_warmup, cosine
-    warmup_factor: float = number_field(0.001, low=0, high=1)  # share of the base rate at step 0
-    min_factor: float = number_field(0.0, low=0, high=1)  # cosine's floor
+    """Which schedule."""
+    power: float = number_field(0.9, above=0)
+    """poly, poly_warmup: exponent of 1 - step / steps."""
+    warmup_steps: int = number_field(0, low=0)
+    """poly_warmup, cosine: steps of the linear rise to the base rate."""
+    warmup_factor: float = number_field(0.001, low=0, high=1)
+    """poly_warmup, cosine: fraction of the base rate at step 0."""
+    min_factor: float = number_field(0.0, low=0, high=1)
+    """cosine: fraction of the base rate at the end."""
 
 
 @dataclass
 class LossTermsConfig:
-    """Factors of the terms."""
+    """Weights of the terms in the sum; 0 leaves out a term."""
 
     cross_entropy: float = number_field(1.0, low=0)
+    """Cross entropy."""
     ohem: float = number_field(0.0, low=0)
+    """Cross entropy of the hard pixels only (online hard example mining)."""
     focal: float = number_field(0.0, low=0)
+    """Focal loss."""
     dice: float = number_field(0.0, low=0)
+    """Dice loss."""
     lovasz: float = number_field(0.0, low=0)
+    """Lovasz softmax loss."""
 
 
 @dataclass
 class LossConfig:
-    """A sum of terms; see semseg/training/losses.py."""
+    """The loss: a weighted sum of terms."""
 
-    name: str = "cross_entropy"  # for the run card
+    name: str = "cross_entropy"
+    """Name in the run card."""
     terms: LossTermsConfig = field(default_factory=LossTermsConfig)
-    class_weights: Any = None  # K numbers, or a JSON file that has them; for cross_entropy, ohem and focal
-    label_smoothing: float = number_field(0.0, low=0, high=1)  # cross_entropy
-    ohem_threshold: float = number_field(
-        0.7, above=0, high=1
-    )  # probability of the true class below which a pixel is hard
-    ohem_min_kept: float = number_field(0.1, low=0, high=1)  # share of the scored pixels
+    class_weights: Any = free_field(None, "a list of numbers, a file or null")
+    """cross_entropy, ohem, focal: a number for each class, or a JSON file that has them (check.json of mode=check)."""
+    label_smoothing: float = number_field(0.0, low=0, high=1)
+    """cross_entropy: fraction of the target that is spread over all classes."""
+    ohem_threshold: float = number_field(0.7, above=0, high=1)
+    """ohem: a pixel is hard if its true class has a lower probability."""
+    ohem_min_kept: float = number_field(0.1, low=0, high=1)
+    """ohem: fraction of the labelled pixels that is always kept."""
     focal_gamma: float = number_field(2.0, low=0)
-    average: str = choice_field("ranks", ("ranks", "pixels"))  # over devices: plain mean, or by scored pixels
+    """focal: the higher, the less easy pixels count."""
+    average: str = choice_field("ranks", ("ranks", "pixels"))
+    """Over devices; ranks: mean of the means of all devices (the original's); pixels: weighted by labelled pixels."""
+
+    def find_problems(self) -> Iterator[str]:
+        """A sentence for a sum without terms, and for invalid or unused weights."""
+        if not any(vars(self.terms).values()):
+            yield "loss.terms: at least one must have a factor above 0."
+        weights = self.class_weights
+        is_list = isinstance(weights, list) and all(
+            isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
+            for weight in weights
+        )
+        if weights is not None and not isinstance(weights, str) and not is_list:
+            yield f"loss.class_weights={weights}: must be null, a list of numbers of at least 0, or a JSON file."
+        if isinstance(weights, list) and not any(weights):
+            yield f"loss.class_weights={weights}: at least one must be above 0."
+        for key, value, losses in (
+            ("class_weights", weights, WEIGHTED_LOSSES),
+            ("label_smoothing", self.label_smoothing, SMOOTHED_LOSSES),
+        ):
+            if value and not any(getattr(self.terms, name) for name in losses):
+                yield f"loss.{key}={value}: applies to {', '.join(losses)}, and none of them is in loss.terms."
 
 
 @dataclass
 class SyncBNConfig:
+    """Batch normalisation on several devices."""
+
     name: str = choice_field("reduce", SYNCBN_NAMES)
+    """reduce: statistics over all devices, on GPUs and CPUs; native: torch.nn.SyncBatchNorm; off: each device alone."""
     convention: str = choice_field("torch", SYNCBN_CONVENTIONS)
+    """torch: like nn.BatchNorm on the joined batch; published: the rule of the original (2018)."""
     group: str = choice_field("world", ("world", "node"))
+    """Devices that share statistics: all of them, or those of one machine."""
 
 
 @dataclass
 class TrainerConfig:
-    """Lightning's own names; see the documentation of pytorch_lightning.Trainer."""
+    """Lightning's Trainer, with its own names: https://lightning.ai/docs/pytorch/stable/common/trainer.html"""
 
     accelerator: str = "auto"
-    devices: Any = 1  # a count, a list of indices, or "auto"
+    """auto, cpu, gpu, ..."""
+    devices: Any = free_field(1, "a count, a list or auto")
+    """A count, a list of indices ([0,2] or 0-3), or auto (all)."""
     num_nodes: int = number_field(1, low=1)
+    """Machines."""
     strategy: str = "auto"
+    """How devices work together: auto, ddp, ..."""
     precision: str = choice_field("32-true", PRECISIONS)
+    """Number format of the network."""
     max_epochs: int = number_field(20, low=1)
+    """Epochs of a run, each of data.steps_per_epoch steps."""
     max_steps: int = number_field(-1, low=-1)
+    """Steps of a run; -1: as many as max_epochs has."""
     accumulate_grad_batches: int = number_field(1, low=1)
+    """Sub-batches per step of the optimiser."""
     gradient_clip_val: float | None = number_field(None, above=0)
+    """Largest norm of the gradients; null: no clipping."""
     check_val_every_n_epoch: int = number_field(1, low=1)
-    limit_train_batches: Any = None
-    limit_val_batches: Any = None
+    """Epochs between validations."""
+    limit_train_batches: Any = free_field(None, "a count, a fraction or null")
+    """Use only part of each epoch: a number of steps (10), or a fraction (0.5)."""
+    limit_val_batches: Any = free_field(None, "a count, a fraction or null")
+    """Use only part of each validation: a number of steps (10), or a fraction (0.5)."""
     num_sanity_val_steps: int = number_field(0, low=-1)
+    """Validation steps before training; -1: all."""
     log_every_n_steps: int = number_field(20, low=1)
+    """Steps between rows of the log."""
     deterministic: bool = False
+    """Use deterministic algorithms only."""
     benchmark: bool = False
+    """Let cuDNN time its kernels; rarely faster, because image sizes vary from step to step."""
     detect_anomaly: bool = False
-    fast_dev_run: Any = False
-    profiler: str | None = choice_field(None, ("simple", "advanced"))  # where the time goes, in a file
+    """Find the operation that produces a NaN; slow."""
+    fast_dev_run: Any = free_field(False, "true, false or a count")
+    """Run this many steps of training and validation and nothing else; true: 1."""
+    profiler: str | None = choice_field(None, ("simple", "advanced"))
+    """Where time is spent, in <run folder>/fit-profile.txt; null: off."""
     enable_progress_bar: bool = True
-    # Ours, not Lightning's:
-    max_nonfinite_steps: int = number_field(0, low=0)  # of a run that may be skipped for a NaN or infinite loss
-    probe_memory: str = choice_field("gpu", ("gpu", "always", "never"))  # run the largest possible sub-batch first
-    log_images: int = number_field(4, low=0)  # validation images shown in every validation; 0: none
+    """Show the progress of training on the terminal."""
+    max_nonfinite_steps: int = number_field(0, low=0)
+    """Ours: steps of a run that may be skipped because of a NaN or infinite loss; the next one stops it."""
+    probe_memory: str = choice_field("gpu", ("gpu", "always", "never"))
+    """Ours: run the largest possible sub-batch before training; gpu: only on GPUs."""
+    log_images: int = number_field(4, low=0)
+    """Ours: panels of the first validation images that each validation logs; 0: none."""
+
+    @property
+    def replicates_weights(self) -> bool:
+        """Whether every device has the whole network."""
+        return self.strategy.startswith(("auto", "ddp"))
+
+    def find_problems(self) -> Iterator[str]:
+        """A sentence for every invalid value of the keys that have several types, and for FSDP."""
+        devices = self.devices
+        is_valid = (
+            devices in ("auto", -1)
+            or (isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1)
+            or (isinstance(devices, list) and devices and all(isinstance(d, int) and d >= 0 for d in devices))
+        )
+        if not is_valid:
+            yield (
+                f"trainer.devices={devices}: must be a count of at least 1, a list such as [0,2], a range 0-3, or auto."
+            )
+        if self.strategy.lower().startswith("fsdp"):
+            yield (
+                f"trainer.strategy={self.strategy}: not supported, because averages, statistics and checkpoints need "
+                "all weights on every device. Use trainer.strategy=ddp."
+            )
+        for key, lowest in (("limit_train_batches", 1), ("limit_val_batches", 0)):
+            value = getattr(self, key)
+            is_fraction = isinstance(value, float) and value <= 1 and (value > 0 or value == lowest)
+            if value is not None and not is_fraction and not is_int_between(value, low=lowest, high=MAX_INT):
+                yield f"trainer.{key}={value}: must be null, a count of at least {lowest}, or a fraction up to 1.0."
+        if self.max_steps == 0:
+            yield "trainer.max_steps=0: must be at least 1, or -1 for no limit."
+        if not isinstance(self.fast_dev_run, bool) and not is_int_between(self.fast_dev_run, low=1, high=MAX_INT):
+            yield f"trainer.fast_dev_run={self.fast_dev_run}: must be true, false, or a number of steps."
 
 
 @dataclass
 class EmaConfig:
-    """A moving average of the weights, which is what is validated, kept as best and used."""
+    """A moving average of the weights: validated, kept as best.ckpt, and used by all other modes."""
 
-    decay: float | None = number_field(None, above=0, high=1)  # of every step; null: no average
-    start_step: int = number_field(0, low=0)  # the average is the present weights until then
+    decay: float | None = number_field(None, above=0, high=1)
+    """0.999: average = 0.999 * average + 0.001 * weights after every step; null: no average."""
+    start_step: int = number_field(0, low=0)
+    """Until this step the average equals the weights."""
 
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written, besides the end of every epoch."""
+    """When checkpoints are written, besides last.ckpt and best.ckpt after every epoch."""
 
     every_n_steps: int | None = number_field(None, low=1)
+    """Write one every so many steps of the optimiser; null: off."""
     every_n_minutes: float | None = number_field(30.0, above=0)
-    keep: int = number_field(0, low=0)  # of those between epochs, besides last.ckpt
-    on_error: str = choice_field("stop", ("stop", "warn"))  # a full disk, say: end the run, or train on without
+    """Write one every so many minutes of training; null: off."""
+    keep: int = number_field(0, low=0)
+    """Number of these to keep, as step_<number>.ckpt."""
+    on_error: str = choice_field("stop", ("stop", "warn"))
+    """If a checkpoint cannot be written (a full disk): stop the run, or warn and continue."""
 
 
 @dataclass
 class EvalConfig:
-    scales: list[int] = field(default_factory=lambda: [450])  # short edges in pixels
-    also_scales: list[list[int]] = field(default_factory=list)  # parts of `scales` that get scores of their own
-    batch_size: int = number_field(1, low=1)  # images of one shape that go through the network together, on each device
-    flip: bool = False  # average with the mirrored image
-    window: int | None = number_field(None, low=1)  # side of the windows an image is cut into, in pixels
-    stride: int | None = number_field(None, low=1)  # from window to window, in pixels; None: 2/3 of the window
-    memory_limit_mb: int = number_field(
-        1024, low=16
-    )  # for probabilities; at least one row of the image is done at a time
+    """How images are evaluated, in mode=eval and in the validation of training."""
+
+    scales: list[int] = field(default_factory=lambda: [450])
+    """Short edges in pixels, averaged; the original's test uses [300,375,450,525,600]."""
+    also_scales: list[list[int]] = field(default_factory=list)
+    """Subsets of scales to score separately in the same pass: [[450]]."""
+    batch_size: int = number_field(1, low=1)
+    """Images of equal shape per device that go through the network together."""
+    flip: bool = False
+    """Average with the mirrored image."""
+    window: int | None = number_field(None, low=1)
+    """Cut the scaled image into overlapping squares of this many pixels and average; null: the whole image."""
+    stride: int | None = number_field(None, low=1)
+    """Distance of windows in pixels; null: 2/3 of the window."""
+    memory_limit_mb: int = number_field(1024, low=16)
+    """Memory for the probabilities of an image, which are computed in bands; never changes the result."""
     split: str = choice_field("val", SPLITS)
+    """Which split to evaluate."""
     boundary_iou: bool = False
-    boundary_ratio: float = number_field(
-        0.02, above=0, high=1
-    )  # width of a boundary, as a share of the image's diagonal
-    bootstrap: int = number_field(0, low=0)  # resamples of the images for the confidence intervals; 0: none
-    visualize: bool = False  # a picture of every image: image | ground truth | prediction
+    """Also score the boundaries (Cheng et al. 2021)."""
+    boundary_ratio: float = number_field(0.02, above=0, high=1)
+    """Width of a boundary, as a fraction of the image's diagonal."""
+    bootstrap: int = number_field(0, low=0)
+    """Resamples of the images for 95 % confidence intervals: 1000; 0: none."""
+    visualize: bool = False
+    """Write image | ground truth | prediction of every image to <run folder>/panels."""
+
+    def find_problems(self) -> Iterator[str]:
+        """A sentence for every problem with scales and windows."""
+        yield from find_view_problems("eval.", self.scales, self.window, self.stride)
+        for subset in self.also_scales:
+            if not subset or not set(subset) <= set(self.scales):
+                yield f"eval.also_scales: {subset} must be a subset of eval.scales={self.scales}, such as [[450]]."
 
 
 @dataclass
 class PredictConfig:
+    """What mode=predict writes, and how it computes it."""
+
     save: list[str] = field(default_factory=lambda: ["ids", "panel"])
-    format: str = choice_field(
-        "dataset", PREDICT_FORMATS
-    )  # of ids: the numbers of the data set's label files, or 1 .. K
-    scales: list[int] | None = None  # null: eval.scales
+    """Any of ids, color, overlay, panel, probabilities; docs/prediction.md shows them."""
+    format: str = choice_field("dataset", PREDICT_FORMATS)
+    """Numbers in ids; dataset: those of the data set's label files; ade20k: 1 .. K, with 0 unused."""
+    scales: list[int] | None = None
+    """Short edges in pixels; null: eval.scales."""
     flip: bool = False
-    window: int | None = number_field(None, low=1)  # as in eval
+    """Average with the mirrored image."""
+    window: int | None = number_field(None, low=1)
+    """Like eval.window."""
     stride: int | None = number_field(None, low=1)
+    """Like eval.stride."""
     memory_limit_mb: int = number_field(1024, low=16)
+    """Like eval.memory_limit_mb."""
+
+    def find_problems(self) -> Iterator[str]:
+        """A sentence for every unknown output."""
+        for output in self.save:
+            if output not in PREDICT_OUTPUTS:
+                yield format_wrong_choice("predict.save", output, PREDICT_OUTPUTS)
 
 
 @dataclass
 class ServeConfig:
     """The local web page of a network (mode=serve)."""
 
-    host: str = "127.0.0.1"  # a name or an address of this machine
-    port: int = number_field(8000, low=0, high=65535)  # 0: a free one
-    max_upload_mb: float = number_field(32.0, above=0, high=1024)  # of a request; 1 MB is 2**20 bytes
-    max_pixels: int = number_field(2**24, low=1, high=2**27)  # of an image
-    queue: int = number_field(64, low=1, high=1024)  # requests at once, the one that is worked on included
+    host: str = "127.0.0.1"
+    """A name or address of this machine; 127.0.0.1: only this machine; 0.0.0.0: everyone, without a password."""
+    port: int = number_field(8000, low=0, high=65535)
+    """0: a free port."""
+    max_upload_mb: float = number_field(32.0, above=0, high=1024)
+    """Largest request in MB (2**20 bytes)."""
+    max_pixels: int = number_field(2**24, low=1, high=2**27)
+    """Largest image in pixels, according to its header."""
+    queue: int = number_field(64, low=1, high=1024)
+    """Requests at once, including the one in progress; others are asked to retry later."""
 
 
 @dataclass
 class ExportConfig:
     """A network as a file for other programs (mode=export)."""
 
-    quantize: str = choice_field("none", QUANTIZE_CHOICES)  # convolutions in 8-bit integers; format=onnx
-    calibration_split: str = choice_field("train", SPLITS)  # static: whose values set the ranges
+    quantize: str = choice_field("none", QUANTIZE_CHOICES)
+    """int8 convolutions in an .onnx file; static is faster than dynamic, and calibrated on images."""
+    calibration_split: str = choice_field("train", SPLITS)
+    """static: split whose images determine the ranges."""
     calibration_images: int = number_field(32, low=1)
-    score_images: int = number_field(100, low=0)  # of eval.split, to tell what quantisation costs; 0: not told
+    """static: number of these images, used at every scale of eval.scales."""
+    score_images: int = number_field(100, low=0)
+    """Images of eval.split that are scored before and after quantisation; 0: none."""
 
 
 @dataclass
 class CheckConfig:
     """The data doctor (mode=check)."""
 
-    fix: str = choice_field("none", ("none", "list"))  # list: write a list of the sound pairs of each split
-    samples: int = number_field(6, low=0, high=100)  # pictures of the page
+    fix: str = choice_field("none", ("none", "list"))
+    """list: write a list of the valid pairs of each split, below the run folder."""
+    samples: int = number_field(6, low=0, high=100)
+    """Pictures on the page."""
 
 
 @dataclass
 class BenchConfig:
     """What mode=bench times."""
 
-    warmup: int = number_field(3, low=0)  # steps that are not counted
+    warmup: int = number_field(3, low=0)
+    """Steps that are not timed."""
     steps: int = number_field(20, low=1)
-    images: int = number_field(10, low=1)  # of eval.split, per device
+    """Steps that are timed."""
+    images: int = number_field(10, low=1)
+    """Images of eval.split per device."""
 
 
 @dataclass
 class DownloadConfig:
-    """How files are fetched, and where they are kept."""
+    """How files are downloaded, and where they are kept."""
 
-    cache: str | None = None  # folder; null: $SEMSEG_CACHE, else $XDG_CACHE_HOME/semseg, else ~/.cache/semseg
-    mirrors: dict[str, list[str]] = field(default_factory=dict)  # start of an address: others to try after it
-    offline: bool = False  # use files of the cache only
-    timeout_s: float = number_field(30.0, above=0)  # seconds without an answer or a byte
-    retries: int = number_field(4, low=0)  # after a passing failure, in a row without getting any further
-    delay_s: float = number_field(1.0, low=0)  # seconds before the first of them; doubles each time
+    cache: str | None = None
+    """Folder of downloaded files; null: $SEMSEG_CACHE, else $XDG_CACHE_HOME/semseg, else ~/.cache/semseg."""
+    mirrors: dict[str, list[str]] = field(default_factory=dict)
+    """Start of an address, and others to try after it: {"http://a.org/x": ["https://b.org/y"]}."""
+    offline: bool = False
+    """Use files of the cache only; open no connection."""
+    timeout_s: float = number_field(30.0, above=0)
+    """Seconds without an answer or a byte."""
+    retries: int = number_field(4, low=0)
+    """Consecutive retries after a transient error without progress."""
+    delay_s: float = number_field(1.0, low=0)
+    """Seconds before the first retry; doubles each time."""
 
 
 @dataclass
 class Config:
-    """The whole configuration; one field per section of configs/config.yaml."""
+    """The whole configuration."""
 
     mode: str = choice_field("train", MODES)
-    quiet: bool = False  # print warnings and errors only
+    """What to do; also rerun, with run=<run folder>."""
+    quiet: bool = False
+    """Print only warnings and errors."""
     seed: int = number_field(304, low=0, high=MAX_SEED)
+    """Seed of the order of images, of augmentation and of the initial weights."""
     runs_dir: str = "runs"
-    run_dir: str = ""
+    """Folder for new run folders."""
+    run_dir: str = interpolated_field("${runs_dir}/${now:%Y-%m-%d_%H-%M-%S}_${mode}")
+    """The folder of this run."""
     ckpt: str | None = None
+    """A network: a file, a run folder, last, best, zoo:<name>, a folder of published files, or
+    <encoder file>,<decoder file>. For eval, predict, convert, serve, export and replay; train resumes from it."""
     init_from: str | None = None
+    """train: a network whose weights a new run starts from; its architecture too, unless model=<name> is set."""
     output: str | None = None
-    format: str = choice_field("auto", ("auto", *EXPORT_SUFFIXES.values()))  # auto: by the suffix of output
+    """convert: file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files; export: a file."""
+    format: str = choice_field("auto", ("auto", *EXPORT_SUFFIXES.values()))
+    """export: auto chooses by the suffix of output, .onnx or .pt2."""
     resume: str | None = "auto"
+    """train: auto resumes if run_dir has a checkpoint; or a checkpoint file; null: never."""
     resume_force: bool = False
+    """Resume although settings or data that determine the steps differ from those of the checkpoint."""
     input: str | None = None
-    runs: list[str] = field(default_factory=list)  # folders
+    """predict: an image, a video, a folder, a pattern, a list of paths, or - (standard input); replay: a sub-batch."""
+    runs: list[str] = field(default_factory=list)
+    """compare: folders of evaluations, or of runs with eval/ below; the first is the baseline."""
     after_training: list[str] = field(default_factory=list)
+    """Modes to run on the best checkpoint after training: any of eval, predict."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -402,16 +719,106 @@ class Config:
     bench: BenchConfig = field(default_factory=BenchConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     logger: dict[str, Any] = field(default_factory=dict)
+    """Loggers by name, from configs/logger/."""
     callbacks: dict[str, Any] = field(default_factory=dict)
+    """Further callbacks by name, from configs/callbacks/."""
+
+    def find_problems(self) -> Iterator[str]:
+        """A sentence for every key that contradicts one of another section."""
+        predict = self.predict
+        scales = self.eval.scales if predict.scales is None else predict.scales
+        yield from find_view_problems("predict.", scales, predict.window, predict.stride)
+        yield from self._find_mode_problems()
+        yield from self._find_training_problems()
+        yield from self._find_exported_file_problems()
+        yield from self._find_export_problems()
+
+    def _find_mode_problems(self) -> Iterator[str]:
+        """A sentence for every key that the mode needs and that is not set, or that it cannot use."""
+        needs_checkpoint = self.mode in ("eval", "predict", "convert", "replay", "serve", "export")
+        if needs_checkpoint and not self.ckpt:
+            yield (
+                f"mode={self.mode} needs ckpt=<file, run folder, last, best, zoo:<name> or folder of published files>."
+            )
+        if self.mode == "convert" and not self.output:
+            yield (
+                "mode=convert needs output=<file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files>."
+            )
+        if self.mode == "replay" and not self.input:
+            yield "mode=replay needs input=<sub-batch that a run with a NaN loss has saved>."
+        has_own_picture = (self.ckpt or "").startswith(ZOO_PREFIX)
+        if self.mode == "predict" and not self.input and not has_own_picture:
+            yield "mode=predict needs input=<image, video, folder, pattern, list of paths, or - for standard input>."
+        if self.quiet and self.mode in PRINTING_MODES:
+            yield f"quiet=true: mode={self.mode} only prints. Remove quiet=true."
+        if self.mode == "compare" and len(self.runs) < 2:
+            yield f"runs={self.runs}: mode=compare needs at least two evaluations: runs=[<folder>,<folder>]."
+
+    def _find_training_problems(self) -> Iterator[str]:
+        """A sentence for every contradiction about where a run starts, its length, its average and what follows it."""
+        starts = [key for key in ("ckpt", "resume", "init_from") if getattr(self, key) not in (None, "auto")]
+        if self.mode == "train" and "ckpt" in starts and len(starts) > 1:
+            yield f"{' and '.join(starts)}: a run starts from one of them. Remove the others."
+        for key in ("limit_train_batches", "max_steps"):
+            if self.mode == "train" and getattr(self.trainer, key) == 0:
+                yield f"trainer.{key}=0: there is nothing to train. Remove it, or set at least 1."
+        if self.ema.decay is not None and not self.trainer.replicates_weights:
+            yield (
+                f"ema.decay={self.ema.decay}: the average needs all weights on every device, which "
+                f"trainer.strategy={self.trainer.strategy} does not guarantee. Use trainer.strategy=ddp."
+            )
+        for name, section in self.callbacks.items():
+            monitor = (
+                section.get("monitor", MONITORED_METRICS[0]) if isinstance(section, dict) else MONITORED_METRICS[0]
+            )
+            if monitor not in MONITORED_METRICS:
+                yield format_wrong_choice(f"callbacks.{name}.monitor", monitor, MONITORED_METRICS)
+        for mode in self.after_training:
+            if mode not in ("eval", "predict"):
+                yield format_wrong_choice("after_training", mode, ("eval", "predict"))
+
+    def _find_exported_file_problems(self) -> Iterator[str]:
+        """A sentence for every exported network where none can be used, and for settings it cannot follow."""
+        files = {key: getattr(self, key) for key in ("ckpt", "init_from", "resume")}
+        files["model.encoder.weights"] = self.model.encoder.get("weights")
+        for key, file in files.items():
+            suffix = Path(str(file)).suffix.lower()
+            if suffix == TORCH_EXPORT:
+                yield f"{key}={file}: cannot be loaded, because loading it could run code. Export to {ONNX} instead."
+            if suffix == ONNX and (key != "ckpt" or self.mode not in EXPORTED_NETWORK_MODES):
+                modes = ", ".join(EXPORTED_NETWORK_MODES)
+                yield f"{key}={file}: an exported network is for mode={modes}. Use its checkpoint."
+        if Path(str(self.ckpt)).suffix.lower() != ONNX:
+            return
+        for key, value, default in (
+            ("model.compile", self.model.compile, False),
+            ("model.channels_last", self.model.channels_last, False),
+            ("model.winograd", self.model.winograd, True),
+            ("trainer.precision", self.trainer.precision, "32-true"),
+        ):
+            if value != default:
+                yield f"{key}={value}: an exported network runs as it was exported. Leave this at {default}."
+
+    def _find_export_problems(self) -> Iterator[str]:
+        """A sentence for everything that mode=export cannot write."""
+        if self.mode != "export":
+            return
+        written = EXPORT_SUFFIXES.get(Path(str(self.output)).suffix)
+        if written is None:
+            yield f"output={self.output}: mode=export needs output=<file{ONNX} or file{TORCH_EXPORT}>."
+        elif self.format not in ("auto", written):
+            yield f"format={self.format}: output={self.output} would be format={written}."
+        if self.export.quantize != "none" and written == "torch_export":
+            yield f"export.quantize={self.export.quantize}: applies to {ONNX} files only."
 
 
 def config_to_plain(config: Config) -> dict[str, Any]:
-    """`config` as plain dicts, lists and numbers, fit for a checkpoint or a YAML file."""
+    """`config` as plain dicts, lists, text and numbers, for checkpoints and YAML files."""
     return asdict(config)
 
 
 def list_keys(cls: type = Config, prefix: str = "") -> list[str]:
-    """All dotted keys of the sections, leaves and sections alike."""
+    """The dotted names of all keys and sections."""
     keys, sections = [], get_sections(cls)
     for item in fields(cls):
         keys.append(prefix + item.name)
@@ -426,7 +833,7 @@ def is_section(kind: Any) -> TypeGuard[type]:
 
 
 def get_sections(cls: type) -> dict[str, type]:
-    """The fields of a section that are sections themselves, or may be."""
+    """The fields of a section that hold a section, or may hold one, with its class."""
     types = get_type_hints(cls)
     kinds = {item.name: (types[item.name], *get_args(types[item.name])) for item in fields(cls)}
     return {name: kind for name, both in kinds.items() for kind in both if is_section(kind)}

@@ -74,7 +74,7 @@ def keywords(arguments: str) -> list[str]:
 
 
 def combinations(names: list[str]) -> list[dict[str, Any]]:
-    """Every combination of the values of some arguments; a stride is for windows of at least that side."""
+    """Every combination of the values of some arguments; a stride does not exceed the window."""
     every = (dict(zip(names, values, strict=True)) for values in itertools.product(*(VALUES[name] for name in names)))
     return [given for given in every if given.get("window") or not given.get("stride")]
 
