@@ -12,7 +12,7 @@ import inspect
 import itertools
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -97,7 +97,10 @@ def get_default(item: Field[Any]) -> Any:
     """The default of a field as configs/ writes it, or MISSING."""
     if "interpolation" in item.metadata:
         return item.metadata["interpolation"]
-    return item.default if item.default_factory is MISSING else item.default_factory()
+    if item.default_factory is MISSING:
+        return item.default
+    create: Any = item.default_factory
+    return asdict(create()) if is_section(create) else create()
 
 
 def describe_type(kind: Any, item: Field[Any]) -> str:
@@ -139,8 +142,6 @@ def render_yaml(cls: type, values: Mapping[str, Any], *, indent: int = 0) -> Ite
         if value is MISSING:
             continue
         prefix = " " * indent + f"{key.name}:"
-        if is_dataclass(value) and not isinstance(value, type):
-            value = asdict(value)
         if key.section is None or value is None:
             yield from render_line(f"{prefix} {format_value(value)}", comment_of(key))
         elif key.section in explained:

@@ -63,7 +63,7 @@ def test_every_key_of_the_schema_can_be_set_on_the_command_line() -> None:
         ("trainer.devices=two", "trainer.devices=two"),
         ("optim.momentum=2", "optim.momentum=2.0: must be at least 0 and below 1"),
         ("optim.lr=0", "must be above 0"),
-        ("optim.lr=.inf", "must be above 0 and at most 3.4"),
+        ("optim.lr=inf", "must be above 0 and at most 3.4"),
         ("seed=-1", "must be at least 0 and at most 4294967295"),
         ("seed=99999999999999999999", "must be at least 0 and at most 4294967295"),
         ("data.batch_size=0", "data.batch_size=0: must be at least 1"),
