@@ -45,9 +45,10 @@ from semseg.system.text import escape_lines
 from semseg.training.callbacks.bad_images import CountBadImages
 from semseg.training.callbacks.console import BarProgress, PlainProgress, TellValidation
 from semseg.training.callbacks.ema import MovingAverage
-from semseg.training.callbacks.guards import NonFiniteGuard, ProbeMemory
-from semseg.training.callbacks.label_warnings import WarnOfOddLabels
+from semseg.training.callbacks.label_warnings import WarnAboutLabels
 from semseg.training.callbacks.log_steps import EndOnSignals, LogSteps, checkpoints
+from semseg.training.callbacks.nonfinite import NonFiniteGuard
+from semseg.training.callbacks.out_of_memory import ProbeMemory
 from semseg.training.callbacks.panels import LogPanels
 from semseg.training.loggers.external import not_opened, require_extra
 from semseg.training.resume import ForgetRepeatedSteps, SeedEveryStep
@@ -287,21 +288,21 @@ def callbacks(config: Config, source: DataSource) -> list[Callback]:
     """
     ours: list[Callback] = [EndOnSignals()]  # in training, signals write a checkpoint first
     if config.mode == "train":
-        guard = NonFiniteGuard(Path(config.run_dir), config.trainer)
+        guard = NonFiniteGuard(Path(config.run_dir), config.trainer.max_nonfinite_steps, config.trainer.precision)
         ours = [
             CheckRestored(),
-            ProbeMemory(config.trainer),
+            ProbeMemory(config.trainer.probe_memory),
             SeedEveryStep(config.seed),
             ForgetRepeatedSteps(config.trainer.max_steps),
             guard,
             LogSteps(),
         ]
-        ours += [WarnOfOddLabels(source.classes), TellValidation()]
+        ours += [WarnAboutLabels(source.classes.names), TellValidation()]
         ours.append(LogPanels(source, config.trainer.log_images))
         if config.ema.decay is not None:
             ours.append(MovingAverage(config.ema))
         if config.data.on_bad == "skip":
-            ours.append(CountBadImages(config.data))
+            ours.append(CountBadImages(config.data.batch_size, config.data.max_bad))
         ours += checkpoints(Path(config.run_dir), config.checkpoint, has_val=source.has("val"))
     if config.trainer.enable_progress_bar:
         bar = BarProgress(config.data.batch_size, config.eval.batch_size)

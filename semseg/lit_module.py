@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -26,21 +27,20 @@ from semseg.errors import CheckpointError, ConfigError
 from semseg.evaluation.evaluator import Evaluator, SplitCounts
 from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
-from semseg.nets.interfaces import Logits
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter
 from semseg.syncbn.layer import convert, revert
-from semseg.training.callbacks.bad_images import check_share, tell_bad
-from semseg.training.callbacks.guards import out_of_memory_in_evaluation_told, out_of_memory_told
-from semseg.training.callbacks.label_warnings import odd_predictions
+from semseg.training.callbacks.bad_images import check_bad_fraction, report_bad_image
+from semseg.training.callbacks.label_warnings import describe_odd_predictions
+from semseg.training.callbacks.out_of_memory import report_out_of_memory, report_out_of_memory_in_evaluation
 from semseg.training.losses import Loss, build_terms, segmentation_loss
 from semseg.training.optim import apply_settings, build_optimizer, build_scheduler
 from semseg.training.resume import RUN_KEY, resume_at
 from semseg.training.unused import freeze_unused, modules_of
 
-METRICS_KEY = "semseg_metrics"  # of a checkpoint: TRAIN_METRICS of the last step
+METRICS_KEY = "semseg_metrics"  # in a checkpoint: TRAIN_METRICS of the last step
 TRAIN_METRICS = ("train/loss", "train/accuracy")
-HALF_PRECISIONS = ("bf16-true", "16-true")  # of weights and buffers alike
+HALF_PRECISIONS = ("bf16-true", "16-true")  # weights and buffers alike
 
 
 class SegmentationModule(pl.LightningModule):
@@ -48,8 +48,8 @@ class SegmentationModule(pl.LightningModule):
 
     Args:
         net: the network; its classes are those of `classes`.
-        config: the whole configuration; it travels into the checkpoints.
-        classes: names and colours; they travel into the checkpoints.
+        config: the whole configuration; it is saved in the checkpoints.
+        classes: names and colours; they are saved in the checkpoints.
     """
 
     def __init__(self, net: Segmenter, config: Config, classes: ClassTable) -> None:
@@ -60,15 +60,15 @@ class SegmentationModule(pl.LightningModule):
         self.is_frozen = bool(config.model.encoder.get("frozen", False))
         if self.is_frozen:
             net.encoder.requires_grad_(False)
-        self.unused: dict[str, Parameter] = {}  # frozen, since the loss does not reach them
+        self.unused: dict[str, Parameter] = {}  # frozen, because the loss does not depend on them
         self.batch_idx = 0
-        self.step_metrics: list[Tensor] = []  # (2): loss and accuracy of the sub-batches of the present step
-        self.terms = build_terms(config.loss, len(classes.names))
+        self.step_metrics: list[Tensor] = []  # (2): loss and accuracy of the sub-batches of the current step
+        terms = build_terms(config.loss, len(classes.names))
+        self.loss_function = partial(segmentation_loss, deepsup_weight=config.model.deepsup_weight, terms=terms)
         self.confusion = ConfusionMatrix(len(classes.names))
-        self.left_out = SumMetric()  # images of the present evaluation that could not be read
+        self.num_unreadable = SumMetric()  # images of the current evaluation
         self.scores: Scores | None = None  # of the last validation or test
-        self.evaluation: SplitCounts | None = None  # of the last test, in full
-        self.share = 1.0  # see share_of
+        self.evaluation: SplitCounts | None = None  # of the last test
         self.metrics_to_restore: dict[str, Tensor] = {}  # of the last step before a run was stopped
         if config.model.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -76,10 +76,12 @@ class SegmentationModule(pl.LightningModule):
             # In place, so that the names in the state dict stay as they are.
             self.net.compile(dynamic=True)
 
-    def setup(self, stage: str) -> None:
-        """Before training: refuse types in which statistics do not move, and freeze what the loss does not reach.
+    # ---- training
 
-        Here, since Lightning gives the network to DistributedDataParallel next.
+    def setup(self, stage: str) -> None:
+        """Before training: refuse a precision in which statistics do not move, and freeze unused parameters.
+
+        Lightning gives the network to DistributedDataParallel next, which needs to know what is trainable.
 
         Raises:
             ConfigError: for a precision that keeps normalisation statistics in half precision.
@@ -87,23 +89,13 @@ class SegmentationModule(pl.LightningModule):
         if stage != "fit":
             return
         self.train()
-        self.check_precision()
-        self.unused |= freeze_unused(self.net, lambda logits, label: self.loss_from(logits, label, "ranks").total)
+        check_precision(str(self.trainer.precision), self.net)
+        self.unused |= freeze_unused(self.net, lambda logits, label: self.loss_function(logits, label).total)
         if self.unused:
-            tell_unused(modules_of(self.unused, self.net), len(self.unused))
-
-    def check_precision(self) -> None:
-        """Raises a ConfigError where running statistics would be rounded to half precision after every step."""
-        precision = str(self.trainer.precision)
-        moving = [layer for layer in self.net.modules() if isinstance(layer, _BatchNorm) and layer.training]
-        if precision in HALF_PRECISIONS and moving:
-            raise ConfigError(
-                f"trainer.precision={precision}: the statistics of batch normalisation would be kept in half "
-                "precision, where they stop moving. Use trainer.precision=bf16-mixed, or model.freeze_bn=true."
-            )
+            report_frozen(modules_of(self.unused, self.net), len(self.unused))
 
     def on_fit_start(self) -> None:
-        self.train()  # Lightning takes the modes as it finds them, and freeze_bn sets some
+        self.train()  # Lightning keeps the modes as they are, and freeze_bn sets some
         # With several ranks the LayerSync plugin does this; with one Lightning never calls it.
         syncbn = self.config.syncbn
         if self.trainer.world_size == 1 and (syncbn.name, syncbn.convention) == ("reduce", "published"):
@@ -132,58 +124,47 @@ class SegmentationModule(pl.LightningModule):
                     layer.eval()
         return self
 
-    def input(self, image: Tensor, size: Tensor | None = None) -> Tensor:
-        """(N, 3, H, W) uint8 RGB -> normalised, of the network's type; outside `size` exactly 0."""
+    def prepare_input(self, image: Tensor, size: Tensor | None = None) -> Tensor:
+        """(N, 3, H, W) uint8 RGB -> normalised, in the type of the network; outside `size` exactly 0."""
         if self.config.model.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         return normalise(image, self.net.convention, size).to(self.dtype)  # trainer.precision=64-true, bf16-true
 
+    def compute_loss(self, batch: Batch, average: str) -> Loss:
+        """The loss of one sub-batch, averaged over the ranks as `average` says, with the counts behind the accuracy."""
+        logits = self.net(self.prepare_input(batch.image, batch.size))
+        return self.loss_function(logits, batch.label, average=average)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.batch = batch
-        self.share = self.share_of(batch_idx)
-        self.batch_idx = batch_idx
-        with out_of_memory_told(batch):
-            return self.loss_of(batch)
-
-    def share_of(self, batch_idx: int) -> float:
-        """The factor that makes a step the mean over its sub-batches.
-
-        Lightning divides every loss by trainer.accumulate_grad_batches, and the last step of an epoch takes what is
-        left, which may be fewer.
-        """
-        accumulate, batches = self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches)
-        return accumulate / min(accumulate, batches - batch_idx // accumulate * accumulate)
+        self.batch, self.batch_idx = batch, batch_idx
+        with report_out_of_memory(batch):
+            loss = self.compute_loss(batch, self.config.loss.average)
+            self.log_training(loss, len(batch.paths))
+        batches = int(self.trainer.num_training_batches)
+        return loss.total * loss_factor(batch_idx, batches, self.trainer.accumulate_grad_batches)
 
     def backward(self, loss: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with out_of_memory_told(self.batch):
+        with report_out_of_memory(self.batch):
             loss.backward()
 
-    def loss_of(self, batch: Batch) -> Tensor:
-        """The loss of one sub-batch; that of its step so far and the accuracy go to the progress line."""
-        loss = self.losses(batch, self.config.loss.average)
+    def log_training(self, loss: Loss, num_images: int) -> None:
+        """Put loss and accuracy, averaged over the sub-batches of the step so far, into the progress line."""
         accuracy = loss.correct / loss.scored.clamp(min=1)
         position = self.batch_idx % self.trainer.accumulate_grad_batches
         self.step_metrics[position:] = [torch.stack([loss.total.detach(), accuracy.to(loss.total)])]
         metrics = torch.stack(self.step_metrics).mean(0)
-        if self.trainer.world_size > 1 and step_is_logged(self.trainer, self.batch_idx):
+        if self.trainer.world_size > 1 and is_logged_step(self.trainer, self.batch_idx):
             # Not at every step: ranks wait for each other here.
             metrics = self.trainer.strategy.reduce(metrics, reduce_op="mean")
-        # To the progress line only: LogSteps brings them to the loggers, before checkpoints are written.
+        # To the progress line only: LogSteps sends them to the loggers, before checkpoints are written.
         for name, value in zip(TRAIN_METRICS, metrics, strict=True):
-            self.log(name, value, prog_bar=True, logger=False, batch_size=len(batch.paths))
-        return loss.total * self.share
+            self.log(name, value, prog_bar=True, logger=False, batch_size=num_images)
 
-    def losses(self, batch: Batch, average: str) -> Loss:
-        """The loss of one sub-batch, over the ranks as `average` says, with the counts behind the accuracy."""
-        return self.loss_from(self.net(self.input(batch.image, batch.size)), batch.label, average)
-
-    def loss_from(self, logits: Logits, label: Tensor, average: str) -> Loss:
-        """What `losses` gives, of the logits of a sub-batch."""
-        return segmentation_loss(logits, label, self.config.model.deepsup_weight, average, self.terms)
+    # ---- evaluation
 
     def validation_step(self, samples: list[EvalSample], batch_idx: int) -> dict[str, Tensor]:
-        """Count some images; returns the class indices (H, W) of each by its path, to be drawn."""
-        readable = self.readable(self.own(samples))
+        """Count the pixels of some images; returns the class indices (H, W) of each by its path, to be drawn."""
+        readable = self.without_unreadable(self.drop_duplicate_images(samples))
         predictions = {}
         for sample, (prediction,) in zip(readable, self.predict(readable), strict=True):
             self.confusion.update(confusion_counts(prediction, sample.label, self.confusion.num_classes))
@@ -198,8 +179,8 @@ class SegmentationModule(pl.LightningModule):
 
     def test_step(self, samples: list[EvalSample], batch_idx: int) -> dict[str, Tensor]:
         """Score some images; returns what `validation_step` does."""
-        samples = self.own(samples)
-        readable = self.readable(samples)
+        samples = self.drop_duplicate_images(samples)
+        readable = self.without_unreadable(samples)
         predictions = self.predict(readable, self.config.eval.also_scales)
         self.evaluator.add(readable, predictions)
         for sample in samples:
@@ -208,25 +189,28 @@ class SegmentationModule(pl.LightningModule):
         return {sample.path: maps[0] for sample, maps in zip(readable, predictions, strict=True)}
 
     def on_test_batch_end(self, outputs: Any, batch: list[EvalSample], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.evaluator.stopwatch.restart()  # drawing is no part of the speed
+        self.evaluator.stopwatch.restart()  # drawing is not part of the measured speed
 
-    def own(self, samples: list[EvalSample]) -> list[EvalSample]:
-        """Those to be counted: none where a rank without images of its own has the first of the split as company."""
-        is_company = samples[0].index == 0 and not self.trainer.is_global_zero
-        return [] if is_company else samples
+    def drop_duplicate_images(self, samples: list[EvalSample]) -> list[EvalSample]:
+        """`samples`, or none on a rank that received the first image of the split as a placeholder.
 
-    def readable(self, samples: Sequence[EvalSample]) -> list[EvalSample]:
-        """Those that have pixels; what is wrong with the others is told."""
+        Lightning needs at least one batch on every rank (see SegmentationData.eval_loader).
+        """
+        is_placeholder = samples[0].index == 0 and not self.trainer.is_global_zero
+        return [] if is_placeholder else samples
+
+    def without_unreadable(self, samples: Sequence[EvalSample]) -> list[EvalSample]:
+        """The samples that could be read; the others are counted and reported."""
         for sample in samples:
-            self.left_out.update(bool(sample.bad))
+            self.num_unreadable.update(bool(sample.bad))
             if sample.bad:
-                tell_bad(sample.bad)
+                report_bad_image(sample.bad)
         return [sample for sample in samples if not sample.bad]
 
-    def predict(self, samples: Sequence[EvalSample], parts: Sequence[Sequence[int]] = ()) -> list[list[Tensor]]:
-        """Of each image, class indices (H, W) at its label's size: of all of eval.scales, then of each part of them."""
+    def predict(self, samples: Sequence[EvalSample], subsets: Sequence[Sequence[int]] = ()) -> list[list[Tensor]]:
+        """Per image: class indices (H, W) at label resolution, for all of eval.scales and then for each subset."""
         options = self.config.eval
-        with out_of_memory_in_evaluation_told(samples):
+        with report_out_of_memory_in_evaluation(samples):
             logits = batch_logits(
                 self.net,
                 [sample.scales for sample in samples],
@@ -236,35 +220,33 @@ class SegmentationModule(pl.LightningModule):
                 stride=options.stride,
             )
             return [
-                self.merge(sample, dict(zip(options.scales, maps, strict=True)), (options.scales, *parts))
+                merge_subsets(
+                    dict(zip(options.scales, maps, strict=True)),
+                    (options.scales, *subsets),
+                    size=(sample.label.shape[0], sample.label.shape[1]),
+                    memory_limit_mb=options.memory_limit_mb,
+                )
                 for sample, maps in zip(samples, logits, strict=True)
             ]
 
-    def merge(self, sample: EvalSample, logits: dict[int, Tensor], parts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Class indices (H, W) at the label's size, of each of some parts of the scales; logits by scale."""
-        height, width = sample.label.shape
-        limit = self.config.eval.memory_limit_mb
-        sets = [[logits[edge] for edge in part] for part in parts]
-        return [merge_scales(one, (height, width), memory_limit_mb=limit).ids for one in sets]
-
     def on_validation_epoch_end(self) -> None:
-        self.finish_scores(self.confusion.compute(), "val")
+        self.log_scores(self.confusion.compute(), "val")
         self.confusion.reset()
 
     def on_test_epoch_end(self) -> None:
         self.evaluation = self.evaluator.result()
-        self.finish_scores(self.evaluation.counts[0], "test")
+        self.log_scores(self.evaluation.counts[0], "test")
 
-    def finish_scores(self, counts: Counts, stage: str) -> None:
-        """Scores of all ranks' images from one matrix; the same numbers are logged on every rank."""
-        left_out = int(self.left_out.compute())
-        self.left_out.reset()
-        self.check_images(counts.images + left_out, stage)
-        check_share(left_out, counts.images + left_out, self.config.data.max_bad)
+    def log_scores(self, counts: Counts, stage: str) -> None:
+        """Log the scores of the images of all ranks, the same numbers on every rank."""
+        num_unreadable = int(self.num_unreadable.compute())
+        self.num_unreadable.reset()
+        self.check_image_count(counts.images + num_unreadable, stage)
+        check_bad_fraction(num_unreadable, counts.images + num_unreadable, self.config.data.max_bad)
         self.scores = scores_from(counts.matrix, self.config.data.miou_rule)
-        told = odd_predictions(counts.matrix, self.classes.names)
-        if told is not None and not self.trainer.sanity_checking:
-            rank_zero_warn(f"{stage}: {told}")
+        warning = describe_odd_predictions(counts.matrix, self.classes.names)
+        if warning is not None and not self.trainer.sanity_checking:
+            rank_zero_warn(f"{stage}: {warning}")
         for name, value in (
             ("miou", self.scores.mean_iou),
             ("pixel_accuracy", self.scores.pixel_accuracy),
@@ -272,14 +254,16 @@ class SegmentationModule(pl.LightningModule):
         ):
             self.log(f"{stage}/{name}", float("nan") if value is None else value, prog_bar=name == "miou")
 
-    def check_images(self, counted: int, stage: str) -> None:
-        """Every image exactly once, whatever the number of ranks."""
+    def check_image_count(self, count: int, stage: str) -> None:
+        """Assert that every image was scored exactly once, whatever the number of ranks."""
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
         limits = trainer.limit_val_batches if stage == "val" else trainer.limit_test_batches
         is_whole = isinstance(limits, float) and limits == 1  # the int 1 is one batch, the float 1.0 all of them
         if data is None or not is_whole or trainer.sanity_checking or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        assert counted == data.num_images(stage), f"scored {counted} images of {data.num_images(stage)}"
+        assert count == data.num_images(stage), f"scored {count} images of {data.num_images(stage)}"
+
+    # ---- optimisers and checkpoints
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.net, self.config.optim, self.unused.values())
@@ -310,18 +294,55 @@ class SegmentationModule(pl.LightningModule):
         checkpoint[METRICS_KEY] = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}
 
 
-def step_is_logged(trainer: pl.Trainer, batch_idx: int) -> bool:
+def check_precision(precision: str, net: Segmenter) -> None:
+    """Raises a ConfigError if running statistics would be rounded to half precision after every step."""
+    moving = [layer for layer in net.modules() if isinstance(layer, _BatchNorm) and layer.training]
+    if precision in HALF_PRECISIONS and moving:
+        raise ConfigError(
+            f"trainer.precision={precision}: the statistics of batch normalisation would be kept in half "
+            "precision, where they stop moving. Use trainer.precision=bf16-mixed, or model.freeze_bn=true."
+        )
+
+
+def loss_factor(batch_idx: int, num_batches: int, accumulate: int) -> float:
+    """The factor that makes the loss of a step the mean over its sub-batches.
+
+    Lightning divides every loss by trainer.accumulate_grad_batches, but the last step of an epoch takes the remaining
+    sub-batches, which may be fewer.
+
+    >>> loss_factor(0, 3, accumulate=2), loss_factor(2, 3, accumulate=2)
+    (1.0, 2.0)
+    """
+    return accumulate / min(accumulate, num_batches - batch_idx // accumulate * accumulate)
+
+
+def is_logged_step(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether the loss of the step is read after this sub-batch: by LogSteps, or at the end of an epoch."""
     num_done, step = batch_idx + 1, trainer.global_step + 1
     if num_done == trainer.num_training_batches or step == trainer.max_steps:
         return True
-    is_taken = num_done % trainer.accumulate_grad_batches == 0
-    return is_taken and step % trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+    is_complete = num_done % trainer.accumulate_grad_batches == 0
+    return is_complete and step % trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def merge_subsets(
+    logits: dict[int, Tensor], subsets: Sequence[Sequence[int]], *, size: tuple[int, int], memory_limit_mb: int
+) -> list[Tensor]:
+    """Class indices (H, W) of an image for each subset of its scales.
+
+    Args:
+        logits: (K, h, w) by scale.
+        subsets: scales that are averaged.
+        size: (H, W) in pixels.
+        memory_limit_mb: for the probabilities; see `merge_scales`.
+    """
+    maps = [[logits[edge] for edge in subset] for subset in subsets]
+    return [merge_scales(one, size, memory_limit_mb=memory_limit_mb).ids for one in maps]
 
 
 @rank_zero_only
-def tell_unused(modules: Sequence[str], num_parameters: int) -> None:
-    """Name what is frozen since the loss does not reach it, once whatever the number of processes."""
+def report_frozen(modules: Sequence[str], num_parameters: int) -> None:
+    """Name what is frozen because the loss does not depend on it, once whatever the number of processes."""
     print(
-        f"frozen, since the loss does not depend on them: {', '.join(modules)} ({num_parameters} tensors)", flush=True
+        f"frozen, because the loss does not depend on them: {', '.join(modules)} ({num_parameters} tensors)", flush=True
     )

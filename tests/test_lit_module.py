@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from helpers.command_line import TINY_ENCODERS
-from helpers.in_process import TINY_RUN, fit
+from helpers.in_process import TINY_RUN, PreparedRun, fit
 from semseg.build import build_net, build_trainer
 from semseg.config.compose import compose_config
 from semseg.config.schema import Config
@@ -29,6 +29,7 @@ TINY = [
 ]  # fmt: skip
 
 FROZEN_BN = "model.freeze_bn=true"
+ENCODER = ("model/encoder", "model.encoder")  # how words about it start
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path
     groups = list(data.eval_loader("val"))
     assert max(map(len, groups)) == batch_size
     for sample in itertools.chain.from_iterable(groups):
-        image = module.input(sample.scales[0][None])
+        image = module.prepare_input(sample.scales[0][None])
         with torch.no_grad():
             logits = module.net(image).main
         size = tuple(sample.label.shape)
@@ -185,11 +186,11 @@ def test_i2_a_limit_of_validation_is_a_number_of_batches_or_a_share(
     config = check_config(compose_config(["data=scenes", *words, *places, f"trainer.limit_val_batches={limit}"]))
     counted: list[int] = []
     with pytest.MonkeyPatch.context() as patched:
-        check_images = SegmentationModule.check_images
+        check = SegmentationModule.check_image_count
         patched.setattr(
             SegmentationModule,
-            "check_images",
-            lambda module, images, stage: (counted.append(images), check_images(module, images, stage)),
+            "check_image_count",
+            lambda module, images, stage: (counted.append(images), check(module, images, stage)),
         )
         fit(config)
     assert counted == ([] if scored is None else [scored])
@@ -212,3 +213,26 @@ def test_i2_other_limits_are_refused(word: str) -> None:
 def test_i2_a_share_of_less_than_one_batch_is_refused(root: Path, tmp_path: Path, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"trainer\.{key}=0\.1: (is less than one|leaves none) of 2 (sub-)?batches"):
         fitted(configured(root, tmp_path, f"trainer.{key}=0.1"))
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["syncbn=off", "model/encoder=resnet18"],
+        ["syncbn.convention=published", "model/encoder=timm", "model.encoder.name=test_resnet"],
+    ],
+    ids=lambda words: words[-1],
+)
+def test_d6_one_image_whose_deepest_map_is_one_pixel_trains_with_pyramid_pooling(
+    root: Path, tmp_path: Path, words: list[str]
+) -> None:
+    small = ["data.batch_size=1", "data.short_edges=[16]", "data.max_long_edge=32", "data.steps_per_epoch=1"]
+    words = ["model/decoder=ppm_deepsup", *small, *words, "model.encoder.weights=none"]
+    base = [word for word in TINY if "decoder" not in word and not word.lstrip("~").startswith(ENCODER)]
+    run = PreparedRun(check_config(compose_config([*base, *words, f"data.root={root}", f"run_dir={tmp_path}"])))
+    weight = run.net.get_parameter("decoder.ppm.0.1.weight")  # behind the coarsest grid, which has one value a channel
+    before = weight.detach().clone()
+    run.fit()
+    assert run.module.batch.image.shape == (1, 3, 32, 32) and run.net.size_divisor == 32
+    assert torch.isfinite(weight).all() and not torch.equal(weight, before)

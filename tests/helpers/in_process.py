@@ -67,6 +67,22 @@ def fit(config: Config, *callbacks: Callback, resume: Path | None = None) -> dic
     return torch.load(Path(config.run_dir) / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+class PreparedRun:
+    """A run in this process before its first step: the parts that `fit` puts together. The encoder may be `tiny`."""
+
+    def __init__(self, config: Config) -> None:
+        pl.seed_everything(config.seed, verbose=False)
+        source = DataSource(config.data)
+        with patch.dict(ENCODERS, {"tiny": Constructor("helpers.in_process", "TinyEncoder")}):
+            self.net = build_net(config.model, source.classes.num_classes)
+        self.module = SegmentationModule(self.net, config, source.classes)
+        self.trainer = build_trainer(config, source)
+        self.data = SegmentationData(source, config, self.net)
+
+    def fit(self) -> None:
+        self.trainer.fit(self.module, datamodule=self.data)
+
+
 def logged_losses(run_dir: Path) -> dict[str, float]:
     """The training loss of every step that a run's log has one of, by the number of the step."""
     with (run_dir / "logs" / "metrics.csv").open(newline="") as file:

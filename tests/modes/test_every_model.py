@@ -37,7 +37,9 @@ def test_a_step_on_real_images_gives_every_weight_a_gradient(model: str, shared:
 
     batch = next(iter(SegmentationData(source, config, net).train_dataloader()))
     assert batch.image.shape[0] == 2
-    loss = segmentation_loss(net(module.input(batch.image, batch.size)), batch.label, config.model.deepsup_weight)
+    loss = segmentation_loss(
+        net(module.prepare_input(batch.image, batch.size)), batch.label, config.model.deepsup_weight
+    )
     loss.total.backward()
     optimizer.step()
 

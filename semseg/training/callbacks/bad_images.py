@@ -1,4 +1,4 @@
-"""Images that cannot be read, where `data.on_bad=skip` leaves them out: told, counted over all ranks, and limited."""
+"""Images that cannot be read, where `data.on_bad=skip` leaves them out: reported, counted over all ranks, limited."""
 
 from __future__ import annotations
 
@@ -8,34 +8,33 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from semseg.config.schema import DataConfig
 from semseg.data.batch import Batch
 from semseg.errors import DataError
 from semseg.system.text import escape_lines
 from semseg.training.callbacks.stop import Votes
 
-FEW = 100  # images; a share of fewer says nothing yet
+MIN_IMAGES = 100  # the fraction of bad images is taken of at least this many
 
-_told: set[str] = set()
+_reported: set[str] = set()
 
 
-def tell_bad(reason: str) -> None:
-    """Print what is wrong with an image that is left out; once in a process."""
-    if reason not in _told:
-        _told.add(reason)
+def report_bad_image(reason: str) -> None:
+    """Print why an image is left out; once in a process."""
+    if reason not in _reported:
+        _reported.add(reason)
         print(f"left out: {escape_lines(reason)}", file=sys.stderr, flush=True)
 
 
-def check_share(left_out: int, seen: int, limit: float) -> None:
-    """Stop where so many images cannot be read that it is no accident.
+def check_bad_fraction(left_out: int, seen: int, limit: float) -> None:
+    """Stop if so many images cannot be read that it is no accident.
 
     Raises:
-        DataError: if `left_out` is more than the share `limit` of the images seen, or of FEW.
+        DataError: if `left_out` is more than the fraction `limit` of the images seen, or of MIN_IMAGES.
     """
-    if left_out > limit * max(seen, FEW):
+    if left_out > limit * max(seen, MIN_IMAGES):
         raise DataError(
             f"{left_out} of {seen} images could not be read, more than data.max_bad={limit:g} allows; they are named "
-            "above. Mend or remove them, or raise data.max_bad."
+            "above. Fix or remove them, or raise data.max_bad."
         )
 
 
@@ -43,10 +42,14 @@ class CountBadImages(Callback):
     """Counts images left out of training over all ranks and the whole run, and stops it at data.max_bad.
 
     The count is logged as data/left_out with the step.
+
+    Args:
+        batch_size: images of a sub-batch, per device.
+        max_bad: the largest fraction of images that may be left out.
     """
 
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
+    def __init__(self, batch_size: int, max_bad: float) -> None:
+        self.batch_size, self.max_bad = batch_size, max_bad
         self.seen = self.left_out = 0
         self._votes: Votes | None = None
 
@@ -64,9 +67,9 @@ class CountBadImages(Callback):
     ) -> None:
         assert self._votes is not None, "on_fit_start comes first"
         for reason in batch.bad:
-            tell_bad(reason)
-        bad, seen = self._votes.total(len(batch.bad), self.config.batch_size)
+            report_bad_image(reason)
+        bad, seen = self._votes.total(len(batch.bad), self.batch_size)
         self.left_out += bad
         self.seen += seen
         pl_module.log("data/left_out", float(self.left_out), logger=False, batch_size=1)
-        check_share(self.left_out, self.seen, self.config.max_bad)
+        check_bad_fraction(self.left_out, self.seen, self.max_bad)

@@ -32,7 +32,7 @@ from semseg.modes import eval as evaluate
 from semseg.modes import train
 from semseg.nets.registry import ENCODERS, Constructor, build_segmenter
 from semseg.training.callbacks import bad_images
-from semseg.training.callbacks.bad_images import check_share
+from semseg.training.callbacks.bad_images import check_bad_fraction
 
 pytestmark = pytest.mark.reliability
 
@@ -49,7 +49,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bad_images, "_told", set())
+    monkeypatch.setattr(bad_images, "_reported", set())
 
 
 def data_words(root: Path) -> list[str]:
@@ -126,11 +126,11 @@ def test_c1_too_many_broken_images_stop_the_run(drawn: Path, tmp_path: Path) -> 
 
 
 def test_c1_one_in_a_hundred_is_no_reason_to_stop() -> None:
-    check_share(1, 3, 0.01)  # the first of few says nothing
-    check_share(10, 1000, 0.01)
+    check_bad_fraction(1, 3, 0.01)  # the first of few says nothing
+    check_bad_fraction(10, 1000, 0.01)
     for left_out, seen in ((2, 100), (11, 1000)):
         with pytest.raises(DataError):
-            check_share(left_out, seen, 0.01)
+            check_bad_fraction(left_out, seen, 0.01)
 
 
 def test_c1_an_evaluation_leaves_them_out_names_them_and_scores_the_others_alike(drawn: Path, tmp_path: Path) -> None:
@@ -219,17 +219,17 @@ def test_c17_without_the_shared_memory_that_workers_need_there_are_none(
     data = SegmentationData(DataSource(config.data), config, build_segmenter("resnet18", "c1", 8))
     batch = data.largest_batch()
     needed = 2 * 2 * (batch.image.nbytes + batch.label.nbytes)  # two workers, two sub-batches each
-    monkeypatch.setattr(datamodule, "free_shared_memory", lambda: needed)
+    monkeypatch.setattr(datamodule, "get_free_shared_memory", lambda: needed)
     assert data.train_dataloader().num_workers == 2
-    monkeypatch.setattr(datamodule, "free_shared_memory", lambda: needed - 1)
+    monkeypatch.setattr(datamodule, "get_free_shared_memory", lambda: needed - 1)
     assert data.train_dataloader().num_workers == 2  # as forks they need none
     monkeypatch.setattr(datamodule.shared_slots, "is_possible", lambda: False)
     with pytest.warns(UserWarning, match="images are read without workers.*--shm-size"):
         assert data.train_dataloader().num_workers == 0
     needed = 2 * 2 * data.largest_sample(data.source.records("val"))
-    monkeypatch.setattr(datamodule, "free_shared_memory", lambda: needed)
+    monkeypatch.setattr(datamodule, "get_free_shared_memory", lambda: needed)
     assert data.val_dataloader().num_workers == 2
-    monkeypatch.setattr(datamodule, "free_shared_memory", lambda: needed - 1)
+    monkeypatch.setattr(datamodule, "get_free_shared_memory", lambda: needed - 1)
     with pytest.warns(UserWarning, match="images are read without workers.*--shm-size"):
         assert data.val_dataloader().num_workers == 0
 

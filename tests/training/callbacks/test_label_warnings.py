@@ -10,7 +10,7 @@ import torch
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg.data.batch import Batch
 from semseg.training.callbacks import label_warnings as module
-from semseg.training.callbacks.label_warnings import odd_labels, odd_predictions, pixel_counts
+from semseg.training.callbacks.label_warnings import count_label_pixels, describe_odd_labels, describe_odd_predictions
 
 NAMES = ("sky", "road", "car")
 
@@ -20,22 +20,22 @@ def test_pixels_are_counted_by_class_and_padding_not_at_all() -> None:
     label[0, :2, :3] = torch.tensor([[0, 0, 2], [2, -1, 2]])  # an image of 2 x 3 label pixels
     label[1, :4, :4] = 1  # one that fills the canvas
     batch = Batch(torch.zeros(2, 3, 32, 32), label, torch.tensor([[16, 20], [32, 32]]), ["a", "b"])
-    assert pixel_counts(batch, 3).tolist() == [2, 16, 3, 1]
+    assert count_label_pixels(batch, 3).tolist() == [2, 16, 3, 1]
 
 
 def test_sentences_about_labels() -> None:
-    assert odd_labels([5, 5, 5, 5], NAMES) == []
-    (ignored,) = odd_labels([1, 1, 1, 97], NAMES)
+    assert describe_odd_labels([5, 5, 5, 5], NAMES) == []
+    (ignored,) = describe_odd_labels([1, 1, 1, 97], NAMES)
     assert ignored.startswith("97.0% of the pixels of this epoch are ignored")
-    (never,) = odd_labels([5, 0, 5, 0], NAMES)
+    (never,) = describe_odd_labels([5, 0, 5, 0], NAMES)
     assert never.startswith("1 of 3 classes did not occur in this epoch: road.")
 
 
 def test_a_sentence_about_predictions() -> None:
-    assert odd_predictions(torch.tensor([[50, 1, 0], [45, 4, 0], [0, 0, 0]]), NAMES) is None
-    told = odd_predictions(torch.tensor([[500, 0, 0], [498, 2, 0], [0, 0, 0]]), NAMES)
+    assert describe_odd_predictions(torch.tensor([[50, 1, 0], [45, 4, 0], [0, 0, 0]]), NAMES) is None
+    told = describe_odd_predictions(torch.tensor([[500, 0, 0], [498, 2, 0], [0, 0, 0]]), NAMES)
     assert told is not None and told.startswith("99.8% of the predictions are 'sky'")
-    assert odd_predictions(torch.zeros(3, 3, dtype=torch.int64), NAMES) is None
+    assert describe_odd_predictions(torch.zeros(3, 3, dtype=torch.int64), NAMES) is None
 
 
 def test_a_run_warns_of_labels_that_are_nearly_all_ignored(tmp_path: Path) -> None:
@@ -57,5 +57,5 @@ def test_a_first_epoch_that_is_too_good_is_told(tmp_path: Path, monkeypatch: pyt
         return [str(one.message) for one in told if "too good to be true" in str(one.message)]
 
     assert warnings_of("honest") == []
-    monkeypatch.setattr(module, "TOO_GOOD", -1.0)
+    monkeypatch.setattr(module, "MAX_FIRST_ACCURACY", -1.0)
     assert len(warnings_of("too_good")) == 1

@@ -1,0 +1,110 @@
+"""Sub-batches that do not fit into memory: found before training starts, and reported with images, sizes and keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from semseg.data.batch import Batch
+from semseg.data.datasets import EvalSample
+from semseg.data.geometry import Size
+from semseg.errors import SemsegError
+
+
+class OutOfMemory(SemsegError):  # noqa: N818 - torch's own name for it
+    """A sub-batch does not fit into the memory of the device."""
+
+    def __init__(self, batch: Batch, error: torch.OutOfMemoryError) -> None:
+        count, _, height, width = batch.image.shape
+        super().__init__(
+            f"out of memory on a sub-batch of {count} images of {height} x {width} pixels ({', '.join(batch.paths)}). "
+            "Lower data.batch_size, data.max_long_edge or the largest of data.short_edges, or set "
+            f"trainer.precision=bf16-mixed. The device reported: {first_line_of(error)}"
+        )
+
+
+def first_line_of(error: torch.OutOfMemoryError) -> str:
+    """The first line of the device's message."""
+    return (str(error).splitlines() or ["nothing"])[0][:160]
+
+
+@contextmanager
+def report_out_of_memory(batch: Batch) -> Iterator[None]:
+    """Within this context, running out of memory is an OutOfMemory that describes `batch`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(batch, error) from None
+
+
+@contextmanager
+def report_out_of_memory_in_evaluation(samples: Sequence[EvalSample]) -> Iterator[None]:
+    """Within this context, running out of memory is an error with the images, their largest scale and the keys.
+
+    Raises:
+        SemsegError: in place of torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        largest = max((Size(*scale.shape[1:]) for scale in samples[0].scales), key=math.prod)
+        raise SemsegError(
+            f"out of memory evaluating {', '.join(sample.path for sample in samples)} at up to {largest} pixels. Lower "
+            "eval.batch_size or the largest of eval.scales, or set eval.window or trainer.precision=bf16-mixed. The "
+            f"device reported: {first_line_of(error)}"
+        ) from None
+
+
+class ProbeMemory(Callback):
+    """Runs the largest sub-batch that the plan can give before training starts, forward and backward.
+
+    What does not fit into memory then shows in the first minute instead of the first night. Nothing is trained:
+    gradients are discarded, and normalisation statistics restored.
+
+    Args:
+        policy: trainer.probe_memory: always, never, or gpu for GPUs only.
+
+    Raises:
+        OutOfMemory: if it does not fit.
+    """
+
+    def __init__(self, policy: str) -> None:
+        self.policy = policy
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_enabled = {"always": True, "never": False, "gpu": pl_module.device.type == "cuda"}[self.policy]
+        if not is_enabled:
+            return
+        batch: Batch = trainer.datamodule.largest_batch()  # pyright: ignore[reportAttributeAccessIssue]
+        batch = batch._replace(**{
+            name: value.to(pl_module.device) for name, value in batch._asdict().items() if isinstance(value, Tensor)
+        })  # fmt: skip
+        with report_out_of_memory(batch), trainer.precision_plugin.forward_context():
+            run_without_trace(pl_module, batch)
+
+
+def run_without_trace(module: pl.LightningModule, batch: Batch) -> None:
+    """Run a sub-batch forward and backward and leave no trace: no gradient, no statistics, no random number drawn.
+
+    Raises:
+        torch.OutOfMemoryError: if it does not fit into memory.
+    """
+    statistics = {name: value.clone() for name, value in module.named_buffers()}
+    weights = [value for value in module.parameters() if value.requires_grad]
+    device = module.device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            loss = module.compute_loss(batch, average="ranks").total  # pyright: ignore[reportCallIssue]
+        with torch.autocast(device.type, enabled=False):
+            # Not backward(): hooks that average gradients over ranks are for real steps.
+            torch.autograd.grad(loss, weights, allow_unused=True)
+    finally:
+        torch.clear_autocast_cache()  # its copies of the weights belong to a graph that no longer exists
+        for name, value in module.named_buffers():
+            value.copy_(statistics[name])

@@ -1,0 +1,102 @@
+"""Steps whose loss or gradient is NaN or infinite do not reach the weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from helpers.in_process import TINY_RUN, PreparedRun, configured
+from semseg.data.batch import Batch
+from semseg.lit_module import SegmentationModule
+from semseg.training.callbacks.nonfinite import NonFiniteError, find_nonfinite_layer
+
+RUN = [
+    "data=scenes", "data.make.num_train=4", "data.make.num_val=1", *TINY_RUN, "data.max_long_edge=200",
+    "data.steps_per_epoch=3", "trainer.max_epochs=1",
+]  # fmt: skip
+
+pytestmark = pytest.mark.reliability
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data") / "scenes"
+
+
+def make(root: Path, run_dir: Path, *words: str) -> PreparedRun:
+    return PreparedRun(configured(*RUN, f"data.root={root}", f"run_dir={run_dir}", *words))
+
+
+def spoil_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[dict[str, Tensor]]:
+    """Make the loss of some steps NaN; returns a list that gets the network's state at the start of every step."""
+    states: list[dict[str, Tensor]] = []
+    take_step = SegmentationModule.training_step
+
+    def take_spoiled_step(module: SegmentationModule, batch: Batch, batch_idx: int) -> Tensor:
+        states.append({name: value.clone() for name, value in module.net.state_dict().items()})
+        loss = take_step(module, batch, batch_idx)
+        return loss * float("nan") if len(states) in steps else loss
+
+    monkeypatch.setattr(SegmentationModule, "training_step", take_spoiled_step)
+    return states
+
+
+def test_d1_a_nan_loss_stops_the_run_and_names_step_files_and_saved_sub_batch(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = spoil_steps(monkeypatch, {2})
+    run = make(root, tmp_path)
+    with pytest.raises(NonFiniteError) as caught:
+        run.fit()
+    message = str(caught.value)
+    assert message.startswith("step 2: ") and "loss is nan" in message and "learning rates 0.0" in message
+    assert message.count(".jpg") == 2
+    assert len(states) == 2 and not list(tmp_path.glob("checkpoints/*"))
+    weights = dict(run.net.named_parameters())
+    assert all(torch.equal(value, states[1][name]) for name, value in weights.items())
+    saved = re.search(r"input=(\S+)", message)
+    assert saved is not None
+    content = torch.load(saved[1], weights_only=True)
+    assert content["step"] == 2
+    assert content["batches"][0]["image"].dtype == torch.uint8 and len(content["batches"][0]["paths"]) == 2
+
+
+def test_d1_a_skipped_step_changes_nothing_and_the_next_one_too_many_stops(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = spoil_steps(monkeypatch, {1, 3})
+    run = make(root, tmp_path, "trainer.max_nonfinite_steps=1")
+    with pytest.raises(NonFiniteError, match="step 3"):
+        run.fit()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())  # statistics too
+    assert any(not torch.equal(value, states[2][name]) for name, value in states[1].items())
+    assert len(list(tmp_path.glob("nonfinite/*.pt"))) == 2
+
+
+def test_d2_a_nan_score_is_never_the_best(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = pl.LightningModule.log
+    scores = iter([float("nan"), 0.25])
+
+    def with_scores(module: SegmentationModule, name: str, value: float, **options: object) -> None:
+        log(module, name, next(scores) if name == "val/miou" else value, **options)
+
+    monkeypatch.setattr(SegmentationModule, "log", with_scores)
+    run = make(root, tmp_path, "trainer.max_epochs=2", "data.steps_per_epoch=1")
+    run.fit()
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["epoch"] == 1
+
+
+def test_the_first_layer_that_goes_wrong_is_named() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    image = torch.rand(1, 3, 4, 4)
+    assert find_nonfinite_layer(net, image) is None
+    with torch.no_grad():
+        net[2].weight[0, 0] = float("inf")
+    layer = find_nonfinite_layer(net, image)
+    assert layer is not None and (layer.name, layer.kind) == ("2", "Conv2d")

@@ -1,0 +1,111 @@
+"""Sub-batches that do not fit into memory are found early and reported with images, sizes and keys."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.in_process import TINY_RUN, PreparedRun, configured
+from semseg.data.batch import Batch
+from semseg.errors import SemsegError
+from semseg.lit_module import SegmentationModule
+from semseg.training.callbacks.out_of_memory import OutOfMemory
+from semseg.training.losses import Loss
+
+RUN = [
+    "data=scenes", "data.make.num_train=4", "data.make.num_val=1", *TINY_RUN, "data.max_long_edge=200",
+    "data.steps_per_epoch=3", "trainer.max_epochs=1",
+]  # fmt: skip
+
+pytestmark = pytest.mark.reliability
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data") / "scenes"
+
+
+def make(root: Path, run_dir: Path, *words: str) -> PreparedRun:
+    return PreparedRun(configured(*RUN, f"data.root={root}", f"run_dir={run_dir}", *words))
+
+
+LARGE = 48 * 48  # pixels of a canvas, at least, at a short edge of 48; at 32 it is smaller
+
+
+def no_memory_for_large(monkeypatch: pytest.MonkeyPatch, large: int = LARGE) -> list[int]:
+    """A device on which a canvas of `large` pixels does not fit; returns the numbers of pixels that were tried."""
+    tried: list[int] = []
+    compute_loss = SegmentationModule.compute_loss
+
+    def compute_small(module: SegmentationModule, batch: Batch, average: str) -> Loss:
+        tried.append(batch.image[0, 0].numel())
+        if tried[-1] >= large:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return compute_loss(module, batch, average)
+
+    monkeypatch.setattr(SegmentationModule, "compute_loss", compute_small)
+    return tried
+
+
+def test_d3_out_of_memory_is_reported_with_sizes_and_keys(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_memory_for_large(monkeypatch)
+    with pytest.raises(OutOfMemory) as caught:
+        make(root, tmp_path, "data.short_edges=[48]").fit()
+    message = str(caught.value)
+    assert re.search(r"2 images of \d+ x \d+ pixels \(\S+\.jpg, ", message)
+    assert all(key in message for key in ("data.batch_size", "data.max_long_edge", "data.short_edges", "20.00 GiB"))
+    assert "\n" not in message
+
+
+def test_d3_out_of_memory_in_evaluation_is_reported_with_images_and_keys(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(root, tmp_path, "eval.scales=[32,64]")
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(type(run.net), "forward", full)
+    with pytest.raises(SemsegError, match=r"evaluating .*\.jpg at up to \d+ x \d+ pixels") as caught:
+        run.trainer.validate(run.module, datamodule=run.data, verbose=False)
+    assert "eval.batch_size" in str(caught.value) and "Tried to allocate 20.00 GiB" in str(caught.value)
+
+
+def test_d3_out_of_memory_in_the_backward_pass_names_the_sub_batch_too(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(root, tmp_path)
+
+    def full(loss: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(Tensor, "backward", full)
+    with pytest.raises(OutOfMemory, match=r"data\.batch_size") as caught:
+        run.fit()
+    assert all(path in str(caught.value) for path in run.module.batch.paths)
+    assert run.trainer.global_step == 0
+
+
+def test_the_largest_sub_batch_is_tried_before_the_first_step(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = no_memory_for_large(monkeypatch)
+    with pytest.raises(OutOfMemory, match="the largest possible sub-batch"):
+        make(root, tmp_path, "trainer.probe_memory=always").fit()
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_trying_the_largest_sub_batch_trains_nothing(root: Path, tmp_path: Path, precision: str) -> None:
+    ends = []
+    for probe in ("always", "never"):
+        run = make(root, tmp_path / probe, f"trainer.probe_memory={probe}", f"trainer.precision={precision}")
+        run.fit()
+        ends.append(run.net.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
