@@ -224,7 +224,7 @@ def fork_children() -> None:
     state = dict(Singleton._instances)  # without the configuration of a program that is running
 
     def fork_or_start(process: subprocess.Popen, *values: Any) -> None:
-        given = dict(zip(names, [process, *values], strict=True))
+        given: dict[str, Any] = dict(zip(names, [process, *values], strict=True))
         command = given["args"] if isinstance(given["args"], list | tuple) else [given["args"]]
         command = [str(word) for word in command if word != "-u"]
         if command[0] != sys.executable or not command[1:] or command[1].startswith("-"):

@@ -48,7 +48,7 @@ def add_gate() -> None:
                 time.sleep(0.02)
         return step_without(module, batch, batch_idx)
 
-    SegmentationModule.training_step = step_with
+    SegmentationModule.training_step = step_with  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ def test_c1_an_evaluation_leaves_them_out_names_them_and_scores_the_others_alike
     scores = [[row.split(",")[:3] for row in table] for table in rows]
     assert len(scores[0]) == 1 + 5 and len(scores[1]) == 1 + 4
     assert [row for row in scores[0] if "scene_00002" not in str(row)] == scores[1]
-    assert "4 images (1 left out)" in (tmp_path / "broken/report.html").read_text()
+    assert "4 images (1 unreadable)" in (tmp_path / "broken/report.html").read_text()
 
 
 # ---- C15: too few
