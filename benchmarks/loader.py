@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from semseg.collate import collate
-from semseg.data.datasets import TrainDataset
+from semseg.data.datasets import ReadOptions, TrainDataset
 from semseg.data.geometry import Size, canvas_size, label_size, scaled_size
 from semseg.data.label_cache import LabelCache
 from semseg.data.label_map import LabelMap
-from semseg.data.loaders import WatchedLoader
+from semseg.data.loaders import SlotDemand, WatchedLoader
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.data.scenes import draw_scene
@@ -91,12 +91,10 @@ def dataset(records: list[Record], *, exact: bool, kept: str | None = None) -> T
     made = TrainDataset(
         records,
         label_map,
-        max_long_edge=MAX_LONG_EDGE,
-        size_divisor=STRIDE,
+        ReadOptions(MAX_LONG_EDGE, STRIDE, cache=cache),
+        collate=collate,
         label_stride=STRIDE,
         exact=exact,
-        cache=cache,
-        collate=collate,
     )
     for index in range(len(records) if kept else 0):
         made[sub_batch(index)]
@@ -196,8 +194,8 @@ def images_per_s(data: TrainDataset, workers: int, slots: bool, passes: int = 6)
     """Of a few passes, less the first."""
     count = len(data.records)
     plan = [pair(index, count) for index in range(0, passes * count, 2)]
-    tensors = (1, 2 * 3 * MAX_LONG_EDGE**2) if slots else None
-    batches = iter(WatchedLoader(data, lambda _: [], 0, tensors, sampler=plan, batch_size=None, num_workers=workers))
+    demand = SlotDemand(1, 2 * 3 * MAX_LONG_EDGE**2) if slots else None
+    batches = iter(WatchedLoader(data, lambda _: [], 0, demand, sampler=plan, batch_size=None, num_workers=workers))
     for _ in range(count // 2):
         next(batches)
     start = time.perf_counter()

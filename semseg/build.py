@@ -33,7 +33,7 @@ from semseg.checkpoints.published import PUBLISHED_FREE_KEYS, PublishedFiles, fi
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import ONNX, ZOO_PREFIX, Config, DownloadConfig, ModelConfig, split_network_options
 from semseg.data.label_map import LabelMap
-from semseg.data.sources import DataSource, label_map
+from semseg.data.sources import DataSource, make_label_map
 from semseg.errors import CheckpointError, ConfigError
 from semseg.nets.interfaces import Encoder
 from semseg.nets.registry import build_segmenter
@@ -223,7 +223,7 @@ def open_predictor(config: Config, overrides: list[str], device: str | torch.dev
         config.data.max_pixels,
     )
     is_ade20k = options.format == "ade20k"  # classes are 1 to K, whatever the data set
-    ids = LabelMap(saved.classes.num_classes) if is_ade20k else label_map(config.data, saved.classes)
+    ids = LabelMap(saved.classes.num_classes) if is_ade20k else make_label_map(config.data, saved.classes)
     net = restore_net(saved).to(device)
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     return Predictor(net, saved.classes, ids, settings, name=saved.config.model.name, source=str(saved.source))

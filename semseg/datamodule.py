@@ -1,10 +1,10 @@
-"""The LightningDataModule: a loader per stage and rank. What they yield is decided in semseg/data."""
+"""The LightningDataModule: one loader per stage and rank. semseg/data decides what the loaders return."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -16,16 +16,16 @@ from torch.utils.data import DataLoader
 from semseg.collate import collate
 from semseg.config.schema import Config
 from semseg.data import shared_slots
-from semseg.data.augment import Augmentation, cropped
+from semseg.data.augment import Augmentation, crop_size
 from semseg.data.batch import Batch
-from semseg.data.datasets import EvalDataset, TrainDataset
+from semseg.data.datasets import EvalDataset, ReadOptions, TrainDataset
 from semseg.data.geometry import Size, canvas_size, label_size, largest_canvas, stretched_size
 from semseg.data.label_cache import LabelCache
 from semseg.data.label_map import IGNORED
-from semseg.data.loaders import AHEAD, SubBatchLoader, WatchedLoader, end, sub_batches_taken
-from semseg.data.plan import TrainPlan, groups_of_one_shape
+from semseg.data.loaders import PREFETCH, SlotDemand, SubBatchLoader, WatchedLoader, close_iterations, parse_taken
+from semseg.data.plan import TrainPlan, group_by_shape
 from semseg.data.records import Record
-from semseg.data.scan import repeat_factors, scan
+from semseg.data.scan import repeat_factors, scan_pairs
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError
 from semseg.nets.segmenter import Segmenter
@@ -33,13 +33,29 @@ from semseg.system.shared_memory import get_free_shared_memory
 from semseg.training.resume import RunFacts, digest_records, limited, num_steps
 
 
+class LargestSubBatch(NamedTuple):
+    """Sizes of the largest sub-batch that the plan can produce."""
+
+    num_images: int
+    canvas: Size
+    label: Size
+
+    @property
+    def image_bytes(self) -> int:
+        return self.num_images * 3 * math.prod(self.canvas) * torch.uint8.itemsize
+
+    @property
+    def label_bytes(self) -> int:
+        return self.num_images * math.prod(self.label) * torch.int64.itemsize
+
+
 class SegmentationData(pl.LightningDataModule):
     """Loaders of a data source for one network.
 
     Args:
-        source: records and label map, files checked.
-        config: sections data, eval and the seed.
-        net: gives the size divisor, the label stride and the input convention.
+        source: records and label map.
+        config: uses the sections data, augment, eval and trainer, the strides of model, and the seed.
+        net: defines the default size divisor and label stride, and the preprocessing.
 
     Raises:
         ConfigError: if the size divisor is not a multiple of the label stride.
@@ -54,25 +70,25 @@ class SegmentationData(pl.LightningDataModule):
         self.label_stride = config.model.label_stride or net.label_stride
         if self.size_divisor % self.label_stride:
             raise ConfigError(
-                f"model.size_divisor={self.size_divisor}: is no multiple of model.label_stride={self.label_stride}. "
-                f"The network's own, which null means, are {net.size_divisor} and {net.label_stride}."
+                f"model.size_divisor={self.size_divisor} is not a multiple of model.label_stride={self.label_stride}. "
+                f"null selects the network's own values, {net.size_divisor} and {net.label_stride}."
             )
         self._train_loader: SubBatchLoader | None = None
-        self._taken = 0  # sub-batches before those that training starts with
+        self._taken = 0  # sub-batches of all ranks before training starts or resumes
         self._plan: TrainPlan | None = None
         self._facts: RunFacts | None = None
-        self._eval_groups: dict[str, list[list[int]]] = {}  # of each stage
+        self._eval_groups: dict[str, list[list[int]]] = {}  # by stage
 
     def num_images(self, stage: str) -> int:
-        """Images that are scored in stage "val" or "test"."""
+        """The number of images that stage "val" or "test" scores."""
         return len(self.source.records(self.split_of(stage)))
 
     def split_of(self, stage: str) -> str:
-        """Validation after an epoch scores val; mode=eval, Lightning's "test", scores eval.split."""
+        """The split that a stage scores: "val" the validation split, "test" (mode=eval) eval.split."""
         return "val" if stage == "val" else self.config.eval.split
 
     def plan(self) -> TrainPlan:
-        """Which images form each sub-batch; made once."""
+        """The plan of training, which is computed once."""
         if self._plan is None:
             data = self.config.data
             self._plan = TrainPlan(
@@ -81,30 +97,27 @@ class SegmentationData(pl.LightningDataModule):
                 batch_size=data.batch_size,
                 short_edges=data.short_edges,
                 flip=data.flip,
-                repeats=self.repeats(),
+                repeats=self._compute_repeats(),
             )
         return self._plan
 
     def batches_per_epoch(self) -> int:
-        """Sub-batches of an epoch on every device, as the trainer limits them.
+        """Sub-batches per epoch and device, under trainer.limit_train_batches.
 
         Raises:
             ConfigError: if the limit leaves none.
         """
-        steps, limit = self.steps_per_epoch(), getattr(self.trainer, "limit_train_batches", None)
-        batches = limited(steps, limit)
-        if not batches:
-            raise ConfigError(f"trainer.limit_train_batches={limit}: leaves none of {steps} sub-batches in an epoch.")
-        return batches
+        limit = getattr(self.trainer, "limit_train_batches", None)
+        return _limit_batches("limit_train_batches", limit, self.steps_per_epoch())
 
     def steps_per_epoch(self) -> int:
-        """Sub-batches of an epoch on every device: data.steps_per_epoch, or about a pass over the images."""
-        return self.config.data.steps_per_epoch or self.plan().steps_in_pass(self._place()[1])
+        """Sub-batches per epoch and device: data.steps_per_epoch, or about one pass over the images."""
+        return self.config.data.steps_per_epoch or self.plan().steps_in_pass(self._rank_and_world_size()[1])
 
     def facts(self) -> RunFacts:
-        """What decides the steps besides the settings; needs the trainer."""
+        """What determines the steps besides the configuration; needs the trainer."""
         if self._facts is None:
-            assert self.trainer is not None, "there is one in training"
+            assert self.trainer is not None, "training has a trainer"
             batches, source = self.batches_per_epoch(), self.source
             splits = [split for split in ("train", "val") if source.has(split)]
             self._facts = RunFacts(
@@ -119,152 +132,149 @@ class SegmentationData(pl.LightningDataModule):
 
     def train_dataloader(self) -> SubBatchLoader:
         data, augment, records = self.config.data, self.config.augment, self.source.records("train")
-        self.batches_per_epoch()  # leaves early where there are none
+        self.batches_per_epoch()  # raises if there are none
         dataset = TrainDataset(
             records,
-            label_map=self.source.label_map,
-            max_long_edge=data.max_long_edge,
-            size_divisor=self.size_divisor,
+            self.source.label_map,
+            self._read_options(),
+            collate=collate,
             label_stride=self.label_stride,
             exact=data.decode == "exact",
             augmentation=Augmentation(augment, self.config.seed) if augment.is_on else None,
-            skip_bad=data.on_bad == "skip",
-            max_pixels=data.max_pixels,
-            cache=self.label_cache(),
-            collate=collate,
         )
-        rank, world_size = self._place()
+        rank, world_size = self._rank_and_world_size()
         self._train_loader = SubBatchLoader(
             dataset,
             self.plan(),
             rank=rank,
             world_size=world_size,
             steps=self.steps_per_epoch(),
-            num_workers=self.num_workers(),
+            num_workers=self.num_workers(self._largest_batch_bytes),
             patience_s=data.worker_timeout_s,
-            largest=self.largest_batch().image.nbytes,
+            max_image_bytes=self._largest_sub_batch().image_bytes,
         )
         self._train_loader.taken = self._taken
         return self._train_loader
 
-    def check_limit(self, key: str, num_batches: int) -> None:
-        """Lightning rounds a share of the batches down, and ends with an error of its own where that is none.
+    def _read_options(self) -> ReadOptions:
+        """How images are read.
 
         Raises:
-            ConfigError: then.
+            ConfigError: if the folder data.label_cache cannot be created.
         """
-        share = getattr(self.config.trainer, key)
-        if isinstance(share, float) and 0 < share * num_batches < 1:
-            raise ConfigError(f"trainer.{key}={share}: is less than one of {num_batches} batches.")
+        data = self.config.data
+        cache = LabelCache(data.label_cache, self.source.label_map) if data.label_cache else None
+        return ReadOptions(data.max_long_edge, self.size_divisor, data.on_bad == "skip", data.max_pixels, cache)
 
-    def label_cache(self) -> LabelCache | None:
-        """data.label_cache, if there is one.
+    def num_workers(self, max_item_bytes: Callable[[], int]) -> int:
+        """data.num_workers; 0 if /dev/shm is needed and too small for what the workers of this machine prepare.
 
-        Raises:
-            ConfigError: if the folder cannot be made.
-        """
-        folder = self.config.data.label_cache
-        return LabelCache(folder, self.source.label_map) if folder else None
-
-    def num_workers(self, item_bytes: Callable[[], int] | None = None) -> int:
-        """data.num_workers; 0 where /dev/shm is needed and cannot hold what those of this machine's ranks keep ready.
-
-        Forks hand over pixels in slots and labels as bytes, and need none of it (see shared_slots.py); other workers
-        hand over tensors in /dev/shm, and one that runs out of it is killed without a message.
+        Forks transfer pixels in slots and labels as bytes, and do not use /dev/shm (see shared_slots.py). Other workers
+        transfer tensors in it, and a worker that finds it full is killed without a message.
 
         Args:
-            item_bytes: the largest item of the loader; None: that of training.
+            max_item_bytes: computes the size of the largest item of the loader.
         """
-        wanted, free = self.config.data.num_workers, get_free_shared_memory()
-        if not wanted or free is None or shared_slots.is_possible():
-            return wanted
+        num_workers, free = self.config.data.num_workers, get_free_shared_memory()
+        if not num_workers or free is None or shared_slots.slots_are_possible():
+            return num_workers
         ranks = 1 if self.trainer is None else self.trainer.num_devices
-        needed = AHEAD * wanted * ranks * (item_bytes or self.largest_batch_bytes)()
+        needed = PREFETCH * num_workers * ranks * max_item_bytes()
         if needed <= free:
-            return wanted
+            return num_workers
         rank_zero_warn(
-            f"{wanted} workers may need {needed / 2**20:.0f} MiB of shared memory, {free / 2**20:.0f} are free: images "
-            "are read without workers. More memory (docker run --shm-size=8g) or fewer data.num_workers are faster."
+            f"{num_workers} workers may need {needed / 2**20:.0f} MiB of shared memory, but {free / 2**20:.0f} MiB are "
+            "free: images are read without workers. For speed, provide more memory (docker run --shm-size=8g) or set "
+            "fewer data.num_workers."
         )
         return 0
 
     def prepare_data(self) -> None:
-        """On one rank: what `repeats` needs to know of the masks is put into the cache."""
+        """On one rank: read the masks that data.oversample needs, so that the other ranks find them in the cache."""
         if self.config.data.oversample:
             records = self.source.records("train")
-            rank_zero_info(f"data.oversample: reading {len(records)} masks, or what is remembered of them")
-            self.repeats()
+            rank_zero_info(f"data.oversample: reading {len(records)} masks, except those that are cached")
+            self._compute_repeats()
 
-    def repeats(self) -> NDArray[np.float64] | None:
-        """How often each training image is seen in a pass; None: once."""
+    def _compute_repeats(self) -> NDArray[np.float64] | None:
+        """The average number of times that each training image occurs in a pass; None: once."""
         data = self.config.data
         if not data.oversample:
             return None
-        source = self.source
-        found = scan(source.records("train"), source.root, max_pixels=data.max_pixels, colours=source.label_map.colours)
-        meaning = self.source.label_map.class_index
-        present = [
-            {index for raw in finding.ids if (index := meaning(raw)) not in (None, IGNORED)} for finding in found
-        ]
+        source, class_index = self.source, self.source.label_map.class_index
+        pairs = scan_pairs(
+            source.records("train"), source.root, max_pixels=data.max_pixels, colours=source.label_map.colours
+        )
+        present = [{index for raw in pair.ids if (index := class_index(raw)) not in (None, IGNORED)} for pair in pairs]
         return repeat_factors(present, data.oversample)
 
+    # ---- sizes
+
     def largest_batch(self) -> Batch:
-        """A black sub-batch as large as the plan can give."""
-        data = self.config.data
+        """A black sub-batch as large as the plan can produce."""
+        count, canvas, label = self._largest_sub_batch()
+        return Batch(
+            torch.zeros(count, 3, *canvas, dtype=torch.uint8),
+            torch.zeros(count, *label, dtype=torch.int64),
+            torch.tensor([canvas] * count),
+            ["the largest possible sub-batch"],
+        )
+
+    def _largest_sub_batch(self) -> LargestSubBatch:
+        data, augment = self.config.data, self.config.augment
         sizes = [record.size for record in self.source.records("train")]
-        most, crop = self.config.augment.scale[1], self.config.augment.crop
-        limits = round(max(data.short_edges) * most), round(data.max_long_edge * most)
+        factor = augment.scale[1]
+        limits = round(max(data.short_edges) * factor), round(data.max_long_edge * factor)
         canvas = largest_canvas(sizes, *limits, self.size_divisor)
-        if crop is not None:
-            canvas = canvas_size([cropped(canvas, crop)], self.size_divisor)
-        count = data.batch_size
-        image = torch.zeros(count, 3, *canvas, dtype=torch.uint8)
-        label = torch.zeros(count, *label_size(canvas, self.label_stride), dtype=torch.int64)
-        return Batch(image, label, torch.tensor([canvas] * count), ["the largest possible sub-batch"])
+        if augment.crop is not None:
+            canvas = canvas_size([crop_size(canvas, augment.crop)], self.size_divisor)
+        return LargestSubBatch(data.batch_size, canvas, label_size(canvas, self.label_stride))
 
-    def largest_batch_bytes(self) -> int:
-        """Bytes of the images and labels of `largest_batch`."""
-        batch = self.largest_batch()
-        return batch.image.nbytes + batch.label.nbytes
+    def _largest_batch_bytes(self) -> int:
+        largest = self._largest_sub_batch()
+        return largest.image_bytes + largest.label_bytes
 
-    def largest_sample(self, records: Sequence[Record]) -> int:
+    def largest_sample_bytes(self, records: Sequence[Record]) -> int:
         """Bytes of the label and all scales of the largest image."""
+
+        def sample_bytes(size: Size) -> int:
+            label_bytes = torch.int16.itemsize * math.prod(size)
+            return label_bytes + 3 * sum(math.prod(scale) for scale in self._scale_sizes(size))
+
+        return max(sample_bytes(size) for size in {record.size for record in records})
+
+    def _scale_sizes(self, size: Size) -> tuple[Size, ...]:
+        """The sizes to which an image is stretched for evaluation."""
         limits = self.config.data.max_long_edge, self.size_divisor
+        return tuple(stretched_size(size, edge, *limits) for edge in self.config.eval.scales)
 
-        def size_of(image: Size) -> int:
-            scales = (stretched_size(image, edge, *limits) for edge in self.config.eval.scales)
-            label = torch.int16.itemsize * math.prod(image)
-            return label + 3 * sum(math.prod(scale) for scale in scales)
-
-        return max(size_of(size) for size in {record.size for record in records})
+    # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training is. Here, since Lightning asks for the loader before it loads a loader's state."""
+        """The position of training. It is kept here: Lightning creates the loader before it restores its state."""
         return {"taken": self._taken if self._train_loader is None else self._train_loader.taken}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._taken = sub_batches_taken(state_dict, self._place()[1])
+        self._taken = parse_taken(state_dict, self._rank_and_world_size()[1])
+
+    # ---- evaluation
 
     def eval_groups(self, stage: str) -> list[list[int]]:
         """The images of a stage in groups of up to eval.batch_size that have the same shape at every scale.
 
-        They are the same for any number of ranks, and so is everything that is computed of them.
+        They are the same for any number of ranks, and so are all results.
         """
         if stage not in self._eval_groups:
-            config, records = self.config, self.source.records(self.split_of(stage))
-
-            def shape(size: Size) -> Hashable:
-                limits = config.data.max_long_edge, self.size_divisor
-                return tuple(stretched_size(size, edge, *limits) for edge in config.eval.scales)
-
-            self._eval_groups[stage] = groups_of_one_shape(
-                (shape(record.size) for record in records), config.eval.batch_size
-            )
+            records = self.source.records(self.split_of(stage))
+            shapes: list[Hashable] = [self._scale_sizes(record.size) for record in records]
+            self._eval_groups[stage] = group_by_shape(shapes, self.config.eval.batch_size)
         return self._eval_groups[stage]
 
     def val_dataloader(self) -> DataLoader[Any]:
         loader = self.eval_loader("val")
-        self.check_limit("limit_val_batches", len(loader))
+        limit = self.config.trainer.limit_val_batches
+        if limit:  # 0 turns validation off
+            _limit_batches("limit_val_batches", limit, len(loader))
         return loader
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -273,44 +283,52 @@ class SegmentationData(pl.LightningDataModule):
     def eval_loader(self, stage: str) -> DataLoader[Any]:
         """This rank's groups of the images of a stage: rank, rank + world_size, ... each exactly once.
 
-        A rank without a group of its own gets the first one, which the module leaves alone: Lightning refuses empty
-        loaders.
+        A rank without a group gets the first one, which the module does not score: Lightning rejects empty loaders.
         """
         data, records = self.config.data, self.source.records(self.split_of(stage))
         dataset = EvalDataset(
             records,
-            label_map=self.source.label_map,
+            self.source.label_map,
+            self._read_options(),
             short_edges=self.config.eval.scales,
-            max_long_edge=data.max_long_edge,
-            size_divisor=self.size_divisor,
             antialias=self.net.convention.antialias,
-            skip_bad=data.on_bad == "skip",
-            max_pixels=data.max_pixels,
-            cache=self.label_cache(),
         )
-        rank, world_size = self._place()
+        rank, world_size = self._rank_and_world_size()
         groups = self.eval_groups(stage)
-        share = groups[rank::world_size] or groups[:1]
+        own_groups = groups[rank::world_size] or groups[:1]
+        batch_size, sample_bytes = self.config.eval.batch_size, self.largest_sample_bytes(records)
         return WatchedLoader(
             dataset,
-            lambda number: [records[index].image for index in share[number]],
+            lambda number: [records[index].image for index in own_groups[number]],
             data.worker_timeout_s,
-            (self.config.eval.batch_size, self.largest_sample(records)),
-            batch_sampler=share,
+            SlotDemand(batch_size, sample_bytes),
+            batch_sampler=own_groups,
             collate_fn=list,
-            num_workers=self.num_workers(lambda: self.config.eval.batch_size * self.largest_sample(records)),
+            num_workers=self.num_workers(lambda: batch_size * sample_bytes),
             pin_memory=torch.cuda.is_available(),
         )
 
     def on_exception(self, exception: BaseException) -> None:
-        end()  # the traceback keeps iterations referenced, and so their workers alive
+        close_iterations()  # the traceback keeps iterations referenced, and so their workers alive
 
     def teardown(self, stage: str) -> None:
         if self._train_loader is not None:
             self._train_loader.close()
 
-    def _place(self) -> tuple[int, int]:
+    def _rank_and_world_size(self) -> tuple[int, int]:
         """(rank, number of ranks) of this process."""
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
+
+
+def _limit_batches(key: str, limit: float | None, num_batches: int) -> int:
+    """The batches that trainer.`key` leaves; a fraction is rounded down, as Lightning does.
+
+    Raises:
+        ConfigError: if none are left.
+    """
+    batches = limited(num_batches, limit)
+    if not batches:
+        raise ConfigError(f"trainer.{key}={limit}: leaves none of {num_batches} batches. Raise or remove the limit.")
+    return batches

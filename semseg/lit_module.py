@@ -20,9 +20,8 @@ from semseg.checkpoints.format import FORMAT_KEY, NET_PREFIX, describe_network
 from semseg.checkpoints.initialise import find_differences
 from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import Config
-from semseg.data.batch import Batch
+from semseg.data.batch import Batch, EvalSample
 from semseg.data.classes import ClassTable
-from semseg.data.datasets import EvalSample
 from semseg.errors import CheckpointError, ConfigError
 from semseg.evaluation.evaluator import Evaluator, SplitCounts
 from semseg.evaluation.inference import batch_logits, merge_scales
@@ -196,7 +195,7 @@ class SegmentationModule(pl.LightningModule):
 
         Lightning needs at least one batch on every rank (see SegmentationData.eval_loader).
         """
-        is_placeholder = samples[0].index == 0 and not self.trainer.is_global_zero
+        is_placeholder = samples[0].position == 0 and not self.trainer.is_global_zero
         return [] if is_placeholder else samples
 
     def without_unreadable(self, samples: Sequence[EvalSample]) -> list[EvalSample]:

@@ -12,7 +12,8 @@ HEAVY = {"torch", "torchvision", "torchmetrics", "pytorch_lightning"}
 # Read before a command is known to be right, or by processes that watch others: folders, and files of other folders.
 FAST = ("errors.py", "cli", "config", "reports", "storage", "system", "checkpoints/zoo.py", "modes/compare.py",
         "modes/download.py", *(f"data/{name}.py" for name in (
-            "classes", "geometry", "headers", "label_map", "orientation", "overlap", "palette", "plan", "records",
+            "classes", "folders", "geometry", "header_cache", "headers", "label_map", "list_files", "orientation",
+            "overlap", "palette", "plan", "records",
             "scenes", "seeding", "sources", "store")))  # fmt: skip
 
 

@@ -14,8 +14,7 @@ from semseg.config.compose import compose_config
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import Config
 from semseg.config.validate import check_config
-from semseg.data.batch import Batch
-from semseg.data.datasets import EvalSample
+from semseg.data.batch import Batch, EvalSample
 from semseg.data.loaders import SubBatchLoader
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
@@ -111,8 +110,8 @@ def test_c16_evaluation_gives_each_image_to_one_rank(root: Path, world_size: int
     for rank in range(world_size):
         groups = [cast(list[EvalSample], group) for group in loaders(config, rank, world_size).eval_loader("val")]
         assert groups  # Lightning refuses a rank with nothing to do
-        is_company = rank and groups[0][0].index == 0
-        counted += [] if is_company else [sample.index for group in groups for sample in group]
+        is_company = rank and groups[0][0].position == 0
+        counted += [] if is_company else [sample.position for group in groups for sample in group]
     assert sorted(counted) == [0, 1, 2, 3, 4]
 
 
@@ -122,7 +121,7 @@ def test_images_of_one_shape_at_every_scale_are_evaluated_together(root: Path) -
     shapes = [{tuple(scale.shape for scale in sample.scales) for sample in group} for group in groups]
     assert all(len(of_group) == 1 for of_group in shapes)
     assert len(groups) == 5 - sum(len(group) - 1 for group in groups) < 5
-    assert [group[0].index for group in groups] == sorted(group[0].index for group in groups)
+    assert [group[0].position for group in groups] == sorted(group[0].position for group in groups)
 
 
 def test_strides_come_from_the_network_unless_set(root: Path) -> None:

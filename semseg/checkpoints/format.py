@@ -25,7 +25,7 @@ from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import Config, config_to_plain
 from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
-from semseg.data.sources import label_map
+from semseg.data.sources import make_label_map
 from semseg.errors import CheckpointError, ConfigError
 from semseg.storage.atomic import atomic_write, entry_command
 from semseg.system.text import escape_unprintable, shorten_repr
@@ -196,7 +196,7 @@ def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch
     except Exception as error:  # OmegaConf's, for whatever is no configuration
         raise CheckpointError(f"{path}: its saved configuration cannot be read ({first_line(error)}).") from None
     try:
-        label_map(config.data, classes)
+        make_label_map(config.data, classes)
     except ConfigError as error:
         raise CheckpointError(f"{path}: its saved configuration contradicts its classes: {error}") from None
     if config.data.num_classes not in (None, classes.num_classes):

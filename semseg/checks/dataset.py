@@ -19,7 +19,7 @@ from semseg.data.overlap import Overlap
 from semseg.data.palette import Colour
 from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
-from semseg.data.scan import SEVERAL, Finding
+from semseg.data.scan import FIRST_OF_SEVERAL, PairFacts
 from semseg.data.sources import Orientations
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
@@ -55,13 +55,13 @@ class ScannedSplit(NamedTuple):
 
     name: str
     records: Sequence[Record]
-    findings: Sequence[Finding]  # one for each record
+    findings: Sequence[PairFacts]  # one for each record
     problems: Sequence[str]  # with lines and files that gave no record
     orientations: Orientations = Orientations()
     unused: str = ""  # a sentence that counts the files which are neither images nor masks
 
     @property
-    def sound(self) -> list[tuple[Record, Finding]]:
+    def sound(self) -> list[tuple[Record, PairFacts]]:
         """Pairs that have ids."""
         return [(record, found) for record, found in zip(self.records, self.findings, strict=True) if found.ids]
 
@@ -204,7 +204,7 @@ def pixel_notices(split: ScannedSplit) -> Iterator[Notice]:
     elif split.orientations.text:
         level = WARNING if split.orientations.is_mixed else NOTE
         yield Notice(level, f"{split.name}: {split.orientations.text}")
-    paged = [record for record, found in paired(split) if SEVERAL in f"{found.image_kind} {found.mask_kind}"]
+    paged = [record for record, found in paired(split) if FIRST_OF_SEVERAL in f"{found.image_kind} {found.mask_kind}"]
     if paged:
         text = f"{split.name}: {len(paged)} images or masks hold several frames or pages, of which the first is read."
         yield Notice(WARNING, text, images_of(paged))
@@ -223,7 +223,7 @@ def pixel_notices(split: ScannedSplit) -> Iterator[Notice]:
             yield Notice(WARNING, text, images_of(record for record, _ in dark))
 
 
-def paired(split: ScannedSplit) -> Iterator[tuple[Record, Finding]]:
+def paired(split: ScannedSplit) -> Iterator[tuple[Record, PairFacts]]:
     """Each record with what was found in it."""
     return zip(split.records, split.findings, strict=True)
 
@@ -346,7 +346,7 @@ def label_notices(splits: Sequence[ScannedSplit], meaning: Meaning) -> Iterator[
             yield Notice(WARNING, text, examples(single))
 
 
-def scored(found: Finding, meaning: Meaning) -> dict[int, int]:
+def scored(found: PairFacts, meaning: Meaning) -> dict[int, int]:
     """Class index -> pixels of one mask; ids without a meaning are left out."""
     total: Counter[int] = Counter()
     for raw, count in found.ids.items():
@@ -356,9 +356,9 @@ def scored(found: Finding, meaning: Meaning) -> dict[int, int]:
     return dict(total)
 
 
-def ignored_share(found: Finding, meaning: Meaning) -> float:
+def ignored_share(found: PairFacts, meaning: Meaning) -> float:
     """Of the pixels of one mask."""
-    return sum(count for raw, count in found.ids.items() if meaning(raw) == IGNORED) / found.pixels
+    return sum(count for raw, count in found.ids.items() if meaning(raw) == IGNORED) / found.num_pixels
 
 
 # ---- classes

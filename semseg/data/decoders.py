@@ -1,4 +1,4 @@
-"""What Pillow and the libraries below it do to the whole process: a limit of pixels, and lines on standard error."""
+"""Process-wide settings of image decoders: Pillow's limit of pixels, and what libtiff prints on standard error."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from PIL import Image
 State = TypeVar("State")
 
 
-class WhileUsed(Generic[State]):
-    """A context in which something of the whole process is changed, for as long as any thread is in it.
+class ProcessWideChange(Generic[State]):
+    """A context that changes state of the whole process for as long as any thread is in it.
 
     Args:
-        change: makes the change and returns what it was before.
-        restore: takes that back.
+        change: makes the change and returns the previous state.
+        restore: restores that state.
     """
 
     def __init__(self, change: Callable[[], State], restore: Callable[[State], None]) -> None:
         self._change, self._restore = change, restore
         self._lock, self._users = Lock(), 0
         self._before: list[State] = []
-        os.register_at_fork(before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._forked)
+        os.register_at_fork(
+            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._restore_in_child
+        )
 
-    def _forked(self) -> None:
-        """The child has none of the parent's threads, and so none of its users."""
+    def _restore_in_child(self) -> None:
+        """Restore the state in a forked child, which has none of the parent's threads."""
         self._users = 0
         while self._before:
             self._restore(self._before.pop())
@@ -46,34 +48,34 @@ class WhileUsed(Generic[State]):
                 self._restore(self._before.pop())
 
 
-def _take_limit() -> int | None:
+def _remove_pixel_limit() -> int | None:
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     return before
 
 
-def _give_limit_back(before: int | None) -> None:
+def _restore_pixel_limit(before: int | None) -> None:
     Image.MAX_IMAGE_PIXELS = before
 
 
-def _turn_stderr_off() -> int | None:
+def _mute_stderr() -> int | None:
     try:
-        own = os.dup(2)
-    except OSError:  # closed
+        saved = os.dup(2)
+    except OSError:  # standard error is closed
         return None
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
-    return own
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    return saved
 
 
-def _turn_stderr_on(own: int | None) -> None:
-    if own is not None:
-        os.dup2(own, 2)
-        os.close(own)
+def _unmute_stderr(saved: int | None) -> None:
+    if saved is not None:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
-# Pillow's own limit is off while a header is read: data.max_pixels follows right behind.
-pillow_without_limit = WhileUsed(_take_limit, _give_limit_back)
+# While a header is read, Pillow's limit of pixels is off; data.max_pixels is checked right after it.
+pillow_without_limit = ProcessWideChange(_remove_pixel_limit, _restore_pixel_limit)
 
-# What libtiff and FFmpeg print of a damaged file goes nowhere; that it is damaged is in an error of ours.
-silent_stderr = WhileUsed(_turn_stderr_off, _turn_stderr_on)
+# Hides what libtiff and FFmpeg print about a damaged file, which our own error reports.
+silent_stderr = ProcessWideChange(_mute_stderr, _unmute_stderr)

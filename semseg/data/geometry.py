@@ -1,7 +1,7 @@
 """Size arithmetic of the whole pipeline. Pure functions of numbers: no pixels, no files, no torch.
 
-Every size is (height, width) in pixels. The order of operations in `scaled_size` is the published one: rounding
-instead of truncating, or multiplying first, loses a pixel on one image in a few hundred.
+Every size is (height, width) in pixels. The order of operations in `scaled_size` is that of the original code: rounding
+instead of truncating, or multiplying first, changes the size of one image in a few hundred by a pixel.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def round_up(length: int, multiple: int) -> int:
 def scaled_size(size: Size, short_edge: int, max_long_edge: int) -> Size:
     """`size` with its short side brought to `short_edge`, or its long side to `max_long_edge` if that is smaller.
 
-    Truncated, not rounded, in double precision, as published: 426 x 640 at 450 gives 449 rows. At least 1 x 1.
+    Truncated, not rounded, in double precision, like the original: 426 x 640 at 450 gives 449 rows. At least 1 x 1.
 
     >>> scaled_size(Size(426, 640), short_edge=450, max_long_edge=1000)
     Size(height=449, width=676)
@@ -47,7 +47,7 @@ def scaled_size(size: Size, short_edge: int, max_long_edge: int) -> Size:
 
 
 def canvas_size(sizes: Iterable[Size], multiple: int) -> Size:
-    """The canvas that holds every image of a sub-batch: largest height and width, each rounded up.
+    """The canvas that contains every image of a sub-batch: largest height and width, each rounded up.
 
     >>> canvas_size([Size(300, 400), Size(280, 500)], multiple=32)
     Size(height=320, width=512)
@@ -59,23 +59,23 @@ def canvas_size(sizes: Iterable[Size], multiple: int) -> Size:
 
 
 def largest_canvas(sizes: Iterable[Size], short_edge: int, max_long_edge: int, multiple: int) -> Size:
-    """The largest canvas that images of these sizes can share: the highest and the widest of one orientation.
+    """The largest canvas that images of these sizes can share: maximum height and width within one orientation.
 
     >>> largest_canvas([Size(300, 400), Size(300, 600), Size(500, 400)], 300, 450, multiple=32)
     Size(height=320, width=480)
     """
     scaled = [scaled_size(size, short_edge, max_long_edge) for size in sizes]
-    upright = [size for size in scaled if size.height > size.width]
-    level = [size for size in scaled if size.height <= size.width]
-    canvases = [canvas_size(bucket, multiple) for bucket in (upright, level) if bucket]
+    portrait = [size for size in scaled if size.height > size.width]
+    landscape = [size for size in scaled if size.height <= size.width]
+    canvases = [canvas_size(group, multiple) for group in (portrait, landscape) if group]
     return max(canvases, key=lambda size: size.height * size.width)
 
 
 def label_size(canvas: Size, label_stride: int) -> Size:
-    """Size of the label map of a canvas: one pixel for every `label_stride` x `label_stride` pixels.
+    """Size of the label of a canvas: one pixel for each `label_stride` x `label_stride` pixels.
 
     Raises:
-        ValueError: if the canvas is not a multiple of `label_stride` (the size divisor must be one).
+        ValueError: if the canvas is not a multiple of `label_stride` (the size divisor must be a multiple of it).
 
     >>> label_size(Size(320, 512), label_stride=8)
     Size(height=40, width=64)

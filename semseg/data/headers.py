@@ -1,8 +1,8 @@
-"""What an image file says of itself: format, size, orientation, depth. Pixels are not decoded. No torch.
+"""Format, size, orientation and bit depth of an image file, from its header. Decodes no pixels. No torch.
 
-The one place that knows how Pillow counts: its size of a TIFF is the upright one and its pixels of a TIFF are turned
-already, which is true of no other format; metadata behind a PNG's pixels appear only once those are decoded; and its
-limit of pixels is not ours.
+This module isolates what is special about Pillow: it applies the orientation of TIFF files, and only of those, to their
+size and pixels; it finds metadata behind the pixels of a PNG only after decoding them; and it has its own limit of
+pixels.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from semseg.data.decoders import pillow_without_limit
 from semseg.data.geometry import Size
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")  # in Pillow's words
-READABLE = "JPEG, PNG, WebP, BMP, TIFF, GIF, JPEG 2000, AVIF and PPM files are"
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")  # as Pillow names them
+SUPPORTED = "Supported are JPEG, PNG, WebP, BMP, TIFF, GIF, JPEG 2000, AVIF and PPM"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_LOSSY_TIFF = {  # tag 259
+_LOSSY_TIFF = {  # compression (tag 259) -> name
     6: "JPEG", 7: "JPEG", 33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 34887: "LERC",
     34892: "lossy JPEG", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL",
 }  # fmt: skip
-_FOREIGN = (  # (place, bytes there, what such a file is), of what Pillow does not know
+_OTHER_FORMATS = (  # (offset, bytes at that offset, format), for formats that Pillow does not identify
     (0, b"#?RADIANCE", "Radiance HDR"),
     (0, b"\x76\x2f\x31\x01", "OpenEXR"),
     (0, b"\xff\x0a", "JPEG XL"),
@@ -38,52 +38,52 @@ _FOREIGN = (  # (place, bytes there, what such a file is), of what Pillow does n
 
 
 class HeaderError(ValueError):
-    """Why a file is not read; continues a sentence that begins with its name."""
+    """Why a file is not read: a predicate for a sentence that begins with the file name."""
 
 
 class Header(NamedTuple):
-    """What an image file says of itself before it is decoded."""
+    """What the header of an image file says about its pixels."""
 
-    kind: str  # format and mode in Pillow's words: "JPEG RGB", "PNG P", "PNG I;16"
+    kind: str  # format and mode as Pillow names them: "JPEG RGB", "PNG P", "PNG I;16"
     stored: Size
-    orientation: int = 1  # EXIF's, 1..8: how the stored pixels are to be turned; 1: not at all
-    bits: int = 8  # of a channel
-    white: int = 0  # the value that Pillow stretches to the largest of 8 or 16 bits; 0: it does not
-    has_frames: bool = False  # more than the first, which is the one that is read
-    lossy: str = ""  # the compression, if ids do not survive it, or may not
+    orientation: int = 1  # EXIF orientation, 1..8; 1: the stored image is upright
+    bits: int = 8  # per channel
+    white: int = 0  # the value that Pillow scales to the largest of 8 or 16 bits; 0 if it scales nothing
+    has_frames: bool = False  # whether there are frames or pages after the first, which is the one that is read
+    lossy: str = ""  # name of the compression, if it may change ids
 
     @property
     def upright(self) -> Size:
-        """The size as EXIF wants it shown."""
+        """The size as displayed, by the EXIF orientation."""
         return Size(*reversed(self.stored)) if self.orientation >= 5 else self.stored
 
 
 def open_image(file: BinaryIO) -> Image.Image:
-    """An image of which nothing is decoded yet.
+    """Open an image without decoding it.
 
     Raises:
-        HeaderError: if it is no image, or one of a format that is not read.
+        HeaderError: if it is not an image, or its format is not supported.
     """
     try:
         with pillow_without_limit:
             return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise HeaderError(_reason(file)) from None
-    except Exception as error:  # what Pillow's parsers run into on damaged bytes has no common type
+    except Exception as error:  # Pillow's parsers raise errors of many types for damaged bytes
         raise HeaderError(f"has a header that cannot be read ({error})") from error
 
 
 def header_of(image: Image.Image, file: BinaryIO) -> Header:
-    """The header of an image that `open_image` made of `file`, before it is decoded."""
+    """The header of an image that `open_image` opened from `file`, before it is decoded."""
     orientation = _orientation(image, file)
     size = Size(image.height, image.width)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         size = Size(image.tag_v2.get(257, size.height), image.tag_v2.get(256, size.width))
-    is_jpeg = image.format in ("JPEG", "MPO")  # what cameras append to a photo is no frame
+    is_jpeg = image.format in ("JPEG", "MPO")  # images that cameras append to a photo are not frames
     has_frames = bool(getattr(image, "is_animated", False)) and not is_jpeg
     kind = f"{'JPEG' if is_jpeg else image.format} {image.mode}"
     bits = _bits(image, file)
-    white = _white_of_ppm(image) if image.format == "PPM" else 2**bits - 1 if image.mode == "L" and bits < 8 else 0
+    white = _ppm_white(image) if image.format == "PPM" else 2**bits - 1 if image.mode == "L" and bits < 8 else 0
     return Header(kind, size, orientation, bits, white, has_frames, _lossy_codec(image, file))
 
 
@@ -95,18 +95,18 @@ def _orientation(image: Image.Image, file: BinaryIO) -> int:
         if image.format == "PNG":
             late = _late_metadata(file)
             image = Image.open(late, formats=("PNG",)) if late else image
-            exif = Image.Image.getexif(image)  # PngImageFile's decodes the pixels first
+            exif = Image.Image.getexif(image)  # PngImageFile.getexif would decode the pixels first
         else:
             exif = image.getexif()
         value = exif.get(_ORIENTATION, 1)
     except Exception:
-        return 1  # damaged EXIF: every viewer shows such a photo as stored
+        return 1  # damaged EXIF: viewers display the image as stored
     return value if value in range(1, 9) else 1
 
 
 def _late_metadata(file: BinaryIO) -> BinaryIO | None:
-    """A PNG of no pixels with the metadata of `file`, if there are any behind its pixels, where Pillow looks last."""
-    place = file.tell()
+    """A PNG without pixels that has the metadata of `file`, if some of them are stored behind the pixels."""
+    position = file.tell()
     kept, has_pixels, is_late = [], False, False
     try:
         file.seek(len(PNG_START))
@@ -119,7 +119,7 @@ def _late_metadata(file: BinaryIO) -> BinaryIO | None:
             is_late = is_late or has_pixels
             kept.append(start + file.read(length + 4))
     finally:
-        file.seek(place)
+        file.seek(position)
     empty = b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
     return io.BytesIO(PNG_START + b"".join(kept) + empty) if is_late else None
 
@@ -141,7 +141,7 @@ def _is_lossy_webp(file: BinaryIO) -> bool:
     file.seek(12)
     while kind not in (b"VP8 ", b"VP8L") and len(start := file.read(8)) == 8:
         kind, length = start[:4], int.from_bytes(start[4:], "little")
-        # A frame of an animation holds chunks behind 16 bytes of its own.
+        # A frame of an animation has a header of 16 bytes before its chunks.
         file.seek(16 if kind == b"ANMF" else length + length % 2, io.SEEK_CUR)
     file.seek(before)
     return kind != b"VP8L"
@@ -151,21 +151,21 @@ def _is_lossy_webp(file: BinaryIO) -> bool:
 
 
 def _bits(image: Image.Image, file: BinaryIO) -> int:
-    """Bits of a channel in the file, which Pillow may stretch or cut to 8. PPM: those of its white."""
+    """Bits per channel in the file, which Pillow may scale or truncate to 8; for PPM those of its maximum value."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return max(image.tag_v2.get(258, (1,)))
     if image.format == "PNG":
-        place = file.tell()
+        position = file.tell()
         file.seek(24)
         bits = file.read(1)[0]
-        file.seek(place)
+        file.seek(position)
         return bits
     if image.format == "PPM":
-        return 32 if image.mode == "F" else max(1, _white_of_ppm(image).bit_length())
+        return 32 if image.mode == "F" else max(1, _ppm_white(image).bit_length())
     return 16 if image.mode.startswith("I;16") else 1 if image.mode == "1" else 8
 
 
-def _white_of_ppm(image: Image.Image) -> int:
+def _ppm_white(image: Image.Image) -> int:
     tile = getattr(image, "tile", None)
     match tile[0][3] if tile else None:
         case (_, int() as white) if image.mode in ("L", "RGB", "I") and white > 0:
@@ -173,32 +173,34 @@ def _white_of_ppm(image: Image.Image) -> int:
     return {"1": 1, "I": 65535}.get(image.mode, 255)
 
 
-# ---- why not
+# ---- unsupported files
 
 
 def check_pixels(header: Header) -> None:
-    """Refuse an image whose pixels have no range that would say what white is.
+    """Reject an image whose pixel type does not define a value for white.
 
     Raises:
-        HeaderError: if they are floats, signed, or whole numbers of 32 bits.
+        HeaderError: if pixels are floats, signed, or 32-bit integers.
     """
     if header.kind.endswith(" F"):
-        raise HeaderError(_not_read(f"{header.bits}-bit float"))
+        raise HeaderError(_unsupported_pixels(f"{header.bits}-bit float"))
     if header.kind.endswith(" I") and not header.kind.startswith("PPM"):
-        raise HeaderError(_not_read(f"{header.bits}-bit {'integer' if header.bits > 16 else 'signed integer'}"))
+        raise HeaderError(
+            _unsupported_pixels(f"{header.bits}-bit {'integer' if header.bits > 16 else 'signed integer'}")
+        )
 
 
-def _not_read(pixels: str) -> str:
-    return f"has {pixels} pixels, which are not read. Save it with 8 or 16 bits"
+def _unsupported_pixels(pixels: str) -> str:
+    return f"has {pixels} pixels, which are not supported. Save it with 8 or 16 bits"
 
 
 def _reason(file: BinaryIO) -> str:
-    """Why Pillow finds nothing that is read in a file."""
+    """Why Pillow does not open a file."""
     file.seek(0)
     start = file.read(32)
-    if start.startswith(_TIFF_STARTS) and (reason := _reason_of_tiff(file)):
+    if start.startswith(_TIFF_STARTS) and (reason := _tiff_reason(file)):
         return reason
-    known = next((name for place, magic, name in _FOREIGN if start[place:].startswith(magic)), None)
+    known = next((name for offset, magic, name in _OTHER_FORMATS if start[offset:].startswith(magic)), None)
     if known is None:
         file.seek(0)
         try:
@@ -207,12 +209,12 @@ def _reason(file: BinaryIO) -> str:
         except Exception:
             known = None
     if known is None or known in FORMATS:
-        return f"is not an image in a known format (begins with {start[:16]!r}). {READABLE} read"
-    return f"is a {known} file, which is not read. Save it as PNG or JPEG: {READABLE} read"
+        return f"is not an image in a known format (begins with {start[:16]!r}). {SUPPORTED}"
+    return f"is a {known} file, which is not supported. Save it as PNG or JPEG. {SUPPORTED}"
 
 
-def _reason_of_tiff(file: BinaryIO) -> str | None:
-    """What a TIFF holds that Pillow does not read; None if it is damaged."""
+def _tiff_reason(file: BinaryIO) -> str | None:
+    """Why Pillow does not open a TIFF; None if it is damaged."""
     try:
         file.seek(0)
         start = file.read(8)
@@ -224,9 +226,9 @@ def _reason_of_tiff(file: BinaryIO) -> str | None:
     except Exception:
         return None
     if formats & {3, 6}:
-        return _not_read(f"{bits}-bit float")
+        return _unsupported_pixels(f"{bits}-bit float")
     if bits > 16 or formats & {2, 5}:
-        return _not_read(f"{bits}-bit {'signed ' if 2 in formats else ''}integer")
+        return _unsupported_pixels(f"{bits}-bit {'signed ' if 2 in formats else ''}integer")
     if channels > 4:
-        return f"has {channels} channels, of which up to 4 are read. Save the red, green and blue ones as a file"
-    return f"is a TIFF of a kind that is not read ({channels} channels of {bits} bits, compression {tags.get(259, 1)})"
+        return f"has {channels} channels, but at most 4 are supported. Save the red, green and blue ones as a file"
+    return f"is an unsupported kind of TIFF ({channels} channels of {bits} bits, compression {tags.get(259, 1)})"

@@ -1,7 +1,7 @@
-"""Stage 1: whether the labels of turned photographs lie on the stored pixels or on the upright picture. No torch.
+"""Stage 1: whether labels of images with an EXIF orientation are drawn on the stored or the upright image. No torch.
 
 EXIF orientations 5 to 8 exchange height and width, so that a label's size shows its grid. 2, 3 and 4, and any
-orientation of a square, do not: there the other photographs of the data set decide, or `data.label_orientation`.
+orientation of a square, do not: there the other images of the data set decide, or `data.label_orientation`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ KEY = "data.label_orientation"
 
 
 class Evidence(NamedTuple):
-    """What the sizes of turned photographs and their labels show: paths of the images."""
+    """What the sizes of images with an EXIF orientation and of their labels show: paths of the images."""
 
-    stored: tuple[str, ...] = ()  # the label has the size of the stored pixels alone
-    upright: tuple[str, ...] = ()  # of the upright picture alone
-    unclear: tuple[str, ...] = ()  # of both
+    stored: tuple[str, ...] = ()  # only the stored image has the size of the label
+    upright: tuple[str, ...] = ()  # only the upright image has
+    unclear: tuple[str, ...] = ()  # both have
 
     @property
     def counts(self) -> str:
-        return f"{len(self.stored)} labels lie on the stored pixels, {len(self.upright)} on the upright picture"
+        return f"{len(self.stored)} labels fit the stored image, {len(self.upright)} the upright image"
 
 
-def evidence_of(records: Iterable[Record], headers: Mapping[str, Header]) -> Evidence:
-    """What the headers of images and masks show; a mask with an orientation of its own needs no evidence."""
+def collect_evidence(records: Iterable[Record], headers: Mapping[str, Header]) -> Evidence:
+    """Compare the headers of images and masks. A mask with an EXIF orientation needs no evidence."""
     stored, upright, unclear = [], [], []
     for record in records:
         image, mask = headers.get(record.image), headers.get(record.label or "")
@@ -43,49 +43,52 @@ def evidence_of(records: Iterable[Record], headers: Mapping[str, Header]) -> Evi
     return Evidence(tuple(stored), tuple(upright), tuple(unclear))
 
 
-def labels_are_upright(key: str, found: Evidence, others: Callable[[], Evidence], split: str) -> bool:
-    """Whether labels lie on the upright picture where their sizes do not show it.
+def labels_are_upright(setting: str, evidence: Evidence, other_evidence: Callable[[], Evidence], split: str) -> bool:
+    """Whether labels are drawn on the upright image where their sizes do not show it.
 
     Args:
-        key: auto, stored or upright.
-        found: of the split.
-        others: of the other splits; asked where this one has none.
+        setting: data.label_orientation: auto, stored or upright.
+        evidence: from the images of the split.
+        other_evidence: collects evidence from the other splits; called if this one has none.
 
     Raises:
-        DataError: if it is to be found out (auto), and nothing shows it or the evidence contradicts itself.
+        DataError: if the setting is auto, and there is no evidence or it is contradictory.
     """
-    if key != "auto" or not found.unclear:
-        return key == "upright"
-    shown = found if found.stored or found.upright else others()
-    if bool(shown.stored) != bool(shown.upright):
-        return bool(shown.upright)
-    unclear = (
-        f"data.{split}: {len(found.unclear)} photographs, such as {found.unclear[0]}, have an EXIF orientation that "
-        "keeps their height and width, so that the sizes of their masks do not show whether these were drawn on the "
-        "stored pixels or on the upright picture"
+    if setting != "auto" or not evidence.unclear:
+        return setting == "upright"
+    decisive = evidence if evidence.stored or evidence.upright else other_evidence()
+    if bool(decisive.stored) != bool(decisive.upright):
+        return bool(decisive.upright)
+    reason = f"other images contradict each other ({decisive.counts})" if decisive.stored else "no other image shows it"
+    raise DataError(
+        f"data.{split}: {len(evidence.unclear)} images, such as {evidence.unclear[0]}, have an EXIF orientation that "
+        "keeps their height and width, so that the sizes of their masks do not show whether these are drawn on the "
+        f"stored or on the upright image, and {reason}. Look at one and set {KEY}=stored or {KEY}=upright."
     )
-    why = (
-        f"other photographs contradict each other ({shown.counts})" if shown.stored else "no other photograph shows it"
-    )
-    raise DataError(f"{unclear}, and {why}. Look at one and set {KEY}=stored or {KEY}=upright.")
 
 
-def settled(records: Sequence[Record], headers: Mapping[str, Header], *, upright: bool) -> list[Record]:
-    """The records with `is_upright` as it is: for all labels, and for those that have an orientation of their own."""
+def set_label_orientation(
+    records: Sequence[Record], headers: Mapping[str, Header], *, is_upright: bool
+) -> list[Record]:
+    """The records with `Record.is_upright` set: as given, but True for labels with an EXIF orientation."""
 
-    def is_upright(record: Record) -> bool:
+    def has_upright_label(record: Record) -> bool:
         mask = headers.get(record.label or "")
-        return upright or (mask is not None and mask.orientation != 1)
+        return is_upright or (mask is not None and mask.orientation != 1)
 
-    return [record if record.orientation == 1 else record._replace(is_upright=is_upright(record)) for record in records]
+    return [
+        record if record.orientation == 1 else record._replace(is_upright=has_upright_label(record))
+        for record in records
+    ]
 
 
-def told(found: Evidence, *, upright: bool) -> str:
-    """A sentence about turned photographs; nothing if there are none."""
-    count = sum(map(len, found))
+def describe_orientations(evidence: Evidence, *, is_upright: bool) -> str:
+    """A sentence about the images with an EXIF orientation; empty if there are none."""
+    count = sum(map(len, evidence))
     if not count:
         return ""
-    if found.stored and found.upright:
-        return f"{count} photographs are turned by EXIF, and their masks are not drawn alike: {found.counts}."
-    grid = "the upright picture" if found.upright or (upright and not found.stored) else "the stored pixels"
-    return f"{count} photographs are turned by EXIF; their masks are taken to be drawn on {grid}."
+    if evidence.stored and evidence.upright:
+        return f"{count} images are rotated by EXIF, and their masks differ in orientation: {evidence.counts}."
+    is_stored = evidence.stored or not (evidence.upright or is_upright)
+    grid = "the stored image" if is_stored else "the upright image"
+    return f"{count} images are rotated by EXIF; their masks are assumed to be drawn on {grid}."

@@ -1,4 +1,4 @@
-"""Images that stand in two splits at once, which makes scores look better than they are. No torch; decodes nothing."""
+"""Images that belong to two splits, which makes scores look better than they are. Decodes nothing. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from semseg.data.records import Record
-from semseg.data.store import read_file, stamp
+from semseg.data.store import file_stamp, read_file
 from semseg.errors import DataError
 
 
@@ -20,50 +20,49 @@ class Overlap(NamedTuple):
     same_content: list[str]  # another file with the same bytes
 
     def __str__(self) -> str:
-        found = [*self.same_path, *self.same_content]
+        images = [*self.same_path, *self.same_content]
         return (
-            f"{len(found)} validation images are training images too ({len(self.same_path)} by path, "
-            f"{len(self.same_content)} by content), such as {found[0]}: scores on them say little."
+            f"{len(images)} validation images are training images too ({len(self.same_path)} by path, "
+            f"{len(self.same_content)} by content), such as {images[0]}: their scores do not measure generalisation."
         )
 
 
-def overlap(train: Sequence[Record], val: Sequence[Record]) -> Overlap | None:
-    """What two splits have in common; None if that is nothing.
+def find_overlap(train: Sequence[Record], val: Sequence[Record]) -> Overlap | None:
+    """The images that two splits have in common; None if there are none.
 
-    Contents are compared only of files whose lengths are equal. Files that cannot be read are passed over: reading
-    the data says what is wrong with them.
+    Contents are compared only for files of equal length. Unreadable files are skipped: reading the data reports them.
     """
     trained = {os.path.abspath(record.image) for record in train}  # noqa: PTH100 - pathlib costs seconds on long lists
     paths = {record.image: os.path.abspath(record.image) for record in val}  # noqa: PTH100
     same_path = sorted(image for image, path in paths.items() if path in trained)
     others = [path for path in paths.values() if path not in trained]
-    by_length = by_bytes(trained)
-    same_length = [path for path in others if length_of(path) in by_length]
-    digests = {digest_of(path) for length in {length_of(path) for path in same_length} for path in by_length[length]}
+    trained_by_length = group_by_length(trained)
+    candidates = {path: length for path in others if (length := file_length(path)) in trained_by_length}
+    digests = {content_digest(path) for length in set(candidates.values()) for path in trained_by_length[length]}
     digests.discard("")
-    same_content = sorted(path for path in same_length if digest_of(path) in digests)
+    same_content = sorted(path for path in candidates if content_digest(path) in digests)
     return Overlap(same_path, same_content) if same_path or same_content else None
 
 
-def by_bytes(paths: Iterable[str]) -> dict[int, list[str]]:
-    """Files by their length."""
-    found: dict[int, list[str]] = defaultdict(list)
+def group_by_length(paths: Iterable[str]) -> dict[int, list[str]]:
+    """Files by their length in bytes; empty and missing ones are left out."""
+    groups: dict[int, list[str]] = defaultdict(list)
     for path in paths:
-        if (length := length_of(path)) > 0:
-            found[length].append(path)
-    return found
+        if (length := file_length(path)) > 0:
+            groups[length].append(path)
+    return groups
 
 
-def length_of(path: str) -> int:
-    """In bytes; -1 if there is no such file."""
+def file_length(path: str) -> int:
+    """Length of a file in bytes; -1 if it does not exist."""
     try:
-        return stamp(path)[1]
+        return file_stamp(path)[1]
     except (OSError, DataError):
         return -1
 
 
-def digest_of(path: str) -> str:
-    """Of the content; empty if it cannot be read."""
+def content_digest(path: str) -> str:
+    """SHA-256 of the content of a file; empty if it cannot be read."""
     try:
         return hashlib.sha256(read_file(path)).hexdigest()
     except (OSError, DataError):

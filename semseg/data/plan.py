@@ -1,14 +1,15 @@
 """Stage 2: decide which images form a sub-batch, at which size, and which are flipped. Reads no pixels.
 
-The published order: records pass by in a shuffled list and join one of two queues, portrait (h > w) or the rest;
-the first queue to hold `batch_size` records becomes a sub-batch; the list is reshuffled when exhausted, and the queues
-survive. Here this endless stream is not replayed but computed: any sub-batch number is reached at the same cost.
+The order of the original code: records arrive in the order of a shuffled list and join one of two queues, portrait
+(h > w) or the rest; a queue that holds `batch_size` records becomes a sub-batch. The list is reshuffled when it is
+exhausted, and the queues keep their records. Here this endless stream is not replayed but computed: every sub-batch
+number is reached at the same cost.
 
 With P members in a queue, its k-th arrival (k from 0) comes in pass k // P, and the queue's j-th sub-batch is
-arrivals j*B .. j*B + B - 1. So after p passes it has given (p * P) // B sub-batches and holds (p * P) % B records.
+arrivals j*B .. j*B + B - 1. After p passes it has produced (p * P) // B sub-batches and holds (p * P) % B records.
 
-Records that are to be seen more often than once in a pass (`repeats`) take part several times. Which of them get the
-extra turn of a broken number changes from pass to pass, but their number does not, so that all of the above holds.
+Records with `repeats` above 1 arrive several times in a pass. Which of them get the extra arrival of a fractional
+repeat changes from pass to pass, but their number does not, so that all of the above holds.
 """
 
 from __future__ import annotations
@@ -25,39 +26,40 @@ from numpy.typing import NDArray
 from semseg.data.geometry import Size
 from semseg.data.seeding import generator_for
 
-ORDER, DRAWS, TURNS = 0, 1, 2  # streams of randomness under one seed: generator_for(seed, stream, number)
+# Random streams under one seed: generator_for(seed, stream, number).
+ORDER_STREAM, DRAW_STREAM, REPEAT_STREAM = 0, 1, 2
 
 
-def groups_of_one_shape(shapes: Iterable[Hashable], most: int) -> list[list[int]]:
-    """Places in a list in groups of up to `most` of equal shape; the groups in the order of their first members.
+def group_by_shape(shapes: Iterable[Hashable], max_members: int) -> list[list[int]]:
+    """Indices of equal shapes, in groups of up to `max_members`, which are ordered by their first members.
 
-    >>> groups_of_one_shape(["tall", "wide", "tall", "tall"], most=2)
+    >>> group_by_shape(["tall", "wide", "tall", "tall"], max_members=2)
     [[0, 2], [1], [3]]
     """
     latest: dict[Hashable, list[int]] = {}
     groups = []
-    for place, shape in enumerate(shapes):
-        if shape not in latest or len(latest[shape]) == most:
+    for index, shape in enumerate(shapes):
+        if shape not in latest or len(latest[shape]) == max_members:
             latest[shape] = []
             groups.append(latest[shape])
-        latest[shape].append(place)
+        latest[shape].append(index)
     return groups
 
 
 class SubBatch(NamedTuple):
-    """What one device trains on in one step. Plain numbers, so that it can be sent to any worker."""
+    """The images that one device trains on in one step. Plain numbers, so that it can be sent to any worker."""
 
-    number: int  # place in the global sequence, from 0
+    number: int  # position in the global sequence, from 0
     records: tuple[int, ...]  # batch_size indices into the list of records
     short_edge: int  # pixels; shared by all members
-    flips: tuple[bool, ...]  # mirror left and right, one for each member
+    flips: tuple[bool, ...]  # whether to mirror each member left to right
 
 
 class _Pass(NamedTuple):
-    """One walk over the shuffled list, split by queue (0 = landscape and square, 1 = portrait)."""
+    """One pass over the shuffled list, split by queue (0 = landscape and square, 1 = portrait)."""
 
     members: tuple[NDArray[np.int32], NDArray[np.int32]]  # records of each queue in order of arrival
-    arrivals: tuple[NDArray[np.int32], NDArray[np.int32]]  # their places in the shuffled list
+    arrivals: tuple[NDArray[np.int32], NDArray[np.int32]]  # their positions in the shuffled list
 
 
 class TrainPlan:
@@ -65,16 +67,16 @@ class TrainPlan:
 
     Args:
         sizes: (height, width) of every record; a list of `Size` or an array N x 2.
-        seed: at least 0. Nothing else decides the order.
+        seed: at least 0; the order depends on nothing else.
         batch_size: records in a sub-batch (images per device).
-        short_edges: one is drawn for every sub-batch, each with the same chance.
-        flip: mirror each member with chance 0.5.
-        shuffle: False keeps the list order in every pass.
-        repeats: how often each record is seen in a pass on average, at least 1; None: once. The sum over the records of
-            an orientation is rounded up.
+        short_edges: one of them is drawn for each sub-batch, with equal probability.
+        flip: mirror each member with probability 0.5.
+        shuffle: False keeps the order of the list in every pass.
+        repeats: average number of times that each record occurs in a pass, at least 1; None: once. The sum over the
+            records of an orientation is rounded up.
 
     Raises:
-        ValueError: if there is no record, no short edge, batch_size is below 1, or a number of `repeats` is.
+        ValueError: if there is no record or no short edge, or batch_size or one of `repeats` is below 1.
 
     >>> plan = TrainPlan([Size(3, 4), Size(4, 3), Size(5, 5)], seed=304, batch_size=2, short_edges=[300], shuffle=False)
     >>> plan.sub_batch(0).records, plan.sub_batch(1).records, plan.sub_batch(2).records
@@ -101,29 +103,31 @@ class TrainPlan:
             )
         self.seed, self.batch_size, self.flip, self.shuffle = seed, batch_size, flip, shuffle
         self.short_edges = tuple(int(edge) for edge in short_edges)
-        self._is_portrait = height_width[:, 0] > height_width[:, 1]  # (N,) bool: all that is kept of the sizes
-        self._turns = None if repeats is None else _cumulated(np.asarray(repeats, np.float64), self._is_portrait)
+        self._is_portrait = height_width[:, 0] > height_width[:, 1]  # (N,) bool; the sizes themselves are not needed
+        self._repeat_sums = (
+            None if repeats is None else _sum_repeats(np.asarray(repeats, np.float64), self._is_portrait)
+        )
         num_portrait = int(np.count_nonzero(self._is_portrait))
         self._num_members = (len(height_width) - num_portrait, num_portrait)
-        if self._turns is not None:
-            self._num_members = (int(self._turns[0][-1]), int(self._turns[1][-1]))
-        self.num_records = sum(self._num_members)  # of a pass
-        # The present pass and the one before, from which a queue's leftovers come.
-        self._pass = lru_cache(maxsize=2)(self._walk)
+        if self._repeat_sums is not None:
+            self._num_members = (int(self._repeat_sums[0][-1]), int(self._repeat_sums[1][-1]))
+        self.num_records = sum(self._num_members)  # arrivals in a pass
+        # The current pass and the one before, from which a queue's leftovers come.
+        self._pass = lru_cache(maxsize=2)(self._compute_pass)
 
     def sub_batch(self, number: int) -> SubBatch:
-        """Sub-batch `number` (from 0) of the global sequence. Costs the same for every number.
+        """Sub-batch `number` (from 0) of the global sequence, at the same cost for every number.
 
         Raises:
             ValueError: if number is below 0.
         """
         if number < 0:
             raise ValueError(f"sub-batches are numbered from 0, got {number}")
-        queue, place = self._queue_and_place(number)
-        rng = generator_for(self.seed, DRAWS, number)
+        queue, position = self._locate(number)
+        rng = generator_for(self.seed, DRAW_STREAM, number)
         short_edge = self.short_edges[int(rng.integers(len(self.short_edges)))]
         flips = rng.random(self.batch_size) < 0.5 if self.flip else np.zeros(self.batch_size, bool)
-        return SubBatch(number, self._records(queue, place), short_edge, tuple(flips.tolist()))
+        return SubBatch(number, self._records(queue, position), short_edge, tuple(flips.tolist()))
 
     def steps_in_pass(self, world_size: int) -> int:
         """Steps after which `world_size` devices have together taken about one pass over the records (rounded up)."""
@@ -134,93 +138,93 @@ class TrainPlan:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
-        self._pass = lru_cache(maxsize=2)(self._walk)
+        self._pass = lru_cache(maxsize=2)(self._compute_pass)
 
-    def _completed(self, num_passes: int) -> int:
-        """Sub-batches that both queues have given after `num_passes` passes."""
+    def _num_completed(self, num_passes: int) -> int:
+        """Sub-batches that both queues have produced after `num_passes` passes."""
         return sum(num_passes * members // self.batch_size for members in self._num_members)
 
-    def _queue_and_place(self, number: int) -> tuple[int, int]:
-        """Which queue gives sub-batch `number`, and the how-manieth of that queue it is (from 0)."""
-        # After p passes between p*N/B - 2 and p*N/B sub-batches are complete.
+    def _locate(self, number: int) -> tuple[int, int]:
+        """The queue that produces sub-batch `number`, and its position among the sub-batches of that queue (from 0)."""
+        # After p passes, between p*N/B - 2 and p*N/B sub-batches are complete.
         first = number * self.batch_size // self.num_records
         last = (number + 2) * self.batch_size // self.num_records + 1
-        index = first + bisect_right(range(first, last + 1), number, key=self._completed) - 1
+        index = first + bisect_right(range(first, last + 1), number, key=self._num_completed) - 1
         arrivals = self._pass(index).arrivals
         starts = [index * members // self.batch_size for members in self._num_members]
-        # Within the pass a queue emits whenever an arrival fills it: every batch_size-th, less what it held before.
+        # Within a pass, a queue emits when an arrival fills it: every batch_size-th, minus the records it held before.
         held = [index * members % self.batch_size for members in self._num_members]
         emitted = [arrivals[queue][self.batch_size - 1 - held[queue] :: self.batch_size] for queue in (0, 1)]
-        rank = number - sum(starts)  # how many emissions of this pass come before
-        from_portrait = _taken_from_second(emitted[0], emitted[1], rank)
+        rank = number - sum(starts)  # emissions of this pass before this one
+        from_portrait = _count_from_second(emitted[0], emitted[1], rank)
         from_landscape = rank - from_portrait
-        landscape_next = from_portrait == len(emitted[1]) or (
+        is_landscape_next = from_portrait == len(emitted[1]) or (
             from_landscape < len(emitted[0]) and emitted[0][from_landscape] < emitted[1][from_portrait]
         )
-        return (0, starts[0] + from_landscape) if landscape_next else (1, starts[1] + from_portrait)
+        return (0, starts[0] + from_landscape) if is_landscape_next else (1, starts[1] + from_portrait)
 
-    def _records(self, queue: int, place: int) -> tuple[int, ...]:
-        """Members of the `place`-th sub-batch of a queue; the first ones may stem from earlier passes."""
-        arrivals = range(place * self.batch_size, (place + 1) * self.batch_size)
+    def _records(self, queue: int, position: int) -> tuple[int, ...]:
+        """Members of the sub-batch at `position` of a queue; the first of them may come from earlier passes."""
+        arrivals = range(position * self.batch_size, (position + 1) * self.batch_size)
         passes_and_ranks = (divmod(arrival, self._num_members[queue]) for arrival in arrivals)
         return tuple(int(self._pass(index).members[queue][rank]) for index, rank in passes_and_ranks)
 
-    def _taking_part(self, index: int) -> NDArray[np.int32]:
+    def _repeated_records(self, index: int) -> NDArray[np.int32]:
         """The records of pass `index` in the order of the list, some of them several times.
 
-        Systematic sampling: a comb of distance 1 with a random start is laid over the running sums, and each record
-        gets a turn for every tooth within its stretch. So its turns are its number of repeats rounded down or up, and
-        all of them together are the same number in every pass.
+        Systematic sampling: points at distance 1 with a random start are placed on the cumulative sums of the repeats,
+        and each record occurs once for every point in its interval. Its occurrences are therefore its repeats, rounded
+        down or up, and their total is the same in every pass.
         """
         records = np.arange(len(self._is_portrait), dtype=np.int32)
-        if self._turns is None:
+        if self._repeat_sums is None:
             return records
-        start = generator_for(self.seed, TURNS, index).random()
-        counts = sum(np.diff(np.floor(sums + start)) for sums in self._turns)
+        start = generator_for(self.seed, REPEAT_STREAM, index).random()
+        counts = sum(np.diff(np.floor(sums + start)) for sums in self._repeat_sums)
         return np.repeat(records, np.asarray(counts, np.int64))
 
-    def _walk(self, index: int) -> _Pass:
-        """Pass `index` (from 0) over the records: 8 bytes a record."""
-        order = self._taking_part(index)
+    def _compute_pass(self, index: int) -> _Pass:
+        """Pass `index` (from 0) over the records; takes 8 bytes per record."""
+        order = self._repeated_records(index)
         if self.shuffle:
-            generator_for(self.seed, ORDER, index).shuffle(order)
+            generator_for(self.seed, ORDER_STREAM, index).shuffle(order)
         is_portrait = self._is_portrait[order]
         arrivals = [np.flatnonzero(is_portrait == queue).astype(np.int32) for queue in (False, True)]
         return _Pass((order[arrivals[0]], order[arrivals[1]]), (arrivals[0], arrivals[1]))
 
 
-def _cumulated(repeats: NDArray[np.float64], is_portrait: NDArray[np.bool_]) -> tuple[NDArray[np.float64], ...]:
-    """For each queue: 0 and the running sums of `repeats` (0 for records of the other queue), scaled to a whole end.
+def _sum_repeats(repeats: NDArray[np.float64], is_portrait: NDArray[np.bool_]) -> tuple[NDArray[np.float64], ...]:
+    """For each queue: 0 and the cumulative sums of `repeats` (0 for records of the other queue), with a whole total.
 
     Raises:
-        ValueError: if they are not one number of at least 1 for each record.
+        ValueError: if there is not one number of at least 1 for each record.
     """
     if repeats.shape != is_portrait.shape or not (repeats >= 1).all():
         raise ValueError(f"repeats must be {len(is_portrait)} numbers of at least 1")
     sums = []
     for queue in (False, True):
-        running = np.concatenate([[0.0], np.cumsum(np.where(is_portrait == queue, repeats, 0.0))])
-        whole = math.ceil(running[-1] - 1e-6)
-        sums.append(running * (whole / running[-1]) if whole else running)
-        sums[-1][-1] = whole  # exactly, whatever the rounding of the product
+        cumulative = np.concatenate([[0.0], np.cumsum(np.where(is_portrait == queue, repeats, 0.0))])
+        total = math.ceil(cumulative[-1] - 1e-6)
+        sums.append(cumulative * (total / cumulative[-1]) if total else cumulative)
+        sums[-1][-1] = total  # the product may be rounded
     return tuple(sums)
 
 
-def _taken_from_second(first: NDArray[np.int32], second: NDArray[np.int32], rank: int) -> int:
-    """How many of the `rank` smallest numbers of two sorted arrays without common members lie in `second`.
+def _count_from_second(first: NDArray[np.int32], second: NDArray[np.int32], rank: int) -> int:
+    """Count the members of `second` among the `rank` smallest numbers of two sorted arrays without common members.
 
-    >>> _taken_from_second(np.array([1, 4, 6]), np.array([2, 3, 9]), rank=4)
+    >>> _count_from_second(np.array([1, 4, 6]), np.array([2, 3, 9]), rank=4)
     2
     """
-    least, most = max(0, rank - len(first)), min(rank, len(second))
-    # The answer is the first count m for which second[m] is not among the `rank` smallest.
-    while least < most:
-        middle = (least + most) // 2
+    low, high = max(0, rank - len(first)), min(rank, len(second))
+    # The result is the first count m for which second[m] is not among the `rank` smallest.
+    while low < high:
+        middle = (low + high) // 2
         if second[middle] < first[rank - middle - 1]:
-            least = middle + 1
+            low = middle + 1
         else:
-            most = middle
-    return least
+            high = middle
+    return low
 
 
 class RankSequence(Sequence[SubBatch]):
@@ -229,9 +233,9 @@ class RankSequence(Sequence[SubBatch]):
     A sampler for `DataLoader(batch_size=None)`. All ranks together take every number once.
 
     Args:
-        start: steps already done, so that a resumed run goes on where the first one stopped.
+        start: steps already done, so that a resumed run continues where the first one stopped.
         num_steps: length; `sys.maxsize` for an endless stream.
-        first: sub-batches that were taken before step 0, whatever the number of ranks was then.
+        first: sub-batches that were taken before step 0, by any number of ranks.
 
     >>> plan = TrainPlan([Size(3, 4)], seed=0, batch_size=1, short_edges=[300])
     >>> tuple(item.number for item in RankSequence(plan, rank=1, world_size=4, start=10, num_steps=3))

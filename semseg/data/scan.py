@@ -1,7 +1,7 @@
-"""What the files of a data set hold: every mask is read, and the header of every image. For the data doctor.
+"""The content of a data set's files: reads every mask, and the header of every image. For mode=check.
 
-Masks are read by several threads (decoders leave the interpreter's lock), and what was found is remembered by the
-time and length of both files, so that a second scan reads what is new.
+Threads read the masks (decoders release the interpreter's lock). Results are cached by the time and length of both
+files, so that a second scan reads only what is new.
 """
 
 from __future__ import annotations
@@ -17,169 +17,168 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from semseg.data.geometry import Size
+from semseg.data.header_cache import cache_file, load_cache, save_cache
 from semseg.data.headers import Header
-from semseg.data.images import MAX_PIXELS, read_header, read_image, read_label, read_largest
+from semseg.data.images import MAX_PIXELS, read_header, read_image, read_largest
 from semseg.data.label_map import ColourIds
-from semseg.data.records import Record, cache_file, load_cache, save_cache
-from semseg.data.store import stamp
+from semseg.data.labels import read_label
+from semseg.data.records import Record
+from semseg.data.store import file_stamp
 from semseg.errors import DataError
 
-MAX_COLOURS = 256  # a mask in more colours is a picture
-CACHE_FORMAT = 2  # of the remembered findings
-SAMPLED = 64  # images whose pixels are looked at too, besides those of 16 bits
-NEARLY_BLACK = 32  # 8-bit values below which an image uses a fraction of its depth
-SEVERAL = ", first of several"  # ends the kind of a file of frames or pages
+MAX_COLOURS = 256  # a mask with more colours is taken for a photo
+CACHE_FORMAT = 2  # version of the cached rows
+NUM_SAMPLED = 64  # images whose pixels are read, in addition to all 16-bit images
+NEARLY_BLACK = 32  # an 8-bit image with all values below uses a fraction of its range
+FIRST_OF_SEVERAL = ", first of several"  # ends the kind of a file with several frames or pages
 
 
-class Finding(NamedTuple):
-    """What one image and its mask are."""
+class PairFacts(NamedTuple):
+    """What one image and its mask contain."""
 
-    height: int  # of the image in pixels, as it is read; 0 if it cannot be
+    height: int  # of the image in pixels, as it is read; 0 if it cannot be read
     width: int
-    image_kind: str  # "JPEG RGB"; empty if it cannot be read
-    mask_kind: str  # "PNG L"; empty if it cannot be read, or there is none
-    ids: dict[int, int]  # of the mask file: id -> pixels
-    colours: dict[str, int]  # of a mask that is coded in colours: "#ff8000" -> pixels
-    problem: str = ""  # why it cannot be trained on; ids that are no class are not looked at here
-    largest: int = -1  # value of the image's pixels, of 16 bits or nearly black; -1: neither, or not looked at
-    white: int = 255  # the largest that their depth has: 255 or 65535
+    image_kind: str  # "JPEG RGB"; empty if the image cannot be read
+    mask_kind: str  # "PNG L"; empty if the mask cannot be read, or there is none
+    ids: dict[int, int]  # id in the mask -> pixels
+    colours: dict[str, int]  # of a colour-coded mask: "#ff8000" -> pixels
+    problem: str = ""  # why the pair cannot be trained on; ids that are no class are not checked here
+    largest: int = -1  # largest pixel value of a 16-bit or nearly black image; -1 for other images
+    white: int = 255  # largest value of the image's bit depth: 255 or 65535
 
     @property
-    def pixels(self) -> int:
-        """Of the mask, if it has ids."""
+    def num_pixels(self) -> int:
+        """Pixels of the mask; 0 if it has no ids."""
         return sum(self.ids.values())
 
 
-def scan(
+def scan_pairs(
     records: Sequence[Record],
     folder: Path,
     *,
     max_pixels: int = MAX_PIXELS,
     colours: ColourIds | None = None,
     cache_dir: str | Path | None = None,
-    threads: int | None = None,
-) -> Iterator[Finding]:
-    """A finding for every record, in their order.
+    num_threads: int | None = None,
+) -> Iterator[PairFacts]:
+    """The content of every record, in their order.
 
     Args:
-        folder: names the cache file; that of the data set.
-        colours: what colours of masks stand for, if they are coded so.
+        folder: the folder of the data set; it names the cache file.
+        colours: decodes colour-coded masks.
         cache_dir: None: $XDG_CACHE_HOME/semseg, or ~/.cache/semseg.
-        threads: None: as many as there are processors.
+        num_threads: None: one per processor.
     """
     cache = cache_file("masks", folder, cache_dir)
-    known = load_cache(cache)
-    fresh: dict[str, list[object]] = {}
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        step = max(1, len(records) // SAMPLED)
-        waiting = [
-            pool.submit(remembered, record, known, max_pixels, colours, looks=number % step == 0)
+    cached = load_cache(cache)
+    new_entries: dict[str, list[object]] = {}
+    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+        step = max(1, len(records) // NUM_SAMPLED)
+        futures = [
+            pool.submit(_scan_or_load, record, cached, max_pixels, colours, reads_pixels=number % step == 0)
             for number, record in enumerate(records)
         ]
         try:
-            for record, answer in zip(records, waiting, strict=True):
-                found, stamps = answer.result()
+            for record, future in zip(records, futures, strict=True):
+                facts, stamps = future.result()
                 if stamps:
-                    fresh[key_of(record)] = [stamps, as_row(found)]
-                yield found
+                    new_entries[_cache_key(record)] = [stamps, _to_row(facts)]
+                yield facts
         finally:
             pool.shutdown(cancel_futures=True)
-            if any(known.get(key) != entry for key, entry in fresh.items()):
-                save_cache(cache, known | fresh)
+            if any(cached.get(key) != entry for key, entry in new_entries.items()):
+                save_cache(cache, cached | new_entries)
 
 
-def remembered(
-    record: Record, known: dict[str, object], max_pixels: int, colours: ColourIds | None, *, looks: bool
-) -> tuple[Finding, list[int]]:
-    """The finding of a record, and by what it is told whether its files have changed; nothing if one is missing."""
+def _scan_or_load(
+    record: Record, cached: dict[str, object], max_pixels: int, colours: ColourIds | None, *, reads_pixels: bool
+) -> tuple[PairFacts, list[int]]:
+    """The facts about a record, and the stamps by which a change of its files shows; none if a file is missing."""
     table = 0 if colours is None else colours.fingerprint
+    settings = [CACHE_FORMAT, max_pixels, table, reads_pixels, *record.size]
     try:
-        stamps = [
-            CACHE_FORMAT,
-            max_pixels,
-            table,
-            looks,
-            *record.size,
-            *stamp(record.image),
-            *(stamp(record.label or record.image)),
-        ]
+        stamps = [*settings, *file_stamp(record.image), *file_stamp(record.label or record.image)]
     except OSError:
-        return examine(record, max_pixels, colours, looks=looks), []
-    match known.get(key_of(record)):
+        return scan_pair(record, max_pixels, colours, reads_pixels=reads_pixels), []
+    facts = _from_entry(cached.get(_cache_key(record)), stamps)
+    return facts or scan_pair(record, max_pixels, colours, reads_pixels=reads_pixels), stamps
+
+
+def _from_entry(entry: object, stamps: list[int]) -> PairFacts | None:
+    """The facts in an entry of the cache; None if it is invalid or has other stamps."""
+    match entry:
         case [
-            then,
+            entry_stamps,
             [
                 int() as height,
                 int() as width,
                 str() as image,
                 str() as mask,
                 dict() as ids,
-                dict() as found,
+                dict() as colours,
                 str() as problem,
                 int() as largest,
                 int() as white,
             ],
-        ] if then == stamps:
-            own = {int(raw): count for raw, count in ids.items()}
-            return Finding(height, width, image, mask, own, found, problem, largest, white), stamps
-    return examine(record, max_pixels, colours, looks=looks), stamps
+        ] if entry_stamps == stamps:
+            counts = {int(raw): count for raw, count in ids.items()}
+            return PairFacts(height, width, image, mask, counts, colours, problem, largest, white)
+    return None
 
 
-def as_row(found: Finding) -> list[object]:
-    """A finding as JSON gives it back."""
-    return list(found._replace(ids={str(raw): count for raw, count in found.ids.items()}))  # pyright: ignore[reportArgumentType]
+def _to_row(facts: PairFacts) -> list[object]:
+    """Facts as a JSON file stores them."""
+    return list(facts._replace(ids={str(raw): count for raw, count in facts.ids.items()}))  # pyright: ignore[reportArgumentType]
 
 
-def key_of(record: Record) -> str:
-    """What a finding is remembered by."""
+def _cache_key(record: Record) -> str:
     return f"{record.image}|{record.label}"
 
 
-def examine(
-    record: Record, max_pixels: int = MAX_PIXELS, colours: ColourIds | None = None, *, looks: bool = True
-) -> Finding:
-    """What the files of one record hold; never raises for a broken file.
+def scan_pair(
+    record: Record, max_pixels: int = MAX_PIXELS, colours: ColourIds | None = None, *, reads_pixels: bool = True
+) -> PairFacts:
+    """The content of the files of one record; does not raise for broken files.
 
     Args:
-        looks: at the pixels of the image too; at those of 16 bits it always does.
+        reads_pixels: read the pixels of 8-bit images too; those of 16-bit images are always read.
     """
-    found = Finding(0, 0, "", "", {}, {})
+    facts = PairFacts(0, 0, "", "", {}, {})
     try:
         image = read_header(record.image, max_pixels=max_pixels)
-        found = found._replace(height=image.stored.height, width=image.stored.width, image_kind=kind_of(image))
-        if looks or image.bits == 16:
+        facts = facts._replace(height=image.stored.height, width=image.stored.width, image_kind=_describe_kind(image))
+        if reads_pixels or image.bits == 16:
             largest, white = read_largest(record.image, max_pixels=max_pixels)
             if white > 255 or largest < NEARLY_BLACK:
-                found = found._replace(largest=largest, white=white)
+                facts = facts._replace(largest=largest, white=white)
         if record.label is None:
-            return found
+            return facts
         mask = read_header(record.label, max_pixels=max_pixels)
-        found = found._replace(mask_kind=kind_of(mask))
+        facts = facts._replace(mask_kind=_describe_kind(mask))
         if mask.upright not in (image.stored, image.upright):
             raise DataError(
-                f"{record.image} is {image.stored}, its mask {record.label} {mask.upright} (height x width)."
+                f"{record.image} is {image.stored}, its mask {record.label} is {mask.upright} (height x width)."
             )
-        found = found._replace(height=mask.upright.height, width=mask.upright.width)
+        facts = facts._replace(height=mask.upright.height, width=mask.upright.width)
         if record.size not in (image.stored, mask.upright):
             raise DataError(
                 f"{record.image}: the list says {record.size} (height x width), the file is {image.stored}."
             )
         if mask.kind.endswith((" RGB", " RGBA")) and not mask.lossy:
-            found = found._replace(colours=colours_of(read_image(record.label, max_pixels=max_pixels)))
-        ids = ids_of(read_label(record.label, max_pixels=max_pixels, colours=colours))
+            facts = facts._replace(colours=count_colours(read_image(record.label, max_pixels=max_pixels)))
+        ids = count_ids(read_label(record.label, max_pixels=max_pixels, colours=colours))
     except DataError as error:
-        return found._replace(problem=str(error))
-    return found._replace(ids=ids, colours={})  # grey though stored in colours
+        return facts._replace(problem=str(error))
+    return facts._replace(ids=ids, colours={})  # a grey mask may be stored as RGB
 
 
-def kind_of(header: Header) -> str:
-    """Format and mode, and whether it is only one of several frames or pages that is read."""
-    return header.kind + SEVERAL if header.has_frames else header.kind
+def _describe_kind(header: Header) -> str:
+    """Format and mode, and whether only the first of several frames or pages is read."""
+    return header.kind + FIRST_OF_SEVERAL if header.has_frames else header.kind
 
 
-def ids_of(raw: NDArray[np.integer]) -> dict[int, int]:
-    """Pixels of each id."""
+def count_ids(raw: NDArray[np.integer]) -> dict[int, int]:
+    """The number of pixels of each id."""
     if raw.dtype == np.uint8:
         counts = np.bincount(raw.ravel(), minlength=256)
         present = np.flatnonzero(counts)
@@ -188,8 +187,8 @@ def ids_of(raw: NDArray[np.integer]) -> dict[int, int]:
     return dict(zip(present.tolist(), counts.tolist(), strict=True))
 
 
-def colours_of(pixels: NDArray[np.uint8]) -> dict[str, int]:
-    """Pixels of each colour of (H, W, 3) RGB; none if there are more than MAX_COLOURS."""
+def count_colours(pixels: NDArray[np.uint8]) -> dict[str, int]:
+    """The number of pixels of each colour of (H, W, 3) RGB; empty if there are more than MAX_COLOURS."""
     packed = pixels.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
     present, counts = np.unique(packed, return_counts=True)
     if len(present) > MAX_COLOURS:
@@ -198,32 +197,27 @@ def colours_of(pixels: NDArray[np.uint8]) -> dict[str, int]:
 
 
 def repeat_factors(present: Sequence[set[int]], threshold: float) -> NDArray[np.float64]:
-    """How often each image is to be seen so that rare classes are: repeat factor sampling (Gupta et al. 2019, 3.2).
+    """Repeats of each image so that rare classes are seen more often: repeat factor sampling (Gupta et al. 2019, 3.2).
 
-    A class that is in a share f of the images asks for max(1, sqrt(threshold / f)); an image gets the most that any of
-    its classes asks for.
+    The factor of a class that occurs in a fraction f of the images is max(1, sqrt(threshold / f)); the factor of an
+    image is the largest of its classes.
 
     Args:
         present: the classes of each image.
-        threshold: share of the images, 0..1; classes that are in more of them ask for nothing.
+        threshold: fraction of the images, 0..1; classes that occur in more of them have factor 1.
 
     Returns:
-        A number of at least 1 for each image.
+        One number for each image, at least 1.
 
     >>> repeat_factors([{0}, {0}, {0}, {0, 1}], threshold=1.0).tolist()
     [1.0, 1.0, 1.0, 2.0]
     """
-    images = Counter(index for classes in present for index in classes)
-    asked = {index: max(1.0, math.sqrt(threshold * len(present) / count)) for index, count in images.items()}
-    return np.array([max((asked[index] for index in classes), default=1.0) for classes in present])
+    num_images = Counter(index for classes in present for index in classes)
+    factors = {index: max(1.0, math.sqrt(threshold * len(present) / count)) for index, count in num_images.items()}
+    return np.array([max((factors[index] for index in classes), default=1.0) for classes in present])
 
 
-def place_of(raw: NDArray[np.integer], raw_id: int) -> tuple[int, int]:
-    """(row, column) of the first pixel of an id that is there."""
+def first_pixel(raw: NDArray[np.integer], raw_id: int) -> tuple[int, int]:
+    """(row, column) of the first pixel with an id that occurs in `raw`."""
     row, column = np.unravel_index(int((raw == raw_id).argmax()), raw.shape)
     return int(row), int(column)
-
-
-def size_of(found: Finding) -> Size:
-    """Height and width of a finding's image."""
-    return Size(found.height, found.width)

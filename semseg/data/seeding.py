@@ -1,6 +1,6 @@
 """The only source of randomness: a generator made from a seed and a position.
 
-The same numbers give the same draws on any rank, worker, process count and after any resume.
+The same numbers give the same random numbers on any rank and worker, with any number of processes, after any resume.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def generator_for(seed: int, *position: int) -> np.random.Generator:
-    """A NumPy generator that depends on `seed` and `position` (all >= 0) and on nothing else.
+    """A NumPy generator that depends only on `seed` and `position` (all >= 0).
 
     >>> bool(generator_for(304, 1, 7).random() == generator_for(304, 1, 7).random())
     True
@@ -18,5 +18,5 @@ def generator_for(seed: int, *position: int) -> np.random.Generator:
 
 
 def number_for(seed: int, *position: int) -> int:
-    """A 63-bit number that depends on `seed` and `position` (all >= 0) alone: a seed for other generators."""
+    """A 63-bit number that depends only on `seed` and `position` (all >= 0): a seed for other generators."""
     return int(generator_for(seed, *position).integers(2**63))

@@ -1,9 +1,19 @@
-"""Tensors from the workers of a loader to the process that uses them, through memory that both have from the start.
+"""Hands pixels from the workers of a loader to the process that uses them, through shared memory that is reused.
 
-PyTorch makes new shared memory for every tensor that a worker sends: page faults all over it and a file descriptor to
-fetch, which together take a third as long as reading the image. The slots here are written to again and again; a tensor
-is copied out of its slot, which is then free. They are anonymous memory: no room in /dev/shm is needed, and nothing
-stays behind, however the processes end.
+PyTorch allocates new shared memory for every tensor that a worker sends: page faults and a file descriptor per tensor,
+which together take a third as long as reading the image. Slots are written again and again instead. They are anonymous
+memory: they need no space in /dev/shm, and nothing remains however the processes end.
+
+    worker process                                          process that uses the items
+    --------------                                          ---------------------------
+                                                            SharedSlots(...) allocates slots, then forks workers
+    SharedSlots.attach_worker(number)
+    write_tensor(tensor) copies it into a free slot
+      `-- SlotAddress ------- queue of the DataLoader --->  read_tensor(address) copies it from the slot
+    the slot is free again <- pipe of slot numbers -------    `-- slot number
+
+`Batch` and `EvalSample` take this way when a multiprocessing queue pickles them (see the end of this file). Tensors
+that do not fit, or find no free slot, are sent by PyTorch's own mechanism.
 """
 
 from __future__ import annotations
@@ -13,7 +23,9 @@ import math
 import mmap
 import multiprocessing
 import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -21,20 +33,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from semseg.data.batch import Batch, EvalSample
 
-class Slot(NamedTuple):
-    """Where a tensor lies that was sent."""
 
-    exchange: int
+class SlotAddress(NamedTuple):
+    """Location of a tensor that was written to a slot."""
+
+    slots_id: int  # in the registry
     worker: int
     number: int
     shape: tuple[int, ...]
 
 
-def start_method() -> str:
-    """How workers are started: as multiprocessing.set_start_method says, else as forks where that is Python's way.
+def worker_start_method() -> str:
+    """How workers are started: as multiprocessing.set_start_method says, or else by forking, where that works.
 
-    On Linux the default of Python 3.14 and later, forkserver, counts as no choice: forks are what slots need.
+    On Linux, forkserver, the default of Python 3.14 and later, is not taken for a choice: slots need forks.
     """
     chosen = multiprocessing.get_start_method(allow_none=True)
     default = "forkserver" if sys.version_info >= (3, 14) else "fork"
@@ -43,86 +57,140 @@ def start_method() -> str:
     return chosen or multiprocessing.get_context().get_start_method()
 
 
-def is_possible() -> bool:
-    """Whether workers are forks of this process and so inherit its memory; if not, PyTorch's own way is taken."""
-    return start_method() == "fork"
+def slots_are_possible() -> bool:
+    """Whether workers are forks of this process and so inherit its memory. If not, PyTorch's own mechanism is used."""
+    return worker_start_method() == "fork"
 
 
-def why_no_workers() -> str | None:
-    """What keeps this system from starting workers; None: nothing. Locks need a /dev/shm that can be written to."""
+def find_worker_obstacle() -> str | None:
+    """What prevents this system from starting workers; None if nothing does. Locks need a writable /dev/shm."""
     try:
-        multiprocessing.get_context(start_method()).Lock()
+        multiprocessing.get_context(worker_start_method()).Lock()
     except (OSError, ImportError) as error:
         return getattr(error, "strerror", None) or str(error)
     return None
 
 
-class Exchange:
+class SharedSlots:
     """The slots of one iteration of a loader.
 
     Args:
-        workers: number of processes.
-        slots: of each worker: the tensors that it may have sent and nobody received.
-        slot_bytes: the largest tensor that goes this way.
+        num_workers: number of processes that write.
+        slots_per_worker: tensors that one worker may have sent and nobody has read yet.
+        slot_bytes: size of the largest tensor that fits.
 
     Raises:
-        OSError: if there is not so much memory.
+        OSError: if there is not enough memory.
     """
 
-    def __init__(self, workers: int, slots: int, slot_bytes: int) -> None:
-        memory = mmap.mmap(-1, workers * slots * slot_bytes)  # taken from the system when it is written to
-        # An array: a tensor made in PyTorch's inference mode can be written to in that mode alone.
-        self._slots = np.frombuffer(memory, np.uint8).reshape(workers, slots, slot_bytes)
-        self._freed = [multiprocessing.Pipe(duplex=False) for _ in range(workers)]  # numbers of slots, to the worker
-        self._number = next(_numbers)
-        _exchanges[self._number] = self
+    def __init__(self, num_workers: int, slots_per_worker: int, slot_bytes: int) -> None:
+        # The system allocates pages when they are first written.
+        memory = mmap.mmap(-1, num_workers * slots_per_worker * slot_bytes)
+        # An array: a tensor that is created in PyTorch's inference mode can be written only in that mode.
+        self._slots = np.frombuffer(memory, np.uint8).reshape(num_workers, slots_per_worker, slot_bytes)
+        self._freed = [multiprocessing.Pipe(duplex=False) for _ in range(num_workers)]  # slot numbers, to the worker
+        self._worker = 0  # in a worker: its number
+        self._free: list[int] = []  # in a worker: slots that are free, as far as it knows
+        self._id = _registry.add(self)
 
-    def join(self, worker: int) -> None:
-        """In worker number `worker`, before it sends anything."""
-        global _sender  # noqa: PLW0603 - what a process is pickled for is not told to __reduce__
-        _sender = Sender(self, worker, list(range(self._slots.shape[1])))
+    def attach_worker(self, worker: int) -> None:
+        """Make `write_tensor` in this process, which is worker number `worker`, use these slots."""
+        self._worker, self._free = worker, list(range(self._slots.shape[1]))
+        _registry.writer = self
 
-    def put(self, tensor: Tensor, worker: int, free: list[int]) -> Slot | None:
-        """Copy `tensor` to one of the `free` slots, which are brought up to date; None if it does not fit."""
-        freed, _ = self._freed[worker]
+    def write(self, tensor: Tensor) -> SlotAddress | None:
+        """Copy a tensor into a free slot; None if it is not uint8, does not fit, or no slot is free."""
+        freed, _ = self._freed[self._worker]
         while freed.poll():
-            free.append(freed.recv())
-        if not free or tensor.dtype != torch.uint8 or tensor.numel() > self._slots.shape[2]:
+            self._free.append(freed.recv())
+        if not self._free or tensor.dtype != torch.uint8 or tensor.numel() > self._slots.shape[2]:
             return None
-        slot = Slot(self._number, worker, free.pop(), tuple(tensor.shape))
-        np.copyto(self._content(slot), tensor.numpy())
-        return slot
+        address = SlotAddress(self._id, self._worker, self._free.pop(), tuple(tensor.shape))
+        np.copyto(self._content(address), tensor.numpy())
+        return address
 
-    def take(self, slot: Slot) -> Tensor:
-        """A copy of what lies in a slot, which is given back."""
-        tensor = torch.from_numpy(self._content(slot).copy())
-        _, freed = self._freed[slot.worker]
-        freed.send(slot.number)
+    def read(self, address: SlotAddress) -> Tensor:
+        """A copy of the tensor in a slot, which is free afterwards."""
+        tensor = torch.from_numpy(self._content(address).copy())
+        _, freed = self._freed[address.worker]
+        freed.send(address.number)
         return tensor
 
-    def _content(self, slot: Slot) -> NDArray[np.uint8]:
-        return self._slots[slot.worker, slot.number, : math.prod(slot.shape)].reshape(slot.shape)
+    def _content(self, address: SlotAddress) -> NDArray[np.uint8]:
+        return self._slots[address.worker, address.number, : math.prod(address.shape)].reshape(address.shape)
 
 
-class Sender(NamedTuple):
-    """What a worker knows of its exchange."""
+class _Registry:
+    """All slots of this process. Pickled items find theirs here: pickling passes on no context."""
 
-    exchange: Exchange
-    worker: int
-    free: list[int]
+    def __init__(self) -> None:
+        self.writer: SharedSlots | None = None  # in a worker: the slots that it writes to
+        self._ids = itertools.count()
+        self._slots: WeakValueDictionary[int, SharedSlots] = WeakValueDictionary()
 
+    def add(self, slots: SharedSlots) -> int:
+        number = next(self._ids)
+        self._slots[number] = slots
+        return number
 
-_numbers = itertools.count()
-_exchanges: WeakValueDictionary[int, Exchange] = WeakValueDictionary()
-_sender: Sender | None = None
-
-
-def sent(tensor: Tensor) -> Tensor | Slot:
-    """What to pickle for a tensor: where it lies, if it is uint8 and a slot is free; else itself."""
-    slot = None if _sender is None else _sender.exchange.put(tensor, _sender.worker, _sender.free)
-    return tensor if slot is None else slot
+    def __getitem__(self, number: int) -> SharedSlots:
+        return self._slots[number]
 
 
-def received(parcel: Tensor | Slot) -> Tensor:
-    """The tensor that was sent. Once for each slot."""
-    return _exchanges[parcel.exchange].take(parcel) if isinstance(parcel, Slot) else parcel
+_registry = _Registry()
+
+
+def write_tensor(tensor: Tensor) -> Tensor | SlotAddress:
+    """Write a tensor to a slot; the tensor itself if that is not possible."""
+    address = None if _registry.writer is None else _registry.writer.write(tensor)
+    return tensor if address is None else address
+
+
+def read_tensor(written: Tensor | SlotAddress) -> Tensor:
+    """The tensor that `write_tensor` wrote. Call it once for each address."""
+    return _registry[written.slots_id].read(written) if isinstance(written, SlotAddress) else written
+
+
+# ---- pickling: pixels go through slots, everything else as bytes
+
+Reduced = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def _reduce_batch(batch: Batch) -> Reduced:
+    label = batch.label.cpu().numpy().astype(np.int16)  # as it was read: class indices fit
+    return _restore_batch, (write_tensor(batch.image), label, batch.size.tolist(), batch.paths, batch.bad)
+
+
+def _restore_batch(
+    image: Tensor | SlotAddress, label: NDArray[np.int16], size: list[list[int]], paths: list[str], bad: tuple[str, ...]
+) -> Batch:
+    return Batch(read_tensor(image), torch.from_numpy(label).long(), torch.tensor(size), paths, bad)
+
+
+def _reduce_eval_sample(sample: EvalSample) -> Reduced:
+    label = sample.label.to(torch.int16).view(torch.uint8)
+    pixels = torch.cat([part.flatten() for part in (label, *sample.scales)])  # one tensor, one slot
+    scale_sizes = [tuple(scale.shape) for scale in sample.scales]
+    arguments = (write_tensor(pixels), tuple(sample.label.shape), scale_sizes, sample.size.tolist())
+    return _restore_eval_sample, (*arguments, sample.path, sample.position, sample.bad)
+
+
+def _restore_eval_sample(  # noqa: PLR0917 - the fields, as pickled
+    written: Tensor | SlotAddress,
+    label_size: tuple[int, ...],
+    scale_sizes: list[tuple[int, ...]],
+    original_size: list[int],
+    path: str,
+    position: int,
+    bad: str,
+) -> EvalSample:
+    pixels = read_tensor(written)
+    label_bytes = math.prod(label_size) * torch.int16.itemsize
+    label = pixels[:label_bytes].view(torch.int16).view(label_size).long()
+    parts = pixels[label_bytes:].split([math.prod(size) for size in scale_sizes])
+    scales = [part.view(size) for part, size in zip(parts, scale_sizes, strict=True)]
+    return EvalSample(scales, label, torch.tensor(original_size), path, position, bad)
+
+
+ForkingPickler.register(Batch, _reduce_batch)
+ForkingPickler.register(EvalSample, _reduce_eval_sample)

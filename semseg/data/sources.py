@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -10,20 +10,19 @@ from typing import NamedTuple
 from semseg.config.schema import SPLITS, DataConfig, SplitConfig
 from semseg.data import store
 from semseg.data.classes import ClassTable, built_in_classes
+from semseg.data.folders import Naming, read_folder_pairs
+from semseg.data.header_cache import readable_headers
 from semseg.data.headers import Header
 from semseg.data.label_map import ColourIds, LabelMap
-from semseg.data.orientation import Evidence, evidence_of, labels_are_upright, settled, told
-from semseg.data.records import (
-    Naming,
-    Record,
-    headers_of,
-    mask_headers_of,
-    records_from_folders,
-    records_from_odgt,
-    records_from_table,
-    split_by_hash,
-    split_named,
+from semseg.data.list_files import match_split, read_odgt_list, read_table_list
+from semseg.data.orientation import (
+    Evidence,
+    collect_evidence,
+    describe_orientations,
+    labels_are_upright,
+    set_label_orientation,
 )
+from semseg.data.records import Problem, Record, require_records, separate_problems, split_by_hash
 from semseg.data.scenes import make_scenes
 from semseg.errors import ConfigError, DataError
 
@@ -32,231 +31,256 @@ BUILT_IN_CLASSES = ("ade20k", "camvid", "cityscapes", "voc2012", "cocostuff")
 
 
 class Orientations(NamedTuple):
-    """What is known of the photographs of a split that EXIF turns."""
+    """What is known of the images of a split that have an EXIF orientation."""
 
-    text: str = ""  # a sentence; empty: there are none
-    is_mixed: bool = False  # some labels lie on the stored pixels, some on the upright picture, as their sizes show
-    problem: str = ""  # why it is not known on which the others lie
+    text: str = ""  # a sentence; empty if there are none
+    is_mixed: bool = False  # whether some labels are drawn on the stored and some on the upright image, by their sizes
+    problem: str = ""  # why the grid of the other labels is unknown
 
 
 class DataSource:
     """A data set on disk, as `data` in the configuration describes it.
 
-    Making one reads no images. A data set with `data.make` is drawn first if it is not there.
+    Creating one reads no images. A data set with `data.make` is drawn first if it does not exist.
 
     Raises:
-        ConfigError: if the classes cannot be told from the configuration.
-        DataError: if files of the class table are missing or broken.
+        ConfigError: if the configuration does not define the classes.
+        DataError: if the class table is missing or broken.
     """
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self.root = Path.cwd() if config.images else store.path_of(config.root)
+        self.root = Path.cwd() if config.images else store.resolve_path(config.root)
         if config.make is not None:
             make_scenes(self.root, num_train=config.make.num_train, num_val=config.make.num_val, seed=config.make.seed)
-        self.classes = class_table(config, self.root)
-        self.label_map = label_map(config, self.classes)
+        self.classes = load_class_table(config, self.root)
+        self.label_map = make_label_map(config, self.classes)
+        self.orientations: dict[str, Orientations] = {}  # by split, for splits that were read
         self._records: dict[str, list[Record]] = {}
-        self.orientations: dict[str, Orientations] = {}  # of each split that was surveyed
-        self._unused: dict[str, store.Unused] = {}
+        self._unused: dict[str, store.UnusedFiles] = {}
 
     def records(self, split: str) -> list[Record]:
         """Records of "train", "val" or "test"; read on the first call.
 
         Raises:
-            DataError: if the split is not configured, its files are missing, or it is empty.
+            DataError: if the split is not configured, its files are missing or wrong, or it is empty.
         """
         if split not in self._records:
-            self._records[split] = self._read(split)
+            files = self._files_to_read(split)
+            records = self._select(split, files, require_records(self._read(split, files)), is_survey=False)
+            if not records:
+                raise self._empty_split_error(split)
+            self._records[split] = records
         return self._records[split]
 
     def has(self, split: str) -> bool:
-        """Whether the configuration says where `split` is."""
-        place = self._place(split)
-        return bool(place.list or place.images) or (split == "val" and self.config.val_fraction > 0)
+        """Whether the configuration defines `split`."""
+        return self._is_configured(split) or (split == "val" and self.config.val_fraction > 0)
 
     def survey(self, split: str) -> tuple[list[Record], list[str]]:
-        """Records of a split without those that are in any way wrong, and what is wrong with each of them.
+        """The records of a split, and a message for each line or file that gives none.
 
         Raises:
-            DataError: if the split is not configured, or a list or folder is missing.
+            DataError: if the split is not configured, a list or folder is missing, or it is empty.
         """
-        problems: list[str] = []
-        return self._read(split, problems), problems
+        files = self._files_to_read(split)
+        records, problems = separate_problems(self._read(split, files))
+        records = self._select(split, files, records, is_survey=True)
+        if not records and not problems:
+            raise self._empty_split_error(split)
+        return records, [problem.message for problem in problems]
 
-    def unused(self, split: str) -> str:
-        """A sentence that counts the files of a split's folders which are neither images nor masks; empty if none are.
+    def describe_unused(self, split: str) -> str:
+        """A sentence that counts the files of a split's folders that are neither image nor mask; empty if none are.
 
-        Folders that the split shares with train are those of train. Call it after `records` or `survey`.
+        Folders that the split shares with train count for train. Call it after `records` or `survey`.
         """
-        found = self._unused.get(split)
-        if not found or not found.count:
+        unused = self._unused.get(split)
+        if not unused or not unused.count:
             return ""
-        names = found.words(self.root)
-        return f"{split}: {found.count} files or folders below {self.root} are not used: {names}."
+        names = unused.describe(self.root)
+        return f"{split}: {unused.count} files or folders below {self.root} are not used: {names}."
 
-    def split_folders(self) -> dict[str, str]:
-        """Keys that use the folders of splits which lie side by side in the images of train; none if there are none.
+    def find_split_folders(self) -> dict[str, str]:
+        """Overrides that use the folders of splits found side by side in the images of train; empty if there are none.
 
-        They are looked for where train is a folder and no folder is set for val: val would be cut from all of them.
+        They are searched where train is a folder and val has no folder: val would be cut from all of them.
         """
-        place, val = self._place("train"), self._place("val")
-        if place.list or place.stems or val.list or val.images or not (place.images and place.masks):
+        train, val = self._split_files("train"), self._split_files("val")
+        if train.list or train.stems or val.list or val.images or not (train.images and train.masks):
             return {}
-        names = store.names_in(self._path(place.images), store.Unused())
-        found = {split: name for name in names if (split := split_named(name))}
-        if len(found) < 2 or "train" not in found:
+        names = store.list_folder(self._resolve(train.images), store.UnusedFiles())
+        folder_of = {split: name for name in names if (split := match_split(name))}
+        if len(folder_of) < 2 or "train" not in folder_of:
             return {}
-        places = {"images": place.images, "masks": place.masks}
+        parents = {"images": train.images, "masks": train.masks}
         keys = {
-            f"data.{split}.{key}": f"{folder}/{name}" for split, name in found.items() for key, folder in places.items()
+            f"data.{split}.{key}": f"{parent}/{name}"
+            for split, name in folder_of.items()
+            for key, parent in parents.items()
         }
         return keys | ({"data.images": "null", "data.masks": "null"} if self.config.images else {})
 
-    def _read(self, split: str, problems: list[str] | None = None) -> list[Record]:
+    # ---- reading
+
+    def _is_configured(self, split: str) -> bool:
+        files = self._split_files(split)
+        return bool(files.list or files.images)
+
+    def _split_files(self, split: str) -> SplitConfig:
+        """Lists and folders of a split as configured."""
+        files: SplitConfig = getattr(self.config, split)
+        if self.config.images and (split == "train" or files == self.config.train):
+            return replace(files, list=None, images=self.config.images, masks=self.config.masks)
+        return files
+
+    def _files_to_read(self, split: str) -> SplitConfig:
+        """Lists and folders that `split` is read from; those of train if it is cut from train.
+
+        Raises:
+            DataError: if the split is not configured.
+        """
         if not self.has(split):
             raise DataError(f"data.{split}: set data.{split}.list, or data.{split}.images and data.{split}.masks.")
-        place = self._place(split)
-        has_files = bool(place.list or place.images)
-        if has_files:
-            self._unused[split] = store.Unused()
-        place = place if has_files else self._place("train")
-        records = self._read_place(split, place, problems)
-        records = self._settle_orientations(split, place, records, is_survey=problems is not None)
-        val = self._place("val")
-        is_cut = self.config.val_fraction > 0 and not (val.list or val.images)
+        if not self._is_configured(split):
+            return self._split_files("train")
+        self._unused[split] = store.UnusedFiles()
+        return self._split_files(split)
+
+    def _read(self, split: str, files: SplitConfig) -> Iterator[Record | Problem]:
+        hint = self.config.hint
+        if files.list and is_table_list(files.list):
+            return read_table_list(self._resolve(files.list), self.root, split, hint=hint)
+        if files.list:
+            return read_odgt_list(self._resolve(files.list), self.root, hint=hint)
+        if not (files.images and files.masks):
+            raise ConfigError(f"data.{split}: images={files.images} needs masks too: data.{split}.masks=<folder>.")
+        stems = self._resolve(files.stems) if files.stems else None
+        naming = Naming(self.config.image_suffix, self.config.mask_suffix, stems)
+        images, masks = self._resolve(files.images), self._resolve(files.masks)
+        return read_folder_pairs(images, masks, naming=naming, hint=hint, unused=self._unused.get(split))
+
+    def _select(self, split: str, files: SplitConfig, records: Sequence[Record], *, is_survey: bool) -> list[Record]:
+        """The records of `split` among those of its files, with the orientation of their labels."""
+        records = self._resolve_orientations(split, files, records, is_survey=is_survey)
+        is_cut = self.config.val_fraction > 0 and not self._is_configured("val")
         if is_cut and split in ("train", "val"):
             kept, held_out = split_by_hash(records, self.config.val_fraction, self.root)
             if split == "val":
-                self.orientations[split] = Orientations()  # those of train
+                self.orientations[split] = Orientations()  # train reports them
             records = held_out if split == "val" else kept
-        if not records and not problems:
-            raise DataError(f"data.{split}: no images found below {self.root}.")
         return records[: self.config.limit]
 
-    def _settle_orientations(
-        self, split: str, place: SplitConfig, records: Sequence[Record], *, is_survey: bool
+    def _empty_split_error(self, split: str) -> DataError:
+        return DataError(f"data.{split}: no images found below {self.root}.")
+
+    def _resolve(self, path: str) -> Path:
+        """A path of the configuration, which may be relative to the root."""
+        return store.resolve_path(self.root / store.resolve_path(path))
+
+    # ---- orientation
+
+    def _resolve_orientations(
+        self, split: str, files: SplitConfig, records: Sequence[Record], *, is_survey: bool
     ) -> list[Record]:
-        """The records with the grid of their labels, where the image is turned by EXIF.
+        """The records with the grid of their labels, for images with an EXIF orientation.
 
         Raises:
-            DataError: if that cannot be known; a survey says so in `orientations` instead.
+            DataError: if the grid is unknown; a survey records that in `orientations` instead.
         """
-        records, found, headers = self._evidence(place, records)
+        records, evidence, headers = self._collect_evidence(files, records)
         problem, is_upright = "", False
         try:
             is_upright = labels_are_upright(
-                self.config.label_orientation, found, lambda: self._evidence_elsewhere(split), split
+                self.config.label_orientation, evidence, lambda: self._evidence_of_other_splits(split), split
             )
         except DataError as error:
             if not is_survey:
                 raise
             problem = str(error)
-        is_mixed = bool(found.stored and found.upright)
-        self.orientations[split] = Orientations(told(found, upright=is_upright), is_mixed, problem)
-        return settled(records, headers, upright=is_upright)
+        is_mixed = bool(evidence.stored and evidence.upright)
+        text = describe_orientations(evidence, is_upright=is_upright)
+        self.orientations[split] = Orientations(text, is_mixed, problem)
+        return set_label_orientation(records, headers, is_upright=is_upright)
 
-    def _evidence(
-        self, place: SplitConfig, records: Sequence[Record]
+    def _collect_evidence(
+        self, files: SplitConfig, records: Sequence[Record]
     ) -> tuple[list[Record], Evidence, dict[str, Header]]:
-        """Records with their orientation, what their sizes show, and the headers of turned images and their masks."""
-        if place.list and not is_table(place.list) and self.config.label_orientation != "stored":
-            headers = headers_of(records, self.root)  # an odgt list has sizes, but no orientations
+        """Records with their orientation, what their sizes show, and the headers of rotated images and their masks."""
+        if files.list and not is_table_list(files.list) and self.config.label_orientation != "stored":
+            # An odgt list has sizes, but no orientations.
+            headers = readable_headers((record.image for record in records), self.root)
             records = [
                 record._replace(orientation=headers[record.image].orientation) if record.image in headers else record
                 for record in records
             ]
-        turned = [record for record in records if record.orientation != 1 and record.label]
-        if not turned:
+        rotated = [record for record in records if record.orientation != 1 and record.label]
+        if not rotated:
             return list(records), Evidence(), {}
-        headers = headers_of(turned, self.root) | mask_headers_of(turned, self.root)
-        return list(records), evidence_of(turned, headers), headers
+        headers = readable_headers((record.image for record in rotated), self.root)
+        headers |= readable_headers((record.label for record in rotated if record.label), self.root)
+        return list(records), collect_evidence(rotated, headers), headers
 
-    def _evidence_elsewhere(self, split: str) -> Evidence:
+    def _evidence_of_other_splits(self, split: str) -> Evidence:
         """What the sizes of the other splits show."""
-        found = Evidence()
+        total = Evidence()
         for other in SPLITS:
-            place = self._place(other)
-            if other == split or not (place.list or place.images):
+            if other == split or not self._is_configured(other):
                 continue
+            files = self._split_files(other)
             try:
-                records = self._read_place(other, place, [])
+                records, _ = separate_problems(self._read(other, files))
             except (DataError, ConfigError):
-                continue  # is told when that split is asked for
-            more = self._evidence(place, records)[1]
-            found = Evidence(found.stored + more.stored, found.upright + more.upright)
-        return found
-
-    def _place(self, split: str) -> SplitConfig:
-        place: SplitConfig = getattr(self.config, split)
-        if self.config.images and (split == "train" or place == self.config.train):
-            return replace(place, list=None, images=self.config.images, masks=self.config.masks)
-        return place
-
-    def _read_place(self, split: str, place: SplitConfig, problems: list[str] | None) -> list[Record]:
-        hint = self.config.hint
-        if place.list and is_table(place.list):
-            return records_from_table(self._path(place.list), self.root, split, hint=hint, problems=problems)
-        if place.list:
-            return records_from_odgt(self._path(place.list), self.root, hint=hint, problems=problems)
-        if not (place.images and place.masks):
-            raise ConfigError(f"data.{split}: images={place.images} needs masks too: data.{split}.masks=<folder>.")
-        stems = self._path(place.stems) if place.stems else None
-        naming = Naming(self.config.image_suffix, self.config.mask_suffix, stems)
-        folders = (self._path(folder) for folder in (place.images, place.masks))
-        unused = self._unused.get(split)
-        return records_from_folders(*folders, naming=naming, hint=hint, problems=problems, unused=unused)
-
-    def _path(self, path: str) -> Path:
-        """A path of the configuration, which may be relative to the root."""
-        return store.path_of(self.root / store.path_of(path))
+                continue  # reported when that split is read
+            _, evidence, _ = self._collect_evidence(files, records)
+            total = Evidence(total.stored + evidence.stored, total.upright + evidence.upright)
+        return total
 
 
 def require_masks(split: str, records: Sequence[Record]) -> None:
-    """Refuse a split that cannot be scored.
+    """Reject a split that cannot be scored.
 
     Raises:
         DataError: if an image has no mask.
     """
-    without = [record for record in records if record.label is None]
-    if without:
+    unlabelled = [record for record in records if record.label is None]
+    if unlabelled:
         raise DataError(
-            f"{without[0].origin}: {without[0].image} has no mask, so it cannot be scored ({len(without)} of "
+            f"{unlabelled[0].origin}: {unlabelled[0].image} has no mask, so it cannot be scored ({len(unlabelled)} of "
             f"{len(records)} images of data.{split} have none). Add the masks, remove these images, or do without the "
             f"split: data.{split}.list=null data.{split}.images=null."
         )
 
 
-def split_folders_words(keys: dict[str, str]) -> str:
-    """What `DataSource.split_folders` found, in a sentence."""
-    given = " ".join(f"{key}={value}" for key, value in keys.items())
+def describe_split_folders(keys: dict[str, str]) -> str:
+    """A sentence about the result of `DataSource.find_split_folders`."""
+    overrides = " ".join(f"{key}={value}" for key, value in keys.items())
     return (
-        f"the images of train lie in folders of several splits, all of which train uses. To use each as named: {given}"
+        "the images of train lie in folders named after several splits, and train uses all of them. To use each folder "
+        f"for its split: {overrides}"
     )
 
 
-def is_table(name: str) -> bool:
-    """Whether a list is a table of columns, or of JSON lines with columns; else it is an odgt list."""
+def is_table_list(name: str) -> bool:
+    """Whether a list is a CSV file or a file of JSON lines with columns; else it is an odgt list."""
     return Path(name).suffix.lower() in TABLE_SUFFIXES
 
 
-def class_table(config: DataConfig, root: Path) -> ClassTable:
-    """The classes: built in, from a file (below the root or not), or numbered.
+def load_class_table(config: DataConfig, root: Path) -> ClassTable:
+    """The classes: a built-in table, a file (below the root or not), or numbered names.
 
     Raises:
-        ConfigError: if neither data.classes nor data.num_classes is set, or they disagree.
+        ConfigError: if neither data.classes nor data.num_classes is set, or they contradict each other.
         DataError: if the file is missing or broken.
     """
     if config.classes is None:
         if config.num_classes is None:
             raise ConfigError("data.num_classes must be set, or data.classes=<CSV file with index,name,R,G,B>.")
-        return ClassTable.from_names(numbered(config.num_classes))
-    is_built_in = config.classes in BUILT_IN_CLASSES
-    table = (
-        built_in_classes(config.classes)
-        if is_built_in
-        else ClassTable.from_file(store.path_of(root / store.path_of(config.classes)))
-    )
+        return ClassTable.from_names([f"class {index}" for index in range(config.num_classes)])
+    if config.classes in BUILT_IN_CLASSES:
+        table = built_in_classes(config.classes)
+    else:
+        table = ClassTable.from_file(store.resolve_path(root / store.resolve_path(config.classes)))
     if config.num_classes not in (None, table.num_classes):
         raise ConfigError(
             f"data.num_classes={config.num_classes}, but data.classes={config.classes} has {table.num_classes}. "
@@ -265,8 +289,8 @@ def class_table(config: DataConfig, root: Path) -> ClassTable:
     return table
 
 
-def label_map(config: DataConfig, classes: ClassTable) -> LabelMap:
-    """What the ids, or the colours, of mask files mean.
+def make_label_map(config: DataConfig, classes: ClassTable) -> LabelMap:
+    """The meaning of the ids, or the colours, of mask files.
 
     Raises:
         ConfigError: if the configuration contradicts itself.
@@ -277,14 +301,9 @@ def label_map(config: DataConfig, classes: ClassTable) -> LabelMap:
     plain = LabelMap(classes.num_classes, config.first_id, config.ignore, ids)
     always = config.mask_type == "colors"
     has_file = config.classes is not None and config.classes not in BUILT_IN_CLASSES
-    if not always and (config.mask_type == "ids" or not has_file or len(set(classes.palette)) < classes.num_classes):
+    has_distinct_colours = len(set(classes.palette)) == classes.num_classes
+    if not always and (config.mask_type == "ids" or not has_file or not has_distinct_colours):
         return plain
-    raw_ids = plain.class_ids
     unscored = [(red, green, blue) for red, green, blue in config.ignore_colors]
-    colours = ColourIds(classes.palette, raw_ids, unscored, always=always)
+    colours = ColourIds(classes.palette, plain.class_ids, unscored, always=always)
     return LabelMap(classes.num_classes, config.first_id, config.ignore, ids, colours)
-
-
-def numbered(num_classes: int) -> Sequence[str]:
-    """Names for classes that have none."""
-    return [f"class {index}" for index in range(num_classes)]

@@ -1,12 +1,13 @@
 """Files of a data set, on disk or inside a zip archive: `scenes.zip/images/a.jpg` is a path like any other.
 
-Errors are those of files on disk (FileNotFoundError and other OSError), and DataError for a broken archive. A name is
-found in either Unicode form: é may be one character, or an e and an accent, as macOS writes it.
+Errors are those of files on disk (FileNotFoundError and other OSErrors), and DataError for a broken archive. Names
+match in either Unicode form: é may be one character, or an e and an accent, as macOS writes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import stat
@@ -21,77 +22,77 @@ from typing import BinaryIO, NamedTuple
 from semseg.errors import DataError
 from semseg.storage.archive import entry_name
 
-SUFFIX = ".zip"
-MAX_BYTES = 2**30  # of one file once it is unpacked: more than any image has; a few kB can announce terabytes
-SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"})  # of file managers
-OLD_ENCODINGS = ("cp932", "gbk", "big5", "cp949", "cp1252", "cp1251", "cp850", "cp866")  # of names in zip archives
-MAX_SHOWN = 3  # names of files that are not used, for each reason
+ARCHIVE_SUFFIX = ".zip"
+MAX_BYTES = 2**30  # limit of one unpacked file, above any image: an archive of a few kB can announce terabytes
+SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"})  # written by file managers
+OLD_ENCODINGS = ("cp932", "gbk", "big5", "cp949", "cp1252", "cp1251", "cp850", "cp866")  # of names in old zip archives
+MAX_NAMES = 3  # names of unused files that a message lists for each reason
 
 
-class Archive(NamedTuple):
-    """An open archive. Only as long as the process lives: nobody else writes into it."""
+class OpenArchive(NamedTuple):
+    """An open archive and its index. It is assumed not to change while the process lives."""
 
     file: zipfile.ZipFile
-    entries: dict[str, zipfile.ZipInfo]  # by path inside, files alone
+    entries: dict[str, zipfile.ZipInfo]  # files by their path inside the archive
     folders: frozenset[str]  # "" is the archive itself
-    aliases: dict[str, str]  # composed Unicode form -> path inside, of names that are not ASCII
-    top: str  # the folder that holds everything else, with / at its end; "" if there is none
+    aliases: dict[str, str]  # composed Unicode form -> path inside, for names that are not ASCII
+    top: str  # the only folder at the top level, with / at its end; "" if there is none
     unused: list[tuple[str, str]]  # reason, path inside
 
-    def place_of(self, name: str) -> str:
-        """The path inside that `name` means: itself, or below the one top folder, or in another form or encoding."""
+    def resolve_entry(self, name: str) -> str:
+        """The entry for `name`: exactly, below the only top folder, or in another Unicode form or encoding."""
         names = [name]
         if not (name.isascii() or name in self.entries):
-            names += [unicodedata.normalize("NFC", name), *_as_old_systems_wrote(name)]
-        for one in names:
-            for place in (one, self.top + one):
-                found = self.aliases.get(place, place)
-                if found in self.entries or found in self.folders:
-                    return found
+            names += [unicodedata.normalize("NFC", name), *_in_old_encodings(name)]
+        for candidate in names:
+            for path in (candidate, self.top + candidate):
+                entry = self.aliases.get(path, path)
+                if entry in self.entries or entry in self.folders:
+                    return entry
         for parent in PurePosixPath(name).parents:
-            if str(parent) in self.entries and parent.suffix.lower() == SUFFIX:
+            if str(parent) in self.entries and parent.suffix.lower() == ARCHIVE_SUFFIX:
                 raise DataError(
-                    f"{self.file.filename}/{parent}: archives in archives are not read. Unpack the outer one."
+                    f"{self.file.filename}/{parent}: archives inside archives are not read. Unpack the outer one."
                 )
         return name
 
 
-class Unused:
-    """Files and folders that are seen in a data set and not used, by reason, to be reported in one line."""
+class UnusedFiles:
+    """Files and folders of a data set that are not used, by reason, to be reported in one line."""
 
     def __init__(self) -> None:
         self._paths: dict[str, dict[str, None]] = {}  # reason -> paths, each once, in order
 
     def add(self, reason: str, path: str | Path) -> None:
-        """Count a path; the reason follows a number: "hidden", ".txt"."""
+        """Count a path. In messages a number precedes the reason: "hidden", ".txt"."""
         self._paths.setdefault(reason, {})[str(path)] = None
 
     @property
     def count(self) -> int:
         return sum(map(len, self._paths.values()))
 
-    def words(self, root: str | Path = "") -> str:
-        """Counts and a few names for each reason, as paths below `root`; empty if everything is used.
+    def describe(self, root: str | Path = "") -> str:
+        """Counts and a few names for each reason, as paths below `root`; empty if there are none.
 
-        >>> unused = Unused()
+        >>> unused = UnusedFiles()
         >>> unused.add("hidden", "set/.a")
         >>> unused.add(".txt", "set/notes.txt")
-        >>> unused.words("set")
+        >>> unused.describe("set")
         '1 hidden (.a), 1 .txt (notes.txt)'
         """
         prefix = f"{root}/"
         return ", ".join(
             f"{len(paths)} {reason} "
-            f"({', '.join(printable(path.removeprefix(prefix)) for path in list(paths)[:MAX_SHOWN])}"
-            f"{', ...' if len(paths) > MAX_SHOWN else ''})"
+            f"({', '.join(printable_name(path.removeprefix(prefix)) for path in list(paths)[:MAX_NAMES])}"
+            f"{', ...' if len(paths) > MAX_NAMES else ''})"
             for reason, paths in self._paths.items()
         )
 
 
-def printable(name: str) -> str:
-    r"""A file name as characters that every terminal and file takes; bytes that are not UTF-8 become \xe9.
+def printable_name(name: str) -> str:
+    r"""A file name in characters that every terminal and file accepts; bytes that are not UTF-8 become escapes.
 
-    >>> printable("caf\udce9\n")
+    >>> printable_name("caf\udce9\n")
     'caf\\xe9\\n'
     """
     return "".join(
@@ -110,127 +111,128 @@ def is_utf8(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is one of the system, or hidden."""
+    """Whether a file or folder with this name is hidden, or belongs to the operating system."""
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def read_file(path: str | Path) -> bytes:
-    """The content of a file.
+    """The bytes of a file.
 
     Raises:
         OSError: as `Path.read_bytes`.
         DataError: if the archive, or the file in it, is broken, encrypted or too large.
     """
-    inside = _place(path)
+    inside = _split_archive_path(path)
     if inside is None:
         return Path(path).read_bytes()
-    archive = _open(inside.archive)
-    name = archive.place_of(inside.name)
+    archive = _open_archive(inside.archive)
+    name = archive.resolve_entry(inside.name)
     if name in archive.folders:
-        raise IsADirectoryError(21, "is a folder in the archive", str(path))
+        raise IsADirectoryError(errno.EISDIR, "is a folder in the archive", str(path))
     if name not in archive.entries:
-        raise FileNotFoundError(2, "not in the archive", str(path))
+        raise FileNotFoundError(errno.ENOENT, "not in the archive", str(path))
     entry = archive.entries[name]
     if entry.file_size > MAX_BYTES:
-        raise DataError(f"{path}: {entry.file_size} bytes once unpacked, more than {MAX_BYTES} are not read.")
+        raise DataError(f"{path}: {entry.file_size} bytes when unpacked, which exceeds the limit of {MAX_BYTES}.")
     try:
         return archive.file.read(entry)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        # RuntimeError: encrypted; NotImplementedError: a compression that Python's zipfile does not know.
-        raise DataError(f"{path}: cannot be unpacked ({error}). Write the archive again.") from error
+        # zipfile raises RuntimeError for encrypted files and NotImplementedError for unknown compression methods.
+        raise DataError(f"{path}: cannot be unpacked ({error}). Create the archive again.") from error
 
 
 def read_text(path: str | Path) -> str:
-    """The content of a UTF-8 file, with or without a byte order mark.
+    """The text of a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        UnicodeDecodeError: if it is none; else as `read_file`.
+        UnicodeDecodeError: if it is not UTF-8.
+        OSError, DataError: as `read_file`.
     """
     return read_file(path).decode("utf-8-sig")
 
 
-def opened(path: str | Path) -> BinaryIO:
-    """A file to read the beginning of; in an archive it is unpacked as a whole.
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a file to read its beginning; a file in an archive is unpacked as a whole.
 
     Raises:
         OSError, DataError: as `read_file`.
     """
-    return Path(path).open("rb") if _place(path) is None else io.BytesIO(read_file(path))
+    return Path(path).open("rb") if _split_archive_path(path) is None else io.BytesIO(read_file(path))
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is such a file."""
-    inside = _place(path)
+    """Whether the path is a file."""
+    inside = _split_archive_path(path)
     if inside is None:
         return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for a name that is too long
-    archive = _open(inside.archive)
-    return archive.place_of(inside.name) in archive.entries
+    archive = _open_archive(inside.archive)
+    return archive.resolve_entry(inside.name) in archive.entries
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether there is such a folder; an archive is one."""
-    inside = _place(path)
+    """Whether the path is a folder; an archive counts as one."""
+    inside = _split_archive_path(path)
     if inside is None:
         return os.path.isdir(path)  # noqa: PTH112
-    archive = _open(inside.archive)
-    return archive.place_of(inside.name) in archive.folders
+    archive = _open_archive(inside.archive)
+    return archive.resolve_entry(inside.name) in archive.folders
 
 
-def files_below(folder: Path, unused: Unused | None = None) -> list[Path]:
-    """All files below a folder, sorted. Links to folders are followed, but not to folders that are searched anyway.
+def list_files_below(folder: Path, unused: UnusedFiles | None = None) -> list[Path]:
+    """All files below a folder, sorted. Links to folders are followed, unless the folder is searched anyway.
 
     Args:
-        unused: takes what is left out: hidden files and folders, broken links, empty folders, names that are not UTF-8.
+        unused: collects what is skipped: hidden files and folders, broken links, empty folders, names that are not
+            UTF-8.
     """
-    unused = Unused() if unused is None else unused
-    inside = _place(folder)
+    unused = UnusedFiles() if unused is None else unused
+    inside = _split_archive_path(folder)
     if inside is None:
         return sorted(map(Path, _walk(str(folder), unused)))
-    archive = _open(inside.archive)
-    place = archive.place_of(inside.name)
-    start = f"{place}/" if place else ""
+    archive = _open_archive(inside.archive)
+    folder_inside = archive.resolve_entry(inside.name)
+    start = f"{folder_inside}/" if folder_inside else ""
     for reason, name in archive.unused:
         unused.add(reason, f"{inside.archive}/{name}")
-    found = []
+    paths = []
     for name in archive.entries:
         if name.startswith(start):
             below = name[len(start) :]
             if any(map(is_hidden, below.split("/"))):
                 unused.add("hidden", folder / below)
             else:
-                found.append(folder / below)
-    return sorted(found)
+                paths.append(folder / below)
+    return sorted(paths)
 
 
-def names_in(folder: Path, unused: Unused) -> list[str]:
-    """Names of the files and folders in a folder that are not hidden, sorted, printable.
+def list_folder(folder: Path, unused: UnusedFiles) -> list[str]:
+    """Printable names of the files and folders in a folder that are not hidden, sorted.
 
     Args:
-        unused: takes the entries of an archive that are left out.
+        unused: collects the entries of an archive that are skipped.
     """
-    inside = _place(folder)
+    inside = _split_archive_path(folder)
     if inside is None:
-        found = set(os.listdir(folder))  # noqa: PTH208
+        names = set(os.listdir(folder))  # noqa: PTH208
     else:
-        archive = _open(inside.archive)
+        archive = _open_archive(inside.archive)
         for reason, name in archive.unused:
             unused.add(reason, name)
-        place = archive.place_of(inside.name)
-        start = f"{place}/" if place else ""
-        found = {name[len(start) :].split("/", 1)[0] for name in archive.entries if name.startswith(start)}
-    return sorted(printable(name) for name in found if not is_hidden(name))
+        folder_inside = archive.resolve_entry(inside.name)
+        start = f"{folder_inside}/" if folder_inside else ""
+        names = {name[len(start) :].split("/", 1)[0] for name in archive.entries if name.startswith(start)}
+    return sorted(printable_name(name) for name in names if not is_hidden(name))
 
 
-def _walk(start: str, unused: Unused) -> Iterator[str]:
+def _walk(start: str, unused: UnusedFiles) -> Iterator[str]:
     top = os.path.realpath(start)
-    waiting: list[tuple[str, tuple[str, ...]]] = [
-        (start, (top,))
-    ]  # a folder, and where it and the links that lead to it really are
+    # Each folder with the real paths of itself and of the links that lead to it.
+    waiting: list[tuple[str, tuple[str, ...]]] = [(start, (top,))]
     while waiting:
-        folder, above = waiting.pop()
+        folder, parents = waiting.pop()
         try:
-            with os.scandir(folder) as found:
-                entries = list(found)
+            with os.scandir(folder) as iterator:
+                entries = list(iterator)
         except OSError as error:
             unused.add(f"unreadable ({error.strerror})", folder)
             continue
@@ -243,120 +245,120 @@ def _walk(start: str, unused: Unused) -> Iterator[str]:
                 unused.add("with a name that is not UTF-8", entry.path)
             elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112
                 real = os.path.realpath(entry.path)
-                if _is_in(real, top) or any(_is_in(place, real) for place in above):
+                if _is_same_or_below(real, top) or any(_is_same_or_below(parent, real) for parent in parents):
                     unused.add("link to a folder that is searched anyway", entry.path)
                 else:
-                    waiting.append((entry.path, (*above, real)))
+                    waiting.append((entry.path, (*parents, real)))
             elif entry.is_dir():
-                waiting.append((entry.path, above))
+                waiting.append((entry.path, parents))
             elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():  # noqa: PTH113
                 yield entry.path
             else:
                 unused.add("broken link" if entry.is_symlink() else "neither file nor folder", entry.path)
 
 
-def _is_in(path: str, folder: str) -> bool:
-    """Whether a real path is that of a folder, or leads below it."""
+def _is_same_or_below(path: str, folder: str) -> bool:
+    """Whether a real path is a folder itself, or lies below it."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def path_of(text: str | Path) -> Path:
-    """The path that a user means: ~ is the home directory, and names are found in either Unicode form."""
-    return Path(existing(os.path.expanduser(text)))  # noqa: PTH111 - Path.expanduser raises for unknown users
+def resolve_path(text: str | Path) -> Path:
+    """A path as users write it: ~ is the home directory, and names match in either Unicode form."""
+    return Path(match_unicode_form(os.path.expanduser(text)))  # noqa: PTH111 - Path.expanduser raises for unknown users
 
 
-def existing(path: str) -> str:
-    """`path`, or, if there is no such file, the one whose name differs in the Unicode form of its letters alone."""
-    if path.isascii() or os.path.lexists(path) or _place(path) is not None:
+def match_unicode_form(path: str) -> str:
+    """`path`, or, if it does not exist, the existing path that differs only in the Unicode form of its letters."""
+    if path.isascii() or os.path.lexists(path) or _split_archive_path(path) is not None:
         return path
     folder, name = os.path.split(path)
     if folder == path:
         return path
-    folder = existing(folder) if folder else folder
+    folder = match_unicode_form(folder) if folder else folder
     with contextlib.suppress(OSError):  # not a folder: the reader of the path says so
         changed = os.stat(folder or ".").st_mtime_ns  # noqa: PTH116
-        name = _names_by_form(folder or ".", changed).get(unicodedata.normalize("NFC", name), name)
+        name = _names_by_unicode_form(folder or ".", changed).get(unicodedata.normalize("NFC", name), name)
     return os.path.join(folder, name)  # noqa: PTH118
 
 
 @lru_cache(maxsize=64)
-def _names_by_form(folder: str, _changed: int) -> dict[str, str]:
-    """Names in a folder that are not ASCII, by their composed form."""
+def _names_by_unicode_form(folder: str, _changed: int) -> dict[str, str]:
+    """The names in a folder that are not ASCII, by their composed form."""
     return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder) if not name.isascii()}  # noqa: PTH208
 
 
-def stamp(path: str | Path) -> list[int]:
-    """What changes when a file does: [time of the last change in ns, bytes]; in an archive, the time of that.
+def file_stamp(path: str | Path) -> list[int]:
+    """Time of the last change in ns and length in bytes; a file in an archive has the time of the archive.
 
     Raises:
         OSError: if there is no such file.
     """
-    inside = _place(path)
+    inside = _split_archive_path(path)
     status = Path(path if inside is None else inside.archive).stat()
     if inside is None:
         return [status.st_mtime_ns, status.st_size]
-    archive = _open(inside.archive)
-    entry = archive.entries.get(archive.place_of(inside.name))
+    archive = _open_archive(inside.archive)
+    entry = archive.entries.get(archive.resolve_entry(inside.name))
     if entry is None:
-        raise FileNotFoundError(2, "not in the archive", str(path))
+        raise FileNotFoundError(errno.ENOENT, "not in the archive", str(path))
     return [status.st_mtime_ns, entry.file_size]
 
 
-class _Place(NamedTuple):
+class _ArchivePath(NamedTuple):
     archive: str
     name: str  # inside, with /
 
 
-def _place(path: str | Path) -> _Place | None:
-    """Where a path enters an archive; None if it does not."""
+def _split_archive_path(path: str | Path) -> _ArchivePath | None:
+    """The archive and the name inside it that a path consists of; None if it leads into no archive."""
     text = str(path)
-    if SUFFIX not in text.lower():
-        return None  # nearly all: at the price of a search in a string
+    if ARCHIVE_SUFFIX not in text.lower():
+        return None  # the case of nearly all paths, decided by one string search
     parts = Path(text).parts
     for number, part in enumerate(parts, start=1):
         archive = os.path.join(*parts[:number])  # noqa: PTH118 (called for every file of a data set)
-        if part.lower().endswith(SUFFIX) and os.path.isfile(archive):  # noqa: PTH113
-            return _Place(archive, "/".join(parts[number:]))
+        if part.lower().endswith(ARCHIVE_SUFFIX) and os.path.isfile(archive):  # noqa: PTH113
+            return _ArchivePath(archive, "/".join(parts[number:]))
     return None
 
 
-def _open(path: str) -> Archive:
+def _open_archive(path: str) -> OpenArchive:
     status = os.stat(path)  # noqa: PTH116
-    # A process that was forked shares the place in the file with its parent: it needs one of its own.
-    return _open_once(path, status.st_mtime_ns, status.st_size, os.getpid())
+    # A forked process shares the file position with its parent, so that it needs its own open file.
+    return _open_cached(path, status.st_mtime_ns, status.st_size, os.getpid())
 
 
 @lru_cache(maxsize=8)
-def _open_once(path: str, _changed: int, _length: int, _process: int) -> Archive:
+def _open_cached(path: str, _changed: int, _length: int, _process: int) -> OpenArchive:
     try:
         file = zipfile.ZipFile(path)  # stays open as long as it is in the cache
     except (zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{path}: is not a zip archive, or not a whole one ({error}). Get it again.") from error
+        raise DataError(f"{path}: is not a zip archive, or is truncated ({error}). Download it again.") from error
     entries: dict[str, zipfile.ZipInfo] = {}
     unused: list[tuple[str, str]] = []
     for entry in file.infolist():
         name = entry_name(entry)
         if name.endswith("/"):
             continue
-        place = PurePosixPath(name)
-        if place.is_absolute() or ".." in place.parts:  # such names can only be meant to do harm
+        path_inside = PurePosixPath(name)
+        if path_inside.is_absolute() or ".." in path_inside.parts:  # only malicious archives have such names
             unused.append(("with a path that leads out of the archive", name))
         elif stat.S_ISLNK(entry.external_attr >> 16):
-            unused.append(("symbolic link", str(place)))
+            unused.append(("symbolic link", str(path_inside)))
         else:
-            if str(place) in entries:
-                unused.append(("older entry of the same name", str(place)))
-            entries[str(place)] = entry
+            if str(path_inside) in entries:
+                unused.append(("older entry of the same name", str(path_inside)))
+            entries[str(path_inside)] = entry
     folders = {str(parent) for name in entries for parent in PurePosixPath(name).parents} - {"."} | {""}
     names = (name for name in (*folders, *entries) if not name.isascii())
     aliases = {unicodedata.normalize("NFC", name): name for name in names}
     tops = {name.split("/", 1)[0] for name in entries if not is_hidden(name.split("/", 1)[0])}
     top = next(iter(tops)) if len(tops) == 1 else ""
-    return Archive(file, entries, frozenset(folders), aliases, f"{top}/" if top in folders and top else "", unused)
+    return OpenArchive(file, entries, frozenset(folders), aliases, f"{top}/" if top in folders and top else "", unused)
 
 
-def _as_old_systems_wrote(name: str) -> Iterator[str]:
-    """A name as zipfile reads it where it was written in the encoding of a country, which no archive states."""
+def _in_old_encodings(name: str) -> Iterator[str]:
+    """`name` as zipfile decodes it if it was written in a regional encoding, which archives do not state."""
     for encoding in OLD_ENCODINGS:
         try:
             yield name.encode(encoding).decode("cp437")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from semseg.config.schema import EvalConfig
-from semseg.data.datasets import EvalSample
+from semseg.data.batch import EvalSample
 from semseg.evaluation.bootstrap import class_counts
 from semseg.evaluation.metrics import (
     BoundaryCounts,
@@ -138,13 +138,13 @@ class Evaluator:
         seconds = network_seconds + self.stopwatch.lap("scoring")
         self.images.append(
             ImageRecord(
-                sample.index, sample.path, height, width, scores.pixel_accuracy, scores.mean_iou, seconds, counts
+                sample.position, sample.path, height, width, scores.pixel_accuracy, scores.mean_iou, seconds, counts
             )
         )
 
     def record_unreadable(self, sample: EvalSample) -> None:
         """Record an image that could not be read."""
-        self.unreadable.append(UnreadableImage(sample.index, sample.path, sample.bad))
+        self.unreadable.append(UnreadableImage(sample.position, sample.path, sample.bad))
 
     def result(self) -> SplitCounts:
         """Combine the counts of all ranks. Every rank must call it, and each gets the whole result."""

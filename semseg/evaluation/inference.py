@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from semseg.config.preprocessing import Preprocessing
 from semseg.data.geometry import round_up
-from semseg.data.plan import groups_of_one_shape
+from semseg.data.plan import group_by_shape
 from semseg.errors import ConfigError
 from semseg.nets.normalise import normalise
 
@@ -113,7 +113,7 @@ def batch_logits(
     layout = torch.channels_last if weights.device.type == "cpu" else torch.preserve_format
     found: list[list[Tensor]] = [[] for _ in images]
     for scale in zip(*images, strict=True):  # all images at one scale
-        for members in groups_of_one_shape([pixels.shape for pixels in scale], most=len(images)):
+        for members in group_by_shape([pixels.shape for pixels in scale], max_members=len(images)):
             stacked = torch.stack([scale[member].to(weights.device, non_blocking=True) for member in members])
             image = normalise(stacked, convention).to(weights.dtype, memory_format=layout)  # (N, 3, H, W)
             maps = [run_in_windows(net, image, window, stride)]

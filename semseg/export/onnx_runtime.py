@@ -29,7 +29,7 @@ from semseg.checkpoints.format import (
     refuse_nonfinite_weights,
 )
 from semseg.config.preprocessing import Preprocessing
-from semseg.data.sources import label_map
+from semseg.data.sources import make_label_map
 from semseg.errors import CheckpointError, SemsegError
 from semseg.nets.interfaces import Decoder, Encoder, Logits
 from semseg.nets.segmenter import Segmenter
@@ -54,7 +54,7 @@ def description(saved: SavedNetwork, net: Segmenter, quantized: str = "none") ->
     Args:
         quantized: as export.quantize has it.
     """
-    ids = label_map(saved.config.data, saved.classes)
+    ids = make_label_map(saved.config.data, saved.classes)
     entry = describe_network(saved.config, saved.classes, net.convention)
     # How a network is run does not belong to a graph: onnxruntime sees to it.
     entry["config"]["model"] |= {"compile": False, "channels_last": False}

@@ -36,13 +36,14 @@ from semseg.checks.dataset import (
 from semseg.config.schema import SPLITS, Config, DataConfig
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size, largest_canvas
-from semseg.data.images import read_label, read_pair
 from semseg.data.label_map import LabelMap
-from semseg.data.overlap import Overlap, overlap
+from semseg.data.labels import read_label
+from semseg.data.overlap import Overlap, find_overlap
+from semseg.data.pairs import read_pair
 from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
-from semseg.data.scan import place_of, scan
-from semseg.data.sources import DataSource, split_folders_words
+from semseg.data.scan import first_pixel, scan_pairs
+from semseg.data.sources import DataSource, describe_split_folders
 from semseg.errors import DataError
 from semseg.nets.step_memory import step_memory
 from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary, write_check_page
@@ -65,8 +66,8 @@ def run(config: Config, overrides: list[str]) -> None:
     source, known = open_data(config.data)
     splits = [scanned(source, split) for split in SPLITS if source.has(split)]
     diagnosis = diagnose(splits, config.data, known, shared_images(splits), partial(pixel_of, source))
-    if keys := source.split_folders():
-        diagnosis.notices[:] = ordered([*diagnosis.notices, Notice(WARNING, split_folders_words(keys))])
+    if keys := source.find_split_folders():
+        diagnosis.notices[:] = ordered([*diagnosis.notices, Notice(WARNING, describe_split_folders(keys))])
         diagnosis.suggestions.update(keys)
     if config.check.fix == "list":
         diagnosis.suggestions.update(write_lists(folder, source.root, splits, known))
@@ -108,15 +109,15 @@ def scanned(source: DataSource, split: str) -> ScannedSplit:
     """
     records, problems = source.survey(split)
     colours = source.label_map.colours
-    findings = scan(records, source.root, max_pixels=source.config.max_pixels, colours=colours)
+    findings = scan_pairs(records, source.root, max_pixels=source.config.max_pixels, colours=colours)
     bar = track(findings, f"reading {split}", len(records), disable=not sys.stdout.isatty())
-    return ScannedSplit(split, records, list(bar), problems, source.orientations[split], source.unused(split))
+    return ScannedSplit(split, records, list(bar), problems, source.orientations[split], source.describe_unused(split))
 
 
 def pixel_of(source: DataSource, record: Record, raw_id: int) -> tuple[int, int]:
     """(row, column) of the first pixel of an id in the mask of a record."""
     colours, limit = source.label_map.colours, source.config.max_pixels
-    return place_of(read_label(record.label or "", colours=colours, max_pixels=limit), raw_id)
+    return first_pixel(read_label(record.label or "", colours=colours, max_pixels=limit), raw_id)
 
 
 def plan_facts(config: Config, train: ScannedSplit, num_classes: int) -> PlanSummary | None:
@@ -138,7 +139,7 @@ def plan_facts(config: Config, train: ScannedSplit, num_classes: int) -> PlanSum
 def shared_images(splits: Sequence[ScannedSplit]) -> Overlap | None:
     """Images that are in train and in val."""
     records = {split.name: split.records for split in splits}
-    return overlap(records["train"], records["val"]) if {"train", "val"} <= set(records) else None
+    return find_overlap(records["train"], records["val"]) if {"train", "val"} <= set(records) else None
 
 
 def explained(data: DataConfig, source: DataSource, diagnosis: Diagnosis) -> tuple[LabelMap, ClassTable]:

@@ -154,7 +154,9 @@ def shared_memory(num_workers: int) -> Finding:
         return Finding(OK, "shared memory", "is not a folder on this system")
     if num_workers and free < LITTLE_SHARED_MEMORY:
         users = (
-            "mode=predict with a worker and several GPUs" if shared_slots.is_possible() else "workers and several GPUs"
+            "mode=predict with a worker and several GPUs"
+            if shared_slots.slots_are_possible()
+            else "workers and several GPUs"
         )
         way = f"{users} may need more (docker run --shm-size=8g, or data.num_workers=0)"
         return Finding(WARNING, "shared memory", f"{in_gigabytes(free)} free in {SHARED_MEMORY}: {way}")

@@ -17,8 +17,9 @@ from rich.console import Console
 from semseg.build import build_trainer, open_network, restore_net, tell
 from semseg.checkpoints.format import CHECKPOINT_FOLDER, SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import Config, DataConfig, EvalConfig
-from semseg.data.datasets import EvalDataset, EvalSample
-from semseg.data.images import read_pair
+from semseg.data.batch import EvalSample
+from semseg.data.datasets import EvalDataset
+from semseg.data.pairs import read_pair
 from semseg.data.records import Record
 from semseg.data.seeding import generator_for
 from semseg.data.sources import DataSource, require_masks
@@ -51,7 +52,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     source = open_source(config.data, saved)
     split, folder = config.eval.split, Path(config.run_dir)
     require_masks(split, source.records(split))
-    tell(source.unused(split))
+    tell(source.describe_unused(split))
     net = restore_net(saved)
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     trainer = build_trainer(config, source)
@@ -191,7 +192,7 @@ def predict_examples(
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             ((prediction,),) = module.predict([module.transfer_batch_to_device(sample, device, 0)])
         record = dataset.records[position]
-        image = read_pair(record, dataset.label_map, max_pixels=dataset.max_pixels).image
+        image = read_pair(record, dataset.label_map, max_pixels=dataset.options.max_pixels).image
         yield Example(group, result.images[index], image, sample.label.numpy(), prediction.cpu().numpy())
 
 
@@ -223,11 +224,11 @@ class PanelWriter(Callback):
         for sample in batch:
             if sample.path not in outputs:
                 continue  # another rank's image, or one that cannot be read
-            record, limit = self.records[sample.index], self.source.config.max_pixels
+            record, limit = self.records[sample.position], self.source.config.max_pixels
             image = read_pair(record, self.source.label_map, max_pixels=limit).image
             label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
             panel = draw_comparison(image, label, prediction, self.source.classes)
-            with atomic_write(self.targets[sample.index]) as temporary:
+            with atomic_write(self.targets[sample.position]) as temporary:
                 Image.fromarray(panel).save(temporary, "png", compress_level=1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from semseg.build import open_network, require_export_extra, restore_net
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import EXPORT_SUFFIXES, Config
-from semseg.data.datasets import EvalDataset
+from semseg.data.datasets import EvalDataset, ReadOptions
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
 from semseg.evaluation.metrics import Scores
@@ -68,9 +68,8 @@ def scaled_images(config: Config, source: DataSource, split: str, net: Segmenter
     return EvalDataset(
         source.records(split),
         source.label_map,
+        ReadOptions(config.data.max_long_edge, config.model.size_divisor or net.size_divisor),
         short_edges=config.eval.scales,
-        max_long_edge=config.data.max_long_edge,
-        size_divisor=config.model.size_divisor or net.size_divisor,
         antialias=net.convention.antialias,
     )
 

@@ -20,7 +20,7 @@ from semseg.checkpoints.zoo import DEMONSTRATION_IMAGE
 from semseg.config.schema import Config
 from semseg.data.images import read_image
 from semseg.data.loaders import WatchedLoader
-from semseg.data.store import Unused
+from semseg.data.store import UnusedFiles
 from semseg.errors import DataError
 from semseg.prediction.inputs import Input, find_inputs
 from semseg.prediction.outputs import array_on_disk, write_classes, write_outputs
@@ -42,10 +42,10 @@ def run(config: Config, overrides: list[str]) -> None:
     """
     folder = Path(config.run_dir)
     source = config.input or str(fetch(DEMONSTRATION_IMAGE, config.download))
-    unused = Unused()
+    unused = UnusedFiles()
     inputs = find_inputs(source, folder, unused=unused)
     if unused.count:
-        tell(f"input: {unused.count} files or folders are not used: {unused.words(source)}")
+        tell(f"input: {unused.count} files or folders are not used: {unused.describe(source)}")
     predictor = open_predictor(config, overrides)
     job = PredictionJob(
         predictor,

@@ -33,8 +33,8 @@ from semseg.checkpoints.format import (
 from semseg.checkpoints.initialise import initialise_from
 from semseg.checkpoints.published import find_published_files
 from semseg.config.schema import ZOO_PREFIX, Config, ModelConfig, config_to_plain
-from semseg.data.overlap import overlap
-from semseg.data.sources import DataSource, require_masks, split_folders_words
+from semseg.data.overlap import find_overlap
+from semseg.data.sources import DataSource, describe_split_folders, require_masks
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, DataError
 from semseg.lit_module import SegmentationModule
@@ -98,13 +98,13 @@ def check_records(config: Config, source: DataSource, world_size: int) -> None:
             f"data.train has {len(records)} images, one step takes {needed}: "
             f"data.batch_size={config.data.batch_size} on {world_size} devices. Lower one of them."
         )
-    tell(source.unused("train"))
+    tell(source.describe_unused("train"))
     if source.has("val"):
         require_masks("val", source.records("val"))
-        tell(source.unused("val"))
-    if keys := source.split_folders():
-        tell(f"warning: {split_folders_words(keys)}")
-    common = overlap(records, source.records("val")) if source.has("val") else None
+        tell(source.describe_unused("val"))
+    if keys := source.find_split_folders():
+        tell(f"warning: {describe_split_folders(keys)}")
+    common = find_overlap(records, source.records("val")) if source.has("val") else None
     if common is not None:
         tell(f"warning: {common}")
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from semseg.data import store
-from semseg.data.records import IMAGE_SUFFIXES, NOT_READ
-from semseg.data.store import Unused
+from semseg.data.folders import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
+from semseg.data.store import UnusedFiles
 from semseg.errors import ConfigError, DataError
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
@@ -35,7 +35,9 @@ class Input(NamedTuple):
         return self.path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def find_inputs(source: str, run_dir: Path, stdin: TextIO = sys.stdin, unused: Unused | None = None) -> list[Input]:
+def find_inputs(
+    source: str, run_dir: Path, stdin: TextIO = sys.stdin, unused: UnusedFiles | None = None
+) -> list[Input]:
     """Find the files that `input` names: each once, sorted unless they come from a list.
 
     Args:
@@ -52,11 +54,11 @@ def find_inputs(source: str, run_dir: Path, stdin: TextIO = sys.stdin, unused: U
     """
     if "://" in source:
         raise ConfigError(f"input={source}: URLs are not supported. Download the file and give its path.")
-    path, unused = store.path_of(source), Unused() if unused is None else unused
+    path, unused = store.resolve_path(source), UnusedFiles() if unused is None else unused
     if source == "-":
         files, base = parse_path_lines(stdin, "input=-", Path(), unused), None
     elif store.is_folder(path):
-        files, base = select_inputs(store.files_below(path, unused), path, run_dir, unused), path
+        files, base = select_inputs(store.list_files_below(path, unused), path, run_dir, unused), path
     elif path.suffix.lower() in LIST_SUFFIXES and path.is_file():
         files, base = read_path_list(path, unused), None
     elif store.is_file(path):
@@ -66,7 +68,7 @@ def find_inputs(source: str, run_dir: Path, stdin: TextIO = sys.stdin, unused: U
     else:
         raise DataError(f"input={source}: there is no such file or folder.")
     if not files:
-        ignored = f" Not used: {unused.words(path)}." if unused.count else ""
+        ignored = f" Not used: {unused.describe(path)}." if unused.count else ""
         known = ", ".join(sorted(input_suffixes()))
         raise DataError(f"input={source}: there are no images or videos (suffixes: {known}).{ignored}")
     files = list(dict.fromkeys(files))
@@ -77,14 +79,14 @@ def find_inputs(source: str, run_dir: Path, stdin: TextIO = sys.stdin, unused: U
 
 def input_suffixes() -> frozenset[str]:
     """Return the suffixes of inputs. NOT_READ is included: predicting such a file fails and reports the reason."""
-    return IMAGE_SUFFIXES | NOT_READ | VIDEO_SUFFIXES
+    return IMAGE_SUFFIXES | UNREADABLE_SUFFIXES | VIDEO_SUFFIXES
 
 
 def is_below(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def select_inputs(paths: Iterable[Path], folder: Path | None, run_dir: Path, unused: Unused) -> list[Path]:
+def select_inputs(paths: Iterable[Path], folder: Path | None, run_dir: Path, unused: UnusedFiles) -> list[Path]:
     """Select images and videos; other files, and files in `run_dir` unless `folder` is in it, are added to `unused`."""
     selected = []
     for path in paths:
@@ -113,11 +115,11 @@ def match_parts(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
         yield folder
         return
     first, *rest = parts
-    literal = Path(store.existing(str(folder / first)))
+    literal = Path(store.match_unicode_form(str(folder / first)))
     if os.path.lexists(literal):
         yield from match_parts(literal, rest)
     elif first == "**":
-        files = store.files_below(folder)
+        files = store.list_files_below(folder)
         folders = {folder} | {parent for file in files for parent in file.parents if parent.is_relative_to(folder)}
         for subfolder in folders:
             yield from match_parts(subfolder, rest or ["*"])
@@ -129,7 +131,7 @@ def match_parts(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
                 yield from match_parts(path, rest)
 
 
-def read_path_list(path: Path, unused: Unused) -> list[Path]:
+def read_path_list(path: Path, unused: UnusedFiles) -> list[Path]:
     """Read the paths in a text file.
 
     Raises:
@@ -142,7 +144,7 @@ def read_path_list(path: Path, unused: Unused) -> list[Path]:
         raise DataError(f"{path}: the list cannot be read ({error.strerror}).") from error
 
 
-def parse_path_lines(lines: Iterable[str], source: str, folder: Path, unused: Unused) -> list[Path]:
+def parse_path_lines(lines: Iterable[str], source: str, folder: Path, unused: UnusedFiles) -> list[Path]:
     """Parse one path a line, with slashes or Windows' backslashes; blank lines and lines that begin with # are skipped.
 
     Args:
@@ -159,9 +161,9 @@ def parse_path_lines(lines: Iterable[str], source: str, folder: Path, unused: Un
             if not store.is_utf8(name):
                 unused.add("with a name that is not UTF-8", name)
             elif name and not name.startswith("#"):
-                path = store.path_of(folder / store.path_of(name))
+                path = store.resolve_path(folder / store.resolve_path(name))
                 is_windows = "\\" in name and not os.path.lexists(path)
-                paths.append(store.path_of(folder / name.replace("\\", "/")) if is_windows else path)
+                paths.append(store.resolve_path(folder / name.replace("\\", "/")) if is_windows else path)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{source}: the list cannot be read: it is not UTF-8 text (byte {error.start}). Save it as UTF-8."

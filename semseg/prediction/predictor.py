@@ -19,8 +19,8 @@ from torch import Tensor
 
 from semseg.config.fields import find_view_problems, is_int_between
 from semseg.data.classes import ClassTable
-from semseg.data.datasets import at_scales
-from semseg.data.images import MAX_PIXELS, read_image, rgb_of
+from semseg.data.datasets import resize_to_scales
+from semseg.data.images import MAX_PIXELS, pil_to_rgb, read_image
 from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.inference import predict
@@ -165,7 +165,7 @@ class Predictor:
         """Return `resize` as a function without the weights, for worker processes."""
         chosen = replace(self.settings, **settings)
         return partial(
-            at_scales,
+            resize_to_scales,
             short_edges=tuple(chosen.scales),
             max_long_edge=chosen.max_long_edge,
             size_divisor=chosen.size_divisor or self.net.size_divisor,
@@ -228,7 +228,7 @@ def convert_pil_image(image: Image.Image, max_pixels: int) -> Pixels:
     try:
         upright = ImageOps.exif_transpose(image)
         upright.format = image.format  # defines the range of mode I
-        return rgb_of(upright, "the PIL image")
+        return pil_to_rgb(upright, "the PIL image")
     except DataError:
         raise
     except Exception as error:  # Pillow decodes lazily, and its errors have no common type

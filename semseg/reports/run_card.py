@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from semseg import __version__
 from semseg.config.schema import Config, config_to_plain
 from semseg.data.records import Record
-from semseg.data.store import stamp
+from semseg.data.store import file_stamp
 
 RUN_CARD_PACKAGES = ("torch", "torchvision", "pytorch-lightning")
 SECRET_KEY = re.compile("key|token|secret|password", re.IGNORECASE)
@@ -137,7 +137,7 @@ def compute_data_fingerprint(records: Sequence[Record], root: str | Path) -> Fin
     The pixels, the order of the records and the location of `root` do not change it.
     """
     files = {path for record in records for path in (record.image, record.label) if path}
-    lines = sorted(f"{_relative_path(Path(path), Path(root))}\t{stamp(path)[1]}\n" for path in files)
+    lines = sorted(f"{_relative_path(Path(path), Path(root))}\t{file_stamp(path)[1]}\n" for path in files)
     return Fingerprint(len(records), hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest())
 
 

@@ -23,7 +23,7 @@ from semseg.checkpoints.format import FORMAT_KEY, first_line, load_plain, parse_
 from semseg.config.schema import Config, config_to_plain
 from semseg.config.validate import iterate_leaves
 from semseg.data.batch import Batch
-from semseg.data.overlap import length_of
+from semseg.data.overlap import file_length
 from semseg.data.records import Record
 from semseg.data.seeding import number_for
 from semseg.errors import CheckpointError, ConfigError
@@ -291,7 +291,7 @@ def digest_records(records: Sequence[Record], root: Path) -> list[Any]:
     for record in records:
         files = [path for path in (record.image, record.label) if path]
         paths = [os.path.abspath(path).removeprefix(base) for path in files]  # noqa: PTH100
-        line = (*record.size, *paths, *map(length_of, files))
+        line = (*record.size, *paths, *map(file_length, files))
         digest.update(repr(line).encode("utf-8", "surrogateescape"))
     return [len(records), digest.hexdigest()]
 

@@ -13,7 +13,7 @@ from helpers.in_process import configured
 from semseg.collate import collate
 from semseg.config.schema import AugmentConfig
 from semseg.data.augment import Augmentation
-from semseg.data.datasets import TrainDataset
+from semseg.data.datasets import ReadOptions, TrainDataset
 from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
 from semseg.data.plan import SubBatch
@@ -83,7 +83,7 @@ def test_a_rotation_turns_both_and_leaves_the_corners_unscored() -> None:
 
 def test_scales_are_drawn_evenly_from_the_range() -> None:
     draw = Augmentation(AugmentConfig(scale=[0.5, 2.0]), 304)
-    factors = [draw.scale(number, 0) for number in range(400)]
+    factors = [draw.draw_scale(number, 0) for number in range(400)]
     assert 0.5 <= min(factors) < 0.53 and 1.97 < max(factors) <= 2.0
     assert np.mean(factors) == pytest.approx(1.25, abs=0.06)
 
@@ -92,9 +92,10 @@ def test_training_images_are_scaled_cut_and_read_alike_by_every_worker(tmp_path:
     Image.fromarray(PICTURE).save(tmp_path / "a.png")
     Image.fromarray((HALVES + 1).astype(np.uint8)).save(tmp_path / "m.png")
     record = Record(str(tmp_path / "a.png"), str(tmp_path / "m.png"), Size(40, 60), "list:1")
-    options = {"max_long_edge": 100, "size_divisor": 8, "label_stride": 2}
     change = Augmentation(AugmentConfig(scale=[0.5, 0.5], crop=[16, 64]), 304)
-    dataset = TrainDataset([record], LabelMap(2), augmentation=change, **options, collate=collate)
+    dataset = TrainDataset(
+        [record], LabelMap(2), ReadOptions(100, 8), collate=collate, label_stride=2, augmentation=change
+    )
     sub_batch = SubBatch(5, (0, 0), 40, (False, True))
     batch = dataset[sub_batch]
     assert batch.size.tolist() == [[16, 30], [16, 30]]  # half of 40 x 60, of which 16 rows

@@ -11,33 +11,33 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from helpers.records import odgt_records
 from semseg.collate import collate
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.data.batch import Batch
-from semseg.data.datasets import EvalDataset, TrainDataset
+from semseg.data.datasets import EvalDataset, ReadOptions, TrainDataset
 from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
 from semseg.data.plan import RankSequence, SubBatch, TrainPlan
-from semseg.data.records import Record, records_from_odgt
+from semseg.data.records import Record
 from semseg.errors import DataError
 
 GOLDEN = Path(__file__).parents[1] / "golden/dataset"
 PIXELS = json.loads((GOLDEN / "pixels.json").read_text())["pixels"]
 LABELS = np.load(GOLDEN / "labels.npz")
-RECORDS = records_from_odgt(GOLDEN / "list.odgt", GOLDEN)
+RECORDS = odgt_records(GOLDEN / "list.odgt", GOLDEN)
 BY_NAME = {Path(record.image).stem: index for index, record in enumerate(RECORDS)}
 LABEL_MAP = LabelMap(num_classes=150)
+OPTIONS = ReadOptions(max_long_edge=1000, size_divisor=8)
 
 
 def train_set(size_divisor: int = 8, label_stride: int = 8, *, exact: bool = True) -> TrainDataset:
-    strides = {"size_divisor": size_divisor, "label_stride": label_stride}
-    return TrainDataset(RECORDS, LABEL_MAP, max_long_edge=1000, exact=exact, **strides, collate=collate)
+    options = ReadOptions(max_long_edge=1000, size_divisor=size_divisor)
+    return TrainDataset(RECORDS, LABEL_MAP, options, collate=collate, label_stride=label_stride, exact=exact)
 
 
 def eval_set(label_map: LabelMap | None, short_edges: list[int], antialias: bool) -> EvalDataset:
-    return EvalDataset(
-        RECORDS, label_map, short_edges=short_edges, max_long_edge=1000, size_divisor=8, antialias=antialias
-    )
+    return EvalDataset(RECORDS, label_map, OPTIONS, short_edges=short_edges, antialias=antialias)
 
 
 def one(name: str, short_edge: int, is_flipped: bool) -> SubBatch:
@@ -165,7 +165,7 @@ def test_an_evaluation_sample_has_every_scale_and_the_label_at_full_size(num_wor
     assert sample.label.shape == (512, 683)
     assert sample.label.dtype == torch.int64
     assert sample.size.tolist() == [512, 683]
-    assert (sample.path, sample.index) == (RECORDS[0].image, 0)
+    assert (sample.path, sample.position) == (RECORDS[0].image, 0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -179,14 +179,14 @@ def test_prediction_needs_no_label(num_workers: int) -> None:
 def test_training_without_labels_or_with_a_wrong_stride_is_refused() -> None:
     record = Record("a.jpg", None, Size(1, 1), "train.odgt:5")
     with pytest.raises(DataError, match=r"train\.odgt:5: a\.jpg has no label"):
-        TrainDataset([record], LABEL_MAP, max_long_edge=1000, size_divisor=8, label_stride=8, collate=collate)
+        TrainDataset([record], LABEL_MAP, OPTIONS, collate=collate, label_stride=8)
     with pytest.raises(ValueError, match="must divide"):
         train_set(size_divisor=8, label_stride=3)
 
 
 def test_a_broken_file_in_a_worker_names_itself() -> None:
     missing = [*RECORDS[:1], RECORDS[1]._replace(image="/no/such.jpg")]
-    dataset = EvalDataset(missing, LABEL_MAP, short_edges=[75], max_long_edge=1000, size_divisor=8, antialias=True)
+    dataset = EvalDataset(missing, LABEL_MAP, OPTIONS, short_edges=[75], antialias=True)
     with pytest.raises(DataError, match=r"list\.odgt:2: /no/such\.jpg: there is no such file"):
         list(DataLoader(dataset, batch_size=None, num_workers=1))
 
@@ -197,8 +197,8 @@ def test_the_real_ade20k_samples_are_read() -> None:
     if not root.exists():
         pytest.skip("no shared data")
     for name in ("training", "validation"):
-        records = records_from_odgt(root / f"{name}.odgt", root)
-        dataset = EvalDataset(records, LABEL_MAP, short_edges=[75], max_long_edge=1000, size_divisor=8, antialias=True)
+        records = odgt_records(root / f"{name}.odgt", root)
+        dataset = EvalDataset(records, LABEL_MAP, OPTIONS, short_edges=[75], antialias=True)
         for index, record in enumerate(records):
             sample = dataset[index]
             assert sample.size.tolist() == list(record.size)

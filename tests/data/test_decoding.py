@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from semseg.data import images as images_module
-from semseg.data.images import decode_image, oriented, read_header, read_image, read_label
-from semseg.data.records import read_record_header
+from semseg.data.header_cache import read_header_only
+from semseg.data.images import apply_orientation, decode_image, read_header, read_image
+from semseg.data.labels import read_label
 from semseg.errors import DataError
 from semseg.prediction.predictor import convert_to_pixels
 
@@ -128,7 +129,7 @@ def test_c19_every_image_has_pillows_pixels_by_path_bytes_and_pil_object(tmp_pat
         path.write_bytes(data)
         if expected is None:
             for read in (read_image, convert_to_pixels, lambda path: convert_to_pixels(Image.open(path))):
-                with pytest.raises(DataError, match=r"32-bit (float|integer) pixels, which are not read"):
+                with pytest.raises(DataError, match=r"32-bit (float|integer) pixels, which are not supported"):
                     read(path)
             continue
         header, stored = read_header(path), read_image(path)
@@ -139,12 +140,12 @@ def test_c19_every_image_has_pillows_pixels_by_path_bytes_and_pil_object(tmp_pat
             convert_to_pixels(path),
             convert_to_pixels(str(path)),
             convert_to_pixels(Image.open(io.BytesIO(data))),
-            oriented(stored, header.orientation),
+            apply_orientation(stored, header.orientation),
         ):
             assert found.shape == expected.shape, name
             assert np.abs(found.astype(int) - expected).max() <= tolerance, name
         assert header.stored == stored.shape[:2], name
-        assert header.upright == read_record_header(str(path)).upright == expected.shape[:2], name
+        assert header.upright == read_header_only(str(path)).upright == expected.shape[:2], name
         seen += 1
     assert seen > 250
 
@@ -175,7 +176,7 @@ def test_c20_lossless_labels_of_every_format_keep_their_ids(tmp_path: Path) -> N
     for orientation in range(1, 9):  # an orientation of its own
         for kind, image in (("PNG", grey), ("PNG", palette), ("TIFF", grey), ("TIFF", deep)):
             path.write_bytes(turned(image, kind, orientation))
-            expected = oriented(label, orientation).astype(int) * (300 if image is deep else 1)
+            expected = apply_orientation(label, orientation).astype(int) * (300 if image is deep else 1)
             assert read_label(path).tolist() == expected.tolist(), (kind, image.mode, orientation)
 
 
@@ -216,7 +217,7 @@ def test_c21_lossy_labels_of_every_kind_are_refused_under_any_name(tmp_path: Pat
     for codec, files in lossy.items():
         for data in files:
             path.write_bytes(data)
-            with pytest.raises(DataError, match=rf"a\.png: .*compressed by {codec}, which may change ids"):
+            with pytest.raises(DataError, match=rf"a\.png: .*compressed with {codec}, which may change ids"):
                 read_label(path)
 
 
@@ -236,24 +237,33 @@ def test_c19_metadata_behind_the_pixels_of_a_png_count_without_decoding_them(tmp
     xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta><d tiff:Orientation="6"/></x:xmpmeta>'
     for data in (late, whole[:-12] + png_chunk(b"iTXt", xmp) + whole[-12:]):
         path.write_bytes(data)
-        assert read_record_header(str(path)).upright == (30, 20)
-        assert np.array_equal(read_image(path, upright=True), oriented(photo(), 6))
+        assert read_header_only(str(path)).upright == (30, 20)
+        assert np.array_equal(read_image(path, upright=True), apply_orientation(photo(), 6))
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (saved(of_mode("RGB"), "ICO"), "is a ICO file, which is not read"),
-        (saved(of_mode("RGB"), "TGA"), "is a TGA file, which is not read"),
-        (saved(of_mode("RGB"), "PCX"), "is a PCX file, which is not read"),
-        (saved(of_mode("RGB"), "DDS"), "is a DDS file, which is not read"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is a HEIC file, which is not read"),
-        (cv2.imencode(".hdr", photo().astype(np.float32))[1].tobytes(), "is a Radiance HDR file, which is not read"),
-        (cv2.imencode(".tif", photo().astype(np.float32))[1].tobytes(), "has 32-bit float pixels, which are not read"),
-        (cv2.imencode(".tif", photo().astype(np.float64))[1].tobytes(), "has 64-bit float pixels, which are not read"),
+        (saved(of_mode("RGB"), "ICO"), "is a ICO file, which is not supported"),
+        (saved(of_mode("RGB"), "TGA"), "is a TGA file, which is not supported"),
+        (saved(of_mode("RGB"), "PCX"), "is a PCX file, which is not supported"),
+        (saved(of_mode("RGB"), "DDS"), "is a DDS file, which is not supported"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is a HEIC file, which is not supported"),
+        (
+            cv2.imencode(".hdr", photo().astype(np.float32))[1].tobytes(),
+            "is a Radiance HDR file, which is not",
+        ),
+        (
+            cv2.imencode(".tif", photo().astype(np.float32))[1].tobytes(),
+            "has 32-bit float pixels, which are not",
+        ),
+        (
+            cv2.imencode(".tif", photo().astype(np.float64))[1].tobytes(),
+            "has 64-bit float pixels, which are not",
+        ),
         (cv2.imencode(".tif", photo().astype(np.int32))[1].tobytes(), "has 32-bit signed integer pixels"),
-        (saved(of_mode("F"), "TIFF"), "has 32-bit float pixels, which are not read. Save it with 8 or 16 bits"),
-        (saved(of_mode("I"), "TIFF"), "has 32-bit integer pixels, which are not read. Save it with 8 or 16 bits"),
+        (saved(of_mode("F"), "TIFF"), "has 32-bit float pixels, which are not supported. Save it with 8 or 16 bits"),
+        (saved(of_mode("I"), "TIFF"), "has 32-bit integer pixels, which are not supported. Save it with 8 or 16 bits"),
         (b"no image at all", "is not an image in a known format"),
     ],
 )
@@ -263,7 +273,7 @@ def test_c22_what_is_not_read_is_refused_with_the_true_reason_and_nothing_else(
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(DataError, match=rf"a\.png: {reason}") as error:
         read_image(tmp_path / "a.png")
-    assert "Get it again" not in str(error.value) and "\n" not in str(error.value)
+    assert "copy it again" not in str(error.value) and "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
 
 
@@ -298,13 +308,13 @@ def bilevel(height: int, width: int) -> bytes:
 
 def test_c23_max_pixels_is_the_only_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # stands for Pillow's 178,956,970
-    monkeypatch.setattr(images_module, "_MOST_FOR_OPENCV", 1000)  # stands for OpenCV's 2^30
+    monkeypatch.setattr(images_module, "_MAX_PIXELS_OPENCV", 1000)  # stands for OpenCV's 2^30
     path = tmp_path / "a.png"
     for kind in ("PNG", "TIFF", "GIF", "WEBP", "BMP", "PPM", "AVIF", "JPEG2000", "JPEG"):
         path.write_bytes(saved(Image.new("L", (120, 100)), kind))
         assert read_image(path, max_pixels=12_000).shape == (100, 120, 3), kind
-        assert read_record_header(str(path)).upright == (100, 120), kind
-        with pytest.raises(DataError, match=r"100 x 120 pixels, more than 11999 are not read \(data\.max_pixels\)"):
+        assert read_header_only(str(path)).upright == (100, 120), kind
+        with pytest.raises(DataError, match=r"100 x 120 pixels, more than the limit data\.max_pixels=11999"):
             read_image(path, max_pixels=11_999)
     assert Image.MAX_IMAGE_PIXELS == 1000  # whoever imports us keeps their own
 
@@ -317,7 +327,7 @@ def test_c23_a_side_longer_than_opencv_reads_is_read(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_c23_an_image_beyond_pillows_limit_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(bilevel(13_000, 14_000))
-    assert read_record_header(str(tmp_path / "a.png")).upright == (13_000, 14_000)
+    assert read_header_only(str(tmp_path / "a.png")).upright == (13_000, 14_000)
     assert read_image(tmp_path / "a.png", max_pixels=2**28).shape == (13_000, 14_000, 3)
 
 
@@ -329,7 +339,7 @@ def test_c23_an_image_beyond_pillows_limit_is_read(tmp_path: Path) -> None:
 def test_c24_an_image_that_uses_a_fraction_of_its_16_bits_is_told(
     tmp_path: Path, suffix: str, largest: int, shown: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images_module, "_told", set())
+    monkeypatch.setattr(images_module, "_warned_kinds", set())
     cv2.imwrite(str(tmp_path / f"a{suffix}"), np.array([[0, largest]], np.uint16))
     with pytest.warns(
         UserWarning, match=rf"a{suffix}: its 16-bit values reach {largest} of 65535, which is {shown} of"
@@ -349,8 +359,8 @@ def test_c25_of_several_frames_the_first_is_read_and_that_is_told(
     (tmp_path / "a").write_bytes(saved(frames[0], kind, save_all=True, append_images=frames[1:], **options))
     readers = [read_image] if kind == "AVIF" else [read_image, read_label]
     for read in readers:
-        monkeypatch.setattr(images_module, "_told", set())
-        with pytest.warns(UserWarning, match="a: holds several frames or pages, of which the first is read"):
+        monkeypatch.setattr(images_module, "_warned_kinds", set())
+        with pytest.warns(UserWarning, match="a: contains several frames or pages"):
             pixels = read(tmp_path / "a")
         if not (kind == "GIF" and read is read_label):  # whose ids are places in its palette
             assert np.abs(pixels.astype(int) - 20).max() <= (2 if kind == "AVIF" else 0)

@@ -17,8 +17,8 @@ from helpers.in_process import configured
 from semseg.checks.dataset import ScannedSplit, file_notices
 from semseg.config.schema import DataConfig
 from semseg.data import store
-from semseg.data.images import read_label
-from semseg.data.scan import examine
+from semseg.data.labels import read_label
+from semseg.data.scan import scan_pair
 from semseg.data.sources import DataSource, require_masks
 from semseg.errors import DataError
 
@@ -72,7 +72,7 @@ def pairs(root: Path, *words: str, split: str = "train") -> dict[str, str]:
 def unused(root: Path, *words: str) -> str:
     found = source(root, *words)
     found.survey("train")
-    return found.unused("train")
+    return found.describe_unused("train")
 
 
 # ---- links
@@ -152,7 +152,7 @@ def test_c31_unusual_suffixes_are_found_and_the_rest_is_counted_in_one_line(tmp_
         assert part in line
     found = source(tmp_path)
     records, problems = found.survey("train")
-    notices = file_notices(ScannedSplit("train", records[:0], [], problems, unused=found.unused("train")))
+    notices = file_notices(ScannedSplit("train", records[:0], [], problems, unused=found.describe_unused("train")))
     assert (line in [notice.text for notice in notices]) and "\n" not in line
 
 
@@ -284,7 +284,7 @@ def test_c34_what_is_not_used_of_an_archive_is_counted(tmp_path: Path, pair: tup
     assert line.startswith("train: 4 files or folders")
     assert "1 with a path that leads out of the archive (../out.jpg)" in line
     assert "2 hidden (images/._a.jpg, images/Thumbs.db), 1 .zip (images/inner.zip)" in line
-    with pytest.raises(DataError, match=r"inner\.zip: archives in archives are not read\. Unpack the outer one"):
+    with pytest.raises(DataError, match=r"inner\.zip: archives inside archives are not read\. Unpack the outer one"):
         store.is_folder(archive / "images/inner.zip/images")
 
 
@@ -353,11 +353,11 @@ def test_c36_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
 
 def test_c36_folders_of_splits_are_told_with_the_keys_that_use_them(tmp_path: Path) -> None:
     draw_pairs(tmp_path, "Train/0", "valid/1")
-    assert source(tmp_path).split_folders() == {
+    assert source(tmp_path).find_split_folders() == {
         "data.train.images": "images/Train", "data.train.masks": "masks/Train",
         "data.val.images": "images/valid", "data.val.masks": "masks/valid",
     }  # fmt: skip
-    assert not source(tmp_path, "data.val.images=images/valid", "data.val.masks=masks/valid").split_folders()
+    assert not source(tmp_path, "data.val.images=images/valid", "data.val.masks=masks/valid").find_split_folders()
 
 
 def test_c37_validation_without_masks_is_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -369,6 +369,6 @@ def test_c37_validation_without_masks_is_refused_in_one_sentence(tmp_path: Path)
     ):
         require_masks("val", found.records("val"))
     records = found.records("val")
-    notices = file_notices(ScannedSplit("val", records, [examine(record) for record in records], []))
+    notices = file_notices(ScannedSplit("val", records, [scan_pair(record) for record in records], []))
     (notice,) = [notice for notice in notices if "no mask" in notice.text]
     assert notice.text == "val: 1 of 2 images have no mask and cannot be scored."

@@ -13,9 +13,10 @@ from PIL import Image
 from helpers.in_process import configured
 from semseg.collate import collate
 from semseg.data.classes import ClassTable
-from semseg.data.datasets import TrainDataset
-from semseg.data.images import read_label, read_pair
+from semseg.data.datasets import ReadOptions, TrainDataset
 from semseg.data.label_map import UNSCORED_ID, ColourIds, LabelMap
+from semseg.data.labels import read_label
+from semseg.data.pairs import read_pair
 from semseg.data.plan import SubBatch
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError, DataError
@@ -78,11 +79,10 @@ def test_training_reads_colours_in_both_ways_of_decoding(coloured: Path, exact: 
     dataset = TrainDataset(
         data.records("train"),
         data.label_map,
-        max_long_edge=100,
-        size_divisor=4,
+        ReadOptions(max_long_edge=100, size_divisor=4),
+        collate=collate,
         label_stride=1,
         exact=exact,
-        collate=collate,
     )
     assert dataset[SubBatch(0, (1,), 8, (False,))].label[0, 0].tolist() == [-1] * 4 + [0] * 4 + [1] * 4
 

@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 from helpers.memory import in_child, peak_growth
-from semseg.data.images import decode_image, read_label
-from semseg.data.records import Record, records_from_odgt
-from semseg.data.records import _parse_line as parse_line
+from helpers.records import odgt_records
+from semseg.data.images import decode_image
+from semseg.data.labels import read_label
+from semseg.data.list_files import _parse_odgt_line as parse_line
+from semseg.data.records import Record
 from semseg.errors import DataError
 
 pytestmark = pytest.mark.reliability
@@ -58,7 +60,7 @@ def test_h1_a_hundred_thousand_spoiled_lines_give_a_record_or_one_sentence_with_
 def test_h1_a_list_of_spoiled_lines_names_the_first_bad_one(tmp_path: Path) -> None:
     (tmp_path / "a.odgt").write_bytes(b"\n".join([GOOD, GOOD, GOOD[:-1], b"nothing"]))
     with pytest.raises(DataError, match=r"a\.odgt:3: "):
-        records_from_odgt(tmp_path / "a.odgt", tmp_path)
+        odgt_records(tmp_path / "a.odgt", tmp_path)
 
 
 def pictures() -> list[bytes]:

@@ -14,22 +14,18 @@ import pytest
 from PIL import Image, ImageOps
 
 from semseg.data.geometry import Size
-from semseg.data.images import (
-    RawLabel,
-    flipped,
-    oriented,
-    padded_label,
-    read_image,
-    read_label,
-    read_pair,
-    read_reduced,
-    resize_image,
-    resize_label,
-    scaled_label,
-    stride_label,
-)
-from semseg.data.label_cache import Runs
+from semseg.data.images import apply_orientation, mirror, read_image, resize_image
+from semseg.data.label_cache import LabelRuns
 from semseg.data.label_map import LabelMap
+from semseg.data.labels import (
+    RawLabel,
+    pad_label,
+    read_label,
+    resize_and_subsample_label,
+    resize_label,
+    subsample_label,
+)
+from semseg.data.pairs import read_pair, read_reduced
 from semseg.data.records import Record
 from semseg.errors import DataError
 
@@ -65,7 +61,7 @@ def spoil_checksum(png: bytes) -> bytes:
 
 
 def bomb(height: int, width: int) -> bytes:
-    """A small PNG whose header announces height x width pixels."""
+    """A small PNG whose header declares height x width pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -149,7 +145,7 @@ def test_c2_c3_each_kind_of_bad_file_has_its_own_sentence(tmp_path: Path, capfd:
         with pytest.raises(DataError, match=f"{name}: .*{message}"):
             read_image(tmp_path / name)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match="folder: is a folder"):
+    with pytest.raises(DataError, match="folder: this is a folder"):
         read_image(tmp_path / "folder")
     with pytest.raises(DataError, match="none: there is no such file"):
         read_image(tmp_path / "none")
@@ -162,7 +158,7 @@ def test_c4_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path, shape:
     (tmp_path / "a.png").write_bytes(bomb(*shape))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for read in (read_image, read_label):
-        with pytest.raises(DataError, match=r"a\.png: the header announces"):
+        with pytest.raises(DataError, match=r"a\.png: the header declares"):
             read(tmp_path / "a.png")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024  # KiB
 
@@ -170,7 +166,7 @@ def test_c4_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path, shape:
 @pytest.mark.reliability
 def test_c4_the_limit_of_pixels_can_be_set(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png_bytes(noise(10, 10)))
-    with pytest.raises(DataError, match="10 x 10 pixels, more than 99"):
+    with pytest.raises(DataError, match=r"10 x 10 pixels, more than the limit data\.max_pixels=99"):
         read_image(tmp_path / "a.png", max_pixels=99)
 
 
@@ -186,7 +182,7 @@ def test_c5_image_and_label_keep_one_geometry_under_every_orientation(tmp_path: 
     path.write_bytes(jpeg_bytes(stored, exif=exif, subsampling=0))
     upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
     assert np.array_equal(read_image(path, upright=True), upright)
-    assert np.array_equal(oriented(read_image(path), orientation), upright)
+    assert np.array_equal(apply_orientation(read_image(path), orientation), upright)
 
     for pixels in (stored, upright):  # a label drawn on either grid: where green is strong
         label = (pixels[..., 1] > 128).astype(np.uint8) + 1
@@ -349,7 +345,7 @@ def test_a_strided_label_equals_a_padded_one_resized(shape: tuple[int, int], str
     padding = [(0, -length % stride) for length in shape]
     padded = np.pad(label, padding, constant_values=-1)
     target = Size(padded.shape[0] // stride, padded.shape[1] // stride)
-    assert np.array_equal(stride_label(label, stride), resize_label(padded, target))
+    assert np.array_equal(subsample_label(label, stride), resize_label(padded, target))
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -359,10 +355,10 @@ def test_a_label_is_flipped_resized_and_strided_in_one_step(flip: bool) -> None:
         height, width, out_height, out_width = chance.integers(1, 700, 4).tolist()
         stride, size = int(chance.choice([1, 2, 4, 8, 32])), Size(out_height, out_width)
         label = chance.integers(0, 150, (height, width)).astype(np.int16)
-        expected = stride_label(resize_label(flipped(label) if flip else label, size), stride)
+        expected = subsample_label(resize_label(mirror(label) if flip else label, size), stride)
         raw = RawLabel(label.astype(np.uint8), LabelMap(150, first_id=0, ignore=[]), "a.png")
-        for kind in (raw, Runs.of(label)):
-            found = padded_label(scaled_label(kind, size, stride, flip=flip), size, stride)
+        for kind in (raw, LabelRuns.from_label(label)):
+            found = pad_label(resize_and_subsample_label(kind, size, stride, flip=flip), size, stride)
             assert np.array_equal(found, expected), (height, width, size, stride)
 
 
@@ -397,7 +393,7 @@ def test_the_fast_way_knows_orientations_and_sizes(tmp_path: Path, orientation: 
         record = Record(str(path), str(tmp_path / "a.png"), size, "list:1")
         found = read_reduced(record, lambda full: Size(full.height // 4, full.width // 4), LabelMap(1))
         assert found.image.shape[:2] == (size.height // 4, size.width // 4)
-        assert ((found.image[..., 1] > 128) == (found.label.whole() == 0)[2::4, 2::4]).mean() > 0.95
+        assert ((found.image[..., 1] > 128) == (found.label.to_array() == 0)[2::4, 2::4]).mean() > 0.95
     with pytest.raises(DataError, match=r"list:1: .*the list says 7 x 9"):
         read_reduced(record._replace(size=Size(7, 9)), lambda full: full, LabelMap(1))
     (tmp_path / "a.png").write_bytes(png_bytes(np.ones((9, 9), np.uint8)))
@@ -406,6 +402,6 @@ def test_the_fast_way_knows_orientations_and_sizes(tmp_path: Path, orientation: 
 
 
 def test_a_flip_mirrors_columns() -> None:
-    assert flipped(np.array([[1, 2, 3]], np.int16)).tolist() == [[3, 2, 1]]
+    assert mirror(np.array([[1, 2, 3]], np.int16)).tolist() == [[3, 2, 1]]
     image = noise(3, 5)
-    assert np.array_equal(flipped(image), image[:, ::-1])
+    assert np.array_equal(mirror(image), image[:, ::-1])

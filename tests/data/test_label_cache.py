@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 from semseg.checkpoints.format import inherit_config
 from semseg.collate import collate
 from semseg.config.schema import AugmentConfig, Config, DataConfig
-from semseg.data import images
+from semseg.data import labels
 from semseg.data.augment import Augmentation
-from semseg.data.batch import Batch
-from semseg.data.datasets import EvalDataset, EvalSample, TrainDataset
+from semseg.data.batch import Batch, EvalSample
+from semseg.data.datasets import EvalDataset, ReadOptions, TrainDataset
 from semseg.data.geometry import Size
-from semseg.data.images import RawLabel, read_classes
-from semseg.data.label_cache import LabelCache, Runs
+from semseg.data.label_cache import LabelCache, LabelRuns
 from semseg.data.label_map import LabelMap
+from semseg.data.labels import RawLabel, read_class_indices
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.errors import ConfigError, DataError
@@ -57,21 +57,21 @@ def no_reading(path: object, **_: object) -> None:
 
 @given(arrays(np.int16, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(-1, 2)), st.data())
 def test_runs_say_what_the_label_says(label: np.ndarray, data: st.DataObject) -> None:
-    runs = Runs.of(label)
-    assert np.array_equal(runs.whole(), label)
-    assert runs.whole().dtype == np.int16
+    runs = LabelRuns.from_label(label)
+    assert np.array_equal(runs.to_array(), label)
+    assert runs.to_array().dtype == np.int16
     rows, columns = (
         np.array(data.draw(st.lists(st.integers(0, length - 1), max_size=5)), np.int64) for length in label.shape
     )
-    assert np.array_equal(runs.at(rows, columns), label[rows][:, columns])
+    assert np.array_equal(runs.select(rows, columns), label[rows][:, columns])
 
 
 Item = Batch | EvalSample
 
 
 def train_set(records: list[Record], cache: LabelCache | None, **options: object) -> TrainDataset:
-    sizes = {"max_long_edge": 200, "size_divisor": 8, "label_stride": 8}
-    return TrainDataset(records, LABEL_MAP, cache=cache, **sizes, **options, collate=collate)  # pyright: ignore[reportArgumentType]
+    read = ReadOptions(max_long_edge=200, size_divisor=8, cache=cache)
+    return TrainDataset(records, LABEL_MAP, read, collate=collate, label_stride=8, **options)  # pyright: ignore[reportArgumentType]
 
 
 def batches(dataset: TrainDataset) -> list[Item]:
@@ -79,9 +79,8 @@ def batches(dataset: TrainDataset) -> list[Item]:
 
 
 def samples(records: list[Record], cache: LabelCache | None) -> list[Item]:
-    dataset = EvalDataset(
-        records, LABEL_MAP, short_edges=[60], max_long_edge=200, size_divisor=8, antialias=True, cache=cache
-    )
+    read = ReadOptions(max_long_edge=200, size_divisor=8, cache=cache)
+    dataset = EvalDataset(records, LABEL_MAP, read, short_edges=[60], antialias=True)
     return [dataset[number] for number in range(len(records))]
 
 
@@ -103,7 +102,7 @@ def test_every_way_of_reading_gives_the_same_with_kept_labels(
     cache = LabelCache(tmp_path / "kept", LABEL_MAP)
     first = WAYS[way](records, cache)
     assert len(files_of(tmp_path / "kept")) == len(records)
-    monkeypatch.setattr(images, "read_label", no_reading)
+    monkeypatch.setattr(labels, "read_label", no_reading)
     second = WAYS[way](records, cache)
     for wanted, *found in zip(expected, first, second, strict=True):
         for item in found:
@@ -115,15 +114,15 @@ def test_every_way_of_reading_gives_the_same_with_kept_labels(
 
 def test_a_changed_file_and_another_meaning_of_its_ids_are_read_anew(tmp_path: Path) -> None:
     path, cache = drawn(tmp_path, 1)[0].label or "", LabelCache(tmp_path / "kept", LABEL_MAP)
-    before = read_classes(path, LABEL_MAP, cache=cache).whole()
+    before = read_class_indices(path, LABEL_MAP, cache=cache).to_array()
     other = LabelMap(6, first_id=0, ignore=[255])
-    shifted = read_classes(path, other, cache=LabelCache(tmp_path / "kept", other)).whole()
+    shifted = read_class_indices(path, other, cache=LabelCache(tmp_path / "kept", other)).to_array()
     assert np.array_equal(shifted[before >= 0], before[before >= 0] + 1)
     cv2.imwrite(path, np.full((70, 120), 2, np.uint8))
-    after = read_classes(path, LABEL_MAP, cache=cache)
+    after = read_class_indices(path, LABEL_MAP, cache=cache)
     assert isinstance(after, RawLabel)
-    assert (after.whole() == 1).all()
-    assert isinstance(read_classes(path, LABEL_MAP, cache=cache), Runs)
+    assert (after.to_array() == 1).all()
+    assert isinstance(read_class_indices(path, LABEL_MAP, cache=cache), LabelRuns)
 
 
 def test_labels_of_an_archive_are_kept(tmp_path: Path) -> None:
@@ -131,36 +130,36 @@ def test_labels_of_an_archive_are_kept(tmp_path: Path) -> None:
     with ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(label, "masks/0.png")
     cache, path = LabelCache(tmp_path / "kept", LABEL_MAP), str(tmp_path / "a.zip/masks/0.png")
-    first, second = (read_classes(path, LABEL_MAP, cache=cache) for _ in range(2))
-    assert isinstance(second, Runs)
-    assert np.array_equal(first.whole(), second.whole())
+    first, second = (read_class_indices(path, LABEL_MAP, cache=cache) for _ in range(2))
+    assert isinstance(second, LabelRuns)
+    assert np.array_equal(first.to_array(), second.to_array())
 
 
 @pytest.mark.parametrize("how", ["empty", "cut", "one bit", "other content"])
 def test_a_damaged_file_counts_as_missing_and_is_written_again(how: str, tmp_path: Path) -> None:
     path, cache = drawn(tmp_path, 1)[0].label or "", LabelCache(tmp_path / "kept", LABEL_MAP)
-    expected = read_classes(path, LABEL_MAP, cache=cache).whole()
+    expected = read_class_indices(path, LABEL_MAP, cache=cache).to_array()
     (kept,) = files_of(tmp_path / "kept")
     data = kept.read_bytes()
     flipped = bytearray(data)
     flipped[-1] ^= 1  # in the last part of the file, wherever the library puts it
     spoiled = {"empty": b"", "cut": data[:-7], "one bit": bytes(flipped), "other content": b"\x02" + bytes(7) + b"{}"}
     kept.write_bytes(spoiled[how])
-    found = read_classes(path, LABEL_MAP, cache=cache)
+    found = read_class_indices(path, LABEL_MAP, cache=cache)
     assert isinstance(found, RawLabel)
-    assert np.array_equal(found.whole(), expected)
+    assert np.array_equal(found.to_array(), expected)
     assert kept.read_bytes() == data
 
 
 @pytest.mark.parametrize("place", range(8))
 def test_every_part_of_a_file_is_checked(place: int, tmp_path: Path) -> None:
     path, cache = drawn(tmp_path, 1)[0].label or "", LabelCache(tmp_path / "kept", LABEL_MAP)
-    expected = read_classes(path, LABEL_MAP, cache=cache).whole()
+    expected = read_class_indices(path, LABEL_MAP, cache=cache).to_array()
     (kept,) = files_of(tmp_path / "kept")
     data = bytearray(kept.read_bytes())
     data[len(data) * place // 8] ^= 0x10
     kept.write_bytes(bytes(data))
-    assert np.array_equal(read_classes(path, LABEL_MAP, cache=cache).whole(), expected)
+    assert np.array_equal(read_class_indices(path, LABEL_MAP, cache=cache).to_array(), expected)
 
 
 def test_what_is_wrong_with_a_label_is_told_every_time(tmp_path: Path) -> None:
@@ -168,32 +167,32 @@ def test_what_is_wrong_with_a_label_is_told_every_time(tmp_path: Path) -> None:
     cv2.imwrite(record.label or "", np.full((70, 120), 9, np.uint8))
     for _ in range(2):
         with pytest.raises(DataError, match=r"0\.png: label ids 9 \(8400 pixels\) are neither"):
-            read_classes(record.label or "", LABEL_MAP, cache=cache)
+            read_class_indices(record.label or "", LABEL_MAP, cache=cache)
     Path(record.label or "").unlink()
     with pytest.raises(DataError, match=r"0\.png: there is no such file"):
-        read_classes(record.label or "", LABEL_MAP, cache=cache)
+        read_class_indices(record.label or "", LABEL_MAP, cache=cache)
     assert not files_of(tmp_path / "kept")
 
 
 def test_a_kept_label_that_is_too_large_is_refused_as_its_file_is(tmp_path: Path) -> None:
     path, cache = drawn(tmp_path, 1)[0].label or "", LabelCache(tmp_path / "kept", LABEL_MAP)
-    read_classes(path, LABEL_MAP, cache=cache)
-    with pytest.raises(DataError, match="more than 1000 are not read"):
-        read_classes(path, LABEL_MAP, cache=cache, max_pixels=1000)
+    read_class_indices(path, LABEL_MAP, cache=cache)
+    with pytest.raises(DataError, match=r"data\.max_pixels=1000"):
+        read_class_indices(path, LABEL_MAP, cache=cache, max_pixels=1000)
 
 
 def test_noise_is_not_kept(tmp_path: Path) -> None:
     path = str(tmp_path / "noise.png")
     cv2.imwrite(path, np.random.default_rng(0).integers(0, 6, (40, 50), dtype=np.uint8))
     cache = LabelCache(tmp_path / "kept", LABEL_MAP)
-    first, second = (read_classes(path, LABEL_MAP, cache=cache).whole() for _ in range(2))
+    first, second = (read_class_indices(path, LABEL_MAP, cache=cache).to_array() for _ in range(2))
     assert np.array_equal(first, second)
     assert not files_of(tmp_path / "kept")
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("")
-    with pytest.raises(ConfigError, match=r"data\.label_cache=.*kept: the folder cannot be made"):
+    with pytest.raises(ConfigError, match=r"data\.label_cache=.*kept: the folder cannot be created"):
         LabelCache(tmp_path / "kept", LABEL_MAP)
 
 
@@ -201,7 +200,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_once(tmp_path: Path, recwarn
     records, cache = drawn(tmp_path), LabelCache(tmp_path / "kept", LABEL_MAP)
     for number in range(256):
         (tmp_path / f"kept/{number:02x}").write_text("")  # files where folders should be
-    labels = [read_classes(record.label or "", LABEL_MAP, cache=cache).whole() for record in records]
+    labels = [read_class_indices(record.label or "", LABEL_MAP, cache=cache).to_array() for record in records]
     assert [label.shape for label in labels] == [record.size for record in records]
     (warning,) = recwarn
     assert "kept: cannot be written to" in str(warning.message)

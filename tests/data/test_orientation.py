@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from helpers.in_process import configured
 from semseg.config.schema import DataConfig, SplitConfig
-from semseg.data.images import read_pair, read_reduced
+from semseg.data.pairs import read_pair, read_reduced
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
 
@@ -69,7 +69,7 @@ def agreement(data: DataSource) -> list[float]:
         assert pair.label is not None
         found.append(float(((pair.image[..., 0] > 128) == (pair.label == 1)).mean()))
         fast = read_reduced(record, lambda full: full, data.label_map)
-        assert np.array_equal(fast.image, pair.image) and np.array_equal(fast.label.whole(), pair.label)
+        assert np.array_equal(fast.image, pair.image) and np.array_equal(fast.label.to_array(), pair.label)
     return found
 
 
@@ -104,9 +104,7 @@ def test_c27_lists_follow_evidence_as_folders_do(tmp_path: Path, upright: bool) 
 def test_c27_without_evidence_a_key_is_asked_for(tmp_path: Path, orientation: int, square: bool) -> None:
     put(tmp_path, "plain", 1, upright=True)
     put(tmp_path, "turned", orientation, upright=True, square=square)
-    with pytest.raises(
-        DataError, match=r"turned\.jpg.*no other photograph shows it.*data\.label_orientation=stored or"
-    ):
+    with pytest.raises(DataError, match=r"turned\.jpg.*no other image shows it.*data\.label_orientation=stored or"):
         source(tmp_path).records("train")
     assert min(agreement(source(tmp_path, label_orientation="upright"))) > 0.97
     assert min(agreement(source(tmp_path, label_orientation="stored"))) < 0.97
@@ -119,7 +117,7 @@ def test_c27_evidence_that_contradicts_itself_is_refused_where_it_is_needed(tmp_
     put(tmp_path, "b", 8, upright=False)
     assert min(agreement(source(tmp_path))) > 0.97  # each size shows its own grid
     put(tmp_path, "c", 3, upright=True)
-    with pytest.raises(DataError, match="1 labels lie on the stored pixels, 1 on the upright picture"):
+    with pytest.raises(DataError, match="1 labels fit the stored image, 1 the upright image"):
         source(tmp_path).records("train")
 
 

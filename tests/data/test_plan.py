@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from semseg.data.geometry import Size
-from semseg.data.plan import ORDER, RankSequence, TrainPlan
+from semseg.data.plan import ORDER_STREAM, RankSequence, TrainPlan
 from semseg.data.seeding import generator_for
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/dataset_shapes.json").read_text())
@@ -26,7 +26,7 @@ def queues(sizes: list[Size], seed: int, batch_size: int) -> Iterator[tuple[int,
     index = 0
     while True:
         order = np.arange(len(sizes), dtype=np.int32)
-        generator_for(seed, ORDER, index).shuffle(order)
+        generator_for(seed, ORDER_STREAM, index).shuffle(order)
         for record in order.tolist():
             queue = waiting[sizes[record].height > sizes[record].width]
             queue.append(record)
@@ -132,12 +132,14 @@ def test_a_rare_orientation_collects_over_many_passes() -> None:
 
 
 def test_seeking_far_reads_at_most_a_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    walks = []
-    original = TrainPlan._walk
-    monkeypatch.setattr(TrainPlan, "_walk", lambda self, index: (walks.append(index), original(self, index))[1])
+    passes = []
+    original = TrainPlan._compute_pass
+    monkeypatch.setattr(
+        TrainPlan, "_compute_pass", lambda self, index: (passes.append(index), original(self, index))[1]
+    )
     plan = plan_for(some_sizes(1000, 0.12))
     plan.sub_batch(10**12)
-    assert len(walks) <= 2
+    assert len(passes) <= 2
 
 
 def test_half_of_the_images_are_flipped_and_short_edges_are_even() -> None:

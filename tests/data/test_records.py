@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semseg.data import records as records_module
+from helpers.records import folder_records, odgt_records
+from semseg.data import header_cache
 from semseg.data.geometry import Size
-from semseg.data.records import Record, read_record_header, records_from_folders, records_from_odgt, split_by_hash
+from semseg.data.header_cache import read_header_only
+from semseg.data.records import Record, split_by_hash
 from semseg.errors import DataError
 
 GOOD = {"fpath_img": "images/a.jpg", "fpath_segm": "annotations/a.png", "width": 640, "height": 480}
@@ -39,7 +41,7 @@ def draw(path: Path, height: int = 6, width: int = 8, orientation: int = 1) -> P
 def test_a_line_becomes_a_record(tmp_path: Path) -> None:
     path = write_list(tmp_path, json.dumps(GOOD))
     root = str(tmp_path)
-    assert records_from_odgt(path, tmp_path) == [
+    assert odgt_records(path, tmp_path) == [
         Record(f"{root}/images/a.jpg", f"{root}/annotations/a.png", Size(480, 640), f"{path}:1")
     ]
 
@@ -48,14 +50,14 @@ def test_a_line_becomes_a_record(tmp_path: Path) -> None:
 def test_c14_blank_lines_byte_order_mark_and_crlf_are_fine(tmp_path: Path) -> None:
     line = json.dumps(GOOD).encode()
     path = write_list(tmp_path, b"\xef\xbb\xbf" + line + b"\r", b"\r", b"  ", line + b"\r", b"")
-    assert [record.origin for record in records_from_odgt(path, tmp_path)] == [f"{path}:1", f"{path}:4"]
+    assert [record.origin for record in odgt_records(path, tmp_path)] == [f"{path}:1", f"{path}:4"]
 
 
 @pytest.mark.reliability
 def test_c14_extra_keys_null_labels_repeats_and_inner_dots_are_fine(tmp_path: Path) -> None:
     inner = {**GOOD, "fpath_img": "images/../images/a.jpg", "fpath_segm": None, "dbName": "ADE20K"}
     absolute = {**GOOD, "fpath_img": f"{tmp_path}/images/a.jpg"}
-    found = records_from_odgt(write_list(tmp_path, json.dumps(inner), json.dumps(absolute)), tmp_path)
+    found = odgt_records(write_list(tmp_path, json.dumps(inner), json.dumps(absolute)), tmp_path)
     assert [record.image for record in found] == [f"{tmp_path}/images/a.jpg"] * 2
     assert found[0].label is None
 
@@ -84,7 +86,7 @@ def test_c14_extra_keys_null_labels_repeats_and_inner_dots_are_fine(tmp_path: Pa
 def test_c14_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str | bytes, message: str) -> None:
     path = write_list(tmp_path, json.dumps(GOOD), "", line)
     with pytest.raises(DataError, match=f"^{re.escape(str(path))}:3: .*{message}") as caught:
-        records_from_odgt(path, tmp_path)
+        odgt_records(path, tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -94,7 +96,7 @@ def test_missing_data_is_one_line_with_place_and_remedy(tmp_path: Path) -> None:
         (tmp_path, tmp_path / "train.odgt", "list of images"),
     ):
         with pytest.raises(DataError, match=missing) as caught:
-            records_from_odgt(list_file, root, hint="Get it with: make ade20k")
+            odgt_records(list_file, root, hint="Get it with: make ade20k")
         assert str(tmp_path) in str(caught.value)
         assert str(caught.value).endswith("Get it with: make ade20k")
         assert "\n" not in str(caught.value)
@@ -103,7 +105,7 @@ def test_missing_data_is_one_line_with_place_and_remedy(tmp_path: Path) -> None:
 @pytest.mark.reliability
 def test_c15_an_empty_list_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="names no image"):
-        records_from_odgt(write_list(tmp_path, "", "  "), tmp_path)
+        odgt_records(write_list(tmp_path, "", "  "), tmp_path)
 
 
 # ---- folders
@@ -115,7 +117,7 @@ def test_folders_pair_by_relative_stem_in_sorted_order(tmp_path: Path) -> None:
         draw((tmp_path / "masks" / name).with_suffix(".png"))
     draw(tmp_path / "images/.hidden.png")
     (tmp_path / "images/notes.txt").write_text("no image")
-    found = records_from_folders(tmp_path / "images", tmp_path / "masks", cache_dir=tmp_path / "cache")
+    found = folder_records(tmp_path / "images", tmp_path / "masks", cache_dir=tmp_path / "cache")
     assert [Path(record.image).relative_to(tmp_path / "images").as_posix() for record in found] == [
         "1.tif",
         "a/10.png",
@@ -133,25 +135,25 @@ def test_unpaired_files_are_counted_and_the_first_named(tmp_path: Path) -> None:
     for name in ("0", "9"):
         draw(tmp_path / f"masks/{name}.png")
     with pytest.raises(DataError, match=r"4 of 5 images .* \(1, 2, 3, \.\.\.\); 1 of 2 masks .* \(9\)"):
-        records_from_folders(tmp_path / "images", tmp_path / "masks", cache_dir=tmp_path)
+        folder_records(tmp_path / "images", tmp_path / "masks", cache_dir=tmp_path)
 
 
 def test_two_images_of_one_stem_are_refused(tmp_path: Path) -> None:
     draw(tmp_path / "images/a.jpg")
     draw(tmp_path / "images/a.png")
-    with pytest.raises(DataError, match="differ in their suffix only"):
-        records_from_folders(tmp_path / "images", cache_dir=tmp_path)
+    with pytest.raises(DataError, match="differ only in their suffix"):
+        folder_records(tmp_path / "images", cache_dir=tmp_path)
 
 
 def test_missing_and_empty_folders_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"folder of images not found: .*nowhere.* Try this\."):
-        records_from_folders(tmp_path / "nowhere", hint="Try this.")
+        folder_records(tmp_path / "nowhere", hint="Try this.")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no image in this folder"):
-        records_from_folders(tmp_path / "empty")
+        folder_records(tmp_path / "empty")
     draw(tmp_path / "images/a.jpg")
     with pytest.raises(DataError, match="folder of masks not found"):
-        records_from_folders(tmp_path / "images", tmp_path / "masks")
+        folder_records(tmp_path / "images", tmp_path / "masks")
 
 
 def test_a_turned_photo_has_the_size_of_its_mask(tmp_path: Path) -> None:
@@ -159,44 +161,44 @@ def test_a_turned_photo_has_the_size_of_its_mask(tmp_path: Path) -> None:
     draw(tmp_path / "masks/stored.png", 6, 8)
     draw(tmp_path / "images/upright.jpg", 6, 8, orientation=6)
     draw(tmp_path / "masks/upright.png", 8, 6)
-    with_masks = records_from_folders(tmp_path / "images", tmp_path / "masks", cache_dir=tmp_path)
+    with_masks = folder_records(tmp_path / "images", tmp_path / "masks", cache_dir=tmp_path)
     assert [record.size for record in with_masks] == [Size(6, 8), Size(8, 6)]
-    alone = records_from_folders(tmp_path / "images", cache_dir=tmp_path)
+    alone = folder_records(tmp_path / "images", cache_dir=tmp_path)
     assert [record.size for record in alone] == [Size(8, 6), Size(8, 6)]
-    assert read_record_header(str(tmp_path / "images/stored.jpg")).upright == Size(8, 6)
+    assert read_header_only(str(tmp_path / "images/stored.jpg")).upright == Size(8, 6)
 
 
 def test_headers_are_read_once_and_again_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    original = records_module.read_record_header
-    monkeypatch.setattr(records_module, "read_record_header", lambda path: (opened.append(path), original(path))[1])
+    original = header_cache.read_header_only
+    monkeypatch.setattr(header_cache, "read_header_only", lambda path: (opened.append(path), original(path))[1])
     for name in "abc":
         draw(tmp_path / f"images/{name}.png")
-    scan = [records_from_folders(tmp_path / "images", cache_dir=tmp_path / "cache") for _ in range(2)]
+    scan = [folder_records(tmp_path / "images", cache_dir=tmp_path / "cache") for _ in range(2)]
     assert scan[0] == scan[1]
     assert len(opened) == 3
     draw(tmp_path / "images/b.png", 20, 30)
-    assert records_from_folders(tmp_path / "images", cache_dir=tmp_path / "cache")[1].size == Size(20, 30)
+    assert folder_records(tmp_path / "images", cache_dir=tmp_path / "cache")[1].size == Size(20, 30)
     assert len(opened) == 4
     (cache_file,) = (tmp_path / "cache").iterdir()  # no temporary file is left
     for damage in ("not json", "[1]", json.dumps({opened[0]: "x"})):
         cache_file.write_text(damage)
-        assert len(records_from_folders(tmp_path / "images", cache_dir=tmp_path / "cache")) == 3
+        assert len(folder_records(tmp_path / "images", cache_dir=tmp_path / "cache")) == 3
 
 
 def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
     draw(tmp_path / "images/a.png")
     (tmp_path / "file").write_text("")
-    assert len(records_from_folders(tmp_path / "images", cache_dir=tmp_path / "file")) == 1
+    assert len(folder_records(tmp_path / "images", cache_dir=tmp_path / "file")) == 1
 
 
 def test_a_broken_header_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.jpg").write_text("<!DOCTYPE html>")
     with pytest.raises(DataError, match=r"a\.jpg: the header cannot be read"):
-        records_from_folders(tmp_path / "images", cache_dir=tmp_path)
+        folder_records(tmp_path / "images", cache_dir=tmp_path)
     with pytest.raises(DataError, match="no such file"):
-        read_record_header(str(tmp_path / "none.jpg"))
+        read_header_only(str(tmp_path / "none.jpg"))
 
 
 # ---- split

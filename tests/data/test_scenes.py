@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 import pytest
 
+from helpers.records import odgt_records
 from semseg.data import scenes
 from semseg.data.classes import ClassTable
-from semseg.data.images import read_pair
 from semseg.data.label_map import LabelMap
-from semseg.data.records import records_from_odgt
+from semseg.data.pairs import read_pair
 from semseg.data.scenes import SCENE_CLASSES, Scene, draw_scene, make_scenes
 from semseg.data.seeding import generator_for
 from semseg.errors import DataError
@@ -44,7 +44,7 @@ def test_the_pixels_are_those_of_the_version(drawn: list[Scene]) -> None:
 
 def test_the_files_are_ade20ks_layout(root: Path) -> None:
     for split, count in (("training", 12), ("validation", 4)):
-        records = records_from_odgt(root / f"{split}.odgt", root)
+        records = odgt_records(root / f"{split}.odgt", root)
         assert len(records) == count
         for record in records:
             assert record.image.startswith(f"{root}/images/{split}/")

@@ -1,4 +1,4 @@
-"""What workers send arrives as it was, whichever way it goes."""
+"""Items from workers arrive unchanged, through slots or by PyTorch's own mechanism."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch.utils.data import Dataset
 
 from semseg.data import shared_slots
 from semseg.data.batch import Batch
-from semseg.data.loaders import AHEAD, WatchedLoader
-from semseg.data.shared_slots import Exchange, Slot, received, sent
+from semseg.data.loaders import PREFETCH, SlotDemand, WatchedLoader
+from semseg.data.shared_slots import SharedSlots, SlotAddress, read_tensor, write_tensor
 
 COUNT = 40
+DEMAND = SlotDemand(tensors_per_item=1, bytes_per_tensor=3 * 12 * 16)
 
 
 class Numbered(Dataset[Batch]):
@@ -33,12 +34,12 @@ class Numbered(Dataset[Batch]):
         return Batch(image, torch.full((1, 2, 2), number), torch.tensor([[8, 16]]), [f"{number}.jpg"])
 
 
-def loader(workers: int, tensors: tuple[int, int] | None = (1, 3 * 12 * 16)) -> WatchedLoader[Batch]:
-    return WatchedLoader(Numbered(), lambda _: [], 60, tensors, batch_size=None, num_workers=workers)
+def loader(workers: int, demand: SlotDemand | None = DEMAND) -> WatchedLoader[Batch]:
+    return WatchedLoader(Numbered(), lambda _: [], 60, demand, batch_size=None, num_workers=workers)
 
 
 def assert_right(batches: Iterator[Batch]) -> None:
-    held = list(batches)  # all at once: what has been received no longer lies in a slot
+    held = list(batches)  # all at once: what was read is no longer in a slot
     for number, batch in enumerate(held):
         expected = Numbered()[number]
         assert torch.equal(batch.image, expected.image)
@@ -48,24 +49,24 @@ def assert_right(batches: Iterator[Batch]) -> None:
 
 
 @pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Exchange]:
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[SharedSlots]:
     """This process as a worker with two slots of twelve bytes."""
-    monkeypatch.setattr(shared_slots, "_sender", None)
-    exchange = Exchange(1, 2, 12)
-    exchange.join(0)
-    yield exchange
+    monkeypatch.setattr(shared_slots._registry, "writer", None)
+    slots = SharedSlots(1, 2, 12)
+    slots.attach_worker(0)
+    yield slots
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_everything_goes_through_slots(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = Exchange.put
+    write = SharedSlots.write
 
-    def always(self: Exchange, tensor: Tensor, worker: int, free: list[int]) -> Slot:
-        slot = put(self, tensor, worker, free)
-        assert slot is not None, "PyTorch's own way was taken"
-        return slot
+    def write_always(self: SharedSlots, tensor: Tensor) -> SlotAddress:
+        address = write(self, tensor)
+        assert address is not None, "PyTorch's own mechanism was used"
+        return address
 
-    monkeypatch.setattr(Exchange, "put", always)
+    monkeypatch.setattr(SharedSlots, "write", write_always)
     assert_right(iter(loader(workers)))
 
 
@@ -74,34 +75,33 @@ def test_everything_goes_through_slots_in_inference_mode() -> None:
         assert_right(iter(loader(2)))
 
 
-def test_a_slot_is_used_again_once_it_was_received(worker: Exchange) -> None:
+def test_a_slot_is_used_again_after_it_was_read(worker: SharedSlots) -> None:
     first, second, third = (torch.full((2, 3), number, dtype=torch.uint8) for number in range(3))
-    parcels = [sent(first), sent(second), sent(third)]
-    assert [type(parcel) for parcel in parcels] == [Slot, Slot, Tensor]
-    assert torch.equal(received(parcels[1]), second)
-    again = sent(third)
-    assert isinstance(again, Slot)
-    assert again == parcels[1]
-    assert [torch.equal(received(parcel), wanted) for parcel, wanted in ((again, third), (parcels[0], first))]
+    written = [write_tensor(first), write_tensor(second), write_tensor(third)]
+    assert [type(item) for item in written] == [SlotAddress, SlotAddress, Tensor]
+    assert torch.equal(read_tensor(written[1]), second)
+    rewritten = write_tensor(third)
+    assert isinstance(rewritten, SlotAddress) and rewritten == written[1]
+    assert torch.equal(read_tensor(rewritten), third) and torch.equal(read_tensor(written[0]), first)
 
 
-def test_what_does_not_fit_goes_the_other_way(worker: Exchange) -> None:
+def test_tensors_that_do_not_fit_are_left_to_pytorch(worker: SharedSlots) -> None:
     for tensor in (torch.zeros(13, dtype=torch.uint8), torch.zeros(2)):
-        assert sent(tensor) is tensor
-        assert received(tensor) is tensor
-    empty = received(sent(torch.zeros(0, 4, dtype=torch.uint8)))
+        assert write_tensor(tensor) is tensor
+        assert read_tensor(tensor) is tensor
+    empty = read_tensor(write_tensor(torch.zeros(0, 4, dtype=torch.uint8)))
     assert empty.shape == (0, 4)
 
 
-@pytest.mark.parametrize("tensors", [None, (1, 10)], ids=["no slots", "slots that are too small"])
-def test_without_slots_everything_arrives_as_well(tensors: tuple[int, int] | None) -> None:
-    assert_right(iter(loader(2, tensors)))
+@pytest.mark.parametrize("demand", [None, SlotDemand(1, 10)], ids=["no slots", "slots that are too small"])
+def test_without_slots_everything_arrives_as_well(demand: SlotDemand | None) -> None:
+    assert_right(iter(loader(2, demand)))
 
 
 def test_processes_that_inherit_nothing_have_no_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loader(2)._exchange() is not None
+    assert loader(2)._allocate_slots() is not None
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "spawn")
-    assert loader(2)._exchange() is None
+    assert loader(2)._allocate_slots() is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
@@ -123,21 +123,22 @@ def test_two_iterations_of_one_loader_do_not_meet() -> None:
     assert_right(iter([*begun, *first]))
 
 
-def test_memory_is_taken_for_what_is_sent_alone() -> None:
+def test_memory_is_used_only_for_what_is_written() -> None:
     mappings = Path("/proc/self/smaps")
     if not mappings.exists():
         pytest.skip("needs Linux's account of memory")
-    exchange = Exchange(3, AHEAD, 2**27)
+    slots = SharedSlots(3, PREFETCH, 2**27)
 
     def resident() -> int:
-        """KiB of the exchange that are in memory; of no other mapping of the process."""
+        """KiB of the slots that are in memory; other mappings of the process do not count."""
         blocks = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", mappings.read_text())
-        size = f"{3 * AHEAD * 2**17} kB"
+        size = f"{3 * PREFETCH * 2**17} kB"
         (own,) = (block for block in blocks if re.search(rf"^Size: +{size}$", block, re.MULTILINE))
         return int(own.split("Rss:")[1].split()[0])
 
     assert resident() == 0
-    assert exchange.put(torch.ones(2**24, dtype=torch.uint8), 0, [0]) is not None
+    slots._free = [0]
+    assert slots.write(torch.ones(2**24, dtype=torch.uint8)) is not None
     assert resident() == 2**14
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from helpers.in_process import configured
+from helpers.records import folder_records
 from semseg.data import store
-from semseg.data.images import read_pair
-from semseg.data.overlap import overlap
-from semseg.data.records import records_from_folders
+from semseg.data.overlap import find_overlap
+from semseg.data.pairs import read_pair
 from semseg.data.scenes import make_scenes
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
@@ -89,24 +89,24 @@ def test_a_folder_inside_may_be_the_root(plain: Path, tmp_path: Path) -> None:
 
 def test_copies_in_another_archive_are_found(archive: Path, plain: Path) -> None:
     train, val = source(archive, *LISTS).records("train"), source(plain, *LISTS).records("train")[:2]
-    found = overlap(train, val)
+    found = find_overlap(train, val)
     assert found is not None
     assert len(found.same_content) == 2
 
 
 def test_processes_that_were_forked_read_side_by_side(archive: Path) -> None:
-    paths = [path for path in store.files_below(archive) if path.suffix == ".jpg"] * 20
+    paths = [path for path in store.list_files_below(archive) if path.suffix == ".jpg"] * 20
     expected = [store.read_file(path) for path in paths]  # the archive is open in this process now
     with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
         assert list(pool.map(store.read_file, paths)) == expected
 
 
 def test_an_archive_that_was_written_again_is_opened_again(plain: Path, archive: Path, tmp_path: Path) -> None:
-    before = store.stamp(archive / "training.odgt")
+    before = store.file_stamp(archive / "training.odgt")
     other = tmp_path / "other"
     make_scenes(other, num_train=3, num_val=2, seed=2)
     packed(other, archive)
-    assert store.stamp(archive / "training.odgt") != before
+    assert store.file_stamp(archive / "training.odgt") != before
     assert len(source(archive, *LISTS).records("train")) == 3
 
 
@@ -142,7 +142,7 @@ def test_a_broken_file_is_named(archive: Path) -> None:
 
 def test_half_an_archive_is_told(archive: Path) -> None:
     archive.write_bytes(archive.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"Scenes\.ZIP: is not a zip archive, or not a whole one"):
+    with pytest.raises(DataError, match=r"Scenes\.ZIP: is not a zip archive, or is truncated"):
         source(archive, *LISTS).records("train")
 
 
@@ -152,8 +152,8 @@ def test_what_unpacks_to_more_than_any_image_is_not_unpacked(
     with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as file:
         file.writestr("bomb/a.png", bytes(2_000_000))
     monkeypatch.setattr(store, "MAX_BYTES", 1_000_000)
-    with pytest.raises(DataError, match="2000000 bytes once unpacked"):
-        records_from_folders(archive / "bomb", cache_dir=tmp_path)
+    with pytest.raises(DataError, match="2000000 bytes when unpacked"):
+        folder_records(archive / "bomb", cache_dir=tmp_path)
 
 
 def test_names_that_leave_the_archive_are_not_there(archive: Path) -> None:
@@ -161,5 +161,5 @@ def test_names_that_leave_the_archive_are_not_there(archive: Path) -> None:
         file.writestr("../outside.png", b"x")
         file.writestr("/etc/absolute.png", b"x")
     assert not [
-        path for path in store.files_below(archive) if path.suffix == ".png" and "annotations" not in path.parts
+        path for path in store.list_files_below(archive) if path.suffix == ".png" and "annotations" not in path.parts
     ]

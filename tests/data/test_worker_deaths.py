@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 
 from helpers.command_line import RUN, TINY
 from semseg.data import shared_slots
-from semseg.data.loaders import WatchedLoader, workers_of
+from semseg.data.loaders import WatchedLoader
 from semseg.data.scenes import make_scenes
+from semseg.data.workers import workers_of
 from semseg.errors import DataError
 from semseg.system.process import get_start_time
 
@@ -135,21 +136,21 @@ if __name__ == "__main__":
 
 
 def test_e10_without_locks_images_are_read_without_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_slots, "why_no_workers", lambda: "Read-only file system")
-    with pytest.warns(UserWarning, match="without workers, since the system has no locks for them: Read-only file"):
+    monkeypatch.setattr(shared_slots, "find_worker_obstacle", lambda: "Read-only file system")
+    with pytest.warns(UserWarning, match="without workers.*no locks for them .Read-only file"):
         alone = loader(Numbers())
     assert alone.num_workers == 0
     assert [int(item) for item in alone] == list(range(20))
 
 
 def test_e10_what_keeps_a_system_from_locks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shared_slots.why_no_workers() is None
+    assert shared_slots.find_worker_obstacle() is None
 
     def refuse(*_: Any) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", refuse)
-    assert shared_slots.why_no_workers() == "Read-only file system"
+    assert shared_slots.find_worker_obstacle() == "Read-only file system"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from helpers.command_line import run_script
-from semseg.data.loaders import WatchedLoader, end
+from semseg.data.loaders import WatchedLoader, close_iterations
+from semseg.data.workers import LoaderFailure, classify_failure, stop_workers
 from semseg.errors import ConfigError, DataError, SemsegError
 
 pytestmark = pytest.mark.reliability
@@ -101,8 +103,38 @@ def test_c28_an_iteration_that_is_left_half_done_ends_with_the_program() -> None
     items = iter(loader_of(Faulty("user", is_slow=True)))
     next(items)
     assert len(multiprocessing.active_children()) == 2
-    end()
+    close_iterations()
     assert not multiprocessing.active_children()
+
+
+class Failing(Dataset[int]):
+    """Each item raises, waits or ends its process."""
+
+    def __init__(self, failure: LoaderFailure) -> None:
+        self.failure = failure
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        if self.failure is LoaderFailure.DIED:
+            os._exit(1)
+        if self.failure is LoaderFailure.TIMED_OUT:
+            time.sleep(600)
+        raise ValueError("message")
+
+
+@pytest.mark.parametrize("failure", LoaderFailure)
+def test_failures_are_recognised_by_the_messages_of_the_installed_pytorch(failure: LoaderFailure) -> None:
+    is_timeout = failure is LoaderFailure.TIMED_OUT
+    items = iter(DataLoader(Failing(failure), num_workers=1, timeout=1 if is_timeout else 0))
+    try:
+        with pytest.raises((RuntimeError, ValueError)) as raised:
+            next(items)
+    finally:
+        stop_workers(items)
+    assert classify_failure(raised.value) is failure
+    assert classify_failure(ValueError("message")) is None
 
 
 @pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])

@@ -8,7 +8,7 @@ import torch
 
 import semseg.evaluation.evaluator
 from semseg.config.schema import EvalConfig
-from semseg.data.datasets import EvalSample
+from semseg.data.batch import EvalSample
 from semseg.evaluation.bootstrap import RESAMPLES_PER_CHUNK, bootstrap, class_counts, percentile_interval
 from semseg.evaluation.evaluator import Evaluator, speed_of
 from semseg.evaluation.metrics import boundary_counts, confusion_counts, scores_from

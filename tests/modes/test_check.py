@@ -19,9 +19,9 @@ from helpers.browser import in_browser, needs_browser
 from helpers.in_process import configured
 from semseg.checks.dataset import ScannedSplit, pixel_notices
 from semseg.data.geometry import Size
-from semseg.data.images import read_label
+from semseg.data.labels import read_label
 from semseg.data.records import Record
-from semseg.data.scan import Finding, scan
+from semseg.data.scan import PairFacts, scan_pairs
 from semseg.errors import DataError
 from semseg.modes import check as mode
 from semseg.nets.registry import build_segmenter
@@ -164,12 +164,12 @@ def test_a_second_scan_reads_what_is_new(tmp_path: Path, monkeypatch: pytest.Mon
         return read_label(path, **options)
 
     monkeypatch.setattr("semseg.data.scan.read_label", counted)
-    first = list(scan(records, root))
-    assert first[0] == Finding(60, 80, "JPEG RGB", "PNG L", {1: 1600, 2: 1600, 3: 1600}, {})
+    first = list(scan_pairs(records, root))
+    assert first[0] == PairFacts(60, 80, "JPEG RGB", "PNG L", {1: 1600, 2: 1600, 3: 1600}, {})
     assert sorted(read) == ["00", "01", "02", "03"]
     read.clear()
     put(root, "02", stripes(1, 2, 3, 4))
-    assert [found.ids for found in scan(records, root)] == [first[0].ids] * 2 + [
+    assert [found.ids for found in scan_pairs(records, root)] == [first[0].ids] * 2 + [
         dict.fromkeys((1, 2, 3, 4), 1200),
         first[3].ids,
     ]
@@ -241,7 +241,7 @@ def test_c24_images_that_use_a_fraction_of_their_depth_are_counted(
     put(tmp_path, "a", stripes(1, 2))
     cv2.imwrite(str(tmp_path / "a.png"), (np.arange(4800).reshape(60, 80) * largest // 4799).astype(kind))
     record = Record(str(tmp_path / "a.png"), str(tmp_path / "masks/a.png"), Size(60, 80), "folder")
-    split = ScannedSplit("train", [record], list(scan([record], tmp_path)), [])
+    split = ScannedSplit("train", [record], list(scan_pairs([record], tmp_path)), [])
     notices = [notice.text for notice in pixel_notices(split)]
     assert (told is None and not notices) or (told is not None and told in notices[0])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from semseg.data.store import Unused
+from semseg.data.store import UnusedFiles
 from semseg.errors import ConfigError, DataError
 from semseg.prediction.inputs import choose_output_paths, find_inputs
 
@@ -106,13 +106,13 @@ def test_c29_inputs_below_linked_folders_are_found_once(folder: Path) -> None:
 
 @pytest.mark.reliability
 def test_c31_what_is_no_input_is_counted(folder: Path) -> None:
-    unused = Unused()
+    unused = UnusedFiles()
     (folder / "photos/gone.jpg").symlink_to(folder / "nowhere")
     (folder / "photos/x.HEIC").touch()  # predicting it fails, with the reason
     inputs = find_inputs("photos", Path("out"), unused=unused)
     assert [item.path.name for item in inputs] == ["a.jpg", "b.PNG", "a.jpg", "c.tiff", "film.mp4", "x.HEIC"]
     for part in ("1 .txt (notes.txt)", "1 hidden (.hidden.jpg)", "1 broken link (gone.jpg)"):
-        assert part in unused.words("photos")
+        assert part in unused.describe("photos")
 
 
 @pytest.mark.reliability

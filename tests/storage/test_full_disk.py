@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from helpers.command_line import RUN, TINY
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg.checkpoints import atomic_io
+from semseg.data.header_cache import load_cache, save_cache
 from semseg.data.label_cache import LabelCache
 from semseg.data.label_map import LabelMap
-from semseg.data.records import load_cache, save_cache
 from semseg.evaluation.result_files import write_rows
 from semseg.modes.convert import save_state_dict
 from semseg.prediction.outputs import array_on_disk, save_png
@@ -111,8 +111,8 @@ def test_b9_caches_on_a_full_disk_are_done_without(tmp_path: Path) -> None:
     with full_disk():
         save_cache(cache, {f"{index}.jpg": [1] * 6 for index in range(99)})
         with pytest.warns(UserWarning, match=r"data\.label_cache=.*cannot be written to"):
-            labels.put(place, np.zeros((64, 64), np.int16))
-    assert load_cache(cache) == {"a.jpg": [1] * 6} and labels.get(place) is None
+            labels.save(place, np.zeros((64, 64), np.int16))
+    assert load_cache(cache) == {"a.jpg": [1] * 6} and labels.load(place) is None
 
 
 @pytest.mark.reliability

@@ -12,7 +12,7 @@ import pytest
 
 from semseg.config.overrides import read_saved_overrides
 from semseg.data.classes import ClassTable
-from semseg.data.records import load_cache
+from semseg.data.header_cache import load_cache
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.metrics import ConfusionMatrix
 from semseg.evaluation.result_files import write_rows

@@ -11,8 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from semseg.data.batch import Batch
-from semseg.data.datasets import EvalSample
+from semseg.data.batch import Batch, EvalSample
 from semseg.data.geometry import Size
 from semseg.errors import SemsegError
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from semseg.data.datasets import EvalSample
-from semseg.data.images import read_pair
+from semseg.data.batch import EvalSample
+from semseg.data.pairs import read_pair
 from semseg.data.sources import DataSource
 from semseg.reports.draw import draw_comparison
 from semseg.training.loggers.external import TakesPictures
@@ -46,12 +46,12 @@ class LogPanels(Callback):
         if not trainer.is_global_zero or trainer.sanity_checking or not takers:
             return
         for sample in batch:
-            if sample.bad or sample.index not in self._shown:
+            if sample.bad or sample.position not in self._shown:
                 continue
-            record = self.source.records("val")[sample.index]
+            record = self.source.records("val")[sample.position]
             limit = self.source.config.max_pixels
             image = read_pair(record, self.source.label_map, max_pixels=limit).image
             label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
             pixels = draw_comparison(image, label, prediction, self.source.classes)
             for logger in takers:
-                logger.log_picture(f"{sample.index}_{Path(record.image).stem}", pixels, trainer.global_step)
+                logger.log_picture(f"{sample.position}_{Path(record.image).stem}", pixels, trainer.global_step)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,9 +22,9 @@ from semseg import datamodule
 from semseg.collate import collate
 from semseg.config.schema import Config
 from semseg.data import loaders
-from semseg.data.datasets import EvalDataset, TrainDataset
+from semseg.data.datasets import EvalDataset, ReadOptions, TrainDataset
 from semseg.data.loaders import WatchedLoader
-from semseg.data.overlap import overlap
+from semseg.data.overlap import find_overlap
 from semseg.data.plan import SubBatch
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
@@ -74,11 +75,9 @@ def train_set(root: Path, *, skip_bad: bool) -> TrainDataset:
     return TrainDataset(
         source.records("train"),
         source.label_map,
-        max_long_edge=64,
-        size_divisor=8,
-        label_stride=8,
-        skip_bad=skip_bad,
+        ReadOptions(max_long_edge=64, size_divisor=8, skip_bad=skip_bad),
         collate=collate,
+        label_stride=8,
     )
 
 
@@ -205,11 +204,11 @@ def test_c17_a_worker_that_dies_or_hangs_is_told_with_the_image_in_its_hands(
 
 
 def test_c17_a_long_wait_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaders, "TELL_S", 0.5)
+    monkeypatch.setattr(loaders, "SLOW_ITEM_S", 0.5)
     loader = WatchedLoader(Trouble(kills=False), lambda number: [f"{number}.jpg"], 2.5, batch_size=None, num_workers=1)
-    with pytest.warns(UserWarning, match=r"waiting for 2\.jpg since \d s") as told, pytest.raises(DataError):
+    with pytest.warns(UserWarning, match=r"has been waiting for 2\.jpg for \d s") as told, pytest.raises(DataError):
         list(loader)
-    assert sum("since" in str(one.message) for one in told) == 1
+    assert sum("has been waiting" in str(one.message) for one in told) == 1
 
 
 def test_c17_without_the_shared_memory_that_workers_need_there_are_none(
@@ -223,10 +222,10 @@ def test_c17_without_the_shared_memory_that_workers_need_there_are_none(
     assert data.train_dataloader().num_workers == 2
     monkeypatch.setattr(datamodule, "get_free_shared_memory", lambda: needed - 1)
     assert data.train_dataloader().num_workers == 2  # as forks they need none
-    monkeypatch.setattr(datamodule.shared_slots, "is_possible", lambda: False)
+    monkeypatch.setattr(datamodule.shared_slots, "slots_are_possible", lambda: False)
     with pytest.warns(UserWarning, match="images are read without workers.*--shm-size"):
         assert data.train_dataloader().num_workers == 0
-    needed = 2 * 2 * data.largest_sample(data.source.records("val"))
+    needed = 2 * 2 * data.largest_sample_bytes(data.source.records("val"))
     monkeypatch.setattr(datamodule, "get_free_shared_memory", lambda: needed)
     assert data.val_dataloader().num_workers == 2
     monkeypatch.setattr(datamodule, "get_free_shared_memory", lambda: needed - 1)
@@ -249,14 +248,14 @@ def test_c17_training_and_evaluation_watch_their_workers(drawn: Path, tmp_path: 
 
 def test_c18_images_in_both_splits_are_counted_by_path_and_by_content(drawn: Path, tmp_path: Path) -> None:
     training, validation = records(drawn), records(drawn, "val")
-    assert overlap(training, validation) is None
+    assert find_overlap(training, validation) is None
     twin = tmp_path / "twin.jpg"
     shutil.copy(training[0].image, twin)
     same_length = tmp_path / "other.jpg"
     same_length.write_bytes(bytes(twin.stat().st_size))
     extra = [training[1], training[0]._replace(image=str(twin)), training[0]._replace(image=str(same_length))]
     gone = training[0]._replace(image="/nowhere.jpg")
-    common = overlap([*training, gone], [*validation, *extra])
+    common = find_overlap([*training, gone], [*validation, *extra])
     assert common is not None
     assert (common.same_path, common.same_content) == ([training[1].image], [str(twin)])
     assert str(common).startswith("2 validation images are training images too (1 by path, 1 by content), such as /")
@@ -275,9 +274,9 @@ def test_c1_an_eval_sample_of_a_broken_image_carries_the_reason(drawn: Path, tmp
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
     cut(path)
     record = records(drawn)[0]._replace(image=str(path))
-    options = {"short_edges": [32], "max_long_edge": 64, "size_divisor": 8, "antialias": True}
-    source = DataSource(configured(*data_words(drawn)).data)
-    sample = EvalDataset([record], source.label_map, skip_bad=True, **options)[0]
+    label_map = DataSource(configured(*data_words(drawn)).data).label_map
+    options = ReadOptions(max_long_edge=64, size_divisor=8, skip_bad=True)
+    sample = EvalDataset([record], label_map, options, short_edges=[32], antialias=True)[0]
     assert sample.scales == [] and "truncated" in sample.bad
     with pytest.raises(DataError):
-        EvalDataset([record], source.label_map, **options)[0]
+        EvalDataset([record], label_map, replace(options, skip_bad=False), short_edges=[32], antialias=True)[0]

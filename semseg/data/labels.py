@@ -1,0 +1,203 @@
+"""Stage 3: from label files to class indices: read, check, resize, subsample.
+
+Arrays: raw label (H, W) with the ids of the file; label int16 (H, W), class index or -1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from semseg.data.decoders import pillow_without_limit
+from semseg.data.geometry import Size
+from semseg.data.headers import Header
+from semseg.data.images import (
+    MAX_PIXELS,
+    apply_orientation,
+    check_png,
+    open_checked,
+    read_image_bytes,
+    silence_decoder,
+    size_of_pixels,
+    suits_opencv,
+    warn_of_frames,
+)
+from semseg.data.label_cache import LabelCache, LabelRuns
+from semseg.data.label_map import IGNORED, ColourIds, LabelMap
+from semseg.errors import DataError
+
+_ID_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N"})  # Pillow modes with one number per pixel
+_HOW_TO_CONVERT = (
+    "Labels are single-channel PNG files of class ids: look up the id of each colour and save the array of ids "
+    "with PIL.Image.fromarray(ids.astype('uint8')).save('x.png')."
+)
+
+
+def read_label(
+    path: str | Path, *, max_pixels: int = MAX_PIXELS, colours: ColourIds | None = None
+) -> NDArray[np.integer]:
+    """Raw ids of a label file: uint8, uint16 or int32 (H, W).
+
+    Palette files give their indices, bilevel files 0 and 1. An RGB file is accepted if red = green = blue everywhere,
+    or if `colours` decodes it.
+
+    Args:
+        colours: decodes colour-coded labels; None: they are rejected.
+
+    Raises:
+        DataError: as `read_image`; if the file has colours that `colours` does not know; if its compression is lossy,
+            which changes ids and colours.
+    """
+    data = read_image_bytes(path)
+    image, header = open_checked(path, data, max_pixels)
+    if header.lossy:
+        raise DataError(
+            f"{path}: labels must not be compressed with {header.lossy}, which may change ids. {_HOW_TO_CONVERT}"
+        )
+    check_png(path, data)
+    warn_of_frames(path, header)
+    is_colour_coded = colours is not None and colours.always
+    if header.kind == "PNG L" and header.bits == 8 and not is_colour_coded and suits_opencv(header):
+        # The fast path, for most labels.
+        ids = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+        if ids is None:
+            raise DataError(f"{path}: the label is broken and cannot be decoded. Download or copy it again.")
+        return apply_orientation(np.asarray(ids, np.uint8), header.orientation)
+    try:
+        with pillow_without_limit, silence_decoder(image):
+            raw = np.asarray(image.convert("RGB") if is_colour_coded else image)
+    except Exception as error:  # Pillow's decoders raise errors of many types for damaged bytes
+        raise DataError(f"{path}: the label is broken ({error}). Download or copy it again.") from error
+    if image.format != "TIFF":  # Pillow has applied the orientation of those
+        raw = apply_orientation(raw, header.orientation)
+    is_rgb8 = image.mode in ("RGB", "RGBA") and header.bits <= 8
+    if colours is not None and (is_colour_coded or (is_rgb8 and not _is_grey(raw))):
+        return colours(raw[..., :3], path)
+    if is_rgb8:
+        raw = _grey_from_rgb(raw, path)
+    elif image.mode not in _ID_MODES:
+        kind = f"{image.mode!r}" if header.bits <= 8 else f"{image.mode!r} and {header.bits} bits"
+        raise DataError(f"{path}: a label with pixels of kind {kind} has no ids. {_HOW_TO_CONVERT}")
+    return _undo_stretch(raw, image, header)
+
+
+def _undo_stretch(raw: NDArray, image: Image.Image, header: Header) -> NDArray[np.integer]:
+    """The numbers of a grey file; Pillow may have stretched them to the range of their type."""
+    if raw.dtype == np.bool_:
+        return raw.astype(np.uint8)
+    if header.white and image.mode in ("L", "I"):
+        stretched_to = 255 if raw.dtype == np.uint8 else 65535
+        return raw if header.white == stretched_to else np.round(raw * (header.white / stretched_to)).astype(raw.dtype)
+    return raw.astype(raw.dtype.newbyteorder("="), copy=False)
+
+
+def _is_grey(raw: NDArray[np.uint8]) -> bool:
+    """Whether red = green = blue everywhere in (H, W, 3 or 4)."""
+    return bool((raw[..., :3] == raw[..., :1]).all())
+
+
+def _grey_from_rgb(raw: NDArray[np.uint8], path: str | Path) -> NDArray[np.uint8]:
+    """(H, W, 3 or 4) with red = green = blue to (H, W)."""
+    colours = raw[..., :3]
+    if _is_grey(raw):
+        return np.ascontiguousarray(colours[..., 0])
+    packed = colours.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    unique = np.unique(packed)
+    examples = " ".join(f"({code >> 16}, {code >> 8 & 255}, {code & 255})" for code in unique[:4].tolist())
+    raise DataError(f"{path}: the label has {len(unique)} colours, such as {examples}. {_HOW_TO_CONVERT}")
+
+
+class RawLabel(NamedTuple):
+    """A label as stored in its file, with all ids checked."""
+
+    raw: NDArray[np.integer]  # (H, W) raw ids
+    label_map: LabelMap
+    path: str
+
+    @property
+    def size(self) -> Size:
+        return size_of_pixels(self.raw)
+
+    def to_array(self) -> NDArray[np.int16]:
+        """The label, int16 (H, W): class index, -1 = not scored."""
+        return self.label_map(self.raw, self.path)
+
+    def select(self, rows: NDArray[np.integer], columns: NDArray[np.integer]) -> NDArray[np.int16]:
+        """The classes at these rows and columns, int16 (len(rows), len(columns)); only these ids are translated."""
+        return self.label_map(self.raw[rows][:, columns], self.path)
+
+
+Label = RawLabel | LabelRuns
+
+
+def read_class_indices(
+    path: str, label_map: LabelMap, *, max_pixels: int = MAX_PIXELS, cache: LabelCache | None = None
+) -> Label:
+    """The label of a file, which gives class indices for all pixels or for selected rows and columns.
+
+    Args:
+        cache: stores labels that were read before; must have been created with `label_map`.
+
+    Raises:
+        DataError: as `read_label`; if an id is neither a class nor ignored.
+    """
+    entry = None if cache is None else cache.entry_path(path)
+    if cache is not None and entry is not None:
+        cached = cache.load(entry)
+        if cached is not None and cached.size.height * cached.size.width <= max_pixels:
+            return cached
+    raw = read_label(path, max_pixels=max_pixels, colours=label_map.colours)
+    label_map.check_ids(raw, path)
+    label = RawLabel(raw, label_map, path)
+    if cache is not None and entry is not None:
+        cache.save(entry, label.to_array())
+    return label
+
+
+# ---- resizing
+
+
+def resize_label(label: NDArray[np.int16], size: Size) -> NDArray[np.int16]:
+    """int16 (H, W) to int16 of `size`, nearest: output i reads floor((i + 0.5) * in / out), as Pillow does."""
+    # INTER_NEAREST would read floor(i * in / out): 1-2 % of the pixels differ.
+    return np.asarray(cv2.resize(label, (size.width, size.height), interpolation=cv2.INTER_NEAREST_EXACT), label.dtype)
+
+
+def resize_and_subsample_label(label: Label, size: Size, stride: int, *, flip: bool) -> NDArray[np.int16]:
+    """`subsample_label(resize_label(label, size), stride)`, of the mirrored label if `flip`, in one step.
+
+    Both steps take the nearest pixel, so that every pixel of the result is a pixel of `label`, and only those are read.
+    The padding that `subsample_label` adds at the end is left out.
+    """
+    rows, columns = (nearest_positions(length, out, stride) for length, out in zip(label.size, size, strict=True))
+    return label.select(rows, label.size.width - 1 - columns if flip else columns)
+
+
+def nearest_positions(length: int, out_length: int, stride: int) -> NDArray[np.int64]:
+    """Source positions, of `length`, that output positions `stride` * i + `stride` // 2 < `out_length` read."""
+    steps = np.full(out_length, length / out_length)
+    steps[0] /= 2  # to the centre of the first pixel
+    # Summed one by one, as Pillow and OpenCV do: rounding decides where a sum is a whole number.
+    positions = np.add.accumulate(steps)[stride // 2 :: stride]
+    return np.minimum(positions.astype(np.int64), length - 1)
+
+
+def pad_label(inside: NDArray[np.int16], size: Size, stride: int) -> NDArray[np.int16]:
+    """A label of ceil(size / stride) with `inside` in its top left corner and -1 elsewhere."""
+    strided = np.full([-(-length // stride) for length in size], IGNORED, np.int16)
+    strided[: inside.shape[0], : inside.shape[1]] = inside
+    return strided
+
+
+def subsample_label(label: NDArray[np.int16], stride: int) -> NDArray[np.int16]:
+    """(H, W) to (ceil(H / stride), ceil(W / stride)): pixel stride * i + stride // 2, or -1 if that lies outside.
+
+    >>> subsample_label(np.arange(7, dtype=np.int16)[None].repeat(2, axis=0), stride=2).tolist()
+    [[1, 3, 5, -1]]
+    """
+    return pad_label(label[stride // 2 :: stride, stride // 2 :: stride], Size(*label.shape), stride)
