@@ -254,7 +254,7 @@ def test_c21_lossy_masks_make_a_data_set_not_ready(tmp_path: Path) -> None:
         path.unlink()
     found = check(root, "data.num_classes=3", "data.short_edges=[60]")
     assert found["verdict"] == "NOT READY"
-    assert "compressed by lossy WebP, which may change ids" in of_level(found, "error")
+    assert "compressed with lossy WebP, which may change ids" in of_level(found, "error")
 
 
 @pytest.mark.reliability
@@ -269,6 +269,6 @@ def test_c27_photos_turned_by_180_degrees_are_asked_for_or_told(tmp_path: Path) 
     assert "data.label_orientation=upright" in of_level(found, "error")
     found = check(root, *words, "data.label_orientation=upright")
     assert found["verdict"] == "READY"
-    assert "12 photographs are turned by EXIF; their masks are taken to be drawn on the upright picture" in of_level(
+    assert "12 images are rotated by EXIF; their masks are assumed to be drawn on the upright image" in of_level(
         found, "note"
     )
