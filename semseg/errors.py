@@ -1,7 +1,7 @@
-"""Errors for users: one sentence that names what is wrong and the way out.
+"""Errors for users: one sentence that says what is wrong and how to fix it.
 
-The launcher prints the message of a `SemsegError` and nothing else; every other exception is a
-defect of ours and keeps its traceback.
+The command line prints the message of a `SemsegError` and nothing else; every other exception is a defect and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-INTERRUPTED, TERMINATED = 130, 143  # exit codes of a run that stopped in good order: after Ctrl-C; after other signals
+INTERRUPTED, TERMINATED = 130, 143  # exit codes of a run that stopped properly, after Ctrl-C and after other signals
 STOPPED_CODES = (INTERRUPTED, TERMINATED)
 
 
 class SemsegError(ValueError):
-    """Base of all errors that a user can mend. `exit_code` is what the process ends with."""
+    """Base of all errors that a user can fix. `exit_code` is the exit code of the process."""
 
     exit_code = 1
 
@@ -34,32 +34,32 @@ class CheckpointError(SemsegError):
 
 
 class ExportError(SemsegError):
-    """A network cannot be written for other programs, or would give other numbers there."""
+    """A network cannot be exported, or the exported one would compute other numbers."""
 
 
 class DownloadError(SemsegError):
-    """A file cannot be fetched, or is not the one that was meant."""
+    """A file cannot be downloaded, or is not the expected one."""
 
 
-def find_nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that `word` was probably meant to be, or None if none is close.
+def find_nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice that is most similar to `name`, or None if none is similar.
 
     >>> find_nearest("upernett", ["c1", "ppm", "upernet"])
     'upernet'
     """
-    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
-def check_choice(kind: str, word: str, choices: Iterable[str]) -> str:
-    """`word` itself if it is one of `choices`.
+def check_choice(key: str, value: str, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`.
 
     Raises:
         ConfigError: otherwise, with the nearest valid name and the list of all.
     """
     names = sorted(choices)
-    if word in names:
-        return word
-    meant = find_nearest(str(word), names)
-    hint = f" Did you mean {meant}?" if meant else ""
-    raise ConfigError(f"{kind}: {word!r} is not known.{hint} Valid: {', '.join(names)}.")
+    if value in names:
+        return value
+    nearest = find_nearest(str(value), names)
+    hint = f" Did you mean {nearest}?" if nearest else ""
+    raise ConfigError(f"{key}: {value!r} is not known.{hint} Valid: {', '.join(names)}.")

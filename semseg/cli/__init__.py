@@ -1,4 +1,4 @@
-"""The command line: parse and compose it, start and watch processes, run sweeps, exit codes.
+"""The command line: entry point, supervision of processes, sweeps, exit codes.
 
-What a mode does lives in modes/.
+What a mode does is in modes/.
 """

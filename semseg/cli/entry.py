@@ -1,4 +1,4 @@
-"""Where the commands `semseg` and `python run.py` begin: with what must be done before anything slow is imported."""
+"""Entry point of `semseg` and `python run.py`: prepares the process before anything slow is imported."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The door for several processes: start one per device, watch them, end all of them together.
+"""Process supervisor: start one process per device, watch them, and end all of them together.
 
-The first process never touches torch or data. It gives every rank the same run folder, so that there is
-one folder and one saved configuration whatever the number of ranks, and it is the one that says who
-failed and why. Under torchrun or SLURM, which do this themselves, it stands aside.
+The supervisor never uses torch or data. It gives every rank the same run folder, so that there is one folder and one
+saved configuration for any number of ranks, and it reports which rank failed and why. Under torchrun or SLURM, which
+start ranks themselves, it does nothing.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from semseg.errors import STOPPED_CODES, TERMINATED, ConfigError, SemsegError
 from semseg.system.process import SUPERVISOR_VARIABLE, get_stop_code, is_supervised, is_sweep_gone, list_stop_signals
 from semseg.system.text import escape_lines
 
-RANKS_FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and last words of ranks that raised
-ERROR_FILE_VARIABLE = "SEMSEG_LAST_WORDS"  # file, in the environment of every rank and every job of a sweep
-MESSAGE_MARK = "\nmessage:\n"  # in that file, between the traceback and the message alone
+RANKS_FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and error files of ranks that raised an exception
+# Environment variable of every rank and every job of a sweep: the file in which it records an exception.
+ERROR_FILE_VARIABLE = "SEMSEG_ERROR_FILE"
+MESSAGE_MARK = "\nmessage:\n"  # in that file, between the traceback and the message
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 3.0  # between asking a rank to end and ending it
-STOP_SECONDS = 30.0  # for ranks that were asked to stop: they write a checkpoint first
-# Environment variables by which somebody else says that it starts the ranks.
+GRACE_SECONDS = 3.0  # between SIGTERM and SIGKILL
+STOP_SECONDS = 30.0  # for ranks that were asked to stop, which write a checkpoint first
+# Environment variables that show that another launcher starts the ranks.
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
-# What a run that starts its own ranks must not inherit, these and those by which Lightning takes it for a rank.
+# Variables that a run with its own ranks must not inherit: these, and those that make Lightning treat it as a rank.
 RANK_VARIABLES = (*LAUNCHER_VARIABLES, "RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")
-# Who else starts ranks: the variable that says so, those for the number of processes, and those for the processes of a
-# node (torchrun) or the number of nodes.
+# Other launchers: name, the variable that shows it, variables for the number of processes, and variables for the
+# processes of a node (torchrun) or the number of nodes.
 LAUNCHERS = (
     ("torchrun", "LOCAL_RANK", ("WORLD_SIZE",), ("LOCAL_WORLD_SIZE",)),
     ("srun", "SLURM_PROCID", ("SLURM_NTASKS", "SLURM_NPROCS"), ("SLURM_NNODES", "SLURM_JOB_NUM_NODES")),
@@ -45,11 +46,11 @@ LAUNCHERS = (
     ("mpirun", "PMI_RANK", ("PMI_SIZE",), ()),
 )
 PARALLEL_MODES = ("train", "eval")
-SCRIPT_STRATEGIES = ("ddp", "auto")  # strategies, by the start of their name, whose ranks are scripts of their own
+SCRIPT_STRATEGIES = ("ddp", "auto")  # prefixes of strategies whose ranks run the script again
 
 
 class RankFailure(NamedTuple):
-    """Why a job ended."""
+    """Why a rank failed."""
 
     rank: int
     reason: str
@@ -58,7 +59,7 @@ class RankFailure(NamedTuple):
 
 
 def count_processes(config: Config) -> int:
-    """Processes to start on this machine: 1 where nothing needs supervision."""
+    """Processes to start on this machine; 1 if none needs supervision."""
     trainer = config.trainer
     is_external = any(name in os.environ for name in LAUNCHER_VARIABLES)
     is_single = config.mode not in PARALLEL_MODES or not trainer.strategy.startswith(SCRIPT_STRATEGIES)
@@ -68,7 +69,7 @@ def count_processes(config: Config) -> int:
 
 
 def count_devices(config: Config) -> int:
-    """Devices on one machine."""
+    """Devices per machine."""
     devices = config.trainer.devices
     if isinstance(devices, list):
         return len(devices)
@@ -76,52 +77,50 @@ def count_devices(config: Config) -> int:
 
 
 def check_world_size(config: Config) -> None:
-    """Refuse a configuration for another number of processes than torchrun, srun or mpirun has started.
+    """Refuse a configuration that does not match the number of processes started by torchrun, srun or mpirun.
 
-    Each would be a run of its own, all in one folder, or would wait for others that never come.
+    Otherwise each process would be a separate run in the same folder, or would wait for ranks that do not exist.
 
     Raises:
         ConfigError: with the keys to set.
     """
-    started = _find_launcher()
-    if started is None:
+    found = _find_launcher()
+    if found is None:
         return
-    launcher, world_size, nodes = started
+    launcher, world_size, nodes = found
     if config.mode not in PARALLEL_MODES:
         return refuse_launcher(f"mode={config.mode}")
     trainer = config.trainer
-    devices = count_devices(config)
-    if devices * trainer.num_nodes != world_size:
+    num_ranks = count_devices(config) * trainer.num_nodes
+    if num_ranks != world_size:
         raise ConfigError(
             f"{launcher} has started {world_size} processes, but trainer.devices={_format_devices(trainer.devices)} on "
-            f"trainer.num_nodes={trainer.num_nodes} takes {devices * trainer.num_nodes}. "
-            f"Set trainer.devices={world_size // nodes} trainer.num_nodes={nodes}, or start as many processes."
+            f"trainer.num_nodes={trainer.num_nodes} needs {num_ranks}. "
+            f"Set trainer.devices={world_size // nodes} trainer.num_nodes={nodes}, or start {num_ranks} processes."
         )
 
 
-def refuse_launcher(what: str) -> None:
-    """Refuse torchrun where `what` takes one process. (srun's variables are there in the job's own script, too.)
+def refuse_launcher(task: str) -> None:
+    """Refuse torchrun for a task of one process. (srun's variables also exist in the script of a job.)
 
     Raises:
         ConfigError: if there are several.
     """
-    started = _find_launcher()
-    if started is not None and started[0] == "torchrun" and started[1] > 1:
-        raise ConfigError(
-            f"{what} takes one process, but torchrun has started {started[1]}. Start it without torchrun."
-        )
+    found = _find_launcher()
+    if found is not None and found[0] == "torchrun" and found[1] > 1:
+        raise ConfigError(f"{task} needs one process, but torchrun has started {found[1]}. Start it without torchrun.")
 
 
 def _find_launcher() -> tuple[str, int, int] | None:
-    """Who started the ranks, their number, and on how many nodes; None if nobody else did."""
+    """The launcher that started the ranks, the number of ranks and of nodes; None if there is no other launcher."""
     if is_supervised():
         return None
-    for launcher, mark, size_names, node_names in LAUNCHERS:
+    for launcher, variable, size_names, node_names in LAUNCHERS:
         size = next((os.environ[name] for name in size_names if os.environ.get(name, "").isdecimal()), None)
-        if mark not in os.environ or size is None:
+        if variable not in os.environ or size is None:
             continue
         if launcher == "srun" and os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
-            continue  # a shell inside an allocation, which Lightning does not take for a launcher either
+            continue  # a shell inside an allocation, which Lightning does not treat as a launcher either
         world_size = int(size)
         nodes = next((os.environ[name] for name in node_names if os.environ.get(name, "").isdecimal()), "1")
         num_nodes = world_size // int(nodes) if launcher == "torchrun" else int(nodes)
@@ -136,16 +135,16 @@ def _format_devices(devices: object) -> str:
 def _count_gpus(accelerator: str) -> int:
     if accelerator == "cpu":
         return 1
-    import torch  # noqa: PLC0415 - only where devices have to be counted
+    import torch  # noqa: PLC0415 - only if devices must be counted
 
     return torch.cuda.device_count()
 
 
 def supervise_ranks(command: Sequence[str], processes: int, run_dir: Path) -> int:
-    """Run `command` once per rank and return the exit code of the job.
+    """Run `command` once per rank and return the exit code of the run.
 
-    The job ends when all ranks have ended, or at most about ten seconds after the first one failed; then
-    the last thing printed says which rank that was, why, and where its log is. No process outlives it.
+    The run ends when all ranks have ended, or at most about ten seconds after the first one failed; then the last lines
+    printed say which rank failed, why, and where its log is. No process survives.
     """
     folder = run_dir / RANKS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,37 +158,37 @@ def supervise_ranks(command: Sequence[str], processes: int, run_dir: Path) -> in
         if failure is None and received:
             _forward_signals(ranks, received)
         if failure is not None and any(rank.returncode in STOPPED_CODES for rank in ranks):
-            _wait_for_exit(ranks, STOP_SECONDS)  # one rank got the signal, all of them stop at the same step
+            _wait_for_exit(ranks, STOP_SECONDS)  # all ranks stop at the same step, although one received the signal
         _terminate_all(ranks)
     stopped = [rank.returncode for rank in ranks if rank.returncode in STOPPED_CODES]
     if stopped and len(stopped) == len(ranks):
         return stopped[0]
     if failure is not None:
-        told = f"rank {failure.rank} of {processes} failed: {failure.reason}"
-        record_error(SemsegError(told), failure.exit_code)  # if this is a job of a sweep
+        message = f"rank {failure.rank} of {processes} failed: {failure.reason}"
+        record_error(SemsegError(message), failure.exit_code)  # if this is a job of a sweep
         sys.stdout.flush()
-        print(f"\nerror: {escape_lines(told)}\nits log: {failure.log}", file=sys.stderr, flush=True)
+        print(f"\nerror: {escape_lines(message)}\nits log: {failure.log}", file=sys.stderr, flush=True)
         return failure.exit_code
     return get_stop_code(received[0]) if received else 0
 
 
 class ProcessEnd(NamedTuple):
-    """How a process of its own ended."""
+    """How a process ended."""
 
-    exit_code: int  # below 0: killed by that signal
-    signal: int | None  # that this process got meanwhile and passed on
+    exit_code: int  # negative: killed by that signal
+    signal: int | None  # a signal that this process received meanwhile and forwarded
 
 
-def run_isolated(command: Sequence[str], last_words: Path) -> ProcessEnd:
-    """Run `command` as a run of its own, with its own ranks, and wait for its end. No process outlives it.
+def run_isolated(command: Sequence[str], error_file: Path) -> ProcessEnd:
+    """Run `command` as a separate run, with its own ranks, and wait until it ends. No process survives.
 
     Args:
-        last_words: the file in which it leaves what it raised; without it if the command raised nothing.
+        error_file: the file in which it records an exception. It does not exist afterwards if there was none.
     """
-    last_words.unlink(missing_ok=True)
-    last_words.parent.mkdir(parents=True, exist_ok=True)
+    error_file.unlink(missing_ok=True)
+    error_file.parent.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    environment |= {SUPERVISOR_VARIABLE: str(os.getpid()), ERROR_FILE_VARIABLE: str(last_words)}
+    environment |= {SUPERVISOR_VARIABLE: str(os.getpid()), ERROR_FILE_VARIABLE: str(error_file)}
     received: list[int] = []
     is_gone = False
     with _collect_stop_signals(received.append):
@@ -200,7 +199,7 @@ def run_isolated(command: Sequence[str], last_words: Path) -> ProcessEnd:
             _forward_signals([process], received)
         _terminate_all([process])
     if is_gone:
-        os._exit(TERMINATED)  # or the launcher's process would take the next job
+        os._exit(TERMINATED)  # otherwise the launcher's process would start the next job
     return ProcessEnd(process.returncode, received[0] if received else None)
 
 
@@ -212,29 +211,28 @@ def _start_rank(command: Sequence[str], rank: int, processes: int, folder: Path,
         SUPERVISOR_VARIABLE: str(os.getpid()),
         ERROR_FILE_VARIABLE: str(_error_path(folder, rank)),
     }
-    # One thread per rank on a share of the cores, as Lightning's own launcher does.
+    # Divide the cores between the ranks, as Lightning's own launcher does.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _count_cores() // processes)))
-    words = list(command) + (["hydra.output_subdir=null"] if rank else [])
     with contextlib.ExitStack() as stack:
         output = None if rank == 0 else stack.enter_context(_log_path(folder, rank).open("wb"))
         return subprocess.Popen(  # noqa: S603 - our own interpreter and entry point
-            words, env=environment, stdout=output, stderr=output, start_new_session=True
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
         )
 
 
 def _watch_ranks(ranks: list[subprocess.Popen[bytes]], folder: Path, received: list[int]) -> RankFailure | None:
-    """Wait until all ranks have ended well (None), one has failed, or a signal has come (None)."""
+    """Wait until all ranks have succeeded (None), one has failed, or a signal has arrived (None)."""
     deadline = None
     while not received:
         codes = [rank.poll() for rank in ranks]
         if all(code == 0 for code in codes):
             return None
-        has_spoken = any(_error_path(folder, rank).exists() for rank in range(len(ranks)))
+        has_error = any(_error_path(folder, rank).exists() for rank in range(len(ranks)))
         if any(codes):
-            time.sleep(POLL_SECONDS)  # let last words that are being written arrive
+            time.sleep(POLL_SECONDS)  # an error file may be in the middle of being written
             return _find_first_failure([rank.poll() for rank in ranks], folder)
-        if has_spoken:
-            # A rank that raised may hang on its way out.
+        if has_error:
+            # A rank that raised an exception may hang while it ends.
             deadline = deadline or time.monotonic() + GRACE_SECONDS
             if time.monotonic() > deadline:
                 return _find_first_failure(codes, folder)
@@ -243,7 +241,7 @@ def _watch_ranks(ranks: list[subprocess.Popen[bytes]], folder: Path, received: l
 
 
 def _find_first_failure(codes: list[int | None], folder: Path) -> RankFailure:
-    """The rank where it began: one that went without a word, or the first to speak."""
+    """The rank that caused the failure: one that ended without an error file, or the first to write one."""
     silent = [rank for rank, code in enumerate(codes) if code and not _error_path(folder, rank).exists()]
     if silent:
         rank = silent[0]
@@ -252,16 +250,15 @@ def _find_first_failure(codes: list[int | None], folder: Path) -> RankFailure:
             name = signal.Signals(-code).name
             return RankFailure(rank, f"killed by signal {-code} ({name})", _locate_log(folder, rank), 128 - code)
         return RankFailure(rank, f"ended with exit code {code}", _locate_log(folder, rank), code)
-    words = [_error_path(folder, rank) for rank in range(len(codes))]
-    spoken = [path for path in words if path.exists()]
-    first = min(spoken, key=lambda path: path.stat().st_mtime_ns)
-    rank = words.index(first)
+    files = [_error_path(folder, rank) for rank in range(len(codes))]
+    first = min((path for path in files if path.exists()), key=lambda path: path.stat().st_mtime_ns)
+    rank = files.index(first)
     exit_code, _, text = first.read_text().partition("\n")
     return RankFailure(rank, extract_error_message(text), _locate_log(folder, rank), int(exit_code))
 
 
 def _forward_signals(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> None:
-    """Give the ranks the signal that this process got, and time to stop in good order; less after another Ctrl-C."""
+    """Send the signals that this process received to the ranks, and wait; a second Ctrl-C shortens the wait."""
     deadline, num_sent = time.monotonic() + STOP_SECONDS, 0
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
         for number in received[num_sent:]:
@@ -280,34 +277,34 @@ def _wait_for_exit(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None
 
 
 def _terminate_all(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """End every rank that still runs, and whatever it has started."""
+    """End every rank that is still running, and all processes that it has started."""
     for rank in ranks:
         if rank.poll() is None:
             rank.terminate()
     _wait_for_exit(ranks, GRACE_SECONDS)
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(rank.pid, signal.SIGKILL)  # its session: data loading workers too
+            os.killpg(rank.pid, signal.SIGKILL)  # its session, which includes data-loading workers
         rank.wait()
 
 
 @contextlib.contextmanager
-def _collect_stop_signals(tell: Callable[[int], None]):
-    """While inside, signals that ask to stop are for the job instead of this process alone."""
+def _collect_stop_signals(record: Callable[[int], None]):
+    """Pass signals that request a stop to `record` instead of ending this process."""
 
-    def note(number: int, frame: FrameType | None) -> None:
-        tell(number)
+    def handle(number: int, frame: FrameType | None) -> None:
+        record(number)
 
-    before = {number: signal.signal(number, note) for number in list_stop_signals()}
+    previous = {number: signal.signal(number, handle) for number in list_stop_signals()}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _count_cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -334,23 +331,23 @@ def _locate_log(folder: Path, rank: int) -> str:
 
 
 def get_external_rank() -> int | None:
-    """This process's number among all ranks, if torchrun or SLURM started it; else None."""
+    """The rank of this process if torchrun or SLURM started it; else None."""
     if is_supervised():
         return None
     number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     return int(number) if number is not None else None
 
 
-def agree_on_run_dir(mine: str, rank: int) -> str:
-    """The run folder of a job whose ranks torchrun or SLURM started: the same one on every rank.
+def agree_on_run_dir(own_dir: str, rank: int) -> str:
+    """The run folder of a run whose ranks torchrun or SLURM started: the same one on every rank.
 
-    Each rank composes the configuration for itself, and the time in the folder's name differs. Under
-    torchrun rank 0 tells the others through the store that torchrun keeps; under SLURM the job's number
-    stands for the time, so that a requeued job finds its folder again.
+    Each rank composes its own configuration, and the time in the folder's name differs. Under torchrun, rank 0 sends
+    its folder to the others through torchrun's store; under SLURM the job's number replaces the time, so that a
+    requeued job finds its folder again.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         job = os.environ.get("SLURM_JOB_ID")
-        return str(Path(mine).with_name(f"slurm_{job}")) if job else mine
+        return str(Path(own_dir).with_name(f"slurm_{job}")) if job else own_dir
     import torch.distributed as dist  # noqa: PLC0415 - only these ranks need torch this early
 
     store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
@@ -358,12 +355,12 @@ def agree_on_run_dir(mine: str, rank: int) -> str:
     )
     key = f"semseg/run_dir/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if rank == 0:
-        store.set(key, mine)
+        store.set(key, own_dir)
     return store.get(key).decode()
 
 
 def record_error(error: BaseException, exit_code: int) -> None:
-    """In a rank or a job of a sweep: write down what it raised, before it hangs on its way out. Elsewhere: nothing."""
+    """In a rank or a job of a sweep: record an exception at once, because the process may hang while it ends."""
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if path is None:
         return
@@ -374,7 +371,7 @@ def record_error(error: BaseException, exit_code: int) -> None:
 
 
 def has_other_rank_failed() -> bool:
-    """In a rank of ours: whether another one has already written down why it failed, which this one only noticed."""
+    """In a rank of ours: whether another rank has already recorded an error, of which this one only saw the effect."""
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if path is None or Path(path).parent.name != RANKS_FOLDER:
         return False
@@ -382,7 +379,7 @@ def has_other_rank_failed() -> bool:
 
 
 def extract_error_message(text: str) -> str:
-    """The whole message of the error in a file of last words; its last line where the message is not marked."""
+    """The message in an error file; its last line if the message is not marked."""
     _, is_marked, message = text.rpartition(MESSAGE_MARK)
     message = message.strip() if is_marked else text.strip().splitlines()[-1]
-    return re.sub(r"^semseg\.[\w.]+: ", "", message)  # our errors need no name
+    return re.sub(r"^semseg\.[\w.]+: ", "", message)  # the names of our errors do not help users

@@ -1,4 +1,4 @@
-"""Run the jobs of a sweep, each in a process of its own, and tell at the end how all of them went. No torch."""
+"""Run the jobs of a sweep, each in a process of its own, and summarise all of them at the end. No torch."""
 
 from __future__ import annotations
 
@@ -32,50 +32,50 @@ from semseg.storage.run_results import (
 from semseg.system.process import get_stop_code
 from semseg.system.text import escape_csv_cell, escape_lines
 
-ERROR_FILE = "error.txt"  # in the folder of a job that raised
+ERROR_FILE = "error.txt"  # in the folder of a job that raised an exception
 
 
 def run_job(command: Sequence[str], overrides: Sequence[str], run_dir: Path, *, scores: bool) -> Job:
-    """Run `command` as the job of `run_dir` and note how it went.
+    """Run `command` as the job of `run_dir` and record its status.
 
     Args:
         command: what runs the job.
-        overrides: the words of the job.
-        scores: the job is done when there is a result, not just when the command has ended well.
+        overrides: the overrides of the job.
+        scores: the job is finished once it has a result, not when the command succeeds.
 
     Raises:
-        SystemExit: if this process was asked to stop, with the code for that signal. The job had it passed on.
+        SystemExit: if this process was asked to stop, with the code for that signal, which was forwarded to the job.
     """
-    before = read_job(run_dir)
-    spent = before.seconds if before else 0.0
-    job = Job(run_dir, tuple(overrides), seconds=spent)
+    previous = read_job(run_dir)
+    seconds = previous.seconds if previous else 0.0
+    job = Job(run_dir, tuple(overrides), seconds=seconds)
     write_job(job)
     start = time.monotonic()
-    ended = run_isolated(command, run_dir / ERROR_FILE)
-    status, reason = classify_end(ended, run_dir, scores=scores)
-    job = job._replace(status=status, reason=reason, seconds=spent + time.monotonic() - start)
+    end = run_isolated(command, run_dir / ERROR_FILE)
+    status, reason = classify_end(end, run_dir, scores=scores)
+    job = job._replace(status=status, reason=reason, seconds=seconds + time.monotonic() - start)
     write_job(job)
-    if ended.signal is not None:
-        raise SystemExit(get_stop_code(ended.signal))
+    if end.signal is not None:
+        raise SystemExit(get_stop_code(end.signal))
     result = read_result(run_dir) if job.is_finished else None
     return job._replace(result=result or RunResult())
 
 
-def classify_end(ended: ProcessEnd, run_dir: Path, *, scores: bool) -> tuple[str, str]:
-    """Status of a job whose process has ended, and the reason of a failure in one line."""
-    code = ended.exit_code
-    if code in STOPPED_CODES or (code and ended.signal is not None):
+def classify_end(end: ProcessEnd, run_dir: Path, *, scores: bool) -> tuple[str, str]:
+    """The status of a job whose process has ended, and the reason of a failure in one line."""
+    code = end.exit_code
+    if code in STOPPED_CODES or (code and end.signal is not None):
         return STOPPED, ""
     if code < 0:
         return FAILED, f"killed by signal {-code} ({signal.Signals(-code).name})"
     if code:
         return FAILED, read_error(run_dir) or f"exit code {code}"
-    # SLURM has put a job without a result back into its queue.
+    # A job without a result was requeued by SLURM.
     return (STOPPED if scores and read_result(run_dir) is None else FINISHED), ""
 
 
 def read_error(run_dir: Path) -> str:
-    """What a job raised, in one line; empty if it left no words."""
+    """The error that a job recorded, in one line; empty if there is none."""
     try:
         text = (run_dir / ERROR_FILE).read_text(encoding="utf-8")
     except OSError:
@@ -84,10 +84,10 @@ def read_error(run_dir: Path) -> str:
 
 
 def report_sweep(sweep_dir: Path, command: str) -> int:
-    """Print and write the table of a sweep, and print the command that goes on with it.
+    """Print and write the table of a sweep, and print the command that continues it.
 
     Returns:
-        the exit code: 0 if every job is finished, else 1.
+        The exit code: 0 if every job is finished, else 1.
     """
     ranking = rank_jobs(read_jobs(sweep_dir))
     console = Console()
@@ -96,30 +96,32 @@ def report_sweep(sweep_dir: Path, command: str) -> int:
         write_sweep_page(sweep_dir / "sweep.html", ranking, command)
         console.print(render_sweep_table(ranking))
         console.print(f"written to {relative_to_cwd(sweep_dir)}/sweep.csv, sweep.html", soft_wrap=True, highlight=False)
-    console.print(f"{ranking.headline}\nto go on: {command}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{ranking.headline}\nto continue: {command}", soft_wrap=True, highlight=False, markup=False)
     return 0 if all(job.is_finished for job in ranking.jobs) else 1
 
 
 def render_sweep_table(ranking: Ranking) -> Table:
-    """All jobs for the console."""
+    """A table of all jobs for the console."""
     table = Table(title=Text(f"sweep, by {ranking.monitor} ({ranking.mode} is best)"))
     for name in ("", *ranking.varying, ranking.monitor, "time", "status", "folder"):
         table.add_column(Text(name), overflow="fold")
-    for place, job in enumerate(ranking.jobs, start=1):
+    for position, job in enumerate(ranking.jobs, start=1):
         status = f"{job.status}: {job.reason}" if job.reason else job.status
         score, time_spent = format_job_score(job.result.score), format_duration(job.seconds)
-        cells = [str(place), *ranking.values_of(job), score, time_spent, status, job.folder.name]
+        cells = [str(position), *ranking.values_of(job), score, time_spent, status, job.folder.name]
         table.add_row(*(Text(escape_lines(text)) for text in cells))
     return table
 
 
 def write_sweep_csv(path: Path, ranking: Ranking) -> None:
-    """All jobs, best first: place, folder, the keys that vary, the score, seconds, status and reason."""
+    """Write all jobs, best first: place, folder, the keys that vary, the score, seconds, status and reason."""
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["place", "folder", *ranking.varying, ranking.monitor, "seconds", "status", "reason"])
-        for place, job in enumerate(ranking.jobs, start=1):
+        for position, job in enumerate(ranking.jobs, start=1):
             score = "" if job.result.score is None else job.result.score
             seconds = round(job.seconds, 1)
             values = [job.folder.name, *ranking.values_of(job), score, seconds, job.status, job.reason]
-            writer.writerow([place, *(escape_csv_cell(value) if isinstance(value, str) else value for value in values)])
+            writer.writerow(
+                [position, *(escape_csv_cell(value) if isinstance(value, str) else value for value in values)]
+            )

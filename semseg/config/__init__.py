@@ -1,4 +1,4 @@
-"""What a command line means: the schema and its checks, hints for typos, preprocessing conventions.
+"""The configuration: schema and checks, overrides, composing, hints for typos, preprocessing. No torch.
 
-The YAML files live in configs/, objects are built in build.py. No torch.
+The YAML files are in configs/; objects are built in build.py.
 """

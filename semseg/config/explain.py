@@ -1,4 +1,4 @@
-"""Errors of Hydra and OmegaConf as one sentence for users: what is wrong, what was probably meant, what is valid."""
+"""Explain errors of Hydra and OmegaConf to users in one sentence: the mistake, the nearest name, valid names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from semseg.config.schema import list_keys
 from semseg.config.validate import explain_omegaconf_error, iterate_leaves
 from semseg.errors import find_nearest
 
-# How Hydra names a key that does not exist: in key=value, in ~key, and where OmegaConf looks it up.
+# Messages about an unknown key: from Hydra for key=value and for ~key, and from OmegaConf.
 UNKNOWN_KEY_PATTERNS = (
     r"Could not override '([^'@]+)",
     r"Could not delete from config\. '([^'@]+)' does not",
@@ -25,11 +25,11 @@ UNKNOWN_KEY_PATTERNS = (
 
 
 def explain_hydra_error(error: Exception, overrides: list[str]) -> str:
-    """Hydra's error in at most three lines: what is wrong, what was meant, what is valid."""
+    """Hydra's error in at most three lines: the mistake, the nearest name, valid names."""
     text = str(error)
     if isinstance(error, OverrideParseException):
         return explain_grammar_error(error.override)
-    missing = re.search(r"Could not (?:find|load) '([^']+)'", text)  # load: one of a list
+    missing = re.search(r"Could not (?:find|load) '([^']+)'", text)  # load: an item of a list
     if missing:
         group, _, option = missing[1].rpartition("/")
         return explain_option(group, option, re.findall(r"^\t(\w+)$", text, re.MULTILINE))
@@ -44,23 +44,23 @@ def explain_hydra_error(error: Exception, overrides: list[str]) -> str:
 
 
 def explain_key(key: str, overrides: list[str]) -> str:
-    """One line for a key that is not in the configuration with these groups."""
+    """One line for a key that does not exist in the configuration with these groups."""
     section, option = [*key.split("."), ""][:2]
     if section in ("logger", "callbacks") and option in list_options(section):
         return f"There is no key {key!r} without {section}={option}."
-    meant = guess_group(key, overrides)
-    return explain_unknown_key(key, [meant] if meant else list_keys() + list_composed_keys(overrides) + list_groups())
+    group = guess_group(key, overrides)
+    return explain_unknown_key(key, [group] if group else list_keys() + list_composed_keys(overrides) + list_groups())
 
 
 def guess_group(key: str, overrides: list[str]) -> str | None:
-    """The group that `key=value` was meant for, told by its value: modle=upernet50 -> model."""
-    values = [word.partition("=")[2] for word in overrides if word.startswith(f"{key}=")]
+    """The group that a mistyped `key=value` was probably for, from its value: modle=upernet50 -> model."""
+    values = [override.partition("=")[2] for override in overrides if override.startswith(f"{key}=")]
     owners = [group for group in list_groups() for value in values if (CONFIG_DIR / group / f"{value}.yaml").is_file()]
     return find_nearest(key, owners)
 
 
 def explain_grammar_error(override: str) -> str:
-    """One line for a word that is not of the form key=value in Hydra's grammar."""
+    """One line for an argument that is not key=value in Hydra's grammar."""
     key, equals, value = override.partition("=")
     if not equals:
         return f"{shorten_override(override) if len(override) > 200 else repr(override)} is not of the form key=value."
@@ -71,16 +71,16 @@ def explain_grammar_error(override: str) -> str:
 
 
 def list_composed_keys(overrides: list[str]) -> list[str]:
-    """All keys of the configuration with the groups, but not the values, of `overrides`."""
+    """All keys of the configuration with the groups of `overrides`, ignoring values of keys."""
     parser = OverridesParser.create()
     chosen = []
-    for word in overrides:
+    for override in overrides:
         try:
-            is_group = (CONFIG_DIR / parser.parse_override(word).key_or_group).is_dir()
+            is_group = (CONFIG_DIR / parser.parse_override(override).key_or_group).is_dir()
         except HydraException:
             continue
         if is_group:
-            chosen.append(word)
+            chosen.append(override)
     try:
         plain = OmegaConf.to_container(compose_config(chosen), resolve=False)
     except (HydraException, OmegaConfBaseException):

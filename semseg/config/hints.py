@@ -1,4 +1,4 @@
-"""What a key that does not exist was probably meant to be. Knows names, not the configuration."""
+"""Suggest a key for one that does not exist. Works on names only, not on the configuration."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 from semseg.errors import find_nearest
 
-# Names of Lightning's Trainer, of today and of earlier releases, and what there is instead.
+# Options of Lightning's Trainer, current and former, and their replacement.
 TRAINER_HINTS = {
     "auto_lr_find": "Sweep over optim.lr instead: hparams_search=grid.",
     "auto_scale_batch_size": "Set data.batch_size; trainer.probe_memory tries the largest sub-batch before training.",
-    "barebones": "mode=bench times the steps without logging and checkpoints.",
-    "callbacks": "Set callbacks=early_stopping; checkpoint, ema and trainer.enable_progress_bar set the other ones.",
+    "barebones": "mode=bench times steps without logging and checkpoints.",
+    "callbacks": "Set callbacks=early_stopping; checkpoint, ema and trainer.enable_progress_bar control the others.",
     "checkpoint_callback": "Set checkpoint.every_n_steps, checkpoint.every_n_minutes and checkpoint.keep.",
     "default_root_dir": "Set run_dir, the folder of this run, or runs_dir, the folder of all runs.",
-    "enable_autolog_hparams": "The whole configuration is always logged, and kept in <run folder>/config.yaml.",
+    "enable_autolog_hparams": "The whole configuration is always logged and saved in <run folder>/config.yaml.",
     "enable_checkpointing": "Checkpoints are always written: see checkpoint.every_n_steps and checkpoint.keep.",
     "enable_model_summary": "The network is always described in <run folder>/model.txt; quiet=true prints nothing.",
     "gpus": "Set trainer.devices=<count or list> and trainer.accelerator=gpu.",
@@ -33,30 +33,30 @@ TRAINER_HINTS = {
     "overfit_batches": "Set debug=overfit, or data.limit=<number of images>.",
     "plugins": "Set trainer.precision, trainer.strategy and syncbn.",
     "progress_bar_refresh_rate": "Set trainer.enable_progress_bar=true or false.",
-    "reload_dataloaders_every_n_epochs": "Every epoch draws other sub-batches by itself.",
-    "replace_sampler_ddp": "Every device always gets sub-batches of its own.",
+    "reload_dataloaders_every_n_epochs": "Every epoch draws new sub-batches automatically.",
+    "replace_sampler_ddp": "Every device always has its own sub-batches.",
     "resume_from_checkpoint": "Set resume=<checkpoint>, or nothing: a run folder with a checkpoint is resumed.",
     "stochastic_weight_avg": "Set ema.decay=0.999, a moving average of the weights.",
     "sync_batchnorm": "Set syncbn=reduce (the default), native or off.",
     "terminate_on_nan": "A NaN always stops a run: see trainer.max_nonfinite_steps.",
     "tpu_cores": "Set trainer.accelerator and trainer.devices.",
     "track_grad_norm": "Set trainer.gradient_clip_val to limit the norm of the gradients.",
-    "use_distributed_sampler": "Every device always gets sub-batches of its own.",
+    "use_distributed_sampler": "Every device always has its own sub-batches.",
     "val_check_interval": (
         "Set trainer.check_val_every_n_epoch=<epochs>, and data.steps_per_epoch=<steps> for the length of an epoch."
     ),
     "weights_save_path": "Set run_dir, the folder of this run.",
     "weights_summary": "The network is always described in <run folder>/model.txt.",
 }
-# Keys of earlier versions that are gone, and what there is instead. Checkpoints and the command lines of saved runs may
-# still hold them, and are read without them.
+# Keys of earlier versions that were removed, and their replacement. Checkpoints and saved command lines may still hold
+# them; they are ignored there.
 REMOVED_KEYS = {
     "trainer.on_oom": (
         "A sub-batch that does not fit into memory ends the run: trainer.probe_memory tries the largest one before "
         "training, and data.batch_size, data.max_long_edge and data.short_edges set its size."
     ),
 }
-# What other programs call our keys, by the last part of a key.
+# Names of our keys in other programs, by the last part of the key.
 KEY_SYNONYMS = {
     "amp": "trainer.precision",
     "arch": "model",
@@ -95,23 +95,23 @@ KEY_SYNONYMS = {
 
 
 def explain_unknown_key(key: str, valid: list[str]) -> str:
-    """One line for a key that does not exist: what there is instead, the nearest key, or the keys that are valid."""
+    """One line for a key that does not exist: its replacement, the nearest key, or the valid keys."""
     section, _, last = key.rpartition(".")
     if section in ("", "trainer") and last in TRAINER_HINTS:
         return f"There is no key {key!r}. {TRAINER_HINTS[last]}"
     removed = next((name for name in REMOVED_KEYS if key in (name, get_last_part(name))), None)
     if removed:
         return f"There is no key {key!r} any more. {REMOVED_KEYS[removed]}"
-    meant = find_nearest_key(key, valid)
-    if meant:
-        return f"There is no key {key!r}. Did you mean {meant}?"
+    nearest = find_nearest_key(key, valid)
+    if nearest:
+        return f"There is no key {key!r}. Did you mean {nearest}?"
     siblings = list(dict.fromkeys(name for name in valid if name.rpartition(".")[0] == section))
     siblings = siblings or sorted({name.partition(".")[0] for name in valid if "/" not in name})
     return f"There is no key {key!r}. Valid here: {', '.join(siblings)}."
 
 
 def find_nearest_key(key: str, valid: list[str]) -> str | None:
-    """The valid key most like `key`: by its last part in another section, in its own section, or as a whole.
+    """The valid key most similar to `key`: by its last part in another section, in its own section, or as a whole.
 
     >>> find_nearest_key("lr", ["optim.lr", "optim.momentum"])
     'optim.lr'
@@ -129,19 +129,20 @@ def find_nearest_key(key: str, valid: list[str]) -> str | None:
     if last in KEY_SYNONYMS:
         return KEY_SYNONYMS[last]
     if section and within:  # only the last part is wrong
-        word = find_nearest(last, map(get_last_part, valid))
-        return pick_shortest(name for name in valid if get_last_part(name) == word) if word else None
+        similar = find_nearest(last, map(get_last_part, valid))
+        return pick_shortest(name for name in valid if get_last_part(name) == similar) if similar else None
     whole = find_nearest(key, valid)
     if whole:
         return whole
-    word = find_nearest(last, map(get_last_part, valid))
-    return pick_shortest(name for name in valid if get_last_part(name) == word) if word else None
+    similar = find_nearest(last, map(get_last_part, valid))
+    return pick_shortest(name for name in valid if get_last_part(name) == similar) if similar else None
 
 
 def get_last_part(key: str) -> str:
+    """The part of a key or group after its last dot or slash."""
     return key.replace("/", ".").rpartition(".")[2]
 
 
 def pick_shortest(names: Iterable[str]) -> str | None:
-    """The shortest of some keys, a group before a section of the same name."""
+    """The shortest key; a group is preferred to a section of equal length."""
     return min(names, key=lambda name: (len(name), "." in name), default=None)

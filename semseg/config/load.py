@@ -13,14 +13,14 @@ from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 
 
-def load_config(words: list[str]) -> tuple[Config, list[str]]:
-    """The checked configuration of a command line, for use from Python, and its words as Hydra's grammar wants them.
+def load_config(arguments: list[str]) -> tuple[Config, list[str]]:
+    """The checked configuration of a command line, and its overrides in Hydra's grammar.
 
     Raises:
-        ConfigError: if a word is wrong.
+        ConfigError: if an argument is wrong.
     """
-    words = parse_overrides(words)
+    overrides = parse_overrides(arguments)
     try:
-        return check_config(compose_config(words)), words
+        return check_config(compose_config(overrides)), overrides
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain_hydra_error(error, words)) from error
+        raise ConfigError(explain_hydra_error(error, overrides)) from error

@@ -1,4 +1,4 @@
-"""The command line as Hydra's grammar wants it: what is refused, quoted, or read from an earlier run. No torch."""
+"""Translate the command line into Hydra's grammar: refuse, quote, read the overrides of an earlier run. No torch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PATH_KEYS = (
     "data.images", "data.masks", "data.image_suffix", "data.mask_suffix",
     *(f"data.{split}.{key}" for split in ("train", "val", "test") for key in ("list", "images", "masks", "stems")),
 )  # fmt: skip
-# What Hydra's grammar reads as text without quotes, and what among it it reads as a number or a truth value.
+# Text that Hydra's grammar accepts without quotes, and the part of it that it reads as a number or boolean.
 UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:]+", re.ASCII)
 NUMBER_OR_BOOLEAN = re.compile(
     r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?[\d_]+)?|[+-]?(inf|nan)|true|false", re.IGNORECASE
 )
-OPEN_KEYS = ("download.mirrors",)  # whose own keys are the user's
-# Options of Hydra's that are passed on. Not among them: those that load code (--experimental-rerun unpickles a file)
-# or another configuration than ours, and abbreviations.
+OPEN_KEYS = ("download.mirrors",)  # users choose the keys of these
+# Hydra's options that are allowed. Left out are those that load code (--experimental-rerun unpickles a file) or
+# another configuration, and abbreviations.
 HYDRA_OPTIONS = (
     "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r",
     "--multirun", "-m", "--info", "-i", "--shell-completion", "-sc",
@@ -33,118 +33,120 @@ HYDRA_OPTIONS = (
 SWEEP_OPTIONS = ("-m", "--multirun")
 
 
-def parse_overrides(words: list[str]) -> list[str]:
-    """The words of the command line as Hydra's grammar wants them, those of the run to repeat included.
+def parse_overrides(arguments: list[str]) -> list[str]:
+    """The arguments of the command line in Hydra's grammar, including those of a run that mode=rerun repeats.
 
     Raises:
-        ConfigError: for a word that is never right, whatever the configuration.
+        ConfigError: for an argument that no configuration could accept.
     """
-    for word in words:
-        check_argument(word)
-    words = [quote_override(word, sweep=is_sweep(words)) for word in expand_rerun(words)]
-    alone = next((word for word in words if word.startswith("sweep_dir=")), None)
-    if alone is not None:
-        raise ConfigError(f"{shorten_override(alone)}: is for sweeps. Add -m.")
-    for word in words:
-        check_argument(word)
-    return words
+    for argument in arguments:
+        check_argument(argument)
+    overrides = [quote_override(argument, sweep=is_sweep(arguments)) for argument in expand_rerun(arguments)]
+    sweep_dir = next((override for override in overrides if override.startswith("sweep_dir=")), None)
+    if sweep_dir is not None:  # in a sweep it has become hydra.sweep.dir
+        raise ConfigError(f"{shorten_override(sweep_dir)}: needs a sweep. Add -m.")
+    for override in overrides:
+        check_argument(override)
+    return overrides
 
 
-def check_argument(word: str) -> None:
-    """Refuse words that Hydra would misread.
+def check_argument(argument: str) -> None:
+    """Refuse arguments that Hydra would misread.
 
     Raises:
-        ConfigError: for control characters, bytes that are no UTF-8, options that are not passed on, and values
-            without a key.
+        ConfigError: for control characters, bytes that are not UTF-8, options that are not allowed, and values without
+            a key.
     """
-    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in word):
-        raise ConfigError(f"{shorten_override(word)}: holds a character that cannot be printed.")
-    if word.startswith("-") and word.partition("=")[0] not in HYDRA_OPTIONS:
-        raise ConfigError(f"{shorten_override(word)}: there is no such option. Valid: {', '.join(HYDRA_OPTIONS)}.")
-    if re.match(r"[+~]*=", word):
-        raise ConfigError(f"{shorten_override(word)}: there is no key before the sign =.")
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in argument):
+        raise ConfigError(f"{shorten_override(argument)}: contains a character that cannot be printed.")
+    if argument.startswith("-") and argument.partition("=")[0] not in HYDRA_OPTIONS:
+        raise ConfigError(f"{shorten_override(argument)}: there is no such option. Valid: {', '.join(HYDRA_OPTIONS)}.")
+    if re.match(r"[+~]*=", argument):
+        raise ConfigError(f"{shorten_override(argument)}: there is no key before the equals sign.")
 
 
-def shorten_override(word: str) -> str:
-    """A word as it may be printed: one line of plain characters."""
-    return ascii(word if len(word) <= 80 else f"{word[:80]}...")
+def shorten_override(override: str) -> str:
+    """An override for messages: at most 80 characters, in ASCII."""
+    return ascii(override if len(override) <= 80 else f"{override[:80]}...")
 
 
-def is_sweep(words: list[str]) -> bool:
-    return any(word in SWEEP_OPTIONS for word in words)
+def is_sweep(arguments: list[str]) -> bool:
+    """Whether a command line asks for a sweep."""
+    return any(argument in SWEEP_OPTIONS for argument in arguments)
 
 
-def select_overrides(words: list[str]) -> list[str]:
-    """The words that are neither options nor values of options."""
-    return [word for word in words if not word.startswith("-") and ("=" in word or word.startswith("~"))]
+def select_overrides(arguments: list[str]) -> list[str]:
+    """The arguments that are neither options nor values of options."""
+    return [word for word in arguments if not word.startswith("-") and ("=" in word or word.startswith("~"))]
 
 
-def expand_rerun(words: list[str]) -> list[str]:
-    """The words of the run that `mode=rerun run=<folder>` repeats, and what else is given; other words as they are.
+def expand_rerun(arguments: list[str]) -> list[str]:
+    """Replace `mode=rerun run=<folder>` by the overrides of that run; other arguments are kept.
 
     Raises:
-        ConfigError: if the folder holds no run, or words that no run of ours writes.
+        ConfigError: if the folder holds no run, or overrides that no run of ours writes.
     """
-    if "mode=rerun" not in words:
-        return words
-    folder = next((word.partition("=")[2] for word in words if word.startswith("run=")), "")
+    if "mode=rerun" not in arguments:
+        return arguments
+    folder = next((argument.partition("=")[2] for argument in arguments if argument.startswith("run=")), "")
     saved = Path(folder.strip("\"'")).expanduser() / ".hydra" / "overrides.yaml"
     if not folder or not os.path.isfile(saved):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         raise ConfigError(f"mode=rerun needs run=<run folder>: there is no {saved}.")
-    before = read_saved_overrides(saved)
-    left_out = ("run_dir", "resume", *REMOVED_KEYS)
-    kept = [word for word in before if word.lstrip("+~").partition("=")[0] not in left_out]
-    return kept + [word for word in words if word != "mode=rerun" and not word.startswith("run=")]
+    ignored = ("run_dir", "resume", *REMOVED_KEYS)
+    kept = [
+        override for override in read_saved_overrides(saved) if override.lstrip("+~").partition("=")[0] not in ignored
+    ]
+    return kept + [word for word in arguments if word != "mode=rerun" and not word.startswith("run=")]
 
 
 def read_saved_overrides(path: Path) -> list[str]:
-    """The command line that Hydra saved with a run. It is data: options and words for Hydra itself are refused.
+    """The overrides saved with a run. The file is not trusted: options and overrides of Hydra itself are refused.
 
     Raises:
-        ConfigError: if the file holds them, or anything but a list of words.
+        ConfigError: if the file holds these, or anything but a list of text.
     """
     try:
-        words = yaml.safe_load(path.read_text(encoding="utf-8"))
+        overrides = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({type(error).__name__}).") from None
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ConfigError(f"{path}: not the saved words of a run.")
-    for word in words:
-        if word.startswith("-") or re.search(r"\bhydra\b", word.partition("=")[0]):
-            raise ConfigError(f"{path}: {shorten_override(word)} is no word of a run.")
-    return words
+    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
+        raise ConfigError(f"{path}: does not hold the overrides of a run.")
+    for override in overrides:
+        if override.startswith("-") or re.search(r"\bhydra\b", override.partition("=")[0]):
+            raise ConfigError(f"{path}: {shorten_override(override)} is not an override of a run.")
+    return overrides
 
 
-def quote_override(word: str, *, sweep: bool = False) -> str:
-    """A command-line word as Hydra's grammar wants it.
+def quote_override(argument: str, *, sweep: bool = False) -> str:
+    """An argument of the command line in Hydra's grammar.
 
-    Device ranges become lists (0-3, 0,2; a comma in a sweep stays one), and paths are quoted where
-    they hold characters that Hydra's grammar gives a meaning.
+    Device ranges become lists (0-3 and 0,2; in a sweep a comma keeps its meaning), and paths are quoted if they contain
+    characters that Hydra's grammar interprets.
 
     >>> quote_override("trainer.devices=0-3")
     'trainer.devices=[0,1,2,3]'
     >>> quote_override("ckpt=epoch=3.ckpt")
     'ckpt="epoch=3.ckpt"'
     """
-    key, equals, value = word.partition("=")
+    key, equals, value = argument.partition("=")
     if key == "sweep_dir" and sweep:
         return f"hydra.sweep.dir={quote_value(os.path.expanduser(value))}"  # noqa: PTH111
     if key in OPEN_KEYS:
-        return f"++{word}"  # Hydra's way to give keys that are in no file
+        return f"++{argument}"  # allows keys that are in no file
     if key == "trainer.devices" and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", value) and not value.isdigit():
         if sweep and "-" not in value:
-            return word
+            return argument
         return f"trainer.devices=[{','.join(str(index) for index in parse_device_indices(value))}]"
     if equals and key in PATH_KEYS and needs_quotes(value, sweep=sweep):
-        return f"{key}={quote_value(os.path.expanduser(value))}"  # noqa: PTH111 - a glob is no Path
-    return word
+        return f"{key}={quote_value(os.path.expanduser(value))}"  # noqa: PTH111 - Path would change patterns
+    return argument
 
 
 def needs_quotes(value: str, *, sweep: bool) -> bool:
-    """Whether a value is a path that Hydra's grammar would read as something else, or not at all.
+    """Whether a value is a path that Hydra's grammar would misread or reject.
 
-    Whatever is there under this very name is a path. Otherwise, quotes, lists, interpolations, and the commas and
-    brackets of a sweep are left to Hydra.
+    The name of an existing file is always a path. Otherwise quotes, lists, interpolations, and the commas and brackets
+    of a sweep are left to Hydra.
     """
     path = os.path.expanduser(value)  # noqa: PTH111
     if path == value and UNQUOTED.fullmatch(value) and not NUMBER_OR_BOOLEAN.fullmatch(value):
@@ -157,7 +159,7 @@ def needs_quotes(value: str, *, sweep: bool) -> bool:
 
 
 def parse_device_indices(text: str) -> list[int]:
-    """The seed project's device syntax: "0-3" or "0,2" or "0,2-4" as indices."""
+    """Device indices in the syntax of the original: "0-3", "0,2" or "0,2-4"."""
     indices: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -166,7 +168,7 @@ def parse_device_indices(text: str) -> list[int]:
 
 
 def quote_value(text: object) -> str:
-    """`text` between quotes of Hydra's grammar.
+    """`text` quoted for Hydra's grammar.
 
     >>> quote_value("my photos")
     '"my photos"'

@@ -1,4 +1,4 @@
 """This process and its terminal: parents, signals, streams, printable text.
 
-Starting other processes lives in cli/. No torch.
+Other processes are started in cli/. No torch.
 """

@@ -1,8 +1,8 @@
-"""What every process of a run does first: end with its parent, take over signals, have streams. Standard library only.
+"""What every process of a run does first: tie itself to its parent, handle signals, repair streams.
 
-A process that is started by another one of ours (a rank, a job of a sweep) ends with it, however that went and at
-whatever moment. Signals that ask to stop raise `StopRequest` in the main thread, except in training, which writes a
-checkpoint first (semseg/training/callbacks/stop.py).
+A process that another one of ours has started (a rank, a job of a sweep) ends with it, at any moment and for any
+reason. Signals that request a stop raise `StopRequest` in the main thread, except in training, which writes a
+checkpoint first (semseg/training/callbacks/stop.py). Uses the standard library only.
 """
 
 from __future__ import annotations
@@ -23,34 +23,33 @@ from typing import NoReturn, TextIO
 from semseg.errors import INTERRUPTED, TERMINATED
 
 SUPERVISOR_VARIABLE = "SEMSEG_SUPERVISOR"  # process id, in the environment of every rank and every job of a sweep
-SWEEP_VARIABLE = (
-    "SEMSEG_SWEEP"  # host, process id and birth of the first process of a sweep, for its launcher's processes
-)
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-UNWIND_SECONDS = 10.0  # from a request to stop to the end of a process that does not get to its own
+# Host, process id and start time of the first process of a sweep, for the processes of its launcher.
+SWEEP_VARIABLE = "SEMSEG_SWEEP"
+PR_SET_PDEATHSIG = 1  # option of Linux's prctl
+UNWIND_SECONDS = 10.0  # after a request to stop, a process that cannot unwind is ended
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name)
 )
 
 _is_supervised = False
-_is_stopping = False  # to stop
+_is_stopping = False
 
 
 class StopRequest(SystemExit):
-    """A signal asked this process to stop. Neither `except Exception` nor Lightning takes it for anything else."""
+    """A signal requested this process to stop. Neither `except Exception` nor Lightning catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(get_stop_code(number))
-        self.number = number  # of the signal
+        self.number = number  # signal number
 
 
 def get_stop_code(number: int) -> int:
-    """The exit code after a signal that asks to stop."""
+    """The exit code after a signal that requests a stop."""
     return INTERRUPTED if number == signal.SIGINT else TERMINATED
 
 
 def prepare_process() -> None:
-    """To be called before anything slow is imported; again does no harm."""
+    """Call this before anything slow is imported. Calling it again is harmless."""
     follow_supervisor()
     repair_streams()
     handle_stop_signals()
@@ -65,30 +64,30 @@ def is_supervised() -> bool:
 
 
 def follow_supervisor() -> None:
-    """In a rank or a job of a sweep: end when what started it is gone, or has gone already. Elsewhere: nothing."""
+    """In a rank or a job of a sweep: end when the process that started it ends, or has ended already."""
     global _is_supervised  # noqa: PLW0603 - a fact about the process
-    # Out of the environment, since processes that this one starts are not the supervisor's children.
+    # Removed from the environment, because processes that this one starts are not the supervisor's children.
     supervisor = os.environ.pop(SUPERVISOR_VARIABLE, None)
     if supervisor is not None:
         _is_supervised = True
         end_with_parent(int(supervisor))
     elif "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_RANK" in os.environ:
-        end_with_parent(os.getppid())  # torchrun ends its ranks only when it ends in good order itself
+        end_with_parent(os.getppid())  # torchrun ends its ranks only if it ends properly itself
 
 
 def end_with_parent(parent: int) -> None:
-    """Have this process killed when its parent, whose process id is given, ends. At once if it has ended."""
+    """Have this process killed when its parent ends, or at once if it has ended already. `parent` is a process id."""
     if not request_death_signal():
         threading.Thread(target=watch_parent, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # after that, so that there is no moment in between
+    if os.getppid() != parent:  # checked afterwards, so that there is no gap
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def request_death_signal() -> bool:
-    """Have Linux send SIGKILL when the thread that started this process ends; False where that is not possible."""
+    """Make Linux send SIGKILL when the thread that started this process ends; False if that is not possible."""
     if sys.platform != "linux":
         return False
-    import ctypes  # noqa: PLC0415 - most processes have no parent of ours
+    import ctypes  # noqa: PLC0415 - few processes need it
 
     try:
         return ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) == 0
@@ -105,23 +104,24 @@ def watch_parent(parent: int) -> NoReturn:
 
 
 def announce_sweep() -> None:
-    """In the first process of a sweep: let the processes of its launcher know it."""
+    """In the first process of a sweep: make it known to the processes of its launcher."""
     os.environ[SWEEP_VARIABLE] = f"{socket.gethostname()} {os.getpid()} {get_start_time(os.getpid())}"
 
 
 def is_sweep_gone() -> bool:
-    """In a process of a launcher on this machine: whether the sweep that it works for has ended.
+    """In a process of a launcher on this machine: whether its sweep has ended.
 
-    Jobs that were submitted to SLURM are SLURM's, and go on.
+    Jobs that were submitted to SLURM belong to SLURM and continue.
     """
-    words = os.environ.get(SWEEP_VARIABLE, "").split(" ")
-    if len(words) != 3 or os.environ.get("SUBMITIT_EXECUTOR", "local") != "local":
+    parts = os.environ.get(SWEEP_VARIABLE, "").split(" ")
+    if len(parts) != 3 or os.environ.get("SUBMITIT_EXECUTOR", "local") != "local":
         return False
-    return words[0] == socket.gethostname() and get_start_time(int(words[1])) != words[2]
+    host, process, start_time = parts
+    return host == socket.gethostname() and get_start_time(int(process)) != start_time
 
 
 def get_start_time(process: int) -> str:
-    """When a process of this machine began, in ticks after the boot; empty if it has ended, or is not known."""
+    """When a process of this machine started, in ticks since boot; empty if it has ended or is unknown."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -133,28 +133,28 @@ def get_start_time(process: int) -> str:
 
 
 def handle_stop_signals() -> None:
-    """From now on signals that ask to stop raise `StopRequest`. SIGHUP stays ignored where nohup has it ignored."""
+    """From now on, signals that request a stop raise `StopRequest`. SIGHUP stays ignored under nohup."""
     if threading.current_thread() is threading.main_thread():
         for number in list_stop_signals():
-            # SLURM's warning is left to Lightning outside training, which requeues the job.
+            # Outside training, SLURM's warning signal is left to Lightning, which requeues the job.
             if not (number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ):
                 signal.signal(number, request_stop)
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """In a worker of a loader: a signal to the whole job is for the process that trains; workers end with it."""
+    """In a data-loading worker: leave signals to the training process, with which workers end."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def list_stop_signals() -> list[signal.Signals]:
-    """The signals that ask this process to stop."""
+    """The signals that request this process to stop."""
     is_nohup = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in STOP_SIGNALS if not (is_nohup and number == signal.SIGHUP)]
 
 
 def request_stop(number: int, frame: FrameType | None) -> None:
-    """A handler: say so and unwind; the second Ctrl-C of a process that is at it ends it at once.
+    """Signal handler: print a line and unwind. Ctrl-C in a process that is stopping already ends it at once.
 
     Raises:
         StopRequest: the first time.
@@ -167,8 +167,8 @@ def request_stop(number: int, frame: FrameType | None) -> None:
     _is_stopping = True
     line = "interrupted." if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}."
     with contextlib.suppress(OSError):
-        os.write(2, f"{line}\n".encode())  # print may have been interrupted itself
-    # Where the main thread waits for another rank, or the exception is lost in a destructor.
+        os.write(2, f"{line}\n".encode())  # print itself may have been interrupted
+    # For a main thread that waits for another rank, and for an exception that is lost in a destructor.
     timer = threading.Timer(UNWIND_SECONDS, exit_immediately, [get_stop_code(number)])
     timer.daemon = True
     timer.start()
@@ -176,7 +176,7 @@ def request_stop(number: int, frame: FrameType | None) -> None:
 
 
 def exit_immediately(code: int) -> NoReturn:
-    """End this process without unwinding; its loader's workers end with it."""
+    """End this process without unwinding. Its data-loading workers end with it."""
     os._exit(code)
 
 
@@ -184,9 +184,9 @@ def exit_immediately(code: int) -> NoReturn:
 
 
 class ResilientOutput(io.FileIO):
-    """A stream's file that is replaced by the null device when nobody reads it any more, or its terminal is gone.
+    """A stream's file that becomes the null device when its reader or its terminal is gone.
 
-    A run must not end because the terminal, or the program at the other end of the pipe, went first.
+    A run must not end because its terminal, or the program that reads its output, has ended.
     """
 
     def write(self, data) -> int:
@@ -196,7 +196,7 @@ class ResilientOutput(io.FileIO):
             if error.errno == errno.EINTR:
                 raise
             if error.errno not in (errno.EPIPE, errno.EIO) and self.fileno() != 2:
-                text = f"warning: standard output cannot be written ({error.strerror}): what follows is lost.\n"
+                text = f"warning: cannot write to standard output ({error.strerror}); further output is lost.\n"
                 os.write(2, text.encode())
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
@@ -205,9 +205,9 @@ class ResilientOutput(io.FileIO):
 
 
 def repair_streams() -> None:
-    """Streams that were closed go to the null device, and writing to the others never fails.
+    """Connect closed streams to the null device, and make writing to the others never fail.
 
-    A file that is opened later would get the number of a closed stream, and what is written to that stream.
+    Otherwise a file that is opened later would get the number of a closed stream, and its output.
     """
     for number in range(3):
         try:
@@ -222,23 +222,23 @@ def repair_streams() -> None:
 
 
 def wrap_stream(stream: TextIO | None, number: int) -> TextIO:
-    """The text stream to write to file `number`. One that is not Python's own, as in a notebook, stays."""
+    """A text stream for file descriptor `number`. A stream that is not Python's own, as in a notebook, is kept."""
     if stream is not None and not is_python_stream(stream, number):
         return stream
     if stream is not None:
         stream.flush()
     file = ResilientOutput(number, "w", closefd=False)
-    through = getattr(stream, "write_through", False)  # python -u
+    is_unbuffered = getattr(stream, "write_through", False)  # python -u
     return io.TextIOWrapper(
-        file if through else io.BufferedWriter(file),  # pyright: ignore[reportArgumentType] - as Python's own
+        file if is_unbuffered else io.BufferedWriter(file),  # pyright: ignore[reportArgumentType] - as Python's own
         encoding=getattr(stream, "encoding", "utf-8"),
-        errors="backslashreplace",  # names of files may hold characters that the terminal's encoding lacks
+        errors="backslashreplace",  # file names may have characters that the terminal cannot encode
         line_buffering=getattr(stream, "line_buffering", False),
-        write_through=through,
+        write_through=is_unbuffered,
     )
 
 
 def is_python_stream(stream: TextIO, number: int) -> bool:
-    """Whether a stream is the one that Python made for file `number`."""
+    """Whether a stream is the one that Python created for file descriptor `number`."""
     raw = getattr(getattr(stream, "buffer", None), "raw", getattr(stream, "buffer", None))
     return type(raw) is io.FileIO and raw.fileno() == number

@@ -1,13 +1,13 @@
-"""Room in /dev/shm, which containers make small. No torch."""
+"""Free space in /dev/shm, which is small in containers. No torch."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only its size is read
 
 
 def get_free_shared_memory() -> int | None:
-    """Bytes; None where it is no folder."""
+    """Free bytes of shared memory; None if the system has no such folder."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None

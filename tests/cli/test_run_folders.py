@@ -101,7 +101,7 @@ def test_f1_a_hundred_claims_at_once_give_a_hundred_folders(tmp_path: Path) -> N
 
 def test_f1_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
-    with pytest.raises(ConfigError, match="this run folder cannot be made"):
+    with pytest.raises(ConfigError, match="cannot create this run folder"):
         claim_folder(tmp_path / "runs" / "now")
 
 

@@ -143,7 +143,7 @@ def test_a_process_per_device(monkeypatch: pytest.MonkeyPatch, overrides: list[s
 TORCHRUN = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}
 MPIRUN = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
-REFUSED = "has started 4 processes, but trainer.devices={} on trainer.num_nodes={} takes {}. Set trainer.devices={}"
+REFUSED = "has started 4 processes, but trainer.devices={} on trainer.num_nodes={} needs {}. Set trainer.devices={}"
 
 
 @pytest.mark.reliability
@@ -161,7 +161,7 @@ REFUSED = "has started 4 processes, but trainer.devices={} on trainer.num_nodes=
         (
             TORCHRUN,
             ["mode=predict", "ckpt=x", "input=y"],
-            "mode=predict takes one process, but torchrun has started 4.",
+            "mode=predict needs one process, but torchrun has started 4.",
         ),
         (SRUN, ["mode=predict", "ckpt=x", "input=y"], None),
         ({}, ["trainer.devices=2"], None),

@@ -50,14 +50,14 @@ class Stub:
         self.failing: set[str] = set()
         self.stopping: set[str] = set()  # Ctrl-C comes in these
 
-    def __call__(self, command: Sequence[str], last_words: Path) -> ProcessEnd:
+    def __call__(self, command: Sequence[str], error_file: Path) -> ProcessEnd:
         given = dict(word.split("=", 1) for word in command[2:])
         rate, run_dir = given["optim.lr"], Path(given["run_dir"].strip('"'))
         self.rates.append(rate)
         if rate in self.stopping:
             return ProcessEnd(130, signal.SIGINT)
         if rate in self.failing:
-            last_words.write_text("1\nTraceback\nsemseg.errors.DataError: no such image.\n")
+            error_file.write_text("1\nTraceback\nsemseg.errors.DataError: no such image.\n")
             return ProcessEnd(1, None)
         write_result(run_dir, RunResult(1 - 10 * float(rate), "val/miou", "max"))
         return ProcessEnd(0, None)
@@ -110,7 +110,7 @@ def test_f4_a_failing_job_does_not_stop_the_others_and_the_table_ranks_them_all(
     assert "seed" not in rows[0]  # it is the same in all jobs
     output = capsys.readouterr().out
     assert "3 jobs: 1 failed, 2 finished" in output
-    assert "to go on: python run.py -m optim.lr=0.04,0.02,0.01 seed=1 sweep_dir=x\n" in output
+    assert "to continue: python run.py -m optim.lr=0.04,0.02,0.01 seed=1 sweep_dir=x\n" in output
 
 
 @pytest.mark.reliability
@@ -147,7 +147,7 @@ def test_ctrl_c_ends_the_sweep_and_tells_how_to_go_on(
     assert start("-m", "optim.lr=0.02,0.01", "sweep_dir=x") == 130
     assert stub.rates == ["0.02"]
     assert [row["status"] for row in table(tmp_path / "x")] == ["stopped"]
-    assert "to go on: python run.py -m optim.lr=0.02,0.01 sweep_dir=x" in capsys.readouterr().out
+    assert "to continue: python run.py -m optim.lr=0.02,0.01 sweep_dir=x" in capsys.readouterr().out
     stub.stopping = set()
     assert start("-m", "optim.lr=0.02,0.01", "sweep_dir=x") == 0
     assert stub.rates == ["0.02", "0.02", "0.01"]
@@ -294,8 +294,8 @@ def interrupt_once(path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["sweep_dir=x"], "is for sweeps. Add -m"),
-        (["hparams_search=grid"], "is for sweeps. Add -m"),
+        (["sweep_dir=x"], "needs a sweep. Add -m"),
+        (["hparams_search=grid"], "needs a sweep. Add -m"),
         (["-m", "optim.lr=1,2", "--cfg", "job"], "a sweep takes no other option"),
         (["-m", "hydra/launcher=jblib", "seed=1,2"], "not known. Did you mean hydra/launcher=joblib?"),
     ],
@@ -352,7 +352,7 @@ def test_optuna_without_one_good_job_ends_with_the_table(
     stub: Stub, start: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    monkeypatch.setattr(sweep, "run_isolated", lambda command, last_words: ProcessEnd(1, None))
+    monkeypatch.setattr(sweep, "run_isolated", lambda command, error_file: ProcessEnd(1, None))
     assert start("-m", "hparams_search=optuna", "hydra.sweeper.n_trials=2", "sweep_dir=x") == 1
     assert [row["reason"] for row in table(tmp_path / "x")] == ["exit code 1"] * 2
     assert "Traceback" not in capsys.readouterr().err
@@ -388,7 +388,7 @@ def test_f4_a_sweep_that_trains(start: Sweep, tmp_path: Path, monkeypatch: pytes
     assert result is not None and result.score is not None and (result.monitor, result.mode) == ("val/miou", "max")
     again: list[Path] = []
     monkeypatch.setattr(
-        sweep, "run_isolated", lambda command, last_words: again.append(last_words) or ProcessEnd(2, None)
+        sweep, "run_isolated", lambda command, error_file: again.append(error_file) or ProcessEnd(2, None)
     )
     assert start(*words) == 1
     assert [path.parent for path in again] == [failed.folder]

@@ -203,7 +203,7 @@ def test_e9_a_stream_that_is_closed_or_full_costs_what_is_written_to_it(redirect
     with os.fdopen(read) as codes:
         assert codes.read() == "0\n"
     assert "Traceback" not in ended.stderr + ended.stdout
-    lost = "warning: standard output cannot be written (No space left on device): what follows is lost.\n"
+    lost = "warning: cannot write to standard output (No space left on device); further output is lost.\n"
     assert ended.stderr == (lost if redirection == ">/dev/full" else "")
 
 
