@@ -287,5 +287,5 @@ def test_images_and_masks_can_be_named_from_where_one_is(tmp_path: Path, monkeyp
     words = ["data=folder", "data.num_classes=2", "data.val_fraction=0"]
     data = source(tmp_path / "nowhere", *words, "data.images=pictures", "data.masks=labels")
     assert labels(data) == [[0] * 6 + [1] * 6]
-    with pytest.raises(ConfigError, match="give both, or neither"):
+    with pytest.raises(ConfigError, match="set both, or neither"):
         source(tmp_path, *words, "data.images=pictures")

@@ -268,7 +268,7 @@ def test_without_the_data_set_dynamic_quantisation_works_and_nothing_is_scored(
         (["mode=export", "ckpt=a", "output=net.pth"], "needs output=<file.onnx or file.pt2>"),
         (["mode=export", "ckpt=a"], "needs output=<file.onnx or file.pt2>"),
         (["mode=export", "ckpt=a", "output=a.pt2", "format=onnx"], "would be format=torch_export"),
-        (["mode=export", "ckpt=a", "output=a.pt2", "export.quantize=static"], "is for .onnx files"),
+        (["mode=export", "ckpt=a", "output=a.pt2", "export.quantize=static"], "applies to .onnx files"),
         (["mode=export", "ckpt=a", "output=a.onnx", "export.quantize=int4"], "Valid: none, dynamic, static"),
     ],
 )
