@@ -39,7 +39,7 @@ from semseg.nets.interfaces import Encoder
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
 from semseg.prediction.predictor import PredictionSettings, Predictor
-from semseg.storage.download import fetch
+from semseg.storage.download import fetch_file
 from semseg.syncbn.plugin import layer_sync
 from semseg.system.text import escape_lines
 from semseg.training.callbacks.bad_images import CountBadImages
@@ -95,7 +95,7 @@ def imagenet_weights(encoder: Encoder, name: str, download: DownloadConfig) -> P
     if file is None:
         raise ConfigError(f"model.encoder.weights=imagenet: none are known for {name}. Give a file, or none.")
     by_hand = "or set model.encoder.weights to a file you have, or to none for random ones"
-    return fetch(file.url, download, folder="imagenet", digest=file.digest, manual=by_hand)
+    return fetch_file(file.url, download, folder="imagenet", digest=file.digest, manual=by_hand)
 
 
 def without_weights(model: ModelConfig) -> ModelConfig:
@@ -127,7 +127,7 @@ def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwor
     if spec.startswith(ZOO_PREFIX):
         network = zoo.find_published_network(spec)
         encoder, decoder = (
-            fetch(url, config.download, folder=network.folder, manual="or give ckpt=<folder with both files>")
+            fetch_file(url, config.download, folder=network.folder, manual="or give ckpt=<folder with both files>")
             for url in network.urls()
         )
         return read_published(PublishedFiles(encoder, decoder), config, overrides, network.release)

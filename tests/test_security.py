@@ -37,7 +37,7 @@ from semseg.config.overrides import parse_overrides
 from semseg.config.schema import ALLOWED_TARGETS, split_network_options
 from semseg.config.validate import check_config
 from semseg.errors import CheckpointError, ConfigError, SemsegError
-from semseg.storage.download import fetch
+from semseg.storage.download import fetch_file
 from semseg.training.resume import read_run_state
 
 pytestmark = pytest.mark.reliability
@@ -175,7 +175,7 @@ def from_the_cache(folder: Path) -> object:
 def in_cache(folder: Path) -> object:
     config = check_config(compose_config([f"download.cache={folder / 'cache'}", "download.offline=true"]))
     url = find_published_network("zoo:upernet50").urls()[0]
-    return load_weights(fetch(url, config.download, folder=find_published_network("zoo:upernet50").folder))
+    return load_weights(fetch_file(url, config.download, folder=find_published_network("zoo:upernet50").folder))
 
 
 CKPT = "{f}/runs/stranger/checkpoints/last.ckpt"

@@ -54,8 +54,8 @@ from semseg.storage.atomic import (
     entry_script,
     relative_to_cwd,
 )
+from semseg.storage.ranks import is_first_rank
 from semseg.storage.run_results import find_finished_job, job_overrides
-from semseg.storage.transfer import is_first_rank
 from semseg.system.process import announce_sweep, prepare_process
 from semseg.system.text import escape_lines
 

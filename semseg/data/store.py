@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from semseg.errors import DataError
-from semseg.storage.archive import entry_name
+from semseg.storage.archive import decode_zip_name
 
 ARCHIVE_SUFFIX = ".zip"
 MAX_BYTES = 2**30  # limit of one unpacked file, above any image: an archive of a few kB can announce terabytes
@@ -337,7 +337,7 @@ def _open_cached(path: str, _changed: int, _length: int, _process: int) -> OpenA
     entries: dict[str, zipfile.ZipInfo] = {}
     unused: list[tuple[str, str]] = []
     for entry in file.infolist():
-        name = entry_name(entry)
+        name = decode_zip_name(entry)
         if name.endswith("/"):
             continue
         path_inside = PurePosixPath(name)

@@ -1,4 +1,4 @@
-"""mode=download: fetch a data set, unpack it to data.root, and count what is there. No torch."""
+"""mode=download: fetch a data set, unpack it to data.root, and count its images and labels. No torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from semseg.config.compose import CONFIG_DIR
 from semseg.config.schema import ArchiveConfig, Config, DataConfig
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError, DataError
-from semseg.storage.archive import extract
-from semseg.storage.download import fetch
+from semseg.storage.archive import extract_archive
+from semseg.storage.download import fetch_file
 
-DATA_CACHE_FOLDER = "data"  # of the cache
+DATA_CACHE_FOLDER = "data"  # inside the cache
 
 
 class PairCounts(NamedTuple):
-    """How many images with a label each split has."""
+    """Number of images with a label in each split."""
 
     train: int
     val: int
@@ -28,10 +28,10 @@ class PairCounts(NamedTuple):
 
 
 def run(config: Config, overrides: list[str]) -> None:
-    """Download the data set that `data` names, unless it is there already.
+    """Download the data set that `data` names, unless it exists already.
 
     Raises:
-        SemsegError: if it cannot be downloaded, or what is at data.root afterwards is not all of it.
+        SemsegError: if it cannot be downloaded, or data.root is not complete afterwards.
     """
     data, archive = config.data, config.data.archive
     if archive is None:
@@ -41,26 +41,26 @@ def run(config: Config, overrides: list[str]) -> None:
         )
     root = Path(data.root).expanduser()
     if root.is_dir() and any(root.iterdir()):
-        print(f"{root}: is there already, {require_complete_data_set(data, archive)}")
+        print(f"{root}: exists already, {require_complete_data_set(data, archive)}")
         return
-    manual = f"or unpack it at {root} yourself, or set data.root to where it is"
-    file = fetch(archive.url, config.download, folder=DATA_CACHE_FOLDER, digest=archive.digest, manual=manual)
+    manual = f"or unpack it to {root} yourself, or set data.root to its folder"
+    file = fetch_file(archive.url, config.download, folder=DATA_CACHE_FOLDER, digest=archive.digest, manual=manual)
     print(f"unpacking {file} to {root}", flush=True)
     try:
-        extract(file, root)
+        extract_archive(file, root)
     except OSError as error:
         raise DataError(f"{root}: cannot be written ({error.strerror or error}). Set data.root.") from error
     print(f"{root}: {require_complete_data_set(data, archive)}")
 
 
 def list_downloadable_data_sets() -> list[str]:
-    """The data sets of configs/data/ that say where they can be downloaded."""
+    """The data sets of configs/data/ that name an archive."""
     files = sorted((CONFIG_DIR / "data").glob("*.yaml"))
     return [file.stem for file in files if OmegaConf.select(OmegaConf.load(file), "archive")]
 
 
 def require_complete_data_set(data: DataConfig, archive: ArchiveConfig) -> PairCounts:
-    """The pairs below data.root; all that the archive holds.
+    """Count the pairs below data.root, which must be as many as in the archive.
 
     Raises:
         DataError: if there are more or fewer, or images without labels.
@@ -70,8 +70,8 @@ def require_complete_data_set(data: DataConfig, archive: ArchiveConfig) -> PairC
     try:
         found = PairCounts(len(source.records("train")), len(source.records("val")))
     except DataError as error:
-        raise DataError(f"{data.root}: this is not all of data={data.name}. {way_out}\n{error}") from error
-    wanted = PairCounts(archive.num_train, archive.num_val)
-    if found != wanted:
-        raise DataError(f"{data.root}: has {found}, but data={data.name} has {wanted}. {way_out}")
+        raise DataError(f"{data.root}: data={data.name} is incomplete there. {way_out}\n{error}") from error
+    expected = PairCounts(archive.num_train, archive.num_val)
+    if found != expected:
+        raise DataError(f"{data.root}: has {found}, but data={data.name} has {expected}. {way_out}")
     return found

@@ -27,7 +27,7 @@ from semseg.prediction.outputs import array_on_disk, write_classes, write_output
 from semseg.prediction.predictor import PredictionResult, Predictor
 from semseg.prediction.video import Frame, LostFramesError, VideoWriters, read_frames
 from semseg.reports.draw import Pixels, colour_class_map, draw_overlay
-from semseg.storage.download import fetch
+from semseg.storage.download import fetch_file
 from semseg.system.text import escape_lines, escape_unprintable
 
 
@@ -41,7 +41,7 @@ def run(config: Config, overrides: list[str]) -> None:
         SemsegError: for any other error that the user can fix.
     """
     folder = Path(config.run_dir)
-    source = config.input or str(fetch(DEMONSTRATION_IMAGE, config.download))
+    source = config.input or str(fetch_file(DEMONSTRATION_IMAGE, config.download))
     unused = UnusedFiles()
     inputs = find_inputs(source, folder, unused=unused)
     if unused.count:

@@ -41,9 +41,9 @@ from semseg.lit_module import SegmentationModule
 from semseg.nets.cost import Cost, cost_of, write_cost
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write, entry_command, relative_to_cwd
+from semseg.storage.ranks import is_first_rank
 from semseg.storage.run_lock import RunLock
 from semseg.storage.run_results import RESULT_FILE, RunResult, read_result, write_result
-from semseg.storage.transfer import is_first_rank
 from semseg.system.text import escape_unprintable
 from semseg.training.callbacks.console import config_tree
 from semseg.training.callbacks.stop import StoppedError, requeue

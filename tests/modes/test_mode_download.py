@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from helpers.command_line import run
+from helpers.command_line import run_here as run
 from helpers.local_server import LocalServer, local_server
 from semseg.config.compose import CONFIG_DIR
 
@@ -58,7 +58,7 @@ def test_a_data_set_is_downloaded_unpacked_and_counted_once(server: LocalServer,
     assert len(list((tmp_path / "data" / "ADEChallengeData2016").rglob("*.*g"))) == 10
     assert (tmp_path / "cache" / "data" / "ADEChallengeData2016.zip").is_file()
     again = run(tmp_path, *words(server))
-    assert f"data/ADEChallengeData2016: is there already, {COUNTS}\n" in again
+    assert f"data/ADEChallengeData2016: exists already, {COUNTS}\n" in again
     assert len(server.asked) == 1
 
 
@@ -67,7 +67,7 @@ def test_a_data_set_that_is_not_complete_is_told(server: LocalServer, tmp_path: 
     assert f"error: elsewhere: has {COUNTS}, but data=ade20k has 4 training" in more
     (tmp_path / "elsewhere" / "annotations" / "training" / "1.png").unlink()
     lost = run(tmp_path, *words(server), "data.root=elsewhere", code=1)
-    assert "error: elsewhere: this is not all of data=ade20k. Remove elsewhere and run mode=download again" in lost
+    assert "error: elsewhere: data=ade20k is incomplete there. Remove elsewhere and run mode=download again" in lost
     assert "1 of 3 images" in lost
 
 
@@ -76,7 +76,7 @@ def test_a_damaged_archive_is_not_unpacked(server: LocalServer, tmp_path: Path) 
     server.files[PATH] = server.files[PATH][:-1]
     output = run(tmp_path, *right, code=1)
     assert hashlib.sha1(server.files[PATH]).hexdigest() in output
-    assert "or unpack it at data/ADEChallengeData2016 yourself, or set data.root to where it is." in output
+    assert "or unpack it to data/ADEChallengeData2016 yourself, or set data.root to its folder." in output
     assert "Traceback" not in output
     assert not (tmp_path / "data").exists()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from semseg.errors import DownloadError
-from semseg.storage.digest import digests_of, mismatch, note_of, parse_digest, recall, remember
+from semseg.storage.digest import parse_digest, read_recorded_digest, record_digest, record_path
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256 of b"abc", FIPS 180-2
 
@@ -20,44 +20,44 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_sha256_is_always_among_the_digests(path: Path) -> None:
-    assert digests_of(path) == {"sha256": ABC}
-    assert digests_of(path, parse_digest("md5:" + "0" * 32)) == {"sha256": ABC, "md5": hashlib.md5(b"abc").hexdigest()}
+@pytest.mark.parametrize("text", [f"sha256:{ABC}", f"sha256:{ABC[:8]}", f"md5:{hashlib.md5(b'abc').hexdigest()}"])
+def test_a_file_with_the_expected_digest_has_no_mismatch(path: Path, text: str) -> None:
+    digest = parse_digest(text)
+    assert digest is not None and digest.find_mismatch(path) == ""
 
 
-def test_the_beginning_of_a_sha256_will_do() -> None:
-    assert mismatch({"sha256": ABC}, parse_digest(f"sha256:{ABC[:8]}")) == ""
-    assert mismatch({"sha256": ABC}, parse_digest("sha256:ba7816be")) == f"its sha256 is {ABC}, but should be ba7816be"
-
-
-def test_what_is_remembered_is_recalled_until_the_file_is_written(path: Path) -> None:
-    assert recall(path) is None
-    remember(path, {"sha256": ABC, "md5": "0" * 32})
-    known = recall(path)
-    assert known is not None
-    assert known.digests == {"sha256": ABC, "md5": "0" * 32}
-    assert known.is_current(path)
+def test_a_mismatch_names_both_digests(path: Path) -> None:
+    digest = parse_digest("sha256:ba7816bf")
+    assert digest is not None
     path.write_bytes(b"abcd")
-    assert not known.is_current(path)
+    assert hashlib.sha256(b"abcd").hexdigest() in digest.find_mismatch(path)
+    assert digest.find_mismatch(path).endswith("should be ba7816bf")
 
 
-@pytest.mark.parametrize("rest", ["", "# not JSON\n", "# []\n", '# {"size": 3}\n'])
-def test_a_note_of_sha256sum_counts_but_says_nothing_of_the_state(path: Path, rest: str) -> None:
-    note_of(path).write_text(f"{ABC}  net.pth\n{rest}")
-    known = recall(path)
-    assert known is not None
-    assert known.first_seen.hex == ABC
-    assert not known.is_current(path)
+def test_a_recorded_digest_is_read_until_the_record_is_removed(path: Path) -> None:
+    assert read_recorded_digest(path) is None
+    assert record_digest(path) == ABC
+    recorded = read_recorded_digest(path)
+    assert recorded is not None and recorded.find_mismatch(path) == ""
+    path.write_bytes(b"abcd")
+    assert str(record_path(path)) in recorded.find_mismatch(path)
+
+
+@pytest.mark.parametrize("rest", ["", '# {"size": 3}\n'])
+def test_a_record_of_sha256sum_and_of_earlier_versions_counts(path: Path, rest: str) -> None:
+    record_path(path).write_text(f"{ABC}  net.pth\n{rest}")
+    recorded = read_recorded_digest(path)
+    assert recorded is not None and recorded.hex == ABC
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
-def test_sha256sum_reads_the_note(path: Path) -> None:
-    remember(path, digests_of(path))
-    subprocess.run(["sha256sum", "--check", "--strict", note_of(path).name], cwd=path.parent, check=True)
+def test_sha256sum_reads_the_record(path: Path) -> None:
+    record_digest(path)
+    subprocess.run(["sha256sum", "--check", "--strict", record_path(path).name], cwd=path.parent, check=True)
 
 
 @pytest.mark.parametrize("content", ["", "hello", ABC[:-1] + "  net.pth\n"])
-def test_a_damaged_note_is_told(path: Path, content: str) -> None:
-    note_of(path).write_text(content)
-    with pytest.raises(DownloadError, match=r"net\.pth\.sha256: holds no SHA-256"):
-        recall(path)
+def test_a_damaged_record_is_reported(path: Path, content: str) -> None:
+    record_path(path).write_text(content)
+    with pytest.raises(DownloadError, match=r"net\.pth\.sha256: contains no SHA-256"):
+        read_recorded_digest(path)

@@ -16,7 +16,7 @@ from semseg.config.schema import Config, config_to_plain
 from semseg.errors import ConfigError
 from semseg.reports.draw import Pixels
 from semseg.storage.atomic import atomic_write
-from semseg.storage.transfer import is_first_rank
+from semseg.storage.ranks import is_first_rank
 
 EXTRAS = {"TensorBoard": ("tensorboard", "tb"), "WandB": ("wandb", "wandb"), "MLflow": ("mlflow", "mlflow")}
 

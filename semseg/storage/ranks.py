@@ -1,0 +1,18 @@
+"""Which of the processes of a run prints. No torch."""
+
+from __future__ import annotations
+
+import os
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # environment variables that number the processes of a run
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one of its run that prints and writes files."""
+    return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
+
+
+def print_once(line: str) -> None:
+    """Print a line on the first rank only."""
+    if is_first_rank():
+        print(line, flush=True)
