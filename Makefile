@@ -3,6 +3,7 @@
 # make test    install, then the tests
 # make check   formatting, lint, who imports whom, and types
 # make configs write what repeats the schema: keys in configs/, docs/configuration.md, the sections in --help
+# make messages write the messages that matter to users again, in tests/golden/messages.json
 # make docs    the documentation as a site, in site/; a broken link fails it
 # make wheel   what is published, in dist/
 # make bench   every benchmark of the CPU, other libraries in the same run where they install (a quarter of an hour)
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 # Processes with one thread each: the tests start many small programs that keep one core busy.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo demo-published install test test-fast test-long check format configs docs wheel bench audit lock clean
+.PHONY: demo demo-published install test test-fast test-long check format configs messages docs wheel bench audit lock clean
 
 demo: install
 	$(BIN)/python run.py experiment=quickstart
@@ -46,6 +47,9 @@ format: $(VENV)/.installed-dev
 
 configs: $(VENV)/.installed-dev
 	$(BIN)/python -m semseg.config.generate
+
+messages: $(VENV)/.installed-dev
+	$(BIN)/python tests/golden/make_messages.py
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/zensical build --strict --clean

@@ -48,6 +48,8 @@ def explain_key(key: str, overrides: list[str]) -> str:
     section, option = [*key.split("."), ""][:2]
     if section in ("logger", "callbacks") and option in list_options(section):
         return f"There is no key {key!r} without {section}={option}."
+    if "." in key and key in list_keys():
+        return f"There is no key {key!r}, because {key.rpartition('.')[0]} is null."
     group = guess_group(key, overrides)
     return explain_unknown_key(key, [group] if group else list_keys() + list_composed_keys(overrides) + list_groups())
 

@@ -74,6 +74,7 @@ def test_i4_every_section_of_a_file_answers_a_typo(section: str) -> None:
         ("ema=0.99", "ema=0.99: is a section, not a value. Its keys: ema.decay, ema.start_step."),
         ("optim=null", "optim=null: not known.\nValid: adamw, sgd."),
         ("~trainer.max_epoch", "Did you mean trainer.max_epochs?"),
+        ("data.make.num_train=3", "There is no key 'data.make.num_train', because data.make is null."),
         ("logger.wandb.project=x", "There is no key 'logger.wandb.project' without logger=wandb."),
         ("trainer.val_check_interval=0.5", "Set trainer.check_val_every_n_epoch=<epochs>, and data.steps_per_epoch"),
     ],
