@@ -26,7 +26,7 @@ def run(config: Config, overrides: list[str]) -> None:
         SemsegError: for any error that the user can fix.
     """
     require_demo_extra()
-    from semseg.serving.server import ServedNetwork, address_of, build_app, is_loopback, listen, run_server  # noqa: PLC0415
+    from semseg.serving.server import ServedNetwork, socket_url, build_app, is_loopback, listen, run_server  # noqa: PLC0415
 
     with listen(
         config.serve.host, config.serve.port
@@ -38,7 +38,7 @@ def run(config: Config, overrides: list[str]) -> None:
         if not is_loopback(listener):
             host = config.serve.host
             print(f"serve.host={host}: anyone who can reach this machine can use the page, without a password.")
-        print(f"serving {predictor.source} at {address_of(listener)} (Ctrl-C to stop)", flush=True)
+        print(f"serving {predictor.source} at {socket_url(listener)} (Ctrl-C to stop)", flush=True)
         # uvicorn shuts down on Ctrl-C and then raises the signal again.
         previous_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:

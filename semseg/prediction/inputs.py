@@ -82,7 +82,7 @@ def input_suffixes() -> frozenset[str]:
     return IMAGE_SUFFIXES | UNREADABLE_SUFFIXES | VIDEO_SUFFIXES
 
 
-def is_below(path: Path, folder: Path) -> bool:
+def resolves_below(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
@@ -92,7 +92,7 @@ def select_inputs(paths: Iterable[Path], folder: Path | None, run_dir: Path, unu
     for path in paths:
         if path.suffix.lower() not in input_suffixes():
             unused.add(path.suffix.lower() or "without suffix", path)
-        elif is_below(path, run_dir) and not (folder and is_below(folder, run_dir)):
+        elif resolves_below(path, run_dir) and not (folder and resolves_below(folder, run_dir)):
             unused.add("in the run folder", path)
         else:
             selected.append(path)

@@ -293,7 +293,7 @@ def build_app(served: ServedNetwork, config: ServeConfig, hosts: list[str]) -> A
     async def predict(request: Request) -> PredictResponse:
         """Return the classes of an image (form field `image`), their fractions of its pixels, and the mask."""
         check_headers(request, max_bytes)
-        async with gate.admit(client_of(request)):
+        async with gate.admit(client_address(request)):
             upload = await read_upload(request, max_bytes, gate)
             with upload.file:
                 async with gate.network_lock:
@@ -353,7 +353,7 @@ async def read_upload(request: Request, max_bytes: int, gate: RequestGate | None
     loop = asyncio.get_running_loop()
     start = loop.time()
     try:
-        async with (gate or RequestGate(1)).upload_deadline(client_of(request)) as deadline:
+        async with (gate or RequestGate(1)).upload_deadline(client_address(request)) as deadline:
 
             def extend_deadline(num_bytes: int) -> None:
                 deadline.reschedule(start + min(UPLOAD_SECONDS, STALL_SECONDS + num_bytes / MIN_BYTES_PER_SECOND))
@@ -399,7 +399,7 @@ def limit_body(receive: Receive, max_bytes: int, report: Callable[[int], None]) 
     return receive_limited
 
 
-def client_of(request: Request) -> str:
+def client_address(request: Request) -> str:
     """Return the address that a request comes from; empty if it is unknown."""
     return request.client.host if request.client else ""
 
@@ -489,10 +489,10 @@ def is_loopback(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
-def address_of(listener: socket.socket) -> str:
+def socket_url(listener: socket.socket) -> str:
     """Return the URL of the socket.
 
-    >>> address_of(socket.create_server(("127.0.0.1", 0))).startswith("http://127.0.0.1:")
+    >>> socket_url(socket.create_server(("127.0.0.1", 0))).startswith("http://127.0.0.1:")
     True
     """
     host, port = listener.getsockname()[:2]

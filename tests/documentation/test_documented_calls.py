@@ -1,4 +1,4 @@
-"""Every Python block and every documented call of README.md and docs/ runs as it stands there, with every argument."""
+"""Every Python block and every documented call of README.md and docs/ runs unchanged, with every argument."""
 
 from __future__ import annotations
 

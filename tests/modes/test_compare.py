@@ -88,7 +88,7 @@ def test_the_console_shows_the_runs_side_by_side(
     assert "compare.html" in output
 
 
-def test_images_are_compared_on_the_intersection_and_its_count_is_told(tmp_path: Path, runs: list[str]) -> None:
+def test_images_are_compared_on_the_intersection_and_its_size_is_reported(tmp_path: Path, runs: list[str]) -> None:
     third = evaluation(tmp_path / "third", [0.5, 0.2], {"b.jpg": 0.7, "d.jpg": 0.1})
     content = run(tmp_path, [*runs, third])
     assert [row["name"] for row in content["images"]] == ["b.jpg"]
@@ -103,7 +103,7 @@ def test_without_a_table_of_images_everything_else_is_compared(tmp_path: Path, r
     assert content["classes"][1]["differences"] == [None]
 
 
-def test_runs_that_were_scored_in_another_way_are_noted(tmp_path: Path, runs: list[str]) -> None:
+def test_different_settings_of_evaluations_are_noted(tmp_path: Path, runs: list[str]) -> None:
     other = evaluation(tmp_path / "other", [0.5, 0.2], {"a.jpg": 1, "b.jpg": 1, "c.jpg": 1}, split="test", scales=[300])
     notes = run(tmp_path, [runs[0], other])["notes"]
     assert len(notes) == 2
@@ -111,19 +111,19 @@ def test_runs_that_were_scored_in_another_way_are_noted(tmp_path: Path, runs: li
     assert "scales differs (base: not stored, other: [300])" in notes[1]
 
 
-def test_a_run_folder_stands_for_the_evaluation_below_it(tmp_path: Path, runs: list[str]) -> None:
+def test_a_run_folder_means_the_evaluation_in_it(tmp_path: Path, runs: list[str]) -> None:
     evaluation(tmp_path / "train" / "eval", [0.5, 0.2])
     base, other = read_evaluations([runs[0], str(tmp_path / "train")])
     assert (base.name, other.name) == ("base", "train")
     assert other.folder == tmp_path / "train" / "eval"
 
 
-def test_names_are_as_long_as_it_takes_to_tell_runs_apart() -> None:
+def test_names_are_as_long_as_needed_to_distinguish_runs() -> None:
     assert choose_distinct_names([Path("/r/a/eval"), Path("/r/b/eval")]) == ["a/eval", "b/eval"]
 
 
 @pytest.mark.parametrize("change", ["names", "number"])
-def test_runs_with_other_classes_are_refused(tmp_path: Path, runs: list[str], change: str) -> None:
+def test_runs_with_other_classes_are_rejected(tmp_path: Path, runs: list[str], change: str) -> None:
     file = Path(runs[1]) / "metrics.json"
     content = json.loads(file.read_text())
     if change == "names":
@@ -135,12 +135,12 @@ def test_runs_with_other_classes_are_refused(tmp_path: Path, runs: list[str], ch
         compare_runs(read_evaluations(runs))
 
 
-def test_a_folder_without_an_evaluation_is_told_with_the_way_out(tmp_path: Path, runs: list[str]) -> None:
+def test_an_error_about_a_folder_without_evaluation_suggests_the_command(tmp_path: Path, runs: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"nowhere holds no evaluation .* python run.py mode=eval ckpt="):
         read_evaluations([runs[0], str(tmp_path / "nowhere")])
 
 
-def test_the_same_run_twice_is_refused(runs: list[str]) -> None:
+def test_the_same_run_twice_is_rejected(runs: list[str]) -> None:
     with pytest.raises(ConfigError, match="listed twice"):
         read_evaluations([runs[0], runs[0] + "/."])
 
@@ -152,7 +152,7 @@ def test_a_broken_file_is_named(runs: list[str], file: str, text: str) -> None:
         read_evaluations(runs)
 
 
-def test_panels_are_shown_where_an_evaluation_kept_them(runs: list[str]) -> None:
+def test_panels_of_evaluations_are_shown(runs: list[str]) -> None:
     (Path(runs[0]) / "panels").mkdir()
     Image.fromarray(np.zeros((600, 900, 3), np.uint8)).save(Path(runs[0]) / "panels" / "b.png")
     page = render_compare_page(compare_runs(read_evaluations(runs)))

@@ -21,14 +21,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def found(word: str, run_dir: str = "out", stdin: str = "") -> dict[str, str]:
-    """Place of the outputs -> file, of all inputs."""
-    inputs = find_inputs(word, Path(run_dir), io.StringIO(stdin))
+def outputs_of(source: str, run_dir: str = "out", stdin: str = "") -> dict[str, str]:
+    """Output path -> file, for all inputs."""
+    inputs = find_inputs(source, Path(run_dir), io.StringIO(stdin))
     return {item.output_path.as_posix(): item.path.as_posix() for item in inputs}
 
 
 def test_a_folder_gives_images_and_videos_at_every_depth(folder: Path) -> None:
-    assert found("photos") == {
+    assert outputs_of("photos") == {
         "a": "photos/a.jpg",
         "b": "photos/b.PNG",
         "sub/a": "photos/sub/a.jpg",
@@ -39,27 +39,27 @@ def test_a_folder_gives_images_and_videos_at_every_depth(folder: Path) -> None:
 
 
 def test_a_file_a_pattern_a_list_and_standard_input(folder: Path) -> None:
-    assert found("photos/sub/a.jpg") == {"a": "photos/sub/a.jpg"}
-    assert found("photos/**/*.jpg") == {"a": "photos/a.jpg", "sub/a": "photos/sub/a.jpg"}
+    assert outputs_of("photos/sub/a.jpg") == {"a": "photos/sub/a.jpg"}
+    assert outputs_of("photos/**/*.jpg") == {"a": "photos/a.jpg", "sub/a": "photos/sub/a.jpg"}
     (folder / "photos/list.txt").write_text("\ufeff# mine\nsub/a.jpg\n\na.jpg\nsub/a.jpg\n")
-    assert found("photos/list.txt") == {"sub/a": "photos/sub/a.jpg", "a": "photos/a.jpg"}  # in order, each once
-    assert found("-", stdin="photos/b.PNG\nphotos/a.jpg\n") == {"b": "photos/b.PNG", "a": "photos/a.jpg"}
+    assert outputs_of("photos/list.txt") == {"sub/a": "photos/sub/a.jpg", "a": "photos/a.jpg"}  # in order, each once
+    assert outputs_of("-", stdin="photos/b.PNG\nphotos/a.jpg\n") == {"b": "photos/b.PNG", "a": "photos/a.jpg"}
 
 
 def test_a_file_with_the_characters_of_a_pattern_in_its_name_is_a_file(folder: Path) -> None:
     (folder / "photo[1].jpg").touch()
-    assert found("photo[1].jpg") == {"photo[1]": "photo[1].jpg"}
+    assert outputs_of("photo[1].jpg") == {"photo[1]": "photo[1].jpg"}
 
 
-def test_what_a_list_names_is_taken_whether_it_is_there_or_not(folder: Path) -> None:
-    assert found("-", stdin="nowhere/x.jpg\n") == {"x": "nowhere/x.jpg"}  # reading says what is wrong with it
+def test_paths_of_a_list_need_not_exist(folder: Path) -> None:
+    assert outputs_of("-", stdin="nowhere/x.jpg\n") == {"x": "nowhere/x.jpg"}  # reading it reports the error
 
 
-def test_earlier_outputs_are_no_inputs(folder: Path) -> None:
+def test_earlier_outputs_are_not_inputs(folder: Path) -> None:
     (folder / "photos/out/sub").mkdir(parents=True)
     (folder / "photos/out/sub/a_ids.png").touch()
-    assert "out/sub/a_ids" not in found("photos", "photos/out")
-    assert not any("out" in place for place in found("photos/**/*.*", "photos/out"))
+    assert "out/sub/a_ids" not in outputs_of("photos", "photos/out")
+    assert not any("out" in place for place in outputs_of("photos/**/*.*", "photos/out"))
 
 
 @pytest.mark.parametrize(
@@ -71,18 +71,18 @@ def test_earlier_outputs_are_no_inputs(folder: Path) -> None:
         ("-", DataError, "no images or videos"),
     ],
 )
-def test_nothing_to_predict_is_said(folder: Path, word: str, error: type[Exception], part: str) -> None:
+def test_nothing_to_predict_is_an_error(folder: Path, word: str, error: type[Exception], part: str) -> None:
     with pytest.raises(error, match=part):
-        found(word)
+        outputs_of(word)
 
 
 @pytest.mark.parametrize("word", ["photos/sub", "photos/sub/a.jpg", "-"])
 def test_outputs_must_not_go_where_inputs_are(folder: Path, word: str) -> None:
     with pytest.raises(ConfigError, match="run_dir=photos/sub: holds inputs"):
-        found(word, "photos/sub", stdin="photos/sub/a.jpg\n")
+        outputs_of(word, "photos/sub", stdin="photos/sub/a.jpg\n")
 
 
-def test_no_two_files_have_one_place() -> None:
+def test_all_files_have_different_output_paths() -> None:
     files = [Path(name) for name in ("x/a.jpg", "x/a.png", "x/a_jpg.jpg", "x/y/a.jpg", "x/b.tar.png")]
     assert [place.as_posix() for place in choose_output_paths(files, None)] == [
         "a_jpg",
@@ -100,31 +100,31 @@ def test_c29_inputs_below_linked_folders_are_found_once(folder: Path) -> None:
     (folder / "photos/more").symlink_to(folder / "more")
     (folder / "photos/sub/back").symlink_to(folder / "photos")
     targets = ["a", "b", "more/d", "sub/a", "sub/deep/c", "sub/film"]
-    assert list(found("photos")) == targets
-    assert list(found("photos/**/*.jpg").values()) == ["photos/a.jpg", "photos/more/d.jpg", "photos/sub/a.jpg"]
+    assert list(outputs_of("photos")) == targets
+    assert list(outputs_of("photos/**/*.jpg").values()) == ["photos/a.jpg", "photos/more/d.jpg", "photos/sub/a.jpg"]
 
 
 @pytest.mark.reliability
-def test_c31_what_is_no_input_is_counted(folder: Path) -> None:
+def test_c31_files_that_are_not_inputs_are_counted(folder: Path) -> None:
     unused = UnusedFiles()
-    (folder / "photos/gone.jpg").symlink_to(folder / "nowhere")
+    (folder / "photos/dangling.jpg").symlink_to(folder / "nowhere")
     (folder / "photos/x.HEIC").touch()  # predicting it fails, with the reason
     inputs = find_inputs("photos", Path("out"), unused=unused)
     assert [item.path.name for item in inputs] == ["a.jpg", "b.PNG", "a.jpg", "c.tiff", "film.mp4", "x.HEIC"]
-    for part in ("1 .txt (notes.txt)", "1 hidden (.hidden.jpg)", "1 broken link (gone.jpg)"):
+    for part in ("1 .txt (notes.txt)", "1 hidden (.hidden.jpg)", "1 broken link (dangling.jpg)"):
         assert part in unused.describe("photos")
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("name", ["a[1]", "*", "a?", "{x,y}", "a b", "-x", "100%d", "'q'"])
-def test_c33_a_folder_that_is_there_is_no_pattern(folder: Path, name: str) -> None:
+def test_c33_an_existing_folder_is_not_a_pattern(folder: Path, name: str) -> None:
     for place in (name, "a1", "ab", "x"):
         (folder / place).mkdir(exist_ok=True)
         (folder / place / "[1].jpg").touch()
         (folder / place / "1.jpg").touch()
-    assert sorted(found(name).values()) == [f"{name}/1.jpg", f"{name}/[1].jpg"]
-    assert sorted(found(f"{name}/*.jpg").values()) == [f"{name}/1.jpg", f"{name}/[1].jpg"]
-    assert list(found(f"{name}/[1].jpg").values()) == [f"{name}/[1].jpg"]
+    assert sorted(outputs_of(name).values()) == [f"{name}/1.jpg", f"{name}/[1].jpg"]
+    assert sorted(outputs_of(f"{name}/*.jpg").values()) == [f"{name}/1.jpg", f"{name}/[1].jpg"]
+    assert list(outputs_of(f"{name}/[1].jpg").values()) == [f"{name}/[1].jpg"]
 
 
 @pytest.mark.reliability
@@ -132,8 +132,8 @@ def test_c30_inputs_and_lists_are_found_in_either_unicode_form(folder: Path) -> 
     composed, decomposed = (unicodedata.normalize(form, "photos/é.jpg") for form in ("NFC", "NFD"))
     (folder / decomposed).touch()
     for word in (composed, decomposed, composed.replace(".jpg", ".*")):
-        assert list(found(word).values()) == [decomposed]
-    assert list(found("-", stdin=f"\ufeff{composed}\nphotos\\sub\\a.jpg\n").values()) == [
+        assert list(outputs_of(word).values()) == [decomposed]
+    assert list(outputs_of("-", stdin=f"\ufeff{composed}\nphotos\\sub\\a.jpg\n").values()) == [
         decomposed,
         "photos/sub/a.jpg",
     ]
@@ -144,12 +144,12 @@ def test_c34_an_archive_is_a_folder(folder: Path) -> None:
     with zipfile.ZipFile(folder / "photos.zip", "w") as file:
         file.writestr("x\\a.jpg", b"a")
         file.writestr("__MACOSX/x/._a.jpg", b"a")
-    assert found("photos.zip") == {"x/a": "photos.zip/x/a.jpg"}
+    assert outputs_of("photos.zip") == {"x/a": "photos.zip/x/a.jpg"}
 
 
 @pytest.mark.reliability
-def test_c35_a_list_that_is_not_utf8_is_an_error_of_one_sentence(folder: Path) -> None:
+def test_c35_a_list_that_is_not_utf8_is_an_error(folder: Path) -> None:
     (folder / "list.txt").write_bytes(b"caf\xe9.jpg\n")
     with pytest.raises(DataError, match=r"list\.txt: the list cannot be read: it is not UTF-8 text \(byte 3\)"):
-        found("list.txt")
-    assert list(found("-", stdin="~nobody.jpg\n").values()) == ["~nobody.jpg"]
+        outputs_of("list.txt")
+    assert list(outputs_of("-", stdin="~nobody.jpg\n").values()) == ["~nobody.jpg"]

@@ -1,4 +1,4 @@
-"""The Python API and what it writes, on a network small enough to know its answers."""
+"""The Python API and its files, with a network whose predictions are known."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def stripes(height: int = 16, width: int = 24) -> np.ndarray:
     return pixels
 
 
-def test_every_kind_of_picture_gives_the_same_answer(net: Predictor, tmp_path: Path) -> None:
+def test_every_type_of_picture_gives_the_same_prediction(net: Predictor, tmp_path: Path) -> None:
     pixels = stripes()
     Image.fromarray(pixels).save(tmp_path / "a.png")
     pictures = [
@@ -92,12 +92,12 @@ def test_phone_photos_come_out_upright(net: Predictor, tmp_path: Path) -> None:
         (17, TypeError, "not int"),
     ],
 )
-def test_other_things_are_refused(net: Predictor, picture: object, error: type[Exception], part: str) -> None:
+def test_other_types_are_rejected(net: Predictor, picture: object, error: type[Exception], part: str) -> None:
     with pytest.raises(error, match=part):
         net.predict(picture)  # pyright: ignore[reportArgumentType]
 
 
-def test_settings_hold_for_one_picture(net: Predictor) -> None:
+def test_settings_apply_to_one_picture(net: Predictor) -> None:
     assert len(net.resize(stripes(), scales=[8, 16])) == 2
     assert np.array_equal(net.predict(stripes(), flip=True, window=8).ids, net.predict(stripes()).ids)
     with pytest.raises(TypeError, match="scale"):
@@ -115,7 +115,7 @@ def test_i1_every_combination_of_settings_gives_a_map_and_its_probabilities(net:
     for values in itertools.product(*choices.values()):
         given = dict(zip(choices, values, strict=True))
         if given["stride"] and not given["window"]:
-            continue  # refused below
+            continue  # rejected, see below
         result = net.predict(stripes(), **given)
         assert result.ids.shape == (16, 24) and result.ids[8, [2, 12, 21]].tolist() == [0, 1, 2], given
         assert (result.probabilities is not None) == given["probabilities"]
@@ -123,7 +123,7 @@ def test_i1_every_combination_of_settings_gives_a_map_and_its_probabilities(net:
 
 @pytest.mark.reliability
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"scales": []}, r"scales=\[\]: must be a list of short edges"),
         ({"scales": 64}, "scales=64: must be a list of short edges"),
@@ -141,10 +141,8 @@ def test_i1_every_combination_of_settings_gives_a_map_and_its_probabilities(net:
         ({"memory_limit_mb": 0}, "memory_limit_mb=0: must be"),
     ],
 )
-def test_i1_settings_out_of_their_range_are_refused_in_a_sentence(
-    net: Predictor, settings: dict[str, object], told: str
-) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_i1_settings_out_of_their_range_are_rejected(net: Predictor, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         net.predict(stripes(), **settings)  # pyright: ignore[reportArgumentType]
 
 
@@ -175,7 +173,7 @@ def test_the_legend_is_readable_at_any_size(net: Predictor, size: tuple[int, int
     assert all((picture == np.array(colour, np.uint8)).all(-1).any() for colour in CLASSES.palette)
 
 
-def test_what_is_saved_reads_back(net: Predictor, tmp_path: Path) -> None:
+def test_saved_files_read_back(net: Predictor, tmp_path: Path) -> None:
     result = net.predict(stripes(), probabilities=True)
     files = result.save(tmp_path / "new", ["ids", "color", "overlay", "panel", "probabilities"], name="a")
     assert [file.name for file in files] == [
@@ -229,14 +227,14 @@ def test_video_frames_come_back_with_their_rate_and_odd_sizes_are_completed(tmp_
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["film_overlay.mp4"]
 
 
-def test_a_video_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:
+def test_an_unfinished_video_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError), VideoWriters(tmp_path / "film") as writers:
         writers.add("overlay", np.zeros((32, 32, 3), np.uint8), 25)
         raise DataError("broken")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_no_video_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_video_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"nothing")
     for name, part in (("a.mp4", "cannot be decoded"), ("b.mp4", "no such file")):
         with pytest.raises(DataError, match=f"{name}: .*{part}"):
@@ -248,7 +246,7 @@ def test_importing_the_package_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_picture_without_pixels_is_refused_in_a_sentence(net: Predictor) -> None:
+def test_a_picture_without_pixels_is_rejected(net: Predictor) -> None:
     for empty in (np.zeros((0, 0, 3), np.uint8), torch.zeros(3, 0, 5, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"the picture has no pixels: its shape is \("):
             net.predict(empty)

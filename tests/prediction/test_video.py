@@ -1,4 +1,4 @@
-"""Damaged videos: frames that cannot be read are counted and told, and the others keep their numbers."""
+"""Damaged videos: frames that cannot be read are counted and reported, and the others keep their numbers."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def film(path: Path, codec: str) -> bytes:
 
 
 def read(path: Path) -> tuple[list[int], list[float], str]:
-    """The numbers of the frames that can be read, what they show, and what is said in the end."""
-    numbers, shown = [], []
+    """The numbers of the readable frames, the numbers that they show, and the error at the end."""
+    numbers, visible = [], []
     try:
         for frame in read_frames(path):
             numbers.append(frame.number)
-            shown.append(float(frame.pixels[:60].mean()) / 6)
+            visible.append(float(frame.pixels[:60].mean()) / 6)
     except LostFramesError as error:
-        return numbers, shown, str(error)
-    return numbers, shown, ""
+        return numbers, visible, str(error)
+    return numbers, visible, ""
 
 
 KINDS = [
@@ -65,33 +65,33 @@ def test_c26_frames_around_damaged_bytes_keep_their_numbers(
     assert read(path)[::2] == (list(range(NUM_FRAMES)), "")
     noise = np.random.default_rng(1).integers(0, 256, 6000, np.uint8).tobytes()
     path.write_bytes(whole[: len(whole) // 2] + noise + whole[len(whole) // 2 + 6000 :])
-    numbers, shown, told = read(path)
+    numbers, visible, message = read(path)
     assert len(numbers) > 25 and numbers[-1] == NUM_FRAMES - 1
-    assert np.abs(np.array(numbers) - shown).max() < 3.5  # a frame that is concealed shows the one before
-    assert np.median(np.abs(np.array(numbers) - shown)) < 0.5
-    assert f"{name}: {NUM_FRAMES - len(numbers)} of {NUM_FRAMES} frames cannot be read" in told
+    assert np.abs(np.array(numbers) - visible).max() < 3.5  # a concealed frame shows the previous one
+    assert np.median(np.abs(np.array(numbers) - visible)) < 0.5
+    assert f"{name}: {NUM_FRAMES - len(numbers)} of {NUM_FRAMES} frames cannot be read" in message
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("name", "codec"), KINDS)
-def test_c26_a_video_that_breaks_off_is_told(
+def test_c26_a_truncated_video_is_reported(
     tmp_path: Path, name: str, codec: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / name
     whole = film(path, codec)
     path.write_bytes(whole[: len(whole) // 2])
-    if name.endswith(("mp4", "mov")):  # what says where its frames are stands at the end
+    if name.endswith(("mp4", "mov")):  # the index of the frames is at the end
         with pytest.raises(ValueError, match="cannot be decoded as a video"):
             next(read_frames(path))
     else:
-        numbers, _, told = read(path)
+        numbers, _, message = read(path)
         assert 10 < len(numbers) < 25 and numbers == list(range(len(numbers)))
-        assert f"{NUM_FRAMES - len(numbers)} of {NUM_FRAMES} frames cannot be read" in told
-        assert f"the first after frame {numbers[-1]}" in told
+        assert f"{NUM_FRAMES - len(numbers)} of {NUM_FRAMES} frames cannot be read" in message
+        assert f"the first after frame {numbers[-1]}" in message
     assert capfd.readouterr() == ("", "")
 
 
-def test_c26_prediction_writes_what_can_be_read_under_its_own_number_and_reports_the_rest(tmp_path: Path) -> None:
+def test_c26_prediction_writes_readable_frames_by_number_and_reports_the_others(tmp_path: Path) -> None:
     path = tmp_path / "a.avi"
     whole = film(path, "MJPG")
     path.write_bytes(whole[: len(whole) // 2] + bytes(6000) + whole[len(whole) // 2 + 6000 :])
@@ -106,7 +106,7 @@ def test_c26_prediction_writes_what_can_be_read_under_its_own_number_and_reports
     assert (tmp_path / "out/a_overlay.mp4").is_file()
 
 
-def test_a_clock_counts_where_time_is_uneven_and_reads_time_where_reads_failed() -> None:
+def test_the_clock_counts_frames_of_uneven_rate_and_uses_time_after_failed_reads() -> None:
     even, uneven = FrameClock(10.0), FrameClock(10.0)
     assert [even.tick(time, 0) for time in (0, 100, 200, 600)] == [0, 1, 2, 6]
     assert [uneven.tick(time, 0) for time in (0, 130, 200, 600)] == [0, 1, 2, 3]

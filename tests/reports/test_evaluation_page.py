@@ -120,7 +120,7 @@ def test_the_page_refers_to_nothing_outside_itself() -> None:
     assert "default-src 'none'" in page
 
 
-def test_scores_are_shown_in_percent_and_what_was_not_scored_as_not_available() -> None:
+def test_scores_are_in_percent_and_missing_scores_not_available() -> None:
     text = read(render_evaluation_page(report())).text
     # IoU: sky 6 of 9, road 8 of 13, the third 0 of 4; boat is absent.
     assert "66.67" in text and "61.54" in text and "n/a" in text
@@ -129,7 +129,7 @@ def test_scores_are_shown_in_percent_and_what_was_not_scored_as_not_available() 
         assert re.search(rf"{rule}\s+[\d.]+\s+{averaged} of 4 classes\s+boat", text), rule
 
 
-def test_the_page_leaves_out_what_there_is_nothing_to_say_about() -> None:
+def test_the_page_omits_empty_sections() -> None:
     bare = report()._replace(result=result_of(np.diag([1, 2, 3, 0]), CLASSES), examples=(), curves=())
     reader = read(render_evaluation_page(bare))
     ids = {attributes["id"] for tag, attributes in reader.tags if tag == "section"}
@@ -184,7 +184,7 @@ def test_a_class_that_is_only_predicted_is_absent_by_the_ground_truth_alone() ->
     assert [score.absent for score in result.rule_scores] == [(), (), ("boat",)]
 
 
-def test_confused_pairs_come_by_their_share_of_the_label() -> None:
+def test_confused_pairs_are_sorted_by_their_fraction_of_the_label() -> None:
     assert rank_confused_pairs(CONFUSION) == [
         ConfusedPair(2, 1, 0.75, 3),
         ConfusedPair(0, 1, 0.25, 2),
@@ -239,7 +239,7 @@ def test_class_maps_are_shrunk_without_new_values() -> None:
     assert resize_nearest(ids, 2, 2).tolist() == [[0, 9], [5, -1]]
 
 
-def test_maps_that_do_not_fit_the_image_are_refused() -> None:
+def test_maps_of_another_size_than_the_image_are_rejected() -> None:
     with pytest.raises(ValueError, match="differ"):
         encode_strip(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5), int), np.zeros((4, 4), int), CLASSES)
 
@@ -278,7 +278,7 @@ def test_ticks_are_round_numbers_inside_the_range() -> None:
     assert round_ticks(3, 3) == [3]
 
 
-def test_cells_of_the_heat_map_tell_their_numbers() -> None:
+def test_cells_of_the_heat_map_have_tooltips() -> None:
     drawn = draw_heat_map(np.array([[0.7, 0.3], [0.0001, 0.0]]), ["sky", "<b>"], "confusion")
     assert "sky predicted as &lt;b&gt;: 30.0 % of its pixels" in drawn
     assert "&lt;b&gt; predicted as sky: &lt;0.1 % of its pixels" in drawn
@@ -292,7 +292,7 @@ def log(folder: Path, text: str) -> None:
     (folder / "metrics.csv").write_text(text)
 
 
-def test_the_log_of_a_resumed_run_replaces_the_steps_it_did_again(tmp_path: Path) -> None:
+def test_the_log_of_a_resumed_run_replaces_repeated_steps(tmp_path: Path) -> None:
     log(tmp_path / "logs/version_9", "epoch,step,train/loss,val/miou\n0,10,3.0,\n0,20,2.0,\n0,20,,0.5\n0,30,9.0,\n")
     log(tmp_path / "logs/version_10", "epoch,step,train/loss\n1,30,1.5\n1,40,1.0\n")
     loss, miou = read_training_curves(tmp_path)
@@ -307,7 +307,7 @@ def test_equal_learning_rates_are_one_line_and_nan_is_left_out(tmp_path: Path) -
     assert [line.name for line in rate.lines] == ["lr-SGD/decoder"]
 
 
-def test_a_curve_that_was_done_again_and_not_logged_is_gone(tmp_path: Path) -> None:
+def test_a_curve_that_the_resumed_run_did_not_log_is_removed(tmp_path: Path) -> None:
     log(tmp_path / "logs/version_0", "step,train/loss,val/miou\n5,2.0,0.5\n")
     log(tmp_path / "logs/version_1", "step,train/loss\n5,1.0\n")
     assert [curves.title for curves in read_training_curves(tmp_path)] == ["loss"]
@@ -324,7 +324,7 @@ def test_the_run_folder_of_a_checkpoint_is_two_levels_up() -> None:
 # ---- run card
 
 
-def test_secrets_are_masked_wherever_they_stand() -> None:
+def test_secrets_are_masked_at_any_depth() -> None:
     plain = {"logger": {"w": {"API_Key": "abc", "url": "https://me:pw@host/x"}}, "list": [{"token": 1}], "lr": 0.1}
     assert mask_secrets(plain) == {
         "logger": {"w": {"API_Key": "***", "url": "https://***@host/x"}},
@@ -336,16 +336,16 @@ def test_secrets_are_masked_wherever_they_stand() -> None:
 
 
 def test_the_card_holds_a_command_that_can_be_pasted_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOME_VARIABLE", "do-not-tell")
+    monkeypatch.setenv("SOME_VARIABLE", "do-not-store")
     config = Config(mode="eval", ckpt="my run/best.ckpt", loss=LossConfig(), logger={"w": {"password": "hunter2"}})
     card = build_run_card(config, ["python", "run.py", "ckpt=my run/best.ckpt", "logger.w.password=hunter2"], "cpu")
     assert card.command == "python run.py 'ckpt=my run/best.ckpt' 'logger.w.password=***'"
     assert "ckpt: my run/best.ckpt" in card.config
-    assert "hunter2" not in str(card) and "do-not-tell" not in str(card)
+    assert "hunter2" not in str(card) and "do-not-store" not in str(card)
     assert card.versions["torch"] == torch.__version__.partition("+")[0] or card.versions["torch"] == torch.__version__
 
 
-def test_the_git_state_tells_commit_and_changes_of_the_tracking_checkout_alone(tmp_path: Path) -> None:
+def test_the_git_state_names_commit_and_changes_of_the_tracking_checkout_only(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
     file.write_text("x = 1\n")
     assert describe_git_state(file) == NO_CHECKOUT
@@ -360,7 +360,7 @@ def test_the_git_state_tells_commit_and_changes_of_the_tracking_checkout_alone(t
     assert describe_git_state(installed) == NO_CHECKOUT
 
 
-def test_the_fingerprint_knows_names_and_sizes_but_not_place_and_order(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_names_and_sizes_but_not_on_root_and_order(tmp_path: Path) -> None:
     def fingerprint(root: Path, names: str, size: int) -> str:
         root.mkdir()
         for name in names:

@@ -1,4 +1,4 @@
-"""Whatever names a class by a number names it by its id in the label files, for maps that are no offsets."""
+"""All outputs name a class by its id in the label files, for any `data.map`."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def mapped(request: pytest.FixtureRequest) -> tuple[LabelMap, list[int]]:
     return LabelMap(3, ignore=[0], ids=ids), expected
 
 
-def test_j1_the_smallest_of_several_ids_stands_for_a_class(mapped: tuple[LabelMap, list[int]]) -> None:
+def test_j1_the_smallest_of_several_ids_represents_a_class(mapped: tuple[LabelMap, list[int]]) -> None:
     label_map, expected = mapped
     assert label_map.class_ids == expected
     assert label_map.to_raw(np.arange(3)).tolist() == expected
     assert label_map(label_map.to_raw(np.arange(3)), "a.png").tolist() == [0, 1, 2]
 
 
-def test_j1_ids_that_are_not_scored_are_those_of_the_map_too() -> None:
+def test_j1_ignored_ids_include_those_that_the_map_ignores() -> None:
     label_map = LabelMap(2, ignore=[0, 9], ids={7: 0, 8: 1, 255: None, 3: None})
     assert label_map.ignored_ids == [0, 3, 9, 255]
     assert LabelMap(2, ignore=[0, 255]).ignored_ids == [0, 255]
@@ -64,9 +64,9 @@ def test_j1_ids_that_are_not_scored_are_those_of_the_map_too() -> None:
 
 def test_j2_the_server_names_classes_by_the_ids_of_its_mask(mapped: tuple[LabelMap, list[int]]) -> None:
     label_map, expected = mapped
-    asked = client(SERVED._replace(label_map=label_map))
-    assert [one["id"] for one in asked.get("/network").json()["classes"]] == expected
-    answer = asked.post("/predict", files={"image": encoded(half_bright())}).json()
+    caller = client(SERVED._replace(label_map=label_map))
+    assert [one["id"] for one in caller.get("/network").json()["classes"]] == expected
+    answer = caller.post("/predict", files={"image": encoded(half_bright())}).json()
     assert {one["name"]: one["id"] for one in answer["classes"]} == {"dark": expected[0], "bright": expected[1]}
     mask = np.asarray(mask_of(answer))
     assert mask[0, 0] == expected[0] and mask[0, 7] == expected[1]
@@ -105,7 +105,7 @@ def test_j2_evaluations_are_written_by_the_ids(tmp_path: Path, mapped: tuple[Lab
     assert [row["id"] for row in classes] == expected
 
 
-# ---- the whole way, mode by mode
+# ---- every mode
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_j3_an_evaluation_names_its_classes_by_the_ids(folder: Path) -> None:
     assert compare_runs([compared]).class_ids == IDS
 
 
-def test_j3_an_exported_file_says_the_ids(folder: Path) -> None:
+def test_j3_an_exported_file_stores_the_ids(folder: Path) -> None:
     saved = read_checkpoint(folder / "net.ckpt")
     about = description(saved, restore_net(saved))
     assert about["label_ids"] == IDS and about["ignored_ids"] == [0, 255]
@@ -208,7 +208,7 @@ def test_j3_an_exported_network_predicts_the_ids(folder: Path) -> None:
     assert predicted[16, [5, 16, 27]].tolist() == IDS
 
 
-def test_j3_the_doctor_lists_classes_by_their_ids(folder: Path) -> None:
+def test_j3_mode_check_lists_classes_by_their_ids(folder: Path) -> None:
     check.run(configured("mode=check", f"run_dir={folder / 'c'}", *words(folder)), words(folder))
     found = json.loads((folder / "c/check.json").read_text())
     assert [(row["name"], row["id"]) for row in found["classes"]] == list(zip(NAMES, IDS, strict=True))

@@ -48,7 +48,7 @@ from semseg.serving import server
 from semseg.serving.server import (
     SECURITY_HEADERS,
     ServedNetwork,
-    address_of,
+    socket_url,
     build_app,
     is_loopback,
     listen,
@@ -95,10 +95,10 @@ def bomb() -> bytes:
     return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 
 
-# ---- the answer
+# ---- the response
 
 
-def test_the_answer_has_the_size_the_classes_and_a_mask_of_their_ids() -> None:
+def test_the_response_has_the_size_the_classes_and_a_mask_of_their_ids() -> None:
     answer = client().post("/predict", files={"image": ("a.png", encoded(half_bright()))}).json()
     assert (answer["height"], answer["width"]) == (4, 8)
     assert answer["classes"] == [
@@ -109,13 +109,13 @@ def test_the_answer_has_the_size_the_classes_and_a_mask_of_their_ids() -> None:
     assert mask.mode == "L" and np.asarray(mask).tolist() == [[1] * 6 + [2] * 2] * 4
 
 
-def test_ids_above_255_come_in_a_mask_of_16_bits() -> None:
+def test_ids_above_255_give_a_mask_of_16_bits() -> None:
     served = SERVED._replace(label_map=LabelMap(3, first_id=300))
     answer = client(served).post("/predict", files={"image": encoded(half_bright())}).json()
     assert np.unique(np.asarray(mask_of(answer))).tolist() == [300, 301]
 
 
-def test_a_photo_is_answered_the_way_up_that_its_viewer_shows_it() -> None:
+def test_a_photo_is_predicted_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned right by a quarter when shown
     photo = encoded(np.repeat(np.repeat(half_bright(), 8, 0), 8, 1), "JPEG", exif=exif)
@@ -139,7 +139,7 @@ def test_the_openapi_description_names_the_form_and_no_page_loads_it_from_elsewh
         assert asking.get("/docs").status_code == asking.get("/redoc").status_code == 404
 
 
-# ---- what is refused
+# ---- errors
 
 
 @pytest.mark.reliability
@@ -155,7 +155,7 @@ def test_the_openapi_description_names_the_form_and_no_page_loads_it_from_elsewh
         (bytes(60_000), 413, "larger than 0.05 MB"),
     ],
 )
-def test_g8_a_bad_upload_is_refused_in_one_sentence(upload: bytes, status: int, part: str) -> None:
+def test_g8_a_bad_upload_is_rejected_in_one_sentence(upload: bytes, status: int, part: str) -> None:
     answer = client().post("/predict", files={"image": ("a.jpg", upload)})
     assert answer.status_code == status
     assert part in answer.json()["detail"] and "\n" not in answer.json()["detail"]
@@ -172,24 +172,24 @@ def test_g8_a_bad_upload_is_refused_in_one_sentence(upload: bytes, status: int, 
         ({"files": [("image", b"x"), ("image", b"x")]}, 400, "Too many files"),
     ],
 )
-def test_a_request_without_the_form_is_refused_in_one_sentence(content: Any, status: int, part: str) -> None:
+def test_a_request_without_the_form_is_rejected_in_one_sentence(content: Any, status: int, part: str) -> None:
     answer = client().post("/predict", **content)
     assert (answer.status_code, part in answer.json()["detail"]) == (status, True), answer.json()
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
-def test_another_method_is_refused(method: str) -> None:
+def test_another_method_is_rejected(method: str) -> None:
     answer = client().request(method, "/predict")
     assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
     assert answer.json()["detail"] == f"/predict accepts POST, not {method}."
 
 
-def test_a_long_file_name_is_cut_in_the_answer() -> None:
+def test_a_long_file_name_is_truncated_in_the_response() -> None:
     answer = client().post("/predict", files={"image": ("x" * 5000, b"y")})
     assert len(answer.json()["detail"]) < 200
 
 
-def test_an_image_that_the_device_has_no_memory_for_is_refused() -> None:
+def test_an_image_that_does_not_fit_into_device_memory_is_rejected() -> None:
     def predict(image: NDArray[np.uint8]) -> NDArray[np.int64]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -206,7 +206,7 @@ def form_request(receive: Callable[[], Any]) -> Request:
 
 
 @pytest.mark.reliability
-def test_g8_an_upload_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_g8_an_upload_that_never_ends_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
     async def nothing_more() -> Message:
         await asyncio.sleep(60)
         raise AssertionError("was waited for")
@@ -235,11 +235,11 @@ def test_g8_an_upload_is_read_no_further_than_the_limit() -> None:
 # ---- the queue
 
 
-def test_requests_over_the_queue_are_asked_to_come_back() -> None:
-    going_on = threading.Event()
+def test_requests_beyond_the_queue_are_rejected_with_retry_after() -> None:
+    may_continue = threading.Event()
 
     def predict(image: NDArray[np.uint8]) -> NDArray[np.int64]:
-        assert going_on.wait(30)
+        assert may_continue.wait(30)
         return np.zeros(image.shape[:2], np.int64)
 
     config = ServeConfig(queue=2)
@@ -247,28 +247,28 @@ def test_requests_over_the_queue_are_asked_to_come_back() -> None:
         files = {"image": encoded(half_bright())}
         waiting = [threads.submit(asking.post, "/predict", files=files) for _ in range(3)]
         first = next(as_completed(waiting))  # whichever came in last: the others wait for the event
-        refused = first.result()
-        assert refused.status_code == 503
-        assert refused.headers["Retry-After"] == "5"
-        assert refused.json()["detail"] == "2 images are already waiting: try again in a few seconds."
+        rejected = first.result()
+        assert rejected.status_code == 503
+        assert rejected.headers["Retry-After"] == "5"
+        assert rejected.json()["detail"] == "2 images are already waiting: try again in a few seconds."
         assert asking.get("/network").status_code == 200
-        going_on.set()
+        may_continue.set()
         assert [one.result().status_code for one in waiting if one is not first] == [200, 200]
         assert asking.post("/predict", files=files).status_code == 200
 
 
-# ---- what is served, and to whom
+# ---- access
 
 
 @pytest.mark.parametrize("address", ["/", "/serve.js", "/network", "/nothing", "/predict"])
-def test_every_answer_has_the_security_headers_and_opens_nothing_to_other_sites(address: str) -> None:
+def test_every_response_has_the_security_headers_and_no_cors(address: str) -> None:
     answer = client().get(address, headers={"Origin": "http://elsewhere.example"})
     assert {name: answer.headers[name] for name in SECURITY_HEADERS} == SECURITY_HEADERS
     assert "unsafe" not in SECURITY_HEADERS["Content-Security-Policy"]
     assert not [name for name in answer.headers if name.lower().startswith("access-control")]
 
 
-def test_a_page_of_another_name_that_points_here_is_refused() -> None:
+def test_another_host_name_is_rejected() -> None:
     assert client().get("/", headers={"Host": "rebound.example"}).status_code == 400
 
 
@@ -357,7 +357,7 @@ def test_fifty_requests_at_once_all_succeed_in_the_memory_of_a_few(page: Process
     assert page.peak_memory() - after < 25  # further requests need no more
 
 
-def test_the_answer_of_the_process_is_that_of_the_network(page: Process, folder: Path) -> None:
+def test_the_process_responds_with_the_prediction_of_the_network(page: Process, folder: Path) -> None:
     status, answer = page.post((folder / "photo.png").read_bytes())
     ids = np.asarray(mask_of(answer))
     assert (status, ids.shape) == (200, (60, 90))
@@ -369,7 +369,7 @@ def test_the_answer_of_the_process_is_that_of_the_network(page: Process, folder:
 
 
 @pytest.mark.reliability
-def test_g8_an_endless_upload_is_refused_while_it_comes(page: Process) -> None:
+def test_g8_an_endless_upload_is_rejected_while_it_arrives(page: Process) -> None:
     with socket.create_connection((page.host, page.port), timeout=20) as connection:
         head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
         connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode())
@@ -390,7 +390,7 @@ def test_g8_an_endless_upload_is_refused_while_it_comes(page: Process) -> None:
     ["/../../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/web/index.html", "/serve.js/../net.ckpt",
      "/..%5c..%5cnet.ckpt", "/net.ckpt", "/server.py", "/.hydra/config.yaml", "/%00", "/static/"],
 )  # fmt: skip
-def test_g8_no_path_but_those_of_the_page_is_served(page: Process, path: str) -> None:
+def test_g8_only_the_paths_of_the_page_are_served(page: Process, path: str) -> None:
     connection = http.client.HTTPConnection(page.host, page.port, timeout=20)
     connection.putrequest("GET", path, skip_host=True)
     connection.putheader("Host", f"{page.host}:{page.port}")
@@ -400,13 +400,13 @@ def test_g8_no_path_but_those_of_the_page_is_served(page: Process, path: str) ->
 
 
 @pytest.mark.reliability
-def test_g8_only_this_machine_reaches_the_page_unless_told_otherwise(page: Process) -> None:
+def test_g8_only_this_machine_reaches_the_page_by_default(page: Process) -> None:
     assert page.host == "127.0.0.1" and "without a password" not in page.greeting
     listening = Path("/proc/net/tcp").read_text()
     assert re.findall(rf"(\w+):{page.port:04X} 00000000:0000 0A", listening) == ["0100007F"]  # 127.0.0.1
 
 
-def test_a_port_that_is_taken_and_a_host_that_is_not_here_are_told() -> None:
+def test_an_error_names_a_port_that_is_taken_and_a_foreign_host() -> None:
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(
@@ -420,14 +420,14 @@ def test_a_port_that_is_taken_and_a_host_that_is_not_here_are_told() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "0.0.0.0"])
-def test_the_address_that_is_told_is_where_the_socket_is(host: str) -> None:
+def test_the_printed_url_is_that_of_the_socket(host: str) -> None:
     with listen(host, 0) as listener:
         assert is_loopback(listener) == (host != "0.0.0.0")
-        address = urlsplit(address_of(listener))
+        address = urlsplit(socket_url(listener))
         socket.create_connection((str(address.hostname), address.port or 0), timeout=5).close()
 
 
-def test_other_hosts_are_warned_of_and_ctrl_c_ends_the_page_in_good_order(folder: Path) -> None:
+def test_serving_other_hosts_prints_a_warning_and_ctrl_c_stops_the_server(folder: Path) -> None:
     page = start_server(folder, "run_dir=open", "serve.host=0.0.0.0")
     assert "0.0.0.0" in page.greeting and "without a password" in page.greeting.splitlines()[0]
     assert page.post((folder / "photo.png").read_bytes())[0] == 200

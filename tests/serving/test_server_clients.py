@@ -1,4 +1,4 @@
-"""mode=serve among clients that stall, break off, flood, or come from another site: everybody else is served."""
+"""mode=serve with clients that stall, disconnect, flood it, or come from another site: all others are served."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import pytest
 import uvicorn
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
-from test_server import SERVED, client, encoded, half_bright
+from starlette.types import Message
+from test_server import SERVED, client, encoded, form_request, half_bright
 
 from semseg.config.schema import ServeConfig
 from semseg.serving import connections, server
@@ -27,6 +28,7 @@ from semseg.serving.server import RequestGate, build_app, listen, run_server
 
 pytestmark = pytest.mark.reliability
 
+FOREVER = 1000.0  # seconds
 START = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
 FORM = START + encoded(half_bright()) + b"\r\n--x--\r\n"
 HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
@@ -36,18 +38,26 @@ class Running(NamedTuple):
     """A server in a thread of this process."""
 
     port: int
+    server: uvicorn.Server
+
+    def wait_for_connections(self, count: int) -> None:
+        """Wait until the server has `count` connections."""
+        deadline = time.monotonic() + 60
+        while len(self.server.server_state.connections) != count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
     def post(self, _: int = 0) -> int:
-        """The status of a good request; 0 if the connection was refused or closed."""
+        """The status of a good request; 0 if the connection was closed."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
             connection.request("POST", "/predict", FORM, {"Content-Type": "multipart/form-data; boundary=x"})
-            answer = connection.getresponse()
-            answer.read()
-            return answer.status
+            response = connection.getresponse()
+            response.read()
+            return response.status
         except (ConnectionError, http.client.RemoteDisconnected):
             return 0
         finally:
@@ -55,10 +65,10 @@ class Running(NamedTuple):
 
     def stalled(self, stack: ExitStack, count: int, start: bytes) -> list[socket.socket]:
         """Connections that send `start` and nothing more."""
-        opened = [stack.enter_context(self.connect()) for _ in range(count)]
-        for one in opened:
-            one.sendall(start)
-        return opened
+        connections = [stack.enter_context(self.connect()) for _ in range(count)]
+        for each in connections:
+            each.sendall(start)
+        return connections
 
 
 @contextmanager
@@ -79,15 +89,17 @@ def running(
         thread = threading.Thread(target=run_server, args=(app, listener))
         thread.start()
         try:
-            yield Running(listener.getsockname()[1])
+            while not servers:
+                time.sleep(0.01)
+            yield Running(listener.getsockname()[1], servers[0])
         finally:
             servers[0].should_exit = True
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the server has closed a connection, after what it has sent is read."""
+    """Whether the server closes a connection, after reading all that it sent."""
     try:
         while connection.recv(2**16):
             pass
@@ -98,22 +110,31 @@ def is_closed(connection: socket.socket) -> bool:
     return True
 
 
+def send_until_closed(connection: socket.socket, data: bytes) -> None:
+    """Send `data` again and again until the server closes the connection."""
+    deadline = time.monotonic() + 60
+    with pytest.raises(ConnectionError):
+        while time.monotonic() < deadline:
+            connection.sendall(data)
+            time.sleep(0.05)
+
+
 # ---- G11: stalled uploads
 
 
 @pytest.mark.parametrize("count", [4, 8])
-def test_g11_uploads_that_stall_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(server, "STALE_SECONDS", 0.1)
+def test_g11_uploads_that_stall_do_not_delay_others(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(server, "STALL_SECONDS", FOREVER)
+    monkeypatch.setattr(server, "UPLOAD_SECONDS", FOREVER)
+    monkeypatch.setattr(server, "STALE_SECONDS", -1.0)  # an upload counts as stale at once
     with running(monkeypatch) as here, ExitStack() as stack:
         here.stalled(stack, count, HEAD + b"Content-Length: 1000\r\n\r\n" + START)
-        time.sleep(0.3)
-        began = time.monotonic()
-        assert [here.post() for _ in range(3)] == [200] * 3  # also when they take all 8 places of the queue
-        assert time.monotonic() - began < 5
+        here.wait_for_connections(count)
+        assert [here.post() for _ in range(3)] == [200] * 3  # even if they fill the queue of 8
 
 
 @pytest.mark.parametrize("drip", [b"", b"y", b"1\r\ny\r\n"])  # nothing, byte by byte, chunk by chunk
-def test_g11_an_upload_that_comes_too_slowly_is_ended(monkeypatch: pytest.MonkeyPatch, drip: bytes) -> None:
+def test_g11_an_upload_that_is_too_slow_is_ended(monkeypatch: pytest.MonkeyPatch, drip: bytes) -> None:
     monkeypatch.setattr(server, "STALL_SECONDS", 0.4)
     start = b"Content-Length: 1000\r\n\r\n" + START
     if b"\r" in drip:
@@ -121,40 +142,69 @@ def test_g11_an_upload_that_comes_too_slowly_is_ended(monkeypatch: pytest.Monkey
     with running(monkeypatch) as here, here.connect() as connection:
         connection.sendall(HEAD + start)
         connection.settimeout(0.1)
-        answer, began = b"", time.monotonic()
-        while not answer and time.monotonic() - began < 10:
+        response, deadline = b"", time.monotonic() + 60
+        while not response and time.monotonic() < deadline:
             connection.sendall(drip)
             try:
-                answer = connection.recv(4096)
+                response = connection.recv(4096)
             except TimeoutError:
                 continue
-        connection.settimeout(5)
-        while b"}" not in answer:
-            answer += connection.recv(4096)
-        assert answer.startswith(b"HTTP/1.1 408 ") and b"it was too slow" in answer
+        connection.settimeout(20)
+        while b"}" not in response:
+            response += connection.recv(4096)
+        assert response.startswith(b"HTTP/1.1 408 ") and b"too slow" in response
         assert here.post() == HTTPStatus.OK
 
 
-def test_g11_an_upload_that_keeps_the_pace_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(server, "MIN_BYTES_PER_SECOND", len(FORM) / 4)
-    with running(monkeypatch) as here, here.connect() as connection:
-        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(FORM))
-        for part in range(10):  # in one second, twice the time that a stalled one has
-            connection.sendall(FORM[part * len(FORM) // 10 : (part + 1) * len(FORM) // 10])
-            time.sleep(0.1)
-        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+class ManualClock(asyncio.SelectorEventLoop):
+    """An event loop whose time passes when a test says so."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
 
 
-def test_g11_a_refused_body_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bytes_per_second", "is_complete"), [(110, True), (90, False)])
+def test_g11_an_upload_that_keeps_the_pace_is_not_ended(
+    monkeypatch: pytest.MonkeyPatch, bytes_per_second: int, is_complete: bool
+) -> None:
+    monkeypatch.setattr(server, "STALL_SECONDS", 2.0)
+    monkeypatch.setattr(server, "MIN_BYTES_PER_SECOND", 100)
+    body = START + bytes(5000) + b"\r\n--x--\r\n"
+
+    async def upload() -> int:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, ManualClock)
+        num_sent = 0
+
+        async def receive() -> Message:
+            nonlocal num_sent
+            loop.now += 1.0
+            await asyncio.sleep(0)  # a deadline that has passed takes effect
+            await asyncio.sleep(0)
+            part = body[num_sent : num_sent + bytes_per_second]
+            num_sent += len(part)
+            return {"type": "http.request", "body": part, "more_body": num_sent < len(body)}
+
+        received = await server.read_upload(form_request(receive), 10_000)
+        return len(received.file.read())
+
+    with asyncio.Runner(loop_factory=ManualClock) as runner:
+        if is_complete:
+            assert runner.run(upload()) == 5000
+        else:
+            with pytest.raises(HTTPException, match="too slow") as caught:
+                runner.run(upload())
+            assert caught.value.status_code == HTTPStatus.REQUEST_TIMEOUT
+
+
+def test_g11_a_rejected_body_is_not_read_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "CLIENT_SECONDS", 0.5)
     with running(monkeypatch) as here, here.connect() as connection:
         connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 404 ")
-        with pytest.raises(ConnectionError):
-            for _ in range(100):
-                connection.sendall(b"1\r\ny\r\n")
-                time.sleep(0.05)
+        send_until_closed(connection, b"1\r\ny\r\n")
 
 
 # ---- G12: connections
@@ -164,43 +214,38 @@ def test_g11_a_refused_body_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch
 def test_g12_a_request_whose_header_is_not_complete_is_dropped(monkeypatch: pytest.MonkeyPatch, start: bytes) -> None:
     monkeypatch.setattr(connections, "CLIENT_SECONDS", 0.5)
     with running(monkeypatch) as here, here.connect() as silent, here.connect() as dripping:
-        for one in (silent, dripping):
-            one.sendall(start)
-        with pytest.raises(ConnectionError):
-            for _ in range(100):
-                dripping.sendall(b"x")
-                time.sleep(0.05)
+        for each in (silent, dripping):
+            each.sendall(start)
+        send_until_closed(dripping, b"x")
         assert is_closed(silent)
 
 
-def test_g12_half_open_connections_give_way_to_good_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_g12_half_open_connections_are_dropped_for_good_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 20)
-    monkeypatch.setattr(connections, "STALE_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "CLIENT_SECONDS", FOREVER)
+    monkeypatch.setattr(connections, "STALE_SECONDS", FOREVER)
     with running(monkeypatch) as here, ExitStack() as stack:
-        opened = here.stalled(stack, 20, b"GET / HT")
-        assert here.post() == 0  # no place, and nobody has kept the server waiting for long
-        time.sleep(0.5)
+        stalled = here.stalled(stack, 20, b"GET / HT")
+        here.wait_for_connections(20)
+        assert here.post() == 0  # at the limit, and no connection is stale
+        monkeypatch.setattr(connections, "STALE_SECONDS", 0.0)
         assert [here.post() for _ in range(5)] == [200] * 5
-        opened[0].settimeout(1)
-        assert is_closed(opened[0])  # the oldest gave way
-        opened[-1].sendall(b"TP/1.1\r\nHost: localhost\r\n\r\n")
-        assert opened[-1].recv(4096).startswith(b"HTTP/1.1 200 ")  # the newest is complete and served
+        assert is_closed(stalled[0])  # the oldest was dropped
+        stalled[-1].sendall(b"TP/1.1\r\nHost: localhost\r\n\r\n")
+        assert stalled[-1].recv(4096).startswith(b"HTTP/1.1 200 ")  # the newest is complete and served
 
 
-def test_g12_a_client_that_does_not_read_its_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_g12_a_client_that_does_not_read_its_response_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "CLIENT_SECONDS", 0.5)
     with running(monkeypatch) as here, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(20)
         connection.connect(("127.0.0.1", here.port))
-        with pytest.raises(ConnectionError):
-            for _ in range(200):  # pipelined, 13 KB each
-                connection.sendall(b"GET /serve.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
-                time.sleep(0.05)
+        send_until_closed(connection, b"GET /serve.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)  # pipelined
         assert here.post() == HTTPStatus.OK
 
 
-def test_g12_a_long_header_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_g12_a_long_header_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(monkeypatch) as here, here.connect() as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 40_000)
         assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
@@ -213,7 +258,7 @@ def test_g12_connections_fit_into_the_descriptors_of_the_process(monkeypatch: py
         assert max_connections() == expected
 
 
-def test_g12_one_client_of_another_machine_gets_half_of_the_places() -> None:
+def test_g12_a_client_on_another_machine_may_use_half_of_the_queue() -> None:
     assert [client_limit(64, host) for host in ("203.0.113.9", "2001:db8::1", "127.0.0.1", "::1", "")] == [
         32, 32, 64, 64, 64,
     ]  # fmt: skip
@@ -225,8 +270,8 @@ def test_g12_one_client_of_another_machine_gets_half_of_the_places() -> None:
             for count in range(10):
                 try:
                     await admissions.enter_async_context(gate.admit(host))
-                except HTTPException as refusal:
-                    assert refusal.status_code == HTTPStatus.SERVICE_UNAVAILABLE
+                except HTTPException as error:
+                    assert error.status_code == HTTPStatus.SERVICE_UNAVAILABLE
                     return count
         raise AssertionError("no limit")
 
@@ -253,14 +298,14 @@ def test_g12_one_client_of_another_machine_gets_half_of_the_places() -> None:
         {"Referer": "https://elsewhere.example/testserver"},
     ],
 )
-def test_g13_a_form_of_another_site_is_refused(headers: dict[str, str]) -> None:
+def test_g13_a_form_of_another_site_is_rejected(headers: dict[str, str]) -> None:
     def predict(image: NDArray[np.uint8]) -> NDArray[np.int64]:
         raise AssertionError("the network ran")
 
-    asked = client(SERVED._replace(predict=predict))
-    answer = asked.post("/predict", files={"image": encoded(half_bright())}, headers=headers)
-    assert (answer.status_code, answer.json()) == (403, {"detail": "Pages of other sites may not use this server."})
-    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    caller = client(SERVED._replace(predict=predict))
+    response = caller.post("/predict", files={"image": encoded(half_bright())}, headers=headers)
+    assert response.status_code == HTTPStatus.FORBIDDEN and "other sites" in response.json()["detail"]
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
 @pytest.mark.parametrize(
@@ -286,7 +331,7 @@ def test_g13_a_link_of_another_site_leads_to_the_page() -> None:
 # ---- G14: requests that break off, and many at once
 
 
-def test_g14_the_network_does_not_run_for_clients_that_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_g14_the_network_does_not_run_for_clients_that_have_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     is_running, may_end, num_runs = threading.Event(), threading.Event(), []
 
     def predict(image: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -299,14 +344,15 @@ def test_g14_the_network_does_not_run_for_clients_that_have_left(monkeypatch: py
         request = HEAD + b"Content-Length: %d\r\n\r\n" % len(FORM) + FORM
         leaving = here.stalled(stack, 5, request)
         assert is_running.wait(20)
+        here.wait_for_connections(5)
         waiting = thread.submit(here.post)
-        time.sleep(0.3)
-        for one in leaving:  # one of them while the network runs
-            one.close()
-        time.sleep(0.3)
+        here.wait_for_connections(6)
+        for each in leaving:  # one of them while the network runs for it
+            each.close()
+        here.wait_for_connections(1)
         may_end.set()
         assert waiting.result() == HTTPStatus.OK
-        assert len(num_runs) == 2  # for the first, who left meanwhile, and for the one that waited
+        assert len(num_runs) == 2  # for the first client, which left meanwhile, and for the one that waited
 
 
 @pytest.mark.parametrize(
@@ -325,7 +371,7 @@ def test_g14_the_network_does_not_run_for_clients_that_have_left(monkeypatch: py
         (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3, b"200"),  # pipelined
     ],
 )
-def test_g14_malformed_requests_are_refused_and_print_nothing(
+def test_g14_malformed_requests_are_rejected_and_print_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request_bytes: bytes, status: bytes
 ) -> None:
     with running(monkeypatch) as here, here.connect() as connection:
@@ -339,26 +385,25 @@ def test_g14_malformed_requests_are_refused_and_print_nothing(
 def test_g14_uploads_that_stall_do_not_delay_the_end_of_the_server(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with ExitStack() as stack:
-        with running(monkeypatch) as here:
-            here.stalled(stack, 2, HEAD + b"Content-Length: 1000\r\n\r\n" + START)
-            here.stalled(stack, 2, b"GET")
-            assert here.post() == HTTPStatus.OK
-            began = time.monotonic()
-        assert time.monotonic() - began < 3
+    for module, name in ((server, "STALL_SECONDS"), (server, "SHUTDOWN_SECONDS"), (connections, "CLIENT_SECONDS")):
+        monkeypatch.setattr(module, name, FOREVER)  # `running` waits a minute for its server to end
+    with ExitStack() as stack, running(monkeypatch) as here:
+        here.stalled(stack, 2, HEAD + b"Content-Length: 1000\r\n\r\n" + START)
+        here.stalled(stack, 2, b"GET")
+        assert here.post() == HTTPStatus.OK
     assert "".join(capsys.readouterr()) == ""
 
 
 def test_g14_many_good_requests_are_all_served(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(monkeypatch, queue=40) as here, ThreadPoolExecutor(40) as threads:
-        assert set(threads.map(here.post, range(200))) == {200}
+        assert set(threads.map(here.post, range(100))) == {200}
 
 
-def test_g14_uploads_wait_on_disk_and_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_g14_uploads_wait_on_disk_and_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", no_room)
-    answer = client().post("/predict", files={"image": encoded(half_bright())})
-    assert answer.status_code == 503
-    assert answer.json()["detail"] == "The upload cannot be stored (No space left on device): try again later."
+    response = client().post("/predict", files={"image": encoded(half_bright())})
+    assert response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
+    assert "No space left on device" in response.json()["detail"]
