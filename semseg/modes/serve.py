@@ -26,7 +26,7 @@ def run(config: Config, overrides: list[str]) -> None:
         SemsegError: for any error that the user can fix.
     """
     require_demo_extra()
-    from semseg.serving.server import ServedNetwork, socket_url, build_app, is_loopback, listen, run_server  # noqa: PLC0415
+    from semseg.serving.server import ServedNetwork, build_app, is_loopback, listen, run_server, socket_url  # noqa: PLC0415
 
     with listen(
         config.serve.host, config.serve.port

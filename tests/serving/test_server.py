@@ -48,11 +48,11 @@ from semseg.serving import server
 from semseg.serving.server import (
     SECURITY_HEADERS,
     ServedNetwork,
-    socket_url,
     build_app,
     is_loopback,
     listen,
     read_upload,
+    socket_url,
 )
 
 if TYPE_CHECKING:
