@@ -1,26 +1,21 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
 from helpers.browser import in_browser, needs_browser
-from semseg.config.schema import Config, LossConfig
 from semseg.data.classes import ClassTable
-from semseg.data.geometry import Size
-from semseg.data.records import Record
 from semseg.evaluation.bootstrap import ConfidenceIntervals
 from semseg.evaluation.evaluator import Speed, SplitCounts
 from semseg.evaluation.metrics import Counts
 from semseg.evaluation.result import EvaluationResult, ImageScore, build_result
-from semseg.reports.charts import Line, average_points, draw_heat_map, draw_histogram, draw_line_chart, round_ticks
-from semseg.reports.curves import Curves, read_training_curves, run_folder_of_checkpoint
+from semseg.reports.charts import Line
+from semseg.reports.curves import Curves
 from semseg.reports.evaluation_page import (
     ConfusedPair,
     EvaluationReport,
@@ -32,16 +27,7 @@ from semseg.reports.evaluation_page import (
     render_evaluation_page,
     write_evaluation_page,
 )
-from semseg.reports.pictures import MAX_EDGE, draw_error_map, encode_strip, resize_nearest, shrink
-from semseg.reports.run_card import (
-    NO_CHECKOUT,
-    RunCard,
-    build_run_card,
-    compute_data_fingerprint,
-    describe_git_state,
-    mask_argument,
-    mask_secrets,
-)
+from semseg.reports.run_card import NO_CHECKOUT, RunCard
 
 HOSTILE = "<img src=x onerror=alert(1)> & \"quoted\" 'name'"
 CLASSES = ClassTable(("sky", "road", HOSTILE, "boat"), ((0, 0, 255), (128, 128, 128), (255, 0, 0), (0, 255, 0)))
@@ -213,168 +199,12 @@ def test_examples_are_the_best_the_median_and_the_worst_without_repeats() -> Non
     assert choose_examples([]) == []
 
 
-# ---- pictures
-
-
-def test_the_error_map_is_red_where_wrong_grey_where_right_and_striped_where_not_scored() -> None:
-    image = np.full((8, 8, 3), (250, 100, 100), np.uint8)
-    label = np.zeros((8, 8), int)
-    prediction = np.zeros((8, 8), int)
-    prediction[0] = 1
-    label[4:] = -1
-    drawn = draw_error_map(image, label, prediction)
-    red, green, blue = drawn[0, 0].tolist()
-    assert red > 3 * green and green == blue
-    assert len(set(drawn[2, 2].tolist())) == 1 and drawn[2, 2, 0] < 150
-    assert {tuple(pixel) for pixel in drawn[4:].reshape(-1, 3).tolist()} == {(20, 20, 20), (70, 70, 70)}
-
-
-def test_pictures_are_shrunk_to_the_limit_and_never_enlarged() -> None:
-    assert shrink(np.zeros((1000, 500, 3), np.uint8), MAX_EDGE).shape == (480, 240, 3)
-    assert shrink(np.zeros((10, 20, 3), np.uint8), MAX_EDGE).shape == (10, 20, 3)
-
-
-def test_class_maps_are_shrunk_without_new_values() -> None:
-    ids = np.array([[0, 0, 9, 9], [0, 0, 9, 9], [5, 5, -1, -1], [5, 5, -1, -1]])
-    assert resize_nearest(ids, 2, 2).tolist() == [[0, 9], [5, -1]]
-
-
-def test_maps_of_another_size_than_the_image_are_rejected() -> None:
-    with pytest.raises(ValueError, match="differ"):
-        encode_strip(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5), int), np.zeros((4, 4), int), CLASSES)
-
-
 def test_the_legend_names_labelled_and_predicted_classes_largest_first() -> None:
     entries = build_example_legend(np.array([[0, 0], [0, -1]]), np.array([[0, 1], [1, 1]]), CLASSES)
     assert [(entry.name, entry.labelled, entry.predicted) for entry in entries] == [
         ("sky", 0.75, 0.25),
         ("road", 0, 0.75),
     ]
-
-
-# ---- charts
-
-
-def test_the_histogram_counts_every_image_once() -> None:
-    drawn = draw_histogram([0.0, 0.02, 0.5, 1.0], "scores")
-    assert "0 to 5 %: 2 images" in drawn and "50 to 55 %: 1 image<" in drawn and "95 to 100 %: 1 image<" in drawn
-    assert "median: 26 %" in drawn
-
-
-def test_a_flat_curve_and_a_single_point_can_be_drawn() -> None:
-    flat = draw_line_chart([Line("loss", (1, 2), (0.0, 0.0))], "loss", "step")
-    assert "polyline" in flat and "nan" not in flat
-    assert "circle" in draw_line_chart([Line("loss", (1,), (2.0,))], "loss", "step")
-
-
-def test_long_curves_are_averaged_in_groups() -> None:
-    line = average_points(Line("loss", tuple(range(10)), tuple(range(10))), max_points=5)
-    assert line.x == line.y == (0.5, 2.5, 4.5, 6.5, 8.5)
-
-
-def test_ticks_are_round_numbers_inside_the_range() -> None:
-    assert round_ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    assert round_ticks(130, 171, 4) == [140, 160]
-    assert round_ticks(3, 3) == [3]
-
-
-def test_cells_of_the_heat_map_have_tooltips() -> None:
-    drawn = draw_heat_map(np.array([[0.7, 0.3], [0.0001, 0.0]]), ["sky", "<b>"], "confusion")
-    assert "sky predicted as &lt;b&gt;: 30.0 % of its pixels" in drawn
-    assert "&lt;b&gt; predicted as sky: &lt;0.1 % of its pixels" in drawn
-
-
-# ---- training curves
-
-
-def log(folder: Path, text: str) -> None:
-    folder.mkdir(parents=True)
-    (folder / "metrics.csv").write_text(text)
-
-
-def test_the_log_of_a_resumed_run_replaces_repeated_steps(tmp_path: Path) -> None:
-    log(tmp_path / "logs/version_9", "epoch,step,train/loss,val/miou\n0,10,3.0,\n0,20,2.0,\n0,20,,0.5\n0,30,9.0,\n")
-    log(tmp_path / "logs/version_10", "epoch,step,train/loss\n1,30,1.5\n1,40,1.0\n")
-    loss, miou = read_training_curves(tmp_path)
-    assert loss == Curves("loss", (Line("train/loss", (10, 20, 30, 40), (3.0, 2.0, 1.5, 1.0)),))
-    assert miou == Curves("mean IoU", (Line("val/miou", (20,), (0.5,)),))
-
-
-def test_equal_learning_rates_are_one_line_and_nan_is_left_out(tmp_path: Path) -> None:
-    log(tmp_path / "logs/csv", "step,lr-SGD/decoder,lr-SGD/encoder,train/loss\n1,0.1,0.1,nan\n2,0.05,0.05,2\n")
-    loss, rate = read_training_curves(tmp_path)
-    assert loss.lines[0].y == (2.0,)
-    assert [line.name for line in rate.lines] == ["lr-SGD/decoder"]
-
-
-def test_a_curve_that_the_resumed_run_did_not_log_is_removed(tmp_path: Path) -> None:
-    log(tmp_path / "logs/version_0", "step,train/loss,val/miou\n5,2.0,0.5\n")
-    log(tmp_path / "logs/version_1", "step,train/loss\n5,1.0\n")
-    assert [curves.title for curves in read_training_curves(tmp_path)] == ["loss"]
-
-
-def test_a_folder_without_logs_has_no_curves(tmp_path: Path) -> None:
-    assert read_training_curves(tmp_path) == ()
-
-
-def test_the_run_folder_of_a_checkpoint_is_two_levels_up() -> None:
-    assert run_folder_of_checkpoint("/runs/a/checkpoints/best.ckpt") == Path("/runs/a")
-
-
-# ---- run card
-
-
-def test_secrets_are_masked_at_any_depth() -> None:
-    plain = {"logger": {"w": {"API_Key": "abc", "url": "https://me:pw@host/x"}}, "list": [{"token": 1}], "lr": 0.1}
-    assert mask_secrets(plain) == {
-        "logger": {"w": {"API_Key": "***", "url": "https://***@host/x"}},
-        "list": [{"token": "***"}],
-        "lr": 0.1,
-    }
-    assert mask_argument("logger={w:{api_key:abc}}") == "logger=***"
-    assert mask_argument("ckpt=epoch=3.ckpt") == "ckpt=epoch=3.ckpt"
-
-
-def test_the_card_holds_a_command_that_can_be_pasted_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOME_VARIABLE", "do-not-store")
-    config = Config(mode="eval", ckpt="my run/best.ckpt", loss=LossConfig(), logger={"w": {"password": "hunter2"}})
-    card = build_run_card(config, ["python", "run.py", "ckpt=my run/best.ckpt", "logger.w.password=hunter2"], "cpu")
-    assert card.command == "python run.py 'ckpt=my run/best.ckpt' 'logger.w.password=***'"
-    assert "ckpt: my run/best.ckpt" in card.config
-    assert "hunter2" not in str(card) and "do-not-store" not in str(card)
-    assert card.versions["torch"] == torch.__version__.partition("+")[0] or card.versions["torch"] == torch.__version__
-
-
-def test_the_git_state_names_commit_and_changes_of_the_tracking_checkout_only(tmp_path: Path) -> None:
-    file = tmp_path / "a.py"
-    file.write_text("x = 1\n")
-    assert describe_git_state(file) == NO_CHECKOUT
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], ["add", "a.py"], [*identity, "commit", "-q", "-m", "first"]):
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    assert re.fullmatch(r"[0-9a-f]{40}, nothing changed since", describe_git_state(file))
-    file.write_text("x = 2\n")
-    assert describe_git_state(file).endswith(", files changed since: 1")
-    installed = tmp_path / "b.py"
-    installed.write_text("")
-    assert describe_git_state(installed) == NO_CHECKOUT
-
-
-def test_the_fingerprint_depends_on_names_and_sizes_but_not_on_root_and_order(tmp_path: Path) -> None:
-    def fingerprint(root: Path, names: str, size: int) -> str:
-        root.mkdir()
-        for name in names:
-            (root / name).write_bytes(b"x" * size)
-        records = [Record(str(root / name), None, Size(1, 1), "") for name in names]
-        found = compute_data_fingerprint(records, root)
-        assert found.images == len(names)
-        return found.sha256
-
-    base = fingerprint(tmp_path / "a", "xyz", 3)
-    assert re.fullmatch("[0-9a-f]{64}", base)
-    assert fingerprint(tmp_path / "b", "zxy", 3) == base
-    assert fingerprint(tmp_path / "c", "xyz", 4) != base
-    assert fingerprint(tmp_path / "d", "xyw", 3) != base
 
 
 # ---- in a browser
