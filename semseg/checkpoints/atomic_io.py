@@ -7,7 +7,6 @@ read of the file. What a killed process leaves is a temporary file, which the ne
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from semseg.checkpoints.format import find_packed_entry, first_line, load_plain
 from semseg.errors import CheckpointError
-from semseg.storage.atomic import DISK_FULL, TEMPORARY_NAME, temporary_path
+from semseg.storage.atomic import DISK_FULL, TEMPORARY_NAME, atomic_write
 from semseg.system.text import escape_lines, shorten_repr
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
@@ -245,47 +244,29 @@ def _require_local_path(path: str | os.PathLike[str]) -> Path:
 
 
 def _write_verified(target: Path, checkpoint: dict[str, Any]) -> None:
-    """Put a file with `checkpoint` in the place of `target`."""
+    """Replace `target` by a file with `checkpoint` that can be loaded."""
     disk = shutil.disk_usage(target.parent)
     if disk.total and disk.free < count_tensor_bytes(checkpoint):  # some file systems report no size at all
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    temporary = temporary_path(target)
-    try:
+    with atomic_write(target) as temporary:
         _stream_checkpoint(temporary, checkpoint)
         reason = find_damage(temporary)
         if reason is not None:
-            raise CheckpointError(f"{target}: not replaced, because the new file is of no use: {reason}.")
-        temporary.replace(target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # after a failure; else the rename took it away
-    _sync_folder(target.parent)
+            raise CheckpointError(f"{target}: not replaced, because the new file cannot be used: {reason}.")
 
 
 def _stream_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Stream `checkpoint` into a file and wait until the disk has it."""
+    """Write `checkpoint` to a file without a copy in memory."""
     with path.open("wb") as file:
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:
-            # After a failed write, torch's zip writer fails again when it closes and hides the reason, which may also
-            # be that the user wants to leave.
+            # After a failed write, torch's zip writer fails again when it closes and hides the first error, which may
+            # be a request to stop.
             reason = error.__context__
             if reason is None or (isinstance(reason, Exception) and not isinstance(reason, OSError)):
                 raise
             raise reason from error
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):  # not every network file system syncs folders; the file itself is on the disk
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _describe_save_error(error: OSError, target: Path, checkpoint: dict[str, Any]) -> str:

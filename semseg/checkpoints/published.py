@@ -1,10 +1,10 @@
-"""Files of the 2018 and 2020 releases: an encoder and a decoder, flat state dicts without a word about what they are.
+"""Files of the 2018 and 2020 releases: two flat state dicts, an encoder and a decoder, without any description.
 
-Architecture and number of classes are told by names and shapes. Two things do not show in the weights, and follow
-rules that the command line overrules:
+Names and shapes identify the architecture and the number of classes. Two properties do not show in the weights; they
+follow rules that the command line can override:
 
-- dilation: UPerNet sits on the plain encoder, C1 and PPM on one with output stride 8 (model.encoder.output_stride);
-- the release, and so the input convention: by the folder's name on the server (baseline-... 2018, ade20k-... 2020),
+- dilation: UPerNet uses the plain encoder, C1 and PPM one with output stride 8 (model.encoder.output_stride);
+- the release, and with it the preprocessing: by the folder's name on the server (baseline-... 2018, ade20k-... 2020),
   otherwise 2020 (model.convention=bgr_mean for 2018).
 """
 
@@ -25,7 +25,7 @@ from semseg.checkpoints.format import SavedNetwork, load_weights
 from semseg.checkpoints.initialise import drop_old_buffers, find_differences
 from semseg.checkpoints.zoo import RELEASES, Release, release_of_folder
 from semseg.config.preprocessing import PREPROCESSING
-from semseg.config.schema import Config
+from semseg.config.schema import Config, ModelConfig
 from semseg.data.classes import ClassTable, built_in_classes
 from semseg.errors import CheckpointError
 from semseg.nets.interfaces import CLASSIFIERS
@@ -33,7 +33,7 @@ from semseg.nets.registry import DECODERS, ENCODERS, Network, build_decoder, bui
 
 PUBLISHED_ENCODERS = ("resnet18", "resnet50", "resnet101", "resnext101", "mobilenetv2", "hrnetv2")
 ONLY_2020 = ("mobilenetv2", "hrnetv2")
-PUBLISHED_FREE_KEYS = ("model.convention", "model.encoder.output_stride")  # what the files do not tell
+PUBLISHED_FREE_KEYS = ("model.convention", "model.encoder.output_stride")  # what the files do not contain
 
 
 class PublishedFiles(NamedTuple):
@@ -55,7 +55,7 @@ class PublishedFiles(NamedTuple):
 def find_published_files(spec: str) -> PublishedFiles | None:
     """The published files that `ckpt=<folder>` or `ckpt=<encoder file>,<decoder file>` means, or None.
 
-    In a folder with several epochs it is the last one of which both files are there.
+    In a folder with several epochs, the last one with both files is taken.
 
     Raises:
         CheckpointError: if one file of a pair is missing.
@@ -73,61 +73,101 @@ def find_published_files(spec: str) -> PublishedFiles | None:
         return None
     parts = [Path(part.strip()).expanduser() for part in spec.split(",")]
     if len(parts) != 2:
-        raise CheckpointError(f"{spec}: two files belong together: <encoder file>,<decoder file>.")
+        raise CheckpointError(f"{spec}: must be two files: <encoder file>,<decoder file>.")
     for part in parts:
         if not part.is_file():
             raise CheckpointError(f"{part}: there is no such file.")
     return PublishedFiles(*parts)
 
 
-def read_published(
-    files: PublishedFiles, config: Config, overrides: list[str], release: Release | None = None
-) -> SavedNetwork:
-    """Read two published files. The `note` of the answer says what they were taken for and how to correct that.
+class Identified(NamedTuple):
+    """What two published files contain."""
+
+    weights: dict[str, Tensor]  # encoder.* and decoder.*
+    encoder: str  # a name of PUBLISHED_ENCODERS
+    decoder: Network
+    num_classes: int
+    release: Release
+    reason: str  # for the release
+
+    @property
+    def has_output_stride(self) -> bool:
+        """Whether the encoder can be dilated to another output stride."""
+        return "output_stride" in inspect.signature(ENCODERS[self.encoder].load()).parameters
+
+    @property
+    def default_output_stride(self) -> int:
+        """The output stride of the published networks with this decoder."""
+        return 32 if self.decoder.name == "upernet" else 8
+
+
+def identify(files: PublishedFiles, release: Release | None = None) -> Identified:
+    """Find out by names and shapes of the weights which network two files contain.
 
     Args:
-        config: gives what the files do not hold: data set and evaluation, and FREE_KEYS if they are overridden.
-        overrides: words of the command line.
-        release: 2018 or 2020 where it is known; None: by the rule above.
+        release: 2018 or 2020 if it is known; None: by the rule above.
 
     Raises:
-        CheckpointError: if a file is missing, damaged, or of no known architecture.
+        CheckpointError: if a file is missing, damaged, or of an unknown architecture.
     """
-    given = {word.partition("=")[0] for word in overrides}
     encoder_weights = drop_old_buffers(load_weights(files.encoder))
-    decoder_weights = drop_old_buffers(load_weights(files.decoder))
     encoder_weights = {name: value for name, value in encoder_weights.items() if not name.startswith(CLASSIFIERS)}
+    decoder_weights = drop_old_buffers(load_weights(files.decoder))
     encoder = identify_encoder(files.encoder, encoder_weights)
     num_classes = count_classes(files.decoder, decoder_weights)
     decoder = identify_decoder(files.decoder, decoder_weights, encoder, num_classes)
-
-    encoder_section: dict[str, Any] = {"name": encoder, "weights": "none", "frozen": False}
-    if "output_stride" in inspect.signature(ENCODERS[encoder].load()).parameters:
-        by_rule = 32 if decoder.name == "upernet" else 8
-        by_hand = "model.encoder.output_stride" in given
-        encoder_section["output_stride"] = config.model.encoder["output_stride"] if by_hand else by_rule
     release, reason = (release, "by the zoo") if release else infer_release(files, encoder)
-    convention, word = release.convention, f"release of {release.year} {reason}"
-    if "model.convention" in given and config.model.convention != "auto":
-        convention, word = config.model.convention, "as given"
+    weights = {f"encoder.{name}": value for name, value in encoder_weights.items()}
+    weights |= {f"decoder.{name}": value for name, value in decoder_weights.items()}
+    return Identified(weights, encoder, decoder, num_classes, release, reason)
+
+
+def read_published(
+    files: PublishedFiles, config: Config, overrides: list[str], release: Release | None = None
+) -> SavedNetwork:
+    """Read two published files. The `note` of the result says what was assumed about them and how to correct that.
+
+    Args:
+        config: is saved with the network; provides what the files lack: data set, evaluation, and PUBLISHED_FREE_KEYS
+            if they are overridden.
+        overrides: the command line.
+        release: 2018 or 2020 if it is known; None: by the rule above.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged, or of an unknown architecture.
+    """
+    found = identify(files, release)
+    overridden = {override.partition("=")[0] for override in overrides}
+    encoder: dict[str, Any] = {"name": found.encoder, "weights": "none", "frozen": False}
+    if found.has_output_stride:
+        is_given = "model.encoder.output_stride" in overridden
+        encoder["output_stride"] = config.model.encoder["output_stride"] if is_given else found.default_output_stride
+    is_convention_given = "model.convention" in overridden and config.model.convention != "auto"
     model = replace(
         config.model,
-        name=f"{encoder}_{decoder.name}",
-        encoder=encoder_section,
-        decoder={"name": decoder.name, **decoder.options},
-        convention=convention,
+        name=f"{found.encoder}_{found.decoder.name}",
+        encoder=encoder,
+        decoder={"name": found.decoder.name, **found.decoder.options},
+        convention=config.model.convention if is_convention_given else found.release.convention,
     )
-    stride = f" at output stride {encoder_section['output_stride']}" if "output_stride" in encoder_section else ""
     return SavedNetwork(
         source=str(files),
-        weights={f"encoder.{name}": value for name, value in encoder_weights.items()}
-        | {f"decoder.{name}": value for name, value in decoder_weights.items()},
+        weights=found.weights,
         config=replace(config, model=model),
-        classes=class_table_for(num_classes),
-        convention=PREPROCESSING[convention],
+        classes=class_table_for(found.num_classes),
+        convention=PREPROCESSING[model.convention],
         epoch=files.epoch,
-        note=f"{files.encoder.parent}: {encoder}{stride} + {decoder_label(decoder)}, {num_classes} classes, "
-        f"input {convention} ({word}). To correct: {'=... '.join(PUBLISHED_FREE_KEYS)}=...",
+        note=describe_identified(found, files, model, is_convention_given),
+    )
+
+
+def describe_identified(found: Identified, files: PublishedFiles, model: ModelConfig, is_convention_given: bool) -> str:
+    """One line with the network, what was assumed about it, and how to correct that."""
+    stride = f" at output stride {model.encoder['output_stride']}" if found.has_output_stride else ""
+    origin = "as given" if is_convention_given else f"release of {found.release.year} {found.reason}"
+    return (
+        f"{files.encoder.parent}: {found.encoder}{stride} + {decoder_label(found.decoder)}, "
+        f"{found.num_classes} classes, input {model.convention} ({origin}). To correct: {'=... '.join(PUBLISHED_FREE_KEYS)}=..."
     )
 
 
@@ -144,13 +184,13 @@ def identify_encoder(path: Path, weights: dict[str, Tensor]) -> str:
     """The encoder whose state dict has these names and shapes.
 
     Raises:
-        CheckpointError: if there is none; it tells the first differences to the nearest one.
+        CheckpointError: if there is none; it names the first differences from the nearest one.
     """
     return find_matching_layout(path, weights, {name: encoder_layout(name).tensors for name in PUBLISHED_ENCODERS})
 
 
 class EncoderLayout(NamedTuple):
-    """What can be known of an encoder without memory for its weights."""
+    """What is known about an encoder without memory for its weights."""
 
     channels: tuple[int, ...]
     tensors: dict[str, Tensor]  # on the meta device
@@ -168,7 +208,7 @@ def identify_decoder(path: Path, weights: dict[str, Tensor], encoder: str, num_c
     """The decoder and its options whose state dict has these names and shapes.
 
     Raises:
-        CheckpointError: if there is none; it tells the first differences to the nearest one.
+        CheckpointError: if there is none; it names the first differences from the nearest one.
     """
     channels = encoder_layout(encoder).channels
     with torch.device("meta"):
@@ -176,7 +216,7 @@ def identify_decoder(path: Path, weights: dict[str, Tensor], encoder: str, num_c
             decoder_label(network): (network, build_decoder(network.name, channels, num_classes, **network.options))
             for network in list_possible_decoders(weights, len(channels))
         }
-    states = {words: decoder.state_dict() for words, (_, decoder) in candidates.items()}
+    states = {label: decoder.state_dict() for label, (_, decoder) in candidates.items()}
     return candidates[find_matching_layout(path, weights, states)][0]
 
 
@@ -194,13 +234,13 @@ def list_possible_decoders(weights: dict[str, Tensor], num_maps: int) -> Iterato
 
 
 def find_matching_layout(path: Path, weights: dict[str, Tensor], candidates: dict[str, dict[str, Tensor]]) -> str:
-    """The name of the candidate with the same names and shapes; counters of batches may be missing.
+    """The name of the candidate with the same names and shapes; batch counters may be missing.
 
     Raises:
         CheckpointError: if there is none.
     """
     problems = {name: find_differences(weights, state) for name, state in candidates.items()}
-    found = next((name for name, told in problems.items() if not told), None)
+    found = next((name for name, differences in problems.items() if not differences), None)
     if found is not None:
         return found
 
@@ -210,7 +250,7 @@ def find_matching_layout(path: Path, weights: dict[str, Tensor], candidates: dic
 
     closest = max(candidates, key=overlap)
     raise CheckpointError(
-        f"{path}: of no published architecture. Nearest is {closest}: {'; '.join(problems[closest])}."
+        f"{path}: matches no published architecture. The nearest is {closest}: {'; '.join(problems[closest])}."
     )
 
 
@@ -227,12 +267,12 @@ def count_classes(path: Path, weights: dict[str, Tensor]) -> int:
     ]
     if not outputs:
         found = ", ".join(list(weights)[:3])
-        raise CheckpointError(f"{path}: not a published decoder: it has no conv_last (it holds {found}, ...).")
+        raise CheckpointError(f"{path}: not a published decoder: it has no conv_last (it contains {found}, ...).")
     return outputs[-1]
 
 
 def class_table_for(num_classes: int) -> ClassTable:
-    """ADE20K's classes for 150 of them, otherwise numbered ones."""
+    """The classes of ADE20K if there are 150, otherwise numbered ones."""
     ade20k = built_in_classes("ade20k")
     if num_classes == ade20k.num_classes:
         return ade20k

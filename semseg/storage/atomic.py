@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and paths as people write them. No torch."""
+"""Files that are written completely or not at all, their errors, and paths for messages. No torch."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from semseg.errors import SemsegError
 
-# Names of temporary_path, and those of earlier versions, which held a process id.
+# Names made by temporary_path, and by earlier versions, which contained a process id.
 TEMPORARY_NAME = re.compile(r"\..+\.([0-9a-f]{32}|\d+(@.+)?)\.tmp")
-SCRIPT_VARIABLE = "SEMSEG_SCRIPT"  # of the environment: the processes of other ranks and jobs start with the same file
+SCRIPT_VARIABLE = "SEMSEG_SCRIPT"  # environment variable: the processes of other ranks and jobs start the same file
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What the user can change about a file that cannot be written.
+# Reasons why a file cannot be written that the user can remove.
 UNWRITABLE = (*DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
-MIN_FREE_BYTES = 65536  # bytes; a disk with less is full
+MIN_FREE_BYTES = 65536  # a disk with less is full
 
 
 def temporary_path(path: Path) -> Path:
-    """A hidden name in the folder of `path` that no other process takes, on whatever host or in whatever container.
+    """A hidden name in the folder of `path` that no other process uses, on this or any other host.
 
     >>> TEMPORARY_NAME.fullmatch(temporary_path(Path("a.csv")).name) is not None
     True
@@ -34,7 +34,7 @@ def temporary_path(path: Path) -> Path:
 
 @contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
-    """Errors of the system while `path` is written name that file, which a full disk by itself does not."""
+    """Put the name of `path` into system errors while it is written; a full disk alone does not name the file."""
     try:
         yield
     except OSError as error:
@@ -44,11 +44,11 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
 
 
 def find_disk_error(error: Exception, folder: Path) -> OSError | None:
-    """The error of the disk behind one of a library that hides it (torch's writers, safetensors); None if none is."""
-    for found in (error, error.__cause__, error.__context__):
-        if isinstance(found, OSError) and found.errno in UNWRITABLE:
-            return found
-    code = re.search(r"\(os error (\d+)\)", str(error))  # as programs in Rust report it
+    """The disk error behind an error of a library that hides it (torch, safetensors); None if there is none."""
+    for candidate in (error, error.__cause__, error.__context__):
+        if isinstance(candidate, OSError) and candidate.errno in UNWRITABLE:
+            return candidate
+    code = re.search(r"\(os error (\d+)\)", str(error))  # the format of Rust libraries
     if code is not None and int(code[1]) in UNWRITABLE:
         return OSError(int(code[1]), os.strerror(int(code[1])))
     is_full = shutil.disk_usage(folder).free < MIN_FREE_BYTES
@@ -56,7 +56,7 @@ def find_disk_error(error: Exception, folder: Path) -> OSError | None:
 
 
 def describe_write_error(error: OSError, folder: Path) -> str | None:
-    """The message for a file below `folder` that cannot be written; None for an error that the user cannot change."""
+    """The message for a file below `folder` that cannot be written; None for an error that the user cannot fix."""
     if error.errno not in UNWRITABLE or (error.filename is None and error.errno not in DISK_FULL):
         return None
     path = str(folder) if error.filename is None else os.fsdecode(error.filename)
@@ -66,11 +66,12 @@ def describe_write_error(error: OSError, folder: Path) -> str | None:
 
 @contextmanager
 def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it takes the place of `path` if all went well.
+    """Yields a temporary path beside `path` to write to, and renames it to `path` if the block succeeds.
 
-    The folder is made. On an error the temporary file is removed and `path` stays as it was.
+    The folder is created. On an error the temporary file is removed and `path` stays as it was.
 
-    durable: wait until it is on the disk, for files that a power cut must not leave half written.
+    Args:
+        durable: wait until file and rename are on the disk, so that a power cut cannot leave half a file.
     """
     temporary = temporary_path(path)
     with name_file_in_errors(path):
@@ -81,24 +82,37 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
             temporary.replace(path)
+            if durable:
+                sync_folder(path.parent)
         except SemsegError:
             raise
         except Exception as error:
             cause = find_disk_error(error, path.parent)
-            if cause is None:
+            if cause is None or cause is error:
                 raise
             raise cause from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()  # after a failure; a rename has already removed it
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the system can."""
+    with suppress(OSError):  # not every network file system syncs folders; the file itself is on the disk
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def entry_script() -> Path:
-    """The file that this command was started with: run.py, or a program that adds networks and calls `launch.main`."""
+    """The file that this command was started with: run.py, or a program that adds networks and calls `main.main`."""
     return Path(os.environ.get(SCRIPT_VARIABLE, Path(__file__).resolve().parents[2] / "run.py"))
 
 
 def entry_command() -> str:
-    """How that file is started, for commands to copy: "python run.py", or "semseg" if a wheel was installed."""
+    """How to start that file, for commands to copy: "python run.py", or "semseg" if a wheel is installed."""
     return f"python {entry_script().name}" if entry_script().suffix == ".py" else entry_script().name
 
 

@@ -128,7 +128,7 @@ def test_another_architecture_is_refused_with_its_first_differences(tmp_path: Pa
     with pytest.raises(CheckpointError) as caught:
         read(tmp_path)
     assert str(caught.value) == (
-        f"{path}: of no published architecture. Nearest is resnet18: 1 missing (layer4.1.conv2.weight); "
+        f"{path}: matches no published architecture. The nearest is resnet18: 1 missing (layer4.1.conv2.weight); "
         "1 unexpected (layer5.0.conv1.weight)."
     )
 
@@ -139,7 +139,7 @@ def test_a_decoder_in_the_place_of_an_encoder_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         find_published_files(f"{tmp_path}/encoder_epoch_20.pth,{tmp_path}/decoder_epoch_20.pth")
     decoder = tmp_path / "decoder_epoch_20.pth"
-    with pytest.raises(CheckpointError, match="of no published architecture"):
+    with pytest.raises(CheckpointError, match="matches no published architecture"):
         read_published(PublishedFiles(decoder, decoder), config(), [])
 
 
