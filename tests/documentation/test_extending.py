@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 
 from helpers.command_line import RUN, TINY, run
 from helpers.fork_server import FORK_CHILDREN, run_python
@@ -36,6 +37,7 @@ def test_every_program_is_shorter_than_forty_lines() -> None:
         assert len(lines) < 40, name
 
 
+@pytest.mark.slow
 def test_a_custom_encoder_trains_on_two_ranks_and_is_evaluated(tmp_path: Path) -> None:
     program = write_program("my_encoder.py", tmp_path)
     words = [word for word in TINY if "encoder" not in word and "accelerator" not in word]

@@ -10,6 +10,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 
 from helpers.command_line import TINY_NETWORK
@@ -44,6 +45,7 @@ def steps_of(run_dir: Path) -> list[int]:
     return [int(line.partition(",")[0]) for line in lines]
 
 
+@pytest.mark.slow
 def test_from_the_machine_check_to_a_prediction_in_eight_commands(tmp_path: Path) -> None:
     assert "READY" in command(tmp_path, "mode=doctor")
 
