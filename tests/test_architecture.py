@@ -1,4 +1,4 @@
-"""Packages import from lower ones only (pyproject.toml says which those are), and what starts fast imports no torch."""
+"""Packages import only from lower ones (listed in pyproject.toml), and modules that start fast import no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlinter.cli import lint_imports
 
 PACKAGE = Path(__file__).resolve().parent.parent / "semseg"
 HEAVY = {"torch", "torchvision", "torchmetrics", "pytorch_lightning"}
-# Read before a command is known to be right, or by processes that watch others: folders, and files of other folders.
+# Modules used before a command is checked, or by processes that watch others: folders, and files of other folders.
 FAST = ("errors.py", "cli", "config", "reports", "storage", "system", "checkpoints/zoo.py", "modes/compare.py",
         "modes/download.py", *(f"data/{name}.py" for name in (
             "classes", "folders", "geometry", "header_cache", "headers", "label_map", "list_files", "orientation",
@@ -28,15 +28,15 @@ def imported_packages(path: Path) -> set[str]:
     return found
 
 
-def test_packages_import_from_lower_ones_and_files_in_no_circle() -> None:
+def test_packages_import_from_lower_ones_and_files_do_not_form_cycles() -> None:
     assert lint_imports(config_filename=str(PACKAGE.parent / "pyproject.toml")) == 0
 
 
-def test_what_starts_fast_imports_no_torch() -> None:
+def test_modules_that_start_fast_import_no_torch() -> None:
     for name in FAST:
-        place = PACKAGE / name
-        assert place.exists(), name
-        for path in [place] if place.is_file() else place.rglob("*.py"):
+        root = PACKAGE / name
+        assert root.exists(), name
+        for path in [root] if root.is_file() else root.rglob("*.py"):
             assert not imported_packages(path) & HEAVY, path
 
 

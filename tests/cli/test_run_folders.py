@@ -1,7 +1,7 @@
-"""Every run has a folder of its own, whatever is started beside it: rows F1 and F3 of what must hold.
+"""Every run has its own folder, whatever else is started: rows F1 and F3 of docs/reliability.md.
 
-The real processes of several devices are in tests/distributed/test_devices.py: one folder and one saved configuration
-for ranks of ours, of torchrun and of SLURM.
+tests/distributed/test_devices.py has real processes of several devices: one folder and one saved configuration for
+ranks that we, torchrun or SLURM have started.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from semseg.errors import ConfigError
 
 pytestmark = pytest.mark.reliability
 
-# The real front door, at one second that lasts for ever, with a job that writes down where it runs.
+# The real entry point with a clock that stands still, and a mode that prints its folder.
 FROZEN = """
 import sys
 from datetime import datetime
@@ -50,19 +50,19 @@ def start(cwd: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def ended(processes: list[subprocess.Popen[str]]) -> list[str]:
+def wait_for_all(processes: list[subprocess.Popen[str]]) -> list[str]:
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
     return outputs
 
 
 def test_f1_runs_of_the_same_second_get_different_folders(tmp_path: Path) -> None:
-    outputs = ended([start(tmp_path, *COMPARE) for _ in range(4)])
+    outputs = wait_for_all([start(tmp_path, *COMPARE) for _ in range(4)])
     name = "2026-01-02_03-04-05_compare"
     expected = [name, f"{name}_2", f"{name}_3", f"{name}_4"]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == expected
     assert sorted(output.split()[-1] for output in outputs) == [str(tmp_path / "runs" / name) for name in expected]
-    assert len(list(tmp_path.glob("runs/*/.hydra/config.yaml"))) == 4  # nobody's configuration is lost
+    assert len(list(tmp_path.glob("runs/*/.hydra/config.yaml"))) == 4  # no configuration is lost
 
 
 def test_f1_sweeps_of_the_same_second_get_different_folders_with_all_their_jobs(
@@ -75,11 +75,11 @@ def test_f1_sweeps_of_the_same_second_get_different_folders_with_all_their_jobs(
         with pytest.raises(SystemExit):
             main.main()
     assert [path.name for path in sorted((tmp_path / "x").iterdir())] == ["then_sweep", "then_sweep_2"]
-    assert len(list(tmp_path.glob("x/*/*/"))) == 4  # the jobs write their files themselves
+    assert len(list(tmp_path.glob("x/*/*/"))) == 4  # jobs write their own files
 
 
 def frozen_sweep() -> list[str]:
-    """A sweep folder whose name has the time in it, as a word."""
+    """The override for a sweep folder whose name contains the time."""
     return ["hydra.sweep.dir=${runs_dir}/${now:then}_sweep"]
 
 
@@ -99,22 +99,22 @@ def test_f1_a_hundred_claims_at_once_give_a_hundred_folders(tmp_path: Path) -> N
     assert len(set(folders)) == 100 and all(folder.is_dir() for folder in folders)
 
 
-def test_f1_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_f1_a_folder_that_cannot_be_created_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ConfigError, match="cannot create this run folder"):
         claim_folder(tmp_path / "runs" / "now")
 
 
-def test_f1_and_f3_ranks_that_somebody_else_started_share_the_folder_that_rank_0_claimed(
+def test_f1_and_f3_ranks_of_another_launcher_share_the_folder_that_rank_0_claimed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told: dict[str, str] = {}
+    store: dict[str, str] = {}
 
-    def agreed(mine: str, rank: int) -> str:
-        return told.setdefault("run_dir", mine) if rank == 0 else told["run_dir"]
+    def agree(own_dir: str, rank: int) -> str:
+        return store.setdefault("run_dir", own_dir) if rank == 0 else store["run_dir"]
 
-    monkeypatch.setattr(main, "agree_on_run_dir", agreed)
+    monkeypatch.setattr(main, "agree_on_run_dir", agree)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     taken = resolve_run_dir(compose_with_hydra(["run_dir=${runs_dir}/${now:then}"]))
     for rank in (0, 1, 2):
@@ -125,7 +125,7 @@ def test_f1_and_f3_ranks_that_somebody_else_started_share_the_folder_that_rank_0
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
-def test_f3_ranks_of_ours_are_told_the_folder_and_claim_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f3_our_ranks_receive_the_folder_and_claim_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     commands = []
     monkeypatch.setattr(

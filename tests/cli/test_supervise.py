@@ -1,4 +1,4 @@
-"""The supervisor, with ranks that are a few lines of Python: who is named, how fast, with which code."""
+"""The supervisor, with ranks of a few lines of Python: which rank is named, how soon, with which exit code."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def test_the_rank_that_failed_is_named_within_ten_seconds(
     assert block[1].startswith("its log: ")
 
 
-def test_the_first_to_fail_is_named_not_the_one_that_noticed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_rank_to_fail_is_named_and_not_the_one_that_noticed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     late = SPEAK.replace("a damaged image", "Connection closed by peer")
     job(tmp_path, 1, SPEAK + "sys.exit(1)", "time.sleep(0.3)\n" + late + "sys.exit(1)")
     assert "rank 1 of 2 failed: ValueError: a damaged image" in capfd.readouterr().err
@@ -79,19 +81,19 @@ def test_a_message_of_several_lines_is_reported_whole(tmp_path: Path, capfd: pyt
     assert "error: rank 1 of 2 failed: two problems:\n  a.png\n  b.png\n" in capfd.readouterr().err
 
 
-def test_a_killed_rank_is_named_even_if_the_other_spoke_of_it(
+def test_a_killed_rank_is_named_even_if_the_other_recorded_an_error(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     job(tmp_path, 1, "time.sleep(0.5)\nos.kill(os.getpid(), signal.SIGKILL)", SPEAK + WAIT)
     assert "rank 1 of 2 failed: killed by signal 9" in capfd.readouterr().err
 
 
-def test_all_well_is_zero_and_other_ranks_write_to_their_log(tmp_path: Path) -> None:
+def test_success_is_zero_and_other_ranks_write_to_their_log(tmp_path: Path) -> None:
     assert job(tmp_path, 1, "print('hello from one')", "pass") == 0
     assert (tmp_path / RANKS_FOLDER / "rank1.log").read_text().strip() == "hello from one"
 
 
-def test_what_a_rank_started_ends_with_it(tmp_path: Path) -> None:
+def test_a_process_that_a_rank_started_ends_with_it(tmp_path: Path) -> None:
     fault = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nprint(child.pid, flush=True)\nos._exit(3)"
     job(tmp_path, 1, fault)
     child = int((tmp_path / RANKS_FOLDER / "rank1.log").read_text())

@@ -1,6 +1,6 @@
-"""Sweeps: what becomes of each job, what is done again and what is not, and the table at the end.
+"""Sweeps: the status of each job, which jobs run again, and the table at the end.
 
-Jobs are stubs that score 1 - 10 * optim.lr or fail, behind the real front door and the real Hydra; one sweep at the
+Jobs are stubs that score 1 - 10 * optim.lr or fail, behind the real entry point and the real Hydra; one sweep at the
 end trains.
 """
 
@@ -20,7 +20,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from helpers.browser import in_browser, needs_browser
-from helpers.command_line import TINY, run
+from helpers.command_line import TINY, TINY_NETWORK, run
+from helpers.fork_server import FORK_CHILDREN, run_python
+from helpers.tiny_program import PROGRAM
 from semseg.cli import main, sweep
 from semseg.cli.supervise import RANK_VARIABLES, ProcessEnd, run_isolated
 from semseg.cli.sweep import classify_end
@@ -43,12 +45,12 @@ GRACE = 20  # seconds for processes on a busy machine
 
 
 class Stub:
-    """Stands in for the process of a job."""
+    """Replaces the process of a job."""
 
     def __init__(self) -> None:
-        self.rates: list[str] = []  # of the jobs that were run
+        self.rates: list[str] = []  # learning rates of the jobs that were run
         self.failing: set[str] = set()
-        self.stopping: set[str] = set()  # Ctrl-C comes in these
+        self.stopping: set[str] = set()  # jobs that receive Ctrl-C
 
     def __call__(self, command: Sequence[str], error_file: Path) -> ProcessEnd:
         given = dict(word.split("=", 1) for word in command[2:])
@@ -72,7 +74,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sweep:
-    """Runs the front door in this process, in the folder `tmp_path`, and returns its exit code."""
+    """Runs the entry point in this process, in the folder `tmp_path`, and returns its exit code."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "")
 
@@ -90,7 +92,7 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# ---- F4: what fails, what is skipped, what the table says
+# ---- F4: failed jobs, skipped jobs, and the table
 
 
 @pytest.mark.reliability
@@ -114,9 +116,7 @@ def test_f4_a_failing_job_does_not_stop_the_others_and_the_table_ranks_them_all(
 
 
 @pytest.mark.reliability
-def test_f4_the_sweep_again_runs_only_what_is_not_finished_and_what_is_new(
-    stub: Stub, start: Sweep, tmp_path: Path
-) -> None:
+def test_f4_a_repeated_sweep_runs_only_unfinished_and_new_jobs(stub: Stub, start: Sweep, tmp_path: Path) -> None:
     stub.failing = {"0.02"}
     assert start("-m", "optim.lr=0.01,0.02", "seed=1", "sweep_dir=x") == 1
     stub.failing = set()
@@ -126,7 +126,7 @@ def test_f4_the_sweep_again_runs_only_what_is_not_finished_and_what_is_new(
 
 
 @pytest.mark.reliability
-def test_f4_only_the_very_same_words_with_a_result_are_a_finished_job(tmp_path: Path) -> None:
+def test_f4_only_the_same_overrides_with_a_result_are_a_finished_job(tmp_path: Path) -> None:
     words = ["seed=1", "optim.lr=0.1"]
     write_job(Job(tmp_path, tuple(words), "finished"))
     assert find_finished_job(tmp_path, words, scores=True) is None  # no result.json
@@ -140,7 +140,7 @@ def test_f4_only_the_very_same_words_with_a_result_are_a_finished_job(tmp_path: 
     assert find_finished_job(tmp_path, words, scores=True) is None
 
 
-def test_ctrl_c_ends_the_sweep_and_tells_how_to_go_on(
+def test_ctrl_c_ends_the_sweep_and_prints_how_to_continue(
     stub: Stub, start: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stub.stopping = {"0.02"}
@@ -172,7 +172,9 @@ def test_time_of_all_attempts_adds_up(stub: Stub, tmp_path: Path) -> None:
         (ProcessEnd(2, None), "failed", "exit code 2"),
     ],
 )
-def test_the_end_of_a_process_in_words(ended: ProcessEnd, status: str, reason: str, tmp_path: Path) -> None:
+def test_the_end_of_a_process_gives_the_status_of_its_job(
+    ended: ProcessEnd, status: str, reason: str, tmp_path: Path
+) -> None:
     assert classify_end(ended, tmp_path, scores=False) == (status, reason)
 
 
@@ -182,7 +184,7 @@ def test_a_training_without_a_result_has_not_ended(tmp_path: Path) -> None:
 
 @pytest.mark.reliability
 def test_d5_twenty_jobs_leave_the_memory_of_the_sweep_as_it_is(stub: Stub, start: Sweep) -> None:
-    start("-m", "optim.lr=0.01", "sweep_dir=before")  # imports what there is to import
+    start("-m", "optim.lr=0.01", "sweep_dir=before")  # imports everything
     before = resident_bytes()
     start("-m", "optim.lr=range(1,21)", "sweep_dir=x")
     assert len(stub.rates) == 1 + 20
@@ -259,7 +261,7 @@ def test_the_page_sorts_and_fits_a_telephone(tmp_path: Path) -> None:
 # ---- the process of a job
 
 
-def test_a_job_gets_our_signals_and_nothing_that_makes_it_a_rank(
+def test_a_job_receives_our_signals_and_no_variable_that_makes_it_a_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in RANK_VARIABLES:
@@ -281,7 +283,7 @@ time.sleep({GRACE})
 
 
 def interrupt_once(path: Path) -> None:
-    """Send this process Ctrl-C as soon as `path` is there."""
+    """Send Ctrl-C to this process as soon as `path` exists."""
     deadline = time.monotonic() + GRACE
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -292,7 +294,7 @@ def interrupt_once(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["sweep_dir=x"], "needs a sweep. Add -m"),
         (["hparams_search=grid"], "needs a sweep. Add -m"),
@@ -300,11 +302,11 @@ def interrupt_once(path: Path) -> None:
         (["-m", "hydra/launcher=jblib", "seed=1,2"], "not known. Did you mean hydra/launcher=joblib?"),
     ],
 )
-def test_what_is_no_sweep_is_told_in_a_line(
-    words: list[str], told: str, start: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_not_a_sweep_is_refused(
+    words: list[str], message: str, start: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(*words) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -317,7 +319,7 @@ def test_a_plugin_that_is_missing_is_named_with_the_way_to_install_it() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_DIR / "hparams_search").glob("*.yaml")))
-def test_a_search_says_nothing_that_the_jobs_would_have_to_see(name: str) -> None:
+def test_a_search_has_no_settings_of_jobs(name: str) -> None:
     if name == "optuna":
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     alone, searched = (
@@ -328,27 +330,25 @@ def test_a_search_says_nothing_that_the_jobs_would_have_to_see(name: str) -> Non
     assert job_name([f"hparams_search={name}", "seed=1"]) == job_name(["seed=1"])
 
 
-def test_the_grid_is_swept_and_a_word_takes_the_place_of_its_values(stub: Stub, start: Sweep) -> None:
+def test_the_grid_is_swept_and_an_override_replaces_its_values(stub: Stub, start: Sweep) -> None:
     assert start("-m", "hparams_search=grid", "optim.weight_decay=1e-4", "sweep_dir=x") == 0
     assert stub.rates == ["0.005", "0.01", "0.02", "0.04"]
 
 
-def test_optuna_is_told_the_scores_and_the_failures_and_goes_on_where_it_was(
-    stub: Stub, start: Sweep, tmp_path: Path
-) -> None:
+def test_optuna_receives_scores_and_failures_and_continues_a_search(stub: Stub, start: Sweep, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     search = ["-m", "hparams_search=optuna", "sweep_dir=x"]
     assert start(*search, "hydra.sweeper.n_trials=2") == 0
     first = list(stub.rates)
     assert start(*search, "hydra.sweeper.n_trials=3") == 0
-    assert len(first) == 2 and len(stub.rates) == 3  # the same two are asked for again, and skipped
+    assert len(first) == 2 and len(stub.rates) == 3  # the same two are proposed again, and skipped
     assert all(0.002 <= float(rate) <= 0.2 for rate in stub.rates)
     best = OmegaConf.to_container(OmegaConf.load(tmp_path / "x" / "optimization_results.yaml"))
     assert isinstance(best, dict)
     assert best["best_params"]["optim.lr"] == min(map(float, stub.rates))
 
 
-def test_optuna_without_one_good_job_ends_with_the_table(
+def test_optuna_without_a_successful_job_ends_with_the_table(
     stub: Stub, start: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
@@ -379,16 +379,17 @@ def test_jobs_may_run_at_the_same_time(plugin: str, words: list[str], tmp_path: 
 
 @pytest.mark.reliability
 def test_f4_a_sweep_that_trains(start: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["-m", *TINY, "optim.lr=-1,0.01", "sweep_dir=x"]
-    run(tmp_path, *words, code=1)
+    words = ["-m", *TINY, *TINY_NETWORK, "optim.lr=-1,0.01", "sweep_dir=x"]
+    ended = run_python(str(PROGRAM), *words, cwd=tmp_path, env={**os.environ, FORK_CHILDREN: "1"})
+    assert ended.returncode == 1, ended.stdout
     failed, finished = read_jobs(tmp_path / "x")
     assert failed.status == "failed" and failed.reason == "optim.lr=-1.0: must be above 0."
     assert finished.status == "finished"
     result = read_result(finished.folder)
     assert result is not None and result.score is not None and (result.monitor, result.mode) == ("val/miou", "max")
-    again: list[Path] = []
+    repeated: list[Path] = []
     monkeypatch.setattr(
-        sweep, "run_isolated", lambda command, error_file: again.append(error_file) or ProcessEnd(2, None)
+        sweep, "run_isolated", lambda command, error_file: repeated.append(error_file) or ProcessEnd(2, None)
     )
     assert start(*words) == 1
-    assert [path.parent for path in again] == [failed.folder]
+    assert [path.parent for path in repeated] == [failed.folder]

@@ -1,4 +1,4 @@
-"""Whatever is typed, the front end answers with success or one error of ours: row H2 of what must hold."""
+"""Every command line is accepted or refused with one of our errors: row H2 of docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ PIECES = [
 ]  # fmt: skip
 
 
-def mutant(rng: random.Random) -> str:
-    """A word of a real command line, or an unreal one, with up to four places changed."""
+def mutate_argument(rng: random.Random) -> str:
+    """An argument of a command line, real or made up, with up to four random changes."""
     word = rng.choice([*REAL, f"{rng.choice(KEYS)}={rng.choice(VALUES)}"])
     for _ in range(rng.randrange(5)):
-        place = rng.randrange(len(word) + 1)
+        index = rng.randrange(len(word) + 1)
         kind = rng.randrange(4)
         if kind == 0:
-            word = word[:place] + rng.choice(PIECES) + word[place:]
+            word = word[:index] + rng.choice(PIECES) + word[index:]
         elif kind == 1:
-            word = word[:place] + word[place + rng.randint(1, 3) :]
+            word = word[:index] + word[index + rng.randint(1, 3) :]
         elif kind == 2:
-            word = word[:place] + rng.choice(REAL) + word[place:]
+            word = word[:index] + rng.choice(REAL) + word[index:]
         else:
-            word = word[:place] + chr(rng.choice([rng.randrange(128), rng.randrange(0x110000)])) + word[place:]
+            word = word[:index] + chr(rng.choice([rng.randrange(128), rng.randrange(0x110000)])) + word[index:]
     return word
 
 
@@ -58,56 +58,56 @@ KEYS = [*list_keys(), *list_groups(), "hydra.run.dir", "lr", "x", "logger.csv", 
 VALUES = [word.partition("=")[2] for word in REAL] + PIECES
 
 
-def complaint(words: list[str], *, compose: bool) -> str | None:
-    """What `python run.py <words>` says against its words, or None; any other error is a defect."""
+def find_error(arguments: list[str], *, compose: bool) -> str | None:
+    """The error message of `python run.py <arguments>`, or None; any other exception is a defect."""
     try:
-        words = parse_overrides(words)
+        overrides = parse_overrides(arguments)
         if compose:
-            check_config(compose_config([word for word in words if not word.startswith("-")]))
+            check_config(compose_config([word for word in overrides if not word.startswith("-")]))
         else:
             parser = OverridesParser.create()
-            for word in words:
+            for word in overrides:
                 with translate_hydra_failures([word]):
                     parser.parse_override(word)
     except SemsegError as error:
         return str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        return explain_hydra_error(error, words)
+        return explain_hydra_error(error, arguments)
     return None
 
 
-def assert_short(told: str | None, words: list[str]) -> None:
-    assert told is None or (told.strip() and len(told) < 20_000), words
-    assert told is None or told.isprintable() or len(told.splitlines()) <= 12, words
+def assert_short(message: str | None, arguments: list[str]) -> None:
+    assert message is None or (message.strip() and len(message) < 20_000), arguments
+    assert message is None or message.isprintable() or len(message.splitlines()) <= 12, arguments
 
 
-def fuzz(count: int, *, words_each: int, compose: bool, seed: int) -> None:
+def fuzz(count: int, *, arguments_each: int, compose: bool, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(count):
-        words = [mutant(rng) for _ in range(words_each)]
+        arguments = [mutate_argument(rng) for _ in range(arguments_each)]
         try:
-            assert_short(complaint(words, compose=compose), words)
+            assert_short(find_error(arguments, compose=compose), arguments)
         except Exception as error:
-            pytest.fail(f"{words!a}: {type(error).__name__}: {error}")
+            pytest.fail(f"{arguments!a}: {type(error).__name__}: {error}")
 
 
 @pytest.mark.parametrize("count", [3_000, pytest.param(100_000, marks=pytest.mark.long)])
-def test_h2_any_word_is_understood_or_refused_in_a_sentence(count: int) -> None:
-    fuzz(count, words_each=1, compose=False, seed=1)
+def test_h2_any_argument_is_accepted_or_refused_with_a_message(count: int) -> None:
+    fuzz(count, arguments_each=1, compose=False, seed=1)
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(1_000, marks=pytest.mark.long)])
-def test_h2_any_command_line_is_composed_or_refused_in_a_sentence(count: int) -> None:
-    fuzz(count, words_each=3, compose=True, seed=2)
+def test_h2_any_command_line_is_composed_or_refused_with_a_message(count: int) -> None:
+    fuzz(count, arguments_each=3, compose=True, seed=2)
 
 
 @pytest.mark.parametrize(
-    "word",
+    "argument",
     ["data.hint=" + "[" * 300, "seed=" + "9" * 5000, "data=" + "x" * 5000, "x" * 20_000, "data.hint=a\0b",
      *(f"+model.encoder.x={'[' * depth}1{']' * depth}" for depth in (60, 70, 80, 90, 300))],
     ids=range(10),
 )  # fmt: skip
-def test_h2_deep_long_and_unprintable_words_are_understood_or_refused_in_a_sentence(word: str) -> None:
-    told = complaint([word], compose=True)
-    assert_short(told, [word])
-    assert told or "[1]" in word
+def test_h2_deep_long_and_unprintable_arguments_are_accepted_or_refused_with_a_message(argument: str) -> None:
+    message = find_error([argument], compose=True)
+    assert_short(message, [argument])
+    assert message or "[1]" in argument

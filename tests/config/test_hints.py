@@ -1,4 +1,4 @@
-"""Keys that do not exist are answered by the key that was meant, or by what there is instead of it."""
+"""The error about an unknown key names the nearest key, or what replaces it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ KEYS = list_keys()
 COMPOSED = compose_config([])
 
 
-def answer(word: str) -> str:
-    """What the program says against one word of the command line."""
+def explain_override(override: str) -> str:
+    """The error message for one override."""
     with pytest.raises((ConfigError, HydraException)) as caught:
-        check_config(compose_config([word]))
-    return str(caught.value) if isinstance(caught.value, ConfigError) else explain_hydra_error(caught.value, [word])
+        check_config(compose_config([override]))
+    return str(caught.value) if isinstance(caught.value, ConfigError) else explain_hydra_error(caught.value, [override])
 
 
-def answer_of_a_file(key: str) -> str:
-    """What the program says against a key that a configuration file holds."""
+def explain_key_of_file(key: str) -> str:
+    """The error message for a key that a configuration file holds."""
     composed = COMPOSED.copy()
     with open_dict(composed):
         OmegaConf.update(composed, key, 1, force_add=True)
@@ -40,32 +40,32 @@ def answer_of_a_file(key: str) -> str:
     return str(caught.value)
 
 
-def doubled(word: str) -> str:
-    """`word` with its last letter twice."""
-    return word + word[-1]
+def double_last_letter(name: str) -> str:
+    """`name` with a typo: its last letter twice."""
+    return name + name[-1]
 
 
-def test_i4_a_typo_in_any_key_of_any_section_is_answered() -> None:
+def test_i4_a_typo_in_any_key_of_any_section_is_recognised() -> None:
     assert {"bench.steps", "download.cache", "serve.port", "data.make.seed", "loss.terms.dice"} <= set(KEYS)
     for key in KEYS:
         section, dot, last = key.rpartition(".")
-        assert f"Did you mean {key}?" in explain_unknown_key(f"{section}{dot}{doubled(last)}", KEYS)
+        assert f"Did you mean {key}?" in explain_unknown_key(f"{section}{dot}{double_last_letter(last)}", KEYS)
         swapped = f"{section}{dot}{last[0]}{last[2:3]}{last[1]}{last[3:]}"
         if len(last) > 3 and swapped not in KEYS:  # in the same section: model.edcoder may be either of two
             assert f"Did you mean {section}{dot}" in explain_unknown_key(swapped, KEYS)
 
 
 @pytest.mark.parametrize("section", sorted({key.rpartition(".")[0] for key in KEYS} - {""}))
-def test_i4_every_section_of_a_file_answers_a_typo(section: str) -> None:
+def test_i4_a_typo_in_a_file_is_recognised_in_every_section(section: str) -> None:
     key = max((key for key in KEYS if key.rpartition(".")[0] == section), key=len)
     base = section.replace("data.make", "data").replace("data.archive", "data")  # absent from the default data set
-    wrong = f"{section}.{doubled(key.rpartition('.')[2])}"
-    told = answer_of_a_file(wrong) if base == section else explain_unknown_key(wrong, KEYS)
-    assert f"Did you mean {key}?" in told
+    wrong = f"{section}.{double_last_letter(key.rpartition('.')[2])}"
+    message = explain_key_of_file(wrong) if base == section else explain_unknown_key(wrong, KEYS)
+    assert f"Did you mean {key}?" in message
 
 
 @pytest.mark.parametrize(
-    ("word", "part"),
+    ("override", "part"),
     [
         ("bench.stpes=3", "Did you mean bench.steps?"),
         ("dta=camvid", "Did you mean data?"),
@@ -79,12 +79,12 @@ def test_i4_every_section_of_a_file_answers_a_typo(section: str) -> None:
         ("trainer.val_check_interval=0.5", "Set trainer.check_val_every_n_epoch=<epochs>, and data.steps_per_epoch"),
     ],
 )  # fmt: skip
-def test_i4_what_was_meant_is_told(word: str, part: str) -> None:
-    assert part in answer(word)
+def test_i4_the_error_names_the_nearest_key_or_option(override: str, part: str) -> None:
+    assert part in explain_override(override)
 
 
 @pytest.mark.parametrize(
-    ("key", "meant"),
+    ("key", "nearest"),
     [
         ("lr", "optim.lr"), ("trainer.lr", "optim.lr"), ("optimizer.learning_rate", "optim.lr"),
         ("trainer.num_workers", "data.num_workers"), ("batch_size", "data.batch_size"), ("devices", "trainer.devices"),
@@ -93,14 +93,14 @@ def test_i4_what_was_meant_is_told(word: str, part: str) -> None:
         ("model.backbone", "model/encoder"), ("encoder", "model/encoder"), ("decoder", "model/decoder"),
     ],
 )  # fmt: skip
-def test_i4_a_key_of_another_section_or_program_is_answered(key: str, meant: str) -> None:
-    assert explain_unknown_key(key, KEYS + list_groups()) == f"There is no key {key!r}. Did you mean {meant}?"
+def test_i4_a_key_of_another_section_or_program_is_recognised(key: str, nearest: str) -> None:
+    assert explain_unknown_key(key, KEYS + list_groups()) == f"There is no key {key!r}. Did you mean {nearest}?"
 
 
-def test_i3_every_option_of_lightnings_trainer_is_accepted_or_answered() -> None:
+def test_i3_every_option_of_lightnings_trainer_is_accepted_or_explained() -> None:
     accepted = {item.name for item in fields(TrainerConfig)} - set(OWN_TRAINER_KEYS)
     options = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
-    assert accepted <= options, "one of ours is no option of Lightning's any more"
+    assert accepted <= options, "an accepted key is not an option of Lightning any more"
     assert options - accepted - set(TRAINER_HINTS) == set()
     for option in TRAINER_HINTS:
         assert (
@@ -112,15 +112,14 @@ def test_i3_every_option_of_lightnings_trainer_is_accepted_or_answered() -> None
 
 
 @pytest.mark.parametrize("key", REMOVED_KEYS)
-def test_i3_a_key_of_an_earlier_version_is_answered_by_what_there_is_instead(key: str) -> None:
+def test_i3_the_error_about_a_removed_key_names_its_replacement(key: str) -> None:
     assert key not in KEYS
-    for word in (f"{key}=x", f"+{key}=x", f"++{key}=x"):
-        told = answer(word)
-        assert told == f"There is no key {key!r} any more. {REMOVED_KEYS[key]}"
-    assert REMOVED_KEYS[key] in answer_of_a_file(key)
+    for override in (f"{key}=x", f"+{key}=x", f"++{key}=x"):
+        assert explain_override(override) == f"There is no key {key!r} any more. {REMOVED_KEYS[key]}"
+    assert REMOVED_KEYS[key] in explain_key_of_file(key)
 
 
-def test_i3_the_answers_name_keys_that_exist() -> None:
+def test_i3_explanations_name_keys_that_exist() -> None:
     known = {*KEYS, *list_groups(), "model.encoder.weights"}
     assert set(KEY_SYNONYMS.values()) <= known
     assert not set(KEY_SYNONYMS) & known

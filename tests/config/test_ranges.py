@@ -1,4 +1,4 @@
-"""Every value that the schema allows builds a run that takes two steps; every value beside it is one sentence."""
+"""Every value that the schema allows gives a run that takes two steps; values just outside are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from semseg.errors import ConfigError
 
 pytestmark = pytest.mark.reliability
 TRAINING = ("seed", "model", "data", "augment", "optim", "schedule", "loss", "syncbn", "trainer", "ema", "checkpoint")
-# What would take hours, other machines, other packages, or a memory of that size.
+# Values that would need hours, other machines, other packages, or too much memory.
 NOT_TRAINED = {
     "mode", "data.batch_size", "data.num_workers", "trainer.num_nodes", "trainer.profiler", "model.compile",
     "data.make.num_train", "data.make.num_val", "data.make.seed", "data.first_id", "trainer.max_epochs",
@@ -42,12 +42,12 @@ def leaves(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, dic
 
 
 def kinds_of(kind: Any) -> set[Any]:
-    """The types of the values of a field: int and NoneType of `int | None`; those of a list are no values."""
+    """The types of a field's values: int and NoneType for `int | None`; none for lists and mappings."""
     return set() if get_origin(kind) in (list, dict) else {kind, *get_args(kind)}
 
 
 def inside(kind: Any, limits: dict[str, Any]) -> list[Value]:
-    """The ends of a range and what is just inside, or all choices."""
+    """The ends of a range and values just inside, or all choices."""
     kinds = kinds_of(kind)
     found: list[Value] = list(limits.get("choices", ()))
     found += [None] if type(None) in kinds else []
@@ -64,7 +64,7 @@ def inside(kind: Any, limits: dict[str, Any]) -> list[Value]:
 
 
 def outside(kind: Any, limits: dict[str, Any]) -> list[Value]:
-    """What is just outside of a range, and no number."""
+    """Values just outside of a range, NaN and infinite values, and an unknown choice."""
     kinds = kinds_of(kind)
     step = 1 if int in kinds else 1e-6
     low, above, high, below = (limits.get(name) for name in ("low", "above", "high", "below"))
@@ -121,7 +121,7 @@ def test_i5_every_value_outside_of_its_range_is_refused_with_the_key() -> None:
         (key, value): problems(with_value(config, key, value)) for key, *rest in LEAVES for value in outside(*rest)
     }
     assert len(refused) > 300
-    assert [place for place, told in refused.items() if not any(line.startswith(place[0]) for line in told)] == []
+    assert [case for case, lines in refused.items() if not any(line.startswith(case[0]) for line in lines)] == []
 
 
 def test_i5_every_value_inside_its_range_is_accepted_or_contradicts_another_key() -> None:
@@ -130,8 +130,8 @@ def test_i5_every_value_inside_its_range_is_accepted_or_contradicts_another_key(
         (key, value): problems(with_value(config, key, value)) for key, *rest in LEAVES for value in inside(*rest)
     }
     assert len(refused) > 300
-    told = {key for (key, _), lines in refused.items() if lines}
-    assert told <= {
+    keys = {key for (key, _), lines in refused.items() if lines}
+    assert keys <= {
         "mode", "format", "eval.stride", "predict.stride", "loss.label_smoothing", "loss.terms.cross_entropy",
         "model.size_divisor", "model.label_stride", "trainer.max_steps", "export.quantize",
     }  # fmt: skip
@@ -163,7 +163,7 @@ def test_i6_two_steps_are_taken_with_every_value_inside_its_range(
         try:
             config = check_config(changed(**{"trainer.max_steps": 2, "checkpoint.every_n_steps": 1} | given))
             steps = fit(config)["global_step"]
-        except ConfigError as error:  # a value that another key does not go with
+        except ConfigError as error:  # a value that contradicts another key
             assert (key.rpartition(".")[0] or key) in str(error)
         else:
             assert steps <= 2

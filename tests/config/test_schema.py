@@ -48,7 +48,7 @@ def test_every_key_of_the_schema_can_be_set_on_the_command_line() -> None:
     composed = compose_config([])
     for key in list_keys():
         if key.startswith("data.make."):
-            continue  # only data sets that are made on the spot have it
+            continue  # only data sets that are drawn at first use have it
         node = composed
         for word in key.split("."):
             assert word in node, f"{key} is in semseg/config/schema.py but not in configs/"
@@ -81,13 +81,13 @@ def test_every_key_of_the_schema_can_be_set_on_the_command_line() -> None:
         ("model.size_divisor=12 model.label_stride=8", "must be a multiple of model.label_stride"),
     ],
 )
-def test_a_wrong_value_is_told_in_one_line(override: str, part: str) -> None:
+def test_a_wrong_value_is_one_line(override: str, part: str) -> None:
     message = problem(*override.split(" "))
     assert part in message
     assert "\n" not in message
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     message = problem("optim.lr=-1", "optim.momentum=3")
     assert message.startswith("2 problems")
     assert "optim.lr" in message and "optim.momentum" in message
@@ -115,7 +115,7 @@ def test_a_configuration_survives_the_trip_through_plain_data() -> None:
     assert isinstance(config, Config)
 
 
-def test_a_last_word_alone_finds_its_section() -> None:
+def test_the_last_part_of_a_key_is_enough_to_find_it() -> None:
     assert find_nearest_key("lr", list_keys()) == "optim.lr"
     assert find_nearest_key("optim.lrr", list_keys()) == "optim.lr"
     assert find_nearest_key("trainer.max_epoch", list_keys()) == "trainer.max_epochs"

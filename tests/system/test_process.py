@@ -1,4 +1,4 @@
-"""What every process does first, in processes of a few lines: parents that go, signals, streams."""
+"""What every process does first, in processes of a few lines: parents that end, signals, streams."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def python(code: str, *, environment: dict[str, str] | None = None, **options) -
     )
 
 
-def is_there(number: int) -> bool:
-    """Whether a process runs; one that nobody has waited for does not."""
+def is_running(number: int) -> bool:
+    """Whether a process runs. A zombie does not."""
     return bool(process.get_start_time(number))
 
 
 def ends(number: int, within: float) -> bool:
     deadline = time.monotonic() + within
-    while is_there(number) and time.monotonic() < deadline:
+    while is_running(number) and time.monotonic() < deadline:
         time.sleep(0.02)
-    if is_there(number):
+    if is_running(number):
         os.kill(number, signal.SIGKILL)
         return False
     return True
@@ -53,8 +53,10 @@ def ends(number: int, within: float) -> bool:
 
 
 @pytest.mark.reliability
-def test_e7_a_child_whose_parent_is_gone_already_ends_before_it_does_anything() -> None:
-    child = python(CHILD, environment={SUPERVISOR_VARIABLE: "1"}, stdout=subprocess.PIPE)  # our parent is another one
+def test_e7_a_child_whose_parent_has_ended_already_ends_at_once() -> None:
+    child = python(
+        CHILD, environment={SUPERVISOR_VARIABLE: "1"}, stdout=subprocess.PIPE
+    )  # its parent is another process
     assert child.communicate(timeout=20)[0] == ""
     assert child.returncode == -signal.SIGKILL
 
@@ -63,7 +65,7 @@ def test_e7_a_child_whose_parent_is_gone_already_ends_before_it_does_anything() 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("fails", [False, True], ids=["prctl", "watching"])
 def test_e7_a_child_ends_with_its_parent_at_any_moment(delay: float, *, fails: bool) -> None:
-    """`fails`: on a system that cannot send a signal when a parent dies."""
+    """`fails`: as on a system that cannot send a signal when a parent dies."""
     blind = "from semseg import process; process.ask_for_death_signal = lambda: False; " if fails else ""
     start = (
         "import os, subprocess, sys, time;"
@@ -82,7 +84,7 @@ def test_e7_a_child_ends_with_its_parent_at_any_moment(delay: float, *, fails: b
 
 
 @pytest.mark.reliability
-def test_e7_what_a_child_starts_is_not_taken_for_a_child_of_the_supervisor() -> None:
+def test_e7_a_grandchild_is_not_a_child_of_the_supervisor() -> None:
     grandchild = f"import os; print({SUPERVISOR_VARIABLE!r} in os.environ)"
     code = (
         "import subprocess, sys; from semseg.system.process import prepare, is_supervised; prepare();"
@@ -93,9 +95,9 @@ def test_e7_what_a_child_starts_is_not_taken_for_a_child_of_the_supervisor() -> 
 
 
 @pytest.mark.reliability
-def test_e7_a_launcher_s_process_knows_whether_its_sweep_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_e7_a_process_of_a_launcher_knows_whether_its_sweep_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SWEEP_VARIABLE, raising=False)
-    assert not is_sweep_gone()  # there is none
+    assert not is_sweep_gone()  # there is no sweep
     announce_sweep()
     assert not is_sweep_gone()
     host, _, birth = os.environ[SWEEP_VARIABLE].split(" ")
@@ -104,14 +106,14 @@ def test_e7_a_launcher_s_process_knows_whether_its_sweep_is_there(monkeypatch: p
     for gone in (
         f"{host} {ended.pid} {birth}",
         f"{host} {os.getpid()} 1",
-    ):  # the number may be another process's by now
+    ):  # the process id may have been reused
         monkeypatch.setenv(SWEEP_VARIABLE, gone)
         assert is_sweep_gone()
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    assert not is_sweep_gone()  # the job is SLURM's
+    assert not is_sweep_gone()  # the job belongs to SLURM
     monkeypatch.delenv("SUBMITIT_EXECUTOR")
     monkeypatch.setenv(SWEEP_VARIABLE, f"elsewhere {ended.pid} 1")
-    assert not is_sweep_gone()  # cannot be told from here
+    assert not is_sweep_gone()  # on another machine, so unknown
 
 
 # ---- signals
@@ -119,7 +121,7 @@ def test_e7_a_launcher_s_process_knows_whether_its_sweep_is_there(monkeypatch: p
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Nobody has asked this process to stop; the codes with which it would have ended at once."""
+    """A process that is not stopping; collects the exit codes with which it would have ended at once."""
     codes: list[int] = []
     monkeypatch.setattr(process, "_is_stopping", False)
     monkeypatch.setattr(process, "exit_immediately", codes.append)
@@ -150,7 +152,7 @@ def test_e8_a_signal_unwinds_and_the_second_ctrl_c_ends_at_once(
 
 
 @pytest.mark.reliability
-def test_e8_a_process_that_cannot_unwind_ends_all_the_same() -> None:
+def test_e8_a_process_that_cannot_unwind_ends_anyway() -> None:
     code = """
 import os, signal, time
 from semseg.system import process
@@ -188,7 +190,7 @@ def test_e8_nohup_is_respected(handling: str, code: int | None) -> None:
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&- <&-", "2>&1 | head -1", ">/dev/full"])
-def test_e9_a_stream_that_is_closed_or_full_costs_what_is_written_to_it(redirection: str) -> None:
+def test_e9_a_closed_or_full_stream_loses_only_what_is_written_to_it(redirection: str) -> None:
     command = f"{sys.executable} {RUN} --help {redirection}; echo ${{PIPESTATUS[0]}} >&9"
     read, write = os.pipe()
     ended = subprocess.run(
@@ -208,7 +210,7 @@ def test_e9_a_stream_that_is_closed_or_full_costs_what_is_written_to_it(redirect
 
 
 @pytest.mark.reliability
-def test_e9_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+def test_e9_no_file_gets_the_descriptor_of_a_closed_stream(tmp_path: Path) -> None:
     code = (
         "import sys; from semseg.system.process import prepare; prepare();"
         f"file = open({str(tmp_path / 'result')!r}, 'w'); print('astray'); print('astray', file=sys.stderr);"
