@@ -1,14 +1,14 @@
-"""Multi-scale evaluation of images of one size, our way and the plain way, side by side in the same run.
+"""Multi-scale evaluation of images of one size, ours and the direct way, side by side in the same run.
 
     python benchmarks/evaluation.py                                           # UPerNet-50, 512 x 683, five scales, CPU
     python benchmarks/evaluation.py --model resnet18_dilated8_ppm_deepsup --scales 450
-    python benchmarks/evaluation.py --images 4                                # what eval.batch_size=4 does
+    python benchmarks/evaluation.py --images 4                                # the effect of eval.batch_size=4
 
-The plain way is that of the original: the network with its maps joined and its convolutions direct, and for every scale
-the logits of all classes upsampled to the full size, softmax, and a sum of full-size maps. Ours convolves coarse maps
-before they are upsampled, on the CPU by Winograd's way, and averages band by band. "Together" is ours with the images
-as one batch at every scale, not one after the other. All start from the scaled images and end with class indices; they
-take turns. Medians of wall time, of the processor's time, and of the ratios.
+The direct way is that of the 2018 code: the network with the operators of the published architecture, and for every
+scale the logits of all classes upsampled to the full size, softmax, and a sum of full-size maps. Ours uses the kernels
+of nets/cpu on the CPU and averages band by band. "Batched" is ours with all images as one batch per scale. All start
+from the scaled images and end with class indices, and they take turns. Printed are medians of wall time, of CPU time,
+and of the ratios.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from training_step import NUM_CLASSES, joined_maps
+from training_step import NUM_CLASSES
 
 from semseg.data.geometry import Size, stretched_size
 from semseg.evaluation.inference import batch_logits, merge_scales, scale_logits
@@ -60,76 +60,75 @@ def main() -> None:
         ]
         for _ in range(options.images)
     ]
-    run = Contest(net, images, size)
-    expected, found, together = run.plain(), run.ours(), run.together()
-    for name, answer in {"ours": found, "together": together}.items():
-        different = (expected != answer).float().mean()
-        print(f"{name}: classes that differ (ties up to rounding): {different:.1e} of the pixels")
-    names = ("plain", "network", "merging", "ours", *(("together",) if options.images > 1 else ()))
+    contest = Contest(net, images, size)
+    expected, ours, batched = contest.direct(), contest.ours(), contest.batched()
+    for name, class_maps in {"ours": ours, "batched": batched}.items():
+        fraction = (expected != class_maps).float().mean()
+        print(f"{name}: classes differ from the direct way (ties up to rounding) in {fraction:.1e} of the pixels")
+    names = ("direct", "network", "merge", "ours", *(("batched",) if options.images > 1 else ()))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(options.rounds):
-        for name, taken in times.items():
-            taken.append(timed(getattr(run, name)))
+        for name, measured in times.items():
+            measured.append(measure_seconds(getattr(contest, name)))
     print(ROW.format("seconds, median", "wall", "CPU"))
-    labels = {"network": "of which the network", "merging": "of which merging"}
-    for name, taken in times.items():
-        wall, processor = (statistics.median(values) for values in zip(*taken, strict=True))
-        print(ROW.format(labels.get(name, name), f"{wall:.3f}", f"{processor:.3f}"))
-    for name in ("ours", "together")[: 1 + (options.images > 1)]:
+    labels = {"network": "of which the network", "merge": "of which merging"}
+    for name, measured in times.items():
+        wall, cpu = (statistics.median(values) for values in zip(*measured, strict=True))
+        print(ROW.format(labels.get(name, name), f"{wall:.3f}", f"{cpu:.3f}"))
+    for name in ("ours", "batched")[: 1 + (options.images > 1)]:
         ratios = [
-            statistics.median(mine[kind] / plain[kind] for mine, plain in zip(times[name], times["plain"], strict=True))
+            statistics.median(one[kind] / other[kind] for one, other in zip(times[name], times["direct"], strict=True))
             for kind in (0, 1)
         ]
-        print(ROW.format(f"{name} / plain", *(f"{ratio:.2f}" for ratio in ratios)))
+        print(ROW.format(f"{name} / direct", *(f"{ratio:.2f}" for ratio in ratios)))
 
 
 class Contest:
-    """All ways for the same images, each given at every scale; the answers are (N, height, width)."""
+    """The contenders, on the same images at every scale; each returns class maps (N, height, width)."""
 
     def __init__(self, net: Segmenter, images: list[list[Tensor]], size: Size) -> None:
         self.net, self.images, self.size = net, images, size
         self.logits: list[list[Tensor]] = []
 
-    def plain(self) -> Tensor:
-        return torch.stack([self._plain(scales) for scales in self.images])
+    def direct(self) -> Tensor:
+        return torch.stack([self._direct(scales) for scales in self.images])
 
     @torch.no_grad()
-    def _plain(self, scales: list[Tensor]) -> Tensor:
+    def _direct(self, scales: list[Tensor]) -> Tensor:
         device = next(self.net.parameters()).device
         total = torch.zeros(1, NUM_CLASSES, *self.size, device=device)
-        self.net.winograd = False
+        self.net.has_cpu_kernels = False
         for scale in scales:
             image = normalise(scale[None].to(device), self.net.convention)
-            with joined_maps():
-                logits = self.net(image).main
+            logits = self.net(image).main
             upsampled = F.interpolate(logits, size=tuple(self.size), mode="bilinear", align_corners=False)
             total = total + upsampled.softmax(1) / len(scales)
         return total.max(1).indices[0]
 
     def ours(self) -> Tensor:
         self.network()
-        return self.merging()
+        return self.merge()
 
     def network(self) -> None:
-        self.net.winograd = True
+        self.net.has_cpu_kernels = True
         self.logits = [scale_logits(self.net, scales, self.net.convention) for scales in self.images]
 
-    def merging(self) -> Tensor:
+    def merge(self) -> Tensor:
         return torch.stack([merge_scales(scales, tuple(self.size)).ids for scales in self.logits])
 
-    def together(self) -> Tensor:
-        self.net.winograd = True
+    def batched(self) -> Tensor:
+        self.net.has_cpu_kernels = True
         self.logits = batch_logits(self.net, self.images, self.net.convention)
-        return self.merging()
+        return self.merge()
 
 
-def timed(function: Callable[[], object]) -> tuple[float, float]:
-    """Seconds: wall, processor."""
-    wall, processor = time.perf_counter(), time.process_time()
-    function()
+def measure_seconds(action: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of an action: wall time, CPU time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    action()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - wall, time.process_time() - processor
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 if __name__ == "__main__":

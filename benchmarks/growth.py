@@ -1,9 +1,9 @@
-"""How costs grow with the work: the time of one unit of it should stay as it is.
+"""How costs scale with the amount of work: the time per unit should stay constant.
 
     OMP_NUM_THREADS=1 python benchmarks/growth.py                  # prints a table, writes docs/images/growth.svg
 
-Reading a training image of a longer and longer list; evaluating more images, more classes, more pixels; a training step
-of more images. One thread, processor's time, medians of rounds that take turns; resnet18_dilated8 + c1 at small sizes.
+Reading a training image from lists of increasing length; evaluating more images, more classes, more pixels; training
+steps of more images. One thread, CPU time, medians of rounds that take turns; resnet18_dilated8 + c1 at small sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from loader import dataset, draw_mix, found
+from loader import build_dataset, draw_images, list_records
 from markupsafe import Markup
 
 from semseg.config.preprocessing import PREPROCESSING
@@ -35,24 +35,24 @@ PANEL, MARGIN = 150, 34  # pixels of the drawing
 
 
 class Series(NamedTuple):
-    """One kind of growth: what a piece of work of each size costs."""
+    """The cost of one kind of work at several sizes."""
 
     name: str
     unit: str  # of the sizes
     sizes: list[int]
-    works: list[Callable[[], object]]
-    divide: bool = True  # by the size: the work is that many units
+    actions: list[Callable[[], object]]
+    is_divided: bool = True  # by the size, because an action does that many units of work
 
-    def per_unit(self, rounds: int) -> list[float]:
-        """Milliseconds of the processor for one unit of each size, medians."""
-        taken: list[list[float]] = [[] for _ in self.works]
-        for _ in range(rounds + 1):  # the first warms up
-            for seconds, work in zip(taken, self.works, strict=True):
-                started = time.process_time()
-                work()
-                seconds.append(time.process_time() - started)
-        units = self.sizes if self.divide else [1] * len(self.sizes)
-        return [1e3 * statistics.median(seconds[1:]) / unit for seconds, unit in zip(taken, units, strict=True)]
+    def measure_unit_costs(self, rounds: int) -> list[float]:
+        """CPU time in ms of one unit at each size, medians."""
+        times: list[list[float]] = [[] for _ in self.actions]
+        for _ in range(rounds + 1):  # the first one warms up
+            for seconds, action in zip(times, self.actions, strict=True):
+                start = time.process_time()
+                action()
+                seconds.append(time.process_time() - start)
+        units = self.sizes if self.is_divided else [1] * len(self.sizes)
+        return [1e3 * statistics.median(seconds[1:]) / unit for seconds, unit in zip(times, units, strict=True)]
 
 
 def main() -> None:
@@ -62,77 +62,81 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
-        measured = [(series, series.per_unit(options.rounds)) for series in all_series(Path(folder))]
+        measured = [(series, series.measure_unit_costs(options.rounds)) for series in build_series(Path(folder))]
     for series, costs in measured:
         row = "  ".join(f"{size:,}: {cost:.3g}" for size, cost in zip(series.sizes, costs, strict=True))
         print(f"{series.name}, ms by {series.unit}: {row}")
-    options.plot.write_text(drawing([(series, costs) for series, costs in measured]) + "\n")
+    options.plot.write_text(draw_plot(measured) + "\n")
     print(f"written {options.plot}")
 
 
-def all_series(folder: Path) -> Iterator[Series]:
-    records = found(draw_mix(folder, 12))
+def build_series(folder: Path) -> Iterator[Series]:
+    records = list_records(draw_images(folder, 12))
     counts = [100, 1_000, 10_000, 100_000, 1_000_000]
-    yield Series("read an image", "images in the list", counts, [reading(records, count) for count in counts], False)
+    yield Series(
+        "read an image", "images in the list", counts, [build_reading(records, count) for count in counts], False
+    )
     counts = [2, 4, 8, 16]
-    yield Series("evaluate an image", "images", counts, [evaluating(150, 128, count) for count in counts])
+    yield Series("evaluate an image", "images", counts, [build_evaluation(150, 128, count) for count in counts])
     classes = [19, 150, 1000]
-    yield Series("evaluate, per class", "classes", classes, [evaluating(count, 128, 1) for count in classes])
+    yield Series("evaluate, per class", "classes", classes, [build_evaluation(count, 128, 1) for count in classes])
     edges = [96, 192, 384]
-    works = [evaluating(150, edge, 1) for edge in edges]
-    yield Series("evaluate, per pixel", "pixels", [edge * edge for edge in edges], works)
+    actions = [build_evaluation(150, edge, 1) for edge in edges]
+    yield Series("evaluate, per pixel", "pixels", [edge * edge for edge in edges], actions)
     counts = [1, 2, 4, 8]
-    yield Series("train an image", "images per device", counts, [stepping(count) for count in counts])
+    yield Series("train an image", "images per device", counts, [build_training(count) for count in counts])
 
 
-def reading(records: list, count: int) -> Callable[[], object]:
-    """The same images, whatever the length `count` of the list that they are part of."""
+def build_reading(records: list, count: int) -> Callable[[], object]:
+    """Read the same images, whatever the length `count` of the list that contains them."""
     listed = records * (count // len(records) + 1)
-    data = dataset(listed[:count], exact=False)
+    data = build_dataset(listed[:count], exact=False)
     plan = TrainPlan([record.size for record in listed[:count]], seed=0, batch_size=1, short_edges=[300])
     plan.sub_batch(0)  # draws the order of the pass
 
-    def work() -> None:
+    def run() -> None:
         for number in range(3 * len(records)):
-            # The plan is asked, and each file read as often as any other: only the length of the list differs.
+            # Each file is read equally often, so that only the length of the list differs.
             sub_batch = plan.sub_batch(number)
             _ = data[sub_batch._replace(records=(number % len(records),), short_edge=300)]
 
-    return work
+    return run
 
 
-def evaluating(num_classes: int, edge: int, images: int) -> Callable[[], object]:
+def build_evaluation(num_classes: int, edge: int, images: int) -> Callable[[], object]:
     net = build_segmenter("resnet18_dilated8", "c1", num_classes).eval()
     image = torch.randint(0, 256, (3, edge, edge), dtype=torch.uint8)
     label = torch.randint(0, num_classes, (edge, edge))
 
-    def work() -> None:
+    def run() -> None:
         for _ in range(images):
             ids = predict(net, [image], (edge, edge), RGB).ids
             confusion_counts(ids, label, num_classes)
 
-    return work
+    return run
 
 
-def stepping(images: int) -> Callable[[], object]:
+def build_training(images: int) -> Callable[[], object]:
     net = build_segmenter("resnet18_dilated8", "c1_deepsup", 150).train()
     image, label = torch.randn(images, 3, 96, 128), torch.randint(0, 150, (images, 12, 16))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    return partial(step, net, optimizer, image, label)
+    return partial(train_step, net, optimizer, image, label)
 
 
-def step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, image: torch.Tensor, label: torch.Tensor) -> None:
+def train_step(
+    net: torch.nn.Module, optimizer: torch.optim.Optimizer, image: torch.Tensor, label: torch.Tensor
+) -> None:
     optimizer.zero_grad()
     segmentation_loss(net(image), label).total.backward()
     optimizer.step()
 
 
-# ---- the picture
+# ---- the plot
 
 
-def drawing(measured: list[tuple[Series, list[float]]]) -> str:
-    """A panel a series: cost of a unit against size, both on logarithmic axes that double; 1 is the largest size's."""
-    panels = [panel(series, costs, number) for number, (series, costs) in enumerate(measured)]
+def draw_plot(measured: list[tuple[Series, list[float]]]) -> str:
+    """One panel per series: the cost of a unit relative to that at the largest size, against the size."""
+    panels = [draw_panel(series, costs, number) for number, (series, costs) in enumerate(measured)]
     width, height = len(panels) * (PANEL + MARGIN) + MARGIN, PANEL + 2 * MARGIN
     style = svg_element("style", "text{font:10px sans-serif;fill:#777}.line{fill:none;stroke:#3b6fd4;stroke-width:2}"
                     ".dot{fill:#3b6fd4}.even{stroke:#999;stroke-dasharray:3 3}.box{fill:none;stroke:#999}")  # fmt: skip
@@ -143,20 +147,20 @@ def drawing(measured: list[tuple[Series, list[float]]]) -> str:
     )
 
 
-def panel(series: Series, costs: list[float], number: int) -> Markup:
-    """Relative cost of a unit between 0 and 2 (what is above is at the edge)."""
+def draw_panel(series: Series, costs: list[float], number: int) -> Markup:
+    """Relative cost of a unit between 0 and 2; larger values are drawn at the edge."""
     left, top = MARGIN + number * (PANEL + MARGIN), MARGIN
     count = len(costs)
-    places = [left + PANEL * (index + 0.5) / count for index in range(count)]
+    positions = [left + PANEL * (index + 0.5) / count for index in range(count)]
     heights = [top + PANEL * (1 - min(cost / costs[-1], 2) / 2) for cost in costs]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(places, heights, strict=True))
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(positions, heights, strict=True))
     dots = [
-        svg_element("circle", svg_element("title", f"{size:,} {series.unit}: {cost:.3g} ms a unit"), class_="dot",
+        svg_element("circle", svg_element("title", f"{size:,} {series.unit}: {cost:.3g} ms per unit"), class_="dot",
                 cx=f"{x:.1f}", cy=f"{y:.1f}", r=3)
-        for size, cost, x, y in zip(series.sizes, costs, places, heights, strict=True)
+        for size, cost, x, y in zip(series.sizes, costs, positions, heights, strict=True)
     ]  # fmt: skip
     middle = top + PANEL / 2
-    ends = {series.sizes[0]: places[0], series.sizes[-1]: places[-1]}
+    ends = {series.sizes[0]: positions[0], series.sizes[-1]: positions[-1]}
     return svg_element(
         "g",
         svg_element("rect", class_="box", x=left, y=top, width=PANEL, height=PANEL),

@@ -1,10 +1,10 @@
-"""The memory that a photo of 4000 x 3000 pixels with 150 classes takes above the network's own.
+"""The memory that inference on a photo of 4000 x 3000 pixels with 150 classes needs beside the network.
 
     python benchmarks/inference_memory.py                    # two scales of logits: 375 x 500 and 188 x 250
     python benchmarks/inference_memory.py --limits 64 1024   # megabytes
 
-Every limit runs in a process of its own. Printed are the peak of the resident memory above that with the logits there,
-the time, and whether the class map is the same as for the first limit, to the last pixel.
+Every limit runs in a separate process. Printed are the peak of the resident memory above that with the logits loaded,
+the time, and whether the class map equals that of the first limit in every pixel.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ def main() -> None:
     first = ""
     for limit in options.limits:
         here, there = mp.get_context("spawn").Pipe()
-        child = mp.get_context("spawn").Process(target=work, args=(there, limit, options.threads))
+        child = mp.get_context("spawn").Process(target=measure, args=(there, limit, options.threads))
         child.start()
         peak, seconds, digest = here.recv()
         child.join()
         first = first or digest
-        print(ROW.format(limit, f"{peak:.0f}", f"{seconds:.1f}", "the same" if digest == first else "ANOTHER"))
+        print(ROW.format(limit, f"{peak:.0f}", f"{seconds:.1f}", "equal" if digest == first else "DIFFERENT"))
 
 
-def work(pipe: Any, limit: int, threads: int) -> None:
+def measure(pipe: Any, limit: int, threads: int) -> None:
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     logits = [torch.randn(1, *shape, NUM_CLASSES, generator=generator) for shape in ((375, 500), (188, 250))]
-    merge_scales([scale[:, :8, :8] for scale in logits], (8, 8))  # what torch loads on first use
-    base, started = memory("VmRSS"), time.perf_counter()
+    merge_scales([scale[:, :8, :8] for scale in logits], (8, 8))  # loads what torch needs on first use
+    base, start = process_memory_mb("VmRSS"), time.perf_counter()
     ids = merge_scales(logits, SIZE, memory_limit_mb=limit).ids
-    seconds = time.perf_counter() - started
-    pipe.send((memory("VmHWM") - base, seconds, hashlib.sha256(ids.numpy().tobytes()).hexdigest()))
+    seconds = time.perf_counter() - start
+    pipe.send((process_memory_mb("VmHWM") - base, seconds, hashlib.sha256(ids.numpy().tobytes()).hexdigest()))
 
 
-def memory(field: str) -> float:
-    """MB of this process: VmRSS, now, or VmHWM, at most."""
+def process_memory_mb(field: str) -> float:
+    """Memory of this process: VmRSS, the current one, or VmHWM, the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))
 

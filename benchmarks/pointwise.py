@@ -1,6 +1,6 @@
 """1 x 1 convolutions on the CPU: PyTorch's choice and oneDNN, side by side in the same run.
 
-    python benchmarks/pointwise.py                # one thread, where the choices differ
+    python benchmarks/pointwise.py                # with one thread, where PyTorch does not choose oneDNN
 
 Shapes are those of UPerNet-50 for an image of 480 x 608, in both memory layouts. Medians in ms of the forward pass, and
 of forward and backward.
@@ -17,7 +17,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
-from semseg.nets.cpu.pointwise import Pointwise, pays
+from semseg.nets.cpu.pointwise import OneDnnPointwise, is_onednn_faster
 
 SHAPES = (  # channels, out channels, height, width
     (512, 1536, 60, 76),
@@ -37,10 +37,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    used = "is used" if pays() else "is not used here"
-    print(
-        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options}; in a network oneDNN {used}"
-    )
+    use = "is used" if is_onednn_faster() else "is not used here"
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options}; in a network oneDNN {use}")
     print(ROW.format("", "PyTorch", "oneDNN", "ratio", "+ backward", "oneDNN", "ratio"))
     for channels, out_channels, height, width in SHAPES:
         weight = torch.randn(out_channels, channels, 1, 1).requires_grad_()
@@ -48,30 +46,30 @@ def main() -> None:
             image = torch.randn(1, channels, height, width).contiguous(memory_format=layout).requires_grad_()
             figures = []
             for backward in (False, True):
-                times = contest(image, weight, options.rounds, backward=backward)
+                times = compare(image, weight, options.rounds, backward=backward)
                 figures += [f"{times[0]:.2f}", f"{times[1]:.2f}", f"{times[1] / times[0]:.2f}"]
             print(ROW.format(f"{channels} -> {out_channels}, {height} x {width}, {name}", *figures))
 
 
-def contest(image: torch.Tensor, weight: torch.Tensor, rounds: int, *, backward: bool) -> list[float]:
-    """Median ms of PyTorch's choice and of oneDNN, taking turns."""
+def compare(image: torch.Tensor, weight: torch.Tensor, rounds: int, *, backward: bool) -> list[float]:
+    """Median milliseconds of PyTorch's choice and of oneDNN, taking turns."""
 
     def step() -> None:
         with torch.set_grad_enabled(backward):
-            answer = F.conv2d(image, weight)
+            output = F.conv2d(image, weight)
         if backward:
-            torch.autograd.grad(answer, (image, weight), torch.ones_like(answer))
+            torch.autograd.grad(output, (image, weight), torch.ones_like(output))
 
-    contexts: tuple[Callable[[], Pointwise | nullcontext[None]], ...] = (nullcontext, Pointwise)
+    contexts: tuple[Callable[[], OneDnnPointwise | nullcontext[None]], ...] = (nullcontext, OneDnnPointwise)
     times: list[list[float]] = [[], []]
     for number in range(rounds + 1):
-        for context, taken in zip(contexts, times, strict=True):
+        for context, measured in zip(contexts, times, strict=True):
             with context():
                 start = time.perf_counter()
                 step()
-                if number:  # the first one sets up
-                    taken.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(taken) for taken in times]
+                if number:  # the first one warms up
+                    measured.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(measured) for measured in times]
 
 
 if __name__ == "__main__":

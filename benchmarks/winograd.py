@@ -1,10 +1,10 @@
-"""3 x 3 convolutions on the CPU, by Winograd's way and direct, side by side in the same run.
+"""3 x 3 convolutions on the CPU: Winograd's algorithm and direct, side by side in the same run.
 
     OMP_NUM_THREADS=1 python benchmarks/winograd.py
 
-Layers of our networks in processor's milliseconds: forward as in evaluation (channels_last), forward and backward as in
-training (contiguous). Both ways take turns, two calls each, of which the second counts; medians of rounds. Then the
-error against float64 of both, and of Winograd's way with the points that are usual.
+CPU time in ms of layers of our networks: forward as in evaluation (channels_last), forward and backward as in training
+(contiguous). Both take turns, two calls each, of which the second is timed; medians of rounds. Then the errors of both
+against float64, and that of Winograd's algorithm with the common interpolation points.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAYERS = {
     "UPerNet, 1/4": (1, 512, 114, 152, 1),
     "UPerNet, 1/4, 2 x 256 x 352": (2, 512, 64, 88, 1),
 }
-USUAL_POINTS = (0.0, 1.0, -1.0, 2.0, -2.0)
+COMMON_POINTS = (0.0, 1.0, -1.0, 2.0, -2.0)
 ROW = "{:<40}{:>10}{:>10}{:>8}{:>12}{:>10}{:>8}"
 Convolution = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -45,15 +45,15 @@ def main() -> None:
     print(f"torch {torch.__version__}, {options}")
     print(ROW.format("ms", "forward", "Winograd", "ratio", "and backward", "Winograd", "ratio"))
     for name, (count, channels, height, width, dilation) in LAYERS.items():
-        image, weight = tensors(count, channels, height, width)
+        image, weight = make_tensors(count, channels, height, width)
         inputs = {forward: image.contiguous(memory_format=torch.channels_last), forward_and_backward: image}
         times = [compare(run, laid_out, weight, dilation, options.rounds) for run, laid_out in inputs.items()]
-        print(ROW.format(name, *(text for pair in times for text in shown(*pair))))
-    compare_errors()
+        print(ROW.format(name, *(text for pair in times for text in format_times(*pair))))
+    print_errors()
 
 
-def tensors(count: int, channels: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """What a layer sees: values after a ReLU, weights that keep their variance."""
+def make_tensors(count: int, channels: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Inputs of a layer: values after a ReLU, weights that keep their variance."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(count, channels, height, width, generator=generator).relu()
     weight = torch.randn(channels, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
@@ -64,7 +64,7 @@ def direct(image: Tensor, weight: Tensor, dilation: int) -> Tensor:
     return F.conv2d(image, weight, padding=dilation, dilation=dilation)
 
 
-def shorter(image: Tensor, weight: Tensor, dilation: int) -> Tensor:
+def winograd_conv(image: Tensor, weight: Tensor, dilation: int) -> Tensor:
     return winograd.conv2d(image, weight, dilation, dilation)
 
 
@@ -74,40 +74,40 @@ def forward(convolution: Convolution, image: Tensor, weight: Tensor, dilation: i
 
 
 def forward_and_backward(convolution: Convolution, image: Tensor, weight: Tensor, dilation: int) -> None:
-    found = convolution(image.requires_grad_(), weight.requires_grad_(), dilation)
-    torch.autograd.grad(found, (image, weight), found.detach())
+    output = convolution(image.requires_grad_(), weight.requires_grad_(), dilation)
+    torch.autograd.grad(output, (image, weight), output.detach())
 
 
 def compare(
     run: Callable[..., None], image: Tensor, weight: Tensor, dilation: int, rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds of each round: direct, shorter."""
+    """Milliseconds of each round: direct, Winograd."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
-        for convolution, taken in zip((direct, shorter), times, strict=True):
-            run(convolution, image, weight, dilation)  # the other way has left its own memory to the allocator
+        for convolution, measured in zip((direct, winograd_conv), times, strict=True):
+            run(convolution, image, weight, dilation)  # warms up: the allocator holds memory of the other contender
             start = time.process_time()
             run(convolution, image, weight, dilation)
-            taken.append((time.process_time() - start) * 1e3)
+            measured.append((time.process_time() - start) * 1e3)
     return times
 
 
-def shown(before: list[float], after: list[float]) -> list[str]:
+def format_times(before: list[float], after: list[float]) -> list[str]:
     ratio = statistics.median(b / a for a, b in zip(before, after, strict=True))
     return [f"{statistics.median(before):.1f}", f"{statistics.median(after):.1f}", f"{ratio:.2f}"]
 
 
 @torch.no_grad()
-def compare_errors() -> None:
-    """Root mean square against float64, where values have a standard deviation of about 1."""
+def print_errors() -> None:
+    """Print the root mean square error against float64, for values of a standard deviation of about 1."""
     ours = winograd.TRANSFORMS
     for channels in (128, 512):
-        image, weight = tensors(1, channels, 57, 76)
+        image, weight = make_tensors(1, channels, 57, 76)
         exact = direct(image.double(), weight.double(), 1)
         errors = {"direct": rms(direct(image, weight, 1) - exact)}
-        errors["Winograd"] = rms(shorter(image, weight, 1) - exact)
-        winograd.TRANSFORMS = winograd.transforms(USUAL_POINTS)
-        errors[f"Winograd at {USUAL_POINTS}"] = rms(shorter(image, weight, 1) - exact)
+        errors["Winograd"] = rms(winograd_conv(image, weight, 1) - exact)
+        winograd.TRANSFORMS = winograd.build_transforms(COMMON_POINTS)
+        errors[f"Winograd at {COMMON_POINTS}"] = rms(winograd_conv(image, weight, 1) - exact)
         winograd.TRANSFORMS = ours
         print(f"error at {channels} channels:", ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
 

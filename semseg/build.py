@@ -40,7 +40,7 @@ from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
 from semseg.prediction.predictor import PredictionSettings, Predictor
 from semseg.storage.download import fetch_file
-from semseg.syncbn.plugin import layer_sync
+from semseg.syncbn.plugin import build_layer_sync
 from semseg.system.text import escape_lines
 from semseg.training.callbacks.bad_images import CountBadImages
 from semseg.training.callbacks.console import BarProgress, PlainProgress, TellValidation
@@ -80,7 +80,7 @@ def build_net(config: ModelConfig, num_classes: int, download: DownloadConfig | 
         load_encoder_weights(net.encoder, Path(weights).expanduser())
     if config.convention != "auto":
         net.convention = PREPROCESSING[config.convention]
-    net.winograd = config.winograd
+    net.has_cpu_kernels = config.winograd
     return net
 
 
@@ -168,9 +168,9 @@ def restore_net(saved: SavedNetwork) -> Segmenter:
         CheckpointError: if any weight is missing, unexpected or of another shape.
     """
     if saved.graph is not None:
-        from semseg.export.onnx_runtime import graph_network  # noqa: PLC0415 - the packages of an extra
+        from semseg.export.onnx_runtime import build_graph_network  # noqa: PLC0415 - the packages of an extra
 
-        return graph_network(saved, saved.graph)
+        return build_graph_network(saved, saved.graph)
     check_network(saved)
     net = build_net(without_weights(saved.config.model), saved.classes.num_classes)
     load_all_weights(net, saved.weights, f"{saved.source}: its weights do not fit its own configuration")
@@ -243,7 +243,7 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
     if config.trainer.profiler is not None:
         options["profiler"] = PROFILERS[config.trainer.profiler](dirpath=config.run_dir, filename="profile")
     opened = loggers(config)
-    plugins = layer_sync(config.syncbn.name, config.syncbn.convention, accelerator(config), config.syncbn.group)
+    plugins = build_layer_sync(config.syncbn.name, config.syncbn.convention, accelerator(config), config.syncbn.group)
     try:
         return pl.Trainer(
             **options,

@@ -28,7 +28,7 @@ from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter
-from semseg.syncbn.layer import convert, revert
+from semseg.syncbn.layer import convert_batch_norms, revert_batch_norms
 from semseg.training.callbacks.bad_images import check_bad_fraction, report_bad_image
 from semseg.training.callbacks.label_warnings import describe_odd_predictions
 from semseg.training.callbacks.out_of_memory import report_out_of_memory, report_out_of_memory_in_evaluation
@@ -98,7 +98,7 @@ class SegmentationModule(pl.LightningModule):
         # With several ranks the LayerSync plugin does this; with one Lightning never calls it.
         syncbn = self.config.syncbn
         if self.trainer.world_size == 1 and (syncbn.name, syncbn.convention) == ("reduce", "published"):
-            convert(self.net, "published")
+            convert_batch_norms(self.net, "published")
 
     def on_train_start(self) -> None:
         scheduler = self.lr_schedulers()
@@ -107,7 +107,7 @@ class SegmentationModule(pl.LightningModule):
         self.trainer.callback_metrics.update(self.metrics_to_restore)
 
     def on_fit_end(self) -> None:
-        revert(self.net)
+        revert_batch_norms(self.net)
 
     def train(self, mode: bool = True) -> SegmentationModule:
         """Training mode, in which freeze_bn leaves normalisation statistics alone (and only those).

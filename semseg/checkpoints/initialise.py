@@ -37,7 +37,7 @@ def load_encoder_weights(encoder: Encoder, path: Path) -> None:
     refuse_nonfinite_weights(found, str(path))
     part = extract_encoder_weights(found)
     load_all_weights(
-        encoder, drop_old_buffers(part or encoder.state_from(found)), f"{path}: does not fit model.encoder"
+        encoder, drop_old_buffers(part or encoder.convert_weights(found)), f"{path}: does not fit model.encoder"
     )
 
 

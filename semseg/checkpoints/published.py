@@ -28,7 +28,7 @@ from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import Config, ModelConfig
 from semseg.data.classes import ClassTable, built_in_classes
 from semseg.errors import CheckpointError
-from semseg.nets.interfaces import CLASSIFIERS
+from semseg.nets.interfaces import CLASSIFIER_PREFIXES
 from semseg.nets.registry import DECODERS, ENCODERS, Network, build_decoder, build_encoder
 
 PUBLISHED_ENCODERS = ("resnet18", "resnet50", "resnet101", "resnext101", "mobilenetv2", "hrnetv2")
@@ -111,7 +111,9 @@ def identify(files: PublishedFiles, release: Release | None = None) -> Identifie
         CheckpointError: if a file is missing, damaged, or of an unknown architecture.
     """
     encoder_weights = drop_old_buffers(load_weights(files.encoder))
-    encoder_weights = {name: value for name, value in encoder_weights.items() if not name.startswith(CLASSIFIERS)}
+    encoder_weights = {
+        name: value for name, value in encoder_weights.items() if not name.startswith(CLASSIFIER_PREFIXES)
+    }
     decoder_weights = drop_old_buffers(load_weights(files.decoder))
     encoder = identify_encoder(files.encoder, encoder_weights)
     num_classes = count_classes(files.decoder, decoder_weights)

@@ -131,7 +131,7 @@ class ModelConfig:
     channels_last: bool = False
     """Memory layout of images and weights."""
     winograd: bool = True
-    """Winograd's algorithm for 3 x 3 convolutions where it is faster: on a CPU, in float32, without compile."""
+    """Faster kernels on a CPU (Winograd, oneDNN, factored upsampling) in float32, without compile."""
     compile: bool = False
     """Use torch.compile(dynamic=True); the first steps take minutes."""
 

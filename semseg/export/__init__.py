@@ -1,4 +1,4 @@
-"""Networks for other programs: ONNX and torch.export, running them, int8 quantisation.
+"""Networks as files for other programs: ONNX, torch.export, int8 quantisation; and running ONNX files.
 
 Our own checkpoints live in checkpoints/.
 """

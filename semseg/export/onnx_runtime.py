@@ -1,7 +1,7 @@
-"""Networks as ONNX files: what we write into one beside its graph, and how it is read and run. Needs semseg[export].
+"""Networks as ONNX files: the description beside the graph, reading and running them. Needs semseg[export].
 
-A file is data from anywhere. It is read once; what is read is checked, and those bytes are run, by onnxruntime, which
-knows the operators of ONNX and no others here. Nothing in a file can name code, and it can name no other file.
+A file may come from anywhere. It is read once, and the bytes that were checked are those that run. onnxruntime runs
+them with the standard operators of ONNX only. A file cannot refer to code or to other files.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from semseg.nets.interfaces import Decoder, Encoder, Logits
 from semseg.nets.segmenter import Segmenter
 
 METADATA_KEY = "semseg"
-IMAGE, LOGITS = "image", "logits"  # the input and the output of a graph
-STANDARD_DOMAINS = ("", "ai.onnx")  # of operators
-# What a graph takes: pixels as they are. Normalisation is inside.
-PIXELS = Preprocessing("rgb", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), antialias=True)
+INPUT_NAME, OUTPUT_NAME = "image", "logits"  # of a graph
+STANDARD_DOMAINS = ("", "ai.onnx")  # of the operators of ONNX itself
+# The preprocessing of an exported network: none, because normalisation is inside the graph.
+RAW_PIXELS = Preprocessing("rgb", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), antialias=True)
 
-log = logging.getLogger(__name__)
-
-
-# ---- what is written beside the graph
+_log = logging.getLogger(__name__)
 
 
-def description(saved: SavedNetwork, net: Segmenter, quantized: str = "none") -> dict[str, Any]:
-    """All that is needed to use a graph without its checkpoint, as plain data.
+# ---- the description beside the graph
+
+
+def build_description(saved: SavedNetwork, net: Segmenter, quantized: str = "none") -> dict[str, Any]:
+    """Everything that is needed to use a graph without its checkpoint, as plain data.
 
     The entries `config`, `classes` and `convention` are those of a checkpoint.
 
     Args:
-        quantized: as export.quantize has it.
+        quantized: the value of export.quantize.
     """
     ids = make_label_map(saved.config.data, saved.classes)
     entry = describe_network(saved.config, saved.classes, net.convention)
-    # How a network is run does not belong to a graph: onnxruntime sees to it.
+    # These keys do not apply to a graph, because onnxruntime runs it.
     entry["config"]["model"] |= {"compile": False, "channels_last": False}
     return entry | {
         "epoch": saved.epoch,
@@ -66,8 +66,8 @@ def description(saved: SavedNetwork, net: Segmenter, quantized: str = "none") ->
         "label_ids": ids.class_ids,
         "ignored_ids": ids.ignored_ids,
         "quantized": quantized,
-        "input": f"{IMAGE}: float32 (N, 3, H, W), RGB, 0..255; H and W multiples of {net.size_divisor}",
-        "output": f"{LOGITS}: float32 (N, {net.num_classes}, H / {net.label_stride}, W / {net.label_stride})",
+        "input": f"{INPUT_NAME}: float32 (N, 3, H, W), RGB, 0..255; H and W multiples of {net.size_divisor}",
+        "output": f"{OUTPUT_NAME}: float32 (N, {net.num_classes}, H / {net.label_stride}, W / {net.label_stride})",
     }
 
 
@@ -75,10 +75,10 @@ def description(saved: SavedNetwork, net: Segmenter, quantized: str = "none") ->
 
 
 def read_exported(path: Path) -> SavedNetwork:
-    """The network of an ONNX file that mode=export has written, for `graph_network`.
+    """Read an ONNX file of mode=export; `build_graph_network` makes a network of it.
 
     Raises:
-        CheckpointError: if it is missing, damaged, another kind of file, or holds more than a graph and its weights.
+        CheckpointError: if it is missing, damaged, of another kind, or contains more than a graph and its weights.
     """
     try:
         content = path.read_bytes()
@@ -86,11 +86,11 @@ def read_exported(path: Path) -> SavedNetwork:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
     except DecodeError:
-        raise CheckpointError(f"{path}: a damaged ONNX file, or none.") from None
-    problem = problem_of(model)
+        raise CheckpointError(f"{path}: not an ONNX file, or a damaged one. Export the network again.") from None
+    problem = find_problem(model)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}. It was not run.")
-    refuse_nonfinite_weights(constants_of(model, path), str(path))
+    refuse_nonfinite_weights(read_weights(model, path), str(path))
     metadata = {item.key: item.value for item in model.metadata_props}
     try:
         entry = json.loads(metadata[METADATA_KEY])
@@ -99,36 +99,39 @@ def read_exported(path: Path) -> SavedNetwork:
     except SemsegError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a network that mode=export has written ({first_line(error)}).") from None
+        raise CheckpointError(f"{path}: not written by mode=export ({first_line(error)}).") from None
     if graph.label_stride < 1 or graph.size_divisor < 1 or graph.size_divisor % graph.label_stride:
-        raise CheckpointError(f"{path}: strides {graph.size_divisor} and {graph.label_stride} do not go together.")
-    return saved._replace(graph=graph, convention=PIXELS._replace(antialias=saved.convention.antialias))
+        raise CheckpointError(
+            f"{path}: size_divisor {graph.size_divisor} must be a multiple of label_stride {graph.label_stride}, and "
+            "both at least 1. Export the network again."
+        )
+    return saved._replace(graph=graph, convention=RAW_PIXELS._replace(antialias=saved.convention.antialias))
 
 
-def problem_of(model: onnx.ModelProto) -> str | None:
-    """What keeps a graph from being run here, in words that may be printed; None if nothing does.
+def find_problem(model: onnx.ModelProto) -> str | None:
+    """Why a graph is not run, as printable text; None if it can be run.
 
-    Graphs inside of operators are not allowed, so that all tensors and operators are in plain sight.
+    Graphs inside of operators are not allowed, so that this function sees all tensors and operators.
     """
     graph = model.graph
-    if [value.name for value in graph.input] != [IMAGE] or [value.name for value in graph.output] != [LOGITS]:
-        return f"not a network that mode=export has written (its graph must lead from {IMAGE} to {LOGITS})"
+    if [value.name for value in graph.input] != [INPUT_NAME] or [value.name for value in graph.output] != [OUTPUT_NAME]:
+        return f"not written by mode=export (its graph must lead from {INPUT_NAME} to {OUTPUT_NAME})"
     if model.functions or graph.sparse_initializer:
-        return "holds functions of its own or sparse weights"
+        return "contains functions or sparse weights"
     tensors = list(graph.initializer)
     for node in graph.node:
         if node.domain not in STANDARD_DOMAINS:
-            return f"uses {node.domain[:40]!a}, which are not operators of ONNX"
+            return f"uses operators of {node.domain[:40]!a}, not only those of ONNX"
         for attribute in node.attribute:
             if attribute.HasField("g") or attribute.graphs:
-                return f"its operator {node.op_type[:40]!a} holds another graph"
+                return f"its operator {node.op_type[:40]!a} contains another graph"
             if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
-                return f"its operator {node.op_type[:40]!a} holds sparse weights"
+                return f"its operator {node.op_type[:40]!a} contains sparse weights"
             tensors += [attribute.t, *attribute.tensors]
-    return "keeps weights in other files" if any(map(uses_external_data, tensors)) else None
+    return "stores weights in other files" if any(map(uses_external_data, tensors)) else None
 
 
-def constants_of(model: onnx.ModelProto, path: Path) -> dict[str, Tensor]:
+def read_weights(model: onnx.ModelProto, path: Path) -> dict[str, Tensor]:
     """The weights of a graph by name.
 
     Raises:
@@ -144,19 +147,19 @@ def constants_of(model: onnx.ModelProto, path: Path) -> dict[str, Tensor]:
 # ---- running
 
 
-def graph_network(saved: SavedNetwork, graph: Graph) -> Segmenter:
-    """A network whose encoder is the whole graph and whose decoder hands on what comes out; in eval mode."""
+def build_graph_network(saved: SavedNetwork, graph: Graph) -> Segmenter:
+    """A network in eval mode whose encoder is the whole graph and whose decoder returns the graph's output."""
     encoder = GraphEncoder(saved.source, graph, saved.classes.num_classes, saved.convention)
-    return Segmenter(encoder, HandOn(), saved.classes.num_classes).eval()
+    return Segmenter(encoder, GraphDecoder(), saved.classes.num_classes).eval()
 
 
 class GraphEncoder(Encoder):
-    """Gives one map, the logits; it cannot be trained.
+    """Runs a graph; its only map are the logits. It cannot be trained.
 
     Args:
-        source: the file it is from, for messages.
-        num_classes: of the logits.
-        convention: PIXELS, for normalisation is a part of the graph.
+        source: path of the file, for messages.
+        num_classes: number of classes of the logits.
+        convention: RAW_PIXELS, because normalisation is a part of the graph.
     """
 
     def __init__(self, source: str, graph: Graph, num_classes: int, convention: Preprocessing) -> None:
@@ -167,8 +170,8 @@ class GraphEncoder(Encoder):
         self.strides = (graph.label_stride,)
         self.convention = convention
         self.sessions: dict[torch.device, onnxruntime.InferenceSession] = {}
-        # Where images go is told by where the weights are; these are none, but they can be moved like any.
-        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+        # The device of a network is that of its parameters, so there is an empty one.
+        self.device_marker = nn.Parameter(torch.empty(0), requires_grad=False)
 
     @property
     def size_divisor(self) -> int:
@@ -178,15 +181,15 @@ class GraphEncoder(Encoder):
         """(N, 3, H, W) RGB 0..255 -> [(N, num_classes, H / label_stride, W / label_stride)] float32.
 
         Raises:
-            CheckpointError: if onnxruntime cannot make anything of the graph.
+            CheckpointError: if onnxruntime cannot run the graph.
         """
         if image.device not in self.sessions:
-            self.sessions[image.device] = self.session(image.device)
-        (logits,) = self.sessions[image.device].run([LOGITS], {IMAGE: image.float().cpu().numpy()})
+            self.sessions[image.device] = self.open_session(image.device)
+        (logits,) = self.sessions[image.device].run([OUTPUT_NAME], {INPUT_NAME: image.float().cpu().numpy()})
         return [torch.from_numpy(logits).to(image.device)]
 
-    def session(self, device: torch.device) -> onnxruntime.InferenceSession:
-        """The graph, ready to run on a device; on the CPU if onnxruntime does not know it."""
+    def open_session(self, device: torch.device) -> onnxruntime.InferenceSession:
+        """Open the graph on a device; on the CPU if onnxruntime does not support it."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         options.intra_op_num_threads = torch.get_num_threads()
@@ -194,15 +197,17 @@ class GraphEncoder(Encoder):
         if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
         elif device.type != "cpu":
-            log.warning("onnxruntime has no CUDA here, so %s runs on the CPU (pip: onnxruntime-gpu).", self.source)
+            _log.warning("onnxruntime has no CUDA, so %s runs on the CPU. Install onnxruntime-gpu.", self.source)
         try:
             return onnxruntime.InferenceSession(self.graph.model, options, providers=providers)
-        except Exception as error:  # its classes have no public name
-            raise CheckpointError(f"{self.source}: onnxruntime cannot run it ({first_line(error)}).") from None
+        except Exception as error:  # onnxruntime's exceptions have no public names
+            raise CheckpointError(
+                f"{self.source}: onnxruntime cannot run it ({first_line(error)}). Export the network again."
+            ) from None
 
 
-class HandOn(Decoder):
-    """The logits that a graph has made."""
+class GraphDecoder(Decoder):
+    """Returns the logits that the graph computed."""
 
     feature_level = -1
 

@@ -1,9 +1,9 @@
-"""An ONNX network with its convolutions in 8-bit integers, and what that costs in scores. Needs semseg[export].
+"""Quantise the convolutions of an ONNX network to 8-bit integers, and score the result. Needs semseg[export].
 
-Weights are int8 or uint8 with a scale for each (static: for each output channel), the rest of the graph stays float32.
-- dynamic: the range of every input of a convolution is found for each image while it runs; no images are needed here.
-  Convolutions with groups stay float32.
-- static: the ranges are those seen on sample images (Jacob et al. 2018, section 3), which is faster to run.
+Weights become int8 or uint8 with one scale per tensor (static: per output channel); the rest stays float32.
+- dynamic: the range of every input of a convolution is computed for each image at run time, so that no sample images
+  are needed. Convolutions with groups stay float32.
+- static: the ranges are those on sample images (Jacob et al. 2018, section 3), which is faster at run time.
 """
 
 from __future__ import annotations
@@ -29,53 +29,53 @@ from semseg.config.schema import EvalConfig
 from semseg.data.datasets import EvalDataset
 from semseg.evaluation.inference import predict
 from semseg.evaluation.metrics import Scores, confusion_counts, scores_from
-from semseg.export.onnx_runtime import IMAGE
+from semseg.export.onnx_runtime import INPUT_NAME
 from semseg.nets.segmenter import Segmenter
 
-QUANTIZED = ["Conv"]  # kinds of operators; a network spends its time in them
+QUANTIZED_OPERATORS = ["Conv"]  # where a network spends its time
 
 
-class Images(CalibrationDataReader):
-    """Hands images (3, H, W) uint8 to onnxruntime, one at a time."""
+class CalibrationImages(CalibrationDataReader):
+    """Passes images (3, H, W) uint8 to onnxruntime, one at a time."""
 
     def __init__(self, images: Iterable[Tensor]) -> None:
         self.images = iter(images)
 
-    def get_next(self) -> dict[str, Any] | None:  # pyright: ignore[reportIncompatibleMethodOverride] - None ends it
+    def get_next(self) -> dict[str, Any] | None:  # pyright: ignore[reportIncompatibleMethodOverride] - None at the end
         image = next(self.images, None)
-        return None if image is None else {IMAGE: image[None].float().numpy()}
+        return None if image is None else {INPUT_NAME: image[None].float().numpy()}
 
 
 def quantize_onnx(path: Path, images: Iterable[Tensor] | None) -> None:
-    """Quantise the float32 network in `path`, in place; its metadata stay.
+    """Quantise the float32 network in `path`, in place; its metadata are kept.
 
     Args:
-        images: RGB (3, H, W) uint8, H and W multiples of the network's size_divisor, whose values set the ranges
-            (static); None: dynamic.
+        images: sample images RGB (3, H, W) uint8 for static quantisation, H and W multiples of the network's
+            size_divisor; None: dynamic.
     """
     level = logging.root.level
-    logging.root.setLevel(logging.ERROR)  # advice to run steps that torch.onnx has done already
+    logging.root.setLevel(logging.ERROR)  # it advises steps that torch.onnx has done already
     try:
         with TemporaryDirectory(dir=path.parent) as folder:
             target = Path(folder) / path.name
             if images is None:
-                # Signed weights are three times as slow: onnxruntime's kernel is for unsigned ones.
+                # Signed weights are three times as slow, because onnxruntime's kernel is for unsigned ones.
                 quantize_dynamic(
                     path,
                     target,
-                    op_types_to_quantize=QUANTIZED,
-                    nodes_to_exclude=grouped_convolutions(path),
+                    op_types_to_quantize=QUANTIZED_OPERATORS,
+                    nodes_to_exclude=find_grouped_convolutions(path),
                     weight_type=QuantType.QUInt8,
                 )
             else:
                 quantize_static(
                     path,
                     target,
-                    Images(images),
+                    CalibrationImages(images),
                     quant_format=QuantFormat.QDQ,
-                    op_types_to_quantize=QUANTIZED,
+                    op_types_to_quantize=QUANTIZED_OPERATORS,
                     per_channel=True,
-                    reduce_range=True,  # 7 bits: 8 overflow on processors without VNNI instructions
+                    reduce_range=True,  # to 7 bits, because 8 bits overflow on processors without VNNI instructions
                     activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
                 )
@@ -84,30 +84,30 @@ def quantize_onnx(path: Path, images: Iterable[Tensor] | None) -> None:
         logging.root.setLevel(level)
 
 
-def grouped_convolutions(path: Path) -> list[str]:
-    """Names of the convolutions with several groups, depthwise ones among them.
+def find_grouped_convolutions(path: Path) -> list[str]:
+    """Names of the convolutions with several groups, such as depthwise ones.
 
-    One scale for all of their weights spoils them: a MobileNetV2 with dynamic quantisation went from 32 to 2 % mean IoU
-    with them, and stayed at 32 % without. They hold few of the weights.
+    One scale for all of their weights is too coarse: dynamic quantisation of a MobileNetV2 reduced its mean IoU from 32
+    to 2 % with them, and left it at 32 % without them. They have few of the weights.
     """
     nodes = onnx.load(path).graph.node
     return [node.name for node in nodes if any(item.name == "group" and item.i > 1 for item in node.attribute)]
 
 
-def sampled(dataset: EvalDataset, count: int) -> list[int]:
-    """Indices of at most `count` images, spread evenly over the data set."""
+def sample_positions(dataset: EvalDataset, count: int) -> list[int]:
+    """Positions of at most `count` images, spread evenly over the data set."""
     length = len(dataset)
     count = min(count, length)
     return [index * length // count for index in range(count)]
 
 
-def score(net: Segmenter, dataset: EvalDataset, count: int, options: EvalConfig, miou_rule: str) -> Scores:
-    """Scores on `count` images of a data set with labels, by the settings of mode=eval."""
+def score_network(net: Segmenter, dataset: EvalDataset, count: int, options: EvalConfig, miou_rule: str) -> Scores:
+    """Score a network on `count` images of a data set with labels, with the settings of mode=eval."""
     matrix = torch.zeros(net.num_classes, net.num_classes, dtype=torch.int64)
-    for index in sampled(dataset, count):
+    for index in sample_positions(dataset, count):
         sample = dataset[index]
         height, width = sample.label.shape
-        found = predict(
+        prediction = predict(
             net,
             sample.scales,
             (height, width),
@@ -117,5 +117,5 @@ def score(net: Segmenter, dataset: EvalDataset, count: int, options: EvalConfig,
             stride=options.stride,
             memory_limit_mb=options.memory_limit_mb,
         )
-        matrix += confusion_counts(found.ids, sample.label, net.num_classes)
+        matrix += confusion_counts(prediction.ids, sample.label, net.num_classes)
     return scores_from(matrix, miou_rule)

@@ -45,7 +45,7 @@ from semseg.data.records import Record
 from semseg.data.scan import first_pixel, scan_pairs
 from semseg.data.sources import DataSource, describe_split_folders
 from semseg.errors import DataError
-from semseg.nets.step_memory import step_memory
+from semseg.nets.step_memory import estimate_step_memory
 from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary, write_check_page
 from semseg.reports.draw import format_share
 from semseg.storage.atomic import atomic_write, entry_command
@@ -132,7 +132,7 @@ def plan_facts(config: Config, train: ScannedSplit, num_classes: int) -> PlanSum
     plan = TrainPlan(sizes, seed=config.seed, batch_size=data.batch_size, short_edges=data.short_edges, flip=data.flip)
     padding = padding_share(plan, sizes, data.max_long_edge, divisor, PLANNED)
     canvas = largest_canvas(sizes, max(data.short_edges), data.max_long_edge, divisor)
-    memory = step_memory(net, canvas, data.batch_size)
+    memory = estimate_step_memory(net, canvas, data.batch_size)
     return PlanSummary(padding, canvas, data.batch_size, config.model.name, memory.activations + 3 * memory.weights)
 
 

@@ -39,7 +39,7 @@ from semseg.storage.atomic import atomic_write
 from semseg.storage.run_results import RunResult, write_result
 from semseg.system.text import escape_lines, escape_unprintable
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def run(config: Config, overrides: list[str]) -> float | None:
@@ -110,7 +110,7 @@ def open_source(config: DataConfig, saved: SavedNetwork) -> DataSource:
             f"for {saved.classes.num_classes}. Evaluate on a data set with the classes of the network."
         )
     if source.classes.names != saved.classes.names:
-        log.warning(
+        _log.warning(
             "class names of data=%s differ from those in %s: is this the same task?",
             config.name,
             escape_unprintable(saved.source),

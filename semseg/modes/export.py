@@ -1,4 +1,4 @@
-"""mode=export: the network of a checkpoint as a file for other programs, checked against it at once."""
+"""mode=export: write the network of a checkpoint to a file for other programs, and compare the two."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from semseg.build import open_network, require_export_extra, restore_net
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
-from semseg.config.schema import EXPORT_SUFFIXES, Config
+from semseg.config.schema import EXPORT_SUFFIXES, Config, EvalConfig
 from semseg.data.datasets import EvalDataset, ReadOptions
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
@@ -18,19 +18,19 @@ from semseg.evaluation.metrics import Scores
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def run(config: Config, overrides: list[str]) -> None:
-    """Write the network of `ckpt` to `output`, in 8-bit integers if `export.quantize` says so.
+    """Write the network of `ckpt` to `output`, with 8-bit integers if `export.quantize` is set.
 
     Raises:
-        SemsegError: for anything the user can mend; `output` is as it was then.
+        SemsegError: for any error that the user can fix; `output` is then unchanged.
     """
-    assert config.output, "config.check asks for it"
+    assert config.output, "check_config requires it"
     require_export_extra()
-    from semseg.export.onnx import WRITERS  # noqa: PLC0415 - the packages of an extra
-    from semseg.export.onnx_runtime import description, read_exported  # noqa: PLC0415
+    from semseg.export.onnx import EXPORT_WRITERS  # noqa: PLC0415 - the packages of an extra
+    from semseg.export.onnx_runtime import build_description, read_exported  # noqa: PLC0415
 
     output = Path(config.output).expanduser()
     saved, config = open_network(config, overrides)
@@ -38,66 +38,75 @@ def run(config: Config, overrides: list[str]) -> None:
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     options = config.export
     with atomic_write(output) as temporary:
-        write = WRITERS[EXPORT_SUFFIXES[output.suffix]]
-        found = write(temporary, net, description(saved, net, options.quantize))
-        print(f"checked at 5 sizes: the largest difference is {found.largest:.2g}, the largest logit {found.scale:.2g}")
+        write = EXPORT_WRITERS[EXPORT_SUFFIXES[output.suffix]]
+        deviation = write(temporary, net, build_description(saved, net, options.quantize))
+        print(
+            f"compared at 5 sizes: the largest difference is {deviation.largest:.2g}, "
+            f"the largest logit {deviation.scale:.2g}"
+        )
         if options.quantize != "none":
             from semseg.export.quantize import quantize_onnx  # noqa: PLC0415
 
-            quantize_onnx(temporary, calibration_images(config, net) if options.quantize == "static" else None)
-            print_loss(config, saved, net, restore_net(read_exported(temporary)))
+            images = read_calibration_images(config, net) if options.quantize == "static" else None
+            quantize_onnx(temporary, images)
+            print_quantisation_loss(config, saved, net, restore_net(read_exported(temporary)))
         size = temporary.stat().st_size
     print(f"written {output} ({size / 1e6:.1f} MB)")
 
 
-def calibration_images(config: Config, net: Segmenter) -> Iterator[Tensor]:
-    """export.calibration_images of the split export.calibration_split, at every scale of eval.scales.
+def read_calibration_images(config: Config, net: Segmenter) -> Iterator[Tensor]:
+    """export.calibration_images images of export.calibration_split, at every scale of eval.scales.
 
     Raises:
-        DataError: if they are not there.
+        DataError: if the data set is missing.
     """
-    from semseg.export.quantize import sampled  # noqa: PLC0415 - the packages of an extra
+    from semseg.export.quantize import sample_positions  # noqa: PLC0415 - the packages of an extra
 
-    dataset = scaled_images(config, DataSource(config.data), config.export.calibration_split, net)
-    for index in sampled(dataset, config.export.calibration_images):
-        yield from dataset[index].scales
+    source = DataSource(config.data)
+    size_divisor = config.model.size_divisor or net.size_divisor
+    dataset = open_split(source, config.export.calibration_split, config.eval, size_divisor, net)
+    for position in sample_positions(dataset, config.export.calibration_images):
+        yield from dataset[position].scales
 
 
-def scaled_images(config: Config, source: DataSource, split: str, net: Segmenter) -> EvalDataset:
+def open_split(source: DataSource, split: str, options: EvalConfig, size_divisor: int, net: Segmenter) -> EvalDataset:
     """The images of a split as mode=eval reads them."""
     return EvalDataset(
         source.records(split),
         source.label_map,
-        ReadOptions(config.data.max_long_edge, config.model.size_divisor or net.size_divisor),
-        short_edges=config.eval.scales,
+        ReadOptions(source.config.max_long_edge, size_divisor),
+        short_edges=options.scales,
         antialias=net.convention.antialias,
     )
 
 
-def print_loss(config: Config, saved: SavedNetwork, net: Segmenter, quantized: Segmenter) -> None:
-    """Tell the scores of both networks on export.score_images of eval.split; or why there are none."""
-    from semseg.export.quantize import score  # noqa: PLC0415 - the packages of an extra
+def print_quantisation_loss(config: Config, saved: SavedNetwork, net: Segmenter, quantized: Segmenter) -> None:
+    """Print the scores of both networks on export.score_images images of eval.split, or why there are none."""
+    from semseg.export.quantize import score_network  # noqa: PLC0415 - the packages of an extra
 
-    count, split = config.export.score_images, config.eval.split
+    count, split, rule = config.export.score_images, config.eval.split, config.data.miou_rule
     if not count:
         return
     try:
         source = DataSource(config.data)
-        dataset = scaled_images(config, source, split, net)
+        dataset = open_split(source, split, config.eval, config.model.size_divisor or net.size_divisor, net)
         if source.classes.num_classes != saved.classes.num_classes:
-            raise DataError(f"data={config.data.name} has {source.classes.num_classes} classes.")
-        before, after = (score(one, dataset, count, config.eval, config.data.miou_rule) for one in (net, quantized))
+            raise DataError(
+                f"data={config.data.name} has {source.classes.num_classes} classes, the network has "
+                f"{saved.classes.num_classes}."
+            )
+        before, after = (score_network(one, dataset, count, config.eval, rule) for one in (net, quantized))
     except DataError as error:
-        log.warning("what the quantisation costs was not measured: %s", error)
+        _log.warning("the loss by quantisation was not measured: %s", error)
         return
     print(f"scores on {min(count, len(dataset))} images of {config.data.name} {split}:")
     for name, scores in (("float32", before), ("int8", after)):
-        print(f"  {name:8} {in_words(scores)}")
+        print(f"  {name:8} {format_scores(scores)}")
     if before.mean_iou is not None and after.mean_iou is not None:
         print(f"  mean IoU changes by {100 * (after.mean_iou - before.mean_iou):+.2f} points")
 
 
-def in_words(scores: Scores) -> str:
+def format_scores(scores: Scores) -> str:
     """Mean IoU and pixel accuracy in percent."""
-    shares = {"mean IoU": scores.mean_iou, "pixel accuracy": scores.pixel_accuracy}
-    return ", ".join(f"{name} {'n/a' if share is None else f'{100 * share:.2f} %'}" for name, share in shares.items())
+    values = {"mean IoU": scores.mean_iou, "pixel accuracy": scores.pixel_accuracy}
+    return ", ".join(f"{name} {'n/a' if value is None else f'{100 * value:.2f} %'}" for name, value in values.items())

@@ -12,7 +12,7 @@ from semseg.checkpoints.zoo import PUBLISHED_SCORES, ZOO
 from semseg.config.compose import list_options
 from semseg.config.load import load_config
 from semseg.config.schema import Config, ModelConfig, split_network_options
-from semseg.nets.cost import SIZE, Cost, cost_of
+from semseg.nets.cost import COST_SIZE, NetworkCost, measure_cost
 from semseg.nets.registry import build_segmenter
 
 NUM_CLASSES = 150  # of the published networks
@@ -26,7 +26,7 @@ def run(config: Config, overrides: list[str]) -> None:
 def models_table() -> Table:
     """One row for each file of configs/model/."""
     table = Table(
-        title=f"networks: model=<name>, {NUM_CLASSES} classes, one image of {SIZE.height} x {SIZE.width}",
+        title=f"networks: model=<name>, {NUM_CLASSES} classes, one image of {COST_SIZE.height} x {COST_SIZE.width}",
         caption="M: million parameters; mIoU: percent on ADE20K validation at one and at five scales, as published, "
         "not measured by us; zoo: ckpt=zoo:<name>",
     )
@@ -44,7 +44,7 @@ def models_table() -> Table:
     return table
 
 
-def cost_of_model(name: str) -> Cost | None:
+def cost_of_model(name: str) -> NetworkCost | None:
     """Of one network of configs/model/; None if it needs a library that is not installed."""
     config, _ = load_config([f"model={name}"])
     if config.model.encoder.get("library") == "timm" and find_spec("timm") is None:
@@ -52,9 +52,9 @@ def cost_of_model(name: str) -> Cost | None:
     return cost_on_meta(config.model)
 
 
-def cost_on_meta(model: ModelConfig) -> Cost:
+def cost_on_meta(model: ModelConfig) -> NetworkCost:
     """Of a network that is built without numbers."""
     encoder, encoder_options = split_network_options(model.encoder, "encoder")
     decoder, decoder_options = split_network_options(model.decoder, "decoder")
     with torch.device("meta"):
-        return cost_of(build_segmenter(encoder, decoder, NUM_CLASSES, encoder_options, decoder_options))
+        return measure_cost(build_segmenter(encoder, decoder, NUM_CLASSES, encoder_options, decoder_options))

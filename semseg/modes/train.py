@@ -38,7 +38,7 @@ from semseg.data.sources import DataSource, describe_split_folders, require_mask
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, DataError
 from semseg.lit_module import SegmentationModule
-from semseg.nets.cost import Cost, cost_of, write_cost
+from semseg.nets.cost import NetworkCost, measure_cost, write_cost
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write, entry_command, relative_to_cwd
 from semseg.storage.ranks import is_first_rank
@@ -137,7 +137,7 @@ def train(
         (run_dir / RESULT_FILE).unlink(missing_ok=True)  # of an earlier end
         with atomic_write(run_dir / "config.yaml") as temporary:
             OmegaConf.save(OmegaConf.create(config_to_plain(config)), temporary)
-        cost = cost_of(deepcopy(net).to("meta"))
+        cost = measure_cost(deepcopy(net).to("meta"))
         write_cost(run_dir / "model.txt", cost)
         console.print(config_tree(config, overrides), start_table(config, net, source, cost))
     if saved is not None and state is None:
@@ -268,7 +268,7 @@ def resume_path(config: Config) -> Path | None:
     return newest.path
 
 
-def start_table(config: Config, net: Segmenter, source: DataSource, cost: Cost) -> Table:
+def start_table(config: Config, net: Segmenter, source: DataSource, cost: NetworkCost) -> Table:
     """What is about to run, in one look."""
     table = Table(title="training", show_header=False)
     data = config.data

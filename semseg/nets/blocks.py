@@ -1,9 +1,9 @@
-"""Stage 5: the pieces that encoders and decoders are made of."""
+"""Stage 5: layers and initialisations that encoders and decoders share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -12,34 +12,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-BLOCK_BYTES = 4 * 2**20  # of an upsampled map, made at a time in evaluation
-_is_written_out = ContextVar("_is_written_out", default=False)
+_uses_plain_operators = ContextVar("_uses_plain_operators", default=False)
 
 
 @contextmanager
-def written_out() -> Iterator[None]:
-    """While inside, maps are joined, convolved and pooled as the papers write it, not the shorter way.
+def plain_operators() -> Iterator[None]:
+    """While active, layers run the operators of the published architecture instead of equivalent ones.
 
-    For counting: the operations of an architecture are those that papers and other libraries state.
+    For counting operations, so that the numbers compare with those of papers and other libraries.
     """
-    token = _is_written_out.set(True)
+    token = _uses_plain_operators.set(True)
     try:
         yield
     finally:
-        _is_written_out.reset(token)
+        _uses_plain_operators.reset(token)
 
 
-def is_written_out() -> bool:
-    """Whether `written_out` is in force; never in a compiled or exported graph."""
-    return not torch.compiler.is_compiling() and _is_written_out.get()
+def uses_plain_operators() -> bool:
+    """Whether `plain_operators` is active; never in a compiled or exported graph."""
+    return not torch.compiler.is_compiling() and _uses_plain_operators.get()
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d, but one value per channel can be trained on.
+    """nn.BatchNorm2d that can train on one value per channel.
 
-    A 1 x 1 map of one image (the coarsest grid of pyramid pooling, one image per device) has no
-    variance. It is normalised by the running statistics, which it leaves alone, where nn.BatchNorm2d
-    raises an error.
+    A 1 x 1 map of one image (the coarsest grid of pyramid pooling, one image per device) has no variance.
+    nn.BatchNorm2d raises an error there; this layer normalises by the running statistics and does not update them.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -51,11 +49,16 @@ class BatchNorm2d(nn.BatchNorm2d):
         return super().forward(input)
 
 
-def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
+NormFactory = Callable[[int], BatchNorm2d]  # number of channels -> normalisation layer
+
+
+def conv_norm_relu(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, norm: NormFactory = BatchNorm2d
+) -> nn.Sequential:
     """Convolution without bias, batch normalisation, ReLU; "same" padding."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
-        BatchNorm2d(out_channels),
+        norm(out_channels),
         nn.ReLU(inplace=True),
     )
 
@@ -68,132 +71,20 @@ def resize(features: Tensor, like: Tensor) -> Tensor:
 
 
 def same_size(first: Tensor, second: Tensor) -> bool:
-    """Whether height and width are equal; where an exporter leaves them open: whether they are at every size."""
+    """Whether height and width are equal; in an exported graph of dynamic sizes, whether they are at every size."""
     if not torch.compiler.is_exporting():
         return first.shape[-2:] == second.shape[-2:]
     return all(statically_known_true(a == b) for a, b in zip(first.shape[-2:], second.shape[-2:], strict=True))
 
 
-def apply_to_joined(layers: nn.Module, maps: Sequence[Tensor]) -> Tensor:
-    """`layers` of all maps side by side, the coarser ones resized to the first; the joined map is never made.
-
-    A convolution is linear in its input channels, so it is the sum of one convolution for each map; see
-    `conv_of_upsampled` for what that saves.
-
-    Args:
-        layers: a sequence that begins with a convolution, 3 x 3, padding 1, without bias; its input channels are those
-            of all maps together.
-        maps: (N, C_i, h_i, w_i), the finest first.
-
-    Returns:
-        What the last layer gives for the joined map (N, C_1 + C_2 + ..., h, w) at the size of the first.
-    """
-    # One whole convolution, which other runtimes know how to fuse and to quantise.
-    if torch.compiler.is_exporting() or is_written_out():
-        return layers(torch.cat([maps[0], *(resize(features, maps[0]) for features in maps[1:])], 1))
-    conv, *rest = layers.children()
-    assert isinstance(conv, nn.Conv2d)
-    finest, *coarser = maps
-    weights = conv.weight.split([features.shape[1] for features in maps], 1)
-    total = F.conv2d(finest, weights[0], padding=1)
-    for features, weight in zip(coarser, weights[1:], strict=True):
-        if features.shape[-2:] == finest.shape[-2:]:
-            total.add_(F.conv2d(features, weight, padding=1))  # in place: no backward pass needs the sum
-        else:
-            total.add_(conv_of_upsampled(features, weight, finest.shape[-2:]))
-    for layer in rest:
-        total = layer(total)
-    return total
-
-
-def conv_of_upsampled(features: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
-    """F.conv2d(resize(features), weight, padding=1) for a 3 x 3 kernel, with the channels mixed before the upsampling.
-
-    Mixing channels and interpolating between places commute. The expensive mixing is done where there are few places,
-    and what is left at the full size is two products with narrow matrices, one for each axis. From a map of half the
-    size that takes a third of the arithmetic, from a grid of pooled cells a hundredth.
-
-    Args:
-        features: (N, C, h, w).
-        weight: (K, C, 3, 3).
-        size: (H, W) of the upsampled map.
-
-    Returns:
-        (N, K, H, W) in channels_last.
-    """
-    rows, columns = (
-        shifted_interpolation(length, out_length, features)  # (3, H, h) and (3, W, w)
-        for length, out_length in zip(features.shape[2:], size, strict=True)
-    )
-    features = features.contiguous(memory_format=torch.channels_last)
-    mixed = (mixed_channels(features, weight[:, :, tap]) for tap in range(3))
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or features.device.type != "cpu":
-        return upsampled_sum(rows, columns, mixed).permute(0, 3, 1, 2)
-    # A few columns at a time, which stay in the cache; each reads a few columns of the coarse map.
-    whole = list(mixed)
-    total = whole[0].new_empty(len(features), *size, len(weight))
-    step = max(1, BLOCK_BYTES // (total[:, :, 0].numel() * total.element_size()))
-    for start in range(0, size[1], step):
-        block = columns[:, start : start + step]
-        near = block.sum((0, 1)).nonzero()[[0, -1], 0].tolist()
-        source = slice(near[0], near[1] + 1)
-        found = upsampled_sum(rows, block[..., source], [taps[:, source] for taps in whole])
-        total[:, :, start : start + step] = found
-    return total.permute(0, 3, 1, 2)
-
-
-def mixed_channels(features: Tensor, weight: Tensor) -> Tensor:
-    """(N, C, h, w) and one row of kernels (K, C, 3) -> (N * h, w, 3, K): each place for each of the three."""
-    count, channels, height, width = features.shape
-    kernel = weight.permute(2, 0, 1).reshape(-1, channels, 1, 1)
-    # A convolution of single places is faster than the product of matrices that it is.
-    return F.conv2d(features, kernel).permute(0, 2, 3, 1).reshape(count * height, width, 3, len(weight))
-
-
-def upsampled_sum(rows: Tensor, columns: Tensor, mixed: Iterable[Tensor]) -> Tensor:
-    """(N, H, W, K): the sum over the nine places of a kernel; rows (3, H, h), columns (3, W, w), `mixed_channels`."""
-    total: Tensor | None = None
-    for row, taps in zip(rows, mixed, strict=True):
-        wide = add_products(None, columns, taps.unbind(2))  # (N * h, W, K)
-        total = add_products(total, row[None], [wide.view(-1, row.shape[1], wide[0].numel())])
-    assert total is not None
-    return total.view(*total.shape[:2], columns.shape[1], -1)
-
-
-def add_products(total: Tensor | None, lefts: Tensor, rights: Sequence[Tensor]) -> Tensor:
-    """total + the sum of left @ right; left (n, m) for all of a batch, right (B, m, k), total (B, n, k) or none."""
-    for left, right in zip(lefts, rights, strict=True):
-        for_all = left.expand(len(right), *left.shape)
-        if total is None:
-            total = torch.bmm(for_all, right)
-        else:  # in place, for which autocast does nothing: a new total each time costs as much as the product
-            total = total.baddbmm_(for_all.to(total.dtype), right.to(total.dtype))
-    assert total is not None
-    return total
-
-
-def shifted_interpolation(length: int, out_length: int, like: Tensor) -> Tensor:
-    """(3, out_length, length): what gives each place of the upsampled axis its neighbour before, itself, the one after.
-
-    Bilinear interpolation, align_corners=False, as matrices of the type and device of `like`; 0 beyond the ends.
-    """
-    precise = torch.promote_types(like.dtype, torch.float32)
-    target = torch.arange(out_length, device=like.device) + torch.tensor([[-1], [0], [1]], device=like.device)
-    # What F.interpolate reads: source (target + 1/2) * length / out_length - 1/2, cut off at both ends.
-    source = ((target.to(precise) + 0.5) * (length / out_length) - 0.5).clamp(0, length - 1).unsqueeze(-1)
-    nearness = (1 - (source - torch.arange(length, device=like.device, dtype=precise)).abs()).clamp(min=0)
-    inside = (target >= 0) & (target < out_length)
-    return (nearness * inside.unsqueeze(-1)).to(like.dtype)
-
-
 class GridPool(nn.Module):
     """Average over a `bins` x `bins` grid of cells: F.adaptive_avg_pool2d as two matrix products.
 
-    The matrices are built from the shape of the input, so that torch.compile and exporters need no
-    new graph for every image size, and the backward pass is deterministic on CUDA.
+    The matrices are built from the shape of the input, so that torch.compile and exporters need no new graph for every
+    image size, and the backward pass is deterministic on CUDA.
 
-    Both products are made in float32 at least, whatever the type of the input and the autocast: weights
-    rounded to bfloat16 would shift every mean of a cell by up to half a percent.
+    Both products are computed in float32 or float64, whatever the type of the input and under autocast: weights rounded
+    to bfloat16 would shift every mean of a cell by up to half a percent.
     """
 
     def __init__(self, bins: int) -> None:
@@ -201,7 +92,7 @@ class GridPool(nn.Module):
         self.bins = bins
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, C, h, w) -> (N, C, bins, bins), of the type of `features`."""
+        """(N, C, h, w) -> (N, C, bins, bins) in the type of `features`."""
         device = features.device.type
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return grid_means(features, self.bins)
@@ -213,8 +104,8 @@ class GridPool(nn.Module):
 
 
 def grid_means(features: Tensor, bins: int) -> Tensor:
-    """(N, C, h, w) -> (N, C, bins, bins), of the type of `features`."""
-    if is_written_out():
+    """(N, C, h, w) -> (N, C, bins, bins) in the type of `features`."""
+    if uses_plain_operators():
         return F.adaptive_avg_pool2d(features, bins)
     height, width = features.shape[-2:]
     precise = features.to(torch.promote_types(features.dtype, torch.float32))
@@ -222,27 +113,27 @@ def grid_means(features: Tensor, bins: int) -> Tensor:
     columns = cell_weights(width, bins, precise)  # (bins, w)
     if precise.is_contiguous() or torch.compiler.is_exporting():
         return (rows @ precise @ columns.T).to(features.dtype)
-    # Channels last: the channels go along, where torch.matmul would make a product for each of them.
-    places = precise.permute(0, 2, 3, 1)  # (N, h, w, C)
-    means = columns @ (rows @ places.flatten(2)).unflatten(2, places.shape[2:])  # (N, bins, bins, C)
+    # Channels last: one product for all channels, where torch.matmul would compute one per channel.
+    last = precise.permute(0, 2, 3, 1)  # (N, h, w, C)
+    means = columns @ (rows @ last.flatten(2)).unflatten(2, last.shape[2:])  # (N, bins, bins, C)
     return means.permute(0, 3, 1, 2).to(features.dtype)
 
 
 def cell_weights(length: int, bins: int, like: Tensor) -> Tensor:
-    """(bins, length) weights of the mean over each cell of an axis, of the type and device of `like`.
+    """(bins, length) weights of the mean over each cell of an axis, in the type and on the device of `like`.
 
     Cell b covers floor(b * length / bins) .. ceil((b + 1) * length / bins) - 1; cells may overlap.
     """
     position = torch.arange(length, device=like.device)
     cell = torch.arange(bins, device=like.device).unsqueeze(1)
-    # Both bounds multiplied by bins: an integer division would be a dozen operators in an exported graph.
-    inside = ((position + 1) * bins > cell * length) & (position * bins < (cell + 1) * length)
-    return inside.to(like.dtype) / inside.sum(1, keepdim=True).to(like.dtype)
+    # Both bounds are multiplied by bins, because an integer division takes a dozen operators in an exported graph.
+    is_inside = ((position + 1) * bins > cell * length) & (position * bins < (cell + 1) * length)
+    return is_inside.to(like.dtype) / is_inside.sum(1, keepdim=True).to(like.dtype)
 
 
 @torch.no_grad()
 def init_encoder(module: nn.Module) -> None:
-    """The published start of an encoder: convolutions normal with sqrt(2 / (k * k * out / groups)), norm 1 and 0."""
+    """The 2018 initialisation of encoders: convolutions normal, std sqrt(2 / (k * k * out / groups)), norms 1 and 0."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             fan_out = math.prod(layer.kernel_size) * layer.out_channels // layer.groups
@@ -254,7 +145,7 @@ def init_encoder(module: nn.Module) -> None:
 
 @torch.no_grad()
 def init_decoder(module: nn.Module) -> None:
-    """The published start of a decoder: convolutions Kaiming normal, norm 1 and 1e-4."""
+    """The 2018 initialisation of decoders: convolutions Kaiming normal, norms 1 and 1e-4."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight)

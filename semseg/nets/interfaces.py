@@ -1,4 +1,4 @@
-"""Stage 5, the contracts: what an encoder gives and what a decoder makes of it.
+"""Stage 5: the interfaces of encoders and decoders.
 
 Worked shapes for an image of 3 x 480 x 608 (both multiples of the largest stride):
 
@@ -20,31 +20,31 @@ from torch import Tensor, nn
 
 from semseg.config.preprocessing import PREPROCESSING, Preprocessing
 
-CLASSIFIERS = ("fc.", "classifier.", "head.")  # ImageNet heads, which no encoder keeps
+CLASSIFIER_PREFIXES = ("fc.", "classifier.", "head.")  # weights of ImageNet heads, which no encoder keeps
 
 
 class Logits(NamedTuple):
-    """Class scores before the softmax, at the resolution of the features they were made from."""
+    """Class scores before the softmax, at the resolution of the features that they come from."""
 
     main: Tensor  # (N, num_classes, h, w)
-    aux: Tensor | None  # (N, num_classes, h', w') of the auxiliary head; None without one, and in eval mode
+    aux: Tensor | None  # (N, num_classes, h', w') of the auxiliary head; None without a head and in eval mode
 
 
 class WeightsFile(NamedTuple):
-    """Where the ImageNet weights of an encoder are published."""
+    """The published file of an encoder's ImageNet weights."""
 
     url: str
-    digest: str = ""  # "sha256:<hex>", where a prefix of the hex digits will do; empty: none is known
+    digest: str = ""  # "sha256:<hex>", possibly only the first hex digits; empty: unknown
 
 
 class Encoder(nn.Module, ABC):
     """Turns an image into feature maps, fine to coarse: four of them in most encoders.
 
     Attributes:
-        channels: of the maps.
-        strides: of the maps, in pixels of the image.
-        convention: how pixel values enter it, by the weights it was trained with.
-        weights_file: its ImageNet weights; None if they have to come from a file of the user's.
+        channels: numbers of channels of the maps.
+        strides: strides of the maps, in pixels of the image.
+        convention: preprocessing of the pixel values, as in the training of its weights.
+        weights_file: its ImageNet weights; None if the user has to provide a file.
     """
 
     channels: tuple[int, ...]
@@ -54,19 +54,19 @@ class Encoder(nn.Module, ABC):
 
     @property
     def size_divisor(self) -> int:
-        """Height and width of an image must be multiples of it: the deepest map has whole pixels."""
+        """Height and width of an image must be multiples of it, so that the deepest map has whole pixels."""
         return max(self.strides)
 
     @abstractmethod
     def forward(self, image: Tensor) -> list[Tensor]:
         """(N, 3, H, W) normalised -> the maps (N, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))."""
 
-    def state_from(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The entries of its published weights under the names of its own state dict, classifier left out.
+    def convert_weights(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rename published weights to the names of the own state dict, without those of the classifier.
 
         The default is for files that have our names.
         """
-        return {name: value for name, value in published.items() if not name.startswith(CLASSIFIERS)}
+        return {name: value for name, value in published.items() if not name.startswith(CLASSIFIER_PREFIXES)}
 
 
 class Decoder(nn.Module, ABC):
@@ -74,11 +74,11 @@ class Decoder(nn.Module, ABC):
 
     Attributes:
         feature_level: index of the map whose resolution the main logits have.
-        wants_pyramid: whether it reads maps of several resolutions.
+        reads_pyramid: whether it reads maps of several resolutions.
     """
 
     feature_level: int
-    wants_pyramid: bool = False
+    reads_pyramid: bool = False
 
     @abstractmethod
     def forward(self, maps: Sequence[Tensor]) -> Logits:

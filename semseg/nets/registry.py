@@ -1,7 +1,7 @@
-"""Stage 5: the explicit tables of networks. A name in a file can choose from them and nothing else.
+"""Stage 5: the tables of networks. A name in a configuration or a checkpoint selects one of their entries only.
 
-Importing this file imports no torch, so that names can be listed and checked at once; a constructor's
-module is imported when the network is built.
+Importing this file does not import torch, so that names can be listed and checked quickly. The module of a network is
+imported when the network is built.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Constructor(NamedTuple):
-    """A class or function of ours that makes an encoder or a decoder; calling it imports its module."""
+    """A class or function that builds an encoder or a decoder; calling it imports its module."""
 
     module: str
     attribute: str
@@ -46,7 +46,7 @@ DECODERS: dict[str, Constructor] = {
     "ppm": Constructor("semseg.nets.decoders.ppm", "PPM"),
     "upernet": Constructor("semseg.nets.decoders.upernet", "UPerNet"),
 }
-TABLES: dict[str, dict[str, Constructor]] = {"encoder": ENCODERS, "decoder": DECODERS}
+NETWORK_TABLES: dict[str, dict[str, Constructor]] = {"encoder": ENCODERS, "decoder": DECODERS}
 
 
 class Network(NamedTuple):
@@ -56,7 +56,7 @@ class Network(NamedTuple):
     options: Mapping[str, Any]
 
 
-# Names of the 2018 and 2020 releases, which put options into the name.
+# Names of the 2018 and 2020 releases, which contain options.
 OLD_NAMES: dict[str, dict[str, Network]] = {
     "encoder": {
         "resnet18_dilated8": Network("resnet18", {"output_stride": 8}),
@@ -83,41 +83,41 @@ OLD_NAMES: dict[str, dict[str, Network]] = {
     },
 }
 
-OPTION_TYPES = {int: "a whole number", bool: "true or false", str: "a word"}
+OPTION_TYPES = {int: "an integer", bool: "true or false", str: "a string"}
 
 
-def resolve(kind: str, name: str) -> Network:
-    """What the network `name` is in our words; an old name brings options along.
+def resolve_network(kind: str, name: str) -> Network:
+    """The current name of the network `name`, with the options that an old name contains.
 
     Args:
         kind: "encoder" or "decoder".
-        name: one of TABLES[kind] or OLD_NAMES[kind].
+        name: one of NETWORK_TABLES[kind] or OLD_NAMES[kind].
 
     Raises:
-        ConfigError: for another name, with the nearest one and all.
+        ConfigError: for an unknown name, with the nearest one and all known ones.
 
-    >>> resolve("encoder", "resnet50_dilated8")
+    >>> resolve_network("encoder", "resnet50_dilated8")
     Network(name='resnet50', options={'output_stride': 8})
     """
     old_names = OLD_NAMES[kind]
-    check_choice(f"model.{kind}.name", name, [*TABLES[kind], *old_names])
+    check_choice(f"model.{kind}.name", name, [*NETWORK_TABLES[kind], *old_names])
     return old_names.get(name, Network(name, {}))
 
 
 def build_encoder(name: str, /, **options: Any) -> Encoder:
-    """The encoder `name` with fresh weights; `options` win over those in an old name.
+    """Build the encoder `name` with initial weights; `options` take precedence over those in an old name.
 
     Raises:
-        ConfigError: for a name or an option that does not exist, with the nearest one that does.
+        ConfigError: for an unknown name or option, with the nearest known one.
     """
     return _build("encoder", name, options)
 
 
 def build_decoder(name: str, channels: Sequence[int], num_classes: int, **options: Any) -> Decoder:
-    """The decoder `name` for an encoder with these `channels`, with fresh weights.
+    """Build the decoder `name` for an encoder with these `channels`, with initial weights.
 
     Raises:
-        ConfigError: for a name or an option that does not exist, with the nearest one that does.
+        ConfigError: for an unknown name or option, with the nearest known one.
     """
     return _build("decoder", name, options, channels, num_classes)
 
@@ -129,13 +129,13 @@ def build_segmenter(
     encoder_options: Mapping[str, Any] | None = None,
     decoder_options: Mapping[str, Any] | None = None,
 ) -> Segmenter:
-    """A network by the names of its parts, with fresh weights.
+    """Build a network by the names of its parts, with initial weights.
 
-    An encoder that can join its maps (option `join`) leaves that to a decoder that reads a pyramid, unless told.
+    An encoder that can join its maps (option `join`) does not if the decoder reads a pyramid, unless the option is set.
 
     Raises:
-        ConfigError: for a name or an option that does not exist, with the nearest one that does, and for deep
-            supervision on an encoder with one map.
+        ConfigError: for an unknown name or option, with the nearest known one, and for deep supervision on an
+            encoder with one map.
 
     >>> net = build_segmenter("resnet18", "ppm", 150, {"output_stride": 8})
     >>> net.size_divisor, net.label_stride
@@ -143,48 +143,46 @@ def build_segmenter(
     """
     from semseg.nets.segmenter import Segmenter  # noqa: PLC0415 - it imports torch
 
-    encoder_class, encoder_options = _choose("encoder", encoder, encoder_options or {})
-    decoder_class, decoder_options = _choose("decoder", decoder, decoder_options or {})
-    can_join = "join" in defaults_of(encoder_class)
-    if can_join and "join" not in encoder_options and decoder_class.wants_pyramid:
+    encoder_class, encoder_options = _select("encoder", encoder, encoder_options or {})
+    decoder_class, decoder_options = _select("decoder", decoder, decoder_options or {})
+    can_join = "join" in default_options(encoder_class)
+    if can_join and "join" not in encoder_options and decoder_class.reads_pyramid:
         encoder_options["join"] = False
     body = encoder_class(**encoder_options)
     if len(body.channels) == 1 and decoder_options.get("deep_supervision"):
-        more_maps = "Set model.encoder.join=false, or take" if can_join else "Take"
+        more_maps = "Set model.encoder.join=false, or use" if can_join else "Use"
         raise ConfigError(
-            f"model.decoder.deep_supervision=true: the auxiliary head reads the last but one map, and {encoder} "
+            f"model.decoder.deep_supervision=true: the auxiliary head reads the second deepest map, but {encoder} "
             f"gives one map. {more_maps} a decoder without it: model/decoder={', '.join(DECODERS)}."
         )
     return Segmenter(body, decoder_class(body.channels, num_classes, **decoder_options), num_classes)
 
 
 def _build(kind: str, name: str, options: Mapping[str, Any], *args: Any) -> Any:
-    constructor, options = _choose(kind, name, options)
+    constructor, options = _select(kind, name, options)
     return constructor(*args, **options)
 
 
-def _choose(kind: str, name: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The constructor that `name` means, and all options that are set: those in the name, overruled by `options`.
-
-    None stands for an option that is not set.
+def _select(kind: str, name: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The constructor of `name` and its options: those in the name, overridden by `options`; None: not set.
 
     Raises:
-        ConfigError: for a name or an option that does not exist, with the nearest one that does.
+        ConfigError: for an unknown name or option, with the nearest known one.
     """
-    network = resolve(kind, name)
-    constructor = TABLES[kind][network.name].load()
-    problems = list(option_problems(f"model.{kind}", name, constructor, options))
+    network = resolve_network(kind, name)
+    constructor = NETWORK_TABLES[kind][network.name].load()
+    problems = list(find_option_problems(f"model.{kind}", name, constructor, options))
     if problems:
         raise ConfigError(" ".join(problems))
     given = {option: value for option, value in options.items() if value is not None}
     return constructor, {**network.options, **given}
 
 
-def option_problems(
+def find_option_problems(
     section: str, name: str, constructor: Callable[..., Any], options: Mapping[str, Any]
 ) -> Iterator[str]:
-    """A sentence for every option that `constructor` does not have, or whose value is of another type."""
-    defaults = defaults_of(constructor)
+    """A message for every option that `constructor` does not have, or whose value has another type."""
+    defaults = default_options(constructor)
     for option, value in options.items():
         if option not in defaults:
             meant = find_nearest(option, defaults)
@@ -194,7 +192,7 @@ def option_problems(
             yield f"{section}.{option}={value!r}: must be {OPTION_TYPES[type(defaults[option])]}."
 
 
-def defaults_of(constructor: Callable[..., Any]) -> dict[str, Any]:
-    """The options of a network: the parameters that have a default. The others are filled in by this file."""
+def default_options(constructor: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a network: the parameters that have a default. This module passes the others."""
     parameters = inspect.signature(constructor).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}

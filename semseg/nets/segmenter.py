@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from semseg.nets.cpu.pointwise import use_onednn
-from semseg.nets.cpu.winograd import use_winograd
 from semseg.nets.interfaces import Decoder, Encoder, Logits
+from semseg.nets.upsampled_conv import UpsampledConcatConv
 
 
 class Segmenter(nn.Module):
-    """Image to logits. Its strides tell the data pipeline how to pad images and thin labels.
+    """Image to logits. The data pipeline pads images and thins labels according to its strides.
 
     Args:
         encoder: gives the maps.
         decoder: built with the encoder's channels.
-        num_classes: of the logits.
+        num_classes: number of classes of the logits.
 
     Attributes:
-        convention: how pixel values enter it; bound to the weights it has or starts from.
-        winograd: run 3 x 3 convolutions on the CPU the shorter way; see `semseg.nets.cpu.winograd`.
+        convention: how pixel values enter the network, according to the weights that it has or starts from.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, num_classes: int) -> None:
@@ -28,7 +27,7 @@ class Segmenter(nn.Module):
         self.decoder = decoder
         self.num_classes = num_classes
         self.convention = encoder.convention
-        self.winograd = True
+        self._has_cpu_kernels = True
 
     @property
     def size_divisor(self) -> int:
@@ -37,10 +36,30 @@ class Segmenter(nn.Module):
 
     @property
     def label_stride(self) -> int:
-        """Pixels of the image to one of the main logits."""
+        """Pixels of the image per position of the main logits."""
         return self.encoder.strides[self.decoder.feature_level]
+
+    @property
+    def has_cpu_kernels(self) -> bool:
+        """Whether the network runs on a CPU with the kernels of `semseg.nets.cpu` (configuration: model.winograd).
+
+        False: PyTorch's operators only, in the order in which the architecture is written down.
+        """
+        return self._has_cpu_kernels
+
+    @has_cpu_kernels.setter
+    def has_cpu_kernels(self, is_enabled: bool) -> None:
+        self._has_cpu_kernels = is_enabled
+        for module in self.modules():
+            if isinstance(module, UpsampledConcatConv):
+                module.factored = None if is_enabled else False
 
     def forward(self, image: Tensor) -> Logits:
         """(N, 3, H, W) normalised -> logits, main (N, num_classes, H / label_stride, W / label_stride)."""
-        with use_winograd(self.winograd, image), use_onednn(image):
+        # Compilers and exporters get the operators as they are, and have kernels of their own.
+        if not self._has_cpu_kernels or image.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.decoder(self.encoder(image))
+        from semseg.nets.cpu.kernels import use_cpu_kernels  # noqa: PLC0415 - only where a network runs on the CPU
+
+        with use_cpu_kernels():
             return self.decoder(self.encoder(image))

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, counted without taking it: the network runs on tensors without numbers."""
+"""The memory that a training step needs, counted on meta tensors, which allocate none."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from semseg.nets.segmenter import Segmenter
 class StepMemory(NamedTuple):
     """Bytes of one training step in float32."""
 
-    activations: int  # kept for the backward pass
-    weights: int  # the network once; gradients and the optimiser's state are as much again, each
+    activations: int  # saved for the backward pass
+    weights: int  # of the network; gradients and each state of the optimiser need as much again
 
 
-def step_memory(net: Segmenter, canvas: Size, batch_size: int) -> StepMemory:
-    """What a sub-batch of `canvas` keeps for the backward pass, every storage counted once.
+def estimate_step_memory(net: Segmenter, canvas: Size, batch_size: int) -> StepMemory:
+    """Estimate the memory of a training step on one sub-batch of `canvas`; every storage is counted once.
 
-    What a device needs besides, for work in progress and its own housekeeping, is not in it.
+    Temporary buffers of operators and the overhead of the device are not included. The network runs as on a GPU: maps
+    are upsampled and concatenated before a convolution.
 
     Args:
         net: on the device "meta", in training mode.
     """
-    own = [*net.parameters(), *net.buffers()]
-    owned = {tensor.untyped_storage()._cdata for tensor in own}
-    kept: dict[int, Tensor] = {}  # the tensors too, so that no number is given to a second storage
+    weights = [*net.parameters(), *net.buffers()]
+    weight_storages = {tensor.untyped_storage()._cdata for tensor in weights}
+    saved: dict[int, Tensor] = {}  # with the tensors, so that no address is reused for another storage
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+    def save(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.enable_grad(), saved_tensors_hooks(save, lambda tensor: tensor):
         net(torch.empty(batch_size, 3, *canvas, device="meta"))
-    activations = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in owned)
-    return StepMemory(activations, sum(tensor.nbytes for tensor in own))
+    activations = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in weight_storages)
+    return StepMemory(activations, sum(tensor.nbytes for tensor in weights))

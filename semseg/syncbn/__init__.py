@@ -1,1 +1,1 @@
-"""Batch normalisation whose statistics are reduced over ranks."""
+"""Batch normalisation with statistics over all ranks."""

@@ -1,12 +1,12 @@
-"""Batch normalisation over all ranks, as layers that keep nn.BatchNorm's state dict, and the way there and back.
+"""Batch normalisation over all ranks: layers with the state dict of nn.BatchNorm, and conversion in both directions.
 
-Two conventions:
+There are two conventions:
 
 | | `torch` | `published` (the 2018 code) |
 |---|---|---|
 | inv_std in training | 1 / sqrt(var + eps) | 1 / sqrt(max(var, eps)), no gradient through a clamped variance |
 | running += | momentum * (stat - running) | (stat - running) / iter, iter = 0.999 iter + 1, from 1 towards 1000 |
-| evaluation, frozen layers | var + eps | var + eps: the published scores were computed so |
+| evaluation, frozen layers | var + eps | var + eps, as for the published scores |
 | one process | plain nn.BatchNorm | the same rule |
 """
 
@@ -24,24 +24,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from semseg.errors import ConfigError, check_choice
-from semseg.syncbn.reduce import Statistics, local_statistics, normalise, reduce_statistics
+from semseg.syncbn.reduce import Statistics, local_statistics, normalise_batch, reduce_statistics
 
 M = TypeVar("M", bound=nn.Module)
 
 CONVENTIONS = ("torch", "published")
-PUBLISHED_MOMENTUM = 0.001  # of all networks of the 2018 code but HRNet, which has 0.1
-# Statistics that the normalisation layers of the 2018 code kept beside those of nn.BatchNorm2d.
+PUBLISHED_MOMENTUM = 0.001  # of all networks of the 2018 code except HRNet, which has 0.1
+# Buffers that the normalisation layers of the 2018 code have beside those of nn.BatchNorm2d.
 OLD_BUFFERS = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How a synced layer reduces and normalises.
+class NormalisationRule:
+    """How a synchronised layer reduces and normalises.
 
     Attributes:
         convention: "torch" or "published".
-        momentum: of the published convention, above 0 and below 1; the torch convention uses the layer's own.
-        process_group: ranks to reduce over; None is all of them.
+        momentum: momentum of the published convention, above 0 and below 1; the torch convention uses the layer's own.
+        process_group: ranks to reduce over; None: all ranks.
 
     Raises:
         ConfigError: for an unknown convention or a momentum out of range.
@@ -56,8 +56,8 @@ class Rule:
         if not 0 < self.momentum < 1:
             raise ConfigError(f"The published convention needs a momentum above 0 and below 1, not {self.momentum}.")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
-        return self  # a process group cannot be copied, and need not be
+    def __deepcopy__(self, memo: dict[int, Any]) -> NormalisationRule:
+        return self  # because a process group cannot be copied
 
     @property
     def is_published(self) -> bool:
@@ -65,9 +65,9 @@ class Rule:
 
 
 class _SyncBatchNorm(_BatchNorm):
-    """What the synced layers add to the nn.BatchNorm that follows them in the method resolution order."""
+    """Adds the reduction to the nn.BatchNorm that follows it in the method resolution order."""
 
-    rule: Rule
+    rule: NormalisationRule
     plain_class: type[_BatchNorm]
 
     def __init__(
@@ -79,11 +79,11 @@ class _SyncBatchNorm(_BatchNorm):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.rule = Rule(convention, published_momentum, process_group)
-        self.plain_class = _dimension_of(self)
+        self.rule = NormalisationRule(convention, published_momentum, process_group)
+        self.plain_class = _torch_class_of(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        # Evaluation has no collective, so ranks may evaluate different numbers of batches.
+        # There is no collective in evaluation, so ranks may evaluate different numbers of batches.
         if not self.training:
             return super().forward(input)
         group = _group_of_several(self.rule.process_group)
@@ -91,16 +91,16 @@ class _SyncBatchNorm(_BatchNorm):
         if group is None and not self.rule.is_published and not has_one_value:
             return super().forward(input)
         self._check_input_dim(input)
-        output = self.reduced(input, group)
-        for child in self.children():  # timm's BatchNormAct keeps its dropout and activation here, in this order
+        output = self.normalise_over(input, group)
+        for child in self.children():  # dropout and activation of timm's BatchNormAct, in this order
             output = child(output)
         return output
 
-    def reduced(self, input: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        """Training mode over the ranks of `group`; None: the values of this process are all.
+    def normalise_over(self, input: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        """Normalise in training mode over the ranks of `group`; None: over the values of this process.
 
-        A single value per channel over all ranks has no variance: it is normalised by the running statistics,
-        which stay as they are.
+        A single value per channel over all ranks has no variance: it is normalised by the running statistics, which are
+        not updated.
 
         Raises:
             ValueError: for a single value if there are no running statistics.
@@ -109,9 +109,9 @@ class _SyncBatchNorm(_BatchNorm):
             stats = local_statistics(input)
             if group is not None:
                 stats = reduce_statistics(stats, group)
-            has_variance = stats.num_values > 1  # () stays on the device: reading it would wait for the collective
-            mean, inv_std, var_follows = self._centre_and_scale(stats)
-            mean_share = has_variance / stats.num_values.clamp(min=1)
+            has_variance = stats.num_values > 1  # () on the device, because reading it would wait for the collective
+            mean, inv_std, var_depends_on_input = self._centre_and_scale(stats)
+            mean_weight = has_variance / stats.num_values.clamp(min=1)
             if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
                 self._update_running(stats, has_variance)
                 mean = torch.where(has_variance, mean, self.running_mean.to(mean.dtype))
@@ -119,23 +119,23 @@ class _SyncBatchNorm(_BatchNorm):
                 inv_std = torch.where(has_variance, inv_std, running_inv_std)
             else:
                 self._refuse_one_value(input, stats)
-            var_share = mean_share * var_follows
-        return normalise(
+            var_weight = mean_weight * var_depends_on_input
+        return normalise_batch(
             input,
             self.weight,
             self.bias,
             mean=mean,
             inv_std=inv_std,
-            mean_share=mean_share,
-            var_share=var_share,
+            mean_weight=mean_weight,
+            var_weight=var_weight,
             group=group,
         )
 
     def _centre_and_scale(self, stats: Statistics) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, 1 / standard deviation, and 1 where the latter follows the variance (else 0)."""
+        """Mean, 1 / standard deviation, and 1 where the latter depends on the variance (else 0)."""
         var = stats.m2 / stats.num_values.clamp(min=1)
         if self.rule.is_published:
-            # At var = eps the gradient passes, as in syncbn.json; torch.clamp's answer there depends on its version.
+            # At var = eps the gradient passes, as in syncbn.json; torch.clamp's gradient there depends on its version.
             return stats.mean, var.clamp(min=self.eps).rsqrt(), (var >= self.eps).to(var.dtype)
         return stats.mean, (var + self.eps).rsqrt(), torch.ones_like(var)
 
@@ -164,10 +164,10 @@ class _SyncBatchNorm(_BatchNorm):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """As nn.BatchNorm; also takes the files of the 2018 code, with none, two or three of its own buffers."""
+        """As nn.BatchNorm; also loads files of the 2018 code, with none, two or three of its own buffers."""
         _replace_old_buffers(state_dict, prefix, self.rule.momentum)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        keep_loaded_statistics(self)
+        preserve_loaded_statistics(self)
 
 
 class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d):
@@ -191,33 +191,33 @@ class SyncBatchNorm3d(_SyncBatchNorm, nn.BatchNorm3d):
     """nn.BatchNorm3d with statistics over all ranks; see SyncBatchNorm2d."""
 
 
-SYNCED: dict[type[_BatchNorm], type[_SyncBatchNorm]] = {
+SYNCED_CLASSES: dict[type[_BatchNorm], type[_SyncBatchNorm]] = {
     nn.BatchNorm1d: SyncBatchNorm1d,
     nn.BatchNorm2d: SyncBatchNorm2d,
     nn.BatchNorm3d: SyncBatchNorm3d,
 }
 
 
-def convert(
+def convert_batch_norms(
     module: M,
     convention: str = "torch",
     process_group: dist.ProcessGroup | None = None,
     momentum: float = PUBLISHED_MOMENTUM,
 ) -> M:
-    """Turn every nn.BatchNorm1d/2d/3d in `module`, subclasses included, into a synced layer, in place.
+    """Convert every nn.BatchNorm1d/2d/3d in `module`, including subclasses, to a synchronised layer, in place.
 
-    Only the class of a layer changes: parameters, buffers, hooks, sharing and the training flag stay. Layers that
-    are synced already get the new rule. `momentum` is that of the published convention, for layers that do not bring
-    one along as `published_momentum` (HRNet's do).
+    Only the class of a layer changes: parameters, buffers, hooks, sharing and the training flag stay. Layers that are
+    already synchronised get the new rule. `momentum` is that of the published convention, for layers without an
+    attribute `published_momentum` (those of HRNet have it).
 
     Raises:
         ConfigError: for an unknown convention, a momentum out of range, or a lazy layer not yet initialised.
     """
-    rule = Rule(convention, momentum, process_group)
+    rule = NormalisationRule(convention, momentum, process_group)
     for layer in module.modules():
         if isinstance(layer, _BatchNorm) and isinstance(layer, LazyModuleMixin):
-            raise ConfigError(f"{type(layer).__name__} has no channels yet: run the network once before syncing it.")
-        if not isinstance(layer, tuple(SYNCED)):
+            raise ConfigError(f"{type(layer).__name__} has no channels yet. Run the network once before converting it.")
+        if not isinstance(layer, tuple(SYNCED_CLASSES)):
             continue
         if not isinstance(layer, _SyncBatchNorm):
             plain_class = type(layer)
@@ -225,14 +225,14 @@ def convert(
             cast(_SyncBatchNorm, layer).plain_class = plain_class
         synced = cast(_SyncBatchNorm, layer)
         synced.rule = replace(rule, momentum=getattr(layer, "published_momentum", momentum))
-        keep_loaded_statistics(synced)
+        preserve_loaded_statistics(synced)
     return module
 
 
-def revert(module: M) -> M:
-    """Give every synced layer in `module` the class that it had before `convert`, in place.
+def revert_batch_norms(module: M) -> M:
+    """Give every synchronised layer in `module` its class from before `convert_batch_norms`, in place.
 
-    A layer that was built as SyncBatchNorm2d becomes nn.BatchNorm2d.
+    A layer that was constructed as SyncBatchNorm2d becomes nn.BatchNorm2d.
     """
     for layer in module.modules():
         if not isinstance(layer, _SyncBatchNorm):
@@ -244,9 +244,9 @@ def revert(module: M) -> M:
 
 
 def iteration_weight(steps: Tensor, momentum: float) -> Tensor:
-    """The published convention's `iter` after `steps` steps, in closed form: no buffer beside num_batches_tracked.
+    """The published convention's `iter` after `steps` steps, in closed form, so that num_batches_tracked suffices.
 
-    iter_n = a^n + (1 - a^n) / (1 - a) with a = 1 - momentum, which is iter = a * iter + 1 started at 1.
+    iter_n = a^n + (1 - a^n) / (1 - a) with a = 1 - momentum, which is the recurrence iter = a * iter + 1 from 1.
 
     >>> iteration_weight(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64), 0.001).tolist()
     [1.0, 1.999, 2.997001]
@@ -255,10 +255,10 @@ def iteration_weight(steps: Tensor, momentum: float) -> Tensor:
     return exponent.exp() - exponent.expm1() / momentum
 
 
-def steps_of(iteration: float, momentum: float) -> int:
-    """The number of steps after which `iter` was `iteration`; `steady_steps` if it is no longer moving.
+def steps_at_weight(iteration: float, momentum: float) -> int:
+    """The number of steps after which `iter` is `iteration`; `steady_steps` if it has converged.
 
-    >>> steps_of(2.997001, 0.001)
+    >>> steps_at_weight(2.997001, 0.001)
     2
     """
     left = (1 / momentum - iteration) / (1 / momentum - 1)  # a^n
@@ -268,23 +268,23 @@ def steps_of(iteration: float, momentum: float) -> int:
 
 
 def steady_steps(momentum: float) -> int:
-    """Steps after which `iter` is 1 / momentum to the last bit of a float64."""
+    """Number of steps after which `iter` equals 1 / momentum in float64."""
     return math.ceil(40 / momentum)
 
 
 def _replace_old_buffers(state_dict: dict[str, Tensor], prefix: str, momentum: float) -> None:
-    """Give a state dict of the 2018 code the keys of nn.BatchNorm, for the layer at `prefix`.
+    """Convert a state dict of the 2018 code to the keys of nn.BatchNorm, for the layer at `prefix`.
 
-    `_tmp_running_mean`, `_tmp_running_var` and `_running_iter` go. `num_batches_tracked` is set from `_running_iter`,
-    or, where that is missing and `num_batches_tracked` too, to the steady state: statistics that were loaded then
-    count as a long average, whereas the original forgot them at the first step.
+    `_tmp_running_mean`, `_tmp_running_var` and `_running_iter` are removed. `num_batches_tracked` is computed from
+    `_running_iter`. If both are missing, it is set to the steady state: loaded statistics then count as a long average,
+    whereas the original code forgot them at the first step.
     """
     old = {name: state_dict.pop(prefix + name, None) for name in OLD_BUFFERS}
     if prefix + "running_var" not in state_dict:
         return
     iteration = old["_running_iter"]
     if iteration is not None:
-        steps = steps_of(float(iteration), momentum)
+        steps = steps_at_weight(float(iteration), momentum)
     elif prefix + "num_batches_tracked" not in state_dict:
         steps = steady_steps(momentum)
     else:
@@ -293,11 +293,11 @@ def _replace_old_buffers(state_dict: dict[str, Tensor], prefix: str, momentum: f
 
 
 @torch.no_grad()
-def keep_loaded_statistics(layer: _SyncBatchNorm) -> None:
-    """In the published convention, do not let the first step forget statistics that come without a step count.
+def preserve_loaded_statistics(layer: _SyncBatchNorm) -> None:
+    """In the published convention, keep the first step from forgetting statistics that come without a step count.
 
-    Running statistics other than the initial 0 and 1 beside num_batches_tracked = 0 were loaded, not counted (many
-    published weights are so): they start at the steady state. Any other count is taken at its word.
+    Running statistics other than the initial 0 and 1 beside num_batches_tracked = 0 were loaded without a count, as
+    from many published weights: they start at the steady state. Any other count is used as it is.
     """
     steps, mean, var = layer.num_batches_tracked, layer.running_mean, layer.running_var
     if not layer.rule.is_published or steps is None or mean is None or var is None or steps.is_meta:
@@ -313,17 +313,19 @@ def _group_of_several(group: dist.ProcessGroup | None) -> dist.ProcessGroup | No
         return None
     size = dist.get_world_size(group)
     if size < 1:
-        raise ConfigError("Synced batch normalisation: this process is not in the process group that it was given.")
+        raise ConfigError(
+            "syncbn: this process is not in the process group of the layer. Every rank must pass its own group."
+        )
     return (group or dist.group.WORLD) if size > 1 else None
 
 
-def _dimension_of(layer: _BatchNorm) -> type[_BatchNorm]:
-    return next(plain for plain in SYNCED if isinstance(layer, plain))
+def _torch_class_of(layer: _BatchNorm) -> type[_BatchNorm]:
+    return next(plain for plain in SYNCED_CLASSES if isinstance(layer, plain))
 
 
 @functools.cache
 def _synced_class(plain_class: type[_BatchNorm]) -> type[_BatchNorm]:
-    """SyncBatchNorm2d for nn.BatchNorm2d; for a subclass, a class that keeps what the subclass does beside training."""
-    if plain_class in SYNCED:
-        return SYNCED[plain_class]
+    """SyncBatchNorm2d for nn.BatchNorm2d; for a subclass, a class that keeps its behaviour outside of training."""
+    if plain_class in SYNCED_CLASSES:
+        return SYNCED_CLASSES[plain_class]
     return type(f"Sync{plain_class.__name__}", (_SyncBatchNorm, plain_class), {"__module__": __name__})

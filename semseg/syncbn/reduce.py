@@ -1,8 +1,8 @@
-"""The reduction: statistics and gradients of batch normalisation over the values of all ranks.
+"""Statistics and gradients of batch normalisation, reduced over the values of all ranks.
 
-Forward is one all_gather of 2C + 1 numbers (mean, M2, count), backward one all_reduce of 2C. Ranks may hold
-different numbers of values, none included. Statistics are float32, or float64 for float64 input, whatever the
-dtype of the values: sums of squares of bf16 numbers are worth nothing.
+The forward pass is one all_gather of 2C + 1 numbers (mean, M2, count), the backward pass one all_reduce of 2C. Ranks
+may have different numbers of values, also none. Statistics are float32, or float64 for float64 input, whatever the
+dtype of the values, because sums of squares of bfloat16 numbers are too inexact.
 
 Shapes: x is (N, C, ...) with C >= 1; everything per channel is (C,); counts are ().
 """
@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 
 
 class Statistics(NamedTuple):
-    """What a set of values says about each channel."""
+    """Statistics of each channel over a set of values."""
 
     mean: Tensor  # (C,)
     m2: Tensor  # (C,) sum of squared distances to the mean
-    num_values: Tensor  # () per channel: a whole number in the dtype of the statistics
+    num_values: Tensor  # () values per channel: an integer in the dtype of the statistics
 
 
 def local_statistics(x: Tensor) -> Statistics:
@@ -33,14 +33,14 @@ def local_statistics(x: Tensor) -> Statistics:
     count = torch.full((), x.numel() // channels, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return Statistics(x.new_zeros(channels, dtype=dtype), x.new_zeros(channels, dtype=dtype), count)
-    return Statistics(*_kernels(x).moments(x), count)
+    return Statistics(*_kernels_for(x).moments(x), count)
 
 
 def reduce_statistics(local: Statistics, group: dist.ProcessGroup) -> Statistics:
     """Statistics of the values of all ranks of `group`: one collective, then Chan's merge.
 
     Means and M2 are exchanged rather than sums and sums of squares: the variance of values around 1e4 would
-    otherwise be the difference of two numbers of 1e8, which is noise in float32.
+    otherwise be the difference of two numbers around 1e8, which is rounding noise in float32.
     """
     channels = local.mean.numel()
     packed = torch.cat([local.mean, local.m2, local.num_values.view(1)])  # (2C + 1,)
@@ -52,72 +52,76 @@ def reduce_statistics(local: Statistics, group: dist.ProcessGroup) -> Statistics
     return Statistics(merged, (m2 + count * (mean - merged).square()).sum(0), total)
 
 
-def normalise(
+def normalise_batch(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
     mean: Tensor,
     inv_std: Tensor,
-    mean_share: Tensor,
-    var_share: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
     """weight * (x - mean) * inv_std + bias, in the dtype and memory format of x.
 
-    The gradient knows that `mean` and `inv_std` were computed from x, so these two carry none themselves.
-    `mean_share` () and `var_share` (C,) are the weight of one value in the mean and in the variance: 1 / count,
-    or 0 where the statistic does not follow x (running statistics, a clamped variance). Gradients of weight and
-    bias are those of this rank. `group` is reduced over in backward; None: x is all there is.
+    The gradient of x includes its effect on `mean` and `inv_std`, which carry no gradient themselves.
+
+    Args:
+        mean_weight: () weight of one value in the mean: 1 / count, or 0 if the mean does not depend on x (running
+            statistics).
+        var_weight: (C,) weight of one value in the variance, or 0 if that does not depend on x (also if it is clamped).
+        group: the backward pass reduces over these ranks, except for the gradients of weight and bias, which are those
+            of this rank; None: x has all values.
     """
-    return _Normalise.apply(_dense(x), weight, bias, mean, inv_std, mean_share, var_share, group)
+    return _Normalise.apply(_dense(x), weight, bias, mean, inv_std, mean_weight, var_weight, group)
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, mean, inv_std, mean_share, var_share, group) -> Tensor:  # noqa: PLR0917
-        ctx.save_for_backward(x, weight, mean, inv_std, mean_share, var_share)
+    def forward(ctx: Any, x, weight, bias, mean, inv_std, mean_weight, var_weight, group) -> Tensor:  # noqa: PLR0917
+        ctx.save_for_backward(x, weight, mean, inv_std, mean_weight, var_weight)
         ctx.group = group
         ctx.bias_dtype = None if bias is None else bias.dtype
         if x.numel() == 0:
             return torch.empty_like(x)
         scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
-        return _kernels(x).normalise(x, mean, inv_std, scale, shift)
+        return _kernels_for(x).normalise(x, mean, inv_std, scale, shift)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, mean, inv_std, mean_share, var_share = ctx.saved_tensors
+        x, weight, mean, inv_std, mean_weight, var_weight = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=_memory_format(x))
-        if x.numel() == 0:  # the native kernels divide by the number of values
+        if x.numel() == 0:  # because the native kernels divide by the number of values
             sums = mean.new_zeros(2, mean.numel())
         else:
-            sums = torch.stack(_kernels(x).grad_sums(grad, x, mean, inv_std))  # (2, C): dy and dy * x_hat
+            sums = torch.stack(_kernels_for(x).grad_sums(grad, x, mean, inv_std))  # (2, C): dy and dy * x_hat
         grad_bias = None if ctx.bias_dtype is None else sums[0].to(ctx.bias_dtype)
         grad_weight = None if weight is None else sums[1].to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, grad_bias, None, None, None, None, None
 
         if ctx.group is not None:
-            sums = sums.clone()  # the local sums are the gradients of weight and bias
+            sums = sums.clone()  # because the local sums are the gradients of weight and bias
             dist.all_reduce(sums, group=ctx.group)
         if x.numel() == 0:
             return torch.empty_like(x), grad_weight, grad_bias, None, None, None, None, None
-        grad_x = _kernels(x).grad_x(
+        grad_x = _kernels_for(x).grad_x(
             grad,
             x,
             mean,
             inv_std,
             scale=torch.ones_like(mean) if weight is None else weight.to(mean.dtype),
-            mean_dy=sums[0] * mean_share,
-            mean_dy_x_hat=sums[1] * var_share,
+            mean_dy=sums[0] * mean_weight,
+            mean_dy_x_hat=sums[1] * var_weight,
         )
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
 class Kernels(Protocol):
-    """The four passes over the values, none of them empty. `dy` has the memory format of x."""
+    """The four passes over the values; x is not empty. `dy` has the memory format of x."""
 
     @staticmethod
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,8 +146,8 @@ class Kernels(Protocol):
         ...
 
 
-class Portable:
-    """Plain expressions: what torch.compile fuses, and what any other device can run."""
+class PortableKernels:
+    """Plain expressions, for torch.compile, which fuses them, and for other devices."""
 
     @staticmethod
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +175,7 @@ class Portable:
         return _cast((dy - _column(mean_dy, x) - centred) * _column(inv_std * scale, x), x.dtype)
 
 
-class Cpu:
+class CpuKernels:
     """Each pass by the fastest vectorised kernel that torch has for the CPU.
 
     (2, 256, 64, 64) float32, one thread: `var_mean` 15 ms, native statistics 4.5 ms, `moments` 1.0 ms.
@@ -181,17 +185,17 @@ class Cpu:
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         count = x.numel() // x.shape[1]
         guess = x.mean(_all_but_channel(x), dtype=_statistics_dtype(x))
-        if _memory_format(x) != torch.contiguous_format:  # fast for this layout, but its mean is a few digits short
+        if _memory_format(x) != torch.contiguous_format:  # fast for this layout, but its mean lacks a few digits
             rough, var = torch.batch_norm_update_stats(x, torch.zeros_like(guess), torch.ones_like(guess), 0.0)
             return guess, (count * (var - (guess - rough).square())).clamp(min=0)
         centred = x - _column(guess, x)
-        rest, m2 = Cpu.grad_sums(centred, centred, torch.zeros_like(guess), torch.ones_like(guess))
-        rest = rest / count  # what rounding left of the mean
+        rest, m2 = CpuKernels.grad_sums(centred, centred, torch.zeros_like(guess), torch.ones_like(guess))
+        rest = rest / count  # rounding error of the first mean
         return guess + rest, (m2 - count * rest.square()).clamp(min=0)
 
     @staticmethod
     def normalise(x: Tensor, mean: Tensor, inv_std: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        # var = 1, and an eps that vanishes beside it but is not the 0 that torch < 2.12 refuses.
+        # var = 1, and an eps that does not change it; torch < 2.12 rejects an eps of 0.
         return F.batch_norm(x, mean, torch.ones_like(mean), scale * inv_std, shift, False, 0.0, 1e-30)
 
     @staticmethod
@@ -205,20 +209,22 @@ class Cpu:
     def grad_x(
         dy: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor, *, scale: Tensor, mean_dy: Tensor, mean_dy_x_hat: Tensor
     ) -> Tensor:
-        if x.dtype != mean.dtype:  # the two steps below would round twice
-            return Portable.grad_x(dy, x, mean, inv_std, scale=scale, mean_dy=mean_dy, mean_dy_x_hat=mean_dy_x_hat)
+        if x.dtype != mean.dtype:  # because the two steps below would round twice
+            return PortableKernels.grad_x(
+                dy, x, mean, inv_std, scale=scale, mean_dy=mean_dy, mean_dy_x_hat=mean_dy_x_hat
+            )
         factor = scale * inv_std
-        from_statistics = Cpu.normalise(x, mean, inv_std, -factor * mean_dy_x_hat, -factor * mean_dy)
+        from_statistics = CpuKernels.normalise(x, mean, inv_std, -factor * mean_dy_x_hat, -factor * mean_dy)
         return from_statistics.addcmul_(dy, _column(factor, x))
 
 
-class Cuda:
+class CudaKernels:
     """The fused kernels of torch.nn.SyncBatchNorm."""
 
     @staticmethod
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, inv_std = torch.batch_norm_stats(x, 0.0)  # eps = 0: a variance far below eps keeps its digits
-        var = torch.where(inv_std > 0, inv_std.reciprocal().square(), 0)  # the kernel says 0 for a variance of 0
+        mean, inv_std = torch.batch_norm_stats(x, 0.0)  # eps = 0 keeps the digits of variances far below eps
+        var = torch.where(inv_std > 0, inv_std.reciprocal().square(), 0)  # the kernel gives 0 for a variance of 0
         return mean, var * (x.numel() // x.shape[1])
 
     @staticmethod
@@ -236,16 +242,16 @@ class Cuda:
     def grad_x(
         dy: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor, *, scale: Tensor, mean_dy: Tensor, mean_dy_x_hat: Tensor
     ) -> Tensor:
-        one = torch.ones(1, dtype=torch.int32, device=x.device)  # the means are divided by their count already
+        one = torch.ones(1, dtype=torch.int32, device=x.device)  # the means are already divided by their count
         return torch.batch_norm_backward_elemt(dy, x, mean, inv_std, scale, mean_dy, mean_dy_x_hat / inv_std, one)
 
 
-KERNELS: dict[str, type[Kernels]] = {"cpu": Cpu, "cuda": Cuda}
+KERNELS: dict[str, type[Kernels]] = {"cpu": CpuKernels, "cuda": CudaKernels}
 
 
-def _kernels(x: Tensor) -> type[Kernels]:
-    # The native kernels have no meta form, so each would break the graph.
-    return Portable if torch.compiler.is_compiling() else KERNELS.get(x.device.type, Portable)
+def _kernels_for(x: Tensor) -> type[Kernels]:
+    # The native kernels have no meta implementation, so each of them would break the graph.
+    return PortableKernels if torch.compiler.is_compiling() else KERNELS.get(x.device.type, PortableKernels)
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -253,7 +259,7 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    # A `.to` that changes nothing gives the tensor itself, and torch 2.11's compiler then loses its gradient.
+    # A `.to` without effect returns the tensor itself, and the compiler of torch 2.11 then loses its gradient.
     return values if values.dtype == dtype else values.to(dtype)
 
 

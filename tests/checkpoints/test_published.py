@@ -24,7 +24,7 @@ from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import Config, DownloadConfig
 from semseg.config.validate import check_config
 from semseg.errors import CheckpointError, DownloadError
-from semseg.nets.registry import resolve
+from semseg.nets.registry import resolve_network
 
 LAYOUTS = golden("nets_layouts.json")["layouts"]
 TWO_CLASSES = ("resnet18_dilated8", "c1_deepsup", 2)
@@ -54,9 +54,9 @@ def test_every_published_layout_is_told_apart(encoder: str, decoder: str) -> Non
     meta = torch.device("meta")
     body = {key: torch.empty(shape, device=meta) for key, shape in LAYOUTS[f"encoder/{encoder}"]}
     head = {key: torch.empty(shape, device=meta) for key, shape in LAYOUTS[f"decoder/{decoder}/{width}"]}
-    wanted = resolve("encoder", encoder).name
+    wanted = resolve_network("encoder", encoder).name
     assert identify_encoder(Path("x"), body) == wanted
-    found, expected = identify_decoder(Path("x"), head, wanted, 150), resolve("decoder", decoder)
+    found, expected = identify_decoder(Path("x"), head, wanted, 150), resolve_network("decoder", decoder)
     assert found.name == expected.name
     assert found.options == ({"width": 512} if decoder == "upernet" else dict(expected.options))
 

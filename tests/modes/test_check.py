@@ -25,7 +25,7 @@ from semseg.data.scan import PairFacts, scan_pairs
 from semseg.errors import DataError
 from semseg.modes import check as mode
 from semseg.nets.registry import build_segmenter
-from semseg.nets.step_memory import step_memory
+from semseg.nets.step_memory import estimate_step_memory
 
 TINY = ["model/encoder=resnet18", "model/decoder=c1", "model.encoder.weights=none", "check.samples=2"]
 
@@ -193,7 +193,7 @@ def test_a_damaged_cache_is_as_none(tmp_path: Path, cache: Path) -> None:
 def test_memory_is_counted_without_being_taken() -> None:
     with torch.device("meta"):
         net = build_segmenter("resnet18", "c1", 7).train()
-    one, two = (step_memory(net, Size(64, 64), count) for count in (1, 2))
+    one, two = (estimate_step_memory(net, Size(64, 64), count) for count in (1, 2))
     assert one.weights == sum(value.nbytes for value in net.state_dict().values())
     assert two.activations == pytest.approx(2 * one.activations, rel=0.01)
     # The first convolution alone keeps its input, 3 x 64 x 64, and its output, 64 x 32 x 32, of float32.

@@ -24,7 +24,7 @@ from semseg.evaluation.evaluator import Speed, SplitCounts
 from semseg.evaluation.metrics import Counts
 from semseg.evaluation.result import build_result
 from semseg.evaluation.result_files import write_result_files
-from semseg.export.onnx_runtime import description
+from semseg.export.onnx_runtime import build_description
 from semseg.modes import check
 from semseg.prediction import predictor
 from semseg.prediction.outputs import write_classes
@@ -187,13 +187,13 @@ def test_j3_an_evaluation_names_its_classes_by_the_ids(folder: Path) -> None:
 
 def test_j3_an_exported_file_stores_the_ids(folder: Path) -> None:
     saved = read_checkpoint(folder / "net.ckpt")
-    about = description(saved, restore_net(saved))
+    about = build_description(saved, restore_net(saved))
     assert about["label_ids"] == IDS and about["ignored_ids"] == [0, 255]
 
 
 def test_j3_an_exported_network_predicts_the_ids(folder: Path) -> None:
     saved = read_checkpoint(folder / "net.ckpt")
-    about = description(saved, restore_net(saved)) | {"size_divisor": 1, "label_stride": 1}
+    about = build_description(saved, restore_net(saved)) | {"size_divisor": 1, "label_stride": 1}
     image, logits = (
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 3, "h", "w"])
         for name in ("image", "logits")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from helpers.ranks import launch
 from semseg.nets.registry import build_segmenter
 from semseg.syncbn import layer as synced
-from semseg.syncbn.plugin import layer_sync, node_group
+from semseg.syncbn.plugin import build_layer_sync, create_node_group
 
 NUM_CLASSES = 5
 
@@ -79,7 +79,7 @@ NETS = {"small": small_net, "resnet18_dilated8 + c1": segmenter}
 
 
 def fit(task: Task, devices: int, convention: str, group: str = "world") -> pl.Trainer:
-    plugin = layer_sync("reduce", convention, "cpu", group)
+    plugin = build_layer_sync("reduce", convention, "cpu", group)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -114,9 +114,9 @@ def steps(rank: int, world: int) -> dict[str, Any]:
                 "training": [m.training for m in task.net.modules() if isinstance(m, nn.BatchNorm2d)],
             }
     os.environ["NODE_RANK"] = "0"
-    one_node = node_group()
+    one_node = create_node_group()
     os.environ["NODE_RANK"] = str(rank)
-    two_nodes = node_group()
+    two_nodes = create_node_group()
     results["node sizes"] = [dist.get_world_size(group) for group in (one_node, two_nodes)]
     return results
 

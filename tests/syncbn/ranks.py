@@ -131,7 +131,7 @@ def train(case: Case, layer: nn.Module, rank: int) -> Trained:
 def run_cases(rank: int, world: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for case in CASES[world]:
-        layer = synced.convert(case.layer(), case.convention)
+        layer = synced.convert_batch_norms(case.layer(), case.convention)
         if case.is_compiled:
             torch._dynamo.reset()
             layer.compile(backend="aot_eager", fullgraph=True, dynamic=True)
@@ -147,7 +147,7 @@ def run_cases(rank: int, world: int) -> dict[str, Any]:
 
 def differing_evaluations(rank: int) -> bool:
     """Evaluation and frozen layers without a collective: each rank runs another number of them."""
-    layer = synced.convert(nn.BatchNorm2d(CHANNELS), "published")
+    layer = synced.convert_batch_norms(nn.BatchNorm2d(CHANNELS), "published")
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     layer.eval()
     for _ in range(rank + 1):
@@ -156,7 +156,7 @@ def differing_evaluations(rank: int) -> bool:
 
 
 def one_untracked_value(rank: int) -> str:
-    layer = synced.convert(nn.BatchNorm2d(CHANNELS, track_running_stats=False))
+    layer = synced.convert_batch_norms(nn.BatchNorm2d(CHANNELS, track_running_stats=False))
     try:
         layer(torch.zeros(1 - rank, CHANNELS, 1, 1))
     except ValueError as error:
@@ -175,7 +175,7 @@ def golden_case(name: str, rank: int) -> list[dict[str, Tensor]]:
         for key in ("running_mean", "running_var"):
             if key in initial:
                 getattr(layer, key).copy_(torch.tensor(initial[key], dtype=torch.float64))
-    layer = synced.convert(layer, "published", momentum=case["momentum"])
+    layer = synced.convert_batch_norms(layer, "published", momentum=case["momentum"])
     if initial.get("_running_iter") == [400.0]:
         # Between the 509th and 510th of the iterations that really occur, which a whole number cannot say.
         layer.num_batches_tracked = torch.tensor(
@@ -205,7 +205,7 @@ def golden_case(name: str, rank: int) -> list[dict[str, Tensor]]:
 def subset_of_ranks(rank: int) -> Trained:
     """Ranks 0 and 1 share statistics; rank 2 is alone."""
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
-    layer = synced.convert(SUBSET.layer(), process_group=groups[rank // 2])
+    layer = synced.convert_batch_norms(SUBSET.layer(), process_group=groups[rank // 2])
     return train(SUBSET, layer, rank)
 
 

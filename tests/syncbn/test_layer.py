@@ -15,11 +15,11 @@ from semseg.syncbn.layer import (
     SyncBatchNorm1d,
     SyncBatchNorm2d,
     SyncBatchNorm3d,
-    convert,
+    convert_batch_norms,
     iteration_weight,
-    revert,
+    revert_batch_norms,
     steady_steps,
-    steps_of,
+    steps_at_weight,
 )
 
 CHANNELS = 3
@@ -88,7 +88,7 @@ class _Reduced(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer.reduced(x, None)
+        return self.layer.normalise_over(x, None)
 
 
 @pytest.mark.parametrize(("eps", "gradient"), [(1.0, 0.0), (1.0001, 0.5)])
@@ -119,7 +119,7 @@ def test_one_process_in_the_published_convention_clamps_in_training_and_adds_in_
 
 @pytest.mark.parametrize("convention", ["torch", "published"])
 def test_frozen_layers_stay_as_they_are(convention: str) -> None:
-    layer = convert(nn.BatchNorm2d(CHANNELS).eval(), convention)
+    layer = convert_batch_norms(nn.BatchNorm2d(CHANNELS).eval(), convention)
     assert not layer.training
     layer(image(dtype=torch.float32))
     assert torch.equal(layer.running_mean, torch.zeros(CHANNELS))
@@ -152,7 +152,7 @@ def test_convert_keeps_everything_but_the_class_and_revert_brings_that_back() ->
     before = {name: (type(m), m.training, [id(t) for t in m.parameters()]) for name, m in net.named_modules()}
     tensors = {key: value.data_ptr() for key, value in net.state_dict().items()}
 
-    assert convert(net) is net
+    assert convert_batch_norms(net) is net
     assert all(hasattr(m, "rule") for m in net.modules() if isinstance(m, nn.BatchNorm2d))
     assert type(net[1]) is SyncBatchNorm2d
     assert isinstance(net[2][0], OwnBatchNorm)
@@ -163,24 +163,24 @@ def test_convert_keeps_everything_but_the_class_and_revert_brings_that_back() ->
     net(image(dtype=torch.float32))
     assert calls == ["hook", "hook"]
 
-    revert(net)
+    revert_batch_norms(net)
     assert {n: (type(m), m.training, [id(t) for t in m.parameters()]) for n, m in net.named_modules()} == before
     assert not any(hasattr(m, "rule") or hasattr(m, "plain_class") for m in net.modules())
 
 
 def test_a_layer_that_holds_its_activation_keeps_it() -> None:
-    layer = convert(BatchNormAct(CHANNELS), "published")
+    layer = convert_batch_norms(BatchNormAct(CHANNELS), "published")
     assert layer(image(dtype=torch.float32)).min() == 0
 
 
 def test_converting_again_changes_the_rule_only() -> None:
-    layer = convert(convert(OwnBatchNorm(CHANNELS)), "published")
+    layer = convert_batch_norms(convert_batch_norms(OwnBatchNorm(CHANNELS)), "published")
     assert layer.rule.is_published
-    assert type(revert(layer)) is OwnBatchNorm
+    assert type(revert_batch_norms(layer)) is OwnBatchNorm
 
 
 def test_a_converted_network_can_be_copied() -> None:
-    net = convert(network(), "published")
+    net = convert_batch_norms(network(), "published")
     twin = copy.deepcopy(net)
     assert type(twin[2][0]) is type(net[2][0])
     assert twin[1].rule == net[1].rule
@@ -192,12 +192,12 @@ def test_a_converted_network_can_be_copied() -> None:
 )
 def test_wrong_rules_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        convert(nn.BatchNorm2d(1), **options)
+        convert_batch_norms(nn.BatchNorm2d(1), **options)
 
 
 def test_lazy_layers_must_be_initialised_first() -> None:
-    with pytest.raises(ConfigError, match="run the network once"):
-        convert(nn.LazyBatchNorm2d())
+    with pytest.raises(ConfigError, match="Run the network once"):
+        convert_batch_norms(nn.LazyBatchNorm2d())
 
 
 # State dicts.
@@ -233,8 +233,8 @@ def test_iteration_weight_is_the_recurrence() -> None:
         iteration = 0.999 * iteration + 1
         assert iteration_weight(torch.tensor(steps, dtype=torch.float64), 0.001).item() == pytest.approx(iteration)
         assert iteration_weight(torch.tensor(float(steps)), 0.001).item() == pytest.approx(iteration, rel=1e-6)
-        assert steps_of(iteration, 0.001) == steps
-    assert steps_of(1000.0, 0.001) == steady_steps(0.001)
+        assert steps_at_weight(iteration, 0.001) == steps
+    assert steps_at_weight(1000.0, 0.001) == steady_steps(0.001)
     assert iteration_weight(torch.tensor(steady_steps(0.001), dtype=torch.float64), 0.001) == 1000
 
 
@@ -281,7 +281,7 @@ def test_loaded_statistics_are_not_forgotten_by_the_first_step() -> None:
 
 
 def test_fresh_layers_stay_fresh() -> None:
-    assert convert(nn.BatchNorm2d(CHANNELS), "published").num_batches_tracked == 0
+    assert convert_batch_norms(nn.BatchNorm2d(CHANNELS), "published").num_batches_tracked == 0
 
 
 # The CUDA kernels.
@@ -298,7 +298,9 @@ def test_cuda_kernels_equal_the_portable_ones(dtype: torch.dtype, channels_last:
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2e-2)
 
     def check(name: str, *arguments: Any, **keywords: Any) -> Any:
-        actual, wanted = (getattr(k, name)(*arguments, **keywords) for k in (reduce.Cuda, reduce.Portable))
+        actual, wanted = (
+            getattr(k, name)(*arguments, **keywords) for k in (reduce.CudaKernels, reduce.PortableKernels)
+        )
         torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
         return wanted
 
@@ -307,7 +309,7 @@ def test_cuda_kernels_equal_the_portable_ones(dtype: torch.dtype, channels_last:
     inv_std = (m2 / (x.numel() // CHANNELS) + 1e-5).rsqrt()
     scale, shift = torch.linspace(0.5, 2, CHANNELS).to(mean), torch.linspace(-1, 1, CHANNELS).to(mean)
     y = check("normalise", x, mean, inv_std, scale, shift)
-    assert y.stride() == reduce.Cuda.normalise(x, mean, inv_std, scale, shift).stride()
+    assert y.stride() == reduce.CudaKernels.normalise(x, mean, inv_std, scale, shift).stride()
     sums = check("grad_sums", dy, x, mean, inv_std)
     mean_dy, mean_dy_x_hat = (s / (x.numel() // CHANNELS) for s in sums)
     check("grad_x", dy, x, mean, inv_std, scale=scale, mean_dy=mean_dy, mean_dy_x_hat=mean_dy_x_hat)
@@ -325,7 +327,7 @@ def test_a_step_on_cuda_equals_one_on_the_cpu(convention: str, size: tuple[int, 
         x = image(6, CHANNELS, *size)
         x[:, 0] *= 1e-4  # below eps
         x = x.to(layer.weight.device).requires_grad_()
-        y = layer.reduced(x, None)
+        y = layer.normalise_over(x, None)
         y.square().sum().backward()
         found = [y, x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
         results.append([tensor.detach().cpu() for tensor in found])
@@ -336,6 +338,6 @@ def test_a_step_on_cuda_equals_one_on_the_cpu(convention: str, size: tuple[int, 
 def test_empty_and_constant_values_on_cuda() -> None:
     layer = SyncBatchNorm2d(CHANNELS, convention="published").cuda()
     empty = torch.zeros(0, CHANNELS, 4, 4, device="cuda", requires_grad=True)
-    layer.reduced(empty, None).sum().backward()
+    layer.normalise_over(empty, None).sum().backward()
     assert layer.num_batches_tracked == 0
-    assert layer.reduced(torch.ones(2, CHANNELS, 4, 4, device="cuda"), None).abs().max() == 0
+    assert layer.normalise_over(torch.ones(2, CHANNELS, 4, 4, device="cuda"), None).abs().max() == 0

@@ -8,32 +8,32 @@ from torch import nn
 
 from semseg.errors import ConfigError
 from semseg.syncbn.layer import SyncBatchNorm2d
-from semseg.syncbn.plugin import SYNCBN, ReducedBatchNorm, layer_sync
+from semseg.syncbn.plugin import LAYER_SYNC_BUILDERS, ReducedBatchNorm, build_layer_sync
 
 
 def test_reduce_is_ours_native_is_torchs_and_off_is_none() -> None:
-    assert set(SYNCBN) == {"reduce", "native", "off"}
-    plugin = layer_sync("reduce", "published", "cpu", "node")
+    assert set(LAYER_SYNC_BUILDERS) == {"reduce", "native", "off"}
+    plugin = build_layer_sync("reduce", "published", "cpu", "node")
     assert isinstance(plugin, ReducedBatchNorm)
     assert (plugin.convention, plugin.group) == ("published", "node")
-    assert isinstance(layer_sync("native", accelerator="gpu"), TorchSyncBatchNorm)
-    assert layer_sync("off") is None
+    assert isinstance(build_layer_sync("native", accelerator="gpu"), TorchSyncBatchNorm)
+    assert build_layer_sync("off") is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("native", "torch", "cpu"), "runs on CUDA only"),
-        (("native", "published", "gpu"), "knows only syncbn.convention=torch"),
-        (("native", "torch", "gpu", "node"), "knows only"),
+        (("native", "published", "gpu"), "only syncbn.convention=torch"),
+        (("native", "torch", "gpu", "node"), "only syncbn.convention"),
         (("reduse",), "Did you mean reduce"),
         (("reduce", "torhc"), "Did you mean torch"),
         (("reduce", "torch", "cpu", "rack"), "Valid: node, world"),
     ],
 )
-def test_what_cannot_be_done_is_said(arguments: tuple[str, ...], message: str) -> None:
+def test_unsupported_combinations_are_rejected(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        layer_sync(*arguments)
+        build_layer_sync(*arguments)
 
 
 def test_apply_and_revert_without_processes() -> None:
@@ -42,7 +42,7 @@ def test_apply_and_revert_without_processes() -> None:
     assert type(plugin.revert(net)[0]) is nn.BatchNorm2d
 
 
-def test_ddp_trains_and_validates_with_synced_layers_and_gives_plain_ones_back() -> None:
+def test_ddp_trains_and_validates_with_synchronised_layers_and_restores_plain_ones() -> None:
     from lightning_ranks import under_ddp
 
     for rank in under_ddp():

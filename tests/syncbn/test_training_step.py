@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from semseg.syncbn.layer import CONVENTIONS, convert
+from semseg.syncbn.layer import CONVENTIONS, convert_batch_norms
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -16,7 +16,7 @@ def test_two_processes_take_the_step_of_one(name: str, convention: str) -> None:
     task = Task(NETS[name]())
     start = {key: value.clone() for key, value in task.net.state_dict().items()}
     if convention == "published":  # Lightning calls no LayerSync with one device
-        convert(task.net, convention)
+        convert_batch_norms(task.net, convention)
     fit(task, 1, convention)
     expected = task.net.state_dict()
     assert any(not torch.equal(value, expected[key]) for key, value in start.items())

@@ -1,4 +1,4 @@
-"""Stage 5: C1, the plainest decoder: one 3x3 convolution and a classifier."""
+"""Stage 5: C1, the simplest decoder: one 3x3 convolution and a classifier."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class C1(Decoder):
     """One convolution on the deepest map.
 
     Args:
-        channels: of the encoder's maps.
-        num_classes: of the logits.
-        deep_supervision: add an auxiliary head on the last but one map, for training.
+        channels: numbers of channels of the encoder's maps.
+        num_classes: number of classes of the logits.
+        deep_supervision: add an auxiliary head on the second deepest map, for training.
     """
 
     feature_level = -1

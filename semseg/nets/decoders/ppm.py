@@ -6,20 +6,21 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from semseg.nets.blocks import GridPool, apply_to_joined, conv_norm_relu, init_decoder
+from semseg.nets.blocks import GridPool, conv_norm_relu, init_decoder
 from semseg.nets.interfaces import Decoder, Logits
+from semseg.nets.upsampled_conv import UpsampledConcatConv
 
 GRIDS = (1, 2, 3, 6)
 BRANCH_WIDTH = 512
 
 
 class PPM(Decoder):
-    """Pools the deepest map over four grids, convolves each, and joins them with the map.
+    """Pools the deepest map over four grids, convolves each, and concatenates them with the map.
 
     Args:
-        channels: of the encoder's maps.
-        num_classes: of the logits.
-        deep_supervision: add an auxiliary head on the last but one map, for training.
+        channels: numbers of channels of the encoder's maps.
+        num_classes: number of classes of the logits.
+        deep_supervision: add an auxiliary head on the second deepest map, for training.
     """
 
     feature_level = -1
@@ -32,7 +33,7 @@ class PPM(Decoder):
         )
         if deep_supervision:
             self.cbr_deepsup = conv_norm_relu(channels[-2], deepest // 4, 3)
-        self.conv_last = nn.Sequential(
+        self.conv_last = UpsampledConcatConv(
             *conv_norm_relu(deepest + len(GRIDS) * BRANCH_WIDTH, BRANCH_WIDTH, 3),
             nn.Dropout2d(0.1),
             nn.Conv2d(BRANCH_WIDTH, num_classes, 1),
@@ -46,7 +47,7 @@ class PPM(Decoder):
     def forward(self, maps: Sequence[Tensor]) -> Logits:
         deepest = maps[-1]  # (N, C, h, w)
         branches = [branch(deepest) for branch in self.ppm]  # (N, 512, bins, bins)
-        main = apply_to_joined(self.conv_last, [deepest, *branches])
+        main = self.conv_last([deepest, *branches])
         if not (self.deep_supervision and self.training):
             return Logits(main, None)
         features = self.dropout_deepsup(self.cbr_deepsup(maps[-2]))

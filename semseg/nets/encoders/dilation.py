@@ -1,4 +1,4 @@
-"""Stage 5: dilation, which keeps the deep maps fine (Chen et al. 2017, Yu and Koltun 2016)."""
+"""Stage 5: dilation in place of strides, for finer deep maps (Chen et al. 2017, Yu and Koltun 2016)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from semseg.errors import ConfigError
 
 
 class StagePlan(NamedTuple):
-    """How one stage of a residual network is laid out."""
+    """Stride and dilations of one stage of a residual network."""
 
     stride: int  # of its first block
-    first_dilation: int  # of the 3x3 convolution that carries the stride, and of what replaces it
+    first_dilation: int  # of the 3x3 convolution that has the stride, or had it before dilation
     dilation: int  # of all other 3x3 convolutions
 
 
-# Output stride -> the four stages. A stage that loses its stride dilates by 2 what it lost; the
-# convolution that had the stride sees the finer map first and gets half of the dilation.
+# Output stride -> the four stages. Every stride of 2 that is removed doubles the dilation of what follows. The
+# convolution that had the stride reads the finer map first and gets half of that dilation.
 STAGE_PLANS: dict[int, tuple[StagePlan, ...]] = {
     32: (StagePlan(1, 1, 1), StagePlan(2, 1, 1), StagePlan(2, 1, 1), StagePlan(2, 1, 1)),
     16: (StagePlan(1, 1, 1), StagePlan(2, 1, 1), StagePlan(2, 1, 1), StagePlan(1, 1, 2)),
@@ -24,8 +24,8 @@ STAGE_PLANS: dict[int, tuple[StagePlan, ...]] = {
 }
 
 
-def stage_plans(output_stride: int) -> tuple[StagePlan, ...]:
-    """The four stages of a network none of whose maps is coarser than `output_stride`.
+def plan_stages(output_stride: int) -> tuple[StagePlan, ...]:
+    """The four stages of a network whose maps have strides of at most `output_stride`.
 
     Raises:
         ConfigError: if it is not 8, 16 or 32.
@@ -36,9 +36,9 @@ def stage_plans(output_stride: int) -> tuple[StagePlan, ...]:
 
 
 def strides_of(plans: tuple[StagePlan, ...], stem_stride: int = 4) -> tuple[int, ...]:
-    """Strides of the four maps.
+    """The strides of the four maps.
 
-    >>> strides_of(stage_plans(8))
+    >>> strides_of(plan_stages(8))
     (4, 8, 8, 8)
     """
     strides, stride = [], stem_stride

@@ -1,6 +1,6 @@
-"""Stage 5: HRNetV2-W48 (Wang et al. 2019), as in the 2020 release: four branches, each at a resolution of its own.
+"""Stage 5: HRNetV2-W48 (Wang et al. 2019), as in the 2020 release: four branches of different resolution.
 
-Names of parameters are those of the published weight files.
+Parameters have the names of the 2020 weight files.
 """
 
 from __future__ import annotations
@@ -13,36 +13,38 @@ from torch import Tensor, nn
 
 from semseg.nets.blocks import BatchNorm2d, conv_norm_relu, init_encoder, resize
 from semseg.nets.encoders.dilation import StagePlan
-from semseg.nets.encoders.resnet import BasicBlock, Bottleneck, conv3x3, published_weights, stage
+from semseg.nets.encoders.resnet import BasicBlock, Bottleneck, build_stage, conv3x3, imagenet_weights_file
 from semseg.nets.interfaces import Encoder
 
 WIDTHS = (48, 96, 192, 384)  # channels of the branches, fine to coarse
 STRIDES = (4, 8, 16, 32)
-PLAIN = StagePlan(1, 1, 1)
-BLOCKS = 4  # in every branch of a module
-# What image classification adds to the network: more convolutions, pooling, and the ImageNet head.
-CLASSIFIERS = ("incre_modules.", "downsamp_modules.", "final_layer.", "classifier.")
+UNDILATED = StagePlan(1, 1, 1)
+NUM_BLOCKS = 4  # in every branch of a module
+# Weights for image classification only: further convolutions and the ImageNet head.
+HRNET_CLASSIFIER_PREFIXES = ("incre_modules.", "downsamp_modules.", "final_layer.", "classifier.")
 
 
 class HRNetBatchNorm2d(BatchNorm2d):
-    """Follows the statistics a hundred times as fast as other published networks (semseg/syncbn/layer.py)."""
+    """Updates running statistics a hundred times as fast as the other networks of 2018 (semseg/syncbn/layer.py)."""
 
     published_momentum = 0.1
 
 
 class HighResolutionModule(nn.Module):
-    """Residual blocks in every branch, then every branch becomes a sum over all of them (fig. 2 and 3).
+    """Residual blocks in every branch, then every branch becomes the sum over all branches (fig. 2 and 3).
 
     Args:
-        widths: channels of the branches, fine to coarse.
+        widths: numbers of channels of the branches, fine to coarse.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         indices = range(len(widths))
-        self.branches = nn.ModuleList(stage(BasicBlock, width, width, BLOCKS, PLAIN) for width in widths)
+        self.branches = nn.ModuleList(
+            build_stage(BasicBlock, width, width, NUM_BLOCKS, UNDILATED, HRNetBatchNorm2d) for width in widths
+        )
         self.fuse_layers = nn.ModuleList(
-            nn.ModuleList(exchange(widths, source, target) for source in indices) for target in indices
+            nn.ModuleList(build_exchange(widths, source, target) for source in indices) for target in indices
         )
         self.relu = nn.ReLU(inplace=True)
 
@@ -52,26 +54,27 @@ class HighResolutionModule(nn.Module):
         return [self.fuse(layers, maps, like) for layers, like in zip(self.fuse_layers, maps, strict=True)]
 
     def fuse(self, layers: nn.Module, maps: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The sum over all branches at the size of `like`."""
         parts = [resize(layer(features), like) for layer, features in zip(layers.children(), maps, strict=True)]
         return self.relu(reduce(torch.add, parts))
 
 
 class Transition(nn.ModuleList):
-    """From the branches of one stage to those of the next: one more, made from the coarsest, at half its resolution."""
+    """Adds a branch to those of the stage before, from the coarsest one, at half of its resolution."""
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         return [layer(features) for layer, features in zip(self, [*maps, maps[-1]], strict=True)]
 
 
 class HRNetV2(Encoder):
-    """65 325 120 parameters. Its finest map has seen the whole image, and there is no reason to dilate it.
+    """65 325 120 parameters. It has no dilated variant, because its finest map already depends on the whole image.
 
     Args:
-        join: give one map, the branches resized to the finest and concatenated, as published; otherwise the four
+        join: return one map, the branches resized to the finest and concatenated, as published; otherwise the four
             branches, for decoders that read a pyramid.
     """
 
-    weights_file = published_weights("hrnetv2_w48-imagenet.pth")
+    weights_file = imagenet_weights_file("hrnetv2_w48-imagenet.pth")
 
     def __init__(self, join: bool = True) -> None:
         super().__init__()
@@ -79,25 +82,24 @@ class HRNetV2(Encoder):
         self.channels = (sum(WIDTHS),) if join else WIDTHS
         self.strides = STRIDES[:1] if join else STRIDES
         self.conv1 = conv3x3(3, 64, stride=2)
-        self.bn1 = BatchNorm2d(64)
+        self.bn1 = HRNetBatchNorm2d(64)
         self.conv2 = conv3x3(64, 64, stride=2)
-        self.bn2 = BatchNorm2d(64)
+        self.bn2 = HRNetBatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = stage(Bottleneck, 64, 64, BLOCKS, PLAIN)  # to 256 channels
-        self.transition1 = Transition([conv_norm_relu(256, WIDTHS[0], 3), halve(256, WIDTHS[1])])
-        self.stage2 = modules(WIDTHS[:2], 1)
-        self.transition2 = Transition([nn.Identity(), nn.Identity(), halve(*WIDTHS[1:3])])
-        self.stage3 = modules(WIDTHS[:3], 4)
-        self.transition3 = Transition([nn.Identity(), nn.Identity(), nn.Identity(), halve(*WIDTHS[2:])])
-        self.stage4 = modules(WIDTHS, 3)
-        for layer in self.modules():
-            if type(layer) is BatchNorm2d:
-                layer.__class__ = HRNetBatchNorm2d
+        self.layer1 = build_stage(Bottleneck, 64, 64, NUM_BLOCKS, UNDILATED, HRNetBatchNorm2d)  # to 256 channels
+        self.transition1 = Transition(
+            [conv_norm_relu(256, WIDTHS[0], 3, norm=HRNetBatchNorm2d), build_downsampling(256, WIDTHS[1])]
+        )
+        self.stage2 = build_modules(WIDTHS[:2], 1)
+        self.transition2 = Transition([nn.Identity(), nn.Identity(), build_downsampling(*WIDTHS[1:3])])
+        self.stage3 = build_modules(WIDTHS[:3], 4)
+        self.transition3 = Transition([nn.Identity(), nn.Identity(), nn.Identity(), build_downsampling(*WIDTHS[2:])])
+        self.stage4 = build_modules(WIDTHS, 3)
         init_encoder(self)
 
     @property
     def size_divisor(self) -> int:
-        """The coarsest branch has whole pixels, joined or not."""
+        """The stride of the coarsest branch, whether the branches are joined or not."""
         return max(STRIDES)
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -111,30 +113,35 @@ class HRNetV2(Encoder):
             return maps
         return [torch.cat([resize(features, maps[0]) for features in maps], 1)]  # (N, 720, H/4, W/4)
 
-    def state_from(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value for name, value in published.items() if not name.startswith(CLASSIFIERS)}
+    def convert_weights(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in published.items() if not name.startswith(HRNET_CLASSIFIER_PREFIXES)}
 
 
-def modules(widths: Sequence[int], count: int) -> nn.Sequential:
+def build_modules(widths: Sequence[int], count: int) -> nn.Sequential:
     """One stage: `count` modules with the same branches."""
     return nn.Sequential(*(HighResolutionModule(widths) for _ in range(count)))
 
 
-def exchange(widths: Sequence[int], source: int, target: int) -> nn.Module:
-    """What branch `source` gives to branch `target`: the latter's channels, and its resolution if that is coarser.
+def build_exchange(widths: Sequence[int], source: int, target: int) -> nn.Module:
+    """The layers from branch `source` to branch `target`.
 
-    A coarser branch goes through a 1x1 convolution and is resized by the caller, a finer one through strided
-    convolutions.
+    A coarser branch goes through a 1x1 convolution, and the caller resizes the result. A finer branch goes through
+    strided convolutions.
     """
     if source == target:
         return nn.Identity()
     if source > target:
-        return nn.Sequential(nn.Conv2d(widths[source], widths[target], 1, bias=False), BatchNorm2d(widths[target]))
-    halvings = (conv_norm_relu(widths[source], widths[source], 3, stride=2) for _ in range(target - source - 1))
-    last = nn.Sequential(conv3x3(widths[source], widths[target], stride=2), BatchNorm2d(widths[target]))
+        return nn.Sequential(nn.Conv2d(widths[source], widths[target], 1, bias=False), HRNetBatchNorm2d(widths[target]))
+    halvings = (build_strided_conv(widths[source], widths[source]) for _ in range(target - source - 1))
+    last = nn.Sequential(conv3x3(widths[source], widths[target], stride=2), HRNetBatchNorm2d(widths[target]))
     return nn.Sequential(*halvings, last)
 
 
-def halve(in_channels: int, out_channels: int) -> nn.Sequential:
-    """To half the resolution."""
-    return nn.Sequential(conv_norm_relu(in_channels, out_channels, 3, stride=2))
+def build_downsampling(in_channels: int, out_channels: int) -> nn.Sequential:
+    """A new branch at half the resolution; the nesting is that of the weight files."""
+    return nn.Sequential(build_strided_conv(in_channels, out_channels))
+
+
+def build_strided_conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    """A 3x3 convolution of stride 2 with normalisation and ReLU."""
+    return conv_norm_relu(in_channels, out_channels, 3, stride=2, norm=HRNetBatchNorm2d)

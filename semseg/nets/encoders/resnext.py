@@ -1,8 +1,8 @@
-"""Stage 5: ResNeXt-101 (Xie et al. 2017) with 32 groups, on the residual network of the 2018 release."""
+"""Stage 5: ResNeXt-101 (Xie et al. 2017) with 32 groups, on the ResNet of the 2018 release."""
 
 from __future__ import annotations
 
-from semseg.nets.encoders.resnet import Bottleneck, ResNet, published_weights
+from semseg.nets.encoders.resnet import Bottleneck, ResNet, imagenet_weights_file
 
 
 class GroupedBottleneck(Bottleneck):
@@ -14,4 +14,4 @@ class GroupedBottleneck(Bottleneck):
 
 def resnext101(output_stride: int = 32) -> ResNet:
     """42 256 576 parameters."""
-    return ResNet(GroupedBottleneck, (3, 4, 23, 3), output_stride, published_weights("resnext101-imagenet.pth"))
+    return ResNet(GroupedBottleneck, (3, 4, 23, 3), output_stride, imagenet_weights_file("resnext101-imagenet.pth"))

@@ -1,4 +1,4 @@
-"""Convolutions of single places that oneDNN makes are those of PyTorch, and no others go there."""
+"""1 x 1 convolutions by oneDNN equal those of PyTorch, and no other convolutions are sent there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semseg.nets.cpu import pointwise
-from semseg.nets.cpu.pointwise import Pointwise, pays, use_onednn
+from semseg.nets.cpu.pointwise import OneDnnPointwise, is_onednn_faster
 from semseg.nets.registry import build_segmenter
 
 
@@ -24,16 +24,16 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each F.conv2d within `Pointwise` went to oneDNN by it."""
+    """For each F.conv2d within `OneDnnPointwise`, whether it went to oneDNN."""
     calls: list[bool] = []
-    choose = pointwise._made_by_onednn
+    original = pointwise._pointwise_conv2d
 
-    def noted(*args: object, **named: object) -> Tensor | None:
-        found = choose(*args, **named)  # pyright: ignore[reportArgumentType]
+    def record(*args: object, **named: object) -> Tensor | None:
+        found = original(*args, **named)  # pyright: ignore[reportArgumentType]
         calls.append(found is not None)
         return found
 
-    monkeypatch.setattr(pointwise, "_made_by_onednn", noted)
+    monkeypatch.setattr(pointwise, "_pointwise_conv2d", record)
     return calls
 
 
@@ -51,10 +51,10 @@ def test_values_and_gradients_are_those_of_pytorch(
 ) -> None:
     image, weight, bias = inputs()
     leaves = (image, weight, bias) if with_bias else (image, weight)
-    placed = image.contiguous(memory_format=layout)
-    expected = F.conv2d(placed, *leaves[1:])
-    with Pointwise():
-        found = F.conv2d(placed, *leaves[1:])
+    laid_out = image.contiguous(memory_format=layout)
+    expected = F.conv2d(laid_out, *leaves[1:])
+    with OneDnnPointwise():
+        found = F.conv2d(laid_out, *leaves[1:])
     assert taken == [True]
     assert found.stride() == expected.stride()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -64,24 +64,24 @@ def test_values_and_gradients_are_those_of_pytorch(
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": (1, 1), "padding": [0, 0], "dilation": 3}, {"padding": 0}])
-def test_settings_that_change_nothing_are_known(options: dict[str, object], taken: list[bool]) -> None:
-    with Pointwise():
+def test_options_equal_to_the_defaults_are_accepted(options: dict[str, object], taken: list[bool]) -> None:
+    with OneDnnPointwise():
         F.conv2d(*inputs(), **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert taken == [True]
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"padding": "same"}, {"stride": (1, 2)}], ids=str)
-def test_other_settings_go_pytorchs_way(options: dict[str, object], taken: list[bool]) -> None:
+def test_other_options_are_left_to_pytorch(options: dict[str, object], taken: list[bool]) -> None:
     expected = F.conv2d(*inputs(), **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    with Pointwise():
+    with OneDnnPointwise():
         found = F.conv2d(*inputs(), **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert taken == [False]
     assert torch.equal(found, expected)
 
 
-def test_other_inputs_go_pytorchs_way(taken: list[bool]) -> None:
+def test_other_inputs_are_left_to_pytorch(taken: list[bool]) -> None:
     image, weight, bias = inputs()
-    with Pointwise():
+    with OneDnnPointwise():
         F.conv2d(image.double(), weight.double(), bias.double())
         F.conv2d(image[0], weight, bias)
         F.conv2d(*inputs(size=(3, 3)))
@@ -91,37 +91,26 @@ def test_other_inputs_go_pytorchs_way(taken: list[bool]) -> None:
     assert taken == [False] * 6
 
 
-def test_it_pays_with_one_thread_and_wide_registers_alone(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pointwise, "has_wide_registers", lambda: True)
-    assert pays()
+def test_it_is_faster_with_one_thread_and_avx512_only(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "has_avx512", lambda: True)
+    assert is_onednn_faster()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not pays()
+    assert not is_onednn_faster()
     monkeypatch.undo()
-    monkeypatch.setattr(pointwise, "has_wide_registers", lambda: False)
-    assert not pays()
+    monkeypatch.setattr(pointwise, "has_avx512", lambda: False)
+    assert not is_onednn_faster()
     monkeypatch.undo()
     torch.set_num_threads(2)
-    assert not pays()
-
-
-def test_it_is_not_for_autocast_compilers_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pointwise, "pays", lambda: True)
-    image, _, _ = inputs()
-    assert isinstance(use_onednn(image), Pointwise)
-    assert not isinstance(use_onednn(image.to("meta")), Pointwise)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not isinstance(use_onednn(image), Pointwise)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not isinstance(use_onednn(image), Pointwise)
+    assert not is_onednn_faster()
 
 
 def test_a_network_gives_the_same_logits_and_gradients(monkeypatch: pytest.MonkeyPatch, taken: list[bool]) -> None:
     torch.manual_seed(0)
     net = build_segmenter("resnet18", "upernet", 5).eval()
-    image = torch.randn(1, 3, 64, 96)
+    image = torch.randn(1, 3, 32, 64)
     answers: list[tuple[Tensor, Tensor | None]] = []
-    for is_used in (False, True):
-        monkeypatch.setattr(pointwise, "pays", lambda is_used=is_used: is_used)
+    for is_faster in (False, True):
+        monkeypatch.setattr(pointwise, "is_onednn_faster", lambda is_faster=is_faster: is_faster)
         net.zero_grad()
         logits = net(image).main
         logits.square().mean().backward()

@@ -1,4 +1,4 @@
-"""The shorter way gives what F.conv2d gives: values, gradients, layouts, in every case that takes it."""
+"""Winograd's algorithm gives what F.conv2d gives: values, gradients, layouts, wherever it is used."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from semseg.build import build_net
 from semseg.config.schema import ModelConfig
 from semseg.nets.cpu import winograd
-from semseg.nets.cpu.winograd import Limits, Winograd, conv2d, limits, use_winograd
+from semseg.nets.cpu.winograd import Thresholds, Winograd, conv2d, find_thresholds
 from semseg.nets.registry import build_segmenter
 
-LIMITS = Limits(min_channels=128, min_tiles=32, max_waste=1.6)
+THRESHOLDS = Thresholds(min_channels=128, min_tiles=32, max_waste=1.6)
 
 CASES = {
     "same": (1, 1),
@@ -47,7 +47,7 @@ def assert_same(image: Tensor, weight: Tensor, padding: int, dilation: int) -> N
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_are_those_of_the_direct_way(case: str) -> None:
+def test_values_and_gradients_are_those_of_the_direct_convolution(case: str) -> None:
     assert_same(*inputs(), *CASES[case])
 
 
@@ -57,13 +57,13 @@ def test_outputs_of_any_size(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("band_bytes", [1, 30_000])
-def test_in_bands_of_any_height(band_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bands_of_any_height(band_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "BAND_BYTES", band_bytes)
     assert_same(*inputs(), 2, 2)
 
 
 @pytest.mark.parametrize("kernel_bytes", [1, 36 * 7 * 8 * 3])  # channels one by one; 3 and 2
-def test_in_parts_of_the_channels(kernel_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channels_in_several_parts(kernel_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "KERNEL_BYTES", kernel_bytes)
     assert_same(*inputs(), 2, 2)
 
@@ -72,7 +72,7 @@ def test_in_parts_of_the_channels(kernel_bytes: int, monkeypatch: pytest.MonkeyP
     ("channels", "out_channels", "parts"), [(512, 512, 1), (2048, 512, 4), (512, 2048, 4), (5, 7, 1)]
 )
 def test_transformed_kernels_stay_small(channels: int, out_channels: int, parts: int) -> None:
-    found = winograd.channel_parts(channels, out_channels, 4)
+    found = winograd.channel_slices(channels, out_channels, 4)
     assert len(found) == parts and found[0].start == 0 and found[-1].stop == channels
     assert all(36 * 4 * (part.stop - part.start) * out_channels <= winograd.KERNEL_BYTES for part in found)
 
@@ -106,45 +106,47 @@ def test_a_weight_alone_or_an_image_alone_gets_its_gradient() -> None:
     assert image.grad is not None
 
 
-def test_in_float32_rounding_is_about_that_of_the_direct_way() -> None:
+def test_rounding_in_float32_is_close_to_that_of_the_direct_convolution() -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 256, 40, 40, generator=generator).relu()
     weight = torch.randn(256, 256, 3, 3, generator=generator) * (2 / 9 / 256) ** 0.5
     exact = F.conv2d(image.double(), weight.double(), padding=1)
-    shorter, direct = (
+    winograd_error, direct_error = (
         (found - exact).square().mean().sqrt()
         for found in (conv2d(image, weight, 1, 1), F.conv2d(image, weight, padding=1))
     )
-    assert shorter < 15 * direct  # oneDNN's direct way with 512-bit instructions: 1.6e-7; with others 6e-7
-    assert shorter < 2e-6
+    assert (
+        winograd_error < 15 * direct_error
+    )  # oneDNN's direct convolution with 512-bit instructions: 1.6e-7; with others 6e-7
+    assert winograd_error < 2e-6
 
 
-# ---- which convolutions take it
+# ---- which convolutions use it
 
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the images that went the shorter way."""
+    """The shapes of the images that were convolved by Winograd's algorithm."""
     shapes: list[tuple[int, ...]] = []
-    whole = winograd.conv2d
+    original = winograd.conv2d
 
-    def counted(image: Tensor, *rest: Tensor | int) -> Tensor:
+    def record(image: Tensor, *rest: Tensor | int) -> Tensor:
         shapes.append(tuple(image.shape))
-        return whole(image, *rest)  # pyright: ignore[reportArgumentType]
+        return original(image, *rest)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(winograd, "conv2d", counted)
+    monkeypatch.setattr(winograd, "conv2d", record)
     return shapes
 
 
-def test_tiles_that_would_be_mostly_empty_are_left_alone(taken: list[tuple[int, ...]]) -> None:
+def test_mostly_empty_tiles_are_left_to_the_direct_convolution(taken: list[tuple[int, ...]]) -> None:
     layer = nn.Conv2d(128, 128, 3, padding=4, dilation=4)
-    with Winograd(LIMITS):
+    with Winograd(THRESHOLDS):
         layer(torch.randn(2, 128, 17, 17))  # 32 x 32 in tiles
         layer(torch.randn(2, 128, 31, 31))
     assert taken == [(2, 128, 31, 31)]
 
 
-def wide(dtype: torch.dtype = torch.float32) -> Tensor:
+def many_channels(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(1, 128, 24, 24, dtype=dtype)
 
 
@@ -165,40 +167,46 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_convolutions_of_many_channels_take_it(kind: str, taken: list[tuple[int, ...]]) -> None:
-    layer, image = LAYERS[kind](), wide()
+def test_convolutions_of_many_channels_use_it(kind: str, taken: list[tuple[int, ...]]) -> None:
+    layer, image = LAYERS[kind](), many_channels()
     expected = layer(image)
-    with Winograd(LIMITS):
+    with Winograd(THRESHOLDS):
         found = layer(image)
     assert taken == [(1, 128, 24, 24)]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_all_others_are_left_alone(kind: str, taken: list[tuple[int, ...]]) -> None:
-    layer, image = OTHERS[kind](), wide()
-    with Winograd(LIMITS):
+def test_all_others_use_the_direct_convolution(kind: str, taken: list[tuple[int, ...]]) -> None:
+    layer, image = OTHERS[kind](), many_channels()
+    with Winograd(THRESHOLDS):
         found = layer(image)
     assert torch.equal(found, layer(image))
     assert not taken
 
 
-@pytest.mark.parametrize("image", [wide(torch.bfloat16), wide()[0], wide()[..., :9, :9]], ids=["half", "3-d", "small"])
-def test_so_are_images_that_do_not_gain(image: Tensor, taken: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize(
+    "image",
+    [many_channels(torch.bfloat16), many_channels()[0], many_channels()[..., :9, :9]],
+    ids=["half", "3-d", "small"],
+)
+def test_small_and_half_precision_images_use_the_direct_convolution(
+    image: Tensor, taken: list[tuple[int, ...]]
+) -> None:
     layer = nn.Conv2d(128, 128, 3, padding=1).to(image.dtype)
-    with Winograd(LIMITS):
+    with Winograd(THRESHOLDS):
         layer(image)
     assert not taken
 
 
-def test_an_image_smaller_than_the_kernel_is_the_error_that_it_was() -> None:
-    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"), Winograd(LIMITS):
+def test_an_image_smaller_than_the_kernel_raises_pytorchs_error() -> None:
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"), Winograd(THRESHOLDS):
         F.conv2d(torch.randn(40, 128, 1, 1), torch.randn(128, 128, 3, 3))
 
 
-@pytest.mark.parametrize("is_known", [True, False], ids=["oneDNN", "bmm"])
-def test_either_product_of_matrices_will_do(is_known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not is_known:
+@pytest.mark.parametrize("has_onednn_linear", [True, False], ids=["oneDNN", "bmm"])
+def test_both_matrix_products_give_the_result(has_onednn_linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_onednn_linear:
         monkeypatch.setattr(winograd, "ONEDNN_LINEAR", None)
     image, weight = (tensor.detach() for tensor in inputs(torch.float32))
     torch.testing.assert_close(conv2d(image, weight, 1, 1), F.conv2d(image, weight, padding=1), rtol=0, atol=1e-4)
@@ -208,45 +216,32 @@ def test_either_product_of_matrices_will_do(is_known: bool, monkeypatch: pytest.
     ("capability", "threads", "has_onednn", "least_channels"),
     [("AVX2", 64, False, 128), ("AVX512", 2, True, 256), ("AVX512", 2, False, None), ("AVX512", 64, True, None)],
 )
-def test_where_it_pays_depends_on_the_processor(
+def test_thresholds_depend_on_the_processor(
     capability: str, threads: int, has_onednn: bool, least_channels: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(winograd, "ONEDNN_LINEAR", F.linear if has_onednn else None)
-    found = limits()
+    found = find_thresholds()
     assert (None if found is None else found.min_channels) == least_channels
 
 
-def test_a_network_uses_it_unless_told_not_to(taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "limits", lambda: LIMITS)
+def test_a_network_uses_it_unless_it_is_switched_off(
+    taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "find_thresholds", lambda: Thresholds(min_channels=128, min_tiles=4, max_waste=4.0))
     net = build_segmenter("resnet18_dilated8", "c1", 5).eval().double()
-    image = torch.randn(1, 3, 192, 256, dtype=torch.float64)
-    shorter = net(image).main
+    image = torch.randn(1, 3, 96, 128, dtype=torch.float64)
+    logits = net(image).main
     count = len(taken)
     assert count > 5
-    net.winograd = False
-    torch.testing.assert_close(shorter, net(image).main, rtol=0, atol=1e-10)
+    net.has_cpu_kernels = False
+    torch.testing.assert_close(logits, net(image).main, rtol=0, atol=1e-10)
     assert len(taken) == count
 
 
-def test_the_key_reaches_the_network() -> None:
+def test_the_configuration_key_switches_the_kernels() -> None:
     encoder, decoder = {"name": "resnet18", "output_stride": 32}, {"name": "c1"}
-    for is_wanted in (True, False):
-        config = ModelConfig(encoder=dict(encoder), decoder=dict(decoder), winograd=is_wanted)
-        assert build_net(config, 3).winograd == is_wanted
-
-
-def test_autocast_and_other_devices_are_left_to_their_libraries(
-    taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = nn.Conv2d(128, 128, 3, padding=1)
-    monkeypatch.setattr(winograd, "limits", lambda: LIMITS)
-    with torch.autocast("cpu", torch.bfloat16), use_winograd(True, wide()):
-        layer(wide())
-    with use_winograd(True, wide().to("meta")):
-        layer(wide())
-    assert not taken
-    with use_winograd(True, wide()):
-        layer(wide())
-    assert taken
+    for is_enabled in (True, False):
+        config = ModelConfig(encoder=dict(encoder), decoder=dict(decoder), winograd=is_enabled)
+        assert build_net(config, 3).has_cpu_kernels == is_enabled

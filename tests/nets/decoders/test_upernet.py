@@ -35,6 +35,6 @@ def test_branches_are_convolved_after_upsampling() -> None:
     assert seen == [(9, 13)] * 4
 
 
-def test_a_width_without_channels_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"^model\.decoder\.width=0: must be at least 1 channel"):
+def test_a_width_of_0_is_rejected() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.decoder\.width=0: must be at least 1"):
         UPerNet((4, 8, 16, 32), 3, width=0)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from semseg.errors import ConfigError
-from semseg.nets.encoders.dilation import stage_plans, strides_of
+from semseg.nets.encoders.dilation import plan_stages, strides_of
 
 
 @pytest.mark.parametrize(
@@ -15,11 +15,11 @@ from semseg.nets.encoders.dilation import stage_plans, strides_of
     ],
 )
 def test_a_stage_dilates_by_what_it_lost(output_stride: int, strides: tuple, dilations: list) -> None:
-    plans = stage_plans(output_stride)
+    plans = plan_stages(output_stride)
     assert strides_of(plans) == strides
     assert [(plan.first_dilation, plan.dilation) for plan in plans] == dilations
 
 
 def test_another_output_stride_is_told() -> None:
     with pytest.raises(ConfigError, match=r"^model\.encoder\.output_stride=4: must be 8, 16 or 32\.$"):
-        stage_plans(4)
+        plan_stages(4)

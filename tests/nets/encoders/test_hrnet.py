@@ -10,7 +10,7 @@ from semseg.checkpoints.initialise import find_differences
 from semseg.nets.blocks import BatchNorm2d
 from semseg.nets.encoders.hrnet import HRNetBatchNorm2d, HRNetV2
 from semseg.nets.registry import build_decoder
-from semseg.syncbn.layer import convert, revert
+from semseg.syncbn.layer import convert_batch_norms, revert_batch_norms
 
 BRANCHES = (48, 96, 192, 384)
 
@@ -61,7 +61,7 @@ def test_the_classification_head_of_a_weight_file_is_left_out(encoder: HRNetV2) 
     head = {
         name: torch.empty(1) for name in ("incre_modules.0.0.conv1.weight", "final_layer.0.bias", "classifier.bias")
     }
-    assert find_differences(encoder.state_from({**encoder.state_dict(), **head}), encoder.state_dict()) == []
+    assert find_differences(encoder.convert_weights({**encoder.state_dict(), **head}), encoder.state_dict()) == []
     assert encoder.weights_file is not None
     assert encoder.weights_file.url.endswith("/pretrained_resnet/hrnetv2_w48-imagenet.pth")
 
@@ -70,8 +70,8 @@ def test_its_norms_follow_the_statistics_faster_in_the_published_convention(enco
     norms = [layer for layer in encoder.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert len(norms) == 305
     assert all(type(layer) is HRNetBatchNorm2d for layer in norms)
-    layers = convert(nn.Sequential(HRNetBatchNorm2d(1), BatchNorm2d(1)), "published")
+    layers = convert_batch_norms(nn.Sequential(HRNetBatchNorm2d(1), BatchNorm2d(1)), "published")
     for layer, mean in zip(layers, (1.9, 1.999), strict=True):
         layer(torch.tensor([mean - 1, mean + 1]).view(2, 1, 1, 1))
         assert layer.running_mean == pytest.approx(1)  # the first step weighs 1 / (1 - momentum + 1)
-    assert [type(layer) for layer in revert(layers)] == [HRNetBatchNorm2d, BatchNorm2d]
+    assert [type(layer) for layer in revert_batch_norms(layers)] == [HRNetBatchNorm2d, BatchNorm2d]

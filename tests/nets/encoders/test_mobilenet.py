@@ -48,7 +48,7 @@ def test_blocks_that_keep_channels_and_resolution_have_a_shortcut() -> None:
 def test_the_published_imagenet_file_fits() -> None:
     encoder = build_encoder("mobilenetv2")
     published = {name: torch.empty(shape) for name, shape in LAYOUTS["layouts"]["base/mobilenetv2"]}
-    state = encoder.state_from(published)
+    state = encoder.convert_weights(published)
     assert find_differences(state, encoder.state_dict()) == []
     assert all(state[name] is published[name] for name in state)
     assert len(published) - len(state) == 8  # the last convolution, its norm, and the classifier
