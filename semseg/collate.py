@@ -1,4 +1,4 @@
-"""Stage 4: samples of one sub-batch to a batch, padded to the canvas that holds them all."""
+"""Stage 4: combine the samples of a sub-batch into a batch, padded to a common canvas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Batch", "Sample", "collate"]
 
 
 def collate(samples: Sequence[Sample], size_divisor: int, label_stride: int) -> Batch:
-    """Puts every sample into the top left corner of one canvas, the smallest that holds all.
+    """Put every sample into the top left corner of a canvas, the smallest that contains all of them.
 
     Raises:
         ValueError: if label_stride does not divide size_divisor.
@@ -29,12 +29,12 @@ def collate(samples: Sequence[Sample], size_divisor: int, label_stride: int) -> 
     label_canvas = label_size(canvas, label_stride)
     image = torch.zeros(len(samples), 3, *canvas, dtype=torch.uint8)
     label = torch.full((len(samples), *label_canvas), IGNORED, dtype=torch.int64)
-    for place, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
-        inside = image[place, :, : size.height, : size.width]
+    for index, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
+        inside = image[index, :, : size.height, : size.width]
         if sample.image.flags.c_contiguous:
-            cv2.split(sample.image, list(inside.numpy()))  # into place, seven times as fast as a strided copy
+            cv2.split(sample.image, list(inside.numpy()))  # seven times as fast as a strided copy
         else:
             inside.copy_(torch.from_numpy(sample.image).permute(2, 0, 1))
         height, width = sample.label.shape
-        label[place, :height, :width] = torch.from_numpy(sample.label)
+        label[index, :height, :width] = torch.from_numpy(sample.label)
     return Batch(image, label, torch.tensor(sizes), [sample.path for sample in samples])

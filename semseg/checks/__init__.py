@@ -1,4 +1,4 @@
-"""What is wrong with a data set, and which settings fit it (mode=check).
+"""Checks of a data set, and suggested settings for it (mode=check).
 
-The page that shows it lives in reports/. Whether a machine can train is modes/doctor.py.
+The page with the results is in reports/. modes/doctor.py checks the machine.
 """

@@ -1,7 +1,7 @@
-"""The data doctor: from what a scan of a data set found to notices, suggestions and a verdict. Reads no files.
+"""From the scan of a data set to notices, suggestions and a verdict (mode=check). Reads no files.
 
-Ids are those of the mask files, classes are class indices. `known` tells what an id means; where the configuration does
-not say it yet, `suggested_ids` reads it off the ids that are there.
+Ids are those of the mask files, classes are class indices. `ConfiguredClasses` defines the meaning of the ids; if the
+configuration does not define it yet, `suggest_ids` infers it from the ids in the masks.
 """
 
 from __future__ import annotations
@@ -24,50 +24,58 @@ from semseg.data.sources import Orientations
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 READY, WITH_WARNINGS, NOT_READY = "READY", "READY, WITH WARNINGS", "NOT READY"
-MOSTLY_IGNORED = 0.9  # share of an image's pixels
-MANY_OF_ONE_ID = 0.2  # share of the masks
-RARE = 0.001  # share of the pixels of train
-VOID = 255  # what most tools write where nothing is labelled
-DARK = 0.25  # of white: an image that stays below uses a fraction of its 16 bits
-HALF = 0.5  # where all images of 16 bits stay below, they have fewer
-MAX_FILES = 10  # examples of one notice
+MAX_IGNORED_FRACTION = 0.9  # of the pixels of a mask; more is reported
+MAX_SINGLE_CLASS_FRACTION = 0.2  # of the masks of a split; more is reported
+RARE_FRACTION = 0.001  # of the pixels of train; classes below it are reported
+VOID = 255  # the id that most tools write for unlabelled pixels
+DARK = 0.25  # fraction of white: a 16-bit image with all values below is reported
+DARK_IF_ALL = 0.5  # instead of DARK, if it holds for all 16-bit images: they probably have fewer bits
+MAX_EXAMPLES = 10  # example files of one notice
 
-Meaning = Callable[[int], int | None]  # id -> class index, IGNORED, or None if it is neither
+ClassOf = Callable[[int], int | None]  # id -> class index, IGNORED, or None for unknown ids
+FindPixel = Callable[[Record, int], tuple[int, int]]  # a record and an id in its mask -> (row, column) of a pixel
 
 
-class Known(NamedTuple):
-    """What the configuration says of the ids."""
+class ConfiguredClasses(NamedTuple):
+    """The meaning of the ids, as configured."""
 
     label_map: LabelMap
     classes: ClassTable
 
 
 class Notice(NamedTuple):
-    """One thing that was found."""
+    """One finding about the data set."""
 
-    level: str  # error: a run would stop; warning: it would suffer; note
+    level: str  # error: a run would stop; warning: its result would suffer; note
     text: str
     files: tuple[str, ...] = ()  # examples
 
 
+class Advice(NamedTuple):
+    """Notices, and settings that resolve them."""
+
+    notices: list[Notice]
+    suggestions: dict[str, str]  # as in `Diagnosis`
+
+
 class ScannedSplit(NamedTuple):
-    """A split and what was found in it."""
+    """A split and the content of its files."""
 
     name: str
     records: Sequence[Record]
     findings: Sequence[PairFacts]  # one for each record
-    problems: Sequence[str]  # with lines and files that gave no record
+    problems: Sequence[str]  # messages about lines and files that give no record
     orientations: Orientations = Orientations()
-    unused: str = ""  # a sentence that counts the files which are neither images nor masks
+    unused: str = ""  # a sentence that counts the files that are neither image nor mask
 
     @property
-    def sound(self) -> list[tuple[Record, PairFacts]]:
-        """Pairs that have ids."""
-        return [(record, found) for record, found in zip(self.records, self.findings, strict=True) if found.ids]
+    def usable_pairs(self) -> list[tuple[Record, PairFacts]]:
+        """Records whose mask could be read, with its content."""
+        return [(record, facts) for record, facts in zip(self.records, self.findings, strict=True) if facts.ids]
 
 
-class Lengths(NamedTuple):
-    """Of many numbers."""
+class Spread(NamedTuple):
+    """Smallest, median and largest of some numbers."""
 
     low: float
     median: float
@@ -75,39 +83,39 @@ class Lengths(NamedTuple):
 
 
 class SplitSummary(NamedTuple):
-    """A split in numbers."""
+    """The numbers of one split."""
 
     name: str
     pairs: int
-    wrong: int  # of them, cannot be used
-    heights: Lengths  # pixels
-    widths: Lengths
-    aspects: Lengths  # width / height
+    wrong: int  # pairs that cannot be used
+    heights: Spread  # pixels
+    widths: Spread
+    aspects: Spread  # width / height
     image_kinds: dict[str, int]
     mask_kinds: dict[str, int]
     ids: dict[int, int]  # id -> pixels
-    ignored: float  # share of the pixels
+    ignored: float  # fraction of the pixels
 
 
 class ClassSummary(NamedTuple):
-    """A class in numbers."""
+    """The numbers of one class."""
 
     name: str
     colour: Colour
     pixels: dict[str, int]  # split -> pixels
-    images: dict[str, int]  # split -> images that have any
-    share: float  # of the scored pixels of the first split
-    weight: float  # by median frequency; see `class_weights`
-    id: int  # in the masks; the smallest if several mean the class
+    images: dict[str, int]  # split -> images with the class
+    share: float  # fraction of the scored pixels of the first split
+    weight: float  # see `median_frequency_weights`
+    id: int  # in the masks; the smallest if several ids map to the class
 
 
 class Diagnosis(NamedTuple):
-    """All that the doctor has to say about the files."""
+    """The result of the check."""
 
     notices: list[Notice]
     splits: list[SplitSummary]
-    classes: list[ClassSummary]  # none if it is not known what the ids mean
-    suggestions: dict[str, str]  # key of the configuration -> value as on the command line
+    classes: list[ClassSummary]  # empty if the meaning of the ids is unknown
+    suggestions: dict[str, str]  # configuration key -> value as written on the command line
 
     @property
     def verdict(self) -> str:
@@ -117,151 +125,154 @@ class Diagnosis(NamedTuple):
 
     @property
     def class_weights(self) -> list[float]:
-        """One for each class."""
+        """The weight of each class."""
         return [row.weight for row in self.classes]
 
 
 def diagnose(
     splits: Sequence[ScannedSplit],
     data: DataConfig,
-    known: Known | None,
+    configured: ConfiguredClasses | None,
     shared: Overlap | None,
-    pixel_of: Callable[[Record, int], tuple[int, int]],
+    find_pixel: FindPixel,
 ) -> Diagnosis:
-    """What the scans of all splits say together.
+    """Evaluate the scans of all splits.
 
     Args:
         splits: train first.
-        known: None: the configuration does not say it.
-        shared: images of train that are in val too.
-        pixel_of: (row, column) of the first pixel of an id in a mask.
+        configured: None if the configuration does not define the meaning of the ids.
+        shared: images that are in train and in val.
+        find_pixel: returns (row, column) of the first pixel of an id in a mask.
     """
     suggestions: dict[str, str] = {}
-    # A split that is cut from another one has its problems.
-    told = [split._replace(problems=()) if split.problems == splits[0].problems else split for split in splits[1:]]
-    notices = [notice for split in (splits[0], *told) for notice in (*file_notices(split), *pixel_notices(split))]
-    if known is None:
-        found = suggested_ids(ids_of(splits))
-        suggestions |= found
-        notices.append(Notice(ERROR, unexplained(sorted(ids_of(splits)))))
-        return Diagnosis(ordered(notices), [summary(split, None) for split in splits], [], suggestions)
-    meaning = known.label_map.class_index
-    for found, advice in (unknown_ids(splits, data, meaning, pixel_of), shifted_ids(splits, data, meaning)):
-        notices += found
-        suggestions |= advice
-    rows = class_rows(splits, known)
-    notices += [*label_notices(splits, meaning), *class_notices(rows, [split.name for split in splits])]
+    # A split that is cut from train has the problems of train, which are reported once.
+    others = [split._replace(problems=()) if split.problems == splits[0].problems else split for split in splits[1:]]
+    notices = [notice for split in (splits[0], *others) for notice in (*check_files(split), *check_pixels(split))]
+    if configured is None:
+        suggestions |= suggest_ids(sum_ids(splits))
+        notices.append(Notice(ERROR, describe_unexplained_ids(sorted(sum_ids(splits)))))
+        return Diagnosis(sort_notices(notices), [summarise_split(split, None) for split in splits], [], suggestions)
+    class_of = configured.label_map.class_index
+    for advice in (check_unknown_ids(splits, data, class_of, find_pixel), check_shifted_ids(splits, data, class_of)):
+        notices += advice.notices
+        suggestions |= advice.suggestions
+    rows = summarise_classes(splits, configured)
+    notices += [*check_labels(splits, class_of), *check_classes(rows, [split.name for split in splits])]
     if shared:
         files = (*shared.same_path, *shared.same_content)
-        notices.append(Notice(WARNING, str(shared), files[:MAX_FILES]))
-    for found, advice in (size_advice(splits[0], data), split_advice(splits, data)):
-        notices += found
-        suggestions |= advice
-    summaries = [summary(split, meaning) for split in splits]
-    return Diagnosis(ordered(notices), summaries, rows, suggestions)
+        notices.append(Notice(WARNING, str(shared), files[:MAX_EXAMPLES]))
+    for advice in (check_sizes(splits[0], data), check_splits(splits, data)):
+        notices += advice.notices
+        suggestions |= advice.suggestions
+    summaries = [summarise_split(split, class_of) for split in splits]
+    return Diagnosis(sort_notices(notices), summaries, rows, suggestions)
 
 
-def ordered(notices: Iterable[Notice]) -> list[Notice]:
-    """The worst first."""
+def sort_notices(notices: Iterable[Notice]) -> list[Notice]:
+    """Notices by level, errors first."""
     return sorted(notices, key=lambda notice: (ERROR, WARNING, NOTE).index(notice.level))
 
 
 # ---- files
 
 
-def file_notices(split: ScannedSplit) -> Iterator[Notice]:
-    """Files that no run could use."""
+def check_files(split: ScannedSplit) -> Iterator[Notice]:
+    """Notices about files that cannot be used."""
     if split.problems:
-        text = f"{split.name}: {len(split.problems)} lines or files without a pair, such as {split.problems[0]}"
-        yield Notice(ERROR, text, tuple(split.problems[:MAX_FILES]))
+        text = f"{split.name}: {len(split.problems)} lines or files give no pair, such as {split.problems[0]}"
+        yield Notice(ERROR, text, tuple(split.problems[:MAX_EXAMPLES]))
     if split.unused:
         yield Notice(NOTE, split.unused)
     unlabelled = [record for record in split.records if record.label is None]
     if unlabelled:
         text = f"{split.name}: {len(unlabelled)} of {len(split.records)} images have no mask and cannot be scored."
-        yield Notice(ERROR, text, tuple(record.image for record in unlabelled[:MAX_FILES]))
-    coded = [(record, found) for record, found in zip(split.records, split.findings, strict=True) if found.colours]
+        yield Notice(ERROR, text, tuple(record.image for record in unlabelled[:MAX_EXAMPLES]))
+    coded = [(record, facts) for record, facts in zip(split.records, split.findings, strict=True) if facts.colours]
     if coded:
-        colours = sum((Counter(found.colours) for _, found in coded), Counter[str]())
+        colours = sum((Counter(facts.colours) for _, facts in coded), Counter[str]())
+        frequent = [colour for colour, _ in colours.most_common()]
         yield Notice(
             ERROR,
-            f"{split.name}: {len(coded)} masks are coded in {len(colours)} colours ({listed(most(colours))}). A table "
-            "says what they mean: data.classes=<CSV file with index,name,R,G,B>.",
-            examples(record for record, _ in coded),
+            f"{split.name}: {len(coded)} masks are coded in {len(colours)} colours ({join_first(frequent)}). Define "
+            "them in a class table: data.classes=<CSV file with index,name,R,G,B>.",
+            first_masks(record for record, _ in coded),
         )
-    broken = [found.problem for found in split.findings if found.problem and not found.colours]
+    broken = [facts.problem for facts in split.findings if facts.problem and not facts.colours]
     if broken:
         text = f"{split.name}: {len(broken)} of {len(split.records)} pairs cannot be used, such as {broken[0]}"
-        yield Notice(ERROR, text, tuple(broken[:MAX_FILES]))
-    if not split.sound:
-        yield Notice(ERROR, f"{split.name}: not one pair of image and mask can be used.")
+        yield Notice(ERROR, text, tuple(broken[:MAX_EXAMPLES]))
+    if not split.usable_pairs:
+        yield Notice(ERROR, f"{split.name}: no pair of image and mask can be used.")
 
 
-def pixel_notices(split: ScannedSplit) -> Iterator[Notice]:
-    """Files that a run uses, perhaps not as their owner thinks."""
+def check_pixels(split: ScannedSplit) -> Iterator[Notice]:
+    """Notices about files that are usable, but may be read differently than expected."""
     if split.orientations.problem:
         yield Notice(ERROR, split.orientations.problem)
     elif split.orientations.text:
         level = WARNING if split.orientations.is_mixed else NOTE
         yield Notice(level, f"{split.name}: {split.orientations.text}")
-    paged = [record for record, found in paired(split) if FIRST_OF_SEVERAL in f"{found.image_kind} {found.mask_kind}"]
+    paged = [
+        record for record, facts in pair_facts(split) if FIRST_OF_SEVERAL in f"{facts.image_kind} {facts.mask_kind}"
+    ]
     if paged:
-        text = f"{split.name}: {len(paged)} images or masks hold several frames or pages, of which the first is read."
-        yield Notice(WARNING, text, images_of(paged))
+        text = f"{split.name}: {len(paged)} images or masks contain several frames or pages; only the first is read."
+        yield Notice(WARNING, text, first_images(paged))
     for white, bits in ((65535, 16), (255, 8)):
-        seen = [(record, found) for record, found in paired(split) if found.largest >= 0 and found.white == white]
-        most = max((found.largest for _, found in seen), default=0)
-        limit = HALF if most < HALF * white else DARK
-        dark = [(record, found) for record, found in seen if found.largest < limit * white]
+        seen = [(record, facts) for record, facts in pair_facts(split) if facts.largest >= 0 and facts.white == white]
+        largest = max((facts.largest for _, facts in seen), default=0)
+        limit = DARK_IF_ALL if largest < DARK_IF_ALL * white else DARK
+        dark = [(record, facts) for record, facts in seen if facts.largest < limit * white]
         if dark:
-            most = max(found.largest for _, found in dark)
+            largest = max(facts.largest for _, facts in dark)
             counted = f"{len(dark)} of {len(seen)} 16-bit images" if bits == 16 else f"{len(dark)} 8-bit images"
             text = (
-                f"{split.name}: {counted} use a fraction of their depth: the largest value is {most} of {white} "
-                f"({most / white:.1%}), {most * 255 // white} of 255 as they are read. Scale them to the whole range."
+                f"{split.name}: {counted} use a fraction of their range: the largest value is {largest} of {white} "
+                f"({largest / white:.1%}), which is read as {largest * 255 // white} of 255. Scale them to the full "
+                "range."
             )
-            yield Notice(WARNING, text, images_of(record for record, _ in dark))
+            yield Notice(WARNING, text, first_images(record for record, _ in dark))
 
 
-def paired(split: ScannedSplit) -> Iterator[tuple[Record, PairFacts]]:
-    """Each record with what was found in it."""
+def pair_facts(split: ScannedSplit) -> Iterator[tuple[Record, PairFacts]]:
+    """Each record with the content of its files."""
     return zip(split.records, split.findings, strict=True)
 
 
-def images_of(records: Iterable[Record]) -> tuple[str, ...]:
-    """The first few."""
-    return tuple(record.image for record, _ in zip(records, range(MAX_FILES), strict=False))
+def first_images(records: Iterable[Record]) -> tuple[str, ...]:
+    """The images of the first few records."""
+    return tuple(record.image for record, _ in zip(records, range(MAX_EXAMPLES), strict=False))
 
 
 # ---- ids
 
 
-def ids_of(splits: Iterable[ScannedSplit]) -> Counter[int]:
-    """Pixels of each id over some splits."""
+def sum_ids(splits: Iterable[ScannedSplit]) -> Counter[int]:
+    """The number of pixels of each id over some splits."""
     total: Counter[int] = Counter()
     for split in splits:
-        for _, found in split.sound:
-            total.update(found.ids)
+        for _, facts in split.usable_pairs:
+            total.update(facts.ids)
     return total
 
 
-def unexplained(ids: Sequence[int]) -> str:
-    """A sentence about ids of which nothing is known.
+def describe_unexplained_ids(ids: Sequence[int]) -> str:
+    """A message about ids whose meaning is not configured.
 
-    >>> unexplained([0, 1, 2])
-    'data.num_classes is not set. Found ids 0..2. If 0 means unlabelled, set data.num_classes=2 and nothing else.'
+    >>> describe_unexplained_ids([0, 1, 2])
+    'data.num_classes is not set. Found ids 0..2. If 0 means unlabelled, set only data.num_classes=2.'
     """
-    meant = [raw_id for raw_id in ids if raw_id not in (0, VOID)]
-    told = f"data.num_classes is not set. Found ids {ranges(ids)}."
-    if not meant or 0 not in ids:
-        return told
-    return f"{told} If 0 means unlabelled, set data.num_classes={meant[-1]} and nothing else."
+    class_ids = [raw_id for raw_id in ids if raw_id not in (0, VOID)]
+    message = f"data.num_classes is not set. Found ids {format_ranges(ids)}."
+    if not class_ids or 0 not in ids:
+        return message
+    return f"{message} If 0 means unlabelled, set only data.num_classes={class_ids[-1]}."
 
 
-def suggested_ids(pixels: Counter[int]) -> dict[str, str]:
-    """What ids that nobody has explained probably mean.
+def suggest_ids(pixels: Counter[int]) -> dict[str, str]:
+    """Settings for the probable meaning of ids.
 
-    >>> suggested_ids(Counter({0: 9, 1: 5, 2: 3, 255: 1}))
+    >>> suggest_ids(Counter({0: 9, 1: 5, 2: 3, 255: 1}))
     {'data.num_classes': '3', 'data.first_id': '0', 'data.ignore': '[255]'}
     """
     ids = sorted(pixels)
@@ -269,128 +280,126 @@ def suggested_ids(pixels: Counter[int]) -> dict[str, str]:
         return {}
     if set(ids) == {0, VOID}:  # black and white
         return {"data.num_classes": "2", "data.first_id": "0", "data.ignore": "[]", "data.map": "{0:0,255:1}"}
-    meant = [raw_id for raw_id in ids if raw_id != VOID] or ids
-    first = 0 if meant[0] == 0 else 1
-    ignored = [str(raw_id) for raw_id in ids if raw_id not in meant]
-    if first == 1 and 0 not in meant:
+    class_ids = [raw_id for raw_id in ids if raw_id != VOID] or ids
+    first = 0 if class_ids[0] == 0 else 1
+    ignored = [str(raw_id) for raw_id in ids if raw_id not in class_ids]
+    if first == 1:
         ignored = ["0", *ignored]
     return {
-        "data.num_classes": str(max(2, meant[-1] - first + 1)),
+        "data.num_classes": str(max(2, class_ids[-1] - first + 1)),
         "data.first_id": str(first),
         "data.ignore": f"[{','.join(ignored)}]",
     }
 
 
-def unknown_ids(
+def check_unknown_ids(
     splits: Sequence[ScannedSplit],
     data: DataConfig,
-    meaning: Meaning,
-    pixel_of: Callable[[Record, int], tuple[int, int]],
-) -> tuple[list[Notice], dict[str, str]]:
-    """Ids that are neither classes nor ignored, and what to set."""
+    class_of: ClassOf,
+    find_pixel: FindPixel,
+) -> Advice:
+    """Find ids that are neither classes nor ignored."""
     notices = []
     for split in splits:
-        strange = Counter({raw: count for raw, count in ids_of([split]).items() if meaning(raw) is None})
-        if not strange:
+        unknown = Counter({raw: count for raw, count in sum_ids([split]).items() if class_of(raw) is None})
+        if not unknown:
             continue
-        having = [(record, found) for record, found in split.sound if any(meaning(raw) is None for raw in found.ids)]
-        shown = ", ".join(f"{raw} ({count} pixels)" for raw, count in strange.most_common(5))
-        record, found = having[0]
-        raw_id = next(raw for raw in found.ids if meaning(raw) is None)
-        row, column = pixel_of(record, raw_id)
+        affected = [(record, facts) for record, facts in split.usable_pairs if not unknown.keys().isdisjoint(facts.ids)]
+        listed = ", ".join(f"{raw} ({count} pixels)" for raw, count in unknown.most_common(5))
+        record, facts = affected[0]
+        raw_id = next(raw for raw in facts.ids if raw in unknown)
+        row, column = find_pixel(record, raw_id)
         text = (
-            f"{split.name}: ids {shown} are neither classes nor ignored, in {len(having)} masks: the first is {raw_id} "
-            f"at row {row}, column {column} of {record.label}."
+            f"{split.name}: ids {listed} are neither classes nor ignored, in {len(affected)} masks: the first is "
+            f"{raw_id} at row {row}, column {column} of {record.label}."
         )
-        notices.append(Notice(ERROR, text, examples(record for record, _ in having)))
-    strange_ids = {raw for raw in ids_of(splits) if meaning(raw) is None}
-    if not strange_ids:
-        return notices, {}
-    if strange_ids == {VOID}:
-        return notices, {"data.ignore": f"[{','.join(map(str, [*data.ignore, VOID]))}]"}
-    return notices, suggested_ids(ids_of(splits))
+        notices.append(Notice(ERROR, text, first_masks(record for record, _ in affected)))
+    unknown_ids = {raw for raw in sum_ids(splits) if class_of(raw) is None}
+    if not unknown_ids:
+        return Advice(notices, {})
+    if unknown_ids == {VOID}:
+        return Advice(notices, {"data.ignore": f"[{','.join(map(str, [*data.ignore, VOID]))}]"})
+    return Advice(notices, suggest_ids(sum_ids(splits)))
 
 
-def shifted_ids(
-    splits: Sequence[ScannedSplit], data: DataConfig, meaning: Meaning
-) -> tuple[list[Notice], dict[str, str]]:
-    """Masks that start at 0 where 0 is set to be ignored: the first class would not be learned."""
-    pixels = ids_of(splits)
-    classes = sorted(raw for raw in pixels if (meaning(raw) or 0) >= 0 and meaning(raw) is not None)
+def check_shifted_ids(splits: Sequence[ScannedSplit], data: DataConfig, class_of: ClassOf) -> Advice:
+    """Find masks whose ids start at 0 although 0 is ignored, so that the first class would not be learned."""
+    pixels = sum_ids(splits)
+    classes = sorted(raw for raw in pixels if (class_of(raw) or 0) >= 0 and class_of(raw) is not None)
     if not classes or data.first_id != 1 or 0 not in data.ignore or not data.num_classes:
-        return [], {}
+        return Advice([], {})
     is_shifted = classes == list(range(1, data.num_classes)) and pixels[0] > 0.02 * pixels.total()
     if not is_shifted:
-        return [], {}
+        return Advice([], {})
     text = (
         f"id {data.num_classes} never occurs and id 0, which is ignored, takes {pixels[0] / pixels.total():.0%} of the "
         "pixels. Do the masks start at 0?"
     )
-    return [Notice(WARNING, text)], suggested_ids(pixels)
+    return Advice([Notice(WARNING, text)], suggest_ids(pixels))
 
 
-def label_notices(splits: Sequence[ScannedSplit], meaning: Meaning) -> Iterator[Notice]:
-    """Masks that say little."""
+def check_labels(splits: Sequence[ScannedSplit], class_of: ClassOf) -> Iterator[Notice]:
+    """Notices about masks with little information."""
     for split in splits:
-        empty = [record for record, found in split.sound if ignored_share(found, meaning) > MOSTLY_IGNORED]
+        empty = [
+            record for record, facts in split.usable_pairs if ignored_fraction(facts, class_of) > MAX_IGNORED_FRACTION
+        ]
         if empty:
-            text = (
-                f"{split.name}: more than 90 % of the pixels are ignored in {len(empty)} of {len(split.sound)} masks."
-            )
-            yield Notice(WARNING, text, examples(empty))
-        single = [record for record, found in split.sound if len(scored(found, meaning)) == 1]
-        if len(single) > MANY_OF_ONE_ID * len(split.sound):
-            text = (
-                f"{split.name}: {len(single)} of {len(split.sound)} masks hold one class only. Were they written right?"
-            )
-            yield Notice(WARNING, text, examples(single))
+            counted = f"{len(empty)} of {len(split.usable_pairs)} masks"
+            text = f"{split.name}: more than 90 % of the pixels are ignored in {counted}."
+            yield Notice(WARNING, text, first_masks(empty))
+        single = [record for record, facts in split.usable_pairs if len(count_scored(facts, class_of)) == 1]
+        if len(single) > MAX_SINGLE_CLASS_FRACTION * len(split.usable_pairs):
+            counted = f"{len(single)} of {len(split.usable_pairs)} masks"
+            text = f"{split.name}: {counted} contain only one class. Were they exported correctly?"
+            yield Notice(WARNING, text, first_masks(single))
 
 
-def scored(found: PairFacts, meaning: Meaning) -> dict[int, int]:
-    """Class index -> pixels of one mask; ids without a meaning are left out."""
+def count_scored(facts: PairFacts, class_of: ClassOf) -> dict[int, int]:
+    """Class index -> pixels of one mask; unknown and ignored ids are left out."""
     total: Counter[int] = Counter()
-    for raw, count in found.ids.items():
-        index = meaning(raw)
+    for raw, count in facts.ids.items():
+        index = class_of(raw)
         if index is not None and index != IGNORED:
             total[index] += count
     return dict(total)
 
 
-def ignored_share(found: PairFacts, meaning: Meaning) -> float:
-    """Of the pixels of one mask."""
-    return sum(count for raw, count in found.ids.items() if meaning(raw) == IGNORED) / found.num_pixels
+def ignored_fraction(facts: PairFacts, class_of: ClassOf) -> float:
+    """The fraction of the pixels of one mask that are ignored."""
+    return sum(count for raw, count in facts.ids.items() if class_of(raw) == IGNORED) / facts.num_pixels
 
 
 # ---- classes
 
 
-def class_rows(splits: Sequence[ScannedSplit], known: Known) -> list[ClassSummary]:
-    """One row for each class."""
-    classes, meaning, ids = known.classes, known.label_map.class_index, known.label_map.class_ids
-    counted = {split.name: [scored(found, meaning) for _, found in split.sound] for split in splits}
+def summarise_classes(splits: Sequence[ScannedSplit], configured: ConfiguredClasses) -> list[ClassSummary]:
+    """The numbers of each class."""
+    classes, class_of, ids = configured.classes, configured.label_map.class_index, configured.label_map.class_ids
+    counted = {split.name: [count_scored(facts, class_of) for _, facts in split.usable_pairs] for split in splits}
     first = counted[splits[0].name]
     total = sum(sum(counts.values()) for counts in first)
-    weights = class_weights(first, classes.num_classes)
+    weights = median_frequency_weights(first, classes.num_classes)
     rows = []
     for index in range(classes.num_classes):
-        pixels = {split: sum(counts.get(index, 0) for counts in found) for split, found in counted.items()}
-        images = {split: sum(index in counts for counts in found) for split, found in counted.items()}
+        pixels = {split: sum(mask.get(index, 0) for mask in masks) for split, masks in counted.items()}
+        images = {split: sum(index in mask for mask in masks) for split, masks in counted.items()}
         share = pixels[splits[0].name] / total if total else 0.0
         name, colour = classes.names[index], classes.palette[index]
         rows.append(ClassSummary(name, colour, pixels, images, share, weights[index], ids[index]))
     return rows
 
 
-def class_weights(images: Sequence[dict[int, int]], num_classes: int) -> list[float]:
+def median_frequency_weights(images: Sequence[dict[int, int]], num_classes: int) -> list[float]:
     """Weights of the loss by median frequency (Eigen and Fergus 2015, section 6.3.2).
 
-    The frequency of a class is its share of the scored pixels of those images that have it; its weight is the median of
-    all frequencies over its own. A class that never occurs gets 1.
+    The frequency of a class is its fraction of the scored pixels of the images that contain it; its weight is the
+    median of all frequencies divided by its own. A class that never occurs has weight 1.
 
     Args:
         images: class index -> pixels, for each image.
 
-    >>> class_weights([{0: 90, 1: 10}, {0: 100}], 3)
+    >>> median_frequency_weights([{0: 90, 1: 10}, {0: 100}], 3)
     [0.5526, 5.25, 1.0]
     """
     own, around = [0] * num_classes, [0] * num_classes
@@ -405,64 +414,68 @@ def class_weights(images: Sequence[dict[int, int]], num_classes: int) -> list[fl
     return [round(middle / share, 4) if share else 1.0 for share in shares]
 
 
-def class_notices(rows: Sequence[ClassSummary], splits: Sequence[str]) -> Iterator[Notice]:
-    """Classes that are not there, or nearly."""
+def check_classes(rows: Sequence[ClassSummary], splits: Sequence[str]) -> Iterator[Notice]:
+    """Notices about absent and rare classes."""
     train, *others = splits
     never = [row.name for row in rows if not row.pixels[train]]
     if never:
-        text = f"{train}: {len(never)} of {len(rows)} classes never occur and cannot be learned: {listed(never)}."
+        text = (
+            f"{train}: {len(never)} of {len(rows)} classes never occur, so they cannot be learned: {join_first(never)}."
+        )
         yield Notice(WARNING, text)
     for split in others:
         missing = [row.name for row in rows if row.pixels[train] and not row.pixels[split]]
         if missing:
-            text = f"{split}: {len(missing)} classes of {train} are absent and get no score: {listed(missing)}."
+            text = f"{split}: {len(missing)} classes of {train} are absent and get no score: {join_first(missing)}."
             yield Notice(NOTE, text)
-    rare = [row.name for row in rows if 0 < row.share < RARE]
+    rare = [row.name for row in rows if 0 < row.share < RARE_FRACTION]
     if rare:
-        text = f"{train}: {len(rare)} classes have less than 0.1 % of the pixels each: {listed(rare)}."
+        text = f"{train}: {len(rare)} classes have less than 0.1 % of the pixels each: {join_first(rare)}."
         yield Notice(NOTE, f"{text} loss.class_weights=<check.json> or data.oversample=0.05 may help.")
 
 
 # ---- sizes and splits
 
 
-def size_advice(train: ScannedSplit, data: DataConfig) -> tuple[list[Notice], dict[str, str]]:
-    """Whether images are scaled by much."""
-    if not train.sound:
-        return [], {}
-    short = statistics.median(min(found.height, found.width) for _, found in train.sound)
+def check_sizes(train: ScannedSplit, data: DataConfig) -> Advice:
+    """Check whether images are enlarged much."""
+    if not train.usable_pairs:
+        return Advice([], {})
+    short = statistics.median(min(facts.height, facts.width) for _, facts in train.usable_pairs)
     if short >= 0.75 * min(data.short_edges):
-        return [], {}
+        return Advice([], {})
     edges = sorted({max(8, round(short * factor / 8) * 8) for factor in (0.75, 0.875, 1, 1.125, 1.25)})
     text = (
-        f"images are small: their short side is {short:g} pixels in the middle. data.short_edges={data.short_edges} "
-        "enlarges them, which costs time and shows nothing new."
+        f"images are small: the median of their short sides is {short:g} pixels. data.short_edges={data.short_edges} "
+        "enlarges them, which costs time and adds no detail."
     )
     middle = edges[len(edges) // 2]
-    return [Notice(NOTE, text)], {"data.short_edges": f"[{','.join(map(str, edges))}]", "eval.scales": f"[{middle}]"}
+    return Advice(
+        [Notice(NOTE, text)], {"data.short_edges": f"[{','.join(map(str, edges))}]", "eval.scales": f"[{middle}]"}
+    )
 
 
-def split_advice(splits: Sequence[ScannedSplit], data: DataConfig) -> tuple[list[Notice], dict[str, str]]:
-    """Whether there is something to validate on, and how long an epoch is."""
+def check_splits(splits: Sequence[ScannedSplit], data: DataConfig) -> Advice:
+    """Check that there is a validation split, and the length of an epoch."""
     notices, suggestions = [], {}
     if "val" not in [split.name for split in splits]:
-        notices.append(Notice(WARNING, "there is no validation split: no score would tell which epoch is best."))
+        notices.append(Notice(WARNING, "there is no validation split: the best epoch cannot be determined."))
         suggestions["data.val_fraction"] = "0.1"
-    pairs = len(splits[0].sound)
+    pairs = len(splits[0].usable_pairs)
     if pairs and data.steps_per_epoch and data.steps_per_epoch * data.batch_size > 20 * pairs:
         passes = data.steps_per_epoch * data.batch_size / pairs
         steps = max(1, round(10 * pairs / data.batch_size))
         notices.append(
-            Notice(NOTE, f"an epoch of {data.steps_per_epoch} steps passes {passes:.0f} times over {pairs} images.")
+            Notice(NOTE, f"an epoch of {data.steps_per_epoch} steps makes {passes:.0f} passes over {pairs} images.")
         )
         suggestions["data.steps_per_epoch"] = str(steps)
-    return notices, suggestions
+    return Advice(notices, suggestions)
 
 
-def padding_share(
+def padding_fraction(
     plan: TrainPlan, sizes: Sequence[Size], max_long_edge: int, size_divisor: int, num_sub_batches: int
 ) -> float:
-    """How much of the first sub-batches of a plan is padding, 0..1."""
+    """The fraction of padding, 0..1, in the first sub-batches of a plan."""
     filled, whole = 0, 0
     for number in range(num_sub_batches):
         sub_batch = plan.sub_batch(number)
@@ -476,45 +489,40 @@ def padding_share(
 # ---- summaries
 
 
-def summary(split: ScannedSplit, meaning: Meaning | None) -> SplitSummary:
+def summarise_split(split: ScannedSplit, class_of: ClassOf | None) -> SplitSummary:
     """The numbers of one split."""
-    seen = [found for found in split.findings if found.height]
-    pixels = ids_of([split])
-    ignored = sum(count for raw, count in pixels.items() if meaning and meaning(raw) == IGNORED)
-    wrong = sum(1 for found in split.findings if found.problem)
+    seen = [facts for facts in split.findings if facts.height]
+    pixels = sum_ids([split])
+    ignored = sum(count for raw, count in pixels.items() if class_of and class_of(raw) == IGNORED)
+    wrong = sum(1 for facts in split.findings if facts.problem)
     return SplitSummary(
         split.name,
         len(split.records),
         wrong,
-        lengths([found.height for found in seen]),
-        lengths([found.width for found in seen]),
-        lengths([found.width / found.height for found in seen]),
-        dict(Counter(found.image_kind for found in split.findings if found.image_kind).most_common()),
-        dict(Counter(found.mask_kind for found in split.findings if found.mask_kind).most_common()),
+        summarise_values([facts.height for facts in seen]),
+        summarise_values([facts.width for facts in seen]),
+        summarise_values([facts.width / facts.height for facts in seen]),
+        dict(Counter(facts.image_kind for facts in split.findings if facts.image_kind).most_common()),
+        dict(Counter(facts.mask_kind for facts in split.findings if facts.mask_kind).most_common()),
         dict(sorted(pixels.items())),
         ignored / pixels.total() if pixels else 0.0,
     )
 
 
-def lengths(values: Sequence[float]) -> Lengths:
-    """Smallest, median and largest; zeros of nothing."""
-    return Lengths(min(values), statistics.median(values), max(values)) if values else Lengths(0, 0, 0)
+def summarise_values(values: Sequence[float]) -> Spread:
+    """Smallest, median and largest value; zeros if there are none."""
+    return Spread(min(values), statistics.median(values), max(values)) if values else Spread(0, 0, 0)
 
 
-def examples(records: Iterable[Record]) -> tuple[str, ...]:
+def first_masks(records: Iterable[Record]) -> tuple[str, ...]:
     """The masks of the first few records."""
-    return tuple(str(record.label) for record, _ in zip(records, range(MAX_FILES), strict=False))
+    return tuple(str(record.label) for record, _ in zip(records, range(MAX_EXAMPLES), strict=False))
 
 
-def most(counts: Counter[str]) -> list[str]:
-    """Keys, the most frequent first."""
-    return [key for key, _ in counts.most_common()]
+def format_ranges(ids: Sequence[int]) -> str:
+    """Ascending integers, with consecutive ones joined.
 
-
-def ranges(ids: Sequence[int]) -> str:
-    """Ascending whole numbers, neighbours joined.
-
-    >>> ranges([0, 1, 2, 7, 9, 10])
+    >>> format_ranges([0, 1, 2, 7, 9, 10])
     '0..2, 7, 9, 10'
     """
     groups: list[list[int]] = []
@@ -523,12 +531,11 @@ def ranges(ids: Sequence[int]) -> str:
             groups[-1].append(raw_id)
         else:
             groups.append([raw_id])
-    words = [f"{group[0]}..{group[-1]}" if len(group) > 2 else ", ".join(map(str, group)) for group in groups]
-    return listed(words)
+    texts = [f"{group[0]}..{group[-1]}" if len(group) > 2 else ", ".join(map(str, group)) for group in groups]
+    return join_first(texts)
 
 
-def listed(words: Sequence[Any], most_shown: int = 8) -> str:
-    """Words with commas, long lists cut."""
-    return ", ".join(map(str, words[:most_shown])) + (
-        f" and {len(words) - most_shown} more" if words[most_shown:] else ""
-    )
+def join_first(items: Sequence[Any], max_items: int = 8) -> str:
+    """Items joined by commas; long lists are shortened."""
+    more = f" and {len(items) - max_items} more" if items[max_items:] else ""
+    return ", ".join(map(str, items[:max_items])) + more

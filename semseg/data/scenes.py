@@ -1,10 +1,10 @@
-"""The `scenes` data set: drawn landscapes and streets in ADE20K's layout, made on the spot, no download.
+"""The `scenes` data set: drawn landscapes and streets in the layout of ADE20K, without a download.
 
 A scene is painted from far to near (sky, sun, mountains, ground, buildings, trees, cars, people, clutter), so that near
-things hide far ones. Colours of different classes overlap on purpose (grass and trees, road and houses, sky and
-water): shape and texture have to be learned. Clutter carries label 0, unlabelled, as in ADE20K.
+objects hide far ones. Colours of different classes overlap on purpose (grass and trees, road and houses, sky and
+water), so that networks must learn shape and texture. Clutter has label 0, unlabelled, as in ADE20K.
 
-Bit for bit reproducible: every scene has its own generator, and only integer arithmetic touches its pixels.
+Scenes are reproducible bit for bit: each has its own generator, and pixels are computed in integer arithmetic.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from semseg.data.seeding import generator_for
 from semseg.errors import DataError
 from semseg.storage.atomic import name_file_in_errors
 
-VERSION = 1  # raise it whenever the same seed would draw other pixels
+VERSION = 1  # increment it when the same seed gives different pixels
 MANIFEST = "scenes.json"
 
 SKY, MOUNTAIN, WATER, GRASS, ROAD, BUILDING, WINDOW, TREE, CAR, PERSON, SUN = range(1, 12)  # raw ids; 0 = clutter
@@ -49,7 +49,7 @@ SCENE_CLASSES = ClassTable(
     ),
 )
 
-# Height to width of ADE20K's images, roughly: 12 % portrait, 18 % square, the rest landscape, few panoramas.
+# Height to width, roughly as in ADE20K: 12 % portrait, 18 % square, the rest landscape, few panoramas.
 _ASPECTS = ((4, 3),) * 4 + ((5, 4),) * 2 + ((1, 1),) * 9 + ((3, 4),) * 18 + ((2, 3),) * 13 + ((9, 16),) * 3 + ((1, 3),)
 
 
@@ -61,38 +61,38 @@ class Scene(NamedTuple):
 
 
 def make_scenes(root: str | Path, *, num_train: int = 320, num_val: int = 60, seed: int = 304) -> Path:
-    """Draws the data set into the folder `root`, unless it is there already, and returns `root`.
+    """Draw the data set into the folder `root`, unless it exists already, and return `root`.
 
     Layout: images/{training,validation}/*.jpg, annotations/{training,validation}/*.png, training.odgt, validation.odgt,
-    classes.csv, scenes.json. Takes about 5 s for 380 scenes on one core. The folder appears at once and whole; a
-    data set made from other numbers is replaced.
+    classes.csv, scenes.json. Takes about 5 s for 380 scenes on one core. The folder is created atomically; a data
+    set with other parameters is replaced.
 
     Raises:
-        DataError: if `root` holds something else than scenes.
+        DataError: if `root` contains anything but scenes.
     """
     root = Path(root)
     manifest = {"made_by": "semseg scenes", "version": VERSION, "seed": seed, "train": num_train, "val": num_val}
-    if _holds(root, manifest):
+    if _is_up_to_date(root, manifest):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{root.name}.lock")):
-        if not _holds(root, manifest):  # else another rank or run has drawn it meanwhile
+        if not _is_up_to_date(root, manifest):  # another rank or run may have drawn it in the meantime
             with name_file_in_errors(root):
                 _draw(root, manifest)
     return root
 
 
-def _holds(root: Path, manifest: dict[str, str | int]) -> bool:
-    """Whether `root` is the wanted data set; False also for other scenes, which may be replaced."""
+def _is_up_to_date(root: Path, manifest: dict[str, str | int]) -> bool:
+    """Whether `root` contains the data set of this manifest; False also for other scenes, which may be replaced."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        found = json.loads((root / MANIFEST).read_text())
+        existing = json.loads((root / MANIFEST).read_text())
     except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or found.get("made_by") != manifest["made_by"]:
-        raise DataError(f"{root}: holds something else than drawn scenes. Set data.root to a new or empty folder.")
-    return found == manifest
+        existing = None
+    if not isinstance(existing, dict) or existing.get("made_by") != manifest["made_by"]:
+        raise DataError(f"{root}: contains other files than drawn scenes. Set data.root to a new or empty folder.")
+    return existing == manifest
 
 
 def _draw(root: Path, manifest: dict[str, str | int]) -> None:
@@ -126,41 +126,41 @@ def _write_split(folder: Path, split: str, count: int, seed: int, *, stream: int
         scene = draw_scene(generator_for(seed, stream, index))
         image_file, label_file = image_dir / f"scene_{index + 1:05d}.jpg", label_dir / f"scene_{index + 1:05d}.png"
         bgr = cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)
-        _write(image_file, ".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])
-        _write(label_file, ".png", scene.label, [])
+        _write_image(image_file, ".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])
+        _write_image(label_file, ".png", scene.label, [])
         height, width = scene.label.shape
         paths = {"fpath_img": str(image_file.relative_to(folder)), "fpath_segm": str(label_file.relative_to(folder))}
         lines.append(json.dumps({**paths, "width": width, "height": height}) + "\n")
     (folder / f"{split}.odgt").write_text("".join(lines))
 
 
-def _write(path: Path, suffix: str, pixels: NDArray, options: list[int]) -> None:
+def _write_image(path: Path, suffix: str, pixels: NDArray, options: list[int]) -> None:
     _, data = cv2.imencode(suffix, pixels, options)
-    path.write_bytes(data.tobytes())  # not imwrite, which only returns False when the disk is full
+    path.write_bytes(data.tobytes())  # imwrite would only return False if the disk is full
 
 
 # ---- one scene
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """One scene of random size (short side 96 to 192 pixels), uint8, from the draws of `rng` alone."""
+    """Draw one scene of random size (short side 96 to 192 pixels); it depends only on `rng`."""
     size = _draw_size(rng)
     painter = _Painter(size, rng)
     horizon = size.height * int(rng.integers(38, 62)) // 100
-    _sky(painter, horizon)
-    _mountains(painter, horizon)
+    _paint_sky(painter, horizon)
+    _paint_mountains(painter, horizon)
     ground = int(rng.choice([GRASS, ROAD, ROAD, WATER]))
-    _ground(painter, horizon, ground)
+    _paint_ground(painter, horizon, ground)
     is_town = rng.integers(100) < 65
-    _buildings(painter, horizon, count=int(rng.integers(1, 5)) if is_town else int(rng.integers(0, 2)))
-    _trees(painter, horizon, count=int(rng.integers(0, 4)) if is_town else int(rng.integers(2, 6)))
+    _paint_buildings(painter, horizon, count=int(rng.integers(1, 5)) if is_town else int(rng.integers(0, 2)))
+    _paint_trees(painter, horizon, count=int(rng.integers(0, 4)) if is_town else int(rng.integers(2, 6)))
     for _ in range(int(rng.integers(1, 5))):
-        _car(painter, horizon)
+        _paint_car(painter, horizon)
     for _ in range(int(rng.integers(0, 5))):
-        _person(painter, horizon)
+        _paint_person(painter, horizon)
     for _ in range(int(rng.integers(1, 4))):
-        _clutter(painter)
-    return Scene(painter.finished(), painter.label)
+        _paint_clutter(painter)
+    return Scene(painter.render(), painter.label)
 
 
 def _draw_size(rng: np.random.Generator) -> Size:
@@ -168,7 +168,7 @@ def _draw_size(rng: np.random.Generator) -> Size:
     tall, wide = _ASPECTS[int(rng.integers(len(_ASPECTS)))]
     unit = min(tall, wide)
     long = short * max(tall, wide) // unit
-    if long > 320:  # a panorama keeps its shape and loses height
+    if long > 320:  # a panorama keeps its aspect ratio
         short, long = short * 320 // long, 320
     return Size(long, short) if tall > wide else Size(short, long)
 
@@ -185,7 +185,7 @@ class _Painter:
         self.label = np.zeros(size, np.uint8)
 
     def paint(self, class_id: int, mask: NDArray[np.uint8], texture: Texture) -> None:
-        """Covers the pixels where mask (H, W) is not 0."""
+        """Paint the pixels where mask (H, W) is not 0."""
         left, top, width, height = cv2.boundingRect(mask)
         if width == 0 or height == 0:
             return
@@ -194,13 +194,13 @@ class _Painter:
         self.image[box] = np.where(inside[..., None], texture(Size(height, width)), self.image[box])
         self.label[box][inside] = class_id
 
-    def places(self, count: int, *class_ids: int) -> list[tuple[int, int]]:
-        """`count` random (y, x) where one of the classes can be seen; none if there is too little of them."""
-        seen = np.flatnonzero(np.isin(self.label, class_ids))
-        if len(seen) < self.label.size // 50:
+    def random_pixels(self, count: int, *class_ids: int) -> list[tuple[int, int]]:
+        """`count` random (y, x) where one of the classes is visible; none if it covers too few pixels."""
+        visible = np.flatnonzero(np.isin(self.label, class_ids))
+        if len(visible) < self.label.size // 50:
             return []
-        chosen = seen[self.rng.integers(0, len(seen), count)].tolist()
-        return [divmod(place, self.size.width) for place in chosen]
+        chosen = visible[self.rng.integers(0, len(visible), count)].tolist()
+        return [divmod(pixel, self.size.width) for pixel in chosen]
 
     def polygon(self, points: list[tuple[int, int]]) -> NDArray[np.uint8]:
         """Mask (H, W) of a polygon of (x, y) corners."""
@@ -209,6 +209,7 @@ class _Painter:
         return mask
 
     def box(self, left: int, top: int, right: int, bottom: int) -> NDArray[np.uint8]:
+        """Mask (H, W) of a rectangle."""
         mask = np.zeros(self.size, np.uint8)
         mask[max(0, top) : max(0, bottom), max(0, left) : max(0, right)] = 1
         return mask
@@ -221,21 +222,21 @@ class _Painter:
         return mask
 
     def colour(self, low: tuple[int, int, int], high: tuple[int, int, int]) -> NDArray[np.int32]:
-        """A colour between two: one common draw for lightness and a small one for each channel."""
-        low_, high_ = np.array(low, np.int32), np.array(high, np.int32)
-        return low_ + (high_ - low_) * self.rng.integers(0, 101) // 100 + self.rng.integers(-12, 13, 3).astype(np.int32)
+        """A random colour between two, with one draw for the lightness and a small one for each channel."""
+        start, end = np.array(low, np.int32), np.array(high, np.int32)
+        return start + (end - start) * self.rng.integers(0, 101) // 100 + self.rng.integers(-12, 13, 3).astype(np.int32)
 
     def noise(self, size: Size, cell: tuple[int, int], strength: int) -> NDArray[np.int32]:
-        """(height, width, 1) noise in -strength..strength that varies over cells of (height, width) pixels."""
+        """Noise (height, width, 1) in -strength..strength that varies over cells of (height, width) pixels."""
         shape = (-(-size.height // cell[0]) + 1, -(-size.width // cell[1]) + 1)
         coarse = self.rng.integers(0, 256, shape, dtype=np.uint8)
         smooth = cv2.resize(coarse, (size.width, size.height), interpolation=cv2.INTER_LINEAR_EXACT)
         return ((smooth.astype(np.int32) - 128) * strength // 128)[..., None]
 
-    def finished(self) -> NDArray[np.uint8]:
-        """Light of the day, a gradient from one corner, shot noise, a lens that is not always sharp."""
+    def render(self) -> NDArray[np.uint8]:
+        """The final image: light colour, a brightness gradient, shot noise and sometimes blur."""
         rng, (height, width) = self.rng, self.size
-        gain = rng.integers(72, 116) + rng.integers(-8, 9, 3)  # per cent, each channel
+        gain = rng.integers(72, 116) + rng.integers(-8, 9, 3)  # per cent, for each channel
         across = np.linspace(-1024, 1024, width).astype(np.int32) * int(rng.integers(-14, 15)) // 1024
         down = np.linspace(-1024, 1024, height).astype(np.int32) * int(rng.integers(-14, 15)) // 1024
         light = (gain[None, None] + (across[None, :] + down[:, None])[..., None]).astype(np.int32)
@@ -249,33 +250,33 @@ class _Painter:
         return pixels
 
 
-# ---- what scenes are made of, from far to near
+# ---- parts of a scene, from far to near
 
 
-def _sky(painter: _Painter, horizon: int) -> None:
+def _paint_sky(painter: _Painter, horizon: int) -> None:
     rng, width = painter.rng, painter.size.width
     top = painter.colour((60, 100, 160), (120, 170, 235))
     bottom = painter.colour((150, 165, 190), (235, 220, 215))
     cloudiness = int(rng.integers(0, 70))
 
     def texture(size: Size) -> NDArray[np.int32]:
-        share = np.linspace(0, 256, size.height).astype(np.int32)[:, None, None]
+        fraction = np.linspace(0, 256, size.height).astype(np.int32)[:, None, None]
         clouds = painter.noise(size, (14, 34), 100) + painter.noise(size, (6, 13), 40)
-        return top + (bottom - top) * share // 256 + np.maximum(clouds, 0) * cloudiness // 100
+        return top + (bottom - top) * fraction // 256 + np.maximum(clouds, 0) * cloudiness // 100
 
     painter.paint(SKY, painter.box(0, 0, width, painter.size.height), texture)
     if rng.integers(100) < 55:
         radius = int(rng.integers(7, 15)) * min(painter.size) // 130 + 3
-        place = (
+        centre = (
             int(rng.integers(radius, width - radius)),
             int(rng.integers(radius, max(radius + 1, horizon * 2 // 3))),
         )
         disc = painter.colour((235, 150, 40), (255, 240, 190))
-        sun = painter.ellipses((*place, radius, radius))
+        sun = painter.ellipses((*centre, radius, radius))
         painter.paint(SUN, sun, lambda size: disc + painter.noise(size, (3, 3), 8))
 
 
-def _mountains(painter: _Painter, horizon: int) -> None:
+def _paint_mountains(painter: _Painter, horizon: int) -> None:
     rng, width = painter.rng, painter.size.width
     for layer in range(int(rng.integers(0, 3))):
         hazy, near = ((85, 80, 80), (135, 135, 150)), ((60, 75, 55), (125, 110, 85))
@@ -292,42 +293,42 @@ def _mountains(painter: _Painter, horizon: int) -> None:
         painter.paint(MOUNTAIN, mask, texture)
 
 
-def _ground(painter: _Painter, horizon: int, ground: int) -> None:
+def _paint_ground(painter: _Painter, horizon: int, ground: int) -> None:
     rng, (height, width) = painter.rng, painter.size
     whole = painter.box(0, horizon, width, height)
     if ground == WATER:
-        painter.paint(WATER, whole, _water(painter))
+        painter.paint(WATER, whole, _water_texture(painter))
         shore = height - (height - horizon) * int(rng.integers(20, 60)) // 100
         slope = int(rng.integers(-10, 11))
         beach = painter.polygon([(0, shore), (width, shore + slope), (width, height), (0, height)])
-        painter.paint(GRASS, beach, _grass(painter))
+        painter.paint(GRASS, beach, _grass_texture(painter))
         return
-    painter.paint(GRASS, whole, _grass(painter))
+    painter.paint(GRASS, whole, _grass_texture(painter))
     if rng.integers(100) < 25:
         half = (int(rng.integers(width // 8, width // 3)), int(rng.integers(4, max(5, (height - horizon) // 4))))
         pond = (int(rng.integers(0, width)), int(rng.integers(horizon + 6, height)), *half)
-        painter.paint(WATER, painter.ellipses(pond) & whole, _water(painter))
+        painter.paint(WATER, painter.ellipses(pond) & whole, _water_texture(painter))
     if ground == ROAD or rng.integers(100) < 45:
-        _road(painter, horizon)
+        _paint_road(painter, horizon)
 
 
-def _water(painter: _Painter) -> Texture:
+def _water_texture(painter: _Painter) -> Texture:
     base = painter.colour((35, 70, 105), (110, 150, 190))
     return lambda size: base + painter.noise(size, (2, 14), 26) + painter.noise(size, (1, 5), 14)
 
 
-def _grass(painter: _Painter) -> Texture:
+def _grass_texture(painter: _Painter) -> Texture:
     base = painter.colour((60, 95, 35), (150, 165, 80))
     return lambda size: base + painter.noise(size, (3, 1), 26) + painter.noise(size, (16, 24), 14)
 
 
-def _road(painter: _Painter, horizon: int) -> None:
+def _paint_road(painter: _Painter, horizon: int) -> None:
     rng, (height, width) = painter.rng, painter.size
     base = painter.colour((70, 70, 75), (150, 145, 145))
     vanishing = int(rng.integers(width // 4, width * 3 // 4 + 1))
     centre, half = int(rng.integers(width // 4, width * 3 // 4 + 1)), int(rng.integers(width // 5, width // 2))
     top = horizon + int(rng.integers(0, 4))
-    if rng.integers(100) < 35:  # across the picture instead of into it
+    if rng.integers(100) < 35:  # across the image instead of into it
         upper = int(rng.integers(horizon + (height - horizon) // 5, horizon + (height - horizon) * 3 // 5))
         band = painter.box(0, upper, width, upper + (height - horizon) * int(rng.integers(25, 70)) // 100)
         middle = [(x, upper + (height - horizon) // 6) for x in range(0, width, 24)]
@@ -345,17 +346,17 @@ def _road(painter: _Painter, horizon: int) -> None:
         painter.paint(ROAD, painter.polygon(dash) & band, lambda size: base + 75 + painter.noise(size, (2, 2), 12))
 
 
-def _buildings(painter: _Painter, horizon: int, count: int) -> None:
+def _paint_buildings(painter: _Painter, horizon: int, count: int) -> None:
     rng, (height, width) = painter.rng, painter.size
     for _ in range(count):
         wide = width * int(rng.integers(16, 42)) // 100
         tall = max(14, horizon * int(rng.integers(35, 105)) // 100)
         left = int(rng.integers(-wide // 3, width - wide * 2 // 3))
         foot = horizon + int(rng.integers(1, max(2, (height - horizon) // 4)))
-        _building(painter, left, foot - tall, left + wide, foot)
+        _paint_building(painter, left, foot - tall, left + wide, foot)
 
 
-def _building(painter: _Painter, left: int, top: int, right: int, foot: int) -> None:
+def _paint_building(painter: _Painter, left: int, top: int, right: int, foot: int) -> None:
     rng = painter.rng
     choices = (((150, 70, 55), (200, 115, 90)), ((120, 115, 110), (205, 195, 180)), ((90, 100, 115), (150, 155, 165)))
     base = painter.colour(*choices[int(rng.integers(len(choices)))])
@@ -377,10 +378,10 @@ def _building(painter: _Painter, left: int, top: int, right: int, foot: int) -> 
     glass = painter.colour((30, 40, 60), (90, 115, 140))
     for y in range(top + gap, foot - pane - is_tall - 4, pane + is_tall + gap):
         for x in range(left + gap, right - pane - 1, pane + gap):
-            _window(painter, (x, y, x + pane, y + pane + is_tall), glass)
+            _paint_window(painter, (x, y, x + pane, y + pane + is_tall), glass)
 
 
-def _window(painter: _Painter, box: tuple[int, int, int, int], glass: NDArray[np.int32]) -> None:
+def _paint_window(painter: _Painter, box: tuple[int, int, int, int], glass: NDArray[np.int32]) -> None:
     lit = painter.colour((190, 150, 70), (250, 225, 150)) if painter.rng.integers(100) < 20 else glass
 
     def pane(size: Size) -> NDArray[np.int32]:
@@ -393,9 +394,9 @@ def _window(painter: _Painter, box: tuple[int, int, int, int], glass: NDArray[np
     painter.paint(WINDOW, painter.box(*box), pane)
 
 
-def _trees(painter: _Painter, horizon: int, count: int) -> None:
+def _paint_trees(painter: _Painter, horizon: int, count: int) -> None:
     rng, height = painter.rng, painter.size.height
-    for foot, x in sorted(painter.places(count, GRASS)):
+    for foot, x in sorted(painter.random_pixels(count, GRASS)):
         nearness = 55 + 45 * (foot - horizon) // max(1, height - horizon)  # per cent
         tall = min(painter.size) * int(rng.integers(32, 60)) * nearness // 10000 + 8
         bark, leaves = painter.colour((60, 40, 25), (110, 80, 60)), painter.colour((20, 55, 15), (95, 125, 60))
@@ -406,8 +407,8 @@ def _trees(painter: _Painter, horizon: int, count: int) -> None:
             crown = painter.polygon(corners)
         else:
             spread = tall // 4
-            places = rng.integers(-spread, spread + 1, (6, 2)).tolist()
-            crown = painter.ellipses(*((x + dx, foot - tall * 2 // 3 + dy, spread, spread) for dx, dy in places))
+            offsets = rng.integers(-spread, spread + 1, (6, 2)).tolist()
+            crown = painter.ellipses(*((x + dx, foot - tall * 2 // 3 + dy, spread, spread) for dx, dy in offsets))
         painter.paint(
             TREE,
             crown,
@@ -415,9 +416,9 @@ def _trees(painter: _Painter, horizon: int, count: int) -> None:
         )
 
 
-def _car(painter: _Painter, horizon: int) -> None:
+def _paint_car(painter: _Painter, horizon: int) -> None:
     rng, height = painter.rng, painter.size.height
-    standing = painter.places(1, ROAD)
+    standing = painter.random_pixels(1, ROAD)
     if not standing:
         return
     foot, x = standing[0]
@@ -445,9 +446,9 @@ def _car(painter: _Painter, horizon: int) -> None:
     painter.paint(CAR, wheels, lambda size: 35 + painter.noise(size, (2, 2), 12))
 
 
-def _person(painter: _Painter, horizon: int) -> None:
+def _paint_person(painter: _Painter, horizon: int) -> None:
     rng, height = painter.rng, painter.size.height
-    standing = painter.places(1, GRASS, ROAD)
+    standing = painter.random_pixels(1, GRASS, ROAD)
     if not standing:
         return
     foot, x = standing[0]
@@ -472,8 +473,8 @@ def _person(painter: _Painter, horizon: int) -> None:
     painter.paint(PERSON, face, lambda size: skin + painter.noise(size, (2, 2), 6))
 
 
-def _clutter(painter: _Painter) -> None:
-    """An unlabelled thing: any shape, with the look of any class or of none."""
+def _paint_clutter(painter: _Painter) -> None:
+    """An unlabelled object of any shape and any colour."""
     rng, (height, width) = painter.rng, painter.size
     reach = max(6, min(painter.size) * int(rng.integers(6, 14)) // 100)
     x, y = int(rng.integers(0, width)), int(rng.integers(height // 4, height))

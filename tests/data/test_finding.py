@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from helpers.in_process import configured
-from semseg.checks.dataset import ScannedSplit, file_notices
+from semseg.checks.dataset import ScannedSplit, check_files
 from semseg.config.schema import DataConfig
 from semseg.data import store
 from semseg.data.labels import read_label
@@ -152,7 +152,7 @@ def test_c31_unusual_suffixes_are_found_and_the_rest_is_counted_in_one_line(tmp_
         assert part in line
     found = source(tmp_path)
     records, problems = found.survey("train")
-    notices = file_notices(ScannedSplit("train", records[:0], [], problems, unused=found.describe_unused("train")))
+    notices = check_files(ScannedSplit("train", records[:0], [], problems, unused=found.describe_unused("train")))
     assert (line in [notice.text for notice in notices]) and "\n" not in line
 
 
@@ -369,6 +369,6 @@ def test_c37_validation_without_masks_is_refused_in_one_sentence(tmp_path: Path)
     ):
         require_masks("val", found.records("val"))
     records = found.records("val")
-    notices = file_notices(ScannedSplit("val", records, [scan_pair(record) for record in records], []))
+    notices = check_files(ScannedSplit("val", records, [scan_pair(record) for record in records], []))
     (notice,) = [notice for notice in notices if "no mask" in notice.text]
     assert notice.text == "val: 1 of 2 images have no mask and cannot be scored."

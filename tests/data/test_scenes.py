@@ -111,10 +111,10 @@ def test_an_interrupted_making_leaves_nothing_that_looks_whole(tmp_path: Path, m
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(DataError, match="holds something else"):
+    with pytest.raises(DataError, match="contains other files"):
         make_scenes(tmp_path, num_train=1, num_val=1)
     (tmp_path / scenes.MANIFEST).write_text(json.dumps({"made_by": "me"}))
-    with pytest.raises(DataError, match="holds something else"):
+    with pytest.raises(DataError, match="contains other files"):
         make_scenes(tmp_path, num_train=1, num_val=1)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

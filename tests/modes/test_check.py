@@ -17,7 +17,7 @@ from PIL import Image
 
 from helpers.browser import in_browser, needs_browser
 from helpers.in_process import configured
-from semseg.checks.dataset import ScannedSplit, pixel_notices
+from semseg.checks.dataset import ScannedSplit, check_pixels
 from semseg.data.geometry import Size
 from semseg.data.labels import read_label
 from semseg.data.records import Record
@@ -224,15 +224,13 @@ def test_c24_12_bits_in_files_of_16_are_a_finding(tmp_path: Path) -> None:
         cv2.imwrite(str(path.with_suffix(".png")), (np.arange(4800).reshape(60, 80) * 4095 // 4799).astype(np.uint16))
     found = check(root, "data.num_classes=3", "data.short_edges=[60]")
     assert found["verdict"] == "READY, WITH WARNINGS"
-    assert "use a fraction of their depth: the largest value is 4095 of 65535 (6.2%), 15 of 255" in of_level(
-        found, "warning"
-    )
+    assert "the largest value is 4095 of 65535 (6.2%), which is read as 15 of 255" in of_level(found, "warning")
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize(
     ("kind", "largest", "told"),
-    [(np.uint16, 1023, "1023 of 65535 (1.6%), 3 of 255"), (np.uint16, 16383, "16383 of 65535"),
+    [(np.uint16, 1023, "1023 of 65535 (1.6%), which is read as 3 of 255"), (np.uint16, 16383, "16383 of 65535"),
      (np.uint16, 65535, None), (np.uint8, 31, "31 of 255"), (np.uint8, 200, None)],
 )  # fmt: skip
 def test_c24_images_that_use_a_fraction_of_their_depth_are_counted(
@@ -242,7 +240,7 @@ def test_c24_images_that_use_a_fraction_of_their_depth_are_counted(
     cv2.imwrite(str(tmp_path / "a.png"), (np.arange(4800).reshape(60, 80) * largest // 4799).astype(kind))
     record = Record(str(tmp_path / "a.png"), str(tmp_path / "masks/a.png"), Size(60, 80), "folder")
     split = ScannedSplit("train", [record], list(scan_pairs([record], tmp_path)), [])
-    notices = [notice.text for notice in pixel_notices(split)]
+    notices = [notice.text for notice in check_pixels(split)]
     assert (told is None and not notices) or (told is not None and told in notices[0])
 
 
