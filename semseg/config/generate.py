@@ -123,7 +123,7 @@ def describe_type(kind: Any, item: Field[Any]) -> str:
 
 
 def describe_allowed(item: Field[Any]) -> str:
-    """The choices or the range of a field in words; empty if the type says it all."""
+    """The choices or the range of a field in words; empty if the type is enough."""
     return ", ".join(item.metadata.get("choices", ())) or describe_range(item.metadata)
 
 
@@ -143,7 +143,7 @@ def render_yaml(cls: type, values: Mapping[str, Any], *, indent: int = 0) -> Ite
             continue
         prefix = " " * indent + f"{key.name}:"
         if key.section is None or value is None:
-            yield from render_line(f"{prefix} {format_value(value)}", comment_of(key))
+            yield from render_line(f"{prefix} {format_value(value)}", format_comment(key))
         elif key.section in explained:
             plain = {name: value.get(name, inner.default) for name, inner in index_keys(key.section).items()}
             yield f"{prefix} {format_value(plain)}"
@@ -160,7 +160,7 @@ def index_keys(cls: type) -> dict[str, Key]:
     return {key.name: key for key in list_section_keys(cls)}
 
 
-def comment_of(key: Key) -> str:
+def format_comment(key: Key) -> str:
     """The explanation of a key, and its choices unless the explanation has them."""
     choices = key.allowed if "," in key.allowed else ""
     if not choices or all(choice in key.explanation for choice in choices.split(", ")):
@@ -169,17 +169,17 @@ def comment_of(key: Key) -> str:
 
 
 def render_line(start: str, comment: str) -> Iterator[str]:
-    """A line with its comment, which goes on below if it is long, or lies above if the line is."""
+    """A line and its comment, which continues on the next lines, or is above the line if there is no room."""
     column = max(COMMENT_COLUMN, len(start) + 2)
-    room = LINE_LENGTH - column - 2
+    width = LINE_LENGTH - column - 2
     if ". " not in comment and not comment.endswith("..."):
         comment = comment.removesuffix(".")
-    if len(comment) > 2 * room or column > 2 * COMMENT_COLUMN:
+    if len(comment) > 2 * width or column > 2 * COMMENT_COLUMN:
         indent = " " * (len(start) - len(start.lstrip()))
         yield from textwrap.wrap(comment, LINE_LENGTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
         yield start
         return
-    first, *rest = textwrap.wrap(comment, room)
+    first, *rest = textwrap.wrap(comment, width)
     yield f"{start.ljust(column)}# {first}"
     yield from (f"{' ' * column}# {line}" for line in rest)
 
@@ -240,7 +240,7 @@ def render_help(text: str) -> str:
     lines = []
     for key in list_section_keys(Config):
         name = f"{key.name}.*" if key.section else key.name
-        lines += textwrap.wrap(f"{name:<16}{comment_of(key)}", 110, subsequent_indent=" " * 16)
+        lines += textwrap.wrap(f"{name:<16}{format_comment(key)}", 110, subsequent_indent=" " * 16)
     body = ["Keys and sections; docs/configuration.md explains all of them:", *(f"  {line}" for line in lines)]
     escaped = "\n".join(f"  {line}" for line in body).replace("${", r"\${")
     return text[:start] + escaped + "\n"

@@ -25,7 +25,10 @@ from semseg.system.process import (
 )
 
 ROOT = RUN.parent
-CHILD = "import time; from semseg.system.process import prepare; prepare(); print('on', flush=True); time.sleep(60)"
+CHILD = (
+    "import time; from semseg.system.process import prepare_process; prepare_process();"
+    "print('on', flush=True); time.sleep(60)"
+)
 
 
 def python(code: str, *, environment: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:
@@ -66,7 +69,7 @@ def test_e7_a_child_whose_parent_has_ended_already_ends_at_once() -> None:
 @pytest.mark.parametrize("fails", [False, True], ids=["prctl", "watching"])
 def test_e7_a_child_ends_with_its_parent_at_any_moment(delay: float, *, fails: bool) -> None:
     """`fails`: as on a system that cannot send a signal when a parent dies."""
-    blind = "from semseg import process; process.ask_for_death_signal = lambda: False; " if fails else ""
+    blind = "from semseg.system import process; process.request_death_signal = lambda: False; " if fails else ""
     start = (
         "import os, subprocess, sys, time;"
         f"os.environ[{SUPERVISOR_VARIABLE!r}] = str(os.getpid());"
@@ -87,7 +90,7 @@ def test_e7_a_child_ends_with_its_parent_at_any_moment(delay: float, *, fails: b
 def test_e7_a_grandchild_is_not_a_child_of_the_supervisor() -> None:
     grandchild = f"import os; print({SUPERVISOR_VARIABLE!r} in os.environ)"
     code = (
-        "import subprocess, sys; from semseg.system.process import prepare, is_supervised; prepare();"
+        "import subprocess, sys; from semseg.system.process import prepare_process, is_supervised; prepare_process();"
         f"print(is_supervised(), flush=True); subprocess.run([sys.executable, '-c', {grandchild!r}])"
     )
     child = python(code, environment={SUPERVISOR_VARIABLE: str(os.getpid())}, stdout=subprocess.PIPE)
@@ -157,7 +160,7 @@ def test_e8_a_process_that_cannot_unwind_ends_anyway() -> None:
 import os, signal, time
 from semseg.system import process
 process.UNWIND_SECONDS = 0.5
-process.prepare()
+process.prepare_process()
 class Swallows:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -212,7 +215,7 @@ def test_e9_a_closed_or_full_stream_loses_only_what_is_written_to_it(redirection
 @pytest.mark.reliability
 def test_e9_no_file_gets_the_descriptor_of_a_closed_stream(tmp_path: Path) -> None:
     code = (
-        "import sys; from semseg.system.process import prepare; prepare();"
+        "import sys; from semseg.system.process import prepare_process; prepare_process();"
         f"file = open({str(tmp_path / 'result')!r}, 'w'); print('astray'); print('astray', file=sys.stderr);"
         "print(sys.stdin.read() == '', sys.stdout.isatty(), file=file)"
     )
