@@ -185,8 +185,8 @@ def find_option_problems(
     defaults = default_options(constructor)
     for option, value in options.items():
         if option not in defaults:
-            meant = find_nearest(option, defaults)
-            hint = f" Did you mean {section}.{meant}?" if meant else ""
+            suggestion = find_nearest(option, defaults)
+            hint = f" Did you mean {section}.{suggestion}?" if suggestion else ""
             yield f"{section}.{option}: {name} has no such option.{hint} Valid: {', '.join(defaults) or 'none'}."
         elif value is not None and type(value) is not type(defaults[option]):
             yield f"{section}.{option}={value!r}: must be {OPTION_TYPES[type(defaults[option])]}."

@@ -52,8 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint, `net.ckpt`, of ResNet-18 with C1 and deep supervision, and `net.onnx` from it."""
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
-    words = [*SMALL, "model/decoder=c1_deepsup", f"data.root={folder / 'scenes'}"]
-    config = check_config(compose_config(words))
+    overrides = [*SMALL, "model/decoder=c1_deepsup", f"data.root={folder / 'scenes'}"]
+    config = check_config(compose_config(overrides))
     net = build_net(config.model, NUM_CLASSES)
     classes = DataSource(config.data).classes
     write_ckpt(folder / "net.ckpt", SavedNetwork("", net.state_dict(), config, classes, net.convention, epoch=3))
@@ -61,9 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(mode: str, *words: str) -> float | None:
+def run(mode: str, *overrides: str) -> float | None:
     """A mode in this process; the score of mode=eval."""
-    overrides = [f"mode={mode}", *words]
+    overrides = [f"mode={mode}", *overrides]
     config = check_config(compose_config(overrides))
     Path(config.run_dir).mkdir(parents=True, exist_ok=mode == "eval")
     return {"export": export_mode, "eval": eval_mode}[mode].run(config, overrides)
@@ -158,9 +158,9 @@ def test_the_file_does_not_contain_source_paths(folder: Path) -> None:
 def test_prediction_needs_nothing_but_the_file(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "net.onnx", tmp_path / "alone.onnx")
     picture = np.random.default_rng(0).integers(0, 256, (150, 97, 3), dtype=np.uint8)
-    words = ["predict.scales=[64,96]", "predict.flip=true", "predict.window=64"]
+    overrides = ["predict.scales=[64,96]", "predict.flip=true", "predict.window=64"]
     found, expected = (
-        semseg.load(path, *words, device="cpu").predict(picture, probabilities=True)
+        semseg.load(path, *overrides, device="cpu").predict(picture, probabilities=True)
         for path in (tmp_path / "alone.onnx", folder / "net.ckpt")
     )
     assert found.probabilities is not None and expected.probabilities is not None
@@ -243,8 +243,8 @@ def test_integers_make_a_quarter_of_the_file_and_scores_are_printed(
 
     monkeypatch.setitem(onnx_export.EXPORT_WRITERS, "onnx", copy)
     output = tmp_path / "small.onnx"
-    words = [f"export.quantize={method}", "export.calibration_images=6", "export.score_images=3"]
-    run("export", f"ckpt={folder / 'net.ckpt'}", f"output={output}", *words)
+    overrides = [f"export.quantize={method}", "export.calibration_images=6", "export.score_images=3"]
+    run("export", f"ckpt={folder / 'net.ckpt'}", f"output={output}", *overrides)
     assert 0.2 < output.stat().st_size / (folder / "net.onnx").stat().st_size < 0.3
     assert list(tmp_path.glob("*.onnx")) == [output]
     printed = capsys.readouterr().out
@@ -269,7 +269,7 @@ def test_without_the_data_set_dynamic_quantisation_works_and_nothing_is_scored(
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("overrides", "complaint"),
     [
         (["mode=train", "init_from=net.onnx"], "init_from=net.onnx: an exported network is for mode=eval, predict"),
         (["mode=train", "ckpt=net.ONNX"], "an exported network is for"),
@@ -286,18 +286,18 @@ def test_without_the_data_set_dynamic_quantisation_works_and_nothing_is_scored(
         (["mode=export", "ckpt=a", "output=a.onnx", "export.quantize=int4"], "Valid: none, dynamic, static"),
     ],
 )
-def test_contradictory_options_are_rejected_before_anything_is_read(words: list[str], complaint: str) -> None:
+def test_contradictory_options_are_rejected_before_anything_is_read(overrides: list[str], complaint: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(complaint)) as caught:
-        check_config(compose_config(words))
+        check_config(compose_config(overrides))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("words", [["mode=export", "output=a.onnx"], ["mode=predict", "input=."]])
+@pytest.mark.parametrize("overrides", [["mode=export", "output=a.onnx"], ["mode=predict", "input=."]])
 def test_without_the_extra_one_line_says_what_to_install(
-    words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "find_spec", lambda name: None)
-    overrides = [*words, f"ckpt={folder / ('net.ckpt' if words[0] == 'mode=export' else 'net.onnx')}"]
+    overrides = [*overrides, f"ckpt={folder / ('net.ckpt' if overrides[0] == 'mode=export' else 'net.onnx')}"]
     config = check_config(compose_config(overrides))
     with pytest.raises(ConfigError, match=re.escape("pip install 'semseg[export]'")):
         export_mode.run(config, overrides) if config.mode == "export" else build.open_network(config, overrides)
@@ -456,7 +456,7 @@ def test_g1_other_files_under_the_name_of_onnx_are_refused(folder: Path, tmp_pat
     torch.save({"state_dict": Payload()}, tmp_path / "pickle.onnx")
     (tmp_path / "cut.onnx").write_bytes((folder / "net.onnx").read_bytes()[:-1000])
     (tmp_path / "empty.onnx").write_bytes(b"")
-    (tmp_path / "words.onnx").write_bytes(b"no graph at all")
+    (tmp_path / "text.onnx").write_bytes(b"no graph at all")
     for path in tmp_path.glob("*.onnx"):
         with pytest.raises(SemsegError, match=re.escape(str(path))) as caught:
             read_exported(path)

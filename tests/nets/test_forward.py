@@ -1,4 +1,4 @@
-"""Outputs of every published pair of encoder and decoder, held against runs of the original code in float64."""
+"""Outputs of every published pair of encoder and decoder, compared with runs of the original code in float64."""
 
 from __future__ import annotations
 

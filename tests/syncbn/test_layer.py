@@ -298,11 +298,11 @@ def test_cuda_kernels_equal_the_portable_ones(dtype: torch.dtype, channels_last:
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2e-2)
 
     def check(name: str, *arguments: Any, **keywords: Any) -> Any:
-        actual, wanted = (
+        actual, expected = (
             getattr(k, name)(*arguments, **keywords) for k in (reduce.CudaKernels, reduce.PortableKernels)
         )
-        torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
-        return wanted
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        return expected
 
     mean, m2 = check("moments", x)
     assert mean.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

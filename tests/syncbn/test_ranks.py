@@ -1,4 +1,4 @@
-"""Several processes with unequal shares compute what one process computes on all values."""
+"""Several processes with different numbers of values compute what one process computes on all values."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def in_one_process(case: Case, ranks: range, dtype: torch.dtype) -> Trained:
 
 
 def assert_equal(ranks: list[Trained], expected: Trained, tolerance: float) -> None:
-    def check(actual: Tensor, wanted: Tensor) -> None:
-        torch.testing.assert_close(actual.to(wanted.dtype), wanted, rtol=tolerance, atol=tolerance)
+    def check(actual: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=tolerance, atol=tolerance)
 
     for step in range(STEPS):
         check(torch.cat([values(rank.outputs[step]) for rank in ranks]), expected.outputs[step])
@@ -123,12 +123,12 @@ def test_half_precision_has_statistics_of_full_precision(name: str, resolution: 
         for key in ("running_mean", "running_var"):
             torch.testing.assert_close(rank.state[key].double(), exact.state[key], rtol=1e-5, atol=1e-5)
     for step in range(STEPS):
-        for actual, wanted in [
+        for actual, expected in [
             ([rank.outputs[step] for rank in ranks], exact.outputs[step]),
             ([rank.input_grads[step] for rank in ranks], exact.input_grads[step]),
         ]:
             merged = torch.cat([values(x) for x in actual]).double()
-            torch.testing.assert_close(merged, wanted, rtol=resolution, atol=resolution)
+            torch.testing.assert_close(merged, expected, rtol=resolution, atol=resolution)
 
 
 @pytest.mark.parametrize("name", ["channels last", "published, channels last"])
@@ -160,17 +160,17 @@ def test_a_single_value_without_running_statistics_is_a_clear_error_on_every_ran
 def test_two_ranks_give_the_numbers_of_the_2018_code(name: str) -> None:
     case = golden("syncbn.json")["cases"][name]
     for rank, result in enumerate(rank["golden"][name] for rank in trained(2)):
-        for actual, wanted in zip(result, case["steps"], strict=True):
-            close(actual["output"], wanted["output"][rank])
-            close(actual["input_grad"], wanted["input_grad"][rank])
+        for actual, expected in zip(result, case["steps"], strict=True):
+            close(actual["output"], expected["output"][rank])
+            close(actual["input_grad"], expected["input_grad"][rank])
             if name != "statistics_loaded_without_the_bookkeeping":
-                close(actual["running_mean"], wanted["running_mean"])
-                close(actual["running_var"], wanted["running_var"])
+                close(actual["running_mean"], expected["running_mean"])
+                close(actual["running_var"], expected["running_var"])
         if rank == 0 and name != "statistics_loaded_without_the_bookkeeping":
             close(result[-1]["evaluated"], case["eval_output_device0_step0"])
-    for step, wanted in enumerate(case["steps"]):
+    for step, expected in enumerate(case["steps"]):
         for gradient in ("weight_grad", "bias_grad"):
-            close(sum(rank["golden"][name][step][gradient] for rank in trained(2)), wanted[gradient])
+            close(sum(rank["golden"][name][step][gradient] for rank in trained(2)), expected[gradient])
 
 
 def test_statistics_loaded_without_a_step_count_are_kept_where_the_2018_code_forgot_them() -> None:
@@ -183,9 +183,9 @@ def test_statistics_loaded_without_a_step_count_are_kept_where_the_2018_code_for
             close(actual[statistic], running.tolist())
 
 
-def close(actual: Tensor, wanted: list) -> None:
+def close(actual: Tensor, expected: list) -> None:
     """The golden numbers have 12 digits, and a channel with a variance below eps magnifies those of its inputs."""
-    torch.testing.assert_close(actual, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
 def test_ranks_may_evaluate_different_numbers_of_batches() -> None:

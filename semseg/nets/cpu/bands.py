@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-BAND_BYTES = 4 * 2**20  # of the output that is computed at a time
+OUTPUT_BAND_BYTES = 4 * 2**20  # of the output that is computed at a time
 
 
 def interpolate_in_bands(
@@ -31,7 +31,7 @@ def interpolate_in_bands(
     height, coarse_height = rows.shape[1:]
     width, (total_rows, _, _, num_channels) = columns.shape[1], mixed[0].shape
     output = mixed[0].new_empty(total_rows // coarse_height, height, width, num_channels)
-    step = max(1, BAND_BYTES // (output[:, :, 0].numel() * output.element_size()))
+    step = max(1, OUTPUT_BAND_BYTES // (output[:, :, 0].numel() * output.element_size()))
     for start in range(0, width, step):
         band = columns[:, start : start + step]  # (3, step, w)
         first, last = band.sum((0, 1)).nonzero()[[0, -1], 0].tolist()  # columns of the coarse map that it reads

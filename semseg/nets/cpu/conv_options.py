@@ -1,4 +1,4 @@
-"""The options of F.conv2d, and what the processor offers: what the CPU kernels share."""
+"""The options of F.conv2d and the features of the processor, for all CPU kernels."""
 
 from __future__ import annotations
 

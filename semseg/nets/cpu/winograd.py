@@ -47,7 +47,7 @@ POINTS = (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)  # and infinity
 
 # Size of the transformed tiles that exist at once. They fit in the cache, and the memory beyond the output is a few
 # times this.
-BAND_BYTES = 8 * 2**20
+TILE_BAND_BYTES = 8 * 2**20
 # Size of the transformed kernels that exist at once, which are four times as large as the kernels: those of 512 x 512
 # channels in float32.
 KERNEL_BYTES = 36 * 2**20
@@ -77,8 +77,8 @@ def find_thresholds() -> Thresholds | None:
 
 
 def band_bytes() -> int:
-    """BAND_BYTES; twice that where the products are so fast that reading the kernels again for each band matters."""
-    return 2 * BAND_BYTES if has_avx512() else BAND_BYTES
+    """TILE_BAND_BYTES; twice that where products are so fast that reading the kernels again per band matters."""
+    return 2 * TILE_BAND_BYTES if has_avx512() else TILE_BAND_BYTES
 
 
 class Transforms(NamedTuple):

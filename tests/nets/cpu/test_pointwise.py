@@ -23,7 +23,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each F.conv2d within `OneDnnPointwise`, whether it went to oneDNN."""
     calls: list[bool] = []
     original = pointwise._pointwise_conv2d
@@ -47,7 +47,7 @@ def inputs(size: tuple[int, int] = (16, 12), kernel: int = 1) -> tuple[Tensor, T
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_values_and_gradients_are_those_of_pytorch(
-    layout: torch.memory_format, with_bias: bool, taken: list[bool], one_thread: None
+    layout: torch.memory_format, with_bias: bool, calls: list[bool], one_thread: None
 ) -> None:
     image, weight, bias = inputs()
     leaves = (image, weight, bias) if with_bias else (image, weight)
@@ -55,7 +55,7 @@ def test_values_and_gradients_are_those_of_pytorch(
     expected = F.conv2d(laid_out, *leaves[1:])
     with OneDnnPointwise():
         found = F.conv2d(laid_out, *leaves[1:])
-    assert taken == [True]
+    assert calls == [True]
     assert found.stride() == expected.stride()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     change = torch.randn(expected.shape)
@@ -64,22 +64,22 @@ def test_values_and_gradients_are_those_of_pytorch(
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": (1, 1), "padding": [0, 0], "dilation": 3}, {"padding": 0}])
-def test_options_equal_to_the_defaults_are_accepted(options: dict[str, object], taken: list[bool]) -> None:
+def test_options_equal_to_the_defaults_are_accepted(options: dict[str, object], calls: list[bool]) -> None:
     with OneDnnPointwise():
         F.conv2d(*inputs(), **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    assert taken == [True]
+    assert calls == [True]
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"padding": "same"}, {"stride": (1, 2)}], ids=str)
-def test_other_options_are_left_to_pytorch(options: dict[str, object], taken: list[bool]) -> None:
+def test_other_options_are_left_to_pytorch(options: dict[str, object], calls: list[bool]) -> None:
     expected = F.conv2d(*inputs(), **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
     with OneDnnPointwise():
         found = F.conv2d(*inputs(), **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    assert taken == [False]
+    assert calls == [False]
     assert torch.equal(found, expected)
 
 
-def test_other_inputs_are_left_to_pytorch(taken: list[bool]) -> None:
+def test_other_inputs_are_left_to_pytorch(calls: list[bool]) -> None:
     image, weight, bias = inputs()
     with OneDnnPointwise():
         F.conv2d(image.double(), weight.double(), bias.double())
@@ -88,7 +88,7 @@ def test_other_inputs_are_left_to_pytorch(taken: list[bool]) -> None:
         F.conv2d(*inputs(kernel=3))
         F.conv2d(image, weight[:, :12], bias, groups=2)
         F.conv2d(image.to("meta"), weight.to("meta"))
-    assert taken == [False] * 6
+    assert calls == [False] * 6
 
 
 def test_it_is_faster_with_one_thread_and_avx512_only(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_it_is_faster_with_one_thread_and_avx512_only(one_thread: None, monkeypa
     assert not is_onednn_faster()
 
 
-def test_a_network_gives_the_same_logits_and_gradients(monkeypatch: pytest.MonkeyPatch, taken: list[bool]) -> None:
+def test_a_network_gives_the_same_logits_and_gradients(monkeypatch: pytest.MonkeyPatch, calls: list[bool]) -> None:
     torch.manual_seed(0)
     net = build_segmenter("resnet18", "upernet", 5).eval()
     image = torch.randn(1, 3, 32, 64)
@@ -116,6 +116,6 @@ def test_a_network_gives_the_same_logits_and_gradients(monkeypatch: pytest.Monke
         logits.square().mean().backward()
         weight = next(layer.weight for layer in net.modules() if isinstance(layer, nn.Conv2d))
         answers.append((logits.detach(), weight.grad))
-    assert any(taken)
+    assert any(calls)
     for one, other in zip(*answers, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

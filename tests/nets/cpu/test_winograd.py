@@ -58,7 +58,7 @@ def test_outputs_of_any_size(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("band_bytes", [1, 30_000])
 def test_bands_of_any_height(band_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "BAND_BYTES", band_bytes)
+    monkeypatch.setattr(winograd, "TILE_BAND_BYTES", band_bytes)
     assert_same(*inputs(), 2, 2)
 
 
@@ -125,7 +125,7 @@ def test_rounding_in_float32_is_close_to_that_of_the_direct_convolution() -> Non
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def convolved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the images that were convolved by Winograd's algorithm."""
     shapes: list[tuple[int, ...]] = []
     original = winograd.conv2d
@@ -138,12 +138,12 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_mostly_empty_tiles_are_left_to_the_direct_convolution(taken: list[tuple[int, ...]]) -> None:
+def test_mostly_empty_tiles_are_left_to_the_direct_convolution(convolved: list[tuple[int, ...]]) -> None:
     layer = nn.Conv2d(128, 128, 3, padding=4, dilation=4)
     with Winograd(THRESHOLDS):
         layer(torch.randn(2, 128, 17, 17))  # 32 x 32 in tiles
         layer(torch.randn(2, 128, 31, 31))
-    assert taken == [(2, 128, 31, 31)]
+    assert convolved == [(2, 128, 31, 31)]
 
 
 def many_channels(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -162,27 +162,27 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "few channels": lambda: nn.Conv2d(128, 64, 3, padding=1),
     "uneven padding": lambda: nn.Conv2d(128, 128, 3, padding=(1, 0)),
     "uneven dilation": lambda: nn.Conv2d(128, 128, 3, dilation=(1, 2)),
-    "padding by a word": lambda: nn.Conv2d(128, 128, 3, padding="same"),
+    "padding by name": lambda: nn.Conv2d(128, 128, 3, padding="same"),
 }
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_convolutions_of_many_channels_use_it(kind: str, taken: list[tuple[int, ...]]) -> None:
+def test_convolutions_of_many_channels_use_it(kind: str, convolved: list[tuple[int, ...]]) -> None:
     layer, image = LAYERS[kind](), many_channels()
     expected = layer(image)
     with Winograd(THRESHOLDS):
         found = layer(image)
-    assert taken == [(1, 128, 24, 24)]
+    assert convolved == [(1, 128, 24, 24)]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_all_others_use_the_direct_convolution(kind: str, taken: list[tuple[int, ...]]) -> None:
+def test_all_others_use_the_direct_convolution(kind: str, convolved: list[tuple[int, ...]]) -> None:
     layer, image = OTHERS[kind](), many_channels()
     with Winograd(THRESHOLDS):
         found = layer(image)
     assert torch.equal(found, layer(image))
-    assert not taken
+    assert not convolved
 
 
 @pytest.mark.parametrize(
@@ -191,12 +191,12 @@ def test_all_others_use_the_direct_convolution(kind: str, taken: list[tuple[int,
     ids=["half", "3-d", "small"],
 )
 def test_small_and_half_precision_images_use_the_direct_convolution(
-    image: Tensor, taken: list[tuple[int, ...]]
+    image: Tensor, convolved: list[tuple[int, ...]]
 ) -> None:
     layer = nn.Conv2d(128, 128, 3, padding=1).to(image.dtype)
     with Winograd(THRESHOLDS):
         layer(image)
-    assert not taken
+    assert not convolved
 
 
 def test_an_image_smaller_than_the_kernel_raises_pytorchs_error() -> None:
@@ -227,17 +227,17 @@ def test_thresholds_depend_on_the_processor(
 
 
 def test_a_network_uses_it_unless_it_is_switched_off(
-    taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    convolved: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(winograd, "find_thresholds", lambda: Thresholds(min_channels=128, min_tiles=4, max_waste=4.0))
     net = build_segmenter("resnet18_dilated8", "c1", 5).eval().double()
     image = torch.randn(1, 3, 96, 128, dtype=torch.float64)
     logits = net(image).main
-    count = len(taken)
+    count = len(convolved)
     assert count > 5
     net.has_cpu_kernels = False
     torch.testing.assert_close(logits, net(image).main, rtol=0, atol=1e-10)
-    assert len(taken) == count
+    assert len(convolved) == count
 
 
 def test_the_configuration_key_switches_the_kernels() -> None:
