@@ -169,7 +169,8 @@ def describe_identified(found: Identified, files: PublishedFiles, model: ModelCo
     origin = "as given" if is_convention_given else f"release of {found.release.year} {found.reason}"
     return (
         f"{files.encoder.parent}: {found.encoder}{stride} + {decoder_label(found.decoder)}, "
-        f"{found.num_classes} classes, input {model.convention} ({origin}). To correct: {'=... '.join(PUBLISHED_FREE_KEYS)}=..."
+        f"{found.num_classes} classes, input {model.convention} ({origin}). "
+        f"To correct: {'=... '.join(PUBLISHED_FREE_KEYS)}=..."
     )
 
 
