@@ -36,7 +36,7 @@ STOP_SECONDS = 30.0  # for ranks that were asked to stop, which write a checkpoi
 # Environment variables that show that another launcher starts the ranks.
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 # Variables that a run with its own ranks must not inherit: these, and those that make Lightning treat it as a rank.
-RANK_VARIABLES = (*LAUNCHER_VARIABLES, "RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")
+CLEARED_VARIABLES = (*LAUNCHER_VARIABLES, "RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")
 # Other launchers: name, the variable that shows it, variables for the number of processes, and variables for the
 # processes of a node (torchrun) or the number of nodes.
 LAUNCHERS = (
@@ -187,7 +187,7 @@ def run_isolated(command: Sequence[str], error_file: Path) -> ProcessEnd:
     """
     error_file.unlink(missing_ok=True)
     error_file.parent.mkdir(parents=True, exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    environment = {name: value for name, value in os.environ.items() if name not in CLEARED_VARIABLES}
     environment |= {SUPERVISOR_VARIABLE: str(os.getpid()), ERROR_FILE_VARIABLE: str(error_file)}
     received: list[int] = []
     is_gone = False

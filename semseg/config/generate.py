@@ -29,7 +29,7 @@ COMPLETE_OPTIONS = {
     "data": "ade20k", "augment": "none", "optim": "sgd", "schedule": "poly", "loss": "cross_entropy",
     "syncbn": "reduce", "trainer": "default",
 }  # fmt: skip
-NETWORK_KEYS = {"encoder": EncoderKeys, "decoder": DecoderKeys}
+NETWORK_SECTIONS = {"encoder": EncoderKeys, "decoder": DecoderKeys}
 FIRST_KEY, LAST_SECTION = "mode:", "hydra:"  # configs/config.yaml is written from the one to the other
 HELP_MARK = "footer: |\n"
 LINE_LENGTH = 120
@@ -200,7 +200,7 @@ def render_files() -> dict[Path, str]:
         path = CONFIG_DIR / group / f"{option}.yaml"
         cls = get_sections(Config)[group]
         found[path] = render_option(path, cls, read_values(path) if group == "data" else {})
-    for kind, cls in NETWORK_KEYS.items():
+    for kind, cls in NETWORK_SECTIONS.items():
         for path in sorted((CONFIG_DIR / "model" / kind).glob("*.yaml")):
             values = read_values(path)
             if "defaults" not in values:

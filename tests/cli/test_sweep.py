@@ -24,7 +24,7 @@ from helpers.command_line import TINY, TINY_NETWORK, run
 from helpers.fork_server import FORK_CHILDREN, run_python
 from helpers.tiny_program import PROGRAM
 from semseg.cli import main, sweep
-from semseg.cli.supervise import RANK_VARIABLES, ProcessEnd, run_isolated
+from semseg.cli.supervise import CLEARED_VARIABLES, ProcessEnd, run_isolated
 from semseg.cli.sweep import classify_end
 from semseg.config.compose import CONFIG_DIR, compose_with_hydra, explain_option
 from semseg.reports.sweep_page import choose_log_marks, render_sweep_page
@@ -264,7 +264,7 @@ def test_the_page_sorts_and_fits_a_telephone(tmp_path: Path) -> None:
 def test_a_job_receives_our_signals_and_no_variable_that_makes_it_a_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in RANK_VARIABLES:
+    for name in CLEARED_VARIABLES:
         monkeypatch.setenv(name, "1")
     code = f"""
 import os, signal, sys, time
@@ -272,7 +272,7 @@ def stop(*_):
     open("stopped", "w").close()
     sys.exit(130)
 signal.signal(signal.SIGINT, stop)
-assert not set(os.environ) & set({RANK_VARIABLES!r})
+assert not set(os.environ) & set({CLEARED_VARIABLES!r})
 open("ready", "w").close()
 time.sleep({GRACE})
 """
