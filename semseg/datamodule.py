@@ -30,7 +30,7 @@ from semseg.data.sources import DataSource
 from semseg.errors import ConfigError
 from semseg.nets.segmenter import Segmenter
 from semseg.system.shared_memory import get_free_shared_memory
-from semseg.training.resume import RunFacts, digest_records, limited, num_steps
+from semseg.training.resume import RunConditions, count_run_steps, digest_records, limit_batches
 
 
 class LargestSubBatch(NamedTuple):
@@ -76,7 +76,7 @@ class SegmentationData(pl.LightningDataModule):
         self._train_loader: SubBatchLoader | None = None
         self._taken = 0  # sub-batches of all ranks before training starts or resumes
         self._plan: TrainPlan | None = None
-        self._facts: RunFacts | None = None
+        self._conditions: RunConditions | None = None
         self._eval_groups: dict[str, list[list[int]]] = {}  # by stage
 
     def num_images(self, stage: str) -> int:
@@ -108,27 +108,27 @@ class SegmentationData(pl.LightningDataModule):
             ConfigError: if the limit leaves none.
         """
         limit = getattr(self.trainer, "limit_train_batches", None)
-        return _limit_batches("limit_train_batches", limit, self.steps_per_epoch())
+        return _require_batches("limit_train_batches", limit, self.steps_per_epoch())
 
     def steps_per_epoch(self) -> int:
         """Sub-batches per epoch and device: data.steps_per_epoch, or about one pass over the images."""
         return self.config.data.steps_per_epoch or self.plan().steps_in_pass(self._rank_and_world_size()[1])
 
-    def facts(self) -> RunFacts:
+    def run_conditions(self) -> RunConditions:
         """What determines the steps besides the configuration; needs the trainer."""
-        if self._facts is None:
+        if self._conditions is None:
             assert self.trainer is not None, "training has a trainer"
             batches, source = self.batches_per_epoch(), self.source
             splits = [split for split in ("train", "val") if source.has(split)]
-            self._facts = RunFacts(
+            self._conditions = RunConditions(
                 self.trainer.world_size,
                 batches,
-                num_steps(self.config, batches),
+                count_run_steps(self.config.trainer, batches),
                 {split: digest_records(source.records(split), source.root) for split in splits},
                 self.trainer.strategy.root_device.type,
                 torch.get_num_threads(),
             )
-        return self._facts
+        return self._conditions
 
     def train_dataloader(self) -> SubBatchLoader:
         data, augment, records = self.config.data, self.config.augment, self.source.records("train")
@@ -274,7 +274,7 @@ class SegmentationData(pl.LightningDataModule):
         loader = self.eval_loader("val")
         limit = self.config.trainer.limit_val_batches
         if limit:  # 0 turns validation off
-            _limit_batches("limit_val_batches", limit, len(loader))
+            _require_batches("limit_val_batches", limit, len(loader))
         return loader
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -322,13 +322,13 @@ class SegmentationData(pl.LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
 
-def _limit_batches(key: str, limit: float | None, num_batches: int) -> int:
+def _require_batches(key: str, limit: float | None, num_batches: int) -> int:
     """The batches that trainer.`key` leaves; a fraction is rounded down, as Lightning does.
 
     Raises:
         ConfigError: if none are left.
     """
-    batches = limited(num_batches, limit)
+    batches = limit_batches(num_batches, limit)
     if not batches:
         raise ConfigError(f"trainer.{key}={limit}: leaves none of {num_batches} batches. Raise or remove the limit.")
     return batches

@@ -35,7 +35,7 @@ from semseg.training.callbacks.out_of_memory import report_out_of_memory, report
 from semseg.training.losses import Loss, build_terms, segmentation_loss
 from semseg.training.optim import apply_settings, build_optimizer, build_scheduler
 from semseg.training.resume import RUN_KEY, resume_at
-from semseg.training.unused import freeze_unused, modules_of
+from semseg.training.unused import freeze_unused, summarise_modules
 
 METRICS_KEY = "semseg_metrics"  # in a checkpoint: TRAIN_METRICS of the last step
 TRAIN_METRICS = ("train/loss", "train/accuracy")
@@ -91,7 +91,7 @@ class SegmentationModule(pl.LightningModule):
         check_precision(str(self.trainer.precision), self.net)
         self.unused |= freeze_unused(self.net, lambda logits, label: self.loss_function(logits, label).total)
         if self.unused:
-            report_frozen(modules_of(self.unused, self.net), len(self.unused))
+            report_frozen(summarise_modules(self.unused, self.net), len(self.unused))
 
     def on_fit_start(self) -> None:
         self.train()  # Lightning keeps the modes as they are, and freeze_bn sets some
@@ -283,12 +283,12 @@ class SegmentationModule(pl.LightningModule):
         resume_at(self.trainer, self.config, checkpoint, data.batches_per_epoch())
         # A callback may monitor them at the end of an epoch whose steps are all done.
         self.metrics_to_restore = checkpoint.get(METRICS_KEY, {})
-        # A resumed run does not load the weights that the convention came with.
+        # A resumed run does not load the initial weights, which determine the preprocessing.
         self.net.convention = Preprocessing.from_plain(checkpoint[FORMAT_KEY]["convention"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[FORMAT_KEY] = describe_network(self.config, self.classes, self.net.convention)
-        checkpoint[RUN_KEY] = self.trainer.datamodule.facts()._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+        checkpoint[RUN_KEY] = self.trainer.datamodule.run_conditions()._asdict()  # pyright: ignore[reportAttributeAccessIssue]
         metrics = self.trainer.callback_metrics
         checkpoint[METRICS_KEY] = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}
 

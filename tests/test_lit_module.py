@@ -13,7 +13,8 @@ from torch import nn
 
 from helpers.command_line import TINY_ENCODERS
 from helpers.in_process import TINY_RUN, PreparedRun, fit
-from semseg.build import build_net, build_trainer
+from semseg.build import build_trainer
+from semseg.checkpoints.network import build_network
 from semseg.config.compose import compose_config
 from semseg.config.schema import Config
 from semseg.config.validate import check_config
@@ -46,7 +47,7 @@ def fitted(config: Config) -> tuple[SegmentationModule, dict[str, torch.Tensor]]
     torch.manual_seed(0)
     source = DataSource(config.data)
     with patch.dict(ENCODERS, TINY_ENCODERS):
-        net = build_net(config.model, source.classes.num_classes)
+        net = build_network(config.model, source.classes.num_classes)
     module = SegmentationModule(net, config, source.classes)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     build_trainer(config, source).fit(module, datamodule=SegmentationData(source, config, net))

@@ -27,9 +27,10 @@ from PIL import Image
 from helpers.command_line import RUN, TINY
 from helpers.published_files import served
 from semseg import build
-from semseg.build import build_net, open_network
+from semseg.build import open_network
 from semseg.checkpoints.atomic_io import AtomicCheckpointIO, find_newest_intact
 from semseg.checkpoints.format import FORMAT_KEY, load_plain, load_weights, read_checkpoint, write_safetensors
+from semseg.checkpoints.network import build_network
 from semseg.checkpoints.zoo import find_published_network
 from semseg.config.compose import CONFIG_DIR, compose_config
 from semseg.config.explain import explain_hydra_error
@@ -164,7 +165,7 @@ def train(*words: str) -> Callable[[Path], object]:
 
 def encoder_weights(folder: Path) -> object:
     words = [*SMALL, f"model.encoder.weights={folder / 'encoder_epoch_1.pth'}"]
-    return build_net(check_config(compose_config(words)).model, 12)
+    return build_network(check_config(compose_config(words)).model, 12)
 
 
 def from_the_cache(folder: Path) -> object:
@@ -412,7 +413,7 @@ def test_g3_a_network_is_a_name_in_a_table_and_no_address(library: str, name: st
         compose_config([*SMALL, f"+model.encoder.library={library}", f"model.encoder.name='{name}'"])
     ).model
     with pytest.raises(ConfigError, match=re.escape(name)):
-        build_net(model, 2)
+        build_network(model, 2)
 
 
 # ---- G4: a configuration inside a checkpoint is data
@@ -448,7 +449,7 @@ def test_g4_a_saved_configuration_that_names_code_is_refused(
 ) -> None:
     path = place / "saved.ckpt"
     torch.save(with_saved_config(honest, key, value), path)
-    for use in (lambda: build.restore_net(read_checkpoint(path)), lambda: build.restore_net(network(path))):
+    for use in (lambda: build.restore_network(read_checkpoint(path)), lambda: build.restore_network(network(path))):
         with pytest.raises(SemsegError):
             use()
 

@@ -20,7 +20,8 @@ from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from semseg.build import accelerator, build_net, build_trainer, without_weights
+from semseg.build import build_trainer
+from semseg.checkpoints.network import build_network, without_weights
 from semseg.config.schema import BenchConfig, Config
 from semseg.data.batch import Batch
 from semseg.data.sources import DataSource
@@ -32,6 +33,7 @@ from semseg.lit_module import SegmentationModule
 from semseg.modes.train import network_name
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write
+from semseg.training.trainer import choose_accelerator
 
 WAITING = 0.1  # share of a step from which reading is what limits
 WASTED = 0.25  # share of padding from which it is worth a word
@@ -109,7 +111,7 @@ def run(config: Config, overrides: list[str]) -> None:
     trainer = build_trainer(config, source)
     if len(source.records("train")) < config.data.batch_size * trainer.world_size:
         raise DataError(f"data.train has {len(source.records('train'))} images, fewer than one step takes.")
-    net = build_net(without_weights(config.model), source.classes.num_classes, config.download)
+    net = build_network(without_weights(config.model), source.classes.num_classes, config.download)
     data = SegmentationData(source, config, net)
     loading = time_loader(data, config.bench)
     stepping = time_steps(trainer, SegmentationModule(net, config, source.classes), data, config)
@@ -150,7 +152,11 @@ def time_steps(trainer: pl.Trainer, module: SegmentationModule, data: Segmentati
     trainer.fit(module, datamodule=data)
     waiting, step = statistics.median(clock.waited), statistics.median(clock.stepped)
     images = config.data.batch_size * trainer.world_size
-    memory = torch.cuda.max_memory_allocated() if accelerator(config) == "gpu" else peak_of_process()
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if choose_accelerator(config.trainer.accelerator) == "gpu"
+        else peak_of_process()
+    )
     return Stepping(images / (waiting + step), step, waiting, memory)
 
 
@@ -208,7 +214,7 @@ def keys_of_reading(config: Config, loading: Loading, needed: float, world_size:
 
 def keys_of_network(config: Config, stepping: Stepping) -> list[str]:
     """Settings that make a step shorter, or more of it."""
-    on_gpu = accelerator(config) == "gpu"
+    on_gpu = choose_accelerator(config.trainer.accelerator) == "gpu"
     keys = []
     if on_gpu and config.trainer.precision.startswith("32"):
         keys.append("trainer.precision=bf16-mixed")

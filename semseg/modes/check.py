@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from semseg.build import build_net, without_weights
+from semseg.checkpoints.network import build_network, without_weights
 from semseg.checks.dataset import (
     NOT_READY,
     WARNING,
@@ -124,7 +124,7 @@ def summarise_plan(config: Config, train: ScannedSplit, num_classes: int) -> Pla
     if not sizes:
         return None
     with torch.device("meta"):
-        net = build_net(without_weights(config.model), num_classes).train()
+        net = build_network(without_weights(config.model), num_classes).train()
     divisor = config.model.size_divisor or net.size_divisor
     plan = TrainPlan(sizes, seed=config.seed, batch_size=data.batch_size, short_edges=data.short_edges, flip=data.flip)
     padding = padding_fraction(plan, sizes, data.max_long_edge, divisor, NUM_PLANNED)

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from semseg.build import find_network, restore_net, tell
+from semseg.build import find_network, restore_network
 from semseg.checkpoints.format import SAFETENSORS, SavedNetwork, copy_detached, write_ckpt, write_safetensors
 from semseg.config.schema import Config
 from semseg.errors import ConfigError
 from semseg.storage.atomic import atomic_write
+from semseg.training.callbacks.console import print_once
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -24,8 +25,8 @@ def run(config: Config, overrides: list[str]) -> None:
     """
     assert config.ckpt is not None and config.output is not None, "config.check asks for both"
     saved = find_network(config.ckpt, config, overrides)
-    tell(saved.note)
-    restore_net(saved)  # what does not fit its own description is told before anything is written
+    print_once(saved.note)
+    restore_network(saved)  # what does not fit its own description is told before anything is written
     output = Path(config.output).expanduser()
     for path in write_network(output, saved):
         print(f"written {path}")

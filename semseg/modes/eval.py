@@ -14,7 +14,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
-from semseg.build import build_trainer, open_network, restore_net, tell
+from semseg.build import build_trainer, open_network, restore_network
 from semseg.checkpoints.format import CHECKPOINT_FOLDER, SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import Config, DataConfig, EvalConfig
 from semseg.data.batch import EvalSample
@@ -38,6 +38,7 @@ from semseg.reports.run_card import build_run_card, compute_data_fingerprint
 from semseg.storage.atomic import atomic_write
 from semseg.storage.run_results import RunResult, write_result
 from semseg.system.text import escape_lines, escape_unprintable
+from semseg.training.callbacks.console import print_once
 
 _log = logging.getLogger(__name__)
 
@@ -49,11 +50,20 @@ def run(config: Config, overrides: list[str]) -> float | None:
         SemsegError: for any error that the user can fix.
     """
     saved, config = open_network(config, overrides)
+    return evaluate_network(saved, config)
+
+
+def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
+    """Score a network on eval.split and write the results into the run folder; returns the mean IoU.
+
+    Raises:
+        SemsegError: for any error that the user can fix.
+    """
     source = open_source(config.data, saved)
     split, folder = config.eval.split, Path(config.run_dir)
     require_masks(split, source.records(split))
-    tell(source.describe_unused(split))
-    net = restore_net(saved)
+    print_once(source.describe_unused(split))
+    net = restore_network(saved)
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     trainer = build_trainer(config, source)
     module = SegmentationModule(net, config, source.classes)

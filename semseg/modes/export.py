@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from semseg.build import open_network, require_export_extra, restore_net
+from semseg.build import open_network, require_export_extra, restore_network
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import EXPORT_SUFFIXES, Config, EvalConfig
 from semseg.data.datasets import EvalDataset, ReadOptions
@@ -34,7 +34,7 @@ def run(config: Config, overrides: list[str]) -> None:
 
     output = Path(config.output).expanduser()
     saved, config = open_network(config, overrides)
-    net = restore_net(saved)
+    net = restore_network(saved)
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     options = config.export
     with atomic_write(output) as temporary:
@@ -49,7 +49,7 @@ def run(config: Config, overrides: list[str]) -> None:
 
             images = read_calibration_images(config, net) if options.quantize == "static" else None
             quantize_onnx(temporary, images)
-            print_quantisation_loss(config, saved, net, restore_net(read_exported(temporary)))
+            print_quantisation_loss(config, saved, net, restore_network(read_exported(temporary)))
         size = temporary.stat().st_size
     print(f"written {output} ({size / 1e6:.1f} MB)")
 

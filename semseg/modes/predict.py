@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from semseg.build import open_predictor, tell
+from semseg.build import open_predictor
 from semseg.checkpoints.zoo import DEMONSTRATION_IMAGE
 from semseg.config.schema import Config
 from semseg.data.images import read_image
@@ -29,6 +29,7 @@ from semseg.prediction.video import Frame, LostFramesError, VideoWriters, read_f
 from semseg.reports.draw import Pixels, colour_class_map, draw_overlay
 from semseg.storage.download import fetch_file
 from semseg.system.text import escape_lines, escape_unprintable
+from semseg.training.callbacks.console import print_once
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -40,13 +41,28 @@ def run(config: Config, overrides: list[str]) -> None:
         DataError: at the end, if files were skipped.
         SemsegError: for any other error that the user can fix.
     """
-    folder = Path(config.run_dir)
+    inputs = list_inputs(config)  # missing files are reported before the network is read
+    predict_inputs(open_predictor(config, overrides), config, inputs)
+
+
+def list_inputs(config: Config) -> list[Input]:
+    """The files of `input`, or the demonstration image; files that are not used are reported."""
     source = config.input or str(fetch_file(DEMONSTRATION_IMAGE, config.download))
     unused = UnusedFiles()
-    inputs = find_inputs(source, folder, unused=unused)
+    inputs = find_inputs(source, Path(config.run_dir), unused=unused)
     if unused.count:
-        tell(f"input: {unused.count} files or folders are not used: {unused.describe(source)}")
-    predictor = open_predictor(config, overrides)
+        print_once(f"input: {unused.count} files or folders are not used: {unused.describe(source)}")
+    return inputs
+
+
+def predict_inputs(predictor: Predictor, config: Config, inputs: Sequence[Input] | None = None) -> None:
+    """Predict `inputs`, or every file of `input`, and write the outputs into the run folder.
+
+    Raises:
+        DataError: at the end, if files could not be read.
+    """
+    folder = Path(config.run_dir)
+    inputs = list_inputs(config) if inputs is None else inputs
     job = PredictionJob(
         predictor,
         folder,

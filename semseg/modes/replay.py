@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from semseg.build import open_network, restore_net
+from semseg.build import open_network, restore_network
 from semseg.checkpoints.format import is_dense_tensor, load_plain
 from semseg.config.schema import Config
 from semseg.data.batch import Batch
@@ -29,7 +29,7 @@ def run(config: Config, overrides: list[str]) -> None:
     path = Path(config.input).expanduser()
     step, batches = read_batches(path)
     saved, config = open_network(config, overrides)
-    net = restore_net(saved).train()
+    net = restore_network(saved).train()
     terms = build_terms(saved.config.loss, saved.classes.num_classes)
     console = Console(soft_wrap=True, highlight=False)
     console.print(

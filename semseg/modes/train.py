@@ -1,8 +1,7 @@
-"""mode=train: fit one network, keep its best and last checkpoint, say how to go on."""
+"""mode=train: fit one network, keep its best and last checkpoint, and print how to continue."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import shlex
 import shutil
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from semseg.build import build_net, build_trainer, check_network, find_network, tell, without_weights
+from semseg.build import build_trainer, create_predictor, find_network
 from semseg.checkpoints.atomic_io import find_damage, find_newest_intact, remove_leftovers
 from semseg.checkpoints.format import (
     CHECKPOINT_FOLDER,
@@ -31,6 +31,7 @@ from semseg.checkpoints.format import (
     refuse_nonfinite_weights,
 )
 from semseg.checkpoints.initialise import initialise_from
+from semseg.checkpoints.network import build_network, check_network, without_weights
 from semseg.checkpoints.published import find_published_files
 from semseg.config.schema import ZOO_PREFIX, Config, ModelConfig, config_to_plain
 from semseg.data.overlap import find_overlap
@@ -38,6 +39,8 @@ from semseg.data.sources import DataSource, describe_split_folders, require_mask
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, DataError
 from semseg.lit_module import SegmentationModule
+from semseg.modes.eval import evaluate_network
+from semseg.modes.predict import predict_inputs
 from semseg.nets.cost import NetworkCost, measure_cost, write_cost
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write, entry_command, relative_to_cwd
@@ -45,49 +48,161 @@ from semseg.storage.ranks import is_first_rank
 from semseg.storage.run_lock import RunLock
 from semseg.storage.run_results import RESULT_FILE, RunResult, read_result, write_result
 from semseg.system.text import escape_unprintable
-from semseg.training.callbacks.console import config_tree
+from semseg.training.callbacks.console import build_config_tree, print_once
 from semseg.training.callbacks.stop import StoppedError, requeue
 from semseg.training.loggers.external import log_settings
 from semseg.training.losses import read_class_weights
 from semseg.training.resume import (
     RunState,
-    check_same_facts,
+    check_same_conditions,
     check_same_run,
-    early_stopping_callbacks,
+    list_early_stopping,
     read_run_state,
-    without_callback,
+    removal_override,
 )
-from semseg.training.training_state import restoring
+from semseg.training.training_state import report_restore_errors
 
-NETWORK_KEYS = ("model/", "model.encoder", "model.decoder")
+NETWORK_KEYS = ("model/", "model.encoder", "model.decoder")  # prefixes of overrides that choose the network
 
 
 def run(config: Config, overrides: list[str]) -> float | None:
     """Train; returns the best mean IoU on the validation images (None without validation).
 
     Raises:
-        SemsegError: for anything the user can mend.
+        SemsegError: for any error that the user can fix.
     """
     source = DataSource(config.data)
-    source.records("train")  # missing files are told before anything slow happens
-    config = with_numbers(with_meaning_of_ckpt(config))
-    saved = find_network(config.init_from, config, overrides) if config.init_from else None
-    if saved is not None and not sets_network(overrides):
-        config = replace(config, model=with_network(config.model, saved.config.model))
-    with locked(Path(config.run_dir)):
-        state = state_to_resume(config, source)
-        reason = None if state is None else state.why_finished(config)
-        if reason is not None:
-            tell(reason)
+    source.records("train")  # missing files are reported before anything slow happens
+    with lock_run_folder(Path(config.run_dir)):
+        start = resolve_start(config, overrides, source)
+        end = None if start.state is None else start.state.describe_end(start.config)
+        if end is not None:
+            print_once(end)
             result = read_result(Path(config.run_dir))
             if result is not None:
                 return result.score
-            # Killed between its last step and the end: no step is left to take, the rest is.
-        return train(config, overrides, source, saved, state)
+            # Killed after its last step, before it finished: fit takes no step, and the rest follows.
+        return train(start, overrides, source)
+
+
+# ---- the start
+
+
+class Start(NamedTuple):
+    """What a run starts from: a checkpoint of the same run, other weights, or nothing."""
+
+    config: Config  # of the run, with all that the start decides
+    state: RunState | None = None  # the run to resume
+    network: SavedNetwork | None = None  # the weights to initialise a new run from
+
+    @property
+    def kind(self) -> str:
+        """resume, init or scratch."""
+        return "resume" if self.state else "init" if self.network else "scratch"
+
+
+def resolve_start(config: Config, overrides: list[str], source: DataSource) -> Start:
+    """What `ckpt`, `resume` and `init_from` amount to, with the configuration that follows from it.
+
+    ckpt=<checkpoint> resumes its run; ckpt=<published files> initialises a new one. The network is that of the initial
+    weights unless the command line chooses another, and class weights are read from their file, which may change later.
+
+    Raises:
+        CheckpointError: if a checkpoint is missing, damaged or holds no optimiser.
+        ConfigError: if the checkpoint belongs to another run, or the file of class weights holds none.
+    """
+    if config.ckpt is not None and (config.ckpt.startswith(ZOO_PREFIX) or find_published_files(config.ckpt)):
+        config = replace(config, ckpt=None, init_from=config.ckpt)
+    elif config.ckpt is not None:
+        path = find_checkpoint(config.ckpt, Path(config.runs_dir), prefer=("last", "best"))
+        config = replace(config, ckpt=None, resume=str(path))
+    weights = config.loss.class_weights
+    if isinstance(weights, str):
+        config = replace(config, loss=replace(config.loss, class_weights=read_class_weights(weights)))
+    network = find_network(config.init_from, config, overrides) if config.init_from else None
+    if network is not None and not chooses_network(overrides):
+        config = replace(config, model=adopt_network(config.model, network.config.model))
+    path = find_resume_checkpoint(config.resume, Path(config.run_dir))
+    if path is None:
+        return Start(config, network=network)
+    state = read_run_state(path, config, has_val=source.has("val"))
+    print_once(check_same_run(state, config, num_classes=source.classes.num_classes))
+    return Start(config, state=state)
+
+
+def chooses_network(overrides: list[str]) -> bool:
+    """Whether the command line chooses the network to train."""
+    keys = [word.lstrip("+").partition("=")[0] for word in overrides]
+    return any(
+        key in ("model", "experiment") or (key.startswith(NETWORK_KEYS) and key != "model.encoder.frozen")
+        for key in keys
+    )
+
+
+def adopt_network(model: ModelConfig, network: ModelConfig) -> ModelConfig:
+    """`model` with the encoder and the decoder of `network`; how they are trained stays."""
+    frozen = {"frozen": model.encoder.get("frozen", False)}
+    return replace(model, name=network.name, encoder=network.encoder | frozen, decoder=network.decoder)
+
+
+def find_resume_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint for the key `resume`, or None for a new run.
+
+    Raises:
+        CheckpointError: if the file does not exist, or no checkpoint of the run is intact.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        path = Path(resume).expanduser()
+        if not path.is_file():
+            raise CheckpointError(f"resume={resume}: there is no such file.")
+        return path
+    folder = run_dir / CHECKPOINT_FOLDER
+    last = folder / "last.ckpt"
+    if last.is_file() and find_damage(last) is None:
+        return last
+    newest = find_newest_intact(folder)
+    if newest.passed_over and newest.path is None:
+        damages = "; ".join(f"{damaged.path.name}: {damaged.reason}" for damaged in newest.passed_over)
+        raise CheckpointError(
+            f"resume=auto: no checkpoint in {folder} is intact ({damages}). Delete them, or start a new run with "
+            "resume=null."
+        )
+    for damaged in newest.passed_over:
+        print_once(f"{damaged.path}: {damaged.reason}; resuming from {newest.path} instead")
+    if newest.path is None:
+        print_once(f"no checkpoint in {run_dir} yet: starting a new run")
+    return newest.path
+
+
+def copy_best_checkpoint(state: RunState, folder: Path) -> None:
+    """Copy best.ckpt from beside the resumed checkpoint, if the run has another folder now."""
+    best, target = state.path.parent / "best.ckpt", folder / "best.ckpt"
+    if target.exists() or find_damage(best) is not None or read_checkpoint(best).step > state.step:
+        return  # a best.ckpt of a later step is one that this run has not reached yet
+    with atomic_write(target) as temporary:
+        shutil.copyfile(best, temporary)
+
+
+@contextmanager
+def lock_run_folder(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder, on rank 0, and remove what a killed run left in it."""
+    if not is_first_rank():
+        yield
+        return
+    with RunLock(run_dir) as lock:
+        print_once(lock.takeover)
+        for folder in (run_dir / CHECKPOINT_FOLDER, run_dir / "logs"):
+            remove_leftovers(folder)
+        yield
+
+
+# ---- training
 
 
 def check_records(config: Config, source: DataSource, world_size: int) -> None:
-    """Count files that are not used, warn of images that are in two splits, and refuse what cannot be trained on.
+    """Report unused files and images that are in two splits, and refuse data that cannot be trained on.
 
     Raises:
         DataError: if train is smaller than one step, or val has images without a mask.
@@ -98,178 +213,71 @@ def check_records(config: Config, source: DataSource, world_size: int) -> None:
             f"data.train has {len(records)} images, one step takes {needed}: "
             f"data.batch_size={config.data.batch_size} on {world_size} devices. Lower one of them."
         )
-    tell(source.describe_unused("train"))
+    print_once(source.describe_unused("train"))
     if source.has("val"):
         require_masks("val", source.records("val"))
-        tell(source.describe_unused("val"))
+        print_once(source.describe_unused("val"))
     if keys := source.find_split_folders():
-        tell(f"warning: {describe_split_folders(keys)}")
+        print_once(f"warning: {describe_split_folders(keys)}")
     common = find_overlap(records, source.records("val")) if source.has("val") else None
     if common is not None:
-        tell(f"warning: {common}")
+        print_once(f"warning: {common}")
 
 
-def train(
-    config: Config, overrides: list[str], source: DataSource, saved: SavedNetwork | None, state: RunState | None
-) -> float | None:
-    """Fit from the start, from the weights `saved`, or from where a run is; returns the best score."""
+def train(start: Start, overrides: list[str], source: DataSource) -> float | None:
+    """Fit from `start` to the end of the run; returns the best score."""
+    config, state = start.config, start.state
     run_dir = Path(config.run_dir)
     pl.seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config, source)
     check_records(config, source, trainer.world_size)
-    if saved is not None:
-        check_network(saved)
-        refuse_nonfinite_weights(saved.weights, saved.source)
-    has_weights = saved is not None or state is not None
-    model = without_weights(config.model) if has_weights else config.model
-    net = build_net(model, source.classes.num_classes, config.download)
+    if start.network is not None:
+        check_network(start.network)
+        refuse_nonfinite_weights(start.network.weights, start.network.source)
+    model = config.model if start.kind == "scratch" else without_weights(config.model)
+    net = build_network(model, source.classes.num_classes, config.download)
     data = SegmentationData(source, config, net)
     data.trainer = trainer  # as trainer.fit does
     if state is not None:
-        for line in check_same_facts(state, config, data.facts()):
-            tell(line)
-        tell(f"going on from {state.path}")
+        for line in check_same_conditions(state, config, data.run_conditions()):
+            print_once(line)
+        print_once(f"resuming from {state.path}")
         if trainer.is_global_zero:
-            bring_best_along(state, run_dir / CHECKPOINT_FOLDER)
+            copy_best_checkpoint(state, run_dir / CHECKPOINT_FOLDER)
     console = Console(quiet=not trainer.is_global_zero)
-    log_settings(trainer.loggers, config)
+    log_settings(trainer.loggers, config_to_plain(config))
     if trainer.is_global_zero:
-        (run_dir / RESULT_FILE).unlink(missing_ok=True)  # of an earlier end
+        (run_dir / RESULT_FILE).unlink(missing_ok=True)  # the result of an earlier end
         with atomic_write(run_dir / "config.yaml") as temporary:
             OmegaConf.save(OmegaConf.create(config_to_plain(config)), temporary)
         cost = measure_cost(deepcopy(net).to("meta"))
         write_cost(run_dir / "model.txt", cost)
-        console.print(config_tree(config, overrides), start_table(config, net, source, cost))
-    if saved is not None and state is None:
-        tell(saved.note)
-        console.print(initialise_from(net, saved).make_table(saved.source))
+        console.print(build_config_tree(config, overrides), start_table(config, net, source, cost))
+    if start.network is not None:
+        print_once(start.network.note)
+        console.print(initialise_from(net, start.network).make_table(start.network.source))
         if config.model.convention == "auto":
-            net.convention = saved.convention
+            net.convention = start.network.convention
     module = SegmentationModule(net, config, source.classes)
     try:
-        with restoring(trainer, path := state.path if state else None):
+        with report_restore_errors(trainer, path := state.path if state else None):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
     except StoppedError as stopped:
         job = requeue(stopped.number, is_first_rank=trainer.is_global_zero)
         if job is not None:
-            tell(f"{stopped} SLURM job {job} is requeued and will go on by itself.")
+            print_once(f"{stopped} SLURM job {job} is requeued and will resume by itself.")
             return None
-        raise StoppedError(f"{stopped} To go on: {command_to_go_on(config, overrides)}", stopped.number) from None
+        raise StoppedError(f"{stopped} To resume: {resume_command(config, overrides)}", stopped.number) from None
     result = best_result(trainer)
     finish(config, overrides, trainer, console, result)
     return result.score
 
 
-def state_to_resume(config: Config, source: DataSource) -> RunState | None:
-    """Where the run to go on with is; None for a fresh start.
-
-    Raises:
-        CheckpointError: if the checkpoint is missing, damaged or holds no optimiser.
-        ConfigError: if the run was another one.
-    """
-    path = resume_path(config)
-    if path is None:
-        if config.resume == "auto":
-            tell(f"no checkpoint in {config.run_dir} yet: this run starts afresh")
-        return None
-    state = read_run_state(path, config, has_val=source.has("val"))
-    tell(check_same_run(state, config, num_classes=source.classes.num_classes) or "")
-    return state
-
-
-def bring_best_along(state: RunState, folder: Path) -> None:
-    """Copy best.ckpt from beside the resumed checkpoint, if that is in another folder than the run has now."""
-    best, target = state.path.parent / "best.ckpt", folder / "best.ckpt"
-    if target.exists() or find_damage(best) is not None or read_checkpoint(best).step > state.step:
-        return  # or it is of steps that this run has not taken yet
-    with atomic_write(target) as temporary:
-        shutil.copyfile(best, temporary)
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder, on rank 0, and clear away what a killed run left in it."""
-    if not is_first_rank():
-        yield
-        return
-    with RunLock(run_dir) as lock:
-        tell(lock.takeover or "")
-        for folder in (run_dir / CHECKPOINT_FOLDER, run_dir / "logs"):
-            remove_leftovers(folder)
-        yield
-
-
-def with_meaning_of_ckpt(config: Config) -> Config:
-    """In training, ckpt=<checkpoint of ours> goes on with its run, and published files are where a new one starts.
-
-    Raises:
-        CheckpointError: if there is no such checkpoint.
-    """
-    if config.ckpt is None:
-        return config
-    if config.ckpt.startswith(ZOO_PREFIX) or find_published_files(config.ckpt) is not None:
-        return replace(config, ckpt=None, init_from=config.ckpt)
-    path = find_checkpoint(config.ckpt, Path(config.runs_dir), prefer=("last", "best"))
-    return replace(config, ckpt=None, resume=str(path))
-
-
-def with_numbers(config: Config) -> Config:
-    """The configuration with class weights as numbers: they belong to the run, their file may change.
-
-    Raises:
-        ConfigError: if the file does not hold any.
-    """
-    weights = config.loss.class_weights
-    if not isinstance(weights, str):
-        return config
-    return replace(config, loss=replace(config.loss, class_weights=read_class_weights(weights)))
-
-
-def with_network(model: ModelConfig, network: ModelConfig) -> ModelConfig:
-    """`model` with the encoder and the decoder of `network`; how they are trained stays."""
-    frozen = {"frozen": model.encoder.get("frozen", False)}
-    return replace(model, name=network.name, encoder=network.encoder | frozen, decoder=network.decoder)
-
-
-def sets_network(overrides: list[str]) -> bool:
-    """Whether the command line says which network to train."""
-    keys = [word.lstrip("+").partition("=")[0] for word in overrides]
-    return any(
-        key in ("model", "experiment") or (key.startswith(NETWORK_KEYS) and key != "model.encoder.frozen")
-        for key in keys
-    )
-
-
-def resume_path(config: Config) -> Path | None:
-    """The checkpoint that `resume` means, or None for a fresh start.
-
-    Raises:
-        CheckpointError: if a file is named that is not there.
-    """
-    if config.resume is None:
-        return None
-    if config.resume != "auto":
-        path = Path(config.resume).expanduser()
-        if not path.is_file():
-            raise CheckpointError(f"resume={config.resume}: there is no such file.")
-        return path
-    folder = Path(config.run_dir) / CHECKPOINT_FOLDER
-    last = folder / "last.ckpt"
-    if last.is_file() and find_damage(last) is None:
-        return last
-    newest = find_newest_intact(folder)
-    if newest.passed_over and newest.path is None:
-        told = "; ".join(f"{damaged.path.name}: {damaged.reason}" for damaged in newest.passed_over)
-        raise CheckpointError(
-            f"resume=auto: no checkpoint in {folder} is intact ({told}). Delete them, or start afresh with resume=null."
-        )
-    for damaged in newest.passed_over:
-        tell(f"{damaged.path}: {damaged.reason}; going on from {newest.path} instead")
-    return newest.path
+# ---- what is printed, and what follows
 
 
 def start_table(config: Config, net: Segmenter, source: DataSource, cost: NetworkCost) -> Table:
-    """What is about to run, in one look."""
+    """Network, data and run folder of a run that is about to start."""
     table = Table(title="training", show_header=False)
     data = config.data
     rows = {
@@ -286,7 +294,7 @@ def start_table(config: Config, net: Segmenter, source: DataSource, cost: Networ
 
 
 def network_name(model: ModelConfig) -> str:
-    """Encoder and decoder, since either may have been exchanged in a model of another name."""
+    """Encoder and decoder, because either may have been replaced in a model of another name."""
     return f"{model.encoder['name']} + {model.decoder['name']}"
 
 
@@ -299,7 +307,7 @@ def best_result(trainer: pl.Trainer) -> RunResult:
 
 
 def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: Console, result: RunResult) -> None:
-    """Run what comes after training, then tell paths and commands. Rank 0 only; the others leave."""
+    """Run the follow-ups of training, then print paths and commands. On rank 0 only; the others return."""
     is_first = trainer.is_global_zero
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
@@ -313,9 +321,9 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
         console.print("no checkpoint was written")
         return
     for mode in config.after_training:
-        follow_up(mode, config, checkpoint)
-    again = command_to_go_on(config, overrides, *words_to_train_on(config, trainer))
-    for line in last_lines(config, checkpoint, result.score, again):
+        run_follow_up(mode, config, checkpoint)
+    command = resume_command(config, overrides, *overrides_to_continue(config, trainer))
+    for line in closing_lines(config, checkpoint, result.score, command):
         console.print(line, soft_wrap=True, highlight=False, markup=False)  # commands must survive copying
 
 
@@ -324,17 +332,21 @@ def checkpoint_paths(run_dir: Path) -> list[Path]:
     return [run_dir / CHECKPOINT_FOLDER / name for name in ("best.ckpt", "last.ckpt")]
 
 
-def follow_up(mode: str, config: Config, checkpoint: Path) -> None:
-    """Run another mode on the checkpoint, in a folder of its own below the run folder."""
+def run_follow_up(mode: str, config: Config, checkpoint: Path) -> None:
+    """Evaluate the checkpoint or predict with it, in a folder of its own below the run folder."""
     one_device = replace(config.trainer, devices=1, num_nodes=1, strategy="auto")
     after = replace(
         config, mode=mode, ckpt=str(checkpoint), run_dir=str(Path(config.run_dir) / mode), trainer=one_device
     )
-    importlib.import_module(f"semseg.modes.{mode}").run(after, ["data", "eval"])
+    saved = read_checkpoint(checkpoint)
+    if mode == "eval":
+        evaluate_network(saved, after)
+    else:
+        predict_inputs(create_predictor(saved, after), after)
 
 
-def words_to_train_on(config: Config, trainer: pl.Trainer) -> list[str]:
-    """What to add to the command line of a run that has ended, so that what has ended it does so no more."""
+def overrides_to_continue(config: Config, trainer: pl.Trainer) -> list[str]:
+    """Overrides with which a finished run continues: larger limits, or without early stopping."""
     limits, words = config.trainer, []
     steps_per_epoch = math.ceil(trainer.num_training_batches / limits.accumulate_grad_batches)
     if trainer.global_step >= limits.max_epochs * steps_per_epoch:
@@ -342,15 +354,15 @@ def words_to_train_on(config: Config, trainer: pl.Trainer) -> list[str]:
     if 0 < limits.max_steps <= trainer.global_step:
         words.append(f"trainer.max_steps={2 * limits.max_steps}")
     if trainer.should_stop:
-        words += [without_callback(name) for name in early_stopping_callbacks(config)]
+        words += [removal_override(name) for name in list_early_stopping(config)]
     return words
 
 
-def last_lines(config: Config, checkpoint: Path, score: float | None, again: str) -> list[str]:
-    """Where everything is, and the exact commands to go on.
+def closing_lines(config: Config, checkpoint: Path, score: float | None, command: str) -> list[str]:
+    """The paths of the results, and the commands that use them.
 
     Args:
-        again: the command that trains on.
+        command: the command that continues training.
     """
     run_dir, ckpt = (shlex.quote(str(relative_to_cwd(path))) for path in (Path(config.run_dir), checkpoint))
     lines = [] if score is None else [f"best mean IoU   {score:.4f} on the validation images"]
@@ -362,12 +374,12 @@ def last_lines(config: Config, checkpoint: Path, score: float | None, again: str
         *lines,
         f"to evaluate     {entry_command()} mode=eval ckpt={ckpt}",
         f"to predict      {entry_command()} mode=predict ckpt={ckpt} input=<image or folder>",
-        f"to train on     {again}",
+        f"to continue     {command}",
     ]
 
 
-def command_to_go_on(config: Config, overrides: list[str], *further: str) -> str:
-    """The exact command that goes on with this run, with `further` words in the place of those with the same keys."""
+def resume_command(config: Config, overrides: list[str], *further: str) -> str:
+    """The command that resumes this run, with `further` overrides in place of those with the same keys."""
     last = [f"run_dir={relative_to_cwd(Path(config.run_dir))}", "resume=auto", *further]
     replaced = {word.partition("=")[0] for word in last}
     kept = [word for word in overrides if word.partition("=")[0] not in replaced]

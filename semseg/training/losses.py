@@ -1,7 +1,7 @@
-"""Stage 6: how far the logits are from the labels.
+"""Stage 6: losses of logits and labels.
 
 A loss is a sum of terms. Pixel-wise terms (cross_entropy, ohem, focal) are means over scored pixels, region terms
-(dice, lovasz) means over the classes that are there; each is taken of the main and of the auxiliary logits.
+(dice, lovasz) are means over the classes that occur; each applies to the main and to the auxiliary logits.
 """
 
 from __future__ import annotations
@@ -38,74 +38,74 @@ class Loss(NamedTuple):
 def cross_entropy(
     logits: Tensor, label: Tensor, average: str, *, weights: Tensor | None = None, smoothing: float = 0.0
 ) -> Tensor:
-    """The mean over scored pixels, weighted by the weights (K) of their classes if there are any.
+    """The mean over scored pixels, weighted by the weights (K) of their classes if given.
 
     With smoothing s, a pixel of class y costs (1 - s) * w[y] * -log p[y] + s / K * sum over all c of w[c] * -log p[c].
-    The mean is the sum of these costs over all scored pixels divided by the sum of their w[y], as in torch. Where that
-    divisor is 0, no pixel counts and the loss is 0, although the smoothed part of a pixel of weight 0 is not.
+    The mean is the sum of these costs over all scored pixels divided by the sum of their w[y], as in torch. If that
+    divisor is 0, no pixel counts and the loss is 0, although the smoothed part of a pixel of weight 0 is not 0.
     """
     weights = None if weights is None else weights.to(logits)
-    # Summed by us: the kernel's own sum has no deterministic form on a GPU (trainer.deterministic).
-    each = F.cross_entropy(logits, label, weights, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
-    return _mean(each, _weight_of(label, weights, logits.dtype), average)
+    # Summed here, because the kernel's own sum is not deterministic on a GPU (trainer.deterministic).
+    losses = F.cross_entropy(logits, label, weights, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
+    return _mean(losses, _count_weighted_pixels(label, weights, logits.dtype), average)
 
 
 def ohem(
     logits: Tensor, label: Tensor, average: str, *, threshold: float, min_kept: float, weights: Tensor | None = None
 ) -> Tensor:
-    """Cross entropy of the hard pixels alone: online hard example mining (Shrivastava et al. 2016, section 4) by pixel.
+    """Cross entropy of the hard pixels only: online hard example mining (Shrivastava et al. 2016, section 4) by pixel.
 
-    Pixels whose class has the weight 0 are not scored: they would take the places of hard pixels that count.
+    Pixels whose class has the weight 0 are not scored: they would displace hard pixels that count.
 
     Args:
         threshold: a pixel is hard if its true class has less than this probability.
-        min_kept: share of the scored pixels that are kept at least, the hardest ones.
+        min_kept: the smallest fraction of the scored pixels that is kept, the hardest ones.
     """
     if weights is not None:
         has_weight = weights.to(logits.device)[label.clamp(min=0)] > 0
         label = torch.where(has_weight, label, IGNORED)
-    each = F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="none")
     scored = label != IGNORED
     with torch.no_grad():
-        hardest = each[scored].sort(descending=True).values
+        hardest = losses[scored].sort(descending=True).values
         count = math.ceil(min_kept * len(hardest))
-        limit = each.new_tensor(-math.log(threshold))
+        limit = losses.new_tensor(-math.log(threshold))
         if count:
             limit = torch.minimum(limit, hardest[count - 1])
-        kept = torch.where(scored & (each >= limit), label, IGNORED)
+        kept = torch.where(scored & (losses >= limit), label, IGNORED)
     return cross_entropy(logits, kept, average, weights=weights)
 
 
 def focal(logits: Tensor, label: Tensor, average: str, *, gamma: float, weights: Tensor | None = None) -> Tensor:
     """(1 - p) ** gamma times the cross entropy -log(p) of the true class (Lin et al. 2017, equations 4 and 5)."""
     weights = None if weights is None else weights.to(logits)
-    each = F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="none")
     # The power's derivative at p = 1 is infinite for gamma < 1.
-    missed = (1 - torch.exp(-each)).clamp(min=torch.finfo(each.dtype).eps)
-    weighted = each * missed**gamma
+    missed = (1 - torch.exp(-losses)).clamp(min=torch.finfo(losses.dtype).eps)
+    weighted = losses * missed**gamma
     if weights is not None:
         weighted = weighted * weights[label.clamp(min=0)]  # ignored pixels are 0 already
-    return _mean(weighted, _weight_of(label, weights, logits.dtype), average)
+    return _mean(weighted, _count_weighted_pixels(label, weights, logits.dtype), average)
 
 
 def dice(logits: Tensor, label: Tensor, average: str) -> Tensor:
     """1 - the soft Dice coefficient of Milletari et al. 2016 (section 3), averaged over the classes in the label.
 
-    Regions are those of a whole sub-batch; each rank has its own, whatever `average` says.
+    Regions span a whole sub-batch; each rank has its own, whatever `average` is.
     """
     scored = label != IGNORED
     target = F.one_hot(label.clamp(min=0), logits.shape[1]).movedim(-1, 1) * scored[:, None]  # (N, K, h, w)
     predicted = logits.softmax(1) * scored[:, None]
     common, sizes = (predicted * target).sum((0, 2, 3)), target.sum((0, 2, 3))  # (K)
     coefficients = 2 * common / (predicted.square().sum((0, 2, 3)) + sizes).clamp(min=1)
-    is_there = sizes > 0
-    return ((1 - coefficients) * is_there).sum() / is_there.sum().clamp(min=1)
+    is_present = sizes > 0
+    return ((1 - coefficients) * is_present).sum() / is_present.sum().clamp(min=1)
 
 
 def lovasz(logits: Tensor, label: Tensor, average: str) -> Tensor:
     """The Lovasz extension of 1 - IoU of the softmax (Berman et al. 2018, equation 11), over the classes in the label.
 
-    Regions are those of a whole sub-batch; each rank has its own, whatever `average` says.
+    Regions span a whole sub-batch; each rank has its own, whatever `average` is.
     """
     scored = label != IGNORED
     truth = label[scored]  # (P)
@@ -118,23 +118,23 @@ def _lovasz_of_class(probability: Tensor, is_class: Tensor) -> Tensor:
     """Algorithm 1 of Berman et al. 2018 for one class; both (P)."""
     errors, order = (is_class.to(probability.dtype) - probability).abs().sort(descending=True)
     sorted_truth = is_class[order]
-    # Counted in int64: exact, and in the same order every time on a GPU too.
+    # Counted in int64: exact, and deterministic on a GPU too.
     intersection = sorted_truth.sum() - sorted_truth.cumsum(0)
     union = sorted_truth.sum() + (~sorted_truth).cumsum(0)
     jaccard = 1 - intersection.to(errors.dtype) / union
     return errors @ torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
 
 
-DEFAULT: tuple[tuple[float, Term], ...] = ((1.0, cross_entropy),)
+DEFAULT_TERMS: tuple[tuple[float, Term], ...] = ((1.0, cross_entropy),)
 
 
 def build_terms(config: LossConfig, num_classes: int) -> tuple[tuple[float, Term], ...]:
     """The terms of `loss`, each with its factor.
 
     Raises:
-        ConfigError: if the class weights are not one for each class.
+        ConfigError: if there is not one class weight for each class.
     """
-    weights = class_weights(config.class_weights, num_classes)
+    weights = build_class_weights(config.class_weights, num_classes)
     terms: dict[str, Term] = {
         "cross_entropy": partial(cross_entropy, weights=weights, smoothing=config.label_smoothing),
         "ohem": partial(ohem, threshold=config.ohem_threshold, min_kept=config.ohem_min_kept, weights=weights),
@@ -145,30 +145,30 @@ def build_terms(config: LossConfig, num_classes: int) -> tuple[tuple[float, Term
     return tuple((float(factor), terms[name]) for name, factor in vars(config.terms).items() if factor)
 
 
-def class_weights(given: Sequence[float] | str | None, num_classes: int) -> Tensor | None:
-    """(K) float32; None for none.
+def build_class_weights(given: Sequence[float] | str | None, num_classes: int) -> Tensor | None:
+    """(K) float32; None without class weights.
 
     Args:
-        given: numbers, or a JSON file that has them under `class_weights`, such as the check.json of mode=check.
+        given: numbers, or a JSON file with an entry `class_weights`, such as the check.json of mode=check.
 
     Raises:
-        ConfigError: if there is no such file, or it does not hold one number for each class.
+        ConfigError: if there is no such file, or not one number for each class.
     """
     if given is None:
         return None
     numbers = read_class_weights(given) if isinstance(given, str) else list(given)
     if len(numbers) != num_classes:
         raise ConfigError(f"loss.class_weights: {len(numbers)} numbers for {num_classes} classes.")
-    # Only ratios matter. Scaled by a power of two, which rounds nothing, large ones stay finite in float32.
+    # Only ratios matter. Scaling by a power of two is exact, and keeps large weights finite in float32.
     _, exponent = math.frexp(max(numbers))
     return torch.tensor([math.ldexp(number, -exponent) for number in numbers], dtype=torch.float32)
 
 
 def read_class_weights(path: str) -> list[float]:
-    """The numbers of a JSON file.
+    """The entry `class_weights` of a JSON file.
 
     Raises:
-        ConfigError: if it cannot be read, or holds others.
+        ConfigError: if it cannot be read, or holds anything but numbers of at least 0.
     """
     try:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -187,63 +187,63 @@ def segmentation_loss(
     label: Tensor,
     deepsup_weight: float = 0.4,
     average: str = "ranks",
-    terms: Sequence[tuple[float, Term]] = DEFAULT,
+    terms: Sequence[tuple[float, Term]] = DEFAULT_TERMS,
 ) -> Loss:
     """The loss of the main and the auxiliary logits.
 
     Args:
         logits: main (N, K, h, w), aux (N, K, h', w') or None; any float type.
-        label: (N, h, w) int64, -1 = not scored.
+        label: (N, h, w) int64, -1 = ignored.
         deepsup_weight: factor of the auxiliary loss.
-        average: of pixel-wise terms over the processes of a distributed run: "ranks", the mean of each rank's
-            mean over its own scored pixels (as published), or "pixels", the mean over the scored pixels of all
-            ranks. With one process both are the same.
-        terms: with their factors; cross entropy by default.
+        average: how pixel-wise terms are averaged in a distributed run: "ranks", the mean over ranks of each rank's
+            mean over its own scored pixels (as in the original code), or "pixels", the mean over the scored pixels
+            of all ranks. With one process both are the same.
+        terms: the terms with their factors; cross entropy by default.
 
     A sub-batch with nothing to score, or whose classes all have the weight 0, has the loss 0 and zero gradients,
-    never NaN. `dice` and `lovasz` know no weights.
+    never NaN. `dice` and `lovasz` use no class weights.
     """
-    main = _fitted(logits.main, label)
-    total = _sum_of(terms, main, label, average)
+    main = _resize_to_label(logits.main, label)
+    total = _sum_terms(terms, main, label, average)
     if logits.aux is not None and deepsup_weight:
-        total = total + deepsup_weight * _sum_of(terms, _fitted(logits.aux, label), label, average)
+        total = total + deepsup_weight * _sum_terms(terms, _resize_to_label(logits.aux, label), label, average)
     # (N, h, w) -> int64 counts, exact whatever the precision of the logits.
     correct = (main.detach().argmax(1) == label).sum()
     return Loss(total, correct, (label != IGNORED).sum())
 
 
-def _sum_of(terms: Sequence[tuple[float, Term]], logits: Tensor, label: Tensor, average: str) -> Tensor:
+def _sum_terms(terms: Sequence[tuple[float, Term]], logits: Tensor, label: Tensor, average: str) -> Tensor:
     return torch.stack([factor * term(logits, label, average) for factor, term in terms]).sum()
 
 
-def _fitted(logits: Tensor, label: Tensor) -> Tensor:
+def _resize_to_label(logits: Tensor, label: Tensor) -> Tensor:
     """`logits` in float32 or wider, at the resolution of `label`.
 
-    The two differ for the auxiliary head of an undilated encoder, which is finer than the main one,
-    and where model.label_stride is set by hand.
+    The resolutions differ for the auxiliary head of an undilated encoder, which is finer than the main one,
+    and if model.label_stride is set.
     """
-    # Sums over thousands of pixels lose digits in half precision.
+    # Sums over thousands of pixels lose precision in half precision.
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if wide.shape[-2:] == label.shape[-2:]:
         return wide
     return F.interpolate(wide, size=label.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _weight_of(label: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Scored pixels, counted by the weights of their classes."""
+def _count_weighted_pixels(label: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The number of scored pixels, weighted by the weights of their classes."""
     scored = label != IGNORED
     return scored.sum().to(dtype) if weights is None else (weights[label.clamp(min=0)] * scored).sum()
 
 
-def _mean(each: Tensor, weight: Tensor, average: str) -> Tensor:
-    """The sum of `each` (N, h, w) over this rank's pixels, divided by what they weigh; DDP takes the mean over ranks.
+def _mean(losses: Tensor, weight: Tensor, average: str) -> Tensor:
+    """The weighted mean of `losses` (N, h, w) over this rank's pixels; DDP then averages over ranks.
 
-    0 with zero gradients where nothing counts: on this rank, or with `average` "pixels" on all of them.
+    0 with zero gradients if no pixel counts: on this rank, or with `average` "pixels" on any rank.
     """
     divisor, num_ranks = weight, 1
     if average == "pixels" and dist.is_available() and dist.is_initialized():
         divisor, num_ranks = weight.clone(), dist.get_world_size()
         dist.all_reduce(divisor)
     is_counted = divisor > 0
-    total = torch.where(is_counted, each.sum(), 0)  # chosen before the division, whose gradient at 0 is NaN
+    total = torch.where(is_counted, losses.sum(), 0)  # before the division, whose gradient at 0 is NaN
     return total / (torch.where(is_counted, divisor, 1) / num_ranks)

@@ -17,10 +17,10 @@ from semseg.nets.segmenter import Segmenter
 Schedule = Callable[[int], float]
 
 
-def decay_split(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(weights of convolutions and linear layers, everything else): only the first decay.
 
-    Biases and the scale and shift of normalisation are free, as published.
+    Biases and the scale and shift of normalisation do not decay, as in the original code.
     """
     decay, free = [], []
     for layer in module.modules():
@@ -35,32 +35,32 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Encoder and decoder, each with its own rate, each with and without decay; frozen parameters are in none.
 
-    But for those in `unused`, which the loss does not reach: an optimiser neither moves nor decays what has no
-    gradient, and with them its state has the same layout as in checkpoints written before they were frozen.
+    The exception are those in `unused`, which the loss does not depend on: an optimiser neither moves nor decays a
+    parameter without a gradient, and its state keeps the layout of checkpoints written before they were frozen.
 
     With `layer_decay` the encoder has a pair for each of its stages: the last one, called encoder, at the encoder's
     rate, the one before it, encoder_-1, at layer_decay times that, and so on.
     """
     encoder_rate = config.lr if config.lr_encoder is None else config.lr_encoder
     decoder_rate = config.lr if config.lr_decoder is None else config.lr_decoder
-    stages: list[list[nn.Module]] = encoder_stages(net.encoder) if config.layer_decay < 1 else [[net.encoder]]
+    stages: list[list[nn.Module]] = list_encoder_stages(net.encoder) if config.layer_decay < 1 else [[net.encoder]]
     kept = {id(parameter) for parameter in unused}
     groups = []
-    for place, stage in enumerate(stages, start=1 - len(stages)):
-        name = f"encoder_{place}" if place else "encoder"
-        groups += pair_of_groups(name, stage, encoder_rate * config.layer_decay**-place, config.weight_decay, kept)
-    groups += pair_of_groups("decoder", [net.decoder], decoder_rate, config.weight_decay, kept)
+    for position, stage in enumerate(stages, start=1 - len(stages)):
+        name = f"encoder_{position}" if position else "encoder"
+        groups += build_group_pair(name, stage, encoder_rate * config.layer_decay**-position, config.weight_decay, kept)
+    groups += build_group_pair("decoder", [net.decoder], decoder_rate, config.weight_decay, kept)
     return [group for group in groups if group["params"]]
 
 
-def pair_of_groups(
+def build_group_pair(
     name: str, modules: Sequence[nn.Module], rate: float, weight_decay: float, kept: Collection[int]
 ) -> list[dict[str, Any]]:
-    """Parameters of some modules, trainable or with an id in `kept`, in one group with and one without decay."""
+    """Parameters of some modules, trainable or with an id in `kept`, in a group with decay and one without."""
     decay: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for module in modules:
-        for kind, found in zip((decay, free), decay_split(module), strict=True):
+        for kind, found in zip((decay, free), split_by_decay(module), strict=True):
             kind += [parameter for parameter in found if parameter.requires_grad or id(parameter) in kept]
     return [
         {"name": name, "params": decay, "lr": rate, "weight_decay": weight_decay},
@@ -68,14 +68,14 @@ def pair_of_groups(
     ]
 
 
-def encoder_stages(encoder: nn.Module) -> list[list[nn.Module]]:
+def list_encoder_stages(encoder: nn.Module) -> list[list[nn.Module]]:
     """The children of an encoder from its input on; the single layers before the first block are one stage.
 
-    A lone child stands for its own children: adapters hold their network so.
+    A single child is replaced by its own children, because adapters wrap their network in that way.
     """
     children = [child for child in encoder.children() if next(child.parameters(), None) is not None]
     if len(children) == 1 and next(children[0].children(), None) is not None:
-        return encoder_stages(children[0])
+        return list_encoder_stages(children[0])
     stages: list[list[nn.Module]] = []
     for child in children:
         is_layer = next(child.children(), None) is None
@@ -95,7 +95,7 @@ def build_optimizer(net: Segmenter, config: OptimConfig, unused: Collection[nn.P
 
 
 def poly(step: int, *, total_steps: int, power: float) -> float:
-    """Share of the base rate at `step`, set before the step: (1 - step / total) ** power.
+    """Fraction of the base rate at `step`, set before the step: (1 - step / total) ** power.
 
     >>> poly(50, total_steps=100, power=1.0)
     0.5
@@ -109,31 +109,31 @@ def cosine(step: int, *, total_steps: int, floor: float) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def warmed_up(step: int, *, schedule: Schedule, warmup_steps: int, factor: float) -> float:
-    """`schedule`, damped by a factor that rises linearly from `factor` to 1 over `warmup_steps`."""
+def warm_up(step: int, *, schedule: Schedule, warmup_steps: int, factor: float) -> float:
+    """`schedule` times a factor that rises linearly from `factor` to 1 over `warmup_steps`."""
     if step >= warmup_steps:
         return schedule(step)
     return schedule(step) * (factor + (1 - factor) * step / warmup_steps)
 
 
 def build_schedule(config: ScheduleConfig, total_steps: int) -> Schedule:
-    """The share of the base rate as a function of the step (from 0)."""
+    """The fraction of the base rate as a function of the step (from 0)."""
     schedule: Schedule = partial(poly, total_steps=total_steps, power=config.power)
     if config.name == "cosine":
         schedule = partial(cosine, total_steps=total_steps, floor=config.min_factor)
     if config.name == "poly" or not config.warmup_steps:
         return schedule
-    return partial(warmed_up, schedule=schedule, warmup_steps=config.warmup_steps, factor=config.warmup_factor)
+    return partial(warm_up, schedule=schedule, warmup_steps=config.warmup_steps, factor=config.warmup_factor)
 
 
 def apply_settings(optimizer: Optimizer, scheduler: LambdaLR, settings: Sequence[dict[str, Any]]) -> None:
     """Give the parameter groups of a resumed run the settings and the schedule of this run instead of the saved ones.
 
-    Restoring an optimiser brings back the rate that the saved schedule had, and LambdaLR corrects it one step late.
+    Restoring an optimiser restores the rate of the saved schedule, and LambdaLR corrects it one step late.
 
     Args:
-        settings: of each group, as the optimiser was built: what `optimizer.param_groups` hold besides the parameters,
-            `initial_lr` of the scheduler included.
+        settings: one dict per group, as the optimiser was built: the entries of `optimizer.param_groups` besides the
+            parameters, including the scheduler's `initial_lr`.
     """
     for group, given, schedule in zip(optimizer.param_groups, settings, scheduler.lr_lambdas, strict=True):
         group.update(given)
@@ -143,5 +143,5 @@ def apply_settings(optimizer: Optimizer, scheduler: LambdaLR, settings: Sequence
 
 
 def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
-    """Lightning steps it after every optimiser step, so that step n runs with schedule(n)."""
+    """The scheduler, which Lightning steps after every optimiser step, so that step n runs with schedule(n)."""
     return LambdaLR(optimizer, build_schedule(config, total_steps))

@@ -1,8 +1,8 @@
-"""A resumed run takes the very steps that the stopped one would have taken.
+"""A resumed run takes exactly the steps that the stopped one would have taken.
 
-The order of the images is a pure function of the sub-batch's number (semseg/data/plan.py); here is what a checkpoint of
-Lightning's does not settle: the random numbers of dropout, where in its epochs a run is, whether it is finished, and a
-command line or data that do not fit the run.
+The order of the images is a pure function of the sub-batch's number (semseg/data/plan.py). This file covers what
+Lightning's checkpoints do not: the random numbers of dropout, the position of a run in its epochs, whether it is
+finished, and a command line or data that do not fit the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from semseg.checkpoints.format import FORMAT_KEY, first_line, load_plain, parse_checkpoint
-from semseg.config.schema import Config, config_to_plain
+from semseg.config.schema import Config, TrainerConfig, config_to_plain
 from semseg.config.validate import iterate_leaves
 from semseg.data.batch import Batch
 from semseg.data.overlap import file_length
@@ -31,13 +31,13 @@ from semseg.training.loggers.csv import CSVLog
 from semseg.training.optim import build_schedule
 from semseg.training.training_state import check_training_state
 
-RUN_KEY = "semseg_run"  # of a checkpoint: RunFacts
+RUN_KEY = "semseg_run"  # in a checkpoint: RunConditions
 EARLY_STOPPING = "pytorch_lightning.callbacks.EarlyStopping"
-_DROPOUT = 2  # a stream of its own, apart from those of the plan
+_DROPOUT = 2  # number of the random stream, different from those of the plan
 
 
 class SeedEveryStep(Callback):
-    """Seeds torch's generators before every step, so that dropout depends on the step and the rank alone."""
+    """Seeds torch's generators before every step, so that dropout depends on the step and the rank only."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -49,24 +49,24 @@ class SeedEveryStep(Callback):
         torch.manual_seed(number_for(self.seed, _DROPOUT, position, trainer.global_rank))
 
 
-class ForgetRepeatedSteps(Callback):
-    """Takes what a resumed run does again out of the log and out of Lightning's counts."""
+class DropRepeatedSteps(Callback):
+    """Removes what a resumed run repeats from the log and from Lightning's counts."""
 
     def __init__(self, max_steps: int) -> None:
         self.max_steps = max_steps
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step, is_pending = trainer.global_step, validation_is_pending(trainer)
+        step, is_pending = trainer.global_step, is_validation_pending(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, CSVLog):
-                logger.forget_from(step)
+                logger.drop_from(step)
                 if is_pending:
-                    logger.forget_columns(step - 1, "val/")
+                    logger.drop_columns(step - 1, "val/")
         loop = trainer.fit_loop.epoch_loop
         if is_pending:
-            loop.val_loop.batch_progress.reset()  # see Position.place
+            loop.val_loop.batch_progress.reset()  # see Position.apply_to
         elif not trainer.fit_loop.restarted_mid_epoch:
-            loop.restarting = False  # the next epoch starts from its beginning, also where trainer.max_steps is set
+            loop.restarting = False  # the next epoch starts from its beginning, also with trainer.max_steps
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loop, limit = trainer.fit_loop.epoch_loop, self.max_steps
@@ -74,60 +74,61 @@ class ForgetRepeatedSteps(Callback):
             loop.max_steps = limit  # see resume_at
 
 
-def validation_is_pending(trainer: pl.Trainer) -> bool:
+def is_validation_pending(trainer: pl.Trainer) -> bool:
     """Whether training resumes at the end of an epoch whose validation was cut short."""
     loop = trainer.fit_loop.epoch_loop
     return loop.restarting and loop.batch_progress.is_last_batch and loop.val_loop.batch_progress.current.completed == 0
 
 
-# ---- where a run is
+# ---- the position of a run
 
 
 class Position(NamedTuple):
-    """How far a run is."""
+    """How far a run has come."""
 
-    epochs: int  # whose steps are all done
-    batches: int = 0  # of the epoch after them, on every device; below the number of an epoch
-    is_validation_pending: bool = False  # of the last of `epochs`
+    epochs: int  # epochs whose steps are all done
+    batches: int = 0  # sub-batches done in the next epoch, on every device
+    is_validation_pending: bool = False  # whether the last of `epochs` is still to be validated
 
     @classmethod
-    def of(cls, loops: dict[str, Any], validation_interval: int) -> Position:
-        """Where a checkpoint was written.
+    def from_loops(cls, loops: dict[str, Any], validation_interval: int) -> Position:
+        """The position at which a checkpoint was written.
 
-        A run that trainer.max_steps ends inside an epoch counts, for Lightning, that epoch as done; here it is not.
+        Where trainer.max_steps ends a run inside an epoch, Lightning counts that epoch as done; this does not.
 
         Args:
             loops: the entry "fit_loop" of a checkpoint's "loops".
-            validation_interval: epochs from one validation to the next; 0: there is none.
+            validation_interval: epochs from one validation to the next; 0: no validation.
         """
         batch = loops["epoch_loop.batch_progress"]
         started, batches = loops["epoch_progress"]["current"]["started"], batch["current"]["ready"]
         if batches and not batch["is_last_batch"]:
             return cls(started - 1, batches)
-        # The checkpoint of a last batch is written before validation, that after it when the batch is completed.
+        # After the last batch of an epoch there are two checkpoints: one before validation, when the batch is not yet
+        # counted as completed, and one after it.
         is_pending = batch["total"]["completed"] < batch["total"]["processed"]
         return cls(started, 0, is_pending and validation_interval > 0 and started % validation_interval == 0)
 
-    def scaled(self, before: int, now: int, accumulate: int) -> Position:
-        """The same share of an epoch, where it has `now` batches instead of `before`, down to a whole step."""
+    def rescale(self, before: int, now: int, accumulate: int) -> Position:
+        """The same fraction of an epoch of `now` sub-batches instead of `before`, rounded down to a whole step."""
         batches = self.batches * now // before
         return self._replace(batches=batches - batches % accumulate)
 
-    def steps(self, batches_per_epoch: int, accumulate: int) -> int:
-        """Steps of the optimiser up to here. The last one of an epoch takes what is left."""
+    def count_steps(self, batches_per_epoch: int, accumulate: int) -> int:
+        """Steps of the optimiser up to here. The last one of an epoch takes the remaining sub-batches."""
         return self.epochs * -(-batches_per_epoch // accumulate) + self.batches // accumulate
 
-    def place(self, loops: dict[str, Any], batches_per_epoch: int, steps: int) -> None:
+    def apply_to(self, loops: dict[str, Any], batches_per_epoch: int, steps: int) -> None:
         """Change the saved state of Lightning's loops so that training resumes here.
 
-        Lightning tells where to resume from the differences of its counts, in a way that takes a step too many at the
-        end of an epoch without validation, and goes on to the next epoch where a validation was cut short. With the
-        counts of a run in the middle of validating, it goes back and validates.
+        Lightning derives the position from differences between its counts, which takes a step too many at the end of
+        an epoch without validation, and skips to the next epoch if a validation was interrupted. With the counts of a
+        run in the middle of a validation, it validates first.
 
         Args:
             loops: the entry "fit_loop" of a checkpoint's "loops"; changed in place.
             batches_per_epoch: on every device.
-            steps: of the optimiser, up to here.
+            steps: steps of the optimiser up to here.
         """
         is_inside, is_pending = self.batches > 0, self.is_validation_pending
         started, done = self.epochs + is_inside, self.epochs - is_pending
@@ -142,7 +143,7 @@ class Position(NamedTuple):
         loops["epoch_loop.scheduler_progress"]["total"].update(ready=steps, completed=steps)
         optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
         optimizer["step"]["total"].update(ready=steps, completed=steps)
-        # Of a step that is resumed at, Lightning adds 1 itself.
+        # Lightning adds 1 itself for the step at which it resumes.
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - (is_inside or is_pending)
         loops["state_dict"]["combined_loader"] = []  # SegmentationData restores the loader
         if is_pending:
@@ -152,51 +153,54 @@ class Position(NamedTuple):
             validation["is_last_batch"] = False
 
 
-def validation_interval(config: Config, *, has_val: bool) -> int:
-    """Epochs from one validation to the next; 0: there is none."""
+def get_validation_interval(config: Config, *, has_val: bool) -> int:
+    """Epochs from one validation to the next; 0: no validation."""
     return config.trainer.check_val_every_n_epoch if has_val and config.trainer.limit_val_batches != 0 else 0
 
 
 def resume_at(trainer: pl.Trainer, config: Config, checkpoint: dict[str, Any], batches_per_epoch: int) -> None:
-    """Change a checkpoint that is about to be loaded so that the run resumes where, and as, it should.
+    """Change a checkpoint that is about to be loaded so that the run resumes at the right step.
 
-    Where an epoch has another number of steps now (resume_force=true), epochs that are done stay done, and the schedule
-    resumes at the same share of the epoch.
+    If an epoch has another number of steps now (resume_force=true), finished epochs stay finished, and the schedule
+    resumes at the same fraction of the epoch.
 
     Args:
-        config: of this run.
+        config: the configuration of this run.
         checkpoint: the content of the file; changed in place.
         batches_per_epoch: sub-batches of an epoch of this run, on every device.
     """
     loops = checkpoint["loops"]["fit_loop"]
     interval = trainer.check_val_every_n_epoch if trainer.enable_validation else 0
-    position, steps = Position.of(loops, interval or 0), int(checkpoint["global_step"])
+    position, steps = Position.from_loops(loops, interval or 0), int(checkpoint["global_step"])
     accumulated = checkpoint[FORMAT_KEY]["config"]["trainer"]["accumulate_grad_batches"]
-    elsewhere = moved(position, RunFacts.of(checkpoint), accumulated, config, batches_per_epoch)
-    if elsewhere is not None:
-        position = elsewhere
-        steps = checkpoint["global_step"] = position.steps(batches_per_epoch, config.trainer.accumulate_grad_batches)
+    conditions = RunConditions.from_checkpoint(checkpoint)
+    rescaled = rescale_position(position, conditions, accumulated, config, batches_per_epoch)
+    if rescaled is not None:
+        position = rescaled
+        steps = checkpoint["global_step"] = position.count_steps(
+            batches_per_epoch, config.trainer.accumulate_grad_batches
+        )
         for scheduler in checkpoint["lr_schedulers"]:
             scheduler["last_epoch"] = steps
-    position.place(loops, batches_per_epoch, steps)
+    position.apply_to(loops, batches_per_epoch, steps)
     if position.is_validation_pending and 0 < trainer.max_steps <= steps:
-        trainer.fit_loop.epoch_loop.max_steps = steps + 1  # else Lightning leaves without it
+        trainer.fit_loop.epoch_loop.max_steps = steps + 1  # otherwise Lightning ends without it
     restore_early_stopping(trainer, config, checkpoint)
 
 
-def moved(
-    position: Position, facts: RunFacts | None, accumulated: int, config: Config, batches_per_epoch: int
+def rescale_position(
+    position: Position, conditions: RunConditions | None, accumulated: int, config: Config, batches_per_epoch: int
 ) -> Position | None:
-    """Where a run resumes whose epochs have another number of steps now; None if they have the same.
+    """Where a run resumes if its epochs have another number of steps now; None if they have the same.
 
     Args:
-        facts: of the run so far.
+        conditions: those of the run so far.
         accumulated: its trainer.accumulate_grad_batches.
     """
     accumulate = config.trainer.accumulate_grad_batches
-    if facts is None or (facts.batches_per_epoch, accumulated) == (batches_per_epoch, accumulate):
+    if conditions is None or (conditions.batches_per_epoch, accumulated) == (batches_per_epoch, accumulate):
         return None
-    return position.scaled(facts.batches_per_epoch, batches_per_epoch, accumulate)
+    return position.rescale(conditions.batches_per_epoch, batches_per_epoch, accumulate)
 
 
 # ---- early stopping
@@ -205,14 +209,14 @@ def moved(
 class EarlyStop(NamedTuple):
     """Why a callback of the configuration ended a run."""
 
-    name: str  # in `callbacks`
-    reason: str  # a sentence of Lightning's
+    name: str  # its key in `callbacks`
+    reason: str  # Lightning's message
 
     @classmethod
-    def of(cls, content: dict[str, Any], config: Config) -> EarlyStop | None:
-        """What ended the run of a checkpoint, as long as `config` still has the same callback; else None."""
+    def from_checkpoint(cls, content: dict[str, Any], config: Config) -> EarlyStop | None:
+        """What ended the run of a checkpoint, if `config` still has the same callback; else None."""
         saved = content[FORMAT_KEY]["config"].get("callbacks", {})
-        for name in early_stopping_callbacks(config):
+        for name in list_early_stopping(config):
             section = config.callbacks[name]
             if saved.get(name) != section:
                 continue
@@ -223,14 +227,14 @@ class EarlyStop(NamedTuple):
         return None
 
 
-def early_stopping_callbacks(config: Config) -> list[str]:
-    """Their names in `callbacks`."""
+def list_early_stopping(config: Config) -> list[str]:
+    """The keys of the early stopping callbacks in `callbacks`."""
     return [name for name, section in config.callbacks.items() if section.get("_target_") == EARLY_STOPPING]
 
 
 def restore_early_stopping(trainer: pl.Trainer, config: Config, checkpoint: dict[str, Any]) -> None:
-    """Let a run that ended early stay at its end, or train on where its callback has changed."""
-    trainer.should_stop = EarlyStop.of(checkpoint, config) is not None
+    """Keep a run that ended early finished, or let it continue if its callback has changed."""
+    trainer.should_stop = EarlyStop.from_checkpoint(checkpoint, config) is not None
     for callback in trainer.early_stopping_callbacks:
         state = checkpoint["callbacks"].get(callback.state_key)
         if isinstance(callback, EarlyStopping) and state is not None:
@@ -239,38 +243,38 @@ def restore_early_stopping(trainer: pl.Trainer, config: Config, checkpoint: dict
                 state.update(stopping_reason=EarlyStoppingReason.NOT_STOPPED.value, stopping_reason_message=None)
 
 
-# ---- facts
+# ---- conditions
 
 
-class RunFacts(NamedTuple):
-    """What decides the steps of a run besides its settings; in every checkpoint."""
+class RunConditions(NamedTuple):
+    """What decides the steps of a run besides its settings; saved in every checkpoint."""
 
-    world_size: int  # devices of all machines
+    world_size: int  # devices on all machines
     batches_per_epoch: int  # on every device
-    total_steps: int  # of the optimiser, at whose end the schedule ends
-    records: dict[str, list[Any]]  # of each split: how many, and a digest
+    total_steps: int  # steps of the optimiser, and the length of the schedule
+    records: dict[str, list[Any]]  # per split: the number of records and a digest
     accelerator: str  # cpu, gpu
-    threads: int  # that PyTorch computes with
+    threads: int  # of PyTorch
 
     @classmethod
-    def of(cls, content: dict[str, Any]) -> RunFacts | None:
-        """Those of a checkpoint; None for one of the first release, which has none.
+    def from_checkpoint(cls, content: dict[str, Any]) -> RunConditions | None:
+        """The conditions in a checkpoint; None for one of the first release, which has none.
 
         Raises:
-            TypeError, ValueError: if they are spoiled.
+            TypeError, ValueError: if they are damaged.
         """
         if RUN_KEY not in content:
             return None
-        facts = cls(**content[RUN_KEY])
-        if min(facts[:3]) < 1 or not all(len(found) == 2 for found in facts.records.values()):
-            raise ValueError(f"{RUN_KEY}: {facts}")
-        return facts
+        conditions = cls(**content[RUN_KEY])
+        if min(conditions[:3]) < 1 or not all(len(entry) == 2 for entry in conditions.records.values()):
+            raise ValueError(f"{RUN_KEY}: {conditions}")
+        return conditions
 
 
-def limited(batches: int, limit: float | None) -> int:
-    """Batches of an epoch under trainer.limit_train_batches: a number, or as a float a share.
+def limit_batches(batches: int, limit: float | None) -> int:
+    """Batches of an epoch under trainer.limit_train_batches: a number, or as a float a fraction.
 
-    >>> limited(9, None), limited(9, 4), limited(9, 0.5)
+    >>> limit_batches(9, None), limit_batches(9, 4), limit_batches(9, 0.5)
     (9, 4, 4)
     """
     if limit is None:
@@ -278,16 +282,15 @@ def limited(batches: int, limit: float | None) -> int:
     return int(batches * limit) if isinstance(limit, float) else min(batches, limit)
 
 
-def num_steps(config: Config, batches_per_epoch: int) -> int:
+def count_run_steps(trainer: TrainerConfig, batches_per_epoch: int) -> int:
     """Steps of the optimiser in a whole run."""
-    trainer = config.trainer
     steps = trainer.max_epochs * math.ceil(batches_per_epoch / trainer.accumulate_grad_batches)
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
 
 def digest_records(records: Sequence[Record], root: Path) -> list[Any]:
-    """How many records there are, and a digest of their order, paths below `root`, and sizes in pixels and bytes."""
-    digest, base = hashlib.sha256(), f"{os.path.abspath(root)}{os.sep}"  # noqa: PTH100 - pathlib costs seconds here
+    """The number of records, and a digest of their order, paths below `root`, and sizes in pixels and bytes."""
+    digest, base = hashlib.sha256(), f"{os.path.abspath(root)}{os.sep}"  # noqa: PTH100 - pathlib takes seconds here
     for record in records:
         files = [path for path in (record.image, record.label) if path]
         paths = [os.path.abspath(path).removeprefix(base) for path in files]  # noqa: PTH100
@@ -300,34 +303,34 @@ def digest_records(records: Sequence[Record], root: Path) -> list[Any]:
 
 
 class RunState(NamedTuple):
-    """Where a run is, by one of its checkpoints."""
+    """The state of a run, read from one of its checkpoints."""
 
     path: Path
-    config: Config  # of the run so far
+    config: Config  # the configuration of the run so far
     position: Position
     step: int  # of the optimiser, from the start
     num_classes: int
-    facts: RunFacts | None  # None in a checkpoint of the first release
+    conditions: RunConditions | None  # None in a checkpoint of the first release
     early_stop: EarlyStop | None
 
-    def step_of(self, config: Config, batches_per_epoch: int) -> int:
-        """The step that `resume_at` resumes at."""
-        position = moved(
-            self.position, self.facts, self.config.trainer.accumulate_grad_batches, config, batches_per_epoch
+    def compute_resume_step(self, config: Config, batches_per_epoch: int) -> int:
+        """The step at which `resume_at` resumes."""
+        position = rescale_position(
+            self.position, self.conditions, self.config.trainer.accumulate_grad_batches, config, batches_per_epoch
         )
         accumulate = config.trainer.accumulate_grad_batches
-        return self.step if position is None else position.steps(batches_per_epoch, accumulate)
+        return self.step if position is None else position.count_steps(batches_per_epoch, accumulate)
 
-    def why_finished(self, config: Config) -> str | None:
-        """Why the run that `config` describes has no step left to take, and what to change; None if it has."""
+    def describe_end(self, config: Config) -> str | None:
+        """Why the run that `config` describes is finished, and what to change; None if steps are left to take."""
         limits = config.trainer
         if self.position.is_validation_pending:
             return None
         if self.early_stop is not None:
             name, reason = self.early_stop
             return (
-                f"already finished at epoch {self.position.epochs}: callbacks.{name} ended it ({reason}). To train on, "
-                f"change its settings, or leave it out with {without_callback(name)}"
+                f"already finished at epoch {self.position.epochs}: callbacks.{name} ended it ({reason}). To continue, "
+                f"change its settings, or remove it with {removal_override(name)}"
             )
         reached = {
             "trainer.max_epochs": self.position.epochs >= limits.max_epochs,
@@ -336,20 +339,20 @@ class RunState(NamedTuple):
         keys = " and ".join(key for key, is_reached in reached.items() if is_reached)
         if not keys:
             return None
-        place = f"epoch {self.position.epochs}" if reached["trainer.max_epochs"] else f"step {self.step}"
-        return f"already finished at {place}; raise {keys} to continue"
+        end = f"epoch {self.position.epochs}" if reached["trainer.max_epochs"] else f"step {self.step}"
+        return f"already finished at {end}; raise {keys} to continue"
 
 
-def without_callback(name: str) -> str:
-    """The word of a command line that takes a callback out."""
+def removal_override(name: str) -> str:
+    """The override that removes a callback from the configuration."""
     return f"~callbacks.{name}"
 
 
 def read_run_state(path: Path, config: Config, *, has_val: bool) -> RunState:
-    """Read where the run of a checkpoint is.
+    """Read the state of a run from a checkpoint.
 
     Args:
-        config: of the run that is about to resume.
+        config: the configuration of the run that is about to resume.
         has_val: whether it has validation images.
 
     Raises:
@@ -359,41 +362,41 @@ def read_run_state(path: Path, config: Config, *, has_val: bool) -> RunState:
     saved = parse_checkpoint(path, content)
     if "optimizer_states" not in content:
         raise CheckpointError(
-            f"{path}: a network without its optimiser, so no run can go on from it. "
+            f"{path}: holds a network without its optimiser, so no run can resume from it. "
             f"Start a new one from its weights: init_from={path}."
         )
     check_training_state(path, content)
     try:
-        position = Position.of(content["loops"]["fit_loop"], validation_interval(config, has_val=has_val))
-        facts, early_stop = RunFacts.of(content), EarlyStop.of(content, config)
+        position = Position.from_loops(content["loops"]["fit_loop"], get_validation_interval(config, has_val=has_val))
+        conditions, early_stop = RunConditions.from_checkpoint(content), EarlyStop.from_checkpoint(content, config)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:  # tensors raise any
         raise CheckpointError(
-            f"{path}: what it says of its run is damaged ({first_line(error)}). Resume from another one, or start "
-            f"a new run from its weights: init_from={path}."
+            f"{path}: its description of the run is damaged ({first_line(error)}). Resume from another checkpoint, or "
+            f"start a new run from its weights: init_from={path}."
         ) from None
-    return RunState(path, saved.config, position, saved.step, saved.classes.num_classes, facts, early_stop)
+    return RunState(path, saved.config, position, saved.step, saved.classes.num_classes, conditions, early_stop)
 
 
 # ---- whether it is the same run
 
 
-# What decides the steps of a run; the rest (folders, loggers, number of workers, ...) may change.
-EXACT = ("seed", "model", "data", "augment", "optim", "schedule", "loss", "ema", "syncbn")
-FREE = (
+# Sections that decide the steps of a run; the rest (folders, loggers, number of workers, ...) may change.
+STEP_SECTIONS = ("seed", "model", "data", "augment", "optim", "schedule", "loss", "ema", "syncbn")
+CHANGEABLE_KEYS = (
     "data.num_workers", "data.worker_timeout_s", "data.label_cache", "data.on_bad", "data.max_bad", "data.max_pixels",
     "data.root", "data.hint", "data.test", "data.miou_rule", "data.archive",
     "model.name", "model.channels_last", "model.winograd", "model.compile", "model.encoder.weights",
 )  # fmt: skip
-# Keys that decide which weights and which state of the optimiser there are.
-FIXED = (
+# Keys that decide which weights and which state of the optimiser a checkpoint holds.
+FIXED_KEYS = (
     "model.encoder.name", "model.encoder.library", "model.encoder.frozen", "model.decoder.", "data.num_classes",
     "optim.name", "optim.layer_decay",
 )  # fmt: skip
-EXACT_TRAINER = ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.precision")
+STEP_TRAINER_KEYS = ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.precision")
 
 
-def differing_keys(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys on which two runs cannot be the same run, with the saved and the given value."""
+def find_differing_keys(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys that decide the steps and differ between two configurations, with the saved and the given value."""
     before, after = (dict(iterate_leaves(config_to_plain(config))) for config in (saved, given))
     return {
         key: (before.get(key), after.get(key))
@@ -403,17 +406,17 @@ def differing_keys(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def decides_steps(key: str) -> bool:
-    """Whether another value of `key` gives other steps.
+    """Whether another value of `key` changes the steps of a run.
 
     >>> decides_steps("data.batch_size"), decides_steps("data.num_workers")
     (True, False)
     """
-    is_free = any(key == free or key.startswith(f"{free}.") for free in FREE)
-    return (key.partition(".")[0] in EXACT and not is_free) or key in EXACT_TRAINER
+    is_free = any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE_KEYS)
+    return (key.partition(".")[0] in STEP_SECTIONS and not is_free) or key in STEP_TRAINER_KEYS
 
 
 def check_same_run(state: RunState, config: Config, *, num_classes: int) -> str | None:
-    """None if the settings are those of the run so far; what differs, as sentences, if resume_force allows it.
+    """None if the settings are those of the run so far; a report of the differences if resume_force allows them.
 
     Raises:
         ConfigError: if keys differ that decide the steps, and resume_force is not set; or, in any case, if they decide
@@ -421,53 +424,55 @@ def check_same_run(state: RunState, config: Config, *, num_classes: int) -> str 
     """
     rows = {
         key: f"{key}: {before} in the checkpoint, {after} now"
-        for key, (before, after) in differing_keys(state.config, config).items()
+        for key, (before, after) in find_differing_keys(state.config, config).items()
     }
     if num_classes != state.num_classes:
         rows["data.num_classes"] = f"data.num_classes: {state.num_classes} in the checkpoint, {num_classes} now"
-    if any(key.startswith(FIXED) for key in rows):
+    if any(key.startswith(FIXED_KEYS) for key in rows):
         listed = "\n  ".join(rows.values())
         raise ConfigError(
-            f"{state.path}: its weights, or the state of its optimiser, do not fit this run:\n  {listed}\n"
+            f"{state.path}: its weights or the state of its optimiser do not fit this run:\n  {listed}\n"
             "Start a new run with init_from=<checkpoint>."
         )
-    return forced(state.path, list(rows.values()), force=config.resume_force)
+    return report_or_refuse(state.path, list(rows.values()), force=config.resume_force)
 
 
-def check_same_facts(state: RunState, config: Config, now: RunFacts) -> list[str]:
-    """What to report of the differences between the run so far and now that are not in the settings.
+def check_same_conditions(state: RunState, config: Config, now: RunConditions) -> list[str]:
+    """Reports of the differences between the run so far and now that are not in the settings.
 
     Raises:
         ConfigError: if they decide the steps, and resume_force is not set.
     """
-    before = state.facts
-    if before is None:  # a checkpoint of the first release: what its settings say of it
+    before = state.conditions
+    if before is None:  # a checkpoint of the first release: only its settings are known
         keys = ("trainer.devices", "trainer.num_nodes", "trainer.limit_train_batches")
         saved, given = (dict(iterate_leaves(config_to_plain(one))) for one in (state.config, config))
-        rows = [difference(key, saved.get(key), given.get(key)) for key in keys]
+        rows = [format_difference(key, saved.get(key), given.get(key)) for key in keys]
     else:
         rows = [
-            difference("number of devices", before.world_size, now.world_size),
-            difference("sub-batches of an epoch, on each device", before.batches_per_epoch, now.batches_per_epoch),
-            records_difference("train", before, now),
+            format_difference("number of devices", before.world_size, now.world_size),
+            format_difference(
+                "sub-batches of an epoch, on each device", before.batches_per_epoch, now.batches_per_epoch
+            ),
+            format_records_difference("train", before, now),
         ]
-    report = forced(state.path, [row for row in rows if row], force=config.resume_force)
-    return [line for line in (report, *remarks(state, config, now)) if line]
+    report = report_or_refuse(state.path, [row for row in rows if row], force=config.resume_force)
+    return [line for line in (report, *find_warnings(state, config, now)) if line]
 
 
-def remarks(state: RunState, config: Config, now: RunFacts) -> Iterator[str]:
-    """Sentences about differences with which a run may resume, but not without the user's notice."""
-    before = state.facts
+def find_warnings(state: RunState, config: Config, now: RunConditions) -> Iterator[str]:
+    """Warnings about differences with which a run may resume, but which the user should know."""
+    before = state.conditions
     if before is None:
         return
-    if row := records_difference("val", before, now):
-        yield f"warning: {row}. Scores before and after are not of the same images, and best.ckpt is chosen by both."
+    if row := format_records_difference("val", before, now):
+        yield f"warning: {row}. Scores before and after are not comparable, and best.ckpt is chosen by both."
     for name in ("accelerator", "threads"):
-        if row := difference(name, getattr(before, name), getattr(now, name)):
-            yield f"warning: {row}. Sums in another order differ in their last bits: the run does not resume exactly."
-    step = state.step_of(config, now.batches_per_epoch)
-    at = ((before.total_steps, state.step), (now.total_steps, step))
-    rates = [build_schedule(config.schedule, total)(place) for total, place in at]
+        if row := format_difference(name, getattr(before, name), getattr(now, name)):
+            yield f"warning: {row}. The order of floating-point sums changes: the run does not resume exactly."
+    step = state.compute_resume_step(config, now.batches_per_epoch)
+    positions = ((before.total_steps, state.step), (now.total_steps, step))
+    rates = [build_schedule(config.schedule, total)(position) for total, position in positions]
     if before.total_steps != now.total_steps and not math.isclose(*rates, rel_tol=1e-9):
         yield (
             f"the schedule ends at step {now.total_steps} now, {before.total_steps} in the checkpoint: at step {step} "
@@ -475,21 +480,21 @@ def remarks(state: RunState, config: Config, now: RunFacts) -> Iterator[str]:
         )
 
 
-def difference(name: str, before: object, now: object) -> str:
+def format_difference(name: str, before: object, now: object) -> str:
     """A line about two values; empty if they are equal."""
     return "" if before == now else f"{name}: {before} in the checkpoint, {now} now"
 
 
-def records_difference(split: str, before: RunFacts, now: RunFacts) -> str:
+def format_records_difference(split: str, before: RunConditions, now: RunConditions) -> str:
     """A line about the images of a split; empty if they are the same."""
-    (count, digest), (count_now, digest_now) = (facts.records.get(split, [0, ""]) for facts in (before, now))
+    (count, digest), (count_now, digest_now) = (run.records.get(split, [0, ""]) for run in (before, now))
     if count == count_now and digest != digest_now:
         return f"data.{split}: other files, sizes or order than in the checkpoint ({count} images in both)"
-    return difference(f"data.{split}", f"{count} images", f"{count_now} images")
+    return format_difference(f"data.{split}", f"{count} images", f"{count_now} images")
 
 
-def forced(source: Path, rows: Sequence[str], *, force: bool) -> str | None:
-    """None without rows; else a report with all of them, if the run is forced to resume.
+def report_or_refuse(source: Path, rows: Sequence[str], *, force: bool) -> str | None:
+    """None without rows; a report of all of them if the run is forced to resume.
 
     Raises:
         ConfigError: if it is not.
@@ -500,6 +505,6 @@ def forced(source: Path, rows: Sequence[str], *, force: bool) -> str | None:
     if force:
         return f"{source}: resuming with other settings or data, so not exactly (resume_force=true):\n  {listed}"
     raise ConfigError(
-        f"{source}: the run it belongs to was another one, so resuming would not be exact:\n  {listed}\n"
-        "Start a new run with init_from=<checkpoint>, or resume in spite of this with resume_force=true."
+        f"{source}: this run differs from the one that wrote it, so it would not resume exactly:\n  {listed}\n"
+        "Start a new run with init_from=<checkpoint>, or resume anyway with resume_force=true."
     )

@@ -1,4 +1,4 @@
-"""Parameters that the loss does not reach: found before training, and frozen."""
+"""Parameters that the loss does not depend on: found before training, and frozen."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from semseg.nets.segmenter import Segmenter
 def freeze_unused(net: Segmenter, loss: Callable[[Logits, Tensor], Tensor]) -> dict[str, nn.Parameter]:
     """Set requires_grad to False for every trainable parameter that `loss` does not depend on; returns them by name.
 
-    Such are an auxiliary head whose loss has the weight 0, and the layers of an encoder behind maps that the decoder
-    does not read. They never get a gradient, for which DistributedDataParallel would wait in vain.
+    Examples are an auxiliary head whose loss has the weight 0, and the layers of an encoder behind maps that the
+    decoder does not read. They never get a gradient, for which DistributedDataParallel would wait in vain.
 
     The network runs once on a small image, in the mode that it is in, to build the graph of autograd, which is then
     searched for parameters. Weights, normalisation statistics and random numbers stay as they are.
@@ -24,14 +24,14 @@ def freeze_unused(net: Segmenter, loss: Callable[[Logits, Tensor], Tensor]) -> d
         net: as it will be trained, on any device.
         loss: a scalar of logits and label (N, h, w); only its graph is used.
     """
-    used = parameters_behind(total_loss(net, loss))
-    found = {name: value for name, value in net.named_parameters() if value.requires_grad and id(value) not in used}
-    for parameter in found.values():
+    used = find_leaves_behind(compute_probe_loss(net, loss))
+    unused = {name: value for name, value in net.named_parameters() if value.requires_grad and id(value) not in used}
+    for parameter in unused.values():
         parameter.requires_grad_(False)
-    return found
+    return unused
 
 
-def total_loss(net: Segmenter, loss: Callable[[Logits, Tensor], Tensor]) -> Tensor:
+def compute_probe_loss(net: Segmenter, loss: Callable[[Logits, Tensor], Tensor]) -> Tensor:
     """The loss of two black images, two pixels high and wide at the largest stride, with the graph behind it."""
     weight = next(net.parameters())
     side = 2 * net.size_divisor
@@ -48,7 +48,7 @@ def total_loss(net: Segmenter, loss: Callable[[Logits, Tensor], Tensor]) -> Tens
                 value.copy_(statistics[name])
 
 
-def parameters_behind(value: Tensor) -> set[int]:
+def find_leaves_behind(value: Tensor) -> set[int]:
     """The ids of the tensors to which a backward pass from `value` would bring gradients."""
     found: set[int] = set()
     seen = {value.grad_fn}
@@ -65,16 +65,16 @@ def parameters_behind(value: Tensor) -> set[int]:
     return found
 
 
-def modules_of(names: Iterable[str], net: nn.Module) -> list[str]:
-    """`names` of parameters, shortened to the largest modules all of whose parameters are among them."""
-    return list(_modules_of(set(names), "", net))
+def summarise_modules(names: Iterable[str], net: nn.Module) -> list[str]:
+    """`names` of parameters, summarised by the largest modules all of whose parameters are among them."""
+    return list(_iterate_modules(set(names), "", net))
 
 
-def _modules_of(names: set[str], prefix: str, module: nn.Module) -> Iterator[str]:
-    own = [f"{prefix}{name}" for name, _ in module.named_parameters()]
-    if prefix and own and names.issuperset(own):
+def _iterate_modules(names: set[str], prefix: str, module: nn.Module) -> Iterator[str]:
+    names_here = [f"{prefix}{name}" for name, _ in module.named_parameters()]
+    if prefix and names_here and names.issuperset(names_here):
         yield prefix.removesuffix(".")
         return
     yield from (f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False) if f"{prefix}{name}" in names)
     for name, child in module.named_children():
-        yield from _modules_of(names, f"{prefix}{name}.", child)
+        yield from _iterate_modules(names, f"{prefix}{name}.", child)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from semseg.build import build_net, restore_net
+from semseg.build import restore_network
 from semseg.checkpoints.format import FORMAT_KEY, describe_network, find_checkpoint, inherit_config, read_checkpoint
+from semseg.checkpoints.network import build_network
 from semseg.config.compose import compose_config
 from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
@@ -20,7 +21,7 @@ SMALL = ["data=scenes", "model/encoder=resnet18", "model.encoder.weights=none", 
 @pytest.fixture(scope="module")
 def saved_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = check_config(compose_config(SMALL))
-    net = build_net(config.model, 2)
+    net = build_network(config.model, 2)
     path = tmp_path_factory.mktemp("run") / "checkpoints" / "best.ckpt"
     path.parent.mkdir()
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
@@ -39,7 +40,7 @@ def saved_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_network_comes_back_from_its_file_alone(saved_file: Path) -> None:
     saved = read_checkpoint(saved_file)
     assert (saved.epoch, saved.step, saved.classes) == (3, 7, CLASSES)
-    net = restore_net(saved)
+    net = restore_network(saved)
     assert not net.training
     assert all(torch.equal(value, saved.weights[name]) for name, value in net.state_dict().items())
 
@@ -114,7 +115,7 @@ def test_weights_that_do_not_fit_are_told(saved_file: Path) -> None:
     saved = read_checkpoint(saved_file)
     del saved.weights["encoder.conv1.weight"]
     with pytest.raises(CheckpointError, match=r"encoder\.conv1\.weight"):
-        restore_net(saved)
+        restore_network(saved)
 
 
 def test_settings_come_from_the_checkpoint_unless_given() -> None:

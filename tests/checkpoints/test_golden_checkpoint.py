@@ -37,7 +37,7 @@ def test_a12_a_checkpoint_of_an_earlier_release_goes_on_with_the_same_losses(pat
     last.parent.mkdir()
     shutil.copyfile(path, last)
     state = read_run_state(last, config, has_val=True)
-    assert state.position == Position(epochs=1) and state.facts is None
+    assert state.position == Position(epochs=1) and state.conditions is None
     assert check_same_run(state, config, num_classes=state.num_classes) is None
     end = fit(config, resume=last)
     assert end["global_step"] == 6

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers.published_files import served, with_bookkeeping, without_counters
-from semseg.build import build_net, imagenet_weights
 from semseg.checkpoints.format import SavedNetwork, load_weights
 from semseg.checkpoints.initialise import initialise_from, load_encoder_weights
+from semseg.checkpoints.network import build_network, fetch_imagenet_weights
 from semseg.config.compose import compose_config
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import DownloadConfig, ModelConfig
@@ -90,7 +90,7 @@ def test_imagenet_weights_need_an_encoder_that_has_some() -> None:
     encoder = build_encoder("resnet18")
     encoder.weights_file = None
     with pytest.raises(ConfigError, match=r"model\.encoder\.weights=imagenet: none are known for resnet18"):
-        imagenet_weights(encoder, "resnet18", DownloadConfig())
+        fetch_imagenet_weights(encoder, "resnet18", DownloadConfig())
 
 
 def test_imagenet_weights_are_downloaded_once(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_imagenet_weights_are_downloaded_once(tmp_path: Path) -> None:
     with served(tmp_path) as server:
         mirrors = {"http://sceneparsing.csail.mit.edu/model/": [f"{server}/"]}
         config = DownloadConfig(cache=str(tmp_path / "cache"), mirrors=mirrors, retries=0)
-        assert_same(build_net(model, 2, config).encoder, weights)
-    assert_same(build_net(model, 2, config).encoder, weights)  # the server is gone
+        assert_same(build_network(model, 2, config).encoder, weights)
+    assert_same(build_network(model, 2, config).encoder, weights)  # the server is gone
 
 
 @pytest.mark.shared

@@ -8,7 +8,7 @@ import torch
 
 from helpers.published_files import served, write_files
 from helpers.reference import golden
-from semseg.build import find_network, restore_net
+from semseg.build import find_network, restore_network
 from semseg.checkpoints.format import load_weights
 from semseg.checkpoints.initialise import drop_old_buffers
 from semseg.checkpoints.published import (
@@ -64,7 +64,7 @@ def test_every_published_layout_is_told_apart(encoder: str, decoder: str) -> Non
 @pytest.mark.parametrize(("bookkeeping", "counters"), [(0, False), (2, False), (3, False), (3, True)])
 def test_files_of_every_age_give_the_same_network(tmp_path: Path, bookkeeping: int, counters: bool) -> None:
     encoder, decoder = write_files(tmp_path, *TWO_CLASSES, bookkeeping=bookkeeping, counters=counters)
-    net = restore_net(read(tmp_path))
+    net = restore_network(read(tmp_path))
     for part, original in ((net.encoder, encoder), (net.decoder, decoder)):
         state = part.state_dict()
         assert all(torch.equal(state[name], value) for name, value in original.state_dict().items())
@@ -92,7 +92,7 @@ def test_the_last_epoch_with_both_files_is_taken(tmp_path: Path) -> None:
 def test_the_release_follows_a_rule_that_is_told(tmp_path: Path, folder: str, convention: str, reason: str) -> None:
     write_files(tmp_path / folder, *TWO_CLASSES)
     saved = read(tmp_path / folder)
-    assert saved.convention == restore_net(saved).convention == PREPROCESSING[convention]
+    assert saved.convention == restore_network(saved).convention == PREPROCESSING[convention]
     assert reason in saved.note
     assert "resnet18 at output stride 8 + c1 with deep supervision, 2 classes" in saved.note
     assert "\n" not in saved.note
@@ -102,12 +102,12 @@ def test_what_the_files_do_not_tell_can_be_set_by_hand(tmp_path: Path) -> None:
     write_files(tmp_path, *TWO_CLASSES)
     saved = read(tmp_path, "model.convention=bgr_mean", "model.encoder.output_stride=16")
     assert saved.convention == PREPROCESSING["bgr_mean"]
-    assert restore_net(saved).encoder.strides == (4, 8, 16, 16)
+    assert restore_network(saved).encoder.strides == (4, 8, 16, 16)
 
 
 def test_upernet_sits_on_an_encoder_without_dilation(tmp_path: Path) -> None:
     write_files(tmp_path, "resnet18", "upernet_lite", 2)
-    net = restore_net(read(tmp_path))
+    net = restore_network(read(tmp_path))
     assert (net.size_divisor, net.label_stride) == (32, 4)
     assert net.decoder.conv_last[1].in_channels == 256
 
@@ -157,7 +157,7 @@ def test_a_network_of_the_zoo_is_downloaded(tmp_path: Path) -> None:
         given = replace(config(), download=DownloadConfig(cache=str(tmp_path / "cache"), mirrors=mirrors, retries=0))
         saved = find_network("zoo:resnet18_dilated8_ppm_deepsup", given, [])
     assert "release of 2020 by the zoo" in saved.note
-    assert (restore_net(saved).num_classes, saved.epoch) == (150, 20)
+    assert (restore_network(saved).num_classes, saved.epoch) == (150, 20)
 
 
 def test_a_server_that_is_away_is_told_with_the_way_by_hand(tmp_path: Path) -> None:

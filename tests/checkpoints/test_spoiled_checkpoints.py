@@ -20,9 +20,9 @@ import torch
 import semseg
 from helpers.in_process import TINY_RUN, configured, fit
 from helpers.memory import MEGABYTE, in_child, resident
-from semseg.build import check_network
 from semseg.checkpoints.atomic_io import find_damage
 from semseg.checkpoints.format import load_plain, parse_checkpoint, refuse_nonfinite_weights
+from semseg.checkpoints.network import check_network
 from semseg.errors import CheckpointError, SemsegError
 from semseg.modes import train
 from semseg.nets.registry import ENCODERS, Constructor

@@ -28,8 +28,9 @@ import semseg
 from helpers.command_line import TINY
 from helpers.in_process import TinyEncoder
 from semseg import build
-from semseg.build import build_net, restore_net
+from semseg.build import restore_network
 from semseg.checkpoints.format import SavedNetwork, write_ckpt
+from semseg.checkpoints.network import build_network
 from semseg.config.compose import CONFIG_DIR, compose_config
 from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
@@ -54,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     overrides = [*SMALL, "model/decoder=c1_deepsup", f"data.root={folder / 'scenes'}"]
     config = check_config(compose_config(overrides))
-    net = build_net(config.model, NUM_CLASSES)
+    net = build_network(config.model, NUM_CLASSES)
     classes = DataSource(config.data).classes
     write_ckpt(folder / "net.ckpt", SavedNetwork("", net.state_dict(), config, classes, net.convention, epoch=3))
     run("export", f"ckpt={folder / 'net.ckpt'}", f"output={folder / 'net.onnx'}")
@@ -119,7 +120,7 @@ def test_networks_give_the_same_logits_at_every_size(encoder: str, decoder: str,
 
 
 def test_c1_gives_the_same_logits_at_every_size(folder: Path) -> None:
-    net = restore_net(build.read_checkpoint(folder / "net.ckpt"))
+    net = restore_network(build.read_checkpoint(folder / "net.ckpt"))
     assert max(differences(net, folder / "net.onnx")) < 1e-5
 
 
@@ -249,7 +250,7 @@ def test_integers_make_a_quarter_of_the_file_and_scores_are_printed(
     assert list(tmp_path.glob("*.onnx")) == [output]
     printed = capsys.readouterr().out
     assert "scores on 3 images of scenes val" in printed and re.search(r"int8 +mean IoU \d+\.\d\d %", printed)
-    integers, floats = (restore_net(read_exported(path)) for path in (output, folder / "net.onnx"))
+    integers, floats = (restore_network(read_exported(path)) for path in (output, folder / "net.onnx"))
     image = drawn_scene(folder)
     found, expected = integers(image).main, floats(image).main
     assert 0 < (found - expected).abs().mean() < 0.1 * expected.abs().mean()
@@ -260,7 +261,7 @@ def test_without_the_data_set_dynamic_quantisation_works_and_nothing_is_scored(
 ) -> None:
     saved = read_exported(folder / "net.onnx")
     config = check_config(compose_config(["data=camvid", f"data.root={tmp_path / 'nowhere'}"]))
-    net = restore_net(saved)
+    net = restore_network(saved)
     export_mode.print_quantisation_loss(config, saved, net, net)
     assert "was not measured" in caplog.text and "nowhere" in caplog.text
 
@@ -469,11 +470,11 @@ def test_a_graph_that_onnxruntime_cannot_run_gives_a_message_of_one_line(
 ) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(model.SerializeToString())
-    assert restore_net(read_exported(path))(torch.zeros(1, 3, 64, 96)).main.shape == (1, NUM_CLASSES, 2, 3)
+    assert restore_network(read_exported(path))(torch.zeros(1, 3, 64, 96)).main.shape == (1, NUM_CLASSES, 2, 3)
     model.graph.node[0].op_type = "NoSuchOperator"
     path.write_bytes(model.SerializeToString())
     with pytest.raises(CheckpointError, match=r"net\.onnx: onnxruntime cannot run it") as caught:
-        restore_net(read_exported(path))(torch.zeros(1, 3, 64, 96))
+        restore_network(read_exported(path))(torch.zeros(1, 3, 64, 96))
     assert "\n" not in str(caught.value)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from helpers.reference import golden
 from semseg.nets.interfaces import Decoder, Encoder
 from semseg.nets.registry import build_decoder, build_encoder
-from semseg.training.optim import decay_split
+from semseg.training.optim import split_by_decay
 
 LAYOUTS = golden("nets_layouts.json")
 PUBLISHED_CHANNELS = {"512": (64, 128, 256, 512), "2048": (256, 512, 1024, 2048)}  # by the deepest
@@ -23,7 +23,7 @@ RESIDUAL_STRIDES = {8: (4, 8, 8, 8), 16: (4, 8, 16, 16), 32: (4, 8, 16, 32)}  # 
 def check_layout(module: nn.Module, layout: str) -> None:
     """Keys and shapes in the published order, and the numbers of elements with and without weight decay."""
     assert [[key, list(value.shape)] for key, value in module.state_dict().items()] == LAYOUTS["layouts"][layout]
-    decay, free = decay_split(module)
+    decay, free = split_by_decay(module)
     numel = {"decay": sum(p.numel() for p in decay), "no_decay": sum(p.numel() for p in free)}
     assert numel == LAYOUTS["numel"][layout]
 

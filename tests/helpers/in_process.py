@@ -12,7 +12,8 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
-from semseg.build import build_net, build_trainer
+from semseg.build import build_trainer
+from semseg.checkpoints.network import build_network
 from semseg.config.compose import compose_config
 from semseg.config.schema import Config
 from semseg.config.validate import check_config
@@ -59,7 +60,7 @@ def fit(config: Config, *callbacks: Callback, resume: Path | None = None) -> dic
     pl.seed_everything(config.seed, verbose=False)
     source = DataSource(config.data)
     with patch.dict(ENCODERS, {"tiny": Constructor("helpers.in_process", "TinyEncoder")}):
-        net = build_net(config.model, source.classes.num_classes)
+        net = build_network(config.model, source.classes.num_classes)
     module = SegmentationModule(net, config, source.classes)
     trainer = build_trainer(config, source)
     trainer.callbacks += callbacks  # pyright: ignore[reportAttributeAccessIssue]
@@ -74,7 +75,7 @@ class PreparedRun:
         pl.seed_everything(config.seed, verbose=False)
         source = DataSource(config.data)
         with patch.dict(ENCODERS, {"tiny": Constructor("helpers.in_process", "TinyEncoder")}):
-            self.net = build_net(config.model, source.classes.num_classes)
+            self.net = build_network(config.model, source.classes.num_classes)
         self.module = SegmentationModule(self.net, config, source.classes)
         self.trainer = build_trainer(config, source)
         self.data = SegmentationData(source, config, self.net)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from semseg.build import build_net
+from semseg.checkpoints.network import build_network
 from semseg.config.compose import CONFIG_DIR, compose_config
 from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
@@ -31,7 +31,7 @@ def test_a_step_on_real_images_gives_every_weight_a_gradient(model: str, shared:
     )  # fmt: skip
     torch.manual_seed(0)  # stochastic depth idles a block now and then
     source = DataSource(config.data)
-    net = build_net(config.model, source.classes.num_classes)
+    net = build_network(config.model, source.classes.num_classes)
     module = SegmentationModule(net, config, source.classes)
     optimizer = build_optimizer(net, config.optim)
 

@@ -16,8 +16,9 @@ from PIL import Image
 from test_server import SERVED, client, encoded, half_bright, mask_of
 
 from helpers.in_process import configured
-from semseg.build import build_net, open_predictor, restore_net
+from semseg.build import open_predictor, restore_network
 from semseg.checkpoints.format import FORMAT_KEY, describe_network, read_checkpoint
+from semseg.checkpoints.network import build_network
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.evaluation.evaluator import Speed, SplitCounts
@@ -126,7 +127,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     video.release()
     config = configured(*words(folder))
     torch.manual_seed(0)
-    net = build_net(config.model, 3)
+    net = build_network(config.model, 3)
     entry = {FORMAT_KEY: describe_network(config, ClassTable.from_names(NAMES), net.convention)}
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
     torch.save({"state_dict": weights, "epoch": 1, "global_step": 1} | entry, folder / "net.ckpt")
@@ -187,13 +188,13 @@ def test_j3_an_evaluation_names_its_classes_by_the_ids(folder: Path) -> None:
 
 def test_j3_an_exported_file_stores_the_ids(folder: Path) -> None:
     saved = read_checkpoint(folder / "net.ckpt")
-    about = build_description(saved, restore_net(saved))
+    about = build_description(saved, restore_network(saved))
     assert about["label_ids"] == IDS and about["ignored_ids"] == [0, 255]
 
 
 def test_j3_an_exported_network_predicts_the_ids(folder: Path) -> None:
     saved = read_checkpoint(folder / "net.ckpt")
-    about = build_description(saved, restore_net(saved)) | {"size_divisor": 1, "label_stride": 1}
+    about = build_description(saved, restore_network(saved)) | {"size_divisor": 1, "label_stride": 1}
     image, logits = (
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 3, "h", "w"])
         for name in ("image", "logits")

@@ -35,8 +35,8 @@ from helpers.browser import needs_browser, run_in_browser
 from helpers.command_line import RUN, run
 from helpers.fork_server import ForkedProgram
 from helpers.memory import resident
-from semseg.build import build_net
 from semseg.checkpoints.format import FORMAT_KEY, describe_network
+from semseg.checkpoints.network import build_network
 from semseg.config.compose import compose_config
 from semseg.config.schema import ServeConfig
 from semseg.config.validate import check_config
@@ -326,7 +326,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["data=scenes", "model/encoder=resnet18", "model.encoder.weights=none", "model/decoder=c1"]
     config = check_config(compose_config([*words, "eval.scales=[64]", "data.max_long_edge=128"]))
     torch.manual_seed(0)
-    net = build_net(config.model, 3)
+    net = build_network(config.model, 3)
     entry = {FORMAT_KEY: describe_network(config, CLASSES, net.convention)}
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
     torch.save({"state_dict": weights, "epoch": 1, "global_step": 1} | entry, folder / "net.ckpt")

@@ -16,7 +16,7 @@ from semseg.config.schema import LossConfig, LossTermsConfig
 from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 from semseg.nets.interfaces import Logits
-from semseg.training.losses import build_terms, class_weights, segmentation_loss
+from semseg.training.losses import build_class_weights, build_terms, segmentation_loss
 
 
 def test_uniform_logits_cost_the_logarithm_of_the_number_of_classes() -> None:
@@ -269,13 +269,13 @@ def test_only_the_ratios_of_class_weights_matter(scale: float) -> None:
 def test_class_weights_are_read_from_what_the_doctor_wrote(tmp_path: Path) -> None:
     path = tmp_path / "check.json"
     path.write_text(json.dumps({"class_weights": [1, 2, 0.5, 3]}))
-    assert class_weights(str(path), 4) is not None
+    assert build_class_weights(str(path), 4) is not None
     with pytest.raises(ConfigError, match="4 numbers for 5 classes"):
-        class_weights(str(path), 5)
+        build_class_weights(str(path), 5)
     for content in ("", "[]", '{"class_weights": ["a"]}', '{"class_weights": [-1]}', '{"class_weights": [0]}'):
         path.write_text(content)
         with pytest.raises(ConfigError, match=r"loss\.class_weights=.*check\.json"):
-            class_weights(str(path), 1)
+            build_class_weights(str(path), 1)
 
 
 @pytest.mark.parametrize(

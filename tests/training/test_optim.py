@@ -7,7 +7,7 @@ from torch import nn
 from helpers.reference import golden
 from semseg.config.schema import OptimConfig, ScheduleConfig
 from semseg.nets.registry import build_segmenter
-from semseg.training.optim import build_optimizer, build_schedule, build_scheduler, decay_split, parameter_groups
+from semseg.training.optim import build_optimizer, build_schedule, build_scheduler, parameter_groups, split_by_decay
 
 
 def test_poly_gives_the_published_rates_before_each_step() -> None:
@@ -49,7 +49,7 @@ def test_cosine_ends_at_its_floor() -> None:
 
 def test_only_weights_of_convolutions_and_linear_layers_decay() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
-    decay, free = decay_split(net)
+    decay, free = split_by_decay(net)
     assert {id(p) for p in decay} == {id(net[0].weight), id(net[2].weight)}
     assert len(free) == 4
 

@@ -12,19 +12,26 @@ import pytorch_lightning as pl
 import torch
 
 from helpers.in_process import TINY_RUN, assert_equal, configured, fit, logged_losses
-from semseg.build import build_net
 from semseg.checkpoints.atomic_io import AtomicCheckpointIO
 from semseg.checkpoints.format import read_checkpoint, write_ckpt
+from semseg.checkpoints.network import build_network
 from semseg.config.schema import Config
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, ConfigError
 from semseg.modes import train
-from semseg.modes.train import state_to_resume, with_meaning_of_ckpt
+from semseg.modes.train import resolve_start
 from semseg.nets.registry import ENCODERS, Constructor
 from semseg.training.callbacks.saver import Saver
 from semseg.training.loggers.csv import read_rows
-from semseg.training.resume import Position, RunFacts, RunState, check_same_facts, check_same_run, read_run_state
+from semseg.training.resume import (
+    Position,
+    RunConditions,
+    RunState,
+    check_same_conditions,
+    check_same_run,
+    read_run_state,
+)
 
 # Five images in sub-batches of two, two epochs of three steps: every epoch ends in the middle of a pass.
 RUN = [
@@ -139,14 +146,14 @@ def saved_run(root: Path, tmp_path: Path, *words: str) -> Path:
 
 
 @pytest.mark.reliability
-def test_a9_resume_auto_in_an_empty_folder_starts_afresh_and_says_so(
+def test_a9_resume_auto_in_an_empty_folder_starts_a_new_run_and_says_so(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = run_of(root, tmp_path)
     source = DataSource(config.data)
-    assert state_to_resume(config, source) is None
-    assert capsys.readouterr().out == f"no checkpoint in {tmp_path} yet: this run starts afresh\n"
-    assert state_to_resume(run_of(root, tmp_path, "resume=null"), source) is None
+    assert resolve_start(config, [], source).kind == "scratch"
+    assert capsys.readouterr().out == f"no checkpoint in {tmp_path} yet: starting a new run\n"
+    assert resolve_start(run_of(root, tmp_path, "resume=null"), [], source).kind == "scratch"
     assert capsys.readouterr().out == ""
 
 
@@ -157,11 +164,11 @@ def test_a9_the_last_checkpoint_where_there_is_none_is_an_error_that_lists_what_
     runs = tmp_path / "runs"
     config = run_of(root, tmp_path / "run", "ckpt=last", f"runs_dir={runs}")
     with pytest.raises(CheckpointError, match=rf"^ckpt=last: no last.ckpt in any run below {runs} \(.* does not exist"):
-        with_meaning_of_ckpt(config)
+        resolve_start(config, [], DataSource(config.data))
     (runs / "started" / "checkpoints").mkdir(parents=True)
     (runs / "notes.txt").touch()
     with pytest.raises(CheckpointError, match=r"\(there: notes\.txt, started\)\. Give a file or a run folder"):
-        with_meaning_of_ckpt(config)
+        resolve_start(config, [], DataSource(config.data))
 
 
 @pytest.mark.reliability
@@ -174,9 +181,9 @@ def test_a11_settings_that_decide_the_steps_must_be_those_of_the_checkpoint(root
     other = run_of(root, tmp_path, "seed=7", "data.short_edges=[32]", "data.batch_size=1")
     with pytest.raises(ConfigError) as caught:
         check_same_run(state, other, num_classes=state.num_classes)
-    told = str(caught.value)
-    assert "seed: 304 in the checkpoint, 7 now" in told and "data.batch_size: 2 in the checkpoint, 1 now" in told
-    assert "data.short_edges" in told and "resume_force=true" in told and "data.root" not in told
+    message = str(caught.value)
+    assert "seed: 304 in the checkpoint, 7 now" in message and "data.batch_size: 2 in the checkpoint, 1 now" in message
+    assert "data.short_edges" in message and "resume_force=true" in message and "data.root" not in message
     forced = replace(other, resume_force=True)
     assert "seed: 304" in str(check_same_run(state, forced, num_classes=state.num_classes))
 
@@ -185,15 +192,15 @@ def test_a11_settings_that_decide_the_steps_must_be_those_of_the_checkpoint(root
 def test_a10_a_finished_run_is_told_and_takes_no_step(root: Path, tmp_path: Path) -> None:
     one, two = (run_of(root, tmp_path, f"trainer.max_epochs={epochs}") for epochs in (1, 2))
     state = read_run_state(saved_run(root, tmp_path), one, has_val=True)
-    assert state.why_finished(one) == "already finished at epoch 1; raise trainer.max_epochs to continue"
-    assert state.why_finished(two) is None
+    assert state.describe_end(one) == "already finished at epoch 1; raise trainer.max_epochs to continue"
+    assert state.describe_end(two) is None
 
 
 @pytest.mark.reliability
 def test_b5_weights_alone_cannot_be_resumed(root: Path, tmp_path: Path) -> None:
     path = saved_run(root, tmp_path)
     write_ckpt(tmp_path / "net.ckpt", read_checkpoint(path))
-    with pytest.raises(CheckpointError, match=r"net\.ckpt: a network without its optimiser.*init_from="):
+    with pytest.raises(CheckpointError, match=r"net\.ckpt: .*without its optimiser.*init_from="):
         read_run_state(tmp_path / "net.ckpt", run_of(root, tmp_path), has_val=True)
 
 
@@ -205,7 +212,9 @@ def test_b5_a_checkpoint_whose_state_is_spoiled_is_named(root: Path, tmp_path: P
     content = torch.load(path, weights_only=True)
     content[spoiled] = [1, 2]
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"last\.ckpt: (what it says of its run|its training state) is damaged"):
+    with pytest.raises(
+        CheckpointError, match=r"last\.ckpt: (its description of the run|its training state) is damaged"
+    ):
         read_run_state(path, run_of(root, tmp_path, *words), has_val=True)
 
 
@@ -252,7 +261,7 @@ PATIENCE = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "
 
 @pytest.mark.reliability
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["trainer.max_epochs=1"], "already finished at epoch 1; raise trainer.max_epochs to continue"),
         (
@@ -280,7 +289,7 @@ PATIENCE = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "
     ],
 )  # fmt: skip
 def test_a15_a_finished_run_is_known_whatever_ended_it_and_takes_no_step(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     config = run_of(root, tmp_path, *words)
     score = trained(config)
@@ -288,7 +297,7 @@ def test_a15_a_finished_run_is_known_whatever_ended_it_and_takes_no_step(
     before = log.read_bytes(), last.read_bytes()
     capsys.readouterr()
     assert trained(config) == score
-    assert told in capsys.readouterr().out
+    assert message in capsys.readouterr().out
     assert (log.read_bytes(), last.read_bytes()) == before
 
 
@@ -309,7 +318,7 @@ def test_a15_after_early_stopping_more_epochs_change_nothing_but_more_patience_o
     trained(run_of(root, tmp_path, *PATIENCE, "trainer.max_epochs=4"), "run=it", *PATIENCE)
     assert steps_logged(tmp_path) == ["0", "1", "2", "3", "4", "5"]
     printed = " ".join(capsys.readouterr().out.split())
-    assert "to train on" in printed and "'~callbacks.early_stopping'" in printed and "max_epochs=8" not in printed
+    assert "to continue" in printed and "'~callbacks.early_stopping'" in printed and "max_epochs=8" not in printed
     trained(run_of(root, tmp_path, *PATIENCE, "trainer.max_epochs=5"))
     assert len(steps_logged(tmp_path)) == 6
     trained(run_of(root, tmp_path, *PATIENCE, "callbacks.early_stopping.patience=2", "trainer.max_epochs=5"))
@@ -327,40 +336,43 @@ def test_a15_the_command_to_train_on_raises_the_limit_that_ended_the_run(
     assert "trainer.max_steps=4" in printed and "trainer.max_epochs" not in printed
 
 
-def facts_of(root: Path, run_dir: Path) -> tuple[RunState, Config, RunFacts]:
+def stopped_run(root: Path, run_dir: Path) -> tuple[RunState, Config, RunConditions]:
     """A run that was stopped at the second of three steps of its first epoch, and what decides its steps."""
     config = run_of(root, run_dir, "trainer.max_steps=2")
     fit(config)
     state = read_run_state(run_dir / "checkpoints" / "last.ckpt", config, has_val=True)
-    assert state.facts is not None
-    return state, config, state.facts
+    assert state.conditions is not None
+    return state, config, state.conditions
 
 
 @pytest.mark.reliability
 def test_a16_devices_batches_of_an_epoch_and_training_images_must_be_those_of_the_checkpoint(
     root: Path, tmp_path: Path
 ) -> None:
-    state, config, facts = facts_of(root, tmp_path)
-    assert facts[:3] == (1, 3, 2) and {split: found[0] for split, found in facts.records.items()} == {
+    state, config, conditions = stopped_run(root, tmp_path)
+    assert conditions[:3] == (1, 3, 2) and {split: found[0] for split, found in conditions.records.items()} == {
         "train": 5,
         "val": 2,
     }
-    assert check_same_facts(state, config, facts) == []
-    for changes, told in (
+    assert check_same_conditions(state, config, conditions) == []
+    for changes, message in (
         ({"world_size": 2}, "number of devices: 1 in the checkpoint, 2 now"),
         ({"batches_per_epoch": 2}, "sub-batches of an epoch, on each device: 3 in the checkpoint, 2 now"),
-        ({"records": facts.records | {"train": [4, ""]}}, "data.train: 5 images in the checkpoint, 4 images now"),
-        ({"records": facts.records | {"train": [5, ""]}}, "data.train: other files, sizes or order than in the check"),
+        ({"records": conditions.records | {"train": [4, ""]}}, "data.train: 5 images in the checkpoint, 4 images now"),
+        (
+            {"records": conditions.records | {"train": [5, ""]}},
+            "data.train: other files, sizes or order than in the check",
+        ),
     ):
-        other = facts._replace(**changes)
+        other = conditions._replace(**changes)
         with pytest.raises(ConfigError) as caught:
-            check_same_facts(state, config, other)
-        assert told in str(caught.value) and "resume_force=true" in str(caught.value)
-        (report,) = check_same_facts(state, replace(config, resume_force=True), other)
-        assert told in report
-    fewer = facts._replace(threads=99, records=facts.records | {"val": [1, ""]})
-    told = "\n".join(check_same_facts(state, config, fewer))
-    assert "data.val: 2 images in the checkpoint, 1 images now" in told and "now. Sums in another order" in told
+            check_same_conditions(state, config, other)
+        assert message in str(caught.value) and "resume_force=true" in str(caught.value)
+        (report,) = check_same_conditions(state, replace(config, resume_force=True), other)
+        assert message in report
+    fewer = conditions._replace(threads=99, records=conditions.records | {"val": [1, ""]})
+    message = "\n".join(check_same_conditions(state, config, fewer))
+    assert "data.val: 2 images in the checkpoint, 1 images now" in message and "threads" in message
 
 
 @pytest.mark.reliability
@@ -370,8 +382,8 @@ def test_a16_a_longer_run_is_reported_with_its_rate(
     trained(run_of(root, tmp_path, "schedule.power=1", "trainer.max_epochs=1"))
     capsys.readouterr()
     trained(run_of(root, tmp_path, "schedule.power=1", "trainer.max_epochs=2"))
-    told = "the schedule ends at step 6 now, 3 in the checkpoint: at step 3 the rate is 0.5 of the base rate, not 0"
-    assert told in capsys.readouterr().out
+    message = "the schedule ends at step 6 now, 3 in the checkpoint: at step 3 the rate is 0.5 of the base rate, not 0"
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.reliability
@@ -409,7 +421,7 @@ def test_a16_settings_of_the_optimiser_that_are_forced_take_effect(root: Path, t
 
 @pytest.mark.reliability
 def test_a16_what_weights_belong_to_cannot_be_forced(root: Path, tmp_path: Path) -> None:
-    state, _, _ = facts_of(root, tmp_path)
+    state, _, _ = stopped_run(root, tmp_path)
     other = run_of(root, tmp_path, "optim=adamw", "resume_force=true")
     with pytest.raises(ConfigError, match=r"optim\.name: sgd in the checkpoint, adamw now"):
         check_same_run(state, other, num_classes=state.num_classes)
@@ -435,7 +447,7 @@ def test_a17_another_number_of_devices_takes_the_sub_batches_after_those_that_we
     config = run_of(root, Path("unused"))
     source = DataSource(config.data)
     with patch.dict(ENCODERS, {"tiny": Constructor("helpers.in_process", "TinyEncoder")}):
-        data = SegmentationData(source, config, build_net(config.model, 3))
+        data = SegmentationData(source, config, build_network(config.model, 3))
     data.load_state_dict({"taken": 5})
     for rank in (0, 1):
         data._place = lambda rank=rank: (rank, 2)

@@ -182,7 +182,7 @@ def test_a13_a14_the_steps_are_those_of_the_definition_whatever_the_way_there(
             resumed = last if last.is_file() else None
             if resumed is not None:
                 state = read_run_state(resumed, config, has_val=setting.interval > 0)
-                if state.why_finished(config) is not None:
+                if state.describe_end(config) is not None:
                     assert state.step >= run.total
                     continue
             with contextlib.suppress(CrashError, StoppedError):
@@ -216,4 +216,4 @@ def check_end(setting: Setting, config: Config) -> None:
     validated = [step for epoch, step in enumerate(ends, 1) if setting.interval and epoch % setting.interval == 0]
     assert [step for step in rows if rows[step].get("val/miou")] == [step for step in validated if step < setting.total]
     state = read_run_state(folder / "checkpoints" / "last.ckpt", config, has_val=setting.interval > 0)
-    assert state.step == setting.total and "already finished" in str(state.why_finished(config))
+    assert state.step == setting.total and "already finished" in str(state.describe_end(config))

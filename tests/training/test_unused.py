@@ -16,7 +16,7 @@ from semseg.nets.registry import build_decoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
 from semseg.training.losses import segmentation_loss
 from semseg.training.optim import build_optimizer, parameter_groups
-from semseg.training.unused import freeze_unused, modules_of
+from semseg.training.unused import freeze_unused, summarise_modules
 
 pytestmark = pytest.mark.reliability
 
@@ -35,7 +35,7 @@ AUXILIARY = ["decoder.cbr_deepsup", "decoder.conv_last_deepsup"]
 def freeze(net: Segmenter, deepsup_weight: float = 0.4) -> list[str]:
     """The modules that are frozen."""
     frozen = freeze_unused(net, lambda logits, label: segmentation_loss(logits, label, deepsup_weight).total)
-    return modules_of(frozen, net)
+    return summarise_modules(frozen, net)
 
 
 def check_gradients(net: Segmenter, deepsup_weight: float) -> None:

@@ -1,4 +1,4 @@
-"""What a training run says while it works: its configuration, its progress, its scores after every validation."""
+"""What a training run prints: its configuration, its progress, and its scores after every validation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback, ProgressBar, RichProgressBar
 from pytorch_lightning.callbacks.progress.rich_progress import (
     BatchesProcessedColumn,
@@ -26,37 +27,44 @@ from semseg.config.schema import Config, config_to_plain
 from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 from semseg.evaluation.metrics import Scores
-from semseg.system.text import escape_unprintable
+from semseg.system.text import escape_lines, escape_unprintable
 
-WEAKEST = 5  # classes named after every validation
-OTHER_MODES = ("predict", "serve", "export", "check", "bench", "download")  # sections that training does not read
+NUM_WEAKEST = 5  # classes named after every validation
+OTHER_SECTIONS = ("predict", "serve", "export", "check", "bench", "download")  # sections that training does not read
 
 
 @runtime_checkable
 class HasScores(Protocol):
-    """A module that scores a validation: what this file needs to know of semseg/lit_module.py."""
+    """A module that scores a validation; this file needs to know no more about semseg/lit_module.py."""
 
     scores: Scores | None  # of the last validation or test
     classes: ClassTable
 
 
-def config_tree(config: Config, overrides: Sequence[str]) -> Tree:
-    """What is set in every section that training reads, a branch each; what the command line gave stands out.
+@rank_zero_only
+def print_once(line: str | None) -> None:
+    """Print a line once, whatever the number of processes; nothing for an empty one."""
+    if line:
+        print(escape_lines(line), flush=True)
+
+
+def build_config_tree(config: Config, overrides: Sequence[str]) -> Tree:
+    """The values of every section that training reads, one branch each; those of the command line are in bold.
 
     Args:
-        config: of the run.
-        overrides: the words of the command line, which stand at the end.
+        config: the configuration of the run.
+        overrides: the overrides of the command line, which are listed at the end.
     """
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     sections: dict[str, dict[str, Any]] = {"": {}}
-    for key, value in leaves(config_to_plain(config)):
+    for key, value in flatten_sections(config_to_plain(config)):
         section, _, name = key.partition(".")
         inside = sections.setdefault(section, {}) if name else sections[""]
         if value is not None and value not in ([], {}, ""):
             inside[key] = value
     tree = Tree(Text("configuration", "bold"), guide_style="dim")
     for section, inside in sections.items():
-        if section in OTHER_MODES or not inside:
+        if section in OTHER_SECTIONS or not inside:
             continue
         branch = Text()
         branch.append(f"{section or 'run'}  ", "bold cyan")
@@ -73,32 +81,32 @@ def config_tree(config: Config, overrides: Sequence[str]) -> Tree:
     return tree
 
 
-def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_sections(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """All (dotted key, value) pairs of nested dicts."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            yield from leaves(value, f"{prefix}{key}.")
+            yield from flatten_sections(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 class TimeLeft:
-    """How long a run still takes at the speed it has had since it was started, validations included."""
+    """The remaining time of a run at its speed so far, validations included."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
-        self._since, self._first = time.monotonic(), trainer.global_step
-        self._total = trainer.estimated_stepping_batches
+        self._start, self._first_step = time.monotonic(), trainer.global_step
+        self._num_steps = trainer.estimated_stepping_batches
 
-    def words(self, trainer: pl.Trainer) -> str:
-        """Hours, minutes and seconds, "0:04:10"; "-:--:--" where nothing is known yet, or the run has no end."""
-        done, left = trainer.global_step - self._first, self._total - trainer.global_step
+    def format(self, trainer: pl.Trainer) -> str:
+        """Hours, minutes and seconds, "0:04:10"; "-:--:--" while nothing is known, or if the run has no end."""
+        done, left = trainer.global_step - self._first_step, self._num_steps - trainer.global_step
         if done <= 0 or math.isinf(left):
             return "-:--:--"
-        return str(timedelta(seconds=round(max(left, 0) * (time.monotonic() - self._since) / done)))
+        return str(timedelta(seconds=round(max(left, 0) * (time.monotonic() - self._start) / done)))
 
 
 class ImagesPerSecond(ProgressColumn):
-    """Images a second, over all devices, of the last seconds."""
+    """Images per second over all devices, in the last seconds."""
 
     max_refresh = 0.5
 
@@ -113,7 +121,7 @@ class ImagesPerSecond(ProgressColumn):
 
 
 class BarProgress(RichProgressBar):
-    """Lightning's bar with images a second and the time that the whole run still takes.
+    """Lightning's bar with images per second and the remaining time of the whole run.
 
     Args:
         batch_size: images of a sub-batch, per device.
@@ -141,35 +149,35 @@ class BarProgress(RichProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)  # the version of a logger's folder
-        return items if self._left is None else {"left": self._left.words(trainer), **items}
+        return items if self._left is None else {"left": self._left.format(trainer), **items}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # Lightning's starts with 0
 
 
-class PlainProgress(ProgressBar):
-    """One line now and then instead of a bar: for logs and pipes."""
+class LineProgress(ProgressBar):
+    """A line every few seconds instead of a bar: for logs and pipes."""
 
     def __init__(self, seconds_between_lines: float = 10) -> None:
         super().__init__()
         self.seconds_between_lines = seconds_between_lines
         self._last_line = 0.0
         self._images = 0
-        self._since = 0.0
+        self._epoch_start = 0.0
         self._is_enabled = True
 
     def enable(self) -> None:
         self._is_enabled = True
 
     def disable(self) -> None:
-        """Lightning calls it on every rank but the first."""
+        """Called by Lightning on every rank but the first."""
         self._is_enabled = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._left = TimeLeft(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._last_line = self._since = time.monotonic()
+        self._last_line = self._epoch_start = time.monotonic()
         self._images = 0
 
     def on_train_batch_end(
@@ -181,41 +189,43 @@ class PlainProgress(ProgressBar):
         if not self._is_enabled or (now - self._last_line < self.seconds_between_lines and not is_last):
             return
         self._last_line = now
-        rate = self._images / max(now - self._since, 1e-9)
+        rate = self._images / max(now - self._epoch_start, 1e-9)
         loss, accuracy = (
             float(trainer.callback_metrics.get(key, float("nan"))) for key in ("train/loss", "train/accuracy")
         )
         print(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             f"  step {batch_idx + 1}/{trainer.num_training_batches}"
-            f"  loss {loss:.3f}  accuracy {accuracy:.3f}  {rate:.1f} images/s  {self._left.words(trainer)} left",
+            f"  loss {loss:.3f}  accuracy {accuracy:.3f}  {rate:.1f} images/s  {self._left.format(trainer)} left",
             flush=True,
         )
 
 
-class TellValidation(Callback):
-    """The scores of every validation on rank 0: a table in a terminal, else one line."""
+class ReportValidation(Callback):
+    """Prints the scores of every validation on rank 0: a table in a terminal, else one line."""
 
     def __init__(self) -> None:
         self.best: float | None = None
+
+    @property
+    def state_key(self) -> str:
+        return "TellValidation"  # its name in checkpoints of earlier releases
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, HasScores) or pl_module.scores is None or trainer.sanity_checking:
             return
         scores = pl_module.scores
-        of_epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         best, score = self.best, scores.mean_iou
         self.best = max((one for one in (best, score) if one is not None), default=None)
         if not trainer.is_global_zero:
             return
         if sys.stdout.isatty():
             console = Console()
-            console.print(validation_table(scores, best, pl_module.classes.names, f"validation after {of_epoch}"))
+            console.print(validation_table(scores, best, pl_module.classes.names, f"validation after {epoch}"))
         else:
-            print(
-                f"{of_epoch}  validation  mean IoU {in_words(score)}  pixel accuracy {in_words(scores.pixel_accuracy)}",
-                flush=True,
-            )
+            accuracy = format_score(scores.pixel_accuracy)
+            print(f"{epoch}  validation  mean IoU {format_score(score)}  pixel accuracy {accuracy}", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -228,17 +238,17 @@ def validation_table(scores: Scores, best: float | None, names: Sequence[str], t
     """The scores of a validation beside the best mean IoU before it, and the weakest classes.
 
     Args:
-        scores: as shares of 1.
+        scores: as fractions of 1.
         best: mean IoU; None before the first validation.
-        names: of the classes.
-        title: of the table.
+        names: the names of the classes.
+        title: the title of the table.
     """
     table = Table(title=title, title_justify="left", min_width=len(title))
     row = {
-        "mean IoU": in_words(scores.mean_iou),
-        "best before": in_words(best),
-        "pixel accuracy": in_words(scores.pixel_accuracy),
-        "overall": in_words(scores.overall),
+        "mean IoU": format_score(scores.mean_iou),
+        "best before": format_score(best),
+        "pixel accuracy": format_score(scores.pixel_accuracy),
+        "overall": format_score(scores.overall),
     }
     for heading in row:
         table.add_column(heading, justify="right")
@@ -246,11 +256,11 @@ def validation_table(scores: Scores, best: float | None, names: Sequence[str], t
     table.add_row(*row.values(), style="green" if is_best else None)
     known = sorted((iou, name) for iou, name in zip(scores.iou, names, strict=True) if iou is not None)
     weakest = Text(
-        f"weakest: {', '.join(f'{escape_unprintable(name)} {iou:.3f}' for iou, name in known[:WEAKEST])}", "dim"
+        f"weakest: {', '.join(f'{escape_unprintable(name)} {iou:.3f}' for iou, name in known[:NUM_WEAKEST])}", "dim"
     )
     return Group(table, weakest)
 
 
-def in_words(score: float | None) -> str:
-    """Four digits, or a dash where there is no score."""
+def format_score(score: float | None) -> str:
+    """Four decimals, or a dash if there is no score."""
     return "-" if score is None else f"{score:.4f}"

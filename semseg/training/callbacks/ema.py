@@ -1,4 +1,4 @@
-"""A moving average of the weights that runs are validated and saved with, and that an interrupted run keeps exactly."""
+"""A moving average of the weights, which is validated and saved, and which a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 
-from semseg.config.schema import EmaConfig
-
 
 class MovingAverage(EMAWeightAveraging):
     """Lightning's exponential moving average, statistics of normalisation included.
 
-    Validation runs on the average, and checkpoints hold it in the place of the weights, beside the weights that
-    training goes on from. Unlike Lightning's, it can be saved in the middle of a validation; it follows the weights
-    until it starts; and the weights are not replaced at the end of training, so that a run can still be prolonged.
+    Validation runs on the average, and checkpoints hold it as the weights of the network, beside the weights that
+    training resumes with. Unlike Lightning's callback, it can be saved in the middle of a validation; it equals the
+    weights until it starts; and the weights are not replaced at the end of training, so that a run can be extended.
+
+    Args:
+        decay: average = decay * average + (1 - decay) * weights after every step.
+        start_step: until then the average is the weights.
     """
 
-    def __init__(self, config: EmaConfig) -> None:
-        assert config.decay is not None, "made only where there is a decay"
-        super().__init__(decay=config.decay, use_buffers=True)
-        self.start_step = config.start_step
-        self._is_swapped = False  # the network holds the average now, for a validation
+    def __init__(self, decay: float, start_step: int) -> None:
+        super().__init__(decay=decay, use_buffers=True)
+        self.start_step = start_step
+        self._is_swapped = False  # whether the network holds the average, during a validation
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Made before the network had its device and its type: there it would be slow, and round 64-bit weights.
+        # Lightning copies the network before it has its device and type: slow, and it would round 64-bit weights.
         assert self._average_model is not None, "setup comes first"
         self._average_model.to(pl_module.device, torch.promote_types(next(pl_module.parameters()).dtype, torch.float32))
 

@@ -1,4 +1,4 @@
-"""What happens around the steps: checkpoints and the log."""
+"""The log of the steps, the callbacks that write checkpoints, and signals in other modes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from semseg.training.callbacks.saver import Saver
 MONITOR = "val/miou"
 
 
-def checkpoints(run_dir: Path, config: CheckpointConfig, *, has_val: bool) -> list[Callback]:
-    """best.ckpt by mean IoU if there is validation, and last.ckpt, which therefore knows the best score."""
+def checkpoint_callbacks(run_dir: Path, config: CheckpointConfig, *, has_val: bool) -> list[Callback]:
+    """The callbacks that write best.ckpt, if there is validation, and last.ckpt, which holds the best score as well."""
     last = Saver(run_dir, config)
     if not has_val:
         return [last]
@@ -34,30 +34,30 @@ def checkpoints(run_dir: Path, config: CheckpointConfig, *, has_val: bool) -> li
 
 
 class LogSteps(Callback):
-    """Loss, accuracy, learning rates, times and memory of every `trainer.log_every_n_steps`-th step, to all loggers.
+    """Sends loss, accuracy, learning rates, times and memory to all loggers every `trainer.log_every_n_steps` steps.
 
-    `time/data` and `time/step` are seconds a sub-batch, in the mean since the last such step: waiting for it (and
+    `time/data` and `time/step` are seconds per sub-batch, averaged since the last logged step: waiting for it (and
     writing checkpoints), and training on it. `memory` is the peak of this process's GPU memory so far, in GiB.
 
-    Lightning logs a step after its checkpoints are written: a run that goes on from one would lack that step.
+    Lightning itself logs a step after its checkpoints are written: a run resumed from one would lack that step.
     """
 
     def __init__(self) -> None:
         self._rates: dict[str, float] = {}
         self._seconds: dict[str, list[float]] = {"time/data": [], "time/step": []}
-        self._since = 0.0
+        self._lap_start = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._since = time.monotonic()  # a run that resumes inside an epoch does not start one
+        self._lap_start = time.monotonic()  # a run that resumes inside an epoch does not start one
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._since = time.monotonic()  # a validation is no waiting for data
+        self._lap_start = time.monotonic()  # a validation is not waiting for data
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         self._lap("time/data")
-        # Now, since the schedule has moved on when the step ends. Groups without decay have the rate of their part.
+        # Now, because the schedule has moved on when the step ends. Groups without decay have the rate of their part.
         groups = trainer.optimizers[0].param_groups
         self._rates = {f"lr/{group['name'].removesuffix('_no_decay')}": group["lr"] for group in groups}
 
@@ -65,10 +65,10 @@ class LogSteps(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._lap("time/step")
-        step = trainer.global_step  # counted after it was taken
+        step = trainer.global_step  # already counts this step
         done = batch_idx + 1
-        is_taken = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
-        if not is_taken or step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
+        is_complete = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
+        if not is_complete or step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
             return
         logged = trainer.callback_metrics
         values = {
@@ -81,11 +81,11 @@ class LogSteps(Callback):
 
     def _lap(self, name: str) -> None:
         now = time.monotonic()
-        self._seconds[name].append(now - self._since)
-        self._since = now
+        self._seconds[name].append(now - self._lap_start)
+        self._lap_start = now
 
     def _cost(self) -> dict[str, float]:
-        """Times and, where there is a GPU, memory."""
+        """Times and, on a GPU, memory."""
         cost = {name: sum(seconds) / max(len(seconds), 1) for name, seconds in self._seconds.items()}
         if torch.cuda.is_available():
             cost["memory"] = torch.cuda.max_memory_allocated() / 2**30
@@ -93,19 +93,19 @@ class LogSteps(Callback):
 
 
 class EndOnSignals(Callback):
-    """Signals that ask to stop end the process at once.
+    """Stop signals end the process at once.
 
-    Lightning's own handler of SIGTERM broadcasts from rank 0, which hangs a job of which one rank got the signal, and
-    ends with exit code 0. Under SLURM it requeues the job, so there it stays.
+    Lightning's own handler of SIGTERM broadcasts from rank 0, which hangs a job if only one rank got the signal, and
+    exits with code 0. Under SLURM it requeues the job, so it is kept there.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore(trainer)
+        self._handle_signals(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore(trainer)
+        self._handle_signals(trainer)
 
-    def _restore(self, trainer: pl.Trainer) -> None:
+    def _handle_signals(self, trainer: pl.Trainer) -> None:
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if not isinstance(environment, SLURMEnvironment):
             handle_stop_signals()

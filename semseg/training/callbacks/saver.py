@@ -1,4 +1,4 @@
-"""When checkpoints are written: after every epoch, now and then in between, and when the run is asked to stop."""
+"""Writes last.ckpt: after every epoch, at intervals in between, and when the run is asked to stop."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from semseg.training.callbacks.stop import StoppedError, StopSignals, Votes
 LAST = "last.ckpt"
 
 
-def shared_batches(groups: int, world_size: int, limit: float | None) -> int:
-    """How many batches of a validation every rank has, of so many over all ranks.
+def count_common_batches(groups: int, world_size: int, limit: float | None) -> int:
+    """The number of validation batches that every rank has, of `groups` batches over all ranks.
 
     Args:
-        limit: trainer.limit_val_batches: a number of batches, or as a float a share of those of each rank.
+        limit: trainer.limit_val_batches: a number of batches, or as a float a fraction of those of each rank.
 
-    >>> shared_batches(7, world_size=2, limit=1.0), shared_batches(7, world_size=2, limit=0.5)
+    >>> count_common_batches(7, world_size=2, limit=1.0), count_common_batches(7, world_size=2, limit=0.5)
     (3, 1)
     """
     return int(groups // world_size * (limit if isinstance(limit, float) else 1))
 
 
-def validates_after(trainer: pl.Trainer) -> bool:
-    """Whether a validation follows the running epoch."""
+def is_validated(trainer: pl.Trainer) -> bool:
+    """Whether a validation follows the current epoch."""
     interval = trainer.check_val_every_n_epoch
     return trainer.enable_validation and bool(interval) and (trainer.current_epoch + 1) % (interval or 1) == 0
 
 
 class Saver(Checkpoint):
-    """Writes last.ckpt, and stops the run in good order when a signal asks for it.
+    """Writes last.ckpt, and stops all ranks at the same step when a signal asks for it.
 
     last.ckpt is written before every validation, at the end of every epoch, after every `every_n_steps` steps and
-    `every_n_minutes` minutes of training, at `trainer.max_steps`, and when any rank was asked to stop. `keep` of those
-    written between epochs stay, as step_<number>.ckpt.
+    `every_n_minutes` minutes of training, at `trainer.max_steps`, and when any rank was asked to stop. The last `keep`
+    of those written between epochs are kept as step_<number>.ckpt.
 
     Raises:
-        StoppedError: in all ranks at the same step, once last.ckpt is written.
+        StoppedError: on all ranks at the same step, once last.ckpt is written.
         CheckpointError: if it cannot be written, unless `on_error` is "warn".
     """
 
@@ -65,7 +65,7 @@ class Saver(Checkpoint):
         self._votes = Votes(trainer.world_size)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.signals.install()  # now: Lightning sets its own while it starts
+        self.signals.install()  # now, because Lightning sets its own while it starts
         self._last_save = time.monotonic()
 
     def on_train_batch_end(
@@ -73,20 +73,20 @@ class Saver(Checkpoint):
     ) -> None:
         is_last = batch_idx + 1 == trainer.num_training_batches
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not is_last:
-            return  # gradients that wait for more are in no checkpoint
-        if is_last and not validates_after(trainer):
-            return  # on_train_epoch_end comes next; callbacks that look at the epoch come before it
-        signal_number, is_due = self._vote(self.signals.received or 0, self._minutes_are_over())
+            return  # checkpoints hold no partly accumulated gradients
+        if is_last and not is_validated(trainer):
+            return  # on_train_epoch_end comes next, after callbacks that judge the epoch
+        signal_number, is_due = self._vote(self.signals.received or 0, self._is_due())
         step = trainer.global_step
         is_periodic = bool(self.config.every_n_steps) and step % (self.config.every_n_steps or 1) == 0
-        is_end = step == trainer.max_steps  # which may be inside an epoch
-        is_wanted = bool(is_last or is_due or is_periodic or signal_number or is_end)
-        is_saved = is_wanted and self.save(trainer)
+        is_end = step == trainer.max_steps  # may be inside an epoch
+        should_save = bool(is_last or is_due or is_periodic or signal_number or is_end)
+        is_saved = should_save and self.save(trainer)
         if is_saved and (is_due or is_periodic) and not is_last:
-            self.keep(trainer, step)
+            self.keep_copy(trainer, step)
         self._stop_if(signal_number, trainer)
 
-    def on_validation_batch_end(  # noqa: PLR0917 - Lightning calls it like this
+    def on_validation_batch_end(  # noqa: PLR0917 - Lightning's signature
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
@@ -95,15 +95,15 @@ class Saver(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        # The last images of some ranks have no counterpart on the others. The state is in last.ckpt already.
+        # Some ranks have more batches than others, and all must vote. The state is in last.ckpt already.
         groups = len(trainer.datamodule.eval_groups("val"))  # pyright: ignore[reportAttributeAccessIssue]
-        shared = shared_batches(groups, trainer.world_size, trainer.limit_val_batches)
-        if not trainer.sanity_checking and batch_idx < shared:
+        num_common = count_common_batches(groups, trainer.world_size, trainer.limit_val_batches)
+        if not trainer.sanity_checking and batch_idx < num_common:
             self._stop_if(self._vote(self.signals.received or 0)[0], trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            return  # cut by trainer.max_steps: on_train_batch_end has saved where
+            return  # ended by trainer.max_steps: on_train_batch_end has saved it
         (signal_number,) = self._vote(self.signals.received or 0)
         self.save(trainer)
         self._stop_if(signal_number, trainer)
@@ -112,42 +112,42 @@ class Saver(Checkpoint):
         self.signals.restore()
 
     def save(self, trainer: pl.Trainer) -> bool:
-        """Write last.ckpt, and the log up to the same step; returns whether that went well."""
+        """Write last.ckpt, and the log up to the same step; returns whether that succeeded."""
         try:
             for logger in trainer.loggers:
                 logger.save()
             trainer.save_checkpoint(self.folder / LAST)
         except (CheckpointError, OSError) as error:
-            told = describe_write_error(error, self.folder) if isinstance(error, OSError) else str(error)
-            if self.config.on_error != "warn" or told is None:
+            message = describe_write_error(error, self.folder) if isinstance(error, OSError) else str(error)
+            if self.config.on_error != "warn" or message is None:
                 raise
-            report_failed_save(trainer, CheckpointError(told))
+            report_failed_save(trainer, CheckpointError(message))
             return False
         finally:
             self._last_save = time.monotonic()
         return True
 
-    def keep(self, trainer: pl.Trainer, step: int) -> None:
-        """Let the checkpoint just written stay under the name of its step, and the oldest of these go."""
+    def keep_copy(self, trainer: pl.Trainer, step: int) -> None:
+        """Keep the checkpoint just written under the name of its step, and delete the oldest of these."""
         if not self.config.keep or not trainer.is_global_zero:
             return
         kept = self.folder / f"step_{step:08d}.ckpt"
         kept.unlink(missing_ok=True)
         try:
-            os.link(self.folder / LAST, kept)  # last.ckpt is replaced, never changed
+            os.link(self.folder / LAST, kept)  # last.ckpt is replaced, never modified
         except OSError:  # a file system without links
             try:
                 with atomic_write(kept) as temporary:
                     shutil.copyfile(self.folder / LAST, temporary)
             except OSError as error:
-                told = describe_write_error(error, self.folder)
-                if self.config.on_error != "warn" or told is None:
+                message = describe_write_error(error, self.folder)
+                if self.config.on_error != "warn" or message is None:
                     raise
-                print(f"warning: {told}", file=sys.stderr, flush=True)
+                print(f"warning: {message}", file=sys.stderr, flush=True)
         for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.config.keep]:
             old.unlink()
 
-    def _minutes_are_over(self) -> bool:
+    def _is_due(self) -> bool:
         minutes = self.config.every_n_minutes
         return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 

@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal to any process ends all of them at the same step, with a checkpoint."""
+"""Stopping a run: a signal to any process ends all of them at the same step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ class StoppedError(SemsegError):
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.number = number  # of the signal
+        self.number = number  # the signal
         self.exit_code = get_stop_code(number)
 
 
 class StopSignals:
-    """Notes the first signal that asks this process to stop; the second Ctrl-C ends it at once."""
+    """Records the first signal that asks this process to stop; the second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, object] = {}
 
     def install(self) -> None:
-        """Take over the signals. Lightning's own handler ends with exit code 0 and hangs if one rank gets it alone."""
+        """Handle the stop signals. Lightning's own handler exits with 0, and hangs if only one rank gets a signal."""
         for number in list_stop_signals():
-            handler = signal.signal(number, self._note)
-            self._before.setdefault(number, handler)
+            handler = signal.signal(number, self._record)
+            self._previous.setdefault(number, handler)
 
     def restore(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType] - what signal.signal gave us
-        self._before = {}
+        """Restore the handlers from before `install`."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType] - what signal.signal returned
+        self._previous = {}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         signal.signal(signal.SIGINT, request_stop)
 
 
 def requeue(number: int, *, is_first_rank: bool) -> str | None:
-    """Put this SLURM job back into the queue if signal `number` is SLURM's warning; returns the job's number if so.
+    """Requeue this SLURM job if signal `number` is SLURM's warning; returns the id of the job if so.
 
-    SLURM sends SIGUSR1 ahead of a time limit (sbatch --signal=USR1@300); a job that is preempted by SIGTERM
-    it requeues itself.
+    SLURM sends SIGUSR1 ahead of a time limit (sbatch --signal=USR1@300). Jobs that it preempts with SIGTERM are
+    requeued by SLURM itself.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or number != signal.SIGUSR1:
@@ -63,16 +63,16 @@ def requeue(number: int, *, is_first_rank: bool) -> str | None:
 
 
 class Votes:
-    """Questions that all ranks answer at the same step; one yes is a yes for all.
+    """Small integers that all ranks exchange at the same step.
 
-    The votes go over a gloo group of their own, so that they neither wait for a device nor meet other collectives.
+    They go over a gloo group of their own, so that they neither wait for a device nor mix with other collectives.
     """
 
     def __init__(self, world_size: int) -> None:
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
 
     def largest(self, *numbers: int) -> list[int]:
-        """For each of `numbers` the largest that any rank has. Every rank must call it equally often."""
+        """The maximum over all ranks for each of `numbers`. Every rank must call it equally often."""
         if self._group is None:
             return list(numbers)
         ballot = torch.tensor(numbers, dtype=torch.int64)
@@ -80,7 +80,7 @@ class Votes:
         return ballot.tolist()
 
     def total(self, *numbers: int) -> list[int]:
-        """For each of `numbers` the sum over all ranks. Every rank must call it equally often."""
+        """The sum over all ranks for each of `numbers`. Every rank must call it equally often."""
         if self._group is None:
             return list(numbers)
         ballot = torch.tensor(numbers, dtype=torch.int64)

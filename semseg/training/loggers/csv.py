@@ -1,4 +1,4 @@
-"""The log of a run as CSV files, one row a step, that a resumed run goes on with."""
+"""The log of a run as CSV files, one row per step, which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from semseg.reports.draw import Pixels
 from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.system.text import shorten_repr
 
-Row = dict[str, float | str]
+MetricsRow = dict[str, float | str]
 FIRST_COLUMNS = ("step", "epoch")
-MEASURED = ("time/", "memory")  # how names start whose values no second run would repeat
+MEASURED = ("time/", "memory")  # prefixes of metrics that differ from run to run
 FLUSH_SECONDS = 5.0
 
 
 class CSVLog(Logger):
     """Writes `<folder>/metrics.csv`, `<folder>/speed.csv` and pictures in `<folder>/../panels`.
 
-    What the settings of a run decide is in metrics.csv, equal to the last byte in every repetition; times and memory
-    are in speed.csv. Both files are whole at any moment, and empty cells mean "not measured".
+    Reproducible metrics are in metrics.csv, which is identical in every repetition of a run; times and memory are in
+    speed.csv. Both files are complete at any moment, and empty cells mean "not measured".
 
     Lightning's CSVLogger starts a new file for every resumed run, or deletes the old one; here the rows of steps
-    that are done again are forgotten (`forget_from`), so that every step is there once.
+    that are repeated are dropped (`drop_from`), so that every step is listed once.
 
     Args:
-        folder: made if it is not there; files in it are read first.
+        folder: created if missing; files in it are read first.
     """
 
     def __init__(self, folder: str) -> None:
@@ -57,7 +57,7 @@ class CSVLog(Logger):
         return str(self.folder)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The run folder has the whole configuration in config.yaml."""
+        """Nothing: config.yaml in the run folder holds the whole configuration."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -66,7 +66,9 @@ class CSVLog(Logger):
         self.metrics.add(int(step or 0), {name: metrics[name] for name in metrics if name not in measured})
         self.speed.add(int(step or 0), measured)
         if time.monotonic() - self._saved_at >= FLUSH_SECONDS:
-            with contextlib.suppress(OSError):  # the rows are kept; the next checkpoint, or the end, reports it
+            with contextlib.suppress(
+                OSError
+            ):  # the rows are kept; the next checkpoint, or the end of the run, reports it
                 self.save()
 
     @rank_zero_only
@@ -77,26 +79,26 @@ class CSVLog(Logger):
             with atomic_write(path) as temporary:
                 Image.fromarray(pixels).save(temporary, "png")
         except OSError as error:
-            told = describe_write_error(error, path.parent)
-            if told is None:
+            message = describe_write_error(error, path.parent)
+            if message is None:
                 raise
-            warnings.warn(told, stacklevel=1)  # a picture is not worth a run
+            warnings.warn(message, stacklevel=1)  # a missing picture must not end a run
 
-    def forget_from(self, step: int) -> None:
+    def drop_from(self, step: int) -> None:
         """Drop the rows of `step` and of all later ones."""
         for file in (self.metrics, self.speed):
-            file.forget_from(step)
+            file.drop_from(step)
 
-    def forget_columns(self, step: int, prefix: str) -> None:
+    def drop_columns(self, step: int, prefix: str) -> None:
         """Drop the values of `step` whose names start with `prefix`."""
-        self.metrics.forget_columns(step, prefix)
+        self.metrics.drop_columns(step, prefix)
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring the files up to date.
+        """Write both files.
 
         Raises:
-            OSError: if one cannot be written; it is as it was then, and its rows are kept for the next time.
+            OSError: if one cannot be written; it stays as it was, and its rows are kept for the next time.
         """
         self._saved_at = time.monotonic()
         self.metrics.save()
@@ -113,34 +115,34 @@ class RowFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._rows: dict[int, Row] = {int(row["step"]): row for row in read_rows(path)}
-        except (KeyError, TypeError, ValueError, csv.Error) as error:  # and bytes that are no text
+            self._rows: dict[int, MetricsRow] = {int(row["step"]): row for row in read_rows(path)}
+        except (KeyError, TypeError, ValueError, csv.Error) as error:  # ValueError also for bytes that are not UTF-8
             raise DataError(
                 f"{path}: this log is damaged ({type(error).__name__}: {shorten_repr(str(error))}). "
-                "Mend it, or move it away: the run goes on without its old rows."
+                "Fix it, or move it away: the run then continues without its old rows."
             ) from None
-        self._has_news = False
+        self._has_changed = False
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Put `values` into the row of `step`; without any there is no row."""
+        """Put `values` into the row of `step`; nothing if there are none."""
         if not values:
             return
         row = self._rows.setdefault(step, {"step": step})
-        row.update({name: number(value) for name, value in values.items()})
-        self._has_news = True
+        row.update({name: to_python_number(value) for name, value in values.items()})
+        self._has_changed = True
 
-    def forget_from(self, step: int) -> None:
-        self._rows = {at: row for at, row in self._rows.items() if at < step}
-        self._has_news = True
+    def drop_from(self, step: int) -> None:
+        self._rows = {number: row for number, row in self._rows.items() if number < step}
+        self._has_changed = True
 
-    def forget_columns(self, step: int, prefix: str) -> None:
+    def drop_columns(self, step: int, prefix: str) -> None:
         row = self._rows.get(step, {})
         for name in [name for name in row if name.startswith(prefix)]:
             del row[name]
 
     def save(self) -> None:
-        """Write the file if there is anything new, whole or not at all."""
-        if not self._has_news:
+        """Write the file atomically, if anything has changed."""
+        if not self._has_changed:
             return
         names = {name: None for row in self._rows.values() for name in row}
         first = [name for name in FIRST_COLUMNS if name in names or name == "step"]
@@ -149,24 +151,24 @@ class RowFile:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self._rows[step] for step in sorted(self._rows))
-        self._has_news = False
+        self._has_changed = False
 
 
-def number(value: Any) -> float:
-    """A Python number, whatever kind of scalar it was."""
+def to_python_number(value: Any) -> float:
+    """A Python number from any kind of scalar."""
     return value.item() if hasattr(value, "item") else value
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a log as they were written, without empty cells; none if the file is not there.
+def read_rows(path: Path) -> list[MetricsRow]:
+    """The rows of a log as they were written, without empty cells; none if there is no file.
 
     Raises:
-        ValueError, csv.Error: if it is no such table.
+        ValueError, csv.Error: if the file is not such a table.
     """
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
         if rows.fieldnames is not None and "step" not in rows.fieldnames:
-            raise ValueError("it has no column step")
+            raise ValueError("it has no column named step")
         return [{name: value for name, value in row.items() if value != ""} for row in rows]

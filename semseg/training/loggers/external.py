@@ -1,4 +1,4 @@
-"""The loggers besides the CSV file. Each takes pictures, and goes on with the record of a resumed run."""
+"""TensorBoard, Weights & Biases and MLflow. Each takes pictures, and continues the record of a resumed run."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from typing import Any, Protocol, runtime_checkable
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from semseg.config.schema import Config, config_to_plain
 from semseg.errors import ConfigError
 from semseg.reports.draw import Pixels
 from semseg.storage.atomic import atomic_write
 from semseg.storage.ranks import is_first_rank
 
-EXTRAS = {"TensorBoard": ("tensorboard", "tb"), "WandB": ("wandb", "wandb"), "MLflow": ("mlflow", "mlflow")}
+LOGGER_EXTRAS = {"TensorBoard": ("tensorboard", "tb"), "WandB": ("wandb", "wandb"), "MLflow": ("mlflow", "mlflow")}
 
 
 @runtime_checkable
-class TakesPictures(Protocol):
-    """A logger that keeps pictures beside the numbers."""
+class PictureLogger(Protocol):
+    """A logger that stores pictures as well as numbers."""
 
     def log_picture(self, name: str, pixels: Pixels, step: int) -> None:
-        """Keep a picture (H, W, 3) of `step` under `name`."""
+        """Store a picture (H, W, 3) of `step` under `name`."""
         ...
 
 
@@ -45,24 +44,24 @@ class WandB(WandbLogger):
     """Weights & Biases, its files in `folder`.
 
     Args:
-        folder: below that of the run, whose name is the name there; keeps the id by which a resumed run is the same.
-        project: made if it is not there.
+        folder: in the run folder, after which the run is named; it holds the id by which a resumed run is recognised.
+        project: created if missing.
         offline: open no connection; `wandb sync` uploads the files later.
     """
 
     def __init__(self, folder: str, project: str, offline: bool) -> None:
-        known = run_id(Path(folder) / "wandb_id") if is_first_rank() else None
-        super().__init__(name_of(folder), folder, known, offline, project=project)
-        del self._wandb_init["anonymous"]  # of no effect, says wandb in a warning
+        known_id = get_or_create_id(Path(folder) / "wandb_id") if is_first_rank() else None
+        super().__init__(run_name_of(folder), folder, known_id, offline, project=project)
+        del self._wandb_init["anonymous"]  # wandb warns that it has no effect
 
     @rank_zero_only
     def log_picture(self, name: str, pixels: Pixels, step: int) -> None:
-        self.log_image(f"panels/{name}", [pixels])  # wandb counts its own steps; the metrics say which one it was
+        self.log_image(f"panels/{name}", [pixels])  # wandb counts its own steps; the metrics hold ours
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         super().finalize(status)
-        if self._experiment is not None:  # a later run of this process is another one
+        if self._experiment is not None:  # a later run of this process is a new one
             self._experiment.finish(0 if status == "success" else 1)
             self._experiment = None
 
@@ -71,23 +70,23 @@ class MLflow(MLFlowLogger):
     """An MLflow experiment.
 
     Args:
-        folder: below that of the run, whose name is the name there; keeps the id by which a resumed run is the same.
-        experiment: made if it is not there.
-        tracking_uri: of a server or a database.
-        store: the folder that takes their place if tracking_uri is None.
+        folder: in the run folder, after which the run is named; it holds the id by which a resumed run is recognised.
+        experiment: created if missing.
+        tracking_uri: address of a server or a database.
+        store: the folder to use if tracking_uri is None.
     """
 
     def __init__(self, folder: str, experiment: str, tracking_uri: str | None, store: str) -> None:
-        # MLflow keeps its local files as they are for good, and wants that to be known.
+        # MLflow no longer develops its file store, and refuses it without this.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self.id_file = Path(folder) / "mlflow_id"
-        known = self.id_file.read_text().strip() if self.id_file.is_file() else None
-        super().__init__(experiment, name_of(folder), tracking_uri, save_dir=store, run_id=known)
-        self.is_resumed = known is not None
+        known_id = self.id_file.read_text().strip() if self.id_file.is_file() else None
+        super().__init__(experiment, run_name_of(folder), tracking_uri, save_dir=store, run_id=known_id)
+        self.is_resumed = known_id is not None
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Keep the settings; those of a resumed run stay as they were, since MLflow refuses others."""
+        """Store the settings; those of a resumed run stay as they were, because MLflow refuses others."""
         if self.is_resumed:
             return
         super().log_hyperparams(params)
@@ -98,13 +97,13 @@ class MLflow(MLFlowLogger):
         self.experiment.log_image(self.run_id, pixels, key=f"panels_{name}", step=step)
 
 
-def name_of(folder: str) -> str:
-    """The run's name: that of the folder above the one with its logs."""
+def run_name_of(folder: str) -> str:
+    """The name of a run: that of the folder above its folder of logs."""
     return Path(folder).absolute().parent.name
 
 
-def run_id(file: Path) -> str:
-    """The id in `file`, made up and written there if there is none."""
+def get_or_create_id(file: Path) -> str:
+    """The id in `file`; a new one is written there if the file is missing."""
     if not file.is_file():
         write_text(file, secrets.token_hex(8))
     return file.read_text().strip()
@@ -115,33 +114,33 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def require_extra(target: str) -> None:
-    """Leave early where the package of a logger is not installed.
+def require_logger_package(target: str) -> None:
+    """Fail early if the package of a logger is not installed.
 
     Args:
-        target: of the logger in the configuration.
+        target: the logger's _target_ in the configuration.
 
     Raises:
         ConfigError: naming the extra to install.
     """
-    package, extra = EXTRAS.get(target.rpartition(".")[2], ("", ""))
+    package, extra = LOGGER_EXTRAS.get(target.rpartition(".")[2], ("", ""))
     if package and find_spec(package) is None:
         raise ConfigError(f"logger={package} needs {package}: pip install 'semseg[{extra}]'")
 
 
-def log_settings(loggers: Sequence[Logger], config: Config) -> None:
-    """Open every logger with the whole configuration of the run.
+def log_settings(loggers: Sequence[Logger], settings: dict[str, Any]) -> None:
+    """Open every logger, and log the whole configuration of the run as plain data.
 
     Raises:
-        ConfigError: if one of them cannot be opened: nobody has logged in, say, or its server is away.
+        ConfigError: if one of them cannot be opened, for example without a login or with its server down.
     """
     for logger in loggers:
         try:
-            logger.log_hyperparams(config_to_plain(config))
-        except Exception as error:  # every library has kinds of its own
-            raise not_opened(type(logger).__name__, error) from error
+            logger.log_hyperparams(settings)
+        except Exception as error:  # every library has its own
+            raise logger_error(type(logger).__name__, error) from error
 
 
-def not_opened(name: str, error: BaseException | None) -> ConfigError:
-    """One line for a logger that its library refuses to open."""
+def logger_error(name: str, error: BaseException | None) -> ConfigError:
+    """The error, in one line, for a logger that its library refuses to open."""
     return ConfigError(f"logger: {name} cannot be opened: {' '.join(str(error).split())[:300]}")

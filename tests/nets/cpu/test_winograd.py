@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semseg.build import build_net
+from semseg.checkpoints.network import build_network
 from semseg.config.schema import ModelConfig
 from semseg.nets.cpu import winograd
 from semseg.nets.cpu.winograd import Thresholds, Winograd, conv2d, find_thresholds
@@ -244,4 +244,4 @@ def test_the_configuration_key_switches_the_kernels() -> None:
     encoder, decoder = {"name": "resnet18", "output_stride": 32}, {"name": "c1"}
     for is_enabled in (True, False):
         config = ModelConfig(encoder=dict(encoder), decoder=dict(decoder), winograd=is_enabled)
-        assert build_net(config, 3).has_cpu_kernels == is_enabled
+        assert build_network(config, 3).has_cpu_kernels == is_enabled

@@ -162,7 +162,7 @@ def test_c1_an_evaluation_leaves_them_out_names_them_and_scores_the_others_alike
 def test_c15_fewer_images_than_a_step_takes_is_told_before_the_network_is_built(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "build_net", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(train, "build_network", lambda *_: pytest.fail("built"))
     config = run_words(drawn, tmp_path, "data.batch_size=9")
     with pytest.raises(DataError, match=r"data\.train has 8 images, one step takes 9: data\.batch_size=9 on 1 devices"):
         train.run(config, [])

@@ -16,7 +16,7 @@ from rich.console import Console
 from helpers.command_line import TINY, TINY_NETWORK, call_main, run, run_here
 from helpers.in_process import configured
 from semseg.evaluation.metrics import Scores
-from semseg.training.callbacks.console import TellValidation, config_tree, validation_table
+from semseg.training.callbacks.console import ReportValidation, build_config_tree, validation_table
 
 RUN_WORDS = [*TINY, *TINY_NETWORK, "data.steps_per_epoch=3", "trainer.max_epochs=2"]
 
@@ -92,7 +92,7 @@ def test_quiet_leaves_errors_and_is_refused_where_there_is_nothing_else_to_do(tm
 
 def test_the_tree_shows_what_training_reads_and_marks_what_was_given() -> None:
     words = ["data=scenes", "optim.lr=0.5", "trainer.max_epochs=7"]
-    tree = config_tree(configured(*words), words)
+    tree = build_config_tree(configured(*words), words)
     printed = text_of(tree, 200)
     assert "lr=0.5" in printed and "max_epochs=7" in printed and "given  data=scenes  optim.lr=0.5" in printed
     assert "max_upload_mb" not in printed and "None" not in printed
@@ -116,7 +116,7 @@ def test_the_table_of_a_validation_names_the_weakest_classes() -> None:
 
 
 def test_a_resumed_run_knows_the_best_score_before() -> None:
-    before, after = TellValidation(), TellValidation()
+    before, after = ReportValidation(), ReportValidation()
     before.best = 0.25
     after.load_state_dict(before.state_dict())
     assert after.best == 0.25

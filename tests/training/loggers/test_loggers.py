@@ -14,7 +14,7 @@ from PIL import Image
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg.build import build_trainer
 from semseg.config.explain import explain_hydra_error
-from semseg.config.schema import Config
+from semseg.config.schema import Config, config_to_plain
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError
 from semseg.training.loggers import external
@@ -114,7 +114,7 @@ def test_mlflow_keeps_numbers_pictures_settings_and_goes_on_with_a_run(
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # and leave the environment as it was
     words = ["logger=mlflow", f"logger.mlflow.store={tmp_path / 'mlruns'}"]
     config = run_of(root, tmp_path, *words, "trainer.max_epochs=1")
-    log_settings(build_trainer(config, DataSource(config.data)).loggers, config)
+    log_settings(build_trainer(config, DataSource(config.data)).loggers, config_to_plain(config))
     fit(config)  # a second logger, as in a resumed run
     (run,) = (folder.parent for folder in (tmp_path / "mlruns").glob("*/*/params"))
     assert run.name == (tmp_path / "logs/mlflow_id").read_text()
@@ -122,7 +122,10 @@ def test_mlflow_keeps_numbers_pictures_settings_and_goes_on_with_a_run(
     found = {path.relative_to(run / "metrics").as_posix() for path in (run / "metrics").rglob("*") if path.is_file()}
     assert found >= LOGGED
     assert len(list(run.glob("artifacts/images/*.png"))) == 2
-    log_settings([MLflow(str(tmp_path / "logs"), "semseg", None, str(tmp_path / "mlruns"))], run_of(root, tmp_path))
+    log_settings(
+        [MLflow(str(tmp_path / "logs"), "semseg", None, str(tmp_path / "mlruns"))],
+        config_to_plain(run_of(root, tmp_path)),
+    )
     assert (run / "params/trainer/max_epochs").read_text() == "1"  # as it began
 
 
@@ -153,7 +156,7 @@ class Closed(CSVLog):
 
 def test_a_server_that_is_away_is_told_in_one_line(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^logger: Closed cannot be opened: no answer from http://tracker$"):
-        log_settings([Closed(str(tmp_path))], run_of(root, tmp_path))
+        log_settings([Closed(str(tmp_path))], {})
 
 
 def test_an_unknown_logger_in_a_list_is_told_with_its_likeness() -> None:

@@ -1,0 +1,93 @@
+"""Networks from their configuration: with fresh weights, ImageNet weights, or those of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from semseg.checkpoints.format import SavedNetwork, first_line
+from semseg.checkpoints.initialise import find_differences, load_all_weights, load_encoder_weights
+from semseg.config.preprocessing import PREPROCESSING
+from semseg.config.schema import DownloadConfig, ModelConfig, split_network_options
+from semseg.errors import CheckpointError, ConfigError
+from semseg.nets.interfaces import Encoder
+from semseg.nets.registry import build_segmenter
+from semseg.nets.segmenter import Segmenter
+from semseg.storage.download import fetch_file
+
+
+def build_network(config: ModelConfig, num_classes: int, download: DownloadConfig | None = None) -> Segmenter:
+    """The network, its encoder initialised as model.encoder.weights says, the rest with fresh weights.
+
+    Args:
+        download: how to fetch ImageNet weights (model.encoder.weights=imagenet).
+
+    Raises:
+        ConfigError: for unknown names and options.
+        CheckpointError: if the weight file does not fit.
+        DownloadError: if it cannot be fetched.
+    """
+    encoder, encoder_options = split_network_options(config.encoder, "encoder")
+    decoder, decoder_options = split_network_options(config.decoder, "decoder")
+    net = build_segmenter(encoder, decoder, num_classes, encoder_options, decoder_options)
+    weights = config.encoder.get("weights", "none")
+    if weights == "imagenet":
+        load_encoder_weights(net.encoder, fetch_imagenet_weights(net.encoder, encoder, download or DownloadConfig()))
+    elif weights not in (None, "none"):
+        load_encoder_weights(net.encoder, Path(weights).expanduser())
+    if config.convention != "auto":
+        net.convention = PREPROCESSING[config.convention]
+    net.has_cpu_kernels = config.winograd
+    return net
+
+
+def fetch_imagenet_weights(encoder: Encoder, name: str, download: DownloadConfig) -> Path:
+    """The file of an encoder's published ImageNet weights, downloaded if it is not in the cache.
+
+    Raises:
+        ConfigError: if none are published for this encoder.
+        DownloadError: if they cannot be fetched.
+    """
+    file = encoder.weights_file
+    if file is None:
+        raise ConfigError(f"model.encoder.weights=imagenet: none are known for {name}. Give a file, or none.")
+    manual = "or set model.encoder.weights to a file you have, or to none for random ones"
+    return fetch_file(file.url, download, folder="imagenet", digest=file.digest, manual=manual)
+
+
+def without_weights(model: ModelConfig) -> ModelConfig:
+    """The same network without initial weights, for weights that are loaded into it."""
+    return replace(model, encoder=model.encoder | {"weights": "none"})
+
+
+def load_network(saved: SavedNetwork) -> Segmenter:
+    """The network of a checkpoint with its weights, in eval mode.
+
+    Raises:
+        CheckpointError: if any weight is missing, unexpected or of another shape.
+    """
+    check_network(saved)
+    net = build_network(without_weights(saved.config.model), saved.classes.num_classes)
+    load_all_weights(net, saved.weights, f"{saved.source}: its weights do not fit its own configuration")
+    net.convention = saved.convention
+    return net.eval()
+
+
+def check_network(saved: SavedNetwork) -> None:
+    """Refuse a file whose weights and configuration do not fit each other, before memory is allocated.
+
+    Raises:
+        CheckpointError: if the network cannot be built, or its weights are missing, unexpected or of another shape.
+    """
+    try:
+        with torch.device("meta"):
+            net = build_network(without_weights(saved.config.model), saved.classes.num_classes)
+    except NotImplementedError:  # a network that computes with values while it is built
+        return
+    except Exception as error:  # constructors may raise anything for the options of a damaged file
+        raise CheckpointError(f"{saved.source}: its network cannot be built: {first_line(error)}") from error
+    problems = find_differences(saved.weights, net.state_dict())
+    if problems:
+        raise CheckpointError(f"{saved.source}: its weights do not fit its own configuration: {'; '.join(problems)}.")

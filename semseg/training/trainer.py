@@ -1,0 +1,121 @@
+"""Lightning's Trainer from the sections of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
+
+from semseg.checkpoints.atomic_io import AtomicCheckpointIO
+from semseg.config.schema import SyncBNConfig, TrainerConfig
+from semseg.errors import ConfigError
+from semseg.syncbn.plugin import build_layer_sync
+from semseg.training.loggers.external import logger_error, require_logger_package
+
+OWN_TRAINER_KEYS = ("max_nonfinite_steps", "probe_memory", "log_images")  # that Lightning does not know
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
+
+
+def create_trainer(
+    settings: TrainerConfig,
+    syncbn: SyncBNConfig,
+    run_dir: Path,
+    *,
+    callbacks: list[Callback],
+    loggers: list[Logger],
+    has_val: bool,
+    is_training: bool,
+) -> pl.Trainer:
+    """Lightning's Trainer, with our checkpoints and synchronised normalisation.
+
+    Args:
+        settings: the section `trainer`.
+        syncbn: the section `syncbn`.
+        run_dir: the folder of the run.
+        has_val: whether there are validation images.
+        is_training: whether checkpoints are written.
+
+    Raises:
+        ConfigError: if Lightning refuses the values.
+    """
+    given = {key: value for key, value in vars(settings).items() if key not in OWN_TRAINER_KEYS}
+    options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    accelerator = choose_accelerator(settings.accelerator)
+    if isinstance(settings.devices, list) and accelerator == "cpu":
+        options["devices"] = len(settings.devices)  # Lightning's CPU accelerator takes a count only
+    if not has_val:
+        options["limit_val_batches"] = 0
+    if settings.profiler is not None:
+        options["profiler"] = PROFILERS[settings.profiler](dirpath=run_dir, filename="profile")
+    plugins = build_layer_sync(syncbn.name, syncbn.convention, accelerator, syncbn.group)
+    try:
+        return pl.Trainer(
+            **options,
+            default_root_dir=run_dir,
+            callbacks=callbacks,
+            logger=loggers or False,
+            plugins=[AtomicCheckpointIO(), *([plugins] if plugins else [])],
+            # Every rank has its own sub-batches: see SegmentationData.
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_checkpointing=is_training,
+        )
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def choose_accelerator(name: str) -> str:
+    """cpu or gpu for trainer.accelerator, as `auto` resolves on this machine.
+
+    Raises:
+        ConfigError: if a GPU is requested and there is none.
+    """
+    if name == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    if name in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"trainer.accelerator={name}: PyTorch sees no GPU here. Use trainer=cpu.")
+    return "gpu" if name == "cuda" else name
+
+
+def create_callbacks(sections: Mapping[str, dict[str, Any]], *, has_val: bool) -> list[Callback]:
+    """The callbacks of the section `callbacks`.
+
+    Raises:
+        ConfigError: if one of them monitors a validation score and there is no validation.
+    """
+    for name, section in sections.items():
+        monitor = str(section.get("monitor"))
+        if monitor.startswith("val/") and not has_val:
+            raise ConfigError(f"callbacks.{name}.monitor={monitor}: there is no validation, data.val is empty.")
+    return [instantiate(section) for section in sections.values()]
+
+
+def create_loggers(sections: Iterable[dict[str, Any]]) -> list[Logger]:
+    """The loggers of the section `logger`.
+
+    Raises:
+        ConfigError: if the package of one is not installed, or refuses to open it.
+    """
+    return [create_logger(section) for section in sections]
+
+
+def create_logger(section: dict[str, Any]) -> Logger:
+    """One logger of the configuration.
+
+    Raises:
+        ConfigError: if its package is not installed, or refuses to open it.
+    """
+    require_logger_package(section["_target_"])
+    try:
+        return instantiate(section)
+    except InstantiationException as error:
+        raise logger_error(section["_target_"].rpartition(".")[2], error.__cause__ or error) from error
