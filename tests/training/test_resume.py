@@ -450,12 +450,12 @@ def test_a17_another_number_of_devices_takes_the_sub_batches_after_those_that_we
         data = SegmentationData(source, config, build_network(config.model, 3))
     data.load_state_dict({"taken": 5})
     for rank in (0, 1):
-        data._place = lambda rank=rank: (rank, 2)
+        data._rank_and_world_size = lambda rank=rank: (rank, 2)
         paths = [batch.paths for batch in data.train_dataloader()]
         numbers = [5 + rank, 7 + rank, 9 + rank]
         records = source.records("train")
         assert paths == [[records[index].image for index in data.plan().sub_batch(n).records] for n in numbers]
-    data._place = lambda: (0, 2)
+    data._rank_and_world_size = lambda: (0, 2)
     data.load_state_dict({"position": 5})  # of the first release: steps
     assert data.state_dict() == {"taken": 10} or data.train_dataloader().taken == 10
 
