@@ -25,7 +25,7 @@ from semseg.reports.templates import format_percent, format_points
 from semseg.storage.atomic import atomic_write
 from semseg.system.text import escape_csv_row, escape_unprintable
 
-MAX_CLASS_ROWS = 15  # on the console; the files hold all classes
+MAX_COMPARED_CLASSES = 15  # on the console; the files hold all classes
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -58,7 +58,7 @@ def build_comparison_table(comparison: Comparison) -> Table:
         table.add_row(*format_cells(row), style="bold")
     table.add_section()
     changed = sorted((row for row in comparison.classes if row.change), key=change_sort_key)
-    for row in changed[:MAX_CLASS_ROWS]:
+    for row in changed[:MAX_COMPARED_CLASSES]:
         table.add_row(*format_cells(row))
     return table
 
