@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from helpers.command_line import run
+from helpers.command_line import run, run_here
 from helpers.published_files import served, write_files
 from semseg.checkpoints.format import load_weights, read_checkpoint, write_ckpt, write_safetensors
 from semseg.modes.convert import write_published
@@ -65,10 +65,10 @@ def test_every_round_trip_gives_the_same_bytes(folder: Path, tmp_path: Path) -> 
 
 
 def test_the_command_line_writes_safetensors_and_published_files(folder: Path) -> None:
-    run(folder, "mode=convert", "ckpt=net.ckpt", "output=out/net.safetensors")
+    run_here(folder, "mode=convert", "ckpt=net.ckpt", "output=out/net.safetensors")
     assert set(load_file(folder / "out" / "net.safetensors")) == set(read_checkpoint(folder / "net.ckpt").weights)
     assert json.loads((folder / "out" / "net.json").read_text())["convention"]["channel_order"] == "bgr"
-    run(folder, "mode=convert", "ckpt=out/net.safetensors", "output=old_code")
+    run_here(folder, "mode=convert", "ckpt=out/net.safetensors", "output=old_code")
     assert sorted(path.name for path in (folder / "old_code").iterdir()) == [
         "decoder_epoch_20.pth",
         "encoder_epoch_20.pth",
@@ -76,7 +76,7 @@ def test_the_command_line_writes_safetensors_and_published_files(folder: Path) -
 
 
 def test_a_name_that_says_no_format_writes_nothing(folder: Path) -> None:
-    output = run(folder, "mode=convert", "ckpt=net.ckpt", "output=net.onnx", code=2)
+    output = run_here(folder, "mode=convert", "ckpt=net.ckpt", "output=net.onnx", code=2)
     assert "output=net.onnx: must end in .ckpt or .safetensors, or be a folder" in output
     assert not (folder / "net.onnx").exists()
 
@@ -102,7 +102,7 @@ def test_safetensors_that_lost_their_description_are_told(folder: Path, tmp_path
 def test_a_converted_checkpoint_evaluates_predicts_and_starts_a_new_run(folder: Path) -> None:
     scenes = ["data=scenes", "data.root=scenes", "data.make.num_train=2", "data.make.num_val=2", "data.num_workers=0"]
     small = ["data.short_edges=[32]", "data.max_long_edge=64", "eval.scales=[32]", "trainer.accelerator=cpu"]
-    output = run(
+    output = run_here(
         folder, *scenes, *small, "init_from=net.ckpt", "run_dir=tuned", "data.batch_size=1", "data.steps_per_epoch=1",
         "trainer.max_epochs=1",
     )  # fmt: skip
@@ -112,11 +112,13 @@ def test_a_converted_checkpoint_evaluates_predicts_and_starts_a_new_run(folder: 
     assert tuned.config.model.encoder["name"] == "resnet18"
     assert tuned.classes.num_classes != 3
     # The convention is that of the weights after a resume too.
-    run(folder, *scenes, *small, "init_from=net.ckpt", "run_dir=tuned", "data.batch_size=1", "data.steps_per_epoch=1",
-        "trainer.max_epochs=2", "resume=auto")  # fmt: skip
+    run_here(
+        folder, *scenes, *small, "init_from=net.ckpt", "run_dir=tuned", "data.batch_size=1", "data.steps_per_epoch=1",
+        "trainer.max_epochs=2", "resume=auto",
+    )  # fmt: skip
     assert read_checkpoint(folder / "tuned" / "checkpoints" / "last.ckpt").convention.channel_order == "bgr"
     image = next((folder / "scenes" / "images" / "validation").iterdir())
-    run(folder, "mode=predict", "ckpt=net.ckpt", f"input={image}", "eval.scales=[32]", "run_dir=predicted")
+    run_here(folder, "mode=predict", "ckpt=net.ckpt", f"input={image}", "eval.scales=[32]", "run_dir=predicted")
     assert list((folder / "predicted").glob("*_ids.png"))
 
 
@@ -128,7 +130,7 @@ def test_the_demonstration_of_the_original_brings_weights_and_picture(folder: Pa
     Image.fromarray(np.full((60, 80, 3), 90, np.uint8)).save(picture)
     with served(site) as server:
         mirrors = f"download.mirrors={{sceneparsing.csail.mit.edu:['{server}']}}"
-        output = run(
+        output = run_here(
             folder, "mode=predict", "ckpt=zoo:resnet18_dilated8_ppm_deepsup", mirrors, "download.retries=0",
             f"download.cache={tmp_path / 'cache'}", "eval.scales=[64]", "run_dir=demonstration",
         )  # fmt: skip

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +18,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from helpers.command_line import RUN, TINY
+from helpers.command_line import TINY, run_here
 from helpers.in_process import TINY_RUN, configured, fit
+from helpers.memory import in_child
 from semseg.checkpoints import atomic_io
 from semseg.data.header_cache import load_cache, save_cache
 from semseg.data.label_cache import LabelCache
@@ -161,9 +160,12 @@ def test_b9_hydras_files_on_a_full_disk_are_a_sentence_and_stay_as_they_were(tmp
     saved = tmp_path / "run" / ".hydra" / "overrides.yaml"
     saved.parent.mkdir(parents=True)
     saved.write_text("- seed=1\n")
-    command = f"ulimit -f 1; exec {sys.executable} {RUN} {' '.join(TINY)} mode=convert ckpt=x output=y.ckpt run_dir=run"
-    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 1, result.stderr
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"error: {saved.parent / 'config.yaml'}: cannot be written (File too large)")
+
+    def convert() -> str:
+        with full_disk(1024):
+            return run_here(tmp_path, *TINY, "mode=convert", "ckpt=x", "output=y.ckpt", "run_dir=run", code=1)
+
+    output = in_child(convert)
+    assert output.count("\n") == 1
+    assert output.startswith(f"error: {saved.parent / 'config.yaml'}: cannot be written (File too large)")
     assert saved.read_text() == "- seed=1\n"
