@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from helpers.browser import in_browser, needs_browser
+from helpers.browser import evaluate_in_browser, needs_browser
 from helpers.command_line import TINY, TINY_NETWORK, run
 from helpers.fork_server import FORK_CHILDREN, run_python
 from helpers.tiny_program import PROGRAM
@@ -244,7 +244,7 @@ def test_marks_of_many_powers_are_thinned_out() -> None:
 def test_the_page_sorts_and_fits_a_telephone(tmp_path: Path) -> None:
     page = tmp_path / "sweep.html"
     page.write_text(render_sweep_page(rank_jobs(jobs_of(tmp_path)), "python run.py " + "x" * 300))
-    order, width = in_browser(
+    order, width = evaluate_in_browser(
         page,
         """(() => {
           const table = document.querySelector("#jobs table");

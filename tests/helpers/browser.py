@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +19,8 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no chromium on the PATH (apt-get install chromium)"
+    CHROMIUM is None or find_spec("playwright") is None,
+    reason="needs chromium on the PATH (apt-get install chromium) and the package playwright",
 )
 FLAGS = [
     "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -83,7 +85,7 @@ def run_in_browser(work: Callable[[Page], Answer], *, width: int = 1280, expecte
     return shared_browser.run(work, {"width": width, "height": 900}, expected_errors)
 
 
-def in_browser(file: Path, expression: str, *, width: int = 1280) -> Any:
+def evaluate_in_browser(file: Path, expression: str, *, width: int = 1280) -> Any:
     """Open an HTML file and return the value of a JavaScript expression."""
 
     def evaluate(page: Page) -> Any:

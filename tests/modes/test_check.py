@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from helpers.browser import in_browser, needs_browser
+from helpers.browser import evaluate_in_browser, needs_browser
 from helpers.in_process import configured
 from semseg.checks.dataset import ScannedSplit, check_pixels
 from semseg.data.geometry import Size
@@ -205,7 +205,7 @@ def test_the_page_opens_from_disk(tmp_path: Path) -> None:
     root = good_folder(tmp_path / "data")
     put(root, "<b>odd</b>".replace("/", "_"), stripes(1, 2, 3)[:30])
     check(root, "data.num_classes=3", "data.val_fraction=0")
-    seen = in_browser(
+    seen = evaluate_in_browser(
         tmp_path / "out" / "check.html",
         "[document.querySelector('#verdict h2').textContent, document.querySelectorAll('#classes tbody tr').length, "
         "document.querySelectorAll('#samples img').length, document.querySelectorAll('main b').length]",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.browser import in_browser, needs_browser
+from helpers.browser import evaluate_in_browser, needs_browser
 from helpers.command_line import RUN, run_here
 from semseg.config.schema import Config
 from semseg.errors import ConfigError, DataError
@@ -190,7 +190,7 @@ def test_one_run_is_too_few(tmp_path: Path) -> None:
 @needs_browser
 def test_the_page_sorts_and_fits_a_phone(tmp_path: Path, runs: list[str]) -> None:
     run(tmp_path, runs)
-    answer = in_browser(
+    answer = evaluate_in_browser(
         tmp_path / "out" / "compare.html",
         """(() => {
           const table = document.querySelector("#classes table");

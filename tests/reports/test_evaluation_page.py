@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from helpers.browser import in_browser, needs_browser
+from helpers.browser import evaluate_in_browser, needs_browser
 from semseg.data.classes import ClassTable
 from semseg.evaluation.bootstrap import ConfidenceIntervals
 from semseg.evaluation.evaluator import Speed, SplitCounts
@@ -214,7 +214,7 @@ def test_the_legend_names_labelled_and_predicted_classes_largest_first() -> None
 def test_a_click_on_a_header_sorts_and_leaves_missing_values_at_the_end(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     write_evaluation_page(page, report())
-    answer = in_browser(
+    answer = evaluate_in_browser(
         page,
         """(() => {
           const table = document.querySelector("#classes table");
@@ -237,5 +237,5 @@ def test_a_click_on_a_header_sorts_and_leaves_missing_values_at_the_end(tmp_path
 def test_on_a_phone_the_page_is_as_wide_as_the_window(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     write_evaluation_page(page, report())
-    widths = in_browser(page, "[innerWidth, document.documentElement.scrollWidth]", width=390)
+    widths = evaluate_in_browser(page, "[innerWidth, document.documentElement.scrollWidth]", width=390)
     assert widths == [390, 390]
