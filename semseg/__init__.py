@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# No other imports here: `run.py --help` must not pay for torch.
+# No other imports here: `run.py --help` must not import torch.
 if TYPE_CHECKING:
     import torch
 
@@ -16,19 +16,19 @@ __version__ = "0.1.0"
 
 
 def load(ckpt: str | Path, *overrides: str, device: str | torch.device | None = None) -> Predictor:
-    """A network, ready to be shown pictures: `semseg.load("runs/a/checkpoints/best.ckpt").predict("photo.jpg")`.
+    """Load a network to predict pictures: `semseg.load("runs/a/checkpoints/best.ckpt").predict("photo.jpg")`.
 
     Args:
-        ckpt: what `ckpt=` takes on the command line: a file, a run folder, `last`, `best`, `zoo:<name>`, published
+        ckpt: any value of `ckpt=` on the command line: a file, a run folder, `last`, `best`, `zoo:<name>`, published
             files.
-        overrides: words as on the command line, such as "predict.scales=[300,450]" or "predict.flip=true".
-        device: where it runs; None: on the GPU if there is one.
+        overrides: arguments as on the command line, such as "predict.scales=[300,450]" or "predict.flip=true".
+        device: the device to run on; None means the GPU if there is one.
 
     Raises:
-        SemsegError: if there is no such network, it is damaged, or a word is wrong.
+        SemsegError: if there is no such network, it is damaged, or an override is invalid.
     """
     from semseg.build import open_predictor  # noqa: PLC0415
     from semseg.config.load import load_config  # noqa: PLC0415
 
-    words = ["mode=serve", f"ckpt={ckpt}", *overrides]  # of all modes it asks for the least
-    return open_predictor(*load_config(words), device=device)
+    arguments = ["mode=serve", f"ckpt={ckpt}", *overrides]  # the mode that requires the fewest settings
+    return open_predictor(*load_config(arguments), device=device)

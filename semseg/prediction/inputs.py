@@ -28,7 +28,7 @@ class Input(NamedTuple):
     """A file to predict."""
 
     path: Path
-    output_path: Path  # of its outputs: relative to the run folder, without suffix
+    output_path: Path  # where its outputs go: relative to the run folder, without suffix
 
     @property
     def is_video(self) -> bool:

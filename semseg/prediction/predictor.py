@@ -42,7 +42,7 @@ class PredictionSettings:
     window: int | None = None
     stride: int | None = None
     memory_limit_mb: int = 1024
-    max_pixels: int = MAX_PIXELS  # of a picture; data.max_pixels
+    max_pixels: int = MAX_PIXELS  # largest size of a picture; data.max_pixels
 
     def __post_init__(self) -> None:
         """Check the values.

@@ -15,7 +15,7 @@ from semseg.data.classes import ClassTable
 Pixels = NDArray[np.uint8]  # (H, W, 3) RGB
 
 DEFAULT_OPACITY = 0.6
-BORDER_BRIGHTNESS = 0.35  # of the line between two classes, as a fraction of the overlay's
+BORDER_BRIGHTNESS = 0.35  # brightness of the line between two classes, as a fraction of the overlay's
 MIN_PANEL_WIDTH = 480  # pixels; smaller images are enlarged so that the legend can be read
 UNSCORED_COLOUR = (0, 0, 0)
 

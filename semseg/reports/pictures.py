@@ -18,7 +18,7 @@ from semseg.reports.draw import Pixels, colour_class_map
 MAX_EDGE = 480  # pixels
 JPEG_QUALITY = 80
 WRONG_COLOUR = np.array((225, 40, 40))
-CORRECT_BRIGHTNESS = 0.45  # of correct pixels in the error map, as a fraction of the image's
+CORRECT_BRIGHTNESS = 0.45  # brightness of correct pixels in the error map, as a fraction of the image's
 STRIPE_WIDTH = 4  # pixels
 HATCH_LEVELS = (20, 70)  # grey levels of the stripes on pixels that are not scored
 

@@ -20,7 +20,7 @@ except ImportError:  # Windows, which has no such limit
     resource = None
 
 CLIENT_SECONDS = 10.0  # for a request's header, for the rest of a rejected body, and for a response to be read
-MIN_BYTES_PER_SECOND = 2**15  # of an upload and of a response: slower clients are dropped
+MIN_BYTES_PER_SECOND = 2**15  # rate of an upload and of a response: slower clients are dropped
 STALE_SECONDS = 1.0  # at the limit of connections, a client that has kept the server waiting longer is dropped first
 MAX_CONNECTIONS = 512
 RESERVED_DESCRIPTORS = 64  # file descriptors for everything but connections and their uploads

@@ -375,7 +375,7 @@ def test_g8_an_endless_upload_is_rejected_while_it_arrives(page: Process) -> Non
         connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode())
         start = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
         connection.sendall(b"%x\r\n%b\r\n" % (len(start), start))
-        for _ in range(40):  # of 64 KB: 2.5 MB of the 2 MB that are taken
+        for _ in range(40):  # 64 KB each: 2.5 MB, and the limit is 2 MB
             connection.sendall(b"10000\r\n%b\r\n" % bytes(2**16))
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
     with socket.create_connection((page.host, page.port), timeout=20) as connection:
