@@ -28,6 +28,7 @@ from semseg.data.workers import (
     LoaderFailure,
     WorkerSetup,
     classify_failure,
+    describe_death,
     install_death_handler,
     original_message,
     parent_of_workers,
@@ -116,13 +117,14 @@ class WatchedLoader(DataLoader[Item]):
                 return type(error)(message)
             images = ", ".join(self._images_of(number))
             return DataError(f"{images}: a data-loading worker failed: {message} (data.num_workers=0 shows where).")
-        reason = str(error).splitlines()[0].rstrip(". ") if failure else ""
         is_broken_pipe = isinstance(error, OSError | EOFError)
         if failure is None and is_broken_pipe and wait([worker.sentinel for worker in workers_of(stream)], GRACE_S):
-            # It ended while it was sending an item, which is lost.
-            failure, reason = LoaderFailure.DIED, "DataLoader worker exited unexpectedly"
+            failure = LoaderFailure.DIED  # while it was sending an item, which is lost
         if failure is None:
             return None
+        # PyTorch does not say which signal has killed a worker.
+        death = describe_death(stream) if failure is LoaderFailure.DIED else None
+        reason = death or str(error).splitlines()[0].rstrip(". ")
         images = ", ".join(self._images_in_work(number, failure))
         return DataError(
             f"waiting for {images}: {reason}. Check that the file can be read and that there is enough memory; "

@@ -136,11 +136,19 @@ def raising_for_dead_workers(stream: Iterator[Any]) -> Iterator[None]:
 
 def raise_if_dead(stream: Iterator[Any]) -> None:
     """Raise if a worker of an iteration has ended; see `raising_for_dead_workers`."""
+    death = None if getattr(stream, "_shutdown", False) else describe_death(stream)
+    if death is not None:
+        raise RuntimeError(death)
+
+
+def describe_death(stream: Iterator[Any]) -> str | None:
+    """How a worker of an iteration has ended; None if all are alive."""
     for worker in workers_of(stream):
-        if not worker.is_alive() and not getattr(stream, "_shutdown", False):
+        if not worker.is_alive():
             code = worker.exitcode or 0
             how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else "exited unexpectedly"
-            raise RuntimeError(f"DataLoader worker (process {worker.pid}) {how}")
+            return f"DataLoader worker (process {worker.pid}) {how}"
+    return None
 
 
 def install_death_handler(previous: Any) -> None:
