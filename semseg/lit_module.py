@@ -35,9 +35,9 @@ from semseg.training.callbacks.out_of_memory import report_out_of_memory, report
 from semseg.training.losses import Loss, build_terms, segmentation_loss
 from semseg.training.optim import apply_settings, build_optimizer, build_scheduler
 from semseg.training.resume import RUN_KEY, resume_at
+from semseg.training.training_state import METRICS_KEY
 from semseg.training.unused import freeze_unused, summarise_modules
 
-METRICS_KEY = "semseg_metrics"  # in a checkpoint: TRAIN_METRICS of the last step
 TRAIN_METRICS = ("train/loss", "train/accuracy")
 HALF_PRECISIONS = ("bf16-true", "16-true")  # weights and buffers alike
 

@@ -22,6 +22,7 @@ COUNTERS = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.automatic
 # Entries of callbacks, Lightning's and ours, by the kind of their values.
 COUNT_ENTRIES = ("skipped", "seen", "left_out", "wait_count", "stopped_epoch", "patience")
 SCORE_ENTRIES = ("best", "best_score", "best_model_score", "current_score", "kth_value")
+METRICS_KEY = "semseg_metrics"  # in a checkpoint: the training metrics of the last step
 TEXT_ENTRIES = ("monitor", "dirpath", "best_model_path", "kth_best_model_path", "last_model_path")
 
 
@@ -53,6 +54,9 @@ def find_invalid_entries(content: dict[str, Any]) -> Iterator[str]:
     position = content.get("SegmentationData")
     if not isinstance(position, dict) or not is_count(position.get("taken", position.get("position"))):
         yield f"SegmentationData={shorten_repr(position)}"
+    metrics = content.get(METRICS_KEY, {})
+    if not isinstance(metrics, dict) or not all(isinstance(k, str) and is_number(v) for k, v in metrics.items()):
+        yield f"{METRICS_KEY}={shorten_repr(metrics)}"
     for key in ("optimizer_states", "lr_schedulers"):
         states = content.get(key)
         if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):

@@ -26,6 +26,7 @@ from semseg.checkpoints.network import check_network
 from semseg.errors import CheckpointError, SemsegError
 from semseg.modes import train
 from semseg.nets.registry import ENCODERS, Constructor
+from semseg.training.training_state import check_training_state
 
 MISSING = object()
 SPOILED: list[Any] = [
@@ -169,3 +170,11 @@ def test_h6_packed_entries_are_refused_before_they_take_memory(packing: str, tmp
     assert grown < 50 * MEGABYTE
     assert told.startswith(f"{path}: its entry ") and "is compressed or overlaps another one" in told
     assert "is compressed or overlaps another one" in damaged
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("metrics", [True, {"train/loss": "low"}, {1: 0.5}])
+def test_h4_metrics_that_are_not_numbers_are_refused(metrics: Any, whole: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"damaged at semseg_metrics="):
+        check_training_state(Path("last.ckpt"), {**whole, "semseg_metrics": metrics})
+    check_training_state(Path("last.ckpt"), whole)
