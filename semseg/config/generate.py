@@ -68,11 +68,10 @@ class Key:
 @cache
 def read_explanations(cls: type) -> Mapping[str, str]:
     """The string below each field of a section."""
-    [body] = [
-        node.body for node in ast.parse(textwrap.dedent(inspect.getsource(cls))).body if isinstance(node, ast.ClassDef)
-    ]
+    definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(definition, ast.ClassDef)
     found = {}
-    for item, below in itertools.pairwise(body):
+    for item, below in itertools.pairwise(definition.body):
         match item, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 found[name] = " ".join(text.split())
@@ -157,6 +156,7 @@ def render_yaml(cls: type, values: Mapping[str, Any], *, indent: int = 0) -> Ite
 
 
 def index_keys(cls: type) -> dict[str, Key]:
+    """The keys of a section by name."""
     return {key.name: key for key in list_section_keys(cls)}
 
 
@@ -254,11 +254,11 @@ def render_page() -> str:
     values = {group: read_values(CONFIG_DIR / group / f"{option}.yaml") for group, option in COMPLETE_OPTIONS.items()}
     parts = [PAGE_HEADER]
     keys = list_section_keys(Config)
-    parts.append(render_table("General", "", [key for key in keys if key.section is None], {}))
+    parts.append(render_table("General", "", [key for key in keys if key.section is None]))
     for key in keys:
         if key.section is not None:
             rows = list(flatten_keys(key.section, f"{key.name}.", values.get(key.name, {})))
-            parts.append(render_table(key.name, key.explanation, rows, values.get(key.name, {})))
+            parts.append(render_table(key.name, key.explanation, rows))
     return "\n".join(parts)
 
 
@@ -273,7 +273,7 @@ def flatten_keys(cls: type, prefix: str, values: Mapping[str, Any]) -> Iterator[
         yield from flatten_keys(key.section, f"{name}.", value if isinstance(value, Mapping) else {})
 
 
-def render_table(title: str, explanation: str, keys: list[Key], values: Mapping[str, Any]) -> str:
+def render_table(title: str, explanation: str, keys: list[Key]) -> str:
     """A heading, a sentence, and a row for each key."""
     group = f" Options: the files in `configs/{title}/`." if (CONFIG_DIR / title).is_dir() else ""
     rows = [
