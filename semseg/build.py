@@ -27,8 +27,9 @@ from semseg.errors import ConfigError
 from semseg.nets.segmenter import Segmenter
 from semseg.prediction.predictor import PredictionSettings, Predictor
 from semseg.storage.download import fetch_file
+from semseg.storage.ranks import print_once
 from semseg.training.callbacks.bad_images import CountBadImages
-from semseg.training.callbacks.console import BarProgress, LineProgress, ReportValidation, print_once
+from semseg.training.callbacks.console import BarProgress, LineProgress, ReportValidation
 from semseg.training.callbacks.ema import MovingAverage
 from semseg.training.callbacks.label_warnings import WarnAboutLabels
 from semseg.training.callbacks.log_steps import EndOnSignals, LogSteps, checkpoint_callbacks

@@ -48,3 +48,22 @@ def test_importing_a_package_costs_nothing() -> None:
 def test_the_root_of_the_package_holds_six_files() -> None:
     files = {path.name for path in PACKAGE.glob("*.py")}
     assert files == {"__init__.py", "build.py", "collate.py", "datamodule.py", "errors.py", "lit_module.py"}
+
+
+def public_names(path: Path) -> set[str]:
+    """Functions, classes and constants that a file defines at its top level, without those that begin with _."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_a_public_name_is_defined_in_one_file() -> None:
+    files: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for name in public_names(path) - {"run"}:  # what each file in modes/ is called by
+            files.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: paths for name, paths in files.items() if len(paths) > 1} == {}

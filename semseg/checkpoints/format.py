@@ -377,7 +377,7 @@ def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best"
         found = find_newest_file(runs_dir, f"*/{CHECKPOINT_FOLDER}/{spec}.ckpt")
         if found is None:
             raise CheckpointError(
-                f"ckpt={spec}: no {spec}.ckpt in any run below {runs_dir.resolve()}{list_folder(runs_dir)}. "
+                f"ckpt={spec}: no {spec}.ckpt in any run below {runs_dir.resolve()}{describe_folder(runs_dir)}. "
                 f"Give a file or a run folder, or train first: {entry_command()}."
             )
         return found
@@ -386,9 +386,9 @@ def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best"
             for folder in (path / CHECKPOINT_FOLDER, path):
                 if (folder / f"{name}.ckpt").is_file():
                     return folder / f"{name}.ckpt"
-        raise CheckpointError(f"ckpt={spec}: no best.ckpt or last.ckpt in this folder{list_folder(path)}.")
+        raise CheckpointError(f"ckpt={spec}: no best.ckpt or last.ckpt in this folder{describe_folder(path)}.")
     if not path.is_file():
-        raise CheckpointError(f"ckpt={spec}: there is no such file{list_folder(path.parent)}.")
+        raise CheckpointError(f"ckpt={spec}: there is no such file{describe_folder(path.parent)}.")
     return path
 
 
@@ -397,7 +397,7 @@ def find_newest_file(folder: Path, pattern: str) -> Path | None:
     return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
 
 
-def list_folder(folder: Path) -> str:
+def describe_folder(folder: Path) -> str:
     """` (there: a, b, ...)` for an error message; empty if the folder is not there."""
     if not folder.is_dir():
         return f" ({folder} does not exist)"

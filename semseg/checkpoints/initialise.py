@@ -21,7 +21,7 @@ from semseg.syncbn.layer import OLD_BUFFERS
 from semseg.system.text import escape_unprintable
 
 COUNTER = "num_batches_tracked"  # in files of PyTorch 0.4.1 and later; nothing here depends on it
-MAX_NAMES = 3
+MAX_LISTED = 3
 
 
 def load_encoder_weights(encoder: Encoder, path: Path) -> None:
@@ -97,7 +97,7 @@ def shorten_names(names: list[str]) -> str:
     >>> shorten_names(["a", "b", "c", "d"])
     'a, b, c, ...'
     """
-    return ", ".join(map(escape_unprintable, names[:MAX_NAMES])) + (", ..." if len(names) > MAX_NAMES else "")
+    return ", ".join(map(escape_unprintable, names[:MAX_LISTED])) + (", ..." if len(names) > MAX_LISTED else "")
 
 
 class LoadReport(NamedTuple):

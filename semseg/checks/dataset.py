@@ -147,7 +147,7 @@ def diagnose(
     suggestions: dict[str, str] = {}
     # A split that is cut from train has the problems of train, which are reported once.
     others = [split._replace(problems=()) if split.problems == splits[0].problems else split for split in splits[1:]]
-    notices = [notice for split in (splits[0], *others) for notice in (*check_files(split), *check_pixels(split))]
+    notices = [notice for split in (splits[0], *others) for notice in (*check_files(split), *check_reading(split))]
     if configured is None:
         suggestions |= suggest_ids(sum_ids(splits))
         notices.append(Notice(ERROR, describe_unexplained_ids(sorted(sum_ids(splits)))))
@@ -205,7 +205,7 @@ def check_files(split: ScannedSplit) -> Iterator[Notice]:
         yield Notice(ERROR, f"{split.name}: no pair of image and mask can be used.")
 
 
-def check_pixels(split: ScannedSplit) -> Iterator[Notice]:
+def check_reading(split: ScannedSplit) -> Iterator[Notice]:
     """Notices about files that are usable, but may be read differently than expected."""
     if split.orientations.problem:
         yield Notice(ERROR, split.orientations.problem)

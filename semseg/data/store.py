@@ -26,7 +26,7 @@ ARCHIVE_SUFFIX = ".zip"
 MAX_BYTES = 2**30  # limit of one unpacked file, above any image: an archive of a few kB can announce terabytes
 SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"})  # written by file managers
 OLD_ENCODINGS = ("cp932", "gbk", "big5", "cp949", "cp1252", "cp1251", "cp850", "cp866")  # of names in old zip archives
-MAX_NAMES = 3  # names of unused files that a message lists for each reason
+MAX_UNUSED_NAMES = 3  # names of unused files that a message lists for each reason
 
 
 class OpenArchive(NamedTuple):
@@ -83,8 +83,8 @@ class UnusedFiles:
         prefix = f"{root}/"
         return ", ".join(
             f"{len(paths)} {reason} "
-            f"({', '.join(printable_name(path.removeprefix(prefix)) for path in list(paths)[:MAX_NAMES])}"
-            f"{', ...' if len(paths) > MAX_NAMES else ''})"
+            f"({', '.join(printable_name(path.removeprefix(prefix)) for path in list(paths)[:MAX_UNUSED_NAMES])}"
+            f"{', ...' if len(paths) > MAX_UNUSED_NAMES else ''})"
             for reason, paths in self._paths.items()
         )
 

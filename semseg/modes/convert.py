@@ -12,7 +12,7 @@ from semseg.checkpoints.format import SAFETENSORS, SavedNetwork, copy_detached, 
 from semseg.config.schema import Config
 from semseg.errors import ConfigError
 from semseg.storage.atomic import atomic_write
-from semseg.training.callbacks.console import print_once
+from semseg.storage.ranks import print_once
 
 
 def run(config: Config, overrides: list[str]) -> None:

@@ -36,9 +36,9 @@ from semseg.reports.draw import draw_comparison
 from semseg.reports.evaluation_page import EvaluationReport, Example, choose_examples, write_evaluation_page
 from semseg.reports.run_card import build_run_card, compute_data_fingerprint
 from semseg.storage.atomic import atomic_write
+from semseg.storage.ranks import print_once
 from semseg.storage.run_results import RunResult, write_result
 from semseg.system.text import escape_lines, escape_unprintable
-from semseg.training.callbacks.console import print_once
 
 _log = logging.getLogger(__name__)
 

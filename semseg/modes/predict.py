@@ -28,8 +28,8 @@ from semseg.prediction.predictor import PredictionResult, Predictor
 from semseg.prediction.video import Frame, LostFramesError, VideoWriters, read_frames
 from semseg.reports.draw import Pixels, colour_class_map, draw_overlay
 from semseg.storage.download import fetch_file
+from semseg.storage.ranks import print_once
 from semseg.system.text import escape_lines, escape_unprintable
-from semseg.training.callbacks.console import print_once
 
 
 def run(config: Config, overrides: list[str]) -> None:

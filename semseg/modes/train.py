@@ -44,11 +44,11 @@ from semseg.modes.predict import predict_inputs
 from semseg.nets.cost import NetworkCost, measure_cost, write_cost
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write, entry_command, relative_to_cwd
-from semseg.storage.ranks import is_first_rank
+from semseg.storage.ranks import is_first_rank, print_once
 from semseg.storage.run_lock import RunLock
 from semseg.storage.run_results import RESULT_FILE, RunResult, read_result, write_result
 from semseg.system.text import escape_unprintable
-from semseg.training.callbacks.console import build_config_tree, print_once
+from semseg.training.callbacks.console import build_config_tree
 from semseg.training.callbacks.stop import StoppedError, requeue
 from semseg.training.loggers.external import log_settings
 from semseg.training.losses import read_class_weights

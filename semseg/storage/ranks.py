@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from semseg.system.text import escape_lines
+
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # environment variables that number the processes of a run
 
 
@@ -12,7 +14,7 @@ def is_first_rank() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
 
 
-def print_once(line: str) -> None:
-    """Print a line on the first rank only."""
-    if is_first_rank():
-        print(line, flush=True)
+def print_once(line: str | None) -> None:
+    """Print a line on the first rank only; nothing if there is none."""
+    if line and is_first_rank():
+        print(escape_lines(line), flush=True)

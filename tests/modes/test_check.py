@@ -17,7 +17,7 @@ from PIL import Image
 
 from helpers.browser import evaluate_in_browser, needs_browser
 from helpers.in_process import configured
-from semseg.checks.dataset import ScannedSplit, check_pixels
+from semseg.checks.dataset import ScannedSplit, check_reading
 from semseg.data.geometry import Size
 from semseg.data.labels import read_label
 from semseg.data.records import Record
@@ -240,7 +240,7 @@ def test_c24_images_that_use_a_fraction_of_their_depth_are_counted(
     cv2.imwrite(str(tmp_path / "a.png"), (np.arange(4800).reshape(60, 80) * largest // 4799).astype(kind))
     record = Record(str(tmp_path / "a.png"), str(tmp_path / "masks/a.png"), Size(60, 80), "folder")
     split = ScannedSplit("train", [record], list(scan_pairs([record], tmp_path)), [])
-    notices = [notice.text for notice in check_pixels(split)]
+    notices = [notice.text for notice in check_reading(split)]
     assert (told is None and not notices) or (told is not None and told in notices[0])
 
 

@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
-from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback, ProgressBar, RichProgressBar
 from pytorch_lightning.callbacks.progress.rich_progress import (
     BatchesProcessedColumn,
@@ -27,7 +26,7 @@ from semseg.config.schema import Config, config_to_plain
 from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 from semseg.evaluation.metrics import Scores
-from semseg.system.text import escape_lines, escape_unprintable
+from semseg.system.text import escape_unprintable
 
 NUM_WEAKEST = 5  # classes named after every validation
 OTHER_SECTIONS = ("predict", "serve", "export", "check", "bench", "download")  # sections that training does not read
@@ -39,13 +38,6 @@ class HasScores(Protocol):
 
     scores: Scores | None  # of the last validation or test
     classes: ClassTable
-
-
-@rank_zero_only
-def print_once(line: str | None) -> None:
-    """Print a line once, whatever the number of processes; nothing for an empty one."""
-    if line:
-        print(escape_lines(line), flush=True)
 
 
 def build_config_tree(config: Config, overrides: Sequence[str]) -> Tree:
@@ -224,8 +216,8 @@ class ReportValidation(Callback):
             console = Console()
             console.print(validation_table(scores, best, pl_module.classes.names, f"validation after {epoch}"))
         else:
-            accuracy = format_score(scores.pixel_accuracy)
-            print(f"{epoch}  validation  mean IoU {format_score(score)}  pixel accuracy {accuracy}", flush=True)
+            accuracy = format_fraction(scores.pixel_accuracy)
+            print(f"{epoch}  validation  mean IoU {format_fraction(score)}  pixel accuracy {accuracy}", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -245,10 +237,10 @@ def validation_table(scores: Scores, best: float | None, names: Sequence[str], t
     """
     table = Table(title=title, title_justify="left", min_width=len(title))
     row = {
-        "mean IoU": format_score(scores.mean_iou),
-        "best before": format_score(best),
-        "pixel accuracy": format_score(scores.pixel_accuracy),
-        "overall": format_score(scores.overall),
+        "mean IoU": format_fraction(scores.mean_iou),
+        "best before": format_fraction(best),
+        "pixel accuracy": format_fraction(scores.pixel_accuracy),
+        "overall": format_fraction(scores.overall),
     }
     for heading in row:
         table.add_column(heading, justify="right")
@@ -261,6 +253,6 @@ def validation_table(scores: Scores, best: float | None, names: Sequence[str], t
     return Group(table, weakest)
 
 
-def format_score(score: float | None) -> str:
+def format_fraction(score: float | None) -> str:
     """Four decimals, or a dash if there is no score."""
     return "-" if score is None else f"{score:.4f}"

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from semseg.data.batch import Batch
 
-MAX_IGNORED_FRACTION = 0.9  # of the pixels of training images
+MAX_IGNORED_PIXELS = 0.9  # of the pixels of training images
 MAX_PREDICTED_FRACTION = 0.99  # of the pixels, predicted as one class
 MAX_FIRST_ACCURACY = 0.999  # of training, in the first epoch
-MAX_NAMES = 8  # classes named in a warning
+MAX_ABSENT = 8  # classes named in a warning
 
 
 class WarnAboutLabels(Callback):
@@ -78,16 +78,16 @@ def describe_odd_labels(counts: Sequence[int], names: Sequence[str]) -> list[str
     """
     *scored, ignored = counts
     warnings = []
-    if ignored > MAX_IGNORED_FRACTION * sum(counts):
+    if ignored > MAX_IGNORED_PIXELS * sum(counts):
         fraction = ignored / max(1, sum(counts))
         warnings.append(
             f"{fraction:.1%} of the pixels of this epoch are ignored: are data.first_id and data.ignore right?"
         )
     absent = [name for name, count in zip(names, scored, strict=True) if not count]
     if absent:
-        more = f" and {len(absent) - MAX_NAMES} more" if len(absent) > MAX_NAMES else ""
+        more = f" and {len(absent) - MAX_ABSENT} more" if len(absent) > MAX_ABSENT else ""
         warnings.append(
-            f"{len(absent)} of {len(names)} classes did not occur in this epoch: {', '.join(absent[:MAX_NAMES])}{more}."
+            f"{len(absent)} of {len(names)} classes did not occur in this epoch: {', '.join(absent[:MAX_ABSENT])}{more}."
             " mode=check reports whether they occur at all."
         )
     return warnings
