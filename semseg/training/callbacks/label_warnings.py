@@ -86,8 +86,9 @@ def describe_odd_labels(counts: Sequence[int], names: Sequence[str]) -> list[str
     absent = [name for name, count in zip(names, scored, strict=True) if not count]
     if absent:
         more = f" and {len(absent) - MAX_ABSENT} more" if len(absent) > MAX_ABSENT else ""
+        listed = ", ".join(absent[:MAX_ABSENT]) + more
         warnings.append(
-            f"{len(absent)} of {len(names)} classes did not occur in this epoch: {', '.join(absent[:MAX_ABSENT])}{more}."
+            f"{len(absent)} of {len(names)} classes did not occur in this epoch: {listed}."
             " mode=check reports whether they occur at all."
         )
     return warnings
