@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import cast
 
@@ -42,6 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data") / "scenes"
 
 
+@functools.cache
 def configured(root: Path, *overrides: str) -> Config:
     words = ["data=scenes", f"data.root={root}", "data.make.num_train=7", "data.make.num_val=5", "data.num_workers=0",
              "data.batch_size=2", "data.short_edges=[32,48]", "eval.scales=[32]"]  # fmt: skip
@@ -91,7 +93,7 @@ def test_two_ranks_together_see_what_one_process_sees(root: Path) -> None:
     assert same(alone[0::2], ranks[0]) and same(alone[1::2], ranks[1])
 
 
-@pytest.mark.parametrize("done", [1, 3, 4, 5])
+@pytest.mark.parametrize("done", [1, 4, 5])
 def test_a_loader_goes_on_from_any_step(root: Path, done: int) -> None:
     loader = loaders(configured(root)).train_dataloader()
     whole = take(loaders(configured(root)).train_dataloader(), 8)
@@ -103,7 +105,7 @@ def test_a_loader_goes_on_from_any_step(root: Path, done: int) -> None:
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("world_size", [1, 3, 7])
 def test_c16_evaluation_gives_each_image_to_one_rank(root: Path, world_size: int, batch_size: int) -> None:
     config = configured(root, f"eval.batch_size={batch_size}")
     counted = []

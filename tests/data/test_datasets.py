@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +149,13 @@ def test_batches_are_bit_identical_for_any_number_of_workers() -> None:
     assert_equal(alone[4:], loaded(2, start=4, num_steps=2))  # a resumed run, with other workers
 
 
-@pytest.mark.slow
+def test_a_pickled_data_set_gives_the_same_batches() -> None:
+    dataset = train_set()
+    copied = pickle.loads(pickle.dumps(dataset))
+    assert_equal([copied[one("scene_01", 300, True)]], [dataset[one("scene_01", 300, True)]])
+
+
+@pytest.mark.long
 def test_batches_are_bit_identical_for_spawned_workers() -> None:
     assert_equal(loaded(0, num_steps=2), loaded(1, num_steps=2, context="spawn"))
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +14,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from helpers.command_line import RUN, TINY
+from helpers.command_line import RUN, TINY, TINY_NETWORK
+from helpers.fork_server import FORK_CHILDREN, ForkedProgram
+from helpers.tiny_program import PROGRAM
 from semseg.data import shared_slots
 from semseg.data.loaders import WatchedLoader
 from semseg.data.scenes import make_scenes
@@ -103,7 +103,7 @@ def test_e10_a_worker_that_is_stopped_is_told_after_the_patience_and_ends() -> N
         ("fork", "busy"),
         ("fork", "blocked"),
         ("fork", "stopped"),
-        pytest.param("forkserver", "busy", marks=pytest.mark.slow),
+        pytest.param("forkserver", "busy", marks=pytest.mark.long),
     ],
 )
 def test_e7_workers_end_with_their_process_whatever_they_are_at(tmp_path: Path, state: str, method: str) -> None:
@@ -124,13 +124,13 @@ if __name__ == "__main__":
     time.sleep(60)
 """)
     path = os.pathsep.join(map(str, [Path(__file__).parent, RUN.parent, RUN.parent / "tests"]))
-    process = subprocess.Popen(
-        [sys.executable, str(program)], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    numbers = [int(word) for word in process.stdout.readline().split()]
+    process = ForkedProgram([str(program)], tmp_path, {**os.environ, "PYTHONPATH": path})
+    while "\n" not in process.read():
+        assert process.poll() is None, process.read()
+        time.sleep(0.02)
+    numbers = [int(word) for word in process.read().split()]
     process.kill()
-    process.communicate()
+    process.wait(60)
     assert len(numbers) == 2
     assert not wait_for(numbers, 5)
 
@@ -157,21 +157,18 @@ def test_e10_what_keeps_a_system_from_locks_is_found_out(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_e10_a_killed_worker_ends_training_with_one_sentence(tmp_path: Path, ranks: int) -> None:
     make_scenes(tmp_path / "scenes", num_train=6, num_val=7, seed=304)
-    words = [*TINY, "data.num_workers=1", "data.steps_per_epoch=100000", "trainer.log_every_n_steps=1", "run_dir=run"]
-    job = subprocess.Popen(
-        [sys.executable, str(RUN), *words, f"trainer.devices={ranks}"], cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    words = [*TINY, *TINY_NETWORK, "data.num_workers=1", "data.steps_per_epoch=100000", "trainer.log_every_n_steps=1",
+             "run_dir=run", f"trainer.devices={ranks}"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", FORK_CHILDREN: "1"}
+    job = ForkedProgram([str(PROGRAM), *words], tmp_path, environment)
     log = tmp_path / "run/logs/metrics.csv"
     while not (log.is_file() and log.stat().st_size):
-        assert job.poll() is None, job.communicate()
+        assert job.poll() is None, job.read()
         time.sleep(0.1)
     trainer = children(job.pid)[-1] if ranks == 2 else job.pid
     os.kill(children(trainer)[-1], signal.SIGKILL)
-    started = time.monotonic()
-    _, errors = job.communicate(timeout=60)
-    assert time.monotonic() - started < 15
-    assert job.returncode == 1
+    assert job.wait(60) == 1
+    errors = job.read()
     assert "Traceback" not in errors
     assert re.search(r"waiting for \S+\.jpg, .*: DataLoader worker .* was killed by signal SIGKILL", errors), errors
 
