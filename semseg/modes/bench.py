@@ -1,4 +1,4 @@
-"""mode=bench: how fast this machine reads, trains and evaluates with this network and this data, and what limits it."""
+"""mode=bench: how fast this machine loads, trains and evaluates with this network and data, and what limits it."""
 
 from __future__ import annotations
 
@@ -35,71 +35,71 @@ from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write
 from semseg.training.trainer import choose_accelerator
 
-WAITING = 0.1  # share of a step from which reading is what limits
-WASTED = 0.25  # share of padding from which it is worth a word
+MAX_WAITING = 0.1  # fraction of the time; above it, loading is the bottleneck
+MAX_PADDING = 0.25  # fraction of the pixels; above it, padding is reported
 
 
 class Loading(NamedTuple):
-    """What the loader gives when nobody keeps it waiting."""
+    """The throughput of the loader alone."""
 
     images_per_s: float
-    padding: float  # share of the pixels that belong to no image
+    padding: float  # fraction of the pixels that belong to no image
     workers: int
 
 
 class Stepping(NamedTuple):
-    """Training as it is: loader, transfer, network and optimiser together. Medians of steps."""
+    """Training as a whole: loader, transfer, network and optimiser. Medians over the steps."""
 
     images_per_s: float  # over all devices
     step_s: float
     waiting_s: float  # for a sub-batch
-    memory: int  # bytes at the peak: of the device if it is a GPU, else of this process
+    memory: int  # peak in bytes, of the device if it is a GPU, else of this process
 
     @property
     def waiting(self) -> float:
-        """The share of the time in which there was nothing to compute."""
+        """The fraction of the time spent waiting for sub-batches."""
         return self.waiting_s / (self.waiting_s + self.step_s)
 
 
 class Figures(NamedTuple):
-    """All that was timed, and what follows from it."""
+    """All measurements, and the advice that follows from them."""
 
     loading: Loading
     stepping: Stepping
-    evaluating: Speed | None  # None without images to evaluate
+    evaluating: Speed | None  # None if there are no images to evaluate
     advice: list[str]
 
 
-class Clock(Callback):
-    """Times of the steps after the first few, in which memory is found and kernels are compiled."""
+class StepTimer(Callback):
+    """Times the steps after the first few, in which memory is allocated and kernels are compiled."""
 
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
-        self.waited: list[float] = []
-        self.stepped: list[float] = []
-        self._since = time.perf_counter()
+        self.waiting_times: list[float] = []
+        self.step_times: list[float] = []
+        self._lap_start = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        self._note(self.waited, batch_idx)
+        self._record(self.waiting_times, batch_idx)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # or only the launch of the kernels is timed
-        self._note(self.stepped, batch_idx)
+            torch.cuda.synchronize()  # otherwise only the launch of the kernels is timed
+        self._record(self.step_times, batch_idx)
 
-    def _note(self, where: list[float], batch_idx: int) -> None:
+    def _record(self, times: list[float], batch_idx: int) -> None:
         now = time.perf_counter()
         if batch_idx >= self.warmup:
-            where.append(now - self._since)
-        self._since = now
+            times.append(now - self._lap_start)
+        self._lap_start = now
 
 
 def run(config: Config, overrides: list[str]) -> None:
-    """Time the loader alone, training, and evaluation; print a table and the key to turn; write bench.json.
+    """Time the loader alone, training, and evaluation; print a table and the settings to change; write bench.json.
 
     Raises:
         DataError: if there are fewer images than one step takes.
@@ -118,19 +118,19 @@ def run(config: Config, overrides: list[str]) -> None:
     evaluating = time_evaluation(config, source, net) if source.has(config.eval.split) else None
     if not trainer.is_global_zero:
         return
-    figures = Figures(loading, stepping, evaluating, advise(config, loading, stepping, trainer.world_size))
+    figures = Figures(loading, stepping, evaluating, give_advice(config, loading, stepping, trainer.world_size))
     console = Console(soft_wrap=True, highlight=False)
-    console.print(table_of(figures, config))
+    console.print(figures_table(figures, config))
     for line in figures.advice:
         console.print(line, markup=False)
     path = Path(config.run_dir) / "bench.json"
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(as_plain(figures), indent=2) + "\n")
+        temporary.write_text(json.dumps(figures_to_dict(figures), indent=2) + "\n")
     console.print(f"written {path}", markup=False)
 
 
 def time_loader(data: SegmentationData, config: BenchConfig) -> Loading:
-    """The loader of rank 0 alone, with its workers, and how much of what it gives is padding."""
+    """Time the loader of rank 0 alone, with its workers, and measure its padding."""
     loader = data.train_dataloader()
     stream = iter(loader.loader_from(0))
     for _ in itertools.islice(stream, config.warmup):
@@ -146,22 +146,22 @@ def time_loader(data: SegmentationData, config: BenchConfig) -> Loading:
 
 
 def time_steps(trainer: pl.Trainer, module: SegmentationModule, data: SegmentationData, config: Config) -> Stepping:
-    """Real training, of which nothing is kept."""
-    clock = Clock(config.bench.warmup)
-    trainer.callbacks.append(clock)  # pyright: ignore[reportAttributeAccessIssue]
+    """Time training steps; nothing is saved."""
+    timer = StepTimer(config.bench.warmup)
+    trainer.callbacks.append(timer)  # pyright: ignore[reportAttributeAccessIssue]
     trainer.fit(module, datamodule=data)
-    waiting, step = statistics.median(clock.waited), statistics.median(clock.stepped)
+    waiting, step = statistics.median(timer.waiting_times), statistics.median(timer.step_times)
     images = config.data.batch_size * trainer.world_size
     memory = (
         torch.cuda.max_memory_allocated()
         if choose_accelerator(config.trainer.accelerator) == "gpu"
-        else peak_of_process()
+        else get_peak_memory()
     )
     return Stepping(images / (waiting + step), step, waiting, memory)
 
 
 def time_evaluation(config: Config, source: DataSource, net: Segmenter) -> Speed:
-    """The first images of eval.split, as mode=eval does them."""
+    """Time the first images of eval.split, as mode=eval evaluates them."""
     options = replace(config.trainer, max_steps=-1, limit_val_batches=None)
     config = replace(config, mode="eval", trainer=options)
     trainer = build_trainer(config, source)
@@ -173,47 +173,47 @@ def time_evaluation(config: Config, source: DataSource, net: Segmenter) -> Speed
     return module.evaluation.speed
 
 
-def peak_of_process() -> int:
-    """Bytes of memory that this process has held at most."""
+def get_peak_memory() -> int:
+    """The peak memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def advise(config: Config, loading: Loading, stepping: Stepping, world_size: int) -> list[str]:
-    """What limits training, and which keys change it, the most promising first."""
-    needed = config.data.batch_size / stepping.step_s  # images a second that one device could take
-    paces = f"one device could take {needed:.1f} images/s, its loader alone gives {loading.images_per_s:.1f}"
-    if stepping.waiting > WAITING:
-        keys = keys_of_reading(config, loading, needed, world_size)
-        told = f"Reading is what limits: {stepping.waiting:.0%} of the time is waiting; {paces}."
+def give_advice(config: Config, loading: Loading, stepping: Stepping, world_size: int) -> list[str]:
+    """What limits training, and the settings to change, the most promising first."""
+    needed = config.data.batch_size / stepping.step_s  # images per second that one device can process
+    speeds = f"one device can process {needed:.1f} images/s, its loader alone delivers {loading.images_per_s:.1f}"
+    if stepping.waiting > MAX_WAITING:
+        keys = settings_for_loading(config, loading, needed, world_size)
+        bottleneck = f"Loading is the bottleneck: {stepping.waiting:.0%} of the time is spent waiting; {speeds}."
     else:
-        keys = keys_of_network(config, stepping)
-        told = f"The network is what limits: {stepping.waiting:.0%} of the time is waiting; {paces}."
-    advice = [f"{told} To try: {', '.join(keys)}."]
-    if loading.padding > WASTED:
+        keys = settings_for_network(config, stepping)
+        bottleneck = f"The network is the bottleneck: {stepping.waiting:.0%} of the time is spent waiting; {speeds}."
+    advice = [f"{bottleneck} Settings to try: {', '.join(keys)}."]
+    if loading.padding > MAX_PADDING:
         advice.append(
             f"{loading.padding:.0%} of the pixels are padding: images of different shapes share a sub-batch. "
-            "Fewer of them do with a smaller data.batch_size (and trainer.accumulate_grad_batches)."
+            "Lower data.batch_size, and raise trainer.accumulate_grad_batches instead."
         )
     return advice
 
 
-def keys_of_reading(config: Config, loading: Loading, needed: float, world_size: int) -> list[str]:
-    """Settings that bring images faster."""
+def settings_for_loading(config: Config, loading: Loading, needed: float, world_size: int) -> list[str]:
+    """Settings that load images faster."""
     cores = (os.cpu_count() or 1) // world_size
-    wanted = math.ceil(max(1, loading.workers) * needed / loading.images_per_s)
-    keys = [f"data.num_workers={min(wanted, cores)}"] if loading.workers < min(wanted, cores) else []
+    needed_workers = math.ceil(max(1, loading.workers) * needed / loading.images_per_s)
+    keys = [f"data.num_workers={min(needed_workers, cores)}"] if loading.workers < min(needed_workers, cores) else []
     if config.data.decode == "exact":
         keys.append("data.decode=fast")
     if config.data.label_cache is None:
         keys.append("data.label_cache=<a folder>")
     if config.augment.is_on:
         keys.append("augment=none")
-    return [*keys, f"more cores (these have {cores} for a device)", "smaller files on disk"]
+    return [*keys, f"more cores (this machine has {cores} per device)", "smaller files on disk"]
 
 
-def keys_of_network(config: Config, stepping: Stepping) -> list[str]:
-    """Settings that make a step shorter, or more of it."""
+def settings_for_network(config: Config, stepping: Stepping) -> list[str]:
+    """Settings that make a step faster, or use more of the device."""
     on_gpu = choose_accelerator(config.trainer.accelerator) == "gpu"
     keys = []
     if on_gpu and config.trainer.precision.startswith("32"):
@@ -227,22 +227,22 @@ def keys_of_network(config: Config, stepping: Stepping) -> list[str]:
     return [*keys, "smaller data.short_edges", "a smaller network (mode=models)"]
 
 
-def table_of(figures: Figures, config: Config) -> Table:
-    """What was timed, a row each."""
+def figures_table(figures: Figures, config: Config) -> Table:
+    """One row per measurement."""
     loading, stepping, evaluating, _ = figures
     table = Table(title=f"{network_name(config.model)} on {config.data.name}", show_header=False)
-    table.add_row("reading alone", f"{loading.images_per_s:.1f} images/s, workers: {loading.workers}")
+    table.add_row("loading alone", f"{loading.images_per_s:.1f} images/s, workers: {loading.workers}")
     table.add_row("padding", f"{loading.padding:.1%} of the pixels")
     table.add_row("training", f"{stepping.images_per_s:.2f} images/s")
     table.add_row("a step", f"{stepping.step_s * 1e3:.0f} ms, and {stepping.waiting_s * 1e3:.0f} ms of waiting")
-    table.add_row("memory at most", f"{stepping.memory / 2**30:.2f} GiB")
+    table.add_row("peak memory", f"{stepping.memory / 2**30:.2f} GiB")
     if evaluating is not None:
         table.add_row(f"evaluation, {config.eval.scales}", format_speed(evaluating))
     return table
 
 
-def as_plain(figures: Figures) -> dict[str, Any]:
-    """For bench.json."""
+def figures_to_dict(figures: Figures) -> dict[str, Any]:
+    """The content of bench.json."""
     return {
         "loading": figures.loading._asdict(),
         "training": figures.stepping._asdict() | {"waiting": figures.stepping.waiting},

@@ -1,4 +1,4 @@
-"""mode=doctor: whether this machine can train, found out by trying, and what is missing if it cannot."""
+"""mode=doctor: tries out whether this machine can train, and reports what is missing if it cannot."""
 
 from __future__ import annotations
 
@@ -27,94 +27,94 @@ from semseg.system.shared_memory import SHARED_MEMORY, get_free_shared_memory
 from semseg.training.losses import segmentation_loss
 
 OK, WARNING, ERROR = "ok", "warning", "error"
-PACKAGES = (
+CORE_PACKAGES = (
     "torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "opencv-python", "numpy",
     "pillow",
 )  # fmt: skip
-EXTRAS = {
+EXTRA_PACKAGES = {
     "tb": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny", "timm": "timm", "demo": "fastapi",
     "export": "onnxruntime", "joblib": "hydra-joblib-launcher", "slurm": "hydra-submitit-launcher",
     "optuna": "hydra-optuna-sweeper",
 }  # fmt: skip
-LITTLE_SHARED_MEMORY = 2**30  # bytes; a sub-batch of two images of 600 x 1000 pixels is 4 MB, each worker has several
-LITTLE_DISK = 5 * 2**30  # bytes; a checkpoint of UPerNet-101 is 700 MB
+MIN_SHARED_MEMORY = 2**30  # bytes; a sub-batch of two images of 600 x 1000 pixels is 4 MB, each worker has several
+MIN_DISK_SPACE = 5 * 2**30  # bytes; a checkpoint of UPerNet-101 is 700 MB
 WORKER_SECONDS = 60
 
 
 class MachineError(SemsegError):
-    """Something that every training run needs does not work here."""
+    """Something that every training run needs does not work on this machine."""
 
     exit_code = 1
 
 
 def run(config: Config, overrides: list[str]) -> None:
-    """Look at everything and print a line for each, then a verdict.
+    """Run all checks and print one line for each, then a verdict.
 
     Raises:
         MachineError: if this machine cannot train.
     """
-    findings = examine(Path(config.runs_dir), config.data.num_workers)
+    results = check_machine(Path(config.runs_dir), config.data.num_workers)
     table = Table(title="this machine", show_header=False)
-    for finding in findings:
-        table.add_row(finding.level, finding.name, finding.text)
+    for result in results:
+        table.add_row(result.level, result.name, result.text)
     Console().print(table)
-    wrong = [finding.name for finding in findings if finding.level == ERROR]
-    if wrong:
-        raise MachineError(f"NOT READY: {', '.join(wrong)}. See above.")
-    doubtful = [finding.name for finding in findings if finding.level == WARNING]
-    print(f"READY to train, with warnings: {', '.join(doubtful)}." if doubtful else "READY to train.")
+    failed = [result.name for result in results if result.level == ERROR]
+    if failed:
+        raise MachineError(f"NOT READY: {', '.join(failed)}. See above.")
+    warnings = [result.name for result in results if result.level == WARNING]
+    print(f"READY to train, with warnings: {', '.join(warnings)}." if warnings else "READY to train.")
 
 
-class Finding(NamedTuple):
-    """One thing that was looked at."""
+class CheckResult(NamedTuple):
+    """The outcome of one check."""
 
     level: str  # OK, WARNING or ERROR
     name: str
     text: str
 
 
-def examine(runs_dir: Path, num_workers: int) -> list[Finding]:
-    """Everything that training needs, one after the other; each is tried, not looked up.
+def check_machine(runs_dir: Path, num_workers: int) -> list[CheckResult]:
+    """Try everything that training needs, one after the other.
 
     Args:
-        runs_dir: where run folders are to be.
-        num_workers: of the loader; 0: they are not tried.
+        runs_dir: the folder for run folders.
+        num_workers: of the loader; 0: workers are not tried.
     """
-    looks: list[tuple[str, Callable[[], Finding]]] = [
-        ("versions", versions),
-        ("extras", extras),
-        ("processor", processor),
-        ("devices", devices),
-        ("shared memory", lambda: shared_memory(num_workers)),
-        ("disk", lambda: disk(runs_dir)),
-        ("images", images),
-        ("videos", videos),
-        ("loader", lambda: loader(num_workers)),
-        ("training step", training_step),
+    checks: list[tuple[str, Callable[[], CheckResult]]] = [
+        ("versions", check_versions),
+        ("extras", check_extras),
+        ("processor", check_processor),
+        ("devices", check_devices),
+        ("shared memory", lambda: check_shared_memory(num_workers)),
+        ("disk", lambda: check_disk(runs_dir)),
+        ("images", check_images),
+        ("videos", check_videos),
+        ("loader", lambda: check_loader(num_workers)),
+        ("training step", check_training_step),
     ]
-    return [attempted(name, look) for name, look in looks]
+    return [attempt(name, check) for name, check in checks]
 
 
-def attempted(name: str, look: Callable[[], Finding]) -> Finding:
-    """What `look` finds; whatever it raises is a finding too."""
+def attempt(name: str, check: Callable[[], CheckResult]) -> CheckResult:
+    """The result of a check; any exception is an ERROR."""
     try:
-        return look()
-    except Exception as error:  # of any library, for any reason: that is what is looked for
-        return Finding(ERROR, name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return check()
+    except Exception as error:  # from any library, for any reason
+        return CheckResult(ERROR, name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def versions() -> Finding:
-    """Of Python and of the packages that everything is built on."""
-    known = [f"{name} {version(name)}" for name in PACKAGES]
-    return Finding(OK, "versions", ", ".join([f"Python {platform.python_version()}", *known]))
+def check_versions() -> CheckResult:
+    """The versions of Python and of the required packages."""
+    versions = [f"{name} {version(name)}" for name in CORE_PACKAGES]
+    return CheckResult(OK, "versions", ", ".join([f"Python {platform.python_version()}", *versions]))
 
 
-def extras() -> Finding:
-    """Which optional packages are here."""
-    here = [extra for extra, package in EXTRAS.items() if is_installed(package)]
-    missing = [extra for extra in EXTRAS if extra not in here]
-    how = f"; not installed: {', '.join(missing)} (pip install --editable '.[<extra>]')" if missing else ""
-    return Finding(OK, "extras", f"{', '.join(here) or 'none'}{how}")
+def check_extras() -> CheckResult:
+    """The optional packages that are installed."""
+    installed = [extra for extra, package in EXTRA_PACKAGES.items() if is_installed(package)]
+    missing = [extra for extra in EXTRA_PACKAGES if extra not in installed]
+    hint = f"; not installed: {', '.join(missing)} (pip install --editable '.[<extra>]')" if missing else ""
+    return CheckResult(OK, "extras", f"{', '.join(installed) or 'none'}{hint}")
 
 
 def is_installed(package: str) -> bool:
@@ -124,69 +124,71 @@ def is_installed(package: str) -> bool:
         return False
 
 
-def processor() -> Finding:
-    """Cores and memory that this process may use."""
+def check_processor() -> CheckResult:
+    """The cores and the memory that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = ""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = f", {in_gigabytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} of memory"
-    return Finding(OK, "processor", f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads{memory}")
+        memory = f", {format_gigabytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} of memory"
+    return CheckResult(
+        OK, "processor", f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads{memory}"
+    )
 
 
-def devices() -> Finding:
-    """GPUs, if PyTorch sees any; training works without."""
+def check_devices() -> CheckResult:
+    """The GPUs that PyTorch sees; training works without."""
     if not torch.cuda.is_available():
-        return Finding(OK, "devices", "no GPU that PyTorch can use: training runs on the CPU")
-    known = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    told = ", ".join(f"{device.name} with {in_gigabytes(device.total_memory)}" for device in known)
+        return CheckResult(OK, "devices", "no GPU that PyTorch can use: training runs on the CPU")
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    listed = ", ".join(f"{device.name} with {format_gigabytes(device.total_memory)}" for device in gpus)
     half = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: use trainer.precision=16-mixed"
-    return Finding(OK, "devices", f"{told}; CUDA {torch.version.cuda}; {half}")
+    return CheckResult(OK, "devices", f"{listed}; CUDA {torch.version.cuda}; {half}")
 
 
-def shared_memory(num_workers: int) -> Finding:
-    """Room in /dev/shm, of which containers have 64 MB.
+def check_shared_memory(num_workers: int) -> CheckResult:
+    """Free space in /dev/shm, which containers limit to 64 MB.
 
-    Workers of training and evaluation need none where they are forks; the worker of mode=predict, other workers, and
-    several GPUs that talk to each other do.
+    Workers of training and evaluation need none if they are forks; the worker of mode=predict, other workers, and
+    communication between several GPUs do.
     """
     free = get_free_shared_memory()
     if free is None:
-        return Finding(OK, "shared memory", "is not a folder on this system")
-    if num_workers and free < LITTLE_SHARED_MEMORY:
+        return CheckResult(OK, "shared memory", "is not a folder on this system")
+    if num_workers and free < MIN_SHARED_MEMORY:
         users = (
             "mode=predict with a worker and several GPUs"
             if shared_slots.slots_are_possible()
             else "workers and several GPUs"
         )
-        way = f"{users} may need more (docker run --shm-size=8g, or data.num_workers=0)"
-        return Finding(WARNING, "shared memory", f"{in_gigabytes(free)} free in {SHARED_MEMORY}: {way}")
-    return Finding(OK, "shared memory", f"{in_gigabytes(free)} free")
+        hint = f"{users} may need more (docker run --shm-size=8g, or data.num_workers=0)"
+        return CheckResult(WARNING, "shared memory", f"{format_gigabytes(free)} free in {SHARED_MEMORY}: {hint}")
+    return CheckResult(OK, "shared memory", f"{format_gigabytes(free)} free")
 
 
-def disk(runs_dir: Path) -> Finding:
-    """Whether run folders can be written, and how much fits. A folder that is made for the trial is removed."""
+def check_disk(runs_dir: Path) -> CheckResult:
+    """Whether run folders can be written, and the free space."""
     folder = runs_dir.absolute()
-    above = next(path for path in (folder, *folder.parents) if path.is_dir())
-    with tempfile.TemporaryFile(dir=above) as file:
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    with tempfile.TemporaryFile(dir=existing) as file:
         file.write(b"semseg")
-    free = shutil.disk_usage(above).free
-    level = WARNING if free < LITTLE_DISK else OK
-    return Finding(level, "disk", f"{in_gigabytes(free)} free for runs_dir={runs_dir}")
+    free = shutil.disk_usage(existing).free
+    level = WARNING if free < MIN_DISK_SPACE else OK
+    return CheckResult(level, "disk", f"{format_gigabytes(free)} free for runs_dir={runs_dir}")
 
 
-def images() -> Finding:
-    """JPEG, PNG and WebP, written and read again."""
+def check_images() -> CheckResult:
+    """Write and read JPEG, PNG and WebP."""
     pixels = np.full((16, 24, 3), 90, np.uint8)
     for suffix in (".jpg", ".png", ".webp"):
         is_written, data = cv2.imencode(suffix, pixels)
-        again = cv2.imdecode(data, cv2.IMREAD_COLOR) if is_written else None
-        if again is None or int(np.abs(again.astype(int) - pixels).max()) > 3:
-            return Finding(ERROR, "images", f"OpenCV cannot write and read {suffix}: reinstall opencv-python")
-    return Finding(OK, "images", "JPEG, PNG, WebP")
+        decoded = cv2.imdecode(data, cv2.IMREAD_COLOR) if is_written else None
+        if decoded is None or int(np.abs(decoded.astype(int) - pixels).max()) > 3:
+            return CheckResult(ERROR, "images", f"OpenCV cannot write and read {suffix}: reinstall opencv-python")
+    return CheckResult(OK, "images", "JPEG, PNG, WebP")
 
 
-def videos() -> Finding:
-    """MP4, written and read again; only mode=predict needs it."""
+def check_videos() -> CheckResult:
+    """Write and read MP4, which only mode=predict needs."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "film"
         try:
@@ -195,26 +197,26 @@ def videos() -> Finding:
             (film,) = Path(folder).iterdir()
             frames = sum(1 for _ in read_frames(film))
         except (DataError, OSError, ValueError, cv2.error) as error:
-            return Finding(WARNING, "videos", f"cannot be written and read ({error}): pictures work")
-    return Finding(OK, "videos", f"MP4, {frames} frame written and read")
+            return CheckResult(WARNING, "videos", f"cannot be written and read ({error}): images work")
+    return CheckResult(OK, "videos", f"MP4, {frames} frame written and read")
 
 
-def loader(num_workers: int) -> Finding:
-    """Two worker processes that hand over a few tensors."""
+def check_loader(num_workers: int) -> CheckResult:
+    """Two worker processes that send a few tensors."""
     workers = min(2, num_workers)
     data = TensorDataset(torch.arange(64))
     timeout = WORKER_SECONDS if workers else 0
     total = sum(int(batch.sum()) for (batch,) in DataLoader(data, 4, num_workers=workers, timeout=timeout))
     if total != 2016:
-        return Finding(ERROR, "loader", f"workers hand over wrong numbers: {total} for 2016")
-    told = f"{workers} workers hand over tensors" if workers else "data.num_workers=0: no workers"
-    return Finding(OK, "loader", told)
+        return CheckResult(ERROR, "loader", f"workers sent wrong numbers: {total} instead of 2016")
+    text = f"{workers} workers send tensors" if workers else "data.num_workers=0: no workers"
+    return CheckResult(OK, "loader", text)
 
 
-def training_step() -> Finding:
-    """Steps of a small network on every device: its loss must become smaller."""
-    kinds = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    for device in kinds:
+def check_training_step() -> CheckResult:
+    """Take steps with a small network on every device: its loss must decrease."""
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for device in devices:
         torch.manual_seed(0)
         net = build_segmenter("resnet18", "c1", 4, {}, {}).to(device).train()
         image = torch.randn(2, 3, 64, 64, device=device)
@@ -228,15 +230,15 @@ def training_step() -> Finding:
             optimizer.step()
             losses.append(float(loss.detach()))
         if not losses[-1] < losses[0]:
-            told = f"the loss on {device} goes from {losses[0]:.3f} to {losses[-1]:.3f}"
-            return Finding(ERROR, "training step", told)
-    return Finding(OK, "training step", f"the loss becomes smaller on {', '.join(kinds)}")
+            text = f"the loss on {device} does not decrease: {losses[0]:.3f}, then {losses[-1]:.3f}"
+            return CheckResult(ERROR, "training step", text)
+    return CheckResult(OK, "training step", f"the loss decreases on {', '.join(devices)}")
 
 
-def in_gigabytes(number: int) -> str:
-    """Bytes in words.
+def format_gigabytes(number: int) -> str:
+    """A number of bytes as text.
 
-    >>> in_gigabytes(3 * 2**29)
+    >>> format_gigabytes(3 * 2**29)
     '1.5 GB'
     """
     return f"{number / 2**30:.1f} GB"

@@ -1,4 +1,4 @@
-"""mode=models: the ready-made networks, what they cost and what they have scored."""
+"""mode=models: the ready-made networks with their cost and their published scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from semseg.config.schema import Config, ModelConfig, split_network_options
 from semseg.nets.cost import COST_SIZE, NetworkCost, measure_cost
 from semseg.nets.registry import build_segmenter
 
-NUM_CLASSES = 150  # of the published networks
+ZOO_NUM_CLASSES = 150  # classes of the published networks
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -26,7 +26,7 @@ def run(config: Config, overrides: list[str]) -> None:
 def models_table() -> Table:
     """One row for each file of configs/model/."""
     table = Table(
-        title=f"networks: model=<name>, {NUM_CLASSES} classes, one image of {COST_SIZE.height} x {COST_SIZE.width}",
+        title=f"networks: model=<name>, {ZOO_NUM_CLASSES} classes, one image of {COST_SIZE.height} x {COST_SIZE.width}",
         caption="M: million parameters; mIoU: percent on ADE20K validation at one and at five scales, as published, "
         "not measured by us; zoo: ckpt=zoo:<name>",
     )
@@ -35,7 +35,7 @@ def models_table() -> Table:
         table.add_column(name, justify="right")
     table.add_column("weights")
     for name in list_options("model"):
-        cost = cost_of_model(name)
+        cost = measure_model(name)
         counted = ["", ""] if cost is None else [f"{cost.parameters / 1e6:.1f}", f"{cost.flops / 1e9:.0f}"]
         scores = PUBLISHED_SCORES.get(name)
         published = ["", ""] if scores is None else [f"{score.mean_iou:.2f}" for score in scores]
@@ -44,17 +44,17 @@ def models_table() -> Table:
     return table
 
 
-def cost_of_model(name: str) -> NetworkCost | None:
-    """Of one network of configs/model/; None if it needs a library that is not installed."""
+def measure_model(name: str) -> NetworkCost | None:
+    """The cost of a network of configs/model/; None if it needs a library that is not installed."""
     config, _ = load_config([f"model={name}"])
     if config.model.encoder.get("library") == "timm" and find_spec("timm") is None:
         return None
-    return cost_on_meta(config.model)
+    return measure_on_meta(config.model)
 
 
-def cost_on_meta(model: ModelConfig) -> NetworkCost:
-    """Of a network that is built without numbers."""
+def measure_on_meta(model: ModelConfig) -> NetworkCost:
+    """The cost of a network, built on the meta device."""
     encoder, encoder_options = split_network_options(model.encoder, "encoder")
     decoder, decoder_options = split_network_options(model.decoder, "decoder")
     with torch.device("meta"):
-        return measure_cost(build_segmenter(encoder, decoder, NUM_CLASSES, encoder_options, decoder_options))
+        return measure_cost(build_segmenter(encoder, decoder, ZOO_NUM_CLASSES, encoder_options, decoder_options))

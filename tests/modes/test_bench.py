@@ -1,4 +1,4 @@
-"""mode=bench: what it measures, and what it makes of it."""
+"""mode=bench: its measurements, and the advice that follows from them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 from helpers.command_line import TINY, run_here
 from helpers.in_process import configured
-from semseg.modes.bench import Loading, Stepping, advise
+from semseg.modes.bench import Loading, Stepping, give_advice
 
 
 def test_it_times_reading_training_and_evaluation_and_leaves_figures_alone(tmp_path: Path) -> None:
     words = ["data.short_edges=[48]", "data.batch_size=2", "bench.steps=4", "bench.warmup=1", "bench.images=3"]
     printed = run_here(tmp_path, "mode=bench", *TINY, *words, "run_dir=bench")
-    for row in ("reading alone", "padding", "training", "a step", "evaluation, [32]", "is what limits"):
+    for row in ("loading alone", "padding", "training", "a step", "evaluation, [32]", "is the bottleneck"):
         assert row in printed
     figures = json.loads((tmp_path / "bench" / "bench.json").read_text())
     training = figures["training"]
@@ -31,14 +31,14 @@ def test_it_times_reading_training_and_evaluation_and_leaves_figures_alone(tmp_p
 def test_the_bottleneck_is_named_with_keys_that_are_not_set_yet() -> None:
     config = configured("mode=bench", "data=scenes", "data.decode=exact", "augment=color", "data.batch_size=2")
     slow_loader, fast_loader = Loading(2.0, 0.05, 0), Loading(500.0, 0.4, 1)
-    [line] = advise(config, slow_loader, Stepping(1.0, 0.1, 0.9, 0), world_size=1)
-    assert "Reading is what limits: 90% of the time is waiting" in line
-    assert "one device could take 20.0 images/s, its loader alone gives 2.0" in line
+    [line] = give_advice(config, slow_loader, Stepping(1.0, 0.1, 0.9, 0), world_size=1)
+    assert "Loading is the bottleneck: 90% of the time" in line
+    assert "20.0 images/s, its loader alone delivers 2.0" in line
     assert "data.decode=fast" in line and "augment=none" in line and "channels_last" not in line
-    line, padding = advise(config, fast_loader, Stepping(2.0, 1.0, 0.01, 0), world_size=1)
-    assert "The network is what limits" in line and "model.channels_last=true" in line and "decode" not in line
+    line, padding = give_advice(config, fast_loader, Stepping(2.0, 1.0, 0.01, 0), world_size=1)
+    assert "The network is the bottleneck" in line and "model.channels_last=true" in line and "decode" not in line
     assert padding.startswith("40% of the pixels are padding")
     faster = configured("mode=bench", "data=scenes", "model.channels_last=true", "model.compile=true")
-    line, _ = advise(faster, fast_loader, Stepping(2.0, 1.0, 0.01, 0), world_size=1)
+    line, _ = give_advice(faster, fast_loader, Stepping(2.0, 1.0, 0.01, 0), world_size=1)
     assert "channels_last" not in line and "compile" not in line
     assert ("bf16-mixed" in line) == torch.cuda.is_available()

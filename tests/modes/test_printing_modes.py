@@ -14,10 +14,10 @@ from semseg.checkpoints.zoo import PUBLISHED_SCORES
 from semseg.data.scenes import make_scenes
 from semseg.errors import SemsegError
 from semseg.modes import data, doctor, models
-from semseg.modes.doctor import ERROR, OK, WARNING, Finding
+from semseg.modes.doctor import ERROR, OK, WARNING, CheckResult
 
 
-def test_the_models_are_told_with_their_cost_and_their_published_scores(
+def test_the_models_are_listed_with_their_cost_and_their_published_scores(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(models, "list_options", lambda group: ["hrnetv2_c1", "resnet18_dilated8_c1_deepsup"])
@@ -56,32 +56,32 @@ def test_data_sets_are_found_where_they_are(tmp_path: Path, capsys: pytest.Captu
     assert re.search(r"camvid +│ 11 .*in part", capsys.readouterr().out)
 
 
-def levels(findings: list[Finding]) -> dict[str, str]:
-    return {finding.name: finding.level for finding in findings}
+def levels(results: list[CheckResult]) -> dict[str, str]:
+    return {result.name: result.level for result in results}
 
 
 def test_this_machine_can_train(tmp_path: Path) -> None:
-    found = doctor.examine(tmp_path / "runs", num_workers=2)
+    found = doctor.check_machine(tmp_path / "runs", num_workers=2)
     assert ERROR not in levels(found).values(), found
     assert levels(found)["training step"] == levels(found)["loader"] == OK
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_wrong_is_told_and_ends_with_1(
+def test_what_is_wrong_is_reported_and_ends_with_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken() -> Finding:
+    def broken() -> CheckResult:
         raise RuntimeError("CUDA error: no kernel image is available\nfor execution on the device")
 
-    monkeypatch.setattr(doctor, "training_step", broken)
-    monkeypatch.setattr(doctor, "LITTLE_SHARED_MEMORY", 2**60)
-    monkeypatch.setattr(doctor, "LITTLE_DISK", 2**60)
-    monkeypatch.setattr(doctor, "loader", lambda workers: Finding(OK, "loader", ""))
-    found = doctor.examine(tmp_path, num_workers=4)
+    monkeypatch.setattr(doctor, "check_training_step", broken)
+    monkeypatch.setattr(doctor, "MIN_SHARED_MEMORY", 2**60)
+    monkeypatch.setattr(doctor, "MIN_DISK_SPACE", 2**60)
+    monkeypatch.setattr(doctor, "check_loader", lambda workers: CheckResult(OK, "loader", ""))
+    found = doctor.check_machine(tmp_path, num_workers=4)
     assert {"training step": ERROR, "disk": WARNING}.items() <= levels(found).items()
     if doctor.SHARED_MEMORY.is_dir():
         assert levels(found)["shared memory"] == WARNING
-        assert levels(doctor.examine(tmp_path, num_workers=0))["shared memory"] == OK
+        assert levels(doctor.check_machine(tmp_path, num_workers=0))["shared memory"] == OK
     monkeypatch.setattr(doctor, "Console", lambda: Console(width=200))
     with pytest.raises(SemsegError, match=r"^NOT READY: training step\. See above\.$") as caught:
         doctor.run(configured("mode=doctor", f"runs_dir={tmp_path}"), [])
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch
         raise PermissionError(13, "Permission denied", str(dir))
 
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
-    finding = doctor.attempted("disk", lambda: doctor.disk(tmp_path / "runs"))
+    finding = doctor.attempt("disk", lambda: doctor.check_disk(tmp_path / "runs"))
     assert finding.level == ERROR and str(tmp_path) in finding.text
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from semseg.data.batch import Batch
 
-MAX_IGNORED_PIXELS = 0.9  # of the pixels of training images
-MAX_PREDICTED_FRACTION = 0.99  # of the pixels, predicted as one class
+MAX_IGNORED_PIXELS = 0.9  # fraction of the pixels of training images
+MAX_PREDICTED_PIXELS = 0.99  # fraction of the pixels that are predicted as one class
 MAX_FIRST_ACCURACY = 0.999  # of training, in the first epoch
-MAX_ABSENT = 8  # classes named in a warning
+MAX_CLASS_NAMES = 8  # classes named in a warning
 
 
 class WarnAboutLabels(Callback):
@@ -85,10 +85,10 @@ def describe_odd_labels(counts: Sequence[int], names: Sequence[str]) -> list[str
         )
     absent = [name for name, count in zip(names, scored, strict=True) if not count]
     if absent:
-        more = f" and {len(absent) - MAX_ABSENT} more" if len(absent) > MAX_ABSENT else ""
-        listed = ", ".join(absent[:MAX_ABSENT]) + more
+        listed = ", ".join(absent[:MAX_CLASS_NAMES])
+        more = f" and {len(absent) - MAX_CLASS_NAMES} more" if len(absent) > MAX_CLASS_NAMES else ""
         warnings.append(
-            f"{len(absent)} of {len(names)} classes did not occur in this epoch: {listed}."
+            f"{len(absent)} of {len(names)} classes did not occur in this epoch: {listed}{more}."
             " mode=check reports whether they occur at all."
         )
     return warnings
@@ -98,7 +98,7 @@ def describe_odd_predictions(matrix: Tensor, names: Sequence[str]) -> str | None
     """A warning if nearly all predictions of a confusion matrix (K, K; columns are predictions) are of one class."""
     predicted = matrix.sum(0)
     total, index = int(predicted.sum()), int(predicted.argmax())
-    if total == 0 or int(predicted[index]) <= MAX_PREDICTED_FRACTION * total:
+    if total == 0 or int(predicted[index]) <= MAX_PREDICTED_PIXELS * total:
         return None
     return (
         f"{int(predicted[index]) / total:.1%} of the predictions are {names[index]!r}: the network has learned nothing "
