@@ -47,11 +47,11 @@ def test_data_sets_are_found_where_they_are(tmp_path: Path, capsys: pytest.Captu
     root = tmp_path / "camvid"
     make_scenes(root, num_train=2, num_val=1, seed=0)
     words = ("data=camvid", f"data.root={root}")
-    assert data.whether_here(configured(*words).data) == "yes"
+    assert data.describe_availability(configured(*words).data) == "yes"
     (root / "validation.odgt").unlink()
-    assert data.whether_here(configured(*words).data) == f"in part: {root / 'validation.odgt'} is not there"
-    assert data.whether_here(configured(*words, f"data.root={tmp_path / 'no'}").data) == "no"
-    assert data.whether_here(configured(f"data.root={tmp_path / 'no'}").data) == "no: mode=download data=ade20k"
+    assert data.describe_availability(configured(*words).data).startswith(f"in part: {root / 'validation.odgt'}")
+    assert data.describe_availability(configured(*words, f"data.root={tmp_path / 'no'}").data) == "no"
+    assert data.describe_availability(configured(f"data.root={tmp_path / 'no'}").data) == "no: mode=download data=ade20k"
     data.run(configured("mode=data", *words), ["mode=data", *words])
     assert re.search(r"camvid +│ 11 .*in part", capsys.readouterr().out)
 
