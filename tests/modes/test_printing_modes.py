@@ -51,7 +51,9 @@ def test_data_sets_are_found_where_they_are(tmp_path: Path, capsys: pytest.Captu
     (root / "validation.odgt").unlink()
     assert data.describe_availability(configured(*words).data).startswith(f"in part: {root / 'validation.odgt'}")
     assert data.describe_availability(configured(*words, f"data.root={tmp_path / 'no'}").data) == "no"
-    assert data.describe_availability(configured(f"data.root={tmp_path / 'no'}").data) == "no: mode=download data=ade20k"
+    assert (
+        data.describe_availability(configured(f"data.root={tmp_path / 'no'}").data) == "no: mode=download data=ade20k"
+    )
     data.run(configured("mode=data", *words), ["mode=data", *words])
     assert re.search(r"camvid +│ 11 .*in part", capsys.readouterr().out)
 
