@@ -222,8 +222,8 @@ def convert_pil_image(image: Image.Image, max_pixels: int) -> Pixels:
     """Convert a PIL image to (H, W, 3) uint8 RGB, turned upright; the image itself is not changed."""
     if image.width * image.height > max_pixels:
         raise DataError(
-            f"the PIL image has {image.height} x {image.width} pixels, more than the limit of {max_pixels} "
-            "(data.max_pixels)."
+            f"the PIL image has {image.height} x {image.width} pixels, more than the limit "
+            f"data.max_pixels={max_pixels}. Resize it, or raise the limit."
         )
     try:
         upright = ImageOps.exif_transpose(image)
