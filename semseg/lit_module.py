@@ -66,9 +66,9 @@ class SegmentationModule(pl.LightningModule):
         self.loss_function = partial(segmentation_loss, deepsup_weight=config.model.deepsup_weight, terms=terms)
         self.confusion = ConfusionMatrix(len(classes.names))
         self.num_unreadable = SumMetric()  # images of the current evaluation
-        self.scores: Scores | None = None  # of the last validation or test
-        self.evaluation: SplitCounts | None = None  # of the last test
-        self.metrics_to_restore: dict[str, Tensor] = {}  # of the last step before a run was stopped
+        self.scores: Scores | None = None  # those of the last validation or test
+        self.evaluation: SplitCounts | None = None  # that of the last test
+        self.metrics_to_restore: dict[str, Tensor] = {}  # those of the last step before a run was stopped
         if config.model.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if config.model.compile:

@@ -148,7 +148,7 @@ def test_training_needs_no_validation_images(root: Path, tmp_path: Path) -> None
     assert (tmp_path / "checkpoints/last.ckpt").is_file()
 
 
-def test_a_gpu_that_is_not_there_is_told(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_not_there_is_reported(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = configured(root, tmp_path, "trainer.accelerator=gpu")
     with pytest.raises(ConfigError, match="no GPU here"):
@@ -179,7 +179,7 @@ def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path
 
 @pytest.mark.reliability
 @pytest.mark.parametrize(("limit", "scored"), [("1", 1), ("9", 3), ("0.5", 1), ("1.0", 3), ("0", None)])
-def test_i2_a_limit_of_validation_is_a_number_of_batches_or_a_share(
+def test_i2_a_limit_of_validation_is_a_number_of_batches_or_a_fraction(
     tmp_path: Path, limit: str, scored: int | None
 ) -> None:
     words = [*TINY_RUN, "data.make.num_train=2", "data.make.num_val=3", "data.steps_per_epoch=1"]
@@ -211,7 +211,7 @@ def test_i2_other_limits_are_refused(word: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["limit_train_batches", "limit_val_batches"])
-def test_i2_a_share_of_less_than_one_batch_is_refused(root: Path, tmp_path: Path, key: str) -> None:
+def test_i2_a_fraction_of_less_than_one_batch_is_refused(root: Path, tmp_path: Path, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"trainer\.{key}=0\.1: (is less than one|leaves none) of 2 (sub-)?batches"):
         fitted(configured(root, tmp_path, f"trainer.{key}=0.1"))
 

@@ -91,7 +91,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
 class Start(NamedTuple):
     """What a run starts from: a checkpoint of the same run, other weights, or nothing."""
 
-    config: Config  # of the run, with all that the start decides
+    config: Config  # the configuration of the run, with everything that the start decides
     state: RunState | None = None  # the run to resume
     network: SavedNetwork | None = None  # the weights to initialise a new run from
 
@@ -328,7 +328,7 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """Where the checkpoints of a run are, the best one first."""
+    """The paths of the checkpoints of a run, the best one first."""
     return [run_dir / CHECKPOINT_FOLDER / name for name in ("best.ckpt", "last.ckpt")]
 
 

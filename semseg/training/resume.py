@@ -254,7 +254,7 @@ class RunConditions(NamedTuple):
     total_steps: int  # steps of the optimiser, and the length of the schedule
     records: dict[str, list[Any]]  # per split: the number of records and a digest
     accelerator: str  # cpu, gpu
-    threads: int  # of PyTorch
+    threads: int  # PyTorch's threads
 
     @classmethod
     def from_checkpoint(cls, content: dict[str, Any]) -> RunConditions | None:
@@ -308,7 +308,7 @@ class RunState(NamedTuple):
     path: Path
     config: Config  # the configuration of the run so far
     position: Position
-    step: int  # of the optimiser, from the start
+    step: int  # optimiser steps since the start
     num_classes: int
     conditions: RunConditions | None  # None in a checkpoint of the first release
     early_stop: EarlyStop | None

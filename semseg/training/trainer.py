@@ -21,7 +21,7 @@ from semseg.errors import ConfigError
 from semseg.syncbn.plugin import build_layer_sync
 from semseg.training.loggers.external import logger_error, require_logger_package
 
-OWN_TRAINER_KEYS = ("max_nonfinite_steps", "probe_memory", "log_images")  # that Lightning does not know
+OWN_TRAINER_KEYS = ("max_nonfinite_steps", "probe_memory", "log_images")  # our own keys, unknown to Lightning
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
 
 

@@ -67,11 +67,11 @@ def test_c16_evaluation_counts_every_image_once_on_any_number_of_ranks(
 
 
 @pytest.mark.long
-def test_ranks_that_are_started_afresh(folder: Path) -> None:
+def test_ranks_that_are_interpreters_of_their_own(folder: Path) -> None:
     """Without the fork server: every rank is an interpreter of its own."""
-    command = [sys.executable, str(RUN), *TINY, "trainer.devices=2", "run_dir=afresh"]
+    command = [sys.executable, str(RUN), *TINY, "trainer.devices=2", "run_dir=started"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
-    assert (folder / "afresh" / "checkpoints" / "last.ckpt").is_file()
+    assert (folder / "started" / "checkpoints" / "last.ckpt").is_file()
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from distributed.two_ranks import ALONE, SHARED_OUT, STOPS, UNUSED, Watch, run_of, stop_and_go_on
+from distributed.two_ranks import ALONE, SHARED_OUT, STOPS, UNUSED, Watch, run_of, stop_and_resume
 
 from helpers.in_process import assert_equal, fit, logged_losses
 from helpers.ranks import launch
@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("two_ranks")
     root = str(folder / "scenes")
     make_scenes(Path(root), num_train=5, num_val=2, seed=304)
-    return Runs(root, folder, launch(partial(stop_and_go_on, root=root, folder=str(folder)), 2))
+    return Runs(root, folder, launch(partial(stop_and_resume, root=root, folder=str(folder)), 2))
 
 
 def end_of(run_dir: Path) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def end_of(run_dir: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("step", STOPS)
-def test_a1_a2_a_run_on_two_ranks_that_was_stopped_and_went_on_equals_one_that_was_not(runs: Runs, step: int) -> None:
+def test_a1_a2_a_run_on_two_ranks_that_was_stopped_and_resumed_equals_one_that_was_not(runs: Runs, step: int) -> None:
     assert all(step in rank["stopped"] for rank in runs.ranks)
     stopped, whole = runs.folder / f"stopped_{step}", runs.folder / "whole"
     assert {"state_dict", "optimizer_states", "lr_schedulers", "loops"} <= set(end_of(whole))

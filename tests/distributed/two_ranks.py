@@ -99,7 +99,7 @@ def end_with_unused_parts(root: str, folder: Path) -> dict[str, Any]:
     ends = {}
     for name, words in UNUSED.items():
         weights = Weights()
-        # Of two words for one part of the network the later one is meant.
+        # If two overrides choose the same part of the network, the later one is used.
         parts = {word.partition("=")[0].replace("/", ".") for word in words if word.startswith("model/")}
         kept = [word for word in TWO_STEPS if not word.lstrip("~").replace("/", ".").startswith(tuple(parts))]
         fit(run_of([*kept, *words], root, folder / name.replace(" ", "_")), weights)
@@ -112,10 +112,10 @@ def run_of(words: list[str], root: str, run_dir: Path) -> Config:
     return configured(*drawn, *words, f"data.root={root}", f"run_dir={run_dir}")
 
 
-def stop_and_go_on(rank: int, world: int, *, root: str, folder: str) -> dict[str, Any]:
+def stop_and_resume(rank: int, world: int, *, root: str, folder: str) -> dict[str, Any]:
     """Runs in `folder`: `whole`, `stopped_<step>` for all STOPS, and `two`; returns what this rank has seen of those.
 
-    The entry "stopped" tells the steps at which this rank was stopped, "seen" the sub-batches of `two`,
+    The entry "stopped" holds the steps at which this rank was stopped, "seen" the sub-batches of `two`,
     "unused" what `end_with_unused_parts` gives, "logged" the sub-batches of the run
     `logged` and the best loss of its early stopping.
     """

@@ -23,7 +23,7 @@ def test_a_published_network_learns_other_classes(recipe: str, tmp_path: Path) -
         tmp_path, f"experiment={recipe}", *SMALL, "model=resnet18_dilated8_c1_deepsup", "init_from=published",
         "run_dir=run", "trainer.log_every_n_steps=1",
     )  # fmt: skip
-    assert "decoder.conv_last.weight" in printed  # among what starts afresh: 150 classes have become 11
+    assert "decoder.conv_last.weight" in printed  # among the layers with fresh weights: 11 classes instead of 150
     with (tmp_path / "run" / "logs" / "metrics.csv").open(newline="") as file:
         first = next(csv.DictReader(file))
     decoder = float(first["lr/decoder"])

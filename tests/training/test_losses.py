@@ -279,7 +279,7 @@ def test_class_weights_are_read_from_what_the_doctor_wrote(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["loss.terms.cross_entropy=0"], "at least one must have a factor above 0"),
         (["loss.terms.dice=-1"], "loss.terms.dice=-1"),
@@ -287,6 +287,6 @@ def test_class_weights_are_read_from_what_the_doctor_wrote(tmp_path: Path) -> No
         (["loss.class_weights=3"], "a list of numbers of at least 0"),
     ],
 )
-def test_a_loss_that_makes_no_sense_is_refused(words: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_loss_that_makes_no_sense_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_config(compose_config(words))

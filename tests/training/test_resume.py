@@ -1,4 +1,4 @@
-"""Runs that were stopped and went on, held against the run that never stopped: equal to the last bit."""
+"""Runs that were stopped and resumed equal the run that never stopped, to the last bit."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def test_a1_resuming_from_every_checkpoint_gives_the_run_that_never_stopped(
 
 
 @pytest.mark.reliability
-def test_a1_the_moving_average_goes_on_exactly_too(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a1_the_moving_average_is_resumed_exactly_too(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = tmp_path / "run"
     config = run_of(root, run_dir, "ema.decay=0.8", "ema.start_step=1")
     with monkeypatch.context() as patched:
@@ -189,7 +191,7 @@ def test_a11_settings_that_decide_the_steps_must_be_those_of_the_checkpoint(root
 
 
 @pytest.mark.reliability
-def test_a10_a_finished_run_is_told_and_takes_no_step(root: Path, tmp_path: Path) -> None:
+def test_a10_a_finished_run_is_reported_and_takes_no_step(root: Path, tmp_path: Path) -> None:
     one, two = (run_of(root, tmp_path, f"trainer.max_epochs={epochs}") for epochs in (1, 2))
     state = read_run_state(saved_run(root, tmp_path), one, has_val=True)
     assert state.describe_end(one) == "already finished at epoch 1; raise trainer.max_epochs to continue"
@@ -205,12 +207,12 @@ def test_b5_weights_alone_cannot_be_resumed(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("spoiled", ["loops", "semseg_run", "callbacks"])
-def test_b5_a_checkpoint_whose_state_is_spoiled_is_named(root: Path, tmp_path: Path, spoiled: str) -> None:
+@pytest.mark.parametrize("damaged", ["loops", "semseg_run", "callbacks"])
+def test_b5_a_checkpoint_whose_state_is_damaged_is_named(root: Path, tmp_path: Path, damaged: str) -> None:
     words = ["callbacks=early_stopping"]
     path = saved_run(root, tmp_path, *words)
     content = torch.load(path, weights_only=True)
-    content[spoiled] = [1, 2]
+    content[damaged] = [1, 2]
     torch.save(content, path)
     with pytest.raises(
         CheckpointError, match=r"last\.ckpt: (its description of the run|its training state) is damaged"
@@ -220,7 +222,7 @@ def test_b5_a_checkpoint_whose_state_is_spoiled_is_named(root: Path, tmp_path: P
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("policy", ["stop", "warn"])
-def test_b3_a_checkpoint_that_cannot_be_written_stops_the_run_or_is_told(
+def test_b3_a_checkpoint_that_cannot_be_written_stops_the_run_or_is_reported(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], policy: str
 ) -> None:
     def full(self: AtomicCheckpointIO, checkpoint: dict, path: Path, storage_options: object = None) -> None:
@@ -312,7 +314,7 @@ def test_a15_a_run_that_was_killed_between_its_last_step_and_its_end_takes_no_st
 
 
 @pytest.mark.reliability
-def test_a15_after_early_stopping_more_epochs_change_nothing_but_more_patience_or_no_callback_trains_on(
+def test_a15_after_early_stopping_more_epochs_change_nothing_but_more_patience_or_no_callback_continues(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained(run_of(root, tmp_path, *PATIENCE, "trainer.max_epochs=4"), "run=it", *PATIENCE)
@@ -328,7 +330,7 @@ def test_a15_after_early_stopping_more_epochs_change_nothing_but_more_patience_o
 
 
 @pytest.mark.reliability
-def test_a15_the_command_to_train_on_raises_the_limit_that_ended_the_run(
+def test_a15_the_command_to_continue_raises_the_limit_that_ended_the_run(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained(run_of(root, tmp_path, "trainer.max_steps=2"), "trainer.max_steps=2")
@@ -428,7 +430,7 @@ def test_a16_what_weights_belong_to_cannot_be_forced(root: Path, tmp_path: Path)
 
 
 @pytest.mark.reliability
-def test_a17_an_epoch_with_fewer_steps_resumes_at_the_same_share_with_the_next_images(
+def test_a17_an_epoch_with_fewer_steps_resumes_at_the_same_fraction_with_the_next_images(
     root: Path, tmp_path: Path
 ) -> None:
     words = ["data.steps_per_epoch=4", "schedule.power=1"]
@@ -506,7 +508,7 @@ def test_a19_a_run_without_a_step_is_refused(root: Path, tmp_path: Path, word: s
 
 
 @pytest.mark.reliability
-def test_a19_a_share_that_leaves_no_batch_is_refused(root: Path, tmp_path: Path) -> None:
+def test_a19_a_fraction_that_leaves_no_batch_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.limit_train_batches=0\.1: leaves none of 3 sub-batches"):
         trained(run_of(root, tmp_path, "trainer.limit_train_batches=0.1"))
 

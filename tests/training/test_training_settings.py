@@ -41,13 +41,13 @@ def test_the_loss_of_a_run_is_the_sum_of_its_terms(root: Path, tmp_path: Path) -
         fit(run_of(root, tmp_path / name, "data.steps_per_epoch=1", f"loss.terms={terms}"))
         first[name] = logged_losses(tmp_path / name)["0"]
     assert first["sum"] == pytest.approx(first["one"] + 0.5 * first["other"], rel=1e-6)
-    assert first["one"] > 1.5 and first["other"] < 1  # the logarithm of the number of classes; a share
+    assert first["one"] > 1.5 and first["other"] < 1  # the logarithm of the number of classes; a fraction
 
 
 FROZEN = ("model.encoder.frozen=true", "optim.layer_decay=0.5")
 
 
-def test_a_frozen_run_goes_on_exactly(root: Path, tmp_path: Path) -> None:
+def test_a_frozen_run_resumes_exactly(root: Path, tmp_path: Path) -> None:
     words = (*FROZEN, "checkpoint.every_n_steps=1", "checkpoint.keep=1")
     whole = fit(run_of(root, tmp_path / "whole", *words))
     stopped = tmp_path / "whole" / "checkpoints" / "step_00000002.ckpt"
@@ -100,7 +100,7 @@ def test_early_stopping_ends_a_run_that_gets_no_better_resumed_or_not(
         assert fit(config, resume=tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 3, copy.name
 
 
-def test_early_stopping_on_a_score_that_never_comes_is_told_before_training(root: Path, tmp_path: Path) -> None:
+def test_early_stopping_on_a_score_that_never_comes_is_reported_before_training(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"early_stopping\.monitor=val/miuo: not known.*mean.*val/miou"):
         configured("callbacks=early_stopping", "callbacks.early_stopping.monitor=val/miuo")
     with pytest.raises(ConfigError, match=r"early_stopping\.monitor=val/miou: there is no validation"):
@@ -112,20 +112,20 @@ def test_the_rates_of_a_run_rise_linearly_and_fall_by_the_cosine(root: Path, tmp
     fit(run_of(root, tmp_path, *words, "optim.lr=0.1", "optim.layer_decay=0.5"))
     with (tmp_path / "logs" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    shares = [0, (1 + math.cos(math.pi / 4)) / 4, 1 / 2, (1 + math.cos(3 * math.pi / 4)) / 2]
+    fractions = [0, (1 + math.cos(math.pi / 4)) / 4, 1 / 2, (1 + math.cos(3 * math.pi / 4)) / 2]
     for name, rate in (("decoder", 0.1), ("encoder", 0.1), ("encoder_-1", 0.05)):
-        assert [float(row[f"lr/{name}"]) for row in rows] == pytest.approx([rate * share for share in shares])
+        assert [float(row[f"lr/{name}"]) for row in rows] == pytest.approx([rate * fraction for fraction in fractions])
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["loss=dice", "loss.class_weights=[1,2]"], "loss.class_weights="),
         (["loss=focal", "loss.label_smoothing=0.1"], "loss.label_smoothing=0.1"),
         (["loss.class_weights=[0,0]"], "loss.class_weights="),
     ],
 )
-def test_settings_that_none_of_the_losses_knows_are_told(words: list[str], told: str) -> None:
+def test_settings_that_none_of_the_losses_knows_are_reported(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         configured(*words)
-    assert told in str(caught.value)
+    assert message in str(caught.value)

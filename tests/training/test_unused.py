@@ -106,7 +106,7 @@ def test_d8_an_optimiser_keeps_its_layout_and_leaves_what_is_frozen_alone(name: 
     assert unmoved == set(frozen)
 
 
-def test_d8_a_run_of_a_release_that_froze_nothing_goes_on_exactly(
+def test_d8_a_run_of_a_release_that_froze_nothing_resumes_exactly(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [
@@ -115,8 +115,8 @@ def test_d8_a_run_of_a_release_that_froze_nothing_goes_on_exactly(
         "checkpoint.every_n_steps=1", "checkpoint.keep=9",
     ]  # fmt: skip
     whole = fit(configured(*words, f"run_dir={tmp_path / 'whole'}"))
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("frozen")]
-    assert len(told) == 1 and all(name in told[0] for name in AUXILIARY)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("frozen")]
+    assert len(lines) == 1 and all(name in lines[0] for name in AUXILIARY)
     with patch("semseg.lit_module.freeze_unused", lambda net, loss: {}):
         fit(configured(*words, f"run_dir={tmp_path / 'earlier'}"))
     earlier = tmp_path / "earlier" / "checkpoints" / "step_00000001.ckpt"

@@ -36,7 +36,7 @@ OTHER_SECTIONS = ("predict", "serve", "export", "check", "bench", "download")  #
 class HasScores(Protocol):
     """A module that scores a validation; this file needs to know no more about semseg/lit_module.py."""
 
-    scores: Scores | None  # of the last validation or test
+    scores: Scores | None  # those of the last validation or test
     classes: ClassTable
 
 

@@ -15,7 +15,7 @@ from semseg.data.batch import Batch
 
 MAX_IGNORED_PIXELS = 0.9  # fraction of the pixels of training images
 MAX_PREDICTED_PIXELS = 0.99  # fraction of the pixels that are predicted as one class
-MAX_FIRST_ACCURACY = 0.999  # of training, in the first epoch
+MAX_FIRST_ACCURACY = 0.999  # training accuracy in the first epoch
 MAX_CLASS_NAMES = 8  # classes named in a warning
 
 
@@ -29,7 +29,7 @@ class WarnAboutLabels(Callback):
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self.counts: Tensor | None = None  # (K + 1) pixels; the last entry: not scored, padding aside
-        self.accuracies: list[Tensor] = []  # of every step
+        self.accuracies: list[Tensor] = []  # one per step
         self.is_done = False
 
     def on_train_batch_end(

@@ -49,7 +49,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def told(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_reported_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bad_images, "_reported", set())
 
 
@@ -111,7 +111,7 @@ def test_c1_training_leaves_them_out_and_counts_them(
     counted = content["callbacks"]["CountBadImages"]
     assert counted["seen"] == 16
     assert counted["left_out"] == 4  # two of eight images, seen twice
-    assert capfd.readouterr().err.count("left out: ") == 2  # told once each
+    assert capfd.readouterr().err.count("left out: ") == 2  # reported once each
     last = (tmp_path / "logs/metrics.csv").read_text().splitlines()
     assert last[0].split(",").index("data/left_out") > 0
     again = fit(run_words(drawn, tmp_path / "again", "data.on_bad=skip", "data.max_bad=0.5", "data.num_workers=2"))
@@ -159,7 +159,7 @@ def test_c1_an_evaluation_leaves_them_out_names_them_and_scores_the_others_alike
 # ---- C15: too few
 
 
-def test_c15_fewer_images_than_a_step_takes_is_told_before_the_network_is_built(
+def test_c15_fewer_images_than_a_step_takes_is_reported_before_the_network_is_built(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "build_network", lambda *_: pytest.fail("built"))
@@ -188,9 +188,9 @@ class Trouble(Dataset[int]):
         return index
 
 
-@pytest.mark.parametrize(("kills", "timeout", "said"), [(True, 60.0, "killed|exited"), (False, 1.0, "timed out")])
-def test_c17_a_worker_that_dies_or_hangs_is_told_with_the_image_in_its_hands(
-    kills: bool, timeout: float, said: str
+@pytest.mark.parametrize(("kills", "timeout", "reason"), [(True, 60.0, "killed|exited"), (False, 1.0, "timed out")])
+def test_c17_a_worker_that_dies_or_hangs_is_reported_with_the_image_in_its_hands(
+    kills: bool, timeout: float, reason: str
 ) -> None:
     loader = WatchedLoader(
         Trouble(kills=kills), lambda number: [f"{number}.jpg"], timeout, batch_size=None, num_workers=1
@@ -198,17 +198,17 @@ def test_c17_a_worker_that_dies_or_hangs_is_told_with_the_image_in_its_hands(
     found: list[int] = []
     started = time.monotonic()
     # Item 1 may be lost with the worker.
-    with pytest.raises(DataError, match=rf"waiting for (1\.jpg, )?2\.jpg(, 3\.jpg)?: .*({said})"):
+    with pytest.raises(DataError, match=rf"waiting for (1\.jpg, )?2\.jpg(, 3\.jpg)?: .*({reason})"):
         found.extend(iter(loader))
     assert time.monotonic() - started < 20
 
 
-def test_c17_a_long_wait_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_c17_a_long_wait_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaders, "SLOW_ITEM_S", 0.5)
     loader = WatchedLoader(Trouble(kills=False), lambda number: [f"{number}.jpg"], 2.5, batch_size=None, num_workers=1)
-    with pytest.warns(UserWarning, match=r"has been waiting for 2\.jpg for \d s") as told, pytest.raises(DataError):
+    with pytest.warns(UserWarning, match=r"has been waiting for 2\.jpg for \d s") as warnings, pytest.raises(DataError):
         list(loader)
-    assert sum("has been waiting" in str(one.message) for one in told) == 1
+    assert sum("has been waiting" in str(one.message) for one in warnings) == 1
 
 
 def test_c17_without_the_shared_memory_that_workers_need_there_are_none(

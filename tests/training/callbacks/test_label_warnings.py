@@ -33,8 +33,8 @@ def test_sentences_about_labels() -> None:
 
 def test_a_sentence_about_predictions() -> None:
     assert describe_odd_predictions(torch.tensor([[50, 1, 0], [45, 4, 0], [0, 0, 0]]), NAMES) is None
-    told = describe_odd_predictions(torch.tensor([[500, 0, 0], [498, 2, 0], [0, 0, 0]]), NAMES)
-    assert told is not None and told.startswith("99.8% of the predictions are 'sky'")
+    warning = describe_odd_predictions(torch.tensor([[500, 0, 0], [498, 2, 0], [0, 0, 0]]), NAMES)
+    assert warning is not None and warning.startswith("99.8% of the predictions are 'sky'")
     assert describe_odd_predictions(torch.zeros(3, 3, dtype=torch.int64), NAMES) is None
 
 
@@ -47,14 +47,14 @@ def test_a_run_warns_of_labels_that_are_nearly_all_ignored(tmp_path: Path) -> No
         fit(configured(*scenes, *TINY_RUN, *length, f"data.map={{{','.join(ids)}}}"))
 
 
-def test_a_first_epoch_that_is_too_good_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_epoch_that_is_too_good_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = ["data=scenes", f"data.root={tmp_path / 'scenes'}", "data.make.num_train=4", "data.make.num_val=2"]
     length = ["data.steps_per_epoch=2", "trainer.max_epochs=1"]
 
     def warnings_of(name: str) -> list[str]:
-        with pytest.warns(UserWarning) as told:
+        with pytest.warns(UserWarning) as warnings:
             fit(configured(*scenes, *TINY_RUN, *length, f"run_dir={tmp_path / name}"))
-        return [str(one.message) for one in told if "too good to be true" in str(one.message)]
+        return [str(one.message) for one in warnings if "too good to be true" in str(one.message)]
 
     assert warnings_of("honest") == []
     monkeypatch.setattr(module, "MAX_FIRST_ACCURACY", -1.0)

@@ -104,10 +104,10 @@ def test_wandb_keeps_numbers_pictures_and_the_id_of_the_run(
     assert seen[0] >= LOGGED
     assert len(list(record.rglob("media/images/**/*.png"))) == 2
     known = (tmp_path / "logs/wandb_id").read_text()
-    assert WandB(str(tmp_path / "logs"), "semseg", offline=True).version == known  # of a run that goes on
+    assert WandB(str(tmp_path / "logs"), "semseg", offline=True).version == known  # the id of a resumed run
 
 
-def test_mlflow_keeps_numbers_pictures_settings_and_goes_on_with_a_run(
+def test_mlflow_keeps_numbers_pictures_settings_and_resumes_with_a_run(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("mlflow")
@@ -130,7 +130,7 @@ def test_mlflow_keeps_numbers_pictures_settings_and_goes_on_with_a_run(
 
 
 @pytest.mark.parametrize(("option", "extra"), [("tensorboard", "tb"), ("wandb", "wandb"), ("mlflow", "mlflow")])
-def test_a_logger_that_is_not_installed_is_told_in_one_line(
+def test_a_logger_that_is_not_installed_is_reported_in_one_line(
     option: str, extra: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_of(root, tmp_path, f"logger={option}")
@@ -139,7 +139,7 @@ def test_a_logger_that_is_not_installed_is_told_in_one_line(
         build_trainer(config, DataSource(config.data))
 
 
-def test_an_address_that_no_server_has_is_told_in_one_line(root: Path, tmp_path: Path) -> None:
+def test_an_address_that_no_server_has_is_reported_in_one_line(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     config = run_of(root, tmp_path, "logger=mlflow", "logger.mlflow.tracking_uri=nonsense://x")
     with pytest.raises(ConfigError, match=r"^logger: MLflow cannot be opened: .*nonsense://x") as caught:
@@ -154,12 +154,12 @@ class Closed(CSVLog):
         raise ConnectionError("no answer\nfrom http://tracker")
 
 
-def test_a_server_that_is_away_is_told_in_one_line(root: Path, tmp_path: Path) -> None:
+def test_a_server_that_is_away_is_reported_in_one_line(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^logger: Closed cannot be opened: no answer from http://tracker$"):
         log_settings([Closed(str(tmp_path))], {})
 
 
-def test_an_unknown_logger_in_a_list_is_told_with_its_likeness() -> None:
+def test_an_unknown_logger_in_a_list_is_reported_with_its_likeness() -> None:
     with pytest.raises(MissingConfigException) as caught:
         configured("logger=[csv,tensorbord]")
     assert "Did you mean logger=tensorboard?" in explain_hydra_error(caught.value, [])
