@@ -1,4 +1,4 @@
-"""Checkpoints and weights: our format, atomic writing, initial weights, the files of 2018 and 2020, the zoo.
+"""Checkpoints and weights: our format, atomic writing, initial weights, the published files of 2018 and 2020, the zoo.
 
-Resuming a run from a checkpoint lives in training/resume.py.
+Resuming a run from a checkpoint is in training/resume.py.
 """

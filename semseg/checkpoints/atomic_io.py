@@ -1,8 +1,8 @@
-"""How checkpoint files reach the disk, so that a kill, a full disk or a crash never costs the one before.
+"""Write checkpoint files such that a kill, a full disk or a crash never damages the previous one.
 
-A checkpoint is streamed into a temporary file in its own folder, synced, read back, and only then renamed over the old
-one: whatever happens, `last.ckpt` and `best.ckpt` are whole files. The price is room for one more checkpoint, and one
-read of the file. What a killed process leaves is a temporary file, which the next start removes.
+A checkpoint is streamed into a temporary file in its own folder, read back, synced, and only then renamed over the old
+one: `last.ckpt` and `best.ckpt` are complete files at any time. This takes disk space for one more checkpoint, and one
+read of the file. A killed process leaves a temporary file, which the next start removes.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write `checkpoint` to `path`, whole or not at all.
+        """Write `checkpoint` to `path`, completely or not at all.
 
-        Takes no more memory than the largest tensor that is not on the CPU. The file is read once more before it
-        replaces the old one (about 1 s per GB, from the page cache), so that what is kept can be loaded.
+        Takes no more memory than the largest tensor that is not on the CPU. The file is read back before it replaces
+        the old one (about 1 s per GB, from the page cache), so that it is known to load.
 
         Raises:
-            CheckpointError: if it cannot be written, or not be loaded with weights_only=True; the file that was at
-                `path` is untouched.
-            TypeError: if storage options are given; there are none.
+            CheckpointError: if it cannot be written, or not be loaded with weights_only=True; the previous file at
+                `path` is unchanged.
+            TypeError: if storage options are given; none are supported.
         """
         if storage_options is not None:
             raise TypeError("AtomicCheckpointIO has no storage options")
@@ -60,11 +60,11 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read tensors and plain containers, tensors on the CPU, whatever the file says: always weights_only=True.
+        """Read tensors (onto the CPU) and plain containers, always with weights_only=True.
 
         Raises:
-            CheckpointError: if the file is missing, damaged, holds code, or is no dict, or if `path` is a URL.
-            ValueError: if the caller asks for weights_only=False or for another device.
+            CheckpointError: if the file is missing, damaged, contains code, or is no dict, or if `path` is a URL.
+            ValueError: if the caller requests weights_only=False or for another device.
         """
         if weights_only is False or str(map_location or "cpu") != "cpu":
             raise ValueError("AtomicCheckpointIO loads with weights_only=True, onto the CPU")
@@ -73,7 +73,7 @@ class AtomicCheckpointIO(CheckpointIO):
         return content
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Delete one checkpoint file; nothing happens if it is not there.
+        """Delete one checkpoint file if it exists.
 
         Raises:
             CheckpointError: if it is a folder.
@@ -85,9 +85,9 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint for which a NaN is never the best, and which loads all that it saves.
+    """ModelCheckpoint for which a NaN is never the best, and which restores everything that it saves.
 
-    Lightning takes a NaN if it comes first, and saves the score of the last checkpoint without loading it.
+    Lightning accepts a NaN if it comes first, and saves the score of the last checkpoint without restoring it.
 
     Args:
         warns: train on where the file cannot be written; the best one is still the one before then.
@@ -111,10 +111,10 @@ class BestCheckpoint(ModelCheckpoint):
             report_failed_save(trainer, error)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a saved state, that of a run folder included which was moved, copied or is resumed in another one.
+        """Load a saved state, also of a run folder that was moved, copied or is resumed in another one.
 
-        A best checkpoint that is not in this folder comes from beside the resumed one. Without it, the search for the
-        best starts over: a score without its file would keep worse ones from being saved, and leave none.
+        A best checkpoint that is not in this folder is copied from beside the resumed one. Without it, the search for
+        the best starts over: a score without its file would keep worse ones from being saved, and leave none.
         """
         here = {name: self._path_in_this_folder(name) for name in _checkpoint_paths(state_dict)}
         if not all(Path(path).is_file() for path in here.values()):
@@ -127,23 +127,23 @@ class BestCheckpoint(ModelCheckpoint):
         self.current_score = state_dict["current_score"]
 
     def _path_in_this_folder(self, path: str) -> str:
-        """Where a file of the saved folder is in this one."""
+        """The path in this folder of a file that was saved in another one."""
         assert self.dirpath is not None, "set up by the trainer"
         return os.path.join(self.dirpath, os.path.basename(path))  # noqa: PTH118, PTH119 - as Lightning writes them
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
-        is_better = super().check_monitor_top_k(trainer, current)  # first: the ranks may talk in there
+        is_better = super().check_monitor_top_k(trainer, current)  # first: the ranks may communicate in it
         return is_better and current is not None and not bool(torch.isnan(current))
 
 
 def _checkpoint_paths(state: dict[str, Any]) -> set[str]:
-    """The checkpoint files that a saved state of ModelCheckpoint names."""
+    """The checkpoint files that are listed in a saved state of ModelCheckpoint."""
     single = (state["best_model_path"], state["kth_best_model_path"])
     return {str(path) for path in (*single, *state["best_k_models"]) if path}
 
 
 def report_failed_save(trainer: pl.Trainer, error: Exception) -> None:
-    """Report a checkpoint that could not be written, and meet the other ranks where they wait."""
+    """Report a checkpoint that could not be written, and join the barrier at which the other ranks wait."""
     print(f"warning: {escape_lines(error)}", file=sys.stderr, flush=True)
     trainer.strategy.barrier("Trainer.save_checkpoint")
 
@@ -156,14 +156,14 @@ class DamagedCheckpoint(NamedTuple):
 
 
 class NewestCheckpoint(NamedTuple):
-    """What `newest_intact` found."""
+    """The result of `find_newest_intact`."""
 
     path: Path | None  # None: no checkpoint of the folder is intact
-    passed_over: list[DamagedCheckpoint]  # newer ones, the newest first
+    passed_over: list[DamagedCheckpoint]  # damaged ones that are newer, the newest first
 
 
 def find_newest_intact(folder: Path) -> NewestCheckpoint:
-    """The checkpoint of a folder that was written last and is intact, and the damaged ones that are newer."""
+    """The newest intact checkpoint of a folder, and the damaged ones that are newer."""
     passed_over = []
     for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         reason = find_damage(path)
@@ -174,10 +174,10 @@ def find_newest_intact(folder: Path) -> NewestCheckpoint:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, in words, or None if it is intact.
+    """Why a checkpoint file cannot be used, or None if it is intact.
 
-    Reads the whole file, a megabyte at a time, and compares every tensor with its checksum; then reads the structure
-    without the tensors, as weights_only=True allows. Knows the files of torch.save since torch 1.6, with checksums.
+    Reads the whole file in blocks and verifies the checksum of every tensor; then reads the structure without the
+    tensors, as far as weights_only=True allows. Supports files of torch.save from torch 1.6 on, which have checksums.
     """
     if not path.is_file():
         return "there is no such file"
@@ -191,7 +191,7 @@ def find_damage(path: Path) -> str | None:
         return _find_damage_inside(path)
     except zipfile.BadZipFile as error:
         return f"cut short or damaged at {path.stat().st_size} bytes ({first_line(error)})"
-    except Exception as error:  # whatever a flipped bit makes of a length, a method or a name
+    except Exception as error:  # a flipped bit can change a length, a method or a name
         return f"damaged ({first_line(error)})"
 
 
@@ -202,7 +202,7 @@ def _find_damage_inside(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
         broken = archive.testzip()
     if broken is not None:
-        return f"damaged: {broken} in it does not match its checksum"
+        return f"damaged: its entry {broken} does not match its checksum"
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     if foreign:
         return f"holds more than tensors and plain containers: {', '.join(sorted(foreign))}"
@@ -211,9 +211,9 @@ def _find_damage_inside(path: Path) -> str | None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete the temporary files of processes that were killed while writing; returns what it deleted.
+    """Delete the temporary files of processes that were killed while writing; returns the deleted files.
 
-    Call it while the run folder is locked: then no process writes to `folder`, and every temporary file is stale.
+    Call it while the run folder is locked: then no other process writes to `folder`, and all temporary files are stale.
     """
     leftovers = [path for path in folder.glob(".*.tmp") if TEMPORARY_NAME.fullmatch(path.name)]
     for path in leftovers:
@@ -222,13 +222,13 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 
 def count_tensor_bytes(checkpoint: Any) -> int:
-    """Bytes of all tensors in nested containers, shared memory counted once: what a file of them takes at least."""
+    """Bytes of all tensors in nested containers, shared memory counted once: the minimum size of their file."""
     storages: dict[tuple[str, int], int] = {}
     waiting = [checkpoint]
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor) and value.layout is torch.strided:
-            storage = value.untyped_storage()  # a view is saved with all of the memory that it looks at
+            storage = value.untyped_storage()  # a view is saved with all of its storage
             storages[str(storage.device), storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, dict):
             waiting.extend(value.values())
@@ -239,7 +239,7 @@ def count_tensor_bytes(checkpoint: Any) -> int:
 
 def _require_local_path(path: str | os.PathLike[str]) -> Path:
     if URL.match(os.fspath(path)):
-        raise CheckpointError(f"{path}: checkpoints are local files, not URLs. Download it first and give the file.")
+        raise CheckpointError(f"{path}: checkpoints are local files, not URLs. Download it first and give the path.")
     return Path(path)
 
 
@@ -271,10 +271,10 @@ def _stream_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 def _describe_save_error(error: OSError, target: Path, checkpoint: dict[str, Any]) -> str:
     if error.errno not in DISK_FULL:
-        return f"{target}: the checkpoint cannot be written ({error.strerror}). What was there before is untouched."
+        return f"{target}: the checkpoint cannot be written ({error.strerror}). The previous file is untouched."
     needed, free = count_tensor_bytes(checkpoint), shutil.disk_usage(target.parent).free
     return (
         f"{target}: the checkpoint cannot be written ({error.strerror}). It needs {needed} bytes "
-        f"({needed / 1e6:.1f} MB) beside what is there, and {free} ({free / 1e6:.1f} MB) are free. "
-        "What was there before is untouched. Make room or raise the quota, then go on with resume=auto."
+        f"({needed / 1e6:.1f} MB) in addition to the previous file, and {free} ({free / 1e6:.1f} MB) are free. "
+        "The previous file is untouched. Free some space or raise the quota, then continue with resume=auto."
     )

@@ -1,8 +1,8 @@
-"""Our checkpoint formats, and where checkpoints are found.
+"""Our checkpoint formats, and how checkpoints are found.
 
-A checkpoint is a Lightning file with one more entry, FORMAT_KEY: plain dicts, lists and numbers that
-say how to build the network again, so that evaluation and prediction need nothing else. Everything
-loads with weights_only=True; nothing in a file can name code to run.
+A checkpoint is a Lightning file with one more entry, FORMAT_KEY: plain dicts, lists and numbers that describe how to
+rebuild the network, so that evaluation and prediction need nothing else. Everything loads with weights_only=True; no
+file can name code to run.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ FORMAT_KEY = "semseg"
 FORMAT_VERSION = 1
 CHECKPOINT_FOLDER = "checkpoints"  # inside a run folder
 SAFETENSORS = ".safetensors"
-# What a run did whose configuration lacks a key, where the default of that key does something else.
+# Values for keys that earlier configurations lack, where the default of today changes the behaviour.
 EARLIER_DEFAULTS = {"data": {"decode": "exact"}, "model": {"encoder": {"frozen": False}}}
-# The names of loggers in the configurations of earlier versions, and where these classes are now.
+# Class paths of loggers in the configurations of earlier versions, and their present paths.
 MOVED_TARGETS = {
     "semseg.csv_log.CSVLog": "semseg.training.loggers.csv.CSVLog",
     "semseg.loggers.TensorBoard": "semseg.training.loggers.external.TensorBoard",
     "semseg.loggers.WandB": "semseg.training.loggers.external.WandB",
     "semseg.loggers.MLflow": "semseg.training.loggers.external.MLflow",
 }
-NET_PREFIX = "net."  # of the network's weights in the Lightning state dict
+NET_PREFIX = "net."  # prefix of the network's weights in the Lightning state dict
 
 
 class Graph(NamedTuple):
-    """A network that was exported: one graph, weights included."""
+    """An exported network: one graph with its weights."""
 
     model: bytes  # an ONNX file, checked
     size_divisor: int
@@ -55,17 +55,17 @@ class Graph(NamedTuple):
 
 
 class SavedNetwork(NamedTuple):
-    """A network with everything that is needed to build and use it again."""
+    """A network with everything that is needed to rebuild and use it."""
 
-    source: str  # the file or files it came from, for messages
-    weights: dict[str, Tensor]  # encoder.* and decoder.*, on the CPU; none where there is a graph
-    config: Config  # of the run that wrote it
+    source: str  # its file or files, for messages
+    weights: dict[str, Tensor]  # encoder.* and decoder.*, on the CPU; empty if there is a graph
+    config: Config  # of the run that wrote the file
     classes: ClassTable
     convention: Preprocessing  # how pixel values enter the network
     epoch: int = 0
     step: int = 0
-    note: str = ""  # what the files were taken for, where they do not say it themselves
-    graph: Graph | None = None  # of an exported network
+    note: str = ""  # what was assumed about files that do not describe themselves
+    graph: Graph | None = None  # for an exported network
 
 
 def describe_network(config: Config, classes: ClassTable, convention: Preprocessing) -> dict[str, Any]:
@@ -79,10 +79,10 @@ def describe_network(config: Config, classes: ClassTable, convention: Preprocess
 
 
 def read_checkpoint(path: Path) -> SavedNetwork:
-    """Read a checkpoint of ours: a .ckpt, or a .safetensors with its .json beside it.
+    """Read a checkpoint of semseg: a .ckpt, or a .safetensors with its .json beside it.
 
     Raises:
-        CheckpointError: if a file is missing, damaged, or not one of ours.
+        CheckpointError: if a file is missing, damaged, or of another program.
     """
     return read_safetensors(path) if path.suffix == SAFETENSORS else read_ckpt(path)
 
@@ -97,7 +97,7 @@ def parse_checkpoint(path: Path, content: dict[str, Any]) -> SavedNetwork:
     entry = content.get(FORMAT_KEY)
     if not isinstance(entry, dict) or "state_dict" not in content:
         found = ", ".join(escape_unprintable(key)[:80] for key in list(content)[:4])
-        raise CheckpointError(f"{path}: not a checkpoint of semseg (it holds {found}, ...).")
+        raise CheckpointError(f"{path}: not a checkpoint of semseg (it contains {found}, ...).")
     weights = {
         name.removeprefix(NET_PREFIX): tensor
         for name, tensor in validate_weights(path, content["state_dict"]).items()
@@ -107,7 +107,7 @@ def parse_checkpoint(path: Path, content: dict[str, Any]) -> SavedNetwork:
 
 
 def validate_weights(path: Path, weights: Any) -> dict[str, Tensor]:
-    """`weights` if they are a dict of names to dense tensors of real numbers in memory.
+    """Check that `weights` are a dict of names and dense tensors of real numbers in memory, and return them.
 
     Raises:
         CheckpointError: otherwise.
@@ -121,7 +121,7 @@ def validate_weights(path: Path, weights: Any) -> dict[str, Tensor]:
 
 
 def is_dense_tensor(value: Any) -> bool:
-    """Whether `value` is a tensor that can be a weight: neither sparse, nested, quantised, complex nor without data."""
+    """Whether `value` is a tensor that can be a weight: not sparse, nested, quantised, complex or without data."""
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
@@ -130,16 +130,16 @@ def is_dense_tensor(value: Any) -> bool:
 
 
 def refuse_nonfinite_weights(weights: Mapping[str, Tensor], source: str) -> None:
-    """Leave before a network computes with weights that are NaN or infinite.
+    """Refuse weights that are NaN or infinite before a network computes with them.
 
     Raises:
-        CheckpointError: then, with the first such weight.
+        CheckpointError: with the first such weight.
     """
     for name, value in weights.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(
-                f"{source}: its weight {escape_unprintable(name)} holds NaN or infinite values, so whatever it "
-                "computes is wrong. Use an earlier checkpoint."
+                f"{source}: its weight {escape_unprintable(name)} holds NaN or infinite values, so all of "
+                "its results would be wrong. Use an earlier checkpoint."
             )
 
 
@@ -166,10 +166,10 @@ def read_safetensors(path: Path) -> SavedNetwork:
 
 
 def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch: Any, step: Any) -> SavedNetwork:
-    """A network from the description that `describe` made.
+    """A network from the description that `describe_network` made.
 
     Raises:
-        CheckpointError: for another format, a configuration that this version does not know, or damaged entries.
+        CheckpointError: if the format or configuration is unknown to this version, or an entry is damaged.
     """
     if not isinstance(entry, dict):
         raise CheckpointError(f"{path}: its description is a {type(entry).__name__}, expected a dict.")
@@ -185,15 +185,15 @@ def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch
     except ValueError as error:
         raise CheckpointError(f"{path}: its description is damaged: {error}.") from None
     if not isinstance(entry.get("config"), dict) or "${" in str(entry["config"]):
-        # It is data: what is in it is compared and read, never resolved with the environment of this machine.
+        # The configuration is data: it is compared and read, never resolved with the environment of this machine.
         raise CheckpointError(f"{path}: its saved configuration is not plain data.")
     try:
-        # Merged over itself, since the order of keys is part of what converting gives back.
+        # Merged over itself because converting must give back the order of the keys.
         merged = DictConfig(OmegaConf.merge(entry["config"], EARLIER_DEFAULTS, entry["config"]))
         config = check_config(update_saved_config(merged))
     except ConfigError as error:
         raise CheckpointError(f"{path}: its saved configuration does not fit this version: {error}") from None
-    except Exception as error:  # OmegaConf's, for whatever is no configuration
+    except Exception as error:  # an error of OmegaConf, for anything that is no configuration
         raise CheckpointError(f"{path}: its saved configuration cannot be read ({first_line(error)}).") from None
     try:
         make_label_map(config.data, classes)
@@ -207,7 +207,7 @@ def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch
 
 
 def update_saved_config(config: DictConfig) -> DictConfig:
-    """The configuration of an earlier version in the names of this one; changes `config`."""
+    """Update the names in a configuration of an earlier version in place; returns it."""
     for key in REMOVED_KEYS:
         name = key.rpartition(".")[2]
         section = OmegaConf.select(config, key.removesuffix(f".{name}"))
@@ -227,7 +227,7 @@ def write_ckpt(path: Path, saved: SavedNetwork) -> None:
         "epoch": saved.epoch,
         "global_step": saved.step,
         "state_dict": {NET_PREFIX + name: copy_detached(value) for name, value in saved.weights.items()},
-        # Through JSON: equal content gives equal bytes, whatever objects it was made of.
+        # Through JSON: equal content gives equal bytes, whatever types its values have.
         FORMAT_KEY: json.loads(json.dumps(describe_network(saved.config, saved.classes, saved.convention))),
     }
     with atomic_write(path) as temporary, temporary.open("wb") as file:
@@ -235,11 +235,11 @@ def write_ckpt(path: Path, saved: SavedNetwork) -> None:
 
 
 def write_safetensors(path: Path, saved: SavedNetwork) -> list[Path]:
-    """Write the weights as `path` and what belongs to them as JSON beside it; returns both files."""
+    """Write the weights to `path` and their description to a JSON file beside it; returns both files."""
     with atomic_write(path) as temporary:
         save_file({name: copy_detached(value) for name, value in saved.weights.items()}, temporary)
     entry = describe_network(saved.config, saved.classes, saved.convention)
-    # safetensors sorts by type and name; the order of the layers is kept here.
+    # safetensors sorts by type and name; this keeps the order of the layers.
     entry |= {"epoch": saved.epoch, "step": saved.step, "order": list(saved.weights)}
     description = path.with_suffix(".json")
     with atomic_write(description) as temporary:
@@ -248,17 +248,17 @@ def write_safetensors(path: Path, saved: SavedNetwork) -> list[Path]:
 
 
 def copy_detached(tensor: Tensor) -> Tensor:
-    """A copy with memory of its own: what is saved holds these numbers and nothing else."""
+    """A copy with its own memory, so that the file contains these numbers and nothing else."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file, .safetensors or anything torch.load opens, by their names in it.
 
-    A `state_dict` inside the file is opened, and the prefix of DataParallel is taken off.
+    A `state_dict` inside the file is used, and the prefix of DataParallel is removed.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, or holds no tensors.
+        CheckpointError: if the file is missing, damaged, or contains no tensors.
     """
     if path.suffix == SAFETENSORS:
         return load_safetensors(path)
@@ -270,7 +270,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     validate_weights(path, tensors)
     if not tensors:
         found = ", ".join(escape_unprintable(key)[:80] for key in list(content)[:4])
-        raise CheckpointError(f"{path}: holds no weights (it holds {found}, ...).")
+        raise CheckpointError(f"{path}: contains no weights (it contains {found}, ...).")
     is_wrapped = all(name.startswith("module.") for name in tensors)
     return {name.removeprefix("module."): value for name, value in tensors.items()} if is_wrapped else tensors
 
@@ -287,7 +287,7 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
         return validate_weights(path, load_file(path))
     except CheckpointError:
         raise
-    except Exception as error:  # SafetensorError, and KeyError for a type of numbers that torch does not know
+    except Exception as error:  # SafetensorError, and KeyError for a data type that torch lacks
         raise CheckpointError(f"{path}: a damaged safetensors file ({first_line(error)}).") from None
 
 
@@ -295,7 +295,7 @@ def load_plain(path: Path) -> dict[str, Any]:
     """torch.load of tensors and plain containers, with errors that name the file.
 
     Raises:
-        CheckpointError: if the file is missing, empty, damaged, holds code, or is no dict.
+        CheckpointError: if the file is missing, empty, damaged, contains code, or is no dict.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file.")
@@ -317,9 +317,9 @@ def load_plain(path: Path) -> dict[str, Any]:
 
 
 def find_packed_entry(path: Path) -> str | None:
-    """The name of an entry that would take more memory than it has bytes in the file; None if there is none.
+    """The name of an entry that takes more memory than its bytes in the file; None if there is none.
 
-    Read from the directory of the archive; a file that is no archive has none.
+    Read from the directory of the archive; a file that is no archive has no entries.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -335,12 +335,12 @@ def find_packed_entry(path: Path) -> str | None:
 
 
 def explain_load_failure(path: Path, error: Exception) -> str:
-    """Why torch.load refused a file. In words of ours: torch's own advise to load it with code and all."""
+    """Why torch.load refused a file. Torch's own message is not used because it advises to load the code as well."""
     foreign = find_foreign_names(path, error)
     if foreign:
         return (
-            f"holds more than tensors and plain containers: {', '.join(foreign)}. It was not loaded, because that "
-            "would run code of the file. Where you trust it, save its state dict by itself"
+            f"holds more than tensors and plain containers: {', '.join(foreign)}. It was not loaded because that "
+            "would run code from the file. If you trust it, save its state dict alone"
         )
     kind = "a damaged checkpoint" if zipfile.is_zipfile(path) or path.suffix == ".ckpt" else "not a checkpoint"
     reason = "not tensors and plain containers" if "weights_only" in str(error) else first_line(error)
@@ -348,29 +348,29 @@ def explain_load_failure(path: Path, error: Exception) -> str:
 
 
 def find_foreign_names(path: Path, error: Exception) -> list[str]:
-    """The first few classes and functions that loading the file would call, besides those that torch allows."""
+    """The first few classes and functions that loading the file would call, apart from those that torch allows."""
     if not isinstance(error, pickle.UnpicklingError):
         return []
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # a file from before torch 1.6, or one that is damaged: torch's error names the first
+    except Exception:  # a damaged file, or one from before torch 1.6: torch's error names the first
         names = re.findall(r"GLOBAL ([\w.]+)", str(error))
     return [re.sub(r"[^\w.]", "?", name)[:80] for name in names[:3]]
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, or its class if it says nothing."""
+    """The first line of an error, or its class if it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 
 def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best", "last")) -> Path:
-    """The file that `ckpt=` means: a file, a run folder, or last / best of the newest run.
+    """The file that `ckpt=` names: a file, a run folder, or last / best of the newest run.
 
-    A run folder means the checkpoint of the first name in `prefer` that is there.
+    In a run folder it is the first checkpoint of `prefer` that exists.
 
     Raises:
-        CheckpointError: if there is none; it lists what is there.
+        CheckpointError: if there is none; it lists the files that exist.
     """
     path = Path(spec).expanduser()
     if spec in ("last", "best"):
@@ -398,7 +398,7 @@ def find_newest_file(folder: Path, pattern: str) -> Path | None:
 
 
 def describe_folder(folder: Path) -> str:
-    """` (there: a, b, ...)` for an error message; empty if the folder is not there."""
+    """` (there: a, b, ...)` for an error message about a folder."""
     if not folder.is_dir():
         return f" ({folder} does not exist)"
     names = sorted(path.name for path in folder.iterdir())
@@ -406,13 +406,13 @@ def describe_folder(folder: Path) -> str:
 
 
 def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config:
-    """The configuration for using a checkpoint: the saved one, with what the user gave on top.
+    """The configuration for using a checkpoint: the saved one with the overrides of the user.
 
-    The network always comes from the checkpoint; data and evaluation settings come from it unless
-    they are given on the command line (a whole group such as data=camvid, or single keys).
+    The network always comes from the checkpoint; data and evaluation settings come from it unless they are given on the
+    command line (a whole group such as data=camvid, or single keys).
 
     Raises:
-        ConfigError: if the command line asks for another network.
+        ConfigError: if the command line requests another network.
     """
     keys = [word.lstrip("+").partition("=")[0] for word in overrides]
     for key in keys:
@@ -423,17 +423,16 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
     for section in ("data", "eval"):
         if section in keys or "experiment" in keys:
             continue
-        wanted = [key for key in keys if key.startswith(f"{section}.")]
-        kept = {key: OmegaConf.select(merged, key) for key in wanted}
+        kept = {key: OmegaConf.select(merged, key) for key in keys if key.startswith(f"{section}.")}
         merged[section] = ours[section]
         for key, value in kept.items():
             OmegaConf.update(merged, key, value)
     for key in FREE_MODEL_KEYS:
         if key in keys:
             OmegaConf.update(merged, key, OmegaConf.select(OmegaConf.structured(given), key))
-    merged.data.label_cache = given.data.label_cache  # a checkpoint does not say where this machine keeps files
+    merged.data.label_cache = given.data.label_cache  # a folder of this machine
     return check_config(merged)
 
 
-# How a network is run, not which one it is.
+# How a network is run; these do not change the network.
 FREE_MODEL_KEYS = ("model.channels_last", "model.winograd", "model.compile")

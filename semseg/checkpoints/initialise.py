@@ -1,6 +1,6 @@
-"""Starting from weights: an encoder's ImageNet file, or a whole network for a new run.
+"""Initial weights: an encoder's ImageNet file, or a whole network for a new run.
 
-What does not fit is told in full; nothing is ever half loaded.
+All mismatches are reported; weights are loaded completely or not at all.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from semseg.nets.segmenter import Segmenter
 from semseg.syncbn.layer import OLD_BUFFERS
 from semseg.system.text import escape_unprintable
 
-COUNTER = "num_batches_tracked"  # in files of PyTorch 0.4.1 and later; nothing here depends on it
+COUNTER = "num_batches_tracked"  # a batch counter in files of PyTorch 0.4.1 and later; not used here
 MAX_LISTED = 3
 
 
 def load_encoder_weights(encoder: Encoder, path: Path) -> None:
-    """Fill `encoder` from a file of ImageNet weights, or from the encoder of a checkpoint, by name and shape.
+    """Load `encoder` from a file of ImageNet weights, or from the encoder of a checkpoint, by name and shape.
 
-    The ImageNet classifier and the bookkeeping of old normalisation layers are left out.
+    The ImageNet classifier and the extra buffers of old normalisation layers are skipped.
 
     Raises:
         CheckpointError: if the file is damaged, or any weight is missing, unexpected or of another
-            shape; the first of each kind are named, and the encoder is left as it was.
+            shape; the first of each kind are named, and the encoder is unchanged.
     """
     found = load_weights(path)
     refuse_nonfinite_weights(found, str(path))
@@ -50,15 +50,16 @@ def extract_encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {}
 
 
-def load_all_weights(module: nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
-    """Give `module` all its weights, cast to its types; counters of batches may be missing.
+def load_all_weights(module: nn.Module, weights: dict[str, Tensor], error_prefix: str) -> None:
+    """Load all weights of `module`, cast to its types; batch counters may be missing.
 
     Raises:
-        CheckpointError: `complaint`, and what is missing, unexpected or of another shape; nothing is loaded then.
+        CheckpointError: begins with `error_prefix` and names what is missing, unexpected or has another shape; then
+            nothing is loaded.
     """
     problems = find_differences(weights, module.state_dict())
     if problems:
-        raise CheckpointError(f"{complaint}: {'; '.join(problems)}.")
+        raise CheckpointError(f"{error_prefix}: {'; '.join(problems)}.")
     module.load_state_dict(weights, strict=False)
 
 
@@ -67,20 +68,20 @@ def drop_old_buffers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if name.rpartition(".")[2] not in OLD_BUFFERS}
 
 
-def find_differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
-    """What keeps `found` from filling `wanted`, a phrase for each kind. Counters of batches do not count."""
-    missing = [name for name in wanted if name not in found and not is_counter(name)]
-    unexpected = [name for name in found if name not in wanted and not is_counter(name)]
+def find_differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Why `found` cannot be loaded into `expected`, one phrase for each kind; batch counters are ignored."""
+    missing = [name for name in expected if name not in found and not is_counter(name)]
+    unexpected = [name for name in found if name not in expected and not is_counter(name)]
     reshaped = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in found and found[name].shape != wanted[name].shape
+        f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
     ]
     retyped = [
-        f"{name} {found[name].dtype} instead of {wanted[name].dtype}"
-        for name in wanted
+        f"{name} {found[name].dtype} instead of {expected[name].dtype}"
+        for name in expected
         if name in found
-        and found[name].is_floating_point() != wanted[name].is_floating_point()
+        and found[name].is_floating_point() != expected[name].is_floating_point()
         and not is_counter(name)
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped, "of another type": retyped}
@@ -101,44 +102,45 @@ def shorten_names(names: list[str]) -> str:
 
 
 class LoadReport(NamedTuple):
-    """What became of every weight of a file and of a network, by name."""
+    """The names of the weights of a file and of a network, by what happened to them."""
 
     loaded: list[str]
-    skipped: list[str]  # in the file, not in the network: an auxiliary head that is switched off
-    reinitialised: list[str]  # in both, for another number of classes
-    missing: list[str]  # in the network, not in the file: an auxiliary head that is new
+    skipped: list[str]  # only in the file: an auxiliary head that is switched off
+    reinitialised: list[str]  # in both, but with another number of classes
+    missing: list[str]  # only in the network: a new auxiliary head
 
     def make_table(self, source: str) -> Table:
-        """One row for each kind."""
+        """A table with one row for each kind."""
         table = Table(title=Text(escape_unprintable(f"weights from {source}")))
         for column in ("", "tensors", "names"):
             table.add_column(column, justify="right" if column == "tensors" else "left")
         for kind, names in self._asdict().items():
-            told = "" if kind == "loaded" else ", ".join(names)
-            table.add_row(kind.replace("reinit", "re-init"), str(len(names)), escape(escape_unprintable(told)))
+            listed = "" if kind == "loaded" else ", ".join(names)
+            table.add_row(kind.replace("reinit", "re-init"), str(len(names)), escape(escape_unprintable(listed)))
         return table
 
 
 def initialise_from(net: Segmenter, saved: SavedNetwork) -> LoadReport:
-    """Give `net` the weights of `saved`, for a new run with the same architecture.
+    """Load the weights of `saved` into `net`, for a new run with the same architecture.
 
-    Classifiers for another number of classes keep their fresh weights. An auxiliary head may be in one of the two only.
+    Classifiers for another number of classes keep their random weights. An auxiliary head may be in one of them.
 
     Raises:
-        CheckpointError: if anything else differs; the first differing names are told, and `net` is left as it was.
+        CheckpointError: if anything else differs; the first differing names are reported, and `net` is unchanged.
     """
-    wanted = net.state_dict()
-    found = {name: value for name, value in saved.weights.items() if name in wanted or not is_counter(name)}
+    expected = net.state_dict()
+    found = {name: value for name, value in saved.weights.items() if name in expected or not is_counter(name)}
     other_classes = [
         name
         for name, value in found.items()
-        if name in wanted and differs_only_in_classes(value, saved.classes.num_classes, wanted[name], net.num_classes)
+        if name in expected
+        and differs_only_in_classes(value, saved.classes.num_classes, expected[name], net.num_classes)
     ]
-    skipped = [name for name in found if name not in wanted and is_auxiliary(name)]
-    missing = [name for name in wanted if name not in found and is_auxiliary(name) and not is_counter(name)]
+    skipped = [name for name in found if name not in expected and is_auxiliary(name)]
+    missing = [name for name in expected if name not in found and is_auxiliary(name) and not is_counter(name)]
     set_aside = {*other_classes, *skipped}
     usable = {name: value for name, value in found.items() if name not in set_aside}
-    needed = {name: value for name, value in wanted.items() if name not in {*other_classes, *missing}}
+    needed = {name: value for name, value in expected.items() if name not in {*other_classes, *missing}}
     problems = find_differences(usable, needed)
     if problems:
         model = saved.config.model
@@ -156,15 +158,15 @@ def is_auxiliary(name: str) -> bool:
     return name.startswith("decoder.") and "_deepsup." in name
 
 
-def differs_only_in_classes(found: Tensor, found_classes: int, wanted: Tensor, wanted_classes: int) -> bool:
-    """Whether two tensors differ in nothing but the number of classes, which comes first."""
+def differs_only_in_classes(found: Tensor, found_classes: int, expected: Tensor, expected_classes: int) -> bool:
+    """Whether the shapes of two tensors differ only in the number of classes, which is their first dimension."""
     return (
-        found.shape != wanted.shape
-        and found.shape[1:] == wanted.shape[1:]
-        and (found.shape[0], wanted.shape[0]) == (found_classes, wanted_classes)
+        found.shape != expected.shape
+        and found.shape[1:] == expected.shape[1:]
+        and (found.shape[0], expected.shape[0]) == (found_classes, expected_classes)
     )
 
 
 def architecture_name(net: Segmenter) -> str:
-    """Class names of the parts, for messages."""
+    """The class names of encoder and decoder, for messages."""
     return f"{type(net.encoder).__name__} + {type(net.decoder).__name__}"

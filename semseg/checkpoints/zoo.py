@@ -1,4 +1,4 @@
-"""The published segmentation networks of 2018 and 2020: what they are called and where they lie. No torch."""
+"""The published segmentation networks of 2018 and 2020: their names, addresses and scores. No torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from semseg.config.schema import ZOO_PREFIX
 from semseg.errors import CheckpointError, find_nearest
 
 SERVER_URL = "http://sceneparsing.csail.mit.edu/model/pytorch"
-# The picture of the original's demonstration; mode=predict takes it for a network of the zoo without input.
+# The image of the original demonstration; mode=predict uses it for a network of the zoo if there is no input.
 DEMONSTRATION_IMAGE = (
     "http://sceneparsing.csail.mit.edu/data/ADEChallengeData2016/images/validation/ADE_val_00001519.jpg"
 )
 
 
 class Release(NamedTuple):
-    """What the files of one release have in common."""
+    """Properties that all files of one release share."""
 
     year: int
     convention: str  # a name of CONVENTIONS
@@ -25,15 +25,15 @@ RELEASES = {2018: Release(2018, "bgr_mean"), 2020: Release(2020, "rgb_mean_std")
 
 
 class PublishedNetwork(NamedTuple):
-    """One published network: two files in one folder of the server."""
+    """A published network: two files in one folder of the server."""
 
-    name: str  # as our configuration calls it
+    name: str  # of its configuration in configs/model
     folder: str
     epoch: int
     release: Release
 
     def urls(self) -> tuple[str, str]:
-        """Of the encoder's and the decoder's file."""
+        """The URLs of the encoder's and the decoder's file."""
         encoder, decoder = (
             f"{SERVER_URL}/{self.folder}/{part}_epoch_{self.epoch}.pth" for part in ("encoder", "decoder")
         )
@@ -50,7 +50,7 @@ ZOO = {
         PublishedNetwork("upernet50", "ade20k-resnet50-upernet", 30, RELEASES[2020]),
         PublishedNetwork("upernet101", "ade20k-resnet101-upernet", 50, RELEASES[2020]),
         PublishedNetwork("hrnetv2_c1", "ade20k-hrnetv2-c1", 30, RELEASES[2020]),
-        # The same network was released in both years; this one by the name it had then.
+        # This network was released in both years; this entry has its name of 2018.
         PublishedNetwork(
             "resnet50_dilated8_ppm_bilinear_deepsup",
             "baseline-resnet50_dilated8-ppm_bilinear_deepsup",
@@ -62,14 +62,14 @@ ZOO = {
 
 
 class PublishedScore(NamedTuple):
-    """On ADE20K validation, in percent."""
+    """Scores on ADE20K validation, in percent."""
 
     mean_iou: float
     pixel_accuracy: float
 
 
 class PublishedScores(NamedTuple):
-    """What was published for a network: short edge 450, and the mean over 300, 375, 450, 525 and 600."""
+    """The published scores of a network: short edge 450, and the mean over 300, 375, 450, 525 and 600."""
 
     one_scale: PublishedScore
     five_scales: PublishedScore
@@ -86,10 +86,10 @@ PUBLISHED_SCORES = {
 
 
 def find_published_network(spec: str) -> PublishedNetwork:
-    """The entry that `zoo:<name>` means; the folder's name on the server will do as well.
+    """The entry that `zoo:<name>` names; the folder's name on the server is accepted too.
 
     Raises:
-        CheckpointError: for another name, with the nearest one and all.
+        CheckpointError: for an unknown name; it lists the nearest one and all.
 
     >>> find_published_network("zoo:upernet50").urls()[0]
     'http://sceneparsing.csail.mit.edu/model/pytorch/ade20k-resnet50-upernet/encoder_epoch_30.pth'
@@ -98,13 +98,13 @@ def find_published_network(spec: str) -> PublishedNetwork:
     by_name = ZOO | {network.folder: network for network in ZOO.values()}
     if name in by_name:
         return by_name[name]
-    meant = find_nearest(name, by_name)
-    hint = f" Did you mean {ZOO_PREFIX}{meant}?" if meant else ""
+    suggestion = find_nearest(name, by_name)
+    hint = f" Did you mean {ZOO_PREFIX}{suggestion}?" if suggestion else ""
     raise CheckpointError(f"{spec}: not in the zoo.{hint} Valid: {', '.join(ZOO)}.")
 
 
 def release_of_folder(name: str) -> Release | None:
-    """The release whose habit of naming a folder follows: baseline-... 2018, ade20k-... 2020.
+    """The release with this kind of folder name: baseline-... 2018, ade20k-... 2020.
 
     >>> release_of_folder("ade20k-resnet50-upernet").year
     2020

@@ -1,4 +1,4 @@
-"""mode=convert: the same weights in another format; nothing is trained, nothing is lost."""
+"""mode=convert: write the same weights in another format, without loss."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def run(config: Config, overrides: list[str]) -> None:
     Tensors keep their bytes, types and order, so that converting back gives the same file again.
 
     Raises:
-        SemsegError: for anything the user can mend; nothing is written then.
+        SemsegError: for any error that the user can fix; nothing is written then.
     """
     assert config.ckpt is not None and config.output is not None, "config.check asks for both"
     saved = find_network(config.ckpt, config, overrides)
     print_once(saved.note)
-    restore_network(saved)  # what does not fit its own description is told before anything is written
+    restore_network(saved)  # reports weights that do not fit their description before anything is written
     output = Path(config.output).expanduser()
     for path in write_network(output, saved):
         print(f"written {path}")
 
 
 def write_network(output: Path, saved: SavedNetwork) -> list[Path]:
-    """Write `saved` in the format that the name `output` asks for; returns the files.
+    """Write `saved` in the format that the name `output` implies; returns the files.
 
     Raises:
-        ConfigError: for another suffix, or a folder's name that belongs to a file.
+        ConfigError: for another suffix, or if the output folder is a file.
     """
     if output.suffix == ".ckpt":
         write_ckpt(output, saved)
@@ -49,7 +49,7 @@ def write_network(output: Path, saved: SavedNetwork) -> list[Path]:
 
 
 def write_published(folder: Path, saved: SavedNetwork) -> list[Path]:
-    """Write encoder_epoch_N.pth and decoder_epoch_N.pth: two flat state dicts, as the published code saves them."""
+    """Write encoder_epoch_N.pth and decoder_epoch_N.pth: two flat state dicts, as the original code saves them."""
     files = []
     for part in ("encoder", "decoder"):
         weights = {
@@ -62,7 +62,7 @@ def write_published(folder: Path, saved: SavedNetwork) -> list[Path]:
 
 
 def save_state_dict(path: Path, weights: dict[str, Tensor]) -> Path:
-    """torch.save of a flat state dict, whole or not at all."""
+    """torch.save of a flat state dict, completely or not at all."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         torch.save(weights, file)
     return path

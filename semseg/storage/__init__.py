@@ -1,4 +1,4 @@
-"""Files on disk and from the net: atomic writing, the run lock, downloads, archives, results of runs.
+"""Files on disk and from the network: atomic writing, the run lock, downloads, archives, results of runs.
 
-Data sets live in data/, checkpoints in checkpoints/. No torch.
+Data sets are in data/, checkpoints in checkpoints/. No torch.
 """

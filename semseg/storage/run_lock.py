@@ -1,8 +1,8 @@
-"""One run per folder: an operating-system lock on run.lock, held for the life of the run. Knows no torch.
+"""One run per folder: an operating-system lock on run.lock, held for the life of the run. No torch.
 
-The kernel frees the lock with the process, however it ended and whatever host name or process ids come next, so no lock
-is ever stale. Forked children close the descriptor (filelock does that): a loader worker that outlives a killed run
-does not keep the folder. The file beside it names the holder for messages; whatever is in it, it decides nothing.
+The kernel releases the lock when the process ends, for whatever reason, so no lock is ever stale. Forked children
+close the descriptor (filelock does that): a loader worker that outlives a killed run does not keep the folder. The file
+beside it names the holder for messages only; its content decides nothing.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from semseg.storage.atomic import DISK_FULL, atomic_write
 from semseg.system.text import escape_unprintable
 
 LOCK_FILE, HOLDER_FILE = "run.lock", "run.holder.json"  # in the run folder
-# For a killed run whose last process is still ending, and for a holder that is just being written.
+# Time for the last process of a killed run to end, and for a holder file that is being written.
 WAIT_SECONDS = 2.0
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def on_lock_acquired() -> None:
-    """Called by RunLock once it holds its folder; replaced by who has files to write into it, but not before."""
+    """Called by RunLock once it holds its folder; replaced by callers that write files into the folder only then."""
 
 
 class Holder(NamedTuple):
@@ -43,9 +43,9 @@ class Holder(NamedTuple):
     host: str
     started: str  # local time, ISO 8601
     command: str
-    pid_namespace: str = ""  # of the container; the same process id means another process in another one
+    pid_namespace: str = ""  # identifies the container, since process ids repeat in other containers
     slurm_job: str | None = None
-    slurm_restart: int = 0  # how many times SLURM has requeued the job
+    slurm_restart: int = 0  # number of times SLURM has requeued the job
 
     def __str__(self) -> str:
         place = f"{self.host}, in another container" if self.is_elsewhere() else self.host
@@ -55,7 +55,7 @@ class Holder(NamedTuple):
         return self.host == socket.gethostname() and self.pid_namespace != _pid_namespace()
 
     def is_earlier_attempt_of(self, other: Holder) -> bool:
-        """Whether SLURM ended this process before it requeued the job, whatever the file system still believes."""
+        """Whether SLURM ended this process before it requeued the job, even if the file system still shows its lock."""
         return (
             self.slurm_job is not None
             and self.slurm_job == other.slurm_job
@@ -66,8 +66,8 @@ class Holder(NamedTuple):
 class RunLock:
     """Holds a run folder for this process: `with RunLock(run_dir) as lock: ...`.
 
-    Entering makes the folder and takes the lock; `lock.takeover` is then a line to log if the run before ended without
-    giving it back, else None. On a file system without locks a warning says so, and nothing is held.
+    Entering creates the folder and takes the lock; `lock.takeover` is then a line to log if the previous run ended
+    without releasing it, else None. On a file system without locks it warns, and nothing is held.
 
     Raises (on entering):
         ConfigError: if another process holds the folder, or if the folder cannot be written.
@@ -94,8 +94,8 @@ class RunLock:
             ) from error
         if self._lock is not None and self._holder_path.exists():
             before = _read_holder(self._holder_path)
-            who = f"{before}, which held this folder since {before.started}," if before else "the run before"
-            self.takeover = f"{self.run_dir}: {who} ended without giving it back; this run takes it over"
+            who = f"{before}, which held this folder since {before.started}," if before else "the previous run"
+            self.takeover = f"{self.run_dir}: {who} ended without releasing it; this run takes it over"
         with contextlib.suppress(OSError), atomic_write(self._holder_path, durable=False) as temporary:
             temporary.write_text(json.dumps(self._mine._asdict()) + "\n", encoding="utf-8")
         try:
@@ -110,18 +110,20 @@ class RunLock:
     ) -> None:
         if self._mine.pid != os.getpid():
             return  # a forked child has a copy of this object
-        # Where the file system has gone away, the holder is left to be taken over.
+        # If the file system is gone, the holder file stays and is taken over.
         with contextlib.suppress(OSError):
             if _read_holder(self._holder_path) == self._mine:
                 self._holder_path.unlink()
-            if self._lock is not None and self.path.stat().st_ino == self._inode:  # not another's, after a deletion
-                self.path.unlink()  # filelock takes no lock on a file that has been removed
+            if (
+                self._lock is not None and self.path.stat().st_ino == self._inode
+            ):  # not the lock of another process, after a deletion
+                self.path.unlink()  # filelock does not lock a removed file
         if self._lock is not None:
             with contextlib.suppress(OSError):
                 self._lock.release()
 
     def _acquire(self) -> None:
-        # A soft lock, which filelock would fall back to, is a file with a process id: stale after a kill.
+        # filelock would fall back to a soft lock, a file with a process id, which is stale after a kill.
         lock = FileLock(self.path, fallback_to_soft=False)
         try:
             try:
@@ -130,7 +132,7 @@ class RunLock:
                 holder = _read_holder(self._holder_path)
                 if holder is None or not holder.is_earlier_attempt_of(self._mine):
                     raise ConfigError(self._in_use_message(holder)) from None
-                self.path.unlink(missing_ok=True)  # the file system keeps the lock of a node that has died
+                self.path.unlink(missing_ok=True)  # the file system keeps the lock of a failed node
                 lock.acquire(timeout=WAIT_SECONDS)
         except Timeout:
             raise ConfigError(self._in_use_message(None)) from None
@@ -139,7 +141,7 @@ class RunLock:
                 raise
             warnings.warn(
                 f"run_dir={self.run_dir}: this file system has no locks ({error.strerror}), so a second run in the "
-                "folder would not be noticed",
+                "folder would go unnoticed",
                 stacklevel=1,
             )
             return
@@ -178,7 +180,7 @@ def _pid_namespace() -> str:
 
 
 def _read_holder(path: Path) -> Holder | None:
-    """The process that a holder file names; None if it names none."""
+    """The process that a holder file names; None if there is none or it is damaged."""
     try:
         holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):

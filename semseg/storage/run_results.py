@@ -1,7 +1,7 @@
-"""What runs leave behind for a sweep: the result of each, how it went, and the ranking of all. No torch.
+"""Results of runs for a sweep: the result and the state of each job, and the ranking of all. No torch.
 
-Whatever starts the jobs (one after the other, in parallel, on a cluster), all that is known of them is in their
-folders. So a sweep that is started again finds what it has done before.
+However the jobs are started (one after the other, in parallel, on a cluster), all information about them is in their
+folders. So a sweep that is started again finds its finished jobs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from omegaconf import OmegaConf
 from semseg.storage.atomic import atomic_write
 from semseg.system.text import escape_unprintable
 
-RESULT_FILE = "result.json"  # of a run that has come to its end: the score, and what it is a score of
-JOB_FILE = "job.json"  # of a job: its words, and how it went
+RESULT_FILE = "result.json"  # written when a run completes: the score and its name
+JOB_FILE = "job.json"  # of a job: its overrides and its state
 STARTED, FINISHED, FAILED, STOPPED = "started", "finished", "failed", "stopped"
 
 
 class RunResult(NamedTuple):
-    """What a run has come to."""
+    """The result of a run."""
 
     score: float | None = None  # None: nothing was scored
     monitor: str = "score"  # name of the score
@@ -49,7 +49,7 @@ class Job(NamedTuple):
 
 
 def job_overrides(overrides: Iterable[str]) -> list[str]:
-    """The words that a job is about; how its sweep came to them is not.
+    """The overrides of a job without those that only concern its sweep.
 
     >>> job_overrides(["hparams_search=grid", "optim.lr=0.1"])
     ['optim.lr=0.1']
@@ -58,7 +58,7 @@ def job_overrides(overrides: Iterable[str]) -> list[str]:
 
 
 def job_name(overrides: Iterable[str]) -> str:
-    """Name of a job's folder: the same for the same words in whatever order, whichever sweep they are part of.
+    """Name of a job's folder: the same for the same overrides in any order and any sweep.
 
     >>> job_name(["seed=1", "optim.lr=0.1"]) == job_name(["optim.lr=0.1", "hparams_search=grid", "seed=1"])
     True
@@ -66,18 +66,18 @@ def job_name(overrides: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(job_overrides(overrides))).encode()).hexdigest()[:12]
 
 
-# For hydra.sweep.subdir. Here, since a job may be started by a process that has imported its function and no more.
+# For hydra.sweep.subdir. Registered here because a job may run in a process that imports only its function.
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
 
 def write_result(run_dir: Path, result: RunResult) -> None:
-    """Leave the result of a run in its folder."""
+    """Write the result of a run to its folder."""
     with atomic_write(run_dir / RESULT_FILE) as temporary:
         temporary.write_text(json.dumps(result._asdict()) + "\n", encoding="utf-8")
 
 
 def read_result(run_dir: Path) -> RunResult | None:
-    """The result of a run; None if it has none, or none that can be read."""
+    """The result of a run; None if it has none or it cannot be read."""
     content = _read_json_object(run_dir / RESULT_FILE)
     if content is None:
         return None
@@ -89,7 +89,7 @@ def read_result(run_dir: Path) -> RunResult | None:
 
 
 def read_job(folder: Path) -> Job | None:
-    """The job of a folder; None if it holds none, or none that can be read."""
+    """The job of a folder; None if it has none or it cannot be read."""
     content = _read_json_object(folder / JOB_FILE)
     if content is None:
         return None
@@ -103,20 +103,20 @@ def read_job(folder: Path) -> Job | None:
 
 
 def write_job(job: Job) -> None:
-    """Leave a job in its folder; its result is in a file of its own."""
+    """Write a job to its folder; its result is in a separate file."""
     content = {"overrides": job.overrides, "status": job.status, "reason": job.reason, "seconds": job.seconds}
     with atomic_write(job.folder / JOB_FILE) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_jobs(sweep_dir: Path) -> list[Job]:
-    """All jobs of a sweep, in the order of their words."""
+    """All jobs of a sweep, sorted by their overrides."""
     jobs = (read_job(path.parent) for path in sweep_dir.glob(f"*/{JOB_FILE}"))
     return sorted((job for job in jobs if job is not None), key=lambda job: job.overrides)
 
 
 def find_finished_job(run_dir: Path, overrides: Sequence[str], *, scores: bool) -> Job | None:
-    """The job of `run_dir` if it has come to its end with these very words, and with a result if it `scores`."""
+    """The job of `run_dir` if it finished with exactly these overrides, and with a result if it `scores`."""
     job = read_job(run_dir)
     if job is None or not job.is_finished or sorted(job.overrides) != sorted(overrides):
         return None
@@ -132,20 +132,20 @@ class Ranking(NamedTuple):
     mode: str  # which score is better: max or min
 
     def values_of(self, job: Job) -> list[str]:
-        """What `job` has for each of the varying keys; the empty text if it says nothing of a key."""
+        """The value of `job` for each of the varying keys; empty if it does not set a key."""
         given = parse_settings(job)
         return [given.get(key, "") for key in self.varying]
 
     @property
     def headline(self) -> str:
-        """How many jobs there are, and how many of each status."""
+        """The number of jobs, and of those with each status."""
         counts = Counter(job.status for job in self.jobs)
-        told = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
-        return f"{len(self.jobs)} job{'' if len(self.jobs) == 1 else 's'}: {told or 'none was started'}"
+        states = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+        return f"{len(self.jobs)} job{'' if len(self.jobs) == 1 else 's'}: {states or 'none was started'}"
 
 
 def rank_jobs(jobs: Sequence[Job]) -> Ranking:
-    """Order jobs by their score in the direction that the runs themselves name."""
+    """Sort jobs by their score, in the direction that their results name."""
     scored = [job for job in jobs if job.result.score is not None]
     others = [job for job in jobs if job.result.score is None]
     result = scored[0].result if scored else RunResult()
@@ -154,20 +154,20 @@ def rank_jobs(jobs: Sequence[Job]) -> Ranking:
 
 
 def parse_settings(job: Job) -> dict[str, str]:
-    """The words of a job as keys and values.
+    """The overrides of a job as keys and values.
 
     >>> parse_settings(Job(Path("x"), ("+a.b=1", "model/encoder='resnet18'")))
     {'a.b': '1', 'model/encoder': 'resnet18'}
     """
-    words = (word.lstrip("+~").partition("=") for word in job.overrides)
-    return {key: value.strip("\"'") for key, _, value in words}
+    pairs = (override.lstrip("+~").partition("=") for override in job.overrides)
+    return {key: value.strip("\"'") for key, _, value in pairs}
 
 
 def varying_keys(jobs: Sequence[Job]) -> tuple[str, ...]:
     """Keys that do not have the same value in all jobs."""
-    given = [parse_settings(job) for job in jobs]
-    keys = dict.fromkeys(key for values in given for key in values)
-    return tuple(key for key in keys if len({values.get(key) for values in given}) > 1)
+    settings = [parse_settings(job) for job in jobs]
+    keys = dict.fromkeys(key for values in settings for key in values)
+    return tuple(key for key in keys if len({values.get(key) for values in settings}) > 1)
 
 
 def _read_json_object(path: Path) -> dict[str, Any] | None:

@@ -82,7 +82,7 @@ def test_a_file_of_another_encoder_is_refused_and_changes_nothing(tmp_path: Path
 
 def test_a_file_without_weights_is_told(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "notes.pth")
-    with pytest.raises(CheckpointError, match=r"notes\.pth: holds no weights \(it holds epoch"):
+    with pytest.raises(CheckpointError, match=r"notes\.pth: contains no weights \(it contains epoch"):
         load_encoder_weights(build_encoder("resnet18"), tmp_path / "notes.pth")
 
 
