@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf, open_dict
 
 from semseg.config.compose import CONFIG_DIR, compose_config
 from semseg.config.hints import find_nearest_key
@@ -11,7 +12,7 @@ from semseg.config.schema import Config, config_to_plain, list_keys
 from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 
-ROOT = CONFIG_DIR.parent
+DEFAULT = compose_config([])
 
 
 def problem(*overrides: str) -> str:
@@ -25,7 +26,7 @@ def options(group: str) -> list[str]:
 
 
 def test_the_defaults_are_the_published_ones() -> None:
-    config = check_config(compose_config([]))
+    config = check_config(DEFAULT)
     assert config.model.name == "resnet50_dilated8_ppm_deepsup"
     assert (config.seed, config.data.batch_size, config.data.steps_per_epoch) == (304, 2, 5000)
     assert config.data.short_edges == [300, 375, 450, 525, 600]
@@ -45,11 +46,10 @@ def test_every_option_of_every_group_composes_and_checks(group: str) -> None:
 
 
 def test_every_key_of_the_schema_can_be_set_on_the_command_line() -> None:
-    composed = compose_config([])
     for key in list_keys():
         if key.startswith("data.make."):
             continue  # only data sets that are drawn at first use have it
-        node = composed
+        node = DEFAULT
         for word in key.split("."):
             assert word in node, f"{key} is in semseg/config/schema.py but not in configs/"
             node = node[word]
@@ -97,13 +97,16 @@ def test_all_problems_are_reported_at_once() -> None:
     "target", ["os.system", "torch.load", "builtins.eval", "pytorch_lightning.callbacks.os.system", "subprocess.run"]
 )
 def test_a_target_that_is_not_on_the_list_is_refused(target: str) -> None:
-    assert "not allowed" in problem(f"+callbacks.extra._target_={target}")
-    assert "not allowed" in problem(f"logger.csv._target_={target}")
+    for key in ("callbacks.extra._target_", "logger.csv._target_"):
+        composed = DEFAULT.copy()
+        with open_dict(composed):
+            OmegaConf.update(composed, key, target, force_add=True)
+        with pytest.raises(ConfigError, match="not allowed"):
+            check_config(composed)
 
 
 def test_a_typo_inside_a_file_is_caught(tmp_path: Path) -> None:
-    composed = compose_config([])
-    composed = type(composed)({**composed, "optim": {**composed.optim, "lerning_rate": 1}})
+    composed = type(DEFAULT)({**DEFAULT, "optim": {**DEFAULT.optim, "lerning_rate": 1}})
     with pytest.raises(ConfigError, match="lerning_rate"):
         check_config(composed)
 
@@ -111,7 +114,7 @@ def test_a_typo_inside_a_file_is_caught(tmp_path: Path) -> None:
 def test_a_configuration_survives_the_trip_through_plain_data() -> None:
     config = check_config(compose_config(["data=camvid", "model=upernet50", "trainer.devices=[0,1]"]))
     plain = yaml.safe_load(yaml.safe_dump(config_to_plain(config)))
-    assert check_config(compose_config([]).__class__(plain)) == config
+    assert check_config(DEFAULT.__class__(plain)) == config
     assert isinstance(config, Config)
 
 
