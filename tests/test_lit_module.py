@@ -212,7 +212,7 @@ def test_i2_other_limits_are_refused(word: str) -> None:
 
 @pytest.mark.parametrize("key", ["limit_train_batches", "limit_val_batches"])
 def test_i2_a_fraction_of_less_than_one_batch_is_refused(root: Path, tmp_path: Path, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"trainer\.{key}=0\.1: (is less than one|leaves none) of 2 (sub-)?batches"):
+    with pytest.raises(ConfigError, match=rf"trainer\.{key}=0\.1"):
         fitted(configured(root, tmp_path, f"trainer.{key}=0.1"))
 
 

@@ -509,7 +509,7 @@ def test_a19_a_run_without_a_step_is_refused(root: Path, tmp_path: Path, word: s
 
 @pytest.mark.reliability
 def test_a19_a_fraction_that_leaves_no_batch_is_refused(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.limit_train_batches=0\.1: leaves none of 3 sub-batches"):
+    with pytest.raises(ConfigError, match=r"trainer\.limit_train_batches=0\.1"):
         trained(run_of(root, tmp_path, "trainer.limit_train_batches=0.1"))
 
 
