@@ -105,7 +105,7 @@ def test_b1_b2_a_kill_while_saving_costs_neither_the_checkpoint_nor_disk_space(
 
 
 @pytest.mark.reliability
-def test_b2_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_b2_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:
     last = tmp_path / "last.ckpt"
     stale = {temporary_path(last).name, ".last.ckpt.5@elsewhere.tmp", ".metrics.csv.17.tmp"}
     kept = {".notes.tmp", "last.ckpt", "last.ckpt.tmp"}
@@ -166,7 +166,7 @@ def test_b3_an_error_that_only_comes_with_the_sync_counts_too(
 
 
 @pytest.mark.reliability
-def test_b3_the_reason_that_torch_hides_behind_an_error_of_its_own_is_told(
+def test_b3_the_reason_that_torch_hides_behind_an_error_of_its_own_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail_as_torch_does(*_: object) -> None:
@@ -207,7 +207,7 @@ def test_e8_who_stops_while_a_checkpoint_is_written_stops_and_keeps_the_one_befo
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_b3_a_disk_that_is_plainly_too_small_is_told_before_writing(
+def test_b3_a_disk_that_is_too_small_is_reported_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic_io, "_stream_checkpoint", lambda *_: pytest.fail("wrote"))
@@ -364,7 +364,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     ],
     ids=["half", "one byte short", "empty", "html", "one bit of a weight"],
 )
-def test_b6_damage_is_told_and_the_newest_intact_checkpoint_is_found(
+def test_b6_damage_is_reported_and_the_newest_intact_checkpoint_is_found(
     spoil: Callable[[bytes], bytes], expected: str, tmp_path: Path
 ) -> None:
     for age, name in enumerate(["last.ckpt", "best.ckpt", "older.ckpt"]):
@@ -391,19 +391,19 @@ def test_a_folder_without_an_intact_checkpoint_says_so(tmp_path: Path) -> None:
     assert find_damage(tmp_path / "best.ckpt") == "there is no such file"
 
 
-def test_any_flipped_bit_is_told_or_harmless(tmp_path: Path) -> None:
+def test_any_flipped_bit_is_reported_or_harmless(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     save(3, path, megabytes=0.001)
     whole = path.read_bytes()
     rng = random.Random(0)
-    num_told = 0
+    num_found = 0
     for _ in range(300):
         path.write_bytes(flipped(whole, rng.randrange(8 * len(whole))))
         reason = find_damage(path)
-        num_told += reason is not None
+        num_found += reason is not None
         assert reason is not None or step_of(path) == 3
         assert reason is None or "\n" not in reason
-    assert num_told > 50
+    assert num_found > 50
 
 
 def test_a_file_with_code_in_it_is_not_intact(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_checkpoint_that_is_not_there_is_an_error_that_lists_what_is(spec: str
         find_checkpoint(spec, tmp_path)
 
 
-def test_an_empty_run_folder_is_told(tmp_path: Path) -> None:
+def test_an_empty_run_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(CheckpointError, match=r"no best\.ckpt or last\.ckpt.*notes\.txt"):
         find_checkpoint(str(tmp_path), tmp_path)
@@ -111,7 +111,7 @@ def test_a_checkpoint_cannot_run_code(saved_file: Path, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_weights_that_do_not_fit_are_told(saved_file: Path) -> None:
+def test_weights_that_do_not_fit_are_reported(saved_file: Path) -> None:
     saved = read_checkpoint(saved_file)
     del saved.weights["encoder.conv1.weight"]
     with pytest.raises(CheckpointError, match=r"encoder\.conv1\.weight"):

@@ -31,7 +31,7 @@ def test_a12_there_is_a_checkpoint_of_the_present_format() -> None:
 
 
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: path.stem)
-def test_a12_a_checkpoint_of_an_earlier_release_goes_on_with_the_same_losses(path: Path, tmp_path: Path) -> None:
+def test_a12_a_checkpoint_of_an_earlier_release_resumes_with_the_same_losses(path: Path, tmp_path: Path) -> None:
     config = run_of(tmp_path)
     last = tmp_path / "checkpoints" / "last.ckpt"
     last.parent.mkdir()
@@ -48,7 +48,7 @@ def test_a12_a_checkpoint_of_an_earlier_release_goes_on_with_the_same_losses(pat
         assert loss == pytest.approx(expected[step], abs=1e-6)
 
 
-def test_a12_a_run_that_knew_no_way_of_decoding_read_every_pixel_and_goes_on_so(tmp_path: Path) -> None:
+def test_a12_a_run_without_data_decode_resumes_with_exact_decoding(tmp_path: Path) -> None:
     path = GOLDEN / "checkpoint" / "format_1.ckpt"
     assert read_checkpoint(path).config.data.decode == "exact"
     state = read_run_state(path, run_of(tmp_path), has_val=True)

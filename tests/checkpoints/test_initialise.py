@@ -80,7 +80,7 @@ def test_a_file_of_another_encoder_is_refused_and_changes_nothing(tmp_path: Path
     assert_same(encoder, before)
 
 
-def test_a_file_without_weights_is_told(tmp_path: Path) -> None:
+def test_a_file_without_weights_is_reported(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "notes.pth")
     with pytest.raises(CheckpointError, match=r"notes\.pth: contains no weights \(it contains epoch"):
         load_encoder_weights(build_encoder("resnet18"), tmp_path / "notes.pth")
@@ -171,18 +171,18 @@ def test_an_auxiliary_head_may_come_or_go() -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "decoder", "told"),
+    ("encoder", "decoder", "expected"),
     [
         ("resnet50", "c1", "unexpected (encoder.layer1.0.conv3.weight"),
         ("resnet18", "ppm", "missing (decoder.cbr.0.weight"),
     ],
 )
-def test_another_architecture_is_refused_and_nothing_changes(encoder: str, decoder: str, told: str) -> None:
+def test_another_architecture_is_refused_and_nothing_changes(encoder: str, decoder: str, expected: str) -> None:
     net = fresh("resnet18", "c1", 4)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         initialise_from(net, saved(encoder, decoder, 4))
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert f"The file holds {encoder} + {decoder}" in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 

@@ -49,14 +49,14 @@ def read(folder: Path, *words: str):
         }.get(layout.partition("/")[2], 2048)
     ],
 )  # fmt: skip
-def test_every_published_layout_is_told_apart(encoder: str, decoder: str) -> None:
+def test_every_published_layout_is_recognised(encoder: str, decoder: str) -> None:
     width = {"resnet18": 512, "mobilenetv2dilated": 320, "hrnetv2": 720}.get(encoder, 2048)
     meta = torch.device("meta")
     body = {key: torch.empty(shape, device=meta) for key, shape in LAYOUTS[f"encoder/{encoder}"]}
     head = {key: torch.empty(shape, device=meta) for key, shape in LAYOUTS[f"decoder/{decoder}/{width}"]}
-    wanted = resolve_network("encoder", encoder).name
-    assert identify_encoder(Path("x"), body) == wanted
-    found, expected = identify_decoder(Path("x"), head, wanted, 150), resolve_network("decoder", decoder)
+    expected_encoder = resolve_network("encoder", encoder).name
+    assert identify_encoder(Path("x"), body) == expected_encoder
+    found, expected = identify_decoder(Path("x"), head, expected_encoder, 150), resolve_network("decoder", decoder)
     assert found.name == expected.name
     assert found.options == ({"width": 512} if decoder == "upernet" else dict(expected.options))
 
@@ -89,7 +89,7 @@ def test_the_last_epoch_with_both_files_is_taken(tmp_path: Path) -> None:
         ("mine", "rgb_mean_std", "2020 assumed"),
     ],
 )
-def test_the_release_follows_a_rule_that_is_told(tmp_path: Path, folder: str, convention: str, reason: str) -> None:
+def test_the_release_follows_a_rule_that_is_reported(tmp_path: Path, folder: str, convention: str, reason: str) -> None:
     write_files(tmp_path / folder, *TWO_CLASSES)
     saved = read(tmp_path / folder)
     assert saved.convention == restore_network(saved).convention == PREPROCESSING[convention]
@@ -98,7 +98,7 @@ def test_the_release_follows_a_rule_that_is_told(tmp_path: Path, folder: str, co
     assert "\n" not in saved.note
 
 
-def test_what_the_files_do_not_tell_can_be_set_by_hand(tmp_path: Path) -> None:
+def test_what_the_files_lack_can_be_overridden(tmp_path: Path) -> None:
     write_files(tmp_path, *TWO_CLASSES)
     saved = read(tmp_path, "model.convention=bgr_mean", "model.encoder.output_stride=16")
     assert saved.convention == PREPROCESSING["bgr_mean"]
@@ -133,7 +133,7 @@ def test_another_architecture_is_refused_with_its_first_differences(tmp_path: Pa
     )
 
 
-def test_a_decoder_in_the_place_of_an_encoder_is_told(tmp_path: Path) -> None:
+def test_a_decoder_in_place_of_an_encoder_is_reported(tmp_path: Path) -> None:
     write_files(tmp_path, *TWO_CLASSES)
     (tmp_path / "encoder_epoch_20.pth").unlink()
     with pytest.raises(CheckpointError, match="no such file"):
@@ -160,7 +160,7 @@ def test_a_network_of_the_zoo_is_downloaded(tmp_path: Path) -> None:
     assert (restore_network(saved).num_classes, saved.epoch) == (150, 20)
 
 
-def test_a_server_that_is_away_is_told_with_the_way_by_hand(tmp_path: Path) -> None:
+def test_an_unavailable_server_is_reported_with_the_manual_way(tmp_path: Path) -> None:
     given = replace(config(), download=DownloadConfig(cache=str(tmp_path), offline=True))
     with pytest.raises(DownloadError, match=r"encoder_epoch_30\.pth.*Download it by hand.*or give ckpt=<folder"):
         find_network("zoo:upernet50", given, [])

@@ -166,9 +166,9 @@ def test_h6_packed_entries_are_refused_before_they_take_memory(packing: str, tmp
             load_plain(path)
         return resident(field="VmHWM") - before, str(caught.value), str(find_damage(path))
 
-    grown, told, damaged = in_child(growth)
+    grown, message, damaged = in_child(growth)
     assert grown < 50 * MEGABYTE
-    assert told.startswith(f"{path}: its entry ") and "is compressed or overlaps another one" in told
+    assert message.startswith(f"{path}: its entry ") and "is compressed or overlaps another one" in message
     assert "is compressed or overlaps another one" in damaged
 
 

@@ -19,7 +19,7 @@ def test_the_name_of_the_folder_on_the_server_will_do() -> None:
     assert find_published_network("zoo:baseline-resnet50_dilated8-ppm_bilinear_deepsup").release.year == 2018
 
 
-def test_another_name_is_told_with_the_nearest_one() -> None:
+def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(CheckpointError, match=r"Did you mean zoo:upernet50\? Valid: .*hrnetv2_c1"):
         find_published_network("zoo:upernet5")
 

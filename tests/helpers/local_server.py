@@ -1,4 +1,4 @@
-"""A web server on this machine that answers as it is told to: whole, in pieces, wrongly, or not at all."""
+"""A web server on this machine that answers as a test configures it: completely, in pieces, wrongly, or not at all."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def until(stop: int | None) -> Answer:
 
 
 def status(code: int, **headers: str) -> Answer:
-    """An HTTP status without a body; `_` in the name of a header stands for `-`."""
+    """An HTTP status without a body; `_` in the name of a header becomes `-`."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda handler: handler.send(code, {"Content-Length": "0", **named}, b"")
 

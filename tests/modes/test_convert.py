@@ -82,7 +82,7 @@ def test_a_name_that_says_no_format_writes_nothing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["other.json", "missing.json", "broken"])
-def test_safetensors_that_lost_their_description_are_told(folder: Path, tmp_path: Path, damage: str) -> None:
+def test_safetensors_that_lost_their_description_are_reported(folder: Path, tmp_path: Path, damage: str) -> None:
     from semseg.errors import CheckpointError
 
     path = tmp_path / "net.safetensors"

@@ -159,7 +159,7 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.reliability
-def test_g5_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_g5_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     left = tmp_path / ".set.unpacking"
     left.mkdir()
     (left / "half").touch()
@@ -180,7 +180,7 @@ def test_a_process_that_is_interrupted_halfway_leaves_nothing(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz"])
-def test_an_archive_that_is_cut_short_is_told_wherever_it_ends(tmp_path: Path, suffix: str) -> None:
+def test_an_archive_that_is_cut_short_is_reported_wherever_it_ends(tmp_path: Path, suffix: str) -> None:
     path = make(tmp_path / f"set.{suffix}", [Entry("a", os.urandom(3000)), Entry("b", os.urandom(3000))])
     whole = path.read_bytes()
     for length in (*range(0, 6100, 211), 512 + 3072):  # the last: between two members of a tar file
@@ -191,7 +191,7 @@ def test_an_archive_that_is_cut_short_is_told_wherever_it_ends(tmp_path: Path, s
 
 
 @pytest.mark.parametrize(("suffix", "place"), [("zip", 1500), ("tar.gz", 1500), ("tar", 512 + 3072)])
-def test_a_damaged_byte_is_told(tmp_path: Path, suffix: str, place: int) -> None:
+def test_a_damaged_byte_is_reported(tmp_path: Path, suffix: str, place: int) -> None:
     path = make(tmp_path / f"set.{suffix}", [Entry("a", os.urandom(3000)), Entry("b", os.urandom(3000))])
     whole = bytearray(path.read_bytes())
     whole[place] ^= 0xFF  # of a plain tar file a header: its contents have no sums
@@ -201,7 +201,7 @@ def test_a_damaged_byte_is_told(tmp_path: Path, suffix: str, place: int) -> None
     assert not (tmp_path / "set").exists()
 
 
-def test_a_size_that_the_archive_lies_about_is_told(tmp_path: Path) -> None:
+def test_a_wrong_size_in_an_archive_is_reported(tmp_path: Path) -> None:
     path = make(tmp_path / "set.zip", [Entry("a", bytes(1000))])
     honest, lie = (1000).to_bytes(4, "little"), (10).to_bytes(4, "little")
     path.write_bytes(path.read_bytes().replace(honest, lie))
@@ -209,13 +209,13 @@ def test_a_size_that_the_archive_lies_about_is_told(tmp_path: Path) -> None:
         extract_archive(path, tmp_path / "set")
 
 
-def test_an_archive_that_the_disk_cannot_hold_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_that_the_disk_cannot_hold_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2))
     with pytest.raises(DataError, match=r"unpacks to 3 bytes, but .* has room for 2"):
         extract_archive(make(tmp_path / "set.zip", [Entry("a")]), tmp_path / "set")
 
 
-def test_an_archive_without_files_is_told(tmp_path: Path) -> None:
+def test_an_archive_without_files_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="contains no files"):
         extract_archive(make(tmp_path / "set.zip", [Entry("a/", b"")]), tmp_path / "set")
 

@@ -84,8 +84,8 @@ def test_b9_a_full_disk_is_reported_with_the_file_and_leaves_the_one_before(name
     before = path.read_bytes()
     with full_disk(), pytest.raises(OSError) as caught:
         WRITERS[name](path)
-    told = describe_write_error(caught.value, tmp_path) or ""
-    assert told.startswith(f"{path}: cannot be written (") and "\n" not in told
+    message = describe_write_error(caught.value, tmp_path) or ""
+    assert message.startswith(f"{path}: cannot be written (") and "\n" not in message
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -102,7 +102,7 @@ def test_b9_a_library_that_hides_a_full_disk_is_seen_through(tmp_path: Path, mon
 
 
 @pytest.mark.reliability
-def test_b9_caches_on_a_full_disk_are_done_without(tmp_path: Path) -> None:
+def test_b9_caches_are_skipped_on_a_full_disk(tmp_path: Path) -> None:
     cache = tmp_path / "sizes.json"
     save_cache(cache, {"a.jpg": [1] * 6})
     labels = LabelCache(tmp_path / "labels", LabelMap(3))

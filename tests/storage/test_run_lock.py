@@ -129,7 +129,7 @@ def test_f2_a_second_run_in_the_same_process_is_refused_and_leaves_the_first_its
 
 
 @pytest.mark.reliability
-def test_f2_the_lock_of_a_killed_process_is_taken_over_at_once_and_told(
+def test_f2_the_lock_of_a_killed_process_is_taken_over_at_once_and_reported(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     holder.send_signal(signal.SIGKILL)
@@ -167,7 +167,7 @@ def test_f6_whatever_the_holder_file_says_a_lock_that_somebody_holds_is_refused(
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("changes", [{"host": "before"}, {"pid": os.getppid()}, {"pid": 1, "pid_namespace": "pid:[1]"}])
-def test_f6_a_container_with_a_new_host_name_or_the_same_process_ids_goes_on(
+def test_f6_a_container_with_a_new_host_name_or_the_same_process_ids_takes_over(
     changes: dict[str, object], tmp_path: Path
 ) -> None:
     leave_holder(tmp_path, **changes)
@@ -289,7 +289,7 @@ def test_b4_a_folder_that_cannot_be_written_is_refused_with_one_line(name: str) 
     )
 
 
-def test_b4_a_file_in_the_place_of_the_folder_is_told(tmp_path: Path) -> None:
+def test_b4_a_file_in_place_of_the_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(ConfigError, match="File exists"), RunLock(tmp_path / "run"):
         pass
@@ -297,7 +297,7 @@ def test_b4_a_file_in_the_place_of_the_folder_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
-def test_f6_a_file_system_without_locks_is_told_and_does_not_keep_the_run(
+def test_f6_a_file_system_without_locks_is_reported_and_does_not_stop_the_run(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unsupported(descriptor: int, operation: int) -> None:
