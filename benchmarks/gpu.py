@@ -50,7 +50,7 @@ from semseg.training.losses import segmentation_loss
 ROW = "{:<58}{:>12}{:>12}{:>12}"
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 SIZES = [(320, 416), (384, 512), (448, 608), (512, 672), (608, 800), (416, 320), (512, 384), (608, 448)]
-TRAINING_FRACTION = 0.6  # of the minutes
+TRAINING_FRACTION = 0.6  # part of the minutes that training may take
 HERE = Path(__file__).resolve().parent
 
 

@@ -38,7 +38,7 @@ class Series(NamedTuple):
     """The cost of one kind of work at several sizes."""
 
     name: str
-    unit: str  # of the sizes
+    unit: str  # unit of the sizes
     sizes: list[int]
     actions: list[Callable[[], object]]
     is_divided: bool = True  # by the size, because an action does that many units of work

@@ -52,7 +52,7 @@ class UnreadableImage(NamedTuple):
 class Speed(NamedTuple):
     """Throughput of an evaluation."""
 
-    images_per_second: float  # of all ranks together
+    images_per_second: float  # all ranks together
     seconds_per_image: dict[str, float]  # by STAGES, on the rank that processed the image
 
 

@@ -49,7 +49,7 @@ class ClassScore(NamedTuple):
     dice: float | None
     boundary_iou: float | None  # None too if eval.boundary_iou=false
     pixels: int  # by the labels
-    fraction: float  # of all scored pixels, by the labels
+    fraction: float  # fraction of all scored pixels, by the labels
 
 
 class ImageScore(NamedTuple):
@@ -76,7 +76,7 @@ class EvaluationResult(NamedTuple):
     classes: ClassTable
     class_ids: Sequence[int]  # value of each class in the label files, by class index
     confusion: NDArray[np.int64]  # (K, K); rows are labels
-    scores: Scores  # of eval.scales, under the mIoU rule of the data set
+    scores: Scores  # for all scales in eval.scales, under the mIoU rule of the data set
     scores_by_rule: list[Scores]  # from the same counts, under every rule
     subsets: list[SubsetScores]
     boundary: BoundaryCounts | None

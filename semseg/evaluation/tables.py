@@ -18,7 +18,7 @@ RULE_DESCRIPTIONS = {
     "present": "over {averaged} of {total} classes: those in the labels or predicted",
     "ground_truth": "over {averaged} of {total} classes: those in the labels",
 }
-MAX_ROWS = 40  # of more classes the console shows only the best and the worst
+MAX_ROWS = 40  # if there are more classes, the console shows the best and the worst
 MAX_ABSENT_NAMES = 3  # absent classes that the summary names
 
 

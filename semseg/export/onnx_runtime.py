@@ -35,8 +35,8 @@ from semseg.nets.interfaces import Decoder, Encoder, Logits
 from semseg.nets.segmenter import Segmenter
 
 METADATA_KEY = "semseg"
-INPUT_NAME, OUTPUT_NAME = "image", "logits"  # of a graph
-STANDARD_DOMAINS = ("", "ai.onnx")  # of the operators of ONNX itself
+INPUT_NAME, OUTPUT_NAME = "image", "logits"  # input and output of a graph
+STANDARD_DOMAINS = ("", "ai.onnx")  # domains of the operators of ONNX itself
 # The preprocessing of an exported network: none, because normalisation is inside the graph.
 RAW_PIXELS = Preprocessing("rgb", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), antialias=True)
 

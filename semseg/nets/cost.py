@@ -17,7 +17,7 @@ from semseg.nets.blocks import plain_operators
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write
 
-COST_SIZE = Size(512, 512)  # of the image that operations are counted for
+COST_SIZE = Size(512, 512)  # size of the image for counting operations
 
 
 class StageCost(NamedTuple):

@@ -16,7 +16,7 @@ class StepMemory(NamedTuple):
     """Bytes of one training step in float32."""
 
     activations: int  # saved for the backward pass
-    weights: int  # of the network; gradients and each state of the optimiser need as much again
+    weights: int  # the network's weights; gradients and each state of the optimiser need as much again
 
 
 def estimate_step_memory(net: Segmenter, canvas: Size, batch_size: int) -> StepMemory:

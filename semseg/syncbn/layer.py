@@ -29,7 +29,7 @@ from semseg.syncbn.reduce import Statistics, local_statistics, normalise_batch, 
 M = TypeVar("M", bound=nn.Module)
 
 CONVENTIONS = ("torch", "published")
-PUBLISHED_MOMENTUM = 0.001  # of all networks of the 2018 code except HRNet, which has 0.1
+PUBLISHED_MOMENTUM = 0.001  # momentum of the 2018 code for all networks except HRNet, which has 0.1
 # Buffers that the normalisation layers of the 2018 code have beside those of nn.BatchNorm2d.
 OLD_BUFFERS = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
 

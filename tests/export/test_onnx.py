@@ -45,7 +45,7 @@ from semseg.nets.registry import build_decoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
 
 SMALL = [word for word in TINY if not word.startswith("data.root=")]
-NUM_CLASSES = 11  # of drawn scenes
+NUM_CLASSES = 11  # classes of the generated scenes
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from semseg.nets.interfaces import Decoder, Logits
 from semseg.nets.registry import build_decoder, build_encoder
 
 REFERENCE = golden("nets_forward.json")
-TOLERANCE = 1e-6  # of the output's standard deviation
+TOLERANCE = 1e-6  # relative to the output's standard deviation
 Module = TypeVar("Module", bound=nn.Module)
-MOMENTUM = 0.001  # of the running statistics in the original, but for HRNet
+MOMENTUM = 0.001  # for the running statistics in the original, except in HRNet
 
 
 class EncoderRun(NamedTuple):

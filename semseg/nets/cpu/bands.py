@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-OUTPUT_BAND_BYTES = 4 * 2**20  # of the output that is computed at a time
+OUTPUT_BAND_BYTES = 4 * 2**20  # size of the output that is computed at a time
 
 
 def interpolate_in_bands(

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from semseg.nets.cpu.conv_options import ConvOptions, common_value, has_avx512
 
-MIN_PIXELS = 128  # of the input; for fewer the setup of oneDNN takes longer than the product
+MIN_PIXELS = 128  # smaller inputs take longer to set up in oneDNN than to multiply
 
 
 def use_onednn_pointwise() -> AbstractContextManager[Any]:

@@ -197,8 +197,8 @@ class Tiling(NamedTuple):
     A kernel of dilation D treats D x D interleaved images separately. Each of them is cut into rows x columns tiles.
     """
 
-    height: int  # of the output, pixels
-    width: int
+    height: int  # height of the output in pixels
+    width: int  # width of the output in pixels
     rows: int
     columns: int
     padding: int

@@ -10,9 +10,9 @@ from semseg.errors import ConfigError
 class StagePlan(NamedTuple):
     """Stride and dilations of one stage of a residual network."""
 
-    stride: int  # of its first block
-    first_dilation: int  # of the 3x3 convolution that has the stride, or had it before dilation
-    dilation: int  # of all other 3x3 convolutions
+    stride: int  # stride of its first block
+    first_dilation: int  # dilation of the 3x3 convolution that has the stride, or had it before dilation
+    dilation: int  # dilation of all other 3x3 convolutions
 
 
 # Output stride -> the four stages. Every stride of 2 that is removed doubles the dilation of what follows. The

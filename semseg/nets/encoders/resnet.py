@@ -47,7 +47,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
     inner_expansion = 1  # width of the 3x3 convolution over that of the stage
-    groups = 1  # of the 3x3 convolution
+    groups = 1  # groups of the 3x3 convolution
 
     def __init__(
         self,
