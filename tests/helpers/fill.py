@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def uniform(name: str, shape: Sequence[int]) -> NDArray[np.float64]:
@@ -48,11 +48,6 @@ def convolution(key: str, draws: NDArray[np.float64]) -> NDArray[np.float64]:
     if "conv_last" in key and kernel[0] == 1:
         values = 8 * (values - values.mean(1, keepdims=True))  # classifiers with a decided opinion
     return values
-
-
-def fill_module(module: nn.Module) -> None:
-    """Give every tensor of an encoder or a decoder its value."""
-    module.load_state_dict({key: filled(key, value.shape) for key, value in module.state_dict().items()})
 
 
 def image(name: str, shape: tuple[int, int, int, int]) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.fill import fill_module, image, sampled
+from helpers.fill import filled, image, sampled
 from helpers.reference import golden
 from semseg.evaluation.inference import merge_scales
 from semseg.nets.interfaces import Decoder, Logits
@@ -20,11 +20,12 @@ from semseg.nets.registry import build_decoder, build_encoder
 REFERENCE = golden("nets_forward.json")
 TOLERANCE = 1e-6  # relative to the output's standard deviation
 Module = TypeVar("Module", bound=nn.Module)
+Layout = tuple[tuple[str, torch.Size], ...]  # keys and shapes of a state dict
 MOMENTUM = 0.001  # for the running statistics in the original, except in HRNet
 
 
 class EncoderRun(NamedTuple):
-    """What an encoder gave: maps in eval mode for one image, in training mode for two, and its norms after that."""
+    """Maps of an encoder in eval mode for one image, in training mode for two, and its norms after that."""
 
     eval_maps: list[Tensor]
     train_maps: list[Tensor]
@@ -34,7 +35,9 @@ class EncoderRun(NamedTuple):
 @cache
 @torch.no_grad()
 def encoder_run(name: str) -> EncoderRun:
-    encoder = filled(build_encoder(name))
+    with torch.device("meta"):
+        encoder = build_encoder(name)
+    fill(encoder)
     eval_maps = encoder.eval()(image("input", (1, 3, 96, 128)))
     train_maps = encoder.train()(image("input", (2, 3, 96, 128)))
     return EncoderRun(eval_maps, train_maps, norm_sums(encoder))
@@ -42,32 +45,44 @@ def encoder_run(name: str) -> EncoderRun:
 
 @cache
 def filled_decoder(name: str, channels: tuple[int, ...]) -> Decoder:
-    return filled(build_decoder(name, channels, 150))
+    with torch.device("meta"):
+        decoder = build_decoder(name, channels, 150)
+    return fill(decoder)
+
+
+@cache
+def filled_state(layout: Layout) -> dict[str, Tensor]:
+    """The float64 state of all networks with these keys and shapes, such as those that differ in their dilation."""
+    values = {key: filled(key, shape) for key, shape in layout}
+    return {key: value.double() if value.is_floating_point() else value for key, value in values.items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_networks() -> Iterator[None]:
-    """Give back the gigabyte that the filled networks take."""
+    """Free the gigabyte that the networks take."""
     yield
-    for cached in (encoder_run, filled_decoder):
+    for cached in (encoder_run, filled_decoder, filled_state):
         cached.cache_clear()
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """(1, K, 110, 150): what inference makes of logits (1, K, h, w)."""
+    """(1, K, 110, 150): the probabilities of inference from logits (1, K, h, w)."""
     found = np.empty((logits.shape[1], 110, 150), np.float64)
     merge_scales([logits.permute(0, 2, 3, 1)], (110, 150), probabilities=found)
     return torch.from_numpy(found)[None]
 
 
-def filled(module: Module) -> Module:
-    fill_module(module)
+def fill(module: Module) -> Module:
+    """Replace the meta tensors of a network by the values of its names, in float64; its statistics are copies."""
+    state = filled_state(tuple((key, value.shape) for key, value in module.state_dict().items()))
+    copied = {key: value.clone() for key, value in state.items() if "running" in key or "num_batches" in key}
+    module.load_state_dict(state | copied, assign=True)
     for layer in module.modules():
         if isinstance(layer, nn.Dropout2d):
             layer.p = 0.0
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = getattr(layer, "published_momentum", MOMENTUM)
-    return module.double()
+    return module
 
 
 def norm_sums(module: nn.Module) -> dict[str, float]:
@@ -134,7 +149,9 @@ def test_eval_mode_gives_the_main_logits_of_training_mode() -> None:
 def test_float32_stays_close_to_float64() -> None:
     run = encoder_run("resnet18_dilated8")
     exact = filled_decoder("ppm_bilinear", (64, 128, 256, 512)).eval()(run.eval_maps).main.log_softmax(1)
-    encoder = filled(build_encoder("resnet18_dilated8")).float().eval()
-    decoder = filled(build_decoder("ppm_bilinear", encoder.channels, 150)).float().eval()
+    with torch.device("meta"):
+        encoder = build_encoder("resnet18_dilated8")
+        decoder = build_decoder("ppm_bilinear", encoder.channels, 150)
+    encoder, decoder = fill(encoder).float().eval(), fill(decoder).float().eval()
     single = decoder(encoder(image("input", (1, 3, 96, 128)).float())).main.log_softmax(1)
     assert float((single - exact).abs().max() / exact.std()) < 5e-4

@@ -43,8 +43,6 @@ TIMM = {
 NORMALISED = ("convnext_tiny", "swin_t", "test_convnext", "swin_s3_tiny_224")
 DECODERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("c1", {}),
-    ("c1", {"deep_supervision": True}),
-    ("ppm", {}),
     ("ppm", {"deep_supervision": True}),
     ("upernet", {"width": 16}),
 )
@@ -141,7 +139,7 @@ def test_maps_are_the_image_over_the_strides_rounded_up(library: str, name: str)
     with torch.device("meta"):
         encoder = build_encoder(library, name=name).eval()
     assert encoder.size_divisor == (16 if name == "test_vit" else 32)
-    for size in ((64, 96), (160, 224), (97, 33), (1, 1)):
+    for size in ((64, 96), (97, 33), (1, 1)):
         maps = encoder(torch.empty(1, 3, *size, device="meta"))
         for features, channels, stride in zip(maps, encoder.channels, encoder.strides, strict=True):
             assert features.shape == (1, channels, *(math.ceil(length / stride) for length in size))
@@ -161,18 +159,17 @@ def test_maps_are_the_image_over_the_strides_rounded_up(library: str, name: str)
     ],
 )
 def test_every_decoder_trains_every_weight_of_the_encoder(library: str, name: str) -> None:
-    with torch.device("meta"):
-        encoder = build_encoder(library, name=name)
-        for decoder, options in DECODERS:
-            net = Segmenter(encoder, build_decoder(decoder, encoder.channels, 3, **options), 3).train()
-            net.zero_grad()
-            logits = net(torch.empty(2, 3, 64, 64))
-            assert logits.main.shape == (2, 3, 64 // net.label_stride, 64 // net.label_stride)
-            heads = [head for head in logits if head is not None]
-            assert len(heads) == 1 + options.get("deep_supervision", False)
-            torch.stack([head.mean() for head in heads]).sum().backward()
-            without = [name for name, weight in net.named_parameters() if weight.grad is None]
-            assert without == []  # else DistributedDataParallel would wait for them
+    encoder, image = build_encoder(library, name=name), torch.randn(2, 3, 32, 32)
+    for decoder, options in DECODERS:
+        net = Segmenter(encoder, build_decoder(decoder, encoder.channels, 3, **options), 3).train()
+        net.zero_grad()
+        logits = net(image)
+        assert logits.main.shape == (2, 3, 32 // net.label_stride, 32 // net.label_stride)
+        heads = [head for head in logits if head is not None]
+        assert len(heads) == 1 + options.get("deep_supervision", False)
+        torch.stack([head.mean() for head in heads]).sum().backward()
+        without = [name for name, weight in net.named_parameters() if weight.grad is None]
+        assert without == []  # because DistributedDataParallel would wait for them
 
 
 @pytest.mark.parametrize(
