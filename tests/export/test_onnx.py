@@ -94,7 +94,7 @@ def tiny_segmenter(decoder: str) -> Segmenter:
     return Segmenter(encoder, build_decoder(decoder, encoder.channels, 5), 5).eval()
 
 
-@pytest.mark.parametrize("decoder", ["ppm_deepsup", "upernet_lite"])
+@pytest.mark.parametrize("decoder", ["upernet_lite", pytest.param("ppm_deepsup", marks=pytest.mark.long)])
 def test_every_decoder_gives_the_same_logits_at_every_size(decoder: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = tiny_segmenter(decoder)

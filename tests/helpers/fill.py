@@ -19,7 +19,10 @@ def uniform(name: str, shape: Sequence[int]) -> NDArray[np.float64]:
     """Numbers in [0, 1): the upper 53 bits of PCG64's raw words, seeded by the SHA-256 of the name."""
     digest = hashlib.sha256(name.encode()).digest()
     words = np.random.PCG64(int.from_bytes(digest[:8], "little")).random_raw(math.prod(shape))
-    return np.ldexp((words >> np.uint64(11)).astype(np.float64), -53).reshape(tuple(shape))
+    words >>= np.uint64(11)
+    numbers = words.astype(np.float64)
+    numbers *= 2.0**-53  # exact
+    return numbers.reshape(tuple(shape))
 
 
 def filled(key: str, shape: Sequence[int]) -> Tensor:
@@ -42,7 +45,10 @@ def filled(key: str, shape: Sequence[int]) -> Tensor:
 
 def convolution(key: str, draws: NDArray[np.float64]) -> NDArray[np.float64]:
     in_channels, *kernel = draws.shape[1:]
-    values = (2 * draws - 1) * math.sqrt(6 / (in_channels * math.prod(kernel)))
+    values = draws  # in place, because a new array of this size costs more than the arithmetic
+    values *= 2
+    values -= 1
+    values *= math.sqrt(6 / (in_channels * math.prod(kernel)))
     if in_channels == 3 and kernel[0] > 1:
         values = values / 64  # the stem sees grey levels
     if "conv_last" in key and kernel[0] == 1:
