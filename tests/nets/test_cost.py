@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.in_process import TinyEncoder
-from semseg.modes.models import cost_of_model
+from semseg.modes.models import measure_model
 from semseg.nets.cost import NetworkCost, StageCost, measure_cost, write_cost
 from semseg.nets.decoders.c1 import C1
 from semseg.nets.decoders.ppm import PPM
@@ -42,7 +42,7 @@ def test_operations_are_those_of_the_architecture_and_not_of_cheaper_equivalents
 
 @pytest.mark.parametrize(("model", "billions"), [("upernet50", 489), ("resnet50_dilated8_ppm_deepsup", 369)])
 def test_operations_of_published_networks_are_those_that_papers_count(model: str, billions: int) -> None:
-    cost = cost_of_model(model)
+    cost = measure_model(model)
     assert cost is not None and round(cost.flops / 1e9) == billions
 
 
