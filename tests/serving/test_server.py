@@ -154,6 +154,7 @@ def test_the_openapi_description_names_the_form_and_no_page_loads_it_from_elsewh
         (encoded(np.zeros((101, 100, 3), np.uint8)), 400, "serve.max_pixels=10000"),
         (bytes(60_000), 413, "serve.max_upload_mb"),
     ],
+    ids=["empty", "html", "truncated JPEG", "truncated PNG", "bomb", "too many pixels", "too many bytes"],
 )
 def test_g8_a_bad_upload_is_rejected_in_one_sentence(upload: bytes, status: int, part: str) -> None:
     answer = client().post("/predict", files={"image": ("a.jpg", upload)})
