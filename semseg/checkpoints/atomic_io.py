@@ -90,12 +90,12 @@ class BestCheckpoint(ModelCheckpoint):
     Lightning accepts a NaN if it comes first, and saves the score of the last checkpoint without restoring it.
 
     Args:
-        warns: train on where the file cannot be written; the best one is still the one before then.
+        continue_on_error: continue training if the file cannot be written; the previous best checkpoint stays.
     """
 
-    def __init__(self, *args: Any, warns: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, continue_on_error: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.warns = warns
+        self.continue_on_error = continue_on_error
 
     def _update_best_and_save(
         self, current: Tensor, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]
@@ -105,7 +105,7 @@ class BestCheckpoint(ModelCheckpoint):
         try:
             super()._update_best_and_save(current, trainer, monitor_candidates)
         except CheckpointError as error:
-            if not self.warns:
+            if not self.continue_on_error:
                 raise
             self.__dict__.update(before, best_k_models=models)
             report_failed_save(trainer, error)
@@ -116,13 +116,13 @@ class BestCheckpoint(ModelCheckpoint):
         A best checkpoint that is not in this folder is copied from beside the resumed one. Without it, the search for
         the best starts over: a score without its file would keep worse ones from being saved, and leave none.
         """
-        here = {name: self._path_in_this_folder(name) for name in _checkpoint_paths(state_dict)}
-        if not all(Path(path).is_file() for path in here.values()):
+        paths_here = {name: self._path_in_this_folder(name) for name in _checkpoint_paths(state_dict)}
+        if not all(Path(path).is_file() for path in paths_here.values()):
             return
         moved: dict[str, Any] = {
-            key: here.get(value, value) for key, value in state_dict.items() if key != "best_k_models"
+            key: paths_here.get(value, value) for key, value in state_dict.items() if key != "best_k_models"
         }
-        moved["best_k_models"] = {here[name]: score for name, score in state_dict["best_k_models"].items()}
+        moved["best_k_models"] = {paths_here[name]: score for name, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**moved, "dirpath": self.dirpath})
         self.current_score = state_dict["current_score"]
 

@@ -48,11 +48,11 @@ class Holder(NamedTuple):
     slurm_restart: int = 0  # number of times SLURM has requeued the job
 
     def __str__(self) -> str:
-        place = f"{self.host}, in another container" if self.is_elsewhere() else self.host
-        return escape_unprintable(f"process {self.pid} on {place}")
+        host = f"{self.host}, in another container" if self.is_in_another_container() else self.host
+        return escape_unprintable(f"process {self.pid} on {host}")
 
-    def is_elsewhere(self) -> bool:
-        return self.host == socket.gethostname() and self.pid_namespace != _pid_namespace()
+    def is_in_another_container(self) -> bool:
+        return self.host == socket.gethostname() and self.pid_namespace != _read_pid_namespace()
 
     def is_earlier_attempt_of(self, other: Holder) -> bool:
         """Whether SLURM ended this process before it requeued the job, even if the file system still shows its lock."""
@@ -80,7 +80,7 @@ class RunLock:
         self.path, self._holder_path = run_dir / LOCK_FILE, run_dir / HOLDER_FILE
         self._lock: FileLock | None = None
         self._inode = 0
-        self._mine = _describe_this_process()
+        self._this_process = _describe_this_process()
 
     def __enter__(self) -> RunLock:
         try:
@@ -97,7 +97,7 @@ class RunLock:
             who = f"{before}, which held this folder since {before.started}," if before else "the previous run"
             self.takeover = f"{self.run_dir}: {who} ended without releasing it; this run takes it over"
         with contextlib.suppress(OSError), atomic_write(self._holder_path, durable=False) as temporary:
-            temporary.write_text(json.dumps(self._mine._asdict()) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self._this_process._asdict()) + "\n", encoding="utf-8")
         try:
             on_lock_acquired()
         except BaseException:
@@ -108,15 +108,14 @@ class RunLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._mine.pid != os.getpid():
+        if self._this_process.pid != os.getpid():
             return  # a forked child has a copy of this object
         # If the file system is gone, the holder file stays and is taken over.
         with contextlib.suppress(OSError):
-            if _read_holder(self._holder_path) == self._mine:
+            if _read_holder(self._holder_path) == self._this_process:
                 self._holder_path.unlink()
-            if (
-                self._lock is not None and self.path.stat().st_ino == self._inode
-            ):  # not the lock of another process, after a deletion
+            # After a deletion by hand, the path may be the lock of another process.
+            if self._lock is not None and self.path.stat().st_ino == self._inode:
                 self.path.unlink()  # filelock does not lock a removed file
         if self._lock is not None:
             with contextlib.suppress(OSError):
@@ -130,7 +129,7 @@ class RunLock:
                 lock.acquire(timeout=WAIT_SECONDS)
             except Timeout:
                 holder = _read_holder(self._holder_path)
-                if holder is None or not holder.is_earlier_attempt_of(self._mine):
+                if holder is None or not holder.is_earlier_attempt_of(self._this_process):
                     raise ConfigError(self._in_use_message(holder)) from None
                 self.path.unlink(missing_ok=True)  # the file system keeps the lock of a failed node
                 lock.acquire(timeout=WAIT_SECONDS)
@@ -166,13 +165,13 @@ def _describe_this_process() -> Holder:
         host=socket.gethostname(),
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
         command=shlex.join(sys.argv)[:200],
-        pid_namespace=_pid_namespace(),
+        pid_namespace=_read_pid_namespace(),
         slurm_job=os.environ.get("SLURM_JOB_ID"),
         slurm_restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     )
 
 
-def _pid_namespace() -> str:
+def _read_pid_namespace() -> str:
     try:
         return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the target is no path
     except OSError:  # not Linux

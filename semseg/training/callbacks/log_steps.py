@@ -28,7 +28,7 @@ def checkpoint_callbacks(run_dir: Path, config: CheckpointConfig, *, has_val: bo
         return [last]
     best = BestCheckpoint(
         run_dir / CHECKPOINT_FOLDER, "best", monitor=MONITOR, mode="max", save_top_k=1,
-        enable_version_counter=False, save_on_train_epoch_end=False, warns=config.on_error == "warn",
+        enable_version_counter=False, save_on_train_epoch_end=False, continue_on_error=config.on_error == "warn",
     )  # fmt: skip
     return [best, last]
 
