@@ -20,7 +20,7 @@ from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, ConfigError
 from semseg.modes import train
-from semseg.modes.train import resolve_start
+from semseg.modes.train import Start, resolve_start
 from semseg.nets.registry import ENCODERS, Constructor
 from semseg.training.callbacks.saver import Saver
 from semseg.training.loggers.csv import read_rows
@@ -157,6 +157,23 @@ def test_a9_resume_auto_in_an_empty_folder_starts_a_new_run_and_says_so(
     assert capsys.readouterr().out == f"no checkpoint in {tmp_path} yet: starting a new run\n"
     assert resolve_start(run_of(root, tmp_path, "resume=null"), [], source).kind == "scratch"
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_starts_from_its_checkpoint_from_other_weights_or_from_scratch(root: Path, tmp_path: Path) -> None:
+    path = saved_run(root, tmp_path)
+    source = DataSource(run_of(root, tmp_path).data)
+
+    def start_of(run_dir: Path, *words: str) -> Start:
+        return resolve_start(run_of(root, run_dir, *words), [], source)
+
+    assert start_of(tmp_path / "new").kind == "scratch"
+    initialised = start_of(tmp_path / "new", f"init_from={path}")
+    assert initialised.kind == "init" and initialised.network is not None and initialised.network.source == str(path)
+    for words in ([], [f"init_from={path}"]):  # a checkpoint of the run itself comes first
+        resumed = start_of(tmp_path / "saved", *words)
+        assert resumed.kind == "resume" and resumed.state is not None and resumed.state.path == path
+    assert start_of(tmp_path / "new", f"ckpt={path}").kind == "resume"
+    assert start_of(tmp_path / "saved", "resume=null").kind == "scratch"
 
 
 @pytest.mark.reliability
