@@ -38,6 +38,7 @@ from semseg.config.schema import ALLOWED_TARGETS, split_network_options
 from semseg.config.validate import check_config
 from semseg.errors import CheckpointError, ConfigError, SemsegError
 from semseg.storage.download import fetch_file
+from semseg.training import trainer
 from semseg.training.resume import read_run_state
 
 pytestmark = pytest.mark.reliability
@@ -476,7 +477,7 @@ def test_g4_loggers_and_callbacks_of_a_saved_configuration_are_never_made(
     place: Path, honest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    monkeypatch.setattr(build, "instantiate", made.append)
+    monkeypatch.setattr(trainer, "instantiate", made.append)
     path = place / "loggers.ckpt"
     for group in ("logger", "callbacks"):
         section = {"_target_": "semseg.training.loggers.external.TensorBoard", "save_dir": str(place / "written")}
