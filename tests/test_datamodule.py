@@ -94,7 +94,7 @@ def test_two_ranks_together_see_what_one_process_sees(root: Path) -> None:
 
 
 @pytest.mark.parametrize("done", [1, 4, 5])
-def test_a_loader_goes_on_from_any_step(root: Path, done: int) -> None:
+def test_a_loader_resumes_from_any_step(root: Path, done: int) -> None:
     loader = loaders(configured(root)).train_dataloader()
     whole = take(loaders(configured(root)).train_dataloader(), 8)
     assert same(whole[:done], take(loader, done))
@@ -146,7 +146,7 @@ def test_a_fraction_of_the_training_images_is_held_out_for_validation(root: Path
     assert not {record.image for record in train} & {record.image for record in val}
 
 
-def test_what_is_not_configured_is_told_with_its_key(root: Path) -> None:
+def test_missing_configuration_is_reported_with_its_key(root: Path) -> None:
     source = DataSource(configured(root).data)
     with pytest.raises(DataError, match=r"data\.test"):
         source.records("test")

@@ -402,16 +402,16 @@ def median_frequency_weights(images: Sequence[dict[int, int]], num_classes: int)
     >>> median_frequency_weights([{0: 90, 1: 10}, {0: 100}], 3)
     [0.5526, 5.25, 1.0]
     """
-    own, around = [0] * num_classes, [0] * num_classes
+    class_pixels, image_pixels = [0] * num_classes, [0] * num_classes
     for counts in images:
         scored_pixels = sum(counts.values())
         for index, count in counts.items():
-            own[index] += count
-            around[index] += scored_pixels
-    shares = [part / whole if whole else None for part, whole in zip(own, around, strict=True)]
-    present = [share for share in shares if share]
-    middle = statistics.median(present) if present else 1.0
-    return [round(middle / share, 4) if share else 1.0 for share in shares]
+            class_pixels[index] += count
+            image_pixels[index] += scored_pixels
+    frequencies = [pixels / total if total else 0.0 for pixels, total in zip(class_pixels, image_pixels, strict=True)]
+    present = [frequency for frequency in frequencies if frequency]
+    median = statistics.median(present) if present else 1.0
+    return [round(median / frequency, 4) if frequency else 1.0 for frequency in frequencies]
 
 
 def check_classes(rows: Sequence[ClassSummary], splits: Sequence[str]) -> Iterator[Notice]:

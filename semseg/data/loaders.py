@@ -122,9 +122,9 @@ class WatchedLoader(DataLoader[Item]):
             failure = LoaderFailure.DIED  # while it was sending an item, which is lost
         if failure is None:
             return None
-        # PyTorch does not say which signal has killed a worker.
-        death = describe_death(stream) if failure is LoaderFailure.DIED else None
-        reason = death or str(error).splitlines()[0].rstrip(". ")
+        reason = str(error).splitlines()[0].rstrip(". ")
+        if failure is LoaderFailure.DIED:  # PyTorch does not say which signal has killed a worker
+            reason = describe_death(stream) or "DataLoader worker exited unexpectedly"
         images = ", ".join(self._images_in_work(number, failure))
         return DataError(
             f"waiting for {images}: {reason}. Check that the file can be read and that there is enough memory; "

@@ -113,7 +113,7 @@ def test_every_group_file_is_what_it_says(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
         ("augment.scale=[2,1]", "augment.scale="),
         ("augment.scale=[0,1]", "augment.scale="),
@@ -122,6 +122,6 @@ def test_every_group_file_is_what_it_says(name: str) -> None:
         ("augment.hue=0.6", "augment.hue="),
     ],
 )
-def test_ranges_that_are_none_are_refused(word: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_ranges_that_are_none_are_refused(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         configured("data=scenes", word)

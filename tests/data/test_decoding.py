@@ -278,7 +278,7 @@ def test_c22_what_is_not_read_is_refused_with_the_true_reason_and_nothing_else(
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "zstd"])
-def test_c22_a_damaged_tiff_is_told_by_us_alone(
+def test_c22_a_damaged_tiff_is_reported_only_by_us(
     tmp_path: Path, compression: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
@@ -336,7 +336,7 @@ def test_c23_an_image_beyond_pillows_limit_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize(("largest", "shown"), [(1023, 3), (4095, 15), (16383, 63)])
-def test_c24_an_image_that_uses_a_fraction_of_its_16_bits_is_told(
+def test_c24_an_image_that_uses_a_fraction_of_its_16_bits_is_reported(
     tmp_path: Path, suffix: str, largest: int, shown: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images_module, "_warned_kinds", set())
@@ -351,7 +351,7 @@ def test_c24_an_image_that_uses_a_fraction_of_its_16_bits_is_told(
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "AVIF"])
-def test_c25_of_several_frames_the_first_is_read_and_that_is_told(
+def test_c25_of_several_frames_the_first_is_read_with_a_warning(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames = [Image.new("RGB", (30, 20), (level, level, level)) for level in (20, 120, 220)]

@@ -213,7 +213,7 @@ def test_c32_one_folder_may_lie_in_the_other(tmp_path: Path) -> None:
     assert pairs(tmp_path, "data.train.images=photos", "data.train.masks=.") == {"photos/b.jpg": "b.png"}
 
 
-def test_c32_a_mask_without_an_image_beside_it_is_told(tmp_path: Path) -> None:
+def test_c32_a_mask_without_an_image_beside_it_is_reported(tmp_path: Path) -> None:
     draw(tmp_path / "a.jpg", tmp_path / "a_L.png", tmp_path / "b_L.png", tmp_path / "c.jpg")
     with pytest.raises(DataError, match=r"1 of 2 images in .* have no mask \(c\); 1 of 2 masks .* no image \(b\)"):
         source(tmp_path, "data.train.images=.", "data.train.masks=.", "data.mask_suffix=_L").records("train")
@@ -288,7 +288,7 @@ def test_c34_what_is_not_used_of_an_archive_is_counted(tmp_path: Path, pair: tup
         store.is_folder(archive / "images/inner.zip/images")
 
 
-def test_c34_a_missing_folder_is_told_with_what_is_there_instead(tmp_path: Path) -> None:
+def test_c34_a_missing_folder_is_reported_with_what_exists_instead(tmp_path: Path) -> None:
     draw(tmp_path / "photos/a.jpg", tmp_path / "labels/a.png")
     with pytest.raises(DataError, match=r"folder of images not found.* In .* there are: labels, photos\."):
         source(tmp_path).records("train")
@@ -351,7 +351,7 @@ def test_c36_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
         source(tmp_path, "data.train.list=all.jsonl").records("train")
 
 
-def test_c36_folders_of_splits_are_told_with_the_keys_that_use_them(tmp_path: Path) -> None:
+def test_c36_folders_of_splits_are_reported_with_the_keys_that_use_them(tmp_path: Path) -> None:
     draw_pairs(tmp_path, "Train/0", "valid/1")
     assert source(tmp_path).find_split_folders() == {
         "data.train.images": "images/Train", "data.train.masks": "masks/Train",

@@ -119,7 +119,7 @@ def test_palette_files_give_ids_or_by_option_colours(coloured: Path) -> None:
         assert labels(source(coloured, *words, f"data.mask_type={kind}", "data.train.stems=one.txt")) == [row]
 
 
-def test_two_classes_of_one_colour_cannot_be_told_apart() -> None:
+def test_two_classes_of_one_colour_cannot_be_distinguished() -> None:
     with pytest.raises(ConfigError, match=r"two classes have the colour \(200, 10, 10\)"):
         ColourIds([RED, GREEN, RED], [1, 2, 3], [], always=True)
 
@@ -166,7 +166,7 @@ def test_a_map_comes_from_the_command_line_and_back_from_a_file(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         ("{7:0}", "classes 1 of 2 have no raw id"),
         ("{7:0,8:2}", "8: 2 is out of range"),
@@ -174,8 +174,8 @@ def test_a_map_comes_from_the_command_line_and_back_from_a_file(tmp_path: Path) 
         ("[1]", "must be like"),
     ],
 )
-def test_a_map_that_does_not_fit_is_refused(tmp_path: Path, value: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_map_that_does_not_fit_is_refused(tmp_path: Path, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         source(tmp_path, "data=folder", "data.num_classes=2", f"data.map={value}")
 
 
@@ -263,7 +263,7 @@ def test_one_table_for_all_splits(tmp_path: Path, name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("l.csv", "picture,mask\na.png,b.png\n", r"l\.csv:1: columns image and mask are needed"),
         ("l.csv", "image,mask\n../a.png,b.png\n", r"l\.csv:2: image '\.\./a\.png' leaves the data folder"),
@@ -273,10 +273,10 @@ def test_one_table_for_all_splits(tmp_path: Path, name: str, text: str) -> None:
         ("l.jsonl", '["a.png"]\n', r"l\.jsonl:1: a line must be an object"),
     ],
 )
-def test_a_table_that_does_not_fit_is_named_with_its_line(tmp_path: Path, name: str, text: str, told: str) -> None:
+def test_a_table_that_does_not_fit_is_named_with_its_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     two_pairs(tmp_path)
     (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         source(tmp_path, "data=folder", "data.num_classes=2", f"data.train.list={name}").records("train")
 
 

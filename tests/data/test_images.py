@@ -295,19 +295,19 @@ def test_c14_a_list_that_is_wrong_about_the_size_is_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.reliability
-def test_c9_an_unknown_id_is_told_with_line_and_file(tmp_path: Path) -> None:
+def test_c9_an_unknown_id_is_reported_with_line_and_file(tmp_path: Path) -> None:
     record = pair_of(tmp_path, image=(6, 8), label=(6, 8), listed=(6, 8), value=7)
     with pytest.raises(DataError, match=r"^train\.odgt:12: .*b\.png: label ids 7 \(48 pixels\)"):
         read_pair(record, LabelMap(3))
 
 
 @pytest.mark.reliability
-def test_c3_a_missing_file_is_told_with_the_line_of_the_list() -> None:
+def test_c3_a_missing_file_is_reported_with_the_line_of_the_list() -> None:
     with pytest.raises(DataError, match=r"^train\.odgt:3: /no/a\.jpg: there is no such file"):
         read_pair(Record("/no/a.jpg", "/no/a.png", Size(1, 1), "train.odgt:3"), LabelMap(3))
 
 
-def test_two_classes_too_many_are_ignored_if_asked(tmp_path: Path) -> None:
+def test_two_classes_too_many_are_ignored_if_configured(tmp_path: Path) -> None:
     record = pair_of(tmp_path, image=(6, 8), label=(6, 8), listed=(6, 8), value=0)
     pair = read_pair(record, LabelMap(3))
     assert pair.label is not None

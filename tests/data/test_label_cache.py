@@ -94,7 +94,7 @@ WAYS: dict[str, Callable[[list[Record], LabelCache | None], list[Item]]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_reading_gives_the_same_with_kept_labels(
+def test_every_way_of_reading_gives_the_same_with_cached_labels(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = drawn(tmp_path)
@@ -104,15 +104,15 @@ def test_every_way_of_reading_gives_the_same_with_kept_labels(
     assert len(files_of(tmp_path / "kept")) == len(records)
     monkeypatch.setattr(labels, "read_label", no_reading)
     second = WAYS[way](records, cache)
-    for wanted, *found in zip(expected, first, second, strict=True):
+    for uncached, *found in zip(expected, first, second, strict=True):
         for item in found:
-            assert torch.equal(item.label, wanted.label)
+            assert torch.equal(item.label, uncached.label)
             assert item.label.min() == -1
             if isinstance(item, Batch):
-                assert torch.equal(item.image, wanted.image)
+                assert torch.equal(item.image, uncached.image)
 
 
-def test_a_changed_file_and_another_meaning_of_its_ids_are_read_anew(tmp_path: Path) -> None:
+def test_a_changed_file_and_another_meaning_of_its_ids_are_read_again(tmp_path: Path) -> None:
     path, cache = drawn(tmp_path, 1)[0].label or "", LabelCache(tmp_path / "kept", LABEL_MAP)
     before = read_class_indices(path, LABEL_MAP, cache=cache).to_array()
     other = LabelMap(6, first_id=0, ignore=[255])
@@ -162,7 +162,7 @@ def test_every_part_of_a_file_is_checked(place: int, tmp_path: Path) -> None:
     assert np.array_equal(read_class_indices(path, LABEL_MAP, cache=cache).to_array(), expected)
 
 
-def test_what_is_wrong_with_a_label_is_told_every_time(tmp_path: Path) -> None:
+def test_an_invalid_label_is_reported_every_time(tmp_path: Path) -> None:
     record, cache = drawn(tmp_path, 1)[0], LabelCache(tmp_path / "kept", LABEL_MAP)
     cv2.imwrite(record.label or "", np.full((70, 120), 9, np.uint8))
     for _ in range(2):
@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
         LabelCache(tmp_path / "kept", LABEL_MAP)
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_folder_that_cannot_be_written_to_is_reported_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     records, cache = drawn(tmp_path), LabelCache(tmp_path / "kept", LABEL_MAP)
     for number in range(256):
         (tmp_path / f"kept/{number:02x}").write_text("")  # files where folders should be

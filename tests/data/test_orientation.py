@@ -101,7 +101,7 @@ def test_c27_lists_follow_evidence_as_folders_do(tmp_path: Path, upright: bool) 
 @pytest.mark.parametrize(
     ("orientation", "square"), [(2, False), (3, False), (4, False), (3, True), (6, True), (8, True)]
 )
-def test_c27_without_evidence_a_key_is_asked_for(tmp_path: Path, orientation: int, square: bool) -> None:
+def test_c27_without_evidence_the_key_must_be_set(tmp_path: Path, orientation: int, square: bool) -> None:
     put(tmp_path, "plain", 1, upright=True)
     put(tmp_path, "turned", orientation, upright=True, square=square)
     with pytest.raises(DataError, match=r"turned\.jpg.*no other image shows it.*data\.label_orientation=stored or"):

@@ -116,7 +116,7 @@ def test_members_of_a_sub_batch_share_their_orientation() -> None:
         assert len({sizes[record].height > sizes[record].width for record in records}) == 1
 
 
-def test_any_number_is_the_same_whatever_was_asked_before() -> None:
+def test_a_sub_batch_does_not_depend_on_earlier_calls() -> None:
     sizes = some_sizes(23, 0.2)
     forward = [plan_for(sizes).sub_batch(number) for number in range(200)]
     plan = plan_for(sizes)

@@ -145,7 +145,7 @@ def test_two_images_of_one_stem_are_refused(tmp_path: Path) -> None:
         folder_records(tmp_path / "images", cache_dir=tmp_path)
 
 
-def test_missing_and_empty_folders_are_told_apart(tmp_path: Path) -> None:
+def test_missing_and_empty_folders_have_different_messages(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"folder of images not found: .*nowhere.* Try this\."):
         folder_records(tmp_path / "nowhere", hint="Try this.")
     (tmp_path / "empty").mkdir()

@@ -138,7 +138,7 @@ def test_every_class_is_common_enough_to_learn(drawn: list[Scene]) -> None:
     assert 0.005 < share[0] < 0.08  # clutter, unlabelled
 
 
-def test_colour_alone_does_not_tell_the_class(drawn: list[Scene]) -> None:
+def test_colour_alone_does_not_determine_the_class(drawn: list[Scene]) -> None:
     """The best class for every colour (of 4096) is right for far fewer pixels than a network can reach."""
     table = np.zeros((4096, 12), np.int64)
     for scene in drawn:

@@ -118,7 +118,7 @@ def test_a_folder_whose_name_ends_like_an_archive_is_a_folder(plain: Path, tmp_p
 # ---- what is broken
 
 
-def test_what_is_not_there_is_told_as_on_disk(archive: Path) -> None:
+def test_missing_files_are_reported_as_on_disk(archive: Path) -> None:
     with pytest.raises(DataError, match=r"list of images not found: .*Scenes\.ZIP/training\.txt"):
         source(archive, *LISTS, "data.train.list=training.txt").records("train")
     with pytest.raises(DataError, match=r"folder of masks not found: .*Scenes\.ZIP/masks"):
@@ -140,7 +140,7 @@ def test_a_broken_file_is_named(archive: Path) -> None:
             read_pair(record, None)
 
 
-def test_half_an_archive_is_told(archive: Path) -> None:
+def test_a_truncated_archive_is_reported(archive: Path) -> None:
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"Scenes\.ZIP: is not a zip archive, or is truncated"):
         source(archive, *LISTS).records("train")

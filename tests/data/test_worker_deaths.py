@@ -64,7 +64,7 @@ def wait_for(numbers: list[int], seconds: float) -> list[int]:
     return left
 
 
-def test_e10_a_worker_that_dies_while_the_network_computes_is_told_at_the_next_item_with_its_images() -> None:
+def test_e10_a_worker_that_dies_while_the_network_computes_is_reported_at_the_next_item_with_its_images() -> None:
     items = iter(loader(Numbers()))
     assert int(next(items)) == 0
     killed = workers(items)[1]
@@ -86,7 +86,7 @@ def test_e10_the_death_of_an_idle_worker_of_another_iteration_is_not_blamed_on_t
         next(training)
 
 
-def test_e10_a_worker_that_is_stopped_is_told_after_the_patience_and_ends() -> None:
+def test_e10_a_stopped_worker_is_reported_after_the_patience_and_ends() -> None:
     items = iter(loader(Numbers(slow=3), patience_s=1))
     assert int(next(items)) == 0
     numbers = workers(items)

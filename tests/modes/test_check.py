@@ -229,19 +229,19 @@ def test_c24_12_bits_in_files_of_16_are_a_finding(tmp_path: Path) -> None:
 
 @pytest.mark.reliability
 @pytest.mark.parametrize(
-    ("kind", "largest", "told"),
+    ("kind", "largest", "message"),
     [(np.uint16, 1023, "1023 of 65535 (1.6%), which is read as 3 of 255"), (np.uint16, 16383, "16383 of 65535"),
      (np.uint16, 65535, None), (np.uint8, 31, "31 of 255"), (np.uint8, 200, None)],
 )  # fmt: skip
 def test_c24_images_that_use_a_fraction_of_their_depth_are_counted(
-    tmp_path: Path, kind: type, largest: int, told: str | None
+    tmp_path: Path, kind: type, largest: int, message: str | None
 ) -> None:
     put(tmp_path, "a", stripes(1, 2))
     cv2.imwrite(str(tmp_path / "a.png"), (np.arange(4800).reshape(60, 80) * largest // 4799).astype(kind))
     record = Record(str(tmp_path / "a.png"), str(tmp_path / "masks/a.png"), Size(60, 80), "folder")
     split = ScannedSplit("train", [record], list(scan_pairs([record], tmp_path)), [])
     notices = [notice.text for notice in check_reading(split)]
-    assert (told is None and not notices) or (told is not None and told in notices[0])
+    assert (message is None and not notices) or (message is not None and message in notices[0])
 
 
 @pytest.mark.reliability
@@ -256,7 +256,7 @@ def test_c21_lossy_masks_make_a_data_set_not_ready(tmp_path: Path) -> None:
 
 
 @pytest.mark.reliability
-def test_c27_photos_turned_by_180_degrees_are_asked_for_or_told(tmp_path: Path) -> None:
+def test_c27_photos_turned_by_180_degrees_need_the_key_and_are_reported(tmp_path: Path) -> None:
     root, exif = good_folder(tmp_path / "data"), Image.Exif()
     exif[0x0112] = 3
     for path in (root / "images").iterdir():
