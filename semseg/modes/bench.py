@@ -39,7 +39,7 @@ MAX_WAITING = 0.1  # fraction of the time; above it, loading is the bottleneck
 MAX_PADDING = 0.25  # fraction of the pixels; above it, padding is reported
 
 
-class Loading(NamedTuple):
+class LoadingSpeed(NamedTuple):
     """The throughput of the loader alone."""
 
     images_per_s: float
@@ -47,7 +47,7 @@ class Loading(NamedTuple):
     workers: int
 
 
-class Stepping(NamedTuple):
+class TrainingSpeed(NamedTuple):
     """Training as a whole: loader, transfer, network and optimiser. Medians over the steps."""
 
     images_per_s: float  # over all devices
@@ -56,16 +56,16 @@ class Stepping(NamedTuple):
     memory: int  # peak in bytes, of the device if it is a GPU, else of this process
 
     @property
-    def waiting(self) -> float:
+    def waiting_fraction(self) -> float:
         """The fraction of the time spent waiting for sub-batches."""
         return self.waiting_s / (self.waiting_s + self.step_s)
 
 
-class Figures(NamedTuple):
+class BenchResult(NamedTuple):
     """All measurements, and the advice that follows from them."""
 
-    loading: Loading
-    stepping: Stepping
+    loading: LoadingSpeed
+    stepping: TrainingSpeed
     evaluating: Speed | None  # None if there are no images to evaluate
     advice: list[str]
 
@@ -118,7 +118,7 @@ def run(config: Config, overrides: list[str]) -> None:
     evaluating = time_evaluation(config, source, net) if source.has(config.eval.split) else None
     if not trainer.is_global_zero:
         return
-    figures = Figures(loading, stepping, evaluating, give_advice(config, loading, stepping, trainer.world_size))
+    figures = BenchResult(loading, stepping, evaluating, give_advice(config, loading, stepping, trainer.world_size))
     console = Console(soft_wrap=True, highlight=False)
     console.print(figures_table(figures, config))
     for line in figures.advice:
@@ -129,7 +129,7 @@ def run(config: Config, overrides: list[str]) -> None:
     console.print(f"written {path}", markup=False)
 
 
-def time_loader(data: SegmentationData, config: BenchConfig) -> Loading:
+def time_loader(data: SegmentationData, config: BenchConfig) -> LoadingSpeed:
     """Time the loader of rank 0 alone, with its workers, and measure its padding."""
     loader = data.train_dataloader()
     stream = iter(loader.loader_from(0))
@@ -142,10 +142,12 @@ def time_loader(data: SegmentationData, config: BenchConfig) -> Loading:
     inside = sum(int(batch.size.prod(1).sum()) for batch in batches)
     canvas = sum(batch.image[:, 0].numel() for batch in batches)
     images = sum(len(batch.paths) for batch in batches)
-    return Loading(images / seconds, 1 - inside / canvas, loader.num_workers)
+    return LoadingSpeed(images / seconds, 1 - inside / canvas, loader.num_workers)
 
 
-def time_steps(trainer: pl.Trainer, module: SegmentationModule, data: SegmentationData, config: Config) -> Stepping:
+def time_steps(
+    trainer: pl.Trainer, module: SegmentationModule, data: SegmentationData, config: Config
+) -> TrainingSpeed:
     """Time training steps; nothing is saved."""
     timer = StepTimer(config.bench.warmup)
     trainer.callbacks.append(timer)  # pyright: ignore[reportAttributeAccessIssue]
@@ -157,7 +159,7 @@ def time_steps(trainer: pl.Trainer, module: SegmentationModule, data: Segmentati
         if choose_accelerator(config.trainer.accelerator) == "gpu"
         else get_peak_memory()
     )
-    return Stepping(images / (waiting + step), step, waiting, memory)
+    return TrainingSpeed(images / (waiting + step), step, waiting, memory)
 
 
 def time_evaluation(config: Config, source: DataSource, net: Segmenter) -> Speed:
@@ -179,17 +181,18 @@ def get_peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def give_advice(config: Config, loading: Loading, stepping: Stepping, world_size: int) -> list[str]:
+def give_advice(config: Config, loading: LoadingSpeed, stepping: TrainingSpeed, world_size: int) -> list[str]:
     """What limits training, and the settings to change, the most promising first."""
     needed = config.data.batch_size / stepping.step_s  # images per second that one device can process
     speeds = f"one device can process {needed:.1f} images/s, its loader alone delivers {loading.images_per_s:.1f}"
-    if stepping.waiting > MAX_WAITING:
+    if stepping.waiting_fraction > MAX_WAITING:
         keys = settings_for_loading(config, loading, needed, world_size)
-        bottleneck = f"Loading is the bottleneck: {stepping.waiting:.0%} of the time is spent waiting; {speeds}."
+        bottleneck = "Loading"
     else:
         keys = settings_for_network(config, stepping)
-        bottleneck = f"The network is the bottleneck: {stepping.waiting:.0%} of the time is spent waiting; {speeds}."
-    advice = [f"{bottleneck} Settings to try: {', '.join(keys)}."]
+        bottleneck = "The network"
+    fraction = f"{stepping.waiting_fraction:.0%} of the time is spent waiting"
+    advice = [f"{bottleneck} is the bottleneck: {fraction}; {speeds}. Settings to try: {', '.join(keys)}."]
     if loading.padding > MAX_PADDING:
         advice.append(
             f"{loading.padding:.0%} of the pixels are padding: images of different shapes share a sub-batch. "
@@ -198,7 +201,7 @@ def give_advice(config: Config, loading: Loading, stepping: Stepping, world_size
     return advice
 
 
-def settings_for_loading(config: Config, loading: Loading, needed: float, world_size: int) -> list[str]:
+def settings_for_loading(config: Config, loading: LoadingSpeed, needed: float, world_size: int) -> list[str]:
     """Settings that load images faster."""
     cores = (os.cpu_count() or 1) // world_size
     needed_workers = math.ceil(max(1, loading.workers) * needed / loading.images_per_s)
@@ -212,7 +215,7 @@ def settings_for_loading(config: Config, loading: Loading, needed: float, world_
     return [*keys, f"more cores (this machine has {cores} per device)", "smaller files on disk"]
 
 
-def settings_for_network(config: Config, stepping: Stepping) -> list[str]:
+def settings_for_network(config: Config, stepping: TrainingSpeed) -> list[str]:
     """Settings that make a step faster, or use more of the device."""
     on_gpu = choose_accelerator(config.trainer.accelerator) == "gpu"
     keys = []
@@ -227,7 +230,7 @@ def settings_for_network(config: Config, stepping: Stepping) -> list[str]:
     return [*keys, "smaller data.short_edges", "a smaller network (mode=models)"]
 
 
-def figures_table(figures: Figures, config: Config) -> Table:
+def figures_table(figures: BenchResult, config: Config) -> Table:
     """One row per measurement."""
     loading, stepping, evaluating, _ = figures
     table = Table(title=f"{network_name(config.model)} on {config.data.name}", show_header=False)
@@ -241,11 +244,11 @@ def figures_table(figures: Figures, config: Config) -> Table:
     return table
 
 
-def figures_to_dict(figures: Figures) -> dict[str, Any]:
+def figures_to_dict(figures: BenchResult) -> dict[str, Any]:
     """The content of bench.json."""
     return {
         "loading": figures.loading._asdict(),
-        "training": figures.stepping._asdict() | {"waiting": figures.stepping.waiting},
+        "training": figures.stepping._asdict() | {"waiting": figures.stepping.waiting_fraction},
         "evaluation": None if figures.evaluating is None else figures.evaluating._asdict(),
         "advice": figures.advice,
     }

@@ -68,7 +68,7 @@ class CountBadImages(Callback):
         assert self._votes is not None, "on_fit_start comes first"
         for reason in batch.bad:
             report_bad_image(reason)
-        bad, seen = self._votes.total(len(batch.bad), self.batch_size)
+        bad, seen = self._votes.sum(len(batch.bad), self.batch_size)
         self.left_out += bad
         self.seen += seen
         pl_module.log("data/left_out", float(self.left_out), logger=False, batch_size=1)

@@ -78,7 +78,7 @@ class NonFiniteGuard(Callback):
         norm = float(get_total_norm(gradients))
         losses = [float(loss) for loss in self._losses]
         is_bad_here = not all(map(is_finite, losses)) or not (self.has_scaler or is_finite(norm))
-        (is_bad,) = self._votes.largest(is_bad_here)
+        (is_bad,) = self._votes.maximum(is_bad_here)
         batches, self._batches, self._losses = self._batches, [], []
         if not is_bad:
             return

@@ -153,7 +153,7 @@ class Saver(Checkpoint):
 
     def _vote(self, *numbers: int) -> list[int]:
         assert self._votes is not None, "on_fit_start comes first"
-        return self._votes.largest(*(int(number) for number in numbers))
+        return self._votes.maximum(*(int(number) for number in numbers))
 
     def _stop_if(self, number: int, trainer: pl.Trainer) -> None:
         if not number:

@@ -71,7 +71,7 @@ class Votes:
     def __init__(self, world_size: int) -> None:
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
 
-    def largest(self, *numbers: int) -> list[int]:
+    def maximum(self, *numbers: int) -> list[int]:
         """The maximum over all ranks for each of `numbers`. Every rank must call it equally often."""
         if self._group is None:
             return list(numbers)
@@ -79,7 +79,7 @@ class Votes:
         dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)  # pyright: ignore[reportArgumentType]
         return ballot.tolist()
 
-    def total(self, *numbers: int) -> list[int]:
+    def sum(self, *numbers: int) -> list[int]:
         """The sum over all ranks for each of `numbers`. Every rank must call it equally often."""
         if self._group is None:
             return list(numbers)
