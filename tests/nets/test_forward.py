@@ -20,7 +20,6 @@ from semseg.nets.registry import build_decoder, build_encoder
 REFERENCE = golden("nets_forward.json")
 TOLERANCE = 1e-6  # relative to the output's standard deviation
 Module = TypeVar("Module", bound=nn.Module)
-Layout = tuple[tuple[str, torch.Size], ...]  # keys and shapes of a state dict
 MOMENTUM = 0.001  # for the running statistics in the original, except in HRNet
 
 
@@ -51,17 +50,17 @@ def filled_decoder(name: str, channels: tuple[int, ...]) -> Decoder:
 
 
 @cache
-def filled_state(layout: Layout) -> dict[str, Tensor]:
-    """The float64 state of all networks with these keys and shapes, such as those that differ in their dilation."""
-    values = {key: filled(key, shape) for key, shape in layout}
-    return {key: value.double() if value.is_floating_point() else value for key, value in values.items()}
+def filled_value(key: str, shape: torch.Size) -> Tensor:
+    """The float64 value of the tensor `key`, which is the same in all networks that have it in this shape."""
+    value = filled(key, shape)
+    return value.double() if value.is_floating_point() else value
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_networks() -> Iterator[None]:
     """Free the gigabyte that the networks take."""
     yield
-    for cached in (encoder_run, filled_decoder, filled_state):
+    for cached in (encoder_run, filled_decoder, filled_value):
         cached.cache_clear()
 
 
@@ -74,7 +73,7 @@ def probabilities(logits: Tensor) -> Tensor:
 
 def fill(module: Module) -> Module:
     """Replace the meta tensors of a network by the values of its names, in float64; its statistics are copies."""
-    state = filled_state(tuple((key, value.shape) for key, value in module.state_dict().items()))
+    state = {key: filled_value(key, value.shape) for key, value in module.state_dict().items()}
     copied = {key: value.clone() for key, value in state.items() if "running" in key or "num_batches" in key}
     module.load_state_dict(state | copied, assign=True)
     for layer in module.modules():
