@@ -141,9 +141,16 @@ def test_a8_two_runs_with_one_seed_write_the_same_log(root: Path, tmp_path: Path
     assert logs[0] == logs[1] and logs[0].count(b"\n") == 4
 
 
+SAVED_RUNS: dict[tuple[str, ...], Path] = {}  # their folders by their further overrides
+
+
 def saved_run(root: Path, tmp_path: Path, *words: str) -> Path:
-    """The checkpoint of a run of one epoch."""
-    fit(run_of(root, tmp_path / "saved", "trainer.max_epochs=1", *words))
+    """The checkpoint of a run of one epoch, in a copy of its folder; the run itself is trained once."""
+    if words not in SAVED_RUNS:
+        folder = root.parent / f"saved_run_{len(SAVED_RUNS)}"
+        fit(run_of(root, folder, "trainer.max_epochs=1", *words))
+        SAVED_RUNS[words] = folder
+    shutil.copytree(SAVED_RUNS[words], tmp_path / "saved")
     return tmp_path / "saved" / "checkpoints" / "last.ckpt"
 
 
