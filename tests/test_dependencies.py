@@ -28,20 +28,20 @@ def needed_by(requirements: list[str]) -> set[str]:
     waiting = [(Requirement(text), frozenset[str]()) for text in requirements]
     done: set[tuple[str, frozenset[str]]] = set()
     while waiting:
-        requirement, extras = waiting.pop()
-        name, wanted = canonicalize_name(requirement.name), frozenset(requirement.extras)
-        is_meant = requirement.marker is None or any(
-            requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras)
+        requirement, requested = waiting.pop()
+        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        applies = requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": extra}) for extra in ("", *requested)
         )
-        if not is_meant or (name, wanted) in done:
+        if not applies or (name, extras) in done:
             continue
-        done.add((name, wanted))
+        done.add((name, extras))
         found.add(name)
         try:
             further = requires(requirement.name) or []
         except PackageNotFoundError:  # an extra that is not installed
             continue
-        waiting += [(Requirement(text), wanted) for text in further]
+        waiting += [(Requirement(text), extras) for text in further]
     return found
 
 

@@ -104,7 +104,7 @@ def test_the_published_convention_holds_on_one_device_too(root: Path, tmp_path: 
     published, _ = fitted(configured(root, tmp_path / "b", *one_step, "syncbn.convention=published"))
     name = "encoder.fine.0.1.running_var"
     moved = [module.net.state_dict()[name] - before[name] for module in (plain, published)]
-    # Of the first variance one takes on its momentum, 0.1, the other 1 / 1.999.
+    # One convention takes 0.1 of the first variance, its momentum; the other takes 1 / 1.999.
     torch.testing.assert_close(moved[1], moved[0] * 10 / 1.999, rtol=1e-9, atol=0)
     assert {type(layer) for layer in published.net.modules()} == {type(layer) for layer in plain.net.modules()}
 

@@ -59,7 +59,7 @@ class SavedNetwork(NamedTuple):
 
     source: str  # its file or files, for messages
     weights: dict[str, Tensor]  # encoder.* and decoder.*, on the CPU; empty if there is a graph
-    config: Config  # of the run that wrote the file
+    config: Config  # the run that wrote the file
     classes: ClassTable
     convention: Preprocessing  # how pixel values enter the network
     epoch: int = 0

@@ -27,7 +27,7 @@ RELEASES = {2018: Release(2018, "bgr_mean"), 2020: Release(2020, "rgb_mean_std")
 class PublishedNetwork(NamedTuple):
     """A published network: two files in one folder of the server."""
 
-    name: str  # of its configuration in configs/model
+    name: str  # the file in configs/model/
     folder: str
     epoch: int
     release: Release

@@ -24,9 +24,9 @@ from semseg.data.sources import Orientations
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 READY, WITH_WARNINGS, NOT_READY = "READY", "READY, WITH WARNINGS", "NOT READY"
-MAX_IGNORED_FRACTION = 0.9  # of the pixels of a mask; more is reported
-MAX_SINGLE_CLASS_FRACTION = 0.2  # of the masks of a split; more is reported
-RARE_FRACTION = 0.001  # of the pixels of train; classes below it are reported
+MAX_IGNORED_FRACTION = 0.9  # a mask with a larger fraction of ignored pixels is reported
+MAX_SINGLE_CLASS_FRACTION = 0.2  # a split with a larger fraction of one-class masks is reported
+RARE_FRACTION = 0.001  # classes with a smaller fraction of the training pixels are reported
 VOID = 255  # the id that most tools write for unlabelled pixels
 DARK = 0.25  # fraction of white: a 16-bit image with all values below is reported
 DARK_IF_ALL = 0.5  # instead of DARK, if it holds for all 16-bit images: they probably have fewer bits

@@ -21,7 +21,7 @@ from semseg.data.label_map import IGNORED
 from semseg.data.seeding import number_for
 
 AUGMENT_STREAM = 3  # random stream; plan.py defines the others
-BLUR_RADIUS = 4.0  # of the kernel, in standard deviations
+BLUR_RADIUS = 4.0  # radius of the kernel in standard deviations
 
 
 class Augmented(NamedTuple):

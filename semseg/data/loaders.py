@@ -48,7 +48,7 @@ class SlotDemand(NamedTuple):
     """Tensors of an item that go through shared slots."""
 
     tensors_per_item: int
-    bytes_per_tensor: int  # of the largest
+    bytes_per_tensor: int  # size of the largest tensor
 
 
 class WatchedLoader(DataLoader[Item]):

@@ -36,12 +36,12 @@ FIRST_OF_SEVERAL = ", first of several"  # ends the kind of a file with several 
 class PairFacts(NamedTuple):
     """What one image and its mask contain."""
 
-    height: int  # of the image in pixels, as it is read; 0 if it cannot be read
+    height: int  # height of the image in pixels, as it is read; 0 if it cannot be read
     width: int
     image_kind: str  # "JPEG RGB"; empty if the image cannot be read
     mask_kind: str  # "PNG L"; empty if the mask cannot be read, or there is none
     ids: dict[int, int]  # id in the mask -> pixels
-    colours: dict[str, int]  # of a colour-coded mask: "#ff8000" -> pixels
+    colours: dict[str, int]  # colour-coded masks: "#ff8000" -> pixels
     problem: str = ""  # why the pair cannot be trained on; ids that are no class are not checked here
     largest: int = -1  # largest pixel value of a 16-bit or nearly black image; -1 for other images
     white: int = 255  # largest value of the image's bit depth: 255 or 65535

@@ -25,7 +25,8 @@ from semseg.storage.archive import decode_zip_name
 ARCHIVE_SUFFIX = ".zip"
 MAX_BYTES = 2**30  # limit of one unpacked file, above any image: an archive of a few kB can announce terabytes
 SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"})  # written by file managers
-OLD_ENCODINGS = ("cp932", "gbk", "big5", "cp949", "cp1252", "cp1251", "cp850", "cp866")  # of names in old zip archives
+# Encodings of names in old zip archives.
+OLD_ENCODINGS = ("cp932", "gbk", "big5", "cp949", "cp1252", "cp1251", "cp850", "cp866")
 MAX_UNUSED_NAMES = 3  # names of unused files that a message lists for each reason
 
 

@@ -31,7 +31,7 @@ MAX_ENTRIES = 1_000_000
 MAX_RATIO = 200  # bytes unpacked for each byte of the archive
 MIN_SUSPICIOUS = 1 << 24  # bytes unpacked; below that any ratio is harmless
 COPY_BYTES = 1 << 20
-READ_ERRORS = (  # of damaged archives
+READ_ERRORS = (  # what damaged archives raise
     zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
     EOFError, OverflowError, UnicodeDecodeError, NotImplementedError,
 )  # fmt: skip
@@ -195,7 +195,7 @@ def open_archive(path: Path) -> Iterator[Iterator[Member]]:
 
 
 def describe_zip_entry(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Member:
-    kind = stat.S_IFMT(entry.external_attr >> 16)  # of the Unix mode; 0 if it was packed on another system
+    kind = stat.S_IFMT(entry.external_attr >> 16)  # file type of the Unix mode; 0 if it was packed on another system
     problem = "" if kind in (0, stat.S_IFREG, stat.S_IFDIR) else "it is a link or a device"
     problem = "it is encrypted" if entry.flag_bits & 1 else problem
     name = decode_zip_name(entry)

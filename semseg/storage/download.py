@@ -131,7 +131,7 @@ def download_to_cache(
         OSError: if a file cannot be written.
     """
     part = target.with_name(f"{target.name}.part")
-    expected = expected or read_recorded_digest(target)  # of a file that was here before
+    expected = expected or read_recorded_digest(target)  # from an earlier download
     failures = []
     for url in urls:
         print_once(f"downloading {hide_secrets(url)} to {target}")

@@ -21,7 +21,7 @@ from semseg.storage.atomic import atomic_write
 from semseg.system.text import escape_unprintable
 
 RESULT_FILE = "result.json"  # written when a run completes: the score and its name
-JOB_FILE = "job.json"  # of a job: its overrides and its state
+JOB_FILE = "job.json"  # the overrides and the state of a job
 STARTED, FINISHED, FAILED, STOPPED = "started", "finished", "failed", "stopped"
 
 

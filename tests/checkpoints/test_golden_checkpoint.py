@@ -1,4 +1,4 @@
-"""Checkpoints of every format so far load, and their runs go on with the steps that they would have taken."""
+"""Checkpoints of every format so far load, and their runs continue with the steps that they would have taken."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_c19_every_image_has_pillows_pixels_by_path_bytes_and_pil_object(tmp_pat
                     read(path)
             continue
         header, stored = read_header(path), read_image(path)
-        tolerance = 1 if name.startswith("JPEG ") else 0  # of another decoder
+        tolerance = 1 if name.startswith("JPEG ") else 0  # another decoder rounds differently
         for found in (
             read_image(path, upright=True),
             decode_image(data, "a", upright=True),

@@ -134,7 +134,7 @@ def rank_processes(supervisor: int) -> list[int]:
 
 
 def parent_and_session(process: int) -> tuple[int, int]:
-    """Of a process; zeros if it has ended."""
+    """The values of a process; zeros if it has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.reliability
 class Runs(NamedTuple):
     """What two ranks have done, all in one pair of processes: starting one costs seconds."""
 
-    root: str  # of the data
-    folder: Path  # of the run folders
+    root: str  # folder of the data
+    folder: Path  # parent of the run folders
     ranks: list[dict[str, Any]]
 
 

@@ -35,7 +35,7 @@ def run_of(run_dir: Path, *words: str) -> Config:
 
 
 def make(target: Path) -> None:
-    """Train for one epoch, keep the checkpoint as `target`, go on for another one, keep its losses beside it."""
+    """Train for one epoch, keep the checkpoint as `target`, train for another one, keep its losses beside it."""
     with tempfile.TemporaryDirectory(prefix="semseg_") as folder:
         run_dir = Path(folder)
         shutil.copytree(FOLDER / "dataset", run_dir / "dataset")

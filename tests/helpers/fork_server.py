@@ -1,8 +1,8 @@
 """Start Python programs as real processes without the seconds that importing torch and Lightning takes.
 
 The first program of a test process starts a server that has imported everything; it forks once for each program. The
-fork has its own process id, working directory, environment, streams and exit code. It differs from a program that was
-started afresh in its entry in the process table and in what is already imported: tests of those start their own.
+fork has its own process id, working directory, environment, streams and exit code. It differs from a program started by
+the interpreter in its entry in the process table and in what is already imported: tests of those start an interpreter.
 
 With FORK_CHILDREN=1 in its environment, the Python programs that a program starts (the ranks of a job) are forks of
 that program in the same way.
@@ -159,7 +159,7 @@ def import_everything() -> None:
     import semseg  # only in the server, which is a process of its own
 
     for module in pkgutil.walk_packages(semseg.__path__, "semseg."):
-        with contextlib.suppress(ImportError):  # of an extra that is not installed
+        with contextlib.suppress(ImportError):  # an extra is not installed
             importlib.import_module(module.name)
 
 

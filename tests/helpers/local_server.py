@@ -29,7 +29,7 @@ class LocalServer(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.answers: dict[str, list[Answer]] = {}
         self.asked: list[Asked] = []
-        self.num_bytes = 0  # of all bodies that were sent
+        self.num_bytes = 0  # length of all bodies sent so far
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}{path}"
@@ -76,7 +76,7 @@ def local_server() -> Iterator[LocalServer]:
 
 
 def whole(handler: Handler) -> None:
-    """The file, or the piece that was asked for if the file is still the one that was meant."""
+    """The file, or the requested range if the file has not changed since."""
     until(None)(handler)
 
 

@@ -18,7 +18,7 @@ import torch
 FORK = multiprocessing.get_context("fork")
 MEGABYTE = 2**20
 needs_proc = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak of memory"
+    not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory"
 )
 
 
@@ -55,7 +55,7 @@ def peak_growth(work: Callable[[], Any]) -> int:
     # What lies about free, or is collected meanwhile, would be used before the process grows.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident(field="VmHWM")
     work()
     return resident(field="VmHWM") - before

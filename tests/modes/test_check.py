@@ -135,7 +135,7 @@ def test_everything_that_is_wrong_with_files_is_listed_and_a_clean_list_leaves_i
     words = shlex.split(found["command"])
     assert any(word.startswith("data.train.list=") for word in words)
     again = check(root, *words[4:])
-    assert again["verdict"] == "READY, WITH WARNINGS"  # of the mask that is all ignored
+    assert again["verdict"] == "READY, WITH WARNINGS"  # about the mask that is all ignored
     assert sum(split["pairs"] for split in again["splits"]) == 13  # a part is held out now, as suggested
 
 

@@ -23,7 +23,7 @@ class Entry(NamedTuple):
 
     name: str
     content: bytes = b"abc"
-    kind: int = stat.S_IFREG  # of the Unix mode
+    kind: int = stat.S_IFREG  # file type of the Unix mode
 
 
 class Hostile(NamedTuple):
@@ -194,7 +194,7 @@ def test_an_archive_that_is_cut_short_is_reported_wherever_it_ends(tmp_path: Pat
 def test_a_damaged_byte_is_reported(tmp_path: Path, suffix: str, place: int) -> None:
     path = make(tmp_path / f"set.{suffix}", [Entry("a", os.urandom(3000)), Entry("b", os.urandom(3000))])
     whole = bytearray(path.read_bytes())
-    whole[place] ^= 0xFF  # of a plain tar file a header: its contents have no sums
+    whole[place] ^= 0xFF  # in a plain tar file, a header: its contents have no checksums
     path.write_bytes(whole)
     with pytest.raises(DataError, match=str(path)):
         extract_archive(path, tmp_path / "set")

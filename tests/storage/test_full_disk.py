@@ -124,7 +124,7 @@ def test_b10_on_error_warn_trains_on_without_best_last_log_and_panels(
     write, written = atomic_io._stream_checkpoint, []
 
     def write_if_there_is_room(path: Path, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["epoch"] == 1:  # of 0, 1, 2
+        if checkpoint["epoch"] == 1:  # the second of three
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         written.append((path.name.split(".")[1], checkpoint["epoch"]))
         write(path, checkpoint)

@@ -34,7 +34,7 @@ RATE, POWER = 0.02, 0.9
 class Setting(NamedTuple):
     """What decides the steps of a run."""
 
-    batches: int  # of an epoch
+    batches: int  # sub-batches in an epoch
     epochs: int
     max_steps: int  # -1: as many as the epochs have
     accumulate: int
