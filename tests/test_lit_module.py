@@ -98,6 +98,7 @@ def test_early_stopping_ends_a_run_that_gets_no_better(root: Path, tmp_path: Pat
     assert len(epochs) == 2  # the first, and one that was not better
 
 
+@pytest.mark.slow
 def test_the_published_convention_holds_on_one_device_too(root: Path, tmp_path: Path) -> None:
     one_step = ["data.steps_per_epoch=1", "trainer.precision=64-true"]
     plain, before = fitted(configured(root, tmp_path / "a", *one_step))
@@ -177,6 +178,7 @@ def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path
     assert module.scores == scores_from(matrix.compute().matrix, config.data.miou_rule)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize(("limit", "scored"), [("1", 1), ("9", 3), ("0.5", 1), ("1.0", 3), ("0", None)])
 def test_i2_a_limit_of_validation_is_a_number_of_batches_or_a_fraction(
@@ -197,6 +199,7 @@ def test_i2_a_limit_of_validation_is_a_number_of_batches_or_a_fraction(
     assert counted == ([] if scored is None else [scored])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "word",
     [
@@ -216,6 +219,7 @@ def test_i2_a_fraction_of_less_than_one_batch_is_refused(root: Path, tmp_path: P
         fitted(configured(root, tmp_path, f"trainer.{key}=0.1"))
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize(
     "words",

@@ -214,6 +214,7 @@ NESTED_ENTRY_POINTS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRY_POINTS)
 def test_g1_no_entry_point_runs_code_from_a_checkpoint(entry: str, files: Path) -> None:
     if files.name == "nested" and entry not in NESTED_ENTRY_POINTS:
@@ -228,6 +229,7 @@ def test_g1_no_entry_point_runs_code_from_a_checkpoint(entry: str, files: Path) 
         assert files.name == "targets" or entry == "resume=auto"  # words that nobody reads do no harm
 
 
+@pytest.mark.slow
 def test_g1_the_payloads_would_run_if_they_were_let(files: Path, marker: Path) -> None:
     if files.name == "targets":
         return  # what it names is called in the test of G3
@@ -237,6 +239,7 @@ def test_g1_the_payloads_would_run_if_they_were_let(files: Path, marker: Path) -
         marker.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["ckpt", "resume", "init_from", "model.encoder.weights"])
 def test_g1_an_address_is_no_file_and_is_not_opened(key: str, place: Path, honest: dict[str, Any]) -> None:
     torch.save({"extra": Payload()}, place / "remote.ckpt")
@@ -335,6 +338,7 @@ def findings(source: str) -> list[str]:
     return visitor.found
 
 
+@pytest.mark.slow
 def test_g2_no_source_file_calls_what_could_run_a_file() -> None:
     sources = [ROOT / "run.py", *(ROOT / "semseg").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     assert len(sources) > 50
@@ -416,6 +420,7 @@ def test_g3_every_target_that_is_not_on_the_list_is_refused_before_anything_is_i
     assert missed == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_new_module")
 @pytest.mark.parametrize("word", PLACES)
 def test_g3_a_target_is_refused_wherever_it_is_before_anything_is_imported(word: str) -> None:
@@ -456,6 +461,7 @@ def with_saved_config(honest: dict[str, Any], key: str, value: Any) -> dict[str,
     return {**honest, FORMAT_KEY: entry}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -485,6 +491,7 @@ def network(path: Path) -> Any:
     return open_network(check_config(compose_config(words)), words)[0]
 
 
+@pytest.mark.slow
 def test_g4_loggers_and_callbacks_of_a_saved_configuration_are_never_made(
     place: Path, honest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -222,6 +222,7 @@ def test_shared_memory_is_needed_once_and_a_view_needs_all_of_it() -> None:
     assert atomic_io.count_tensor_bytes({"a": weights, "b": [weights], "c": ({"d": weights[:1]},), "e": 3}) == 4000
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @needs_proc
 def test_b7_saving_takes_a_fifth_of_the_file_in_memory_at_most(tmp_path: Path) -> None:

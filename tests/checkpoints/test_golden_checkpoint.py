@@ -30,6 +30,7 @@ def test_a12_there_is_a_checkpoint_of_the_present_format() -> None:
     assert f"format_{FORMAT_VERSION}.ckpt" in [path.name for path in CHECKPOINTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: path.stem)
 def test_a12_a_checkpoint_of_an_earlier_release_resumes_with_the_same_losses(path: Path, tmp_path: Path) -> None:
     config = run_of(tmp_path)
@@ -56,6 +57,7 @@ def test_a12_a_run_without_data_decode_resumes_with_exact_decoding(tmp_path: Pat
         check_same_run(state, run_of(tmp_path, "data.decode=fast"), num_classes=state.num_classes)
 
 
+@pytest.mark.slow
 def test_a12_a_checkpoint_with_a_key_that_is_gone_is_resumed_and_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

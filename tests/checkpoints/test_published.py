@@ -38,6 +38,7 @@ def read(folder: Path, *words: str):
     return find_network(str(folder), config(*words), list(words))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "decoder"),
     [
@@ -61,6 +62,7 @@ def test_every_published_layout_is_recognised(encoder: str, decoder: str) -> Non
     assert found.options == ({"width": 512} if decoder == "upernet" else dict(expected.options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bookkeeping", "counters"), [(0, False), (2, False), (3, False), (3, True)])
 def test_files_of_every_age_give_the_same_network(tmp_path: Path, bookkeeping: int, counters: bool) -> None:
     encoder, decoder = write_files(tmp_path, *TWO_CLASSES, bookkeeping=bookkeeping, counters=counters)
@@ -81,6 +83,7 @@ def test_the_last_epoch_with_both_files_is_taken(tmp_path: Path) -> None:
     assert find_published_files(f"{files.encoder},{files.decoder}") == files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "convention", "reason"),
     [
@@ -150,6 +153,7 @@ def test_a_shape_that_differs_is_a_difference() -> None:
     assert find_matching_layout(Path("x"), {"a": torch.empty(2, 3), "b": torch.empty(1)}, {"net": state}) == "net"
 
 
+@pytest.mark.slow
 def test_a_network_of_the_zoo_is_downloaded(tmp_path: Path) -> None:
     write_files(tmp_path / "ade20k-resnet18dilated-ppm_deepsup", "resnet18_dilated8", "ppm_deepsup", 150)
     with served(tmp_path) as server:

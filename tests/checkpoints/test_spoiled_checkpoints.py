@@ -83,6 +83,7 @@ def tiny() -> Iterator[None]:
 ONE_IN = pytest.mark.parametrize("one_in", [4, pytest.param(1, marks=pytest.mark.long)])
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.filterwarnings("ignore")
 @ONE_IN
@@ -105,6 +106,7 @@ def test_h4_every_spoiled_entry_of_the_network_is_read_or_refused_by_name(whole:
     assert refused > 200 / one_in and read > 10 / one_in, (refused, read)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.filterwarnings("ignore")
 @ONE_IN
@@ -126,6 +128,7 @@ def test_h4_every_spoiled_entry_of_the_training_state_is_resumed_or_refused_by_n
     assert refused > len(places) / one_in / 2
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_h5_weights_that_are_not_finite_are_refused_with_their_name(
@@ -144,6 +147,7 @@ def test_h5_weights_that_are_not_finite_are_refused_with_their_name(
             importlib.import_module(f"semseg.modes.{mode}").run(config, [])
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("packing", ["compressed", "overlapping"])
 def test_h6_packed_entries_are_refused_before_they_take_memory(packing: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ def test_help_lists_models_data_sets_and_sections(tmp_path: Path) -> None:
         assert name in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -56,6 +56,7 @@ def wait_for_all(processes: list[subprocess.Popen[str]]) -> list[str]:
     return outputs
 
 
+@pytest.mark.slow
 def test_f1_runs_of_the_same_second_get_different_folders(tmp_path: Path) -> None:
     outputs = wait_for_all([start(tmp_path, *COMPARE) for _ in range(3)])
     name = "2026-01-02_03-04-05_compare"
@@ -65,6 +66,7 @@ def test_f1_runs_of_the_same_second_get_different_folders(tmp_path: Path) -> Non
     assert len(list(tmp_path.glob("runs/*/.hydra/config.yaml"))) == 3  # no configuration is lost
 
 
+@pytest.mark.slow
 def test_f1_sweeps_of_the_same_second_get_different_folders_with_all_their_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +143,7 @@ def test_f3_our_ranks_receive_the_folder_and_claim_none(tmp_path: Path, monkeypa
     assert list((tmp_path / "runs").iterdir()) == [run_dir]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["plain", "my runs", 'a"b', "a\\", 'a\\"b', "a\\\\", "it's", "a=b,c(d)", "[x]{y}", "ü"]
 )

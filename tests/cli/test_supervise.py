@@ -42,6 +42,7 @@ def indented(code: str) -> str:
     return "\n".join("    " + line for line in code.strip().splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("fault", "code", "reason"),
@@ -106,6 +107,7 @@ def without_nohup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_supervisor_ends_all(tmp_path: Path, number: signal.Signals) -> None:
     code = (
@@ -120,6 +122,7 @@ def test_a_signal_to_the_supervisor_ends_all(tmp_path: Path, number: signal.Sign
     assert process.wait(timeout=15) == (130 if number == signal.SIGINT else 143)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "count"),
     [
@@ -148,6 +151,7 @@ MPIRUN = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
 REFUSED = "has started 4 processes, but trainer.devices={} on trainer.num_nodes={} needs {}. Set trainer.devices={}"
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize(
     ("variables", "overrides", "refusal"),

@@ -95,6 +95,7 @@ def table(folder: Path) -> list[dict[str, str]]:
 # ---- F4: failed jobs, skipped jobs, and the table
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_f4_a_failing_job_does_not_stop_the_others_and_the_table_ranks_them_all(
     stub: Stub, start: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -115,6 +116,7 @@ def test_f4_a_failing_job_does_not_stop_the_others_and_the_table_ranks_them_all(
     assert "to continue: python run.py -m optim.lr=0.04,0.02,0.01 seed=1 sweep_dir=x\n" in output
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_f4_a_repeated_sweep_runs_only_unfinished_and_new_jobs(stub: Stub, start: Sweep, tmp_path: Path) -> None:
     stub.failing = {"0.02"}
@@ -140,6 +142,7 @@ def test_f4_only_the_same_overrides_with_a_result_are_a_finished_job(tmp_path: P
     assert find_finished_job(tmp_path, words, scores=True) is None
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_sweep_and_prints_how_to_continue(
     stub: Stub, start: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +185,7 @@ def test_a_training_without_a_result_has_not_ended(tmp_path: Path) -> None:
     assert classify_end(ProcessEnd(0, None), tmp_path, scores=True) == ("stopped", "")
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_d5_twenty_jobs_leave_the_memory_of_the_sweep_as_it_is(stub: Stub, start: Sweep) -> None:
     start("-m", "optim.lr=0.01", "sweep_dir=before")  # imports everything
@@ -330,11 +334,13 @@ def test_a_search_has_no_settings_of_jobs(name: str) -> None:
     assert job_name([f"hparams_search={name}", "seed=1"]) == job_name(["seed=1"])
 
 
+@pytest.mark.slow
 def test_the_grid_is_swept_and_an_override_replaces_its_values(stub: Stub, start: Sweep) -> None:
     assert start("-m", "hparams_search=grid", "optim.weight_decay=1e-4", "sweep_dir=x") == 0
     assert stub.rates == ["0.005", "0.01", "0.02", "0.04"]
 
 
+@pytest.mark.slow
 def test_optuna_receives_scores_and_failures_and_continues_a_search(stub: Stub, start: Sweep, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     search = ["-m", "hparams_search=optuna", "sweep_dir=x"]
@@ -358,6 +364,7 @@ def test_optuna_without_a_successful_job_ends_with_the_table(
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plugin", "words"),
     [
@@ -377,6 +384,7 @@ def test_jobs_may_run_at_the_same_time(plugin: str, words: list[str], tmp_path: 
     assert len(list(tmp_path.glob("x/*/compare.html"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_f4_a_sweep_that_trains(start: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["-m", *TINY, *TINY_NETWORK, "optim.lr=-1,0.01", "sweep_dir=x"]

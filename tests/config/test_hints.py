@@ -55,6 +55,7 @@ def test_i4_a_typo_in_any_key_of_any_section_is_recognised() -> None:
             assert f"Did you mean {section}{dot}" in explain_unknown_key(swapped, KEYS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", sorted({key.rpartition(".")[0] for key in KEYS} - {""}))
 def test_i4_a_typo_in_a_file_is_recognised_in_every_section(section: str) -> None:
     key = max((key for key in KEYS if key.rpartition(".")[0] == section), key=len)
@@ -64,6 +65,7 @@ def test_i4_a_typo_in_a_file_is_recognised_in_every_section(section: str) -> Non
     assert f"Did you mean {key}?" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "part"),
     [

@@ -40,6 +40,7 @@ GROUPS = ("model", "model/encoder", "model/decoder", "data", "optim", "schedule"
 NUM_ROUNDS = max(len(options(group)) for group in GROUPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(NUM_ROUNDS))
 def test_every_option_of_every_group_composes_and_checks(number: int) -> None:
     chosen = {group: options(group)[number % len(options(group))] for group in GROUPS}
@@ -64,6 +65,7 @@ def test_every_key_of_the_schema_can_be_set_on_the_command_line() -> None:
             node = node[word]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "part"),
     [
@@ -120,6 +122,7 @@ def test_a_typo_inside_a_file_is_caught(tmp_path: Path) -> None:
         check_config(composed)
 
 
+@pytest.mark.slow
 def test_a_configuration_survives_the_trip_through_plain_data() -> None:
     config = check_config(compose_config(["data=camvid", "model=upernet50", "trainer.devices=[0,1]"]))
     plain = yaml.safe_load(yaml.safe_dump(config_to_plain(config)))

@@ -191,6 +191,7 @@ def test_training_without_labels_or_with_a_wrong_stride_is_refused() -> None:
         train_set(size_divisor=8, label_stride=3)
 
 
+@pytest.mark.slow
 def test_a_broken_file_in_a_worker_names_itself() -> None:
     missing = [*RECORDS[:1], RECORDS[1]._replace(image="/no/such.jpg")]
     dataset = EvalDataset(missing, LABEL_MAP, OPTIONS, short_edges=[75], antialias=True)

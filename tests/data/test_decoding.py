@@ -122,6 +122,7 @@ def pillows(data: bytes) -> NDArray[np.uint8] | None:
         return np.asarray(upright.convert("RGB"))
 
 
+@pytest.mark.slow
 def test_c19_every_image_has_pillows_pixels_by_path_bytes_and_pil_object(tmp_path: Path) -> None:
     seen = 0
     for name, data in (*cases(), *turned_cases(), *unusual_cases()):

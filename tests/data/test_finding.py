@@ -78,6 +78,7 @@ def unused(root: Path, *words: str) -> str:
 # ---- links
 
 
+@pytest.mark.slow
 def test_c29_links_to_folders_are_followed(tmp_path: Path) -> None:
     draw_pairs(tmp_path / "set", "a/0", "a/1")
     draw_pairs(tmp_path / "elsewhere", "2", "sub/3")
@@ -300,6 +301,7 @@ def test_c34_a_missing_folder_is_reported_with_what_exists_instead(tmp_path: Pat
 # ---- lists
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separator", [",", ";", "\t", ", "])
 @pytest.mark.parametrize(
     "header",

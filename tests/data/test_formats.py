@@ -198,6 +198,7 @@ def test_cityscapes_with_train_ids_and_with_label_ids(tmp_path: Path) -> None:
     assert source(tmp_path, "data=cityscapes_labelids").label_map.to_raw(np.array([0, 18])).tolist() == [7, 33]
 
 
+@pytest.mark.slow
 def test_pascal_voc_takes_the_stems_of_its_lists(tmp_path: Path) -> None:
     for stem in ("2007_01", "2007_02", "2007_03"):
         image(tmp_path / "JPEGImages" / f"{stem}.jpg")
@@ -262,6 +263,7 @@ def test_one_table_for_all_splits(tmp_path: Path, name: str, text: str) -> None:
     assert data.records("train")[0].size == (8, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -70,6 +70,7 @@ def test_without_shuffling_the_members_are_the_published_ones() -> None:
         assert [names[index] for index in plan.sub_batch(case["call"]).records] == case["members"]
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a7_no_record_is_lost_or_repeated_in_any_pass_and_ranks_share_all_numbers() -> None:
     """1600 combinations of world size, batch size and number of records, at least 3 passes each.
@@ -173,6 +174,7 @@ def test_an_array_of_sizes_is_as_good_as_a_list() -> None:
     assert plan_for(np.array(sizes)).sub_batch(5) == plan_for(sizes).sub_batch(5)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_ten_million_records_fit() -> None:
     sizes = np.random.default_rng(0).integers(100, 1000, (10**7, 2), dtype=np.int16)
     plan = TrainPlan(sizes, seed=1, batch_size=2, short_edges=[300])

@@ -86,6 +86,7 @@ def test_e10_the_death_of_an_idle_worker_of_another_iteration_is_not_blamed_on_t
         next(training)
 
 
+@pytest.mark.slow
 def test_e10_a_stopped_worker_is_reported_after_the_patience_and_ends() -> None:
     items = iter(loader(Numbers(slow=3), patience_s=1))
     assert int(next(items)) == 0

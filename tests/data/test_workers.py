@@ -76,6 +76,7 @@ def loader_of(dataset: Dataset[Any], **options: Any) -> WatchedLoader[Any]:
     return WatchedLoader(dataset, lambda number: [f"{number}.jpg"], 60.0, batch_size=None, num_workers=2, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_c28_every_error_of_a_worker_ends_the_iteration_and_both_workers(fault: str) -> None:
     _, kind, message = FAULTS[fault]
@@ -85,6 +86,7 @@ def test_c28_every_error_of_a_worker_ends_the_iteration_and_both_workers(fault: 
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_c28_an_error_does_not_wait_for_the_worker_that_is_busy() -> None:
     started = time.monotonic()
     with pytest.raises(ConfigError):
@@ -124,6 +126,7 @@ class Failing(Dataset[int]):
         raise ValueError("message")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", LoaderFailure)
 def test_failures_are_recognised_by_the_messages_of_the_installed_pytorch(failure: LoaderFailure) -> None:
     is_timeout = failure is LoaderFailure.TIMED_OUT

@@ -44,6 +44,7 @@ def run_of_two(run: Run, folder: Path) -> tuple[Path, str]:
     return run_dir, output
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_f3_two_ranks_share_one_folder_and_one_configuration(run_of_two: tuple[Path, str], folder: Path) -> None:
     run_dir, output = run_of_two
@@ -82,6 +83,7 @@ def test_torchrun_on_one_node(run: Run, folder: Path) -> None:
     assert len(list(folder.glob("torchrun/**/last.ckpt"))) == 1
 
 
+@pytest.mark.slow
 def test_two_torchruns_act_as_two_nodes(start: Start, folder: Path) -> None:
     port = free_port()
     nodes = [
@@ -97,6 +99,7 @@ def test_two_torchruns_act_as_two_nodes(start: Start, folder: Path) -> None:
     assert len(list(folder.glob("nodes/**/.hydra/config.yaml"))) == 1
 
 
+@pytest.mark.slow
 def test_slurm_starts_the_ranks_itself(start: Start, folder: Path) -> None:
     shared = {
         "SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
@@ -113,6 +116,7 @@ def test_slurm_starts_the_ranks_itself(start: Start, folder: Path) -> None:
     assert len(list(folder.glob("slurm/**/last.ckpt"))) == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_each_job_once_on_its_own_ranks(run: Run, folder: Path) -> None:
     run("-m", *SMALL, "optim.lr=0.01,0.02", "trainer.devices=2", "runs_dir=sweep")
     assert len(list(folder.glob("sweep/**/result.json"))) == 2
@@ -160,6 +164,7 @@ def test_e1_a_rank_that_is_killed_ends_the_job_and_is_named(start: Start, tmp_pa
     assert not [process for process in ranks if Path(f"/proc/{process}").exists()]
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_is_named_with_its_exception(start: Start, folder: Path, tmp_path: Path) -> None:
     victim = sorted((folder / "scenes/annotations/validation").iterdir())[1]  # validation image 1 belongs to rank 1
     content = victim.read_bytes()
@@ -174,6 +179,7 @@ def test_a_rank_that_raises_is_named_with_its_exception(start: Start, folder: Pa
     assert "rank1" in last_block[1]
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_e5_the_ranks_end_with_the_supervisor(start: Start, tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate", step=1)

@@ -73,6 +73,7 @@ def test_e2_e5_a_signal_to_any_rank_stops_all_of_them_at_the_same_step(
     assert not [process for process in ranks if Path(f"/proc/{process}").exists()]
 
 
+@pytest.mark.slow
 def test_e3_ctrl_c_to_the_job_reaches_its_ranks(start: Start, tmp_path: Path) -> None:
     run_dir, gate = tmp_path / "run", Gate(tmp_path / "gate", step=2)
     job = start(*SMALL, *STEPS, "trainer.devices=2", f"run_dir={run_dir}", variables=gate.variables)
@@ -101,6 +102,7 @@ class StopInValidation(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("signals_restored")
 def test_e4_a_run_that_was_stopped_during_validation_validates_first_when_it_resumes(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -120,6 +122,7 @@ def test_e4_a_run_that_was_stopped_during_validation_validates_first_when_it_res
     assert "val/miou" in rows[1]
 
 
+@pytest.mark.slow
 def test_e6_a_slurm_job_is_requeued_and_resumes_where_it_was(
     start: Start, run: Run, folder: Path, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ def end_of(run_dir: Path) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in ("semseg", "callbacks")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STOPS)
 def test_a1_a2_a_run_on_two_ranks_that_was_stopped_and_resumed_equals_one_that_was_not(runs: Runs, step: int) -> None:
     assert all(step in rank["stopped"] for rank in runs.ranks)

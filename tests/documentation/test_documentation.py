@@ -35,6 +35,7 @@ def test_every_page_is_in_the_navigation_and_none_is_empty() -> None:
     assert all((ROOT / "docs" / name).stat().st_size > 200 for name in named)
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)

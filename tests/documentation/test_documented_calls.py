@@ -79,6 +79,7 @@ def combinations(names: list[str]) -> list[dict[str, Any]]:
     return [given for given in every if given.get("window") or not given.get("stride")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_i1_a_python_block_of_the_documentation_runs(
     checkpoint: Path, photo: Path, block: str, monkeypatch: pytest.MonkeyPatch
@@ -112,6 +113,7 @@ def test_i1_the_documented_calls_are_those_of_the_classes() -> None:
         assert set(keywords(arguments)) <= set(VALUES), f"{name}: say what to try its new argument with, in VALUES"
 
 
+@pytest.mark.slow
 def test_i1_predict_takes_every_combination_of_its_documented_arguments(checkpoint: Path, photo: Path) -> None:
     net = semseg.load(checkpoint, "predict.scales=[32]", "predict.flip=true", device="cpu")
     for given in combinations(keywords(CALLS["Predictor.predict"])):

@@ -50,6 +50,7 @@ def test_a_custom_encoder_trains_on_two_ranks_and_is_evaluated(tmp_path: Path) -
     assert "widht" in wrong and "width" in wrong
 
 
+@pytest.mark.slow
 def test_a_custom_decoder_trains_and_predicts(tmp_path: Path) -> None:
     program = write_program("my_decoder.py", tmp_path)
     words = [word for word in TINY if "decoder" not in word]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import nbformat
+import pytest
 
 from helpers.command_line import RUN
 from helpers.fork_server import FORK_CHILDREN, run_python
@@ -39,6 +40,7 @@ def test_the_notebook_is_stored_without_outputs() -> None:
     assert all(not cell.outputs and cell.execution_count is None for cell in cells if cell.cell_type == "code")
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom() -> None:
     environment = os.environ | {FORK_CHILDREN: "1", "OMP_NUM_THREADS": "1"}
     run = run_python("-c", PROGRAM, str(NOTEBOOK), *SHORT, cwd=NOTEBOOK.parent, env=environment)

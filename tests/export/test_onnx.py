@@ -119,11 +119,13 @@ def test_networks_give_the_same_logits_at_every_size(encoder: str, decoder: str,
     assert max(differences(net, tmp_path / "net.onnx")) < 1e-5
 
 
+@pytest.mark.slow
 def test_c1_gives_the_same_logits_at_every_size(folder: Path) -> None:
     net = restore_network(build.read_checkpoint(folder / "net.ckpt"))
     assert max(differences(net, folder / "net.onnx")) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_file_for_torch_export_gives_the_same_logits_and_holds_the_description(tmp_path: Path) -> None:
     net = tiny_segmenter("c1")
     write_torch_export(tmp_path / "net.pt2", net, {"size_divisor": 4})
@@ -156,6 +158,7 @@ def test_the_file_does_not_contain_source_paths(folder: Path) -> None:
     assert str(CONFIG_DIR.parent / "semseg").encode() not in (folder / "net.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_prediction_needs_nothing_but_the_file(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "net.onnx", tmp_path / "alone.onnx")
     picture = np.random.default_rng(0).integers(0, 256, (150, 97, 3), dtype=np.uint8)
@@ -169,6 +172,7 @@ def test_prediction_needs_nothing_but_the_file(folder: Path, tmp_path: Path) -> 
     assert found.classes == expected.classes
 
 
+@pytest.mark.slow
 def test_evaluation_scores_as_with_the_checkpoint(folder: Path) -> None:
     scores = [
         run("eval", f"ckpt={folder / name}", "trainer=cpu", f"run_dir={name}", "trainer.enable_progress_bar=false")
@@ -199,6 +203,7 @@ def test_a_file_that_gives_other_numbers_is_rejected() -> None:
         compare_with_network(net, lambda image: PixelNetwork(net)(image)[:1], ((2, 2, 1),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [None, b"an earlier file"])
 def test_a_rejected_file_is_not_written(
     before: bytes | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -234,6 +239,7 @@ def drawn_scene(folder: Path) -> torch.Tensor:
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dynamic", "static"])
 def test_integers_make_a_quarter_of_the_file_and_scores_are_printed(
     method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -269,6 +275,7 @@ def test_without_the_data_set_dynamic_quantisation_works_and_nothing_is_scored(
 # ---- unsafe files and options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [

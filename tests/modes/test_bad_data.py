@@ -120,6 +120,7 @@ CHECKED_AT_START = ("c14 a bad line", "c15 too few images", "c18 in both splits"
 READ_IN_PROCESS = ("c1 truncated image", "c1 left out", "c9 in validation", *CHECKED_AT_START)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "workers"),
     [*((name, 0) for name in READ_IN_PROCESS), *((name, 2) for name in FAULTS if name not in CHECKED_AT_START)],

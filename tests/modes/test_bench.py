@@ -28,6 +28,7 @@ def test_it_times_reading_training_and_evaluation_and_leaves_figures_alone(tmp_p
     assert not (tmp_path / "bench" / "checkpoints").exists() and not (tmp_path / "bench" / "logs").exists()
 
 
+@pytest.mark.slow
 def test_the_bottleneck_is_named_with_keys_that_are_not_set_yet() -> None:
     config = configured("mode=bench", "data=scenes", "data.decode=exact", "augment=color", "data.batch_size=2")
     slow_loader, fast_loader = LoadingSpeed(2.0, 0.05, 0), LoadingSpeed(500.0, 0.4, 1)

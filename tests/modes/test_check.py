@@ -84,6 +84,7 @@ def test_good_data_are_ready_and_counted(tmp_path: Path, capsys: pytest.CaptureF
     assert "READY" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ids_that_nobody_explained_are_read_off_the_masks_and_the_advice_makes_it_ready(tmp_path: Path) -> None:
     root = good_folder(tmp_path / "data", ids=(0, 1, 4, 255))
     found = check(root, "data.short_edges=[60]")

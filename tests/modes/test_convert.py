@@ -35,6 +35,7 @@ def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torc
         assert torch.equal(found[name].reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), name
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_has_the_weights_and_what_belongs_to_them(folder: Path) -> None:
     saved = read_checkpoint(folder / "net.ckpt")
     original = load_weights(folder / "baseline-old" / "encoder_epoch_20.pth")
@@ -64,6 +65,7 @@ def test_every_round_trip_gives_the_same_bytes(folder: Path, tmp_path: Path) -> 
         assert_same_weights(load_weights(path), kept)
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_safetensors_and_published_files(folder: Path) -> None:
     run_here(folder, "mode=convert", "ckpt=net.ckpt", "output=out/net.safetensors")
     assert set(load_file(folder / "out" / "net.safetensors")) == set(read_checkpoint(folder / "net.ckpt").weights)
@@ -99,6 +101,7 @@ def test_safetensors_that_lost_their_description_are_reported(folder: Path, tmp_
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_evaluates_predicts_and_starts_a_new_run(folder: Path) -> None:
     scenes = ["data=scenes", "data.root=scenes", "data.make.num_train=2", "data.make.num_val=2", "data.num_workers=0"]
     small = ["data.short_edges=[32]", "data.max_long_edge=64", "eval.scales=[32]", "trainer.accelerator=cpu"]
@@ -122,6 +125,7 @@ def test_a_converted_checkpoint_evaluates_predicts_and_starts_a_new_run(folder: 
     assert list((folder / "predicted").glob("*_ids.png"))
 
 
+@pytest.mark.slow
 def test_the_demonstration_of_the_original_brings_weights_and_picture(folder: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     write_files(site / "model/pytorch/ade20k-resnet18dilated-ppm_deepsup", "resnet18_dilated8", "ppm_deepsup")

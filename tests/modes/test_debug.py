@@ -22,6 +22,7 @@ def debugged(preset: str, root: Path, run_dir: Path, *words: str) -> Config:
     return configured("data=scenes", *RUN, f"debug={preset}", f"data.root={root}", f"run_dir={run_dir}", *words)
 
 
+@pytest.mark.slow
 def test_overfit_learns_four_images_by_heart_and_scores_them(root: Path, tmp_path: Path) -> None:
     config = debugged("overfit", root, tmp_path, "data.steps_per_epoch=60", "trainer.max_epochs=2", "optim.lr=0.1")
     source = DataSource(config.data)
@@ -31,6 +32,7 @@ def test_overfit_learns_four_images_by_heart_and_scores_them(root: Path, tmp_pat
     assert sum(losses[-10:]) / 10 < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_limit_uses_the_first_records_of_each_split(root: Path, tmp_path: Path) -> None:
     config = debugged("limit", root, tmp_path, "data.limit=2", "data.steps_per_epoch=2")
     source = DataSource(config.data)

@@ -14,6 +14,7 @@ from helpers.published_files import write_files
 SMALL = [word for word in TINY if not word.startswith(("model", "~model"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["finetune", "finetune_decoder"])
 def test_a_published_network_learns_other_classes(recipe: str, tmp_path: Path) -> None:
     whole = configured(f"experiment={recipe}", "data=scenes")

@@ -73,6 +73,7 @@ def kill_and_resume(folder: Path, name: str, steps: list[int], rng: random.Rando
     return kills
 
 
+@pytest.mark.slow
 def test_a3_a_run_that_is_killed_twice_ends_like_one_that_is_not(folder: Path) -> None:
     kill_and_resume(folder, "killed", steps=[3, 10], rng=random.Random(1))
     assert_same_end(folder / "killed", folder / "whole")
@@ -109,6 +110,7 @@ def test_b6_a_damaged_last_checkpoint_is_skipped_and_reported(folder: Path) -> N
     assert_same_end(folder / "damaged", folder / "whole")
 
 
+@pytest.mark.slow
 def test_f2_a_second_run_in_the_same_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     words, gate = [*SMALL, "run_dir=busy"], Gate(tmp_path / "gate", step=1)
     first = start(folder, *words, variables=gate.variables)
@@ -122,6 +124,7 @@ def test_f2_a_second_run_in_the_same_folder_is_refused(folder: Path, tmp_path: P
     assert "takes it over" in run(folder, *words, "resume=null")
 
 
+@pytest.mark.slow
 def test_f5_a_rerun_gives_the_same_weights_and_the_same_log(folder: Path) -> None:
     run(folder, "mode=rerun", "run=whole", "run_dir=again")
     assert_same_end(folder / "again", folder / "whole")

@@ -62,6 +62,7 @@ def test_a_data_set_is_downloaded_unpacked_and_counted_once(server: LocalServer,
     assert len(server.asked) == 1
 
 
+@pytest.mark.slow
 def test_an_incomplete_data_set_is_reported(server: LocalServer, tmp_path: Path) -> None:
     more = run(tmp_path, *words(server, num_train=4), "data.root=elsewhere", code=1)
     assert f"error: elsewhere: has {COUNTS}, but data=ade20k has 4 training" in more

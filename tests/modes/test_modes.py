@@ -45,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_training_leaves_a_whole_run_folder(folder: Path) -> None:
     run = folder / "run"
     for name in (
@@ -74,6 +75,7 @@ def test_checkpoints_load_with_weights_only(folder: Path) -> None:
         assert content["semseg"]["classes"]["names"]
 
 
+@pytest.mark.slow
 def test_evaluation_writes_the_scores_it_prints(folder: Path) -> None:
     output = run(folder, "mode=eval", "ckpt=run", "run_dir=scores")
     metrics = json.loads((folder / "scores" / "metrics.json").read_text())
@@ -86,6 +88,7 @@ def test_evaluation_writes_the_scores_it_prints(folder: Path) -> None:
     assert [row["name"] for row in rows] == [entry["name"] for entry in metrics["classes"]]
 
 
+@pytest.mark.slow
 def test_several_scales_change_the_answer(folder: Path) -> None:
     run_here(folder, "mode=eval", "ckpt=run", "run_dir=multi", "eval.scales=[48,64,96]", "eval.flip=true")
     multi = json.loads((folder / "multi" / "metrics.json").read_text())
@@ -170,6 +173,7 @@ def test_a_phone_photo_comes_out_upright(folder: Path) -> None:
     assert Image.open(folder / "phone" / "phone_ids.png").size == (40, 90)
 
 
+@pytest.mark.slow
 def test_training_resumes_where_it_stopped(folder: Path) -> None:
     run_here(folder, *TINY, "run_dir=run", "trainer.max_epochs=3", "resume=auto")
     content = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -198,6 +202,7 @@ def test_an_evaluation_explains_itself(folder: Path) -> None:
     assert page.startswith("<!doctype html>") and all(name in page for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [

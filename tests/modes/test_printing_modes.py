@@ -17,6 +17,7 @@ from semseg.modes import data, doctor, models
 from semseg.modes.doctor import ERROR, OK, WARNING, CheckResult
 
 
+@pytest.mark.slow
 def test_the_models_are_listed_with_their_cost_and_their_published_scores(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -43,6 +44,7 @@ def test_the_scores_are_those_of_the_readme_and_the_recipes() -> None:
         assert all(f"{number:.2f}" in recipe for score in scores for number in score), name
 
 
+@pytest.mark.slow
 def test_data_sets_are_found_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "camvid"
     make_scenes(root, num_train=2, num_val=1, seed=0)
@@ -100,6 +102,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch
     assert finding.level == ERROR and str(tmp_path) in finding.text
 
 
+@pytest.mark.slow
 def test_no_run_folder_is_made(tmp_path: Path) -> None:
     output = run_here(tmp_path, "mode=data")
     assert "cityscapes_labelids" in output

@@ -105,6 +105,7 @@ def assert_log_softmax(logits: Logits, expected: dict) -> None:
         assert_equal(logits.aux.log_softmax(1), expected["deepsup"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFERENCE["encoders"])
 def test_maps_are_those_of_the_original(name: str) -> None:
     run, expected = encoder_run(name), REFERENCE["encoders"][name]
@@ -115,6 +116,7 @@ def test_maps_are_those_of_the_original(name: str) -> None:
     assert run.norms == pytest.approx(expected["norm_after_one_train_forward"], rel=1e-8)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("pair", REFERENCE["combos"])
 def test_outputs_are_those_of_the_original(pair: str) -> None:

@@ -32,6 +32,7 @@ def test_names_are_listed_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_every_name_of_a_table_builds_a_network_of_its_kind() -> None:
     with torch.device("meta"):
         assert all(isinstance(build_encoder(name), Encoder) for name in NETWORK_TABLES["encoder"])
@@ -44,6 +45,7 @@ def meta_size_divisor(name: str, output_stride: int | None) -> int:
         return build_encoder(name, **({} if output_stride is None else {"output_stride": output_stride})).size_divisor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), NAMES)
 def test_old_names_are_current_names_with_options(kind: str, name: str) -> None:
     network = resolve_network(kind, name)
@@ -58,6 +60,7 @@ def test_old_names_are_current_names_with_options(kind: str, name: str) -> None:
     assert (logits.aux is not None) == network.options.get("deep_supervision", False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), [pair for pair in NAMES if not pair[1].endswith("dilated")])
 def test_a_name_and_its_configuration_file_build_the_same_network(kind: str, name: str) -> None:
     section = compose_config([f"model/{kind}={name}"]).model[kind]

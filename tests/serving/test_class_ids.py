@@ -157,6 +157,7 @@ def opened(path: Path, *changes: str) -> Predictor:
     return open_predictor(configured("mode=serve", *given), given)
 
 
+@pytest.mark.slow
 def test_j3_every_mode_writes_the_same_ids(folder: Path) -> None:
     image = folder / "d/images/0.png"
     found = run_mode(folder, "predict", "p", f"input={image}", "predict.save=[ids]")

@@ -343,6 +343,7 @@ def page(folder: Path) -> Iterator[Process]:
     process.program.wait(60)
 
 
+@pytest.mark.slow
 def test_fifty_requests_at_once_all_succeed_in_the_memory_of_a_few(page: Process) -> None:
     photo = encoded(noise(450, 600), "BMP")  # 0.8 MB, and cheap to decode
     for _ in range(4):
@@ -358,6 +359,7 @@ def test_fifty_requests_at_once_all_succeed_in_the_memory_of_a_few(page: Process
     assert page.peak_memory() - after < 25  # further requests need no more
 
 
+@pytest.mark.slow
 def test_the_process_responds_with_the_prediction_of_the_network(page: Process, folder: Path) -> None:
     status, answer = page.post((folder / "photo.png").read_bytes())
     ids = np.asarray(mask_of(answer))
@@ -428,6 +430,7 @@ def test_the_printed_url_is_that_of_the_socket(host: str) -> None:
         socket.create_connection((str(address.hostname), address.port or 0), timeout=5).close()
 
 
+@pytest.mark.slow
 def test_serving_other_hosts_prints_a_warning_and_ctrl_c_stops_the_server(folder: Path) -> None:
     page = start_server(folder, "run_dir=open", "serve.host=0.0.0.0")
     assert "0.0.0.0" in page.greeting and "without a password" in page.greeting.splitlines()[0]
@@ -448,6 +451,7 @@ def choose(page: Page, image: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @needs_browser
 def test_in_the_page_an_image_gets_its_overlay_legend_names_and_mask(page: Process, folder: Path) -> None:
     _, answer = page.post((folder / "photo.png").read_bytes())

@@ -133,6 +133,7 @@ def test_g11_uploads_that_stall_do_not_delay_others(monkeypatch: pytest.MonkeyPa
         assert [here.post() for _ in range(3)] == [200] * 3  # even if they fill the queue of 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drip", [b"", b"y", b"1\r\ny\r\n"])  # nothing, byte by byte, chunk by chunk
 def test_g11_an_upload_that_is_too_slow_is_ended(monkeypatch: pytest.MonkeyPatch, drip: bytes) -> None:
     monkeypatch.setattr(server, "STALL_SECONDS", 0.4)
@@ -210,6 +211,7 @@ def test_g11_a_rejected_body_is_not_read_without_limit(monkeypatch: pytest.Monke
 # ---- G12: connections
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n", HEAD])
 def test_g12_a_request_whose_header_is_not_complete_is_dropped(monkeypatch: pytest.MonkeyPatch, start: bytes) -> None:
     monkeypatch.setattr(connections, "CLIENT_SECONDS", 0.5)
@@ -355,6 +357,7 @@ def test_g14_the_network_does_not_run_for_clients_that_have_disconnected(monkeyp
         assert len(num_runs) == 2  # for the first client, which left meanwhile, and for the one that waited
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [

@@ -175,6 +175,7 @@ def test_f6_a_container_with_a_new_host_name_or_the_same_process_ids_takes_over(
         assert "since 2026-01-02T03:04:05+00:00, ended without" in (lock.takeover or "")
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.skipif(
     not shutil.which("unshare")

@@ -42,6 +42,7 @@ def test_apply_and_revert_without_processes() -> None:
     assert type(plugin.revert(net)[0]) is nn.BatchNorm2d
 
 
+@pytest.mark.slow
 def test_ddp_trains_and_validates_with_synchronised_layers_and_restores_plain_ones() -> None:
     from lightning_ranks import under_ddp
 

@@ -90,6 +90,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "case"), EXACT, ids=[f"{world} ranks, {case.name}" for world, case in EXACT])
 def test_ranks_together_equal_one_process(world: int, case: Case) -> None:
     results = [rank[case.name] for rank in trained(world)]

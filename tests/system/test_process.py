@@ -64,6 +64,7 @@ def test_e7_a_child_whose_parent_has_ended_already_ends_at_once() -> None:
     assert child.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("delay", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("fails", [False, True], ids=["prctl", "watching"])
@@ -173,6 +174,7 @@ time.sleep(60)
     assert child.returncode == INTERRUPTED
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize(("handling", "code"), [("SIG_DFL", TERMINATED), ("SIG_IGN", None)])
 def test_e8_nohup_is_respected(handling: str, code: int | None) -> None:
@@ -191,6 +193,7 @@ def test_e8_nohup_is_respected(handling: str, code: int | None) -> None:
 # ---- streams
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&- <&-", "2>&1 | head -1", ">/dev/full"])
 def test_e9_a_closed_or_full_stream_loses_only_what_is_written_to_it(redirection: str) -> None:

@@ -65,6 +65,7 @@ def copies_of_every_save(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[
     return copies
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a1_resuming_from_every_checkpoint_gives_the_run_that_never_stopped(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -85,6 +86,7 @@ def test_a1_resuming_from_every_checkpoint_gives_the_run_that_never_stopped(
         assert (run_dir / "logs" / "metrics.csv").read_bytes() == log, copy.name
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a1_the_moving_average_is_resumed_exactly_too(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -102,6 +104,7 @@ def test_a1_the_moving_average_is_resumed_exactly_too(
         assert_equal(fit(config, resume=run_dir / "checkpoints" / "last.ckpt"), whole, copy.name)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a2_a5_the_number_of_workers_may_change_between_stop_and_resume(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -121,6 +124,7 @@ def test_a2_a5_the_number_of_workers_may_change_between_stop_and_resume(
         assert_equal(resumed, whole, copy.name)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a4_weights_do_not_depend_on_the_number_of_workers(root: Path, tmp_path: Path) -> None:
     ends = [
@@ -132,6 +136,7 @@ def test_a4_weights_do_not_depend_on_the_number_of_workers(root: Path, tmp_path:
         assert_equal(end["optimizer_states"], ends[0]["optimizer_states"])
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a8_two_runs_with_one_seed_write_the_same_log(root: Path, tmp_path: Path) -> None:
     logs = []
@@ -166,6 +171,7 @@ def test_a9_resume_auto_in_an_empty_folder_starts_a_new_run_and_says_so(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_its_checkpoint_from_other_weights_or_from_scratch(root: Path, tmp_path: Path) -> None:
     path = saved_run(root, tmp_path)
     source = DataSource(run_of(root, tmp_path).data)
@@ -197,6 +203,7 @@ def test_a9_the_last_checkpoint_where_there_is_none_is_an_error_that_lists_what_
         resolve_start(config, [], DataSource(config.data))
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a11_settings_that_decide_the_steps_must_be_those_of_the_checkpoint(root: Path, tmp_path: Path) -> None:
     path = saved_run(root, tmp_path)
@@ -214,6 +221,7 @@ def test_a11_settings_that_decide_the_steps_must_be_those_of_the_checkpoint(root
     assert "seed: 304" in str(check_same_run(state, forced, num_classes=state.num_classes))
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a10_a_finished_run_is_reported_and_takes_no_step(root: Path, tmp_path: Path) -> None:
     one, two = (run_of(root, tmp_path, f"trainer.max_epochs={epochs}") for epochs in (1, 2))
@@ -222,6 +230,7 @@ def test_a10_a_finished_run_is_reported_and_takes_no_step(root: Path, tmp_path: 
     assert state.describe_end(two) is None
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_b5_weights_alone_cannot_be_resumed(root: Path, tmp_path: Path) -> None:
     path = saved_run(root, tmp_path)
@@ -230,6 +239,7 @@ def test_b5_weights_alone_cannot_be_resumed(root: Path, tmp_path: Path) -> None:
         read_run_state(tmp_path / "net.ckpt", run_of(root, tmp_path), has_val=True)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("damaged", ["loops", "semseg_run", "callbacks"])
 def test_b5_a_checkpoint_whose_state_is_damaged_is_named(root: Path, tmp_path: Path, damaged: str) -> None:
@@ -285,6 +295,7 @@ NO_VALIDATION = ["data.val.list=null", "data.val.images=null"]
 PATIENCE = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optim.lr=1e-12", "model.freeze_bn=true"]
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize(
     ("words", "message"),
@@ -337,6 +348,7 @@ def test_a15_a_run_that_was_killed_between_its_last_step_and_its_end_takes_no_st
     assert (tmp_path / "logs" / "metrics.csv").read_bytes() == log
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a15_after_early_stopping_more_epochs_change_nothing_but_more_patience_or_no_callback_continues(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -486,6 +498,7 @@ def test_a17_another_number_of_devices_takes_the_sub_batches_after_those_that_we
     assert data.state_dict() == {"taken": 10} or data.train_dataloader().taken == 10
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("where", ["moved", "copied", "elsewhere"])
 def test_a18_a_run_folder_that_is_moved_or_copied_keeps_its_best(root: Path, tmp_path: Path, where: str) -> None:
@@ -515,6 +528,7 @@ def test_a18_a_run_folder_that_is_moved_or_copied_keeps_its_best(root: Path, tmp
     assert state["best_model_path"] == str(new / "checkpoints" / "best.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a18_without_its_file_the_best_is_looked_for_again(root: Path, tmp_path: Path) -> None:
     trained(run_of(root, tmp_path, "trainer.max_epochs=1"))

@@ -63,6 +63,7 @@ AVERAGED = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("64-true", torch.float64)])
 def test_training_does_not_notice_that_there_is_an_average(
     root: Path, tmp_path: Path, precision: str, dtype: torch.dtype

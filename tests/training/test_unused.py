@@ -49,6 +49,7 @@ def check_gradients(net: Segmenter, deepsup_weight: float) -> None:
     assert all(any(value.requires_grad for value in part.parameters()) for part in (net.encoder, net.decoder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), ENCODERS, ids=str)
 def test_d8_each_parameter_of_an_encoder_gets_a_gradient_or_is_frozen(name: str, options: dict[str, Any]) -> None:
     """Below C1, which reads the fewest maps."""
@@ -66,6 +67,7 @@ def test_d8_each_parameter_of_a_decoder_gets_a_gradient_or_is_frozen(
     check_gradients(Segmenter(TinyEncoder(), build_decoder(name, (8, 16), 3, **options), 3), deepsup_weight)
 
 
+@pytest.mark.slow
 def test_d8_what_is_frozen_is_named_by_its_largest_modules() -> None:
     with torch.device("meta"):
         net = build_segmenter("hrnetv2", "c1", 3, {"join": False}, {})

@@ -226,6 +226,7 @@ def test_thresholds_depend_on_the_processor(
     assert (None if found is None else found.min_channels) == least_channels
 
 
+@pytest.mark.slow
 def test_a_network_uses_it_unless_it_is_switched_off(
     convolved: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def check_same(maps: list[Tensor], expected: list[Tensor], name: str) -> None:
         assert torch.equal(ours, layer_normed(theirs) if name in NORMALISED else theirs)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_weights_give_torchvision_s_maps_to_the_last_bit(name: str) -> None:
@@ -88,6 +89,7 @@ def test_torchvision_weights_give_torchvision_s_maps_to_the_last_bit(name: str) 
     check_same(encoder(image), expected, name)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_weights_give_timm_s_maps_to_the_last_bit(name: str) -> None:
@@ -145,6 +147,7 @@ def test_maps_are_the_image_over_the_strides_rounded_up(library: str, name: str)
             assert features.shape == (1, channels, *(math.ceil(length / stride) for length in size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "name"),
     [
@@ -214,6 +217,7 @@ def meta_encoder(library: str, name: str) -> Encoder:
         return build_encoder(library, name=name)
 
 
+@pytest.mark.slow
 def test_preprocessing_is_that_of_the_training_of_the_weights() -> None:
     assert meta_encoder("torchvision", "resnet18").convention == PREPROCESSING["rgb_mean_std"]
     for library, name in (("torchvision", "efficientnet_v2_l"), ("timm", "test_resnet")):

@@ -102,6 +102,7 @@ def test_c1_a_sub_batch_of_broken_images_scores_nothing_and_has_their_size(drawn
     assert min(batch.size[0].tolist()) == 32
 
 
+@pytest.mark.slow
 def test_c1_training_leaves_them_out_and_counts_them(
     drawn: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,7 @@ def test_c1_one_in_a_hundred_is_no_reason_to_stop() -> None:
             check_bad_fraction(left_out, seen, 0.01)
 
 
+@pytest.mark.slow
 def test_c1_an_evaluation_leaves_them_out_names_them_and_scores_the_others_alike(drawn: Path, tmp_path: Path) -> None:
     broken = tmp_path / "scenes"
     shutil.copytree(drawn, broken)
@@ -188,6 +190,7 @@ class Trouble(Dataset[int]):
         return index
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kills", "timeout", "reason"), [(True, 60.0, "killed|exited"), (False, 1.0, "timed out")])
 def test_c17_a_worker_that_dies_or_hangs_is_reported_with_the_image_in_its_hands(
     kills: bool, timeout: float, reason: str
@@ -203,6 +206,7 @@ def test_c17_a_worker_that_dies_or_hangs_is_reported_with_the_image_in_its_hands
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.slow
 def test_c17_a_long_wait_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaders, "SLOW_ITEM_S", 0.5)
     loader = WatchedLoader(Trouble(kills=False), lambda number: [f"{number}.jpg"], 2.5, batch_size=None, num_workers=1)
@@ -269,6 +273,7 @@ def test_c18_training_says_so(drawn: Path, tmp_path: Path, capsys: pytest.Captur
     assert "2 validation images are training images too" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_c1_an_eval_sample_of_a_broken_image_carries_the_reason(drawn: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)

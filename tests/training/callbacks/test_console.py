@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 from rich.console import Console
 
 from helpers.command_line import TINY, TINY_NETWORK, call_main, run, run_here
@@ -77,6 +78,7 @@ def test_a_pipe_gets_plain_lines(tmp_path: Path) -> None:
     assert sum(bool(re.fullmatch(validation, line)) for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_a_quiet_run_prints_warnings_only(tmp_path: Path) -> None:
     printed = run(tmp_path, *TINY, "run_dir=quiet", "quiet=true", "after_training=[eval]")
     assert all(line.startswith("warning: ") for line in printed.splitlines()), printed

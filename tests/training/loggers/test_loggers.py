@@ -107,6 +107,7 @@ def test_wandb_keeps_numbers_pictures_and_the_id_of_the_run(
     assert WandB(str(tmp_path / "logs"), "semseg", offline=True).version == known  # the id of a resumed run
 
 
+@pytest.mark.slow
 def test_mlflow_keeps_numbers_pictures_settings_and_resumes_with_a_run(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
