@@ -31,6 +31,10 @@ TINY_RUN = [
     "model/decoder=c1", "eval.scales=[32]", "trainer=cpu", "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false", "checkpoint.every_n_minutes=null",
 ]  # fmt: skip
+SHORT_RUN = [
+    "data=scenes", "data.make.num_train=4", "data.make.num_val=1", *TINY_RUN, "data.max_long_edge=200",
+    "data.steps_per_epoch=3", "trainer.max_epochs=1",
+]  # fmt: skip
 
 
 class TinyEncoder(Encoder):
@@ -55,19 +59,6 @@ def configured(*words: str) -> Config:
     return check_config(compose_config(list(words)))
 
 
-def fit(config: Config, *callbacks: Callback, resume: Path | None = None) -> dict[str, Any]:
-    """Train as mode=train does; returns the content of last.ckpt. The encoder may be `tiny`."""
-    pl.seed_everything(config.seed, verbose=False)
-    source = DataSource(config.data)
-    with patch.dict(ENCODERS, {"tiny": Constructor("helpers.in_process", "TinyEncoder")}):
-        net = build_network(config.model, source.classes.num_classes)
-    module = SegmentationModule(net, config, source.classes)
-    trainer = build_trainer(config, source)
-    trainer.callbacks += callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    trainer.fit(module, datamodule=SegmentationData(source, config, net), ckpt_path=resume, weights_only=True)
-    return torch.load(Path(config.run_dir) / "checkpoints" / "last.ckpt", weights_only=True)
-
-
 class PreparedRun:
     """A run in this process before its first step: the parts that `fit` puts together. The encoder may be `tiny`."""
 
@@ -80,8 +71,21 @@ class PreparedRun:
         self.trainer = build_trainer(config, source)
         self.data = SegmentationData(source, config, self.net)
 
-    def fit(self) -> None:
-        self.trainer.fit(self.module, datamodule=self.data)
+    def fit(self, resume: Path | None = None) -> None:
+        self.trainer.fit(self.module, datamodule=self.data, ckpt_path=resume, weights_only=True)
+
+
+def prepare_run(root: Path, run_dir: Path, *words: str) -> PreparedRun:
+    """A run of one epoch of three steps on drawn scenes below `root`."""
+    return PreparedRun(configured(*SHORT_RUN, f"data.root={root}", f"run_dir={run_dir}", *words))
+
+
+def fit(config: Config, *callbacks: Callback, resume: Path | None = None) -> dict[str, Any]:
+    """Train as mode=train does; returns the content of last.ckpt. The encoder may be `tiny`."""
+    run = PreparedRun(config)
+    run.trainer.callbacks += callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    run.fit(resume)
+    return torch.load(Path(config.run_dir) / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 def logged_losses(run_dir: Path) -> dict[str, float]:

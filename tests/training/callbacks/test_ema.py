@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
@@ -16,11 +15,6 @@ from semseg.checkpoints.format import read_checkpoint
 from semseg.config.schema import Config
 
 WEIGHT = "net.decoder.conv_last.weight"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data") / "scenes"
 
 
 def run_of(root: Path, run_dir: Path, *words: str) -> Config:

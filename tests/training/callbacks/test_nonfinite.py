@@ -10,26 +10,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from helpers.in_process import TINY_RUN, PreparedRun, configured
+from helpers.in_process import prepare_run
 from semseg.data.batch import Batch
 from semseg.lit_module import SegmentationModule
 from semseg.training.callbacks.nonfinite import NonFiniteError, find_nonfinite_layer
 
-RUN = [
-    "data=scenes", "data.make.num_train=4", "data.make.num_val=1", *TINY_RUN, "data.max_long_edge=200",
-    "data.steps_per_epoch=3", "trainer.max_epochs=1",
-]  # fmt: skip
-
 pytestmark = pytest.mark.reliability
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data") / "scenes"
-
-
-def make(root: Path, run_dir: Path, *words: str) -> PreparedRun:
-    return PreparedRun(configured(*RUN, f"data.root={root}", f"run_dir={run_dir}", *words))
 
 
 def spoil_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[dict[str, Tensor]]:
@@ -50,7 +36,7 @@ def test_d1_a_nan_loss_stops_the_run_and_names_step_files_and_saved_sub_batch(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = spoil_steps(monkeypatch, {2})
-    run = make(root, tmp_path)
+    run = prepare_run(root, tmp_path)
     with pytest.raises(NonFiniteError) as caught:
         run.fit()
     message = str(caught.value)
@@ -70,7 +56,7 @@ def test_d1_a_skipped_step_changes_nothing_and_the_next_one_too_many_stops(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = spoil_steps(monkeypatch, {1, 3})
-    run = make(root, tmp_path, "trainer.max_nonfinite_steps=1")
+    run = prepare_run(root, tmp_path, "trainer.max_nonfinite_steps=1")
     with pytest.raises(NonFiniteError, match="step 3"):
         run.fit()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())  # statistics too
@@ -86,7 +72,7 @@ def test_d2_a_nan_score_is_never_the_best(root: Path, tmp_path: Path, monkeypatc
         log(module, name, next(scores) if name == "val/miou" else value, **options)
 
     monkeypatch.setattr(SegmentationModule, "log", with_scores)
-    run = make(root, tmp_path, "trainer.max_epochs=2", "data.steps_per_epoch=1")
+    run = prepare_run(root, tmp_path, "trainer.max_epochs=2", "data.steps_per_epoch=1")
     run.fit()
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["epoch"] == 1

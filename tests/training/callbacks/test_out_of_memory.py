@@ -9,28 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.in_process import TINY_RUN, PreparedRun, configured
+from helpers.in_process import prepare_run
 from semseg.data.batch import Batch
 from semseg.errors import SemsegError
 from semseg.lit_module import SegmentationModule
 from semseg.training.callbacks.out_of_memory import OutOfMemory
 from semseg.training.losses import Loss
 
-RUN = [
-    "data=scenes", "data.make.num_train=4", "data.make.num_val=1", *TINY_RUN, "data.max_long_edge=200",
-    "data.steps_per_epoch=3", "trainer.max_epochs=1",
-]  # fmt: skip
-
 pytestmark = pytest.mark.reliability
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data") / "scenes"
-
-
-def make(root: Path, run_dir: Path, *words: str) -> PreparedRun:
-    return PreparedRun(configured(*RUN, f"data.root={root}", f"run_dir={run_dir}", *words))
 
 
 LARGE = 48 * 48  # pixels of a canvas, at least, at a short edge of 48; at 32 it is smaller
@@ -56,7 +42,7 @@ def test_d3_out_of_memory_is_reported_with_sizes_and_keys(
 ) -> None:
     no_memory_for_large(monkeypatch)
     with pytest.raises(OutOfMemory) as caught:
-        make(root, tmp_path, "data.short_edges=[48]").fit()
+        prepare_run(root, tmp_path, "data.short_edges=[48]").fit()
     message = str(caught.value)
     assert re.search(r"2 images of \d+ x \d+ pixels \(\S+\.jpg, ", message)
     assert all(key in message for key in ("data.batch_size", "data.max_long_edge", "data.short_edges", "20.00 GiB"))
@@ -66,7 +52,7 @@ def test_d3_out_of_memory_is_reported_with_sizes_and_keys(
 def test_d3_out_of_memory_in_evaluation_is_reported_with_images_and_keys(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make(root, tmp_path, "eval.scales=[32,64]")
+    run = prepare_run(root, tmp_path, "eval.scales=[32,64]")
 
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
@@ -80,7 +66,7 @@ def test_d3_out_of_memory_in_evaluation_is_reported_with_images_and_keys(
 def test_d3_out_of_memory_in_the_backward_pass_names_the_sub_batch_too(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make(root, tmp_path)
+    run = prepare_run(root, tmp_path)
 
     def full(loss: Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
@@ -97,7 +83,7 @@ def test_the_largest_sub_batch_is_tried_before_the_first_step(
 ) -> None:
     tried = no_memory_for_large(monkeypatch)
     with pytest.raises(OutOfMemory, match="the largest possible sub-batch"):
-        make(root, tmp_path, "trainer.probe_memory=always").fit()
+        prepare_run(root, tmp_path, "trainer.probe_memory=always").fit()
     assert len(tried) == 1
 
 
@@ -105,7 +91,7 @@ def test_the_largest_sub_batch_is_tried_before_the_first_step(
 def test_trying_the_largest_sub_batch_trains_nothing(root: Path, tmp_path: Path, precision: str) -> None:
     ends = []
     for probe in ("always", "never"):
-        run = make(root, tmp_path / probe, f"trainer.probe_memory={probe}", f"trainer.precision={precision}")
+        run = prepare_run(root, tmp_path / probe, f"trainer.probe_memory={probe}", f"trainer.precision={precision}")
         run.fit()
         ends.append(run.net.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
