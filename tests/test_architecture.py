@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
 from importlinter.cli import lint_imports
 
 PACKAGE = Path(__file__).resolve().parent.parent / "semseg"
@@ -32,6 +33,7 @@ def test_packages_import_from_lower_ones_and_files_do_not_form_cycles() -> None:
     assert lint_imports(config_filename=str(PACKAGE.parent / "pyproject.toml")) == 0
 
 
+@pytest.mark.slow
 def test_modules_that_start_fast_import_no_torch() -> None:
     for name in FAST:
         root = PACKAGE / name

@@ -70,6 +70,7 @@ def test_freeze_bn_keeps_the_statistics_and_trains_scale_and_shift(root: Path, t
     assert all(layer.training for layer in dropouts)
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_stays_as_it_is_and_the_decoder_learns(root: Path, tmp_path: Path) -> None:
     module, before = fitted(configured(root, tmp_path, "model.encoder.frozen=true"))
     after = module.net.state_dict()

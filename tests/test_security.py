@@ -255,6 +255,7 @@ def test_g1_the_message_names_what_the_file_would_have_called(place: Path) -> No
         load_plain(place / "bad.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -45,6 +45,7 @@ def test_an_imagenet_file_fills_the_encoder_without_its_classifier(tmp_path: Pat
     assert_same(encoder, weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "wrapped", "state_dict", "half"])
 def test_weights_are_found_in_whatever_they_are_wrapped(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(1)
@@ -93,6 +94,7 @@ def test_imagenet_weights_need_an_encoder_that_has_some() -> None:
         fetch_imagenet_weights(encoder, "resnet18", DownloadConfig())
 
 
+@pytest.mark.slow
 def test_imagenet_weights_are_downloaded_once(tmp_path: Path) -> None:
     (tmp_path / "pretrained_resnet").mkdir()
     weights = imagenet_file(tmp_path / "pretrained_resnet" / "resnet18-imagenet.pth", build_encoder("resnet18"))

@@ -101,6 +101,7 @@ def test_the_release_follows_a_rule_that_is_reported(tmp_path: Path, folder: str
     assert "\n" not in saved.note
 
 
+@pytest.mark.slow
 def test_what_the_files_lack_can_be_overridden(tmp_path: Path) -> None:
     write_files(tmp_path, *TWO_CLASSES)
     saved = read(tmp_path, "model.convention=bgr_mean", "model.encoder.output_stride=16")
@@ -108,6 +109,7 @@ def test_what_the_files_lack_can_be_overridden(tmp_path: Path) -> None:
     assert restore_network(saved).encoder.strides == (4, 8, 16, 16)
 
 
+@pytest.mark.slow
 def test_upernet_sits_on_an_encoder_without_dilation(tmp_path: Path) -> None:
     write_files(tmp_path, "resnet18", "upernet_lite", 2)
     net = restore_network(read(tmp_path))
@@ -115,6 +117,7 @@ def test_upernet_sits_on_an_encoder_without_dilation(tmp_path: Path) -> None:
     assert net.decoder.conv_last[1].in_channels == 256
 
 
+@pytest.mark.slow
 def test_the_classes_are_those_of_ade20k_if_there_are_150(tmp_path: Path) -> None:
     write_files(tmp_path, "resnet18_dilated8", "c1")
     assert read(tmp_path).classes.names[0] == "wall"

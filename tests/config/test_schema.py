@@ -49,6 +49,7 @@ def test_every_option_of_every_group_composes_and_checks(number: int) -> None:
     check_config(compose_config([*(f"{group}={option}" for group, option in chosen.items()), *names]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["experiment", "debug"])
 def test_every_recipe_composes_and_checks(group: str) -> None:
     for option in options(group):

@@ -97,6 +97,7 @@ def test_an_unknown_colour_is_named_with_its_first_pixel(coloured: Path) -> None
     assert read_label(path, colours=data.label_map.colours)[5, 7] == UNSCORED_ID
 
 
+@pytest.mark.slow
 def test_a_grey_colour_file_holds_ids_unless_the_type_is_set(coloured: Path) -> None:
     (coloured / "classes.csv").write_text("index,name,R,G,B\n0,wall,1,1,1\n1,tree,10,200,10\n")
     grey = save(coloured / "masks" / "a.png", colours((1, 1, 1), (2, 2, 2)))

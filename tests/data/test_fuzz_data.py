@@ -43,6 +43,7 @@ def spoiled(data: bytes, chance: random.Random, pieces: list[bytes]) -> bytes:
     return bytes(spoilt)
 
 
+@pytest.mark.slow
 def test_h1_a_hundred_thousand_spoiled_lines_give_a_record_or_one_sentence_with_the_line() -> None:
     chance, kinds = random.Random(0), Counter()
     for number in range(100_000):
@@ -114,6 +115,7 @@ def decode_spoiled(count: int, seed: int, folder: Path) -> tuple[Counter[str], i
     return kinds, growth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_h3_spoiled_images_crash_nothing_and_take_no_memory(count: int, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_e10_a_stopped_worker_is_reported_after_the_patience_and_ends() -> None:
     assert not wait_for(numbers, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "state"),
     [

@@ -53,6 +53,7 @@ def test_f3_two_ranks_share_one_folder_and_one_configuration(run_of_two: tuple[P
     assert list(folder.glob("**/last.ckpt")) == [run_dir / "checkpoints" / "last.ckpt"]
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("devices", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_c16_evaluation_counts_every_image_once_on_any_number_of_ranks(
@@ -147,6 +148,7 @@ def parent_and_session(process: int) -> tuple[int, int]:
     return int(fields[1]), int(fields[3])
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_e1_a_rank_that_is_killed_ends_the_job_and_is_named(start: Start, tmp_path: Path, rank: int) -> None:

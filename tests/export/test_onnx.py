@@ -94,6 +94,7 @@ def tiny_segmenter(decoder: str) -> Segmenter:
     return Segmenter(encoder, build_decoder(decoder, encoder.channels, 5), 5).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["upernet_lite", pytest.param("ppm_deepsup", marks=pytest.mark.long)])
 def test_every_decoder_gives_the_same_logits_at_every_size(decoder: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -336,6 +337,7 @@ def hostile(tmp_path: Path, marker: Path) -> Path:
     return tmp_path / "bad.pt2"
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("key", ["ckpt", "init_from", "resume", "model.encoder.weights"])
 def test_g1_a_file_of_torch_export_is_not_opened(key: str, hostile: Path, marker: Path) -> None:
@@ -440,6 +442,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("name", HOSTILE)
 def test_g1_an_onnx_file_that_holds_more_than_a_graph_and_its_weights_is_not_run(

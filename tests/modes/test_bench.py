@@ -13,6 +13,7 @@ from helpers.in_process import configured
 from semseg.modes.bench import LoadingSpeed, TrainingSpeed, give_advice
 
 
+@pytest.mark.slow
 def test_it_times_reading_training_and_evaluation_and_leaves_figures_alone(tmp_path: Path) -> None:
     words = ["data.short_edges=[48]", "data.batch_size=2", "bench.steps=4", "bench.warmup=1", "bench.images=3"]
     printed = run_here(tmp_path, "mode=bench", *TINY, *words, "run_dir=bench")

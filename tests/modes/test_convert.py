@@ -47,6 +47,7 @@ def test_a_converted_checkpoint_has_the_weights_and_what_belongs_to_them(folder:
     assert saved.config.model.encoder["output_stride"] == 8
 
 
+@pytest.mark.slow
 def test_every_round_trip_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     saved = read_checkpoint(folder / "net.ckpt")
     write_safetensors(tmp_path / "net.safetensors", saved)

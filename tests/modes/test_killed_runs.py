@@ -90,6 +90,7 @@ def test_a3_thirty_kills(folder: Path) -> None:
     assert kills >= 10
 
 
+@pytest.mark.slow
 def test_a10_a_finished_run_says_so_and_leaves_everything_alone(folder: Path) -> None:
     before = (folder / "whole" / "checkpoints" / "last.ckpt").read_bytes()
     output = run_here(folder, *WORDS, "run_dir=whole")
@@ -97,6 +98,7 @@ def test_a10_a_finished_run_says_so_and_leaves_everything_alone(folder: Path) ->
     assert (folder / "whole" / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_b6_a_damaged_last_checkpoint_is_skipped_and_reported(folder: Path) -> None:
     checkpoints = folder / "damaged" / "checkpoints"
     shutil.copytree(folder / "whole", folder / "damaged")

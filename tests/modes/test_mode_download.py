@@ -52,6 +52,7 @@ def words(server: LocalServer, *, num_train: int = 3) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_data_set_is_downloaded_unpacked_and_counted_once(server: LocalServer, tmp_path: Path) -> None:
     output = run(tmp_path, *words(server))
     assert f"data/ADEChallengeData2016: {COUNTS}\n" in output

@@ -44,6 +44,7 @@ def test_grid_pooling_in_bfloat16_is_as_exact_as_adaptive_pooling(autocast: bool
     assert ((pooled.double() - expected) / expected).abs().max() <= 2**-8  # one rounding, not one per weight
 
 
+@pytest.mark.slow
 def test_grid_pooling_is_exported_once_for_all_sizes() -> None:
     height, width = torch.export.Dim("height", min=2, max=512), torch.export.Dim("width", min=2, max=512)
     exported = torch.export.export(

@@ -164,6 +164,7 @@ def test_it_is_exported_once_for_all_sizes_with_a_whole_convolution() -> None:
         assert torch.allclose(exported(features), net(features), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_compiled_without_a_graph_break() -> None:
     layers = layers_for(MAPS["grids"], nn.ReLU())
     maps = [torch.randn(2, *shape, dtype=torch.float64) for shape in MAPS["grids"]]

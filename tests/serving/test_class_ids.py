@@ -63,6 +63,7 @@ def test_j1_ignored_ids_include_those_that_the_map_ignores() -> None:
     assert LabelMap(2, ignore=[0, 255]).ignored_ids == [0, 255]
 
 
+@pytest.mark.slow
 def test_j2_the_server_names_classes_by_the_ids_of_its_mask(mapped: tuple[LabelMap, list[int]]) -> None:
     label_map, expected = mapped
     caller = client(SERVED._replace(label_map=label_map))

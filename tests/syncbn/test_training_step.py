@@ -8,6 +8,7 @@ import torch
 from semseg.syncbn.layer import CONVENTIONS, convert_batch_norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("name", ["small", "resnet18_dilated8 + c1"])
 def test_two_processes_take_the_step_of_one(name: str, convention: str) -> None:

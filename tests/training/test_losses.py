@@ -202,6 +202,7 @@ def pixel_by_pixel(name: str, logits: Tensor, label: Tensor, weights: list[float
     return weighted_mean(costs, [weights[index] for _, index in pixels], 0 * logits.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])

@@ -424,6 +424,7 @@ def test_a16_a_longer_run_is_reported_with_its_rate(
     assert message in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a16_a_file_less_in_the_training_data_is_refused_and_leaves_the_run_as_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -31,6 +31,7 @@ def run_of(root: Path, run_dir: Path, *words: str) -> Config:
     return configured("data=scenes", *RUN, f"data.root={root}", f"run_dir={run_dir}", *words)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_run_is_the_sum_of_its_terms(root: Path, tmp_path: Path) -> None:
     first = {}
     for name, terms in (

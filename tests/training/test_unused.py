@@ -108,6 +108,7 @@ def test_d8_an_optimiser_keeps_its_layout_and_leaves_what_is_frozen_alone(name: 
     assert unmoved == set(frozen)
 
 
+@pytest.mark.slow
 def test_d8_a_run_of_a_release_that_froze_nothing_resumes_exactly(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

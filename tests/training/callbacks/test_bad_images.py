@@ -84,6 +84,7 @@ def train_set(root: Path, *, skip_bad: bool) -> TrainDataset:
 # ---- C1: error or skip
 
 
+@pytest.mark.slow
 def test_c1_a_broken_image_is_an_error_with_its_line_unless_it_is_to_be_left_out(drawn: Path) -> None:
     pair = SubBatch(0, (2, 3), 32, (False, True))
     with pytest.raises(DataError, match=r"training\.odgt:3: .*JPEG is truncated"):
@@ -95,6 +96,7 @@ def test_c1_a_broken_image_is_an_error_with_its_line_unless_it_is_to_be_left_out
     assert batch.paths == alone.paths
 
 
+@pytest.mark.slow
 def test_c1_a_sub_batch_of_broken_images_scores_nothing_and_has_their_size(drawn: Path) -> None:
     batch = train_set(drawn, skip_bad=True)[SubBatch(0, (2, 5), 32, (False, False))]
     assert len(batch.bad) == 2

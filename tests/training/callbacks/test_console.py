@@ -58,6 +58,7 @@ def read_to_end(descriptor: int) -> bytes:
     return printed
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_the_configuration_a_bar_and_a_table_per_validation(tmp_path: Path) -> None:
     printed = in_terminal(RUN_WORDS, tmp_path)
     assert printed.index("configuration") < printed.index("training") < printed.index("images/s")
@@ -68,6 +69,7 @@ def test_a_terminal_gets_the_configuration_a_bar_and_a_table_per_validation(tmp_
     assert "weakest: " in printed and "best before" in printed
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_plain_lines(tmp_path: Path) -> None:
     printed = run_here(tmp_path, *RUN_WORDS)
     assert "\x1b" not in printed and "\r" not in printed

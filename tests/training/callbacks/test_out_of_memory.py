@@ -87,6 +87,7 @@ def test_the_largest_sub_batch_is_tried_before_the_first_step(
     assert len(tried) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_trying_the_largest_sub_batch_trains_nothing(root: Path, tmp_path: Path, precision: str) -> None:
     ends = []
