@@ -74,6 +74,7 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_no_bit(root: Path, workers: int) -> None:
     alone = take(loaders(configured(root)).train_dataloader(), 6)

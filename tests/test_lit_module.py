@@ -111,6 +111,7 @@ def test_the_published_convention_holds_on_one_device_too(root: Path, tmp_path: 
     assert {type(layer) for layer in published.net.modules()} == {type(layer) for layer in plain.net.modules()}
 
 
+@pytest.mark.slow
 def test_channels_last_gives_the_same_numbers(root: Path, tmp_path: Path) -> None:
     plain, _ = fitted(configured(root, tmp_path / "a", "trainer.precision=64-true"))
     other, _ = fitted(configured(root, tmp_path / "b", "trainer.precision=64-true", "model.channels_last=true"))
@@ -119,6 +120,7 @@ def test_channels_last_gives_the_same_numbers(root: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(weight, plain.net.encoder.coarse[0].weight, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["trainer.precision=bf16-mixed"], ["trainer.precision=bf16-true", FROZEN_BN]])
 def test_half_precision_trains_on_cpu(root: Path, tmp_path: Path, words: list[str]) -> None:
     module, before = fitted(configured(root, tmp_path, *words))
@@ -157,6 +159,7 @@ def test_a_gpu_that_is_not_there_is_reported(root: Path, tmp_path: Path, monkeyp
         build_trainer(config, DataSource(config.data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path, batch_size: int) -> None:
     from semseg.evaluation.metrics import ConfusionMatrix, confusion_counts, scores_from

@@ -46,6 +46,7 @@ def growth_of_a_prediction(height: int, width: int) -> int:
     return peak_growth(lambda: predict(ManyClasses(), [image], (height, width), convention, memory_limit_mb=64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(2000, 1500), pytest.param(4000, 3000, marks=pytest.mark.long)])
 def test_d4_a_large_image_takes_45_bytes_a_pixel_and_the_memory_limit(height: int, width: int) -> None:
     """At the image's own size: uint8 and normalised pixels, logits at 1/8, classes, confidence. All probabilities
@@ -68,6 +69,7 @@ class Gauge(Callback):
         self.resident.append(resident())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [200, pytest.param(2000, marks=pytest.mark.long)])
 def test_d5_training_takes_no_more_memory_from_step_to_step(steps: int, tmp_path: Path) -> None:
     config = configured(

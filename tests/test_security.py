@@ -436,6 +436,7 @@ def test_g3_there_are_enough_of_them_and_the_honest_ones_pass() -> None:
     check_config(compose_config([f"+callbacks.x{i}._target_={target}" for i, target in enumerate(ALLOWED_TARGETS)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf-hub:stranger/model", "../x"])
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_g3_a_network_is_a_name_in_a_table_and_no_address(library: str, name: str) -> None:

@@ -293,6 +293,7 @@ def watch(paths: list[Path], stop: threading.Event, missing: list[Path]) -> None
         time.sleep(1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.filterwarnings("ignore:.*num_workers.*", "ignore:.*log_every_n_steps.*", "ignore:.*not empty.*")
 def test_b8_best_and_last_are_whole_at_every_moment_and_nan_is_never_best(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_weights_that_do_not_fit_are_reported(saved_file: Path) -> None:
         restore_network(saved)
 
 
+@pytest.mark.slow
 def test_settings_come_from_the_checkpoint_unless_given() -> None:
     saved = check_config(compose_config([*SMALL, "data.max_long_edge=123"]))
     plain = check_config(compose_config(["mode=eval", "ckpt=x"]))

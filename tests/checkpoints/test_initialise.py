@@ -164,6 +164,7 @@ def test_classifiers_for_other_classes_keep_their_fresh_weights() -> None:
     assert torch.equal(net.decoder.cbr[0].weight, start.weights["decoder.cbr.0.weight"])
 
 
+@pytest.mark.slow
 def test_an_auxiliary_head_may_come_or_go() -> None:
     head = {"decoder.cbr_deepsup.0.weight", "decoder.conv_last_deepsup.bias"}
     without = initialise_from(fresh("resnet18", "c1", 4), saved("resnet18", "c1_deepsup", 4))

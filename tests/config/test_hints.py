@@ -113,6 +113,7 @@ def test_i3_every_option_of_lightnings_trainer_is_accepted_or_explained() -> Non
     assert not accepted & set(TRAINER_HINTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", REMOVED_KEYS)
 def test_i3_the_error_about_a_removed_key_names_its_replacement(key: str) -> None:
     assert key not in KEYS

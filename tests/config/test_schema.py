@@ -105,6 +105,7 @@ def test_all_problems_are_reported_at_once() -> None:
     assert "optim.lr" in message and "optim.momentum" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target", ["os.system", "torch.load", "builtins.eval", "pytorch_lightning.callbacks.os.system", "subprocess.run"]
 )

@@ -141,6 +141,7 @@ def assert_equal(one: list[Batch], other: list[Batch]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(batch[:3], twin[:3], strict=True))
 
 
+@pytest.mark.slow
 def test_batches_are_bit_identical_for_any_number_of_workers() -> None:
     alone = loaded(0)
     assert isinstance(alone[0], Batch)

@@ -166,6 +166,7 @@ def test_a_map_comes_from_the_command_line_and_back_from_a_file(tmp_path: Path) 
     assert data.label_map(np.array([7, 8, 9]), "a").tolist() == [0, 1, -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -50,6 +50,7 @@ LISTS = ("data=folder", "data.train.list=training.odgt", "data.val.list=validati
 FOLDERS = ("data=folder", "data.train.images=images", "data.train.masks=annotations", "data.num_classes=11")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [LISTS, FOLDERS], ids=["lists", "folders"])
 def test_an_archive_gives_the_records_and_pixels_of_its_files(
     plain: Path, archive: Path, words: tuple[str, ...]

@@ -124,6 +124,7 @@ def test_i1_predict_takes_every_combination_of_its_documented_arguments(checkpoi
             assert np.array_equal(result.probabilities[:, 20, 30].argmax(), result.ids[20, 30]), given
 
 
+@pytest.mark.slow
 def test_i1_load_overlay_and_save_take_every_documented_argument(checkpoint: Path, photo: Path, tmp_path: Path) -> None:
     for given in combinations(keywords(CALLS["semseg.load"])):
         net = semseg.load(str(checkpoint), **given)

@@ -301,6 +301,7 @@ def test_contradictory_options_are_rejected_before_anything_is_read(overrides: l
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [["mode=export", "output=a.onnx"], ["mode=predict", "input=."]])
 def test_without_the_extra_one_line_says_what_to_install(
     overrides: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch

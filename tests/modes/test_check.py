@@ -108,6 +108,7 @@ def test_an_unknown_id_is_shown_with_file_and_pixel(tmp_path: Path) -> None:
     assert found["suggestions"]["data.num_classes"] == "9"
 
 
+@pytest.mark.slow
 def test_255_that_is_not_ignored_and_masks_that_start_at_0_are_recognised(tmp_path: Path) -> None:
     void = check(good_folder(tmp_path / "void" / "data", ids=(1, 2, 255)), "data.num_classes=2")
     assert void["suggestions"]["data.ignore"] == "[0,255]"
@@ -177,6 +178,7 @@ def test_a_second_scan_reads_what_is_new(tmp_path: Path, monkeypatch: pytest.Mon
     assert read == ["02"]
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_as_none(tmp_path: Path, cache: Path) -> None:
     root = good_folder(tmp_path / "data", count=2)
     check(root, "data.num_classes=3", "data.val_fraction=0")
@@ -256,6 +258,7 @@ def test_c21_lossy_masks_make_a_data_set_not_ready(tmp_path: Path) -> None:
     assert "compressed with lossy WebP, which may change ids" in of_level(found, "error")
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_c27_photos_turned_by_180_degrees_need_the_key_and_are_reported(tmp_path: Path) -> None:
     root, exif = good_folder(tmp_path / "data"), Image.Exif()

@@ -182,11 +182,13 @@ def test_the_command_line_compares_without_torch(tmp_path: Path, runs: list[str]
     assert (tmp_path / "out" / "compare.html").is_file()
 
 
+@pytest.mark.slow
 def test_one_run_is_too_few(tmp_path: Path) -> None:
     assert "mode=compare needs at least two" in run_here(tmp_path, "mode=compare", "runs=[a]", code=2)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_page_sorts_and_fits_a_phone(tmp_path: Path, runs: list[str]) -> None:
     run(tmp_path, runs)

@@ -78,12 +78,14 @@ def test_the_command_line_writes_safetensors_and_published_files(folder: Path) -
     ]
 
 
+@pytest.mark.slow
 def test_a_name_that_says_no_format_writes_nothing(folder: Path) -> None:
     output = run_here(folder, "mode=convert", "ckpt=net.ckpt", "output=net.onnx", code=2)
     assert "output=net.onnx: must end in .ckpt or .safetensors, or be a folder" in output
     assert not (folder / "net.onnx").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["other.json", "missing.json", "broken"])
 def test_safetensors_that_lost_their_description_are_reported(folder: Path, tmp_path: Path, damage: str) -> None:
     from semseg.errors import CheckpointError

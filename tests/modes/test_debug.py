@@ -50,6 +50,7 @@ def test_fast_takes_one_step_and_logs_nothing(root: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.slow
 def test_profile_tells_where_the_time_went(root: Path, tmp_path: Path) -> None:
     fit(debugged("profile", root, tmp_path, "data.steps_per_epoch=2"))
     assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()

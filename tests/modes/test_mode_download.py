@@ -83,6 +83,7 @@ def test_a_damaged_archive_is_not_unpacked(server: LocalServer, tmp_path: Path) 
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.slow
 def test_other_data_sets_say_which_can_be_downloaded(tmp_path: Path) -> None:
     output = run(tmp_path, "mode=download", "data=camvid", code=2)
     assert "error: data=camvid: there is nothing to download. mode=download works with data=ade20k." in output
@@ -94,6 +95,7 @@ def test_the_numbers_of_ade20k_are_the_published_ones() -> None:
     assert archive.digest == "sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
 
 
+@pytest.mark.slow
 def test_no_torch_is_imported() -> None:
     check = "import sys, semseg.modes.download; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], cwd=CONFIG_DIR.parent, check=True)

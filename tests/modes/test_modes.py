@@ -45,6 +45,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def evaluated(folder: Path) -> str:
+    """What the evaluation of `run` prints; its files are in `scores`."""
+    return run(folder, "mode=eval", "ckpt=run", "run_dir=scores")
+
+
+@pytest.fixture(scope="module")
+def predicted(folder: Path) -> str:
+    """What the prediction of the validation images prints; its files are in `pictures`."""
+    return run(folder, "mode=predict", "ckpt=run", "input=scenes/images/validation", "run_dir=pictures")
+
+
 @pytest.mark.slow
 def test_training_leaves_a_whole_run_folder(folder: Path) -> None:
     run = folder / "run"
@@ -76,11 +88,10 @@ def test_checkpoints_load_with_weights_only(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_evaluation_writes_the_scores_it_prints(folder: Path) -> None:
-    output = run(folder, "mode=eval", "ckpt=run", "run_dir=scores")
+def test_evaluation_writes_the_scores_it_prints(folder: Path, evaluated: str) -> None:
     metrics = json.loads((folder / "scores" / "metrics.json").read_text())
     assert metrics["images"] == 3
-    assert f"{100 * metrics['mean_iou']:.2f}" in output
+    assert f"{100 * metrics['mean_iou']:.2f}" in evaluated
     assert metrics["mean_iou"] == pytest.approx(
         json.loads((folder / "run" / "result.json").read_text())["score"], abs=1e-6
     )
@@ -89,16 +100,15 @@ def test_evaluation_writes_the_scores_it_prints(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_several_scales_change_the_answer(folder: Path) -> None:
+def test_several_scales_change_the_answer(folder: Path, evaluated: str) -> None:
     run_here(folder, "mode=eval", "ckpt=run", "run_dir=multi", "eval.scales=[48,64,96]", "eval.flip=true")
     multi = json.loads((folder / "multi" / "metrics.json").read_text())
     assert multi["scales"] == [48, 64, 96] and multi["flip"] is True
     assert multi["pixel_accuracy"] != json.loads((folder / "scores" / "metrics.json").read_text())["pixel_accuracy"]
 
 
-def test_prediction_writes_ids_and_a_panel_for_every_image(folder: Path) -> None:
+def test_prediction_writes_ids_and_a_panel_for_every_image(folder: Path, predicted: str) -> None:
     images = sorted((folder / "scenes/images/validation").iterdir())
-    run(folder, "mode=predict", "ckpt=run", "input=scenes/images/validation", "run_dir=pictures")
     for image in images:
         ids = np.asarray(Image.open(folder / "pictures" / f"{image.stem}_ids.png"))
         width, height = Image.open(image).size
@@ -108,7 +118,7 @@ def test_prediction_writes_ids_and_a_panel_for_every_image(folder: Path) -> None
         assert panel.width % (2 * width) == 0 and panel.height > height
 
 
-def test_prediction_and_evaluation_agree(folder: Path) -> None:
+def test_prediction_and_evaluation_agree(folder: Path, evaluated: str, predicted: str) -> None:
     matrix_right = total = 0
     for image in sorted((folder / "scenes/images/validation").iterdir()):
         ids = np.asarray(Image.open(folder / "pictures" / f"{image.stem}_ids.png"))
@@ -119,6 +129,7 @@ def test_prediction_and_evaluation_agree(folder: Path) -> None:
     assert matrix_right / total == pytest.approx(metrics["pixel_accuracy"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_prediction_of_a_folder_with_a_film_and_a_broken_file(folder: Path) -> None:
     place = folder / "mixed"
     (place / "sub").mkdir(parents=True)
@@ -144,7 +155,7 @@ def test_prediction_of_a_folder_with_a_film_and_a_broken_file(folder: Path) -> N
     assert [row["id"] for row in classes] == list(range(1, len(classes) + 1))
 
 
-def test_the_python_interface_gives_what_the_command_line_writes(folder: Path) -> None:
+def test_the_python_interface_gives_what_the_command_line_writes(folder: Path, predicted: str) -> None:
     image = min((folder / "scenes/images/validation").iterdir())
     net = semseg.load(folder / "run", device="cpu")
     ids = np.asarray(Image.open(folder / "pictures" / f"{image.stem}_ids.png"))
@@ -163,6 +174,7 @@ def test_images_that_differ_in_the_suffix_alone_do_not_collide(folder: Path) -> 
     assert {path.name for path in (folder / "two_out").glob("*.png")} == {"a_jpg_ids.png", "a_png_ids.png"}
 
 
+@pytest.mark.slow
 def test_a_phone_photo_comes_out_upright(folder: Path) -> None:
     pixels = np.zeros((40, 90, 3), np.uint8)
     photo = Image.fromarray(pixels)

@@ -64,6 +64,7 @@ def levels(results: list[CheckResult]) -> dict[str, str]:
     return {result.name: result.level for result in results}
 
 
+@pytest.mark.slow
 def test_this_machine_can_train(tmp_path: Path) -> None:
     found = doctor.check_machine(tmp_path / "runs", num_workers=2)
     assert ERROR not in levels(found).values(), found

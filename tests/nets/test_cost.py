@@ -40,6 +40,7 @@ def test_operations_are_those_of_the_architecture_and_not_of_cheaper_equivalents
     assert measure_cost(net).stages[-1].flops == 2 * (branches + joined + 64**2 * 512 * 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "billions"), [("upernet50", 489), ("resnet50_dilated8_ppm_deepsup", 369)])
 def test_operations_of_published_networks_are_those_that_papers_count(model: str, billions: int) -> None:
     cost = measure_model(model)

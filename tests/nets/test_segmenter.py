@@ -21,6 +21,7 @@ def test_strides_are_derived(output_stride: int, decoder: str, size_divisor: int
     assert logits.shape == (1, 5, 2 * size_divisor // label_stride, 3 * size_divisor // label_stride)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("decoder", "output_stride"), [("c1", 32), ("ppm", 8), ("upernet", 8), ("upernet", 32)])
 def test_images_of_any_size_are_evaluated(decoder: str, output_stride: int) -> None:
@@ -31,6 +32,7 @@ def test_images_of_any_size_are_evaluated(decoder: str, output_stride: int) -> N
         assert logits.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_one_image_with_a_deepest_map_of_one_pixel_trains(decoder: str) -> None:
     net = build_segmenter("resnet18", decoder, 5).train()

@@ -177,6 +177,7 @@ def test_j3_frames_of_a_video_hold_the_ids(folder: Path) -> None:
     assert set(np.unique(np.asarray(Image.open(found / "v/000000_ids.png")))) <= set(IDS)
 
 
+@pytest.mark.slow
 def test_j3_an_evaluation_names_its_classes_by_the_ids(folder: Path) -> None:
     found = run_mode(folder, "eval", "e", *words(folder)[:5])
     assert np.load(found / "confusion.npz")["ids"].tolist() == IDS

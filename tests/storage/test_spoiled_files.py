@@ -45,6 +45,7 @@ class nothing:  # noqa: N801 - a context
     def __exit__(self, *error: object) -> None: ...
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("content", SPOILED)
 def test_h7_damaged_results_and_caches_count_as_missing_and_are_named(content: bytes, tmp_path: Path) -> None:

@@ -279,6 +279,7 @@ def test_class_weights_are_read_from_what_the_doctor_wrote(tmp_path: Path) -> No
             build_class_weights(str(path), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

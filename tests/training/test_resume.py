@@ -254,6 +254,7 @@ def test_b5_a_checkpoint_whose_state_is_damaged_is_named(root: Path, tmp_path: P
         read_run_state(path, run_of(root, tmp_path, *words), has_val=True)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("policy", ["stop", "warn"])
 def test_b3_a_checkpoint_that_cannot_be_written_stops_the_run_or_is_reported(
@@ -413,6 +414,7 @@ def test_a16_devices_batches_of_an_epoch_and_training_images_must_be_those_of_th
     assert "data.val: 2 images in the checkpoint, 1 images now" in message and "threads" in message
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a16_a_longer_run_is_reported_with_its_rate(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -445,6 +447,7 @@ def test_a16_a_file_less_in_the_training_data_is_refused_and_leaves_the_run_as_i
     assert len(steps_logged(run_dir)) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a16_settings_of_the_optimiser_that_are_forced_take_effect(root: Path, tmp_path: Path) -> None:
     trained(run_of(root, tmp_path, "trainer.max_steps=2", "schedule.power=1"))
@@ -466,6 +469,7 @@ def test_a16_what_weights_belong_to_cannot_be_forced(root: Path, tmp_path: Path)
         check_same_run(state, other, num_classes=state.num_classes)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a17_an_epoch_with_fewer_steps_resumes_at_the_same_fraction_with_the_next_images(
     root: Path, tmp_path: Path
@@ -552,6 +556,7 @@ def test_a19_a_fraction_that_leaves_no_batch_is_refused(root: Path, tmp_path: Pa
         trained(run_of(root, tmp_path, "trainer.limit_train_batches=0.1"))
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a14_a_step_with_what_is_left_of_an_epoch_is_the_mean_over_that(root: Path, tmp_path: Path) -> None:
     words = ["trainer.max_epochs=1", "optim.momentum=0", "optim.weight_decay=0", "data.steps_per_epoch=1"]

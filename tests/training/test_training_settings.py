@@ -48,6 +48,7 @@ def test_the_loss_of_a_run_is_the_sum_of_its_terms(root: Path, tmp_path: Path) -
 FROZEN = ("model.encoder.frozen=true", "optim.layer_decay=0.5")
 
 
+@pytest.mark.slow
 def test_a_frozen_run_resumes_exactly(root: Path, tmp_path: Path) -> None:
     words = (*FROZEN, "checkpoint.every_n_steps=1", "checkpoint.keep=1")
     whole = fit(run_of(root, tmp_path / "whole", *words))
@@ -88,6 +89,7 @@ STILL = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_a_run_that_gets_no_better_resumed_or_not(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def test_d8_each_parameter_of_an_encoder_gets_a_gradient_or_is_frozen(name: str,
     check_gradients(net, 0.4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "deepsup_weight"), DECODERS, ids=str)
 def test_d8_each_parameter_of_a_decoder_gets_a_gradient_or_is_frozen(
     name: str, options: dict[str, Any], deepsup_weight: float

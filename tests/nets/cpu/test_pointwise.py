@@ -104,6 +104,7 @@ def test_it_is_faster_with_one_thread_and_avx512_only(one_thread: None, monkeypa
     assert not is_onednn_faster()
 
 
+@pytest.mark.slow
 def test_a_network_gives_the_same_logits_and_gradients(monkeypatch: pytest.MonkeyPatch, calls: list[bool]) -> None:
     torch.manual_seed(0)
     net = build_segmenter("resnet18", "upernet", 5).eval()

@@ -115,6 +115,7 @@ def test_a_weight_that_is_not_in_a_timm_file_is_reported_as_missing() -> None:
     assert find_differences(found, encoder.state_dict()) == ["1 missing (model.stem_1.bias)"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit"])
 def test_timms_filter_gives_what_its_loader_gives(name: str) -> None:
     encoder = build_encoder("timm", name=name)

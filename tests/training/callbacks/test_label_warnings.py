@@ -47,6 +47,7 @@ def test_a_run_warns_of_labels_that_are_nearly_all_ignored(tmp_path: Path) -> No
         fit(configured(*scenes, *TINY_RUN, *length, f"data.map={{{','.join(ids)}}}"))
 
 
+@pytest.mark.slow
 def test_a_first_epoch_that_is_too_good_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = ["data=scenes", f"data.root={tmp_path / 'scenes'}", "data.make.num_train=4", "data.make.num_val=2"]
     length = ["data.steps_per_epoch=2", "trainer.max_epochs=1"]

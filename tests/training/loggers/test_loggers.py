@@ -48,6 +48,7 @@ def columns(path: Path) -> tuple[set[str], int]:
     return set(rows[0]), len(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_csv_log_has_all_names_and_pictures_of_the_same_images(root: Path, tmp_path: Path, batch_size: int) -> None:
     fit(run_of(root, tmp_path, f"eval.batch_size={batch_size}"))
@@ -82,6 +83,7 @@ def test_several_loggers_get_the_same(root: Path, tmp_path: Path) -> None:
     assert sorted(events.Tags()["images"]) == names and len(names) == 2
 
 
+@pytest.mark.slow
 def test_wandb_keeps_numbers_pictures_and_the_id_of_the_run(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +132,7 @@ def test_mlflow_keeps_numbers_pictures_settings_and_resumes_with_a_run(
     assert (run / "params/trainer/max_epochs").read_text() == "1"  # as it began
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "extra"), [("tensorboard", "tb"), ("wandb", "wandb"), ("mlflow", "mlflow")])
 def test_a_logger_that_is_not_installed_is_reported_in_one_line(
     option: str, extra: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
