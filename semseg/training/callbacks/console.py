@@ -167,8 +167,12 @@ class LineProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._left = TimeLeft(trainer)
+        self._restart_clock()  # a run that resumes inside an epoch does not start one
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
         self._last_line = self._epoch_start = time.monotonic()
         self._images = 0
 

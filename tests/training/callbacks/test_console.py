@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from helpers.command_line import TINY, TINY_NETWORK, call_main, run, run_here
-from helpers.in_process import configured
+from helpers.in_process import configured, prepare_run
 from semseg.evaluation.metrics import Scores
 from semseg.training.callbacks.console import ReportValidation, build_config_tree, validation_table
 
@@ -124,3 +124,14 @@ def test_a_resumed_run_knows_the_best_score_before() -> None:
     before.best = 0.25
     after.load_state_dict(before.state_dict())
     assert after.best == 0.25
+
+
+def test_a_run_that_resumes_inside_an_epoch_prints_its_speed(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["trainer.enable_progress_bar=true", "trainer.log_images=0"]
+    prepare_run(root, tmp_path, *words, "trainer.max_steps=2").fit()
+    capsys.readouterr()
+    prepare_run(root, tmp_path, *words).fit(tmp_path / "checkpoints" / "last.ckpt")
+    rates = re.findall(r"([\d.]+) images/s", capsys.readouterr().out)
+    assert rates and all(float(rate) > 0 for rate in rates)
