@@ -104,6 +104,7 @@ def test_a_loader_resumes_from_any_step(root: Path, done: int) -> None:
     assert same(whole[done:], take(fresh, 8 - done))
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 3, 7])

@@ -80,6 +80,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_the_decoder_learns(root: Path, tmp_
     assert {group["name"] for group in groups} == {"decoder", "decoder_no_decay"}
 
 
+@pytest.mark.slow
 def test_gradient_clipping_bounds_the_step(root: Path, tmp_path: Path) -> None:
     words = ["optim.lr=1", "optim.momentum=0", "optim.weight_decay=0", "data.steps_per_epoch=1"]
     moved = []
@@ -217,6 +218,7 @@ def test_i2_other_limits_are_refused(word: str) -> None:
         check_config(compose_config([f"trainer.{word}"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["limit_train_batches", "limit_val_batches"])
 def test_i2_a_fraction_of_less_than_one_batch_is_refused(root: Path, tmp_path: Path, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"trainer\.{key}=0\.1"):

@@ -37,6 +37,7 @@ def saved_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_network_comes_back_from_its_file_alone(saved_file: Path) -> None:
     saved = read_checkpoint(saved_file)
     assert (saved.epoch, saved.step, saved.classes) == (3, 7, CLASSES)

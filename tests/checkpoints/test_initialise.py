@@ -173,6 +173,7 @@ def test_an_auxiliary_head_may_come_or_go() -> None:
     assert head <= set(added.missing) and added.skipped == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "decoder", "expected"),
     [

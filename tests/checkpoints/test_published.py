@@ -125,6 +125,7 @@ def test_the_classes_are_those_of_ade20k_if_there_are_150(tmp_path: Path) -> Non
     assert read(tmp_path).classes.names == ("class 0", "class 1", "class 2")
 
 
+@pytest.mark.slow
 def test_another_architecture_is_refused_with_its_first_differences(tmp_path: Path) -> None:
     write_files(tmp_path, *TWO_CLASSES)
     path = tmp_path / "encoder_epoch_20.pth"

@@ -12,6 +12,7 @@ from helpers.command_line import RUN, run, run_here
 from semseg.config.overrides import parse_device_indices, quote_override
 
 
+@pytest.mark.slow
 def test_help_lists_models_data_sets_and_sections(tmp_path: Path) -> None:
     page = run_here(tmp_path, "--help")
     for name in ("upernet50", "resnet50_dilated8_ppm_deepsup", "ade20k", "camvid", "scenes", "mode=predict", "eval.*"):

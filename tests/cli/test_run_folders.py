@@ -107,6 +107,7 @@ def test_f1_a_folder_that_cannot_be_created_is_one_line(tmp_path: Path) -> None:
         claim_folder(tmp_path / "runs" / "now")
 
 
+@pytest.mark.slow
 def test_f1_and_f3_ranks_of_another_launcher_share_the_folder_that_rank_0_claimed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -322,6 +322,7 @@ def test_a_plugin_that_is_missing_is_named_with_the_way_to_install_it() -> None:
 # ---- searches and launchers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_DIR / "hparams_search").glob("*.yaml")))
 def test_a_search_has_no_settings_of_jobs(name: str) -> None:
     if name == "optuna":

@@ -112,6 +112,7 @@ def test_every_group_file_is_what_it_says(name: str) -> None:
     assert config.name == name and config.is_on == (name != "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -184,6 +184,7 @@ def test_a_map_that_does_not_fit_is_refused(tmp_path: Path, value: str, message:
 # ---- layouts
 
 
+@pytest.mark.slow
 def test_cityscapes_with_train_ids_and_with_label_ids(tmp_path: Path) -> None:
     for split in ("train", "val"):
         city = f"{split}/ulm"

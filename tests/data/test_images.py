@@ -348,6 +348,7 @@ def test_a_strided_label_equals_a_padded_one_resized(shape: tuple[int, int], str
     assert np.array_equal(subsample_label(label, stride), resize_label(padded, target))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_label_is_flipped_resized_and_strided_in_one_step(flip: bool) -> None:
     chance = np.random.default_rng(1)

@@ -73,6 +73,7 @@ def agreement(data: DataSource) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("upright", [True, False])
 def test_c27_all_labels_follow_those_whose_size_shows_their_grid(tmp_path: Path, upright: bool, suffix: str) -> None:

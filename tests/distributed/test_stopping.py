@@ -57,6 +57,7 @@ def test_e2_e3_one_process_stops_with_a_checkpoint(
     assert shlex.split(command)[-2:] == [f"run_dir={run_dir}", "resume=auto"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "rank"), [(signal.SIGTERM, 1), pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.long)]
 )

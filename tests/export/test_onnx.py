@@ -263,6 +263,7 @@ def test_integers_make_a_quarter_of_the_file_and_scores_are_printed(
     assert 0 < (found - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
+@pytest.mark.slow
 def test_without_the_data_set_dynamic_quantisation_works_and_nothing_is_scored(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -489,6 +490,7 @@ def test_a_graph_that_onnxruntime_cannot_run_gives_a_message_of_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_quantising_keeps_the_description(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "net.onnx", tmp_path / "net.onnx")
     quantize_onnx(tmp_path / "net.onnx", None)

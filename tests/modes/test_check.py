@@ -117,6 +117,7 @@ def test_255_that_is_not_ignored_and_masks_that_start_at_0_are_recognised(tmp_pa
     assert shifted["suggestions"]["data.first_id"] == "0"
 
 
+@pytest.mark.slow
 def test_everything_that_is_wrong_with_files_is_listed_and_a_clean_list_leaves_it_out(tmp_path: Path) -> None:
     root = good_folder(tmp_path / "data")
     put(root, "alone", None)

@@ -167,6 +167,7 @@ def test_a_broken_panel_is_named(runs: list[str]) -> None:
         render_compare_page(compare_runs(read_evaluations(runs)))
 
 
+@pytest.mark.slow
 def test_the_command_line_compares_without_torch(tmp_path: Path, runs: list[str]) -> None:
     probe = "import sys; from semseg.cli.main import main; main(); assert 'torch' not in sys.modules"
     words = ["mode=compare", f"runs=[{','.join(runs)}]", f"run_dir={tmp_path}/out"]

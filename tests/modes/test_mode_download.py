@@ -73,6 +73,7 @@ def test_an_incomplete_data_set_is_reported(server: LocalServer, tmp_path: Path)
     assert "1 of 3 images" in lost
 
 
+@pytest.mark.slow
 def test_a_damaged_archive_is_not_unpacked(server: LocalServer, tmp_path: Path) -> None:
     right = words(server)
     server.files[PATH] = server.files[PATH][:-1]

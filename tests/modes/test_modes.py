@@ -155,6 +155,7 @@ def test_prediction_of_a_folder_with_a_film_and_a_broken_file(folder: Path) -> N
     assert [row["id"] for row in classes] == list(range(1, len(classes) + 1))
 
 
+@pytest.mark.slow
 def test_the_python_interface_gives_what_the_command_line_writes(folder: Path, predicted: str) -> None:
     image = min((folder / "scenes/images/validation").iterdir())
     net = semseg.load(folder / "run", device="cpu")
@@ -166,6 +167,7 @@ def test_the_python_interface_gives_what_the_command_line_writes(folder: Path, p
         semseg.load(folder / "run", "predict.scale=[32]")
 
 
+@pytest.mark.slow
 def test_images_that_differ_in_the_suffix_alone_do_not_collide(folder: Path) -> None:
     (folder / "two").mkdir()
     for name in ("a.png", "a.jpg"):
@@ -195,6 +197,7 @@ def test_training_resumes_where_it_stopped(folder: Path) -> None:
     assert [int(row["step"]) for row in log if row["train/loss"]] == list(range(9))
 
 
+@pytest.mark.slow
 def test_an_evaluation_explains_itself(folder: Path) -> None:
     output = run_here(
         folder, "mode=eval", "ckpt=run", "run_dir=explained", "eval.scales=[48,64]", "eval.also_scales=[[64]]",

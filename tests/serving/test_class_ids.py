@@ -172,6 +172,7 @@ def test_j3_every_mode_writes_the_same_ids(folder: Path) -> None:
     assert {one["id"] for one in answer["classes"]} == set(np.unique(ids).tolist())
 
 
+@pytest.mark.slow
 def test_j3_frames_of_a_video_hold_the_ids(folder: Path) -> None:
     found = run_mode(folder, "predict", "v", f"input={folder / 'v.avi'}", "predict.save=[ids]")
     assert set(np.unique(np.asarray(Image.open(found / "v/000000_ids.png")))) <= set(IDS)
@@ -195,6 +196,7 @@ def test_j3_an_exported_file_stores_the_ids(folder: Path) -> None:
     assert about["label_ids"] == IDS and about["ignored_ids"] == [0, 255]
 
 
+@pytest.mark.slow
 def test_j3_an_exported_network_predicts_the_ids(folder: Path) -> None:
     saved = read_checkpoint(folder / "net.ckpt")
     about = build_description(saved, restore_network(saved)) | {"size_divisor": 1, "label_stride": 1}
@@ -218,6 +220,7 @@ def test_j3_mode_check_lists_classes_by_their_ids(folder: Path) -> None:
     assert [(row["name"], row["id"]) for row in found["classes"]] == list(zip(NAMES, IDS, strict=True))
 
 
+@pytest.mark.slow
 def test_j3_serve_and_python_follow_predict_format(folder: Path) -> None:
     net = opened(folder / "net.ckpt", "predict.format=ade20k")
     assert net.label_map.class_ids == [1, 2, 3]

@@ -339,6 +339,7 @@ def test_a15_a_finished_run_is_known_whatever_ended_it_and_takes_no_step(
     assert (log.read_bytes(), last.read_bytes()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a15_a_run_that_was_killed_between_its_last_step_and_its_end_takes_no_step(root: Path, tmp_path: Path) -> None:
     config = run_of(root, tmp_path, "trainer.max_epochs=4", *PATIENCE)
@@ -461,6 +462,7 @@ def test_a16_settings_of_the_optimiser_that_are_forced_take_effect(root: Path, t
     assert rates == pytest.approx([0.02, 0.01, 0.5 * 4 / 6, 0.5 * 3 / 6, 0.5 * 2 / 6, 0.5 / 6])
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a16_what_weights_belong_to_cannot_be_forced(root: Path, tmp_path: Path) -> None:
     state, _, _ = stopped_run(root, tmp_path)
@@ -543,6 +545,7 @@ def test_a18_without_its_file_the_best_is_looked_for_again(root: Path, tmp_path:
     assert best["global_step"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("word", ["limit_train_batches=0", "limit_train_batches=0.0", "max_steps=0"])
 def test_a19_a_run_without_a_step_is_refused(root: Path, tmp_path: Path, word: str) -> None:

@@ -88,6 +88,7 @@ def test_a_quiet_run_prints_warnings_only(tmp_path: Path) -> None:
     assert (tmp_path / "quiet" / "eval" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_quiet_leaves_errors_and_is_refused_where_there_is_nothing_else_to_do(tmp_path: Path) -> None:
     refused = run_here(tmp_path, "mode=models", "quiet=true", code=2)
     assert "quiet=true" in refused and "mode=models" in refused

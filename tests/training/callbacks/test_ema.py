@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
@@ -42,6 +43,7 @@ class Watch(Callback):
         self.saved = torch.load(path, weights_only=True)
 
 
+@pytest.mark.slow
 def test_the_average_follows_the_formula_and_is_what_is_validated_and_kept(root: Path, tmp_path: Path) -> None:
     watch = Watch()
     end = fit(run_of(root, tmp_path, "ema.decay=0.8", "ema.start_step=2"), watch)
@@ -68,5 +70,6 @@ def test_statistics_of_normalisation_are_averaged_too(root: Path, tmp_path: Path
     assert not torch.equal(end["state_dict"][name], end["current_model_state"][name])
 
 
+@pytest.mark.slow
 def test_without_a_decay_there_is_no_average(root: Path, tmp_path: Path) -> None:
     assert "current_model_state" not in fit(run_of(root, tmp_path))

@@ -38,6 +38,7 @@ def test_a_sentence_about_predictions() -> None:
     assert describe_odd_predictions(torch.zeros(3, 3, dtype=torch.int64), NAMES) is None
 
 
+@pytest.mark.slow
 def test_a_run_warns_of_labels_that_are_nearly_all_ignored(tmp_path: Path) -> None:
     scenes = ["data=scenes", f"data.root={tmp_path / 'scenes'}", "data.make.num_train=4", "data.make.num_val=2"]
     length = ["data.steps_per_epoch=2", "trainer.max_epochs=1", f"run_dir={tmp_path / 'run'}"]

@@ -64,6 +64,7 @@ def test_d1_a_skipped_step_changes_nothing_and_the_next_one_too_many_stops(
     assert len(list(tmp_path.glob("nonfinite/*.pt"))) == 2
 
 
+@pytest.mark.slow
 def test_d2_a_nan_score_is_never_the_best(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = pl.LightningModule.log
     scores = iter([float("nan"), 0.25])
