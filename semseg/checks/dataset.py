@@ -153,7 +153,9 @@ def diagnose(
         notices.append(Notice(ERROR, describe_unexplained_ids(sorted(sum_ids(splits)))))
         return Diagnosis(sort_notices(notices), [summarise_split(split, None) for split in splits], [], suggestions)
     class_of = configured.label_map.class_index
-    for advice in (check_unknown_ids(splits, data, class_of, find_pixel), check_shifted_ids(splits, data, class_of)):
+    num_classes = configured.label_map.num_classes
+    unknown = check_unknown_ids(splits, data, num_classes, class_of, find_pixel)
+    for advice in (unknown, check_shifted_ids(splits, data, class_of)):
         notices += advice.notices
         suggestions |= advice.suggestions
     rows = summarise_classes(splits, configured)
@@ -295,6 +297,7 @@ def suggest_ids(pixels: Counter[int]) -> dict[str, str]:
 def check_unknown_ids(
     splits: Sequence[ScannedSplit],
     data: DataConfig,
+    num_classes: int,
     class_of: ClassOf,
     find_pixel: FindPixel,
 ) -> Advice:
@@ -317,9 +320,23 @@ def check_unknown_ids(
     unknown_ids = {raw for raw in sum_ids(splits) if class_of(raw) is None}
     if not unknown_ids:
         return Advice(notices, {})
-    if unknown_ids == {VOID}:
-        return Advice(notices, {"data.ignore": f"[{','.join(map(str, [*data.ignore, VOID]))}]"})
-    return Advice(notices, suggest_ids(sum_ids(splits)))
+    return Advice(notices, suggest_settings(unknown_ids, sum_ids(splits), data, num_classes))
+
+
+def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConfig, num_classes: int) -> dict[str, str]:
+    """Settings under which no id is unknown. A class table keeps its number of classes; the user extends a map.
+
+    Args:
+        unknown_ids: ids that are neither classes nor ignored.
+        pixels: pixels by id.
+        num_classes: number of classes as configured.
+    """
+    if data.map is not None:
+        return {}
+    suggested = suggest_ids(pixels)
+    if unknown_ids != {VOID} and (data.classes is None or int(suggested["data.num_classes"]) == num_classes):
+        return suggested if data.classes is None else {key: suggested[key] for key in ("data.first_id", "data.ignore")}
+    return {"data.ignore": f"[{','.join(map(str, [*data.ignore, *sorted(unknown_ids)]))}]"}
 
 
 def check_shifted_ids(splits: Sequence[ScannedSplit], data: DataConfig, class_of: ClassOf) -> Advice:

@@ -98,6 +98,26 @@ def test_ids_that_nobody_explained_are_read_off_the_masks_and_the_advice_makes_i
     assert "class 2, class 3" in of_level(again, "warning")  # ids 2 and 3 never occur
 
 
+@pytest.mark.parametrize(
+    ("ids", "suggestions"),
+    [
+        ((1, 2, 99), {"data.ignore": "[0,99]"}),  # a table of three classes stays one of three
+        ((0, 1, 2), {"data.first_id": "0", "data.ignore": "[]"}),  # the same number of classes, from 0
+    ],
+)
+def test_the_suggestion_for_an_unknown_id_keeps_the_class_table(
+    tmp_path: Path, ids: tuple[int, ...], suggestions: dict[str, str]
+) -> None:
+    root = good_folder(tmp_path / "data", ids)
+    (root / "classes.txt").write_text("sky\nroad\ncar\n")
+    words = ["data.classes=classes.txt", "data.ignore=[]" if 0 in ids else "data.ignore=[0]"]
+    found = check(root, *words)
+    assert found["verdict"] == "NOT READY"
+    assert suggestions.items() <= found["suggestions"].items() and "data.num_classes" not in found["suggestions"]
+    again = check(root, *shlex.split(found["command"])[2:])
+    assert again["verdict"].startswith("READY")
+
+
 def test_an_unknown_id_is_shown_with_file_and_pixel(tmp_path: Path) -> None:
     root = good_folder(tmp_path / "data")
     mask = stripes(1, 2, 3)
