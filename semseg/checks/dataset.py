@@ -335,7 +335,9 @@ def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConf
         return {}
     suggested = suggest_ids(pixels)
     if unknown_ids != {VOID} and (data.classes is None or int(suggested["data.num_classes"]) == num_classes):
-        return suggested if data.classes is None else {key: suggested[key] for key in ("data.first_id", "data.ignore")}
+        if data.classes is not None:
+            del suggested["data.num_classes"]  # the table has it
+        return suggested
     return {"data.ignore": f"[{','.join(map(str, [*data.ignore, *sorted(unknown_ids)]))}]"}
 
 

@@ -103,13 +103,14 @@ def test_ids_that_nobody_explained_are_read_off_the_masks_and_the_advice_makes_i
     [
         ((1, 2, 99), {"data.ignore": "[0,99]"}),  # a table of three classes stays one of three
         ((0, 1, 2), {"data.first_id": "0", "data.ignore": "[]"}),  # the same number of classes, from 0
+        ((0, 255), {"data.map": "{0:0,255:1}"}),  # black and white
     ],
 )
 def test_the_suggestion_for_an_unknown_id_keeps_the_class_table(
     tmp_path: Path, ids: tuple[int, ...], suggestions: dict[str, str]
 ) -> None:
     root = good_folder(tmp_path / "data", ids)
-    (root / "classes.txt").write_text("sky\nroad\ncar\n")
+    (root / "classes.txt").write_text("sky\nroad\n" if 255 in ids else "sky\nroad\ncar\n")
     words = ["data.classes=classes.txt", "data.ignore=[]" if 0 in ids else "data.ignore=[0]"]
     found = check(root, *words)
     assert found["verdict"] == "NOT READY"
