@@ -235,7 +235,7 @@ class LinearInterpolation(NamedTuple):
 def linear_interpolation(length: int, out_length: int, like: Tensor) -> LinearInterpolation:
     """Interpolation from `length` to `out_length` positions, rounded as in PyTorch's own interpolation."""
     positions = torch.arange(out_length, device=like.device, dtype=like.dtype)
-    scale = torch.tensor(length, dtype=like.dtype, device=like.device) / out_length
+    scale = like.new_full((), length) / out_length  # filled in by the device, without an upload
     source = ((positions + 0.5) * scale - 0.5).clamp(min=0)
     first = source.long().clamp(max=length - 1)
     return LinearInterpolation(first, (first + 1).clamp(max=length - 1), source - first)

@@ -41,7 +41,11 @@ def confusion_counts(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
     narrow = torch.int16 if num_cells <= 2**15 else torch.int32
     # An extra row counts the pixels that are not scored, which saves a mask and a copy.
     cell = torch.add(prediction.to(narrow), label.to(narrow), alpha=num_classes).add_(num_classes)
-    counts = torch.bincount(cell.flatten(), minlength=num_cells)
+    if cell.device.type == "cpu":
+        counts = torch.bincount(cell.flatten(), minlength=num_cells)
+    else:  # the same counts; bincount asks the device for the largest value and waits for the answer
+        ones = cell.new_ones(1, dtype=torch.int64).expand(cell.numel())
+        counts = ones.new_zeros(num_cells).scatter_add_(0, cell.flatten().long(), ones)
     return counts.view(num_classes + 1, num_classes)[1:]
 
 

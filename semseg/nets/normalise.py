@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,20 @@ def normalise(image: Tensor, convention: Preprocessing, size: Tensor | None = No
     Returns:
         (N, 3, H, W) float32.
     """
-    constants = image.new_empty(0, dtype=torch.float32)
-    mean = constants.new_tensor(convention.mean).view(1, 3, 1, 1)
-    std = constants.new_tensor(convention.std).view(1, 3, 1, 1)
     pixels = (image.flip(1) if convention.channel_order == "bgr" else image).float()
+    mean, std = (create_channel_values(values, pixels) for values in (convention.mean, convention.std))
     pixels = pixels.mul_(convention.scale).sub_(mean).div_(std)
     if size is not None:
         pixels.mul_(valid_mask(size, pixels))
     return pixels
+
+
+def create_channel_values(values: Sequence[float], like: Tensor) -> Tensor:
+    """(1, C, 1, 1) with a value for each channel, of the type and device of `like`.
+
+    The device fills them in: an upload from the host would wait for it at every step.
+    """
+    return torch.cat([like.new_full((1, 1, 1, 1), value) for value in values], dim=1)
 
 
 def valid_mask(size: Tensor, like: Tensor) -> Tensor:

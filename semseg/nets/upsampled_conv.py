@@ -162,7 +162,7 @@ def interpolation_matrices(length: int, out_length: int, like: Tensor) -> Tensor
     As in F.interpolate with align_corners=False; of the type and device of `like`.
     """
     precise = torch.promote_types(like.dtype, torch.float32)
-    target = torch.arange(out_length, device=like.device) + torch.tensor([[-1], [0], [1]], device=like.device)
+    target = torch.arange(out_length, device=like.device) + torch.arange(-1, 2, device=like.device).unsqueeze(1)
     # The position that F.interpolate reads: (target + 1/2) * length / out_length - 1/2, clamped at both ends.
     source = ((target.to(precise) + 0.5) * (length / out_length) - 0.5).clamp(0, length - 1).unsqueeze(-1)
     weights = (1 - (source - torch.arange(length, device=like.device, dtype=precise)).abs()).clamp(min=0)

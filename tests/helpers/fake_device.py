@@ -1,0 +1,63 @@
+"""A device without hardware, on which steps run without computing: finds what would fail on a GPU, or wait for it.
+
+A backend registered from Python has no kernels, but autograd's engine serves it, so that with fake tensors a forward
+pass, a backward pass and an optimiser's step run on it. Mixed devices and questions to the device (`.item()`, `if x`,
+boolean indices, bincount) raise there; `HostCopies` finds the rest, copies between device and host.
+
+The registration changes a process for good: import this module only in a process of its own.
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+import semseg
+
+DEVICE = "gpu"
+PACKAGE = f"{semseg.__path__[0]}/"
+
+_setup_privateuseone_for_python_backend(DEVICE)
+
+
+class FakeDevice(FakeTensorMode):
+    """Tensors without content, on DEVICE and on the CPU."""
+
+    avoid_device_init = True  # without it, uniform_ and copy_ are sent to the device
+
+
+class HostCopies(TorchDispatchMode):
+    """Collects copies between the host and the device, and indices that hide one: masks, and indices on the host.
+
+    Attributes:
+        found: what was found and where, such as "cpu to gpu in evaluation/inference.py:batch_logits".
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, result = func.name(), func(*args, **(kwargs or {}))
+        if name in ("aten::_to_copy", "aten::copy_"):
+            source, target = args[name == "aten::copy_"].device.type, result.device.type
+            if source != target:
+                self.add(f"{source} to {target}")
+        if name.startswith(("aten::index", "aten::_index_put")) and isinstance(args[1], list | tuple):
+            indices = [index for index in args[1] if index is not None]
+            if any(index.dtype == torch.bool or index.device != args[0].device for index in indices):
+                self.add("index")
+        return result
+
+    def add(self, what: str) -> None:
+        stack = [frame for frame in traceback.extract_stack() if frame.filename.startswith(PACKAGE)]
+        ours = [frame for frame in stack if not frame.name.startswith("<")]  # comprehensions belong to their function
+        where = f"{ours[-1].filename.removeprefix(PACKAGE)}:{ours[-1].name}" if ours else "outside of semseg"
+        self.found.add(f"{what} in {where}")

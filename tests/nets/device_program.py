@@ -1,0 +1,128 @@
+"""What every network and its evaluation would ask of a GPU, as JSON: {case: [findings]}; see helpers/fake_device.py."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from helpers.fake_device import DEVICE, PACKAGE, FakeDevice, HostCopies
+from semseg.checkpoints.network import build_network
+from semseg.config.compose import list_options
+from semseg.config.load import load_config
+from semseg.evaluation.inference import batch_logits, merge_scales
+from semseg.evaluation.metrics import confusion_counts
+from semseg.nets.normalise import normalise
+from semseg.nets.registry import DECODERS, ENCODERS, build_decoder, build_encoder, build_segmenter
+from semseg.nets.segmenter import Segmenter
+from semseg.training.losses import segmentation_loss
+
+NUM_CLASSES = 150
+CANVAS = (128, 160)
+MODELS = [name for name in list_options("model") if "timm" not in name]
+OWN_ENCODERS = [name for name in ENCODERS if name not in ("torchvision", "timm")]
+
+
+def find_in_step(net: Segmenter) -> set[str]:
+    """Findings of a training step: preprocessing, network, loss, backward pass and optimiser."""
+    image = torch.zeros(2, 3, *CANVAS, dtype=torch.uint8, device=DEVICE)
+    size = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    label = torch.zeros(2, *(side // net.label_stride for side in CANVAS), dtype=torch.int64, device=DEVICE)
+    weights = [weight for weight in net.train().parameters() if weight.requires_grad]
+    with HostCopies() as copies, torch.autograd.set_multithreading_enabled(False):
+        segmentation_loss(net(normalise(image, net.convention, size)), label).total.backward()
+        torch.optim.SGD(weights, lr=0.1, momentum=0.9).step()
+    assert all(weight.grad is not None and weight.grad.device == weight.device for weight in weights)
+    return copies.found
+
+
+def find_in_evaluation(net: Segmenter) -> set[str]:
+    """Findings of an evaluation at two scales with mirrored images."""
+    scales = [torch.zeros(3, *(side * part for side in CANVAS), dtype=torch.uint8, device="cpu") for part in (1, 2)]
+    net.eval()
+    with HostCopies() as copies:
+        (logits,) = batch_logits(net, [scales], net.convention, flip=True)
+        class_map = merge_scales(logits, (77, 99)).ids
+        confusion_counts(class_map, torch.zeros(77, 99, dtype=torch.int64, device=DEVICE), NUM_CLASSES)
+    return copies.found
+
+
+def build_model(name: str) -> Segmenter:
+    config, _ = load_config([f"model={name}", "model.encoder.weights=none"])
+    return build_network(config.model, NUM_CLASSES)
+
+
+def find_in_decoders(encoder: str) -> set[str]:
+    """Findings of every decoder, with and without deep supervision, on the maps of an encoder."""
+    found: set[str] = set()
+    image = torch.zeros(2, 3, *CANVAS, device=DEVICE)
+    for joined in ({}, {"join": False}) if encoder == "hrnetv2" else ({},):
+        body = build_encoder(encoder, **joined)
+        with torch.no_grad():
+            maps = body(image)
+        for decoder in DECODERS:
+            if decoder == "upernet" and len(maps) == 1:
+                continue
+            deep = decoder != "upernet" and len(maps) > 1
+            for options in ({}, {"deep_supervision": True}) if deep else ({},):
+                head = build_decoder(decoder, body.channels, NUM_CLASSES, **options)
+                with HostCopies() as copies, torch.autograd.set_multithreading_enabled(False):
+                    logits = head.train()(maps)
+                    (logits.main.sum() + (0 if logits.aux is None else logits.aux.sum())).backward()
+                found |= copies.found
+    return found
+
+
+MISTAKES: dict[str, Callable[[Tensor], object]] = {
+    "mixed devices": lambda x: x + torch.ones(3, 1, 1, device="cpu"),
+    "a branch": lambda x: 1 if x.sum() > 0 else 0,
+    "a number": lambda x: float(x.mean()),
+    "a mask": lambda x: x[x > 0],
+    "a count": lambda x: torch.bincount(x.flatten().long()),
+    "a download": lambda x: x.mean().cpu(),
+    "an upload": lambda x: torch.tensor([1.0, 2.0], device="cpu").to(x.device),
+    "an index on the host": lambda x: x[torch.tensor([1, 0], device="cpu")],
+    "a mask of an assignment": lambda x: x.clone().index_put_([x > 0], x.new_zeros(1)),
+}
+
+
+def find_mistake(name: str) -> set[str]:
+    net = build_segmenter("resnet18", "c1", NUM_CLASSES)
+
+    def act(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        MISTAKES[name](inputs[0])
+
+    net.encoder.register_forward_pre_hook(act)
+    return find_in_step(net)
+
+
+def list_cases() -> dict[str, Callable[[], set[str]]]:
+    cases: dict[str, Callable[[], set[str]]] = {}
+    for name in MODELS:
+        cases[f"step of {name}"] = lambda name=name: find_in_step(build_model(name))
+        cases[f"evaluation of {name}"] = lambda name=name: find_in_evaluation(build_model(name))
+    for name in OWN_ENCODERS:
+        cases[f"decoders of {name}"] = lambda name=name: find_in_decoders(name)
+    for name in MISTAKES:
+        cases[f"mistake: {name}"] = lambda name=name: find_mistake(name)
+    return cases
+
+
+def find_or_fail(case: Callable[[], set[str]]) -> list[str]:
+    """The findings of a case, or the error that ended it, with where in semseg it was raised."""
+    try:
+        # Initialisation looks at values; it takes place on the host.
+        with mock.patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor), FakeDevice(), torch.device(DEVICE):
+            return sorted(case())
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(PACKAGE)]
+        where = f"{frames[-1].filename.removeprefix(PACKAGE)}:{frames[-1].name}" if frames else "the program"
+        return [f"{type(error).__name__} in {where}: {' '.join(str(error).split())[:300]}"]
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: find_or_fail(case) for name, case in list_cases().items()}))

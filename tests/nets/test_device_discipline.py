@@ -1,0 +1,50 @@
+"""No network mixes devices, asks a GPU a question or uploads constants, in training and in evaluation.
+
+A GPU refuses the first; for the others the host waits until the queued work is done. Everything runs without a GPU, see
+helpers/fake_device.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.fork_server import run_python
+
+PROGRAM = Path(__file__).with_name("device_program.py")
+# Images come from the host, once per scale.
+EVALUATION_UPLOADS = ["cpu to gpu in evaluation/inference.py:batch_logits"]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What was found in each case, from a process of its own: the device stays registered for its whole life."""
+    program = run_python(str(PROGRAM), cwd=tmp_path_factory.mktemp("device"))
+    assert program.returncode == 0, program.stdout
+    return json.loads(program.stdout.splitlines()[-1])
+
+
+def select_cases(findings: dict[str, list[str]], kind: str) -> dict[str, list[str]]:
+    chosen = {case: found for case, found in findings.items() if case.startswith(kind)}
+    assert len(chosen) > 5
+    return chosen
+
+
+def test_a_training_step_of_no_network_waits_for_the_device(findings: dict[str, list[str]]) -> None:
+    assert {case: found for case, found in select_cases(findings, "step").items() if found} == {}
+
+
+def test_an_evaluation_uploads_its_images_and_nothing_else(findings: dict[str, list[str]]) -> None:
+    cases = select_cases(findings, "evaluation")
+    assert {case: found for case, found in cases.items() if found != EVALUATION_UPLOADS} == {}
+
+
+def test_no_decoder_on_any_encoder_waits_for_the_device(findings: dict[str, list[str]]) -> None:
+    assert {case: found for case, found in select_cases(findings, "decoders").items() if found} == {}
+
+
+def test_every_planted_mistake_is_found(findings: dict[str, list[str]]) -> None:
+    assert [case for case, found in select_cases(findings, "mistake").items() if not found] == []
