@@ -31,6 +31,14 @@ class Line(NamedTuple):
     name: str
     x: tuple[float, ...]  # ascending
     y: tuple[float, ...]  # as many, finite
+    has_dots: bool = False  # whether every point is marked
+
+
+class Mark(NamedTuple):
+    """A vertical line in a chart."""
+
+    x: float
+    name: str  # shown as a tooltip
 
 
 class Point(NamedTuple):
@@ -108,13 +116,32 @@ def _draw_median(x: Axis, value: float, unit: str) -> Markup:
     return svg_element("line", label, class_="median", x1=position, x2=position, y1=TOP, y2=HEIGHT - BOTTOM)
 
 
-def draw_line_chart(lines: Sequence[Line], title: str, x_name: str) -> Markup:
-    """Draw the lines over one pair of axes; the style sheet numbers their colours line-0, line-1, ..."""
+def draw_line_chart(
+    lines: Sequence[Line],
+    title: str,
+    x_name: str,
+    *,
+    limits: tuple[float, float] | None = None,
+    mark: Mark | None = None,
+) -> Markup:
+    """Draw the lines over one pair of axes; the style sheet numbers their colours line-0, line-1, ...
+
+    Args:
+        limits: range of x; None means from the first to the last point of all lines.
+    """
     lines = [average_points(line) for line in lines]
-    x = Axis(min(line.x[0] for line in lines), max(line.x[-1] for line in lines), LEFT, WIDTH - RIGHT)
+    low, high = limits or (min(line.x[0] for line in lines), max(line.x[-1] for line in lines))
+    x = Axis(low, high, LEFT, WIDTH - RIGHT)
     y = _vertical_axis([value for line in lines for value in line.y])
-    polylines = [_draw_line(line, x, y, index) for index, line in enumerate(lines)]
-    return _svg(title, *_draw_grid(x, y, x_name), *polylines)
+    marks = [] if mark is None else [_draw_mark(mark, x)]
+    drawn = [part for index, line in enumerate(lines) for part in _draw_line(line, x, y, index)]
+    return _svg(title, *_draw_grid(x, y, x_name), *marks, *drawn)
+
+
+def _draw_mark(mark: Mark, x: Axis) -> Markup:
+    position = _format(x.position(mark.x))
+    label = svg_element("title", mark.name)
+    return svg_element("line", label, class_="best", x1=position, x2=position, y1=TOP, y2=HEIGHT - BOTTOM)
 
 
 def _vertical_axis(values: Sequence[float]) -> Axis:
@@ -153,17 +180,22 @@ def average_points(line: Line, max_points: int = MAX_POINTS) -> Line:
     size = math.ceil(len(line.x) / max_points)
     starts = range(0, len(line.x), size)
     x, y = (tuple(math.fsum(part[s : s + size]) / len(part[s : s + size]) for s in starts) for part in (line.x, line.y))
-    return Line(line.name, x, y)
+    return line._replace(x=x, y=y)
 
 
-def _draw_line(line: Line, x: Axis, y: Axis, index: int) -> Markup:
+def _draw_line(line: Line, x: Axis, y: Axis, index: int) -> list[Markup]:
     colour = index % NUM_LINE_COLOURS
-    coordinates = [f"{_format(x.position(a))},{_format(y.position(b))}" for a, b in zip(line.x, line.y, strict=True)]
-    label = svg_element("title", f"{line.name}: {line.y[-1]:.4g} at the end")
-    if len(coordinates) == 1:
-        centre_x, centre_y = coordinates[0].split(",")
-        return svg_element("circle", label, class_=f"dot line-{colour}", cx=centre_x, cy=centre_y, r=3.5)
-    return svg_element("polyline", label, class_=f"line line-{colour}", points=" ".join(coordinates))
+    points = [(_format(x.position(a)), _format(y.position(b))) for a, b in zip(line.x, line.y, strict=True)]
+    parts = []
+    if len(points) > 1:
+        label = svg_element("title", f"{line.name}: {line.y[-1]:.4g} at the end")
+        coordinates = " ".join(f"{a},{b}" for a, b in points)
+        parts.append(svg_element("polyline", label, class_=f"line line-{colour}", points=coordinates))
+    if line.has_dots or len(points) == 1:
+        for (centre_x, centre_y), step, value in zip(points, line.x, line.y, strict=True):
+            label = svg_element("title", f"{line.name}: {value:.4g} at {step:g}")
+            parts.append(svg_element("circle", label, class_=f"dot line-{colour}", cx=centre_x, cy=centre_y, r=3.5))
+    return parts
 
 
 def draw_heat_map(fractions: NDArray[np.float64], names: Sequence[str], title: str) -> Markup:

@@ -31,6 +31,17 @@ function compareValues(a, b, order) {
   return order === "ascending" ? difference : -difference;
 }
 
+// Tables and charts that are wider or higher than their frame fade at the edges beyond which they continue.
+for (const frame of document.querySelectorAll(".scroll")) {
+  const update = () => {
+    frame.classList.toggle("more-left", frame.scrollLeft > 1);
+    frame.classList.toggle("more-right", frame.scrollLeft + frame.clientWidth < frame.scrollWidth - 1);
+    frame.classList.toggle("more-below", frame.scrollTop + frame.clientHeight < frame.scrollHeight - 1);
+  };
+  frame.addEventListener("scroll", update, { passive: true });
+  new ResizeObserver(update).observe(frame);
+}
+
 const themeButton = document.querySelector(".theme");
 themeButton.hidden = false;
 themeButton.addEventListener("click", () => {
