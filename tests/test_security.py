@@ -31,8 +31,9 @@ from semseg.checkpoints.atomic_io import AtomicCheckpointIO, find_newest_intact
 from semseg.checkpoints.format import FORMAT_KEY, load_plain, load_weights, read_checkpoint, write_safetensors
 from semseg.checkpoints.network import build_network
 from semseg.checkpoints.zoo import find_published_network
-from semseg.config.compose import CONFIG_DIR, compose_config
+from semseg.config.compose import compose_config
 from semseg.config.explain import explain_hydra_error
+from semseg.config.groups import CONFIG_DIR
 from semseg.config.overrides import parse_overrides
 from semseg.config.schema import ALLOWED_TARGETS, split_network_options
 from semseg.config.validate import check_config

@@ -39,8 +39,9 @@ from semseg.cli.supervise import (
     refuse_launcher,
     supervise_ranks,
 )
-from semseg.config.compose import CONFIG_DIR, compose_with_hydra, drop_hydra_section, read_unresolved
+from semseg.config.compose import compose_with_hydra, drop_hydra_section, read_unresolved
 from semseg.config.explain import explain_hydra_error
+from semseg.config.groups import CONFIG_DIR
 from semseg.config.overrides import SWEEP_OPTIONS, parse_overrides, quote_value, select_overrides
 from semseg.config.schema import PRINTING_MODES
 from semseg.config.validate import check_config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -13,12 +12,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from semseg.config.groups import CONFIG_DIR, list_groups, list_options
 from semseg.config.hints import explain_unknown_key
 from semseg.errors import ConfigError, find_nearest
 
-# configs/ is inside the package in a wheel, and beside it in a checkout.
-PACKAGE_DIR = Path(__file__).resolve().parents[1]
-CONFIG_DIR = next(path for path in (PACKAGE_DIR / "configs", PACKAGE_DIR.parent / "configs") if path.is_dir())
 PLUGIN_EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}
 
 
@@ -67,17 +64,6 @@ def drop_hydra_section(composed: DictConfig) -> DictConfig:
     config = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     config.run_dir = str(composed.run_dir)
     return config
-
-
-def list_options(group: str) -> list[str]:
-    """The names of the options of a group in configs/, sorted."""
-    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
-
-
-def list_groups() -> list[str]:
-    """Names of all configuration groups: model, model/encoder, data, ..."""
-    folders = (path.relative_to(CONFIG_DIR) for path in CONFIG_DIR.rglob("*") if path.is_dir())
-    return sorted(folder.as_posix() for folder in folders if folder.parts[0] != "hydra")
 
 
 def read_unresolved(node: DictConfig, key: str) -> str:

@@ -9,7 +9,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from semseg.config.compose import CONFIG_DIR, compose_config, explain_option, list_groups, list_options
+from semseg.config.compose import compose_config, explain_option
+from semseg.config.groups import CONFIG_DIR, list_groups, list_options
 from semseg.config.hints import explain_unknown_key
 from semseg.config.overrides import shorten_override
 from semseg.config.schema import list_keys

@@ -20,15 +20,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 
-from semseg.config.compose import CONFIG_DIR
 from semseg.config.fields import describe_range
+from semseg.config.groups import COMPLETE_OPTIONS, CONFIG_DIR
 from semseg.config.schema import Config, DecoderKeys, EncoderKeys, get_sections, is_section
 
-# Sections with options of their own, and the option that has all keys; the other options change some of them.
-COMPLETE_OPTIONS = {
-    "data": "ade20k", "augment": "none", "optim": "sgd", "schedule": "poly", "loss": "cross_entropy",
-    "syncbn": "reduce", "trainer": "default",
-}  # fmt: skip
 NETWORK_SECTIONS = {"encoder": EncoderKeys, "decoder": DecoderKeys}
 FIRST_KEY, LAST_SECTION = "mode:", "hydra:"  # configs/config.yaml is written from the one to the other
 HELP_MARK = "footer: |\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from semseg.config.compose import list_options
+from semseg.config.groups import list_options
 from semseg.config.load import load_config
 from semseg.config.schema import Config, DataConfig
 from semseg.data import store

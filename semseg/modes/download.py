@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
-from semseg.config.compose import CONFIG_DIR
+from semseg.config.groups import CONFIG_DIR
 from semseg.config.schema import ArchiveConfig, Config, DataConfig
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError, DataError

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from semseg.checkpoints.zoo import PUBLISHED_SCORES, ZOO
-from semseg.config.compose import list_options
+from semseg.config.groups import list_options
 from semseg.config.load import load_config
 from semseg.config.schema import Config, ModelConfig, split_network_options
 from semseg.nets.cost import COST_SIZE, NetworkCost, measure_cost

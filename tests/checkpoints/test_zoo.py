@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from semseg.checkpoints.zoo import ZOO, find_published_network, release_of_folder
-from semseg.config.compose import CONFIG_DIR
+from semseg.config.groups import CONFIG_DIR
 from semseg.errors import CheckpointError
 
 

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from semseg.cli import main
 from semseg.cli.main import claim_folder, resolve_run_dir
-from semseg.config.compose import CONFIG_DIR, compose_with_hydra
+from semseg.config.compose import compose_with_hydra
+from semseg.config.groups import CONFIG_DIR
 from semseg.config.overrides import parse_overrides, quote_value
 from semseg.errors import ConfigError
 

@@ -26,7 +26,8 @@ from helpers.tiny_program import PROGRAM
 from semseg.cli import main, sweep
 from semseg.cli.supervise import CLEARED_VARIABLES, ProcessEnd, run_isolated
 from semseg.cli.sweep import classify_end
-from semseg.config.compose import CONFIG_DIR, compose_with_hydra, explain_option
+from semseg.config.compose import compose_with_hydra, explain_option
+from semseg.config.groups import CONFIG_DIR
 from semseg.reports.sweep_page import choose_log_marks, render_sweep_page
 from semseg.storage.run_results import (
     Job,

@@ -9,8 +9,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from semseg.config.compose import compose_config, list_groups, translate_hydra_failures
+from semseg.config.compose import compose_config, translate_hydra_failures
 from semseg.config.explain import explain_hydra_error
+from semseg.config.groups import list_groups
 from semseg.config.overrides import parse_overrides
 from semseg.config.schema import list_keys
 from semseg.config.validate import check_config

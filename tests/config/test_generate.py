@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from semseg.config.compose import CONFIG_DIR, compose_config, list_groups, list_options
-from semseg.config.generate import COMPLETE_OPTIONS, flatten_keys, list_section_keys, read_explanations, render_files
+from semseg.config.compose import compose_config
+from semseg.config.generate import flatten_keys, list_section_keys, read_explanations, render_files
+from semseg.config.groups import COMPLETE_OPTIONS, CONFIG_DIR, list_groups, list_options
 from semseg.config.schema import Config, get_sections, list_keys
 from semseg.config.validate import iterate_leaves
 from semseg.data.sources import BUILT_IN_CLASSES

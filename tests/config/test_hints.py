@@ -10,8 +10,9 @@ import pytorch_lightning as pl
 from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 
-from semseg.config.compose import compose_config, list_groups
+from semseg.config.compose import compose_config
 from semseg.config.explain import explain_hydra_error
+from semseg.config.groups import list_groups
 from semseg.config.hints import KEY_SYNONYMS, REMOVED_KEYS, TRAINER_HINTS, explain_unknown_key
 from semseg.config.schema import TrainerConfig, list_keys
 from semseg.config.validate import check_config

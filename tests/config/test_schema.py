@@ -6,7 +6,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf, open_dict
 
-from semseg.config.compose import CONFIG_DIR, compose_config
+from semseg.config.compose import compose_config
+from semseg.config.groups import CONFIG_DIR
 from semseg.config.hints import find_nearest_key
 from semseg.config.schema import Config, config_to_plain, list_keys
 from semseg.config.validate import check_config

@@ -31,7 +31,8 @@ from semseg import build
 from semseg.build import restore_network
 from semseg.checkpoints.format import SavedNetwork, write_ckpt
 from semseg.checkpoints.network import build_network
-from semseg.config.compose import CONFIG_DIR, compose_config
+from semseg.config.compose import compose_config
+from semseg.config.groups import CONFIG_DIR
 from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
 from semseg.errors import CheckpointError, ConfigError, ExportError, SemsegError

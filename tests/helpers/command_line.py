@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from helpers.fork_server import run_python
 from semseg.cli import main
-from semseg.config.compose import CONFIG_DIR
+from semseg.config.groups import CONFIG_DIR
 from semseg.nets.registry import ENCODERS, Constructor
 
 RUN = CONFIG_DIR.parent / "run.py"

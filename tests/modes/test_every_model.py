@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from semseg.checkpoints.network import build_network
-from semseg.config.compose import CONFIG_DIR, compose_config
+from semseg.config.compose import compose_config
+from semseg.config.groups import CONFIG_DIR
 from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData

@@ -16,7 +16,7 @@ from PIL import Image
 
 from helpers.command_line import run_here as run
 from helpers.local_server import LocalServer, local_server
-from semseg.config.compose import CONFIG_DIR
+from semseg.config.groups import CONFIG_DIR
 
 PATH = "/ADEChallengeData2016.zip"
 COUNTS = "3 training and 2 validation images with labels"

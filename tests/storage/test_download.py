@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from helpers.local_server import Answer, Handler, LocalServer, body, local_server, status, until
-from semseg.config.compose import CONFIG_DIR
+from semseg.config.groups import CONFIG_DIR
 from semseg.config.schema import DownloadConfig
 from semseg.errors import ConfigError, DownloadError
 from semseg.storage.download import cache_folder, fetch_file
