@@ -1,13 +1,15 @@
-"""Stage 8: how much scores would vary with other images of the same kind (Efron's percentile bootstrap)."""
+"""Stage 8: how much scores would vary with other images of the same kind (Efron's percentile bootstrap). No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, stack
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIDENCE_LEVEL = 0.95
 RESAMPLES_PER_CHUNK = 64  # bounds the memory that a bootstrap takes
@@ -27,7 +29,8 @@ def class_counts(matrix: Tensor) -> NDArray[np.int32]:
     IoU and accuracy need no more than these margins of the matrix, which take 1 / 50 of its memory for 150 classes. An
     image has less than 2^31 pixels.
     """
-    return stack([matrix.diag(), matrix.sum(1), matrix.sum(0)]).numpy().astype(np.int32)
+    counts = matrix.numpy()
+    return np.stack([counts.diagonal(), counts.sum(1), counts.sum(0)]).astype(np.int32)
 
 
 def bootstrap(

@@ -15,6 +15,7 @@ from torch import Tensor
 from semseg.config.schema import EvalConfig
 from semseg.data.batch import EvalSample
 from semseg.evaluation.bootstrap import class_counts
+from semseg.evaluation.image_files import MAP_EDGE, MAX_MAPS, ClassMaps, encode_maps
 from semseg.evaluation.metrics import (
     BoundaryCounts,
     BoundaryIoU,
@@ -38,7 +39,8 @@ class ImageRecord(NamedTuple):
     pixel_accuracy: float | None
     mean_iou: float | None  # over the classes in its label or its prediction
     seconds: float  # network and scoring
-    class_counts: NDArray[np.int32] | None  # (3, K), see bootstrap.class_counts; None unless intervals are computed
+    class_counts: NDArray[np.int32]  # (3, K), see bootstrap.class_counts
+    maps: ClassMaps | None  # small label and prediction; None for images after the first MAX_MAPS
 
 
 class UnreadableImage(NamedTuple):
@@ -134,11 +136,18 @@ class Evaluator:
         matrix = matrices[0].cpu()
         scores = scores_from(matrix, "present")
         height, width = sample.label.shape
-        counts = class_counts(matrix) if self.config.bootstrap else None
-        seconds = network_seconds + self.stopwatch.lap("scoring")
+        maps = shrink_maps(sample.label, class_maps[0]) if sample.position < MAX_MAPS else None
         self.images.append(
             ImageRecord(
-                sample.position, sample.path, height, width, scores.pixel_accuracy, scores.mean_iou, seconds, counts
+                position=sample.position,
+                path=sample.path,
+                height=height,
+                width=width,
+                pixel_accuracy=scores.pixel_accuracy,
+                mean_iou=scores.mean_iou,
+                seconds=network_seconds + self.stopwatch.lap("scoring"),
+                class_counts=class_counts(matrix),
+                maps=maps,
             )
         )
 
@@ -158,6 +167,19 @@ class Evaluator:
             speed=speed_of(len(images), [rank.seconds for rank in ranks]),
             unreadable=unreadable,
         )
+
+
+def shrink_maps(label: Tensor, prediction: Tensor) -> ClassMaps:
+    """Encode two (H, W) maps of class indices with long edges of at most MAP_EDGE, without mixing classes."""
+    height, width = label.shape
+    scale = min(1.0, MAP_EDGE / max(height, width))
+    rows, columns = (
+        # The pixels under the centres of the new pixels.
+        ((torch.arange(max(1, round(scale * length)), device=label.device) + 0.5) / scale).long().clamp(max=length - 1)
+        for length in (height, width)
+    )
+    small = (ids[rows[:, None], columns].to("cpu", torch.int32).numpy() for ids in (label, prediction))
+    return encode_maps(*small)
 
 
 class RankRecords(NamedTuple):

@@ -15,6 +15,7 @@ from semseg.data.classes import ClassTable
 from semseg.data.palette import Colour
 from semseg.evaluation.bootstrap import ConfidenceIntervals
 from semseg.evaluation.evaluator import Speed, SplitCounts, UnreadableImage
+from semseg.evaluation.image_files import ClassMaps
 from semseg.evaluation.metrics import BoundaryCounts, Scores, scores_from
 
 
@@ -61,6 +62,8 @@ class ImageScore(NamedTuple):
     seconds: float = 0.0  # network and scoring
     height: int = 0  # pixels
     width: int = 0
+    class_counts: NDArray[np.int32] | None = None  # (3, K), see bootstrap.class_counts
+    maps: ClassMaps | None = None  # small label and prediction
 
 
 class SubsetScores(NamedTuple):
@@ -148,6 +151,8 @@ def build_result(
             image.seconds,
             image.height,
             image.width,
+            image.class_counts,
+            image.maps,
         )
         for image in counts.images
     ]

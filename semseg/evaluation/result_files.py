@@ -1,4 +1,4 @@
-"""Stage 8: the result of an evaluation as metrics.json, per_class.csv, per_image.csv and confusion.npz."""
+"""Stage 8: the result of an evaluation as files: scores, tables, and what mode=compare needs of every image."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from semseg.evaluation.bootstrap import CONFIDENCE_LEVEL
+from semseg.evaluation.image_files import COUNTS_FILE, MAPS_FILE, write_class_maps, write_image_counts
 from semseg.evaluation.metrics import Scores
 from semseg.evaluation.result import ClassScore, EvaluationResult, ImageScore
 from semseg.storage.atomic import atomic_write
@@ -18,7 +19,7 @@ from semseg.system.text import escape_csv_row
 
 
 def write_result_files(folder: Path, result: EvaluationResult, facts: Mapping[str, Any]) -> list[Path]:
-    """Write metrics.json, per_class.csv, per_image.csv and confusion.npz to `folder`; returns their paths.
+    """Write all files of a result to `folder`, except the page; returns their paths.
 
     Scores of nothing are null in metrics.json and empty in the tables.
 
@@ -41,7 +42,18 @@ def write_result_files(folder: Path, result: EvaluationResult, facts: Mapping[st
             names=np.array(result.classes.names, np.str_),
             ids=np.array(result.class_ids, np.int64),
         )
-    return [metrics, classes, images, confusion]
+    return [metrics, classes, images, confusion, *write_image_files(folder, result.images)]
+
+
+def write_image_files(folder: Path, images: Sequence[ImageScore]) -> list[Path]:
+    """Write the pixel counts and class maps of all images, as far as they were kept; returns the paths."""
+    counts = [image.class_counts for image in images if image.class_counts is not None]
+    if len(counts) < len(images):
+        return []
+    paths = [folder / COUNTS_FILE, folder / MAPS_FILE]
+    write_image_counts(paths[0], [image.file for image in images], counts)
+    write_class_maps(paths[1], [image.maps for image in images])
+    return paths
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -56,6 +68,7 @@ def metrics_entries(result: EvaluationResult) -> dict[str, Any]:
     """The entries of metrics.json, apart from the scores of each class."""
     entries: dict[str, Any] = {
         "confusion": result.confusion.tolist(),  # rows are labels
+        "palette": [list(colour) for colour in result.classes.palette],
         **score_entries(result.scores),
         "mean_iou_by_rule": {
             score.rule: {"mean_iou": score.mean_iou, "classes": score.num_averaged, "absent": list(score.absent)}

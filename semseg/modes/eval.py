@@ -16,7 +16,7 @@ from rich.console import Console
 
 from semseg.build import build_trainer, open_network, restore_network
 from semseg.checkpoints.format import CHECKPOINT_FOLDER, SavedNetwork, refuse_nonfinite_weights
-from semseg.config.schema import Config, DataConfig, EvalConfig
+from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
 from semseg.data.batch import EvalSample
 from semseg.data.datasets import EvalDataset
 from semseg.data.pairs import read_pair
@@ -34,7 +34,7 @@ from semseg.lit_module import SegmentationModule
 from semseg.reports.curves import read_training_curves, run_folder_of_checkpoint
 from semseg.reports.draw import draw_comparison
 from semseg.reports.evaluation_page import EvaluationReport, Example, choose_examples, write_evaluation_page
-from semseg.reports.run_card import build_run_card, compute_data_fingerprint
+from semseg.reports.run_card import build_run_card, compute_data_fingerprint, mask_secrets
 from semseg.storage.atomic import atomic_write
 from semseg.storage.ranks import print_once
 from semseg.storage.run_results import RunResult, write_result
@@ -85,7 +85,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
         intervals=confidence_intervals(images, config.data.miou_rule, config.eval.bootstrap, config.seed),
     )
     title = describe_evaluation(config.data.name, config.eval, result)
-    files = write_result_files(folder, result, describe_settings(config.data.name, config.eval, saved.source, result))
+    files = write_result_files(folder, result, describe_settings(config.data, config.eval, saved, result))
     report = EvaluationReport(
         title=f"{config.model.name} on {config.data.name}",
         subtitle=title,
@@ -134,8 +134,7 @@ def confidence_intervals(
     """Confidence intervals from `resamples` resamples; None for 0."""
     if not resamples:
         return None
-    counts = [image.class_counts for image in images if image.class_counts is not None]
-    return bootstrap(counts, rule, resamples, generator_for(seed))
+    return bootstrap([image.class_counts for image in images], rule, resamples, generator_for(seed))
 
 
 def describe_evaluation(data_name: str, settings: EvalConfig, result: EvaluationResult) -> str:
@@ -146,17 +145,23 @@ def describe_evaluation(data_name: str, settings: EvalConfig, result: Evaluation
 
 
 def describe_settings(
-    data_name: str, settings: EvalConfig, checkpoint: str, result: EvaluationResult
+    data: DataConfig, settings: EvalConfig, saved: SavedNetwork, result: EvaluationResult
 ) -> dict[str, Any]:
-    """The entries of metrics.json that say what was evaluated, and how."""
+    """The entries of metrics.json that say what was evaluated, how, and how the network was trained."""
     entries = {
-        "checkpoint": checkpoint,
-        "data": data_name,
+        "checkpoint": saved.source,
+        "step": saved.step,
+        "data": data.name,
+        "root": data.root,
         "split": settings.split,
         "images": len(result.images),
         "scales": settings.scales,
         "flip": settings.flip,
+        "window": settings.window,
+        "stride": settings.stride,
     }
+    if not saved.note:  # files of other programs do not say how they were trained
+        entries["trained_with"] = mask_secrets(config_to_plain(saved.config))
     return entries | {"boundary_ratio": settings.boundary_ratio} if settings.boundary_iou else entries
 
 

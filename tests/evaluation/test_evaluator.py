@@ -44,7 +44,7 @@ def test_an_image_is_scored_over_the_classes_it_has() -> None:
     assert image.mean_iou == pytest.approx((2 / 4 + 1 / 3 + 0) / 3)  # classes 0, 1, 2
     assert (image.path, image.height, image.width) == ("images/0.jpg", 2, 4)
     assert image.seconds > 0
-    assert image.class_counts is None
+    assert image.class_counts.tolist() == [[2, 1, 0], [2, 2, 2], [4, 2, 0]]  # correct, labelled, predicted
 
 
 def test_an_image_without_a_scored_pixel_has_no_score() -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -11,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from semseg.data.classes import ClassTable
+from semseg.errors import DataError
 from semseg.evaluation.bootstrap import ConfidenceIntervals
-from semseg.evaluation.evaluator import ImageRecord, Speed, SplitCounts
+from semseg.evaluation.evaluator import ImageRecord, Speed, SplitCounts, shrink_maps
+from semseg.evaluation.image_files import ClassMapReader, encode_maps, read_image_counts
 from semseg.evaluation.metrics import Counts
 from semseg.evaluation.result import EvaluationResult, build_result, relative_name
 from semseg.evaluation.result_files import write_result_files
@@ -28,9 +31,11 @@ from semseg.evaluation.tables import (
 CLASSES = ClassTable.from_names(["sky", "road", "boat"])
 MATRIX = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])  # the boat is neither labelled nor predicted
 SPEED = Speed(2.5, {"reading": 0.01, "network": 0.3, "scoring": 0.09})
+COUNTS = np.array([[3, 4, 0], [4, 4, 0], [3, 5, 0]], np.int32)  # correct, labelled, predicted
+MAPS = encode_maps(np.array([[0, 1], [-1, 2]]), np.array([[0, 0], [1, 2]]))
 IMAGES = [
-    ImageRecord(0, "/data/images/a.jpg", 2, 2, 0.75, 0.5, 0.4, None),
-    ImageRecord(1, "/elsewhere/b.jpg", 2, 2, None, None, 0.2, None),
+    ImageRecord(0, "/data/images/a.jpg", 2, 2, 0.75, 0.5, 0.4, COUNTS, MAPS),
+    ImageRecord(1, "/elsewhere/b.jpg", 2, 2, None, None, 0.2, np.zeros_like(COUNTS), None),
 ]
 
 
@@ -97,7 +102,7 @@ def test_the_speed_lists_the_time_of_each_stage() -> None:
 
 
 def test_files_hold_the_numbers_and_null_for_what_was_not_scored(tmp_path: Path) -> None:
-    metrics, classes, images, confusion = write_result_files(tmp_path, result(), {"split": "val"})
+    metrics, classes, images, confusion, *_ = write_result_files(tmp_path, result(), {"split": "val"})
     content = json.loads(metrics.read_text())
     assert (content["split"], content["pixel_accuracy"], content["mean_iou"]) == ("val", 0.875, (0.75 + 0.8) / 2)
     assert content["classes"][2]["iou"] is None
@@ -113,6 +118,41 @@ def test_files_hold_the_numbers_and_null_for_what_was_not_scored(tmp_path: Path)
     saved = np.load(confusion)
     assert saved["matrix"].tolist() == MATRIX.tolist() and saved["names"].tolist() == ["sky", "road", "boat"]
     assert saved["ids"].tolist() == [7, 8, 11]
+
+
+def test_what_a_comparison_needs_of_each_image_is_written_and_read_back(tmp_path: Path) -> None:
+    *_, counts_path, maps_path = write_result_files(tmp_path, result(), {})
+    read = read_image_counts(counts_path, 3)
+    assert read is not None and read.files == ("images/a.jpg", "/elsewhere/b.jpg")
+    assert np.array_equal(read.counts, [COUNTS, np.zeros_like(COUNTS)])
+    reader = ClassMapReader(maps_path, {"images/a.jpg": 0, "/elsewhere/b.jpg": 1}, 3)
+    maps = reader.read("images/a.jpg")
+    assert maps is not None
+    assert maps.label.tolist() == [[0, 1], [-1, 2]] and maps.prediction.tolist() == [[0, 0], [1, 2]]
+    assert reader.read("/elsewhere/b.jpg") is None and reader.read("unknown.jpg") is None
+    assert read_image_counts(tmp_path / "none.npz", 3) is None
+
+
+def test_damaged_files_of_images_are_named(tmp_path: Path) -> None:
+    *_, counts_path, maps_path = write_result_files(tmp_path, result(), {})
+    with pytest.raises(DataError, match=r"per_image\.npz"):
+        read_image_counts(counts_path, 2)
+    with pytest.raises(DataError, match=r"class_maps\.zip"):
+        ClassMapReader(maps_path, {"a.jpg": 0}, 1).read("a.jpg")  # the map has two classes
+    for path in (counts_path, maps_path):
+        path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"per_image\.npz"):
+        read_image_counts(counts_path, 3)
+    with pytest.raises(DataError, match=r"class_maps\.zip"):
+        ClassMapReader(maps_path, {"a.jpg": 0}, 3).read("a.jpg")
+
+
+def test_maps_of_many_classes_and_large_images_are_small() -> None:
+    label = torch.arange(300).repeat_interleave(4).reshape(1, 1200).repeat(900, 1)
+    maps = shrink_maps(label, label)
+    values = cv2.imdecode(np.frombuffer(maps.label, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert values.shape == (240, 320) and values.max() == 300  # class 299, by the pixels under the centres
+    assert np.array_equal(values[0], 1 + (np.arange(320) + 0.5) * 3.75 // 4)
 
 
 def test_an_image_is_named_by_its_path_in_the_data_set() -> None:
