@@ -1,4 +1,7 @@
-"""Builds networks, predictors and trainers from the configuration."""
+"""Builds networks, predictors, modules, data and trainers from the configuration.
+
+The whole configuration goes no further: what is built here gets the sections and values that it uses.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,19 @@ from semseg.checkpoints import zoo
 from semseg.checkpoints.format import (
     SavedNetwork,
     find_checkpoint,
-    inherit_config,
     read_checkpoint,
     refuse_nonfinite_weights,
 )
 from semseg.checkpoints.network import load_network
 from semseg.checkpoints.published import PUBLISHED_FREE_KEYS, PublishedFiles, find_published_files, read_published
-from semseg.config.schema import ONNX, ZOO_PREFIX, Config
+from semseg.config.inherit import inherit_config
+from semseg.config.schema import ONNX, ZOO_PREFIX, Config, config_to_plain
+from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.data.sources import DataSource, make_label_map
+from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError
+from semseg.lit_module import SegmentationModule
 from semseg.nets.segmenter import Segmenter
 from semseg.prediction.predictor import PredictionSettings, Predictor
 from semseg.storage.download import fetch_file
@@ -148,6 +154,41 @@ def create_predictor(saved: SavedNetwork, config: Config, device: str | torch.de
     net = restore_network(saved).to(device)
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     return Predictor(net, saved.classes, ids, settings, name=saved.config.model.name, source=str(saved.source))
+
+
+def build_module(config: Config, net: Segmenter, classes: ClassTable) -> SegmentationModule:
+    """The module that trains and evaluates `net`."""
+    return SegmentationModule(
+        net,
+        classes,
+        model_config=config.model,
+        loss_config=config.loss,
+        optim_config=config.optim,
+        schedule_config=config.schedule,
+        syncbn_config=config.syncbn,
+        eval_config=config.eval,
+        miou_rule=config.data.miou_rule,
+        max_bad=config.data.max_bad,
+        saved_config=config_to_plain(config),
+    )
+
+
+def build_data(config: Config, source: DataSource, net: Segmenter) -> SegmentationData:
+    """The loaders of `source` for `net`.
+
+    Raises:
+        ConfigError: if the size divisor is not a multiple of the label stride.
+    """
+    return SegmentationData(
+        source,
+        net,
+        augment_config=config.augment,
+        eval_config=config.eval,
+        trainer_config=config.trainer,
+        seed=config.seed,
+        size_divisor=config.model.size_divisor,
+        label_stride=config.model.label_stride,
+    )
 
 
 def build_trainer(config: Config, source: DataSource) -> pl.Trainer:

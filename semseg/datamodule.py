@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from semseg.collate import collate
-from semseg.config.schema import Config
+from semseg.config.schema import AugmentConfig, EvalConfig, TrainerConfig
 from semseg.data import shared_slots
 from semseg.data.augment import Augmentation, crop_size
 from semseg.data.batch import Batch
@@ -50,24 +50,39 @@ class LargestSubBatch(NamedTuple):
 
 
 class SegmentationData(pl.LightningDataModule):
-    """Loaders of a data source for one network.
+    """Loaders of a data source for one network; semseg/build.py:build_data takes the arguments from the configuration.
 
     Args:
-        source: records and label map.
-        config: uses the sections data, augment, eval and trainer, the strides of model, and the seed.
+        source: records, label map, and how images are read.
         net: defines the default size divisor and label stride, and the preprocessing.
+        trainer_config: the length of the run, and its limits.
+        seed: of the plan and of augmentation.
+        size_divisor: images are padded to multiples of this many pixels; None: the network's own value.
+        label_stride: stride of training labels in pixels; None: the network's own value.
 
     Raises:
         ConfigError: if the size divisor is not a multiple of the label stride.
     """
 
-    def __init__(self, source: DataSource, config: Config, net: Segmenter) -> None:
+    def __init__(
+        self,
+        source: DataSource,
+        net: Segmenter,
+        *,
+        augment_config: AugmentConfig,
+        eval_config: EvalConfig,
+        trainer_config: TrainerConfig,
+        seed: int,
+        size_divisor: int | None = None,
+        label_stride: int | None = None,
+    ) -> None:
         super().__init__()
-        self.source = source
-        self.config = config
-        self.size_divisor = config.model.size_divisor or net.size_divisor
+        self.source, self.data_config = source, source.config
         self.net = net
-        self.label_stride = config.model.label_stride or net.label_stride
+        self.augment_config, self.eval_config, self.trainer_config = augment_config, eval_config, trainer_config
+        self.seed = seed
+        self.size_divisor = size_divisor or net.size_divisor
+        self.label_stride = label_stride or net.label_stride
         if self.size_divisor % self.label_stride:
             raise ConfigError(
                 f"model.size_divisor={self.size_divisor} is not a multiple of model.label_stride={self.label_stride}. "
@@ -85,15 +100,15 @@ class SegmentationData(pl.LightningDataModule):
 
     def split_of(self, stage: str) -> str:
         """The split that a stage scores: "val" the validation split, "test" (mode=eval) eval.split."""
-        return "val" if stage == "val" else self.config.eval.split
+        return "val" if stage == "val" else self.eval_config.split
 
     def plan(self) -> TrainPlan:
         """The plan of training, which is computed once."""
         if self._plan is None:
-            data = self.config.data
+            data = self.data_config
             self._plan = TrainPlan(
                 [record.size for record in self.source.records("train")],
-                seed=self.config.seed,
+                seed=self.seed,
                 batch_size=data.batch_size,
                 short_edges=data.short_edges,
                 flip=data.flip,
@@ -112,7 +127,7 @@ class SegmentationData(pl.LightningDataModule):
 
     def steps_per_epoch(self) -> int:
         """Sub-batches per epoch and device: data.steps_per_epoch, or about one pass over the images."""
-        return self.config.data.steps_per_epoch or self.plan().steps_in_pass(self._rank_and_world_size()[1])
+        return self.data_config.steps_per_epoch or self.plan().steps_in_pass(self._rank_and_world_size()[1])
 
     def run_conditions(self) -> RunConditions:
         """What determines the steps besides the configuration; needs the trainer."""
@@ -123,7 +138,7 @@ class SegmentationData(pl.LightningDataModule):
             self._conditions = RunConditions(
                 self.trainer.world_size,
                 batches,
-                count_run_steps(self.config.trainer, batches),
+                count_run_steps(self.trainer_config, batches),
                 {split: digest_records(source.records(split), source.root) for split in splits},
                 self.trainer.strategy.root_device.type,
                 torch.get_num_threads(),
@@ -131,7 +146,7 @@ class SegmentationData(pl.LightningDataModule):
         return self._conditions
 
     def train_dataloader(self) -> SubBatchLoader:
-        data, augment, records = self.config.data, self.config.augment, self.source.records("train")
+        data, augment, records = self.data_config, self.augment_config, self.source.records("train")
         self.batches_per_epoch()  # raises if there are none
         dataset = TrainDataset(
             records,
@@ -140,7 +155,7 @@ class SegmentationData(pl.LightningDataModule):
             collate=collate,
             label_stride=self.label_stride,
             exact=data.decode == "exact",
-            augmentation=Augmentation(augment, self.config.seed) if augment.is_on else None,
+            augmentation=Augmentation(augment, self.seed) if augment.is_on else None,
         )
         rank, world_size = self._rank_and_world_size()
         self._train_loader = SubBatchLoader(
@@ -162,7 +177,7 @@ class SegmentationData(pl.LightningDataModule):
         Raises:
             ConfigError: if the folder data.label_cache cannot be created.
         """
-        data = self.config.data
+        data = self.data_config
         cache = LabelCache(data.label_cache, self.source.label_map) if data.label_cache else None
         return ReadOptions(data.max_long_edge, self.size_divisor, data.on_bad == "skip", data.max_pixels, cache)
 
@@ -175,7 +190,7 @@ class SegmentationData(pl.LightningDataModule):
         Args:
             max_item_bytes: computes the size of the largest item of the loader.
         """
-        num_workers, free = self.config.data.num_workers, get_free_shared_memory()
+        num_workers, free = self.data_config.num_workers, get_free_shared_memory()
         if not num_workers or free is None or shared_slots.slots_are_possible():
             return num_workers
         ranks = 1 if self.trainer is None else self.trainer.num_devices
@@ -191,14 +206,14 @@ class SegmentationData(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """On one rank: read the masks that data.oversample needs, so that the other ranks find them in the cache."""
-        if self.config.data.oversample:
+        if self.data_config.oversample:
             records = self.source.records("train")
             rank_zero_info(f"data.oversample: reading {len(records)} masks, except those that are cached")
             self._compute_repeats()
 
     def _compute_repeats(self) -> NDArray[np.float64] | None:
         """The average number of times that each training image occurs in a pass; None: once."""
-        data = self.config.data
+        data = self.data_config
         if not data.oversample:
             return None
         source, class_index = self.source, self.source.label_map.class_index
@@ -221,7 +236,7 @@ class SegmentationData(pl.LightningDataModule):
         )
 
     def _largest_sub_batch(self) -> LargestSubBatch:
-        data, augment = self.config.data, self.config.augment
+        data, augment = self.data_config, self.augment_config
         sizes = [record.size for record in self.source.records("train")]
         factor = augment.scale[1]
         limits = round(max(data.short_edges) * factor), round(data.max_long_edge * factor)
@@ -245,8 +260,8 @@ class SegmentationData(pl.LightningDataModule):
 
     def _scale_sizes(self, size: Size) -> tuple[Size, ...]:
         """The sizes to which an image is stretched for evaluation."""
-        limits = self.config.data.max_long_edge, self.size_divisor
-        return tuple(stretched_size(size, edge, *limits) for edge in self.config.eval.scales)
+        limits = self.data_config.max_long_edge, self.size_divisor
+        return tuple(stretched_size(size, edge, *limits) for edge in self.eval_config.scales)
 
     # ---- state
 
@@ -267,12 +282,12 @@ class SegmentationData(pl.LightningDataModule):
         if stage not in self._eval_groups:
             records = self.source.records(self.split_of(stage))
             shapes: list[Hashable] = [self._scale_sizes(record.size) for record in records]
-            self._eval_groups[stage] = group_by_shape(shapes, self.config.eval.batch_size)
+            self._eval_groups[stage] = group_by_shape(shapes, self.eval_config.batch_size)
         return self._eval_groups[stage]
 
     def val_dataloader(self) -> DataLoader[Any]:
         loader = self.eval_loader("val")
-        limit = self.config.trainer.limit_val_batches
+        limit = self.trainer_config.limit_val_batches
         if limit:  # 0 turns validation off
             _require_batches("limit_val_batches", limit, len(loader))
         return loader
@@ -285,18 +300,18 @@ class SegmentationData(pl.LightningDataModule):
 
         A rank without a group gets the first one, which the module does not score: Lightning rejects empty loaders.
         """
-        data, records = self.config.data, self.source.records(self.split_of(stage))
+        data, records = self.data_config, self.source.records(self.split_of(stage))
         dataset = EvalDataset(
             records,
             self.source.label_map,
             self._read_options(),
-            short_edges=self.config.eval.scales,
+            short_edges=self.eval_config.scales,
             antialias=self.net.convention.antialias,
         )
         rank, world_size = self._rank_and_world_size()
         groups = self.eval_groups(stage)
         own_groups = groups[rank::world_size] or groups[:1]
-        batch_size, sample_bytes = self.config.eval.batch_size, self.largest_sample_bytes(records)
+        batch_size, sample_bytes = self.eval_config.batch_size, self.largest_sample_bytes(records)
         return WatchedLoader(
             dataset,
             lambda number: [records[index].image for index in own_groups[number]],

@@ -19,7 +19,7 @@ from torchmetrics import SumMetric
 from semseg.checkpoints.format import FORMAT_KEY, NET_PREFIX, describe_network
 from semseg.checkpoints.initialise import find_differences
 from semseg.config.preprocessing import Preprocessing
-from semseg.config.schema import Config
+from semseg.config.schema import EvalConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig, SyncBNConfig
 from semseg.data.batch import Batch, EvalSample
 from semseg.data.classes import ClassTable
 from semseg.errors import CheckpointError, ConfigError
@@ -43,35 +43,56 @@ HALF_PRECISIONS = ("bf16-true", "16-true")  # weights and buffers alike
 
 
 class SegmentationModule(pl.LightningModule):
-    """Trains and evaluates one network.
+    """Trains and evaluates one network; semseg/build.py:build_module takes the arguments from the configuration.
 
     Args:
         net: the network; its classes are those of `classes`.
-        config: the whole configuration; it is saved in the checkpoints.
         classes: names and colours; they are saved in the checkpoints.
+        model_config: how the network is trained and run; it has been built already.
+        miou_rule: as in data.miou_rule.
+        max_bad: the fraction of unreadable images up to which a split is scored.
+        saved_config: the configuration of the run as plain data, which is saved in the checkpoints. No setting is read
+            from it, but a run resumes only from a checkpoint whose saved configuration fits it.
     """
 
-    def __init__(self, net: Segmenter, config: Config, classes: ClassTable) -> None:
+    def __init__(
+        self,
+        net: Segmenter,
+        classes: ClassTable,
+        *,
+        model_config: ModelConfig,
+        loss_config: LossConfig,
+        optim_config: OptimConfig,
+        schedule_config: ScheduleConfig,
+        syncbn_config: SyncBNConfig,
+        eval_config: EvalConfig,
+        miou_rule: str,
+        max_bad: float,
+        saved_config: dict[str, Any],
+    ) -> None:
         super().__init__()
         self.net = net
-        self.config = config
         self.classes = classes
-        self.is_frozen = bool(config.model.encoder.get("frozen", False))
+        self.model_config, self.loss_config, self.eval_config = model_config, loss_config, eval_config
+        self.optim_config, self.schedule_config, self.syncbn_config = optim_config, schedule_config, syncbn_config
+        self.miou_rule, self.max_bad = miou_rule, max_bad
+        self.saved_config = saved_config
+        self.is_frozen = bool(model_config.encoder.get("frozen", False))
         if self.is_frozen:
             net.encoder.requires_grad_(False)
         self.unused: dict[str, Parameter] = {}  # frozen, because the loss does not depend on them
         self.batch_idx = 0
         self.step_metrics: list[Tensor] = []  # (2): loss and accuracy of the sub-batches of the current step
-        terms = build_terms(config.loss, len(classes.names))
-        self.loss_function = partial(segmentation_loss, deepsup_weight=config.model.deepsup_weight, terms=terms)
+        terms = build_terms(loss_config, len(classes.names))
+        self.loss_function = partial(segmentation_loss, deepsup_weight=model_config.deepsup_weight, terms=terms)
         self.confusion = ConfusionMatrix(len(classes.names))
         self.num_unreadable = SumMetric()  # images of the current evaluation
         self.scores: Scores | None = None  # those of the last validation or test
         self.evaluation: SplitCounts | None = None  # that of the last test
         self.metrics_to_restore: dict[str, Tensor] = {}  # those of the last step before a run was stopped
-        if config.model.channels_last:
+        if model_config.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if config.model.compile:
+        if model_config.compile:
             # In place, so that the names in the state dict stay as they are.
             self.net.compile(dynamic=True)
 
@@ -96,7 +117,7 @@ class SegmentationModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.train()  # Lightning keeps the modes as they are, and freeze_bn sets some
         # With several ranks the LayerSync plugin does this; with one Lightning never calls it.
-        syncbn = self.config.syncbn
+        syncbn = self.syncbn_config
         if self.trainer.world_size == 1 and (syncbn.name, syncbn.convention) == ("reduce", "published"):
             convert_batch_norms(self.net, "published")
 
@@ -117,7 +138,7 @@ class SegmentationModule(pl.LightningModule):
         super().train(mode)
         if mode and self.is_frozen:
             self.net.encoder.eval()
-        if mode and self.config.model.freeze_bn:
+        if mode and self.model_config.freeze_bn:
             for layer in self.modules():
                 if isinstance(layer, _BatchNorm):
                     layer.eval()
@@ -125,7 +146,7 @@ class SegmentationModule(pl.LightningModule):
 
     def prepare_input(self, image: Tensor, size: Tensor | None = None) -> Tensor:
         """(N, 3, H, W) uint8 RGB -> normalised, in the type of the network; outside `size` exactly 0."""
-        if self.config.model.channels_last:
+        if self.model_config.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         return normalise(image, self.net.convention, size).to(self.dtype)  # trainer.precision=64-true, bf16-true
 
@@ -137,7 +158,7 @@ class SegmentationModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.batch, self.batch_idx = batch, batch_idx
         with report_out_of_memory(batch):
-            loss = self.compute_loss(batch, self.config.loss.average)
+            loss = self.compute_loss(batch, self.loss_config.average)
             self.log_training(loss, len(batch.paths))
         batches = int(self.trainer.num_training_batches)
         return loss.total * loss_factor(batch_idx, batches, self.trainer.accumulate_grad_batches)
@@ -171,7 +192,7 @@ class SegmentationModule(pl.LightningModule):
         return predictions
 
     def on_test_start(self) -> None:
-        self.evaluator = Evaluator(self.config.eval, self.confusion.num_classes, self.device)
+        self.evaluator = Evaluator(self.eval_config, self.confusion.num_classes, self.device)
 
     def on_test_batch_start(self, batch: list[EvalSample], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.evaluator.stopwatch.lap("reading")
@@ -180,7 +201,7 @@ class SegmentationModule(pl.LightningModule):
         """Score some images; returns what `validation_step` does."""
         samples = self.drop_duplicate_images(samples)
         readable = self.without_unreadable(samples)
-        predictions = self.predict(readable, self.config.eval.also_scales)
+        predictions = self.predict(readable, self.eval_config.also_scales)
         self.evaluator.add(readable, predictions)
         for sample in samples:
             if sample.bad:
@@ -208,7 +229,7 @@ class SegmentationModule(pl.LightningModule):
 
     def predict(self, samples: Sequence[EvalSample], subsets: Sequence[Sequence[int]] = ()) -> list[list[Tensor]]:
         """Per image: class indices (H, W) at label resolution, for all of eval.scales and then for each subset."""
-        options = self.config.eval
+        options = self.eval_config
         with report_out_of_memory_in_evaluation(samples):
             logits = batch_logits(
                 self.net,
@@ -241,8 +262,8 @@ class SegmentationModule(pl.LightningModule):
         num_unreadable = int(self.num_unreadable.compute())
         self.num_unreadable.reset()
         self.check_image_count(counts.images + num_unreadable, stage)
-        check_bad_fraction(num_unreadable, counts.images + num_unreadable, self.config.data.max_bad)
-        self.scores = scores_from(counts.matrix, self.config.data.miou_rule)
+        check_bad_fraction(num_unreadable, counts.images + num_unreadable, self.max_bad)
+        self.scores = scores_from(counts.matrix, self.miou_rule)
         warning = describe_odd_predictions(counts.matrix, self.classes.names)
         if warning is not None and not self.trainer.sanity_checking:
             rank_zero_warn(f"{stage}: {warning}")
@@ -265,9 +286,9 @@ class SegmentationModule(pl.LightningModule):
     # ---- optimisers and checkpoints
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = build_optimizer(self.net, self.config.optim, self.unused.values())
+        optimizer = build_optimizer(self.net, self.optim_config, self.unused.values())
         total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = build_scheduler(optimizer, self.config.schedule, total_steps)
+        scheduler = build_scheduler(optimizer, self.schedule_config, total_steps)
         self.group_settings = [
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
         ]
@@ -280,14 +301,14 @@ class SegmentationModule(pl.LightningModule):
         if problems:
             raise CheckpointError(f"{self.trainer.ckpt_path}: its weights do not fit this run: {'; '.join(problems)}.")
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        resume_at(self.trainer, self.config, checkpoint, data.batches_per_epoch())
+        resume_at(self.trainer, self.saved_config, checkpoint, data.batches_per_epoch())
         # A callback may monitor them at the end of an epoch whose steps are all done.
         self.metrics_to_restore = checkpoint.get(METRICS_KEY, {})
         # A resumed run does not load the initial weights, which determine the preprocessing.
         self.net.convention = Preprocessing.from_plain(checkpoint[FORMAT_KEY]["convention"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[FORMAT_KEY] = describe_network(self.config, self.classes, self.net.convention)
+        checkpoint[FORMAT_KEY] = describe_network(self.saved_config, self.classes, self.net.convention)
         checkpoint[RUN_KEY] = self.trainer.datamodule.run_conditions()._asdict()  # pyright: ignore[reportAttributeAccessIssue]
         metrics = self.trainer.callback_metrics
         checkpoint[METRICS_KEY] = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}

@@ -52,6 +52,23 @@ def test_the_root_of_the_package_holds_six_files() -> None:
     assert files == {"__init__.py", "build.py", "collate.py", "datamodule.py", "errors.py", "lit_module.py"}
 
 
+def test_the_whole_configuration_goes_no_further_than_build() -> None:
+    """Below build.py everything gets the sections and values it uses; `Config` is for what opens a saved one."""
+    above = ("build.py", "config", "serving", "modes", "cli")
+    users = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).parts[0] not in above and "Config" in names_from_the_schema(path)
+    }
+    assert users == {"checkpoints/format.py", "checkpoints/published.py"}
+
+
+def names_from_the_schema(path: Path) -> set[str]:
+    """What a file imports from semseg/config/schema.py."""
+    imports = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
+    return {name.name for node in imports if node.module == "semseg.config.schema" for name in node.names}
+
+
 def public_names(path: Path) -> set[str]:
     """Functions, classes and constants that a file defines at its top level, without those that begin with _."""
     names = set()

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from pytorch_lightning import Trainer
 
+from semseg.build import build_data
 from semseg.config.compose import compose_config
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import Config
@@ -51,7 +52,7 @@ def configured(root: Path, *overrides: str) -> Config:
 
 
 def loaders(config: Config, rank: int = 0, world_size: int = 1) -> SegmentationData:
-    data = SegmentationData(DataSource(config.data), config, cast(Segmenter, Strides()))
+    data = build_data(config, DataSource(config.data), cast(Segmenter, Strides()))
     data.trainer = cast(Trainer, Place(rank, world_size))
     return data
 

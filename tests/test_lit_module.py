@@ -13,13 +13,12 @@ from torch import nn
 
 from helpers.command_line import TINY_ENCODERS
 from helpers.in_process import TINY_RUN, PreparedRun, fit
-from semseg.build import build_trainer
+from semseg.build import build_data, build_module, build_trainer
 from semseg.checkpoints.network import build_network
 from semseg.config.compose import compose_config
 from semseg.config.schema import Config
 from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
-from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError
 from semseg.lit_module import SegmentationModule
 from semseg.nets.registry import ENCODERS
@@ -48,9 +47,9 @@ def fitted(config: Config) -> tuple[SegmentationModule, dict[str, torch.Tensor]]
     source = DataSource(config.data)
     with patch.dict(ENCODERS, TINY_ENCODERS):
         net = build_network(config.model, source.classes.num_classes)
-    module = SegmentationModule(net, config, source.classes)
+    module = build_module(config, net, source.classes)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    build_trainer(config, source).fit(module, datamodule=SegmentationData(source, config, net))
+    build_trainer(config, source).fit(module, datamodule=build_data(config, source, net))
     return module, before
 
 
@@ -168,7 +167,7 @@ def test_the_validation_score_is_that_of_a_hand_count(root: Path, tmp_path: Path
     config = configured(root, tmp_path, f"eval.batch_size={batch_size}")
     module, _ = fitted(config)
     source = DataSource(config.data)
-    data = SegmentationData(source, config, module.net)
+    data = build_data(config, source, module.net)
     matrix = ConfusionMatrix(source.classes.num_classes)
     module.net.eval()
     groups = list(data.eval_loader("val"))

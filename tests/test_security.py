@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from helpers.command_line import TINY, run
+from helpers.in_process import read_state
 from helpers.published_files import served
 from semseg import build
 from semseg.build import open_network
@@ -40,7 +41,6 @@ from semseg.config.validate import check_config
 from semseg.errors import CheckpointError, ConfigError, SemsegError
 from semseg.storage.download import fetch_file
 from semseg.training import trainer
-from semseg.training.resume import read_run_state
 
 pytestmark = pytest.mark.reliability
 
@@ -202,9 +202,7 @@ ENTRY_POINTS: dict[str, Callable[[Path], object]] = {
     "a file before torch 1.6": lambda folder: load_weights(folder / "old.pth"),
     "a download": in_cache,
     "Trainer.fit(ckpt_path)": lambda folder: AtomicCheckpointIO().load_checkpoint(CKPT.format(f=folder)),
-    "where a run is": lambda folder: read_run_state(
-        Path(CKPT.format(f=folder)), check_config(compose_config([])), has_val=True
-    ),
+    "where a run is": lambda folder: read_state(Path(CKPT.format(f=folder)), check_config(compose_config([]))),
 }
 
 

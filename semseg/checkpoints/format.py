@@ -68,11 +68,11 @@ class SavedNetwork(NamedTuple):
     graph: Graph | None = None  # for an exported network
 
 
-def describe_network(config: Config, classes: ClassTable, convention: Preprocessing) -> dict[str, Any]:
-    """The entry FORMAT_KEY of a checkpoint: plain data only."""
+def describe_network(config: dict[str, Any], classes: ClassTable, convention: Preprocessing) -> dict[str, Any]:
+    """The entry FORMAT_KEY of a checkpoint: plain data only, as `config` is."""
     return {
         "format": FORMAT_VERSION,
-        "config": config_to_plain(config),
+        "config": config,
         "classes": classes.as_plain(),
         "convention": convention.as_plain(),
     }
@@ -223,12 +223,13 @@ def update_saved_config(config: DictConfig) -> DictConfig:
 
 def write_ckpt(path: Path, saved: SavedNetwork) -> None:
     """Write the network, without optimiser, as a checkpoint for every mode and for init_from."""
+    entry = describe_network(config_to_plain(saved.config), saved.classes, saved.convention)
     content = {
         "epoch": saved.epoch,
         "global_step": saved.step,
         "state_dict": {NET_PREFIX + name: copy_detached(value) for name, value in saved.weights.items()},
         # Through JSON: equal content gives equal bytes, whatever types its values have.
-        FORMAT_KEY: json.loads(json.dumps(describe_network(saved.config, saved.classes, saved.convention))),
+        FORMAT_KEY: json.loads(json.dumps(entry)),
     }
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
@@ -238,7 +239,7 @@ def write_safetensors(path: Path, saved: SavedNetwork) -> list[Path]:
     """Write the weights to `path` and their description to a JSON file beside it; returns both files."""
     with atomic_write(path) as temporary:
         save_file({name: copy_detached(value) for name, value in saved.weights.items()}, temporary)
-    entry = describe_network(saved.config, saved.classes, saved.convention)
+    entry = describe_network(config_to_plain(saved.config), saved.classes, saved.convention)
     # safetensors sorts by type and name; this keeps the order of the layers.
     entry |= {"epoch": saved.epoch, "step": saved.step, "order": list(saved.weights)}
     description = path.with_suffix(".json")
@@ -403,36 +404,3 @@ def describe_folder(folder: Path) -> str:
         return f" ({folder} does not exist)"
     names = sorted(path.name for path in folder.iterdir())
     return f" (there: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else " (it is empty)"
-
-
-def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config:
-    """The configuration for using a checkpoint: the saved one with the overrides of the user.
-
-    The network always comes from the checkpoint; data and evaluation settings come from it unless they are given on the
-    command line (a whole group such as data=camvid, or single keys).
-
-    Raises:
-        ConfigError: if the command line requests another network.
-    """
-    keys = [word.lstrip("+").partition("=")[0] for word in overrides]
-    for key in keys:
-        if key.partition(".")[0].partition("/")[0] == "model" and key not in FREE_MODEL_KEYS:
-            raise ConfigError(f"{key}: the network comes from ckpt, so it cannot be set here.")
-    merged, ours = OmegaConf.structured(given), OmegaConf.structured(saved)
-    merged.model = ours.model
-    for section in ("data", "eval"):
-        if section in keys or "experiment" in keys:
-            continue
-        kept = {key: OmegaConf.select(merged, key) for key in keys if key.startswith(f"{section}.")}
-        merged[section] = ours[section]
-        for key, value in kept.items():
-            OmegaConf.update(merged, key, value)
-    for key in FREE_MODEL_KEYS:
-        if key in keys:
-            OmegaConf.update(merged, key, OmegaConf.select(OmegaConf.structured(given), key))
-    merged.data.label_cache = given.data.label_cache  # a folder of this machine
-    return check_config(merged)
-
-
-# How a network is run; these do not change the network.
-FREE_MODEL_KEYS = ("model.channels_last", "model.winograd", "model.compile")

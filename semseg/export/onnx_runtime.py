@@ -29,6 +29,7 @@ from semseg.checkpoints.format import (
     refuse_nonfinite_weights,
 )
 from semseg.config.preprocessing import Preprocessing
+from semseg.config.schema import config_to_plain
 from semseg.data.sources import make_label_map
 from semseg.errors import CheckpointError, SemsegError
 from semseg.nets.interfaces import Decoder, Encoder, Logits
@@ -55,7 +56,7 @@ def build_description(saved: SavedNetwork, net: Segmenter, quantized: str = "non
         quantized: the value of export.quantize.
     """
     ids = make_label_map(saved.config.data, saved.classes)
-    entry = describe_network(saved.config, saved.classes, net.convention)
+    entry = describe_network(config_to_plain(saved.config), saved.classes, net.convention)
     # These keys do not apply to a graph, because onnxruntime runs it.
     entry["config"]["model"] |= {"compile": False, "channels_last": False}
     return entry | {

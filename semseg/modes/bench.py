@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from semseg.build import build_trainer
+from semseg.build import build_data, build_module, build_trainer
 from semseg.checkpoints.network import build_network, without_weights
 from semseg.config.schema import BenchConfig, Config
 from semseg.data.batch import Batch
@@ -112,9 +112,9 @@ def run(config: Config, overrides: list[str]) -> None:
     if len(source.records("train")) < config.data.batch_size * trainer.world_size:
         raise DataError(f"data.train has {len(source.records('train'))} images, fewer than one step takes.")
     net = build_network(without_weights(config.model), source.classes.num_classes, config.download)
-    data = SegmentationData(source, config, net)
+    data = build_data(config, source, net)
     loading = time_loader(data, config.bench)
-    stepping = time_steps(trainer, SegmentationModule(net, config, source.classes), data, config)
+    stepping = time_steps(trainer, build_module(config, net, source.classes), data, config)
     evaluating = time_evaluation(config, source, net) if source.has(config.eval.split) else None
     if not trainer.is_global_zero:
         return
@@ -167,7 +167,7 @@ def time_evaluation(config: Config, source: DataSource, net: Segmenter) -> Speed
     options = replace(config.trainer, max_steps=-1, limit_val_batches=None)
     config = replace(config, mode="eval", trainer=options)
     trainer = build_trainer(config, source)
-    data, module = SegmentationData(source, config, net), SegmentationModule(net, config, source.classes)
+    data, module = build_data(config, source, net), build_module(config, net, source.classes)
     seen = itertools.accumulate(len(group) for group in data.eval_groups("test")[:: trainer.world_size])
     trainer.limit_test_batches = 1 + sum(count < config.bench.images for count in seen)
     trainer.test(module, datamodule=data, verbose=False)

@@ -14,7 +14,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
-from semseg.build import build_trainer, open_network, restore_network
+from semseg.build import build_data, build_module, build_trainer, open_network, restore_network
 from semseg.checkpoints.format import CHECKPOINT_FOLDER, SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
 from semseg.data.batch import EvalSample
@@ -66,8 +66,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
     net = restore_network(saved)
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     trainer = build_trainer(config, source)
-    module = SegmentationModule(net, config, source.classes)
-    data = SegmentationData(source, config, net)
+    module, data = build_module(config, net, source.classes), build_data(config, source, net)
     if config.eval.visualize:
         trainer.callbacks.append(PanelWriter(source, split, folder))  # pyright: ignore[reportAttributeAccessIssue]
     trainer.test(module, datamodule=data, verbose=False)
@@ -93,7 +92,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
         examples=tuple(predict_examples(result, images, trainer, module, data)),
         curves=read_training_curves(run_folder_of_checkpoint(Path(saved.source))) if is_in_run_folder(saved) else (),
         card=build_run_card(
-            config,
+            config_to_plain(config),
             ["python", *sys.argv],
             describe_device(trainer),
             compute_data_fingerprint(source.records(split), source.root),

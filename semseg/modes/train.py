@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from semseg.build import build_trainer, create_predictor, find_network
+from semseg.build import build_data, build_module, build_trainer, create_predictor, find_network
 from semseg.checkpoints.atomic_io import find_damage, find_newest_intact, remove_leftovers
 from semseg.checkpoints.format import (
     CHECKPOINT_FOLDER,
@@ -36,9 +36,7 @@ from semseg.checkpoints.published import find_published_files
 from semseg.config.schema import ZOO_PREFIX, Config, ModelConfig, config_to_plain
 from semseg.data.overlap import find_overlap
 from semseg.data.sources import DataSource, describe_split_folders, require_masks
-from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, DataError
-from semseg.lit_module import SegmentationModule
 from semseg.modes.eval import evaluate_network
 from semseg.modes.predict import predict_inputs
 from semseg.nets.cost import NetworkCost, measure_cost, write_cost
@@ -75,7 +73,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     source.records("train")  # missing files are reported before anything slow happens
     with lock_run_folder(Path(config.run_dir)):
         start = resolve_start(config, overrides, source)
-        end = None if start.state is None else start.state.describe_end(start.config)
+        end = None if start.state is None else start.state.describe_end(start.config.trainer)
         if end is not None:
             print_once(end)
             result = read_result(Path(config.run_dir))
@@ -125,8 +123,9 @@ def resolve_start(config: Config, overrides: list[str], source: DataSource) -> S
     path = find_resume_checkpoint(config.resume, Path(config.run_dir))
     if path is None:
         return Start(config, network=network)
-    state = read_run_state(path, config, has_val=source.has("val"))
-    print_once(check_same_run(state, config, num_classes=source.classes.num_classes))
+    state = read_run_state(path, config.trainer, config.callbacks, has_val=source.has("val"))
+    num_classes, force = source.classes.num_classes, config.resume_force
+    print_once(check_same_run(state, config_to_plain(config), num_classes=num_classes, force=force))
     return Start(config, state=state)
 
 
@@ -236,29 +235,30 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
         refuse_nonfinite_weights(start.network.weights, start.network.source)
     model = config.model if start.kind == "scratch" else without_weights(config.model)
     net = build_network(model, source.classes.num_classes, config.download)
-    data = SegmentationData(source, config, net)
+    data = build_data(config, source, net)
     data.trainer = trainer  # as trainer.fit does
+    plain = config_to_plain(config)
     if state is not None:
-        for line in check_same_conditions(state, config, data.run_conditions()):
+        for line in check_same_conditions(state, plain, data.run_conditions(), force=config.resume_force):
             print_once(line)
         print_once(f"resuming from {state.path}")
         if trainer.is_global_zero:
             copy_best_checkpoint(state, run_dir / CHECKPOINT_FOLDER)
     console = Console(quiet=not trainer.is_global_zero)
-    log_settings(trainer.loggers, config_to_plain(config))
+    log_settings(trainer.loggers, plain)
     if trainer.is_global_zero:
         (run_dir / RESULT_FILE).unlink(missing_ok=True)  # the result of an earlier end
         with atomic_write(run_dir / "config.yaml") as temporary:
-            OmegaConf.save(OmegaConf.create(config_to_plain(config)), temporary)
+            OmegaConf.save(OmegaConf.create(plain), temporary)
         cost = measure_cost(deepcopy(net).to("meta"))
         write_cost(run_dir / "model.txt", cost)
-        console.print(build_config_tree(config, overrides), start_table(config, net, source, cost))
+        console.print(build_config_tree(plain, overrides), start_table(config, net, source, cost))
     if start.network is not None:
         print_once(start.network.note)
         console.print(initialise_from(net, start.network).make_table(start.network.source))
         if config.model.convention == "auto":
             net.convention = start.network.convention
-    module = SegmentationModule(net, config, source.classes)
+    module = build_module(config, net, source.classes)
     try:
         with report_restore_errors(trainer, path := state.path if state else None):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
@@ -354,7 +354,7 @@ def overrides_to_continue(config: Config, trainer: pl.Trainer) -> list[str]:
     if 0 < limits.max_steps <= trainer.global_step:
         words.append(f"trainer.max_steps={2 * limits.max_steps}")
     if trainer.should_stop:
-        words += [removal_override(name) for name in list_early_stopping(config)]
+        words += [removal_override(name) for name in list_early_stopping(config.callbacks)]
     return words
 
 

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from semseg import __version__
-from semseg.config.schema import Config, config_to_plain
 from semseg.data.records import Record
 from semseg.data.store import file_stamp
 
@@ -51,16 +50,19 @@ class RunCard(NamedTuple):
     data: Fingerprint | None
 
 
-def build_run_card(config: Config, command: Sequence[str], device: str, data: Fingerprint | None = None) -> RunCard:
+def build_run_card(
+    config: dict[str, Any], command: Sequence[str], device: str, data: Fingerprint | None = None
+) -> RunCard:
     """Build the card of the run in this process.
 
     Args:
+        config: the configuration of the run as plain data.
         command: the arguments of the command line: ["python", "run.py", "mode=eval", ...].
         device: its name, such as "cpu" or the name of a GPU.
     """
     return RunCard(
         command=shlex.join(mask_argument(argument) for argument in command),
-        config=OmegaConf.to_yaml(OmegaConf.create(mask_secrets(config_to_plain(config)))),
+        config=OmegaConf.to_yaml(OmegaConf.create(mask_secrets(config))),
         versions=collect_versions(),
         git=describe_git_state(Path(__file__).resolve().parent.parent / "__init__.py"),
         device=device,

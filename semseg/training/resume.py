@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from semseg.checkpoints.format import FORMAT_KEY, first_line, load_plain, parse_checkpoint
-from semseg.config.schema import Config, TrainerConfig, config_to_plain
+from semseg.config.schema import ScheduleConfig, TrainerConfig, config_to_plain
 from semseg.config.validate import iterate_leaves
 from semseg.data.batch import Batch
 from semseg.data.overlap import file_length
@@ -153,51 +153,51 @@ class Position(NamedTuple):
             validation["is_last_batch"] = False
 
 
-def get_validation_interval(config: Config, *, has_val: bool) -> int:
+def get_validation_interval(trainer: TrainerConfig, *, has_val: bool) -> int:
     """Epochs from one validation to the next; 0: no validation."""
-    return config.trainer.check_val_every_n_epoch if has_val and config.trainer.limit_val_batches != 0 else 0
+    return trainer.check_val_every_n_epoch if has_val and trainer.limit_val_batches != 0 else 0
 
 
-def resume_at(trainer: pl.Trainer, config: Config, checkpoint: dict[str, Any], batches_per_epoch: int) -> None:
+def resume_at(trainer: pl.Trainer, config: dict[str, Any], checkpoint: dict[str, Any], batches_per_epoch: int) -> None:
     """Change a checkpoint that is about to be loaded so that the run resumes at the right step.
 
     If an epoch has another number of steps now (resume_force=true), finished epochs stay finished, and the schedule
     resumes at the same fraction of the epoch.
 
     Args:
-        config: the configuration of this run.
+        config: the configuration of this run as plain data, like the one in the checkpoint.
         checkpoint: the content of the file; changed in place.
         batches_per_epoch: sub-batches of an epoch of this run, on every device.
     """
     loops = checkpoint["loops"]["fit_loop"]
     interval = trainer.check_val_every_n_epoch if trainer.enable_validation else 0
     position, steps = Position.from_loops(loops, interval or 0), int(checkpoint["global_step"])
-    accumulated = checkpoint[FORMAT_KEY]["config"]["trainer"]["accumulate_grad_batches"]
+    accumulated, accumulate = (
+        plain["trainer"]["accumulate_grad_batches"] for plain in (checkpoint[FORMAT_KEY]["config"], config)
+    )
     conditions = RunConditions.from_checkpoint(checkpoint)
-    rescaled = rescale_position(position, conditions, accumulated, config, batches_per_epoch)
+    rescaled = rescale_position(position, conditions, accumulated, accumulate, batches_per_epoch)
     if rescaled is not None:
         position = rescaled
-        steps = checkpoint["global_step"] = position.count_steps(
-            batches_per_epoch, config.trainer.accumulate_grad_batches
-        )
+        steps = checkpoint["global_step"] = position.count_steps(batches_per_epoch, accumulate)
         for scheduler in checkpoint["lr_schedulers"]:
             scheduler["last_epoch"] = steps
     position.apply_to(loops, batches_per_epoch, steps)
     if position.is_validation_pending and 0 < trainer.max_steps <= steps:
         trainer.fit_loop.epoch_loop.max_steps = steps + 1  # otherwise Lightning ends without it
-    restore_early_stopping(trainer, config, checkpoint)
+    restore_early_stopping(trainer, config["callbacks"], checkpoint)
 
 
 def rescale_position(
-    position: Position, conditions: RunConditions | None, accumulated: int, config: Config, batches_per_epoch: int
+    position: Position, conditions: RunConditions | None, accumulated: int, accumulate: int, batches_per_epoch: int
 ) -> Position | None:
     """Where a run resumes if its epochs have another number of steps now; None if they have the same.
 
     Args:
         conditions: those of the run so far.
         accumulated: its trainer.accumulate_grad_batches.
+        accumulate: trainer.accumulate_grad_batches now.
     """
-    accumulate = config.trainer.accumulate_grad_batches
     if conditions is None or (conditions.batches_per_epoch, accumulated) == (batches_per_epoch, accumulate):
         return None
     return position.rescale(conditions.batches_per_epoch, batches_per_epoch, accumulate)
@@ -213,11 +213,11 @@ class EarlyStop(NamedTuple):
     reason: str  # Lightning's message
 
     @classmethod
-    def from_checkpoint(cls, content: dict[str, Any], config: Config) -> EarlyStop | None:
-        """What ended the run of a checkpoint, if `config` still has the same callback; else None."""
+    def from_checkpoint(cls, content: dict[str, Any], callbacks: Mapping[str, Any]) -> EarlyStop | None:
+        """What ended the run of a checkpoint, if the section `callbacks` still has the same callback; else None."""
         saved = content[FORMAT_KEY]["config"].get("callbacks", {})
-        for name in list_early_stopping(config):
-            section = config.callbacks[name]
+        for name in list_early_stopping(callbacks):
+            section = callbacks[name]
             if saved.get(name) != section:
                 continue
             key = EarlyStopping(section.get("monitor", ""), mode=section.get("mode", "min")).state_key
@@ -227,14 +227,14 @@ class EarlyStop(NamedTuple):
         return None
 
 
-def list_early_stopping(config: Config) -> list[str]:
-    """The keys of the early stopping callbacks in `callbacks`."""
-    return [name for name, section in config.callbacks.items() if section.get("_target_") == EARLY_STOPPING]
+def list_early_stopping(callbacks: Mapping[str, Any]) -> list[str]:
+    """The keys of the early stopping callbacks in the section `callbacks`."""
+    return [name for name, section in callbacks.items() if section.get("_target_") == EARLY_STOPPING]
 
 
-def restore_early_stopping(trainer: pl.Trainer, config: Config, checkpoint: dict[str, Any]) -> None:
-    """Keep a run that ended early finished, or let it continue if its callback has changed."""
-    trainer.should_stop = EarlyStop.from_checkpoint(checkpoint, config) is not None
+def restore_early_stopping(trainer: pl.Trainer, callbacks: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
+    """Keep a run that ended early finished, or let it continue if its section in `callbacks` has changed."""
+    trainer.should_stop = EarlyStop.from_checkpoint(checkpoint, callbacks) is not None
     for callback in trainer.early_stopping_callbacks:
         state = checkpoint["callbacks"].get(callback.state_key)
         if isinstance(callback, EarlyStopping) and state is not None:
@@ -306,24 +306,21 @@ class RunState(NamedTuple):
     """The state of a run, read from one of its checkpoints."""
 
     path: Path
-    config: Config  # the configuration of the run so far
+    config: dict[str, Any]  # the configuration of the run so far as plain data
     position: Position
     step: int  # optimiser steps since the start
     num_classes: int
     conditions: RunConditions | None  # None in a checkpoint of the first release
     early_stop: EarlyStop | None
 
-    def compute_resume_step(self, config: Config, batches_per_epoch: int) -> int:
-        """The step at which `resume_at` resumes."""
-        position = rescale_position(
-            self.position, self.conditions, self.config.trainer.accumulate_grad_batches, config, batches_per_epoch
-        )
-        accumulate = config.trainer.accumulate_grad_batches
+    def compute_resume_step(self, accumulate: int, batches_per_epoch: int) -> int:
+        """The step at which `resume_at` resumes with this trainer.accumulate_grad_batches."""
+        accumulated = self.config["trainer"]["accumulate_grad_batches"]
+        position = rescale_position(self.position, self.conditions, accumulated, accumulate, batches_per_epoch)
         return self.step if position is None else position.count_steps(batches_per_epoch, accumulate)
 
-    def describe_end(self, config: Config) -> str | None:
-        """Why the run that `config` describes is finished, and what to change; None if steps are left to take."""
-        limits = config.trainer
+    def describe_end(self, limits: TrainerConfig) -> str | None:
+        """Why a run with these limits is finished, and what to change; None if steps are left to take."""
         if self.position.is_validation_pending:
             return None
         if self.early_stop is not None:
@@ -348,11 +345,11 @@ def removal_override(name: str) -> str:
     return f"~callbacks.{name}"
 
 
-def read_run_state(path: Path, config: Config, *, has_val: bool) -> RunState:
+def read_run_state(path: Path, trainer: TrainerConfig, callbacks: Mapping[str, Any], *, has_val: bool) -> RunState:
     """Read the state of a run from a checkpoint.
 
     Args:
-        config: the configuration of the run that is about to resume.
+        trainer, callbacks: the sections of the run that is about to resume.
         has_val: whether it has validation images.
 
     Raises:
@@ -367,14 +364,15 @@ def read_run_state(path: Path, config: Config, *, has_val: bool) -> RunState:
         )
     check_training_state(path, content)
     try:
-        position = Position.from_loops(content["loops"]["fit_loop"], get_validation_interval(config, has_val=has_val))
-        conditions, early_stop = RunConditions.from_checkpoint(content), EarlyStop.from_checkpoint(content, config)
+        position = Position.from_loops(content["loops"]["fit_loop"], get_validation_interval(trainer, has_val=has_val))
+        conditions, early_stop = RunConditions.from_checkpoint(content), EarlyStop.from_checkpoint(content, callbacks)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:  # tensors raise any
         raise CheckpointError(
             f"{path}: its description of the run is damaged ({first_line(error)}). Resume from another checkpoint, or "
             f"start a new run from its weights: init_from={path}."
         ) from None
-    return RunState(path, saved.config, position, saved.step, saved.classes.num_classes, conditions, early_stop)
+    config = config_to_plain(saved.config)
+    return RunState(path, config, position, saved.step, saved.classes.num_classes, conditions, early_stop)
 
 
 # ---- whether it is the same run
@@ -395,9 +393,9 @@ FIXED_KEYS = (
 STEP_TRAINER_KEYS = ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.precision")
 
 
-def find_differing_keys(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys that decide the steps and differ between two configurations, with the saved and the given value."""
-    before, after = (dict(iterate_leaves(config_to_plain(config))) for config in (saved, given))
+def find_differing_keys(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys that decide the steps and differ between two plain configurations, with the saved and the given value."""
+    before, after = (dict(iterate_leaves(config)) for config in (saved, given))
     return {
         key: (before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
@@ -415,11 +413,15 @@ def decides_steps(key: str) -> bool:
     return (key.partition(".")[0] in STEP_SECTIONS and not is_free) or key in STEP_TRAINER_KEYS
 
 
-def check_same_run(state: RunState, config: Config, *, num_classes: int) -> str | None:
-    """None if the settings are those of the run so far; a report of the differences if resume_force allows them.
+def check_same_run(state: RunState, config: dict[str, Any], *, num_classes: int, force: bool = False) -> str | None:
+    """None if the settings are those of the run so far; a report of the differences if `force` allows them.
+
+    Args:
+        config: the configuration of the run that is about to resume as plain data.
+        force: resume_force.
 
     Raises:
-        ConfigError: if keys differ that decide the steps, and resume_force is not set; or, in any case, if they decide
+        ConfigError: if keys differ that decide the steps, and resuming is not forced; or, in any case, if they decide
             which weights and statistics a checkpoint holds.
     """
     rows = {
@@ -434,19 +436,25 @@ def check_same_run(state: RunState, config: Config, *, num_classes: int) -> str 
             f"{state.path}: its weights or the state of its optimiser do not fit this run:\n  {listed}\n"
             "Start a new run with init_from=<checkpoint>."
         )
-    return report_or_refuse(state.path, list(rows.values()), force=config.resume_force)
+    return report_or_refuse(state.path, list(rows.values()), force=force)
 
 
-def check_same_conditions(state: RunState, config: Config, now: RunConditions) -> list[str]:
+def check_same_conditions(
+    state: RunState, config: dict[str, Any], now: RunConditions, *, force: bool = False
+) -> list[str]:
     """Reports of the differences between the run so far and now that are not in the settings.
 
+    Args:
+        config: the configuration of the run that is about to resume as plain data.
+        force: resume_force.
+
     Raises:
-        ConfigError: if they decide the steps, and resume_force is not set.
+        ConfigError: if they decide the steps, and resuming is not forced.
     """
     before = state.conditions
     if before is None:  # a checkpoint of the first release: only its settings are known
         keys = ("trainer.devices", "trainer.num_nodes", "trainer.limit_train_batches")
-        saved, given = (dict(iterate_leaves(config_to_plain(one))) for one in (state.config, config))
+        saved, given = (dict(iterate_leaves(one)) for one in (state.config, config))
         rows = [format_difference(key, saved.get(key), given.get(key)) for key in keys]
     else:
         rows = [
@@ -456,11 +464,11 @@ def check_same_conditions(state: RunState, config: Config, now: RunConditions) -
             ),
             format_records_difference("train", before, now),
         ]
-    report = report_or_refuse(state.path, [row for row in rows if row], force=config.resume_force)
+    report = report_or_refuse(state.path, [row for row in rows if row], force=force)
     return [line for line in (report, *find_warnings(state, config, now)) if line]
 
 
-def find_warnings(state: RunState, config: Config, now: RunConditions) -> Iterator[str]:
+def find_warnings(state: RunState, config: dict[str, Any], now: RunConditions) -> Iterator[str]:
     """Warnings about differences with which a run may resume, but which the user should know."""
     before = state.conditions
     if before is None:
@@ -470,9 +478,10 @@ def find_warnings(state: RunState, config: Config, now: RunConditions) -> Iterat
     for name in ("accelerator", "threads"):
         if row := format_difference(name, getattr(before, name), getattr(now, name)):
             yield f"warning: {row}. The order of floating-point sums changes: the run does not resume exactly."
-    step = state.compute_resume_step(config, now.batches_per_epoch)
+    step = state.compute_resume_step(config["trainer"]["accumulate_grad_batches"], now.batches_per_epoch)
     positions = ((before.total_steps, state.step), (now.total_steps, step))
-    rates = [build_schedule(config.schedule, total)(position) for total, position in positions]
+    schedule = ScheduleConfig(**config["schedule"])
+    rates = [build_schedule(schedule, total)(position) for total, position in positions]
     if before.total_steps != now.total_steps and not math.isclose(*rates, rel_tol=1e-9):
         yield (
             f"the schedule ends at step {now.total_steps} now, {before.total_steps} in the checkpoint: at step {step} "

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from semseg.build import restore_network
-from semseg.checkpoints.format import FORMAT_KEY, describe_network, find_checkpoint, inherit_config, read_checkpoint
+from semseg.checkpoints.format import FORMAT_KEY, describe_network, find_checkpoint, read_checkpoint
 from semseg.checkpoints.network import build_network
 from semseg.config.compose import compose_config
+from semseg.config.inherit import inherit_config
+from semseg.config.schema import config_to_plain
 from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.errors import CheckpointError, ConfigError
@@ -30,7 +32,7 @@ def saved_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "state_dict": weights,
             "epoch": 3,
             "global_step": 7,
-            FORMAT_KEY: describe_network(config, CLASSES, net.convention),
+            FORMAT_KEY: describe_network(config_to_plain(config), CLASSES, net.convention),
         },
         path,
     )

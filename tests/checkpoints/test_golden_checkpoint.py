@@ -10,16 +10,16 @@ import pytest
 import torch
 from golden.make_checkpoint import run_of
 
-from helpers.in_process import fit, logged_losses
+from helpers.in_process import fit, logged_losses, read_state
 from helpers.reference import GOLDEN
 from semseg.checkpoints.format import FORMAT_KEY, FORMAT_VERSION, MOVED_TARGETS, read_checkpoint
 from semseg.config.compose import compose_config
-from semseg.config.schema import ALLOWED_TARGETS
+from semseg.config.schema import ALLOWED_TARGETS, config_to_plain
 from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 from semseg.modes import eval as evaluate
 from semseg.nets.registry import ENCODERS, Constructor
-from semseg.training.resume import Position, check_same_run, read_run_state
+from semseg.training.resume import Position, check_same_run
 
 CHECKPOINTS = sorted((GOLDEN / "checkpoint").glob("*.ckpt"))
 
@@ -37,9 +37,9 @@ def test_a12_a_checkpoint_of_an_earlier_release_resumes_with_the_same_losses(pat
     last = tmp_path / "checkpoints" / "last.ckpt"
     last.parent.mkdir()
     shutil.copyfile(path, last)
-    state = read_run_state(last, config, has_val=True)
+    state = read_state(last, config)
     assert state.position == Position(epochs=1) and state.conditions is None
-    assert check_same_run(state, config, num_classes=state.num_classes) is None
+    assert check_same_run(state, config_to_plain(config), num_classes=state.num_classes) is None
     end = fit(config, resume=last)
     assert end["global_step"] == 6
     expected = json.loads(path.with_suffix(".json").read_text())
@@ -52,9 +52,9 @@ def test_a12_a_checkpoint_of_an_earlier_release_resumes_with_the_same_losses(pat
 def test_a12_a_run_without_data_decode_resumes_with_exact_decoding(tmp_path: Path) -> None:
     path = GOLDEN / "checkpoint" / "format_1.ckpt"
     assert read_checkpoint(path).config.data.decode == "exact"
-    state = read_run_state(path, run_of(tmp_path), has_val=True)
+    state = read_state(path, run_of(tmp_path))
     with pytest.raises(ConfigError, match=r"data\.decode: exact in the checkpoint, fast now"):
-        check_same_run(state, run_of(tmp_path, "data.decode=fast"), num_classes=state.num_classes)
+        check_same_run(state, config_to_plain(run_of(tmp_path, "data.decode=fast")), num_classes=state.num_classes)
 
 
 @pytest.mark.slow
@@ -68,8 +68,8 @@ def test_a12_a_checkpoint_with_a_key_that_is_gone_is_resumed_and_evaluated(
     last.parent.mkdir()
     torch.save(content, last)
     config = run_of(tmp_path)
-    state = read_run_state(last, config, has_val=True)
-    assert check_same_run(state, config, num_classes=state.num_classes) is None
+    state = read_state(last, config)
+    assert check_same_run(state, config_to_plain(config), num_classes=state.num_classes) is None
     assert fit(config, resume=last)["global_step"] == 6
     assert "on_oom" not in torch.load(last, weights_only=True)[FORMAT_KEY]["config"]["trainer"]
     torch.save(content, last)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.utils.data import DataLoader
 
-from semseg.checkpoints.format import inherit_config
 from semseg.collate import collate
+from semseg.config.inherit import inherit_config
 from semseg.config.schema import AugmentConfig, Config, DataConfig
 from semseg.data import labels
 from semseg.data.augment import Augmentation

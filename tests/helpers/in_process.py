@@ -12,17 +12,16 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
-from semseg.build import build_trainer
+from semseg.build import build_data, build_module, build_trainer
 from semseg.checkpoints.network import build_network
 from semseg.config.compose import compose_config
 from semseg.config.schema import Config
 from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
-from semseg.datamodule import SegmentationData
-from semseg.lit_module import SegmentationModule
 from semseg.nets.blocks import conv_norm_relu
 from semseg.nets.interfaces import Encoder
 from semseg.nets.registry import ENCODERS, Constructor
+from semseg.training.resume import RunState, read_run_state
 
 # To be put behind data=...: a run of TinyEncoder and C1 on the CPU.
 TINY_RUN = [
@@ -67,9 +66,9 @@ class PreparedRun:
         source = DataSource(config.data)
         with patch.dict(ENCODERS, {"tiny": Constructor("helpers.in_process", "TinyEncoder")}):
             self.net = build_network(config.model, source.classes.num_classes)
-        self.module = SegmentationModule(self.net, config, source.classes)
+        self.module = build_module(config, self.net, source.classes)
         self.trainer = build_trainer(config, source)
-        self.data = SegmentationData(source, config, self.net)
+        self.data = build_data(config, source, self.net)
 
     def fit(self, resume: Path | None = None) -> None:
         self.trainer.fit(self.module, datamodule=self.data, ckpt_path=resume, weights_only=True)
@@ -86,6 +85,11 @@ def fit(config: Config, *callbacks: Callback, resume: Path | None = None) -> dic
     run.trainer.callbacks += callbacks  # pyright: ignore[reportAttributeAccessIssue]
     run.fit(resume)
     return torch.load(Path(config.run_dir) / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def read_state(path: Path, config: Config, *, has_val: bool = True) -> RunState:
+    """The state of a run in one of its checkpoints, as a run with this configuration resumes from it."""
+    return read_run_state(path, config.trainer, config.callbacks, has_val=has_val)
 
 
 def logged_losses(run_dir: Path) -> dict[str, float]:

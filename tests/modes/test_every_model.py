@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from semseg.build import build_data, build_module
 from semseg.checkpoints.network import build_network
 from semseg.config.compose import compose_config
 from semseg.config.groups import CONFIG_DIR
 from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
-from semseg.datamodule import SegmentationData
-from semseg.lit_module import SegmentationModule
 from semseg.training.losses import segmentation_loss
 from semseg.training.optim import build_optimizer
 
@@ -33,10 +32,10 @@ def test_a_step_on_real_images_gives_every_weight_a_gradient(model: str, shared:
     torch.manual_seed(0)  # stochastic depth idles a block now and then
     source = DataSource(config.data)
     net = build_network(config.model, source.classes.num_classes)
-    module = SegmentationModule(net, config, source.classes)
+    module = build_module(config, net, source.classes)
     optimizer = build_optimizer(net, config.optim)
 
-    batch = next(iter(SegmentationData(source, config, net).train_dataloader()))
+    batch = next(iter(build_data(config, source, net).train_dataloader()))
     assert batch.image.shape[0] == 2
     loss = segmentation_loss(
         net(module.prepare_input(batch.image, batch.size)), batch.label, config.model.deepsup_weight

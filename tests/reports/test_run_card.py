@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from semseg.config.schema import Config, LossConfig
+from semseg.config.schema import Config, LossConfig, config_to_plain
 from semseg.data.geometry import Size
 from semseg.data.records import Record
 from semseg.reports.run_card import (
@@ -34,7 +34,8 @@ def test_secrets_are_masked_at_any_depth() -> None:
 def test_the_card_holds_a_command_that_can_be_pasted_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_VARIABLE", "do-not-store")
     config = Config(mode="eval", ckpt="my run/best.ckpt", loss=LossConfig(), logger={"w": {"password": "hunter2"}})
-    card = build_run_card(config, ["python", "run.py", "ckpt=my run/best.ckpt", "logger.w.password=hunter2"], "cpu")
+    command = ["python", "run.py", "ckpt=my run/best.ckpt", "logger.w.password=hunter2"]
+    card = build_run_card(config_to_plain(config), command, "cpu")
     assert card.command == "python run.py 'ckpt=my run/best.ckpt' 'logger.w.password=***'"
     assert "ckpt: my run/best.ckpt" in card.config
     assert "hunter2" not in str(card) and "do-not-store" not in str(card)

@@ -19,6 +19,7 @@ from helpers.in_process import configured
 from semseg.build import open_predictor, restore_network
 from semseg.checkpoints.format import FORMAT_KEY, describe_network, read_checkpoint
 from semseg.checkpoints.network import build_network
+from semseg.config.schema import config_to_plain
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.evaluation.evaluator import Speed, SplitCounts
@@ -129,7 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = configured(*words(folder))
     torch.manual_seed(0)
     net = build_network(config.model, 3)
-    entry = {FORMAT_KEY: describe_network(config, ClassTable.from_names(NAMES), net.convention)}
+    entry = {FORMAT_KEY: describe_network(config_to_plain(config), ClassTable.from_names(NAMES), net.convention)}
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
     torch.save({"state_dict": weights, "epoch": 1, "global_step": 1} | entry, folder / "net.ckpt")
     return folder

@@ -38,7 +38,7 @@ from helpers.memory import resident
 from semseg.checkpoints.format import FORMAT_KEY, describe_network
 from semseg.checkpoints.network import build_network
 from semseg.config.compose import compose_config
-from semseg.config.schema import ServeConfig
+from semseg.config.schema import ServeConfig, config_to_plain
 from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
@@ -328,7 +328,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = check_config(compose_config([*words, "eval.scales=[64]", "data.max_long_edge=128"]))
     torch.manual_seed(0)
     net = build_network(config.model, 3)
-    entry = {FORMAT_KEY: describe_network(config, CLASSES, net.convention)}
+    entry = {FORMAT_KEY: describe_network(config_to_plain(config), CLASSES, net.convention)}
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
     torch.save({"state_dict": weights, "epoch": 1, "global_step": 1} | entry, folder / "net.ckpt")
     Image.fromarray(noise(60, 90)).save(folder / "photo.png")

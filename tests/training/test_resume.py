@@ -11,13 +11,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from helpers.in_process import TINY_RUN, assert_equal, configured, fit, logged_losses
+from helpers.in_process import TINY_RUN, assert_equal, configured, fit, logged_losses, read_state
+from semseg.build import build_data
 from semseg.checkpoints.atomic_io import AtomicCheckpointIO
 from semseg.checkpoints.format import read_checkpoint, write_ckpt
 from semseg.checkpoints.network import build_network
-from semseg.config.schema import Config
+from semseg.config.schema import Config, config_to_plain
 from semseg.data.sources import DataSource
-from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, ConfigError
 from semseg.modes import train
 from semseg.modes.train import Start, resolve_start
@@ -30,7 +30,6 @@ from semseg.training.resume import (
     RunState,
     check_same_conditions,
     check_same_run,
-    read_run_state,
 )
 
 # Five images in sub-batches of two, two epochs of three steps: every epoch ends in the middle of a pass.
@@ -207,27 +206,27 @@ def test_a9_the_last_checkpoint_where_there_is_none_is_an_error_that_lists_what_
 @pytest.mark.reliability
 def test_a11_settings_that_decide_the_steps_must_be_those_of_the_checkpoint(root: Path, tmp_path: Path) -> None:
     path = saved_run(root, tmp_path)
-    state = read_run_state(path, run_of(root, tmp_path), has_val=True)
+    state = read_state(path, run_of(root, tmp_path))
     assert (state.position, state.step) == (Position(epochs=1), 3)
     same = run_of(root, tmp_path / "elsewhere", "data.num_workers=2", "trainer.max_epochs=7", "eval.scales=[48]")
-    assert check_same_run(state, same, num_classes=state.num_classes) is None
+    assert check_same_run(state, config_to_plain(same), num_classes=state.num_classes) is None
     other = run_of(root, tmp_path, "seed=7", "data.short_edges=[32]", "data.batch_size=1")
     with pytest.raises(ConfigError) as caught:
-        check_same_run(state, other, num_classes=state.num_classes)
+        check_same_run(state, config_to_plain(other), num_classes=state.num_classes)
     message = str(caught.value)
     assert "seed: 304 in the checkpoint, 7 now" in message and "data.batch_size: 2 in the checkpoint, 1 now" in message
     assert "data.short_edges" in message and "resume_force=true" in message and "data.root" not in message
-    forced = replace(other, resume_force=True)
-    assert "seed: 304" in str(check_same_run(state, forced, num_classes=state.num_classes))
+    report = check_same_run(state, config_to_plain(other), num_classes=state.num_classes, force=True)
+    assert "seed: 304" in str(report)
 
 
 @pytest.mark.slow
 @pytest.mark.reliability
 def test_a10_a_finished_run_is_reported_and_takes_no_step(root: Path, tmp_path: Path) -> None:
     one, two = (run_of(root, tmp_path, f"trainer.max_epochs={epochs}") for epochs in (1, 2))
-    state = read_run_state(saved_run(root, tmp_path), one, has_val=True)
-    assert state.describe_end(one) == "already finished at epoch 1; raise trainer.max_epochs to continue"
-    assert state.describe_end(two) is None
+    state = read_state(saved_run(root, tmp_path), one)
+    assert state.describe_end(one.trainer) == "already finished at epoch 1; raise trainer.max_epochs to continue"
+    assert state.describe_end(two.trainer) is None
 
 
 @pytest.mark.slow
@@ -236,7 +235,7 @@ def test_b5_weights_alone_cannot_be_resumed(root: Path, tmp_path: Path) -> None:
     path = saved_run(root, tmp_path)
     write_ckpt(tmp_path / "net.ckpt", read_checkpoint(path))
     with pytest.raises(CheckpointError, match=r"net\.ckpt: .*without its optimiser.*init_from="):
-        read_run_state(tmp_path / "net.ckpt", run_of(root, tmp_path), has_val=True)
+        read_state(tmp_path / "net.ckpt", run_of(root, tmp_path))
 
 
 @pytest.mark.slow
@@ -251,7 +250,7 @@ def test_b5_a_checkpoint_whose_state_is_damaged_is_named(root: Path, tmp_path: P
     with pytest.raises(
         CheckpointError, match=r"last\.ckpt: (its description of the run|its training state) is damaged"
     ):
-        read_run_state(path, run_of(root, tmp_path, *words), has_val=True)
+        read_state(path, run_of(root, tmp_path, *words))
 
 
 @pytest.mark.slow
@@ -380,7 +379,7 @@ def stopped_run(root: Path, run_dir: Path) -> tuple[RunState, Config, RunConditi
     """A run that was stopped at the second of three steps of its first epoch, and what decides its steps."""
     config = run_of(root, run_dir, "trainer.max_steps=2")
     fit(config)
-    state = read_run_state(run_dir / "checkpoints" / "last.ckpt", config, has_val=True)
+    state = read_state(run_dir / "checkpoints" / "last.ckpt", config)
     assert state.conditions is not None
     return state, config, state.conditions
 
@@ -390,11 +389,12 @@ def test_a16_devices_batches_of_an_epoch_and_training_images_must_be_those_of_th
     root: Path, tmp_path: Path
 ) -> None:
     state, config, conditions = stopped_run(root, tmp_path)
+    plain = config_to_plain(config)
     assert conditions[:3] == (1, 3, 2) and {split: found[0] for split, found in conditions.records.items()} == {
         "train": 5,
         "val": 2,
     }
-    assert check_same_conditions(state, config, conditions) == []
+    assert check_same_conditions(state, plain, conditions) == []
     for changes, message in (
         ({"world_size": 2}, "number of devices: 1 in the checkpoint, 2 now"),
         ({"batches_per_epoch": 2}, "sub-batches of an epoch, on each device: 3 in the checkpoint, 2 now"),
@@ -406,12 +406,12 @@ def test_a16_devices_batches_of_an_epoch_and_training_images_must_be_those_of_th
     ):
         other = conditions._replace(**changes)
         with pytest.raises(ConfigError) as caught:
-            check_same_conditions(state, config, other)
+            check_same_conditions(state, plain, other)
         assert message in str(caught.value) and "resume_force=true" in str(caught.value)
-        (report,) = check_same_conditions(state, replace(config, resume_force=True), other)
+        (report,) = check_same_conditions(state, plain, other, force=True)
         assert message in report
     fewer = conditions._replace(threads=99, records=conditions.records | {"val": [1, ""]})
-    message = "\n".join(check_same_conditions(state, config, fewer))
+    message = "\n".join(check_same_conditions(state, plain, fewer))
     assert "data.val: 2 images in the checkpoint, 1 images now" in message and "threads" in message
 
 
@@ -466,9 +466,9 @@ def test_a16_settings_of_the_optimiser_that_are_forced_take_effect(root: Path, t
 @pytest.mark.reliability
 def test_a16_what_weights_belong_to_cannot_be_forced(root: Path, tmp_path: Path) -> None:
     state, _, _ = stopped_run(root, tmp_path)
-    other = run_of(root, tmp_path, "optim=adamw", "resume_force=true")
+    other = config_to_plain(run_of(root, tmp_path, "optim=adamw"))
     with pytest.raises(ConfigError, match=r"optim\.name: sgd in the checkpoint, adamw now"):
-        check_same_run(state, other, num_classes=state.num_classes)
+        check_same_run(state, other, num_classes=state.num_classes, force=True)
 
 
 @pytest.mark.slow
@@ -492,7 +492,7 @@ def test_a17_another_number_of_devices_takes_the_sub_batches_after_those_that_we
     config = run_of(root, Path("unused"))
     source = DataSource(config.data)
     with patch.dict(ENCODERS, {"tiny": Constructor("helpers.in_process", "TinyEncoder")}):
-        data = SegmentationData(source, config, build_network(config.model, 3))
+        data = build_data(config, source, build_network(config.model, 3))
     data.load_state_dict({"taken": 5})
     for rank in (0, 1):
         data._rank_and_world_size = lambda rank=rank: (rank, 2)

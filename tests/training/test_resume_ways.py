@@ -19,14 +19,13 @@ from hypothesis import strategies as st
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from helpers.in_process import TINY_RUN, configured, fit
+from helpers.in_process import TINY_RUN, configured, fit, read_state
 from semseg.config.schema import Config, SplitConfig
 from semseg.data.batch import Batch
 from semseg.datamodule import SegmentationData
 from semseg.system.process import STOP_SIGNALS
 from semseg.training.callbacks.stop import StoppedError
 from semseg.training.optim import poly
-from semseg.training.resume import read_run_state
 
 RATE, POWER = 0.02, 0.9
 
@@ -181,8 +180,8 @@ def test_a13_a14_the_steps_are_those_of_the_definition_whatever_the_way_there(
             config = configuration(base, folder, run)
             resumed = last if last.is_file() else None
             if resumed is not None:
-                state = read_run_state(resumed, config, has_val=setting.interval > 0)
-                if state.describe_end(config) is not None:
+                state = read_state(resumed, config, has_val=setting.interval > 0)
+                if state.describe_end(config.trainer) is not None:
                     assert state.step >= run.total
                     continue
             with contextlib.suppress(CrashError, StoppedError):
@@ -215,5 +214,5 @@ def check_end(setting: Setting, config: Config) -> None:
     ends = [(epoch + 1) * setting.steps_per_epoch - 1 for epoch in range(setting.epochs)]
     validated = [step for epoch, step in enumerate(ends, 1) if setting.interval and epoch % setting.interval == 0]
     assert [step for step in rows if rows[step].get("val/miou")] == [step for step in validated if step < setting.total]
-    state = read_run_state(folder / "checkpoints" / "last.ckpt", config, has_val=setting.interval > 0)
-    assert state.step == setting.total and "already finished" in str(state.describe_end(config))
+    state = read_state(folder / "checkpoints" / "last.ckpt", config, has_val=setting.interval > 0)
+    assert state.step == setting.total and "already finished" in str(state.describe_end(config.trainer))

@@ -22,7 +22,6 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from semseg.config.schema import Config, config_to_plain
 from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 from semseg.evaluation.metrics import Scores
@@ -40,16 +39,16 @@ class HasScores(Protocol):
     classes: ClassTable
 
 
-def build_config_tree(config: Config, overrides: Sequence[str]) -> Tree:
+def build_config_tree(config: dict[str, Any], overrides: Sequence[str]) -> Tree:
     """The values of every section that training reads, one branch each; those of the command line are in bold.
 
     Args:
-        config: the configuration of the run.
+        config: the configuration of the run as plain data.
         overrides: the overrides of the command line, which are listed at the end.
     """
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     sections: dict[str, dict[str, Any]] = {"": {}}
-    for key, value in flatten_sections(config_to_plain(config)):
+    for key, value in flatten_sections(config):
         section, _, name = key.partition(".")
         inside = sections.setdefault(section, {}) if name else sections[""]
         if value is not None and value not in ([], {}, ""):

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg import datamodule
+from semseg.build import build_data
 from semseg.collate import collate
 from semseg.config.schema import Config
 from semseg.data import loaders
@@ -27,7 +28,6 @@ from semseg.data.loaders import WatchedLoader
 from semseg.data.overlap import find_overlap
 from semseg.data.plan import SubBatch
 from semseg.data.sources import DataSource
-from semseg.datamodule import SegmentationData
 from semseg.errors import DataError
 from semseg.modes import eval as evaluate
 from semseg.modes import train
@@ -221,7 +221,7 @@ def test_c17_without_the_shared_memory_that_workers_need_there_are_none(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_words(drawn, tmp_path, "data.num_workers=2")
-    data = SegmentationData(DataSource(config.data), config, build_segmenter("resnet18", "c1", 8))
+    data = build_data(config, DataSource(config.data), build_segmenter("resnet18", "c1", 8))
     batch = data.largest_batch()
     needed = 2 * 2 * (batch.image.nbytes + batch.label.nbytes)  # two workers, two sub-batches each
     monkeypatch.setattr(datamodule, "get_free_shared_memory", lambda: needed)
@@ -241,7 +241,7 @@ def test_c17_without_the_shared_memory_that_workers_need_there_are_none(
 
 def test_c17_training_and_evaluation_watch_their_workers(drawn: Path, tmp_path: Path) -> None:
     config = run_words(drawn, tmp_path, "data.num_workers=1", "data.worker_timeout_s=7")
-    data = SegmentationData(DataSource(config.data), config, build_segmenter("resnet18", "c1", 8))
+    data = build_data(config, DataSource(config.data), build_segmenter("resnet18", "c1", 8))
     stream = data.train_dataloader().loader_from(3)
     assert isinstance(stream, WatchedLoader) and stream.patience_s == 7
     assert isinstance(data.val_dataloader(), WatchedLoader) and data.val_dataloader().patience_s == 7

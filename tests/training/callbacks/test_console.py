@@ -16,6 +16,7 @@ from rich.console import Console
 
 from helpers.command_line import TINY, TINY_NETWORK, call_main, run, run_here
 from helpers.in_process import configured, prepare_run
+from semseg.config.schema import config_to_plain
 from semseg.evaluation.metrics import Scores
 from semseg.training.callbacks.console import ReportValidation, build_config_tree, validation_table
 
@@ -97,7 +98,7 @@ def test_quiet_leaves_errors_and_is_refused_where_there_is_nothing_else_to_do(tm
 
 def test_the_tree_shows_what_training_reads_and_marks_what_was_given() -> None:
     words = ["data=scenes", "optim.lr=0.5", "trainer.max_epochs=7"]
-    tree = build_config_tree(configured(*words), words)
+    tree = build_config_tree(config_to_plain(configured(*words)), words)
     printed = text_of(tree, 200)
     assert "lr=0.5" in printed and "max_epochs=7" in printed and "given  data=scenes  optim.lr=0.5" in printed
     assert "max_upload_mb" not in printed and "None" not in printed
