@@ -43,7 +43,7 @@ from semseg.nets.cost import NetworkCost, measure_cost, write_cost
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write, entry_command, relative_to_cwd
 from semseg.storage.ranks import is_first_rank, print_once
-from semseg.storage.run_lock import RunLock
+from semseg.storage.run_lock import hold_run_folder
 from semseg.storage.run_results import RESULT_FILE, RunResult, read_result, write_result
 from semseg.system.text import escape_unprintable
 from semseg.training.callbacks.console import build_config_tree
@@ -190,8 +190,8 @@ def lock_run_folder(run_dir: Path) -> Iterator[None]:
     if not is_first_rank():
         yield
         return
-    with RunLock(run_dir) as lock:
-        print_once(lock.takeover)
+    with hold_run_folder(run_dir) as takeover:
+        print_once(takeover)
         for folder in (run_dir / CHECKPOINT_FOLDER, run_dir / "logs"):
             remove_leftovers(folder)
         yield

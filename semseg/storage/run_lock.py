@@ -2,12 +2,11 @@
 
 The kernel releases the lock when the process ends, for whatever reason, so no lock is ever stale. Forked children
 close the descriptor (filelock does that): a loader worker that outlives a killed run does not keep the folder. The file
-beside it names the holder for messages only; its content decides nothing.
+beside it names the holder for messages, and decides only whether a requeued SLURM job takes over from its last attempt.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -15,9 +14,10 @@ import shlex
 import socket
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
@@ -33,7 +33,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def on_lock_acquired() -> None:
-    """Called by RunLock once it holds its folder; replaced by callers that write files into the folder only then."""
+    """Called by hold_run_folder once it has the lock; replaced by callers that write into the folder only then."""
 
 
 class Holder(NamedTuple):
@@ -48,115 +48,92 @@ class Holder(NamedTuple):
     slurm_restart: int = 0  # number of times SLURM has requeued the job
 
     def __str__(self) -> str:
-        host = f"{self.host}, in another container" if self.is_in_another_container() else self.host
-        return escape_unprintable(f"process {self.pid} on {host}")
-
-    def is_in_another_container(self) -> bool:
-        return self.host == socket.gethostname() and self.pid_namespace != _read_pid_namespace()
-
-    def is_earlier_attempt_of(self, other: Holder) -> bool:
-        """Whether SLURM ended this process before it requeued the job, even if the file system still shows its lock."""
-        return (
-            self.slurm_job is not None
-            and self.slurm_job == other.slurm_job
-            and self.slurm_restart < other.slurm_restart
-        )
+        is_in_another_container = self.host == socket.gethostname() and self.pid_namespace != _read_pid_namespace()
+        place = f"{self.host}, in another container," if is_in_another_container else self.host
+        return escape_unprintable(f"process {self.pid} on {place} since {self.started}")
 
 
-class RunLock:
-    """Holds a run folder for this process: `with RunLock(run_dir) as lock: ...`.
+@contextmanager
+def hold_run_folder(run_dir: Path) -> Iterator[str | None]:
+    """Create a run folder and hold it for this process. On a file system without locks it warns, and nothing is held.
 
-    Entering creates the folder and takes the lock; `lock.takeover` is then a line to log if the previous run ended
-    without releasing it, else None. On a file system without locks it warns, and nothing is held.
+    Yields:
+        A line to log if the previous run ended without releasing the folder, else None.
 
-    Raises (on entering):
+    Raises:
         ConfigError: if another process holds the folder, or if the folder cannot be written.
         OSError: if the disk is full.
     """
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.takeover: str | None = None
-        self.path, self._holder_path = run_dir / LOCK_FILE, run_dir / HOLDER_FILE
-        self._lock: FileLock | None = None
-        self._inode = 0
-        self._this_process = _describe_this_process()
-
-    def __enter__(self) -> RunLock:
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._acquire()
-        except OSError as error:
-            if error.errno in DISK_FULL:
-                raise
-            raise ConfigError(
-                f"run_dir={self.run_dir}: this folder cannot be written ({error.strerror}). Give another run_dir."
-            ) from error
-        if self._lock is not None and self._holder_path.exists():
-            before = _read_holder(self._holder_path)
-            who = f"{before}, which held this folder since {before.started}," if before else "the previous run"
-            self.takeover = f"{self.run_dir}: {who} ended without releasing it; this run takes it over"
-        with contextlib.suppress(OSError), atomic_write(self._holder_path, durable=False) as temporary:
-            temporary.write_text(json.dumps(self._this_process._asdict()) + "\n", encoding="utf-8")
-        try:
-            on_lock_acquired()
-        except BaseException:
-            self.__exit__(None, None, None)
+    path, holder_path = run_dir / LOCK_FILE, run_dir / HOLDER_FILE
+    this_process = _describe_this_process()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = _acquire_lock(run_dir, this_process)
+    except OSError as error:
+        if error.errno in DISK_FULL:
             raise
-        return self
+        raise ConfigError(
+            f"run_dir={run_dir}: this folder cannot be written ({error.strerror}). Give another run_dir."
+        ) from error
+    takeover = None
+    if lock.is_locked and holder_path.exists():
+        before = _read_holder(holder_path)
+        who = f"the previous run ({before})" if before else "the previous run"
+        takeover = f"{run_dir}: {who} ended without releasing this folder; this run takes it over"
+    with suppress(OSError), atomic_write(holder_path, durable=False) as temporary:
+        temporary.write_text(json.dumps(this_process._asdict()) + "\n", encoding="utf-8")
+    try:
+        on_lock_acquired()
+        yield takeover
+    finally:
+        if this_process.pid == os.getpid():  # a forked child has a copy of this generator
+            # If the file system is gone, the holder file stays and is taken over. If somebody has deleted the lock and
+            # another process holds a new one, the files are its own.
+            with suppress(OSError):
+                if _read_holder(holder_path) == this_process:
+                    holder_path.unlink()
+                    path.unlink()  # filelock does not lock a removed file
+            with suppress(OSError):
+                lock.release()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._this_process.pid != os.getpid():
-            return  # a forked child has a copy of this object
-        # If the file system is gone, the holder file stays and is taken over.
-        with contextlib.suppress(OSError):
-            if _read_holder(self._holder_path) == self._this_process:
-                self._holder_path.unlink()
-            # After a deletion by hand, the path may be the lock of another process.
-            if self._lock is not None and self.path.stat().st_ino == self._inode:
-                self.path.unlink()  # filelock does not lock a removed file
-        if self._lock is not None:
-            with contextlib.suppress(OSError):
-                self._lock.release()
 
-    def _acquire(self) -> None:
-        # filelock would fall back to a soft lock, a file with a process id, which is stale after a kill.
-        lock = FileLock(self.path, fallback_to_soft=False)
-        try:
-            try:
+def _acquire_lock(run_dir: Path, this_process: Holder) -> FileLock:
+    """The lock of a run folder: held, or not held on a file system without locks.
+
+    Raises:
+        ConfigError: if another process holds it.
+        OSError: if the lock file cannot be written.
+    """
+    path = run_dir / LOCK_FILE
+    # filelock would fall back to a soft lock, a file with a process id, which is stale after a kill.
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        with suppress(Timeout):
+            lock.acquire(timeout=WAIT_SECONDS)
+        holder = _read_holder(run_dir / HOLDER_FILE)
+        if not lock.is_locked and holder and _is_earlier_attempt(holder, this_process):
+            path.unlink(missing_ok=True)  # the file system keeps the lock of a failed node
+            with suppress(Timeout):
                 lock.acquire(timeout=WAIT_SECONDS)
-            except Timeout:
-                holder = _read_holder(self._holder_path)
-                if holder is None or not holder.is_earlier_attempt_of(self._this_process):
-                    raise ConfigError(self._in_use_message(holder)) from None
-                self.path.unlink(missing_ok=True)  # the file system keeps the lock of a failed node
-                lock.acquire(timeout=WAIT_SECONDS)
-        except Timeout:
-            raise ConfigError(self._in_use_message(None)) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            warnings.warn(
-                f"run_dir={self.run_dir}: this file system has no locks ({error.strerror}), so a second run in the "
-                "folder would go unnoticed",
-                stacklevel=1,
-            )
-            return
-        self._lock, self._inode = lock, self.path.stat().st_ino
-
-    def _in_use_message(self, holder: Holder | None) -> str:
-        if holder is None:
-            return (
-                f"run_dir={self.run_dir}: in use by another process. Give another run_dir, or wait until it has ended."
-            )
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        message = f"run_dir={run_dir}: this file system has no locks ({error.strerror}), so a second run in the folder"
+        warnings.warn(f"{message} would go unnoticed", stacklevel=1)
+        return lock
+    if not lock.is_locked:
+        who = f"{holder} ({escape_unprintable(holder.command)})" if holder else "another process"
         way_out = "Give another run_dir, or wait until it has ended."
-        if holder.host != socket.gethostname():
-            way_out += f" If that machine has failed and the lock stays, delete {self.path}."
-        command = escape_unprintable(holder.command)
-        started = escape_unprintable(holder.started)
-        return f"run_dir={self.run_dir}: in use by {holder} since {started} ({command}). {way_out}"
+        if holder and holder.host != socket.gethostname():
+            way_out += f" If that machine has failed and the lock stays, delete {path}."
+        raise ConfigError(f"run_dir={run_dir}: in use by {who}. {way_out}")
+    return lock
+
+
+def _is_earlier_attempt(holder: Holder, other: Holder) -> bool:
+    """Whether SLURM ended `holder` before it requeued the job, even if the file system still shows its lock."""
+    is_same_job = holder.slurm_job is not None and holder.slurm_job == other.slurm_job
+    return is_same_job and holder.slurm_restart < other.slurm_restart
 
 
 def _describe_this_process() -> Holder:
@@ -182,8 +159,6 @@ def _read_holder(path: Path) -> Holder | None:
     """The process that a holder file names; None if there is none or it is damaged."""
     try:
         holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
+        return holder._replace(slurm_restart=int(holder.slurm_restart))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    texts = (holder.host, holder.started, holder.command, holder.pid_namespace, holder.slurm_job or "")
-    is_valid = all(isinstance(text, str) for text in texts) and type(holder.pid) is type(holder.slurm_restart) is int
-    return holder if is_valid else None

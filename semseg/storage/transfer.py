@@ -1,4 +1,4 @@
-"""Download one file over HTTP and resume where an earlier attempt was cut. No torch.
+"""The downloader that pooch calls: over HTTP, resuming where an earlier attempt was cut. No torch.
 
 An incomplete file is <name>.part; <name>.part.json beside it records which file of which server its bytes belong to.
 Lengths are checked here, digests in download.py.
@@ -7,18 +7,17 @@ Lengths are checked here, digests in download.py.
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from http import HTTPStatus
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -31,6 +30,7 @@ BLOCK_BYTES = 1 << 16
 MAX_DELAY_S = 60.0  # between two attempts
 LINE_INTERVAL_S = 15.0  # between two lines of progress without a terminal
 PAGE_SUFFIXES = (".htm", ".html", ".svg", ".xml")  # files that may begin with "<"
+BODY_CODES = (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
 TRANSIENT_CODES = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)  # and all from 500
 
 
@@ -46,16 +46,8 @@ class TransientError(Exception):
         self.wait_s = wait_s
 
 
-class PartSource(NamedTuple):
-    """The file that the bytes of a part file belong to."""
-
-    url: str  # without secrets
-    validator: str  # ETag or date that identifies this version of the file; empty: the server gave none
-    total: int | None  # bytes of the whole file; None: unknown
-
-
 def source_path(part: Path) -> Path:
-    """The file that records the PartSource of `part`."""
+    """The file that records where the bytes of `part` come from: address and validator (`read_validator`)."""
     return part.with_name(f"{part.name}.json")
 
 
@@ -93,61 +85,56 @@ def receive_rest(url: str, part: Path, timeout_s: float) -> None:
         TransientError, RefusedError: if `part` is not complete afterwards.
         OSError: if `part` cannot be written.
     """
-    start, source = find_resume_point(part, url)
-    with open_response(url, start, source.validator, timeout_s) as response:
-        start, total = locate_body(response, start, source, part)
+    start, validator = find_resume_point(part, url)
+    with open_response(url, start, validator, timeout_s) as response:
+        start, total = locate_body(response, start, part)
         blocks = read_blocks(response, start, total)
         first = next(blocks, b"")
-        if not first and not start:
+        if not first:
             raise RefusedError("the server sent an empty file")
         refuse_web_page(response, b"" if start else first, part)
-        with part.open("r+b" if start else "wb") as file, show_progress(part.stem, start, total) as advance:
-            if start == 0:
-                source = PartSource(hide_secrets(url), read_validator(response), total)
-                source_path(part).write_text(json.dumps(source._asdict()), encoding="utf-8")
+        if start == 0:
+            source = {"url": hide_secrets(url), "validator": read_validator(response)}
+            source_path(part).write_text(json.dumps(source), encoding="utf-8")
+        with part.open("r+b" if start else "wb") as file:
             file.seek(start)
             file.truncate()
-            for block in chain([first], blocks):
+            for block in show_progress(chain([first], blocks), part.stem, start, total):
                 file.write(block)
-                advance(len(block))
+            os.fsync(file.fileno())  # a power cut must not leave half a file under the final name
 
 
-def find_resume_point(part: Path, url: str) -> tuple[int, PartSource]:
-    """The number of bytes of `part` that can be kept, and where they came from."""
-    nothing = PartSource(hide_secrets(url), "", None)
+def find_resume_point(part: Path, url: str) -> tuple[int, str]:
+    """The number of bytes of `part` that can be kept, and the validator of the file that they belong to."""
     try:
-        source = PartSource(**json.loads(source_path(part).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
-        return 0, nothing
-    size = file_size(part)
-    # Without a validator, the rest could be that of another version of the file.
-    if source.url != nothing.url or not source.validator or size == 0:
-        return 0, nothing
-    # A complete part requests its last byte again: the server then says whether the file is still the same.
-    return (size if source.total is None else min(size, source.total - 1)), source
+        source = json.loads(source_path(part).read_text(encoding="utf-8"))
+        validator = source["validator"] if source["url"] == hide_secrets(url) else ""
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        validator = ""
+    # Without a validator, the rest could be that of another version of the file. The last byte is requested again, so
+    # that the server answers for a complete part as for any other.
+    return (max(file_size(part) - 1, 0) if validator else 0), validator
 
 
-def locate_body(response: requests.Response, start: int, source: PartSource, part: Path) -> tuple[int, int | None]:
+def locate_body(response: requests.Response, start: int, part: Path) -> tuple[int, int | None]:
     """The position of the body in the file, and the size of the file (None: the body marks its own end).
 
     Raises:
         TransientError: if the server sends another range than requested; `part` is removed.
         RefusedError: if the end of the body cannot be recognised.
     """
-    if response.status_code == HTTPStatus.PARTIAL_CONTENT:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        position, total = (int(match[1]), int(match[2])) if match else (-1, -1)
-        if position == start and source.total in (None, total):
-            return start, total
-    if response.status_code in (HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
+    if response.status_code == HTTPStatus.OK:
+        length = response.headers.get("Content-Length", "")
+        if "chunked" in response.headers.get("Transfer-Encoding", "").lower():
+            return 0, None
+        if not length.isdecimal():
+            raise RefusedError("the server does not announce the length of the file, so a cut would go unnoticed")
+        return 0, int(length)
+    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
+    if match is None or (int(match[1]), int(match[2])) != (start, int(match[3]) - 1):
         part.unlink(missing_ok=True)
         raise TransientError("the server sent another range than requested")
-    length = response.headers.get("Content-Length", "")
-    if "chunked" in response.headers.get("Transfer-Encoding", "").lower():
-        return 0, None
-    if not length.isdecimal():
-        raise RefusedError("the server does not announce the length of the file, so a cut would go unnoticed")
-    return 0, int(length)
+    return start, int(match[3])
 
 
 def read_validator(response: requests.Response) -> str:
@@ -212,38 +199,31 @@ def open_response(url: str, start: int, validator: str, timeout_s: float) -> Ite
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             raise classify_error(error, timeout_s) from error
         with response:
-            check_status(response)
+            code = response.status_code
+            text = f"HTTP {code} {response.reason}".replace("\n", " ")
+            if code >= HTTPStatus.INTERNAL_SERVER_ERROR or code in TRANSIENT_CODES:
+                seconds = response.headers.get("Retry-After", "")
+                raise TransientError(text, wait_s=float(seconds) if seconds.isdecimal() else 0)
+            if code not in BODY_CODES:
+                raise RefusedError(text)
             yield response
-
-
-def check_status(response: requests.Response) -> None:
-    """Raises TransientError or RefusedError unless a body, or another range, can be expected."""
-    code = response.status_code
-    if code in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
-        return
-    text = f"HTTP {code} {response.reason}".replace("\n", " ")
-    if code >= HTTPStatus.INTERNAL_SERVER_ERROR or code in TRANSIENT_CODES:
-        seconds = response.headers.get("Retry-After", "")
-        raise TransientError(text, wait_s=float(seconds) if seconds.isdecimal() else 0)
-    raise RefusedError(text)
 
 
 def classify_error(error: Exception, timeout_s: float) -> Exception:
     """Whether a failure before any answer is transient. Messages leave out the library's text, which has the URL."""
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
-    for cause in causes:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return RefusedError(f"its TLS certificate is not valid ({cause})")
-        if isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN:
-            return RefusedError("there is no such host")
+    cause: BaseException = error
+    while (earlier := cause.__cause__ or cause.__context__) is not None:
+        cause = earlier
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return RefusedError(f"its TLS certificate is not valid ({cause})")
+    if isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN:
+        return RefusedError("there is no such host")
     if isinstance(error, requests.Timeout):
         return TransientError(f"no answer within {timeout_s:g} s")
     if isinstance(error, requests.TooManyRedirects):
         return RefusedError("too many redirects")
     if isinstance(error, requests.ConnectionError | requests.exceptions.ChunkedEncodingError):
-        return TransientError(f"no connection ({getattr(causes[-1], 'strerror', None) or type(causes[-1]).__name__})")
+        return TransientError(f"no connection ({getattr(cause, 'strerror', None) or type(cause).__name__})")
     return RefusedError("this is not a valid address")
 
 
@@ -265,30 +245,17 @@ def hide_secrets(url: str) -> str:
     return re.sub(r"\?.*", "?...", re.sub(r"(?<=//)[^/?#]*@", "", url))
 
 
-# ---- progress
-
-
-@contextmanager
-def show_progress(name: str, start: int, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line now and then elsewhere; yields the function to call with each number of bytes."""
-    if is_first_rank() and sys.stdout.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, TimeRemainingColumn(), transient=True) as bars:
-            yield partial(bars.advance, bars.add_task(name, total=total, completed=start))
-    else:
-        yield DownloadLines(name, start, total).advance
-
-
-class DownloadLines:
-    """Prints a line of progress every LINE_INTERVAL_S seconds."""
-
-    def __init__(self, name: str, start: int, total: int | None) -> None:
-        self.name, self.position = name, start
-        self.total = "?" if total is None else f"{total:,}"
-        self.next_line = time.monotonic() + LINE_INTERVAL_S
-
-    def advance(self, num_bytes: int) -> None:
-        self.position += num_bytes
-        if time.monotonic() >= self.next_line:
-            print_once(f"{self.name}: {self.position:,} of {self.total} bytes")
-            self.next_line = time.monotonic() + LINE_INTERVAL_S
+def show_progress(blocks: Iterable[bytes], name: str, position: int, total: int | None) -> Iterator[bytes]:
+    """The blocks of a file, with a bar on a terminal, or with a line now and then elsewhere."""
+    is_terminal = is_first_rank() and sys.stdout.isatty()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    next_line = time.monotonic() + LINE_INTERVAL_S
+    with Progress(*columns, TimeRemainingColumn(), transient=True, disable=not is_terminal) as bars:
+        bar = bars.add_task(name, total=total, completed=position)
+        for block in blocks:
+            yield block
+            position += len(block)
+            bars.advance(bar, len(block))
+            if not is_terminal and time.monotonic() >= next_line:
+                print_once(f"{name}: {position:,} of {'?' if total is None else f'{total:,}'} bytes")
+                next_line = time.monotonic() + LINE_INTERVAL_S

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 import socket
 import ssl
 import subprocess
@@ -112,13 +113,14 @@ def test_a_chunked_body_needs_no_length(server: LocalServer, config: DownloadCon
 
 
 @pytest.mark.reliability
-def test_g6_five_cuts_cost_five_requests_and_not_one_byte_twice(server: LocalServer, config: DownloadConfig) -> None:
-    cuts = [1, 65_536, 333_333, 700_001, len(CONTENT) - 1]
+def test_g6_five_cuts_cost_five_requests_and_one_byte_each(server: LocalServer, config: DownloadConfig) -> None:
+    cuts = [1000, 65_536, 333_333, 700_001, len(CONTENT) - 1]
     server.answers[PATH] = [until(cut) for cut in cuts]
     path = fetch_file(server.url(PATH), config, digest=f"sha256:{SHA256}")
     assert path.read_bytes() == CONTENT
-    assert [asked.range for asked in server.asked] == [None, *(f"bytes={cut}-" for cut in cuts)]
-    assert server.num_bytes == len(CONTENT)
+    # The last byte is requested again, to know that the server still means the same file.
+    assert [asked.range for asked in server.asked] == [None, *(f"bytes={cut - 1}-" for cut in cuts)]
+    assert server.num_bytes == len(CONTENT) + len(cuts)
 
 
 def test_only_attempts_without_progress_count(server: LocalServer, config: DownloadConfig) -> None:
@@ -131,7 +133,7 @@ def test_only_attempts_without_progress_count(server: LocalServer, config: Downl
 def test_a_server_that_ignores_the_range_is_read_from_the_start(server: LocalServer, config: DownloadConfig) -> None:
     server.answers[PATH] = [until(400_000), body(CONTENT)]
     assert fetch_file(server.url(PATH), config, digest=f"sha256:{SHA256}").read_bytes() == CONTENT
-    assert server.asked[1].range == "bytes=400000-"
+    assert server.asked[1].range == "bytes=399999-"
 
 
 def test_a_file_that_changed_between_two_pieces_is_read_from_the_start(
@@ -189,11 +191,11 @@ def test_g6_a_killed_download_resumes_where_it_was(server: LocalServer, config: 
     proceed.set()
     kept = part.stat().st_size
     assert 100_000 < kept <= 500_000
-    assert not (tmp_path / "net.pth").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"net.pth.part", "net.pth.part.json", "net.pth.lock"}
     server.answers[PATH] = [until_with_etag("a")]
     assert fetch_file(server.url(PATH), config, digest=f"sha256:{SHA256}").read_bytes() == CONTENT
-    assert server.asked[1].range == f"bytes={kept}-"
-    assert server.num_bytes == 500_000 + len(CONTENT) - kept
+    assert server.asked[1].range == f"bytes={kept - 1}-"
+    assert server.num_bytes == 500_000 + len(CONTENT) - kept + 1
 
 
 def until_with_etag(etag: str) -> Answer:
@@ -214,9 +216,7 @@ def test_a_complete_part_is_checked_with_the_server(
     path = fetch_file(server.url(PATH), config)
     etag = hashlib.sha256(CONTENT).hexdigest()[:8]
     path.rename(tmp_path / "net.pth.part")
-    (tmp_path / "net.pth.part.json").write_text(
-        f'{{"url": "{server.url(PATH)}", "validator": "\\"{etag}\\"", "total": {len(CONTENT)}}}'
-    )
+    (tmp_path / "net.pth.part.json").write_text(f'{{"url": "{server.url(PATH)}", "validator": "\\"{etag}\\""}}')
     assert fetch_file(server.url(PATH), config).read_bytes() == CONTENT
     assert server.num_bytes == len(CONTENT) + 1
 
@@ -257,7 +257,7 @@ def test_a_web_page_does_not_cost_the_bytes_that_are_there(server: LocalServer, 
     failure(server, config, until(600_000))
     failure(server, config, body(b"<html>Log in first"))
     assert fetch_file(server.url(PATH), config).read_bytes() == CONTENT
-    assert server.asked[2].range == "bytes=600000-"
+    assert server.asked[2].range == "bytes=599999-"
 
 
 # ---- what the server says instead
@@ -391,6 +391,28 @@ def test_a_file_without_a_digest_must_stay_what_it_was_the_first_time(
     assert "net.pth.sha256" in message
 
 
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
+def test_sha256sum_reads_the_record_and_a_record_of_sha256sum_counts(
+    server: LocalServer, config: DownloadConfig
+) -> None:
+    path = fetch_file(server.url(PATH), config)
+    record = path.with_name("net.pth.sha256")
+    subprocess.run(["sha256sum", "--check", "--strict", record.name], cwd=path.parent, check=True)
+    for rest in ("", '# {"size": 3}\n'):  # the second line: of earlier versions
+        record.write_text(f"{SHA256}  net.pth\n{rest}")
+        assert fetch_file(server.url(PATH), config) == path
+        record.write_text(f"{'0' * 64}  net.pth\n{rest}")
+        with pytest.raises(DownloadError, match=r"0 according to .*net\.pth\.sha256"):
+            fetch_file(server.url(PATH), config)
+
+
+@pytest.mark.parametrize("content", ["", "hello", SHA256[:-1] + "  net.pth\n"])
+def test_a_damaged_record_is_reported(server: LocalServer, config: DownloadConfig, content: str) -> None:
+    (cache_folder(config) / "net.pth.sha256").write_text(content)
+    with pytest.raises(DownloadError, match=r"net\.pth\.sha256: contains no SHA-256"):
+        fetch_file(server.url(PATH), config)
+
+
 @pytest.mark.parametrize("digest", ["", f"sha256:{SHA256}"])
 def test_a_file_that_changed_in_the_cache_is_not_used(server: LocalServer, config: DownloadConfig, digest: str) -> None:
     path = fetch_file(server.url(PATH), config, digest=digest)
@@ -414,7 +436,7 @@ def test_a_cache_that_can_only_be_read_will_do(config: DownloadConfig, monkeypat
     def read_only(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("semseg.storage.download.record_digest", read_only)
+    monkeypatch.setattr("semseg.storage.download.atomic_write", read_only)
     monkeypatch.setattr("semseg.storage.download.FileLock", read_only)
     path = cache_folder(config) / "net.pth"
     path.write_bytes(CONTENT)
@@ -447,11 +469,9 @@ def test_an_error_lists_every_address_and_the_manual_way(server: LocalServer, co
     with pytest.raises(DownloadError) as error:
         fetch_file(server.url("/lost/net.pth"), config, folder="zoo", manual="or set ckpt=<file>")
     assert str(error.value).splitlines() == [
-        "net.pth could not be downloaded. Tried:",
-        f"  {server.url('/lost/net.pth')}: HTTP 404 Not Found",
-        f"  {server.url('/mirror/net.pth')}: HTTP 200, but the server sent a web page instead of the file "
-        "(no content type)",
-        "  ftp://old.example/net.pth: only http:// and https:// addresses can be downloaded",
+        f"net.pth could not be downloaded. {server.url('/lost/net.pth')}: HTTP 404 Not Found; "
+        f"{server.url('/mirror/net.pth')}: HTTP 200, but the server sent a web page instead of the file "
+        "(no content type); ftp://old.example/net.pth: only http:// and https:// addresses can be downloaded.",
         f"Download it by hand from {server.url('/lost/net.pth')} to {config.cache}/zoo/net.pth, or set ckpt=<file>.",
     ]
 

@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 
 from semseg.errors import ConfigError
-from semseg.storage.run_lock import HOLDER_FILE, LOCK_FILE, RunLock
+from semseg.storage.run_lock import HOLDER_FILE, LOCK_FILE, hold_run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from semseg.storage.run_lock import RunLock
-with RunLock(Path(sys.argv[1])):
+from semseg.storage.run_lock import hold_run_folder
+with hold_run_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -35,13 +35,13 @@ import multiprocessing, sys
 from pathlib import Path
 from semseg.errors import ConfigError
 from semseg.storage import run_lock
-from semseg.storage.run_lock import RunLock
+from semseg.storage.run_lock import hold_run_folder
 
 run_lock.WAIT_SECONDS = 0
 
 def race(folders, barrier, wins):
     for folder in folders:
-        lock = RunLock(folder)
+        lock = hold_run_folder(folder)
         barrier.wait()
         try:
             lock.__enter__()
@@ -92,15 +92,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_holder_is_named_and_goes_with_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "new"
-    with RunLock(folder) as lock:
+    with hold_run_folder(folder) as takeover:
         content = json.loads((folder / HOLDER_FILE).read_text())
         assert (content["pid"], content["host"]) == (os.getpid(), socket.gethostname())
-        assert lock.takeover is None
+        assert takeover is None
     assert list(folder.iterdir()) == []
 
 
 def test_the_lock_goes_with_a_run_that_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), RunLock(tmp_path):
+    with pytest.raises(RuntimeError), hold_run_folder(tmp_path):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
@@ -110,7 +110,7 @@ def test_f2_a_second_process_is_refused_with_pid_host_and_start_of_the_first(
     tmp_path: Path, holder: subprocess.Popen[str], impatient: None
 ) -> None:
     started = json.loads((tmp_path / HOLDER_FILE).read_text())["started"]
-    with pytest.raises(ConfigError) as caught, RunLock(tmp_path):
+    with pytest.raises(ConfigError) as caught, hold_run_folder(tmp_path):
         pass
     message = str(caught.value)
     for part in (str(tmp_path), f"process {holder.pid} on {socket.gethostname()} since {started}", "another run_dir"):
@@ -122,8 +122,8 @@ def test_f2_a_second_process_is_refused_with_pid_host_and_start_of_the_first(
 def test_f2_a_second_run_in_the_same_process_is_refused_and_leaves_the_first_its_lock(
     tmp_path: Path, impatient: None
 ) -> None:
-    with RunLock(tmp_path):
-        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} "), RunLock(tmp_path):
+    with hold_run_folder(tmp_path):
+        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} "), hold_run_folder(tmp_path):
             pass
         assert {path.name for path in tmp_path.iterdir()} == {LOCK_FILE, HOLDER_FILE}
 
@@ -133,9 +133,9 @@ def test_f2_the_lock_of_a_killed_process_is_taken_over_at_once_and_reported(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     holder.send_signal(signal.SIGKILL)
-    with RunLock(tmp_path) as lock:
-        assert f"process {holder.pid}" in (lock.takeover or "")
-        assert "takes it over" in (lock.takeover or "")
+    with hold_run_folder(tmp_path) as takeover:
+        assert f"process {holder.pid}" in (takeover or "")
+        assert "takes it over" in (takeover or "")
         assert json.loads((tmp_path / HOLDER_FILE).read_text())["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
 
@@ -148,8 +148,8 @@ def test_f6_whatever_the_holder_file_says_a_lock_that_nobody_holds_is_taken(
     (tmp_path / LOCK_FILE).touch()
     if content is not None:
         (tmp_path / HOLDER_FILE).write_bytes(content.encode(errors="surrogateescape"))
-    with RunLock(tmp_path) as lock:
-        assert (lock.takeover is None) == (content is None)
+    with hold_run_folder(tmp_path) as takeover:
+        assert (takeover is None) == (content is None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,7 +161,7 @@ def test_f6_whatever_the_holder_file_says_a_lock_that_somebody_holds_is_refused(
     (tmp_path / HOLDER_FILE).unlink()
     if content is not None:
         (tmp_path / HOLDER_FILE).write_text(content)
-    with pytest.raises(ConfigError, match="in use by another process"), RunLock(tmp_path):
+    with pytest.raises(ConfigError, match="in use by another process"), hold_run_folder(tmp_path):
         pass
 
 
@@ -171,8 +171,8 @@ def test_f6_a_container_with_a_new_host_name_or_the_same_process_ids_takes_over(
     changes: dict[str, object], tmp_path: Path
 ) -> None:
     leave_holder(tmp_path, **changes)
-    with RunLock(tmp_path) as lock:
-        assert "since 2026-01-02T03:04:05+00:00, ended without" in (lock.takeover or "")
+    with hold_run_folder(tmp_path) as takeover:
+        assert "since 2026-01-02T03:04:05+00:00) ended without" in (takeover or "")
 
 
 @pytest.mark.slow
@@ -190,8 +190,8 @@ def test_f6_of_two_containers_with_one_host_name_the_second_is_refused(tmp_path:
     assert "in use by process 1 on " in second.stderr and "in another container" in second.stderr
     first.kill()
     first.communicate()
-    with RunLock(tmp_path) as lock:
-        assert "takes it over" in (lock.takeover or "")
+    with hold_run_folder(tmp_path) as takeover:
+        assert "takes it over" in (takeover or "")
 
 
 @pytest.mark.reliability
@@ -205,8 +205,8 @@ def test_f6_a_forked_worker_that_outlives_a_killed_run_does_not_keep_its_folder(
     run.kill()
     run.wait()
     os.kill(worker, 0)  # it is still there
-    with RunLock(tmp_path) as lock:
-        assert "takes it over" in (lock.takeover or "")
+    with hold_run_folder(tmp_path) as takeover:
+        assert "takes it over" in (takeover or "")
     os.kill(worker, signal.SIGKILL)
     run.stdout.close()
 
@@ -218,11 +218,11 @@ def test_e6_a_requeued_slurm_job_takes_over_what_its_last_attempt_still_seems_to
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
-    with pytest.raises(ConfigError, match="in use"), RunLock(tmp_path):  # another step of the same attempt
+    with pytest.raises(ConfigError, match="in use"), hold_run_folder(tmp_path):  # another step of the same attempt
         pass
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with RunLock(tmp_path) as lock:
-        assert f"process {process.pid}" in (lock.takeover or "")
+    with hold_run_folder(tmp_path) as takeover:
+        assert f"process {process.pid}" in (takeover or "")
     process.kill()
     process.communicate()
 
@@ -240,10 +240,11 @@ def test_f2_of_processes_that_race_exactly_one_gets_the_folder(is_stale: bool, t
 
 @pytest.mark.reliability
 def test_f2_a_forked_child_and_a_thread_that_end_do_not_give_the_folder_back(tmp_path: Path) -> None:
-    with RunLock(tmp_path) as lock:
+    held = hold_run_folder(tmp_path)
+    with held:
         child = os.fork()
         if child == 0:
-            lock.__exit__(None, None, None)
+            held.__exit__(None, None, None)
             os._exit(0)
         os.waitpid(child, 0)
         thread = threading.Thread(target=lambda: None)
@@ -253,9 +254,9 @@ def test_f2_a_forked_child_and_a_thread_that_end_do_not_give_the_folder_back(tmp
 
 
 def test_a_lock_deleted_by_hand_and_taken_by_another_stays_with_the_other(tmp_path: Path) -> None:
-    with RunLock(tmp_path):
+    with hold_run_folder(tmp_path):
         (tmp_path / LOCK_FILE).unlink()
-        with RunLock(tmp_path):
+        with hold_run_folder(tmp_path):
             pass
         other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert other.stdout is not None and other.stdout.readline() == "held\n"
@@ -282,7 +283,7 @@ def test_b4_a_folder_that_cannot_be_written_is_refused_with_one_line(name: str) 
     with tempfile.TemporaryDirectory() as parent:
         Path(parent).chmod(0o555)
         folder = Path(parent, name)
-        with pytest.raises(ConfigError) as caught, RunLock(folder):
+        with pytest.raises(ConfigError) as caught, hold_run_folder(folder):
             pass
         Path(parent).chmod(0o755)
     assert str(caught.value) == (
@@ -292,7 +293,7 @@ def test_b4_a_folder_that_cannot_be_written_is_refused_with_one_line(name: str) 
 
 def test_b4_a_file_in_place_of_the_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
-    with pytest.raises(ConfigError, match="File exists"), RunLock(tmp_path / "run"):
+    with pytest.raises(ConfigError, match="File exists"), hold_run_folder(tmp_path / "run"):
         pass
 
 
@@ -305,6 +306,6 @@ def test_f6_a_file_system_without_locks_is_reported_and_does_not_stop_the_run(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    with pytest.warns(UserWarning, match=r"this file system has no locks \("), RunLock(tmp_path) as lock:
-        assert lock.takeover is None
+    with pytest.warns(UserWarning, match=r"this file system has no locks \("), hold_run_folder(tmp_path) as takeover:
+        assert takeover is None
     assert not (tmp_path / HOLDER_FILE).exists()
