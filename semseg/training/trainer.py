@@ -58,7 +58,7 @@ def create_trainer(
         options["profiler"] = PROFILERS[settings.profiler](dirpath=run_dir, filename="profile")
     plugins = build_layer_sync(syncbn.name, syncbn.convention, accelerator, syncbn.group)
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **options,
             default_root_dir=run_dir,
             callbacks=callbacks,
@@ -69,8 +69,20 @@ def create_trainer(
             enable_model_summary=False,
             enable_checkpointing=is_training,
         )
+        leave_sigterm_alone(trainer)
+        return trainer
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def leave_sigterm_alone(trainer: pl.Trainer) -> None:
+    """Keep Lightning from exchanging over the device, at every step of several ranks, whether one of them got SIGTERM.
+
+    Ranks would wait for the device and for each other there. Saver stops all of them at the same step by itself.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    assert hasattr(loop, "_broadcast_sigterm_tensor"), "Lightning has changed; see whether it still exchanges SIGTERM"
+    loop._broadcast_sigterm_tensor = lambda: None
 
 
 def choose_accelerator(name: str) -> str:

@@ -19,6 +19,7 @@ from semseg.evaluation.metrics import confusion_counts
 from semseg.nets.normalise import normalise
 from semseg.nets.registry import DECODERS, ENCODERS, build_decoder, build_encoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
+from semseg.training.callbacks.ema import list_values, update_average
 from semseg.training.losses import segmentation_loss
 
 NUM_CLASSES = 150
@@ -100,11 +101,21 @@ def find_mistake(name: str) -> set[str]:
     return find_in_step(net)
 
 
+def find_in_average() -> set[str]:
+    """Findings of the moving average: its first update, which copies, and its next one."""
+    average, net = (build_segmenter("resnet18", "c1", NUM_CLASSES) for _ in range(2))
+    with HostCopies() as copies:
+        for decay in (None, 0.9):
+            update_average(list_values(average), list_values(net), decay)
+    return copies.found
+
+
 def list_cases() -> dict[str, Callable[[], set[str]]]:
     cases: dict[str, Callable[[], set[str]]] = {}
     for name in MODELS:
         cases[f"step of {name}"] = lambda name=name: find_in_step(build_model(name))
         cases[f"evaluation of {name}"] = lambda name=name: find_in_evaluation(build_model(name))
+    cases["step of the moving average"] = find_in_average
     for name in OWN_ENCODERS:
         cases[f"decoders of {name}"] = lambda name=name: find_in_decoders(name)
     for name in MISTAKES:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MovingAverage(EMAWeightAveraging):
@@ -23,20 +26,29 @@ class MovingAverage(EMAWeightAveraging):
 
     def __init__(self, decay: float, start_step: int) -> None:
         super().__init__(decay=decay, use_buffers=True)
-        self.start_step = start_step
+        self.decay, self.start_step = decay, start_step
         self._is_swapped = False  # whether the network holds the average, during a validation
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning copies the network before it has its device and type: slow, and it would round 64-bit weights.
-        assert self._average_model is not None, "setup comes first"
-        self._average_model.to(pl_module.device, torch.promote_types(next(pl_module.parameters()).dtype, torch.float32))
+        average = self._average_model
+        assert average is not None, "setup comes first"
+        average.to(pl_module.device, torch.promote_types(next(pl_module.parameters()).dtype, torch.float32))
+        average.n_averaged = average.n_averaged.cpu()  # it is read at every step, which would wait for a GPU
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._average_model is not None and trainer.global_step <= self.start_step:
-            self._average_model.n_averaged.zero_()  # the next update copies
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        average, step = self._average_model, trainer.global_step
+        if average is None or step <= self._latest_update_step:
+            return  # a sub-batch after which the optimiser does not step
+        if step <= self.start_step:
+            average.n_averaged.zero_()
+        # Not AveragedModel.update_parameters, which uploads the number of updates to the device.
+        decay = self.decay if average.n_averaged > 0 else None
+        update_average(list_values(average.module), list_values(pl_module), decay)
+        average.n_averaged += 1
+        self._latest_update_step = step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pass
@@ -56,3 +68,27 @@ class MovingAverage(EMAWeightAveraging):
         if self._is_swapped:
             names = ("state_dict", "current_model_state")
             checkpoint[names[0]], checkpoint[names[1]] = checkpoint[names[1]], checkpoint[names[0]]
+
+
+def list_values(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, without gradients."""
+    return [value.detach() for value in (*module.parameters(), *module.buffers())]
+
+
+@torch.no_grad()
+def update_average(average: Sequence[Tensor], values: Sequence[Tensor], decay: float | None) -> None:
+    """average = decay * average + (1 - decay) * values in place, without waiting for a device; None copies the values.
+
+    Args:
+        average: on the devices of `values`.
+    """
+    pairs = list(zip(average, values, strict=True))
+    if decay is None:
+        for averaged, value in pairs:
+            averaged.copy_(value)
+        return
+    update = get_ema_multi_avg_fn(decay)  # handles lists whose tensors are all floating, or none of them
+    for is_floating in (True, False):  # integers are numbers of updates of normalisation statistics
+        chosen = [pair for pair in pairs if pair[0].is_floating_point() == is_floating]
+        if chosen:
+            update([averaged for averaged, _ in chosen], [value for _, value in chosen], 0)

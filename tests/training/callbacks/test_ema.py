@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg.checkpoints.format import read_checkpoint
 from semseg.config.schema import Config
+from semseg.training.callbacks.ema import list_values, update_average
 
 WEIGHT = "net.decoder.conv_last.weight"
 
@@ -73,3 +76,16 @@ def test_statistics_of_normalisation_are_averaged_too(root: Path, tmp_path: Path
 @pytest.mark.slow
 def test_without_a_decay_there_is_no_average(root: Path, tmp_path: Path) -> None:
     assert "current_model_state" not in fit(run_of(root, tmp_path))
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.999])
+def test_the_average_equals_that_of_torch(decay: float) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    expected = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = copy.deepcopy(net)
+    for step in range(4):
+        for value in list_values(net):
+            value.add_(3 if value.dtype == torch.int64 else torch.randn_like(value))
+        expected.update_parameters(net)
+        update_average(list_values(average), list_values(net), decay if step else None)
+    assert all(map(torch.equal, list_values(average), list_values(expected.module)))
