@@ -38,4 +38,5 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
         if key in keys:
             OmegaConf.update(merged, key, OmegaConf.select(OmegaConf.structured(given), key))
     merged.data.label_cache = given.data.label_cache  # a folder of this machine
+    merged.eval.bootstrap = given.eval.bootstrap  # checkpoints of older versions have 0 where nothing was chosen
     return check_config(merged)

@@ -559,8 +559,8 @@ class EvalConfig:
     """Also score the boundaries (Cheng et al. 2021)."""
     boundary_ratio: float = number_field(0.02, above=0, high=1)
     """Width of a boundary, as a fraction of the image's diagonal."""
-    bootstrap: int = number_field(0, low=0)
-    """Resamples of the images for 95 % confidence intervals: 1000; 0: none."""
+    bootstrap: int | None = number_field(None, low=0)
+    """Resamples of the images for 95 % confidence intervals; null: 1000 for 2 to 499 images, else none; 0: none."""
     visualize: bool = False
     """Write image | ground truth | prediction of every image to <run folder>/panels."""
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 CONFIDENCE_LEVEL = 0.95
 RESAMPLES_PER_CHUNK = 64  # bounds the memory that a bootstrap takes
+AUTOMATIC_RESAMPLES = 1000
+FEW_IMAGES = 500  # fewer images than this get intervals unless eval.bootstrap says otherwise
 
 
 class ConfidenceIntervals(NamedTuple):
@@ -21,6 +23,22 @@ class ConfidenceIntervals(NamedTuple):
     resamples: int
     mean_iou: tuple[float, float] | None
     pixel_accuracy: tuple[float, float] | None
+    overall_score: tuple[float, float] | None = None
+
+
+def choose_resamples(setting: int | None, num_images: int) -> int:
+    """The number of resamples for eval.bootstrap: as set, or for None 1000 if there are few images.
+
+    One image has no spread, so it has no interval.
+
+    >>> choose_resamples(None, 8), choose_resamples(None, 500), choose_resamples(100, 500), choose_resamples(100, 1)
+    (1000, 0, 100, 0)
+    """
+    if num_images < 2:
+        return 0
+    if setting is None:
+        return AUTOMATIC_RESAMPLES if num_images < FEW_IMAGES else 0
+    return setting
 
 
 def class_counts(matrix: Tensor) -> NDArray[np.int32]:
@@ -36,7 +54,7 @@ def class_counts(matrix: Tensor) -> NDArray[np.int32]:
 def bootstrap(
     counts: Sequence[NDArray[np.int32]], rule: str, resamples: int, generator: np.random.Generator
 ) -> ConfidenceIntervals:
-    """Confidence intervals of mean IoU and pixel accuracy.
+    """Confidence intervals of mean IoU, pixel accuracy and their mean, the overall score.
 
     Each resample draws as many images as there are, with replacement, and is scored exactly, from the summed counts of
     the images drawn.
@@ -57,8 +75,9 @@ def bootstrap(
         correct, labelled, predicted = totals.swapaxes(0, 1)  # each (draws, K)
         means.append(mean_ious(correct, labelled, predicted, rule))
         accuracies.append(divide(correct.sum(1), labelled.sum(1)))
-    mean_interval, accuracy_interval = (percentile_interval(np.concatenate(values)) for values in (means, accuracies))
-    return ConfidenceIntervals(resamples, mean_interval, accuracy_interval)
+    mean_iou, accuracy = np.concatenate(means), np.concatenate(accuracies)
+    intervals = map(percentile_interval, (mean_iou, accuracy, (mean_iou + accuracy) / 2))
+    return ConfidenceIntervals(resamples, *intervals)
 
 
 def mean_ious(

@@ -105,6 +105,11 @@ class EvaluationResult(NamedTuple):
         ]
 
     @property
+    def rules_differ(self) -> bool:
+        """Whether the rules average over different classes, because some are absent."""
+        return len({scores.num_averaged for scores in self.scores_by_rule}) > 1
+
+    @property
     def class_scores(self) -> list[ClassScore]:
         """The scores of every class, by class index."""
         scores, num_classes = self.scores, self.classes.num_classes
@@ -186,7 +191,12 @@ def summarise(
         "fraction of the scored pixels that are correct",
         intervals and intervals.pixel_accuracy,
     )
-    yield SummaryScore("overall score", scores.overall, "mean of mean IoU and pixel accuracy")
+    yield SummaryScore(
+        "overall score",
+        scores.overall,
+        "mean of mean IoU and pixel accuracy",
+        intervals and intervals.overall_score,
+    )
     yield SummaryScore("mean accuracy", scores.mean_accuracy, "over the classes in the labels")
     yield SummaryScore(
         "frequency-weighted IoU", scores.frequency_weighted_iou, "each class weighted by its fraction of the pixels"

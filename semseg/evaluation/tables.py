@@ -38,7 +38,7 @@ def class_score_table(result: EvaluationResult, title: str) -> Table:
         **({"boundary IoU": result.boundary.iou} if result.boundary else {}),
         "pixels": scores.pixel_fractions,
     }
-    best, worst = select_rows(scores.iou)
+    best, worst = select_rows(scores.iou, scores.pixels)
     num_shown = len(best) + len(worst)
     selection = f"; {num_shown} of {len(names)} classes, the best and the worst" if num_shown < len(names) else ""
     table = Table("class", title=Text(title), caption=f"percent{selection}; pixels: fraction of the labelled pixels")
@@ -52,19 +52,22 @@ def class_score_table(result: EvaluationResult, title: str) -> Table:
     return table
 
 
-def select_rows(iou: Sequence[float | None]) -> tuple[list[int], list[int]]:
-    """Positions of the classes to show: all in their order, or the best and the worst by IoU of those scored."""
+def select_rows(iou: Sequence[float | None], pixels: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Positions of the classes to show: all in their order, or the best and the worst by IoU of those scored.
+
+    Of classes with the same IoU, usually 0, the one with the most labelled pixels is the worst.
+    """
     if len(iou) <= MAX_ROWS:
         return list(range(len(iou))), []
-    by_iou = sorted((-value, position) for position, value in enumerate(iou) if value is not None)
-    order = [position for _, position in by_iou]
+    by_iou = sorted((-value, pixels[position], position) for position, value in enumerate(iou) if value is not None)
+    order = [position for _, _, position in by_iou]
     half = MAX_ROWS // 2
     return order[:half], order[half:][-half:]
 
 
 def summary_table(result: EvaluationResult) -> Table:
     """The scores of the whole split in percent, each with its meaning."""
-    table = Table("score", title="summary")
+    table = Table("score", title=f"summary of {len(result.images)} images")
     table.add_column("%", justify="right")
     table.add_column("meaning")
     for name, value, meaning in summary_rows(result):
@@ -73,9 +76,11 @@ def summary_table(result: EvaluationResult) -> Table:
 
 
 def summary_rows(result: EvaluationResult) -> Iterator[tuple[str, float | None, str]]:
-    """Name, value and meaning of each score of the whole split."""
+    """Name, value and meaning of each score of the whole split, and the mean IoU of every rule if they differ."""
     for score in result.summary_scores:
         yield score.name, score.value, describe_score(score)
+    if not result.rules_differ:
+        return
     for score in result.rule_scores:
         yield f"mean IoU, {score.rule}", score.mean_iou, describe_rule(score, result.classes.num_classes)
 

@@ -25,7 +25,7 @@ from semseg.data.seeding import generator_for
 from semseg.data.sources import DataSource, require_masks
 from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError
-from semseg.evaluation.bootstrap import ConfidenceIntervals, bootstrap
+from semseg.evaluation.bootstrap import ConfidenceIntervals, bootstrap, choose_resamples
 from semseg.evaluation.evaluator import ImageRecord
 from semseg.evaluation.result import EvaluationResult, build_result, relative_name
 from semseg.evaluation.result_files import write_result_files
@@ -33,7 +33,13 @@ from semseg.evaluation.tables import class_score_table, format_speed, scales_tab
 from semseg.lit_module import SegmentationModule
 from semseg.reports.curves import read_training_curves, run_folder_of_checkpoint
 from semseg.reports.draw import draw_comparison
-from semseg.reports.evaluation_page import EvaluationReport, Example, choose_examples, write_evaluation_page
+from semseg.reports.evaluation_page import (
+    EvaluationReport,
+    Example,
+    choose_examples,
+    encode_example,
+    write_evaluation_page,
+)
 from semseg.reports.run_card import build_run_card, compute_data_fingerprint, mask_secrets
 from semseg.storage.atomic import atomic_write
 from semseg.storage.ranks import print_once
@@ -62,6 +68,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
     source = open_source(config.data, saved)
     split, folder = config.eval.split, Path(config.run_dir)
     require_masks(split, source.records(split))
+    resamples = choose_resamples(config.eval.bootstrap, len(source.records(split)))
     print_once(source.describe_unused(split))
     net = restore_network(saved)
     refuse_nonfinite_weights(net.state_dict(), saved.source)
@@ -81,7 +88,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
         rule=config.data.miou_rule,
         root=source.root,
         subsets=config.eval.also_scales,
-        intervals=confidence_intervals(images, config.data.miou_rule, config.eval.bootstrap, config.seed),
+        intervals=confidence_intervals(images, config.data.miou_rule, resamples, config.seed),
     )
     title = describe_evaluation(config.data.name, config.eval, result)
     files = write_result_files(folder, result, describe_settings(config.data, config.eval, saved, result))
@@ -89,6 +96,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
         title=f"{config.model.name} on {config.data.name}",
         subtitle=title,
         result=result,
+        num_images=len(result.images),
         examples=tuple(predict_examples(result, images, trainer, module, data)),
         curves=read_training_curves(run_folder_of_checkpoint(Path(saved.source))) if is_in_run_folder(saved) else (),
         card=build_run_card(
@@ -130,8 +138,8 @@ def open_source(config: DataConfig, saved: SavedNetwork) -> DataSource:
 def confidence_intervals(
     images: Sequence[ImageRecord], rule: str, resamples: int, seed: int
 ) -> ConfidenceIntervals | None:
-    """Confidence intervals from `resamples` resamples; None for 0."""
-    if not resamples:
+    """Confidence intervals from `resamples` resamples; None for 0, and for less than two images."""
+    if not resamples or len(images) < 2:
         return None
     return bootstrap([image.class_counts for image in images], rule, resamples, generator_for(seed))
 
@@ -207,7 +215,10 @@ def predict_examples(
             ((prediction,),) = module.predict([module.transfer_batch_to_device(sample, device, 0)])
         record = dataset.records[position]
         image = read_pair(record, dataset.label_map, max_pixels=dataset.options.max_pixels).image
-        yield Example(group, result.images[index], image, sample.label.numpy(), prediction.cpu().numpy())
+        label = sample.label.numpy()
+        yield encode_example(
+            group, result.images[index], image, label, prediction.cpu().numpy(), classes=result.classes
+        )
 
 
 # ---- panels

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from semseg.reports.charts import Line
+from semseg.reports.charts import Line, Mark
 
 # The columns of the log that each chart shows; a pattern must match the whole column name.
 CHART_COLUMNS = {
@@ -18,6 +18,8 @@ CHART_COLUMNS = {
     "mean IoU": r"val/miou",
     "learning rate": r"lr[-/].+",
 }
+VALIDATION = "val/"  # prefix of the columns that are measured at each validation
+SCORE = "val/miou"  # by which best.ckpt is chosen
 
 
 class Curves(NamedTuple):
@@ -25,16 +27,21 @@ class Curves(NamedTuple):
 
     title: str
     lines: tuple[Line, ...]
+    best: Mark | None = None  # the validation with the best mean IoU
+    last_step: float | None = None  # of the whole log
 
 
 def read_training_curves(run_dir: str | Path) -> tuple[Curves, ...]:
     """Read the charts from the logs below `run_dir`/logs; empty if there is no log.
 
-    A resumed run writes another version folder, which replaces the values of earlier folders from its first step on.
+    Steps are counted as in the log, from 0. A resumed run that writes another version folder replaces the values of
+    earlier folders from its first step on.
     """
     columns: dict[str, dict[int, float]] = {}
     for log in sorted((Path(run_dir) / "logs").rglob("metrics.csv"), key=_version_key):
         _merge_columns(columns, read_metrics_log(log))
+    best = _find_best(columns)
+    last_step = max((step for points in columns.values() for step in points), default=None)
     charts = []
     for title, pattern in CHART_COLUMNS.items():
         lines = [
@@ -43,7 +50,7 @@ def read_training_curves(run_dir: str | Path) -> tuple[Curves, ...]:
             if points and re.fullmatch(pattern, name)
         ]
         if lines:
-            charts.append(Curves(title, tuple(_drop_duplicate_lines(lines))))
+            charts.append(Curves(title, tuple(_drop_duplicate_lines(lines)), best, last_step))
     return tuple(charts)
 
 
@@ -81,14 +88,26 @@ def _merge_columns(columns: dict[str, dict[int, float]], later: dict[str, dict[i
         columns.setdefault(name, {}).update(points)
 
 
+def _find_best(columns: dict[str, dict[int, float]]) -> Mark | None:
+    """The first of the validations with the best score; None without validation."""
+    scores = columns.get(SCORE)
+    if not scores:
+        return None
+    step = min(scores, key=lambda step: (-scores[step], step))
+    epoch = columns.get("epoch", {}).get(step)
+    where = f"step {step}" if epoch is None else f"epoch {int(epoch) + 1}, step {step}"
+    return Mark(step, f"best validation: mean IoU {100 * scores[step]:.2f} %, {where}")
+
+
 def _build_line(name: str, points: dict[int, float]) -> Line:
     steps = sorted(points)
-    return Line(name, tuple(map(float, steps)), tuple(points[step] for step in steps))
+    values = tuple(points[step] for step in steps)
+    return Line(name, tuple(map(float, steps)), values, has_dots=name.startswith(VALIDATION))
 
 
 def _drop_duplicate_lines(lines: list[Line]) -> list[Line]:
     """Drop lines that equal an earlier one: learning rates of parameter groups are often equal."""
-    return [line for index, line in enumerate(lines) if not any(line[1:] == other[1:] for other in lines[:index])]
+    return [line for index, line in enumerate(lines) if not any(line[1:3] == other[1:3] for other in lines[:index])]
 
 
 def _version_key(path: Path) -> tuple[int, float, str]:

@@ -6,7 +6,7 @@ templates/report.html.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,21 +25,11 @@ from semseg.reports.templates import render_template
 from semseg.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
-    from semseg.evaluation.result import EvaluationResult, ImageScore
+    from semseg.evaluation.result import ClassScore, EvaluationResult, ImageScore
 
 MAX_PAIRS = 15  # rows of the table of confused pairs
 MAX_HEAT_MAP_CLASSES = 20
 EXAMPLE_GROUPS = ("best", "median", "worst")
-
-
-class Example(NamedTuple):
-    """An image that the page shows."""
-
-    group: str  # one of EXAMPLE_GROUPS
-    score: ImageScore
-    image: Pixels  # (H, W, 3) RGB
-    label: NDArray[np.integer]  # (H, W), -1 = not scored
-    prediction: NDArray[np.integer]  # (H, W)
 
 
 class ConfusedPair(NamedTuple):
@@ -49,6 +39,7 @@ class ConfusedPair(NamedTuple):
     predicted: int  # class index
     share: float  # fraction of the label's pixels, 0..1
     pixels: int
+    error_share: float  # fraction of all wrong pixels, 0..1
 
 
 class LegendEntry(NamedTuple):
@@ -60,15 +51,34 @@ class LegendEntry(NamedTuple):
     predicted: float  # fraction of the image, 0..1
 
 
+class Example(NamedTuple):
+    """An image that the page shows, encoded for it."""
+
+    group: str  # under which heading: best, median or worst
+    score: ImageScore
+    pictures: PictureStrip
+    legend: list[LegendEntry]
+
+
+class ClassRow(NamedTuple):
+    """A row of the table of classes."""
+
+    score: ClassScore
+    missed: float  # fraction of all scored pixels that have this label and another prediction, 0..1
+
+
 class EvaluationReport(NamedTuple):
     """Everything that the page shows."""
 
     title: str
     subtitle: str  # data, split, number of images, scales
-    result: EvaluationResult
+    result: EvaluationResult | None  # None: nothing was scored yet
+    num_images: int  # that were scored
     examples: tuple[Example, ...]
     curves: tuple[Curves, ...]
     card: RunCard
+    purpose: str = "To repeat this evaluation:"  # what the command of the run card does
+    examples_note: str = "By the mean IoU of the image."
 
 
 def write_evaluation_page(path: Path, report: EvaluationReport) -> None:
@@ -79,20 +89,48 @@ def write_evaluation_page(path: Path, report: EvaluationReport) -> None:
 
 def render_evaluation_page(report: EvaluationReport) -> str:
     """Render the page as one self-contained HTML text."""
-    result, classes = report.result, report.result.classes
+    result = report.result
+    groups = dict.fromkeys(example.group for example in report.examples)
     return render_template(
         "report.html",
         report=report,
         result=result,
-        class_scores=result.class_scores,
+        scores=None if result is None else build_score_tables(result),
+        histograms=[] if result is None else draw_score_histograms(result.images),
         charts=[(curves, draw_curves(curves)) for curves in report.curves],
-        histograms=draw_score_histograms(result.images),
-        heat=draw_confusion_chart(result.confusion, classes.names),
-        pairs=rank_confused_pairs(result.confusion)[:MAX_PAIRS],
-        groups=[
-            (group, [encode_example(e, classes) for e in report.examples if e.group == group])
-            for group in EXAMPLE_GROUPS
-        ],
+        best=next((curves.best for curves in report.curves), None),
+        groups=[(group, [example for example in report.examples if example.group == group]) for group in groups],
+    )
+
+
+class ScoreTables(NamedTuple):
+    """The classes and their confusions, as the page shows them."""
+
+    classes: list[ClassScore]  # by class index
+    rows: list[ClassRow]  # the classes with a score, the largest first
+    absent: list[ClassScore]  # the others
+    has_boundary: bool
+    heat: Markup | None  # None if no classes were confused
+    rankings: list[tuple[str, str, list[ConfusedPair]]]  # key, name, the first pairs of the order
+
+
+def build_score_tables(result: EvaluationResult) -> ScoreTables:
+    """Build the tables of classes and of confused pairs."""
+    classes, confusion = result.class_scores, result.confusion
+    missed = (confusion.sum(1) - confusion.diagonal()) / max(1, int(confusion.sum()))
+    rows = [ClassRow(score, float(missed[score.position])) for score in classes if score.iou is not None]
+    orders: list[tuple[str, str, Callable[[ConfusedPair], tuple[float, float]]]] = [
+        ("pixels", "pixels", lambda pair: (-pair.pixels, -pair.share)),
+        ("share", "share of the label", lambda pair: (-pair.share, -pair.pixels)),
+    ]
+    pairs = find_confused_pairs(confusion)
+    return ScoreTables(
+        classes,
+        sorted(rows, key=lambda row: -row.score.pixels),
+        [score for score in classes if score.iou is None],
+        result.boundary is not None,
+        draw_confusion_chart(confusion, result.classes.names),
+        [(key, name, sorted(pairs, key=order)[:MAX_PAIRS]) for key, name, order in orders],
     )
 
 
@@ -116,15 +154,16 @@ def choose_examples(images: Sequence[ImageScore], per_group: int = 3) -> list[tu
 # ---- parts of the page
 
 
-def rank_confused_pairs(confusion: NDArray[np.int64]) -> list[ConfusedPair]:
-    """Return all pairs of confused classes, the largest fraction of the label's pixels first."""
+def find_confused_pairs(confusion: NDArray[np.int64]) -> list[ConfusedPair]:
+    """Return all pairs of confused classes, the most pixels first."""
     fractions = normalise_rows(confusion)
+    errors = max(1, int(confusion.sum() - confusion.trace()))
     pairs = [
-        ConfusedPair(int(row), int(column), float(fractions[row, column]), int(confusion[row, column]))
+        ConfusedPair(int(row), int(column), float(fractions[row, column]), pixels, pixels / errors)
         for row, column in np.argwhere(confusion)
-        if row != column
+        if row != column and (pixels := int(confusion[row, column]))
     ]
-    return sorted(pairs, key=lambda pair: (-pair.share, -pair.pixels))
+    return sorted(pairs, key=lambda pair: (-pair.pixels, -pair.share))
 
 
 def normalise_rows(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -133,23 +172,29 @@ def normalise_rows(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def draw_confusion_chart(confusion: NDArray[np.int64], names: Sequence[str]) -> Markup | None:
-    """Draw the heat map of the classes of the most confused pairs; None if no classes were confused."""
+    """Draw the heat map of the classes that have the most pixels confused, the largest class first.
+
+    Returns None if no classes were confused.
+    """
     chosen: dict[int, None] = {}
-    for pair in rank_confused_pairs(confusion):
+    for pair in find_confused_pairs(confusion):
         chosen |= {pair.label: None, pair.predicted: None}
         if len(chosen) >= MAX_HEAT_MAP_CLASSES:
             break
     if not chosen:
         return None
-    keep = sorted(list(chosen)[:MAX_HEAT_MAP_CLASSES])
+    labelled = confusion.sum(1)
+    keep = sorted(list(chosen)[:MAX_HEAT_MAP_CLASSES], key=lambda index: -labelled[index])
     return draw_heat_map(
         normalise_rows(confusion)[np.ix_(keep, keep)], [names[index] for index in keep], "confusion matrix"
     )
 
 
 def draw_curves(curves: Curves) -> Markup:
-    """Draw one chart of the training."""
-    return draw_line_chart(curves.lines, f"{curves.title} over the training steps", "step")
+    """Draw one chart of the training, from its first step to the last one of the log."""
+    last = max(curves.last_step or 0, *(line.x[-1] for line in curves.lines))
+    title = f"{curves.title} over the training steps"
+    return draw_line_chart(curves.lines, title, "step", limits=(0, last), mark=curves.best)
 
 
 def draw_score_histograms(images: Sequence[ImageScore]) -> list[tuple[str, Markup]]:
@@ -161,18 +206,25 @@ def draw_score_histograms(images: Sequence[ImageScore]) -> list[tuple[str, Marku
     return [(title, draw_histogram(values, title)) for title, values in scores.items() if values]
 
 
-class EncodedExample(NamedTuple):
-    """An example, encoded for the page."""
+def encode_example(
+    group: str,
+    score: ImageScore,
+    image: Pixels,
+    label: NDArray[np.integer],
+    prediction: NDArray[np.integer],
+    *,
+    classes: ClassTable,
+) -> Example:
+    """Encode the pictures of an image and build its legend.
 
-    score: ImageScore
-    pictures: PictureStrip
-    legend: list[LegendEntry]
-
-
-def encode_example(example: Example, classes: ClassTable) -> EncodedExample:
-    """Encode the pictures of an example and build its legend."""
-    pictures = encode_strip(example.image, example.label, example.prediction, classes)
-    return EncodedExample(example.score, pictures, build_example_legend(example.label, example.prediction, classes))
+    Args:
+        group: the heading of the page under which it is shown.
+        image: (H, W, 3) RGB.
+        label: (H, W) class indices, -1 where nothing is scored.
+        prediction: (H, W) class indices.
+    """
+    pictures = encode_strip(image, label, prediction, classes)
+    return Example(group, score, pictures, build_example_legend(label, prediction, classes))
 
 
 def build_example_legend(

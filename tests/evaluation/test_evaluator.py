@@ -125,6 +125,8 @@ def test_every_resample_is_scored_as_a_data_set_of_its_own(rule: str) -> None:
     found = bootstrap([class_counts(image) for image in images], rule, resamples, np.random.default_rng(7))
     assert found.mean_iou == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-12)
     assert found.pixel_accuracy == pytest.approx(np.quantile(accuracies, [0.025, 0.975]), rel=1e-12)
+    overall = [score.overall for score in scores if score.overall is not None]
+    assert found.overall_score == pytest.approx(np.quantile(overall, [0.025, 0.975]), rel=1e-12)
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:

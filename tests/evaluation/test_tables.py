@@ -11,12 +11,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from semseg.config.schema import MIOU_RULES
 from semseg.data.classes import ClassTable
 from semseg.errors import DataError
 from semseg.evaluation.bootstrap import ConfidenceIntervals
 from semseg.evaluation.evaluator import ImageRecord, Speed, SplitCounts, shrink_maps
 from semseg.evaluation.image_files import ClassMapReader, encode_maps, read_image_counts
-from semseg.evaluation.metrics import Counts
+from semseg.evaluation.metrics import Counts, scores_from
 from semseg.evaluation.result import EvaluationResult, build_result, relative_name
 from semseg.evaluation.result_files import write_result_files
 from semseg.evaluation.tables import (
@@ -72,9 +73,15 @@ def test_c13_the_table_has_a_row_for_each_class_and_says_what_was_not_scored() -
 
 
 def test_only_the_best_and_the_worst_of_many_classes_are_shown() -> None:
-    best, worst = select_rows([index / 100 for index in range(100)])
+    best, worst = select_rows([index / 100 for index in range(100)], [1] * 100)
     assert best == list(range(99, 79, -1)) and worst == list(range(19, -1, -1))
-    assert select_rows([None] * 40) == (list(range(40)), [])
+    assert select_rows([None] * 40, [0] * 40) == (list(range(40)), [])
+
+
+def test_the_largest_classes_without_any_overlap_are_the_worst() -> None:
+    pixels = [1000 if position == 3 else position for position in range(100)]
+    _, worst = select_rows([0.0 if position < 90 else 0.5 for position in range(100)], pixels)
+    assert worst == [*range(71, 90), 3]
 
 
 def test_the_summary_gives_the_mean_under_every_rule_and_names_the_absent() -> None:
@@ -82,6 +89,13 @@ def test_the_summary_gives_the_mean_under_every_rule_and_names_the_absent() -> N
     assert "95 % interval 70.00 to 80.00" in text
     assert "77.50" in text  # (0.75 + 0.80) / 2
     assert "51.67" in text and "over all 3 classes; an absent class counts as 0; 1 absent: boat" in text
+
+
+def test_the_rules_are_listed_only_if_they_differ() -> None:
+    some_absent = result()
+    none_absent = some_absent._replace(scores_by_rule=[scores_from(torch.eye(3).long(), rule) for rule in MIOU_RULES])
+    assert "ground_truth" in text_of(summary_table(some_absent))
+    assert "ground_truth" not in text_of(summary_table(none_absent))
 
 
 def test_each_rule_is_described() -> None:

@@ -92,6 +92,9 @@ def test_evaluation_writes_the_scores_it_prints(folder: Path, evaluated: str) ->
     metrics = json.loads((folder / "scores" / "metrics.json").read_text())
     assert metrics["images"] == 3
     assert f"{100 * metrics['mean_iou']:.2f}" in evaluated
+    low, high = metrics["confidence"]["mean_iou"]  # by default, because there are few images
+    assert metrics["confidence"]["resamples"] == 1000 and low < metrics["mean_iou"] < high
+    assert f"{100 * low:.2f}" in evaluated and f"{100 * high:.2f}" in evaluated
     assert metrics["mean_iou"] == pytest.approx(
         json.loads((folder / "run" / "result.json").read_text())["score"], abs=1e-6
     )
@@ -204,6 +207,7 @@ def test_an_evaluation_explains_itself(folder: Path) -> None:
         "eval.bootstrap=50", "eval.boundary_iou=true", "eval.visualize=true",
     )  # fmt: skip
     assert "images per second" in output and "95 % interval" in output
+    assert json.loads((folder / "explained/metrics.json").read_text())["confidence"]["resamples"] == 50
     place = folder / "explained"
     content = json.loads((place / "metrics.json").read_text())
     assert set(content["mean_iou_by_rule"]) == {"ade20k", "present", "ground_truth"}

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from semseg.reports.charts import Line, average_points, draw_heat_map, draw_histogram, draw_line_chart, round_ticks
+from semseg.reports.charts import (
+    Line,
+    Mark,
+    average_points,
+    draw_heat_map,
+    draw_histogram,
+    draw_line_chart,
+    round_ticks,
+)
 
 
 def test_the_histogram_counts_every_image_once() -> None:
@@ -15,6 +23,17 @@ def test_a_flat_curve_and_a_single_point_can_be_drawn() -> None:
     flat = draw_line_chart([Line("loss", (1, 2), (0.0, 0.0))], "loss", "step")
     assert "polyline" in flat and "nan" not in flat
     assert "circle" in draw_line_chart([Line("loss", (1,), (2.0,))], "loss", "step")
+
+
+def test_validations_are_dots_and_the_best_one_has_a_line() -> None:
+    lines = [
+        Line("train", (0, 5, 10), (3.0, 2.0, 1.0)),
+        Line("val", (5, 10), (2.5, 1.5), has_dots=True),
+    ]
+    drawn = draw_line_chart(lines, "loss", "step", limits=(0, 20), mark=Mark(10, "best: epoch 2"))
+    assert drawn.count("<circle") == 2 and "val: 2.5 at 5" in drawn
+    middle = (46 + 440 - 14) / 2  # 10 of 20
+    assert f'class="best" x1="{middle:g}"' in drawn and "best: epoch 2" in drawn
 
 
 def test_long_curves_are_averaged_in_groups() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from semseg.reports.charts import Line
+from semseg.reports.charts import Line, Mark
 from semseg.reports.curves import Curves, read_training_curves, run_folder_of_checkpoint
 
 
@@ -15,8 +15,15 @@ def test_the_log_of_a_resumed_run_replaces_repeated_steps(tmp_path: Path) -> Non
     log(tmp_path / "logs/version_9", "epoch,step,train/loss,val/miou\n0,10,3.0,\n0,20,2.0,\n0,20,,0.5\n0,30,9.0,\n")
     log(tmp_path / "logs/version_10", "epoch,step,train/loss\n1,30,1.5\n1,40,1.0\n")
     loss, miou = read_training_curves(tmp_path)
-    assert loss == Curves("loss", (Line("train/loss", (10, 20, 30, 40), (3.0, 2.0, 1.5, 1.0)),))
-    assert miou == Curves("mean IoU", (Line("val/miou", (20,), (0.5,)),))
+    best = Mark(20, "best validation: mean IoU 50.00 %, epoch 1, step 20")
+    assert loss == Curves("loss", (Line("train/loss", (10, 20, 30, 40), (3.0, 2.0, 1.5, 1.0)),), best, 40)
+    assert miou == Curves("mean IoU", (Line("val/miou", (20,), (0.5,), has_dots=True),), best, 40)
+
+
+def test_the_best_validation_is_the_first_with_the_highest_mean_iou(tmp_path: Path) -> None:
+    log(tmp_path / "logs", "step,epoch,train/loss,val/miou\n4,0,1,0.1\n9,1,1,0.6\n14,2,1,0.6\n19,3,1,0.3\n")
+    for curves in read_training_curves(tmp_path):
+        assert curves.best is not None and curves.best.x == 9 and "epoch 2" in curves.best.name
 
 
 def test_equal_learning_rates_are_one_line_and_nan_is_left_out(tmp_path: Path) -> None:

@@ -14,16 +14,17 @@ from semseg.evaluation.bootstrap import ConfidenceIntervals
 from semseg.evaluation.evaluator import Speed, SplitCounts
 from semseg.evaluation.metrics import Counts
 from semseg.evaluation.result import EvaluationResult, ImageScore, build_result
-from semseg.reports.charts import Line
+from semseg.reports.charts import Line, Mark
 from semseg.reports.curves import Curves
 from semseg.reports.evaluation_page import (
     ConfusedPair,
     EvaluationReport,
-    Example,
     build_example_legend,
+    build_score_tables,
     choose_examples,
     draw_confusion_chart,
-    rank_confused_pairs,
+    encode_example,
+    find_confused_pairs,
     render_evaluation_page,
     write_evaluation_page,
 )
@@ -52,14 +53,21 @@ def report(num_images: int = 5) -> EvaluationReport:
     label = np.array([[0, 0, 1], [-1, 2, 2]])
     prediction = np.array([[0, 1, 1], [0, 1, 0]])
     picture = np.full((2, 3, 3), 200, np.uint8)
-    examples = tuple(Example(group, images[n], picture, label, prediction) for group, n in choose_examples(images, 1))
-    curve = Curves("loss", (Line("train/loss", (1, 2, 3), (3.0, 2.0, 1.0)),))
+    examples = tuple(
+        encode_example(group, images[n], picture, label, prediction, classes=CLASSES)
+        for group, n in choose_examples(images, 1)
+    )
+    loss = Line("train/loss", (0, 1, 2), (3.0, 2.0, 1.0))
+    score = Line("val/miou", (1, 2), (0.5, 0.25), has_dots=True)
+    best = Mark(1, "best validation: epoch 2")
+    curves = (Curves("loss", (loss,), best, 2), Curves("mean IoU", (score,), best, 2))
     return EvaluationReport(
         title=f"report of {HOSTILE}",
         subtitle="five images",
         result=result_of(CONFUSION, CLASSES)._replace(images=images),
+        num_images=num_images,
         examples=examples,
-        curves=(curve,),
+        curves=curves,
         card=CARD,
     )
 
@@ -147,7 +155,10 @@ def test_a_page_of_150_classes_and_nine_photos_stays_below_three_megabytes() -> 
     page = render_evaluation_page(
         report()._replace(
             result=result_of(confusion, classes)._replace(images=images),
-            examples=tuple(Example("best", images[n], photo, ids, ids.T.reshape(ids.shape)) for n in range(9)),
+            examples=tuple(
+                encode_example("best", images[n], photo, ids, ids.T.reshape(ids.shape), classes=classes)
+                for n in range(9)
+            ),
         )
     )
     assert len(page) < 3_000_000
@@ -170,12 +181,37 @@ def test_a_class_that_is_only_predicted_is_absent_by_the_ground_truth_alone() ->
     assert [score.absent for score in result.rule_scores] == [(), (), ("boat",)]
 
 
-def test_confused_pairs_are_sorted_by_their_fraction_of_the_label() -> None:
-    assert rank_confused_pairs(CONFUSION) == [
-        ConfusedPair(2, 1, 0.75, 3),
-        ConfusedPair(0, 1, 0.25, 2),
-        ConfusedPair(2, 0, 0.25, 1),
+def test_confused_pairs_are_sorted_by_their_pixels() -> None:
+    confusion = np.array([[600, 300, 100], [0, 40, 0], [0, 10, 0]])  # all of the third class is wrong, but it is small
+    assert find_confused_pairs(confusion) == [
+        ConfusedPair(0, 1, 0.3, 300, 300 / 410),
+        ConfusedPair(0, 2, 0.1, 100, 100 / 410),
+        ConfusedPair(2, 1, 1.0, 10, 10 / 410),
     ]
+
+
+def test_the_page_ranks_confusions_by_pixels_and_by_share() -> None:
+    confusion = np.array([[600, 300, 100], [0, 40, 0], [0, 10, 0]])
+    tables = build_score_tables(result_of(confusion, ClassTable.from_names(["sky", "road", "boat"])))
+    orders = {key: [(pair.label, pair.predicted) for pair in pairs] for key, _, pairs in tables.rankings}
+    assert orders == {"pixels": [(0, 1), (0, 2), (2, 1)], "share": [(2, 1), (0, 1), (0, 2)]}
+
+
+def test_classes_are_ordered_by_pixels_and_those_without_a_score_are_apart() -> None:
+    confusion = np.array([[10, 2, 0, 0], [0, 80, 0, 0], [0, 0, 0, 0], [1, 0, 0, 30]])
+    tables = build_score_tables(result_of(confusion, ClassTable.from_names(["sky", "road", "boat", "car"])))
+    assert [row.score.name for row in tables.rows] == ["road", "car", "sky"]
+    assert [row.missed for row in tables.rows] == [0, 1 / 123, 2 / 123]
+    assert [score.name for score in tables.absent] == ["boat"]
+
+
+def test_the_heat_map_has_the_classes_with_the_most_confused_pixels() -> None:
+    confusion = np.diag([500] * 30)
+    confusion[25, 26] = 400
+    confusion[3, 4] = 10
+    confusion[5:25, 0] = 100  # twenty classes that are confused more often than 3 and 4
+    drawn = draw_confusion_chart(confusion, [f"class{n}" for n in range(30)])
+    assert drawn is not None and "class25 predicted as class26: 44.4 %" in drawn and "class3 " not in drawn
 
 
 def test_the_heat_map_holds_at_most_twenty_classes() -> None:
@@ -224,12 +260,16 @@ def test_a_click_on_a_header_sorts_and_leaves_missing_values_at_the_end(tmp_path
             return [head.ariaSort, [...table.tBodies[0].rows].map((row) => row.cells[0].innerText)];
           };
           const requests = performance.getEntriesByType("resource").map((entry) => entry.name);
-          return {down: click(2), up: click(2), name: click(1), requests: requests.filter((n) => !/^data:/.test(n))};
+          const start = [...table.tBodies[0].rows].map((row) => row.cells[0].innerText);
+          return {start, down: click(2), precision: click(4), up: click(4), name: click(1),
+                  requests: requests.filter((n) => !/^data:/.test(n))};
         })()""",
     )
-    assert answer["down"] == ["descending", ["0", "1", "2", "3"]]
-    assert answer["up"] == ["ascending", ["2", "1", "0", "3"]]
-    assert answer["name"] == ["ascending", ["2", "3", "1", "0"]]
+    assert answer["start"] == ["0", "1", "2"]  # by pixels; 3 has no score
+    assert answer["down"] == ["descending", ["0", "1", "2"]]
+    assert answer["precision"] == ["descending", ["0", "1", "2"]]
+    assert answer["up"] == ["ascending", ["1", "0", "2"]]  # nothing was predicted as 2
+    assert answer["name"] == ["ascending", ["2", "1", "0"]]
     assert answer["requests"] == []
 
 
@@ -239,3 +279,40 @@ def test_on_a_phone_the_page_is_as_wide_as_the_window(tmp_path: Path) -> None:
     write_evaluation_page(page, report())
     widths = evaluate_in_browser(page, "[innerWidth, document.documentElement.scrollWidth]", width=390)
     assert widths == [390, 390]
+
+
+@needs_browser
+def test_a_table_that_continues_fades_at_that_edge(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    write_evaluation_page(page, report())
+    answer = evaluate_in_browser(
+        page,
+        """(async () => {
+          const frame = document.querySelector("#classes .scroll");
+          const settle = () => new Promise((resume) => requestAnimationFrame(() => requestAnimationFrame(resume)));
+          await settle();
+          const fades = () => [...frame.classList].filter((name) => name.startsWith("more")).sort().join(" ");
+          const edges = [fades()];
+          frame.scrollLeft = 20; await settle(); edges.push(fades());
+          frame.scrollLeft = frame.scrollWidth; await settle(); edges.push(fades());
+          return edges;
+        })()""",
+        width=400,
+    )
+    assert answer == ["more-right", "more-left more-right", "more-left"]
+
+
+@needs_browser
+def test_one_ranking_of_the_confusions_is_shown_at_a_time(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    write_evaluation_page(page, report())
+    answer = evaluate_in_browser(
+        page,
+        """(() => {
+          const shown = () => [...document.querySelectorAll(".ranking")].map((part) => part.offsetHeight > 0);
+          const before = shown();
+          document.querySelector("#by-share").click();
+          return [before, shown()];
+        })()""",
+    )
+    assert answer == [[True, False], [False, True]]
