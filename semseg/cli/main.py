@@ -42,7 +42,14 @@ from semseg.cli.supervise import (
 from semseg.config.compose import compose_with_hydra, drop_hydra_section, read_unresolved
 from semseg.config.explain import explain_hydra_error
 from semseg.config.groups import CONFIG_DIR
-from semseg.config.overrides import SWEEP_OPTIONS, parse_overrides, quote_value, select_overrides
+from semseg.config.overrides import (
+    RECORD_FOLDER,
+    SWEEP_OPTIONS,
+    parse_overrides,
+    quote_value,
+    record_overrides,
+    select_overrides,
+)
 from semseg.config.schema import PRINTING_MODES
 from semseg.config.validate import check_config
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError
@@ -60,7 +67,6 @@ from semseg.storage.run_results import find_finished_job, job_overrides
 from semseg.system.process import announce_sweep, prepare_process
 from semseg.system.text import escape_lines
 
-RECORD_FOLDER = ".hydra"  # in a run folder: its command line, for mode=rerun
 NO_HYDRA_RECORD = "hydra.output_subdir=null"  # the record is written here instead
 
 _log = logging.getLogger(__name__)
@@ -291,11 +297,10 @@ def collect_run_record(composed: DictConfig, runtime: HydraConf, folder: Path) -
 
     Hydra itself overwrites them without a lock, and leaves them empty on a full disk.
     """
-    contents = {"config": composed, "hydra": {"hydra": runtime}, "overrides": runtime.overrides.task}
-    return {
-        folder / RECORD_FOLDER / f"{name}.yaml": OmegaConf.to_yaml(OmegaConf.create(content))
-        for name, content in contents.items()
-    }
+    contents = {"config": composed, "hydra": {"hydra": runtime}}
+    files = {f"{name}.yaml": OmegaConf.to_yaml(OmegaConf.create(content)) for name, content in contents.items()}
+    files |= record_overrides(list(runtime.overrides.task))
+    return {folder / RECORD_FOLDER / name: text for name, text in files.items()}
 
 
 def write_run_record(contents: dict[Path, str]) -> None:

@@ -12,10 +12,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from semseg.config.choice_files import is_choice_file, register_choice_files
 from semseg.config.groups import CONFIG_DIR, list_groups, list_options
 from semseg.config.hints import explain_unknown_key
 from semseg.errors import ConfigError, find_nearest
 
+register_choice_files()
 PLUGIN_EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}
 
 
@@ -28,7 +30,7 @@ def compose_with_hydra(overrides: list[str], *, sweep: bool = False) -> DictConf
     """The configuration with Hydra's own settings below `hydra`; in a sweep, without the keys that are swept.
 
     Raises:
-        ConfigError: if Hydra fails on an override.
+        ConfigError: if Hydra fails on an override, or a file that is an option of a group is wrong.
     """
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -45,11 +47,11 @@ def translate_hydra_failures(overrides: list[str]) -> Iterator[None]:
     """Turn unexpected failures of Hydra into one sentence: assertions, too many brackets or digits, long file names.
 
     Raises:
-        ConfigError: instead of every exception that is not one of Hydra's or OmegaConf's own.
+        ConfigError: instead of every exception that is not one of Hydra's, OmegaConf's or ours.
     """
     try:
         yield
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, ConfigError):
         raise
     except Exception as error:
         problem = next(find_group_problems(overrides), None)
@@ -77,7 +79,7 @@ def find_group_problems(overrides: list[str]) -> Iterator[str]:
     """A sentence for every group whose value is not one of its options."""
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key in list_groups() and value not in list_options(key):
+        if key in list_groups() and value not in list_options(key) and not is_choice_file(key, value):
             yield explain_option(key, value, [])
 
 

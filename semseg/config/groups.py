@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 # configs/ is inside the package in a wheel, and beside it in a checkout.
@@ -21,5 +22,10 @@ def list_options(group: str) -> list[str]:
 
 def list_groups() -> list[str]:
     """Names of all configuration groups: model, model/encoder, data, ..."""
+    return list(_find_groups())
+
+
+@cache
+def _find_groups() -> tuple[str, ...]:
     folders = (path.relative_to(CONFIG_DIR) for path in CONFIG_DIR.rglob("*") if path.is_dir())
-    return sorted(folder.as_posix() for folder in folders if folder.parts[0] != "hydra")
+    return tuple(sorted(folder.as_posix() for folder in folders if folder.parts[0] != "hydra"))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from semseg.config.choice_files import is_choice_file, read_choice_file, resolve_choice
+from semseg.config.groups import list_groups
 from semseg.config.hints import REMOVED_KEYS
 from semseg.errors import ConfigError
 
@@ -31,6 +33,7 @@ HYDRA_OPTIONS = (
     "--multirun", "-m", "--info", "-i", "--shell-completion", "-sc",
 )  # fmt: skip
 SWEEP_OPTIONS = ("-m", "--multirun")
+RECORD_FOLDER = ".hydra"  # in a run folder: its command line, and the files that it named, for mode=rerun
 
 
 def parse_overrides(arguments: list[str]) -> list[str]:
@@ -89,14 +92,35 @@ def expand_rerun(arguments: list[str]) -> list[str]:
     if "mode=rerun" not in arguments:
         return arguments
     folder = next((argument.partition("=")[2] for argument in arguments if argument.startswith("run=")), "")
-    saved = Path(folder.strip("\"'")).expanduser() / ".hydra" / "overrides.yaml"
+    record = Path(folder.strip("\"'")).expanduser() / RECORD_FOLDER
+    saved = record / "overrides.yaml"
     if not folder or not os.path.isfile(saved):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         raise ConfigError(f"mode=rerun needs run=<run folder>: there is no {saved}.")
     ignored = ("run_dir", "resume", *REMOVED_KEYS)
     kept = [
-        override for override in read_saved_overrides(saved) if override.lstrip("+~").partition("=")[0] not in ignored
+        override.replace(f"={RECORD_FOLDER}/", f"={record}/", 1)
+        for override in read_saved_overrides(saved)
+        if override.lstrip("+~").partition("=")[0] not in ignored
     ]
     return kept + [word for word in arguments if word != "mode=rerun" and not word.startswith("run=")]
+
+
+def record_overrides(overrides: list[str]) -> dict[str, str]:
+    """The files that record a command line in RECORD_FOLDER: its overrides, and copies of the files that they name.
+
+    The overrides name the copies, so that the run can be repeated without the original files, from anywhere.
+    """
+    words, files = [], {}
+    for word in overrides:
+        group, _, value = word.partition("=")
+        path = value.strip("\"'")
+        if is_choice_file(group, path):
+            name = f"{group.replace('/', '_')}.yaml"
+            files[name] = read_choice_file(group, Path(path)).to_yaml()
+            words.append(f"{group}={RECORD_FOLDER}/{name}")
+        else:
+            words.append(word)
+    return {"overrides.yaml": yaml.safe_dump(words, width=1000, allow_unicode=True), **files}
 
 
 def read_saved_overrides(path: Path) -> list[str]:
@@ -120,8 +144,8 @@ def read_saved_overrides(path: Path) -> list[str]:
 def quote_override(argument: str, *, sweep: bool = False) -> str:
     """An argument of the command line in Hydra's grammar.
 
-    Device ranges become lists (0-3 and 0,2; in a sweep a comma keeps its meaning), and paths are quoted if they contain
-    characters that Hydra's grammar interprets.
+    Device ranges become lists (0-3 and 0,2; in a sweep a comma keeps its meaning), paths are quoted if they contain
+    characters that Hydra's grammar interprets, and files that are options of groups get their absolute path.
 
     >>> quote_override("trainer.devices=0-3")
     'trainer.devices=[0,1,2,3]'
@@ -133,13 +157,36 @@ def quote_override(argument: str, *, sweep: bool = False) -> str:
         return f"hydra.sweep.dir={quote_value(os.path.expanduser(value))}"  # noqa: PTH111
     if key in OPEN_KEYS:
         return f"++{argument}"  # allows keys that are in no file
-    if key == "trainer.devices" and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", value) and not value.isdigit():
-        if sweep and "-" not in value:
-            return argument
-        return f"trainer.devices=[{','.join(str(index) for index in parse_device_indices(value))}]"
+    if key == "trainer.devices":
+        return f"{key}{equals}{quote_devices(value, sweep=sweep)}"
+    if equals and key in list_groups():
+        return f"{key}={quote_choices(key, value, sweep=sweep)}"
     if equals and key in PATH_KEYS and needs_quotes(value, sweep=sweep):
         return f"{key}={quote_value(os.path.expanduser(value))}"  # noqa: PTH111 - Path would change patterns
     return argument
+
+
+def quote_devices(value: str, *, sweep: bool) -> str:
+    """The devices as a list if they are a range or, outside of a sweep, several."""
+    is_list = re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", value) and not value.isdigit()
+    if not is_list or (sweep and "-" not in value):
+        return value
+    return f"[{','.join(str(index) for index in parse_device_indices(value))}]"
+
+
+def quote_choices(group: str, value: str, *, sweep: bool) -> str:
+    """The value of a group with files by their absolute paths; in a sweep, commas separate several options.
+
+    Raises:
+        ConfigError: if a file does not exist, or cannot be an option of the group.
+    """
+    if sweep and "," in value:
+        return ",".join(quote_choices(group, part.strip(), sweep=False) for part in value.split(","))
+    name = value.strip("\"'")
+    if not is_choice_file(group, name):
+        return value
+    path = str(resolve_choice(group, name))
+    return path if UNQUOTED.fullmatch(path) else quote_value(path)
 
 
 def needs_quotes(value: str, *, sweep: bool) -> bool:

@@ -38,6 +38,7 @@ MODES = (
     *PRINTING_MODES,
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
+BUILT_IN_CLASSES = ("ade20k", "camvid", "cityscapes", "voc2012", "cocostuff")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
 DECODE_MODES = ("fast", "exact")
 MASK_TYPES = ("auto", "ids", "colors")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from semseg.config.schema import SPLITS, DataConfig, SplitConfig
+from semseg.config.schema import BUILT_IN_CLASSES, SPLITS, DataConfig, SplitConfig
 from semseg.data import store
 from semseg.data.classes import ClassTable, built_in_classes
 from semseg.data.folders import Naming, read_folder_pairs
@@ -27,7 +27,6 @@ from semseg.data.scenes import make_scenes
 from semseg.errors import ConfigError, DataError
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
-BUILT_IN_CLASSES = ("ade20k", "camvid", "cityscapes", "voc2012", "cocostuff")
 
 
 class Orientations(NamedTuple):

@@ -9,10 +9,9 @@ from rich.table import Table
 
 from semseg.config.groups import list_options
 from semseg.config.load import load_config
-from semseg.config.schema import Config, DataConfig
+from semseg.config.schema import BUILT_IN_CLASSES, Config, DataConfig
 from semseg.data import store
 from semseg.data.classes import built_in_classes
-from semseg.data.sources import BUILT_IN_CLASSES
 
 
 def run(config: Config, overrides: list[str]) -> None:

@@ -11,9 +11,8 @@ from omegaconf import OmegaConf
 from semseg.config.compose import compose_config
 from semseg.config.generate import flatten_keys, list_section_keys, read_explanations, render_files
 from semseg.config.groups import COMPLETE_OPTIONS, CONFIG_DIR, list_groups, list_options
-from semseg.config.schema import Config, get_sections, list_keys
+from semseg.config.schema import BUILT_IN_CLASSES, Config, get_sections, list_keys
 from semseg.config.validate import iterate_leaves
-from semseg.data.sources import BUILT_IN_CLASSES
 
 FILES = render_files()
 KEYS = {key.name: key for key in flatten_keys(Config, "", {})}

@@ -1,0 +1,242 @@
+"""Files anywhere on disk as options of groups: data=plants.yaml, experiment=recipes/long.yaml. No torch.
+
+An override that names such a file holds its absolute path (`resolve_choice`); Hydra then asks `ChoiceFileSource` for
+`<group>//<path>`, a name that no option of configs/ can have. A file holds what differs from the complete option of its
+group, and relative paths in a description of a data set start at the folder of the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from semseg.config.groups import COMPLETE_OPTIONS, list_groups, list_options
+from semseg.config.hints import explain_unknown_key
+from semseg.config.schema import BUILT_IN_CLASSES, SPLITS, Config, get_sections, list_keys
+from semseg.config.validate import explain_omegaconf_error, find_range_problems
+from semseg.errors import ConfigError, find_nearest
+
+SUFFIXES = (".yaml", ".yml")
+SCHEME = "choice-file"  # of our entry in Hydra's search path
+GLOBAL_GROUPS = ("experiment", "debug", "hparams_search")  # their files hold keys of the whole configuration
+# What a file without a defaults list starts from.
+BASE_OPTIONS = COMPLETE_OPTIONS | {"data": "folder"}
+GLOBAL_HEADER = "# @package _global_"
+
+
+class ChoiceFile(NamedTuple):
+    """The content of a file that is an option of a group."""
+
+    content: dict[str, Any]  # with its defaults list
+    is_global: bool  # whether its keys are those of the whole configuration, and not of a section
+
+    def to_yaml(self) -> str:
+        """The text of a file with this content, wherever it lies."""
+        head = f"{GLOBAL_HEADER}\n" if self.is_global else ""
+        return head + yaml.safe_dump(self.content, sort_keys=False, allow_unicode=True, width=120)
+
+
+def is_choice_file(group: str, value: str) -> bool:
+    """Whether `group=value` names a file instead of an option."""
+    return value.lower().endswith(SUFFIXES) and group in list_groups()
+
+
+def resolve_choice(group: str, value: str) -> Path:
+    """The absolute path of the file that `group=value` names, after a check of its content.
+
+    Raises:
+        ConfigError: if there is no such file, or it cannot be an option of the group.
+    """
+    path = Path(value).expanduser()
+    if not path.is_file():
+        nearest = find_nearest(path.stem, list_options(group))
+        hint = f" Did you mean {group}={nearest}?" if nearest else ""
+        raise ConfigError(f"{group}={value}: there is no such file.{hint}")
+    read_choice_file(group, path)
+    return path.absolute()
+
+
+def read_choice_file(group: str, path: Path) -> ChoiceFile:
+    """Read a file as an option of `group`, its relative paths resolved.
+
+    Raises:
+        ConfigError: naming the file, if it is no YAML, or has unknown keys, wrong values or unknown defaults.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        text = error.strerror if isinstance(error, OSError) else str(error)
+        reason = " ".join(str(text).split())[:200] or type(error).__name__
+        raise ConfigError(f"{path}: cannot be read as YAML ({reason}).") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{path}: must hold keys and values, such as `root: images`.")
+    package = re.search(r"^#\s*@package[ \t]+(\S+)", text, re.MULTILINE)
+    if package is not None and package[1] not in ("_global_", "_group_"):
+        raise ConfigError(f"{path}: @package {package[1]} is not supported. Write {GLOBAL_HEADER}, or none.")
+    is_global = package[1] == "_global_" if package is not None else group in GLOBAL_GROUPS
+    problem = next(find_problems(group, content, is_global=is_global), None)
+    if problem is not None:
+        raise ConfigError(f"{path}: {problem}")
+    return ChoiceFile(content if is_global else complete_section(group, content, path), is_global)
+
+
+def complete_section(group: str, content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content of a file of one section with what it leaves out: its defaults list, and the name of a data set."""
+    base = BASE_OPTIONS.get(group)
+    if base is None:
+        return content
+    is_based = "defaults" in content
+    completed = content if is_based else {"defaults": [base, "_self_"], **content}
+    if group == "data":
+        hint = {} if is_based else {"hint": f"Its folders are set in {path}."}
+        completed = resolve_data_paths({"name": path.stem, **hint, **completed}, path.absolute().parent)
+    return completed
+
+
+def resolve_data_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The description of a data set with its relative paths below `folder` instead of the working directory.
+
+    Paths that are relative to data.root stay as they are. A description without a root, images and defaults list is of
+    the folder that it lies in.
+    """
+
+    def resolve(value: Any) -> Any:
+        is_path = isinstance(value, str) and value and not value.startswith(("~", "${"))
+        return join_path(folder, value) if is_path else value
+
+    resolved = dict(content)
+    if not resolved.get("images") and "root" not in resolved and resolved.get("defaults") == ["folder", "_self_"]:
+        resolved["root"] = "."
+    for key in ("root", "images", "masks", "label_cache"):
+        if key in resolved:
+            resolved[key] = resolve(resolved[key])
+    if not resolved.get("images"):
+        return resolved
+    if resolved.get("classes") not in BUILT_IN_CLASSES:  # without a root, these would be below the working directory
+        resolved["classes"] = resolve(resolved.get("classes"))
+    for split in SPLITS:
+        if isinstance(resolved.get(split), dict):
+            resolved[split] = {key: resolve(value) for key, value in resolved[split].items()}
+    return resolved
+
+
+def join_path(folder: Path, path: str) -> str:
+    """`path` below `folder`, without `..` where that names the same file."""
+    joined = str(folder / path)
+    shortened = os.path.normpath(joined)
+    return shortened if os.path.realpath(shortened) == os.path.realpath(joined) else joined
+
+
+# ---- checks
+
+
+def find_problems(group: str, content: Mapping[str, Any], *, is_global: bool) -> Iterator[str]:
+    """A sentence for every problem of a file: unknown keys first, then defaults, then wrong values."""
+    section = get_sections(Config).get(group)
+    values = {key: value for key, value in content.items() if key != "defaults"}
+    if is_global:
+        if group == "hparams_search":
+            values = {key: value for key, value in values.items() if key != "hydra"}
+        yield from find_unknown_keys(values, Config)
+    elif section is not None:
+        yield from find_unknown_keys(values, section, f"{group}.")
+    yield from find_default_problems(group, content.get("defaults", []))
+    if is_global or section is not None:
+        yield from find_value_problems(values if is_global else {group: values})
+
+
+def find_unknown_keys(content: Mapping[Any, Any], cls: type, prefix: str = "") -> Iterator[str]:
+    """A sentence for every key that a section does not have."""
+    sections, keys = get_sections(cls), list_keys(cls)
+    for key, value in content.items():
+        if key not in keys:
+            yield explain_unknown_key(f"{prefix}{key}", list_keys())
+        elif key in sections and isinstance(value, Mapping):
+            yield from find_unknown_keys(value, sections[key], f"{prefix}{key}.")
+
+
+def find_default_problems(group: str, defaults: Any) -> Iterator[str]:
+    """A sentence for every entry of a defaults list that is not an option of configs/."""
+    if not isinstance(defaults, list):
+        yield f"defaults={defaults}: must be a list of options, such as [camvid, _self_]."
+        return
+    for entry in defaults:
+        owner, option = (group, entry) if not isinstance(entry, dict) else next(iter(entry.items()), ("", None))
+        owner = str(owner).removeprefix("optional ").removeprefix("override ").lstrip("/")
+        if isinstance(entry, dict) and not (isinstance(option, str | list) or option is None):
+            yield f"defaults: {entry}: must be like `override /model: upernet50`."
+        for name in option if isinstance(option, list) else [option]:
+            is_known = name in (None, "_self_") or (owner in list_groups() and str(name) in list_options(owner))
+            if not is_known:
+                nearest = find_nearest(str(name), list_options(owner)) if owner in list_groups() else None
+                hint = f" Did you mean {nearest}?" if nearest else ""
+                yield f"defaults: {owner}={name} is not an option of configs/, and only those can be listed.{hint}"
+
+
+def find_value_problems(content: dict[str, Any]) -> Iterator[str]:
+    """A sentence for every value of another type or outside its range; values that hold interpolations are skipped."""
+    if "${" in str(content):
+        return
+    plain = OmegaConf.create(content)
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except OmegaConfBaseException as error:
+        yield explain_omegaconf_error(error, plain)
+    else:
+        yield from find_range_problems(config)
+
+
+# ---- Hydra
+
+
+class ChoiceFileSource(ConfigSource):
+    """Gives Hydra the files that overrides name by their absolute path: `<group>//<path>`."""
+
+    @staticmethod
+    def scheme() -> str:
+        return SCHEME
+
+    def available(self) -> bool:
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        return False
+
+    def is_config(self, config_path: str) -> bool:
+        group, mark, path = config_path.partition("//")
+        return bool(mark) and is_choice_file(group, path) and Path(f"/{path}").is_file()
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        group, _, path = config_path.partition("//")
+        file = read_choice_file(group, Path(f"/{path}"))
+        header: dict[str, str | None] = {"package": "_global_" if file.is_global else None}
+        return ConfigResult(self.provider, config_path, OmegaConf.create(file.content), header)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        return []
+
+
+class ChoiceFilePlugin(SearchPathPlugin):
+    """Puts `ChoiceFileSource` into Hydra's search path."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("semseg", f"{SCHEME}://")
+
+
+def register_choice_files() -> None:
+    """Make Hydra accept files as options of groups, in this process."""
+    for plugin in (ChoiceFileSource, ChoiceFilePlugin):
+        Plugins.instance().register(plugin)
