@@ -35,10 +35,10 @@ from semseg.training.callbacks.out_of_memory import report_out_of_memory, report
 from semseg.training.losses import Loss, build_terms, segmentation_loss
 from semseg.training.optim import apply_settings, build_optimizer, build_scheduler
 from semseg.training.resume import RUN_KEY, resume_at
+from semseg.training.step_means import TRAIN_METRICS
 from semseg.training.training_state import METRICS_KEY
 from semseg.training.unused import freeze_unused, summarise_modules
 
-TRAIN_METRICS = ("train/loss", "train/accuracy")
 HALF_PRECISIONS = ("bf16-true", "16-true")  # weights and buffers alike
 
 
@@ -89,7 +89,7 @@ class SegmentationModule(pl.LightningModule):
         self.num_unreadable = SumMetric()  # images of the current evaluation
         self.scores: Scores | None = None  # those of the last validation or test
         self.evaluation: SplitCounts | None = None  # that of the last test
-        self.metrics_to_restore: dict[str, Tensor] = {}  # those of the last step before a run was stopped
+        self.metrics_to_restore: dict[str, Tensor] = {}  # those of the last row of the log before a run was stopped
         if model_config.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if model_config.compile:
@@ -159,7 +159,7 @@ class SegmentationModule(pl.LightningModule):
         self.batch, self.batch_idx = batch, batch_idx
         with report_out_of_memory(batch):
             loss = self.compute_loss(batch, self.loss_config.average)
-            self.log_training(loss, len(batch.paths))
+            self.keep_metrics(loss)
         batches = int(self.trainer.num_training_batches)
         return loss.total * loss_factor(batch_idx, batches, self.trainer.accumulate_grad_batches)
 
@@ -167,18 +167,16 @@ class SegmentationModule(pl.LightningModule):
         with report_out_of_memory(self.batch):
             loss.backward()
 
-    def log_training(self, loss: Loss, num_images: int) -> None:
-        """Put loss and accuracy, averaged over the sub-batches of the step so far, into the progress line."""
+    def keep_metrics(self, loss: Loss) -> None:
+        """Keep loss and accuracy of the sub-batches of the current step, which callbacks log and show."""
         accuracy = loss.correct / loss.scored.clamp(min=1)
         position = self.batch_idx % self.trainer.accumulate_grad_batches
         self.step_metrics[position:] = [torch.stack([loss.total.detach(), accuracy.to(loss.total)])]
-        metrics = torch.stack(self.step_metrics).mean(0)
-        if self.trainer.world_size > 1 and is_logged_step(self.trainer, self.batch_idx):
-            # Not at every step: ranks wait for each other here.
-            metrics = self.trainer.strategy.reduce(metrics, reduce_op="mean")
-        # To the progress line only: LogSteps sends them to the loggers, before checkpoints are written.
-        for name, value in zip(TRAIN_METRICS, metrics, strict=True):
-            self.log(name, value, prog_bar=True, logger=False, batch_size=num_images)
+
+    @property
+    def step_mean(self) -> Tensor:
+        """(2) loss and accuracy of the current step on this device, averaged over its sub-batches so far."""
+        return torch.stack(self.step_metrics).mean(0)
 
     # ---- evaluation
 
@@ -334,15 +332,6 @@ def loss_factor(batch_idx: int, num_batches: int, accumulate: int) -> float:
     (1.0, 2.0)
     """
     return accumulate / min(accumulate, num_batches - batch_idx // accumulate * accumulate)
-
-
-def is_logged_step(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether the loss of the step is read after this sub-batch: by LogSteps, or at the end of an epoch."""
-    num_done, step = batch_idx + 1, trainer.global_step + 1
-    if num_done == trainer.num_training_batches or step == trainer.max_steps:
-        return True
-    is_complete = num_done % trainer.accumulate_grad_batches == 0
-    return is_complete and step % trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def merge_subsets(

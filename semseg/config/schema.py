@@ -459,7 +459,7 @@ class TrainerConfig:
     num_sanity_val_steps: int = number_field(0, low=-1)
     """Validation steps before training; -1: all."""
     log_every_n_steps: int = number_field(20, low=1)
-    """Steps between rows of the log."""
+    """Steps between rows of the log, whose loss is their mean; the first step and the ends of epochs have one too."""
     deterministic: bool = False
     """Use deterministic algorithms only."""
     benchmark: bool = False

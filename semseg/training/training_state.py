@@ -16,13 +16,15 @@ from semseg.checkpoints.atomic_io import AtomicCheckpointIO
 from semseg.checkpoints.format import first_line, is_count, is_dense_tensor
 from semseg.errors import CheckpointError, SemsegError
 from semseg.system.text import shorten_repr
+from semseg.training.step_means import NO_STEPS, StepSums
 
 # Without these counters Lightning would silently count from 0.
 COUNTERS = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress")
 # Entries of callbacks, Lightning's and ours, by the kind of their values.
 COUNT_ENTRIES = ("skipped", "seen", "left_out", "wait_count", "stopped_epoch", "patience")
 SCORE_ENTRIES = ("best", "best_score", "best_model_score", "current_score", "kth_value")
-METRICS_KEY = "semseg_metrics"  # in a checkpoint: the training metrics of the last step
+METRICS_KEY = "semseg_metrics"  # in a checkpoint: the training metrics of the last row of the log
+SUMS_KEY = "semseg_sums"  # in a checkpoint: StepSums since that row; not in those of earlier releases
 TEXT_ENTRIES = ("monitor", "dirpath", "best_model_path", "kth_best_model_path", "last_model_path")
 
 
@@ -54,9 +56,7 @@ def find_invalid_entries(content: dict[str, Any]) -> Iterator[str]:
     position = content.get("SegmentationData")
     if not isinstance(position, dict) or not is_count(position.get("taken", position.get("position"))):
         yield f"SegmentationData={shorten_repr(position)}"
-    metrics = content.get(METRICS_KEY, {})
-    if not isinstance(metrics, dict) or not all(isinstance(k, str) and is_number(v) for k, v in metrics.items()):
-        yield f"{METRICS_KEY}={shorten_repr(metrics)}"
+    yield from find_invalid_metrics(content)
     for key in ("optimizer_states", "lr_schedulers"):
         states = content.get(key)
         if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
@@ -69,6 +69,25 @@ def find_invalid_entries(content: dict[str, Any]) -> Iterator[str]:
         for key, value in state.items() if isinstance(state, dict) else [(state, None)]:
             if not is_valid_entry(key, value):
                 yield f"callbacks.{shorten_repr(name)}.{shorten_repr(key)}={shorten_repr(value)}"
+
+
+def find_invalid_metrics(content: dict[str, Any]) -> Iterator[str]:
+    """The entries about the log that are of a wrong kind; they may be missing."""
+    metrics, sums = content.get(METRICS_KEY, {}), content.get(SUMS_KEY, NO_STEPS._asdict())
+    if not isinstance(metrics, dict) or not all(isinstance(k, str) and is_number(v) for k, v in metrics.items()):
+        yield f"{METRICS_KEY}={shorten_repr(metrics)}"
+    if not is_valid_sums(sums):
+        yield f"{SUMS_KEY}={shorten_repr(sums)}"
+
+
+def is_valid_sums(sums: Any) -> bool:
+    """Whether `sums` are the sums of some steps."""
+    return (
+        isinstance(sums, dict)
+        and set(sums) == set(StepSums._fields)
+        and all(type(value) in (int, float) and math.isfinite(value) for value in sums.values())
+        and is_count(sums["num_steps"])
+    )
 
 
 def iterate_values(node: Any, path: str) -> Iterator[tuple[str, Any]]:

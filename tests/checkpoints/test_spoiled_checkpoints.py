@@ -182,3 +182,11 @@ def test_h4_metrics_that_are_not_numbers_are_refused(metrics: Any, whole: dict[s
     with pytest.raises(CheckpointError, match=r"damaged at semseg_metrics="):
         check_training_state(Path("last.ckpt"), {**whole, "semseg_metrics": metrics})
     check_training_state(Path("last.ckpt"), whole)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("change", [{"loss": "low"}, {"loss": float("nan")}, {"num_steps": 1.5}, {"more": 1}])
+def test_h4_sums_of_the_log_that_are_none_are_refused(change: dict[str, Any], whole: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"damaged at semseg_sums="):
+        check_training_state(Path("last.ckpt"), {**whole, "semseg_sums": {**whole["semseg_sums"], **change}})
+    check_training_state(Path("last.ckpt"), {key: value for key, value in whole.items() if key != "semseg_sums"})

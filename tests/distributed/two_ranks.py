@@ -19,10 +19,11 @@ from semseg.config.schema import Config
 from semseg.data.batch import Batch
 from semseg.training.callbacks.stop import StoppedError
 
-# Five images in sub-batches of two on two ranks; two epochs of three steps of two sub-batches a rank.
+# Five images in sub-batches of two on two ranks; two epochs of three steps of two sub-batches a rank. Step 2 is inside
+# an interval of the log.
 RESUMED = [
     *TINY_RUN, "data.steps_per_epoch=6", "trainer.accumulate_grad_batches=2", "trainer.max_epochs=2",
-    "model/decoder=c1_deepsup", "trainer.devices=2", "trainer.strategy=ddp",
+    "model/decoder=c1_deepsup", "trainer.devices=2", "trainer.strategy=ddp", "trainer.log_every_n_steps=20",
 ]  # fmt: skip
 STOPS = (2, 3)  # steps: in the first epoch, and at its end
 # Sub-batches of one image, each of its own size; normalisation and dropout must not know how they are shared out.
@@ -33,7 +34,7 @@ SHARED_OUT = [
 ON_TWO = ["trainer.devices=2", "trainer.strategy=ddp", "data.steps_per_epoch=4"]
 ALONE = ["trainer.accumulate_grad_batches=2", "data.steps_per_epoch=8"]
 
-# The loss of every second step goes to the log, and early stopping watches it at the ends of epochs.
+# The log has rows for every second step and the ends of epochs, where early stopping watches the loss.
 LOGGED = [
     *TINY_RUN, "trainer.devices=2", "trainer.strategy=ddp", "data.steps_per_epoch=6", "trainer.max_epochs=2",
     "trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=2", "trainer.precision=64-true",

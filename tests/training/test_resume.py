@@ -70,10 +70,11 @@ def test_a1_resuming_from_every_checkpoint_gives_the_run_that_never_stopped(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
-    config = run_of(root, run_dir)
+    config = run_of(root, run_dir, "trainer.log_every_n_steps=2")  # some of the checkpoints are between two rows
     with monkeypatch.context() as patched:
         copies = copies_of_every_save(patched, tmp_path / "copies")
         whole = fit(config)
+    assert steps_logged(run_dir) == ["0", "1", "2", "3", "5"]
     log = (run_dir / "logs" / "metrics.csv").read_bytes()
     assert [copy.name for copy in copies] == [
         "0_step1", "1_step2", "2_step3", "3_step3", "4_step4", "5_step5", "6_step6", "7_step6",

@@ -26,6 +26,7 @@ from semseg.datamodule import SegmentationData
 from semseg.system.process import STOP_SIGNALS
 from semseg.training.callbacks.stop import StoppedError
 from semseg.training.optim import poly
+from semseg.training.step_means import get_step_mean
 
 RATE, POWER = 0.02, 0.9
 
@@ -96,8 +97,8 @@ class Watch(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         notes = self.scales.setdefault(trainer.global_step, [])
-        # What is logged is the mean of the step so far; the loss of this sub-batch alone is the newest of the sums.
-        logged = float(trainer.callback_metrics["train/loss"]) * (len(notes) + 1)
+        # The module has the mean of the step so far; the loss of this sub-batch alone is the newest of the sums.
+        logged = float(get_step_mean(pl_module)[0]) * (len(notes) + 1)
         notes.append(loss.item() / (logged - self.logged if notes else logged))
         self.logged = logged
 

@@ -14,7 +14,6 @@ from pytorch_lightning.callbacks import Callback, ProgressBar, RichProgressBar
 from pytorch_lightning.callbacks.progress.rich_progress import (
     BatchesProcessedColumn,
     CustomBarColumn,
-    CustomTimeColumn,
 )
 from rich.console import Console, Group
 from rich.progress import ProgressColumn, Task, TextColumn
@@ -26,7 +25,10 @@ from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 from semseg.evaluation.metrics import Scores
 from semseg.system.text import escape_unprintable
+from semseg.training.step_means import LastSteps, get_step_mean, is_step_complete
 
+REST_WIDTH = 95  # characters of a progress bar beside the bar itself, with the accuracy
+MIN_BAR_WIDTH, MAX_BAR_WIDTH = 4, 20
 NUM_WEAKEST = 5  # classes named after every validation
 OTHER_SECTIONS = ("predict", "serve", "export", "check", "bench", "download")  # sections that training does not read
 
@@ -111,8 +113,23 @@ class ImagesPerSecond(ProgressColumn):
         return Text("" if task.speed is None else f"{images * task.speed:.1f} images/s")
 
 
+class RemainingTime(ProgressColumn):
+    """The remaining time of the run, in the bar of training."""
+
+    max_refresh = 0.5
+
+    def __init__(self, bar: BarProgress, trainer: pl.Trainer) -> None:
+        super().__init__()
+        self.bar, self.trainer = bar, trainer
+
+    def render(self, task: Task) -> Text:
+        left = self.bar.time_left
+        is_training = task.id == self.bar.train_progress_bar_id
+        return Text("" if left is None or not is_training else f"{left.format(self.trainer)} left", "dim")
+
+
 class BarProgress(RichProgressBar):
-    """Lightning's bar with images per second and the remaining time of the whole run.
+    """Lightning's bar with images per second, the remaining time of the whole run, and the loss of the last steps.
 
     Args:
         batch_size: images of a sub-batch, per device.
@@ -122,25 +139,39 @@ class BarProgress(RichProgressBar):
     def __init__(self, batch_size: int, eval_batch_size: int) -> None:
         super().__init__(refresh_rate=10)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self._left: TimeLeft | None = None
+        self.time_left: TimeLeft | None = None
+        self._last_steps = LastSteps()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._left = TimeLeft(trainer)
+        self.time_left = TimeLeft(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if is_step_complete(trainer, batch_idx):
+            self._last_steps.add(get_step_mean(pl_module))
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
         return [
             TextColumn("[progress.description]{task.description}"),
-            CustomBarColumn(bar_width=20),
+            CustomBarColumn(bar_width=min(max(self._get_width() - REST_WIDTH, MIN_BAR_WIDTH), MAX_BAR_WIDTH)),
             BatchesProcessedColumn(""),
             ImagesPerSecond(self, trainer),
-            CustomTimeColumn("dim"),
+            RemainingTime(self, trainer),
         ]
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)  # the version of a logger's folder
-        return items if self._left is None else {"left": self._left.format(trainer), **items}
+        mean = self._last_steps.compute_mean()  # the scores of a validation are in its table
+        if mean is None:
+            return {}
+        loss = {f"loss (mean of {mean.num_steps})": mean.loss}
+        return loss if self._get_width() < REST_WIDTH + MIN_BAR_WIDTH else {**loss, "accuracy": mean.accuracy}
+
+    def _get_width(self) -> int:
+        """The width of the terminal in characters."""
+        return 80 if self._console is None else self._console.width
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # Lightning's starts with 0
@@ -156,6 +187,7 @@ class LineProgress(ProgressBar):
         self._images = 0
         self._epoch_start = 0.0
         self._is_enabled = True
+        self._last_steps = LastSteps()
 
     def enable(self) -> None:
         self._is_enabled = True
@@ -179,21 +211,35 @@ class LineProgress(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._images += len(batch.paths) * trainer.world_size
+        if is_step_complete(trainer, batch_idx):
+            self._last_steps.add(get_step_mean(pl_module))
         now = time.monotonic()
         is_last = batch_idx + 1 == trainer.num_training_batches
         if not self._is_enabled or (now - self._last_line < self.seconds_between_lines and not is_last):
             return
         self._last_line = now
         rate = self._images / max(now - self._epoch_start, 1e-9)
-        loss, accuracy = (
-            float(trainer.callback_metrics.get(key, float("nan"))) for key in ("train/loss", "train/accuracy")
+        mean = self._last_steps.compute_mean()
+        loss = (
+            f"  loss {mean.loss:.3f}  accuracy {mean.accuracy:.3f} (mean of {count_steps(mean.num_steps)})"
+            if mean
+            else ""
         )
         print(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            f"  step {batch_idx + 1}/{trainer.num_training_batches}"
-            f"  loss {loss:.3f}  accuracy {accuracy:.3f}  {rate:.1f} images/s  {self._left.format(trainer)} left",
+            f"  step {batch_idx + 1}/{trainer.num_training_batches}{loss}"
+            f"  {rate:.1f} images/s  {self._left.format(trainer)} left",
             flush=True,
         )
+
+
+def count_steps(number: int) -> str:
+    """A number of steps in words.
+
+    >>> count_steps(1), count_steps(20)
+    ('1 step', '20 steps')
+    """
+    return f"{number} step{'' if number == 1 else 's'}"
 
 
 class ReportValidation(Callback):

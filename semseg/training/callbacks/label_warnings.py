@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from semseg.data.batch import Batch
+from semseg.training.step_means import get_step_mean
 
 MAX_IGNORED_PIXELS = 0.9  # fraction of the pixels of training images
 MAX_PREDICTED_PIXELS = 0.99  # fraction of the pixels that are predicted as one class
@@ -38,7 +39,7 @@ class WarnAboutLabels(Callback):
         if not self.is_done:
             counts = count_label_pixels(batch, len(self.names))
             self.counts = counts if self.counts is None else self.counts + counts
-            self.accuracies += [value for name, value in trainer.callback_metrics.items() if name == "train/accuracy"]
+            self.accuracies.append(get_step_mean(pl_module)[1])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.is_done or self.counts is None:

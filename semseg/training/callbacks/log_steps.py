@@ -17,6 +17,8 @@ from semseg.config.schema import CheckpointConfig
 from semseg.data.batch import Batch
 from semseg.system.process import handle_stop_signals
 from semseg.training.callbacks.saver import Saver
+from semseg.training.step_means import IntervalMean, StepSums, compute_means, get_step_mean, is_step_complete
+from semseg.training.training_state import SUMS_KEY
 
 MONITOR = "val/miou"
 
@@ -34,18 +36,36 @@ def checkpoint_callbacks(run_dir: Path, config: CheckpointConfig, *, has_val: bo
 
 
 class LogSteps(Callback):
-    """Sends loss, accuracy, learning rates, times and memory to all loggers every `trainer.log_every_n_steps` steps.
+    """Sends loss, accuracy, learning rates, times and memory to all loggers: a row of the log.
 
-    `time/data` and `time/step` are seconds per sub-batch, averaged since the last logged step: waiting for it (and
-    writing checkpoints), and training on it. `memory` is the peak of this process's GPU memory so far, in GiB.
+    There is a row for the first step of a run, for every `trainer.log_every_n_steps`-th step, and for the last step of
+    every epoch and of the run. Its loss and accuracy are means over the steps since the row before and over all ranks;
+    callbacks that monitor them see the same values. A checkpoint holds the sums since the last row, so that a resumed
+    run writes the rows of one that never stopped.
+
+    `time/data` and `time/step` are seconds per sub-batch on the first rank, averaged over the steps since the row
+    before in this process: waiting for it (and writing checkpoints), and training on it. `memory` is the peak of this
+    process's GPU memory so far, in GiB.
 
     Lightning itself logs a step after its checkpoints are written: a run resumed from one would lack that step.
     """
 
     def __init__(self) -> None:
+        self._mean = IntervalMean()
         self._rates: dict[str, float] = {}
         self._seconds: dict[str, list[float]] = {"time/data": [], "time/step": []}
         self._lap_start = 0.0
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[SUMS_KEY] = self._mean.reduce(trainer)._asdict()  # all ranks save together
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.is_global_zero and SUMS_KEY in checkpoint:  # earlier releases had none
+            self._mean.restart(StepSums(**checkpoint[SUMS_KEY]))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._lap_start = time.monotonic()  # a run that resumes inside an epoch does not start one
@@ -65,17 +85,19 @@ class LogSteps(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._lap("time/step")
-        step = trainer.global_step  # already counts this step
-        done = batch_idx + 1
-        is_complete = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
-        if not is_complete or step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
+        if not is_step_complete(trainer, batch_idx):
             return
+        self._mean.add(get_step_mean(pl_module))
+        if not has_row(trainer, batch_idx):
+            return
+        means = compute_means(self._mean.reduce(trainer))
+        self._mean.restart()
         logged = trainer.callback_metrics
-        values = {
-            name: float(logged[name]) for name in ("train/loss", "train/accuracy", "data/left_out") if name in logged
-        }
+        logged.update({name: torch.tensor(value) for name, value in means.items()})  # for callbacks that monitor them
+        left_out = {name: float(logged[name]) for name in ("data/left_out",) if name in logged}
+        values = {**means, **left_out, **self._rates, **self._cost(), "epoch": trainer.current_epoch}
         for logger in trainer.loggers:
-            logger.log_metrics({**values, **self._rates, **self._cost(), "epoch": trainer.current_epoch}, step - 1)
+            logger.log_metrics(values, trainer.global_step - 1)
         for seconds in self._seconds.values():
             seconds.clear()
 
@@ -90,6 +112,13 @@ class LogSteps(Callback):
         if torch.cuda.is_available():
             cost["memory"] = torch.cuda.max_memory_allocated() / 2**30
         return cost
+
+
+def has_row(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether the log gets a row for the step that has just ended with this sub-batch."""
+    step = trainer.global_step  # already counts this step
+    is_regular = step % trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+    return step in (1, trainer.max_steps) or is_regular or batch_idx + 1 == trainer.num_training_batches
 
 
 class EndOnSignals(Callback):
