@@ -199,7 +199,6 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
             score and there is no validation.
     """
     is_training, has_val = config.mode == "train", source.has("val")
-    configured = create_callbacks(config.callbacks, has_val=has_val)
     callbacks: list[Callback] = training_callbacks(config, source) if is_training else [EndOnSignals()]
     if config.trainer.enable_progress_bar:
         bar = BarProgress(config.data.batch_size, config.eval.batch_size)
@@ -208,8 +207,8 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
         config.trainer,
         config.syncbn,
         Path(config.run_dir),
-        callbacks=callbacks + (configured if is_training else []),
-        loggers=create_loggers(config.logger.values()) if is_training else [],
+        callbacks=callbacks + (create_callbacks(config.callbacks, has_val=has_val) if is_training else []),
+        loggers=create_loggers(config.logger) if is_training else [],
         has_val=has_val,
         is_training=is_training,
     )

@@ -190,7 +190,7 @@ def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch
     try:
         # Merged over itself because converting must give back the order of the keys.
         merged = DictConfig(OmegaConf.merge(entry["config"], EARLIER_DEFAULTS, entry["config"]))
-        config = check_config(update_saved_config(merged))
+        config = check_config(update_saved_config(merged), is_saved=True)
     except ConfigError as error:
         raise CheckpointError(f"{path}: its saved configuration does not fit this version: {error}") from None
     except Exception as error:  # an error of OmegaConf, for anything that is no configuration

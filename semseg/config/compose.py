@@ -15,9 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from semseg.config.choice_files import is_choice_file, register_choice_files
 from semseg.config.groups import CONFIG_DIR, list_groups, list_options
 from semseg.config.hints import explain_unknown_key
+from semseg.config.tables import list_own_keys
 from semseg.errors import ConfigError, find_nearest
 
 register_choice_files()
+SECTIONS_OF_GROUPS = {"loss": "loss.terms"}  # where programs add names, if it is not the section of the group itself
 PLUGIN_EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}
 
 
@@ -90,6 +92,9 @@ def explain_option(group: str, option: str, listed: list[str]) -> str:
     options = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml")) or listed
     if not options:
         return explain_unknown_key(group or option, list_groups())
+    own_key = f"{SECTIONS_OF_GROUPS.get(group, group)}.{option}"
     nearest = find_nearest(option, options)
     hint = f" Did you mean {group}={nearest}?" if nearest else ""
+    if own_key in list_own_keys():
+        hint = f" To use it: {own_key}={'{}' if group in ('callbacks', 'logger') else '1'}"
     return f"{group}={option}: not known.{hint}\nValid: {', '.join(options)}."

@@ -14,6 +14,7 @@ from semseg.config.groups import CONFIG_DIR, list_groups, list_options
 from semseg.config.hints import explain_unknown_key
 from semseg.config.overrides import shorten_override
 from semseg.config.schema import list_keys
+from semseg.config.tables import list_own_keys
 from semseg.config.validate import explain_omegaconf_error, iterate_leaves
 from semseg.errors import find_nearest
 
@@ -52,7 +53,8 @@ def explain_key(key: str, overrides: list[str]) -> str:
     if "." in key and key in list_keys():
         return f"There is no key {key!r}, because {key.rpartition('.')[0]} is null."
     group = guess_group(key, overrides)
-    return explain_unknown_key(key, [group] if group else list_keys() + list_composed_keys(overrides) + list_groups())
+    valid = [*list_keys(), *list_own_keys(), *list_composed_keys(overrides), *list_groups()]
+    return explain_unknown_key(key, [group] if group else valid)
 
 
 def guess_group(key: str, overrides: list[str]) -> str | None:

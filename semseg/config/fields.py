@@ -56,6 +56,11 @@ def network_field(keys: type) -> Any:
     return field(default_factory=dict, metadata={"keys": keys})
 
 
+def open_field() -> Any:
+    """Entries that programs add to a section (see semseg/config/tables.py); in files they are beside its other keys."""
+    return field(default_factory=dict, metadata={"is_open": True})
+
+
 def describe_range(metadata: Mapping[str, Any]) -> str:
     """The bounds of a field in words; empty if it has none.
 

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from semseg.config.fields import describe_range
 from semseg.config.groups import COMPLETE_OPTIONS, CONFIG_DIR
-from semseg.config.schema import Config, DecoderKeys, EncoderKeys, get_sections, is_section
+from semseg.config.schema import Config, DecoderKeys, EncoderKeys, config_to_plain, get_sections, is_section
 
 NETWORK_SECTIONS = {"encoder": EncoderKeys, "decoder": DecoderKeys}
 FIRST_KEY, LAST_SECTION = "mode:", "hydra:"  # configs/config.yaml is written from the one to the other
@@ -78,6 +78,8 @@ def list_section_keys(cls: type) -> list[Key]:
     explanations, types, sections = read_explanations(cls), get_type_hints(cls), get_sections(cls)
     found = []
     for item in fields(cls):
+        if item.metadata.get("is_open"):
+            continue
         section = sections.get(item.name) or item.metadata.get("keys")
         explanation = explanations.get(item.name) or (inspect.getdoc(section) or "").split("\n\n")[0].replace("\n", " ")
         default = get_default(item)
@@ -94,7 +96,7 @@ def get_default(item: Field[Any]) -> Any:
     if item.default_factory is MISSING:
         return item.default
     create: Any = item.default_factory
-    return asdict(create()) if is_section(create) else create()
+    return config_to_plain(create()) if is_section(create) else create()
 
 
 def describe_type(kind: Any, item: Field[Any]) -> str:

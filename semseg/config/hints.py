@@ -92,6 +92,14 @@ KEY_SYNONYMS = {
     "wd": "optim.weight_decay",
     "workers": "data.num_workers",
 }
+# Sections to which a program can add keys (semseg/config/tables.py), and what it adds.
+EXTENDING = "docs/extending.md"
+ADDED_BY_PROGRAMS = {
+    "loss.terms": "a loss",
+    "augment": "an augmentation",
+    "callbacks": "a callback",
+    "logger": "a logger",
+}
 
 
 def explain_unknown_key(key: str, valid: list[str]) -> str:
@@ -102,12 +110,20 @@ def explain_unknown_key(key: str, valid: list[str]) -> str:
     removed = next((name for name in REMOVED_KEYS if key in (name, get_last_part(name))), None)
     if removed:
         return f"There is no key {key!r} any more. {REMOVED_KEYS[removed]}"
+    added = ADDED_BY_PROGRAMS.get(section)
     nearest = find_nearest_key(key, valid)
-    if nearest:
+    if nearest and not (added and is_far_fetched(key, nearest)):
         return f"There is no key {key!r}. Did you mean {nearest}?"
     siblings = list(dict.fromkeys(name for name in valid if name.rpartition(".")[0] == section))
     siblings = siblings or sorted({name.partition(".")[0] for name in valid if "/" not in name})
-    return f"There is no key {key!r}. Valid here: {', '.join(siblings)}."
+    program = f" A program can add {added} of its own: {EXTENDING}." if added else ""
+    return f"There is no key {key!r}. Valid here: {', '.join(siblings)}.{program}"
+
+
+def is_far_fetched(key: str, nearest: str) -> bool:
+    """Whether `nearest` is of another section and only similar to `key`, which may be the name of a user's own part."""
+    (section, _, last), other_section = key.rpartition("."), nearest.rpartition(".")[0]
+    return section != other_section and last != get_last_part(nearest) and last not in KEY_SYNONYMS
 
 
 def find_nearest_key(key: str, valid: list[str]) -> str | None:

@@ -12,6 +12,7 @@ import yaml
 from semseg.config.choice_files import is_choice_file, read_choice_file, resolve_choice
 from semseg.config.groups import list_groups
 from semseg.config.hints import REMOVED_KEYS
+from semseg.config.tables import is_own_key
 from semseg.errors import ConfigError
 
 PATH_KEYS = (
@@ -155,7 +156,7 @@ def quote_override(argument: str, *, sweep: bool = False) -> str:
     key, equals, value = argument.partition("=")
     if key == "sweep_dir" and sweep:
         return f"hydra.sweep.dir={quote_value(os.path.expanduser(value))}"  # noqa: PTH111
-    if key in OPEN_KEYS:
+    if key in OPEN_KEYS or is_own_key(key):
         return f"++{argument}"  # allows keys that are in no file
     if key == "trainer.devices":
         return f"{key}{equals}{quote_devices(value, sweep=sweep)}"

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeGuard, get_args, get_type_hints
 
@@ -28,6 +29,7 @@ from semseg.config.fields import (
     is_int_between,
     network_field,
     number_field,
+    open_field,
 )
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.errors import ConfigError, check_choice
@@ -304,12 +306,15 @@ class AugmentConfig:
     """Random factor of each image's size, [from, to], in addition to its short edge."""
     crop: list[int] | None = None
     """[height, width] in pixels: a random crop of the scaled image; smaller images stay whole; null: no crop."""
+    own: dict[str, Any] = open_field()
+    """Those that programs add, by name: a number, true, or a mapping of options; 0, false, null: left out."""
 
     @property
     def is_on(self) -> bool:
         """Whether anything changes."""
         amounts = (self.brightness, self.contrast, self.saturation, self.hue, self.blur, self.rotation)
-        return any(amounts) or self.crop is not None or self.scale != [1.0, 1.0]
+        has_own = any(is_chosen(value) for value in self.own.values())
+        return any(amounts) or self.crop is not None or self.scale != [1.0, 1.0] or has_own
 
     def find_problems(self) -> Iterator[str]:
         """A sentence for every invalid range or crop."""
@@ -319,6 +324,14 @@ class AugmentConfig:
                 yield f"augment.{key}={values}: must be [from, to], above 0."
         if self.crop is not None and (len(self.crop) != 2 or min(self.crop) < 1):
             yield f"augment.crop={self.crop}: must be [height, width] in pixels, or null."
+        for name, value in self.own.items():
+            if not isinstance(value, dict | bool | int | float | None):
+                yield f"augment.{name}={value}: must be a number, true, or a mapping of options."
+
+
+def is_chosen(value: Any) -> bool:
+    """Whether the value of an augmentation that a program adds is one with which it is applied."""
+    return isinstance(value, dict) or bool(value)
 
 
 @dataclass
@@ -373,6 +386,27 @@ class LossTermsConfig:
     """Dice loss."""
     lovasz: float = number_field(0.0, low=0)
     """Lovasz softmax loss."""
+    own: dict[str, Any] = open_field()
+    """Those that programs add, by name: the weight, or a mapping of `factor` and options."""
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """The weight of every term."""
+        ours = {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata.get("is_open")}
+        return ours | {name: read_factor(value) for name, value in self.own.items()}
+
+    def find_problems(self) -> Iterator[str]:
+        """A sentence for every invalid weight of a term that a program adds."""
+        for name, value in self.own.items():
+            factor = read_factor(value)
+            is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+            if not is_number or not 0 <= factor < math.inf:
+                yield f"loss.terms.{name}={value}: must be a number of at least 0, or {{factor: 0.5, <options>}}."
+
+
+def read_factor(value: Any) -> Any:
+    """The weight in the value of a term that a program adds: the number itself, or its `factor`, 1 if it has none."""
+    return value.get("factor", 1.0) if isinstance(value, dict) else value
 
 
 @dataclass
@@ -397,7 +431,7 @@ class LossConfig:
 
     def find_problems(self) -> Iterator[str]:
         """A sentence for a sum without terms, and for invalid or unused weights."""
-        if not any(vars(self.terms).values()):
+        if not any(self.terms.factors.values()):
             yield "loss.terms: at least one must have a factor above 0."
         weights = self.class_weights
         is_list = isinstance(weights, list) and all(
@@ -412,7 +446,8 @@ class LossConfig:
             ("class_weights", weights, WEIGHTED_LOSSES),
             ("label_smoothing", self.label_smoothing, SMOOTHED_LOSSES),
         ):
-            if value and not any(getattr(self.terms, name) for name in losses):
+            may_apply = bool(self.terms.own) and key == "class_weights"  # known only when the loss is built
+            if value and not may_apply and not any(getattr(self.terms, name) for name in losses):
                 yield f"loss.{key}={value}: applies to {', '.join(losses)}, and none of them is in loss.terms."
 
 
@@ -768,12 +803,6 @@ class Config:
                 f"ema.decay={self.ema.decay}: the average needs all weights on every device, which "
                 f"trainer.strategy={self.trainer.strategy} does not guarantee. Use trainer.strategy=ddp."
             )
-        for name, section in self.callbacks.items():
-            monitor = (
-                section.get("monitor", MONITORED_METRICS[0]) if isinstance(section, dict) else MONITORED_METRICS[0]
-            )
-            if monitor not in MONITORED_METRICS:
-                yield format_wrong_choice(f"callbacks.{name}.monitor", monitor, MONITORED_METRICS)
         for mode in self.after_training:
             if mode not in ("eval", "predict"):
                 yield format_wrong_choice("after_training", mode, ("eval", "predict"))
@@ -813,15 +842,29 @@ class Config:
             yield f"export.quantize={self.export.quantize}: applies to {ONNX} files only."
 
 
-def config_to_plain(config: Config) -> dict[str, Any]:
-    """`config` as plain dicts, lists, text and numbers, for checkpoints and YAML files."""
-    return asdict(config)
+# Sections to which programs can add keys (semseg/config/tables.py). They are in the field `own`, and beside the other
+# keys of the section in files, on the command line and in checkpoints.
+OPEN_SECTIONS: dict[str, type] = {"loss.terms": LossTermsConfig, "augment": AugmentConfig}
+
+
+def config_to_plain(config: Any) -> dict[str, Any]:
+    """A configuration, or a section, as plain dicts, lists, text and numbers, for checkpoints and YAML files."""
+    plain: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.metadata.get("is_open"):
+            plain |= deepcopy(value)
+        else:
+            plain[item.name] = config_to_plain(value) if is_dataclass(value) else deepcopy(value)
+    return plain
 
 
 def list_keys(cls: type = Config, prefix: str = "") -> list[str]:
     """The dotted names of all keys and sections."""
     keys, sections = [], get_sections(cls)
     for item in fields(cls):
+        if item.metadata.get("is_open"):
+            continue
         keys.append(prefix + item.name)
         if item.name in sections:
             keys.extend(list_keys(sections[item.name], f"{prefix}{item.name}."))

@@ -4,54 +4,83 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from functools import reduce
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from semseg.config.fields import find_bound_problems, format_wrong_choice
-from semseg.config.hints import explain_unknown_key
+from semseg.config.hints import EXTENDING, explain_unknown_key
 from semseg.config.schema import (
     ALLOWED_TARGETS,
     INSTANTIATE_KEYS,
+    MONITORED_METRICS,
+    OPEN_SECTIONS,
     Config,
     ModelConfig,
     config_to_plain,
     get_sections,
     list_keys,
 )
+from semseg.config.tables import list_own_keys, list_own_names, list_own_scores
 from semseg.errors import ConfigError
 
 
-def check_config(composed: DictConfig) -> Config:
+def check_config(composed: DictConfig, *, is_saved: bool = False) -> Config:
     """The composed configuration as typed sections, or one error with all its problems.
+
+    Args:
+        is_saved: that of a finished run, which may name losses, scores, augmentations and callbacks that this program
+            does not have, because only training needs them.
 
     Raises:
         ConfigError: for unknown keys, wrong types, values out of range, and keys that contradict each other.
     """
     try:
-        return _check_sections(composed)
+        return _check_sections(composed, is_saved=is_saved)
     except RecursionError:
         raise ConfigError("cannot read the configuration: a value has too many nested brackets.") from None
 
 
-def _check_sections(composed: DictConfig) -> Config:
+def _check_sections(composed: DictConfig, *, is_saved: bool) -> Config:
     """`check_config` for values that are not nested too deeply."""
     plain = OmegaConf.to_container(composed, resolve=False)
     raise_first(find_section_problems(plain))
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        typed = OmegaConf.merge(OmegaConf.structured(Config), gather_own_entries(composed))
         config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise ConfigError(explain_omegaconf_error(error, composed)) from None
     assert isinstance(config, Config)
     raise_first(find_interpolation_problems(config))  # alone, because the other sentences quote values
+    if not is_saved:
+        raise_first(find_own_key_problems(config))
     problems = [*find_range_problems(config), *find_target_problems(config), *find_cross_problems(config)]
+    if not is_saved:
+        problems += find_name_problems(config)
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:
         raise ConfigError(f"{len(problems)} problems in the configuration:\n  " + "\n  ".join(problems))
     return config
+
+
+def gather_own_entries(composed: DictConfig) -> DictConfig:
+    """A copy in which the keys that programs added to a section are in its field `own`."""
+    copied = composed.copy()
+    for path, cls in OPEN_SECTIONS.items():
+        section = OmegaConf.select(copied, path)
+        if not isinstance(section, DictConfig):
+            continue
+        known = {item.name for item in fields(cls)}
+        own = {str(key): section._get_node(key) for key in section if key not in known}
+        OmegaConf.set_struct(section, False)
+        for key in own:
+            section.pop(key)
+        if own:
+            section["own"] = own
+    return copied
 
 
 def raise_first(problems: Iterator[str]) -> None:
@@ -117,15 +146,39 @@ def find_interpolation_problems(config: Config) -> Iterator[str]:
 
 
 def find_target_problems(config: Config) -> Iterator[str]:
-    """A sentence for every logger and callback that is not on the allow-list, and for Hydra's own keys elsewhere."""
+    """A sentence for every `_target_` that is not on the allow-list, and for Hydra's own keys elsewhere."""
     plain = config_to_plain(config)
     for group in ("logger", "callbacks"):
         for name, section in plain[group].items():
-            target = section.pop("_target_", None) if isinstance(section, dict) else None
+            if isinstance(section, dict) and "_target_" not in section:
+                continue  # the name says which, see find_name_problems
+            target = section.pop("_target_") if isinstance(section, dict) else None
             if target not in ALLOWED_TARGETS:
                 yield f"{group}.{name}._target_={target}: not allowed. Allowed: {', '.join(ALLOWED_TARGETS)}."
     for path in find_instantiate_keys(plain):
         yield f"{path}: not allowed here."
+
+
+def find_own_key_problems(config: Config) -> Iterator[str]:
+    """A sentence for every key that neither the schema nor a table of this program has."""
+    for path in OPEN_SECTIONS:
+        section: Any = reduce(getattr, path.split("."), config)
+        for name in section.own:
+            if name not in list_own_names(path):
+                yield explain_unknown_key(f"{path}.{name}", list_keys() + list_own_keys())
+
+
+def find_name_problems(config: Config) -> Iterator[str]:
+    """A sentence for every callback, logger and monitored score that this program does not have."""
+    for group in ("logger", "callbacks"):
+        for name, section in getattr(config, group).items():
+            if isinstance(section, dict) and "_target_" not in section and name not in list_own_names(group):
+                yield f"{group}.{name}: has no _target_, and no program adds this name ({EXTENDING})."
+    scores = (*MONITORED_METRICS, *list_own_scores())
+    for name, section in config.callbacks.items():
+        monitor = section.get("monitor") if isinstance(section, dict) else None
+        if monitor is not None and monitor not in scores:
+            yield format_wrong_choice(f"callbacks.{name}.monitor", monitor, scores)
 
 
 def find_instantiate_keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -1,13 +1,15 @@
 """Stage 3, optional: random augmentation of training images, with torchvision's v2 transforms.
 
 The random numbers depend only on the seed, the number of the sub-batch and the position in it, so that workers, devices
-and resuming change nothing.
+and resuming change nothing. Programs add transforms to AUGMENTATIONS.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +17,22 @@ from numpy.typing import NDArray
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from semseg.config.schema import AugmentConfig
+from semseg.config.schema import AugmentConfig, is_chosen
+from semseg.config.tables import announce_table
 from semseg.data.geometry import Size
 from semseg.data.label_map import IGNORED
 from semseg.data.seeding import number_for
+from semseg.errors import ConfigError, check_choice
 
 AUGMENT_STREAM = 3  # random stream; plan.py defines the others
 BLUR_RADIUS = 4.0  # radius of the kernel in standard deviations
+
+# Transforms that programs add, by name: functions of
+#     image (3, H, W), uint8 RGB, label (H, W), int64, -1 = not scored, and a torch.Generator
+# that return the changed image and label, of the same shapes and types. The value of augment.<name> is the fourth
+# argument if it is a number, and keyword arguments if it is a mapping.
+AUGMENTATIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
+announce_table("augment", AUGMENTATIONS)
 
 
 class Augmented(NamedTuple):
@@ -31,12 +42,75 @@ class Augmented(NamedTuple):
     label: NDArray[np.int16]  # (H, W), -1 = not scored, which includes corners that a rotation leaves empty
 
 
+class OwnTransform(NamedTuple):
+    """An entry of AUGMENTATIONS with its options."""
+
+    name: str
+    function: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    numbers: tuple[float, ...]  # none or one
+    options: dict[str, Any]
+
+    def __call__(
+        self, image: torch.Tensor, label: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The changed image (3, H, W) and label (H, W).
+
+        Raises:
+            ConfigError: if the function returns anything else than both, with the shapes and types that it was given.
+        """
+        found = self.function(image, label, generator, *self.numbers, **self.options)
+        expected = [describe_tensor(image), describe_tensor(label)]
+        parts = [describe_tensor(part) for part in found] if isinstance(found, tuple | list) else [type(found).__name__]
+        if parts != expected:
+            raise ConfigError(
+                f"augment.{self.name}: returned {' and '.join(parts)}. It must return {' and '.join(expected)}."
+            )
+        image, label = found
+        return image, label
+
+
+def describe_tensor(value: object) -> str:
+    """The type and shape of a tensor, or the type of anything else.
+
+    >>> describe_tensor(torch.zeros(2, 3))
+    'float32 (2, 3)'
+    """
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+def build_own_transforms(config: AugmentConfig) -> list[OwnTransform]:
+    """The transforms that programs add, in the order of the configuration.
+
+    Raises:
+        ConfigError: if one is not in AUGMENTATIONS, or does not take its options.
+    """
+    transforms = []
+    for name, value in config.own.items():
+        if not is_chosen(value):
+            continue
+        function = AUGMENTATIONS[check_choice("augment", name, AUGMENTATIONS)]
+        options = {str(option): given for option, given in value.items()} if isinstance(value, dict) else {}
+        numbers = () if isinstance(value, dict | bool) else (value,)
+        signature = inspect.signature(function)
+        try:
+            signature.bind(*3 * [None], *numbers, **options)
+        except TypeError as error:
+            raise ConfigError(f"augment.{name}={value}: its function {signature} does not fit: {error}.") from None
+        transforms.append(OwnTransform(name, function, numbers, options))
+    return transforms
+
+
 class Augmentation:
-    """Random changes of one training image.
+    """Random changes of one training image: colour, blur, rotation, those that programs add, and the crop.
 
     Args:
         config: which transforms to apply, and their strength.
         seed: seed of the run.
+
+    Raises:
+        ConfigError: if a transform that a program should add is missing, or does not take its options.
     """
 
     def __init__(self, config: AugmentConfig, seed: int) -> None:
@@ -52,6 +126,7 @@ class Augmentation:
             fill = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
             transforms.append(v2.RandomRotation(config.rotation, InterpolationMode.BILINEAR, fill=fill))  # pyright: ignore[reportArgumentType]
         self.transforms = v2.Compose(transforms) if transforms else None
+        self.own = build_own_transforms(config)
 
     def draw_scale(self, number: int, position: int) -> float:
         """A random factor for the short edge and the limit of the long edge.
@@ -77,10 +152,24 @@ class Augmentation:
             mask = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(label))[None])
             if self.transforms is not None:
                 pixels, mask = self.transforms(pixels, mask)
+            if self.own:
+                pixels, mask = self._apply_own(pixels, mask, number, position)
             if self.config.crop is not None:
                 window = crop_size(Size(*label.shape), self.config.crop)
                 pixels, mask = v2.RandomCrop(tuple(window))(pixels, mask)
         return Augmented(pixels.permute(1, 2, 0).contiguous().numpy(), mask[0].contiguous().numpy())
+
+    def _apply_own(
+        self, pixels: torch.Tensor, mask: torch.Tensor, number: int, position: int
+    ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        """Apply the transforms that programs add; they do not change what ours draw."""
+        image, label = pixels.as_subclass(torch.Tensor).contiguous(), mask[0].as_subclass(torch.Tensor).long()
+        with torch.random.fork_rng(devices=[]):
+            for index, transform in enumerate(self.own):
+                seeds = (number_for(self.seed, AUGMENT_STREAM, number, position, 2, index, part) for part in (0, 1))
+                torch.manual_seed(next(seeds))  # for functions that draw from the global generator
+                image, label = transform(image, label, torch.Generator().manual_seed(next(seeds)))
+        return tv_tensors.Image(image), tv_tensors.Mask(label[None].to(torch.int16))
 
 
 def crop_size(size: Size, crop: list[int]) -> Size:

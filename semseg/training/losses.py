@@ -1,17 +1,18 @@
 """Stage 6: losses of logits and labels.
 
 A loss is a sum of terms. Pixel-wise terms (cross_entropy, ohem, focal) are means over scored pixels, region terms
-(dice, lovasz) are means over the classes that occur; each applies to the main and to the auxiliary logits.
+(dice, lovasz) are means over the classes that occur; each applies to the main and to the auxiliary logits. Programs add
+terms to LOSSES.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semseg.config.schema import LossConfig
+from semseg.config.tables import announce_table
 from semseg.data.label_map import IGNORED
-from semseg.errors import ConfigError
+from semseg.errors import ConfigError, check_choice
 from semseg.nets.interfaces import Logits
 
 # (logits (N, K, h, w) in float32 or wider, label (N, h, w), average over ranks) -> scalar
@@ -88,10 +90,10 @@ def focal(logits: Tensor, label: Tensor, average: str, *, gamma: float, weights:
     return _mean(weighted, _count_weighted_pixels(label, weights, logits.dtype), average)
 
 
-def dice(logits: Tensor, label: Tensor, average: str) -> Tensor:
+def dice(logits: Tensor, label: Tensor) -> Tensor:
     """1 - the soft Dice coefficient of Milletari et al. 2016 (section 3), averaged over the classes in the label.
 
-    Regions span a whole sub-batch; each rank has its own, whatever `average` is.
+    Regions span a whole sub-batch; each rank has its own, whatever loss.average is.
     """
     scored = label != IGNORED
     target = F.one_hot(label.clamp(min=0), logits.shape[1]).movedim(-1, 1) * scored[:, None]  # (N, K, h, w)
@@ -102,10 +104,10 @@ def dice(logits: Tensor, label: Tensor, average: str) -> Tensor:
     return ((1 - coefficients) * is_present).sum() / is_present.sum().clamp(min=1)
 
 
-def lovasz(logits: Tensor, label: Tensor, average: str) -> Tensor:
+def lovasz(logits: Tensor, label: Tensor) -> Tensor:
     """The Lovasz extension of 1 - IoU of the softmax (Berman et al. 2018, equation 11), over the classes in the label.
 
-    Regions span a whole sub-batch; each rank has its own, whatever `average` is.
+    Regions span a whole sub-batch; each rank has its own, whatever loss.average is.
     """
     scored = label != IGNORED
     truth = label[scored]  # (P)
@@ -125,24 +127,88 @@ def _lovasz_of_class(probability: Tensor, is_class: Tensor) -> Tensor:
     return errors @ torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
 
 
-DEFAULT_TERMS: tuple[tuple[float, Term], ...] = ((1.0, cross_entropy),)
+# The terms by name, ours and those that programs add: functions of
+#     logits (N, K, h, w), float32 or wider, and label (N, h, w), int64, -1 = not scored
+# that return one number with a gradient. They are called for the main and for the auxiliary logits. Parameters called
+# `weights` and `average` get the class weights, (K) float32 or None, and loss.average; others are options.
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "ohem": ohem,
+    "focal": focal,
+    "dice": dice,
+    "lovasz": lovasz,
+}
+announce_table("loss.terms", LOSSES)
+
+
+class NamedTerm(NamedTuple):
+    """An entry of LOSSES with its options."""
+
+    name: str
+    function: Callable[..., Tensor]
+    options: dict[str, Any]
+
+    def __call__(self, logits: Tensor, label: Tensor, average: str) -> Tensor:
+        """The term of logits (N, K, h, w) and label (N, h, w).
+
+        Raises:
+            ConfigError: if the function returns anything but one number.
+        """
+        given = {"average": average} if "average" in inspect.signature(self.function).parameters else {}
+        value = self.function(logits, label, **self.options, **given)
+        if not isinstance(value, Tensor) or value.ndim:
+            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"loss.terms.{self.name}: returned {found}. It must return a tensor of one number.")
+        return value
+
+
+DEFAULT_TERMS: tuple[tuple[float, Term], ...] = ((1.0, NamedTerm("cross_entropy", cross_entropy, {})),)
 
 
 def build_terms(config: LossConfig, num_classes: int) -> tuple[tuple[float, Term], ...]:
     """The terms of `loss`, each with its factor.
 
     Raises:
-        ConfigError: if there is not one class weight for each class.
+        ConfigError: if there is not one class weight for each class, no term uses them, or a term is not in LOSSES or
+            does not take its options.
     """
     weights = build_class_weights(config.class_weights, num_classes)
-    terms: dict[str, Term] = {
-        "cross_entropy": partial(cross_entropy, weights=weights, smoothing=config.label_smoothing),
-        "ohem": partial(ohem, threshold=config.ohem_threshold, min_kept=config.ohem_min_kept, weights=weights),
-        "focal": partial(focal, gamma=config.focal_gamma, weights=weights),
-        "dice": dice,
-        "lovasz": lovasz,
+    terms = [(float(factor), name) for name, factor in config.terms.factors.items() if factor]
+    built = [(factor, build_term(name, config, weights)) for factor, name in terms]
+    if config.terms.own and weights is not None and not any("weights" in term.options for _, term in built):
+        raise ConfigError(f"loss.class_weights: none of {', '.join(name for _, name in terms)} has class weights.")
+    return tuple(built)
+
+
+def build_term(name: str, config: LossConfig, weights: Tensor | None) -> NamedTerm:
+    """A term with the options that `loss` has for it.
+
+    Raises:
+        ConfigError: if it is not in LOSSES, or does not take these options.
+    """
+    function = LOSSES[check_choice("loss.terms", name, LOSSES)]
+    signature = inspect.signature(function)
+    options = dict(collect_options(name, config))
+    if "weights" in signature.parameters:
+        options["weights"] = weights
+    try:
+        signature.bind(*2 * [None], **options, **({"average": ""} if "average" in signature.parameters else {}))
+    except TypeError as error:
+        raise ConfigError(f"loss.terms.{name}: its function {signature} does not fit: {error}.") from None
+    return NamedTerm(name, function, options)
+
+
+def collect_options(name: str, config: LossConfig) -> Iterator[tuple[str, Any]]:
+    """The options of a term: keys of `loss` for ours, and entries beside the factor for those of programs."""
+    ours = {
+        "cross_entropy": {"smoothing": config.label_smoothing},
+        "ohem": {"threshold": config.ohem_threshold, "min_kept": config.ohem_min_kept},
+        "focal": {"gamma": config.focal_gamma},
     }
-    return tuple((float(factor), terms[name]) for name, factor in vars(config.terms).items() if factor)
+    yield from ours.get(name, {}).items()
+    value = config.terms.own.get(name)
+    if isinstance(value, dict):
+        yield from ((str(option), given) for option, given in value.items() if option != "factor")
 
 
 def build_class_weights(given: Sequence[float] | str | None, num_classes: int) -> Tensor | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -17,9 +18,17 @@ from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
 
 from semseg.checkpoints.atomic_io import AtomicCheckpointIO
 from semseg.config.schema import SyncBNConfig, TrainerConfig
-from semseg.errors import ConfigError
+from semseg.config.tables import announce_table
+from semseg.errors import ConfigError, check_choice
 from semseg.syncbn.plugin import build_layer_sync
 from semseg.training.loggers.external import logger_error, require_logger_package
+
+Created = TypeVar("Created")
+# Classes that programs add, by name. A section callbacks.<name> or logger.<name> without `_target_` holds arguments.
+CALLBACKS: dict[str, Callable[..., Callback]] = {}
+LOGGERS: dict[str, Callable[..., Logger]] = {}
+announce_table("callbacks", CALLBACKS)
+announce_table("logger", LOGGERS)
 
 OWN_TRAINER_KEYS = ("max_nonfinite_steps", "probe_memory", "log_images")  # our own keys, unknown to Lightning
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
@@ -102,26 +111,34 @@ def create_callbacks(sections: Mapping[str, dict[str, Any]], *, has_val: bool) -
     """The callbacks of the section `callbacks`.
 
     Raises:
-        ConfigError: if one of them monitors a validation score and there is no validation.
+        ConfigError: if one of them monitors a validation score and there is no validation, is in no table, or does not
+            take its options.
     """
     for name, section in sections.items():
         monitor = str(section.get("monitor"))
         if monitor.startswith("val/") and not has_val:
             raise ConfigError(f"callbacks.{name}.monitor={monitor}: there is no validation, data.val is empty.")
-    return [instantiate(section) for section in sections.values()]
+    return [
+        instantiate(section) if "_target_" in section else create_own("callbacks", CALLBACKS, name, section)
+        for name, section in sections.items()
+    ]
 
 
-def create_loggers(sections: Iterable[dict[str, Any]]) -> list[Logger]:
+def create_loggers(sections: Mapping[str, dict[str, Any]]) -> list[Logger]:
     """The loggers of the section `logger`.
 
     Raises:
-        ConfigError: if the package of one is not installed, or refuses to open it.
+        ConfigError: if the package of one is not installed or refuses to open it, if one is in no table, or does not
+            take its options.
     """
-    return [create_logger(section) for section in sections]
+    return [
+        create_logger(section) if "_target_" in section else create_own("logger", LOGGERS, name, section)
+        for name, section in sections.items()
+    ]
 
 
 def create_logger(section: dict[str, Any]) -> Logger:
-    """One logger of the configuration.
+    """One of our loggers.
 
     Raises:
         ConfigError: if its package is not installed, or refuses to open it.
@@ -131,3 +148,18 @@ def create_logger(section: dict[str, Any]) -> Logger:
         return instantiate(section)
     except InstantiationException as error:
         raise logger_error(section["_target_"].rpartition(".")[2], error.__cause__ or error) from error
+
+
+def create_own(group: str, table: Mapping[str, Callable[..., Created]], name: str, options: dict[str, Any]) -> Created:
+    """The callback or logger `name` that a program has added to `table`.
+
+    Raises:
+        ConfigError: if there is none, or it does not take these options.
+    """
+    create = table[check_choice(group, name, table)]
+    signature = inspect.signature(create)
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise ConfigError(f"{group}.{name}={options}: {create.__name__}{signature} does not fit: {error}.") from None
+    return create(**options)

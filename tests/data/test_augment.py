@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 from helpers.in_process import configured
 from semseg.collate import collate
 from semseg.config.schema import AugmentConfig
-from semseg.data.augment import Augmentation
+from semseg.data.augment import AUGMENTATIONS, Augmentation
 from semseg.data.datasets import ReadOptions, TrainDataset
 from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
@@ -126,3 +128,57 @@ def test_every_group_file_is_what_it_says(name: str) -> None:
 def test_ranges_that_are_none_are_refused(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configured("data=scenes", word)
+
+
+# ---- those that programs add
+
+
+def dim(
+    image: torch.Tensor, label: torch.Tensor, generator: torch.Generator, amount: float = 0.5, side: int = 4
+) -> tuple[torch.Tensor, torch.Tensor]:
+    factor = 1 - amount * float(torch.rand((), generator=generator))
+    label[:side, :side] = -1
+    return (image * factor).to(torch.uint8), label
+
+
+def changed_by(function: object, number: int = 0, /, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    with patch.dict(AUGMENTATIONS, mine=function):
+        return tuple(Augmentation(AugmentConfig(**options), 304)(PICTURE, HALVES, number, 0))  # pyright: ignore[reportReturnType]
+
+
+def test_a_transform_of_a_program_draws_by_number_and_leaves_the_draws_of_ours_alone() -> None:
+    def keep(image: torch.Tensor, label: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.rand(3)
+        return image, label
+
+    ours, same = changed(5, **STRONG), changed_by(keep, 5, **STRONG, own={"mine": True})
+    assert all(np.array_equal(a, b) for a, b in zip(ours, same, strict=True))  # the crop, which comes later, too
+    first, again, other = (changed_by(dim, number, own={"mine": 1.0}) for number in (5, 5, 6))
+    assert np.array_equal(first[0], again[0]) and not np.array_equal(first[0], other[0])
+    assert first[0].mean() < PICTURE.mean() and (first[1][:4, :4] == -1).all() and HALVES.min() == 0
+    assert first[0].dtype == np.uint8 and first[1].dtype == np.int16
+
+
+def test_a_number_is_its_fourth_argument_a_mapping_its_options_and_0_leaves_it_out() -> None:
+    image, label = changed_by(dim, own={"mine": {"amount": 0.0, "side": 2}})
+    assert np.array_equal(image, PICTURE) and int((label == -1).sum()) == 4
+    for off in (0, 0.0, None, False):
+        assert not AugmentConfig(own={"mine": off}).is_on
+        assert np.array_equal(changed_by(dim, own={"mine": off})[1], HALVES)
+    with pytest.raises(ConfigError, match=r"augment\.mine.*amout"):
+        changed_by(dim, own={"mine": {"amout": 1.0}})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda image, label, generator: image,
+        lambda image, label, generator: (image.float(), label),
+        lambda image, label, generator: (image[:, 1:], label[1:]),
+        lambda image, label, generator: (image, label, 0),
+        lambda image, label, generator: None,
+    ],
+)
+def test_a_transform_that_returns_anything_else_is_refused(wrong: object) -> None:
+    with pytest.raises(ConfigError, match=r"augment\.mine: returned .* must return uint8 \(3, 40, 60\) and int64"):
+        changed_by(wrong, own={"mine": True})

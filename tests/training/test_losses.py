@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from semseg.config.schema import LossConfig, LossTermsConfig
 from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 from semseg.nets.interfaces import Logits
-from semseg.training.losses import build_class_weights, build_terms, segmentation_loss
+from semseg.training.losses import LOSSES, build_class_weights, build_terms, cross_entropy, segmentation_loss
 
 
 def test_uniform_logits_cost_the_logarithm_of_the_number_of_classes() -> None:
@@ -292,3 +293,50 @@ def test_class_weights_are_read_from_what_the_doctor_wrote(tmp_path: Path) -> No
 def test_a_loss_that_makes_no_sense_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_config(compose_config(words))
+
+
+# ---- terms that programs add
+
+
+def own_focal(logits: Tensor, label: Tensor, gamma: float = 2.0) -> Tensor:
+    costs = F.cross_entropy(logits, label, ignore_index=-1, reduction="none")
+    scored = label >= 0
+    return ((1 - torch.exp(-costs[scored])) ** gamma * costs[scored]).mean()
+
+
+def of_own(function: Callable[..., Any], value: Any, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    config = LossConfig(terms=LossTermsConfig(cross_entropy=0.0, own={"mine": value}), **options)
+    with patch.dict(LOSSES, mine=function):
+        built = build_terms(config, 4)
+    return lambda logits, label: segmentation_loss(Logits(logits, logits), label, deepsup_weight=0.4, terms=built).total
+
+
+def test_a_term_of_a_program_is_summed_like_ours_with_its_factor_and_options() -> None:
+    logits, label = some_logits()
+    ours = of({"focal": 1.0}, focal_gamma=3.0)(logits, label)
+    found = of_own(own_focal, {"factor": 0.5, "gamma": 3.0})(logits, label)
+    assert float(found) == pytest.approx(0.5 * 1.4 * float(ours))  # main, and 0.4 of the auxiliary logits
+    assert float(of_own(own_focal, 2.0)(logits, label)) == pytest.approx(2.8 * float(of({"focal": 1.0})(logits, label)))
+
+
+def test_a_term_gets_class_weights_and_the_average_if_it_has_such_parameters() -> None:
+    weights = [1.0, 2.0, 0.5, 3.0]
+    logits, label = some_logits()
+    found = of_own(cross_entropy, 1.0, class_weights=weights)(logits, label)
+    ours = of({"cross_entropy": 1.0}, class_weights=weights)(logits, label)
+    assert float(found) == pytest.approx(1.4 * float(ours))
+    with pytest.raises(ConfigError, match=r"loss\.class_weights: none of mine"):
+        of_own(own_focal, 1.0, class_weights=weights)
+
+
+@pytest.mark.parametrize("returned", [torch.zeros(2, 5, 6), 0.5, None])
+def test_a_term_that_returns_more_than_one_number_is_refused_and_not_summed(returned: Any) -> None:
+    with pytest.raises(ConfigError, match=r"loss\.terms\.mine: returned"):
+        of_own(lambda logits, label: returned, 1.0)(*some_logits())
+
+
+def test_a_term_that_is_in_no_table_or_lacks_the_option_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.terms\.mine.*gama"):
+        of_own(own_focal, {"gama": 1.0})
+    with pytest.raises(ConfigError, match=r"'absent'.*dice"):
+        build_terms(LossConfig(terms=LossTermsConfig(own={"absent": 1.0})), 4)
