@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from semseg.config.schema import Config
+from semseg.config.schema import Config, TrainerConfig
 from semseg.errors import STOPPED_CODES, TERMINATED, ConfigError, SemsegError
 from semseg.system.process import SUPERVISOR_VARIABLE, get_stop_code, is_supervised, is_sweep_gone, list_stop_signals
 from semseg.system.text import escape_lines
@@ -65,15 +65,15 @@ def count_processes(config: Config) -> int:
     is_single = config.mode not in PARALLEL_MODES or not trainer.strategy.startswith(SCRIPT_STRATEGIES)
     if is_external or is_single or trainer.strategy.endswith(("spawn", "fork", "notebook")):
         return 1
-    return count_devices(config)
+    return count_devices(trainer)
 
 
-def count_devices(config: Config) -> int:
+def count_devices(trainer: TrainerConfig) -> int:
     """Devices per machine."""
-    devices = config.trainer.devices
+    devices = trainer.devices
     if isinstance(devices, list):
         return len(devices)
-    return max(1, _count_gpus(config.trainer.accelerator)) if devices in ("auto", -1) else int(devices)
+    return max(1, _count_gpus(trainer.accelerator)) if devices in ("auto", -1) else int(devices)
 
 
 def check_world_size(config: Config) -> None:
@@ -91,7 +91,7 @@ def check_world_size(config: Config) -> None:
     if config.mode not in PARALLEL_MODES:
         return refuse_launcher(f"mode={config.mode}")
     trainer = config.trainer
-    num_ranks = count_devices(config) * trainer.num_nodes
+    num_ranks = count_devices(trainer) * trainer.num_nodes
     if num_ranks != world_size:
         raise ConfigError(
             f"{launcher} has started {world_size} processes, but trainer.devices={_format_devices(trainer.devices)} on "

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -33,7 +33,7 @@ from semseg.checkpoints.format import (
 from semseg.checkpoints.initialise import initialise_from
 from semseg.checkpoints.network import build_network, check_network, without_weights
 from semseg.checkpoints.published import find_published_files
-from semseg.config.schema import ZOO_PREFIX, Config, ModelConfig, config_to_plain
+from semseg.config.schema import ZOO_PREFIX, Config, ModelConfig, TrainerConfig, config_to_plain
 from semseg.data.overlap import find_overlap
 from semseg.data.sources import DataSource, describe_split_folders, require_masks
 from semseg.errors import CheckpointError, DataError
@@ -200,17 +200,17 @@ def lock_run_folder(run_dir: Path) -> Iterator[None]:
 # ---- training
 
 
-def check_records(config: Config, source: DataSource, world_size: int) -> None:
+def check_records(source: DataSource, world_size: int) -> None:
     """Report unused files and images that are in two splits, and refuse data that cannot be trained on.
 
     Raises:
         DataError: if train is smaller than one step, or val has images without a mask.
     """
-    records, needed = source.records("train"), config.data.batch_size * world_size
-    if len(records) < needed:
+    records, batch_size = source.records("train"), source.config.batch_size
+    if len(records) < batch_size * world_size:
         raise DataError(
-            f"data.train has {len(records)} images, one step takes {needed}: "
-            f"data.batch_size={config.data.batch_size} on {world_size} devices. Lower one of them."
+            f"data.train has {len(records)} images, one step takes {batch_size * world_size}: "
+            f"data.batch_size={batch_size} on {world_size} devices. Lower one of them."
         )
     print_once(source.describe_unused("train"))
     if source.has("val"):
@@ -229,7 +229,7 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
     run_dir = Path(config.run_dir)
     pl.seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config, source)
-    check_records(config, source, trainer.world_size)
+    check_records(source, trainer.world_size)
     if start.network is not None:
         check_network(start.network)
         refuse_nonfinite_weights(start.network.weights, start.network.source)
@@ -322,7 +322,7 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
         return
     for mode in config.after_training:
         run_follow_up(mode, config, checkpoint)
-    command = resume_command(config, overrides, *overrides_to_continue(config, trainer))
+    command = resume_command(config, overrides, *overrides_to_continue(config.trainer, config.callbacks, trainer))
     for line in closing_lines(config, checkpoint, result.score, command):
         console.print(line, soft_wrap=True, highlight=False, markup=False)  # commands must survive copying
 
@@ -345,16 +345,21 @@ def run_follow_up(mode: str, config: Config, checkpoint: Path) -> None:
         predict_inputs(create_predictor(saved, after), after)
 
 
-def overrides_to_continue(config: Config, trainer: pl.Trainer) -> list[str]:
-    """Overrides with which a finished run continues: larger limits, or without early stopping."""
-    limits, words = config.trainer, []
+def overrides_to_continue(limits: TrainerConfig, callbacks: Mapping[str, Any], trainer: pl.Trainer) -> list[str]:
+    """Overrides with which a finished run continues: larger limits, or without early stopping.
+
+    Args:
+        limits, callbacks: the sections of the run.
+        trainer: has trained it.
+    """
+    words = []
     steps_per_epoch = math.ceil(trainer.num_training_batches / limits.accumulate_grad_batches)
     if trainer.global_step >= limits.max_epochs * steps_per_epoch:
         words.append(f"trainer.max_epochs={2 * limits.max_epochs}")
     if 0 < limits.max_steps <= trainer.global_step:
         words.append(f"trainer.max_steps={2 * limits.max_steps}")
     if trainer.should_stop:
-        words += [removal_override(name) for name in list_early_stopping(config.callbacks)]
+        words += [removal_override(name) for name in list_early_stopping(callbacks)]
     return words
 
 
