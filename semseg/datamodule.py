@@ -29,6 +29,7 @@ from semseg.data.scan import repeat_factors, scan_pairs
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError
 from semseg.nets.segmenter import Segmenter
+from semseg.system.processors import choose_num_workers
 from semseg.system.shared_memory import get_free_shared_memory
 from semseg.training.resume import RunConditions, count_run_steps, digest_records, limit_batches
 
@@ -182,7 +183,7 @@ class SegmentationData(pl.LightningDataModule):
         return ReadOptions(data.max_long_edge, self.size_divisor, data.on_bad == "skip", data.max_pixels, cache)
 
     def num_workers(self, max_item_bytes: Callable[[], int]) -> int:
-        """data.num_workers; 0 if /dev/shm is needed and too small for what the workers of this machine prepare.
+        """Workers of a loader on each device; 0 if /dev/shm is needed and too small for what those of this machine prepare.
 
         Forks transfer pixels in slots and labels as bytes, and do not use /dev/shm (see shared_slots.py). Other workers
         transfer tensors in it, and a worker that finds it full is killed without a message.
@@ -190,10 +191,10 @@ class SegmentationData(pl.LightningDataModule):
         Args:
             max_item_bytes: computes the size of the largest item of the loader.
         """
-        num_workers, free = self.data_config.num_workers, get_free_shared_memory()
+        ranks, free = 1 if self.trainer is None else self.trainer.num_devices, get_free_shared_memory()
+        num_workers = choose_num_workers(self.data_config.num_workers, ranks)
         if not num_workers or free is None or shared_slots.slots_are_possible():
             return num_workers
-        ranks = 1 if self.trainer is None else self.trainer.num_devices
         needed = PREFETCH * num_workers * ranks * max_item_bytes()
         if needed <= free:
             return num_workers

@@ -245,8 +245,8 @@ class DataConfig:
     """Mirror half of the training images, at random."""
     oversample: float = number_field(0.0, low=0, high=1)
     """Repeat images with classes that occur in less than this fraction of all images: 0.05; 0: off."""
-    num_workers: int = number_field(4, low=0)
-    """Data-loading workers per process; 0: load in the process itself."""
+    num_workers: int | None = number_field(None, low=0)
+    """Data-loading workers per device; 0: none; null: its share of the processors, at most 4."""
     worker_timeout_s: float = number_field(120.0, low=0)
     """Seconds to wait for the next sub-batch or image of a worker; 0: for ever."""
     decode: str = choice_field("fast", DECODE_MODES)

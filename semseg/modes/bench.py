@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import resource
 import statistics
 import sys
@@ -33,6 +32,7 @@ from semseg.lit_module import SegmentationModule
 from semseg.modes.train import network_name
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write
+from semseg.system.processors import count_processors
 from semseg.training.trainer import choose_accelerator
 
 MAX_WAITING = 0.1  # fraction of the time; above it, loading is the bottleneck
@@ -203,7 +203,7 @@ def give_advice(config: Config, loading: LoadingSpeed, stepping: TrainingSpeed, 
 
 def settings_for_loading(config: Config, loading: LoadingSpeed, needed: float, world_size: int) -> list[str]:
     """Settings that load images faster."""
-    cores = (os.cpu_count() or 1) // world_size
+    cores = count_processors() // world_size
     needed_workers = math.ceil(max(1, loading.workers) * needed / loading.images_per_s)
     keys = [f"data.num_workers={min(needed_workers, cores)}"] if loading.workers < min(needed_workers, cores) else []
     if config.data.decode == "exact":

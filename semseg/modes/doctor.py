@@ -23,6 +23,7 @@ from semseg.data import shared_slots
 from semseg.errors import DataError, SemsegError
 from semseg.nets.registry import build_segmenter
 from semseg.prediction.video import VideoWriters, read_frames
+from semseg.system.processors import choose_num_workers, count_processors
 from semseg.system.shared_memory import SHARED_MEMORY, get_free_shared_memory
 from semseg.training.losses import segmentation_loss
 
@@ -53,7 +54,7 @@ def run(config: Config, overrides: list[str]) -> None:
     Raises:
         MachineError: if this machine cannot train.
     """
-    results = check_machine(Path(config.runs_dir), config.data.num_workers)
+    results = check_machine(Path(config.runs_dir), choose_num_workers(config.data.num_workers, num_ranks=1))
     table = Table(title="this machine", show_header=False)
     for result in results:
         table.add_row(result.level, result.name, result.text)
@@ -126,7 +127,7 @@ def is_installed(package: str) -> bool:
 
 def check_processor() -> CheckResult:
     """The cores and the memory that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = count_processors()
     memory = ""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = f", {format_gigabytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} of memory"

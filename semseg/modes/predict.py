@@ -29,6 +29,7 @@ from semseg.prediction.video import Frame, LostFramesError, VideoWriters, read_f
 from semseg.reports.draw import Pixels, colour_class_map, draw_overlay
 from semseg.storage.download import fetch_file
 from semseg.storage.ranks import print_once
+from semseg.system.processors import choose_num_workers
 from semseg.system.text import escape_lines, escape_unprintable
 
 
@@ -67,7 +68,7 @@ def predict_inputs(predictor: Predictor, config: Config, inputs: Sequence[Input]
         predictor,
         folder,
         config.predict.save,
-        num_workers=min(1, config.data.num_workers),
+        num_workers=min(1, choose_num_workers(config.data.num_workers, num_ranks=1)),
         timeout_s=config.data.worker_timeout_s,
     )
     failures = []
