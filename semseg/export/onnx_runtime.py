@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import onnx.numpy_helper
@@ -36,6 +36,7 @@ from semseg.nets.interfaces import Decoder, Encoder, Logits
 from semseg.nets.segmenter import Segmenter
 
 METADATA_KEY = "semseg"
+PREPROCESSING_VERSION = 1  # of the arithmetic in docs/export.md that leads from a picture to its class map
 INPUT_NAME, OUTPUT_NAME = "image", "logits"  # input and output of a graph
 STANDARD_DOMAINS = ("", "ai.onnx")  # domains of the operators of ONNX itself
 # The preprocessing of an exported network: none, because normalisation is inside the graph.
@@ -66,10 +67,43 @@ def build_description(saved: SavedNetwork, net: Segmenter, quantized: str = "non
         "label_stride": net.label_stride,
         "label_ids": ids.class_ids,
         "ignored_ids": ids.ignored_ids,
+        "preprocessing": picture_rule(saved, net).as_plain(),
         "quantized": quantized,
         "input": f"{INPUT_NAME}: float32 (N, 3, H, W), RGB, 0..255; H and W multiples of {net.size_divisor}",
         "output": f"{OUTPUT_NAME}: float32 (N, {net.num_classes}, H / {net.label_stride}, W / {net.label_stride})",
     }
+
+
+class PictureRule(NamedTuple):
+    """How a picture of any size leads to a class map through a network; docs/export.md states the arithmetic."""
+
+    scales: tuple[int, ...]  # short edges, pixels
+    max_long_edge: int  # pixels
+    size_divisor: int  # pixels; a multiple of what the network requires
+    antialias: bool  # as in Preprocessing
+    flip: bool  # average with the mirrored picture
+
+    def as_plain(self) -> dict[str, Any]:
+        """The entry `preprocessing` of an exported file."""
+        return {
+            "version": PREPROCESSING_VERSION,
+            **self._asdict(),
+            "scales": list(self.scales),
+            "interpolation": "bilinear",
+            "normalisation": "inside the graph",
+        }
+
+
+def picture_rule(saved: SavedNetwork, net: Segmenter) -> PictureRule:
+    """The rule of mode=predict for a network with the settings of its own configuration."""
+    config = saved.config
+    return PictureRule(
+        tuple(config.eval.scales),
+        config.data.max_long_edge,
+        config.model.size_divisor or net.size_divisor,
+        net.convention.antialias,
+        config.predict.flip,
+    )
 
 
 # ---- reading

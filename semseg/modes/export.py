@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -34,6 +35,8 @@ def run(config: Config, overrides: list[str]) -> None:
 
     output = Path(config.output).expanduser()
     saved, config = open_network(config, overrides)
+    config = fix_scales(config)
+    saved = saved._replace(config=follow_given_keys(saved.config, config))
     net = restore_network(saved)
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     options = config.export
@@ -52,6 +55,19 @@ def run(config: Config, overrides: list[str]) -> None:
             print_quantisation_loss(config, saved, net, restore_network(read_exported(temporary)))
         size = temporary.stat().st_size
     print(f"written {output} ({size / 1e6:.1f} MB)")
+
+
+def fix_scales(config: Config) -> Config:
+    """The configuration with the scales of prediction in eval.scales, where all modes that read the file find them."""
+    if config.predict.scales is None:
+        return config
+    return replace(config, eval=replace(config.eval, scales=config.predict.scales, also_scales=[]))
+
+
+def follow_given_keys(saved: Config, given: Config) -> Config:
+    """The configuration to store in the file: that of the run, with what the command line says about prediction."""
+    data = replace(saved.data, max_long_edge=given.data.max_long_edge)
+    return replace(saved, data=data, eval=given.eval, predict=given.predict)
 
 
 def read_calibration_images(config: Config, net: Segmenter) -> Iterator[Tensor]:

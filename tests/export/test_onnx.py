@@ -183,15 +183,6 @@ def test_evaluation_scores_as_with_the_checkpoint(folder: Path) -> None:
     assert scores[0] is not None and scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
-def test_the_example_of_the_documentation_runs(folder: Path, tmp_path: Path) -> None:
-    shutil.copy(folder / "net.onnx", tmp_path / "model.onnx")
-    Image.fromarray(np.full((70, 101, 3), 128, np.uint8)).save("photo.jpg")
-    (code,) = re.findall(r"```python\n(.*?)```", (CONFIG_DIR.parent / "docs" / "export.md").read_text(), re.DOTALL)
-    exec(code, {})
-    mask = Image.open("mask.png")
-    assert mask.size == (101, 70) and np.asarray(mask).max() < NUM_CLASSES
-
-
 # ---- a file that differs
 
 
