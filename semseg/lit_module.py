@@ -33,7 +33,7 @@ from semseg.training.callbacks.bad_images import check_bad_fraction, report_bad_
 from semseg.training.callbacks.label_warnings import describe_odd_predictions
 from semseg.training.callbacks.out_of_memory import report_out_of_memory, report_out_of_memory_in_evaluation
 from semseg.training.losses import Loss, build_terms, segmentation_loss
-from semseg.training.optim import apply_settings, build_optimizer, build_scheduler
+from semseg.training.optim import apply_settings, build_optimizer, build_scheduler, choose_fused
 from semseg.training.resume import RUN_KEY, resume_at
 from semseg.training.step_means import TRAIN_METRICS
 from semseg.training.training_state import METRICS_KEY
@@ -284,7 +284,8 @@ class SegmentationModule(pl.LightningModule):
     # ---- optimisers and checkpoints
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = build_optimizer(self.net, self.optim_config, self.unused.values())
+        is_fused = choose_fused(self.optim_config, self.device, str(self.trainer.precision))
+        optimizer = build_optimizer(self.net, self.optim_config, self.unused.values(), is_fused=is_fused)
         total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = build_scheduler(optimizer, self.schedule_config, total_steps)
         self.group_settings = [

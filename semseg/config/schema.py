@@ -354,6 +354,8 @@ class OptimConfig:
     """Applies to convolution and linear weights only."""
     layer_decay: float = number_field(1.0, above=0, high=1)
     """Encoder: factor of the learning rate from each stage to the one before it; 0.8: the stem learns slowest."""
+    fused: bool | None = None
+    """Update all weights in one kernel; null: on GPUs, unless trainer.precision is 16-mixed, which refuses it."""
 
 
 @dataclass

@@ -7,11 +7,13 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from semseg.config.schema import OptimConfig, ScheduleConfig
+from semseg.errors import ConfigError
 from semseg.nets.segmenter import Segmenter
 
 Schedule = Callable[[int], float]
@@ -86,12 +88,40 @@ def list_encoder_stages(encoder: nn.Module) -> list[list[nn.Module]]:
     return stages
 
 
-def build_optimizer(net: Segmenter, config: OptimConfig, unused: Collection[nn.Parameter] = ()) -> Optimizer:
-    """The optimiser named in `config`, over `parameter_groups`."""
+def build_optimizer(
+    net: Segmenter, config: OptimConfig, unused: Collection[nn.Parameter] = (), *, is_fused: bool = False
+) -> Optimizer:
+    """The optimiser named in `config`, over `parameter_groups`.
+
+    Args:
+        is_fused: update all weights in one kernel, which can leave out a step without the host's knowing: see
+            NonFiniteGuard.
+    """
     groups = parameter_groups(net, config, unused)
+    fused = True if is_fused else None  # None: torch chooses
     if config.name == "adamw":
-        return AdamW(groups, betas=(config.momentum, config.beta2))
-    return SGD(groups, momentum=config.momentum)
+        return AdamW(groups, betas=(config.momentum, config.beta2), fused=fused)
+    optimizer = SGD(groups, momentum=config.momentum, fused=fused)
+    if is_fused and config.momentum:
+        # torch leaves the momentum uninitialised if the first step is left out. Zeros give the same first step.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def choose_fused(config: OptimConfig, device: torch.device, precision: str) -> bool:
+    """Whether the optimiser is fused: optim.fused, by default on GPUs.
+
+    Raises:
+        ConfigError: if it is requested beside a gradient scaler, which would skip steps in the same way.
+    """
+    has_scaler = precision == "16-mixed"
+    if config.fused and has_scaler:
+        raise ConfigError(
+            "optim.fused=true: not with trainer.precision=16-mixed. Use bf16-mixed, or optim.fused=false."
+        )
+    return device.type == "cuda" and not has_scaler if config.fused is None else config.fused
 
 
 def poly(step: int, *, total_steps: int, power: float) -> float:

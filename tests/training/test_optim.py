@@ -6,8 +6,16 @@ from torch import nn
 
 from helpers.reference import golden
 from semseg.config.schema import OptimConfig, ScheduleConfig
+from semseg.errors import ConfigError
 from semseg.nets.registry import build_segmenter
-from semseg.training.optim import build_optimizer, build_schedule, build_scheduler, parameter_groups, split_by_decay
+from semseg.training.optim import (
+    build_optimizer,
+    build_schedule,
+    build_scheduler,
+    choose_fused,
+    parameter_groups,
+    split_by_decay,
+)
 
 
 def test_poly_gives_the_published_rates_before_each_step() -> None:
@@ -99,3 +107,37 @@ def test_layer_decay_slows_the_encoder_stage_by_stage_towards_its_input(encoder:
     assert sorted(named) == sorted(id(parameter) for parameter in net.parameters())
     stem = next(group for group in groups if group["lr"] == min(rates.values()))
     assert any(parameter is next(net.encoder.parameters()) for parameter in stem["params"])
+
+
+@pytest.mark.parametrize(
+    ("fused", "device", "precision", "expected"),
+    [
+        (None, "cpu", "32-true", False),
+        (None, "cuda", "bf16-mixed", True),
+        (None, "cuda", "16-mixed", False),  # its gradient scaler skips steps by the same means
+        (False, "cuda", "32-true", False),
+        (True, "cpu", "32-true", True),
+    ],
+)
+def test_optimisers_are_fused_on_gpus(fused: bool | None, device: str, precision: str, expected: bool) -> None:
+    assert choose_fused(OptimConfig(fused=fused), torch.device(device), precision) == expected
+
+
+def test_a_fused_optimiser_beside_a_gradient_scaler_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.fused.*16-mixed"):
+        choose_fused(OptimConfig(fused=True), torch.device("cuda"), "16-mixed")
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_fused_step_equals_one_that_is_not_fused(name: str) -> None:
+    weights = []
+    for is_fused in (False, True):
+        torch.manual_seed(0)
+        net = build_segmenter("resnet18", "c1", 3)
+        optimizer = build_optimizer(net, OptimConfig(name=name, lr=0.01), is_fused=is_fused)
+        for step in range(3):
+            for weight in net.parameters():
+                weight.grad = torch.full_like(weight, 0.1 * (step + 1))
+            optimizer.step()
+        weights.append([weight.detach().clone() for weight in net.parameters()])
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7)

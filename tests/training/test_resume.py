@@ -88,11 +88,11 @@ def test_a1_resuming_from_every_checkpoint_gives_the_run_that_never_stopped(
 
 @pytest.mark.slow
 @pytest.mark.reliability
-def test_a1_the_moving_average_is_resumed_exactly_too(
+def test_a1_the_moving_average_and_a_fused_optimiser_are_resumed_exactly_too(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
-    config = run_of(root, run_dir, "ema.decay=0.8", "ema.start_step=1")
+    config = run_of(root, run_dir, "ema.decay=0.8", "ema.start_step=1", "optim.fused=true")
     with monkeypatch.context() as patched:
         copies = copies_of_every_save(patched, tmp_path / "copies")
         whole = fit(config)

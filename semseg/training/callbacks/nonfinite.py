@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
@@ -16,7 +17,6 @@ from torch.optim import Optimizer
 from semseg.data.batch import Batch
 from semseg.errors import SemsegError
 from semseg.storage.atomic import atomic_write, entry_command
-from semseg.training.callbacks.stop import Votes
 
 NONFINITE_FOLDER = "nonfinite"  # in the run folder
 
@@ -25,11 +25,24 @@ class NonFiniteError(SemsegError):
     """The loss or the gradient of a step is NaN or infinite."""
 
 
+class Step(NamedTuple):
+    """A step of the optimiser whose loss and gradient may be NaN or infinite."""
+
+    number: int
+    batches: list[Batch]  # this rank's
+    rates: list[float]  # the learning rate of each part of the network
+    values: Tensor  # (3 + sub-batches) on the host: bad on any rank, bad on this rank, gradient norm, losses
+    is_copied: torch.Event | None  # recorded when `values` are there; None: they are
+
+
 class NonFiniteGuard(Callback):
     """Keeps steps with a NaN or infinite loss or gradient from the weights, on all ranks together.
 
     The sub-batch of such a step is saved for mode=replay. Up to `max_skipped` of them are skipped in a run,
     normalisation statistics included; the next one ends it, before the optimiser has moved.
+
+    With a fused optimiser the host does not wait for the loss: the device leaves out the update, and the step is
+    reported one step later, before a checkpoint is written, or before validation.
 
     Args:
         run_dir: the folder of the run.
@@ -46,19 +59,21 @@ class NonFiniteGuard(Callback):
         # A gradient scaler looks for infinite gradients of half precision itself, and skips them routinely.
         self.has_scaler = precision == "16-mixed"
         self.skipped = 0
-        self._votes: Votes | None = None
+        self._rank = self._world_size = 0
         self._batches: list[Batch] = []  # since the last step of the optimiser
         self._losses: list[Tensor] = []
         self._statistics: dict[str, Tensor] = {}
+        self._unread: Step | None = None
 
     def state_dict(self) -> dict[str, Any]:
+        self.read_last_step()  # a checkpoint counts all steps before it, and holds no statistics of a bad one
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped = state_dict["skipped"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._votes = Votes(trainer.world_size)
+        self._rank, self._world_size = trainer.global_rank, trainer.world_size
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
@@ -73,29 +88,63 @@ class NonFiniteGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        assert self._votes is not None, "on_fit_start comes first"
         gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-        norm = float(get_total_norm(gradients))
-        losses = [float(loss) for loss in self._losses]
-        is_bad_here = not all(map(is_finite, losses)) or not (self.has_scaler or is_finite(norm))
-        (is_bad,) = self._votes.maximum(is_bad_here)
-        batches, self._batches, self._losses = self._batches, [], []
+        norm = get_total_norm(gradients).to(pl_module.device)
+        norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
+        losses = torch.stack(self._losses).to(norm)
+        is_bad_here = ~losses.isfinite().all() | ~(torch.ones_like(norm) if self.has_scaler else norm).isfinite()
+        is_bad = is_bad_here.float()
+        if self._world_size > 1:  # ranks agree on the device, which is not waited for
+            dist.all_reduce(is_bad, dist.ReduceOp.MAX)
+        values = torch.cat([torch.stack([is_bad.to(norm), is_bad_here.to(norm), norm]), losses])
+        rates = [float(group["lr"]) for group in optimizer.param_groups[::2]]
+        step = Step(trainer.global_step + 1, self._batches, rates, *copy_to_host(values))
+        self._batches, self._losses = [], []
+        if optimizer.defaults.get("fused"):
+            self.read_last_step()
+            self._unread = step
+            optimizer.found_inf = is_bad  # pyright: ignore[reportAttributeAccessIssue] - fused kernels look for it
+            for name, value in pl_module.named_buffers() if self.max_skipped else ():
+                value.copy_(torch.where(is_bad > 0, self._statistics[name], value))
+        elif self.read_step(step):
+            optimizer.zero_grad(set_to_none=True)  # an optimiser ignores parameters without a gradient
+            for name, value in pl_module.named_buffers():
+                value.copy_(self._statistics[name])
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.read_last_step()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.read_last_step()
+
+    def read_last_step(self) -> None:
+        """Read and report the last step of a fused optimiser, if that has not been done."""
+        step, self._unread = self._unread, None
+        if step is not None:
+            self.read_step(step)
+
+    def read_step(self, step: Step) -> bool:
+        """Whether a step was skipped, which is reported.
+
+        Raises:
+            NonFiniteError: if it is one too many.
+        """
+        if step.is_copied is not None:
+            step.is_copied.synchronize()
+        is_bad, is_bad_here, norm, *losses = step.values.tolist()
         if not is_bad:
-            return
-        step = trainer.global_step + 1
+            return False
         self.skipped += 1
-        path = self.save_batches(batches, step, trainer.global_rank)
+        path = self.save_batches(step.batches, step.number, self._rank)
         if is_bad_here:
-            message = describe_bad_step(step, losses, norm, optimizer, batches)
+            message = describe_bad_step(step, losses, norm)
         else:
-            message = f"step {step}: the loss or the gradient of another rank is NaN or infinite."
+            message = f"step {step.number}: the loss or the gradient of another rank is NaN or infinite."
         if self.skipped > self.max_skipped:
             command = f"{entry_command()} mode=replay ckpt=last input={path}"
             raise NonFiniteError(f"{message} The sub-batch is saved: {command}")
         rank_zero_warn(f"{message} The step is skipped ({self.skipped} of {self.max_skipped}).")
-        optimizer.zero_grad(set_to_none=True)  # an optimiser ignores parameters without a gradient
-        for name, value in pl_module.named_buffers():
-            value.copy_(self._statistics[name])
+        return True
 
     def save_batches(self, batches: list[Batch], step: int, rank: int) -> Path:
         """Write this rank's sub-batches of a step; returns the file."""
@@ -106,18 +155,24 @@ class NonFiniteGuard(Callback):
         return path
 
 
-def describe_bad_step(step: int, losses: list[float], norm: float, optimizer: Optimizer, batches: list[Batch]) -> str:
+def copy_to_host(values: Tensor) -> tuple[Tensor, torch.Event | None]:
+    """A copy on the host that may be incomplete, and the event after which it is complete; None: it is."""
+    copy = values.to("cpu", non_blocking=True)
+    if values.device.type != "cuda":
+        return copy, None
+    event = torch.Event(device=values.device)
+    event.record()
+    return copy, event
+
+
+def describe_bad_step(step: Step, losses: list[float], norm: float) -> str:
     """What is known about a step with a NaN or infinite loss or gradient, in one line."""
-    rates = ", ".join(f"{group['lr']:.3g}" for group in optimizer.param_groups[::2])
-    files = ", ".join(path for batch in batches for path in batch.paths)
+    rates = ", ".join(f"{rate:.3g}" for rate in step.rates)
+    files = ", ".join(path for batch in step.batches for path in batch.paths)
     return (
-        f"step {step}: the loss is {', '.join(f'{loss:g}' for loss in losses)} and the gradient norm {norm:g}, "
+        f"step {step.number}: the loss is {', '.join(f'{loss:g}' for loss in losses)} and the gradient norm {norm:g}, "
         f"at learning rates {rates}; images: {files}. Weights and checkpoints are unchanged."
     )
-
-
-def is_finite(value: float) -> bool:
-    return value - value == 0  # neither NaN nor infinite
 
 
 def batch_to_dict(batch: Batch) -> dict[str, Any]:

@@ -32,17 +32,18 @@ def spoil_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[dict[s
     return states
 
 
+@pytest.mark.parametrize("fused", ["null", "true"])
 def test_d1_a_nan_loss_stops_the_run_and_names_step_files_and_saved_sub_batch(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: str
 ) -> None:
     states = spoil_steps(monkeypatch, {2})
-    run = prepare_run(root, tmp_path)
+    run = prepare_run(root, tmp_path, f"optim.fused={fused}")
     with pytest.raises(NonFiniteError) as caught:
         run.fit()
     message = str(caught.value)
     assert message.startswith("step 2: ") and "loss is nan" in message and "learning rates 0.0" in message
     assert message.count(".jpg") == 2
-    assert len(states) == 2 and not list(tmp_path.glob("checkpoints/*"))
+    assert len(states) == (3 if fused == "true" else 2) and not list(tmp_path.glob("checkpoints/*"))
     weights = dict(run.net.named_parameters())
     assert all(torch.equal(value, states[1][name]) for name, value in weights.items())
     saved = re.search(r"input=(\S+)", message)
@@ -52,16 +53,32 @@ def test_d1_a_nan_loss_stops_the_run_and_names_step_files_and_saved_sub_batch(
     assert content["batches"][0]["image"].dtype == torch.uint8 and len(content["batches"][0]["paths"]) == 2
 
 
+@pytest.mark.parametrize("optim", ["fused=null", "fused=true", "name=adamw optim.fused=true"])
 def test_d1_a_skipped_step_changes_nothing_and_the_next_one_too_many_stops(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str
 ) -> None:
     states = spoil_steps(monkeypatch, {1, 3})
-    run = prepare_run(root, tmp_path, "trainer.max_nonfinite_steps=1")
+    run = prepare_run(root, tmp_path, "trainer.max_nonfinite_steps=1", *f"optim.{optim}".split())
     with pytest.raises(NonFiniteError, match="step 3"):
         run.fit()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())  # statistics too
     assert any(not torch.equal(value, states[2][name]) for name, value in states[1].items())
+    assert all(bool(value.isfinite().all()) for value in run.net.state_dict().values())
     assert len(list(tmp_path.glob("nonfinite/*.pt"))) == 2
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_d1_a_bad_step_of_a_fused_optimiser_is_reported_before_a_checkpoint_is_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    spoil_steps(monkeypatch, {step})
+    run = prepare_run(root, tmp_path, "optim.fused=true", "checkpoint.every_n_steps=2", "data.steps_per_epoch=4")
+    with pytest.raises(NonFiniteError, match=f"step {step}"):
+        run.fit()
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert last.is_file() == (step == 4)
+    if step == 4:
+        assert torch.load(last, weights_only=True)["global_step"] == 2
 
 
 @pytest.mark.slow
