@@ -21,7 +21,7 @@ MAP_EDGE = 320  # pixels; a map of ADE20K takes about 3 KB
 MAX_MAPS = 5000  # images of a split whose maps are kept, the first ones
 MAX_MAP_BYTES = 2**24  # of one map in a file; larger ones were not written by us
 ENTRY_DATE = (1980, 1, 1, 0, 0, 0)  # the same maps make the same file
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, cv2.error, NotImplementedError)
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 class ClassMaps(NamedTuple):
@@ -38,8 +38,8 @@ class ImageCounts(NamedTuple):
     counts: NDArray[np.int32]  # (N, 3, K), see bootstrap.class_counts
 
 
-class ShownMaps(NamedTuple):
-    """Label and prediction of one image, read from a file: (h, w) class indices, -1 where nothing is scored."""
+class DecodedMaps(NamedTuple):
+    """Label and prediction of one image: (h, w) class indices, -1 where nothing is scored."""
 
     label: NDArray[np.int32]
     prediction: NDArray[np.int32]
@@ -94,43 +94,49 @@ def _entry_name(row: int, kind: str) -> str:
     return f"{row:06d}_{kind}.png"
 
 
-class ClassMapReader:
-    """The class maps of one evaluation.
+def read_class_maps(path: Path) -> dict[int, ClassMaps]:
+    """Read the maps of all images that have some, by their row in per_image.csv; empty if there is no such file.
 
-    Args:
-        rows: the row of each image in per_image.csv, by its name there.
-        num_classes: values above it are an error.
+    Raises:
+        DataError: if the file is damaged.
     """
+    if not path.is_file():
+        return {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+            rows = sorted(int(name.partition("_")[0]) for name in names if name.endswith("_label.png"))
+            return {
+                row: ClassMaps(*(_read_entry(archive, _entry_name(row, kind)) for kind in ClassMaps._fields))
+                for row in rows
+            }
+    except DAMAGED as error:
+        raise DataError(f"{path}: cannot be read as the class maps of images ({error}). Evaluate again.") from error
 
-    def __init__(self, path: Path, rows: dict[str, int], num_classes: int) -> None:
-        self.path = path
-        self.rows = rows
-        self.num_classes = num_classes
 
-    def read(self, file: str) -> ShownMaps | None:
-        """Read the maps of an image; None if it has none.
+def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).file_size > MAX_MAP_BYTES:
+        raise ValueError(f"{name} is too large")
+    return archive.read(name)
 
-        Raises:
-            DataError: if the file is damaged.
-        """
-        if file not in self.rows or not self.path.is_file():
-            return None
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                names = [_entry_name(self.rows[file], kind) for kind in ClassMaps._fields]
-                if names[0] not in archive.namelist():
-                    return None
-                maps = ShownMaps(*(self._decode(archive, name) for name in names))
-            if maps.label.shape != maps.prediction.shape:
-                raise ValueError("label and prediction differ in size")
-        except DAMAGED as error:
-            raise DataError(f"{self.path}: the maps of {file} are damaged ({error}). Evaluate again.") from error
-        return maps
 
-    def _decode(self, archive: zipfile.ZipFile, name: str) -> NDArray[np.int32]:
-        if archive.getinfo(name).file_size > MAX_MAP_BYTES:
-            raise ValueError(f"{name} is too large")
-        values = cv2.imdecode(np.frombuffer(archive.read(name), np.uint8), cv2.IMREAD_UNCHANGED)
-        if values is None or values.ndim != 2 or max(values.shape) > MAP_EDGE or values.max() > self.num_classes:
-            raise ValueError(f"{name} is no class map")
-        return values.astype(np.int32) - 1
+def decode_maps(maps: ClassMaps, num_classes: int) -> DecodedMaps:
+    """Decode the maps of one image.
+
+    Raises:
+        ValueError: if they are no maps of `num_classes` classes, or differ in size.
+    """
+    decoded = DecodedMaps(*(_decode_map(data, num_classes) for data in maps))
+    if decoded.label.shape != decoded.prediction.shape:
+        raise ValueError("label and prediction differ in size")
+    return decoded
+
+
+def _decode_map(data: bytes, num_classes: int) -> NDArray[np.int32]:
+    try:
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        values = None
+    if values is None or values.ndim != 2 or max(values.shape) > MAP_EDGE or values.max() > num_classes:
+        raise ValueError(f"is no map of {num_classes} classes")
+    return values.astype(np.int32) - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -12,20 +13,26 @@ from rich.text import Text
 
 from semseg.config.schema import Config
 from semseg.reports.compare_page import write_compare_page
+from semseg.reports.compared_runs import read_evaluations
 from semseg.reports.comparison import (
+    BETTER,
+    UNCLEAR,
+    WORSE,
     Comparison,
+    Difference,
     ScoreRow,
     build_csv_rows,
     change_sort_key,
     compare_runs,
     comparison_to_dict,
-    read_evaluations,
 )
-from semseg.reports.templates import format_percent, format_points
+from semseg.reports.templates import NOT_AVAILABLE, format_percent, format_points
 from semseg.storage.atomic import atomic_write
 from semseg.system.text import escape_csv_row, escape_unprintable
 
 MAX_COMPARED_CLASSES = 15  # on the console; the files hold all classes
+MAX_KEYS = 10  # that differ, on the console
+STYLES = {BETTER: "green", WORSE: "red", UNCLEAR: "dim"}
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -34,41 +41,73 @@ def run(config: Config, overrides: list[str]) -> None:
     Raises:
         SemsegError: if there is no evaluation, a file is broken, or the classes differ.
     """
-    comparison = compare_runs(read_evaluations(config.runs))
+    comparison = compare_runs(read_evaluations(config.runs), config.seed)
     files = write_comparison_files(Path(config.run_dir), comparison)
     console = Console()
     console.print(build_comparison_table(comparison))
-    for note in comparison.notes:
-        console.print(f"note: {escape_unprintable(note)}", highlight=False, markup=False)
+    for line in describe_comparison(comparison):
+        console.print(escape_unprintable(line), highlight=False, markup=False, soft_wrap=True)
     console.print(f"written to {', '.join(map(str, files))}", soft_wrap=True, highlight=False, markup=False)
+
+
+def describe_comparison(comparison: Comparison) -> Iterator[str]:
+    """Yield the lines below the table: what differs in the configuration, the verdicts and the notes."""
+    major = [row for row in comparison.configuration if not row.is_minor]
+    for row in major[:MAX_KEYS]:
+        yield f"differs: {row.key}: {' | '.join(row.values)}"
+    if len(major) > MAX_KEYS:
+        yield f"differs: {len(major) - MAX_KEYS} further keys, see compare.html"
+    if not major:
+        yield comparison.configuration_summary
+    yield from comparison.verdicts
+    yield from (f"note: {note}" for note in comparison.notes)
 
 
 def build_comparison_table(comparison: Comparison) -> Table:
     """Build a table of the headline scores and the classes with the largest changes, in percent."""
+    base, *others = comparison.runs
+    changes = sorted(comparison.classes, key=change_sort_key)
+    num_hidden = max(0, len(changes) - MAX_COMPARED_CLASSES)
+    hidden = f"; {num_hidden} classes with smaller changes are in compare.html" if num_hidden else ""
+    over = "" if comparison.num_images is None else f", {comparison.num_images} images"
     table = Table(
-        title=Text(escape_unprintable(f"comparison with {comparison.runs[0].name}")),
-        caption="percent; differences in percentage points",
+        title=Text(escape_unprintable(f"{', '.join(run.name for run in others)} against {base.name}{over}")),
+        caption=f"percent; differences in percentage points, with 95 % intervals{hidden}",
     )
     table.add_column("")
-    table.add_column(Text(escape_unprintable(comparison.runs[0].name)), justify="right")
-    for other in comparison.runs[1:]:
+    table.add_column(Text(escape_unprintable(base.name)), justify="right")
+    for other in others:
         table.add_column(Text(escape_unprintable(other.name)), justify="right")
         table.add_column("+/-", justify="right")
+        if comparison.has_intervals:
+            table.add_column("interval", justify="right")
     for row in comparison.headline:
-        table.add_row(*format_cells(row), style="bold")
+        table.add_row(*format_cells(row, comparison), style="bold")
     table.add_section()
-    changed = sorted((row for row in comparison.classes if row.change), key=change_sort_key)
-    for row in changed[:MAX_COMPARED_CLASSES]:
-        table.add_row(*format_cells(row))
+    for row in changes[:MAX_COMPARED_CLASSES]:
+        table.add_row(*format_cells(row, comparison))
     return table
 
 
-def format_cells(row: ScoreRow) -> list[Text]:
-    """Format a row: name, value of the base, then value and difference of each other run."""
-    texts = [row.name, format_percent(row.values[0])]
-    for value, difference in zip(row.values[1:], row.differences, strict=True):
-        texts += [format_percent(value), format_points(difference)]
-    return [Text(escape_unprintable(text)) for text in texts]  # a class may be called "[b]"
+def format_cells(row: ScoreRow, comparison: Comparison) -> list[Text]:
+    """Format a row: name and value of the base, then value, difference and interval of each other run."""
+    # Not parsed as markup: a class may be called "[b]".
+    cells = [Text(escape_unprintable(row.name)), Text(format_percent(row.values[0]))]
+    for value, difference in zip(row.values[1:], row.judged_differences, strict=True):
+        style = STYLES[difference.verdict]
+        cells += [Text(format_percent(value)), Text(format_points(difference.value), style=style)]
+        if comparison.has_intervals:
+            cells.append(Text(format_interval(difference), style=style))
+    return cells
+
+
+def format_interval(difference: Difference) -> str:
+    """Format an interval in percentage points.
+
+    >>> format_interval(Difference(0.01, (-0.002, 0.022)))
+    '-0.20 to +2.20'
+    """
+    return NOT_AVAILABLE if difference.interval is None else " to ".join(map(format_points, difference.interval))
 
 
 def write_comparison_files(folder: Path, comparison: Comparison) -> list[Path]:

@@ -91,7 +91,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
         intervals=confidence_intervals(images, config.data.miou_rule, resamples, config.seed),
     )
     title = describe_evaluation(config.data.name, config.eval, result)
-    files = write_result_files(folder, result, describe_settings(config.data, config.eval, saved, result))
+    files = write_result_files(folder, result, describe_settings(source, config.eval, saved, result))
     report = EvaluationReport(
         title=f"{config.model.name} on {config.data.name}",
         subtitle=title,
@@ -152,14 +152,14 @@ def describe_evaluation(data_name: str, settings: EvalConfig, result: Evaluation
 
 
 def describe_settings(
-    data: DataConfig, settings: EvalConfig, saved: SavedNetwork, result: EvaluationResult
+    source: DataSource, settings: EvalConfig, saved: SavedNetwork, result: EvaluationResult
 ) -> dict[str, Any]:
     """The entries of metrics.json that say what was evaluated, how, and how the network was trained."""
     entries = {
         "checkpoint": saved.source,
         "step": saved.step,
-        "data": data.name,
-        "root": data.root,
+        "data": source.config.name,
+        "root": str(source.root.absolute()),
         "split": settings.split,
         "images": len(result.images),
         "scales": settings.scales,

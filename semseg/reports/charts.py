@@ -22,7 +22,7 @@ NUM_BINS = 20
 CELL_SIZE = 26  # width and height of a cell of the heat map
 LETTER_WIDTH = 6.6  # average, in the labels of the heat map
 MAX_LABEL_LENGTH = 22  # letters
-NUM_LINE_COLOURS = 4  # that the style sheet defines
+NUM_LINE_COLOURS = 8  # that the style sheet defines
 
 
 class Line(NamedTuple):
@@ -32,6 +32,7 @@ class Line(NamedTuple):
     x: tuple[float, ...]  # ascending
     y: tuple[float, ...]  # as many, finite
     has_dots: bool = False  # whether every point is marked
+    colour: int | None = None  # number in the style sheet; None: its place among the lines of the chart
 
 
 class Mark(NamedTuple):
@@ -184,7 +185,7 @@ def average_points(line: Line, max_points: int = MAX_POINTS) -> Line:
 
 
 def _draw_line(line: Line, x: Axis, y: Axis, index: int) -> list[Markup]:
-    colour = index % NUM_LINE_COLOURS
+    colour = (index if line.colour is None else line.colour) % NUM_LINE_COLOURS
     points = [(_format(x.position(a)), _format(y.position(b))) for a, b in zip(line.x, line.y, strict=True)]
     parts = []
     if len(points) > 1:

@@ -1,39 +1,35 @@
 """Compare finished evaluations by the files that they wrote. No torch.
 
-The first run is the base; a difference is the score of another run minus the score of the base.
+The first run is the base; a difference is the score of another run minus the score of the base. Intervals are from a
+paired bootstrap over the images, see evaluation/paired_bootstrap.py.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from semseg.errors import ConfigError, DataError
-from semseg.storage.atomic import entry_command
-from semseg.system.text import escape_unprintable, shorten_repr
+import numpy as np
+from numpy.typing import NDArray
 
-HEADLINE_NAMES = {
-    "mean_iou": "mean IoU",
-    "pixel_accuracy": "pixel accuracy",
-    "overall_score": "overall score",
-    "mean_accuracy": "mean accuracy",
-    "frequency_weighted_iou": "frequency-weighted IoU",
-    "mean_dice": "mean Dice",
-}
+from semseg.data.seeding import generator_for
+from semseg.errors import ConfigError
+from semseg.evaluation.image_files import COUNTS_FILE
+from semseg.evaluation.paired_bootstrap import (
+    MIN_INTERVAL_IMAGES,
+    NUM_RESAMPLES,
+    DifferenceIntervals,
+    Interval,
+    compute_difference_intervals,
+    score_counts,
+)
+from semseg.reports.compared_runs import HEADLINE_NAMES, ComparedRun
+from semseg.reports.configurations import KeyDifference, compare_configurations, read_configuration
+from semseg.system.text import escape_unprintable
+
 # The settings that evaluations must have in common for their scores to be comparable.
-CONDITIONS = ("data", "split", "scales", "flip", "mean_iou_rule")
-
-
-class ComparedRun(NamedTuple):
-    """The files of one evaluation."""
-
-    name: str  # distinct from the names of the other runs
-    folder: Path  # holds metrics.json
-    metrics: dict[str, Any]  # metrics.json
-    images: dict[str, float | None] | None  # file -> mean IoU, 0..1; None if there is no per_image.csv
+CONDITIONS = ("data", "split", "scales", "flip", "window", "stride", "mean_iou_rule")
+BETTER, WORSE, UNCLEAR = "better", "worse", "unclear"  # what an interval says about a difference
 
 
 class ScoreRow(NamedTuple):
@@ -41,6 +37,7 @@ class ScoreRow(NamedTuple):
 
     name: str
     values: tuple[float | None, ...]  # one for each run, 0..1
+    intervals: tuple[Interval | None, ...] = ()  # of the differences; empty where none are computed
 
     @property
     def differences(self) -> tuple[float | None, ...]:
@@ -53,6 +50,26 @@ class ScoreRow(NamedTuple):
         """The largest absolute difference; None if no scores can be compared."""
         return max((abs(value) for value in self.differences if value is not None), default=None)
 
+    @property
+    def judged_differences(self) -> list[Difference]:
+        """The differences with their intervals."""
+        intervals = self.intervals or (None,) * len(self.differences)
+        return [Difference(value, interval) for value, interval in zip(self.differences, intervals, strict=True)]
+
+
+class Difference(NamedTuple):
+    """The difference of a score to the base."""
+
+    value: float | None  # None: there is no score
+    interval: Interval | None  # 95 %
+
+    @property
+    def verdict(self) -> str:
+        """BETTER or WORSE if the interval excludes 0; UNCLEAR if it does not, or if there is none."""
+        if self.value is None or self.interval is None or self.interval[0] <= 0 <= self.interval[1]:
+            return UNCLEAR
+        return BETTER if self.interval[0] > 0 else WORSE
+
 
 class Comparison(NamedTuple):
     """Several runs side by side; the first is the base."""
@@ -62,6 +79,9 @@ class Comparison(NamedTuple):
     headline: tuple[ScoreRow, ...]
     classes: tuple[ScoreRow, ...]  # IoU, in the order of the classes
     images: tuple[ScoreRow, ...]  # mean IoU of the images that are in all runs, the largest change first
+    configuration: tuple[KeyDifference, ...]  # what differs in how the networks were trained
+    num_images: int | None  # that the scores are over, if it is the same number for all runs
+    has_intervals: bool
 
     @property
     def class_ids(self) -> list[Any] | None:
@@ -69,102 +89,48 @@ class Comparison(NamedTuple):
         ids = [entry.get("id") for entry in self.runs[0].metrics["classes"]]
         return None if None in ids else ids
 
+    @property
+    def configuration_summary(self) -> str:
+        """A sentence about configurations in which no key differs."""
+        unknown = [run.name for run in self.runs if read_configuration(run.metrics, run.folder) is None]
+        if unknown:
+            return f"It is not known how the network of {', '.join(unknown)} was trained."
+        return "The networks were trained with the same configuration."
 
-def read_evaluations(folders: Sequence[str]) -> tuple[ComparedRun, ...]:
-    """Read the evaluations in `folders`, each an evaluation folder or a run folder with eval/ below it.
-
-    Raises:
-        ConfigError: if a folder holds no evaluation, or two folders are the same evaluation.
-        DataError: if a file of an evaluation cannot be read.
-    """
-    paths = [find_evaluation_folder(folder) for folder in folders]
-    for index, path in enumerate(paths):
-        if path.resolve() in [other.resolve() for other in paths[:index]]:
-            raise ConfigError(f"runs: {folders[index]} is listed twice. List each evaluation once.")
-    names = choose_distinct_names([Path(folder).expanduser() for folder in folders])
-    return tuple(
-        ComparedRun(name, path, read_metrics(path / "metrics.json"), read_image_scores(path / "per_image.csv"))
-        for name, path in zip(names, paths, strict=True)
-    )
-
-
-def find_evaluation_folder(folder: str) -> Path:
-    """Return the folder that holds the metrics.json of a run.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    path = Path(folder).expanduser()
-    for candidate in (path, path / "eval"):
-        if (candidate / "metrics.json").is_file():
-            return candidate
-    raise ConfigError(
-        f"runs: {folder} holds no evaluation (neither metrics.json nor eval/metrics.json). "
-        f"Evaluate it first: {entry_command()} mode=eval ckpt={folder}"
-    )
+    @property
+    def verdicts(self) -> list[str]:
+        """A sentence about the first score of every run but the base."""
+        if not self.headline:
+            return []
+        first, base = self.headline[0], self.runs[0].name
+        return [
+            f"{run.name} against {base}: {first.name} {describe_difference(difference, self.num_images)}"
+            for run, difference in zip(self.runs[1:], first.judged_differences, strict=True)
+        ]
 
 
-def choose_distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Shorten the paths to the last parts that are needed to distinguish them.
-
-    >>> choose_distinct_names([Path("runs/a/eval"), Path("runs/b/eval")])
-    ['a/eval', 'b/eval']
-    """
-    parts = [folder.absolute().parts for folder in folders]
-    for depth in range(1, max(map(len, parts))):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
-
-
-def read_metrics(path: Path) -> dict[str, Any]:
-    """Read and check metrics.json of an evaluation.
-
-    Raises:
-        DataError: if the file is not the metrics.json of an evaluation.
-    """
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as the scores of an evaluation ({error}).") from error
-    classes = metrics.get("classes") if isinstance(metrics, dict) else None
-    if not isinstance(classes, list) or not classes:
-        raise DataError(f"{path}: holds no class scores. Only files that mode=eval wrote can be compared.")
-    for entry in classes:
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not is_score(entry.get("iou")):
-            raise DataError(f"{path}: the scores of a class are damaged: {shorten_repr(entry)}. Evaluate again.")
-    for key in HEADLINE_NAMES:
-        if not is_score(metrics.get(key)):
-            raise DataError(f"{path}: {key} is damaged: {shorten_repr(metrics[key])}. Evaluate again.")
-    return metrics
+def describe_difference(difference: Difference, num_images: int | None) -> str:
+    """Describe a difference, its interval, and what follows from both."""
+    if difference.value is None:
+        return "cannot be compared."
+    points = f"{100 * difference.value:+.2f} points"
+    if difference.interval is None:
+        return f"{points}, without an interval: whether other images would agree is not known."
+    low, high = (100 * bound for bound in difference.interval)
+    over = "the images" if num_images is None else f"{num_images} images"
+    conclusions = {
+        BETTER: f"better, as far as {over} can tell.",
+        WORSE: f"worse, as far as {over} can tell.",
+        UNCLEAR: f"{over} cannot tell which is better.",
+    }
+    return f"{points} (95 % interval {low:+.2f} to {high:+.2f}): {conclusions[difference.verdict]}"
 
 
-def is_score(value: object) -> bool:
-    """Whether `value` is a fraction from 0 to 1, or None (nothing was scored)."""
-    return value is None or (type(value) in (int, float) and 0 <= value <= 1)  # pyright: ignore[reportOperatorIssue]
-
-
-def read_image_scores(path: Path) -> dict[str, float | None] | None:
-    """Read the mean IoU of each image; None if there is no such table.
-
-    Raises:
-        DataError: if a column is missing or holds anything but numbers.
-    """
-    if not path.is_file():
-        return None
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = {row["file"]: float(row["mean_iou"]) if row["mean_iou"] else None for row in csv.DictReader(file)}
-        if not all(isinstance(file, str) and is_score(score) for file, score in rows.items()):
-            raise ValueError("a mean IoU must be from 0 to 1")
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise DataError(f"{path}: is not the per-image table of an evaluation ({error!r}). Evaluate again.") from error
-    return rows
-
-
-def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
+def compare_runs(runs: Sequence[ComparedRun], seed: int = 0) -> Comparison:
     """Put the runs side by side.
+
+    Args:
+        seed: of the resamples of the images.
 
     Raises:
         ConfigError: if their classes differ.
@@ -173,17 +139,119 @@ def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
     for run, others in zip(runs[1:], names[1:], strict=True):
         if others != names[0]:
             raise ConfigError(f"runs: {describe_class_difference(runs[0].name, names[0], run.name, others)}")
-    rows = [
-        ScoreRow(name, tuple(run.metrics["classes"][index].get("iou") for run in runs))
-        for index, name in enumerate(names[0])
-    ]
     images = build_image_rows(runs)
+    notes = [*note_different_conditions(runs), *note_missing_images(runs, len(images))]
+    common = find_common_counts(runs)
+    headline, classes, num_images = build_headline_rows(runs), build_class_rows(runs, names[0]), common_count(runs)
+    has_intervals = False
+    if isinstance(common, str):
+        notes.append(common)
+    else:
+        if has_different_images(runs):
+            headline, classes = score_common_images(runs, common, headline, classes)
+            listed = ", ".join(f"{run.name}: {len(run.counts.files)}" for run in runs if run.counts)
+            notes.append(f"the runs have {len(common[0])} images in common ({listed}): all scores are over those.")
+        num_images = len(common[0])
+        base, *others = common
+        intervals = compute_difference_intervals(base, others, [run.rule for run in runs], generator_for(seed))
+        headline, classes = add_intervals(headline, classes, intervals)
+        has_intervals = num_images >= MIN_INTERVAL_IMAGES
+        if not has_intervals:
+            notes.append(f"{num_images} images are too few for intervals; they need {MIN_INTERVAL_IMAGES}.")
+    configuration = compare_configurations([read_configuration(run.metrics, run.folder) for run in runs])
     return Comparison(
-        tuple(runs),
-        (*note_different_conditions(runs), *note_missing_images(runs, len(images))),
-        build_headline_rows(runs),
-        tuple(rows),
-        images,
+        tuple(runs), tuple(notes), headline, classes, images, tuple(configuration), num_images, has_intervals
+    )
+
+
+# ---- intervals
+
+
+def find_common_counts(runs: Sequence[ComparedRun]) -> list[NDArray[np.int32]] | str:
+    """Return the counts (N, 3, K) of the images that all runs have, in the same order; or why there are none."""
+    without = [run.name for run in runs if run.counts is None]
+    tables = [run.counts for run in runs if run.counts is not None]
+    if without:
+        return f"no {COUNTS_FILE} in {', '.join(without)}, so no intervals: evaluate again to get them."
+    positions = [{file: index for index, file in enumerate(table.files)} for table in tables]
+    common = [file for file in tables[0].files if all(file in table for table in positions)]
+    if not common:
+        return "the runs have no image in common, so no intervals."
+    counts = [table.counts[[rows[file] for file in common]] for table, rows in zip(tables, positions, strict=True)]
+    num_changed = max(int((counts[0][:, 1] != other[:, 1]).any(1).sum()) for other in counts[1:])
+    if num_changed:
+        return (
+            f"the labels of {num_changed} of {len(common)} images are not the same in all runs, "
+            "so the scores are not comparable, and there are no intervals."
+        )
+    return counts
+
+
+def has_different_images(runs: Sequence[ComparedRun]) -> bool:
+    """Whether the runs were evaluated on different images."""
+    files = [set(run.counts.files) for run in runs if run.counts is not None]
+    return any(others != files[0] for others in files[1:])
+
+
+def common_count(runs: Sequence[ComparedRun]) -> int | None:
+    """Return the number of images that all evaluations are over; None if it differs or is not known."""
+    numbers = {run.metrics.get("images") for run in runs}
+    number = numbers.pop()
+    return number if not numbers and isinstance(number, int) else None
+
+
+def score_common_images(
+    runs: Sequence[ComparedRun],
+    common: Sequence[NDArray[np.int32]],
+    headline: Sequence[ScoreRow],
+    classes: Sequence[ScoreRow],
+) -> tuple[tuple[ScoreRow, ...], tuple[ScoreRow, ...]]:
+    """Compute headline scores and IoUs over the images in `common`, in place of those over each run's own images."""
+    scores = [
+        score_counts(counts.sum(0, keepdims=True, dtype=np.int64), run.rule)
+        for run, counts in zip(runs, common, strict=True)
+    ]
+    keys = {name: key for key, name in HEADLINE_NAMES.items()}
+    return (
+        tuple(
+            row._replace(values=tuple(finite_or_none(score.headline[keys[row.name]][0]) for score in scores))
+            for row in headline
+        ),
+        tuple(
+            row._replace(values=tuple(finite_or_none(score.iou[0, index]) for score in scores))
+            for index, row in enumerate(classes)
+        ),
+    )
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return the number as a float, or None for NaN."""
+    return float(value) if np.isfinite(value) else None
+
+
+def add_intervals(
+    headline: Sequence[ScoreRow], classes: Sequence[ScoreRow], intervals: Sequence[DifferenceIntervals]
+) -> tuple[tuple[ScoreRow, ...], tuple[ScoreRow, ...]]:
+    """Add the intervals of the differences to all rows."""
+    keys = {name: key for key, name in HEADLINE_NAMES.items()}
+    return (
+        tuple(
+            row._replace(intervals=tuple(found.headline.get(keys[row.name]) for found in intervals)) for row in headline
+        ),
+        tuple(
+            row._replace(intervals=tuple(found.iou[index] for found in intervals)) for index, row in enumerate(classes)
+        ),
+    )
+
+
+# ---- rows
+
+
+def build_class_rows(runs: Sequence[ComparedRun], names: Sequence[str]) -> tuple[ScoreRow, ...]:
+    """Return the IoU of every class."""
+    return tuple(
+        ScoreRow(name, tuple(run.metrics["classes"][index].get("iou") for run in runs))
+        for index, name in enumerate(names)
     )
 
 
@@ -233,7 +301,7 @@ def note_different_conditions(runs: Sequence[ComparedRun]) -> list[str]:
     for key in CONDITIONS:
         values = [run.metrics.get(key) for run in runs]
         if any(value != values[0] for value in values):
-            listed = ", ".join(f"{run.name}: {format_setting(value)}" for run, value in zip(runs, values, strict=True))
+            listed = ", ".join(f"{run.name}: {format_setting(key, run.metrics)}" for run in runs)
             notes.append(f"{key} differs ({listed}), so the scores are not comparable.")
     return notes
 
@@ -246,6 +314,8 @@ def note_missing_images(runs: Sequence[ComparedRun], num_common: int) -> list[st
     counts = [len(run.images or ()) for run in runs]
     if all(count == num_common for count in counts):
         return []
+    if all(run.counts is not None for run in runs):
+        return []  # all scores are recomputed over the common images
     listed = ", ".join(f"{run.name}: {count}" for run, count in zip(runs, counts, strict=True))
     return [
         f"the runs have {num_common} images in common ({listed}). Only those are compared image by image; "
@@ -253,9 +323,9 @@ def note_missing_images(runs: Sequence[ComparedRun], num_common: int) -> list[st
     ]
 
 
-def format_setting(value: object) -> str:
+def format_setting(key: str, metrics: Mapping[str, Any]) -> str:
     """Format a value of metrics.json for a sentence."""
-    return "not stored" if value is None else str(value)
+    return "not stored" if key not in metrics else "none" if metrics[key] is None else str(metrics[key])
 
 
 def comparison_to_dict(comparison: Comparison) -> Mapping[str, Any]:
@@ -263,7 +333,12 @@ def comparison_to_dict(comparison: Comparison) -> Mapping[str, Any]:
     return {
         "runs": [{"name": run.name, "folder": str(run.folder)} for run in comparison.runs],
         "base": comparison.runs[0].name,
+        "num_images": comparison.num_images,
+        "resamples": NUM_RESAMPLES if comparison.has_intervals else 0,
         "notes": list(comparison.notes),
+        "configuration": [
+            {"key": row.key, "values": list(row.values), "is_minor": row.is_minor} for row in comparison.configuration
+        ],
         "headline": [row_to_dict(row) for row in comparison.headline],
         "classes": [row_to_dict(row) for row in comparison.classes],
         "images": [row_to_dict(row) for row in comparison.images],
@@ -271,8 +346,12 @@ def comparison_to_dict(comparison: Comparison) -> Mapping[str, Any]:
 
 
 def row_to_dict(row: ScoreRow) -> dict[str, Any]:
-    """Return a row with its differences."""
-    return {"name": row.name, "values": list(row.values), "differences": list(row.differences)}
+    """Return a row with its differences, and with their intervals where they are computed."""
+    entries: dict[str, Any] = {"name": row.name, "values": list(row.values), "differences": list(row.differences)}
+    if row.intervals:
+        entries["intervals"] = [interval and list(interval) for interval in row.intervals]
+        entries["verdicts"] = [difference.verdict for difference in row.judged_differences]
+    return entries
 
 
 def build_csv_rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -283,6 +362,16 @@ def build_csv_rows(comparison: Comparison) -> list[dict[str, Any]]:
         | ({} if ids is None else {"id": ids[index]})
         | {"name": row.name}
         | {f"iou {name}": value for name, value in zip(names, row.values, strict=True)}
-        | {f"difference {name}": value for name, value in zip(names[1:], row.differences, strict=True)}
+        | {
+            key: value
+            for name, difference in zip(names[1:], row.judged_differences, strict=True)
+            for key, value in difference_cells(name, difference).items()
+        }
         for index, row in enumerate(comparison.classes)
     ]
+
+
+def difference_cells(name: str, difference: Difference) -> dict[str, float | None]:
+    """Return the cells of compare.csv for the difference of one run."""
+    low, high = difference.interval or (None, None)
+    return {f"difference {name}": difference.value, f"low {name}": low, f"high {name}": high}

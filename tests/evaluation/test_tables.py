@@ -16,7 +16,7 @@ from semseg.data.classes import ClassTable
 from semseg.errors import DataError
 from semseg.evaluation.bootstrap import ConfidenceIntervals
 from semseg.evaluation.evaluator import ImageRecord, Speed, SplitCounts, shrink_maps
-from semseg.evaluation.image_files import ClassMapReader, encode_maps, read_image_counts
+from semseg.evaluation.image_files import decode_maps, encode_maps, read_class_maps, read_image_counts
 from semseg.evaluation.metrics import Counts, scores_from
 from semseg.evaluation.result import EvaluationResult, build_result, relative_name
 from semseg.evaluation.result_files import write_result_files
@@ -139,11 +139,11 @@ def test_what_a_comparison_needs_of_each_image_is_written_and_read_back(tmp_path
     read = read_image_counts(counts_path, 3)
     assert read is not None and read.files == ("images/a.jpg", "/elsewhere/b.jpg")
     assert np.array_equal(read.counts, [COUNTS, np.zeros_like(COUNTS)])
-    reader = ClassMapReader(maps_path, {"images/a.jpg": 0, "/elsewhere/b.jpg": 1}, 3)
-    maps = reader.read("images/a.jpg")
-    assert maps is not None
+    (row, encoded), *others = read_class_maps(maps_path).items()
+    maps = decode_maps(encoded, 3)
+    assert row == 0 and not others
     assert maps.label.tolist() == [[0, 1], [-1, 2]] and maps.prediction.tolist() == [[0, 0], [1, 2]]
-    assert reader.read("/elsewhere/b.jpg") is None and reader.read("unknown.jpg") is None
+    assert read_class_maps(tmp_path / "none.zip") == {}
     assert read_image_counts(tmp_path / "none.npz", 3) is None
 
 
@@ -151,14 +151,14 @@ def test_damaged_files_of_images_are_named(tmp_path: Path) -> None:
     *_, counts_path, maps_path = write_result_files(tmp_path, result(), {})
     with pytest.raises(DataError, match=r"per_image\.npz"):
         read_image_counts(counts_path, 2)
-    with pytest.raises(DataError, match=r"class_maps\.zip"):
-        ClassMapReader(maps_path, {"a.jpg": 0}, 1).read("a.jpg")  # the map has two classes
+    with pytest.raises(ValueError, match="2 classes"):
+        decode_maps(MAPS, 2)
     for path in (counts_path, maps_path):
         path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(DataError, match=r"per_image\.npz"):
         read_image_counts(counts_path, 3)
     with pytest.raises(DataError, match=r"class_maps\.zip"):
-        ClassMapReader(maps_path, {"a.jpg": 0}, 3).read("a.jpg")
+        read_class_maps(maps_path)
 
 
 def test_maps_of_many_classes_and_large_images_are_small() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,15 @@ from PIL import Image
 from helpers.browser import evaluate_in_browser, needs_browser
 from helpers.command_line import RUN, run_here
 from semseg.config.schema import Config
+from semseg.data.seeding import generator_for
 from semseg.errors import ConfigError, DataError
+from semseg.evaluation.image_files import COUNTS_FILE, MAPS_FILE, encode_maps, write_class_maps, write_image_counts
+from semseg.evaluation.paired_bootstrap import compute_difference_intervals, score_counts
 from semseg.modes import compare as mode
 from semseg.reports.compare_page import render_compare_page
-from semseg.reports.comparison import choose_distinct_names, compare_runs, read_evaluations
+from semseg.reports.compared_runs import ComparedRun, choose_distinct_names, name_giving_folder, read_evaluations
+from semseg.reports.comparison import Difference, compare_runs
+from semseg.reports.differing_images import BASE_COLOUR, OTHER_COLOUR, DifferingImage, draw_winners, load_photograph
 
 SKY, ROAD = "sky", "<b>[red]road[/red]</b>"
 
@@ -67,7 +73,7 @@ def test_differences_are_to_the_first_run_and_the_largest_change_comes_first(tmp
     assert headline["pixel accuracy"]["differences"] == [0]
     assert [row["name"] for row in content["images"]] == ["b.jpg", "a.jpg", "c.jpg"]
     assert content["images"][2]["differences"] == [None]
-    assert content["notes"] == []
+    assert content["notes"] == ["no per_image.npz in base, new, so no intervals: evaluate again to get them."]
     page = (tmp_path / "out" / "compare.html").read_text()
     assert page.index("&lt;b&gt;[red]road[/red]&lt;/b&gt;") < page.index("sky")
 
@@ -75,7 +81,7 @@ def test_differences_are_to_the_first_run_and_the_largest_change_comes_first(tmp
 def test_the_table_of_classes_goes_into_a_csv_file(tmp_path: Path, runs: list[str]) -> None:
     run(tmp_path, runs)
     rows = list(csv.DictReader((tmp_path / "out" / "compare.csv").open()))
-    assert list(rows[0]) == ["index", "name", "iou base", "iou new", "difference new"]
+    assert list(rows[0]) == ["index", "name", "iou base", "iou new", "difference new", "low new", "high new"]
     assert rows[1]["name"] == ROAD and float(rows[1]["difference new"]) == pytest.approx(0.6)
 
 
@@ -99,14 +105,14 @@ def test_images_are_compared_on_the_intersection_and_its_size_is_reported(tmp_pa
 def test_without_a_table_of_images_everything_else_is_compared(tmp_path: Path, runs: list[str]) -> None:
     content = run(tmp_path, [runs[0], evaluation(tmp_path / "old", [0.5, None])])
     assert content["images"] == []
-    assert content["notes"] == ["no per_image.csv in old: images are not compared."]
+    assert content["notes"][0] == "no per_image.csv in old: images are not compared."
     assert content["classes"][1]["differences"] == [None]
 
 
 def test_different_settings_of_evaluations_are_noted(tmp_path: Path, runs: list[str]) -> None:
     other = evaluation(tmp_path / "other", [0.5, 0.2], {"a.jpg": 1, "b.jpg": 1, "c.jpg": 1}, split="test", scales=[300])
     notes = run(tmp_path, [runs[0], other])["notes"]
-    assert len(notes) == 2
+    assert len(notes) == 3
     assert "split differs (base: val, other: test)" in notes[0]
     assert "scales differs (base: not stored, other: [300])" in notes[1]
 
@@ -119,7 +125,13 @@ def test_a_run_folder_means_the_evaluation_in_it(tmp_path: Path, runs: list[str]
 
 
 def test_names_are_as_long_as_needed_to_distinguish_runs() -> None:
-    assert choose_distinct_names([Path("/r/a/eval"), Path("/r/b/eval")]) == ["a/eval", "b/eval"]
+    assert choose_distinct_names([Path("/r/a"), Path("/s/a")]) == ["r/a", "s/a"]
+
+
+def test_an_evaluation_in_the_folder_of_its_run_has_the_name_of_the_run(tmp_path: Path) -> None:
+    folders = [evaluation(tmp_path / name / "eval", [0.5, 0.2]) for name in ("first", "second")]
+    assert [run.name for run in read_evaluations(folders)] == ["first", "second"]
+    assert name_giving_folder(Path("/runs/a/eval_test")) == Path("/runs/a/eval_test")
 
 
 @pytest.mark.parametrize("change", ["names", "number"])
@@ -150,6 +162,207 @@ def test_a_broken_file_is_named(runs: list[str], file: str, text: str) -> None:
     (Path(runs[1]) / file).write_text(text)
     with pytest.raises(DataError, match=file):
         read_evaluations(runs)
+
+
+# ---- intervals
+
+
+def counted_evaluation(folder: Path, counts: np.ndarray, **facts: Any) -> str:
+    """An evaluation with the pixel counts (N, 2 classes) of images 0.jpg, 1.jpg, ..., and the scores of their sum."""
+    scores = score_counts(counts.sum(0, keepdims=True), "present")
+    files = facts.pop("files", [f"{n}.jpg" for n in range(len(counts))])
+    headline = {name: float(values[0]) for name, values in scores.headline.items()}
+    path = evaluation(folder, [float(iou) for iou in scores.iou[0]], dict.fromkeys(files, 0.5), **headline, **facts)
+    write_image_counts(folder / COUNTS_FILE, files, list(counts))
+    return path
+
+
+def image_counts(num_images: int, num_right: int, spread: int, seed: int) -> np.ndarray:
+    """(N, 3, 2) counts of images with 100 pixels of each class, of which `num_right` +- `spread` are correct."""
+    right = np.random.default_rng(seed).integers(num_right - spread, num_right + spread + 1, size=(num_images, 2))
+    return np.stack([right, np.full_like(right, 100), 100 + right - right[:, ::-1]], 1).astype(np.int32)
+
+
+def test_a_real_difference_is_coloured_and_a_difference_by_chance_is_grey(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = counted_evaluation(tmp_path / "base", image_counts(20, 60, 15, seed=1))
+    chance = counted_evaluation(tmp_path / "chance", image_counts(20, 60, 15, seed=4))
+    better = counted_evaluation(tmp_path / "better", image_counts(20, 75, 15, seed=3))
+    content = run(tmp_path, [base, chance, better])
+    mean_iou = content["headline"][0]
+    assert abs(mean_iou["differences"][0]) > 0.001 and mean_iou["verdicts"] == ["unclear", "better"]
+    assert (content["num_images"], content["resamples"]) == (20, 2000)
+    page = (tmp_path / "out" / "compare.html").read_text()
+    cells = re.findall(r'<td class="number (\w+)"', page.split("mean IoU</th>")[1].split("</tr>")[0])
+    assert cells == ["unclear", "better"]
+    assert "20 images. Differences are" in page
+    output = " ".join(capsys.readouterr().out.split())
+    assert "20 images cannot tell which is better" in output and "better, as far as 20 images can tell" in output
+
+
+def test_intervals_are_those_of_the_paired_bootstrap_with_the_seed(tmp_path: Path) -> None:
+    counts = [image_counts(9, 60, 20, seed) for seed in (1, 2)]
+    folders = [counted_evaluation(tmp_path / name, one) for name, one in zip("ab", counts, strict=True)]
+    rows = compare_runs(read_evaluations(folders), seed=7).headline
+    (expected,) = compute_difference_intervals(counts[0], counts[1:], ["present"] * 2, generator_for(7))
+    assert rows[0].intervals == (expected.headline["mean_iou"],)
+    other_seed = compare_runs(read_evaluations(folders), seed=8).headline
+    assert other_seed[0].intervals != rows[0].intervals and compare_runs(read_evaluations(folders), 7).headline == rows
+
+
+def test_an_interval_that_touches_zero_is_unclear() -> None:
+    verdicts = [Difference(0.1, interval).verdict for interval in ((0.0, 0.2), (0.01, 0.2), (-0.2, -0.01), None)]
+    assert verdicts == ["unclear", "better", "worse", "unclear"]
+
+
+def test_all_scores_are_over_the_images_that_the_runs_have_in_common(tmp_path: Path) -> None:
+    counts = image_counts(10, 60, 20, seed=1)
+    files = [f"{n}.jpg" for n in range(10)]
+    base = counted_evaluation(tmp_path / "base", counts, files=files)
+    other = counted_evaluation(tmp_path / "other", counts[[9, 8, 7, 6, 5, 4, 3]], files=files[:2:-1])
+    content = run(tmp_path, [base, other])
+    common = score_counts(counts[3:].sum(0, keepdims=True), "present")
+    for row, name in zip(content["headline"], common.headline, strict=True):
+        assert row["values"] == pytest.approx([common.headline[name][0]] * 2) and row["differences"] == [0]
+    assert [row["values"][0] for row in content["classes"]] == pytest.approx(list(common.iou[0]))
+    assert content["num_images"] == 7
+    assert "7 images in common (base: 10, other: 7)" in content["notes"][0]
+
+
+def test_without_intervals_no_difference_has_a_colour_and_the_reason_is_noted(tmp_path: Path) -> None:
+    counts = image_counts(8, 60, 5, seed=1)
+    better = image_counts(8, 90, 5, seed=1)
+    base = counted_evaluation(tmp_path / "base", counts)
+    few = [counted_evaluation(tmp_path / f"few{n}", one[:5]) for n, one in enumerate((counts, better))]
+    apart = counted_evaluation(tmp_path / "apart", better, files=[f"x{n}" for n in range(8)])
+    relabelled = counts.copy()
+    relabelled[3, 1] += 1
+    other_labels = counted_evaluation(tmp_path / "relabelled", relabelled)
+    for runs, reason in (
+        (few, "5 images are too few"),
+        ([base, apart], "no image in common"),
+        ([base, other_labels], "labels of 1 of 8 images"),
+    ):
+        content = run(tmp_path, runs)
+        assert any(reason in note for note in content["notes"]), content["notes"]
+        assert content["resamples"] == 0
+        page = (tmp_path / "out" / "compare.html").read_text()
+        assert not re.search(r'<td class="[^"]*(better|worse)', page)
+
+
+def test_the_difference_of_one_image_has_no_colour(tmp_path: Path, runs: list[str]) -> None:
+    run(tmp_path, runs)
+    assert not re.search(r'<td class="[^"]*(better|worse)', (tmp_path / "out" / "compare.html").read_text())
+
+
+# ---- configuration and curves
+
+
+def test_the_keys_that_differ_are_on_the_page_and_on_the_console(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = [
+        {"run_dir": f"/x/{lr}", "seed": 1, "optim": {"lr": lr, "name": "sgd"}, "data": {"num_workers": workers}}
+        for lr, workers in ((0.1, 2), (0.02, 4))
+    ]
+    folders = [
+        evaluation(tmp_path / name, [0.5, 0.2], trained_with=one) for name, one in zip("ab", configs, strict=True)
+    ]
+    rows = run(tmp_path, folders)["configuration"]
+    assert [(row["key"], row["values"], row["is_minor"]) for row in rows] == [
+        ("optim.lr", ["0.1", "0.02"], False),
+        ("data.num_workers", ["2", "4"], True),
+    ]
+    assert "differs: optim.lr: 0.1 | 0.02" in capsys.readouterr().out
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.index('id="scores"') < page.index("<code>optim.lr</code>") < page.index('id="classes"')
+
+
+def test_earlier_evaluations_read_the_configuration_of_the_run_beside_the_checkpoint(tmp_path: Path) -> None:
+    folders = []
+    for name, lr in (("a", 0.1), ("b", 0.2)):
+        folders.append(
+            evaluation(tmp_path / f"eval_{name}", [0.5, 0.2], checkpoint=f"{tmp_path}/{name}/checkpoints/best.ckpt")
+        )
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"mode: train\noptim: {{lr: {lr}}}\n")
+    assert [row["values"] for row in run(tmp_path, folders)["configuration"]] == [["0.1", "0.2"]]
+    (tmp_path / "b" / "config.yaml").unlink()
+    comparison = compare_runs(read_evaluations(folders))
+    assert comparison.configuration == () and "eval_b" in comparison.configuration_summary
+
+
+def test_curves_of_the_runs_that_still_exist_are_drawn_over_each_other(tmp_path: Path) -> None:
+    folders = [
+        evaluation(tmp_path / name / "eval", [0.5, 0.2], checkpoint=f"/gone/{name}.ckpt") for name in ("a", "b", "c")
+    ]
+    for name in ("a", "c"):
+        log = tmp_path / name / "logs" / "csv" / "version_0"
+        log.mkdir(parents=True)
+        (log / "metrics.csv").write_text("step,train/loss,val/miou\n10,1.5,\n20,1.0,0.3\n30,0.8,0.4\n")
+    page = render_compare_page(compare_runs(read_evaluations(folders)))
+    curves = page.split('id="curves"')[1].split("</section>")[0]
+    assert curves.count("<polyline") == 4 and curves.count('class="line line-2"') == 2  # c keeps its colour
+    assert "n/a for b:" in curves
+
+
+# ---- images
+
+
+def with_maps(folder: str, label: np.ndarray, predictions: list[np.ndarray]) -> str:
+    write_class_maps(Path(folder) / MAPS_FILE, [encode_maps(label, prediction) for prediction in predictions])
+    return folder
+
+
+def test_the_images_that_are_predicted_most_differently_are_shown_with_both_predictions(tmp_path: Path) -> None:
+    label = np.array([[0, 1, -1, -1]] * 4)
+    right, half, unscored = label.clip(0), np.zeros((4, 4), int), label.clip(0) + (label < 0)
+    counts = image_counts(3, 50, 0, seed=1)
+    root = tmp_path / "data"
+    root.mkdir()
+    Image.fromarray(np.full((80, 80, 3), 90, np.uint8)).save(root / "1.jpg")
+    base = with_maps(counted_evaluation(tmp_path / "base", counts, root=str(root)), label, [right, right, right])
+    other = with_maps(counted_evaluation(tmp_path / "other", counts), label, [right, half, unscored])
+    page = render_compare_page(compare_runs(read_evaluations([base, other])))
+    images = page.split('id="images"')[1].split("</section>")[0]
+    assert images.count('<div class="example">') == 1  # 0.jpg is equal, 2.jpg only where nothing is scored
+    assert "<h3>1.jpg</h3>" in images and "50.00 % predicted differently" in images
+    captions = re.findall("<figcaption>(.*?)</figcaption>", images)
+    assert captions == ["photograph", "label", "base", "other", "who is right"]
+    (root / "1.jpg").write_bytes(b"no picture")
+    assert "photograph of 1.jpg" not in render_compare_page(compare_runs(read_evaluations([base, other])))
+
+
+def test_the_map_of_winners_has_the_colour_of_the_run_that_is_right() -> None:
+    image = DifferingImage(
+        "a", 0.5, np.array([[0, 0, 0, 0, -1]]), (np.array([[0, 0, 1, 1, 0]]), np.array([[0, 1, 0, 2, 0]]))
+    )
+    both, base, other, none, _ = draw_winners(image, None)[0]
+    assert (base == BASE_COLOUR).all() and (other == OTHER_COLOUR).all()
+    assert both.min() > 150 and none.max() < 60
+
+
+def test_a_photograph_is_turned_if_its_labels_are(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.zeros((40, 80, 3), np.uint8))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture.paste((255, 0, 0), (0, 0, 40, 40))  # left in the file, at the top when upright
+    picture.save(tmp_path / "a.png", exif=exif)
+    (run,) = [ComparedRun("a", tmp_path, {"root": str(tmp_path)}, None)]
+    upright, stored = load_photograph(run, "a.png", (20, 10)), load_photograph(run, "a.png", (10, 20))
+    assert upright is not None and upright[0, 5, 0] == 255 and upright[-1, 5, 0] == 0
+    assert stored is not None and stored[5, 0, 0] == 255 and stored[5, -1, 0] == 0
+    assert load_photograph(run, "missing.png", (10, 20)) is None
+
+
+def test_damaged_class_maps_are_named(tmp_path: Path) -> None:
+    counts = image_counts(1, 50, 0, seed=1)
+    label = np.array([[0, 1], [1, 1]])
+    folders = [with_maps(counted_evaluation(tmp_path / name, counts), label, [label]) for name in "ab"]
+    with_maps(folders[1], label, [label + 5])
+    with pytest.raises(DataError, match=r"b/class_maps\.zip: the maps of 0\.jpg"):
+        render_compare_page(compare_runs(read_evaluations(folders)))
 
 
 def test_panels_of_evaluations_are_shown(runs: list[str]) -> None:

@@ -16,7 +16,8 @@ from semseg.data.header_cache import load_cache
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.metrics import ConfusionMatrix
 from semseg.evaluation.result_files import write_rows
-from semseg.reports.comparison import compare_runs, read_evaluations
+from semseg.reports.compared_runs import read_evaluations
+from semseg.reports.comparison import compare_runs
 from semseg.reports.curves import read_metrics_log
 from semseg.storage.run_results import JOB_FILE, RESULT_FILE, read_job, read_result
 from semseg.system.text import escape_csv_cell, escape_lines, escape_unprintable

@@ -1,0 +1,154 @@
+"""Read the files of finished evaluations, to be compared. No torch."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from semseg.config.schema import MIOU_RULES
+from semseg.errors import ConfigError, DataError
+from semseg.evaluation.image_files import COUNTS_FILE, ImageCounts, read_image_counts
+from semseg.storage.atomic import entry_command
+from semseg.system.text import shorten_repr
+
+HEADLINE_NAMES = {
+    "mean_iou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "overall_score": "overall score",
+    "mean_accuracy": "mean accuracy",
+    "frequency_weighted_iou": "frequency-weighted IoU",
+    "mean_dice": "mean Dice",
+}
+EVALUATION_FOLDER = "eval"  # of the evaluation that follows a training, in the folder of its run
+
+
+class ComparedRun(NamedTuple):
+    """The files of one evaluation."""
+
+    name: str  # distinct from the names of the other runs
+    folder: Path  # holds metrics.json
+    metrics: dict[str, Any]  # metrics.json
+    images: dict[str, float | None] | None  # file -> mean IoU, 0..1; None if there is no per_image.csv
+    counts: ImageCounts | None = None  # None if an earlier version evaluated
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The file of the network; None if it is not known."""
+        checkpoint = self.metrics.get("checkpoint")
+        return checkpoint if isinstance(checkpoint, str) else None
+
+    @property
+    def rule(self) -> str:
+        """How the mean IoU treats absent classes."""
+        rule = self.metrics.get("mean_iou_rule")
+        return rule if rule in MIOU_RULES else "present"
+
+
+def read_evaluations(folders: Sequence[str]) -> tuple[ComparedRun, ...]:
+    """Read the evaluations in `folders`, each an evaluation folder or a run folder with eval/ below it.
+
+    Raises:
+        ConfigError: if a folder holds no evaluation, or two folders are the same evaluation.
+        DataError: if a file of an evaluation cannot be read.
+    """
+    paths = [find_evaluation_folder(folder) for folder in folders]
+    for index, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:index]]:
+            raise ConfigError(f"runs: {folders[index]} is listed twice. List each evaluation once.")
+    names = choose_distinct_names([name_giving_folder(Path(folder).expanduser()) for folder in folders])
+    return tuple(read_evaluation(name, path) for name, path in zip(names, paths, strict=True))
+
+
+def read_evaluation(name: str, folder: Path) -> ComparedRun:
+    """Read the evaluation in `folder`.
+
+    Raises:
+        DataError: if one of its files cannot be read.
+    """
+    metrics = read_metrics(folder / "metrics.json")
+    counts = read_image_counts(folder / COUNTS_FILE, len(metrics["classes"]))
+    return ComparedRun(name, folder, metrics, read_image_scores(folder / "per_image.csv"), counts)
+
+
+def name_giving_folder(folder: Path) -> Path:
+    """Return the folder whose name tells an evaluation from others: that of the run, if it is <run folder>/eval."""
+    folder = folder.absolute()
+    return folder.parent if folder.name == EVALUATION_FOLDER and folder.parent.name else folder
+
+
+def find_evaluation_folder(folder: str) -> Path:
+    """Return the folder that holds the metrics.json of a run.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    path = Path(folder).expanduser()
+    for candidate in (path, path / "eval"):
+        if (candidate / "metrics.json").is_file():
+            return candidate
+    raise ConfigError(
+        f"runs: {folder} holds no evaluation (neither metrics.json nor eval/metrics.json). "
+        f"Evaluate it first: {entry_command()} mode=eval ckpt={folder}"
+    )
+
+
+def choose_distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Shorten the paths to the last parts that are needed to distinguish them.
+
+    >>> choose_distinct_names([Path("one/a"), Path("two/a")])
+    ['one/a', 'two/a']
+    """
+    parts = [folder.absolute().parts for folder in folders]
+    for depth in range(1, max(map(len, parts))):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read and check metrics.json of an evaluation.
+
+    Raises:
+        DataError: if the file is not the metrics.json of an evaluation.
+    """
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as the scores of an evaluation ({error}).") from error
+    classes = metrics.get("classes") if isinstance(metrics, dict) else None
+    if not isinstance(classes, list) or not classes:
+        raise DataError(f"{path}: holds no class scores. Only files that mode=eval wrote can be compared.")
+    for entry in classes:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not is_score(entry.get("iou")):
+            raise DataError(f"{path}: the scores of a class are damaged: {shorten_repr(entry)}. Evaluate again.")
+    for key in HEADLINE_NAMES:
+        if not is_score(metrics.get(key)):
+            raise DataError(f"{path}: {key} is damaged: {shorten_repr(metrics[key])}. Evaluate again.")
+    return metrics
+
+
+def is_score(value: object) -> bool:
+    """Whether `value` is a fraction from 0 to 1, or None (nothing was scored)."""
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1)  # pyright: ignore[reportOperatorIssue]
+
+
+def read_image_scores(path: Path) -> dict[str, float | None] | None:
+    """Read the mean IoU of each image; None if there is no such table.
+
+    Raises:
+        DataError: if a column is missing or holds anything but numbers.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = {row["file"]: float(row["mean_iou"]) if row["mean_iou"] else None for row in csv.DictReader(file)}
+        if not all(isinstance(file, str) and is_score(score) for file, score in rows.items()):
+            raise ValueError("a mean IoU must be from 0 to 1")
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: is not the per-image table of an evaluation ({error!r}). Evaluate again.") from error
+    return rows
