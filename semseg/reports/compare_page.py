@@ -34,7 +34,7 @@ from semseg.storage.atomic import atomic_write
 MAX_IMAGES = 8  # that the page shows, those with the largest differences
 # Possible names of an image's panel in <evaluation>/panels, which eval.visualize=true writes.
 PANEL_NAMES = ("{file}.png", "{stem}.png", "{stem}_panel.png")
-CURVES = {"validation mean IoU": "val/miou", "training loss": "train/loss"}  # title, column of the log
+CURVES = {"validation mean IoU": "val/miou", "training loss": "train/loss", "validation loss": "val/loss"}  # by title
 INTERVAL_WIDTH, INTERVAL_HEIGHT = 150, 18  # of the drawing of an interval
 
 

@@ -74,7 +74,7 @@ def compare_configurations(configurations: Sequence[Configuration | None]) -> li
     >>> compare_configurations([{"optim": {"lr": 0.1}, "seed": 1}, {"optim": {"lr": 0.2}, "seed": 1}])
     [KeyDifference(key='optim.lr', values=('0.1', '0.2'), is_minor=False)]
     """
-    tables = [None if config is None else dict(list_values(config)) for config in configurations]
+    tables = [None if config is None else dict(flatten_configuration(config)) for config in configurations]
     keys = dict.fromkeys(key for table in tables if table is not None for key in table)
     differences = []
     for key in keys:
@@ -84,14 +84,14 @@ def compare_configurations(configurations: Sequence[Configuration | None]) -> li
     return sorted(differences, key=lambda difference: difference.is_minor)
 
 
-def list_values(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_configuration(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every value of nested mappings with its whole key, without the keys that are LEFT_OUT."""
     for name, value in node.items():
         key = f"{prefix}{name}"
         if has_prefix(key, LEFT_OUT):
             continue
         if isinstance(value, Mapping) and value:
-            yield from list_values(value, f"{key}.")
+            yield from flatten_configuration(value, f"{key}.")
         else:
             yield key, value
 
