@@ -28,7 +28,6 @@ def load(ckpt: str | Path, *overrides: str, device: str | torch.device | None = 
         SemsegError: if there is no such network, it is damaged, or an override is invalid.
     """
     from semseg.build import open_predictor  # noqa: PLC0415
-    from semseg.config.load import load_config  # noqa: PLC0415
+    from semseg.config.load import load_prediction_config  # noqa: PLC0415
 
-    arguments = ["mode=serve", f"ckpt={ckpt}", *overrides]  # the mode that requires the fewest settings
-    return open_predictor(*load_config(arguments), device=device)
+    return open_predictor(*load_prediction_config(str(ckpt), list(overrides)), device=device)

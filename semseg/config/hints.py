@@ -127,18 +127,21 @@ def is_far_fetched(key: str, nearest: str) -> bool:
 
 
 def find_nearest_key(key: str, valid: list[str]) -> str | None:
-    """The valid key most similar to `key`: by its last part in another section, in its own section, or as a whole.
+    """The valid key most similar to `key`: its singular or plural, its last part in another section, a similar name.
 
     >>> find_nearest_key("lr", ["optim.lr", "optim.momentum"])
     'optim.lr'
     >>> find_nearest_key("optim.momentm", ["optim.lr", "optim.momentum"])
     'optim.momentum'
+    >>> find_nearest_key("predict.scale", ["augment.scale", "predict.scales"])
+    'predict.scales'
     """
     section, _, last = key.rpartition(".")
-    exact = pick_shortest(name for name in valid if get_last_part(name) == last)
-    if exact:
-        return exact
     within = [name for name in valid if name.rpartition(".")[0] == section]
+    in_number = [name for name in within if section and get_last_part(name) in (f"{last}s", last.removesuffix("s"))]
+    exact = [name for name in valid if get_last_part(name) == last]
+    if in_number or exact:
+        return pick_shortest(in_number or exact)
     sibling = find_nearest(last, map(get_last_part, within))
     if sibling:
         return next(name for name in within if get_last_part(name) == sibling)

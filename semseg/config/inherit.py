@@ -39,4 +39,4 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
             OmegaConf.update(merged, key, OmegaConf.select(OmegaConf.structured(given), key))
     merged.data.label_cache = given.data.label_cache  # a folder of this machine
     merged.eval.bootstrap = given.eval.bootstrap  # checkpoints of older versions have 0 where nothing was chosen
-    return check_config(merged)
+    return check_config(merged, None)  # the use of `given` has been checked

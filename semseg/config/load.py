@@ -1,6 +1,8 @@
-"""The configuration of a command line, for use from Python."""
+"""The configuration of arguments that do not come from a command line."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -9,18 +11,43 @@ from semseg.config.compose import compose_config
 from semseg.config.explain import explain_hydra_error
 from semseg.config.overrides import parse_overrides
 from semseg.config.schema import Config
+from semseg.config.uses import find_mode_problems, find_prediction_problems
 from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 
+# Sections that decide how a network is found and applied.
+PREDICTION_SECTIONS = ("data", "download", "eval", "experiment", "model", "predict", "runs_dir", "trainer")
 
-def load_config(arguments: list[str]) -> tuple[Config, list[str]]:
+
+def load_config(
+    arguments: list[str], find_use_problems: Callable[[Config], Iterator[str]] = find_mode_problems
+) -> tuple[Config, list[str]]:
     """The checked configuration of a command line, and its overrides in Hydra's grammar.
+
+    Args:
+        find_use_problems: what it is used for, a rule of config/uses.py; by default its mode.
 
     Raises:
         ConfigError: if an argument is wrong.
     """
     overrides = parse_overrides(arguments)
     try:
-        return check_config(compose_config(overrides)), overrides
+        return check_config(compose_config(overrides), find_use_problems), overrides
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_hydra_error(error, overrides)) from error
+
+
+def load_prediction_config(ckpt: str, overrides: list[str]) -> tuple[Config, list[str]]:
+    """The checked configuration for predicting with the network `ckpt`, and the overrides in Hydra's grammar. No mode.
+
+    Raises:
+        ConfigError: if an override is wrong or would have no effect, or the network cannot be loaded.
+    """
+    for override in overrides:
+        key, equals, _ = override.lstrip("+~").partition("=")
+        if equals and key.replace("/", ".").partition(".")[0] not in PREDICTION_SECTIONS:
+            raise ConfigError(
+                f"{override}: does not change predictions. semseg.load takes overrides of "
+                f"{', '.join(PREDICTION_SECTIONS)}."
+            )
+    return load_config([f"ckpt={ckpt}", *overrides], find_prediction_problems)

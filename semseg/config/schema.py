@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, TypeGuard, get_args, get_type_hints
 
 from semseg.config.fields import (
@@ -762,44 +761,10 @@ class Config:
     """Further callbacks by name, from configs/callbacks/."""
 
     def find_problems(self) -> Iterator[str]:
-        """A sentence for every key that contradicts one of another section."""
+        """A sentence for every key that contradicts one of another section, in any mode; the others are in uses.py."""
         predict = self.predict
         scales = self.eval.scales if predict.scales is None else predict.scales
         yield from find_view_problems("predict.", scales, predict.window, predict.stride)
-        yield from self._find_mode_problems()
-        yield from self._find_training_problems()
-        yield from self._find_exported_file_problems()
-        yield from self._find_export_problems()
-
-    def _find_mode_problems(self) -> Iterator[str]:
-        """A sentence for every key that the mode needs and that is not set, or that it cannot use."""
-        needs_checkpoint = self.mode in ("eval", "predict", "convert", "replay", "serve", "export")
-        if needs_checkpoint and not self.ckpt:
-            yield (
-                f"mode={self.mode} needs ckpt=<file, run folder, last, best, zoo:<name> or folder of published files>."
-            )
-        if self.mode == "convert" and not self.output:
-            yield (
-                "mode=convert needs output=<file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files>."
-            )
-        if self.mode == "replay" and not self.input:
-            yield "mode=replay needs input=<sub-batch that a run with a NaN loss has saved>."
-        has_own_picture = (self.ckpt or "").startswith(ZOO_PREFIX)
-        if self.mode == "predict" and not self.input and not has_own_picture:
-            yield "mode=predict needs input=<image, video, folder, pattern, list of paths, or - for standard input>."
-        if self.quiet and self.mode in PRINTING_MODES:
-            yield f"quiet=true: mode={self.mode} only prints. Remove quiet=true."
-        if self.mode == "compare" and len(self.runs) < 2:
-            yield f"runs={self.runs}: mode=compare needs at least two evaluations: runs=[<folder>,<folder>]."
-
-    def _find_training_problems(self) -> Iterator[str]:
-        """A sentence for every contradiction about where a run starts, its length, its average and what follows it."""
-        starts = [key for key in ("ckpt", "resume", "init_from") if getattr(self, key) not in (None, "auto")]
-        if self.mode == "train" and "ckpt" in starts and len(starts) > 1:
-            yield f"{' and '.join(starts)}: a run starts from one of them. Remove the others."
-        for key in ("limit_train_batches", "max_steps"):
-            if self.mode == "train" and getattr(self.trainer, key) == 0:
-                yield f"trainer.{key}=0: there is nothing to train. Remove it, or set at least 1."
         if self.ema.decay is not None and not self.trainer.replicates_weights:
             yield (
                 f"ema.decay={self.ema.decay}: the average needs all weights on every device, which "
@@ -808,40 +773,6 @@ class Config:
         for mode in self.after_training:
             if mode not in ("eval", "predict"):
                 yield format_wrong_choice("after_training", mode, ("eval", "predict"))
-
-    def _find_exported_file_problems(self) -> Iterator[str]:
-        """A sentence for every exported network where none can be used, and for settings it cannot follow."""
-        files = {key: getattr(self, key) for key in ("ckpt", "init_from", "resume")}
-        files["model.encoder.weights"] = self.model.encoder.get("weights")
-        for key, file in files.items():
-            suffix = Path(str(file)).suffix.lower()
-            if suffix == TORCH_EXPORT:
-                yield f"{key}={file}: cannot be loaded, because loading it could run code. Export to {ONNX} instead."
-            if suffix == ONNX and (key != "ckpt" or self.mode not in EXPORTED_NETWORK_MODES):
-                modes = ", ".join(EXPORTED_NETWORK_MODES)
-                yield f"{key}={file}: an exported network is for mode={modes}. Use its checkpoint."
-        if Path(str(self.ckpt)).suffix.lower() != ONNX:
-            return
-        for key, value, default in (
-            ("model.compile", self.model.compile, False),
-            ("model.channels_last", self.model.channels_last, False),
-            ("model.winograd", self.model.winograd, True),
-            ("trainer.precision", self.trainer.precision, "32-true"),
-        ):
-            if value != default:
-                yield f"{key}={value}: an exported network runs as it was exported. Leave this at {default}."
-
-    def _find_export_problems(self) -> Iterator[str]:
-        """A sentence for everything that mode=export cannot write."""
-        if self.mode != "export":
-            return
-        written = EXPORT_SUFFIXES.get(Path(str(self.output)).suffix)
-        if written is None:
-            yield f"output={self.output}: mode=export needs output=<file{ONNX} or file{TORCH_EXPORT}>."
-        elif self.format not in ("auto", written):
-            yield f"format={self.format}: output={self.output} would be format={written}."
-        if self.export.quantize != "none" and written == "torch_export":
-            yield f"export.quantize={self.export.quantize}: applies to {ONNX} files only."
 
 
 # Sections to which programs can add keys (semseg/config/tables.py). They are in the field `own`, and beside the other

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import reduce
 from typing import Any
@@ -24,26 +24,36 @@ from semseg.config.schema import (
     list_keys,
 )
 from semseg.config.tables import list_own_keys, list_own_names, list_own_scores
+from semseg.config.uses import find_mode_problems
 from semseg.errors import ConfigError
 
 
-def check_config(composed: DictConfig, *, is_saved: bool = False) -> Config:
+def check_config(
+    composed: DictConfig,
+    find_use_problems: Callable[[Config], Iterator[str]] | None = find_mode_problems,
+    *,
+    is_saved: bool = False,
+) -> Config:
     """The composed configuration as typed sections, or one error with all its problems.
 
     Args:
+        find_use_problems: a rule of config/uses.py for what it is used for, by default its mode; None: no rule.
         is_saved: that of a finished run, which may name losses, scores, augmentations and callbacks that this program
             does not have, because only training needs them.
 
     Raises:
-        ConfigError: for unknown keys, wrong types, values out of range, and keys that contradict each other.
+        ConfigError: for unknown keys, wrong types, values out of range, and keys that contradict each other or what the
+            configuration is used for.
     """
     try:
-        return _check_sections(composed, is_saved=is_saved)
+        return _check_sections(composed, find_use_problems, is_saved=is_saved)
     except RecursionError:
         raise ConfigError("cannot read the configuration: a value has too many nested brackets.") from None
 
 
-def _check_sections(composed: DictConfig, *, is_saved: bool) -> Config:
+def _check_sections(
+    composed: DictConfig, find_use_problems: Callable[[Config], Iterator[str]] | None, *, is_saved: bool
+) -> Config:
     """`check_config` for values that are not nested too deeply."""
     plain = OmegaConf.to_container(composed, resolve=False)
     raise_first(find_section_problems(plain))
@@ -57,6 +67,8 @@ def _check_sections(composed: DictConfig, *, is_saved: bool) -> Config:
     if not is_saved:
         raise_first(find_own_key_problems(config))
     problems = [*find_range_problems(config), *find_target_problems(config), *find_cross_problems(config)]
+    if find_use_problems is not None:
+        problems += find_use_problems(config)
     if not is_saved:
         problems += find_name_problems(config)
     if len(problems) == 1:

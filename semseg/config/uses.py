@@ -1,0 +1,116 @@
+"""What a use of the configuration needs, and what it cannot use: a mode of the command line, or prediction from Python.
+
+The schema says which values are valid; the rules here depend on what is done with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from semseg.config.schema import (
+    EXPORT_SUFFIXES,
+    EXPORTED_NETWORK_MODES,
+    ONNX,
+    PRINTING_MODES,
+    TORCH_EXPORT,
+    ZOO_PREFIX,
+    Config,
+)
+
+# Modes that cannot work without a network.
+NETWORK_MODES = ("eval", "predict", "convert", "replay", "serve", "export")
+
+
+def find_mode_problems(config: Config) -> Iterator[str]:
+    """A sentence for every key that `mode` needs and that is not set, and for every one that it cannot use."""
+    yield from find_missing_keys(config)
+    yield from find_training_problems(config)
+    yield from find_exported_file_problems(config)
+    yield from find_exported_network_problems(config)
+    yield from find_export_problems(config)
+
+
+def find_prediction_problems(config: Config) -> Iterator[str]:
+    """A sentence for everything with which no network can be loaded to predict, whatever the mode."""
+    yield from find_unloadable_files({"ckpt": config.ckpt})
+    yield from find_exported_network_problems(config)
+
+
+def find_missing_keys(config: Config) -> Iterator[str]:
+    """A sentence for every key that the mode needs and that is not set, and for quiet=true where it would be silent."""
+    if config.mode in NETWORK_MODES and not config.ckpt:
+        yield f"mode={config.mode} needs ckpt=<file, run folder, last, best, zoo:<name> or folder of published files>."
+    if config.mode == "convert" and not config.output:
+        yield "mode=convert needs output=<file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files>."
+    if config.mode == "replay" and not config.input:
+        yield "mode=replay needs input=<sub-batch that a run with a NaN loss has saved>."
+    has_own_picture = (config.ckpt or "").startswith(ZOO_PREFIX)
+    if config.mode == "predict" and not config.input and not has_own_picture:
+        yield "mode=predict needs input=<image, video, folder, pattern, list of paths, or - for standard input>."
+    if config.quiet and config.mode in PRINTING_MODES:
+        yield f"quiet=true: mode={config.mode} only prints. Remove quiet=true."
+    if config.mode == "compare" and len(config.runs) < 2:
+        yield f"runs={config.runs}: mode=compare needs at least two evaluations: runs=[<folder>,<folder>]."
+
+
+def find_training_problems(config: Config) -> Iterator[str]:
+    """A sentence for every contradiction about where a run starts, and for a run without steps."""
+    if config.mode != "train":
+        return
+    starts = [key for key in ("ckpt", "resume", "init_from") if getattr(config, key) not in (None, "auto")]
+    if "ckpt" in starts and len(starts) > 1:
+        yield f"{' and '.join(starts)}: a run starts from one of them. Remove the others."
+    for key in ("limit_train_batches", "max_steps"):
+        if getattr(config.trainer, key) == 0:
+            yield f"trainer.{key}=0: there is nothing to train. Remove it, or set at least 1."
+
+
+def find_exported_file_problems(config: Config) -> Iterator[str]:
+    """A sentence for every exported network where the mode cannot use one."""
+    files = {key: getattr(config, key) for key in ("ckpt", "init_from", "resume")}
+    files["model.encoder.weights"] = config.model.encoder.get("weights")
+    yield from find_unloadable_files(files)
+    for key, file in files.items():
+        if is_onnx(file) and (key != "ckpt" or config.mode not in EXPORTED_NETWORK_MODES):
+            modes = ", ".join(EXPORTED_NETWORK_MODES)
+            yield f"{key}={file}: an exported network is for mode={modes}. Use its checkpoint."
+
+
+def find_unloadable_files(files: dict[str, str | None]) -> Iterator[str]:
+    """A sentence for every file, by its key, that is never loaded because loading it could run code."""
+    for key, file in files.items():
+        if Path(str(file)).suffix.lower() == TORCH_EXPORT:
+            yield f"{key}={file}: cannot be loaded, because loading it could run code. Export to {ONNX} instead."
+
+
+def find_exported_network_problems(config: Config) -> Iterator[str]:
+    """A sentence for every setting that an exported network as `ckpt` cannot follow."""
+    if not is_onnx(config.ckpt):
+        return
+    for key, value, default in (
+        ("model.compile", config.model.compile, False),
+        ("model.channels_last", config.model.channels_last, False),
+        ("model.winograd", config.model.winograd, True),
+        ("trainer.precision", config.trainer.precision, "32-true"),
+    ):
+        if value != default:
+            yield f"{key}={value}: an exported network runs as it was exported. Leave this at {default}."
+
+
+def is_onnx(file: str | None) -> bool:
+    """Whether a file is an exported network, by its suffix."""
+    return Path(str(file)).suffix.lower() == ONNX
+
+
+def find_export_problems(config: Config) -> Iterator[str]:
+    """A sentence for everything that mode=export cannot write."""
+    if config.mode != "export":
+        return
+    written = EXPORT_SUFFIXES.get(Path(str(config.output)).suffix)
+    if written is None:
+        yield f"output={config.output}: mode=export needs output=<file{ONNX} or file{TORCH_EXPORT}>."
+    elif config.format not in ("auto", written):
+        yield f"format={config.format}: output={config.output} would be format={written}."
+    if config.export.quantize != "none" and written == "torch_export":
+        yield f"export.quantize={config.export.quantize}: applies to {ONNX} files only."
