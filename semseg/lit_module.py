@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import SumMetric
 
 from semseg.checkpoints.format import FORMAT_KEY, NET_PREFIX, describe_network
 from semseg.checkpoints.initialise import find_differences
@@ -32,7 +31,7 @@ from semseg.syncbn.layer import convert_batch_norms, revert_batch_norms
 from semseg.training.callbacks.bad_images import check_bad_fraction, report_bad_image
 from semseg.training.callbacks.label_warnings import describe_odd_predictions
 from semseg.training.callbacks.out_of_memory import report_out_of_memory, report_out_of_memory_in_evaluation
-from semseg.training.losses import Loss, build_terms, segmentation_loss
+from semseg.training.losses import Loss, build_terms, move_terms, segmentation_loss
 from semseg.training.optim import apply_settings, build_optimizer, build_scheduler, choose_fused
 from semseg.training.resume import RUN_KEY, resume_at
 from semseg.training.step_means import TRAIN_METRICS
@@ -83,10 +82,10 @@ class SegmentationModule(pl.LightningModule):
         self.unused: dict[str, Parameter] = {}  # frozen, because the loss does not depend on them
         self.batch_idx = 0
         self.step_metrics: list[Tensor] = []  # (2): loss and accuracy of the sub-batches of the current step
-        terms = build_terms(loss_config, len(classes.names))
-        self.loss_function = partial(segmentation_loss, deepsup_weight=model_config.deepsup_weight, terms=terms)
+        self.terms = build_terms(loss_config, len(classes.names))
+        self.loss_function = partial(segmentation_loss, deepsup_weight=model_config.deepsup_weight, terms=self.terms)
         self.confusion = ConfusionMatrix(len(classes.names))
-        self.num_unreadable = SumMetric()  # images of the current evaluation
+        self.num_unreadable = 0  # images of this rank in the current evaluation
         self.scores: Scores | None = None  # those of the last validation or test
         self.evaluation: SplitCounts | None = None  # that of the last test
         self.metrics_to_restore: dict[str, Tensor] = {}  # those of the last row of the log before a run was stopped
@@ -116,6 +115,7 @@ class SegmentationModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.train()  # Lightning keeps the modes as they are, and freeze_bn sets some
+        self.loss_function.keywords["terms"] = move_terms(self.terms, self.device)
         # With several ranks the LayerSync plugin does this; with one Lightning never calls it.
         syncbn = self.syncbn_config
         if self.trainer.world_size == 1 and (syncbn.name, syncbn.convention) == ("reduce", "published"):
@@ -220,7 +220,7 @@ class SegmentationModule(pl.LightningModule):
     def without_unreadable(self, samples: Sequence[EvalSample]) -> list[EvalSample]:
         """The samples that could be read; the others are counted and reported."""
         for sample in samples:
-            self.num_unreadable.update(bool(sample.bad))
+            self.num_unreadable += bool(sample.bad)
             if sample.bad:
                 report_bad_image(sample.bad)
         return [sample for sample in samples if not sample.bad]
@@ -257,8 +257,9 @@ class SegmentationModule(pl.LightningModule):
 
     def log_scores(self, counts: Counts, stage: str) -> None:
         """Log the scores of the images of all ranks, the same numbers on every rank."""
-        num_unreadable = int(self.num_unreadable.compute())
-        self.num_unreadable.reset()
+        on_this_rank = torch.tensor(self.num_unreadable, device=self.device)
+        num_unreadable = int(self.trainer.strategy.reduce(on_this_rank, reduce_op="sum"))
+        self.num_unreadable = 0
         self.check_image_count(counts.images + num_unreadable, stage)
         check_bad_fraction(num_unreadable, counts.images + num_unreadable, self.max_bad)
         self.scores = scores_from(counts.matrix, self.miou_rule)

@@ -69,11 +69,11 @@ def ohem(
     losses = F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="none")
     scored = label != IGNORED
     with torch.no_grad():
-        hardest = losses[scored].sort(descending=True).values
-        count = math.ceil(min_kept * len(hardest))
-        limit = losses.new_tensor(-math.log(threshold))
-        if count:
-            limit = torch.minimum(limit, hardest[count - 1])
+        hardest = torch.where(scored, losses, -torch.inf).flatten().sort(descending=True).values
+        count = (scored.sum().double() * min_kept).ceil().long()  # on the device, without waiting for it
+        limit = losses.new_full((), -math.log(threshold))
+        least_hard = hardest.index_select(0, (count - 1).clamp(min=0).view(1)).view(())
+        limit = torch.where(count > 0, torch.minimum(limit, least_hard), limit)
         kept = torch.where(scored & (losses >= limit), label, IGNORED)
     return cross_entropy(logits, kept, average, weights=weights)
 
@@ -110,6 +110,7 @@ def lovasz(logits: Tensor, label: Tensor) -> Tensor:
     Regions span a whole sub-batch; each rank has its own, whatever loss.average is.
     """
     scored = label != IGNORED
+    # The host waits for the device here and at unique(): every class that is absent would cost a sort otherwise.
     truth = label[scored]  # (P)
     probabilities = logits.softmax(1).movedim(1, -1)[scored]  # (P, K)
     losses = [_lovasz_of_class(probabilities[:, index], truth == index) for index in truth.unique().tolist()]
@@ -161,6 +162,11 @@ class NamedTerm(NamedTuple):
             raise ConfigError(f"loss.terms.{self.name}: returned {found}. It must return a tensor of one number.")
         return value
 
+    def move(self, device: torch.device) -> NamedTerm:
+        """The term with its tensors on `device`."""
+        options = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.options.items()}
+        return self._replace(options=options)
+
 
 DEFAULT_TERMS: tuple[tuple[float, Term], ...] = ((1.0, NamedTerm("cross_entropy", cross_entropy, {})),)
 
@@ -178,6 +184,11 @@ def build_terms(config: LossConfig, num_classes: int) -> tuple[tuple[float, Term
     if config.terms.own and weights is not None and not any("weights" in term.options for _, term in built):
         raise ConfigError(f"loss.class_weights: none of {', '.join(name for _, name in terms)} has class weights.")
     return tuple(built)
+
+
+def move_terms(terms: Sequence[tuple[float, Term]], device: torch.device) -> tuple[tuple[float, Term], ...]:
+    """The terms with their class weights on `device`, so that no step uploads them."""
+    return tuple((factor, term.move(device) if isinstance(term, NamedTerm) else term) for factor, term in terms)
 
 
 def build_term(name: str, config: LossConfig, weights: Tensor | None) -> NamedTerm:

@@ -14,13 +14,15 @@ from helpers.fake_device import DEVICE, PACKAGE, FakeDevice, HostCopies
 from semseg.checkpoints.network import build_network
 from semseg.config.compose import list_options
 from semseg.config.load import load_config
+from semseg.config.schema import LossConfig
 from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.evaluation.metrics import confusion_counts
+from semseg.nets.interfaces import Logits
 from semseg.nets.normalise import normalise
 from semseg.nets.registry import DECODERS, ENCODERS, build_decoder, build_encoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
 from semseg.training.callbacks.ema import list_values, update_average
-from semseg.training.losses import segmentation_loss
+from semseg.training.losses import LOSSES, build_term, segmentation_loss
 
 NUM_CLASSES = 150
 CANVAS = (128, 160)
@@ -101,6 +103,15 @@ def find_mistake(name: str) -> set[str]:
     return find_in_step(net)
 
 
+def find_in_loss(name: str) -> set[str]:
+    """Findings of a term of the loss, with class weights, forward and backward."""
+    term = build_term(name, LossConfig(), torch.ones(NUM_CLASSES))
+    logits = torch.zeros(2, NUM_CLASSES, 16, 20, requires_grad=True)
+    with HostCopies() as copies, torch.autograd.set_multithreading_enabled(False):
+        segmentation_loss(Logits(logits, logits), torch.zeros(2, 16, 20).long(), terms=[(1.0, term)]).total.backward()
+    return copies.found
+
+
 def find_in_average() -> set[str]:
     """Findings of the moving average: its first update, which copies, and its next one."""
     average, net = (build_segmenter("resnet18", "c1", NUM_CLASSES) for _ in range(2))
@@ -115,6 +126,8 @@ def list_cases() -> dict[str, Callable[[], set[str]]]:
     for name in MODELS:
         cases[f"step of {name}"] = lambda name=name: find_in_step(build_model(name))
         cases[f"evaluation of {name}"] = lambda name=name: find_in_evaluation(build_model(name))
+    for name in LOSSES:
+        cases[f"step of the loss {name}"] = lambda name=name: find_in_loss(name)
     cases["step of the moving average"] = find_in_average
     for name in OWN_ENCODERS:
         cases[f"decoders of {name}"] = lambda name=name: find_in_decoders(name)
