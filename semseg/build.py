@@ -42,6 +42,7 @@ from semseg.training.callbacks.log_steps import EndOnSignals, LogSteps, checkpoi
 from semseg.training.callbacks.nonfinite import NonFiniteGuard
 from semseg.training.callbacks.out_of_memory import ProbeMemory
 from semseg.training.callbacks.panels import LogPanels
+from semseg.training.callbacks.report import WriteReport
 from semseg.training.resume import DropRepeatedSteps, SeedEveryStep
 from semseg.training.trainer import choose_accelerator, create_callbacks, create_loggers, create_trainer
 from semseg.training.training_state import CheckRestoredState
@@ -227,6 +228,7 @@ def training_callbacks(config: Config, source: DataSource) -> list[Callback]:
         WarnAboutLabels(source.classes.names),
         ReportValidation(),
         LogPanels(source, trainer.log_images),
+        WriteReport(run_dir, source, trainer.log_images, config_to_plain(config)),
     ]
     if config.ema.decay is not None:
         callbacks.append(MovingAverage(config.ema.decay, config.ema.start_step))

@@ -87,6 +87,7 @@ class SegmentationModule(pl.LightningModule):
         self.confusion = ConfusionMatrix(len(classes.names))
         self.num_unreadable = 0  # images of this rank in the current evaluation
         self.scores: Scores | None = None  # those of the last validation or test
+        self.counts: Counts | None = None  # those of the last validation
         self.evaluation: SplitCounts | None = None  # that of the last test
         self.metrics_to_restore: dict[str, Tensor] = {}  # those of the last row of the log before a run was stopped
         if model_config.channels_last:
@@ -193,7 +194,10 @@ class SegmentationModule(pl.LightningModule):
         self.evaluator = Evaluator(self.eval_config, self.confusion.num_classes, self.device)
 
     def on_test_batch_start(self, batch: list[EvalSample], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.evaluator.stopwatch.lap("reading")
+        if batch_idx:
+            self.evaluator.stopwatch.lap("reading")
+        else:
+            self.evaluator.stopwatch.restart()  # the first wait is the start of the workers
 
     def test_step(self, samples: list[EvalSample], batch_idx: int) -> dict[str, Tensor]:
         """Score some images; returns what `validation_step` does."""
@@ -248,7 +252,8 @@ class SegmentationModule(pl.LightningModule):
             ]
 
     def on_validation_epoch_end(self) -> None:
-        self.log_scores(self.confusion.compute(), "val")
+        self.counts = self.confusion.compute()
+        self.log_scores(self.counts, "val")
         self.confusion.reset()
 
     def on_test_epoch_end(self) -> None:

@@ -45,6 +45,7 @@ from semseg.storage.atomic import atomic_write
 from semseg.storage.ranks import print_once
 from semseg.storage.run_results import RunResult, write_result
 from semseg.system.text import escape_lines, escape_unprintable
+from semseg.training.trainer import describe_device
 
 _log = logging.getLogger(__name__)
 
@@ -188,13 +189,6 @@ def print_tables(result: EvaluationResult, title: str, scales: list[int]) -> Non
 def is_in_run_folder(saved: SavedNetwork) -> bool:
     """Whether the network is a checkpoint in the folder of its run, beside the training curves."""
     return Path(saved.source).parent.name == CHECKPOINT_FOLDER
-
-
-def describe_device(trainer: pl.Trainer) -> str:
-    """The devices of a trainer, such as "2 x NVIDIA H200" or "cpu"."""
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
 
 
 def predict_examples(

@@ -47,6 +47,7 @@ from semseg.storage.run_lock import hold_run_folder
 from semseg.storage.run_results import RESULT_FILE, RunResult, read_result, write_result
 from semseg.system.text import escape_unprintable
 from semseg.training.callbacks.console import build_config_tree
+from semseg.training.callbacks.report import REPORT_FILE
 from semseg.training.callbacks.stop import StoppedError, requeue
 from semseg.training.loggers.external import log_settings
 from semseg.training.losses import read_class_weights
@@ -373,7 +374,7 @@ def closing_lines(config: Config, checkpoint: Path, score: float | None, command
     lines = [] if score is None else [f"best mean IoU   {score:.4f} on the validation images"]
     if torch.cuda.is_available():
         lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    lines += [f"checkpoint      {ckpt}", f"log             {run_dir}/logs"]
+    lines += [f"checkpoint      {ckpt}", f"log             {run_dir}/logs", f"report          {run_dir}/{REPORT_FILE}"]
     lines += [f"{mode:15} {run_dir}/{mode}" for mode in config.after_training]
     return [
         *lines,

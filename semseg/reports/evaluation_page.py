@@ -19,7 +19,7 @@ from semseg.data.palette import Colour
 from semseg.reports.charts import draw_heat_map, draw_histogram, draw_line_chart
 from semseg.reports.curves import Curves
 from semseg.reports.draw import Pixels
-from semseg.reports.pictures import PictureStrip, encode_strip
+from semseg.reports.pictures import MAX_EDGE, PictureStrip, encode_strip
 from semseg.reports.run_card import RunCard
 from semseg.reports.templates import render_template
 from semseg.storage.atomic import atomic_write
@@ -77,8 +77,7 @@ class EvaluationReport(NamedTuple):
     examples: tuple[Example, ...]
     curves: tuple[Curves, ...]
     card: RunCard
-    purpose: str = "To repeat this evaluation:"  # what the command of the run card does
-    examples_note: str = "By the mean IoU of the image."
+    is_training: bool = False  # whether this is the page of a training, which begins with the curves
 
 
 def write_evaluation_page(path: Path, report: EvaluationReport) -> None:
@@ -214,6 +213,7 @@ def encode_example(
     prediction: NDArray[np.integer],
     *,
     classes: ClassTable,
+    edge: int = MAX_EDGE,
 ) -> Example:
     """Encode the pictures of an image and build its legend.
 
@@ -222,8 +222,9 @@ def encode_example(
         image: (H, W, 3) RGB.
         label: (H, W) class indices, -1 where nothing is scored.
         prediction: (H, W) class indices.
+        edge: long edge of the pictures in pixels.
     """
-    pictures = encode_strip(image, label, prediction, classes)
+    pictures = encode_strip(image, label, prediction, classes, edge)
     return Example(group, score, pictures, build_example_legend(label, prediction, classes))
 
 

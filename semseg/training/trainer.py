@@ -107,6 +107,13 @@ def choose_accelerator(name: str) -> str:
     return "gpu" if name == "cuda" else name
 
 
+def describe_device(trainer: pl.Trainer) -> str:
+    """The devices of a trainer, such as "2 x NVIDIA H200" or "cpu"."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
+
+
 def create_callbacks(sections: Mapping[str, dict[str, Any]], *, has_val: bool) -> list[Callback]:
     """The callbacks of the section `callbacks`.
 

@@ -91,3 +91,8 @@ def test_d9_the_logged_loss_is_the_mean_of_the_ranks_over_all_sub_batches_of_the
     # The third and the last row end the epochs; all ranks judge them by the same number.
     first, second = (rank["logged"]["best"] for rank in runs.ranks)
     assert first == second == pytest.approx(min(rows[2], rows[4]), rel=1e-6)
+
+
+def test_the_page_of_a_run_on_two_ranks_has_the_scores_of_all_images(runs: Runs) -> None:
+    page = (runs.folder / "whole" / "report.html").read_text()
+    assert "Scores of 2 images" in page and page.count("data:image/") == 4  # rank 0 has one of the images

@@ -1,23 +1,35 @@
-"""Pictures of the same validation images after every validation, which show how the network learns."""
+"""The same validation images with their predictions after every validation, which show how the network learns."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytorch_lightning as pl
+from numpy.typing import NDArray
 from pytorch_lightning.callbacks import Callback
 
 from semseg.data.batch import EvalSample
 from semseg.data.pairs import read_pair
 from semseg.data.sources import DataSource
-from semseg.reports.draw import draw_comparison
+from semseg.reports.draw import Pixels, draw_comparison
 from semseg.training.loggers.external import PictureLogger
 
 
-class LogPanels(Callback):
-    """Sends image | ground truth | prediction of some validation images to all loggers that take pictures.
+class PredictedImage(NamedTuple):
+    """A validation image with its label and its prediction, in the size of its file."""
+
+    position: int  # in the split
+    path: str
+    image: Pixels  # (H, W, 3) RGB
+    label: NDArray[np.integer]  # (H, W), -1 = not scored
+    prediction: NDArray[np.integer]  # (H, W)
+
+
+class ValidationImages(Callback):
+    """Passes some validation images to `take_image` on rank 0, as soon as they are predicted.
 
     Args:
         source: the data set of the images.
@@ -27,6 +39,14 @@ class LogPanels(Callback):
     def __init__(self, source: DataSource, num_images: int) -> None:
         self.source, self.num_images = source, num_images
         self._positions: set[int] = set()  # in the split
+
+    def needs_images(self, trainer: pl.Trainer) -> bool:
+        """Whether the images of this validation are needed; otherwise they are not read."""
+        raise NotImplementedError
+
+    def take_image(self, trainer: pl.Trainer, predicted: PredictedImage) -> None:
+        """Draw or send an image."""
+        raise NotImplementedError
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         groups = trainer.datamodule.eval_groups("val")  # pyright: ignore[reportAttributeAccessIssue]
@@ -42,8 +62,7 @@ class LogPanels(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        picture_loggers = [logger for logger in trainer.loggers if isinstance(logger, PictureLogger)]
-        if not trainer.is_global_zero or trainer.sanity_checking or not picture_loggers:
+        if not trainer.is_global_zero or trainer.sanity_checking or not self.needs_images(trainer):
             return
         for sample in batch:
             if sample.bad or sample.position not in self._positions:
@@ -52,6 +71,17 @@ class LogPanels(Callback):
             limit = self.source.config.max_pixels
             image = read_pair(record, self.source.label_map, max_pixels=limit).image
             label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
-            pixels = draw_comparison(image, label, prediction, self.source.classes)
-            for logger in picture_loggers:
-                logger.log_picture(f"{sample.position}_{Path(record.image).stem}", pixels, trainer.global_step)
+            self.take_image(trainer, PredictedImage(sample.position, record.image, image, label, prediction))
+
+
+class LogPanels(ValidationImages):
+    """Sends image | ground truth | prediction of some validation images to all loggers that take pictures."""
+
+    def needs_images(self, trainer: pl.Trainer) -> bool:
+        return any(isinstance(logger, PictureLogger) for logger in trainer.loggers)
+
+    def take_image(self, trainer: pl.Trainer, predicted: PredictedImage) -> None:
+        pixels = draw_comparison(predicted.image, predicted.label, predicted.prediction, self.source.classes)
+        for logger in trainer.loggers:
+            if isinstance(logger, PictureLogger):
+                logger.log_picture(f"{predicted.position}_{Path(predicted.path).stem}", pixels, trainer.global_step)
