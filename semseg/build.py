@@ -28,7 +28,7 @@ from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.data.sources import DataSource, make_label_map
 from semseg.datamodule import SegmentationData
-from semseg.errors import ConfigError
+from semseg.errors import ConfigError, install_command
 from semseg.lit_module import SegmentationModule
 from semseg.nets.segmenter import Segmenter
 from semseg.prediction.predictor import PredictionSettings, Predictor
@@ -98,7 +98,7 @@ def require_export_extra() -> None:
     """
     missing = [name for name in EXPORT_EXTRA if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"ONNX files need {', '.join(missing)}: pip install 'semseg[export]'")
+        raise ConfigError(f"ONNX files need {', '.join(missing)}: {install_command('export')}")
 
 
 def restore_network(saved: SavedNetwork) -> Segmenter:

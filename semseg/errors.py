@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 INTERRUPTED, TERMINATED = 130, 143  # exit codes of a run that stopped properly, after Ctrl-C and after other signals
 STOPPED_CODES = (INTERRUPTED, TERMINATED)
@@ -39,6 +40,12 @@ class ExportError(SemsegError):
 
 class DownloadError(SemsegError):
     """A file cannot be downloaded, or is not the expected one."""
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra of this package, in its clone or where a wheel of it is installed."""
+    is_clone = (Path(__file__).resolve().parents[1] / "pyproject.toml").exists()
+    return f'pip install --editable ".[{extra}]"' if is_clone else f'pip install "semseg[{extra}]"'
 
 
 def find_nearest(name: str, choices: Iterable[str]) -> str | None:

@@ -16,7 +16,7 @@ from semseg.config.choice_files import is_choice_file, register_choice_files
 from semseg.config.groups import CONFIG_DIR, list_groups, list_options
 from semseg.config.hints import explain_unknown_key
 from semseg.config.tables import list_own_keys
-from semseg.errors import ConfigError, find_nearest
+from semseg.errors import ConfigError, find_nearest, install_command
 
 register_choice_files()
 SECTIONS_OF_GROUPS = {"loss": "loss.terms"}  # where programs add names, if it is not the section of the group itself
@@ -88,7 +88,7 @@ def find_group_problems(overrides: list[str]) -> Iterator[str]:
 def explain_option(group: str, option: str, listed: list[str]) -> str:
     """One line for an unknown option of a group; `listed` are the options of a group that is not ours."""
     if group in ("hydra/launcher", "hydra/sweeper") and option in PLUGIN_EXTRAS:
-        return f"{group}={option} is not installed. To install it: pip install 'semseg[{PLUGIN_EXTRAS[option]}]'"
+        return f"{group}={option} is not installed. To install it: {install_command(PLUGIN_EXTRAS[option])}"
     options = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml")) or listed
     if not options:
         return explain_unknown_key(group or option, list_groups())

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from semseg.build import open_predictor
 from semseg.config.schema import Config
-from semseg.errors import ConfigError
+from semseg.errors import ConfigError, install_command
 from semseg.prediction.predictor import Predictor
 from semseg.reports.draw import Pixels
 
@@ -57,7 +57,7 @@ def require_demo_extra() -> None:
     """
     missing = [name for name in DEMO_MODULES if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"mode=serve needs {', '.join(missing)}: pip install 'semseg[demo]'")
+        raise ConfigError(f"mode=serve needs {', '.join(missing)}: {install_command('demo')}")
 
 
 def predict_ids(predictor: Predictor, image: Pixels) -> NDArray[np.int16]:

@@ -302,7 +302,7 @@ def test_without_the_extra_one_line_says_what_to_install(
     monkeypatch.setattr(build, "find_spec", lambda name: None)
     overrides = [*overrides, f"ckpt={folder / ('net.ckpt' if overrides[0] == 'mode=export' else 'net.onnx')}"]
     config = check_config(compose_config(overrides))
-    with pytest.raises(ConfigError, match=re.escape("pip install 'semseg[export]'")):
+    with pytest.raises(ConfigError, match=re.escape('pip install --editable ".[export]"')):
         export_mode.run(config, overrides) if config.mode == "export" else build.open_network(config, overrides)
 
 

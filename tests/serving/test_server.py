@@ -275,7 +275,7 @@ def test_another_host_name_is_rejected() -> None:
 
 def test_a_missing_extra_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else object())
-    with pytest.raises(ValueError, match=r"^mode=serve needs uvicorn: pip install 'semseg\[demo\]'$"):
+    with pytest.raises(ValueError, match=r'^mode=serve needs uvicorn: pip install --editable "\.\[demo\]"$'):
         serve.require_demo_extra()
 
 

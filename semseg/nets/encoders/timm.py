@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semseg.errors import CheckpointError, ConfigError, find_nearest
+from semseg.errors import CheckpointError, ConfigError, find_nearest, install_command
 from semseg.nets.encoders.dilation import plan_stages
 from semseg.nets.encoders.library import MIN_STRIDE, LibraryEncoder, rgb_preprocessing, weights_file_at
 from semseg.nets.interfaces import WeightsFile
@@ -19,7 +19,7 @@ from semseg.nets.interfaces import WeightsFile
 try:
     import timm
 except ModuleNotFoundError as error:
-    raise ConfigError("model/encoder=timm needs the timm package: pip install 'semseg[timm]'") from error
+    raise ConfigError(f"model/encoder=timm needs the timm package: {install_command('timm')}") from error
 
 # Its warnings list the weights of the classifier, which the encoder does not have.
 logging.getLogger("timm").setLevel(logging.ERROR)

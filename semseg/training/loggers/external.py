@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from semseg.errors import ConfigError
+from semseg.errors import ConfigError, install_command
 from semseg.reports.draw import Pixels
 from semseg.storage.atomic import atomic_write
 from semseg.storage.ranks import is_first_rank
@@ -125,7 +125,7 @@ def require_logger_package(target: str) -> None:
     """
     package, extra = LOGGER_EXTRAS.get(target.rpartition(".")[2], ("", ""))
     if package and find_spec(package) is None:
-        raise ConfigError(f"logger={package} needs {package}: pip install 'semseg[{extra}]'")
+        raise ConfigError(f"logger={package} needs {package}: {install_command(extra)}")
 
 
 def log_settings(loggers: Sequence[Logger], settings: dict[str, Any]) -> None:

@@ -331,5 +331,5 @@ def test_an_unknown_library_is_rejected() -> None:
 def test_without_timm_the_message_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.delitem(sys.modules, "semseg.nets.encoders.timm", raising=False)
-    with pytest.raises(ConfigError, match=r"pip install 'semseg\[timm\]'"):
+    with pytest.raises(ConfigError, match=r'pip install --editable "\.\[timm\]"'):
         build_encoder("timm", name="resnet18")

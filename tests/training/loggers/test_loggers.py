@@ -139,7 +139,7 @@ def test_a_logger_that_is_not_installed_is_reported_in_one_line(
 ) -> None:
     config = run_of(root, tmp_path, f"logger={option}")
     monkeypatch.setattr(external, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=rf"logger={option} needs {option}: pip install 'semseg\[{extra}\]'"):
+    with pytest.raises(ConfigError, match=rf'logger={option} needs {option}: pip install --editable "\.\[{extra}\]"'):
         build_trainer(config, DataSource(config.data))
 
 
