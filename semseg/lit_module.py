@@ -25,6 +25,7 @@ from semseg.errors import CheckpointError, ConfigError
 from semseg.evaluation.evaluator import Evaluator, SplitCounts
 from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
+from semseg.evaluation.own_scores import ImageMeans, OwnScore, check_measures, score_image, score_split
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter
 from semseg.syncbn.layer import convert_batch_norms, revert_batch_norms
@@ -85,6 +86,8 @@ class SegmentationModule(pl.LightningModule):
         self.terms = build_terms(loss_config, len(classes.names))
         self.loss_function = partial(segmentation_loss, deepsup_weight=model_config.deepsup_weight, terms=self.terms)
         self.confusion = ConfusionMatrix(len(classes.names))
+        check_measures(len(classes.names))
+        self.image_means = ImageMeans()  # scores that programs add
         self.num_unreadable = 0  # images of this rank in the current evaluation
         self.scores: Scores | None = None  # those of the last validation or test
         self.counts: Counts | None = None  # those of the last validation
@@ -187,6 +190,7 @@ class SegmentationModule(pl.LightningModule):
         predictions = {}
         for sample, (prediction,) in zip(readable, self.predict(readable), strict=True):
             self.confusion.update(confusion_counts(prediction, sample.label, self.confusion.num_classes))
+            self.image_means.update(score_image(prediction, sample.label))
             predictions[sample.path] = prediction
         return predictions
 
@@ -253,21 +257,22 @@ class SegmentationModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.counts = self.confusion.compute()
-        self.log_scores(self.counts, "val")
+        self.log_scores(self.counts, score_split(self.counts.matrix, self.image_means.compute()), "val")
         self.confusion.reset()
+        self.image_means.reset()
 
     def on_test_epoch_end(self) -> None:
         self.evaluation = self.evaluator.result()
-        self.log_scores(self.evaluation.counts[0], "test")
+        self.log_scores(self.evaluation.counts[0], self.evaluation.own, "test")
 
-    def log_scores(self, counts: Counts, stage: str) -> None:
+    def log_scores(self, counts: Counts, own: tuple[OwnScore, ...], stage: str) -> None:
         """Log the scores of the images of all ranks, the same numbers on every rank."""
         on_this_rank = torch.tensor(self.num_unreadable, device=self.device)
         num_unreadable = int(self.trainer.strategy.reduce(on_this_rank, reduce_op="sum"))
         self.num_unreadable = 0
         self.check_image_count(counts.images + num_unreadable, stage)
         check_bad_fraction(num_unreadable, counts.images + num_unreadable, self.max_bad)
-        self.scores = scores_from(counts.matrix, self.miou_rule)
+        self.scores = scores_from(counts.matrix, self.miou_rule)._replace(own=own)
         warning = describe_odd_predictions(counts.matrix, self.classes.names)
         if warning is not None and not self.trainer.sanity_checking:
             rank_zero_warn(f"{stage}: {warning}")
@@ -275,6 +280,7 @@ class SegmentationModule(pl.LightningModule):
             ("miou", self.scores.mean_iou),
             ("pixel_accuracy", self.scores.pixel_accuracy),
             ("overall", self.scores.overall),
+            *((score.name, score.value) for score in own),
         ):
             self.log(f"{stage}/{name}", float("nan") if value is None else value, prog_bar=name == "miou")
 

@@ -570,6 +570,10 @@ class CheckpointConfig:
     """Number of these to keep, as step_<number>.ckpt."""
     on_error: str = choice_field("stop", ("stop", "warn"))
     """If a checkpoint cannot be written (a full disk): stop the run, or warn and continue."""
+    monitor: str = "val/miou"
+    """The score that chooses best.ckpt: val/miou, val/pixel_accuracy, val/overall, or val/<name> of an own score."""
+    mode: str = choice_field("max", ("max", "min"))
+    """Whether the best score is the largest or the smallest."""
 
 
 @dataclass

@@ -187,6 +187,9 @@ def find_name_problems(config: Config) -> Iterator[str]:
             if isinstance(section, dict) and "_target_" not in section and name not in list_own_names(group):
                 yield f"{group}.{name}: has no _target_, and no program adds this name ({EXTENDING})."
     scores = (*MONITORED_METRICS, *list_own_scores())
+    validated = tuple(score for score in scores if score.startswith("val/"))
+    if config.checkpoint.monitor not in validated:
+        yield format_wrong_choice("checkpoint.monitor", config.checkpoint.monitor, validated)
     for name, section in config.callbacks.items():
         monitor = section.get("monitor") if isinstance(section, dict) else None
         if monitor is not None and monitor not in scores:

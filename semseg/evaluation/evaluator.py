@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,9 @@ from semseg.evaluation.metrics import (
     confusion_counts,
     scores_from,
 )
+from semseg.evaluation.own_scores import ImageMeans, OwnScore, score_image, score_split
 
+NO_SCORES: Mapping[str, float | None] = {}
 STAGES = ("reading", "network", "scoring")  # reading: waiting for the loader
 
 
@@ -41,6 +43,7 @@ class ImageRecord(NamedTuple):
     seconds: float  # network and scoring
     class_counts: NDArray[np.int32]  # (3, K), see bootstrap.class_counts
     maps: ClassMaps | None  # small label and prediction; None for images after the first MAX_MAPS
+    own: Mapping[str, float | None] = NO_SCORES  # scores that programs add, by name
 
 
 class UnreadableImage(NamedTuple):
@@ -66,6 +69,7 @@ class SplitCounts(NamedTuple):
     images: list[ImageRecord]  # in the order of the split
     speed: Speed
     unreadable: Sequence[UnreadableImage] = ()  # in the order of the split
+    own: tuple[OwnScore, ...] = ()  # scores that programs add, for eval.scales
 
 
 class Stopwatch:
@@ -111,6 +115,7 @@ class Evaluator:
         num_matrices = 1 + len(config.also_scales)
         self.confusions = [ConfusionMatrix(num_classes).to(device) for _ in range(num_matrices)]
         self.boundary = BoundaryIoU(num_classes).to(device) if config.boundary_iou else None
+        self.image_means = ImageMeans().to(device)
         self.images: list[ImageRecord] = []
         self.unreadable: list[UnreadableImage] = []
         self.stopwatch = Stopwatch(device)
@@ -135,6 +140,8 @@ class Evaluator:
             self.boundary.update(boundary_counts(class_maps[0], sample.label, self.num_classes, ratio))
         matrix = matrices[0].cpu()
         scores = scores_from(matrix, "present")
+        own = score_image(class_maps[0], sample.label)
+        self.image_means.update(own)
         height, width = sample.label.shape
         maps = shrink_maps(sample.label, class_maps[0]) if sample.position < MAX_MAPS else None
         self.images.append(
@@ -148,6 +155,7 @@ class Evaluator:
                 seconds=network_seconds + self.stopwatch.lap("scoring"),
                 class_counts=class_counts(matrix),
                 maps=maps,
+                own=own,
             )
         )
 
@@ -160,12 +168,14 @@ class Evaluator:
         ranks = gather_records(RankRecords(self.images, self.unreadable, self.stopwatch.seconds))
         images = sorted((image for rank in ranks for image in rank.images), key=lambda image: image.position)
         unreadable = sorted((image for rank in ranks for image in rank.unreadable), key=lambda image: image.position)
+        counts = [confusion.compute() for confusion in self.confusions]
         return SplitCounts(
-            counts=[confusion.compute() for confusion in self.confusions],
+            counts=counts,
             boundary=None if self.boundary is None else self.boundary.compute(),
             images=images,
             speed=speed_of(len(images), [rank.seconds for rank in ranks]),
             unreadable=unreadable,
+            own=score_split(counts[0].matrix, self.image_means.compute()),
         )
 
 

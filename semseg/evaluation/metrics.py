@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from semseg.errors import ConfigError
+from semseg.evaluation.own_scores import OwnScore
 
 OUTSIDE = -2  # value of the pixels around an image; differs from every class and from -1
 
@@ -136,6 +137,7 @@ class Scores(NamedTuple):
     num_averaged: int  # number of classes that mean_iou is the mean of
     absent: list[int]  # classes that the rule treats as absent
     rule: str
+    own: tuple[OwnScore, ...] = ()  # scores that programs add
 
     @property
     def pixel_fractions(self) -> list[float]:

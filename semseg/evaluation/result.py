@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,18 +14,20 @@ from semseg.config.schema import MIOU_RULES
 from semseg.data.classes import ClassTable
 from semseg.data.palette import Colour
 from semseg.evaluation.bootstrap import ConfidenceIntervals
-from semseg.evaluation.evaluator import Speed, SplitCounts, UnreadableImage
+from semseg.evaluation.evaluator import NO_SCORES, Speed, SplitCounts, UnreadableImage
 from semseg.evaluation.image_files import ClassMaps
 from semseg.evaluation.metrics import BoundaryCounts, Scores, scores_from
+from semseg.evaluation.own_scores import FRACTION
 
 
 class SummaryScore(NamedTuple):
     """One score of the whole split."""
 
     name: str
-    value: float | None  # 0..1; None: nothing was scored
+    value: float | None  # 0..1 unless it has a unit; None: nothing was scored
     meaning: str
     interval: tuple[float, float] | None = None  # confidence interval, 0..1
+    unit: str = FRACTION  # another one: `value` is no fraction, but a number with this unit
 
 
 class RuleScore(NamedTuple):
@@ -51,6 +53,7 @@ class ClassScore(NamedTuple):
     boundary_iou: float | None  # None too if eval.boundary_iou=false
     pixels: int  # by the labels
     fraction: float  # fraction of all scored pixels, by the labels
+    own: Mapping[str, float | None] = NO_SCORES  # scores that programs add, by name
 
 
 class ImageScore(NamedTuple):
@@ -64,6 +67,7 @@ class ImageScore(NamedTuple):
     width: int = 0
     class_counts: NDArray[np.int32] | None = None  # (3, K), see bootstrap.class_counts
     maps: ClassMaps | None = None  # small label and prediction
+    own: Mapping[str, float | None] = NO_SCORES  # scores that programs add, by name
 
 
 class SubsetScores(NamedTuple):
@@ -125,6 +129,10 @@ class EvaluationResult(NamedTuple):
             [None] * num_classes if self.boundary is None else self.boundary.iou,
             scores.pixels,
             scores.pixel_fractions,
+            [
+                {own.name: own.per_class[position] for own in scores.own if own.per_class is not None}
+                for position in range(num_classes)
+            ],
         )
         return [ClassScore(*row) for row in zip(*columns, strict=True)]
 
@@ -158,6 +166,7 @@ def build_result(
             image.width,
             image.class_counts,
             image.maps,
+            image.own,
         )
         for image in counts.images
     ]
@@ -165,7 +174,7 @@ def build_result(
         classes=classes,
         class_ids=class_ids,
         confusion=matrix.numpy(),
-        scores=scores_from(matrix, rule),
+        scores=scores_from(matrix, rule)._replace(own=counts.own),
         scores_by_rule=[scores_from(matrix, name) for name in MIOU_RULES],
         subsets=[
             SubsetScores(scales, scores_from(subset, rule))
@@ -204,6 +213,8 @@ def summarise(
     yield SummaryScore("mean Dice", scores.mean_dice, f"rule {scores.rule}")
     if boundary is not None:
         yield SummaryScore("mean boundary IoU", boundary.mean_iou, "over the classes in the labels or predicted")
+    for own in scores.own:
+        yield SummaryScore(own.name, own.value, own.meaning, unit=own.unit)
 
 
 def relative_name(path: str | Path, root: Path) -> str:

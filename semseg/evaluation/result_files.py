@@ -78,6 +78,9 @@ def metrics_entries(result: EvaluationResult) -> dict[str, Any]:
         "speed": result.speed._asdict(),
         "left_out": [{"file": image.path, "reason": image.reason} for image in result.unreadable],
     }
+    if result.scores.own:
+        entries["own_scores"] = {own.name: own.value for own in result.scores.own}
+        entries["own_units"] = {own.name: own.unit for own in result.scores.own}
     if result.boundary is not None:
         entries["boundary_iou"] = result.boundary.mean_iou
     if result.intervals is not None:
@@ -112,7 +115,7 @@ def class_score_row(score: ClassScore, *, with_boundary: bool) -> dict[str, Any]
         "share": score.fraction,
         "id": score.id,
     }
-    return row | {"boundary_iou": score.boundary_iou} if with_boundary else row
+    return row | ({"boundary_iou": score.boundary_iou} if with_boundary else {}) | dict(score.own)
 
 
 def image_score_row(image: ImageScore) -> dict[str, Any]:
@@ -124,4 +127,5 @@ def image_score_row(image: ImageScore) -> dict[str, Any]:
         "seconds": round(image.seconds, 6),
         "height": image.height,
         "width": image.width,
+        **image.own,
     }

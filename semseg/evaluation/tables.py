@@ -9,6 +9,7 @@ from rich.text import Text
 
 from semseg.evaluation.bootstrap import CONFIDENCE_LEVEL
 from semseg.evaluation.evaluator import Speed
+from semseg.evaluation.own_scores import FRACTION
 from semseg.evaluation.result import EvaluationResult, RuleScore, SummaryScore
 from semseg.system.text import escape_unprintable
 
@@ -27,6 +28,15 @@ def format_score(value: float | None) -> str:
     return MISSING_SCORE if value is None else f"{100 * value:.2f}"
 
 
+def format_own_score(value: float | None, unit: str) -> str:
+    """A score that a program adds: a fraction in percent, or a number with its unit.
+
+    >>> format_own_score(0.5, "%"), format_own_score(3.25, "px")
+    ('50.00', '3.25 px')
+    """
+    return format_score(value) if value is None or unit == FRACTION else f"{value:.4g} {unit}".rstrip()
+
+
 def class_score_table(result: EvaluationResult, title: str) -> Table:
     """One row per class, in percent; if there are more than MAX_ROWS classes, only the best and the worst."""
     names, scores = result.classes.names, result.scores
@@ -38,16 +48,18 @@ def class_score_table(result: EvaluationResult, title: str) -> Table:
         **({"boundary IoU": result.boundary.iou} if result.boundary else {}),
         "pixels": scores.pixel_fractions,
     }
+    own = {score.name: score for score in scores.own if score.per_class is not None}
     best, worst = select_rows(scores.iou, scores.pixels)
     num_shown = len(best) + len(worst)
     selection = f"; {num_shown} of {len(names)} classes, the best and the worst" if num_shown < len(names) else ""
     table = Table("class", title=Text(title), caption=f"percent{selection}; pixels: fraction of the labelled pixels")
-    for column in columns:
+    for column in (*columns, *own):
         table.add_column(column, justify="right")
     for positions in (best, worst):
         for position in positions:
             values = (format_score(values[position]) for values in columns.values())
-            table.add_row(Text(escape_unprintable(names[position])), *values)
+            own_values = (format_own_score((score.per_class or [])[position], score.unit) for score in own.values())
+            table.add_row(Text(escape_unprintable(names[position])), *values, *own_values)
         table.add_section()
     return table
 
@@ -71,18 +83,18 @@ def summary_table(result: EvaluationResult) -> Table:
     table.add_column("%", justify="right")
     table.add_column("meaning")
     for name, value, meaning in summary_rows(result):
-        table.add_row(name, format_score(value), Text(meaning))
+        table.add_row(name, value, Text(meaning))
     return table
 
 
-def summary_rows(result: EvaluationResult) -> Iterator[tuple[str, float | None, str]]:
+def summary_rows(result: EvaluationResult) -> Iterator[tuple[str, str, str]]:
     """Name, value and meaning of each score of the whole split, and the mean IoU of every rule if they differ."""
     for score in result.summary_scores:
-        yield score.name, score.value, describe_score(score)
+        yield score.name, format_own_score(score.value, score.unit), describe_score(score)
     if not result.rules_differ:
         return
     for score in result.rule_scores:
-        yield f"mean IoU, {score.rule}", score.mean_iou, describe_rule(score, result.classes.num_classes)
+        yield f"mean IoU, {score.rule}", format_score(score.mean_iou), describe_rule(score, result.classes.num_classes)
 
 
 def describe_score(score: SummaryScore) -> str:

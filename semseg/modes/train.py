@@ -33,7 +33,7 @@ from semseg.checkpoints.format import (
 from semseg.checkpoints.initialise import initialise_from
 from semseg.checkpoints.network import build_network, check_network, without_weights
 from semseg.checkpoints.published import find_published_files
-from semseg.config.schema import ZOO_PREFIX, Config, ModelConfig, TrainerConfig, config_to_plain
+from semseg.config.schema import ZOO_PREFIX, CheckpointConfig, Config, ModelConfig, TrainerConfig, config_to_plain
 from semseg.data.overlap import find_overlap
 from semseg.data.sources import DataSource, describe_split_folders, require_masks
 from semseg.errors import CheckpointError, DataError
@@ -324,7 +324,7 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
     for mode in config.after_training:
         run_follow_up(mode, config, checkpoint)
     command = resume_command(config, overrides, *overrides_to_continue(config.trainer, config.callbacks, trainer))
-    for line in closing_lines(config, checkpoint, result.score, command):
+    for line in closing_lines(config, checkpoint, result, command):
         console.print(line, soft_wrap=True, highlight=False, markup=False)  # commands must survive copying
 
 
@@ -364,14 +364,15 @@ def overrides_to_continue(limits: TrainerConfig, callbacks: Mapping[str, Any], t
     return words
 
 
-def closing_lines(config: Config, checkpoint: Path, score: float | None, command: str) -> list[str]:
-    """The paths of the results, and the commands that use them.
+def closing_lines(config: Config, checkpoint: Path, result: RunResult, command: str) -> list[str]:
+    """The best score, the paths of the results, and the commands that use them.
 
     Args:
         command: the command that continues training.
     """
     run_dir, ckpt = (shlex.quote(str(relative_to_cwd(path))) for path in (Path(config.run_dir), checkpoint))
-    lines = [] if score is None else [f"best mean IoU   {score:.4f} on the validation images"]
+    name = "mean IoU" if result.monitor == CheckpointConfig.monitor else result.monitor
+    lines = [] if result.score is None else [f"{f'best {name}':15} {result.score:.4f} on the validation images"]
     if torch.cuda.is_available():
         lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     lines += [f"checkpoint      {ckpt}", f"log             {run_dir}/logs", f"report          {run_dir}/{REPORT_FILE}"]

@@ -26,6 +26,15 @@ def format_percent(value: float | None) -> str:
     return NOT_AVAILABLE if value is None else f"{100 * value:.2f}"
 
 
+def format_number(value: float | None, unit: str) -> str:
+    """Format a fraction in percent if its unit is %, and any other number with four digits.
+
+    >>> format_number(0.5314, "%"), format_number(12.3456, "px")
+    ('53.14', '12.35')
+    """
+    return format_percent(value) if value is None or unit == "%" else f"{value:.4g}"
+
+
 def format_points(difference: float | None) -> str:
     """Format a difference of fractions in percentage points, with its sign.
 
@@ -71,6 +80,7 @@ def _create_environment() -> Environment:
     )
     filters = {
         "percent": format_percent,
+        "number": format_number,
         "points": format_points,
         "count": format_count,
         "sort_value": format_sort_value,

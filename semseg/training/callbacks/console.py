@@ -265,8 +265,10 @@ class ReportValidation(Callback):
             console = Console()
             console.print(validation_table(scores, best, pl_module.classes.names, f"validation after {epoch}"))
         else:
-            accuracy = format_fraction(scores.pixel_accuracy)
-            print(f"{epoch}  validation  mean IoU {format_fraction(score)}  pixel accuracy {accuracy}", flush=True)
+            values = {"mean IoU": score, "pixel accuracy": scores.pixel_accuracy}
+            values |= {own.name: own.value for own in scores.own}
+            listed = "".join(f"  {name} {format_fraction(value)}" for name, value in values.items())
+            print(f"{epoch}  validation{listed}", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -290,6 +292,7 @@ def validation_table(scores: Scores, best: float | None, names: Sequence[str], t
         "best before": format_fraction(best),
         "pixel accuracy": format_fraction(scores.pixel_accuracy),
         "overall": format_fraction(scores.overall),
+        **{score.name: format_fraction(score.value) for score in scores.own},
     }
     for heading in row:
         table.add_column(heading, justify="right")

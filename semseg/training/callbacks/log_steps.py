@@ -20,8 +20,6 @@ from semseg.training.callbacks.saver import Saver
 from semseg.training.step_means import IntervalMean, StepSums, compute_means, get_step_mean, is_step_complete
 from semseg.training.training_state import SUMS_KEY
 
-MONITOR = "val/miou"
-
 
 def checkpoint_callbacks(run_dir: Path, config: CheckpointConfig, *, has_val: bool) -> list[Callback]:
     """The callbacks that write best.ckpt, if there is validation, and last.ckpt, which holds the best score as well."""
@@ -29,7 +27,7 @@ def checkpoint_callbacks(run_dir: Path, config: CheckpointConfig, *, has_val: bo
     if not has_val:
         return [last]
     best = BestCheckpoint(
-        run_dir / CHECKPOINT_FOLDER, "best", monitor=MONITOR, mode="max", save_top_k=1,
+        run_dir / CHECKPOINT_FOLDER, "best", monitor=config.monitor, mode=config.mode, save_top_k=1,
         enable_version_counter=False, save_on_train_epoch_end=False, continue_on_error=config.on_error == "warn",
     )  # fmt: skip
     return [best, last]
