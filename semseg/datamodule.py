@@ -183,7 +183,7 @@ class SegmentationData(pl.LightningDataModule):
         return ReadOptions(data.max_long_edge, self.size_divisor, data.on_bad == "skip", data.max_pixels, cache)
 
     def num_workers(self, max_item_bytes: Callable[[], int]) -> int:
-        """Workers of a loader on each device; 0 if /dev/shm is needed and too small for what those of this machine prepare.
+        """Workers of a loader on each device; 0 if /dev/shm is needed and too small for what all of them prepare.
 
         Forks transfer pixels in slots and labels as bytes, and do not use /dev/shm (see shared_slots.py). Other workers
         transfer tensors in it, and a worker that finds it full is killed without a message.

@@ -25,7 +25,7 @@ from semseg.errors import CheckpointError, ConfigError
 from semseg.evaluation.evaluator import Evaluator, SplitCounts
 from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
-from semseg.evaluation.own_scores import ImageMeans, OwnScore, check_measures, score_image, score_split
+from semseg.evaluation.own_scores import ImageMeans, check_measures, score_image, score_split
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter
 from semseg.syncbn.layer import convert_batch_norms, revert_batch_norms
@@ -256,23 +256,24 @@ class SegmentationModule(pl.LightningModule):
             ]
 
     def on_validation_epoch_end(self) -> None:
-        self.counts = self.confusion.compute()
-        self.log_scores(self.counts, score_split(self.counts.matrix, self.image_means.compute()), "val")
+        counts = self.confusion.compute()
+        self.counts = counts._replace(own=score_split(counts.matrix, self.image_means.compute()))
+        self.log_scores(self.counts, "val")
         self.confusion.reset()
         self.image_means.reset()
 
     def on_test_epoch_end(self) -> None:
         self.evaluation = self.evaluator.result()
-        self.log_scores(self.evaluation.counts[0], self.evaluation.own, "test")
+        self.log_scores(self.evaluation.counts[0], "test")
 
-    def log_scores(self, counts: Counts, own: tuple[OwnScore, ...], stage: str) -> None:
+    def log_scores(self, counts: Counts, stage: str) -> None:
         """Log the scores of the images of all ranks, the same numbers on every rank."""
         on_this_rank = torch.tensor(self.num_unreadable, device=self.device)
         num_unreadable = int(self.trainer.strategy.reduce(on_this_rank, reduce_op="sum"))
         self.num_unreadable = 0
         self.check_image_count(counts.images + num_unreadable, stage)
         check_bad_fraction(num_unreadable, counts.images + num_unreadable, self.max_bad)
-        self.scores = scores_from(counts.matrix, self.miou_rule)._replace(own=own)
+        self.scores = scores_from(counts.matrix, self.miou_rule)._replace(own=counts.own)
         warning = describe_odd_predictions(counts.matrix, self.classes.names)
         if warning is not None and not self.trainer.sanity_checking:
             rank_zero_warn(f"{stage}: {warning}")
@@ -280,7 +281,7 @@ class SegmentationModule(pl.LightningModule):
             ("miou", self.scores.mean_iou),
             ("pixel_accuracy", self.scores.pixel_accuracy),
             ("overall", self.scores.overall),
-            *((score.name, score.value) for score in own),
+            *((score.name, score.value) for score in counts.own),
         ):
             self.log(f"{stage}/{name}", float("nan") if value is None else value, prog_bar=name == "miou")
 

@@ -25,7 +25,7 @@ from semseg.evaluation.metrics import (
     confusion_counts,
     scores_from,
 )
-from semseg.evaluation.own_scores import ImageMeans, OwnScore, score_image, score_split
+from semseg.evaluation.own_scores import ImageMeans, score_image, score_split
 
 NO_SCORES: Mapping[str, float | None] = {}
 STAGES = ("reading", "network", "scoring")  # reading: waiting for the loader
@@ -69,7 +69,6 @@ class SplitCounts(NamedTuple):
     images: list[ImageRecord]  # in the order of the split
     speed: Speed
     unreadable: Sequence[UnreadableImage] = ()  # in the order of the split
-    own: tuple[OwnScore, ...] = ()  # scores that programs add, for eval.scales
 
 
 class Stopwatch:
@@ -168,14 +167,14 @@ class Evaluator:
         ranks = gather_records(RankRecords(self.images, self.unreadable, self.stopwatch.seconds))
         images = sorted((image for rank in ranks for image in rank.images), key=lambda image: image.position)
         unreadable = sorted((image for rank in ranks for image in rank.unreadable), key=lambda image: image.position)
-        counts = [confusion.compute() for confusion in self.confusions]
+        counts, *others = [confusion.compute() for confusion in self.confusions]
+        own = score_split(counts.matrix, self.image_means.compute())
         return SplitCounts(
-            counts=counts,
+            counts=[counts._replace(own=own), *others],
             boundary=None if self.boundary is None else self.boundary.compute(),
             images=images,
             speed=speed_of(len(images), [rank.seconds for rank in ranks]),
             unreadable=unreadable,
-            own=score_split(counts[0].matrix, self.image_means.compute()),
         )
 
 

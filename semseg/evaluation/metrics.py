@@ -55,6 +55,7 @@ class Counts(NamedTuple):
 
     matrix: Tensor  # (num_classes, num_classes) int64; rows are labels
     images: int
+    own: tuple[OwnScore, ...] = ()  # scores that programs add
 
 
 class ConfusionMatrix(Metric):

@@ -174,7 +174,7 @@ def build_result(
         classes=classes,
         class_ids=class_ids,
         confusion=matrix.numpy(),
-        scores=scores_from(matrix, rule)._replace(own=counts.own),
+        scores=scores_from(matrix, rule)._replace(own=counts.counts[0].own),
         scores_by_rule=[scores_from(matrix, name) for name in MIOU_RULES],
         subsets=[
             SubsetScores(scales, scores_from(subset, rule))
