@@ -48,6 +48,7 @@ class Point(NamedTuple):
     name: str
     x: float
     y: float
+    colour: int = 0  # number in the style sheet
 
 
 class Axis(NamedTuple):
@@ -154,26 +155,34 @@ def _vertical_axis(values: Sequence[float]) -> Axis:
 
 
 def draw_scatter_plot(
-    points: Sequence[Point], title: str, x_name: str, marks: Mapping[float, str] | None = None, margin: float = 0.05
+    points: Sequence[Point],
+    title: str,
+    x_name: str,
+    marks: Mapping[float, str] | None = None,
+    margin: float = 0.05,
+    *,
+    lines: Sequence[Line] = (),
 ) -> Markup:
     """Draw a dot for each of `points`, of which there is at least one.
 
     Args:
         marks: labels of x values on the axis; by default round numbers.
         margin: free space at both ends of x, as a fraction of its range.
+        lines: are drawn below the dots.
     """
     values = [*(point.x for point in points), *(marks or ())]
     space = margin * (max(values) - min(values)) or 0.5
     x = Axis(min(values) - space, max(values) + space, LEFT, WIDTH - RIGHT)
     y = _vertical_axis([point.y for point in points])
-    return _svg(title, *_draw_grid(x, y, x_name, marks=marks), *(_draw_point(point, x, y) for point in points))
+    drawn = [part for index, line in enumerate(lines) for part in _draw_line(line, x, y, index)]
+    return _svg(title, *_draw_grid(x, y, x_name, marks=marks), *drawn, *(_draw_point(point, x, y) for point in points))
 
 
 def _draw_point(point: Point, x: Axis, y: Axis) -> Markup:
     label = svg_element("title", f"{point.name}: {point.y:.4g}")
-    return svg_element(
-        "circle", label, class_="dot line-0", cx=_format(x.position(point.x)), cy=_format(y.position(point.y)), r=4
-    )
+    colour = point.colour % NUM_LINE_COLOURS
+    position = {"cx": _format(x.position(point.x)), "cy": _format(y.position(point.y))}
+    return svg_element("circle", label, class_=f"dot line-{colour}", **position, r=4)
 
 
 def average_points(line: Line, max_points: int = MAX_POINTS) -> Line:

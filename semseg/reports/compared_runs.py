@@ -12,7 +12,8 @@ from semseg.config.schema import MIOU_RULES
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.image_files import COUNTS_FILE, ImageCounts, read_image_counts
 from semseg.storage.atomic import entry_command
-from semseg.system.text import shorten_repr
+from semseg.storage.run_results import rank_jobs, read_job
+from semseg.system.text import escape_unprintable, shorten_repr
 
 HEADLINE_NAMES = {
     "mean_iou": "mean IoU",
@@ -58,7 +59,7 @@ def read_evaluations(folders: Sequence[str]) -> tuple[ComparedRun, ...]:
     for index, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:index]]:
             raise ConfigError(f"runs: {folders[index]} is listed twice. List each evaluation once.")
-    names = choose_distinct_names([name_giving_folder(Path(folder).expanduser()) for folder in folders])
+    names = choose_names([name_giving_folder(Path(folder).expanduser()) for folder in folders])
     return tuple(read_evaluation(name, path) for name, path in zip(names, paths, strict=True))
 
 
@@ -93,6 +94,17 @@ def find_evaluation_folder(folder: str) -> Path:
         f"runs: {folder} holds no evaluation (neither metrics.json nor eval/metrics.json). "
         f"Evaluate it first: {entry_command()} mode=eval ckpt={folder}"
     )
+
+
+def choose_names(folders: Sequence[Path]) -> list[str]:
+    """Name runs by their folders; jobs of a sweep, whose folders are hashes, by the overrides that differ."""
+    jobs = [job for folder in folders if (job := read_job(folder)) is not None]
+    if len(jobs) == len(folders):
+        ranking = rank_jobs(jobs)
+        names = [" ".join(map("=".join, ranking.differing_settings_of(job).items())) for job in jobs]
+        if all(names) and len(set(names)) == len(names):
+            return [escape_unprintable(name) for name in names]
+    return choose_distinct_names(folders)
 
 
 def choose_distinct_names(folders: Sequence[Path]) -> list[str]:

@@ -136,6 +136,11 @@ class Ranking(NamedTuple):
         given = parse_settings(job)
         return [given.get(key, "") for key in self.varying]
 
+    def differing_settings_of(self, job: Job) -> dict[str, str]:
+        """The varying keys that `job` sets, with their values."""
+        given = parse_settings(job)
+        return {key: given[key] for key in self.varying if key in given}
+
     @property
     def headline(self) -> str:
         """The number of jobs, and of those with each status."""

@@ -28,7 +28,14 @@ from semseg.cli.supervise import CLEARED_VARIABLES, ProcessEnd, run_isolated
 from semseg.cli.sweep import classify_end
 from semseg.config.compose import compose_with_hydra, explain_option
 from semseg.config.groups import CONFIG_DIR
-from semseg.reports.sweep_page import choose_log_marks, render_sweep_page
+from semseg.reports.sweep_page import (
+    choose_log_marks,
+    draw_parameter_charts,
+    group_values,
+    place_values,
+    render_sweep_page,
+    suggest_comparison,
+)
 from semseg.storage.run_results import (
     Job,
     RunResult,
@@ -228,10 +235,60 @@ def test_a_key_that_only_one_job_names_varies() -> None:
 def test_the_page_plots_the_score_against_each_parameter_and_escapes_what_it_is_given() -> None:
     page = render_sweep_page(rank_jobs(jobs_of(Path())), "python run.py -m 'x'")
     assert page.count("<circle") == 6  # three jobs with a score, two parameters
-    assert "optim.lr=0.1: 0.5" in page and "model/encoder=resnet50: 0.5" in page
+    assert page.count("optim.lr=0.1 model/encoder=resnet50: 0.5") == 2
     assert "<b>hrnet" not in page and "&lt;b&gt;hrnet" in page
     assert "http" not in page.replace("http-equiv", "")  # it needs no network
     assert "failed: killed" in page and "0:01:01" in page
+
+
+def test_each_parameter_is_plotted_with_the_colours_of_the_other() -> None:
+    jobs = [
+        Job(Path(f"{rate}{name}{seed}"), (f"optim.lr={rate}", f"model/encoder={name}", f"seed={seed}"),
+            "finished", "", 1, RunResult(score + 0.001 * seed, "val/miou"))
+        for rate, name, score in (("0.01", "a", 0.3), ("0.02", "a", 0.31), ("0.01", "b", 0.5), ("0.02", "b", 0.52))
+        for seed in (1, 2)
+    ]  # fmt: skip
+    charts = draw_parameter_charts(rank_jobs(jobs))
+    # The encoder explains most of the score; for the encoder itself, that is the rate.
+    assert [(chart.key, chart.groups and chart.groups.key) for chart in charts] == [
+        ("optim.lr", "model/encoder"), ("model/encoder", "optim.lr"), ("seed", "model/encoder"),
+    ]  # fmt: skip
+    for colour in (0, 1):
+        assert str(charts[0].drawing).count(f'class="dot line-{colour}"') == 4
+        assert str(charts[0].drawing).count(f'class="line line-{colour}"') == 1  # connects the means
+    assert ">0.01</text>" in charts[0].drawing and ">0.02</text>" in charts[0].drawing
+
+
+def test_learning_rates_are_on_a_logarithmic_axis_and_other_numbers_from_a_factor_of_ten_on() -> None:
+    assert place_values("optim.lr", ["0.01", "0.02", "0.04"]).positions == pytest.approx([-2, -1.69897, -1.39794])
+    assert place_values("data.batch_size", ["2", "4", "8"]).positions == [2, 4, 8]
+    assert place_values("ema.start_step", ["100", "1000"]).positions == pytest.approx([2, 3])
+    assert place_values("optim.weight_decay", ["0", "0.1"]).positions == [0, 0.1]
+    assert list((place_values("optim.lr", ["0.01", "0.02"]).marks or {}).values()) == ["0.01", "0.02"]
+
+
+def test_numbers_with_many_values_are_coloured_by_range_and_names_with_many_by_the_frequent_ones() -> None:
+    groups = group_values("optim.lr", [str(n) for n in range(1, 13)])
+    assert groups.names == ("1 to 4", "5 to 8", "9 to 12") and groups.members == (0,) * 4 + (1,) * 4 + (2,) * 4
+    names = group_values("model", [f"net{n}" for n in range(12)] + ["net9"])
+    assert len(names.names) == 8 and "net9" in names.names and names.names[-1] == "others"
+
+
+def test_jobs_are_named_by_their_overrides_and_link_to_their_reports(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path)
+    for job in jobs[:2]:
+        (job.folder / "eval").mkdir(parents=True)
+        (job.folder / "eval" / "report.html").touch()
+        (job.folder / "eval" / "metrics.json").touch()
+    jobs[2].folder.mkdir()
+    ranking = rank_jobs(jobs)
+    page = render_sweep_page(ranking, "x")
+    assert '<a href="0.1/eval/report.html">optim.lr=0.1 model/encoder=resnet50</a>' in page
+    assert '<a href="0.01/">optim.lr=0.01' in page and page.count("<a href=") == 3 + 3  # the sections of the page
+    command = suggest_comparison(ranking)
+    assert command is not None and command.endswith(f"mode=compare 'runs=[{jobs[0].folder},{jobs[1].folder}]'")
+    (jobs[0].folder / "eval" / "metrics.json").unlink()
+    assert suggest_comparison(ranking) is None
 
 
 def test_a_sweep_without_any_score_has_a_page_without_plots() -> None:

@@ -25,6 +25,7 @@ from semseg.reports.compare_page import render_compare_page
 from semseg.reports.compared_runs import ComparedRun, choose_distinct_names, name_giving_folder, read_evaluations
 from semseg.reports.comparison import Difference, compare_runs
 from semseg.reports.differing_images import BASE_COLOUR, OTHER_COLOUR, DifferingImage, draw_winners, load_photograph
+from semseg.storage.run_results import Job, write_job
 
 SKY, ROAD = "sky", "<b>[red]road[/red]</b>"
 
@@ -132,6 +133,15 @@ def test_an_evaluation_in_the_folder_of_its_run_has_the_name_of_the_run(tmp_path
     folders = [evaluation(tmp_path / name / "eval", [0.5, 0.2]) for name in ("first", "second")]
     assert [run.name for run in read_evaluations(folders)] == ["first", "second"]
     assert name_giving_folder(Path("/runs/a/eval_test")) == Path("/runs/a/eval_test")
+
+
+def test_jobs_of_a_sweep_are_named_by_the_overrides_that_differ(tmp_path: Path) -> None:
+    folders = [evaluation(tmp_path / name / "eval", [0.5, 0.2]) for name in ("f5ca38f7", "5feceb66")]
+    for folder, rate in zip(folders, ("0.1", "0.2"), strict=True):
+        write_job(Job(Path(folder).parent, ("seed=1", f"optim.lr={rate}")))
+    assert [run.name for run in read_evaluations(folders)] == ["optim.lr=0.1", "optim.lr=0.2"]
+    (Path(folders[1]).parent / "job.json").unlink()
+    assert [run.name for run in read_evaluations(folders)] == ["f5ca38f7", "5feceb66"]
 
 
 @pytest.mark.parametrize("change", ["names", "number"])
