@@ -16,7 +16,6 @@ from pytorch_lightning.callbacks import Callback
 from semseg.checkpoints import zoo
 from semseg.checkpoints.format import (
     SavedNetwork,
-    find_checkpoint,
     read_checkpoint,
     refuse_nonfinite_weights,
 )
@@ -34,6 +33,7 @@ from semseg.nets.segmenter import Segmenter
 from semseg.prediction.predictor import PredictionSettings, Predictor
 from semseg.storage.download import fetch_file
 from semseg.storage.ranks import print_once
+from semseg.storage.run_folders import find_checkpoint
 from semseg.training.callbacks.bad_images import CountBadImages
 from semseg.training.callbacks.console import BarProgress, LineProgress, ReportValidation
 from semseg.training.callbacks.ema import MovingAverage

@@ -1,4 +1,4 @@
-"""Our checkpoint formats, and how checkpoints are found.
+"""Our checkpoint formats.
 
 A checkpoint is a Lightning file with one more entry, FORMAT_KEY: plain dicts, lists and numbers that describe how to
 rebuild the network, so that evaluation and prediction need nothing else. Everything loads with weights_only=True; no
@@ -27,12 +27,11 @@ from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.data.sources import make_label_map
 from semseg.errors import CheckpointError, ConfigError
-from semseg.storage.atomic import atomic_write, entry_command
+from semseg.storage.atomic import atomic_write
 from semseg.system.text import escape_unprintable, shorten_repr
 
 FORMAT_KEY = "semseg"
 FORMAT_VERSION = 1
-CHECKPOINT_FOLDER = "checkpoints"  # inside a run folder
 SAFETENSORS = ".safetensors"
 # Values for keys that earlier configurations lack, where the default of today changes the behaviour.
 EARLIER_DEFAULTS = {"data": {"decode": "exact"}, "model": {"encoder": {"frozen": False}}}
@@ -363,44 +362,3 @@ def first_line(error: Exception) -> str:
     """The first line of an error, or its class if it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
-
-
-def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best", "last")) -> Path:
-    """The file that `ckpt=` names: a file, a run folder, or last / best of the newest run.
-
-    In a run folder it is the first checkpoint of `prefer` that exists.
-
-    Raises:
-        CheckpointError: if there is none; it lists the files that exist.
-    """
-    path = Path(spec).expanduser()
-    if spec in ("last", "best"):
-        found = find_newest_file(runs_dir, f"*/{CHECKPOINT_FOLDER}/{spec}.ckpt")
-        if found is None:
-            raise CheckpointError(
-                f"ckpt={spec}: no {spec}.ckpt in any run below {runs_dir.resolve()}{describe_folder(runs_dir)}. "
-                f"Give a file or a run folder, or train first: {entry_command()}."
-            )
-        return found
-    if path.is_dir():
-        for name in prefer:
-            for folder in (path / CHECKPOINT_FOLDER, path):
-                if (folder / f"{name}.ckpt").is_file():
-                    return folder / f"{name}.ckpt"
-        raise CheckpointError(f"ckpt={spec}: no best.ckpt or last.ckpt in this folder{describe_folder(path)}.")
-    if not path.is_file():
-        raise CheckpointError(f"ckpt={spec}: there is no such file{describe_folder(path.parent)}.")
-    return path
-
-
-def find_newest_file(folder: Path, pattern: str) -> Path | None:
-    """The most recently written file that matches, or None."""
-    return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
-
-
-def describe_folder(folder: Path) -> str:
-    """` (there: a, b, ...)` for an error message about a folder."""
-    if not folder.is_dir():
-        return f" ({folder} does not exist)"
-    names = sorted(path.name for path in folder.iterdir())
-    return f" (there: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else " (it is empty)"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
 import logging
 import os
 import shlex
@@ -50,7 +49,7 @@ from semseg.config.overrides import (
     record_overrides,
     select_overrides,
 )
-from semseg.config.schema import PRINTING_MODES
+from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, Config, DataConfig
 from semseg.config.validate import check_config
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError
 from semseg.storage import run_lock
@@ -63,6 +62,7 @@ from semseg.storage.atomic import (
     relative_to_cwd,
 )
 from semseg.storage.ranks import is_first_rank
+from semseg.storage.run_folders import claim_folder, find_run_folder, list_missing_folders, remove_unused_folders
 from semseg.storage.run_results import find_finished_job, job_overrides
 from semseg.system.process import announce_sweep, prepare_process
 from semseg.system.text import escape_lines
@@ -106,12 +106,9 @@ def main() -> None:
                 importlib.import_module(f"semseg.modes.{config.mode}").run(config, overrides)
                 sys.exit(0)
             check_world_size(config)
-            run_dir = resolve_run_dir(composed)
-            processes = count_processes(config)
-            if processes > 1:
-                sys.exit(run_ranks(overrides, processes, run_dir))
-            sys.argv[1:] += [f"hydra.run.dir={quote_value(run_dir)}", NO_HYDRA_RECORD]
-        elif not {"-sc", "--shell-completion"} & options:
+            run_in_folder(config, composed, overrides)
+            return
+        if not {"-sc", "--shell-completion"} & options:
             compose_with_hydra(select_overrides(overrides))
         start_hydra()
     except SemsegError as error:
@@ -137,6 +134,39 @@ def refuse_other_options(options: set[str]) -> None:
     others = sorted(options - set(SWEEP_OPTIONS))
     if others:
         raise ConfigError(f"{others[0]} and -m: a sweep takes no other option.")
+
+
+def run_in_folder(config: Config, composed: DictConfig, overrides: list[str]) -> None:
+    """Run one command line in its run folder; what it created is removed if nothing is written there in the end.
+
+    Raises:
+        SemsegError: for any error that the user can fix.
+        SystemExit: at the end of several processes, or after an error that was printed.
+    """
+    created: list[Path] = []
+    try:
+        run_dir = resolve_run_dir(composed, created)
+        processes = count_processes(config)
+        if processes > 1:
+            if config.mode == "train":
+                require_training_data(config.data)
+            sys.exit(run_ranks(overrides, processes, run_dir))
+        sys.argv[1:] += [f"hydra.run.dir={quote_value(run_dir)}", NO_HYDRA_RECORD]
+        start_hydra()
+    finally:
+        if get_external_rank() in (None, 0):  # the folder belongs to all ranks
+            remove_unused_folders(created)
+
+
+def require_training_data(data: DataConfig) -> None:
+    """Report missing data once, before the process of every device has started.
+
+    Raises:
+        SemsegError: if a folder, list or class table does not exist.
+    """
+    from semseg.data.sources import DataSource  # noqa: PLC0415 - slow to import, and only several devices need it
+
+    DataSource(data).require_paths("train")
 
 
 def start_hydra() -> None:
@@ -182,23 +212,52 @@ def run_sweep(typed: list[str], overrides: list[str]) -> int:
     return stop_code or code
 
 
-def resolve_run_dir(composed: DictConfig) -> Path:
+def resolve_run_dir(composed: DictConfig, created: list[Path] | None = None) -> Path:
     """The run folder: new for this run if its name contains the time, and the same for all ranks of a run.
+
+    Results of a network that a run of ours has trained are below that run: eval, eval-2, predict, ...
+
+    Args:
+        created: receives the folders that this command creates, the innermost first.
 
     Raises:
         ConfigError: if it cannot be created.
     """
-    run_dir = Path(str(composed.hydra.run.dir)).absolute()
-    is_new = read_unresolved(composed.hydra.run, "dir") == "${run_dir}" and "${now:" in read_unresolved(
-        composed, "run_dir"
-    )
+    run_dir, template = Path(str(composed.hydra.run.dir)).absolute(), read_unresolved(composed, "run_dir")
+    is_given = read_unresolved(composed.hydra.run, "dir") != "${run_dir}"
+    parent = find_parent_run(composed) if template == DEFAULT_RUN_DIR and not is_given else None
+    if parent is not None:
+        run_dir = parent / str(composed.mode)
+    missing = list_missing_folders(run_dir)
+    if not is_given and "${now:" in template:
+        run_dir = claim_run_folder(run_dir, "-" if parent else "_")
+        missing = [run_dir, *(folder for folder in missing if folder in run_dir.parents)]
+    if created is not None:
+        created += missing
+    return run_dir
+
+
+def claim_run_folder(planned: Path, mark: str) -> Path:
+    """Create the folder of a new run, `planned` or one with a number behind `mark`; the same one on every rank.
+
+    Raises:
+        ConfigError: if it cannot be created.
+    """
     rank = get_external_rank()
-    if not is_new:
-        return run_dir
     if rank is None:
-        return claim_folder(run_dir)
-    own_dir = claim_folder(run_dir) if rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ else run_dir
-    return Path(agree_on_run_dir(str(own_dir), rank))
+        return claim_folder(planned, mark)
+    does_claim = rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ
+    agreed = Path(agree_on_run_dir(str(claim_folder(planned, mark) if does_claim else planned), rank))
+    is_renamed = not agreed.name.startswith(planned.name)  # by the number of a job of SLURM
+    return agreed.with_name(f"{planned.name}-{agreed.name}") if is_renamed and mark == "-" else agreed
+
+
+def find_parent_run(composed: DictConfig) -> Path | None:
+    """The run below whose folder this command writes: that of its network; None without one, or if it is read-only."""
+    if composed.mode not in RESULT_MODES:
+        return None
+    parent = find_run_folder(composed.ckpt, Path(str(composed.runs_dir)))
+    return parent if parent is not None and os.access(parent, os.W_OK) else None
 
 
 def resolve_sweep_dir(composed: DictConfig) -> Path:
@@ -220,26 +279,6 @@ def refuse_search_settings(composed: DictConfig) -> None:
     search = composed.hydra.runtime.choices.get("hparams_search")
     if search is not None:
         raise ConfigError(f"hparams_search={search}: needs a sweep. Add -m.")
-
-
-def claim_folder(folder: Path) -> Path:
-    """Create `folder`, or <folder>_2, <folder>_3, ... if another run of the same second has created it already.
-
-    Raises:
-        ConfigError: if it cannot be created.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
-            with contextlib.suppress(FileExistsError):
-                candidate.mkdir()  # succeeds in one process only, however many try
-                return candidate
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: cannot create this run folder ({error.strerror}). Set run_dir or runs_dir."
-        ) from None
-    raise AssertionError("unreachable: the count has no end")
 
 
 def run_ranks(overrides: list[str], processes: int, run_dir: Path) -> int:

@@ -34,6 +34,7 @@ from semseg.config.preprocessing import PREPROCESSING
 from semseg.errors import ConfigError, check_choice
 
 PRINTING_MODES = ("models", "data", "doctor")  # these print something and create no run folder
+RESULT_MODES = ("eval", "predict")  # these write the results of a network below its run
 MODES = (
     "train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export", "check", "bench",
     *PRINTING_MODES,
@@ -60,6 +61,7 @@ MONITORED_METRICS = (
 SYNCBN_NAMES = ("reduce", "native", "off")
 SYNCBN_CONVENTIONS = ("torch", "published")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "64")
+DEFAULT_RUN_DIR = "${runs_dir}/${now:%Y-%m-%d_%H-%M-%S}_${mode}"
 ZOO_PREFIX = "zoo:"  # marks the name of a published network in ckpt and init_from
 ONNX, TORCH_EXPORT = ".onnx", ".pt2"
 EXPORT_SUFFIXES = {ONNX: "onnx", TORCH_EXPORT: "torch_export"}  # file suffixes and their values of `format`
@@ -721,8 +723,9 @@ class Config:
     """Seed of the order of images, of augmentation and of the initial weights."""
     runs_dir: str = "runs"
     """Folder for new run folders."""
-    run_dir: str = interpolated_field("${runs_dir}/${now:%Y-%m-%d_%H-%M-%S}_${mode}")
-    """The folder of this run."""
+    run_dir: str = interpolated_field(DEFAULT_RUN_DIR)
+    """The folder of this run. The default for eval and predict of a network that a run has trained: below that run, as
+    eval, eval-2, ..., predict, ..."""
     ckpt: str | None = None
     """A network: a file, a run folder, last, best, zoo:<name>, a folder of published files, or
     <encoder file>,<decoder file>. For eval, predict, convert, serve, export and replay; train resumes from it."""
@@ -739,7 +742,7 @@ class Config:
     input: str | None = None
     """predict: an image, a video, a folder, a pattern, a list of paths, or - (standard input); replay: a sub-batch."""
     runs: list[str] = field(default_factory=list)
-    """compare: folders of evaluations, or of runs with eval/ below; the first is the baseline."""
+    """compare: evaluations, or runs, each with its newest evaluation; the first is the baseline."""
     after_training: list[str] = field(default_factory=list)
     """Modes to run on the best checkpoint after training: any of eval, predict."""
     model: ModelConfig = field(default_factory=ModelConfig)

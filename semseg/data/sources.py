@@ -22,7 +22,7 @@ from semseg.data.orientation import (
     labels_are_upright,
     set_label_orientation,
 )
-from semseg.data.records import Problem, Record, require_records, separate_problems, split_by_hash
+from semseg.data.records import Problem, Record, require_path, require_records, separate_problems, split_by_hash
 from semseg.data.scenes import make_scenes
 from semseg.errors import ConfigError, DataError
 
@@ -71,6 +71,21 @@ class DataSource:
                 raise self._empty_split_error(split)
             self._records[split] = records
         return self._records[split]
+
+    def require_paths(self, split: str) -> None:
+        """Check that the list or the folders of a split exist, which takes no time.
+
+        Raises:
+            DataError: if the split is not configured, or one of them is missing.
+        """
+        files, hint = self._files_to_read(split), self.config.hint
+        if files.list:
+            require_path(store.is_folder(self.root), "data folder", self.root, hint)
+            require_path(store.is_file(self._resolve(files.list)), "list of images", self._resolve(files.list), hint)
+            return
+        for kind, name in (("folder of images", files.images), ("folder of masks", files.masks)):
+            if name:
+                require_path(store.is_folder(self._resolve(name)), kind, self._resolve(name), hint)
 
     def has(self, split: str) -> bool:
         """Whether the configuration defines `split`."""

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
 from semseg.build import build_data, build_module, build_trainer, open_network, restore_network
-from semseg.checkpoints.format import CHECKPOINT_FOLDER, SavedNetwork, refuse_nonfinite_weights
+from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
 from semseg.data.batch import EvalSample
 from semseg.data.datasets import EvalDataset
@@ -43,6 +43,7 @@ from semseg.reports.evaluation_page import (
 from semseg.reports.run_card import build_run_card, compute_data_fingerprint, mask_secrets
 from semseg.storage.atomic import atomic_write
 from semseg.storage.ranks import print_once
+from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.storage.run_results import RunResult, write_result
 from semseg.system.text import escape_lines, escape_unprintable
 from semseg.training.trainer import describe_device

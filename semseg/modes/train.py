@@ -24,9 +24,7 @@ from rich.text import Text
 from semseg.build import build_data, build_module, build_trainer, create_predictor, find_network
 from semseg.checkpoints.atomic_io import find_damage, find_newest_intact, remove_leftovers
 from semseg.checkpoints.format import (
-    CHECKPOINT_FOLDER,
     SavedNetwork,
-    find_checkpoint,
     read_checkpoint,
     refuse_nonfinite_weights,
 )
@@ -43,6 +41,7 @@ from semseg.nets.cost import NetworkCost, measure_cost, write_cost
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write, entry_command, relative_to_cwd
 from semseg.storage.ranks import is_first_rank, print_once
+from semseg.storage.run_folders import CHECKPOINT_FOLDER, choose_follow_up_folder, find_checkpoint
 from semseg.storage.run_lock import hold_run_folder
 from semseg.storage.run_results import RESULT_FILE, RunResult, read_result, write_result
 from semseg.system.text import escape_unprintable
@@ -321,10 +320,11 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
     if checkpoint is None:
         console.print("no checkpoint was written")
         return
-    for mode in config.after_training:
-        run_follow_up(mode, config, checkpoint)
+    folders = {mode: choose_follow_up_folder(run_dir, mode) for mode in config.after_training}
+    for mode, folder in folders.items():
+        run_follow_up(mode, config, checkpoint, folder)
     command = resume_command(config, overrides, *overrides_to_continue(config.trainer, config.callbacks, trainer))
-    for line in closing_lines(config, checkpoint, result, command):
+    for line in closing_lines(config, checkpoint, result, folders, command):
         console.print(line, soft_wrap=True, highlight=False, markup=False)  # commands must survive copying
 
 
@@ -333,12 +333,10 @@ def checkpoint_paths(run_dir: Path) -> list[Path]:
     return [run_dir / CHECKPOINT_FOLDER / name for name in ("best.ckpt", "last.ckpt")]
 
 
-def run_follow_up(mode: str, config: Config, checkpoint: Path) -> None:
+def run_follow_up(mode: str, config: Config, checkpoint: Path, folder: Path) -> None:
     """Evaluate the checkpoint or predict with it, in a folder of its own below the run folder."""
     one_device = replace(config.trainer, devices=1, num_nodes=1, strategy="auto")
-    after = replace(
-        config, mode=mode, ckpt=str(checkpoint), run_dir=str(Path(config.run_dir) / mode), trainer=one_device
-    )
+    after = replace(config, mode=mode, ckpt=str(checkpoint), run_dir=str(folder), trainer=one_device)
     saved = read_checkpoint(checkpoint)
     if mode == "eval":
         evaluate_network(saved, after)
@@ -364,10 +362,13 @@ def overrides_to_continue(limits: TrainerConfig, callbacks: Mapping[str, Any], t
     return words
 
 
-def closing_lines(config: Config, checkpoint: Path, result: RunResult, command: str) -> list[str]:
+def closing_lines(
+    config: Config, checkpoint: Path, result: RunResult, folders: Mapping[str, Path], command: str
+) -> list[str]:
     """The best score, the paths of the results, and the commands that use them.
 
     Args:
+        folders: those of the follow-ups, by mode.
         command: the command that continues training.
     """
     run_dir, ckpt = (shlex.quote(str(relative_to_cwd(path))) for path in (Path(config.run_dir), checkpoint))
@@ -376,7 +377,7 @@ def closing_lines(config: Config, checkpoint: Path, result: RunResult, command: 
     if torch.cuda.is_available():
         lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     lines += [f"checkpoint      {ckpt}", f"log             {run_dir}/logs", f"report          {run_dir}/{REPORT_FILE}"]
-    lines += [f"{mode:15} {run_dir}/{mode}" for mode in config.after_training]
+    lines += [f"{mode:15} {shlex.quote(str(relative_to_cwd(folder)))}" for mode, folder in folders.items()]
     return [
         *lines,
         f"to evaluate     {entry_command()} mode=eval ckpt={ckpt}",

@@ -12,6 +12,7 @@ from semseg.config.schema import MIOU_RULES
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.image_files import COUNTS_FILE, ImageCounts, read_image_counts
 from semseg.storage.atomic import entry_command
+from semseg.storage.run_folders import METRICS_FILE, find_newest_evaluation
 from semseg.storage.run_results import rank_jobs, read_job
 from semseg.system.text import escape_unprintable, shorten_repr
 
@@ -69,7 +70,7 @@ def read_evaluation(name: str, folder: Path) -> ComparedRun:
     Raises:
         DataError: if one of its files cannot be read.
     """
-    metrics = read_metrics(folder / "metrics.json")
+    metrics = read_metrics(folder / METRICS_FILE)
     counts = read_image_counts(folder / COUNTS_FILE, len(metrics["classes"]))
     return ComparedRun(name, folder, metrics, read_image_scores(folder / "per_image.csv"), counts)
 
@@ -81,19 +82,19 @@ def name_giving_folder(folder: Path) -> Path:
 
 
 def find_evaluation_folder(folder: str) -> Path:
-    """Return the folder that holds the metrics.json of a run.
+    """Return the folder that holds the metrics.json of an evaluation; of a run, that of its newest one.
 
     Raises:
         ConfigError: if there is none.
     """
     path = Path(folder).expanduser()
-    for candidate in (path, path / "eval"):
-        if (candidate / "metrics.json").is_file():
-            return candidate
-    raise ConfigError(
-        f"runs: {folder} holds no evaluation (neither metrics.json nor eval/metrics.json). "
-        f"Evaluate it first: {entry_command()} mode=eval ckpt={folder}"
-    )
+    found = path if (path / METRICS_FILE).is_file() else find_newest_evaluation(path)
+    if found is None:
+        raise ConfigError(
+            f"runs: {folder} holds no evaluation (neither {METRICS_FILE} nor eval/{METRICS_FILE}). "
+            f"Evaluate it first: {entry_command()} mode=eval ckpt={folder}"
+        )
+    return found
 
 
 def choose_names(folders: Sequence[Path]) -> list[str]:

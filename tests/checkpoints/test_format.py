@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from semseg.build import restore_network
-from semseg.checkpoints.format import FORMAT_KEY, describe_network, find_checkpoint, read_checkpoint
+from semseg.checkpoints.format import FORMAT_KEY, describe_network, read_checkpoint
 from semseg.checkpoints.network import build_network
 from semseg.config.compose import compose_config
 from semseg.config.inherit import inherit_config
@@ -15,6 +15,7 @@ from semseg.config.schema import config_to_plain
 from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.errors import CheckpointError, ConfigError
+from semseg.storage.run_folders import find_checkpoint
 
 CLASSES = ClassTable.from_names(["sky", "road"])
 SMALL = ["data=scenes", "model/encoder=resnet18", "model.encoder.weights=none", "model/decoder=c1", "eval.scales=[64]"]

@@ -6,20 +6,25 @@ ranks that we, torchrun or SLURM have started.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from omegaconf import OmegaConf
 
+from helpers.command_line import TINY, TINY_ENCODERS, TINY_NETWORK, run_here
 from semseg.cli import main
-from semseg.cli.main import claim_folder, resolve_run_dir
+from semseg.cli.main import resolve_run_dir
 from semseg.config.compose import compose_with_hydra
 from semseg.config.groups import CONFIG_DIR
-from semseg.config.overrides import parse_overrides, quote_value
+from semseg.config.overrides import RECORD_FOLDER, parse_overrides, quote_value
 from semseg.errors import ConfigError
+from semseg.nets.registry import ENCODERS
+from semseg.storage.run_folders import choose_follow_up_folder, claim_folder, find_newest_evaluation
 
 pytestmark = pytest.mark.reliability
 
@@ -27,6 +32,7 @@ pytestmark = pytest.mark.reliability
 FROZEN = """
 import sys
 from datetime import datetime
+from pathlib import Path
 import hydra.core.utils
 
 class Stopped(datetime):
@@ -37,7 +43,12 @@ class Stopped(datetime):
 hydra.core.utils.datetime = Stopped
 from semseg.cli import main
 import semseg.modes.compare
-semseg.modes.compare.run = lambda config, overrides: print("ran in", config.run_dir)
+
+def run(config, overrides):
+    (Path(config.run_dir) / "result").write_text("a command that writes nothing leaves no folder")
+    print("ran in", config.run_dir)
+
+semseg.modes.compare.run = run
 main.main()
 """
 COMPARE = ["mode=compare", "runs=[a,b]"]
@@ -132,6 +143,8 @@ def test_f1_and_f3_ranks_of_another_launcher_share_the_folder_that_rank_0_claime
 def test_f3_our_ranks_receive_the_folder_and_claim_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     commands = []
+    for name in ("images", "annotations"):
+        (tmp_path / "data" / "ADEChallengeData2016" / name / "training").mkdir(parents=True)
     monkeypatch.setattr(
         main, "supervise_ranks", lambda command, processes, run_dir: commands.append((command, run_dir)) or 0
     )
@@ -140,9 +153,9 @@ def test_f3_our_ranks_receive_the_folder_and_claim_none(tmp_path: Path, monkeypa
         main.main()
     assert ended.value.code == 0
     [(command, run_dir)] = commands
-    assert list((tmp_path / "runs").iterdir()) == [run_dir]
+    assert run_dir.parent == tmp_path / "runs" and not run_dir.exists()  # created, and removed because it is unused
     assert resolve_run_dir(compose_with_hydra(command[2:])) == run_dir
-    assert list((tmp_path / "runs").iterdir()) == [run_dir]
+    assert not run_dir.exists()
 
 
 @pytest.mark.slow
@@ -153,3 +166,67 @@ def test_any_name_of_a_folder_survives_hydras_grammar(name: str, tmp_path: Path)
     composed = compose_with_hydra([f"hydra.run.dir={quote_value(tmp_path / name)}"])
     assert resolve_run_dir(composed) == tmp_path / name
     assert OmegaConf.to_container(composed.hydra.run, resolve=False) == {"dir": str(tmp_path / name)}
+
+
+# ---- folders below a run
+
+
+def train_here(folder: Path) -> Path:
+    """The folder of a tiny finished run."""
+    run_here(folder, *TINY, *TINY_NETWORK, "run_dir=runs/first")
+    return folder / "runs" / "first"
+
+
+@pytest.mark.slow
+def test_results_of_a_network_are_below_its_run_and_never_replace_each_other(tmp_path: Path) -> None:
+    run_dir = train_here(tmp_path)
+    photo = next((tmp_path / "scenes" / "images").rglob("*.jpg"))
+    words = ["trainer.accelerator=cpu"]
+    with patch.dict(ENCODERS, TINY_ENCODERS):
+        for spec in ("ckpt=best", "ckpt=runs/first", f"ckpt={run_dir}/checkpoints/last.ckpt"):
+            run_here(tmp_path, "mode=eval", spec, *words)
+        run_here(tmp_path, "mode=predict", "ckpt=last", f"input={photo}", *words)
+        run_here(tmp_path, "mode=eval", "ckpt=runs/first", "run_dir=mine", *words)
+        (tmp_path / "copy.ckpt").write_bytes((run_dir / "checkpoints" / "last.ckpt").read_bytes())
+        run_here(tmp_path, "mode=eval", "ckpt=copy.ckpt", *words)
+        output = run_here(tmp_path, "mode=compare", "runs=[runs/first,mine]")
+    assert {path.name for path in run_dir.iterdir() if path.is_dir()} >= {"eval", "eval-2", "eval-3", "predict"}
+    metrics = [json.loads((run_dir / name / "metrics.json").read_text()) for name in ("eval", "eval-2", "eval-3")]
+    assert [Path(entry["checkpoint"]).stem for entry in metrics] == ["best", "best", "last"]
+    assert len(list(tmp_path.glob("runs/*_eval"))) == 1  # of the network outside of a run
+    assert find_newest_evaluation(run_dir) == run_dir / "eval-3"
+    assert (tmp_path / "mine" / "metrics.json").is_file() and "compare.html" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["mode=eval", "ckpt=best"], 1),
+        (["mode=eval", "ckpt=nothere"], 1),
+        (["mode=predict", "ckpt=nothere", "input=no.jpg", "run_dir=mine/deep"], 1),
+        (["data.root=nothere"], 1),
+        (["data.root=nothere", "trainer=ddp_cpu", "trainer.devices=2"], 1),
+        (["mode=compare", "runs=[a,b]"], 2),
+        (["mode=check", "data.root=nothere"], 1),
+    ],
+)
+def test_a_command_that_fails_before_it_wrote_anything_leaves_nothing(
+    words: list[str], code: int, tmp_path: Path
+) -> None:
+    run_here(tmp_path, *words, code=code)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_command_leaves_an_existing_folder_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    run_here(tmp_path, "mode=eval", "ckpt=nothere", "run_dir=mine", code=1)
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_follow_ups_of_training_replace_their_own_results_only(tmp_path: Path) -> None:
+    assert choose_follow_up_folder(tmp_path, "eval") == tmp_path / "eval"
+    (tmp_path / "eval").mkdir()
+    assert choose_follow_up_folder(tmp_path, "eval") == tmp_path / "eval"
+    (tmp_path / "eval" / RECORD_FOLDER).mkdir()  # of a command of its own
+    assert choose_follow_up_folder(tmp_path, "eval") == tmp_path / "eval-2"

@@ -12,9 +12,9 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import Callback
 
 from semseg.checkpoints.atomic_io import BestCheckpoint
-from semseg.checkpoints.format import CHECKPOINT_FOLDER
 from semseg.config.schema import CheckpointConfig
 from semseg.data.batch import Batch
+from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.system.process import handle_stop_signals
 from semseg.training.callbacks.saver import Saver
 from semseg.training.step_means import IntervalMean, StepSums, compute_means, get_step_mean, is_step_complete

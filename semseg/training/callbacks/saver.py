@@ -14,11 +14,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
 from semseg.checkpoints.atomic_io import report_failed_save
-from semseg.checkpoints.format import CHECKPOINT_FOLDER
 from semseg.config.schema import CheckpointConfig
 from semseg.data.batch import Batch
 from semseg.errors import CheckpointError
 from semseg.storage.atomic import atomic_write, describe_write_error
+from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.training.callbacks.stop import StoppedError, StopSignals, Votes
 
 LAST = "last.ckpt"
