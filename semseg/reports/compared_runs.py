@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ HEADLINE_NAMES = {
     "frequency_weighted_iou": "frequency-weighted IoU",
     "mean_dice": "mean Dice",
 }
-EVALUATION_FOLDER = "eval"  # of the evaluation that follows a training, in the folder of its run
+EVALUATION_FOLDER = re.compile(r"eval(-\d+)?")  # in the folder of a run
 
 
 class ComparedRun(NamedTuple):
@@ -60,7 +61,8 @@ def read_evaluations(folders: Sequence[str]) -> tuple[ComparedRun, ...]:
     for index, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:index]]:
             raise ConfigError(f"runs: {folders[index]} is listed twice. List each evaluation once.")
-    names = choose_names([name_giving_folder(Path(folder).expanduser()) for folder in folders])
+    runs = [name_giving_folder(path) for path in paths]
+    names = choose_names(runs) if len(set(runs)) == len(runs) else choose_distinct_names(paths)
     return tuple(read_evaluation(name, path) for name, path in zip(names, paths, strict=True))
 
 
@@ -76,9 +78,9 @@ def read_evaluation(name: str, folder: Path) -> ComparedRun:
 
 
 def name_giving_folder(folder: Path) -> Path:
-    """Return the folder whose name tells an evaluation from others: that of the run, if it is <run folder>/eval."""
+    """Return the folder whose name tells an evaluation from others: of <run folder>/eval, that of the run."""
     folder = folder.absolute()
-    return folder.parent if folder.name == EVALUATION_FOLDER and folder.parent.name else folder
+    return folder.parent if EVALUATION_FOLDER.fullmatch(folder.name) and folder.parent.name else folder
 
 
 def find_evaluation_folder(folder: str) -> Path:

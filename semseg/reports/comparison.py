@@ -23,7 +23,7 @@ from semseg.evaluation.paired_bootstrap import (
     compute_difference_intervals,
     score_counts,
 )
-from semseg.reports.compared_runs import HEADLINE_NAMES, ComparedRun
+from semseg.reports.compared_runs import HEADLINE_NAMES, ComparedRun, is_score
 from semseg.reports.configurations import KeyDifference, compare_configurations, read_configuration
 from semseg.system.text import escape_unprintable
 
@@ -216,6 +216,7 @@ def score_common_images(
         tuple(
             row._replace(values=tuple(finite_or_none(score.headline[keys[row.name]][0]) for score in scores))
             for row in headline
+            if row.name in keys  # the counts do not give the scores that programs add
         ),
         tuple(
             row._replace(values=tuple(finite_or_none(score.iou[0, index]) for score in scores))
@@ -236,7 +237,8 @@ def add_intervals(
     keys = {name: key for key, name in HEADLINE_NAMES.items()}
     return (
         tuple(
-            row._replace(intervals=tuple(found.headline.get(keys[row.name]) for found in intervals)) for row in headline
+            row._replace(intervals=tuple(found.headline.get(keys.get(row.name, "")) for found in intervals))
+            for row in headline
         ),
         tuple(
             row._replace(intervals=tuple(found.iou[index] for found in intervals)) for index, row in enumerate(classes)
@@ -272,12 +274,23 @@ def describe_class_difference(base: str, base_names: list[str], other: str, othe
 
 
 def build_headline_rows(runs: Sequence[ComparedRun]) -> tuple[ScoreRow, ...]:
-    """Return the headline scores that all runs have."""
-    return tuple(
+    """Return the headline scores that all runs have, with the fractions among the scores that programs add."""
+    ours = [
         ScoreRow(name, tuple(run.metrics[key] for run in runs))
         for key, name in HEADLINE_NAMES.items()
         if all(key in run.metrics for run in runs)
-    )
+    ]
+    tables = [read_own_fractions(run.metrics) for run in runs]
+    common = [name for name in tables[0] if all(name in table for table in tables)]
+    return (*ours, *(ScoreRow(escape_unprintable(name), tuple(table[name] for table in tables)) for name in common))
+
+
+def read_own_fractions(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Read the scores from 0 to 1 that a program has added."""
+    scores, units = metrics.get("own_scores"), metrics.get("own_units")
+    if not isinstance(scores, dict) or not isinstance(units, dict):
+        return {}
+    return {name: value for name, value in scores.items() if units.get(name) == "%" and is_score(value)}
 
 
 def build_image_rows(runs: Sequence[ComparedRun]) -> tuple[ScoreRow, ...]:

@@ -132,7 +132,10 @@ def test_names_are_as_long_as_needed_to_distinguish_runs() -> None:
 def test_an_evaluation_in_the_folder_of_its_run_has_the_name_of_the_run(tmp_path: Path) -> None:
     folders = [evaluation(tmp_path / name / "eval", [0.5, 0.2]) for name in ("first", "second")]
     assert [run.name for run in read_evaluations(folders)] == ["first", "second"]
+    assert name_giving_folder(Path("/runs/a/eval-2")) == Path("/runs/a")
     assert name_giving_folder(Path("/runs/a/eval_test")) == Path("/runs/a/eval_test")
+    again = evaluation(tmp_path / "first" / "eval-2", [0.5, 0.2])
+    assert [run.name for run in read_evaluations([folders[0], again])] == ["eval", "eval-2"]
 
 
 def test_jobs_of_a_sweep_are_named_by_the_overrides_that_differ(tmp_path: Path) -> None:
@@ -264,6 +267,22 @@ def test_without_intervals_no_difference_has_a_colour_and_the_reason_is_noted(tm
 def test_the_difference_of_one_image_has_no_colour(tmp_path: Path, runs: list[str]) -> None:
     run(tmp_path, runs)
     assert not re.search(r'<td class="[^"]*(better|worse)', (tmp_path / "out" / "compare.html").read_text())
+
+
+def test_fractions_that_programs_add_are_compared_without_an_interval(tmp_path: Path) -> None:
+    counts = image_counts(8, 60, 5, seed=1)
+    units = {"edges": "%", "distance": "px"}
+    base, other = (
+        counted_evaluation(tmp_path / name, counts, own_scores={"edges": edges, "distance": 3.5}, own_units=units)
+        for name, edges in (("base", 0.5), ("other", 0.75))
+    )
+    row = run(tmp_path, [base, other])["headline"][-1]
+    assert (row["name"], row["differences"], row["intervals"], row["verdicts"]) == (
+        "edges",
+        [0.25],
+        [None],
+        ["unclear"],
+    )
 
 
 # ---- configuration and curves

@@ -110,6 +110,22 @@ def test_several_scales_change_the_answer(folder: Path, evaluated: str) -> None:
     assert multi["pixel_accuracy"] != json.loads((folder / "scores" / "metrics.json").read_text())["pixel_accuracy"]
 
 
+@pytest.mark.slow
+def test_evaluations_keep_what_a_comparison_of_them_shows(folder: Path, evaluated: str) -> None:
+    run_here(folder, "mode=eval", "ckpt=run/checkpoints/last.ckpt", "run_dir=last", "optim.lr=0.1")
+    metrics = json.loads((folder / "last" / "metrics.json").read_text())
+    assert metrics["trained_with"]["optim"]["lr"] == 0.02 and metrics["step"] == 6  # of the training
+    counts = np.load(folder / "last" / "per_image.npz")["counts"].sum(0)
+    matrix = np.array(metrics["confusion"])
+    assert np.array_equal(counts, [matrix.diagonal(), matrix.sum(1), matrix.sum(0)])
+    output = run_here(folder, "mode=compare", "runs=[scores,last]", "run_dir=comparison")
+    assert "trained with the same configuration" in output and "3 images are too few" in output
+    page = (folder / "comparison" / "compare.html").read_text()
+    curves, images = (page.split(f'id="{name}"')[1].split("</section>")[0] for name in ("curves", "images"))
+    assert curves.count("<polyline") >= 4 and "n/a" not in curves
+    assert images.count('alt="photograph of') == images.count('alt="who is right of') > 0
+
+
 def test_prediction_writes_ids_and_a_panel_for_every_image(folder: Path, predicted: str) -> None:
     images = sorted((folder / "scenes/images/validation").iterdir())
     for image in images:
