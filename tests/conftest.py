@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 
 from helpers.browser import shared_browser
 from helpers.reference import SHARED
+from semseg.storage.commands import PROGRAM_VARIABLE
 from semseg.system.process import STOP_SIGNALS
+
+os.environ[PROGRAM_VARIABLE] = "python run.py"  # however a test starts the program, and from where
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import logging
 import os
-import shlex
 import sys
 import traceback
 import warnings
@@ -53,14 +52,8 @@ from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, 
 from semseg.config.validate import check_config
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError
 from semseg.storage import run_lock
-from semseg.storage.atomic import (
-    SCRIPT_VARIABLE,
-    atomic_write,
-    describe_write_error,
-    entry_command,
-    entry_script,
-    relative_to_cwd,
-)
+from semseg.storage.atomic import atomic_write, describe_write_error
+from semseg.storage.commands import entry_script, format_command, relative_to_cwd, remember_program
 from semseg.storage.ranks import is_first_rank
 from semseg.storage.run_folders import claim_folder, find_run_folder, list_missing_folders, remove_unused_folders
 from semseg.storage.run_results import find_finished_job, job_overrides
@@ -89,8 +82,7 @@ def main() -> None:
     prepare_process()
     # Makes Hydra raise errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if Path(sys.argv[0]).is_file():  # false in python -c
-        os.environ[SCRIPT_VARIABLE] = str(Path(sys.argv[0]).resolve())
+    remember_program()
     typed = overrides = sys.argv[1:]
     try:
         sys.argv[1:] = overrides = parse_overrides(typed)
@@ -205,7 +197,7 @@ def run_sweep(typed: list[str], overrides: list[str]) -> int:
         if "No trials are completed" not in str(error):  # raised by Optuna when every job failed
             traceback.print_exc()
     kept = [argument for argument in typed if argument.partition("=")[0] not in ("sweep_dir", "hydra.sweep.dir")]
-    command = shlex.join([*entry_command().split(), *kept, f"sweep_dir={relative_to_cwd(sweep_dir)}"])
+    command = format_command([*kept, f"sweep_dir={relative_to_cwd(sweep_dir)}"])
     from semseg.cli.sweep import report_sweep  # noqa: PLC0415 - slow to import, and most runs need no sweep
 
     code = report_sweep(sweep_dir, command)

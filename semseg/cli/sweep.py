@@ -15,7 +15,8 @@ from rich.text import Text
 from semseg.cli.supervise import ProcessEnd, extract_error_message, run_isolated
 from semseg.errors import STOPPED_CODES
 from semseg.reports.sweep_page import format_duration, format_job_score, suggest_comparison, write_sweep_page
-from semseg.storage.atomic import atomic_write, relative_to_cwd
+from semseg.storage.atomic import atomic_write
+from semseg.storage.commands import relative_to_cwd
 from semseg.storage.run_results import (
     FAILED,
     FINISHED,
@@ -95,7 +96,8 @@ def report_sweep(sweep_dir: Path, command: str) -> int:
         write_sweep_csv(sweep_dir / "sweep.csv", ranking)
         write_sweep_page(sweep_dir / "sweep.html", ranking, command)
         console.print(render_sweep_table(ranking))
-        console.print(f"written to {relative_to_cwd(sweep_dir)}/sweep.csv, sweep.html", soft_wrap=True, highlight=False)
+        folder = relative_to_cwd(sweep_dir)
+        console.print(f"written to {folder}/sweep.csv, {folder}/sweep.html", soft_wrap=True, highlight=False)
     lines = [ranking.headline, f"to continue: {command}"]
     if comparison := suggest_comparison(ranking):
         lines.append(f"to compare the two best: {comparison}")

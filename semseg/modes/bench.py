@@ -32,6 +32,7 @@ from semseg.lit_module import SegmentationModule
 from semseg.modes.train import network_name
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write
+from semseg.storage.commands import relative_to_cwd
 from semseg.system.processors import count_processors
 from semseg.training.trainer import choose_accelerator
 
@@ -126,7 +127,7 @@ def run(config: Config, overrides: list[str]) -> None:
     path = Path(config.run_dir) / "bench.json"
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(figures_to_dict(figures), indent=2) + "\n")
-    console.print(f"written {path}", markup=False)
+    console.print(f"written {relative_to_cwd(path)}", markup=False)
 
 
 def time_loader(data: SegmentationData, config: BenchConfig) -> LoadingSpeed:

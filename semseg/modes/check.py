@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -48,7 +47,8 @@ from semseg.errors import DataError
 from semseg.nets.step_memory import estimate_step_memory
 from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary, write_check_page
 from semseg.reports.draw import format_share
-from semseg.storage.atomic import atomic_write, entry_command
+from semseg.storage.atomic import atomic_write
+from semseg.storage.commands import format_command
 from semseg.system.text import escape_lines, escape_unprintable
 
 NUM_PLANNED = 500  # sub-batches whose padding is measured
@@ -201,7 +201,7 @@ def training_command(overrides: Sequence[str], suggestions: dict[str, str]) -> s
         if not override.startswith(("mode=", "check.", "run_dir="))
         and override.partition("=")[0].lstrip("+~") not in suggestions
     ]
-    return shlex.join([*entry_command().split(), *kept, *(f"{key}={value}" for key, value in suggestions.items())])
+    return format_command([*kept, *(f"{key}={value}" for key, value in suggestions.items())])
 
 
 def write_report(folder: Path, report: CheckReport) -> list[Path]:

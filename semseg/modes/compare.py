@@ -28,6 +28,7 @@ from semseg.reports.comparison import (
 )
 from semseg.reports.templates import NOT_AVAILABLE, format_percent, format_points
 from semseg.storage.atomic import atomic_write
+from semseg.storage.commands import relative_to_cwd
 from semseg.system.text import escape_csv_row, escape_unprintable
 
 MAX_COMPARED_CLASSES = 15  # on the console; the files hold all classes
@@ -47,7 +48,12 @@ def run(config: Config, overrides: list[str]) -> None:
     console.print(build_comparison_table(comparison))
     for line in describe_comparison(comparison):
         console.print(escape_unprintable(line), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"written to {', '.join(map(str, files))}", soft_wrap=True, highlight=False, markup=False)
+    console.print(
+        f"written to {', '.join(str(relative_to_cwd(file)) for file in files)}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
 
 
 def describe_comparison(comparison: Comparison) -> Iterator[str]:

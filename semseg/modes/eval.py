@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from semseg.reports.evaluation_page import (
 )
 from semseg.reports.run_card import build_run_card, compute_data_fingerprint, mask_secrets
 from semseg.storage.atomic import atomic_write
+from semseg.storage.commands import list_this_command, relative_to_cwd
 from semseg.storage.ranks import print_once
 from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.storage.run_results import RunResult, write_result
@@ -103,7 +103,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
         curves=read_training_curves(run_folder_of_checkpoint(Path(saved.source))) if is_in_run_folder(saved) else (),
         card=build_run_card(
             config_to_plain(config),
-            ["python", *sys.argv],
+            list_this_command(),
             describe_device(trainer),
             compute_data_fingerprint(source.records(split), source.root),
         ),
@@ -111,8 +111,8 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
     write_evaluation_page(folder / "report.html", report)
     print_tables(result, title, config.eval.scales)
     write_result(folder, RunResult(result.scores.mean_iou, "mean IoU"))
-    written = ", ".join(map(str, [*files, folder / "report.html"]))
-    print(escape_lines(f"checkpoint {saved.source}\nwritten to {written}"))
+    written = ", ".join(str(relative_to_cwd(path)) for path in [*files, folder / "report.html"])
+    print(escape_lines(f"checkpoint {relative_to_cwd(Path(saved.source))}\nwritten to {written}"))
     return result.scores.mean_iou
 
 

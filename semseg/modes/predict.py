@@ -27,6 +27,7 @@ from semseg.prediction.outputs import array_on_disk, write_classes, write_output
 from semseg.prediction.predictor import PredictionResult, Predictor
 from semseg.prediction.video import Frame, LostFramesError, VideoWriters, read_frames
 from semseg.reports.draw import Pixels, colour_class_map, draw_overlay
+from semseg.storage.commands import relative_to_cwd
 from semseg.storage.download import fetch_file
 from semseg.storage.ranks import print_once
 from semseg.system.processors import choose_num_workers
@@ -77,7 +78,7 @@ def predict_inputs(predictor: Predictor, config: Config, inputs: Sequence[Input]
             print(escape_lines(failure), file=sys.stderr, flush=True)
             failures.append(failure)
     write_classes(folder / "classes.json", predictor.classes, predictor.label_map)
-    summary = f"{len(inputs) - len(failures)} of {len(inputs)} files predicted, written to {folder}"
+    summary = f"{len(inputs) - len(failures)} of {len(inputs)} files predicted, written to {relative_to_cwd(folder)}"
     if failures:
         raise DataError(f"{len(failures)} files could not be read, see above; {summary}.")
     print(escape_unprintable(summary))

@@ -39,7 +39,8 @@ from semseg.modes.eval import evaluate_network
 from semseg.modes.predict import predict_inputs
 from semseg.nets.cost import NetworkCost, measure_cost, write_cost
 from semseg.nets.segmenter import Segmenter
-from semseg.storage.atomic import atomic_write, entry_command, relative_to_cwd
+from semseg.storage.atomic import atomic_write
+from semseg.storage.commands import entry_command, format_command, relative_to_cwd
 from semseg.storage.ranks import is_first_rank, print_once
 from semseg.storage.run_folders import CHECKPOINT_FOLDER, choose_follow_up_folder, find_checkpoint
 from semseg.storage.run_lock import hold_run_folder
@@ -391,4 +392,4 @@ def resume_command(config: Config, overrides: list[str], *further: str) -> str:
     last = [f"run_dir={relative_to_cwd(Path(config.run_dir))}", "resume=auto", *further]
     replaced = {word.partition("=")[0] for word in last}
     kept = [word for word in overrides if word.partition("=")[0] not in replaced]
-    return " ".join([entry_command(), *map(shlex.quote, [*kept, *last])])
+    return format_command([*kept, *last])

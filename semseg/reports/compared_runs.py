@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from semseg.config.schema import MIOU_RULES
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.image_files import COUNTS_FILE, ImageCounts, read_image_counts
-from semseg.storage.atomic import entry_command
+from semseg.storage.commands import entry_command
 from semseg.storage.run_folders import METRICS_FILE, find_newest_evaluation
 from semseg.storage.run_results import rank_jobs, read_job
 from semseg.system.text import escape_unprintable, shorten_repr

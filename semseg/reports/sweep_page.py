@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from semseg.reports.charts import NUM_LINE_COLOURS, Line, Point, draw_scatter_plot, format_tick
 from semseg.reports.templates import NOT_AVAILABLE, render_template
-from semseg.storage.atomic import atomic_write, entry_command, relative_to_cwd
+from semseg.storage.atomic import atomic_write
+from semseg.storage.commands import entry_command, relative_to_cwd
 from semseg.storage.run_results import Job, Ranking
 
 LOG_FACTOR = 10  # a parameter whose values differ by at least this factor is drawn on a logarithmic scale

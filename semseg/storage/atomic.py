@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, their errors, and paths for messages. No torch."""
+"""Files that are written completely or not at all, and their errors. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from semseg.errors import SemsegError
 
 # Names made by temporary_path, and by earlier versions, which contained a process id.
 TEMPORARY_NAME = re.compile(r"\..+\.([0-9a-f]{32}|\d+(@.+)?)\.tmp")
-SCRIPT_VARIABLE = "SEMSEG_SCRIPT"  # environment variable: the processes of other ranks and jobs start the same file
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Reasons why a file cannot be written that the user can remove.
@@ -104,18 +103,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def entry_script() -> Path:
-    """The file that this command was started with: run.py, or a program that adds networks and calls `main.main`."""
-    return Path(os.environ.get(SCRIPT_VARIABLE, Path(__file__).resolve().parents[2] / "run.py"))
-
-
-def entry_command() -> str:
-    """How to start that file, for commands to copy: "python run.py", or "semseg" if a wheel is installed."""
-    return f"python {entry_script().name}" if entry_script().suffix == ".py" else entry_script().name
-
-
-def relative_to_cwd(path: Path) -> Path:
-    """`path` relative to the working directory if it lies below it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

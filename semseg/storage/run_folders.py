@@ -14,7 +14,7 @@ from pathlib import Path
 
 from semseg.config.overrides import RECORD_FOLDER
 from semseg.errors import CheckpointError, ConfigError
-from semseg.storage.atomic import entry_command
+from semseg.storage.commands import entry_command
 
 CHECKPOINT_FOLDER = "checkpoints"  # inside a run folder
 METRICS_FILE = "metrics.json"  # of an evaluation

@@ -12,7 +12,6 @@ import json
 import os
 import shlex
 import socket
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from semseg.errors import ConfigError
 from semseg.storage.atomic import DISK_FULL, atomic_write
+from semseg.storage.commands import list_this_command
 from semseg.system.text import escape_unprintable
 
 LOCK_FILE, HOLDER_FILE = "run.lock", "run.holder.json"  # in the run folder
@@ -141,7 +141,7 @@ def _describe_this_process() -> Holder:
         pid=os.getpid(),
         host=socket.gethostname(),
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=shlex.join(sys.argv)[:200],
+        command=shlex.join(list_this_command())[:200],
         pid_namespace=_read_pid_namespace(),
         slurm_job=os.environ.get("SLURM_JOB_ID"),
         slurm_restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from semseg.data.batch import Batch
 from semseg.errors import SemsegError
-from semseg.storage.atomic import atomic_write, entry_command
+from semseg.storage.atomic import atomic_write
+from semseg.storage.commands import entry_command
 
 NONFINITE_FOLDER = "nonfinite"  # in the run folder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from semseg.evaluation.result import EvaluationResult, ImageScore, build_result,
 from semseg.reports.curves import Curves, read_training_curves
 from semseg.reports.evaluation_page import EvaluationReport, Example, encode_example, write_evaluation_page
 from semseg.reports.run_card import RunCard, build_run_card
+from semseg.storage.commands import list_this_command
 from semseg.training.callbacks.panels import PredictedImage, ValidationImages
 from semseg.training.loggers.csv import CSVLog
 from semseg.training.trainer import describe_device
@@ -131,5 +131,5 @@ class WriteReport(ValidationImages):
 
     def _describe_run(self, trainer: pl.Trainer) -> RunCard:
         if self._card is None:  # once, because it asks git
-            self._card = build_run_card(self.config, ["python", *sys.argv], describe_device(trainer))
+            self._card = build_run_card(self.config, list_this_command(), describe_device(trainer))
         return self._card
