@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from semseg.config.schema import ServeConfig
 from semseg.errors import ConfigError
 from semseg.nets.registry import ENCODERS, Constructor
 from semseg.prediction.predictor import PredictionResult, Predictor
-from semseg.serving.server import ServedNetwork, build_app
+from semseg.serving.server import PredictResponse, PresentClass, ServedNetwork, build_app
 
 pytestmark = pytest.mark.reliability
 ROOT = RUN.parent
@@ -135,3 +136,10 @@ def test_i1_load_overlay_and_save_take_every_documented_argument(checkpoint: Pat
         assert len(result.save(tmp_path / "out", outputs, name=name)) == len(outputs)
     with pytest.raises(ConfigError, match=r"opacity=1\.5: must be from 0 to 1"):
         result.overlay(1.5)
+
+
+def test_i1_the_answer_of_the_server_has_the_documented_keys() -> None:
+    text = (ROOT / "docs" / "serving.md").read_text()
+    answer = json.loads(re.findall(r"^```json\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[0])
+    assert set(answer) == set(PredictResponse.model_fields)
+    assert all(set(row) == set(PresentClass.model_fields) for row in answer["classes"])
