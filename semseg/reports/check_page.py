@@ -32,8 +32,8 @@ class PlanSummary(NamedTuple):
     def describe(self) -> str:
         """Summarise the plan in one sentence."""
         return (
-            f"padding {format_share(self.padding)} of a sub-batch; the largest sub-batch is {self.batch_size} images of "
-            f"{self.largest} pixels, which take about {self.memory / 1e9:.1f} GB to train {self.model} in float32, "
+            f"padding {format_share(self.padding)} of a sub-batch; the largest sub-batch is {self.batch_size} images "
+            f"of {self.largest} pixels, which take about {self.memory / 1e9:.1f} GB to train {self.model} in float32, "
             "in addition to the working memory of the device."
         )
 
