@@ -22,13 +22,15 @@ from semseg.checkpoints.format import (
 from semseg.checkpoints.network import load_network
 from semseg.checkpoints.published import PUBLISHED_FREE_KEYS, PublishedFiles, find_published_files, read_published
 from semseg.config.inherit import inherit_config
-from semseg.config.schema import ONNX, ZOO_PREFIX, Config, config_to_plain
+from semseg.config.schema import ONNX, ZOO_PREFIX, Config, TrainerConfig, config_to_plain
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.data.sources import DataSource, make_label_map
 from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError, install_command
 from semseg.lit_module import SegmentationModule
+from semseg.nets.gpu import configure_gpu
+from semseg.nets.precision import choose_weight_type
 from semseg.nets.segmenter import Segmenter
 from semseg.prediction.predictor import PredictionSettings, Predictor
 from semseg.storage.download import fetch_file
@@ -138,7 +140,7 @@ def create_predictor(saved: SavedNetwork, config: Config, device: str | torch.de
         ConfigError: if a GPU is requested and there is none.
     """
     if device is None:
-        device = "cuda" if choose_accelerator(config.trainer.accelerator) == "gpu" else "cpu"
+        device = choose_device(config.trainer)
     options = config.predict
     settings = PredictionSettings(
         options.scales or config.eval.scales,
@@ -152,9 +154,31 @@ def create_predictor(saved: SavedNetwork, config: Config, device: str | torch.de
     )
     is_ade20k = options.format == "ade20k"  # classes are 1 to K, whatever the data set
     ids = LabelMap(saved.classes.num_classes) if is_ade20k else make_label_map(config.data, saved.classes)
-    net = restore_network(saved).to(device)
+    precision = config.trainer.precision
+    net = restore_network(saved).to(device, choose_weight_type(precision))
     refuse_nonfinite_weights(net.state_dict(), saved.source)
-    return Predictor(net, saved.classes, ids, settings, name=saved.config.model.name, source=str(saved.source))
+    return Predictor(
+        net,
+        saved.classes,
+        ids,
+        settings,
+        name=saved.config.model.name,
+        source=str(saved.source),
+        precision=precision,
+    )
+
+
+def choose_device(settings: TrainerConfig) -> torch.device:
+    """The device that predicts: the first of trainer.devices on GPUs, or the CPU.
+
+    Raises:
+        ConfigError: if a GPU is requested and there is none.
+    """
+    if choose_accelerator(settings.accelerator) != "gpu":
+        return torch.device("cpu")
+    configure_gpu()
+    first = settings.devices[0] if isinstance(settings.devices, list) else 0
+    return torch.device("cuda", first)
 
 
 def build_module(config: Config, net: Segmenter, classes: ClassTable) -> SegmentationModule:

@@ -27,7 +27,7 @@ from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.evaluation.own_scores import ImageMeans, check_measures, score_image, score_split
 from semseg.nets.normalise import normalise
-from semseg.nets.segmenter import Segmenter
+from semseg.nets.segmenter import Segmenter, is_convolutional
 from semseg.syncbn.layer import convert_batch_norms, revert_batch_norms
 from semseg.training.callbacks.bad_images import check_bad_fraction, report_bad_image
 from semseg.training.callbacks.label_warnings import describe_odd_predictions
@@ -93,7 +93,8 @@ class SegmentationModule(pl.LightningModule):
         self.counts: Counts | None = None  # those of the last validation
         self.evaluation: SplitCounts | None = None  # that of the last test
         self.metrics_to_restore: dict[str, Tensor] = {}  # those of the last row of the log before a run was stopped
-        if model_config.channels_last:
+        self.is_channels_last = model_config.channels_last and is_convolutional(net)
+        if self.is_channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if model_config.compile:
             # In place, so that the names in the state dict stay as they are.
@@ -150,7 +151,7 @@ class SegmentationModule(pl.LightningModule):
 
     def prepare_input(self, image: Tensor, size: Tensor | None = None) -> Tensor:
         """(N, 3, H, W) uint8 RGB -> normalised, in the type of the network; outside `size` exactly 0."""
-        if self.model_config.channels_last:
+        if self.is_channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         return normalise(image, self.net.convention, size).to(self.dtype)  # trainer.precision=64-true, bf16-true
 

@@ -133,7 +133,7 @@ class ModelConfig:
     label_stride: int | None = number_field(None, low=1, high=MAX_STRIDE)
     """Stride of training labels in pixels; null: the stride of the network's logits."""
     channels_last: bool = False
-    """Memory layout of images and weights."""
+    """Memory layout of images and weights; networks with linear layers (attention) keep theirs."""
     winograd: bool = True
     """Faster kernels on a CPU (Winograd, oneDNN, factored upsampling) in float32, without compile."""
     compile: bool = False

@@ -336,7 +336,9 @@ def checkpoint_paths(run_dir: Path) -> list[Path]:
 
 def run_follow_up(mode: str, config: Config, checkpoint: Path, folder: Path) -> None:
     """Evaluate the checkpoint or predict with it, in a folder of its own below the run folder."""
-    one_device = replace(config.trainer, devices=1, num_nodes=1, strategy="auto")
+    devices = config.trainer.devices
+    first = devices[:1] if isinstance(devices, list) else 1
+    one_device = replace(config.trainer, devices=first, num_nodes=1, strategy="auto")
     after = replace(config, mode=mode, ckpt=str(checkpoint), run_dir=str(folder), trainer=one_device)
     saved = read_checkpoint(checkpoint)
     if mode == "eval":

@@ -63,3 +63,8 @@ class Segmenter(nn.Module):
 
         with use_cpu_kernels():
             return self.decoder(self.encoder(image))
+
+
+def is_convolutional(net: nn.Module) -> bool:
+    """Whether a network has no linear layers, which attention and ConvNeXt have: channels_last may pay for it."""
+    return not any(isinstance(module, nn.Linear) for module in net.modules())

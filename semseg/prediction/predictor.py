@@ -24,6 +24,7 @@ from semseg.data.images import MAX_PIXELS, pil_to_rgb, read_image
 from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.inference import predict
+from semseg.nets.precision import create_autocast
 from semseg.nets.segmenter import Segmenter
 from semseg.prediction.outputs import write_outputs
 from semseg.reports.draw import ClassShare, Pixels, add_legend, class_shares, draw_overlay
@@ -121,6 +122,7 @@ class Predictor:
         settings: defaults that `predict` can override for one picture.
         name: name of the network.
         source: file that it was read from.
+        precision: as trainer.precision; the weights of `net` have the type for it.
     """
 
     def __init__(
@@ -132,9 +134,10 @@ class Predictor:
         *,
         name: str = "",
         source: str = "",
+        precision: str = "32-true",
     ) -> None:
         self.net, self.classes, self.label_map, self.settings = net, classes, label_map, settings
-        self.name, self.source = name, source
+        self.name, self.source, self.precision = name, source, precision
 
     def predict(self, picture: Picture, *, probabilities: bool = False, **settings: Any) -> PredictionResult:
         """Predict the class of every pixel of a picture.
@@ -185,17 +188,19 @@ class Predictor:
         Writes the probabilities into the array `probabilities` (K, H, W) if it is given; it may be mapped to a file.
         """
         chosen = replace(self.settings, **settings)
-        prediction = predict(
-            self.net,
-            scales,
-            (size[0], size[1]),
-            self.net.convention,
-            flip=chosen.flip,
-            window=chosen.window,
-            stride=chosen.stride,
-            memory_limit_mb=chosen.memory_limit_mb,
-            probabilities=probabilities,
-        )
+        device = next(self.net.parameters(), torch.empty(0)).device
+        with create_autocast(self.precision, device):
+            prediction = predict(
+                self.net,
+                scales,
+                (size[0], size[1]),
+                self.net.convention,
+                flip=chosen.flip,
+                window=chosen.window,
+                stride=chosen.stride,
+                memory_limit_mb=chosen.memory_limit_mb,
+                probabilities=probabilities,
+            )
         return prediction.ids.cpu().numpy()
 
 

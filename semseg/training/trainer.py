@@ -15,11 +15,14 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+from torch.nn.parallel import DistributedDataParallel
 
 from semseg.checkpoints.atomic_io import AtomicCheckpointIO
 from semseg.config.schema import SyncBNConfig, TrainerConfig
 from semseg.config.tables import announce_table
 from semseg.errors import ConfigError, check_choice
+from semseg.nets.gpu import configure_gpu
 from semseg.syncbn.plugin import build_layer_sync
 from semseg.training.loggers.external import logger_error, require_logger_package
 
@@ -63,6 +66,9 @@ def create_trainer(
         options["devices"] = len(settings.devices)  # Lightning's CPU accelerator takes a count only
     if not has_val:
         options["limit_val_batches"] = 0
+    options["strategy"] = create_strategy(settings, syncbn, accelerator)
+    if accelerator == "gpu":
+        configure_gpu()
     if settings.profiler is not None:
         options["profiler"] = PROFILERS[settings.profiler](dirpath=run_dir, filename="profile")
     plugins = build_layer_sync(syncbn.name, syncbn.convention, accelerator, syncbn.group)
@@ -82,6 +88,30 @@ def create_trainer(
         return trainer
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def create_strategy(settings: TrainerConfig, syncbn: SyncBNConfig, accelerator: str) -> str | Strategy:
+    """trainer.strategy; with several devices, DistributedDataParallel without the copies that are not needed here.
+
+    Gradients are views of the buckets that are exchanged, which saves as much memory as the weights take. Buffers are
+    equal on all ranks already if syncbn reduces over all of them; by default DDP sends them from rank 0 at every step.
+    """
+    is_parallel = settings.strategy == "ddp" or (settings.strategy == "auto" and has_several(settings, accelerator))
+    if not is_parallel:
+        return settings.strategy
+    sends_buffers = syncbn.name == "off" or syncbn.group == "node"
+    # The second name replaces the first one from PyTorch 2.13 on.
+    names = ("forward_sync_buffers", "broadcast_buffers")
+    name = next(name for name in names if name in inspect.signature(DistributedDataParallel).parameters)
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, name: sends_buffers}
+    return DDPStrategy(**options)
+
+
+def has_several(settings: TrainerConfig, accelerator: str) -> bool:
+    """Whether Lightning would start or join several processes for these devices."""
+    devices, num_here = settings.devices, torch.cuda.device_count() if accelerator == "gpu" else 1
+    count = len(devices) if isinstance(devices, list) else num_here if devices in ("auto", -1) else int(devices)
+    return count * settings.num_nodes > 1
 
 
 def leave_sigterm_alone(trainer: pl.Trainer) -> None:
