@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -63,21 +63,27 @@ def bootstrap(
         counts: one array per image, from `class_counts`.
         rule: how the mean IoU treats classes that are absent from a resample, as in `scores_from`.
     """
-    num_images, num_classes = len(counts), counts[0].shape[1]
-    # Integers below 2^53 are exact in float64, in any order of summation, and BLAS sums them fast.
-    pixels = np.stack(counts).reshape(num_images, -1).astype(np.float64)  # (N, 3 K)
     means, accuracies = [], []
-    for start in range(0, resamples, RESAMPLES_PER_CHUNK):
-        size = (min(RESAMPLES_PER_CHUNK, resamples - start), num_images)
-        draws = generator.integers(num_images, size=size)
-        multiplicities = np.stack([np.bincount(draw, minlength=num_images) for draw in draws])  # (draws, N)
-        totals = (multiplicities.astype(np.float64) @ pixels).reshape(-1, 3, num_classes)
+    for (totals,) in draw_totals([np.stack(counts)], generator, resamples):
         correct, labelled, predicted = totals.swapaxes(0, 1)  # each (draws, K)
         means.append(mean_ious(correct, labelled, predicted, rule))
         accuracies.append(divide(correct.sum(1), labelled.sum(1)))
     mean_iou, accuracy = np.concatenate(means), np.concatenate(accuracies)
     intervals = map(percentile_interval, (mean_iou, accuracy, (mean_iou + accuracy) / 2))
     return ConfidenceIntervals(resamples, *intervals)
+
+
+def draw_totals(
+    evaluations: Sequence[NDArray[np.int32]], generator: np.random.Generator, resamples: int
+) -> Iterator[list[NDArray[np.float64]]]:
+    """Draw as many images as there are, with replacement; yields the summed counts (draws, 3, K) of each evaluation."""
+    num_images, _, num_classes = evaluations[0].shape
+    # Integers below 2^53 are exact in float64, in any order of summation, and BLAS sums them fast.
+    pixels = [counts.reshape(num_images, -1).astype(np.float64) for counts in evaluations]  # (N, 3 K) each
+    for start in range(0, resamples, RESAMPLES_PER_CHUNK):
+        draws = generator.integers(num_images, size=(min(RESAMPLES_PER_CHUNK, resamples - start), num_images))
+        multiplicities = np.stack([np.bincount(draw, minlength=num_images) for draw in draws]).astype(np.float64)
+        yield [(multiplicities @ counts).reshape(-1, 3, num_classes) for counts in pixels]
 
 
 def mean_ious(

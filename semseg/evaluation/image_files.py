@@ -17,7 +17,7 @@ from semseg.storage.atomic import atomic_write
 
 COUNTS_FILE = "per_image.npz"
 MAPS_FILE = "class_maps.zip"
-MAP_EDGE = 320  # pixels; a map of ADE20K takes about 3 KB
+MAP_EDGE = 320  # pixels; a map of ADE20K takes about 4 KB
 MAX_MAPS = 5000  # images of a split whose maps are kept, the first ones
 MAX_MAP_BYTES = 2**24  # of one map in a file; larger ones were not written by us
 ENTRY_DATE = (1980, 1, 1, 0, 0, 0)  # the same maps make the same file

@@ -7,13 +7,13 @@ mistaken for a difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from semseg.evaluation.bootstrap import RESAMPLES_PER_CHUNK, divide, mean_ious, percentile_interval
+from semseg.evaluation.bootstrap import divide, draw_totals, mean_ious, percentile_interval
 
 NUM_RESAMPLES = 2000
 # With five images, a difference of the same sign on all of them still happens by chance in 1 of 16 cases (sign test).
@@ -98,19 +98,6 @@ def compute_difference_intervals(
         )
         intervals.append(DifferenceIntervals(headline, tuple(iou)))
     return intervals
-
-
-def draw_totals(
-    evaluations: Sequence[NDArray[np.int32]], generator: np.random.Generator, resamples: int
-) -> Iterator[list[NDArray[np.float64]]]:
-    """Draw as many images as there are, with replacement; yields the summed counts (draws, 3, K) of each evaluation."""
-    num_images, _, num_classes = evaluations[0].shape
-    # Integers below 2^53 are exact in float64, in any order of summation, and BLAS sums them fast.
-    pixels = [counts.reshape(num_images, -1).astype(np.float64) for counts in evaluations]  # (N, 3 K) each
-    for start in range(0, resamples, RESAMPLES_PER_CHUNK):
-        draws = generator.integers(num_images, size=(min(RESAMPLES_PER_CHUNK, resamples - start), num_images))
-        multiplicities = np.stack([np.bincount(draw, minlength=num_images) for draw in draws]).astype(np.float64)
-        yield [(multiplicities @ counts).reshape(-1, 3, num_classes) for counts in pixels]
 
 
 def count_images_of_classes(base: NDArray[np.int32], other: NDArray[np.int32]) -> NDArray[np.int64]:

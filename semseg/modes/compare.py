@@ -76,34 +76,42 @@ def build_comparison_table(comparison: Comparison) -> Table:
     num_hidden = max(0, len(changes) - MAX_COMPARED_CLASSES)
     hidden = f"; {num_hidden} classes with smaller changes are in compare.html" if num_hidden else ""
     over = "" if comparison.num_images is None else f", {comparison.num_images} images"
+    shows_intervals = comparison.has_intervals and len(others) == 1
+    meaning = "with 95 % intervals" if shows_intervals else "in brackets: the images cannot tell which is better"
     table = Table(
         title=Text(escape_unprintable(f"{', '.join(run.name for run in others)} against {base.name}{over}")),
-        caption=f"percent; differences in percentage points, with 95 % intervals{hidden}",
+        caption=f"percent; differences in percentage points, {meaning}{hidden}",
     )
-    table.add_column("")
-    table.add_column(Text(escape_unprintable(base.name)), justify="right")
+    table.add_column("", overflow="fold")
+    table.add_column(Text(escape_unprintable(base.name)), justify="right", overflow="fold")
     for other in others:
-        table.add_column(Text(escape_unprintable(other.name)), justify="right")
-        table.add_column("+/-", justify="right")
-        if comparison.has_intervals:
-            table.add_column("interval", justify="right")
+        table.add_column(Text(escape_unprintable(other.name)), justify="right", overflow="fold")
+        table.add_column("+/-", justify="right", no_wrap=True)
+    if shows_intervals:
+        table.add_column("interval", justify="right")
     for row in comparison.headline:
-        table.add_row(*format_cells(row, comparison), style="bold")
+        table.add_row(*format_cells(row, shows_intervals), style="bold")
     table.add_section()
     for row in changes[:MAX_COMPARED_CLASSES]:
-        table.add_row(*format_cells(row, comparison))
+        table.add_row(*format_cells(row, shows_intervals))
     return table
 
 
-def format_cells(row: ScoreRow, comparison: Comparison) -> list[Text]:
-    """Format a row: name and value of the base, then value, difference and interval of each other run."""
+def format_cells(row: ScoreRow, shows_interval: bool) -> list[Text]:
+    """Format a row: name and value of the base, value and difference of each other run, and the interval of the first.
+
+    Without the interval, a difference that may be due to the choice of images is in brackets.
+    """
     # Not parsed as markup: a class may be called "[b]".
     cells = [Text(escape_unprintable(row.name)), Text(format_percent(row.values[0]))]
     for value, difference in zip(row.values[1:], row.judged_differences, strict=True):
-        style = STYLES[difference.verdict]
-        cells += [Text(format_percent(value)), Text(format_points(difference.value), style=style)]
-        if comparison.has_intervals:
-            cells.append(Text(format_interval(difference), style=style))
+        points = format_points(difference.value)
+        is_bracketed = not shows_interval and difference.verdict == UNCLEAR and difference.value is not None
+        text = f"({points})" if is_bracketed else points
+        cells += [Text(format_percent(value)), Text(text, style=STYLES[difference.verdict])]
+    if shows_interval:
+        first = row.judged_differences[0]
+        cells.append(Text(format_interval(first), style=STYLES[first.verdict]))
     return cells
 
 
