@@ -661,6 +661,8 @@ class ServeConfig:
 class ExportConfig:
     """A network as a file for other programs (mode=export)."""
 
+    preprocessing: bool = False
+    """The .onnx file takes a picture of any size as uint8 (H, W, 3) and gives the class ids of its pixels."""
     quantize: str = choice_field("none", QUANTIZE_CHOICES)
     """int8 convolutions in an .onnx file; static is faster than dynamic, and calibrated on images."""
     calibration_split: str = choice_field("train", SPLITS)

@@ -114,3 +114,7 @@ def find_export_problems(config: Config) -> Iterator[str]:
         yield f"format={config.format}: output={config.output} would be format={written}."
     if config.export.quantize != "none" and written == "torch_export":
         yield f"export.quantize={config.export.quantize}: applies to {ONNX} files only."
+    if config.export.preprocessing and written == "torch_export":
+        yield f"export.preprocessing=true: applies to {ONNX} files only."
+    if config.export.preprocessing and config.predict.window is not None:
+        yield f"predict.window={config.predict.window}: windows cannot be exported with export.preprocessing=true."

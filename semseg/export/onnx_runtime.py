@@ -38,6 +38,7 @@ from semseg.nets.segmenter import Segmenter
 METADATA_KEY = "semseg"
 PREPROCESSING_VERSION = 1  # of the arithmetic in docs/export.md that leads from a picture to its class map
 INPUT_NAME, OUTPUT_NAME = "image", "logits"  # input and output of a graph
+IDS_NAME = "ids"  # output of a graph that resizes pictures itself (export.preprocessing)
 STANDARD_DOMAINS = ("", "ai.onnx")  # domains of the operators of ONNX itself
 # The preprocessing of an exported network: none, because normalisation is inside the graph.
 RAW_PIXELS = Preprocessing("rgb", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), antialias=True)
@@ -83,13 +84,14 @@ class PictureRule(NamedTuple):
     antialias: bool  # as in Preprocessing
     flip: bool  # average with the mirrored picture
 
-    def as_plain(self) -> dict[str, Any]:
-        """The entry `preprocessing` of an exported file."""
+    def as_plain(self, *, in_graph: bool = False) -> dict[str, Any]:
+        """The entry `preprocessing` of an exported file; `in_graph`: whether the graph resizes pictures itself."""
         return {
             "version": PREPROCESSING_VERSION,
             **self._asdict(),
             "scales": list(self.scales),
             "interpolation": "bilinear",
+            "resizing": "inside the graph" if in_graph else "outside the graph",
             "normalisation": "inside the graph",
         }
 
@@ -122,6 +124,11 @@ def read_exported(path: Path) -> SavedNetwork:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
     except DecodeError:
         raise CheckpointError(f"{path}: not an ONNX file, or a damaged one. Export the network again.") from None
+    if [value.name for value in model.graph.output] == [IDS_NAME]:
+        raise CheckpointError(
+            f"{path}: exported with export.preprocessing=true, for other programs: it scales pictures itself and gives "
+            "class ids. Use its checkpoint here, or export it again without this key."
+        )
     problem = find_problem(model)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}. It was not run.")
@@ -149,7 +156,8 @@ def find_problem(model: onnx.ModelProto) -> str | None:
     Graphs inside of operators are not allowed, so that this function sees all tensors and operators.
     """
     graph = model.graph
-    if [value.name for value in graph.input] != [INPUT_NAME] or [value.name for value in graph.output] != [OUTPUT_NAME]:
+    names = [[value.name for value in values] for values in (graph.input, graph.output)]
+    if names != [[INPUT_NAME], [OUTPUT_NAME]]:
         return f"not written by mode=export (its graph must lead from {INPUT_NAME} to {OUTPUT_NAME})"
     if model.functions or graph.sparse_initializer:
         return "contains functions or sparse weights"

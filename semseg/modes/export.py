@@ -18,12 +18,13 @@ from semseg.errors import DataError
 from semseg.evaluation.metrics import Scores
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write
+from semseg.storage.commands import format_command, relative_to_cwd
 
 _log = logging.getLogger(__name__)
 
 
 def run(config: Config, overrides: list[str]) -> None:
-    """Write the network of `ckpt` to `output`, with 8-bit integers if `export.quantize` is set.
+    """Write the network of `ckpt` to `output`, with 8-bit integers or preprocessing if `export` asks for them.
 
     Raises:
         SemsegError: for any error that the user can fix; `output` is then unchanged.
@@ -53,8 +54,25 @@ def run(config: Config, overrides: list[str]) -> None:
             images = read_calibration_images(config, net) if options.quantize == "static" else None
             quantize_onnx(temporary, images)
             print_quantisation_loss(config, saved, net, restore_network(read_exported(temporary)))
+        if options.preprocessing:
+            from semseg.export.picture_graph import write_picture_model  # noqa: PLC0415
+
+            equal = write_picture_model(temporary)
+            print(f"compared with mode=predict on 2 pictures: {100 * equal:.4g} % of the pixels have the same class")
         size = temporary.stat().st_size
     print(f"written {output} ({size / 1e6:.1f} MB)")
+    print(describe_use(output, takes_pictures=options.preprocessing))
+
+
+def describe_use(output: Path, *, takes_pictures: bool) -> str:
+    """How to use the written file, in lines to copy."""
+    output = relative_to_cwd(output)
+    if takes_pictures:
+        return f'in Python: onnxruntime.InferenceSession("{output}").run(None, {{"image": <uint8 (H, W, 3) RGB>}})[0]'
+    if EXPORT_SUFFIXES[output.suffix] == "torch_export":
+        return f'in Python: torch.export.load("{output}").module()(<float32 (N, 3, H, W) RGB, 0..255>)'
+    command = format_command(["mode=predict", f"ckpt={output}"])
+    return f"to predict: {command} input=<image or folder>\nin other programs: docs/export.md, with the arithmetic"
 
 
 def fix_scales(config: Config) -> Config:

@@ -65,10 +65,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(mode: str, *overrides: str) -> float | None:
     """A mode in this process; the score of mode=eval."""
-    overrides = [f"mode={mode}", *overrides]
-    config = check_config(compose_config(overrides))
+    words = [f"mode={mode}", *overrides]
+    config = check_config(compose_config(words))
     Path(config.run_dir).mkdir(parents=True, exist_ok=mode == "eval")
-    return {"export": export_mode, "eval": eval_mode}[mode].run(config, overrides)
+    return {"export": export_mode, "eval": eval_mode}[mode].run(config, words)
 
 
 @pytest.fixture(autouse=True)
