@@ -61,6 +61,15 @@ def is_own_key(key: str) -> bool:
     return any(key == own or key.startswith(f"{own}.") for own in list_own_keys())
 
 
+def is_missing_key(key: str) -> bool:
+    """Whether `key` is one that a program has added to a saved configuration, and this one has not."""
+    section = next((section for section in OPEN_SECTIONS if key.startswith(f"{section}.")), None)
+    if section is None:
+        return False
+    name = key.removeprefix(f"{section}.").partition(".")[0]
+    return name not in list_fixed_names(section) and name not in list_own_names(section)
+
+
 def list_own_scores() -> list[str]:
     """The names in the log of the scores that programs have added."""
     return [f"val/{name}" for name in list_own_names(METRICS_SECTION)]

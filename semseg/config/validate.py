@@ -218,8 +218,8 @@ def find_cross_problems(section: Any) -> Iterator[str]:
 
 
 def iterate_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All (dotted key, leaf) pairs of nested dicts and lists."""
-    if isinstance(node, dict):
+    """All (dotted key, leaf) pairs of nested dicts and lists; an empty dict is a leaf."""
+    if isinstance(node, dict) and (node or not prefix):
         for key, value in node.items():
             yield from iterate_leaves(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(node, list):

@@ -20,7 +20,9 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from semseg.checkpoints.format import FORMAT_KEY, first_line, load_plain, parse_checkpoint
+from semseg.config.hints import EXTENDING
 from semseg.config.schema import ScheduleConfig, TrainerConfig, config_to_plain
+from semseg.config.tables import is_missing_key
 from semseg.config.validate import iterate_leaves
 from semseg.data.batch import Batch
 from semseg.data.overlap import file_length
@@ -426,6 +428,7 @@ def check_same_run(state: RunState, config: dict[str, Any], *, num_classes: int,
     """
     rows = {
         key: f"{key}: {before} in the checkpoint, {after} now"
+        + (f" (added by a program, which can resume the run: {EXTENDING})" if is_missing_key(key) else "")
         for key, (before, after) in find_differing_keys(state.config, config).items()
     }
     if num_classes != state.num_classes:
