@@ -16,12 +16,13 @@ def _load_palette() -> tuple[Colour, ...]:
 
 
 def generated_palette(num_classes: int) -> tuple[Colour, ...]:
-    """Colours that are easy to tell apart, for viewers with and without colour blindness; none is black or white.
+    """Colours that are easy to tell apart; none is black or white.
 
-    The colours of K classes are the first K of any longer palette. The table has 512 rows; later classes repeat them.
+    Classes with neighbouring ids differ clearly. The first 24 also differ for viewers with colour blindness. The
+    colours of K classes are the first K of any longer palette. The table has 512 rows; later classes repeat them.
 
     >>> generated_palette(2)
-    ((93, 0, 255), (0, 139, 0))
+    ((196, 0, 255), (216, 59, 0))
     """
     table = _load_palette()
     return tuple(table[index % len(table)] for index in range(num_classes))
