@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from semseg.config.schema import Config
+from semseg.config.schema import Config, config_to_plain
 from semseg.reports.compare_page import write_compare_page
 from semseg.reports.compared_runs import read_evaluations
 from semseg.reports.comparison import (
@@ -42,7 +42,7 @@ def run(config: Config, overrides: list[str]) -> None:
     Raises:
         SemsegError: if there is no evaluation, a file is broken, or the classes differ.
     """
-    comparison = compare_runs(read_evaluations(config.runs), config.seed)
+    comparison = compare_runs(read_evaluations(config.runs), config.seed, config_to_plain(Config()))
     files = write_comparison_files(Path(config.run_dir), comparison)
     console = Console()
     console.print(build_comparison_table(comparison))

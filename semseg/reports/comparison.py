@@ -113,6 +113,8 @@ def describe_difference(difference: Difference, num_images: int | None) -> str:
     """Describe a difference, its interval, and what follows from both."""
     if difference.value is None:
         return "cannot be compared."
+    if difference.value == 0 and difference.interval == (0, 0):
+        return "is the same, whichever images are drawn."
     points = f"{100 * difference.value:+.2f} points"
     if difference.interval is None:
         return f"{points}, without an interval: whether other images would agree is not known."
@@ -126,11 +128,12 @@ def describe_difference(difference: Difference, num_images: int | None) -> str:
     return f"{points} (95 % interval {low:+.2f} to {high:+.2f}): {conclusions[difference.verdict]}"
 
 
-def compare_runs(runs: Sequence[ComparedRun], seed: int = 0) -> Comparison:
+def compare_runs(runs: Sequence[ComparedRun], seed: int = 0, defaults: Mapping[str, Any] | None = None) -> Comparison:
     """Put the runs side by side.
 
     Args:
         seed: of the resamples of the images.
+        defaults: of the keys of a configuration, as nested mappings.
 
     Raises:
         ConfigError: if their classes differ.
@@ -158,7 +161,7 @@ def compare_runs(runs: Sequence[ComparedRun], seed: int = 0) -> Comparison:
         has_intervals = num_images >= MIN_INTERVAL_IMAGES
         if not has_intervals:
             notes.append(f"{num_images} images are too few for intervals; they need {MIN_INTERVAL_IMAGES}.")
-    configuration = compare_configurations([read_configuration(run.metrics, run.folder) for run in runs])
+    configuration = compare_configurations([read_configuration(run.metrics, run.folder) for run in runs], defaults)
     return Comparison(
         tuple(runs), tuple(notes), headline, classes, images, tuple(configuration), num_images, has_intervals
     )

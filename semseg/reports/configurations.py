@@ -68,13 +68,19 @@ def _read_yaml(run: Path) -> Configuration | None:
     return content if isinstance(content, dict) and content.get("mode") == "train" else None  # pyright: ignore[reportReturnType]
 
 
-def compare_configurations(configurations: Sequence[Configuration | None]) -> list[KeyDifference]:
+def compare_configurations(
+    configurations: Sequence[Configuration | None], defaults: Configuration | None = None
+) -> list[KeyDifference]:
     """Return the keys that differ, the minor ones last; a network without a configuration is left out of the question.
+
+    Args:
+        defaults: of all keys. An earlier version has trained without a newer key as with its default.
 
     >>> compare_configurations([{"optim": {"lr": 0.1}, "seed": 1}, {"optim": {"lr": 0.2}, "seed": 1}])
     [KeyDifference(key='optim.lr', values=('0.1', '0.2'), is_minor=False)]
     """
-    tables = [None if config is None else dict(flatten_configuration(config)) for config in configurations]
+    given = dict(flatten_configuration(defaults or {}))
+    tables = [None if config is None else {**given, **dict(flatten_configuration(config))} for config in configurations]
     keys = dict.fromkeys(key for table in tables if table is not None for key in table)
     differences = []
     for key in keys:

@@ -308,6 +308,16 @@ def test_the_keys_that_differ_are_on_the_page_and_on_the_console(
     assert page.index('id="scores"') < page.index("<code>optim.lr</code>") < page.index('id="classes"')
 
 
+def test_a_key_that_an_earlier_version_did_not_have_has_its_default(tmp_path: Path) -> None:
+    before, after = {"optim": {"lr": 0.1}}, {"optim": {"lr": 0.1, "momentum": 0.9, "own": 1}}  # 0.9 is the default
+    folders = [
+        evaluation(tmp_path / name, [0.5, 0.2], trained_with=one)
+        for name, one in (("before", before), ("after", after))
+    ]
+    rows = run(tmp_path, folders)["configuration"]
+    assert [(row["key"], row["values"]) for row in rows] == [("optim.own", ["not set", "1"])]
+
+
 def test_earlier_evaluations_read_the_configuration_of_the_run_beside_the_checkpoint(tmp_path: Path) -> None:
     folders = []
     for name, lr in (("a", 0.1), ("b", 0.2)):
