@@ -51,6 +51,17 @@ class Point(NamedTuple):
     colour: int = 0  # number in the style sheet
 
 
+class Bar(NamedTuple):
+    """A bar of a histogram."""
+
+    name: str
+    low: float  # edges of the bin
+    high: float
+    start: int  # images below the bar
+    images: int
+    colour: int  # number in the style sheet
+
+
 class Axis(NamedTuple):
     """Maps values to positions along one direction of the drawing."""
 
@@ -79,37 +90,52 @@ def svg_element(tag: str, *children: str | Markup, **attributes: object) -> Mark
 
 def draw_histogram(values: Sequence[float], title: str) -> Markup:
     """Draw the number of images in each of 20 equal bins of `values` (0..1); a line marks the median."""
-    return draw_distribution([100 * value for value in values], title, "% of one image", "%", (0, 100))
+    return draw_distribution({"": [100 * value for value in values]}, title, "% of one image", "%", (0, 100))
 
 
 def draw_distribution(
-    values: Sequence[float], title: str, x_name: str, unit: str, limits: tuple[float, float] | None = None
+    groups: Mapping[str, Sequence[float]],
+    title: str,
+    x_name: str,
+    unit: str,
+    limits: tuple[float, float] | None = None,
 ) -> Markup:
-    """Draw the number of images in each of 20 equal bins of `values`; a line marks the median.
+    """Draw the number of images in each bin of the values, with the groups on top of each other.
+
+    A line marks the median of all. There are 20 equal bins, or one for each value if these are few whole numbers.
 
     Args:
+        groups: name and values of each group, in the order of the colours.
         limits: range of the bins; None means from the smallest to the largest value.
     """
+    values = [value for group in groups.values() for value in group]
     low, high = limits or (min(values, default=0.0), max(values, default=1.0))
+    num_bins, marks = NUM_BINS, None
+    if limits is None and high - low < NUM_BINS and all(value == int(value) for value in values):
+        marks = {float(value): str(value) for value in range(int(low), int(high) + 1)}
+        num_bins, low, high = len(marks), low - 0.5, high + 0.5
     high = high if high > low else low + 1
-    counts, edges = np.histogram(values, bins=NUM_BINS, range=(low, high))
+    counts = np.array([np.histogram(group, bins=num_bins, range=(low, high))[0] for group in groups.values()])
+    edges = np.linspace(low, high, num_bins + 1).tolist()
     x = Axis(low, high, LEFT, WIDTH - RIGHT)
-    y = Axis(0, max(1, int(counts.max())), HEIGHT - BOTTOM, TOP)
-    bars = [
-        _draw_bar(x, y, (float(left), float(right)), int(count), unit)
-        for left, right, count in zip(edges, edges[1:], counts, strict=False)
-        if count
-    ]
-    marks = [_draw_median(x, float(np.median(values)), unit)] if len(values) else []
-    return _svg(title, *_draw_grid(x, y, x_name, whole=True), *bars, *marks)
+    y = Axis(0, max(1, int(counts.sum(0).max())), HEIGHT - BOTTOM, TOP)
+    bottoms = np.cumsum(counts, axis=0) - counts
+    bars = []
+    for colour, name in enumerate(groups):
+        for low, high, start, count in zip(edges, edges[1:], bottoms[colour], counts[colour], strict=False):
+            where = f"{low:.4g} to {high:.4g} {unit}" if marks is None else f"{(low + high) / 2:.0f} {unit}"
+            bar = Bar(f"{name}, {where}" if name else where, low, high, int(start), int(count), colour)
+            bars += [_draw_bar(bar, x, y)] if count else []
+    median = [_draw_median(x, float(np.median(values)), unit)] if values else []
+    return _svg(title, *_draw_grid(x, y, x_name, whole=True, marks=marks), *bars, *median)
 
 
-def _draw_bar(x: Axis, y: Axis, edges: tuple[float, float], count: int, unit: str) -> Markup:
-    low, high = edges
-    tooltip = f"{low:.4g} to {high:.4g} {unit}: {count} image{'s' if count > 1 else ''}"
-    left, top = x.position(low) + 0.5, y.position(count)
-    size = {"width": _format(x.position(high) - left - 0.5), "height": _format(y.start - top)}
-    return svg_element("rect", svg_element("title", tooltip), class_="bar", x=_format(left), y=_format(top), **size)
+def _draw_bar(bar: Bar, x: Axis, y: Axis) -> Markup:
+    label = svg_element("title", f"{bar.name}: {bar.images} image{'s' if bar.images > 1 else ''}")
+    left, top = x.position(bar.low) + 0.5, y.position(bar.start + bar.images)
+    size = {"width": _format(x.position(bar.high) - left - 0.5), "height": _format(y.position(bar.start) - top)}
+    style = f"bar line-{bar.colour % NUM_LINE_COLOURS}"
+    return svg_element("rect", label, class_=style, x=_format(left), y=_format(top), **size)
 
 
 def _draw_median(x: Axis, value: float, unit: str) -> Markup:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from semseg.checks.dataset import Diagnosis, ScannedSplit
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
+from semseg.data.scan import PairFacts
 from semseg.reports.charts import draw_distribution
 from semseg.reports.draw import ClassShare, Pixels, class_shares, draw_overlay, format_share
 from semseg.reports.pictures import MAX_EDGE, encode_jpeg_uri, resize_nearest, shrink
@@ -88,17 +89,19 @@ def render_check_page(report: CheckReport) -> str:
 
 def draw_image_histograms(splits: Sequence[ScannedSplit]) -> list[tuple[str, Markup]]:
     """Draw a histogram, with its title, of each property that differs between the images of all splits."""
-    findings = [found for split in splits for found in split.findings if found.height]
-    measures = [
-        ("Short side", "pixels", [min(found.height, found.width) for found in findings]),
-        ("Width / height", "width / height", [found.width / found.height for found in findings]),
-        ("Ids in a mask", "different ids", [len(found.ids) for found in findings if found.ids]),
+    readable = {split.name: [found for found in split.findings if found.height] for split in splits}
+    measures: list[tuple[str, str, Callable[[PairFacts], float]]] = [
+        ("Short side", "pixels", lambda found: min(found.height, found.width)),
+        ("Width / height", "width / height", lambda found: found.width / found.height),
+        ("Ids in a mask", "different ids", lambda found: len(found.ids)),
     ]
-    return [
-        (title, draw_distribution(values, f"histogram: {title.lower()}", unit, unit))
-        for title, unit, values in measures
-        if len(set(values)) > 1
-    ]
+    charts = []
+    for title, unit, measure in measures:
+        # A mask without ids could not be read.
+        groups = {name: [value for one in found if (value := measure(one))] for name, found in readable.items()}
+        if len({value for values in groups.values() for value in values}) > 1:
+            charts.append((title, draw_distribution(groups, f"histogram: {title.lower()}", unit, unit)))
+    return charts
 
 
 def encode_sample(sample: CheckedSample) -> SamplePictures:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from semseg.reports.charts import (
+    TOP,
     Line,
     Mark,
     average_points,
+    draw_distribution,
     draw_heat_map,
     draw_histogram,
     draw_line_chart,
@@ -17,6 +21,15 @@ def test_the_histogram_counts_every_image_once() -> None:
     drawn = draw_histogram([0.0, 0.02, 0.5, 1.0], "scores")
     assert "0 to 5 %: 2 images" in drawn and "50 to 55 %: 1 image<" in drawn and "95 to 100 %: 1 image<" in drawn
     assert "median: 26 %" in drawn
+
+
+def test_the_groups_of_a_histogram_are_on_top_of_each_other() -> None:
+    drawn = draw_distribution({"train": [7, 8, 8, 8], "val": [8]}, "ids", "different ids", "different ids")
+    assert "train, 8 different ids: 3 images" in drawn and "val, 8 different ids: 1 image<" in drawn
+    assert drawn.count('class="bar line-0"') == 2 and drawn.count('class="bar line-1"') == 1
+    assert ">7</text>" in drawn and "7.2" not in drawn  # whole numbers have a bin each
+    top = re.search(r'class="bar line-1"[^>]* y="([\d.]+)"', drawn)
+    assert top is not None and float(top[1]) == TOP  # the four images of 8 fill the height
 
 
 def test_a_flat_curve_and_a_single_point_can_be_drawn() -> None:

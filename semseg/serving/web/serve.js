@@ -170,7 +170,9 @@ function createLegendRow(entry) {
   const bar = document.createElement("span");
   const percent = (100 * entry.share).toFixed(1);
   bar.style.setProperty("--share", `${percent}%`);
-  bar.textContent = entry.share >= 0.0005 ? percent : "<0.1";
+  const number = document.createElement("b");
+  number.textContent = entry.share >= 0.0005 ? percent : "<0.1";
+  bar.append(number);
   share.append(bar);
   row.append(name, share);
   row.addEventListener("pointerenter", () => highlight(entry.id));
