@@ -109,6 +109,12 @@ class LoadReport(NamedTuple):
     reinitialised: list[str]  # in both, but with another number of classes
     missing: list[str]  # only in the network: a new auxiliary head
 
+    def describe(self) -> str:
+        """One line, which names the first weights of each kind that were not loaded."""
+        kinds = {"re-initialised": self.reinitialised, "missing": self.missing, "skipped": self.skipped}
+        rest = [f"{len(names)} {kind} ({shorten_names(names)})" for kind, names in kinds.items() if names]
+        return ", ".join([f"{len(self.loaded)} tensors loaded", *rest])
+
     def make_table(self, source: str) -> Table:
         """A table with one row for each kind."""
         table = Table(title=Text(escape_unprintable(f"weights from {source}")))

@@ -27,6 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from semseg.cli.foreign_messages import hide_foreign_messages
 from semseg.cli.supervise import (
     agree_on_run_dir,
     check_world_size,
@@ -64,22 +65,11 @@ NO_HYDRA_RECORD = "hydra.output_subdir=null"  # the record is written here inste
 
 _log = logging.getLogger(__name__)
 
-# Hide Lightning's remarks on hardware, other products and its defaults; its warnings stay.
-for _name in (
-    "pytorch_lightning.utilities.rank_zero",
-    "lightning_fabric.utilities.rank_zero",
-    "pytorch_lightning.trainer.connectors.checkpoint_connector",
-):
-    logging.getLogger(_name).setLevel(logging.WARNING)
-# Hide warnings that need no action: Lightning's use of a changing torch function, layers that freeze_bn put into eval
-# mode, and scores that are already equal on all ranks.
-for _pattern in (r".*LeafSpec.*", r"Found \d+ module\(s\) in eval mode", r"It is recommended to use `self\.log\('val/"):
-    warnings.filterwarnings("ignore", message=_pattern)
-
 
 def main() -> None:
     """Run the command line in sys.argv; ends the process with 0, 1 (failure) or 2 (configuration)."""
     prepare_process()
+    hide_foreign_messages()
     # Makes Hydra raise errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     remember_program()

@@ -721,6 +721,8 @@ class Config:
     """What to do; also rerun, with run=<run folder>."""
     quiet: bool = False
     """Print only warnings and errors."""
+    verbose: bool = False
+    """train: print the whole configuration at the start, which is in config.yaml in any case."""
     seed: int = number_field(304, low=0, high=MAX_SEED)
     """Seed of the order of images, of augmentation and of the initial weights."""
     runs_dir: str = "runs"
@@ -774,6 +776,8 @@ class Config:
         predict = self.predict
         scales = self.eval.scales if predict.scales is None else predict.scales
         yield from find_view_problems("predict.", scales, predict.window, predict.stride)
+        if self.quiet and self.verbose:
+            yield "quiet=true and verbose=true contradict each other. Remove one of them."
         if self.ema.decay is not None and not self.trainer.replicates_weights:
             yield (
                 f"ema.decay={self.ema.decay}: the average needs all weights on every device, which "

@@ -18,8 +18,6 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from semseg.build import build_data, build_module, build_trainer, create_predictor, find_network
 from semseg.checkpoints.atomic_io import find_damage, find_newest_intact, remove_leftovers
@@ -28,24 +26,25 @@ from semseg.checkpoints.format import (
     read_checkpoint,
     refuse_nonfinite_weights,
 )
-from semseg.checkpoints.initialise import initialise_from
+from semseg.checkpoints.initialise import LoadReport, initialise_from
 from semseg.checkpoints.network import build_network, check_network, without_weights
 from semseg.checkpoints.published import find_published_files
 from semseg.config.schema import ZOO_PREFIX, CheckpointConfig, Config, ModelConfig, TrainerConfig, config_to_plain
 from semseg.data.overlap import find_overlap
 from semseg.data.sources import DataSource, describe_split_folders, require_masks
+from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, DataError
 from semseg.modes.eval import evaluate_network
 from semseg.modes.predict import predict_inputs
-from semseg.nets.cost import NetworkCost, measure_cost, write_cost
-from semseg.nets.segmenter import Segmenter
+from semseg.nets.cost import measure_cost, write_cost
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import entry_command, format_command, relative_to_cwd
 from semseg.storage.ranks import is_first_rank, print_once
 from semseg.storage.run_folders import CHECKPOINT_FOLDER, choose_follow_up_folder, find_checkpoint
 from semseg.storage.run_lock import hold_run_folder
 from semseg.storage.run_results import RESULT_FILE, RunResult, read_result, write_result
-from semseg.system.text import escape_unprintable
+from semseg.system.processors import choose_num_workers
+from semseg.system.text import format_count
 from semseg.training.callbacks.console import build_config_tree
 from semseg.training.callbacks.report import REPORT_FILE
 from semseg.training.callbacks.stop import StoppedError, requeue
@@ -59,8 +58,10 @@ from semseg.training.resume import (
     read_run_state,
     removal_override,
 )
+from semseg.training.start_summary import LABEL_WIDTH, format_start, shorten_list, shorten_path
 from semseg.training.training_state import report_restore_errors
 
+PIPE_WIDTH = 120  # characters of a line where there is no terminal
 NETWORK_KEYS = ("model/", "model.encoder", "model.decoder")  # prefixes of overrides that choose the network
 
 
@@ -171,8 +172,6 @@ def find_resume_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
         )
     for damaged in newest.passed_over:
         print_once(f"{damaged.path}: {damaged.reason}; resuming from {newest.path} instead")
-    if newest.path is None:
-        print_once(f"no checkpoint in {run_dir} yet: starting a new run")
     return newest.path
 
 
@@ -242,23 +241,34 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
     if state is not None:
         for line in check_same_conditions(state, plain, data.run_conditions(), force=config.resume_force):
             print_once(line)
-        print_once(f"resuming from {state.path}")
         if trainer.is_global_zero:
             copy_best_checkpoint(state, run_dir / CHECKPOINT_FOLDER)
     console = Console(quiet=not trainer.is_global_zero)
     log_settings(trainer.loggers, plain)
+    loaded = None
+    if start.network is not None:
+        print_once(start.network.note)
+        loaded = initialise_from(net, start.network)
+        if config.model.convention == "auto":
+            net.convention = start.network.convention
     if trainer.is_global_zero:
         (run_dir / RESULT_FILE).unlink(missing_ok=True)  # the result of an earlier end
         with atomic_write(run_dir / "config.yaml") as temporary:
             OmegaConf.save(OmegaConf.create(plain), temporary)
         cost = measure_cost(deepcopy(net).to("meta"))
         write_cost(run_dir / "model.txt", cost)
-        console.print(build_config_tree(plain, overrides), start_table(config, net, source, cost))
-    if start.network is not None:
-        print_once(start.network.note)
-        console.print(initialise_from(net, start.network).make_table(start.network.source))
-        if config.model.convention == "auto":
-            net.convention = start.network.convention
+        if config.verbose:
+            print_details(console, plain, overrides, start, loaded)
+        width = console.width if console.is_terminal else PIPE_WIDTH
+        rows = {
+            "network": f"{network_name(config.model)}: {cost}",
+            "weights": describe_weights(start, loaded, data),
+            **describe_data(source, width - LABEL_WIDTH),
+            **describe_steps(config, trainer, data),
+            "run folder": str(relative_to_cwd(run_dir)),
+        }
+        for line in format_start(rows, overrides, width):
+            console.print(line, soft_wrap=True)
     module = build_module(config, net, source.classes)
     try:
         with report_restore_errors(trainer, path := state.path if state else None):
@@ -277,21 +287,72 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
 # ---- what is printed, and what follows
 
 
-def start_table(config: Config, net: Segmenter, source: DataSource, cost: NetworkCost) -> Table:
-    """Network, data and run folder of a run that is about to start."""
-    table = Table(title="training", show_header=False)
-    data = config.data
-    rows = {
-        "network": f"{network_name(config.model)}: {cost}, {net.num_classes} classes",
-        "strides": f"images padded to {net.size_divisor}, labels at 1/{net.label_stride}",
-        "data": f"{data.name}: {len(source.records('train'))} images in {data.root}",
-        "labels": source.label_map.describe(source.classes.names),
-        "sub-batch": f"{data.batch_size} images per device, short edges {data.short_edges}",
-        "run folder": config.run_dir,
+def print_details(
+    console: Console, config: dict[str, Any], overrides: list[str], start: Start, loaded: LoadReport | None
+) -> None:
+    """Print what verbose=true adds: the whole configuration, and every weight that was not loaded.
+
+    Args:
+        config: the configuration of the run as plain data.
+        loaded: the weights that were loaded from `start.network`.
+    """
+    console.print(build_config_tree(config, overrides))
+    if start.network is not None and loaded is not None:
+        console.print(loaded.make_table(start.network.source))
+
+
+def describe_weights(start: Start, loaded: LoadReport | None, data: SegmentationData) -> str:
+    """Whether the run is new or resumes, and from which weights."""
+    if start.state is not None:
+        conditions, accumulate = data.run_conditions(), start.config.trainer.accumulate_grad_batches
+        step = start.state.compute_resume_step(accumulate, conditions.batches_per_epoch)
+        return f"resuming from {relative_to_cwd(start.state.path)} at step {step} of {conditions.total_steps}"
+    if start.network is not None and loaded is not None:
+        return f"a new run from {start.network.source}: {loaded.describe()}"
+    weights = start.config.model.encoder.get("weights") or "none"
+    sources = {"none": "random", "imagenet": "encoder from ImageNet"}
+    return f"a new run, {sources.get(weights, f'encoder from {weights}')}"
+
+
+def describe_data(source: DataSource, width: int) -> dict[str, str]:
+    """The images and classes of a run, in two rows.
+
+    Args:
+        width: of a line in characters; names that do not fit are left out.
+    """
+    names, ids, ignored = source.classes.names, source.label_map.class_ids, source.label_map.ignored_ids
+    unscored = shorten_list([str(raw_id) for raw_id in ignored], width // 3) or "none"
+    start, end = f"{len(names)}: ", f"; not scored: {unscored}"
+    listed = shorten_list(
+        [f"{raw_id} {name}" for raw_id, name in zip(ids, names, strict=True)], width - len(start + end)
+    )
+    images = f"{source.config.name}: {format_count(len(source.records('train')), 'image')} to train"
+    if source.has("val"):
+        images = f"{images}, {len(source.records('val'))} to validate"
+    root = relative_to_cwd(Path(source.root))
+    return {
+        "data": f"{images}, in {shorten_path(str(root), width - len(images) - len(', in '))}",
+        "classes": f"{start}{listed}{end}",
     }
-    for name, value in rows.items():
-        table.add_row(name, Text(escape_unprintable(value)))
-    return table
+
+
+def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) -> dict[str, str]:
+    """What a step takes, and how many there are, in two rows."""
+    sizes, limits, conditions = config.data, config.trainer, data.run_conditions()
+    edges = "/".join(map(str, sizes.short_edges))
+    parts = [format_count(sizes.batch_size, "image")]
+    if trainer.world_size > 1:
+        parts.append(f"on each of {trainer.world_size} devices")
+    if limits.accumulate_grad_batches > 1:
+        parts.append(f"x {limits.accumulate_grad_batches} accumulated")
+    steps = math.ceil(conditions.batches_per_epoch / limits.accumulate_grad_batches)
+    workers = choose_num_workers(sizes.num_workers, trainer.num_devices)
+    return {
+        "batch": f"{' '.join(parts)}, short edges {edges}, long edges up to {sizes.max_long_edge}, "
+        f"padded to multiples of {data.size_divisor}, labels at 1/{data.label_stride}",
+        "training": f"{conditions.total_steps} steps, {steps} an epoch, {config.optim.name} with lr {config.optim.lr:g}"
+        f", {config.loss.name}, {limits.precision} on {conditions.accelerator}, {format_count(workers, 'worker')}",
+    }
 
 
 def network_name(model: ModelConfig) -> str:

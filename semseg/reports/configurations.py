@@ -16,8 +16,8 @@ from semseg.reports.curves import run_folder_of_checkpoint
 NOT_SET = "not set"
 # Keys that say what to do with a network, or where its files are.
 LEFT_OUT = {
-    "mode", "quiet", "runs_dir", "run_dir", "ckpt", "resume", "resume_force", "input", "output", "format", "runs",
-    "run", "after_training", "predict", "serve", "export", "check", "bench", "download", "logger",
+    "mode", "quiet", "verbose", "runs_dir", "run_dir", "ckpt", "resume", "resume_force", "input", "output", "format",
+    "runs", "run", "after_training", "predict", "serve", "export", "check", "bench", "download", "logger",
 }  # fmt: skip
 # Keys that do not change the weights, or hardly ever: they come last.
 MINOR = {

@@ -52,3 +52,12 @@ def escape_csv_cell(text: object) -> str:
 def escape_csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a CSV file whose text went through `escape_csv_cell`; numbers are kept."""
     return {name: escape_csv_cell(value) if isinstance(value, str) else value for name, value in row.items()}
+
+
+def format_count(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> format_count(1, "step"), format_count(0, "worker")
+    ('1 step', '0 workers')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"

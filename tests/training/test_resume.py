@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -163,12 +164,13 @@ def saved_run(root: Path, tmp_path: Path, *words: str) -> Path:
 def test_a9_resume_auto_in_an_empty_folder_starts_a_new_run_and_says_so(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = run_of(root, tmp_path)
+    config = run_of(root, tmp_path, "trainer.max_epochs=1")
     source = DataSource(config.data)
     assert resolve_start(config, [], source).kind == "scratch"
-    assert capsys.readouterr().out == f"no checkpoint in {tmp_path} yet: starting a new run\n"
     assert resolve_start(run_of(root, tmp_path, "resume=null"), [], source).kind == "scratch"
     assert capsys.readouterr().out == ""
+    trained(config)
+    assert re.search("^weights +a new run, ", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -24,11 +24,12 @@ from rich.tree import Tree
 from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 from semseg.evaluation.metrics import Scores
-from semseg.system.text import escape_unprintable
+from semseg.system.text import escape_unprintable, format_count
 from semseg.training.step_means import LastSteps, get_step_mean, is_step_complete
 
 REST_WIDTH = 95  # characters of a progress bar beside the bar itself, with the accuracy
 MIN_BAR_WIDTH, MAX_BAR_WIDTH = 4, 20
+READ_SECONDS = 0.5  # between readings of the loss, for which the host waits for the device
 NUM_WEAKEST = 5  # classes named after every validation
 OTHER_SECTIONS = ("predict", "serve", "export", "check", "bench", "download")  # sections that training does not read
 
@@ -141,6 +142,8 @@ class BarProgress(RichProgressBar):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.time_left: TimeLeft | None = None
         self._last_steps = LastSteps()
+        self._metrics: dict[str, float] = {}
+        self._last_read = float("-inf")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -163,11 +166,13 @@ class BarProgress(RichProgressBar):
         ]
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        mean = self._last_steps.compute_mean()  # the scores of a validation are in its table
-        if mean is None:
-            return {}
-        loss = {f"loss (mean of {mean.num_steps})": mean.loss}
-        return loss if self._get_width() < REST_WIDTH + MIN_BAR_WIDTH else {**loss, "accuracy": mean.accuracy}
+        now = time.monotonic()
+        if now - self._last_read >= READ_SECONDS and (mean := self._last_steps.compute_mean()) is not None:
+            self._last_read = now
+            self._metrics = {f"loss (mean of {mean.num_steps})": mean.loss}
+            if self._get_width() >= REST_WIDTH + MIN_BAR_WIDTH:
+                self._metrics["accuracy"] = mean.accuracy
+        return self._metrics  # the scores of a validation are in its table
 
     def _get_width(self) -> int:
         """The width of the terminal in characters."""
@@ -221,7 +226,7 @@ class LineProgress(ProgressBar):
         rate = self._images / max(now - self._epoch_start, 1e-9)
         mean = self._last_steps.compute_mean()
         loss = (
-            f"  loss {mean.loss:.3f}  accuracy {mean.accuracy:.3f} (mean of {count_steps(mean.num_steps)})"
+            f"  loss {mean.loss:.3f}  accuracy {mean.accuracy:.3f} (mean of {format_count(mean.num_steps, 'step')})"
             if mean
             else ""
         )
@@ -231,15 +236,6 @@ class LineProgress(ProgressBar):
             f"  {rate:.1f} images/s  {self._left.format(trainer)} left",
             flush=True,
         )
-
-
-def count_steps(number: int) -> str:
-    """A number of steps in words.
-
-    >>> count_steps(1), count_steps(20)
-    ('1 step', '20 steps')
-    """
-    return f"{number} step{'' if number == 1 else 's'}"
 
 
 class ReportValidation(Callback):
