@@ -44,7 +44,7 @@ from semseg.storage.run_folders import CHECKPOINT_FOLDER, choose_follow_up_folde
 from semseg.storage.run_lock import hold_run_folder
 from semseg.storage.run_results import RESULT_FILE, RunResult, read_result, write_result
 from semseg.system.processors import choose_num_workers
-from semseg.system.text import format_count
+from semseg.system.text import format_quantity
 from semseg.training.callbacks.console import build_config_tree
 from semseg.training.callbacks.report import REPORT_FILE
 from semseg.training.callbacks.stop import StoppedError, requeue
@@ -326,7 +326,7 @@ def describe_data(source: DataSource, width: int) -> dict[str, str]:
     listed = shorten_list(
         [f"{raw_id} {name}" for raw_id, name in zip(ids, names, strict=True)], width - len(start + end)
     )
-    images = f"{source.config.name}: {format_count(len(source.records('train')), 'image')} to train"
+    images = f"{source.config.name}: {format_quantity(len(source.records('train')), 'image')} to train"
     if source.has("val"):
         images = f"{images}, {len(source.records('val'))} to validate"
     root = relative_to_cwd(Path(source.root))
@@ -340,7 +340,7 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
     """What a step takes, and how many there are, in two rows."""
     sizes, limits, conditions = config.data, config.trainer, data.run_conditions()
     edges = "/".join(map(str, sizes.short_edges))
-    parts = [format_count(sizes.batch_size, "image")]
+    parts = [format_quantity(sizes.batch_size, "image")]
     if trainer.world_size > 1:
         parts.append(f"on each of {trainer.world_size} devices")
     if limits.accumulate_grad_batches > 1:
@@ -351,7 +351,7 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
         "batch": f"{' '.join(parts)}, short edges {edges}, long edges up to {sizes.max_long_edge}, "
         f"padded to multiples of {data.size_divisor}, labels at 1/{data.label_stride}",
         "training": f"{conditions.total_steps} steps, {steps} an epoch, {config.optim.name} with lr {config.optim.lr:g}"
-        f", {config.loss.name}, {limits.precision} on {conditions.accelerator}, {format_count(workers, 'worker')}",
+        f", {config.loss.name}, {limits.precision} on {conditions.accelerator}, {format_quantity(workers, 'worker')}",
     }
 
 

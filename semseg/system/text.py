@@ -54,10 +54,10 @@ def escape_csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: escape_csv_cell(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
-def format_count(number: int, noun: str) -> str:
+def format_quantity(number: int, noun: str) -> str:
     """A number of things.
 
-    >>> format_count(1, "step"), format_count(0, "worker")
+    >>> format_quantity(1, "step"), format_quantity(0, "worker")
     ('1 step', '0 workers')
     """
     return f"{number} {noun}{'' if number == 1 else 's'}"

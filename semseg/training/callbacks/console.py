@@ -24,7 +24,7 @@ from rich.tree import Tree
 from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 from semseg.evaluation.metrics import Scores
-from semseg.system.text import escape_unprintable, format_count
+from semseg.system.text import escape_unprintable, format_quantity
 from semseg.training.step_means import LastSteps, get_step_mean, is_step_complete
 
 REST_WIDTH = 95  # characters of a progress bar beside the bar itself, with the accuracy
@@ -226,7 +226,7 @@ class LineProgress(ProgressBar):
         rate = self._images / max(now - self._epoch_start, 1e-9)
         mean = self._last_steps.compute_mean()
         loss = (
-            f"  loss {mean.loss:.3f}  accuracy {mean.accuracy:.3f} (mean of {format_count(mean.num_steps, 'step')})"
+            f"  loss {mean.loss:.3f}  accuracy {mean.accuracy:.3f} (mean of {format_quantity(mean.num_steps, 'step')})"
             if mean
             else ""
         )
