@@ -58,7 +58,7 @@ from semseg.training.resume import (
     read_run_state,
     removal_override,
 )
-from semseg.training.start_summary import LABEL_WIDTH, format_start, shorten_list, shorten_path
+from semseg.training.start_summary import LABEL_WIDTH, format_start, shorten_list, abbreviate_path
 from semseg.training.training_state import report_restore_errors
 
 PIPE_WIDTH = 120  # characters of a line where there is no terminal
@@ -331,7 +331,7 @@ def describe_data(source: DataSource, width: int) -> dict[str, str]:
         images = f"{images}, {len(source.records('val'))} to validate"
     root = relative_to_cwd(Path(source.root))
     return {
-        "data": f"{images}, in {shorten_path(str(root), width - len(images) - len(', in '))}",
+        "data": f"{images}, in {abbreviate_path(str(root), width - len(images) - len(', in '))}",
         "classes": f"{start}{listed}{end}",
     }
 

@@ -76,10 +76,10 @@ def iterate_fitting(names: Sequence[str], width: int) -> Iterator[str]:
         yield name
 
 
-def shorten_path(path: str, width: int) -> str:
+def abbreviate_path(path: str, width: int) -> str:
     """A path of at most `width` characters if possible: "..." for parts in the middle, or at the start; never the last.
 
-    >>> shorten_path("/data/projects/2026/facades/rectified", 30)
+    >>> abbreviate_path("/data/projects/2026/facades/rectified", 30)
     '/data/.../facades/rectified'
     """
     parts = Path(path).parts

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from helpers.command_line import TINY, TINY_NETWORK, run, run_here
-from semseg.training.start_summary import MAX_GIVEN_LINES, format_start, shorten_list, shorten_path, wrap_words
+from semseg.training.start_summary import MAX_GIVEN_LINES, format_start, shorten_list, abbreviate_path, wrap_words
 
 MAX_LINES = 15
 LABELS = ("network", "weights", "data", "classes", "batch", "training", "run folder", "given")
@@ -107,8 +107,8 @@ def test_lists_and_paths_are_shortened_to_a_width() -> None:
     assert shorten_list(["a class with a long name", "b"], 5) == "a class with a long name, ..." and not shorten_list(
         [], 5
     )
-    assert shorten_path("/data/projects/2026/facades/rectified", 30) == "/data/.../facades/rectified"
-    assert shorten_path("data/a/scenes", 5) == ".../scenes"
-    assert shorten_path("data/2026/facades/rectified", 24) == "data/.../rectified"
-    assert shorten_path("scenes", 5) == "scenes"
+    assert abbreviate_path("/data/projects/2026/facades/rectified", 30) == "/data/.../facades/rectified"
+    assert abbreviate_path("data/a/scenes", 5) == ".../scenes"
+    assert abbreviate_path("data/2026/facades/rectified", 24) == "data/.../rectified"
+    assert abbreviate_path("scenes", 5) == "scenes"
     assert wrap_words(["a" * 30, "b"], 10) == ["a" * 30, "b"]
