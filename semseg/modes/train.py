@@ -58,7 +58,7 @@ from semseg.training.resume import (
     read_run_state,
     removal_override,
 )
-from semseg.training.start_summary import LABEL_WIDTH, format_start, shorten_list, abbreviate_path
+from semseg.training.start_summary import LABEL_WIDTH, abbreviate_path, format_start, shorten_list
 from semseg.training.training_state import report_restore_errors
 
 PIPE_WIDTH = 120  # characters of a line where there is no terminal

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from helpers.command_line import TINY, TINY_NETWORK, run, run_here
-from semseg.training.start_summary import MAX_GIVEN_LINES, format_start, shorten_list, abbreviate_path, wrap_words
+from semseg.training.start_summary import MAX_GIVEN_LINES, abbreviate_path, format_start, shorten_list, wrap_words
 
 MAX_LINES = 15
 LABELS = ("network", "weights", "data", "classes", "batch", "training", "run folder", "given")
