@@ -16,7 +16,7 @@ QUIET_LOGGERS = (
 HIDDEN_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
     (FutureWarning, r".*LeafSpec"),  # Lightning's use of a function of torch that changes
     (UserWarning, r"Found \d+ module\(s\) in eval mode"),  # model.freeze_bn, model.encoder.frozen
-    (UserWarning, r"It is recommended to use `self\.log\('val/"),  # scores are equal on all ranks already
+    (UserWarning, r"It is recommended to use `self\.log\('(val|test)/"),  # scores are equal on all ranks already
     (UserWarning, r"This DataLoader will create \d+ worker processes"),  # a number that the user has given
     (UserWarning, r"The '\w+' does not have many workers"),  # the same
     (UserWarning, r"Consider setting `persistent_workers=True`"),  # the loader of training keeps its workers
