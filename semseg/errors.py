@@ -30,6 +30,10 @@ class DataError(SemsegError):
     """A file of a data set is missing, broken or does not fit the configuration."""
 
 
+class ReportedError(DataError):
+    """An error whose report is on the screen already: the command line prints nothing more."""
+
+
 class CheckpointError(SemsegError):
     """A checkpoint or weight file is missing, broken or belongs to another network."""
 

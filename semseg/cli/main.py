@@ -51,7 +51,7 @@ from semseg.config.overrides import (
 )
 from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, Config, DataConfig
 from semseg.config.validate import check_config
-from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, SemsegError
+from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, ReportedError, SemsegError
 from semseg.storage import run_lock
 from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.storage.commands import entry_script, format_command, relative_to_cwd, remember_program
@@ -94,8 +94,7 @@ def main() -> None:
             compose_with_hydra(select_overrides(overrides))
         start_hydra()
     except SemsegError as error:
-        record_error(error, error.exit_code)
-        exit_with_error(str(error), error.exit_code)
+        exit_with_problem(error)
     except (HydraException, OmegaConfBaseException) as error:
         exit_with_error(explain_hydra_error(error, overrides), ConfigError.exit_code)
     except KeyboardInterrupt:
@@ -269,6 +268,15 @@ def run_ranks(overrides: list[str], processes: int, run_dir: Path) -> int:
     return supervise_ranks(command, processes, run_dir)
 
 
+def exit_with_problem(error: SemsegError) -> NoReturn:
+    """Record and print an error that the user can fix, unless its report is printed already, and end the process."""
+    record_error(error, error.exit_code)
+    if isinstance(error, ReportedError):
+        sys.stdout.flush()
+        sys.exit(error.exit_code)
+    exit_with_error(str(error), error.exit_code)
+
+
 def exit_with_error(message: str, exit_code: int) -> NoReturn:
     """Print one error message and end the process."""
     sys.stdout.flush()
@@ -301,8 +309,7 @@ def run_hydra_job(composed: DictConfig) -> float | None:
                 write_run_record(record)
             return mode.run(config, list(runtime.overrides.task))
     except SemsegError as error:
-        record_error(error, error.exit_code)
-        exit_with_error(str(error), error.exit_code)  # here, because Hydra would print a line of its own first
+        exit_with_problem(error)  # here, because Hydra would print a line of its own first
     except Exception as error:
         record_error(error, 1)
         message = describe_write_error(error, run_dir) if isinstance(error, OSError) else None

@@ -736,7 +736,8 @@ class Config:
     init_from: str | None = None
     """train: a network whose weights a new run starts from; its architecture too, unless model=<name> is set."""
     output: str | None = None
-    """convert: file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files; export: a file."""
+    """convert: file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files; export: a file; check: a .yaml
+    file for the checked data set, which data=<file> reads."""
     format: str = choice_field("auto", ("auto", *EXPORT_SUFFIXES.values()))
     """export: auto chooses by the suffix of output, .onnx or .pt2."""
     resume: str | None = "auto"

@@ -43,6 +43,8 @@ def find_missing_keys(config: Config) -> Iterator[str]:
         yield f"mode={config.mode} needs ckpt=<file, run folder, last, best, zoo:<name> or folder of published files>."
     if config.mode == "convert" and not config.output:
         yield "mode=convert needs output=<file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files>."
+    if config.mode == "check" and config.output and Path(config.output).suffix not in (".yaml", ".yml"):
+        yield f"output={config.output}: mode=check writes the description of a data set: output=<file.yaml>."
     if config.mode == "replay" and not config.input:
         yield "mode=replay needs input=<sub-batch that a run with a NaN loss has saved>."
     has_own_picture = (config.ckpt or "").startswith(ZOO_PREFIX)
@@ -109,7 +111,8 @@ def find_export_problems(config: Config) -> Iterator[str]:
         return
     written = EXPORT_SUFFIXES.get(Path(str(config.output)).suffix)
     if written is None:
-        yield f"output={config.output}: mode=export needs output=<file{ONNX} or file{TORCH_EXPORT}>."
+        given = f"output={config.output}: " if config.output else ""
+        yield f"{given}mode=export needs output=<file{ONNX} or file{TORCH_EXPORT}>."
     elif config.format not in ("auto", written):
         yield f"format={config.format}: output={config.output} would be format={written}."
     if config.export.quantize != "none" and written == "torch_export":

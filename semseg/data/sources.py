@@ -26,6 +26,8 @@ from semseg.data.records import Problem, Record, require_path, require_records, 
 from semseg.data.scenes import make_scenes
 from semseg.errors import ConfigError, DataError
 
+# Overrides with which the paths of lists and folders are relative to the working directory, as data.images is.
+ROOT_OF_LISTS = {"data.images": "null", "data.masks": "null", "data.root": "."}
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 
@@ -133,7 +135,7 @@ class DataSource:
             for split, name in folder_of.items()
             for key, parent in parents.items()
         }
-        return keys | ({"data.images": "null", "data.masks": "null"} if self.config.images else {})
+        return keys | (ROOT_OF_LISTS if self.config.images else {})
 
     # ---- reading
 

@@ -32,6 +32,8 @@ from semseg.checks.dataset import (
     padding_fraction,
     sort_notices,
 )
+from semseg.checks.description import describe_data_set, write_description
+from semseg.config.load import load_config
 from semseg.config.schema import SPLITS, Config, DataConfig
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size, largest_canvas
@@ -42,24 +44,26 @@ from semseg.data.pairs import read_pair
 from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
 from semseg.data.scan import first_pixel, scan_pairs
-from semseg.data.sources import DataSource, describe_split_folders
-from semseg.errors import DataError
+from semseg.data.sources import ROOT_OF_LISTS, DataSource, describe_split_folders
+from semseg.errors import DataError, ReportedError
 from semseg.nets.step_memory import estimate_step_memory
 from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary, write_check_page
 from semseg.reports.draw import format_share
 from semseg.storage.atomic import atomic_write
-from semseg.storage.commands import format_command
+from semseg.storage.commands import format_command, relative_to_cwd
 from semseg.system.text import escape_lines, escape_unprintable
 
 NUM_PLANNED = 500  # sub-batches whose padding is measured
+OWN_WORDS = ("mode=", "check.", "run_dir=", "output=")  # beginnings of overrides that are for the check alone
 MAX_CLASS_ROWS = 20  # rows on the console; the files have all classes
 
 
 def run(config: Config, overrides: list[str]) -> None:
-    """Scan all splits and report the findings.
+    """Scan all splits and report the findings; write the description of the data set to `output` if it is ready.
 
     Raises:
         DataError: after the report, if a run would fail.
+        ConfigError: after the report, if `output` exists with another content.
         SemsegError: for other errors that the user can fix.
     """
     folder = Path(config.run_dir)
@@ -71,6 +75,10 @@ def run(config: Config, overrides: list[str]) -> None:
         diagnosis.suggestions.update(keys)
     if config.check.fix == "list":
         diagnosis.suggestions.update(write_lists(folder, source.root, splits, configured))
+        if config.data.images:  # the lists are relative to the working directory, as these folders are
+            diagnosis.suggestions.update(ROOT_OF_LISTS)
+    is_ready = diagnosis.verdict != NOT_READY
+    output = Path(config.output).expanduser() if config.output else None
     label_map, classes = resolve_classes(config.data, source, diagnosis)
     report = CheckReport(
         config.data.name,
@@ -78,12 +86,22 @@ def run(config: Config, overrides: list[str]) -> None:
         splits,
         summarise_plan(config, splits[0], source.classes.num_classes),
         list(sample_pairs(splits[0], config.check.samples, config.data.max_pixels, label_map, classes)),
-        training_command(overrides, diagnosis.suggestions),
+        training_command(overrides, diagnosis.suggestions, output) if is_ready else check_command(overrides, diagnosis),
     )
     files = write_report(folder, report)
     print_report(report, files)
-    if diagnosis.verdict == NOT_READY:
-        raise DataError(f"the data set is not ready for training: see above, and {files[-1]}.")
+    next_step = f"{' as suggested' if diagnosis.suggestions else ''}: {report.command}"
+    if is_ready:
+        if output is not None:
+            write_description(output, describe_checked_data(overrides, diagnosis.suggestions, output))
+            print(escape_lines(f"written to {relative_to_cwd(output)}"))
+        print(escape_lines(f"to train{next_step}"))
+        return
+    if output is not None:
+        print(escape_lines(f"nothing is written to {relative_to_cwd(output)} before the data set is ready"))
+    print(escape_lines(f"to check{next_step}" if diagnosis.suggestions else f"to check again{next_step}"))
+    error = DataError if config.quiet else ReportedError
+    raise error(f"the data set is not ready for training: see {relative_to_cwd(files[-1])}.")
 
 
 def open_data(data: DataConfig) -> tuple[DataSource, ConfiguredClasses | None]:
@@ -193,15 +211,35 @@ def odgt_entry(record: Record, height: int, width: int, root: Path) -> dict[str,
     return {"fpath_img": image, "fpath_segm": label, "width": width, "height": height}
 
 
-def training_command(overrides: Sequence[str], suggestions: dict[str, str]) -> str:
-    """The command that trains with all suggestions."""
+def training_command(overrides: Sequence[str], suggestions: dict[str, str], output: Path | None) -> str:
+    """The command that trains with all suggestions; those about the data are in `output` if it is given."""
+    words = apply_suggestions(overrides, suggestions)
+    if output is not None:
+        others = [word for word in words if word.partition("=")[0].partition(".")[0].lstrip("+~") != "data"]
+        words = [f"data={relative_to_cwd(output)}", *others]
+    return format_command(words)
+
+
+def check_command(overrides: Sequence[str], diagnosis: Diagnosis) -> str:
+    """The command that checks again, with all suggestions."""
+    own = [word for word in overrides if word.startswith(OWN_WORDS) and not word.startswith("mode=")]
+    return format_command(["mode=check", *apply_suggestions(overrides, diagnosis.suggestions), *own])
+
+
+def apply_suggestions(overrides: Sequence[str], suggestions: dict[str, str]) -> list[str]:
+    """The overrides of a run on the checked data set, with suggestions in place of those with the same keys."""
     kept = [
-        override
-        for override in overrides
-        if not override.startswith(("mode=", "check.", "run_dir="))
-        and override.partition("=")[0].lstrip("+~") not in suggestions
+        word
+        for word in overrides
+        if not word.startswith(OWN_WORDS) and word.partition("=")[0].lstrip("+~") not in suggestions
     ]
-    return format_command([*kept, *(f"{key}={value}" for key, value in suggestions.items())])
+    return [*kept, *(f"{key}={value}" for key, value in suggestions.items())]
+
+
+def describe_checked_data(overrides: Sequence[str], suggestions: dict[str, str], output: Path) -> dict[str, Any]:
+    """The content of `output`: the data set with all suggestions."""
+    data, base = (load_config(words)[0].data for words in (apply_suggestions(overrides, suggestions), ["data=folder"]))
+    return describe_data_set(data if data.name != base.name else replace(data, name=output.stem), base, output)
 
 
 def write_report(folder: Path, report: CheckReport) -> list[Path]:
@@ -249,8 +287,7 @@ def print_report(report: CheckReport, files: Sequence[Path]) -> None:
         style = {"error": "bold red", "warning": "yellow"}.get(notice.level, "")
         console.print(Text(f"{notice.level}: ", style), Text(escape_lines(notice.text)), sep="")
     console.print(Text(f"\n{escape_lines(diagnosis.verdict)}", "bold"))
-    console.print(Text(f"to train{' as suggested' if diagnosis.suggestions else ''}: {report.command}"))
-    console.print(Text(f"written to {', '.join(map(str, files))}"))
+    console.print(Text(escape_lines(f"written to {', '.join(str(relative_to_cwd(file)) for file in files)}")))
 
 
 def render_splits(splits: Sequence[SplitSummary]) -> Table:

@@ -16,6 +16,7 @@ import torch
 from helpers.command_line import TINY_NETWORK
 from helpers.fork_server import FORK_CHILDREN, ForkedProgram
 from helpers.tiny_program import PROGRAM, Gate
+from semseg.storage.commands import PROGRAM_VARIABLE
 
 SMALL = f"model/encoder=resnet18 {' '.join(TINY_NETWORK)} model.encoder.weights=none data.num_workers=0"
 QUICKSTART = (
@@ -31,6 +32,7 @@ TRAIN = (
 
 def start(folder: Path, words: str, variables: dict[str, str] | None = None) -> ForkedProgram:
     environment = os.environ | {FORK_CHILDREN: "1", "OMP_NUM_THREADS": "1"} | (variables or {})
+    del environment[PROGRAM_VARIABLE]  # printed commands start the program as this process does
     return ForkedProgram([str(PROGRAM), *shlex.split(words)], folder, environment)
 
 

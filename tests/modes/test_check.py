@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -12,12 +14,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
 from helpers.browser import evaluate_in_browser, needs_browser
+from helpers.command_line import run_here
 from helpers.in_process import configured
 from semseg.checks.dataset import ScannedSplit, check_reading
+from semseg.checks.description import describe_data_set
+from semseg.config.load import load_config
 from semseg.data.geometry import Size
 from semseg.data.labels import read_label
 from semseg.data.records import Record
@@ -92,8 +98,8 @@ def test_ids_that_nobody_explained_are_read_off_the_masks_and_the_advice_makes_i
     assert "Found ids 0, 1, 4, 255" in of_level(found, "error")
     assert found["suggestions"] == {"data.num_classes": "5", "data.first_id": "0", "data.ignore": "[255]"}
     words = shlex.split(found["command"])
-    assert words[:3] == ["python", "run.py", "data=folder"]
-    again = check(root, *words[4:])
+    assert words[:4] == ["python", "run.py", "mode=check", "data=folder"]
+    again = check(root, *[word for word in words[5:] if not word.startswith("run_dir=")])
     assert again["verdict"] == "READY, WITH WARNINGS"
     assert "class 2, class 3" in of_level(again, "warning")  # ids 2 and 3 never occur
 
@@ -297,3 +303,61 @@ def test_c27_photos_turned_by_180_degrees_need_the_key_and_are_reported(tmp_path
     assert "12 images are rotated by EXIF; their masks are assumed to be drawn on the upright image" in of_level(
         found, "note"
     )
+
+
+# ---- the description of the data set
+
+
+def check_here(folder: Path, *words: str, code: int = 0) -> str:
+    return run_here(folder, "mode=check", "data=folder", "data.short_edges=[60]", *words, *TINY, code=code)
+
+
+def test_a_ready_data_set_is_described_in_a_file_that_trains_it(tmp_path: Path) -> None:
+    good_folder(tmp_path / "photos")
+    shown = check_here(tmp_path, "data.root=photos", "data.num_classes=3", "output=sub/plants.yaml")
+    assert shown.splitlines()[-1].startswith("to train: python run.py data=sub/plants.yaml model/encoder=resnet18")
+    written = (tmp_path / "sub" / "plants.yaml").read_text()
+    assert yaml.safe_load(written) == {"root": str(tmp_path / "photos"), "num_classes": 3, "short_edges": [60]}
+    with contextlib.chdir(tmp_path):
+        data = load_config(["data=sub/plants.yaml"])[0].data
+        expected = configured("data=folder", "data.num_classes=3", "data.short_edges=[60]").data
+    same = {"name": "plants", "root": str(tmp_path / "photos"), "hint": data.hint}
+    assert data == replace(expected, **same)
+    check_here(tmp_path, "data.root=photos", "data.num_classes=3", "output=sub/plants.yaml")  # the same content
+    check_here(tmp_path, "data.root=photos", "data.num_classes=4", "output=sub/plants.yaml", code=2)
+    assert (tmp_path / "sub" / "plants.yaml").read_text() == written
+
+
+def test_a_description_has_the_suggestions_and_paths_beside_it(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        good_folder(tmp_path / "raw" / split)
+    for kind in ("images", "masks"):  # photos/images/train/..., from photos/train/images/...
+        for split in ("train", "val"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            (tmp_path / "raw" / split / kind).rename(tmp_path / kind / split)
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    words = ["data.images=images", "data.masks=masks", "data.classes=names.txt", "output=plants.yaml"]
+    shown = check_here(tmp_path, *words)
+    assert yaml.safe_load((tmp_path / "plants.yaml").read_text()) == {
+        "root": ".", "classes": "names.txt", "short_edges": [60],
+        "train": {"images": "images/train", "masks": "masks/train"},
+        "val": {"images": "images/val", "masks": "masks/val"},
+    }  # fmt: skip
+    assert " data.train.images=" not in shown.splitlines()[-1]
+
+
+def test_a_data_set_that_is_not_ready_is_not_described_and_the_last_line_checks_it_again(tmp_path: Path) -> None:
+    good_folder(tmp_path / "photos", ids=(0, 1, 2))
+    shown = check_here(tmp_path, "data.root=photos", "output=plants.yaml", code=1)
+    assert not (tmp_path / "plants.yaml").exists()
+    assert "to train:" not in shown and "error: the data set" not in shown
+    last = shown.splitlines()[-1]
+    assert last.startswith("to check as suggested: python run.py mode=check data=folder")
+    run_here(tmp_path, *shlex.split(last.partition("run.py ")[2]))
+    assert (tmp_path / "plants.yaml").is_file()
+
+
+def test_the_map_of_a_description_makes_first_id_void(tmp_path: Path) -> None:
+    data = configured("data=folder", "data.num_classes=2", "data.first_id=0", "data.map={0: 0, 255: 1}").data
+    content = describe_data_set(data, configured("data=folder").data, tmp_path / "a.yaml")
+    assert content["map"] == {0: 0, 255: 1} and "first_id" not in content
