@@ -16,18 +16,20 @@ from pytorch_lightning.callbacks import Callback
 from semseg.checkpoints import zoo
 from semseg.checkpoints.format import (
     SavedNetwork,
+    first_line,
     read_checkpoint,
     refuse_nonfinite_weights,
 )
 from semseg.checkpoints.network import load_network
 from semseg.checkpoints.published import PUBLISHED_FREE_KEYS, PublishedFiles, find_published_files, read_published
 from semseg.config.inherit import inherit_config
-from semseg.config.schema import ONNX, ZOO_PREFIX, Config, TrainerConfig, config_to_plain
+from semseg.config.schema import ONNX, ZOO_PREFIX, Config, DataConfig, TrainerConfig, config_to_plain
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
-from semseg.data.sources import DataSource, make_label_map
+from semseg.data.sources import DataSource, load_class_table, make_label_map
+from semseg.data.store import resolve_path
 from semseg.datamodule import SegmentationData
-from semseg.errors import ConfigError, install_command
+from semseg.errors import ArgumentError, ConfigError, install_command
 from semseg.lit_module import SegmentationModule
 from semseg.nets.gpu import configure_gpu
 from semseg.nets.precision import choose_weight_type
@@ -116,20 +118,45 @@ def restore_network(saved: SavedNetwork) -> Segmenter:
     return build_graph_network(saved, saved.graph)
 
 
-def open_predictor(config: Config, overrides: list[str], device: str | torch.device | None = None) -> Predictor:
+def open_predictor(config: Config, overrides: list[str], device: str | int | torch.device | None = None) -> Predictor:
     """The network that `ckpt` names, ready to predict with the settings of `predict` and `eval`.
 
     Args:
         device: where it runs; None: on the device of trainer.accelerator.
 
     Raises:
-        SemsegError: if there is no such network, or the command line contradicts it.
+        SemsegError: if there is no such network or device, or the command line contradicts the network.
     """
+    # Before anything is downloaded.
+    chosen = choose_device(config.trainer) if device is None else parse_device(device)
     saved, config = open_network(config, overrides)
-    return create_predictor(saved, config, device)
+    return create_predictor(saved, config, chosen)
 
 
-def create_predictor(saved: SavedNetwork, config: Config, device: str | torch.device | None = None) -> Predictor:
+def parse_device(device: str | int | torch.device) -> torch.device:
+    """A device by PyTorch's name for it, ready to compute.
+
+    Raises:
+        ArgumentError: if PyTorch has no such device here.
+    """
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ArgumentError(f"device={device!r}: PyTorch has no such device. Use 'cpu', 'cuda' or 'cuda:1'.") from None
+    num_gpus = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
+        found = f"the last GPU here is cuda:{num_gpus - 1}" if num_gpus else "PyTorch sees no GPU here"
+        raise ArgumentError(f"device={device!r}: {found}. Use device='cpu', or leave it out.")
+    if chosen.type == "cuda":
+        configure_gpu()
+    try:
+        torch.zeros((), device=chosen).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ArgumentError(f"device={device!r}: cannot be used here ({first_line(error)}).") from None
+    return chosen
+
+
+def create_predictor(saved: SavedNetwork, config: Config, device: torch.device | None = None) -> Predictor:
     """A predictor for a network, with the settings of `predict` and `eval`.
 
     Args:
@@ -137,10 +164,10 @@ def create_predictor(saved: SavedNetwork, config: Config, device: str | torch.de
 
     Raises:
         CheckpointError: if its weights do not fit it, or are NaN or infinite.
-        ConfigError: if a GPU is requested and there is none.
+        ConfigError: if a GPU is requested and there is none, or the data set has another number of classes.
     """
-    if device is None:
-        device = choose_device(config.trainer)
+    device = choose_device(config.trainer) if device is None else device
+    check_num_classes(config.data, saved)
     options = config.predict
     settings = PredictionSettings(
         options.scales or config.eval.scales,
@@ -162,7 +189,7 @@ def create_predictor(saved: SavedNetwork, config: Config, device: str | torch.de
         saved.classes,
         ids,
         settings,
-        name=saved.config.model.name,
+        name=saved.config.model.title,
         source=str(saved.source),
         precision=precision,
     )
@@ -179,6 +206,27 @@ def choose_device(settings: TrainerConfig) -> torch.device:
     configure_gpu()
     first = settings.devices[0] if isinstance(settings.devices, list) else 0
     return torch.device("cuda", first)
+
+
+def check_num_classes(data: DataConfig, saved: SavedNetwork) -> None:
+    """Refuse a data set, given instead of that of the network, that has another number of classes.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    num_classes = data.num_classes
+    if data.classes not in (None, saved.config.data.classes):  # the table of the network may be on another machine
+        num_classes = load_class_table(data, resolve_path(data.root)).num_classes
+    if num_classes not in (None, saved.classes.num_classes):
+        raise ConfigError(format_other_classes(data, num_classes, saved))
+
+
+def format_other_classes(data: DataConfig, num_classes: int, saved: SavedNetwork) -> str:
+    """The sentence for a data set with other classes than those of the network."""
+    return (
+        f"data={data.name} has {num_classes} classes, but {saved.source} was trained for {saved.classes.num_classes}. "
+        "Use a data set with the classes of the network."
+    )
 
 
 def build_module(config: Config, net: Segmenter, classes: ClassTable) -> SegmentationModule:

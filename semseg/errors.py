@@ -26,6 +26,10 @@ class ConfigError(SemsegError):
     exit_code = 2
 
 
+class ArgumentError(ConfigError, TypeError):
+    """An argument of a call from Python is unknown, or has a wrong type, shape or value."""
+
+
 class DataError(SemsegError):
     """A file of a data set is missing, broken or does not fit the configuration."""
 

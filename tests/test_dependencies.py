@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
@@ -78,3 +80,18 @@ def test_g10_a_wheel_holds_every_package_and_every_file_that_is_read() -> None:
     kept = [path for path in files if "__pycache__" not in path]
     ignored = subprocess.run(["git", "check-ignore", *kept], cwd=ROOT, capture_output=True, text=True, check=False)
     assert not ignored.stdout
+
+
+def test_g10_an_editable_install_is_found_in_the_folder_that_holds_the_checkout(tmp_path: Path) -> None:
+    # In that folder the checkout itself, which is called semseg too, could be imported as a namespace package.
+    (folder,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["dev-mode-dirs"]
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "_semseg.pth").write_text(f"{(ROOT / folder).resolve()}\n")  # what the installation writes
+    (tmp_path / "semseg").symlink_to(ROOT, target_is_directory=True)
+    code = (
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r}); import semseg; print(semseg.load, semseg.__file__)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-c", code]  # -S: without what else is installed
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split()[-1] == str(ROOT / "semseg" / "__init__.py")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from semseg.config.compose import compose_config
 from semseg.config.explain import explain_hydra_error
+from semseg.config.groups import list_groups
 from semseg.config.overrides import parse_overrides
 from semseg.config.schema import Config
 from semseg.config.uses import find_mode_problems, find_prediction_problems
 from semseg.config.validate import check_config
-from semseg.errors import ConfigError
+from semseg.errors import ArgumentError, ConfigError
 
 # Sections that decide how a network is found and applied.
 PREDICTION_SECTIONS = ("data", "download", "eval", "experiment", "model", "predict", "runs_dir", "trainer")
@@ -37,15 +40,22 @@ def load_config(
         raise ConfigError(explain_hydra_error(error, overrides)) from error
 
 
-def load_prediction_config(ckpt: str, overrides: list[str]) -> tuple[Config, list[str]]:
+def load_prediction_config(ckpt: str | Path, overrides: Sequence[str]) -> tuple[Config, list[str]]:
     """The checked configuration for predicting with the network `ckpt`, and the overrides in Hydra's grammar. No mode.
 
     Raises:
+        ArgumentError: if `ckpt` is no text or path, or an override no text.
         ConfigError: if an override is wrong or would have no effect, or the network cannot be loaded.
     """
+    if not isinstance(ckpt, str | Path):
+        raise ArgumentError(f"ckpt={ckpt!r}: must be a path, last, best or zoo:<name>.")
+    groups = {group.partition("/")[0] for group in list_groups()}
+    known = groups | {item.name for item in fields(Config)}
     for override in overrides:
-        key, equals, _ = override.lstrip("+~").partition("=")
-        if equals and key.replace("/", ".").partition(".")[0] not in PREDICTION_SECTIONS:
+        if not isinstance(override, str):
+            raise ArgumentError(f"{override!r}: an override is text, semseg.load(ckpt, 'predict.flip=true').")
+        section = override.lstrip("+~").partition("=")[0].replace("/", ".").partition(".")[0]
+        if section in known and section not in PREDICTION_SECTIONS:
             raise ConfigError(
                 f"{override}: does not change predictions. semseg.load takes overrides of "
                 f"{', '.join(PREDICTION_SECTIONS)}."

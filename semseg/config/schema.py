@@ -139,6 +139,11 @@ class ModelConfig:
     compile: bool = False
     """Use torch.compile(dynamic=True); the first steps take minutes."""
 
+    @property
+    def title(self) -> str:
+        """Encoder and decoder, because either may have been replaced in a model of another name."""
+        return f"{self.encoder.get('name')} + {self.decoder.get('name')}"
+
     def find_problems(self) -> Iterator[str]:
         """A sentence for every value that does not fit the others."""
         if self.size_divisor and self.label_stride and self.size_divisor % self.label_stride:

@@ -29,6 +29,10 @@ class ClassTable(NamedTuple):
     def num_classes(self) -> int:
         return len(self.names)
 
+    def __repr__(self) -> str:
+        more = ", ..." if len(self.names) > 4 else ""
+        return f"<ClassTable: {len(self.names)} classes, {', '.join(self.names[:4])}{more}>"
+
     def colours(self) -> NDArray[np.uint8]:
         """The palette as a (K, 3) uint8 array, RGB."""
         return np.array(self.palette, dtype=np.uint8)

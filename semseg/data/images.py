@@ -138,11 +138,22 @@ def size_of_pixels(pixels: NDArray) -> Size:
     return Size(pixels.shape[0], pixels.shape[1])
 
 
-def read_image_bytes(path: str | Path) -> bytes:
+DATA_SET_ADVICE = " Check data.root, and that the data set is complete."
+
+
+def read_image_bytes(path: str | Path, *, advice: str = DATA_SET_ADVICE) -> bytes:
+    """The content of an image file.
+
+    Args:
+        advice: what to do if it is missing, for the message.
+
+    Raises:
+        DataError: if it is missing, a folder, or cannot be read.
+    """
     try:
         return read_file(path)
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file. Check data.root, and that the data set is complete.") from None
+        raise DataError(f"{path}: there is no such file.{advice}") from None
     except IsADirectoryError:
         raise DataError(f"{path}: this is a folder, an image file was expected.") from None
     except OSError as error:

@@ -184,6 +184,10 @@ class LabelMap:
         index = int(self._table[raw_id]) if 0 <= raw_id <= _MAX_ID else _UNKNOWN
         return None if index == _UNKNOWN else index
 
+    def __repr__(self) -> str:
+        ids = self.class_ids
+        return f"<LabelMap: {len(ids)} classes, ids from {min(ids)} to {max(ids)}>"
+
     def describe(self, names: Sequence[str]) -> str:
         """The meaning of the ids in one line; a long list is shortened in the middle.
 

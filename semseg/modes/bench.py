@@ -29,7 +29,6 @@ from semseg.errors import DataError
 from semseg.evaluation.evaluator import Speed
 from semseg.evaluation.tables import format_speed
 from semseg.lit_module import SegmentationModule
-from semseg.modes.train import network_name
 from semseg.nets.segmenter import Segmenter
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import relative_to_cwd
@@ -234,7 +233,7 @@ def settings_for_network(config: Config, stepping: TrainingSpeed) -> list[str]:
 def figures_table(figures: BenchResult, config: Config) -> Table:
     """One row per measurement."""
     loading, stepping, evaluating, _ = figures
-    table = Table(title=f"{network_name(config.model)} on {config.data.name}", show_header=False)
+    table = Table(title=f"{config.model.title} on {config.data.name}", show_header=False)
     table.add_row("loading alone", f"{loading.images_per_s:.1f} images/s, workers: {loading.workers}")
     table.add_row("padding", f"{loading.padding:.1%} of the pixels")
     table.add_row("training", f"{stepping.images_per_s:.2f} images/s")

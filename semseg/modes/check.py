@@ -148,7 +148,7 @@ def summarise_plan(config: Config, train: ScannedSplit, num_classes: int) -> Pla
     padding = padding_fraction(plan, sizes, data.max_long_edge, divisor, NUM_PLANNED)
     canvas = largest_canvas(sizes, max(data.short_edges), data.max_long_edge, divisor)
     memory = estimate_step_memory(net, canvas, data.batch_size)
-    return PlanSummary(padding, canvas, data.batch_size, config.model.name, memory.activations + 3 * memory.weights)
+    return PlanSummary(padding, canvas, data.batch_size, config.model.title, memory.activations + 3 * memory.weights)
 
 
 def find_shared_images(splits: Sequence[ScannedSplit]) -> Overlap | None:

@@ -13,7 +13,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
-from semseg.build import build_data, build_module, build_trainer, open_network, restore_network
+from semseg.build import build_data, build_module, build_trainer, format_other_classes, open_network, restore_network
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
 from semseg.data.batch import EvalSample
@@ -95,7 +95,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
     title = describe_evaluation(config.data.name, config.eval, result)
     files = write_result_files(folder, result, describe_settings(source, config.eval, saved, result))
     report = EvaluationReport(
-        title=f"{config.model.name} on {config.data.name}",
+        title=f"{config.model.title} on {config.data.name}",
         subtitle=title,
         result=result,
         num_images=len(result.images),
@@ -124,10 +124,7 @@ def open_source(config: DataConfig, saved: SavedNetwork) -> DataSource:
     """
     source = DataSource(config)
     if source.classes.num_classes != saved.classes.num_classes:
-        raise ConfigError(
-            f"data={config.name} has {source.classes.num_classes} classes, but {saved.source} was trained "
-            f"for {saved.classes.num_classes}. Evaluate on a data set with the classes of the network."
-        )
+        raise ConfigError(format_other_classes(config, source.classes.num_classes, saved))
     if source.classes.names != saved.classes.names:
         _log.warning(
             "class names of data=%s differ from those in %s: is this the same task?",

@@ -18,12 +18,12 @@ from torch.utils.data import Dataset
 from semseg.build import open_predictor
 from semseg.checkpoints.zoo import DEMONSTRATION_IMAGE
 from semseg.config.schema import Config
-from semseg.data.images import read_image
 from semseg.data.loaders import WatchedLoader
 from semseg.data.store import UnusedFiles
 from semseg.errors import DataError
 from semseg.prediction.inputs import Input, find_inputs
 from semseg.prediction.outputs import array_on_disk, write_classes, write_outputs
+from semseg.prediction.pictures import read_picture
 from semseg.prediction.predictor import PredictionResult, Predictor
 from semseg.prediction.video import Frame, LostFramesError, VideoWriters, read_frames
 from semseg.reports.draw import Pixels, colour_class_map, draw_overlay
@@ -198,7 +198,7 @@ class InputImages(Dataset[LoadedImage]):
 
     def __getitem__(self, index: int) -> LoadedImage:
         try:
-            pixels = read_image(self.inputs[index].path, upright=True, max_pixels=self.max_pixels)
+            pixels = read_picture(self.inputs[index].path, self.max_pixels, key="data.max_pixels")
         except DataError as error:
             return LoadedImage(torch.empty(0), [], str(error))
         return LoadedImage(torch.from_numpy(pixels), self.resize(pixels), "")

@@ -261,7 +261,7 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
             print_details(console, plain, overrides, start, loaded)
         width = console.width if console.is_terminal else PIPE_WIDTH
         rows = {
-            "network": f"{network_name(config.model)}: {cost}",
+            "network": f"{config.model.title}: {cost}",
             "weights": describe_weights(start, loaded, data),
             **describe_data(source, width - LABEL_WIDTH),
             **describe_steps(config, trainer, data),
@@ -353,11 +353,6 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
         "training": f"{conditions.total_steps} steps, {steps} an epoch, {config.optim.name} with lr {config.optim.lr:g}"
         f", {config.loss.name}, {limits.precision} on {conditions.accelerator}, {format_quantity(workers, 'worker')}",
     }
-
-
-def network_name(model: ModelConfig) -> str:
-    """Encoder and decoder, because either may have been replaced in a model of another name."""
-    return f"{model.encoder['name']} + {model.decoder['name']}"
 
 
 def best_result(trainer: pl.Trainer) -> RunResult:

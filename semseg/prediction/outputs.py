@@ -17,6 +17,7 @@ from PIL import Image
 
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
+from semseg.errors import ArgumentError, find_nearest
 from semseg.reports.draw import Pixels, add_legend, colour_class_map, draw_overlay, draw_panel
 from semseg.storage.atomic import atomic_write, name_file_in_errors, temporary_path
 
@@ -42,11 +43,15 @@ def write_outputs(prediction: WritablePrediction, target: Path, outputs: Sequenc
     """Write `<target>_<output>.<suffix>` for each of `outputs`.
 
     Raises:
-        ValueError: for an unknown output, and if the prediction has no probabilities.
+        ArgumentError: for an unknown output, and if the prediction has no probabilities. Nothing is written then.
     """
-    unknown = [output for output in outputs if output not in OUTPUT_WRITERS]
-    if unknown:
-        raise ValueError(f"outputs {unknown} are not known; valid: {', '.join(OUTPUT_WRITERS)}")
+    for output in outputs:
+        if output not in OUTPUT_WRITERS:
+            nearest = find_nearest(str(output), OUTPUT_WRITERS)
+            hint = f" Did you mean {nearest!r}?" if nearest else ""
+            raise ArgumentError(f"outputs: {output!r} is not known.{hint} Valid: {', '.join(OUTPUT_WRITERS)}.")
+    if "probabilities" in outputs and prediction.probabilities is None:
+        raise ArgumentError("there are no probabilities: request them with predict(..., probabilities=True).")
     return [OUTPUT_WRITERS[output](prediction, target) for output in outputs]
 
 
@@ -82,8 +87,7 @@ def write_panel(prediction: WritablePrediction, target: Path) -> Path:
 
 def write_probabilities(prediction: WritablePrediction, target: Path) -> Path:
     """Write `probabilities` (K, H, W) float16, `names` (K) and `ids` (K) for numpy.load."""
-    if prediction.probabilities is None:
-        raise ValueError("there are no probabilities: request them with predict(..., probabilities=True)")
+    assert prediction.probabilities is not None, "write_outputs checks it"
     path = target.with_name(f"{target.name}_probabilities.npz")
     with (
         atomic_write(path) as temporary,

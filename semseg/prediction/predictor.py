@@ -6,30 +6,34 @@ mode=predict, mode=serve and the Python API use it. No Lightning.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from semseg.config.fields import find_view_problems, is_int_between
 from semseg.data.classes import ClassTable
 from semseg.data.datasets import resize_to_scales
-from semseg.data.images import MAX_PIXELS, pil_to_rgb, read_image
+from semseg.data.images import MAX_PIXELS
 from semseg.data.label_map import LabelMap
-from semseg.errors import ConfigError, DataError
+from semseg.errors import ArgumentError, ConfigError, find_nearest
 from semseg.evaluation.inference import predict
 from semseg.nets.precision import create_autocast
 from semseg.nets.segmenter import Segmenter
 from semseg.prediction.outputs import write_outputs
-from semseg.reports.draw import ClassShare, Pixels, add_legend, class_shares, draw_overlay
+from semseg.prediction.pictures import Picture, convert_to_pixels
+from semseg.reports.draw import ClassShare, Pixels, add_legend, class_shares, draw_overlay, format_share
 
-Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+NOTEBOOK_EDGE = 1024  # pixels: the largest edge of a prediction in a notebook
+NUM_SHARES = 3  # classes in the short form of a prediction
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,30 @@ class PredictionSettings:
         """
         for problem in find_view_problems("", self.scales, self.window, self.stride):
             raise ConfigError(problem)
-        for name in ("max_long_edge", "size_divisor", "window", "stride", "memory_limit_mb"):
+        for name in ("max_long_edge", "size_divisor", "window", "stride", "memory_limit_mb", "max_pixels"):
             value = getattr(self, name)
-            if value is not None and not is_int_between(value, low=1):
+            is_optional = name in ("size_divisor", "window", "stride")
+            if not (value is None and is_optional) and not is_int_between(value, low=1):
                 raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1.")
+        if not isinstance(self.flip, bool | np.bool_):
+            raise ConfigError(f"flip={self.flip!r}: must be True or False.")
+
+    def override(self, settings: dict[str, Any]) -> PredictionSettings:
+        """These settings with others for some of its fields.
+
+        Raises:
+            ArgumentError: for a name that is not a field, with the nearest one.
+            ConfigError: if a value is out of its range.
+        """
+        names = [item.name for item in fields(self)]
+        for name, value in settings.items():
+            if name not in names:
+                nearest = find_nearest(name, [*names, "probabilities"])
+                hint = f" Did you mean {nearest}?" if nearest else ""
+                raise ArgumentError(
+                    f"{name}={value!r}: there is no such argument.{hint} Valid: probabilities, {', '.join(names)}."
+                )
+        return replace(self, **settings)
 
 
 @dataclass(frozen=True)
@@ -77,14 +101,34 @@ class PredictionResult:
     label_map: LabelMap
     probabilities: NDArray[np.float16] | None = None
 
+    def __repr__(self) -> str:
+        height, width = self.ids.shape
+        shares = self.shares()
+        listed = [f"{share.name} {format_share(share.share)}" for share in shares[:NUM_SHARES]]
+        listed += [f"{len(shares) - NUM_SHARES} more classes"] * (len(shares) > NUM_SHARES)
+        kept = "" if self.probabilities is None else ", with probabilities"
+        return f"<PredictionResult: {height} x {width} pixels, {', '.join(listed)}{kept}>"
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows: the overlay with its legend, at most NOTEBOOK_EDGE pixels wide and high."""
+        height, width = self.ids.shape
+        factor = min(1, NOTEBOOK_EDGE / max(height, width))
+        size = max(1, round(width * factor)), max(1, round(height * factor))
+        image = np.asarray(cv2.resize(self.image, size, interpolation=cv2.INTER_AREA), np.uint8)
+        ids = np.asarray(cv2.resize(self.ids, size, interpolation=cv2.INTER_NEAREST), np.int16)
+        picture = add_legend(draw_overlay(image, ids, self.classes), self.ids, self.classes)  # with the shares of all
+        file = BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        return file.getvalue()
+
     def overlay(self, opacity: float = 0.6, *, legend: bool = True) -> Pixels:
         """Blend the picture with its class colours, with a legend below: (H', W', 3) uint8 RGB.
 
         Raises:
-            ConfigError: if `opacity` is not from 0 (only the picture) to 1 (only the colours).
+            ArgumentError: if `opacity` is not from 0 (only the picture) to 1 (only the colours).
         """
         if not 0 <= opacity <= 1:
-            raise ConfigError(f"opacity={opacity}: must be from 0 to 1.")
+            raise ArgumentError(f"opacity={opacity}: must be from 0 to 1.")
         blended = draw_overlay(self.image, self.ids, self.classes, opacity)
         return add_legend(blended, self.ids, self.classes) if legend else blended
 
@@ -98,20 +142,23 @@ class PredictionResult:
         return class_shares(self.ids, self.classes)
 
     def save(
-        self, folder: str | Path, outputs: Sequence[str] = ("ids", "overlay"), *, name: str = "prediction"
+        self, folder: str | Path, outputs: str | Sequence[str] = ("ids", "overlay"), *, name: str = "prediction"
     ) -> list[Path]:
         """Write `<folder>/<name>_<output>.<suffix>` for each of `outputs`; existing files are replaced.
 
         Args:
-            outputs: any of ids, color, overlay, panel, probabilities, as in predict.save.
+            outputs: one or several of ids, color, overlay, panel, probabilities, as in predict.save.
 
         Returns:
             The paths of the files.
 
         Raises:
-            ValueError: for another output, and for probabilities that were not requested.
+            ArgumentError: for another output, for probabilities that were not requested, and if `folder` is a file.
+                Nothing is written then.
         """
-        return write_outputs(self, Path(folder) / name, outputs)
+        if Path(folder).is_file():
+            raise ArgumentError(f"folder={folder}: is a file, and must be a folder.")
+        return write_outputs(self, Path(folder) / name, [outputs] if isinstance(outputs, str) else outputs)
 
 
 class Predictor:
@@ -139,22 +186,32 @@ class Predictor:
         self.net, self.classes, self.label_map, self.settings = net, classes, label_map, settings
         self.name, self.source, self.precision = name, source, precision
 
+    def __repr__(self) -> str:
+        name, source = (f" {self.name}" if self.name else ""), (f", from {self.source}" if self.source else "")
+        classes, scales = self.classes.num_classes, list(self.settings.scales)
+        return f"<Predictor{name}: {classes} classes, scales {scales}, on {self.device}{source}>"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.net.parameters(), torch.empty(0)).device
+
     def predict(self, picture: Picture, *, probabilities: bool = False, **settings: Any) -> PredictionResult:
         """Predict the class of every pixel of a picture.
 
         Args:
-            picture: a path or a PIL image (both turned upright), a numpy array (H, W, 3) uint8 RGB, or a tensor
-                (3, H, W) uint8 RGB.
+            picture: a path or a PIL image (both turned upright), a NumPy array (H, W, 3) uint8 RGB, or a tensor
+                (3, H, W) uint8 RGB. Grey pictures of one channel become RGB, and a fourth channel (alpha) is dropped.
             probabilities: keep the probabilities of all classes as well: 2 bytes per pixel and class.
             settings: fields of `PredictionSettings` to override for this picture: scales, flip, window, stride,
                 max_long_edge, size_divisor, memory_limit_mb, max_pixels.
 
         Raises:
             DataError: if a file is missing, broken, or not an image.
-            TypeError: if `picture` is not a picture, and for unknown settings.
-            ValueError: for an array of another shape or type, and for settings out of their range (ConfigError).
+            ArgumentError: if `picture` is not a picture, and for unknown settings.
+            ConfigError: for settings out of their range.
         """
-        image = convert_to_pixels(picture, replace(self.settings, **settings).max_pixels)
+        image = convert_to_pixels(picture, self.settings.override(settings).max_pixels)
         shape = (self.classes.num_classes, *image.shape[:2])
         array = np.empty(shape, np.float16) if probabilities else None
         ids = self.predict_class_map(image.shape[:2], self.resize(image, **settings), array, **settings)
@@ -166,7 +223,7 @@ class Predictor:
 
     def build_resizer(self, **settings: Any) -> Callable[[Pixels], list[Tensor]]:
         """Return `resize` as a function without the weights, for worker processes."""
-        chosen = replace(self.settings, **settings)
+        chosen = self.settings.override(settings)
         return partial(
             resize_to_scales,
             short_edges=tuple(chosen.scales),
@@ -187,9 +244,8 @@ class Predictor:
 
         Writes the probabilities into the array `probabilities` (K, H, W) if it is given; it may be mapped to a file.
         """
-        chosen = replace(self.settings, **settings)
-        device = next(self.net.parameters(), torch.empty(0)).device
-        with create_autocast(self.precision, device):
+        chosen = self.settings.override(settings)
+        with create_autocast(self.precision, self.device):
             prediction = predict(
                 self.net,
                 scales,
@@ -202,39 +258,3 @@ class Predictor:
                 probabilities=probabilities,
             )
         return prediction.ids.cpu().numpy()
-
-
-def convert_to_pixels(picture: Picture, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Convert any supported picture to (H, W, 3) uint8 RGB; see `Predictor.predict`."""
-    if isinstance(picture, Tensor | np.ndarray) and 0 in picture.shape:
-        raise ValueError(f"the picture has no pixels: its shape is {tuple(picture.shape)}")
-    if isinstance(picture, str | Path):
-        return read_image(picture, upright=True, max_pixels=max_pixels)
-    if isinstance(picture, Image.Image):
-        return convert_pil_image(picture, max_pixels)
-    if isinstance(picture, Tensor):
-        if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
-            raise ValueError(f"a tensor must be uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
-        return np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy())
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ValueError(f"an array must be uint8 (H, W, 3), RGB, got {picture.dtype} {picture.shape}")
-        return np.ascontiguousarray(picture)
-    raise TypeError(f"a picture is a path, a PIL image, a numpy array or a tensor, not {type(picture).__name__}")
-
-
-def convert_pil_image(image: Image.Image, max_pixels: int) -> Pixels:
-    """Convert a PIL image to (H, W, 3) uint8 RGB, turned upright; the image itself is not changed."""
-    if image.width * image.height > max_pixels:
-        raise DataError(
-            f"the PIL image has {image.height} x {image.width} pixels, more than the limit "
-            f"data.max_pixels={max_pixels}. Resize it, or raise the limit."
-        )
-    try:
-        upright = ImageOps.exif_transpose(image)
-        upright.format = image.format  # defines the range of mode I
-        return pil_to_rgb(upright, "the PIL image")
-    except DataError:
-        raise
-    except Exception as error:  # Pillow decodes lazily, and its errors have no common type
-        raise DataError(f"the PIL image cannot be decoded ({error}).") from error

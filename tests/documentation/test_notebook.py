@@ -30,7 +30,8 @@ for cell in nbformat.read(sys.argv[1], as_version=4).cells:
     if cell.cell_type == "code":
         result = shell.run_cell(cell.source)
         result.raise_error()
-        print("result:", type(result.result).__name__)
+        shown, _ = shell.display_formatter.format(result.result)
+        print("result:", type(result.result).__name__, "shown:", *sorted(shown, key="image/png".__ne__))
 """
 SHORT = ["data.steps_per_epoch=2", "data.make.num_train=4", "data.num_workers=0"]
 
@@ -46,5 +47,5 @@ def test_the_notebook_runs_from_top_to_bottom() -> None:
     run = run_python("-c", PROGRAM, str(NOTEBOOK), *SHORT, cwd=NOTEBOOK.parent, env=environment)
     assert run.returncode == 0, run.stdout
     assert "mean IoU 0." in run.stdout and "16 images" in run.stdout and "sky" in run.stdout
-    assert "result: Image" in run.stdout
+    assert "result: PredictionResult" in run.stdout and "shown: image/png" in run.stdout
     assert "best.ckpt" not in run.stdout  # quiet=true

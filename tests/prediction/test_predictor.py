@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
-from semseg.errors import ConfigError, DataError
+from semseg.errors import ArgumentError, ConfigError, DataError, SemsegError
 from semseg.nets.interfaces import Logits
 from semseg.prediction.outputs import array_on_disk, write_outputs
 from semseg.prediction.predictor import PredictionResult, PredictionSettings, Predictor
@@ -82,14 +83,55 @@ def test_phone_photos_come_out_upright(net: Predictor, tmp_path: Path) -> None:
         assert net.predict(picture).ids[:, 0].tolist() == [0] * 8 + [1] * 8 + [2] * 8
 
 
+def test_grey_pictures_become_rgb_and_alpha_is_dropped(net: Predictor, tmp_path: Path) -> None:
+    grey = stripes().max(2) // np.array([1, 2], np.uint8).repeat(12)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    tensor = torch.from_numpy(grey)
+    for picture in (tmp_path / "grey.png", Image.fromarray(grey), grey, grey[..., None], tensor, tensor[None]):
+        assert np.array_equal(net.predict(picture).image, grey[..., None].repeat(3, 2))
+    alpha = np.concatenate([stripes(), grey[..., None]], axis=2)
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    tensor = torch.from_numpy(alpha).permute(2, 0, 1)
+    for picture in (tmp_path / "alpha.png", Image.fromarray(alpha), alpha, tensor):
+        assert np.array_equal(net.predict(picture).image, stripes())
+
+
+@pytest.mark.filterwarnings("error")
+def test_memory_that_cannot_be_written_is_fine_and_the_result_has_its_own(net: Predictor) -> None:
+    pixels = stripes()
+    readonly = np.asarray(Image.fromarray(pixels))
+    assert not readonly.flags.writeable
+    assert np.array_equal(net.predict(readonly).ids, net.predict(pixels).ids)
+    result = net.predict(pixels)
+    pixels[:] = 0  # a camera that fills the same memory again
+    assert np.array_equal(result.image, stripes())
+
+
+def test_a_notebook_shows_a_picture_and_short_texts(net: Predictor) -> None:
+    result = net.predict(stripes(40, 3000), max_long_edge=64)
+    shown = Image.open(io.BytesIO(result._repr_png_()))
+    assert shown.format == "PNG" and shown.width == 1024 and shown.height > 14  # the legend is below
+    assert "40 x 3000 pixels, red 33." in repr(result)
+    small = Image.open(io.BytesIO(net.predict(stripes())._repr_png_()))
+    assert np.array_equal(np.asarray(small), net.predict(stripes()).overlay())
+    for shown in (result, net, net.classes, net.label_map, ClassTable.from_names([str(n) for n in range(300)])):
+        assert len(repr(shown)) < 120 and "object at" not in repr(shown)
+
+
 @pytest.mark.parametrize(
     ("picture", "error", "part"),
     [
-        (np.zeros((4, 4), np.uint8), ValueError, r"uint8 \(H, W, 3\), RGB, got uint8 \(4, 4\)"),
-        (np.zeros((4, 4, 3)), ValueError, "got float64"),
-        (torch.zeros(4, 4, 3, dtype=torch.uint8), ValueError, r"uint8 \(3, H, W\), got torch.uint8 \(4, 4, 3\)"),
-        ("nowhere.jpg", DataError, "nowhere.jpg: there is no such file"),
+        (np.zeros((5, 4, 2), np.uint8), ArgumentError, r"\(H, W, 4\) or \(H, W\), not \(5, 4, 2\)\.$"),
+        (np.zeros((3, 4, 5), np.uint8), ArgumentError, r"array\.transpose\(1, 2, 0\)"),
+        (np.zeros((1, 4, 4, 3), np.uint8), ArgumentError, "one by one"),
+        (np.zeros((4, 4, 3)), ArgumentError, "not float64. Multiply values from 0 to 1 by 255"),
+        (np.zeros((4, 4, 3), np.uint16), ArgumentError, "not uint16. Divide"),
+        (torch.zeros(5, 4, 3, dtype=torch.uint8), ArgumentError, r"tensor\.permute\(2, 0, 1\)"),
+        (torch.zeros(3, 4, 5), ArgumentError, "not torch.float32"),
+        ("nowhere.jpg", DataError, r"nowhere\.jpg: there is no such file\.$"),  # there is no data set
+        ("http://a.org/b.jpg", DataError, "http://a.org/b.jpg: URLs are not supported"),
         (17, TypeError, "not int"),
+        ([stripes()], ArgumentError, "not list. Predict them one by one"),
     ],
 )
 def test_other_types_are_rejected(net: Predictor, picture: object, error: type[Exception], part: str) -> None:
@@ -100,8 +142,10 @@ def test_other_types_are_rejected(net: Predictor, picture: object, error: type[E
 def test_settings_apply_to_one_picture(net: Predictor) -> None:
     assert len(net.resize(stripes(), scales=[8, 16])) == 2
     assert np.array_equal(net.predict(stripes(), flip=True, window=8).ids, net.predict(stripes()).ids)
-    with pytest.raises(TypeError, match="scale"):
-        net.predict(stripes(), scale=[8])
+    for name, nearest in (("scale", "scales"), ("probability", "probabilities")):
+        with pytest.raises(TypeError, match=rf"^{name}=.*Did you mean {nearest}\?") as caught:
+            net.predict(stripes(), **{name: [8]})  # pyright: ignore[reportArgumentType]
+        assert isinstance(caught.value, SemsegError)
 
 
 @pytest.mark.reliability
@@ -139,6 +183,9 @@ def test_i1_every_combination_of_settings_gives_a_map_and_its_probabilities(net:
         ({"max_long_edge": 0}, "max_long_edge=0: must be"),
         ({"size_divisor": -4}, "size_divisor=-4: must be"),
         ({"memory_limit_mb": 0}, "memory_limit_mb=0: must be"),
+        ({"max_long_edge": None}, "max_long_edge=None: must be"),
+        ({"max_pixels": 0}, "max_pixels=0: must be"),
+        ({"flip": "no"}, "flip='no': must be True or False"),
     ],
 )
 def test_i1_settings_out_of_their_range_are_rejected(net: Predictor, settings: dict[str, object], message: str) -> None:
@@ -186,10 +233,14 @@ def test_saved_files_read_back(net: Predictor, tmp_path: Path) -> None:
     kept = np.load(files[4])
     assert np.array_equal(kept["probabilities"], result.probabilities)
     assert kept["probabilities"].dtype == np.float16 and kept["names"].tolist() == list(CLASSES.names)
-    with pytest.raises(ValueError, match="are not known"):
-        result.save(tmp_path, ["pictures"])
-    with pytest.raises(ValueError, match="probabilities=True"):
-        net.predict(stripes()).save(tmp_path, ["probabilities"])
+    assert result.save(tmp_path / "one", "ids") == [tmp_path / "one" / "prediction_ids.png"]
+    with pytest.raises(ArgumentError, match=r"'overlays' is not known\. Did you mean 'overlay'"):
+        result.save(tmp_path / "none", ["ids", "overlays"])
+    with pytest.raises(ArgumentError, match="probabilities=True"):
+        net.predict(stripes()).save(tmp_path / "none", ["ids", "probabilities"])
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ArgumentError, match="is a file"):
+        result.save(files[0])
 
 
 def test_ids_above_255_are_saved_in_16_bits(net: Predictor, tmp_path: Path) -> None:
