@@ -20,12 +20,12 @@ SCORE_NAMES = (  # of our own scores, and of columns beside them
     "file", "seconds", "height", "width", "loss",
 )  # fmt: skip
 
-_tables: dict[str, list[Mapping[str, object]]] = {}  # by section
+_tables: dict[str, list[tuple[Mapping[str, object], frozenset[str]]]] = {}  # by section; a table, and our names in it
 
 
 def announce_table(section: str, table: Mapping[str, object]) -> None:
-    """Make the names in `table`, now and later, known as keys of `section`, or as scores."""
-    _tables.setdefault(section, []).append(table)
+    """Make the names that are added to `table` from now on known as keys of `section`, or as scores."""
+    _tables.setdefault(section, []).append((table, frozenset(table)))
 
 
 def list_own_names(section: str) -> list[str]:
@@ -34,12 +34,15 @@ def list_own_names(section: str) -> list[str]:
     Raises:
         ConfigError: for a name that a key or a score cannot have.
     """
-    names = [name for table in _tables.get(section, ()) for name in table if name not in list_fixed_names(section)]
+    fixed, tables = list_fixed_names(section), _tables.get(section, [])
+    names = [name for table, ours in tables for name in table if name not in ours]
     for name in names:
         if not isinstance(name, str) or not name.isidentifier() or not name.isascii() or name == "own":
             raise ConfigError(f"{section}: {name!r} cannot be a name. Use letters, digits and _, and not `own`.")
         if section == METRICS_SECTION and (name in SCORE_NAMES or names.count(name) > 1):
             raise ConfigError(f"{section}: there is a score named {name} already. Choose another name.")
+        if name in fixed:
+            raise ConfigError(f"{section}: there is a key {section}.{name} already. Choose another name.")
     return names
 
 

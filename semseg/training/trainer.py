@@ -198,5 +198,5 @@ def create_own(group: str, table: Mapping[str, Callable[..., Created]], name: st
     try:
         signature.bind(**options)
     except TypeError as error:
-        raise ConfigError(f"{group}.{name}={options}: {create.__name__}{signature} does not fit: {error}.") from None
+        raise ConfigError(f"{group}.{name}={options}: its arguments {signature} do not fit: {error}.") from None
     return create(**options)

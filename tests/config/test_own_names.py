@@ -114,3 +114,11 @@ def test_a_name_that_cannot_be_a_key_is_refused(name: str) -> None:
     LOSSES[name] = print  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match=r"loss\.terms"):
         list_own_names("loss.terms")
+
+
+def test_a_name_that_a_key_of_ours_has_already_is_refused_and_not_ignored() -> None:
+    AUGMENTATIONS["blur"] = print  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=r"augment\.blur already"):
+        list_own_names("augment")
+    LOSSES["dice"] = print  # pyright: ignore[reportArgumentType]
+    assert list_own_names("loss.terms") == ["mine"]  # in the place of ours, and chosen by the same key
