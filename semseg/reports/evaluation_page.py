@@ -25,6 +25,7 @@ from semseg.reports.templates import render_template
 from semseg.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
+    from semseg.evaluation.own_scores import OwnScore
     from semseg.evaluation.result import ClassScore, EvaluationResult, ImageScore
 
 MAX_PAIRS = 15  # rows of the table of confused pairs
@@ -109,6 +110,7 @@ class ScoreTables(NamedTuple):
     rows: list[ClassRow]  # the classes with a score, the largest first
     absent: list[ClassScore]  # the others
     has_boundary: bool
+    own: list[OwnScore]  # scores of classes that programs add
     heat: Markup | None  # None if no classes were confused
     rankings: list[tuple[str, str, list[ConfusedPair]]]  # key, name, the first pairs of the order
 
@@ -128,6 +130,7 @@ def build_score_tables(result: EvaluationResult) -> ScoreTables:
         sorted(rows, key=lambda row: -row.score.pixels),
         [score for score in classes if score.iou is None],
         result.boundary is not None,
+        [score for score in result.scores.own if score.per_class is not None],
         draw_confusion_chart(confusion, result.classes.names),
         [(key, name, sorted(pairs, key=order)[:MAX_PAIRS]) for key, name, order in orders],
     )
