@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import itertools
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -20,6 +22,7 @@ from semseg.config.schema import Config
 from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError
+from semseg.evaluation.evaluator import Stopwatch
 from semseg.lit_module import SegmentationModule
 from semseg.nets.registry import ENCODERS
 
@@ -246,3 +249,14 @@ def test_d6_one_image_whose_deepest_map_is_one_pixel_trains_with_pyramid_pooling
     run.fit()
     assert run.module.batch.image.shape == (1, 3, 32, 32) and run.net.size_divisor == 32
     assert torch.isfinite(weight).all() and not torch.equal(weight, before)
+
+
+def test_the_start_of_the_workers_is_not_counted_as_reading() -> None:
+    stopwatch = Stopwatch(torch.device("cpu"))
+    module = SimpleNamespace(evaluator=SimpleNamespace(stopwatch=stopwatch))
+    time.sleep(0.05)
+    SegmentationModule.on_test_batch_start(module, [], 0)  # pyright: ignore[reportArgumentType]
+    assert stopwatch.seconds["reading"] == 0
+    time.sleep(0.01)
+    SegmentationModule.on_test_batch_start(module, [], 1)  # pyright: ignore[reportArgumentType]
+    assert stopwatch.seconds["reading"] >= 0.01
