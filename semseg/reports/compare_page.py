@@ -30,6 +30,7 @@ from semseg.reports.evaluation_page import LegendEntry, build_example_legend
 from semseg.reports.pictures import encode_thumbnail
 from semseg.reports.templates import render_template
 from semseg.storage.atomic import atomic_write
+from semseg.system.text import escape_csv_cell
 
 MAX_IMAGES = 8  # that the page shows, those with the largest differences
 # Possible names of an image's panel in <evaluation>/panels, which eval.visualize=true writes.
@@ -195,9 +196,10 @@ def choose_images(comparison: Comparison) -> list[ComparedImage]:
     if differing is None:
         changed = [row for row in comparison.images[:MAX_IMAGES] if row.change]
         return [ComparedImage(row, None, load_panels(comparison.runs, row.name), []) for row in changed]
-    rows = {row.name: row for row in comparison.images}
-    classes = class_table(comparison)
-    return [show_image(image, rows[image.file], comparison.runs, classes) for image in differing if image.file in rows]
+    rows, classes = {row.name: row for row in comparison.images}, class_table(comparison)
+    # Tables have a ' before names that spreadsheets would run as formulas.
+    found = [(image, rows.get(escape_csv_cell(image.file))) for image in differing]
+    return [show_image(image, row, comparison.runs, classes) for image, row in found if row is not None]
 
 
 def show_image(image: DifferingImage, row: ScoreRow, runs: Sequence[ComparedRun], classes: ClassTable) -> ComparedImage:

@@ -361,8 +361,10 @@ def test_the_images_that_are_predicted_most_differently_are_shown_with_both_pred
     root = tmp_path / "data"
     root.mkdir()
     Image.fromarray(np.full((80, 80, 3), 90, np.uint8)).save(root / "1.jpg")
-    base = with_maps(counted_evaluation(tmp_path / "base", counts, root=str(root)), label, [right, right, right])
-    other = with_maps(counted_evaluation(tmp_path / "other", counts), label, [right, half, unscored])
+    base, other = (
+        with_maps(counted_evaluation(tmp_path / name, counts, root=str(root)), label, predictions)
+        for name, predictions in (("base", [right, right, right]), ("other", [right, half, unscored]))
+    )
     page = render_compare_page(compare_runs(read_evaluations([base, other])))
     images = page.split('id="images"')[1].split("</section>")[0]
     assert images.count('<div class="example">') == 1  # 0.jpg is equal, 2.jpg only where nothing is scored
@@ -371,6 +373,16 @@ def test_the_images_that_are_predicted_most_differently_are_shown_with_both_pred
     assert captions == ["photograph", "label", "base", "other", "who is right"]
     (root / "1.jpg").write_bytes(b"no picture")
     assert "photograph of 1.jpg" not in render_compare_page(compare_runs(read_evaluations([base, other])))
+
+
+def test_images_whose_names_begin_with_an_equals_sign_are_shown(tmp_path: Path) -> None:
+    label, folders = np.array([[0, 1], [1, 1]]), []
+    for name, prediction in (("a", label), ("b", 1 - label)):
+        folders.append(evaluation(tmp_path / name, [0.5, 0.2], {"'=1.jpg": 0.5}))  # as tables write it
+        write_image_counts(tmp_path / name / COUNTS_FILE, ["=1.jpg"], list(image_counts(1, 50, 0, seed=1)))
+        with_maps(folders[-1], label, [prediction])
+    page = render_compare_page(compare_runs(read_evaluations(folders)))
+    assert "100.00 % predicted differently" in page
 
 
 def test_the_map_of_winners_has_the_colour_of_the_run_that_is_right() -> None:
