@@ -154,8 +154,9 @@ def describe_settings(
     source: DataSource, settings: EvalConfig, saved: SavedNetwork, result: EvaluationResult
 ) -> dict[str, Any]:
     """The entries of metrics.json that say what was evaluated, how, and how the network was trained."""
+    file = Path(saved.source)
     entries = {
-        "checkpoint": saved.source,
+        "checkpoint": str(file.absolute()) if file.is_file() else saved.source,
         "step": saved.step,
         "data": source.config.name,
         "root": str(source.root.absolute()),

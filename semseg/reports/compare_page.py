@@ -81,6 +81,7 @@ def render_compare_page(comparison: Comparison) -> str:
     ids = comparison.class_ids or range(len(comparison.classes))
     rows = sorted(zip(ids, comparison.classes, colours, strict=True), key=lambda numbered: change_sort_key(numbered[1]))
     charts, without_log = overlay_curves(comparison.runs)
+    differing = find_differing_images(comparison.runs, MAX_IMAGES)
     return render_template(
         "compare.html",
         comparison=comparison,
@@ -91,7 +92,8 @@ def render_compare_page(comparison: Comparison) -> str:
         major=[row for row in comparison.configuration if not row.is_minor],
         minor=[row for row in comparison.configuration if row.is_minor],
         tallies=tally_images(comparison),
-        images=choose_images(comparison),
+        images=choose_images(comparison, differing),
+        has_maps=differing is not None,
         charts=charts,
         without_log=without_log,
         losses_differ=any(row.key.startswith("loss.") for row in comparison.configuration),
@@ -190,9 +192,8 @@ def count_changes(name: str, index: int, images: Sequence[ScoreRow]) -> ImageTal
     return ImageTally(name, better, worse, len(differences) - better - worse)
 
 
-def choose_images(comparison: Comparison) -> list[ComparedImage]:
-    """Choose the images on which predictions differ most; without class maps, those whose mean IoU does."""
-    differing = find_differing_images(comparison.runs, MAX_IMAGES)
+def choose_images(comparison: Comparison, differing: Sequence[DifferingImage] | None) -> list[ComparedImage]:
+    """Draw the images on which predictions differ; without class maps, choose those whose mean IoU differs most."""
     if differing is None:
         changed = [row for row in comparison.images[:MAX_IMAGES] if row.change]
         return [ComparedImage(row, None, load_panels(comparison.runs, row.name), []) for row in changed]

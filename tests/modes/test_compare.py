@@ -371,6 +371,11 @@ def test_the_images_that_are_predicted_most_differently_are_shown_with_both_pred
     assert "<h3>1.jpg</h3>" in images and "50.00 % predicted differently" in images
     captions = re.findall("<figcaption>(.*?)</figcaption>", images)
     assert captions == ["photograph", "label", "base", "other", "who is right"]
+    with_maps(other, label, [right, right, unscored])
+    assert "predict the same class for every scored pixel" in render_compare_page(
+        compare_runs(read_evaluations([base, other]))
+    )
+    with_maps(other, label, [right, half, unscored])
     (root / "1.jpg").write_bytes(b"no picture")
     assert "photograph of 1.jpg" not in render_compare_page(compare_runs(read_evaluations([base, other])))
 
