@@ -403,6 +403,12 @@ class LossTermsConfig:
         ours = {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata.get("is_open")}
         return ours | {name: read_factor(value) for name, value in self.own.items()}
 
+    @property
+    def formula(self) -> str:
+        """The sum in words, such as "cross_entropy + 0.5 dice"."""
+        terms = [(f"{factor:g} " if factor != 1 else "", name) for name, factor in self.factors.items() if factor]
+        return " + ".join(f"{factor}{name}" for factor, name in terms)
+
     def find_problems(self) -> Iterator[str]:
         """A sentence for every invalid weight of a term that a program adds."""
         for name, value in self.own.items():

@@ -351,7 +351,8 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
         "batch": f"{' '.join(parts)}, short edges {edges}, long edges up to {sizes.max_long_edge}, "
         f"padded to multiples of {data.size_divisor}, labels at 1/{data.label_stride}",
         "training": f"{conditions.total_steps} steps, {steps} an epoch, {config.optim.name} with lr {config.optim.lr:g}"
-        f", {config.loss.name}, {limits.precision} on {conditions.accelerator}, {format_quantity(workers, 'worker')}",
+        f", {config.loss.terms.formula}, {limits.precision} on {conditions.accelerator}"
+        f", {format_quantity(workers, 'worker')}",
     }
 
 

@@ -6,6 +6,7 @@ import csv
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ CHART_COLUMNS = {
     "learning rate": r"lr[-/].+",
 }
 VALIDATION = "val/"  # prefix of the columns that are measured at each validation
-SCORE = "val/miou"  # by which best.ckpt is chosen
+SCORE = "val/miou"
+OVERALL = "val/overall"  # the mean of two scores that have charts of their own
 
 
 class Curves(NamedTuple):
@@ -43,7 +45,7 @@ def read_training_curves(run_dir: str | Path) -> tuple[Curves, ...]:
     best = _find_best(columns)
     last_step = max((step for points in columns.values() for step in points), default=None)
     charts = []
-    for title, pattern in CHART_COLUMNS.items():
+    for title, pattern in {**CHART_COLUMNS, **_find_own_scores(columns)}.items():
         lines = [
             _build_line(name, points)
             for name, points in sorted(columns.items())
@@ -52,6 +54,16 @@ def read_training_curves(run_dir: str | Path) -> tuple[Curves, ...]:
         if lines:
             charts.append(Curves(title, tuple(_drop_duplicate_lines(lines)), best, last_step))
     return tuple(charts)
+
+
+def _find_own_scores(columns: Iterable[str]) -> dict[str, str]:
+    """A chart for each score of the validations that a program has added: its title and pattern."""
+    own = [name for name in sorted(columns) if name.startswith(VALIDATION) and name != OVERALL]
+    return {
+        name.removeprefix(VALIDATION): re.escape(name)
+        for name in own
+        if not any(re.fullmatch(pattern, name) for pattern in CHART_COLUMNS.values())
+    }
 
 
 def run_folder_of_checkpoint(checkpoint: str | Path) -> Path:

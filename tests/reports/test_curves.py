@@ -45,3 +45,10 @@ def test_a_folder_without_logs_has_no_curves(tmp_path: Path) -> None:
 
 def test_the_run_folder_of_a_checkpoint_is_two_levels_up() -> None:
     assert run_folder_of_checkpoint("/runs/a/checkpoints/best.ckpt") == Path("/runs/a")
+
+
+def test_every_score_that_a_program_adds_has_a_chart_of_its_own(tmp_path: Path) -> None:
+    log(tmp_path / "logs", "step,epoch,val/kappa,val/miou,val/outlines,val/overall\n4,0,0.1,0.2,7.5,0.3\n")
+    charts = read_training_curves(tmp_path)
+    assert [curves.title for curves in charts] == ["mean IoU", "kappa", "outlines"]
+    assert charts[2].lines == (Line("val/outlines", (4,), (7.5,), has_dots=True),)

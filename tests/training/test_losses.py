@@ -319,6 +319,12 @@ def test_a_term_of_a_program_is_summed_like_ours_with_its_factor_and_options() -
     assert float(of_own(own_focal, 2.0)(logits, label)) == pytest.approx(2.8 * float(of({"focal": 1.0})(logits, label)))
 
 
+def test_the_sum_is_described_by_its_terms_whatever_its_name() -> None:
+    assert LossTermsConfig().formula == "cross_entropy"
+    own = {"mine": {"factor": 0.5, "gamma": 3.0}, "off": 0}
+    assert LossTermsConfig(cross_entropy=0, dice=2.0, own=own).formula == "2 dice + 0.5 mine"
+
+
 def test_a_term_gets_class_weights_and_the_average_if_it_has_such_parameters() -> None:
     weights = [1.0, 2.0, 0.5, 3.0]
     logits, label = some_logits()
