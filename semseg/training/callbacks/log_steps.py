@@ -16,9 +16,12 @@ from semseg.config.schema import CheckpointConfig
 from semseg.data.batch import Batch
 from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.system.process import handle_stop_signals
+from semseg.training.callbacks.nonfinite import OVERFLOWS
 from semseg.training.callbacks.saver import Saver
 from semseg.training.step_means import IntervalMean, StepSums, compute_means, get_step_mean, is_step_complete
 from semseg.training.training_state import SUMS_KEY
+
+COUNTS = ("data/left_out", OVERFLOWS)  # since the start of a run
 
 
 def checkpoint_callbacks(run_dir: Path, config: CheckpointConfig, *, has_val: bool) -> list[Callback]:
@@ -92,8 +95,8 @@ class LogSteps(Callback):
         self._mean.restart()
         logged = trainer.callback_metrics
         logged.update({name: torch.tensor(value) for name, value in means.items()})  # for callbacks that monitor them
-        left_out = {name: float(logged[name]) for name in ("data/left_out",) if name in logged}
-        values = {**means, **left_out, **self._rates, **self._cost(), "epoch": trainer.current_epoch}
+        counts = {name: float(logged[name]) for name in COUNTS if name in logged}
+        values = {**means, **counts, **self._rates, **self._cost(), "epoch": trainer.current_epoch}
         for logger in trainer.loggers:
             logger.log_metrics(values, trainer.global_step - 1)
         for seconds in self._seconds.values():

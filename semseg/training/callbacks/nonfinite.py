@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import entry_command
 
 NONFINITE_FOLDER = "nonfinite"  # in the run folder
+OVERFLOWS = "amp/overflows"  # in the log
 
 
 class NonFiniteError(SemsegError):
@@ -60,6 +62,7 @@ class NonFiniteGuard(Callback):
         # A gradient scaler looks for infinite gradients of half precision itself, and skips them routinely.
         self.has_scaler = precision == "16-mixed"
         self.skipped = 0
+        self.overflows = 0  # steps that the gradient scaler skipped
         self._rank = self._world_size = 0
         self._batches: list[Batch] = []  # since the last step of the optimiser
         self._losses: list[Tensor] = []
@@ -68,10 +71,10 @@ class NonFiniteGuard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self.read_last_step()  # a checkpoint counts all steps before it, and holds no statistics of a bad one
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped, "overflows": self.overflows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped = state_dict["skipped"]
+        self.skipped, self.overflows = state_dict["skipped"], state_dict.get("overflows", 0)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._rank, self._world_size = trainer.global_rank, trainer.world_size
@@ -107,10 +110,13 @@ class NonFiniteGuard(Callback):
             optimizer.found_inf = is_bad  # pyright: ignore[reportAttributeAccessIssue] - fused kernels look for it
             for name, value in pl_module.named_buffers() if self.max_skipped else ():
                 value.copy_(torch.where(is_bad > 0, self._statistics[name], value))
-        elif self.read_step(step):
+            return
+        if self.read_step(step):
             optimizer.zero_grad(set_to_none=True)  # an optimiser ignores parameters without a gradient
             for name, value in pl_module.named_buffers():
                 value.copy_(self._statistics[name])
+        if self.has_scaler:
+            pl_module.log(OVERFLOWS, float(self.overflows), logger=False, batch_size=1)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.read_last_step()
@@ -134,6 +140,8 @@ class NonFiniteGuard(Callback):
             step.is_copied.synchronize()
         is_bad, is_bad_here, norm, *losses = step.values.tolist()
         if not is_bad:
+            if not math.isfinite(norm):
+                self.count_overflow(step.number)
             return False
         self.skipped += 1
         path = self.save_batches(step.batches, step.number, self._rank)
@@ -146,6 +154,15 @@ class NonFiniteGuard(Callback):
             raise NonFiniteError(f"{message} The sub-batch is saved: {command}")
         rank_zero_warn(f"{message} The step is skipped ({self.skipped} of {self.max_skipped}).")
         return True
+
+    def count_overflow(self, step: int) -> None:
+        """Count a step that the gradient scaler of trainer.precision=16-mixed skips, and report the first one."""
+        self.overflows += 1
+        if self.overflows == 1:
+            rank_zero_warn(
+                f"step {step}: gradients overflow in half precision. The gradient scaler skips such a step and lowers "
+                f"its factor; {OVERFLOWS} in the log counts them."
+            )
 
     def save_batches(self, batches: list[Batch], step: int, rank: int) -> Path:
         """Write this rank's sub-batches of a step; returns the file."""

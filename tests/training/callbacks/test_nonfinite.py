@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from helpers.in_process import prepare_run
 from semseg.data.batch import Batch
 from semseg.lit_module import SegmentationModule
-from semseg.training.callbacks.nonfinite import NonFiniteError, find_nonfinite_layer
+from semseg.training.callbacks.nonfinite import NonFiniteError, NonFiniteGuard, find_nonfinite_layer
 
 pytestmark = pytest.mark.reliability
 
@@ -104,3 +104,26 @@ def test_the_first_layer_that_goes_wrong_is_named() -> None:
         net[2].weight[0, 0] = float("inf")
     layer = find_nonfinite_layer(net, image)
     assert layer is not None and (layer.name, layer.kind) == ("2", "Conv2d")
+
+
+def test_overflows_of_a_gradient_scaler_are_counted_and_left_to_it(root: Path, tmp_path: Path) -> None:
+    """Without a GPU Lightning has no scaler: the guard sees a gradient as the scaler leaves it."""
+    run = prepare_run(root, tmp_path)
+    guard = NonFiniteGuard(tmp_path, max_skipped=0, precision="16-mixed")
+    logged: dict[str, float] = {}
+    run.module.log = lambda name, value, **_: logged.update({name: value})  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer = torch.optim.SGD(run.net.parameters(), lr=0.1)
+    for gradient in (1.0, float("inf"), float("inf")):
+        for weight in run.net.parameters():
+            weight.grad = torch.full_like(weight, gradient)
+        guard._losses.append(torch.tensor(1.0))
+        if gradient == 1.0 or guard.overflows:
+            guard.on_before_optimizer_step(run.trainer, run.module, optimizer)
+        else:
+            with pytest.warns(UserWarning, match="step 1: gradients overflow"):
+                guard.on_before_optimizer_step(run.trainer, run.module, optimizer)
+    assert logged == {"amp/overflows": 2} and guard.state_dict() == {"skipped": 0, "overflows": 2}
+    assert all(weight.grad is not None for weight in run.net.parameters())
+    guard._losses.append(torch.tensor(float("nan")))
+    with pytest.raises(NonFiniteError):
+        guard.on_before_optimizer_step(run.trainer, run.module, optimizer)
