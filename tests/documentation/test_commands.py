@@ -7,6 +7,7 @@ process, with words behind them that make them small.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -25,12 +26,13 @@ from hydra.errors import HydraException
 from PIL import Image
 
 from helpers.command_line import RUN, TINY_ENCODERS, run_here
+from helpers.fork_server import run_python
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg.config.compose import compose_with_hydra, drop_hydra_section
 from semseg.config.overrides import SWEEP_OPTIONS, parse_overrides, select_overrides
 from semseg.config.schema import Config
 from semseg.config.validate import check_config
-from semseg.errors import SemsegError
+from semseg.errors import ConfigError, SemsegError
 from semseg.nets.registry import ENCODERS
 
 pytestmark = pytest.mark.reliability
@@ -39,8 +41,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAUNCHERS = r"(?:torchrun|srun)\b.*?\brun\.py|(?:srun )?python (?:run|my_\w+)\.py"
 # Programs of pages and the tests that run them; commands that take long, by their words, and the tests that run such.
 TESTED_ELSEWHERE = {
-    "my_encoder.py": "documentation/test_extending.py",
-    "my_decoder.py": "documentation/test_extending.py",
+    "python my_": "documentation/test_extending.py",
     "experiment=quickstart": "documentation/test_newcomer.py",
     "mode=doctor": "documentation/test_newcomer.py",
     "mode=models": "modes/test_printing_modes.py",
@@ -56,6 +57,14 @@ SMALL = {
 }
 
 
+# The programs of docs/extending.md.
+PROGRAMS = dict(
+    re.findall(
+        r"^`(\w+\.py)`\n\n```python\n(.*?)^```",
+        (ROOT / "docs" / "extending.md").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+)
 # What a comment says about each need.
 NAMES = {"ADE20K": "ADE20K", "the network": "network", "a GPU": "GPU", "several machines": "machines|SLURM"}
 
@@ -161,8 +170,29 @@ def check_command_line(words: tuple[str, ...]) -> Config | None:
     return check_config(drop_hydra_section(compose_with_hydra(job)))
 
 
-def list_needs(command: Command, config: Config) -> Iterator[str]:
+def compose_command(command: Command, folder: Path) -> Config | None:
+    """The configuration of a command; None for --help and for programs of a page, which compose it themselves.
+
+    Raises:
+        SemsegError, HydraException: if it is not a valid command line.
+    """
+    program = re.match(r"python (my_\w+\.py)", command.text)
+    if program is None:
+        return check_command_line(command.words())
+    (folder / program[1]).write_text(PROGRAMS[program[1]])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = run_python(program[1], *command.words(), "--cfg", "job", cwd=folder, env=environment)
+    if result.returncode != 0:
+        raise ConfigError(result.stdout)
+    return None
+
+
+def list_needs(command: Command, config: Config | None) -> Iterator[str]:
     """What the machine must have for a command, as far as its configuration shows it."""
+    if config is None:
+        if "mode=" not in command.text and "--help" not in command.text:
+            yield "ADE20K"
+        return
     start = f"{config.ckpt} {config.init_from}"
     trains = config.mode == "train"
     if trains and config.data.name == "ade20k":
@@ -192,14 +222,14 @@ def test_i7_commands_of_a_page_are_valid_and_name_what_they_need(
             continue
         try:
             write_option_files(command, tmp_path)
-            config = check_command_line(command.words())
+            config = compose_command(command, tmp_path)
         except (SemsegError, HydraException) as error:
             problems.append(f"{command}\n    is not a valid command: {error}")
             continue
         missing = [
             need
-            for need in (list_needs(command, config) if config and not command.is_output else [])
-            if not re.search(NAMES[need], command.needs)
+            for need in list_needs(command, config)
+            if not command.is_output and not re.search(NAMES[need], command.needs)
         ]
         if missing:
             problems.append(
