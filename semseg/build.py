@@ -300,7 +300,7 @@ def training_callbacks(config: Config, source: DataSource) -> list[Callback]:
         WarnAboutLabels(source.classes.names),
         ReportValidation(),
         LogPanels(source, trainer.log_images),
-        WriteReport(run_dir, source, trainer.log_images, config_to_plain(config)),
+        WriteReport(run_dir, source, trainer.log_images, network=config.model.title, config=config_to_plain(config)),
     ]
     if config.ema.decay is not None:
         callbacks.append(MovingAverage(config.ema.decay, config.ema.start_step))

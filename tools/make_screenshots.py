@@ -2,7 +2,8 @@
 
     python tools/make_screenshots.py <folder> docs/images
 
-Needs Chromium and Playwright. The parts of the pages with photographs are left out.
+Needs Chromium and Playwright. The parts of the pages with photographs are left out; facades.png has the
+predictions of the validation images only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from playwright.sync_api import Page, sync_playwright
 
 WIDTH = 1100  # of the window, CSS pixels
 SCALE = 0.75
-NUM_COLOURS = 200  # of the files, to keep them small
+PREDICTION_HEIGHT, GAP = 260, 8  # pixels
 # Name of the picture, page, and the element with which the picture ends.
 SHOTS = (
     ("check", "checked/check.html", "#classes"),
@@ -42,8 +43,26 @@ def make_screenshots(source: Path, target: Path) -> None:
         page = browser.new_page(viewport={"width": WIDTH, "height": 900}, device_scale_factor=SCALE)
         for name, file, last in SHOTS:
             page.goto((source / file).resolve().as_uri())
-            take_shot(page, last).quantize(NUM_COLOURS).save(target / f"{name}.png", optimize=True)
+            take_shot(page, last).save(target / f"{name}.png", optimize=True)
+
+
+def draw_predictions(source: Path, target: Path) -> None:
+    """Write the predictions side by side, from the panels image | label | prediction of the evaluation."""
+    predictions = []
+    for file in sorted((source / "facades_run" / "eval" / "panels").rglob("*.png")):
+        panel = Image.open(file).convert("RGB")
+        width = panel.width // 3
+        prediction = panel.crop((2 * width, 0, panel.width, panel.height))
+        size = (round(PREDICTION_HEIGHT * width / panel.height), PREDICTION_HEIGHT)
+        predictions.append(prediction.resize(size, Image.Resampling.NEAREST))
+    picture = Image.new("RGB", (sum(one.width + GAP for one in predictions) - GAP, PREDICTION_HEIGHT), "white")
+    left = 0
+    for prediction in predictions:
+        picture.paste(prediction, (left, 0))
+        left += prediction.width + GAP
+    picture.quantize().save(target / "facades.png", optimize=True)  # few colours, all of which are kept
 
 
 if __name__ == "__main__":
     make_screenshots(Path(sys.argv[1]), Path(sys.argv[2]))
+    draw_predictions(Path(sys.argv[1]), Path(sys.argv[2]))

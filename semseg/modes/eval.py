@@ -30,7 +30,7 @@ from semseg.evaluation.result import EvaluationResult, build_result, relative_na
 from semseg.evaluation.result_files import write_result_files
 from semseg.evaluation.tables import class_score_table, format_speed, scales_table, summary_table
 from semseg.lit_module import SegmentationModule
-from semseg.reports.curves import read_training_curves, run_folder_of_checkpoint
+from semseg.reports.curves import Curves, read_training_curves, run_folder_of_checkpoint
 from semseg.reports.draw import draw_comparison
 from semseg.reports.evaluation_page import (
     EvaluationReport,
@@ -100,7 +100,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
         result=result,
         num_images=len(result.images),
         examples=tuple(predict_examples(result, images, trainer, module, data)),
-        curves=read_training_curves(run_folder_of_checkpoint(Path(saved.source))) if is_in_run_folder(saved) else (),
+        curves=read_curves(saved),
         card=build_run_card(
             config_to_plain(config),
             list_this_command(),
@@ -183,6 +183,14 @@ def print_tables(result: EvaluationResult, title: str, scales: list[int]) -> Non
 
 
 # ---- the page
+
+
+def read_curves(saved: SavedNetwork) -> tuple[Curves, ...]:
+    """The training curves of a checkpoint that is in the folder of its run; none otherwise."""
+    if not is_in_run_folder(saved):
+        return ()
+    settings = saved.config.checkpoint
+    return read_training_curves(run_folder_of_checkpoint(Path(saved.source)), settings.monitor, settings.mode)
 
 
 def is_in_run_folder(saved: SavedNetwork) -> bool:

@@ -20,7 +20,7 @@ CHART_COLUMNS = {
     "learning rate": r"lr[-/].+",
 }
 VALIDATION = "val/"  # prefix of the columns that are measured at each validation
-SCORE = "val/miou"
+MEAN_IOU = "val/miou"
 OVERALL = "val/overall"  # the mean of two scores that have charts of their own
 
 
@@ -29,20 +29,24 @@ class Curves(NamedTuple):
 
     title: str
     lines: tuple[Line, ...]
-    best: Mark | None = None  # the validation with the best mean IoU
+    best: Mark | None = None  # the validation that chose best.ckpt
     last_step: float | None = None  # of the whole log
 
 
-def read_training_curves(run_dir: str | Path) -> tuple[Curves, ...]:
+def read_training_curves(run_dir: str | Path, monitor: str = MEAN_IOU, mode: str = "max") -> tuple[Curves, ...]:
     """Read the charts from the logs below `run_dir`/logs; empty if there is no log.
 
     Steps are counted as in the log, from 0. A resumed run that writes another version folder replaces the values of
     earlier folders from its first step on.
+
+    Args:
+        monitor: the column by which the best validation is chosen.
+        mode: whether the best value is the largest ("max") or the smallest ("min").
     """
     columns: dict[str, dict[int, float]] = {}
     for log in sorted((Path(run_dir) / "logs").rglob("metrics.csv"), key=_version_key):
         _merge_columns(columns, read_metrics_log(log))
-    best = _find_best(columns)
+    best = _find_best(columns, monitor, mode)
     last_step = max((step for points in columns.values() for step in points), default=None)
     charts = []
     for title, pattern in {**CHART_COLUMNS, **_find_own_scores(columns)}.items():
@@ -100,15 +104,17 @@ def _merge_columns(columns: dict[str, dict[int, float]], later: dict[str, dict[i
         columns.setdefault(name, {}).update(points)
 
 
-def _find_best(columns: dict[str, dict[int, float]]) -> Mark | None:
+def _find_best(columns: dict[str, dict[int, float]], monitor: str, mode: str) -> Mark | None:
     """The first of the validations with the best score; None without validation."""
-    scores = columns.get(SCORE)
+    scores = columns.get(monitor)
     if not scores:
         return None
-    step = min(scores, key=lambda step: (-scores[step], step))
+    sign = -1 if mode == "max" else 1
+    step = min(scores, key=lambda step: (sign * scores[step], step))
     epoch = columns.get("epoch", {}).get(step)
     where = f"step {step}" if epoch is None else f"epoch {int(epoch) + 1}, step {step}"
-    return Mark(step, f"best validation: mean IoU {100 * scores[step]:.2f} %, {where}")
+    score = f"mean IoU {100 * scores[step]:.2f} %" if monitor == MEAN_IOU else f"{monitor} {scores[step]:.4g}"
+    return Mark(step, f"best validation: {score}, {where}")
 
 
 def _build_line(name: str, points: dict[int, float]) -> Line:

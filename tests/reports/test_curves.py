@@ -26,6 +26,13 @@ def test_the_best_validation_is_the_first_with_the_highest_mean_iou(tmp_path: Pa
         assert curves.best is not None and curves.best.x == 9 and "epoch 2" in curves.best.name
 
 
+def test_the_best_validation_is_that_of_the_monitored_score(tmp_path: Path) -> None:
+    log(tmp_path / "logs", "step,epoch,val/miou,val/distance\n4,0,0.1,7\n9,1,0.6,9\n")
+    curves = read_training_curves(tmp_path, monitor="val/distance", mode="min")
+    assert [one.title for one in curves] == ["mean IoU", "distance"]
+    assert curves[0].best is not None and curves[0].best.x == 4 and "val/distance 7" in curves[0].best.name
+
+
 def test_equal_learning_rates_are_one_line_and_nan_is_left_out(tmp_path: Path) -> None:
     log(tmp_path / "logs/csv", "step,lr-SGD/decoder,lr-SGD/encoder,train/loss\n1,0.1,0.1,nan\n2,0.05,0.05,2\n")
     loss, rate = read_training_curves(tmp_path)

@@ -37,12 +37,15 @@ class WriteReport(ValidationImages):
         run_dir: the folder of the run.
         source: the data set.
         num_images: the number of validation images that the page shows.
+        network: its name, for the title.
         config: the configuration of the run as plain data.
     """
 
-    def __init__(self, run_dir: Path, source: DataSource, num_images: int, config: dict[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, source: DataSource, num_images: int, *, network: str, config: dict[str, Any]
+    ) -> None:
         super().__init__(source, num_images)
-        self.run_dir, self.config = run_dir, config
+        self.run_dir, self.network, self.config = run_dir, network, config
         self._examples: list[Example] = []
         self._card: RunCard | None = None
         self._has_warned = False
@@ -103,7 +106,7 @@ class WriteReport(ValidationImages):
         epoch = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}, step {trainer.global_step}"
         scored = "" if counts is None else f"; scores of the last validation, {source.config.name} val"
         return EvaluationReport(
-            title=f"Training of {self.config['model']['name']} on {source.config.name}",
+            title=f"Training of {self.network} on {source.config.name}",
             subtitle=f"after {epoch}{scored}. Reload the page for newer values.",
             result=None if counts is None else self._score(counts),
             num_images=0 if counts is None else counts.images,
@@ -127,7 +130,8 @@ class WriteReport(ValidationImages):
         logs = [logger for logger in trainer.loggers if isinstance(logger, CSVLog)]
         for log in logs:
             log.save()
-        return read_training_curves(self.run_dir) if logs else ()
+        settings = self.config["checkpoint"]
+        return read_training_curves(self.run_dir, settings["monitor"], settings["mode"]) if logs else ()
 
     def _describe_run(self, trainer: pl.Trainer) -> RunCard:
         if self._card is None:  # once, because it asks git

@@ -54,7 +54,7 @@ def test_the_page_is_rewritten_after_every_validation_and_continues_after_a_resu
 def test_without_validation_the_page_has_the_curves(root: Path, tmp_path: Path) -> None:
     (page,) = train(root, tmp_path, "trainer.limit_val_batches=0")
     assert sections(page) == ["training", "run"]
-    assert "train/loss" in page and "val/" not in page
+    assert "train/loss" in page and "val/miou:" not in page and "best validation" not in page
 
 
 def test_a_page_that_cannot_be_written_gives_one_warning_and_does_not_end_the_run(root: Path, tmp_path: Path) -> None:
