@@ -111,6 +111,7 @@ def test_equal_predictions_differ_by_exactly_nothing() -> None:
     assert set(found.headline.values()) == {(0.0, 0.0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_images", "low", "high"), [(8, 0.85, 0.95), (100, 0.91, 0.98)])
 def test_intervals_contain_the_true_difference_about_as_often_as_they_say(
     num_images: int, low: float, high: float

@@ -473,3 +473,28 @@ def test_the_page_sorts_and_fits_a_phone(tmp_path: Path, runs: list[str]) -> Non
         width=390,
     )
     assert answer == [["+60.00", "-10.00"], 390, 390]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_page_with_intervals_curves_and_pictures_sorts_and_fits_a_phone(tmp_path: Path) -> None:
+    label, folders = np.array([[0, 1]] * 2), []
+    for seed, name in enumerate(("a-rather-long-name-of-a-run-" * 2, "b")):
+        counts = image_counts(8, 60 + 20 * seed, 5, seed)
+        folders.append(counted_evaluation(tmp_path / name / "eval", counts, trained_with={"seed": seed}))
+        with_maps(folders[-1], label, [(label + seed) % 2] * 8)
+        (tmp_path / name / "logs").mkdir()
+        (tmp_path / name / "logs" / "metrics.csv").write_text("step,train/loss,val/miou\n10,1.5,0.2\n20,1.0,0.3\n")
+    run(tmp_path, folders)
+    widths, heights = evaluate_in_browser(
+        tmp_path / "out" / "compare.html",
+        """(() => {
+          document.querySelector("#classes thead th:last-child button").click();
+          const drawings = [...document.querySelectorAll("#classes .interval, #curves svg, #images img")];
+          const heights = drawings.map((one) => one.getBoundingClientRect().height);
+          return [[innerWidth, document.documentElement.scrollWidth], heights];
+        })()""",
+        width=390,
+    )
+    assert widths == [390, 390]
+    assert len(heights) == 2 + 2 + 8 * 4 and min(heights) > 0  # label, two predictions, and who is right
