@@ -11,29 +11,35 @@ from rich.text import Text
 from semseg.system.text import escape_unprintable
 
 LABEL_WIDTH = 12  # characters
-MAX_GIVEN_LINES = 5
+MAX_SUMMARY_LINES = 12  # with 3 for notes and warnings, 15 before the first step
 
 
 def format_start(rows: Mapping[str, str], overrides: Sequence[str], width: int) -> list[Text]:
-    """One line for each entry of `rows`, and up to MAX_GIVEN_LINES for the overrides of the command line.
+    """The entries of `rows`, each with its label, and the overrides of the command line as far as lines are left.
 
     Args:
-        rows: values by label; entries without a value are left out.
+        rows: values by label, which are wrapped at their commas; entries without a value are left out.
         overrides: as Hydra got them.
         width: of the terminal in characters; lists of names are expected to fit, see `shorten_list`.
     """
-    labelled = [(label, [value]) for label, value in rows.items() if value]
-    if overrides:
-        given = wrap_words([shlex.quote(word) for word in overrides], width - LABEL_WIDTH)
-        labelled.append(("given", given))
-    return [
-        Text.assemble((f"{label if not index else '':{LABEL_WIDTH}}", "bold cyan"), escape_unprintable(line))
-        for label, lines in labelled
-        for index, line in enumerate(lines)
+    lines = [
+        (label if index == 0 else "", line)
+        for label, value in rows.items()
+        for index, line in enumerate(wrap_words(split_at_commas(value), width - LABEL_WIDTH))
     ]
+    num_left = max(MAX_SUMMARY_LINES - len(lines), 1)
+    given = wrap_words([shlex.quote(word) for word in overrides], width - LABEL_WIDTH, num_left)
+    lines += [("given" if index == 0 else "", line) for index, line in enumerate(given)]
+    return [Text.assemble((f"{label:{LABEL_WIDTH}}", "bold cyan"), escape_unprintable(line)) for label, line in lines]
 
 
-def wrap_words(words: Sequence[str], width: int, max_lines: int = MAX_GIVEN_LINES) -> list[str]:
+def split_at_commas(value: str) -> list[str]:
+    """The parts of a list of phrases, each with its comma; none of an empty text."""
+    *parts, last = value.split(", ")
+    return [*(f"{part}," for part in parts), *([last] if last else [])]
+
+
+def wrap_words(words: Sequence[str], width: int, max_lines: int | None = None) -> list[str]:
     """`words` in lines of at most `width` characters; a longer word has a line of its own, and no word is cut.
 
     If there are too many lines, the last one says how many words are left out.
@@ -49,7 +55,7 @@ def wrap_words(words: Sequence[str], width: int, max_lines: int = MAX_GIVEN_LINE
             lines[-1].append(word)
         else:
             lines.append([word])
-    if len(lines) > max_lines:
+    if max_lines is not None and len(lines) > max_lines:
         num_shown = sum(map(len, lines[: max_lines - 1]))
         lines[max_lines - 1 :] = [[f"... and {len(words) - num_shown} more in config.yaml"]]
     return [" ".join(line) for line in lines]

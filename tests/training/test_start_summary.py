@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from helpers.command_line import TINY, TINY_NETWORK, run, run_here
-from semseg.training.start_summary import MAX_GIVEN_LINES, abbreviate_path, format_start, shorten_list, wrap_words
+from semseg.training.start_summary import MAX_SUMMARY_LINES, abbreviate_path, format_start, shorten_list, wrap_words
 
 MAX_LINES = 15
 LABELS = ("network", "weights", "data", "classes", "batch", "training", "run folder", "given")
@@ -97,8 +97,20 @@ def test_verbose_prints_the_whole_configuration_too(tmp_path: Path) -> None:
 def test_what_was_given_takes_a_few_lines_and_can_be_copied() -> None:
     lines = format_start({"network": "x", "nothing": ""}, ["data.short_edges=[64]", "optim.lr=0.5"], 80)
     assert [line.plain for line in lines] == ["network     x", "given       'data.short_edges=[64]' optim.lr=0.5"]
-    many = format_start({}, [f"callbacks.x.number_{number}=1" for number in range(100)], 80)
-    assert len(many) == MAX_GIVEN_LINES and many[-1].plain.endswith("... and 89 more in config.yaml")
+    many = format_start({"network": "x"}, [f"callbacks.x.number_{number}=1" for number in range(100)], 80)
+    assert len(many) == MAX_SUMMARY_LINES and many[-1].plain == "            ... and 77 more in config.yaml"
+
+
+def test_a_narrow_terminal_gets_wrapped_rows_and_fewer_overrides() -> None:
+    rows = {"batch": "2 images on each of 8 devices, short edges 300/375, long edges up to 1000", "run folder": "a, b"}
+    lines = [line.plain for line in format_start(rows, ["a=1"] * 100, 50)]
+    assert lines[:4] == [
+        "batch       2 images on each of 8 devices,", "            short edges 300/375,",
+        "            long edges up to 1000", "run folder  a, b",
+    ]  # fmt: skip
+    assert len(lines) == MAX_SUMMARY_LINES and all(len(line) <= 50 for line in lines)
+    full = {f"row {number}": "a phrase, " * 10 + "the end" for number in range(8)}
+    assert format_start(full, ["a=1"] * 100, 50)[-1].plain == "given       ... and 100 more in config.yaml"
 
 
 def test_lists_and_paths_are_shortened_to_a_width() -> None:
