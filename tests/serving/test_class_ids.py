@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from semseg.modes import check
 from semseg.prediction import predictor
 from semseg.prediction.outputs import write_classes
 from semseg.prediction.predictor import Predictor
-from semseg.reports.comparison import compare_runs, read_evaluations
+from semseg.reports.compared_runs import read_evaluations
+from semseg.reports.comparison import compare_runs
 from semseg.serving import server
 
 pytestmark = pytest.mark.reliability
@@ -187,8 +189,8 @@ def test_j3_an_evaluation_names_its_classes_by_the_ids(folder: Path) -> None:
     assert all(f'data-value="{raw_id}">{raw_id}<' in page for raw_id in IDS)
     with (found / "per_class.csv").open() as file:
         assert [int(row["id"]) for row in csv.DictReader(file)] == IDS
-    (compared,) = read_evaluations([str(found)])
-    assert compare_runs([compared]).class_ids == IDS
+    shutil.copytree(found, folder / "again")
+    assert compare_runs(read_evaluations([str(found), str(folder / "again")])).class_ids == IDS
 
 
 def test_j3_an_exported_file_stores_the_ids(folder: Path) -> None:
