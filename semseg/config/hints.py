@@ -110,11 +110,13 @@ def explain_unknown_key(key: str, valid: list[str]) -> str:
     removed = next((name for name in REMOVED_KEYS if key in (name, get_last_part(name))), None)
     if removed:
         return f"There is no key {key!r} any more. {REMOVED_KEYS[removed]}"
-    added = ADDED_BY_PROGRAMS.get(section)
+    added = next((what for name, what in ADDED_BY_PROGRAMS.items() if key.startswith(f"{name}.")), None)
     nearest = find_nearest_key(key, valid)
     if nearest and not (added and is_far_fetched(key, nearest)):
         return f"There is no key {key!r}. Did you mean {nearest}?"
     siblings = list(dict.fromkeys(name for name in valid if name.rpartition(".")[0] == section))
+    if added and not siblings:
+        return f"There is no key {key!r}. A program can add {added} of its own: {EXTENDING}."
     siblings = siblings or sorted({name.partition(".")[0] for name in valid if "/" not in name})
     program = f" A program can add {added} of its own: {EXTENDING}." if added else ""
     return f"There is no key {key!r}. Valid here: {', '.join(siblings)}.{program}"

@@ -87,6 +87,7 @@ def test_a_saved_configuration_may_name_what_this_program_lacks_and_a_command_ma
         ("loss.terms.mnie=1", ["loss.terms.mnie", "Did you mean loss.terms.mine?"]),
         ("+loss.terms.mnie=1", ["loss.terms.mnie", "Did you mean loss.terms.mine?"]),
         ("loss.terms.xyzzy=1", ["loss.terms.xyzzy", "docs/extending.md"]),
+        ("callbacks.xyzzy.every=1", ["callbacks.xyzzy.every", "docs/extending.md"]),
         ("augment.nois=1", ["Did you mean augment.noise?"]),
         ("loss=mine", ["loss=mine", "loss.terms.mine=1"]),
         ("augment=noise", ["augment.noise=1"]),
