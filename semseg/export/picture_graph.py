@@ -180,14 +180,7 @@ def compare_with_prediction(path: Path, net: Segmenter, rule: PictureRule, label
         picture = F.interpolate(coarse, size, mode="bilinear")[0].permute(1, 2, 0).contiguous().numpy()
         scales = resize_to_scales(picture, rule.scales, rule.max_long_edge, rule.size_divisor, antialias=rule.antialias)
         index = predict(net, scales, size, net.convention, flip=rule.flip).ids.numpy()
-        try:
-            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-            (found,) = session.run([IDS_NAME], {INPUT_NAME: picture})
-        except Exception as error:  # onnxruntime's exceptions have no public names
-            raise ExportError(
-                f"onnxruntime cannot run the graph with its preprocessing: {first_line(error)}."
-            ) from error
-        num_equal += int((np.asarray(found) == np.array(label_ids)[index]).sum())
+        num_equal += int((run_picture_model(path, picture) == np.array(label_ids)[index]).sum())
         num_pixels += index.size
     if num_equal < MIN_EQUAL_PIXELS * num_pixels:
         raise ExportError(
@@ -195,6 +188,20 @@ def compare_with_prediction(path: Path, net: Segmenter, rule: PictureRule, label
             "pixels. No file was written."
         )
     return num_equal / num_pixels
+
+
+def run_picture_model(path: Path, picture: NDArray[np.uint8]) -> NDArray[np.integer]:
+    """The class ids (H, W) that the file `path` gives for a picture (H, W, 3).
+
+    Raises:
+        ExportError: if onnxruntime cannot run it.
+    """
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (ids,) = session.run([IDS_NAME], {INPUT_NAME: picture})
+    except Exception as error:  # onnxruntime's exceptions have no public names
+        raise ExportError(f"onnxruntime cannot run the graph with its preprocessing: {first_line(error)}.") from error
+    return np.asarray(ids)
 
 
 # ---- resizing the picture
@@ -259,35 +266,17 @@ def add_rounding(graph: GraphBuilder, sums: str, one: str) -> str:
 def resize_like_opencv(graph: GraphBuilder, planes: str, rows: str, columns: str) -> str:
     """Resize (3, H, W) uint8 to (3, rows, columns) int32 as cv2.INTER_LINEAR does, with its 11-bit weights."""
     pixels = graph.cast(planes, TensorProto.INT32)
-    taps = add_linear_taps(graph, graph.extent(planes, 2), columns, is_clamped=True)
-    first, second = (
-        graph.add("Mul", graph.add("Gather", pixels, index, axis=2), weight)
-        for index, weight in ((taps.first, taps.first_weight), (taps.second, taps.second_weight))
-    )
-    across = graph.add("Div", graph.add("Add", first, second), np.int32(16))
-    taps = add_linear_taps(graph, graph.extent(planes, 1), rows, is_clamped=False)
-    first, second = (
-        graph.add(
-            "Div",
-            graph.add("Mul", graph.add("Gather", across, index, axis=1), graph.add("Unsqueeze", weight, np.array([1]))),
-            np.int32(2**16),
-        )
-        for index, weight in ((taps.first, taps.first_weight), (taps.second, taps.second_weight))
-    )
-    return graph.add("Div", graph.add("Add", graph.add("Add", first, second), np.int32(2)), np.int32(4))
+    taps = add_opencv_taps(graph, graph.extent(planes, 2), columns, is_clamped=True)
+    across = graph.add("Add", *add_weighted_neighbours(graph, pixels, taps, axis=2))  # (3, H, columns)
+    across = graph.add("Div", across, np.int32(16))
+    taps = make_column(graph, add_opencv_taps(graph, graph.extent(planes, 1), rows, is_clamped=False))
+    weighted = add_weighted_neighbours(graph, across, taps, axis=1)
+    total = graph.add("Add", *(graph.add("Div", value, np.int32(2**16)) for value in weighted))
+    return graph.add("Div", graph.add("Add", total, np.int32(2)), np.int32(4))
 
 
-class LinearTaps(NamedTuple):
-    """The two pixels of each position of a resized axis, int64, and their weights, int32 multiples of 1 / CV2_ONE."""
-
-    first: str
-    second: str
-    first_weight: str
-    second_weight: str
-
-
-def add_linear_taps(graph: GraphBuilder, length: str, out_length: str, *, is_clamped: bool) -> LinearTaps:
-    """The weights of OpenCV for one axis.
+def add_opencv_taps(graph: GraphBuilder, length: str, out_length: str, *, is_clamped: bool) -> Taps:
+    """The neighbours of each position of a resized axis, with weights int32 in multiples of 1 / CV2_ONE.
 
     Args:
         is_clamped: whether positions beyond the first and last pixel are moved to it. OpenCV does that for columns; for
@@ -312,27 +301,18 @@ def add_linear_taps(graph: GraphBuilder, length: str, out_length: str, *, is_cla
         graph.cast(graph.add("Round", graph.add("Mul", weight, np.float32(CV2_ONE))), TensorProto.INT32)
         for weight in (graph.add("Sub", np.float32(1), fraction), fraction)
     )
-    return LinearTaps(first, second, first_weight, second_weight)
+    return Taps(first, second, first_weight, second_weight)
 
 
 # ---- from logits to class ids
 
 
-class Interpolation(NamedTuple):
-    """Linear interpolation along an axis: both neighbours of each position, int64, and their weights, float32."""
-
-    first: str
-    second: str
-    first_weight: str
-    second_weight: str
-
-
 class UpsampledLogits(NamedTuple):
-    """Logits (h, w, K) and how they are interpolated to the size of the picture."""
+    """Logits (h, w, K) and the neighbours of each row and column of the picture in them."""
 
     logits: str
-    vertical: Interpolation  # (H,) each
-    horizontal: Interpolation  # (W,), weights (W, 1)
+    vertical: Taps  # (H,) each
+    horizontal: Taps  # (W,) each; the weights (W, 1)
 
 
 def prepare_upsampling(graph: GraphBuilder, logits: str, height: str, width: str) -> UpsampledLogits:
@@ -341,14 +321,13 @@ def prepare_upsampling(graph: GraphBuilder, logits: str, height: str, width: str
     # Transpose into Scan, and crashes.
     one_image = graph.add("ReduceMax", logits, np.array([0]), keepdims=0)
     by_position = graph.add("Transpose", one_image, perm=[1, 2, 0])
-    vertical = add_interpolation(graph, graph.extent(logits, 2), height)
-    across = add_interpolation(graph, graph.extent(logits, 3), width)
-    weights = (graph.add("Unsqueeze", weight, np.array([1])) for weight in across[2:])
-    return UpsampledLogits(by_position, vertical, Interpolation(across.first, across.second, *weights))
+    vertical = add_upsampling_taps(graph, graph.extent(logits, 2), height)
+    horizontal = add_upsampling_taps(graph, graph.extent(logits, 3), width)
+    return UpsampledLogits(by_position, vertical, make_column(graph, horizontal))
 
 
-def add_interpolation(graph: GraphBuilder, length: str, out_length: str) -> Interpolation:
-    """semseg.evaluation.inference.linear_interpolation as a graph, in float32."""
+def add_upsampling_taps(graph: GraphBuilder, length: str, out_length: str) -> Taps:
+    """The neighbours and float32 weights of semseg.evaluation.inference.linear_interpolation."""
     lengths = [graph.cast(value, TensorProto.FLOAT) for value in (length, out_length)]
     middles = graph.add("Add", graph.count_from_zero(out_length, TensorProto.FLOAT), np.float32(0.5))
     source = graph.add("Sub", graph.add("Mul", middles, graph.add("Div", *lengths)), np.float32(0.5))
@@ -357,7 +336,7 @@ def add_interpolation(graph: GraphBuilder, length: str, out_length: str) -> Inte
     first = graph.add("Min", graph.cast(source, TensorProto.INT64), last)
     second = graph.add("Min", graph.add("Add", first, np.int64(1)), last)
     weight = graph.add("Sub", source, graph.cast(first, TensorProto.FLOAT))
-    return Interpolation(first, second, graph.add("Sub", np.float32(1), weight), weight)
+    return Taps(first, second, graph.add("Sub", np.float32(1), weight), weight)
 
 
 def add_class_map(graph: GraphBuilder, maps: Sequence[UpsampledLogits], label_ids: NDArray[np.integer]) -> None:
@@ -368,13 +347,14 @@ def add_class_map(graph: GraphBuilder, maps: Sequence[UpsampledLogits], label_id
     """
     row = GraphBuilder("row_")
     inputs: list[onnx.ValueInfoProto] = []
-    probabilities = []
+    probabilities: list[str] = []
     for one in maps:
-        names = [row.create_name() for _ in one.vertical]
+        taps = Taps(*(row.create_name() for _ in one.vertical))  # of this row
         kinds = (TensorProto.INT64, TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT)
-        inputs += [helper.make_tensor_value_info(name, kind, []) for name, kind in zip(names, kinds, strict=True)]
-        narrow = add_mean_of_two(row, one.logits, Interpolation(*names))  # (w, K)
-        probabilities.append(row.add("Softmax", add_mean_of_two(row, narrow, one.horizontal), axis=-1))  # (W, K)
+        inputs += [helper.make_tensor_value_info(name, kind, []) for name, kind in zip(taps, kinds, strict=True)]
+        narrow = row.add("Add", *add_weighted_neighbours(row, one.logits, taps, axis=0))  # (w, K)
+        wide = row.add("Add", *add_weighted_neighbours(row, narrow, one.horizontal, axis=0))  # (W, K)
+        probabilities.append(row.add("Softmax", wide, axis=-1))
     total = probabilities[0]
     for one in probabilities[1:]:
         total = row.add("Add", total, one)
@@ -388,9 +368,27 @@ def add_class_map(graph: GraphBuilder, maps: Sequence[UpsampledLogits], label_id
     )
 
 
-def add_mean_of_two(graph: GraphBuilder, values: str, positions: Interpolation) -> str:
-    """Interpolate `values` along their first axis; each product and sum is rounded once."""
-    first = graph.add("Mul", graph.add("Gather", values, positions.first), positions.first_weight)
-    return graph.add(
-        "Add", first, graph.add("Mul", graph.add("Gather", values, positions.second), positions.second_weight)
+# ---- linear interpolation
+
+
+class Taps(NamedTuple):
+    """The two neighbours of each position of a resized axis, int64, and their weights."""
+
+    first: str
+    second: str
+    first_weight: str
+    second_weight: str
+
+
+def make_column(graph: GraphBuilder, taps: Taps) -> Taps:
+    """The same with weights (n, 1), for an axis that is followed by another one."""
+    first, second = (
+        graph.add("Unsqueeze", weight, np.array([1])) for weight in (taps.first_weight, taps.second_weight)
     )
+    return Taps(taps.first, taps.second, first, second)
+
+
+def add_weighted_neighbours(graph: GraphBuilder, values: str, taps: Taps, axis: int) -> tuple[str, str]:
+    """Both neighbours of each position along an axis, times their weights; each product is rounded once."""
+    first = graph.add("Mul", graph.add("Gather", values, taps.first, axis=axis), taps.first_weight)
+    return first, graph.add("Mul", graph.add("Gather", values, taps.second, axis=axis), taps.second_weight)
