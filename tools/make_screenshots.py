@@ -1,6 +1,7 @@
 """Take the pictures of pages in docs/images, from the folder in which docs/your-own-data.md was followed.
 
     python tools/make_screenshots.py <folder> docs/images
+    python tools/make_screenshots.py <folder> docs/images http://localhost:8000 <image>    # serve.png, from mode=serve
 
 Needs Chromium and Playwright. The parts of the pages with photographs are left out; facades.png has the
 predictions of the validation images only.
@@ -46,6 +47,18 @@ def make_screenshots(source: Path, target: Path) -> None:
             take_shot(page, last).save(target / f"{name}.png", optimize=True)
 
 
+def make_serve_screenshot(address: str, image: Path, target: Path) -> None:
+    """Write serve.png, the page of a running mode=serve after it has predicted `image`."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1200, "height": 760})
+        page.goto(address)
+        page.set_input_files("input[type=file]", image)
+        page.wait_for_selector("td.score")
+        page.wait_for_timeout(500)  # until the overlay is drawn
+        page.screenshot(path=target / "serve.png")
+
+
 def draw_predictions(source: Path, target: Path) -> None:
     """Write the predictions side by side, from the panels image | label | prediction of the evaluation."""
     predictions = []
@@ -64,5 +77,9 @@ def draw_predictions(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    make_screenshots(Path(sys.argv[1]), Path(sys.argv[2]))
-    draw_predictions(Path(sys.argv[1]), Path(sys.argv[2]))
+    folder, images, *served = sys.argv[1:]
+    if served:
+        make_serve_screenshot(served[0], Path(served[1]), Path(images))
+    else:
+        make_screenshots(Path(folder), Path(images))
+        draw_predictions(Path(folder), Path(images))

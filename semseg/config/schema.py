@@ -526,7 +526,7 @@ class TrainerConfig:
     probe_memory: str = choice_field("gpu", ("gpu", "always", "never"))
     """Ours: run the largest possible sub-batch before training; gpu: only on GPUs."""
     log_images: int = number_field(4, low=0)
-    """Ours: panels of the first validation images that each validation logs; 0: none."""
+    """Ours: the first validation images that each validation logs as panels and shows in report.html; 0: none."""
 
     @property
     def replicates_weights(self) -> bool:

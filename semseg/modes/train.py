@@ -192,7 +192,7 @@ def lock_run_folder(run_dir: Path) -> Iterator[None]:
         return
     with hold_run_folder(run_dir) as takeover:
         print_once(takeover)
-        for folder in (run_dir / CHECKPOINT_FOLDER, run_dir / "logs"):
+        for folder in (run_dir, run_dir / CHECKPOINT_FOLDER, run_dir / "logs"):
             remove_leftovers(folder)
         yield
 

@@ -10,6 +10,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from helpers.in_process import prepare_run
+from semseg.modes.train import lock_run_folder
+from semseg.storage.atomic import temporary_path
 from semseg.training.callbacks.report import REPORT_FILE
 
 
@@ -71,3 +73,10 @@ def test_a_run_without_the_csv_log_has_a_page_without_curves(root: Path, tmp_pat
     run.trainer.loggers = []
     run.fit()
     assert sections((tmp_path / REPORT_FILE).read_text()) == ["scores", "classes", "confusion", "examples", "run"]
+
+
+def test_a_page_that_a_killed_run_was_writing_is_removed_when_it_resumes(tmp_path: Path) -> None:
+    leftover = temporary_path(tmp_path / REPORT_FILE)
+    leftover.write_text("<!doctype html>")
+    with lock_run_folder(tmp_path):
+        assert not leftover.exists()
