@@ -49,7 +49,7 @@ from semseg.training.callbacks.console import build_config_tree
 from semseg.training.callbacks.report import REPORT_FILE
 from semseg.training.callbacks.stop import StoppedError, requeue
 from semseg.training.loggers.external import log_settings
-from semseg.training.losses import read_class_weights
+from semseg.training.losses import build_terms, read_class_weights
 from semseg.training.resume import (
     RunState,
     check_same_conditions,
@@ -109,7 +109,8 @@ def resolve_start(config: Config, overrides: list[str], source: DataSource) -> S
 
     Raises:
         CheckpointError: if a checkpoint is missing, damaged or holds no optimiser.
-        ConfigError: if the checkpoint belongs to another run, or the file of class weights holds none.
+        ConfigError: if the checkpoint belongs to another run, the file of class weights holds none, or `loss` does not
+            fit the classes.
     """
     if config.ckpt is not None and (config.ckpt.startswith(ZOO_PREFIX) or find_published_files(config.ckpt)):
         config = replace(config, ckpt=None, init_from=config.ckpt)
@@ -119,6 +120,7 @@ def resolve_start(config: Config, overrides: list[str], source: DataSource) -> S
     weights = config.loss.class_weights
     if isinstance(weights, str):
         config = replace(config, loss=replace(config.loss, class_weights=read_class_weights(weights)))
+    build_terms(config.loss, source.classes.num_classes)  # the module does it again, after much else
     network = find_network(config.init_from, config, overrides) if config.init_from else None
     if network is not None and not chooses_network(overrides):
         config = replace(config, model=adopt_network(config.model, network.config.model))

@@ -87,6 +87,7 @@ def test_good_data_are_ready_and_counted(tmp_path: Path, capsys: pytest.CaptureF
     assert found["class_weights"] == [1.0, 1.0, 1.0]
     assert [row["pixels"]["val"] for row in found["classes"]] == [1600 * val["pairs"]] * 3
     assert found["plan"]["largest"] == [64, 96]  # 60 x 80, multiples of 32
+    assert found["plan"]["model"] == "resnet18 + c1"  # which TINY puts into the default model
     assert "READY" in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from test_resume import copies_of_every_save
 
 from helpers.in_process import TINY_RUN, assert_equal, configured, fit, logged_losses
 from semseg.config.schema import Config
+from semseg.data.sources import DataSource
 from semseg.errors import ConfigError
+from semseg.modes.train import resolve_start
 
 # One epoch of three steps of two images.
 RUN = [
@@ -29,6 +32,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_of(root: Path, run_dir: Path, *words: str) -> Config:
     return configured("data=scenes", *RUN, f"data.root={root}", f"run_dir={run_dir}", *words)
+
+
+def test_class_weights_of_another_number_of_classes_are_refused_before_anything_is_read(
+    root: Path, tmp_path: Path
+) -> None:
+    config = run_of(root, tmp_path, "loss.class_weights=[1,2]")
+    source = DataSource(replace(config.data, make=None, classes=None, num_classes=3))
+    with pytest.raises(ConfigError, match=r"loss\.class_weights.*3"):
+        resolve_start(config, [], source)
 
 
 @pytest.mark.slow
