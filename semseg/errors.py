@@ -56,6 +56,11 @@ def install_command(extra: str) -> str:
     return f'pip install --editable ".[{extra}]"' if is_clone else f'pip install "semseg[{extra}]"'
 
 
+def describe_reason(error: Exception) -> str:
+    """Why a file cannot be read: a system error without its number and the name of the file, else the text."""
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
+
+
 def find_nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice that is most similar to `name`, or None if none is similar.
 

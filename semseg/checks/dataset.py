@@ -21,6 +21,7 @@ from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
 from semseg.data.scan import FIRST_OF_SEVERAL, PairFacts
 from semseg.data.sources import Orientations
+from semseg.system.text import format_quantity
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 READY, WITH_WARNINGS, NOT_READY = "READY", "READY, WITH WARNINGS", "NOT READY"
@@ -195,8 +196,9 @@ def check_files(split: ScannedSplit) -> Iterator[Notice]:
         frequent = [colour for colour, _ in colours.most_common()]
         yield Notice(
             ERROR,
-            f"{split.name}: {len(coded)} masks are coded in {len(colours)} colours ({join_first(frequent)}). Define "
-            "them in a class table: data.classes=<CSV file with index,name,R,G,B>.",
+            f"{split.name}: found {format_quantity(len(coded), 'mask')} coded in "
+            f"{format_quantity(len(colours), 'colour')} ({join_first(frequent)}). Define them in a class table: "
+            "data.classes=<CSV file with index,name,R,G,B>.",
             first_masks(record for record, _ in coded),
         )
     broken = [facts.problem for facts in split.findings if facts.problem and not facts.colours]
@@ -313,8 +315,8 @@ def check_unknown_ids(
         raw_id = next(raw for raw in facts.ids if raw in unknown)
         row, column = find_pixel(record, raw_id)
         text = (
-            f"{split.name}: ids {listed} are neither classes nor ignored, in {len(affected)} masks: the first is "
-            f"{raw_id} at row {row}, column {column} of {record.label}."
+            f"{split.name}: ids {listed} are neither classes nor ignored, in {format_quantity(len(affected), 'mask')}: "
+            f"the first is {raw_id} at row {row}, column {column} of {record.label}."
         )
         notices.append(Notice(ERROR, text, first_masks(record for record, _ in affected)))
     unknown_ids = {raw for raw in sum_ids(splits) if class_of(raw) is None}

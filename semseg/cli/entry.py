@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 from semseg.system.process import prepare_process
 
 
 def run_program() -> None:
     """Run the command line in sys.argv; ends the process."""
     prepare_process()
-    from semseg.cli import main  # noqa: PLC0415
-
+    try:
+        from semseg.cli import main  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if (error.name or "semseg").partition(".")[0] == "semseg":
+            raise
+        sys.exit(
+            f"error: the package {error.name} is not installed for {sys.executable}. Activate the environment of the "
+            "installation (. .venv/bin/activate), or install it: pip install --constraint constraints.txt --editable ."
+        )
     main.main()

@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from semseg.config.groups import COMPLETE_OPTIONS, list_groups, list_options
 from semseg.config.hints import explain_unknown_key
 from semseg.config.schema import BUILT_IN_CLASSES, SPLITS, Config, get_sections, list_keys
-from semseg.config.validate import explain_omegaconf_error, find_range_problems
+from semseg.config.tables import is_own_key
+from semseg.config.validate import explain_omegaconf_error, find_range_problems, gather_own_entries
 from semseg.errors import ConfigError, find_nearest
 
 SUFFIXES = (".yaml", ".yml")
@@ -162,6 +163,8 @@ def find_unknown_keys(content: Mapping[Any, Any], cls: type, prefix: str = "") -
     """A sentence for every key that a section does not have."""
     sections, keys = get_sections(cls), list_keys(cls)
     for key, value in content.items():
+        if is_own_key(f"{prefix}{key}"):
+            continue
         if key not in keys:
             yield explain_unknown_key(f"{prefix}{key}", list_keys())
         elif key in sections and isinstance(value, Mapping):
@@ -192,7 +195,7 @@ def find_value_problems(content: dict[str, Any]) -> Iterator[str]:
         return
     plain = OmegaConf.create(content)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), gather_own_entries(plain)))
     except OmegaConfBaseException as error:
         yield explain_omegaconf_error(error, plain)
     else:

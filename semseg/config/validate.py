@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import reduce
@@ -106,6 +107,15 @@ def raise_first(problems: Iterator[str]) -> None:
         raise ConfigError(problem)
 
 
+# OmegaConf's messages about values of another type, and what they mean to users.
+TYPE_RULES = {
+    r"is not a ListConfig, list or tuple": "must be a list, such as [{value}]",
+    r"could not be converted to Integer": "must be a whole number",
+    r"could not be converted to Float": "must be a number",
+    r"is not a valid bool": "must be true or false",
+}
+
+
 def explain_omegaconf_error(error: OmegaConfBaseException, composed: DictConfig) -> str:
     """OmegaConf's error as one line: the key, the value, and the nearest valid name."""
     key = str(error.full_key or error.key or "")
@@ -114,6 +124,9 @@ def explain_omegaconf_error(error: OmegaConfBaseException, composed: DictConfig)
     value = dict(iterate_leaves(OmegaConf.to_container(composed, resolve=False))).get(key)
     reason = str(error.msg or error).splitlines()[0].rstrip(".")
     reason = reason.removeprefix("ConfigError raised while resolving interpolation: ")
+    for pattern, rule in TYPE_RULES.items():
+        if re.search(pattern, reason):
+            reason = rule.format(value=value)
     if "Missing mandatory value" in str(error) or (
         key and OmegaConf.is_missing(composed, key.split(".", maxsplit=1)[0])
     ):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from semseg.data.label_map import MAX_CLASSES
 from semseg.data.palette import Colour, generated_palette
 from semseg.data.store import read_text
-from semseg.errors import DataError
+from semseg.errors import DataError, describe_reason
 from semseg.system.text import escape_unprintable, shorten_repr
 
 
@@ -50,7 +50,7 @@ class ClassTable(NamedTuple):
         try:
             lines = read_text(path).splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: the class table cannot be read ({error}).") from error
+            raise DataError(f"{path}: the class table cannot be read ({describe_reason(error)}).") from error
         rows = csv.DictReader(lines)
         try:
             missing = {"index", "name", "R", "G", "B"} - set(rows.fieldnames or ())
@@ -123,7 +123,8 @@ class ClassTable(NamedTuple):
                 return cls.from_names(names)
             return cls(tuple(map(escape_unprintable, names)), tuple(_parse_colour(row["color"]) for row in rows))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{path}: the class table cannot be read ({type(error).__name__}: {error}).") from error
+            kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+            raise DataError(f"{path}: the class table cannot be read ({kind}{describe_reason(error)}).") from error
 
 
 def _unquote(name: str) -> str:

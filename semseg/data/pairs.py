@@ -71,8 +71,13 @@ def read_reduced(
         if record.size not in (stored, full):
             raise DataError(_size_mismatch_message(record, full))
     except DataError as error:
-        raise DataError(f"{record.origin}: {error}") from error
+        raise name_origin(record, error) from error
     return ReducedPair(apply_orientation(pixels, header.orientation) if is_upright else pixels, label)
+
+
+def name_origin(record: Record, error: DataError) -> DataError:
+    """The error about a pair with the list and line it is from; a file names its folder itself."""
+    return error if str(error).startswith(f"{record.origin}/") else DataError(f"{record.origin}: {error}")
 
 
 def jpeg_reduction(full: Size, target: Size) -> int:
@@ -112,7 +117,7 @@ def read_pair(
         if record.size not in (header.stored, size_of_pixels(pair.image)):
             raise DataError(_size_mismatch_message(record, size_of_pixels(pair.image)))
     except DataError as error:
-        raise DataError(f"{record.origin}: {error}") from error
+        raise name_origin(record, error) from error
     return pair
 
 

@@ -30,7 +30,9 @@ from semseg.checkpoints.initialise import LoadReport, initialise_from
 from semseg.checkpoints.network import build_network, check_network, without_weights
 from semseg.checkpoints.published import find_published_files
 from semseg.config.schema import ZOO_PREFIX, CheckpointConfig, Config, ModelConfig, TrainerConfig, config_to_plain
+from semseg.data.labels import read_class_indices
 from semseg.data.overlap import find_overlap
+from semseg.data.pairs import name_origin
 from semseg.data.sources import DataSource, describe_split_folders, require_masks
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, DataError
@@ -62,6 +64,7 @@ from semseg.training.start_summary import LABEL_WIDTH, abbreviate_path, format_s
 from semseg.training.training_state import report_restore_errors
 
 PIPE_WIDTH = 120  # characters of a line where there is no terminal
+NUM_CHECKED_LABELS = 8  # before anything slow happens
 NETWORK_KEYS = ("model/", "model.encoder", "model.decoder")  # prefixes of overrides that choose the network
 
 
@@ -225,6 +228,20 @@ def check_records(source: DataSource, world_size: int) -> None:
         print_once(f"warning: {common}")
 
 
+def check_first_labels(source: DataSource, max_pixels: int) -> None:
+    """Read a few labels of train, so that a wrong number of classes is reported before anything slow happens.
+
+    Raises:
+        DataError: if one cannot be read, or has an id that is neither a class nor ignored.
+    """
+    records = [record for record in source.records("train") if record.label]
+    for record in records[:: -(-len(records) // NUM_CHECKED_LABELS) or 1]:
+        try:
+            read_class_indices(record.label or "", source.label_map, max_pixels=max_pixels)
+        except DataError as error:
+            raise name_origin(record, error) from error
+
+
 def train(start: Start, overrides: list[str], source: DataSource) -> float | None:
     """Fit from `start` to the end of the run; returns the best score."""
     config, state = start.config, start.state
@@ -235,6 +252,8 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
     if start.network is not None:
         check_network(start.network)
         refuse_nonfinite_weights(start.network.weights, start.network.source)
+    if state is None and config.data.on_bad == "error":
+        check_first_labels(source, config.data.max_pixels)  # before ImageNet weights are downloaded
     model = config.model if start.kind == "scratch" else without_weights(config.model)
     net = build_network(model, source.classes.num_classes, config.download)
     data = build_data(config, source, net)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from semseg.config.schema import MIOU_RULES
-from semseg.errors import ConfigError, DataError
+from semseg.errors import ConfigError, DataError, describe_reason
 from semseg.evaluation.image_files import COUNTS_FILE, ImageCounts, read_image_counts
 from semseg.storage.commands import entry_command
 from semseg.storage.run_folders import METRICS_FILE, find_newest_evaluation
@@ -133,7 +133,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as the scores of an evaluation ({error}).") from error
+        raise DataError(f"{path}: cannot be read as the scores of an evaluation ({describe_reason(error)}).") from error
     classes = metrics.get("classes") if isinstance(metrics, dict) else None
     if not isinstance(classes, list) or not classes:
         raise DataError(f"{path}: holds no class scores. Only files that mode=eval wrote can be compared.")

@@ -25,7 +25,7 @@ from typing import IO, NamedTuple
 from filelock import FileLock
 from rich.progress import track
 
-from semseg.errors import DataError
+from semseg.errors import DataError, describe_reason
 
 MAX_ENTRIES = 1_000_000
 MAX_RATIO = 200  # bytes unpacked for each byte of the archive
@@ -190,7 +190,7 @@ def open_archive(path: Path) -> Iterator[Iterator[Member]]:
                 yield (describe_zip_entry(file, entry) for entry in file.infolist())
     except READ_ERRORS as error:
         raise DataError(
-            f"{path}: cannot be read as a zip or tar file ({error}). Remove it and get it again."
+            f"{path}: cannot be read as a zip or tar file ({describe_reason(error)}). Remove it and get it again."
         ) from error
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from semseg.config.schema import LossConfig
 from semseg.config.tables import announce_table
 from semseg.data.label_map import IGNORED
-from semseg.errors import ConfigError, check_choice
+from semseg.errors import ConfigError, check_choice, describe_reason
 from semseg.nets.interfaces import Logits
 
 # (logits (N, K, h, w) in float32 or wider, label (N, h, w), average over ranks) -> scalar
@@ -251,7 +251,9 @@ def read_class_weights(path: str) -> list[float]:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         numbers = [float(number) for number in content["class_weights"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"loss.class_weights={path}: no file with class_weights ({error}).") from None
+        raise ConfigError(
+            f"loss.class_weights={path}: no file with class_weights ({describe_reason(error)})."
+        ) from None
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise ConfigError(f"loss.class_weights={path}: every weight must be a number of at least 0.")
     if not any(numbers):

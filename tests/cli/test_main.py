@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from helpers.command_line import RUN, run, run_here
 from semseg.config.overrides import parse_device_indices, quote_override
@@ -104,3 +106,37 @@ def test_device_ranges_may_be_mixed() -> None:
 def test_home_is_expanded_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert quote_override("data.root=~/data") == 'data.root="/home/someone/data"'
+
+
+@pytest.mark.parametrize(
+    ("word", "rule"),
+    [
+        ("data.short_edges=60", "must be a list, such as [60]."),
+        ("data.num_classes=five", "must be a whole number."),
+        ("optim.lr=fast", "must be a number."),
+        ("data.flip=maybe", "must be true or false."),
+    ],
+)
+def test_a_value_of_another_type_is_explained_in_our_words(word: str, rule: str, tmp_path: Path) -> None:
+    assert run_here(tmp_path, word, code=2) == f"error: {word}: {rule}\n"
+
+
+def test_a_missing_package_is_one_line_that_says_how_to_install_it(tmp_path: Path) -> None:
+    (tmp_path / "hydra.py").write_text("raise ModuleNotFoundError(\"No module named 'hydra'\", name='hydra')\n")
+    environment = {"PYTHONPATH": f"{tmp_path}:{RUN.parent}", "PATH": "/usr/bin:/bin"}
+    missing = subprocess.run(
+        [sys.executable, str(RUN)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert missing.returncode == 1 and len(missing.stderr.splitlines()) == 1 and "hydra" in missing.stderr
+
+
+@pytest.mark.slow
+def test_a_wrong_number_of_classes_is_reported_before_weights_are_downloaded(tmp_path: Path) -> None:
+    words = ["data=folder", "data.root=mine", "data.val_fraction=0", "data.num_classes=2", "download.offline=true"]
+    for name in ("images", "masks"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.fromarray(np.full((40, 48), 9, np.uint8)).save(tmp_path / "mine" / name / f"{number}.png")
+    output = run_here(tmp_path, *words, code=1)
+    assert "ids 9" in output or "id 9" in output
+    assert "download" not in output[output.rindex("error:") :]

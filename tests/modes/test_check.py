@@ -158,7 +158,7 @@ def test_everything_that_is_wrong_with_files_is_listed_and_a_clean_list_leaves_i
     errors = of_level(found, "error")
     assert "alone.jpg: has no mask" in errors
     assert "the JPEG is truncated" in errors
-    assert "1 masks are coded in 3 colours" in errors
+    assert "found 1 mask coded in 3 colours" in errors
     assert "empty.png" in json.dumps(found["notices"])
     assert "more than 90 %" in of_level(found, "warning")
     lines = (tmp_path / "out" / "train.odgt").read_text().splitlines()
