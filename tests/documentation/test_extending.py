@@ -69,13 +69,8 @@ def test_a_custom_loss_trains_on_two_ranks_resumes_and_is_not_needed_afterwards(
     program = write_program("my_loss.py", tmp_path)
     words = [word for word in TINY if "accelerator" not in word] + ["run_dir=run", "loss.terms.cross_entropy=0"]
     ranks, own = ["trainer=ddp_cpu", "trainer.devices=2"], "loss.terms.tversky={factor: 0.5, missed: 0.8}"
-<<<<<<< Updated upstream
     printed = start(program, *words, *ranks, own)
     assert ", 0.5 tversky, " in printed  # where the start of a run names our losses
-=======
-    printed = start(program, *words, *ranks, own, "verbose=true")
-    assert "terms.tversky.missed=0.8" in printed  # in the tree of the configuration, like ours
->>>>>>> Stashed changes
     losses = logged_losses(tmp_path / "run")
     assert all(0 < loss < 0.5 for loss in losses.values())
     resume = [*words, *ranks, "trainer.max_epochs=2"]
