@@ -12,6 +12,7 @@ from semseg.config.load import load_config
 from semseg.config.schema import BUILT_IN_CLASSES, Config, DataConfig
 from semseg.data import store
 from semseg.data.classes import built_in_classes
+from semseg.data.scenes import SCENE_CLASSES
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -34,6 +35,8 @@ def describe_num_classes(data: DataConfig) -> str:
         return str(data.num_classes)
     if data.classes in BUILT_IN_CLASSES:
         return str(built_in_classes(str(data.classes)).num_classes)
+    if data.make is not None:
+        return str(SCENE_CLASSES.num_classes)
     return "yours" if data.classes is None else str(data.classes)
 
 

@@ -60,6 +60,11 @@ def test_data_sets_are_found_where_they_are(tmp_path: Path, capsys: pytest.Captu
     assert re.search(r"camvid +│ 11 .*in part", capsys.readouterr().out)
 
 
+def test_drawn_scenes_have_a_number_of_classes_before_they_are_drawn(tmp_path: Path) -> None:
+    assert data.describe_num_classes(configured("data=scenes", f"data.root={tmp_path / 'no'}").data) == "11"
+    assert data.describe_num_classes(configured("data=folder").data) == "yours"
+
+
 def levels(results: list[CheckResult]) -> dict[str, str]:
     return {result.name: result.level for result in results}
 
