@@ -56,7 +56,13 @@ from semseg.storage import run_lock
 from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.storage.commands import entry_script, format_command, relative_to_cwd, remember_program
 from semseg.storage.ranks import is_first_rank
-from semseg.storage.run_folders import claim_folder, find_run_folder, list_missing_folders, remove_unused_folders
+from semseg.storage.run_folders import (
+    claim_folder,
+    find_checkpoint,
+    find_run_folder,
+    list_missing_folders,
+    remove_unused_folders,
+)
 from semseg.storage.run_results import find_finished_job, job_overrides
 from semseg.system.process import announce_sweep, prepare_process
 from semseg.system.text import escape_lines
@@ -124,6 +130,8 @@ def run_in_folder(config: Config, composed: DictConfig, overrides: list[str]) ->
         SemsegError: for any error that the user can fix.
         SystemExit: at the end of several processes, or after an error that was printed.
     """
+    if config.ckpt in ("last", "best"):
+        find_checkpoint(config.ckpt, Path(config.runs_dir))  # its error lists the runs, so before there is a new one
     created: list[Path] = []
     try:
         run_dir = resolve_run_dir(composed, created)

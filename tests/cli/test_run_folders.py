@@ -214,8 +214,9 @@ def test_results_of_a_network_are_below_its_run_and_never_replace_each_other(tmp
 def test_a_command_that_fails_before_it_wrote_anything_leaves_nothing(
     words: list[str], code: int, tmp_path: Path
 ) -> None:
-    run_here(tmp_path, *words, code=code)
+    output = run_here(tmp_path, *words, code=code)
     assert list(tmp_path.iterdir()) == []
+    assert "_eval" not in output  # the folder of this command is not among the runs that an error lists
 
 
 def test_a_failing_command_leaves_an_existing_folder_as_it_was(tmp_path: Path) -> None:
