@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
 from semseg.data.batch import Batch, EvalSample
 from semseg.data.geometry import Size
@@ -85,7 +86,23 @@ class ProbeMemory(Callback):
             name: value.to(pl_module.device) for name, value in batch._asdict().items() if isinstance(value, Tensor)
         })  # fmt: skip
         with report_out_of_memory(batch), trainer.precision_plugin.forward_context():
+            # Gradients, the buckets of DDP and the moving average are there already, or are created by the run.
+            missing = sum(map(count_missing_state_bytes, trainer.optimizers))
+            reserved = torch.empty(missing, dtype=torch.uint8, device=pl_module.device)
             run_without_trace(pl_module, batch)
+            del reserved
+
+
+def count_missing_state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of the state that an optimiser allocates at its first step: momentum of SGD, two moments of AdamW."""
+    copies = 2 if isinstance(optimizer, AdamW) else int(bool(optimizer.defaults.get("momentum")))
+    missing = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {}).values()
+            there = sum(value.nbytes for value in state if isinstance(value, Tensor) and value.shape == parameter.shape)
+            missing += max(0, copies * parameter.nbytes - there)
+    return missing
 
 
 def run_without_trace(module: pl.LightningModule, batch: Batch) -> None:

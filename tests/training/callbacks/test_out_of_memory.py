@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,14 @@ import torch
 from torch import Tensor
 
 from helpers.in_process import prepare_run
+from semseg.config.schema import OptimConfig
 from semseg.data.batch import Batch
 from semseg.errors import SemsegError
 from semseg.lit_module import SegmentationModule
-from semseg.training.callbacks.out_of_memory import OutOfMemory
+from semseg.nets.registry import build_segmenter
+from semseg.training.callbacks.out_of_memory import OutOfMemory, count_missing_state_bytes
 from semseg.training.losses import Loss
+from semseg.training.optim import build_optimizer
 
 pytestmark = pytest.mark.reliability
 
@@ -96,3 +101,38 @@ def test_trying_the_largest_sub_batch_trains_nothing(root: Path, tmp_path: Path,
         run.fit()
         ends.append(run.net.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize(("name", "copies"), [("sgd", 1), ("adamw", 2)])
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_d4_the_probe_counts_the_state_that_the_first_step_allocates(name: str, copies: int, is_fused: bool) -> None:
+    net = build_segmenter("resnet18", "c1", 3)
+    weights = sum(weight.nbytes for weight in net.parameters())
+    optimizer = build_optimizer(net, OptimConfig(name=name), is_fused=is_fused)
+    has_momentum = name == "sgd" and is_fused  # from the start
+    assert count_missing_state_bytes(optimizer) == (0 if has_momentum else copies * weights)
+    for weight in net.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert count_missing_state_bytes(optimizer) == 0
+
+
+def test_d4_the_probe_reserves_that_state(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved: list[int] = []
+
+    def compute_loss(module: SegmentationModule, batch: Batch, average: str) -> Loss:
+        reserved.extend(
+            tensor.nbytes for tensor in iterate_tensors() if tensor.dtype == torch.uint8 and tensor.ndim == 1
+        )
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(SegmentationModule, "compute_loss", compute_loss)
+    run = prepare_run(root, tmp_path, "trainer.probe_memory=always")
+    with pytest.raises(OutOfMemory):
+        run.fit()
+    assert sum(weight.nbytes for weight in run.net.parameters()) in reserved  # the momentum
+
+
+def iterate_tensors() -> Iterator[Tensor]:
+    """All tensors of this process."""
+    yield from (item for item in gc.get_objects() if type(item) is Tensor)
