@@ -1,8 +1,8 @@
 """Every command in README.md and docs/ is valid, and runs unless a comment `# needs ...` beside it names what it needs.
 
-A comment stands behind its command, or on a line of its own above the commands of its block. The needs that a
-configuration shows (the network, ADE20K, GPUs, several machines) must be named. Commands without any are run in this
-process, with words behind them that make them small.
+A comment stands behind its command, or on a line of its own above all commands up to the next empty line. The needs
+that a configuration shows (the network, ADE20K, GPUs, several machines) must be named. Commands without any are run in
+this process, with words behind them that make them small.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ class Command(NamedTuple):
 
 
 def list_code_blocks(text: str) -> Iterator[list[tuple[int, str]]]:
-    """The blocks of code of a page, indented or fenced with `bash`: line numbers and lines, continued lines joined."""
+    """The code of a page, indented or fenced with `bash`, up to each empty line: line numbers and joined lines."""
     block: list[tuple[int, str]] = []
     fence = ""
     lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
-        is_code = fence == "bash" if fence else line.startswith("    ")
+        is_code = bool(line) and (fence == "bash" if fence else line.startswith("    "))
         if match := re.match(r"```(\w*)", line):
             fence, is_code = ("" if fence else match[1] or "text"), False
         if is_code:
@@ -104,7 +104,7 @@ def list_code_blocks(text: str) -> Iterator[list[tuple[int, str]]]:
                 block[-1] = (block[-1][0], block[-1][1].removesuffix("\\") + line.strip())
             else:
                 block.append((number, line.strip()))
-        elif block and (line or fence):  # an empty line does not end an indented block
+        elif block:
             yield block
             block = []
     yield block
