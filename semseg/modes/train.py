@@ -332,7 +332,7 @@ def describe_weights(start: Start, loaded: LoadReport | None, data: Segmentation
         return f"a new run from {start.network.source}: {loaded.describe()}"
     weights = start.config.model.encoder.get("weights") or "none"
     sources = {"none": "random", "imagenet": "encoder from ImageNet"}
-    return f"a new run, {sources.get(weights, f'encoder from {weights}')}"
+    return f"a new run: {sources.get(weights, f'encoder from {weights}')}"
 
 
 def describe_data(source: DataSource, width: int) -> dict[str, str]:

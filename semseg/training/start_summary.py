@@ -11,7 +11,7 @@ from rich.text import Text
 from semseg.system.text import escape_unprintable
 
 LABEL_WIDTH = 12  # characters
-MAX_SUMMARY_LINES = 12  # with 3 for notes and warnings, 15 before the first step
+MAX_SUMMARY_LINES = 13  # with 2 for notes and warnings, 15 before the first step
 
 
 def format_start(rows: Mapping[str, str], overrides: Sequence[str], width: int) -> list[Text]:

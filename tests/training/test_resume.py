@@ -170,7 +170,7 @@ def test_a9_resume_auto_in_an_empty_folder_starts_a_new_run_and_says_so(
     assert resolve_start(run_of(root, tmp_path, "resume=null"), [], source).kind == "scratch"
     assert capsys.readouterr().out == ""
     trained(config)
-    assert re.search("^weights +a new run, ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search("^weights +a new run: ", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.slow

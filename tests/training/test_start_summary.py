@@ -43,7 +43,7 @@ def test_two_ranks_print_one_start_and_no_line_of_a_library_also_on_a_resume(tmp
     first = run(tmp_path, *words)
     second = run(tmp_path, *words, "trainer.max_epochs=2")
     for printed, weights in (
-        (first, "a new run, random"),
+        (first, "a new run: random"),
         (second, "resuming from run/checkpoints/last.ckpt at step 2 of 4"),
     ):
         start = [line for line in lines_before_training(printed) if not line.startswith("the schedule ends at step ")]
@@ -98,7 +98,7 @@ def test_what_was_given_takes_a_few_lines_and_can_be_copied() -> None:
     lines = format_start({"network": "x", "nothing": ""}, ["data.short_edges=[64]", "optim.lr=0.5"], 80)
     assert [line.plain for line in lines] == ["network     x", "given       'data.short_edges=[64]' optim.lr=0.5"]
     many = format_start({"network": "x"}, [f"callbacks.x.number_{number}=1" for number in range(100)], 80)
-    assert len(many) == MAX_SUMMARY_LINES and many[-1].plain == "            ... and 77 more in config.yaml"
+    assert len(many) == MAX_SUMMARY_LINES and many[-1].plain == "            ... and 75 more in config.yaml"
 
 
 def test_a_narrow_terminal_gets_wrapped_rows_and_fewer_overrides() -> None:
