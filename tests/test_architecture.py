@@ -86,3 +86,9 @@ def test_a_public_name_is_defined_in_one_file() -> None:
         for name in public_names(path) - {"run"}:  # what each file in modes/ is called by
             files.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
     assert {name: paths for name, paths in files.items() if len(paths) > 1} == {}
+
+
+def test_test_files_have_different_names() -> None:
+    """pytest imports a test file by its name alone, and stops the whole run at the second of a name."""
+    names = [path.name for path in (PACKAGE.parent / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
