@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from semseg.storage.atomic import atomic_write
+from semseg.storage.commands import shorten_overrides
 from semseg.system.text import escape_unprintable
 
 RESULT_FILE = "result.json"  # written when a run completes: the score and its name
@@ -164,7 +165,7 @@ def parse_settings(job: Job) -> dict[str, str]:
     >>> parse_settings(Job(Path("x"), ("+a.b=1", "model/encoder='resnet18'")))
     {'a.b': '1', 'model/encoder': 'resnet18'}
     """
-    pairs = (override.lstrip("+~").partition("=") for override in job.overrides)
+    pairs = (override.lstrip("+~").partition("=") for override in shorten_overrides(job.overrides))
     return {key: value.strip("\"'") for key, _, value in pairs}
 
 
