@@ -9,7 +9,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MovingAverage(EMAWeightAveraging):
@@ -87,8 +86,12 @@ def update_average(average: Sequence[Tensor], values: Sequence[Tensor], decay: f
         for averaged, value in pairs:
             averaged.copy_(value)
         return
-    update = get_ema_multi_avg_fn(decay)  # handles lists whose tensors are all floating, or none of them
-    for is_floating in (True, False):  # integers are numbers of updates of normalisation statistics
-        chosen = [pair for pair in pairs if pair[0].is_floating_point() == is_floating]
-        if chosen:
-            update([averaged for averaged, _ in chosen], [value for _, value in chosen], 0)
+    floating = [pair for pair in pairs if pair[0].is_floating_point()]
+    # Rounded as torch's get_ema_avg_fn rounds it, which lerp is not; foreach is one kernel for many tensors.
+    added = torch._foreach_mul([value for _, value in floating], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+    kept = [averaged for averaged, _ in floating]
+    torch._foreach_mul_(kept, decay)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(kept, added)  # pyright: ignore[reportPrivateImportUsage]
+    for averaged, value in pairs:
+        if not averaged.is_floating_point():  # numbers of updates of normalisation statistics
+            averaged.copy_(averaged * decay + value * (1 - decay))

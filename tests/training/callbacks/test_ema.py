@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg.checkpoints.format import read_checkpoint
@@ -81,7 +81,7 @@ def test_without_a_decay_there_is_no_average(root: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("decay", [0.9, 0.999])
 def test_the_average_equals_that_of_torch(decay: float) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    expected = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    expected = AveragedModel(net, avg_fn=get_ema_avg_fn(decay), use_buffers=True)  # as Lightning's callback
     average = copy.deepcopy(net)
     for step in range(4):
         for value in list_values(net):
