@@ -384,7 +384,7 @@ def read_run_state(path: Path, trainer: TrainerConfig, callbacks: Mapping[str, A
 STEP_SECTIONS = ("seed", "model", "data", "augment", "optim", "schedule", "loss", "ema", "syncbn")
 CHANGEABLE_KEYS = (
     "data.num_workers", "data.worker_timeout_s", "data.label_cache", "data.on_bad", "data.max_bad", "data.max_pixels",
-    "data.root", "data.hint", "data.test", "data.miou_rule", "data.archive",
+    "data.name", "data.root", "data.hint", "data.test", "data.miou_rule", "data.archive",
     "model.name", "model.channels_last", "model.winograd", "model.compile", "model.encoder.weights", "optim.fused",
 )  # fmt: skip
 # Keys that decide which weights and which state of the optimiser a checkpoint holds.
