@@ -211,9 +211,8 @@ def test_a11_settings_that_decide_the_steps_must_be_those_of_the_checkpoint(root
     path = saved_run(root, tmp_path)
     state = read_state(path, run_of(root, tmp_path))
     assert (state.position, state.step) == (Position(epochs=1), 3)
-    same = run_of(
-        root, tmp_path / "elsewhere", "data.name=other", "data.num_workers=2", "trainer.max_epochs=7", "eval.scales=[48]"
-    )  # fmt: skip
+    changed = ("data.name=other", "data.num_workers=2", "trainer.max_epochs=7", "eval.scales=[48]")
+    same = run_of(root, tmp_path / "elsewhere", *changed)
     assert check_same_run(state, config_to_plain(same), num_classes=state.num_classes) is None
     other = run_of(root, tmp_path, "seed=7", "data.short_edges=[32]", "data.batch_size=1")
     with pytest.raises(ConfigError) as caught:
