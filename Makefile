@@ -1,6 +1,7 @@
 # make demo    install, then train, evaluate and predict on drawn scenes (minutes on two CPU cores)
 # make demo-published    the original's demonstration: published weights and picture (downloads 110 MB)
 # make test    install, then the tests
+# make test-gpu the tests that need a GPU, of five minutes in all
 # make check   formatting, lint, who imports whom, and types
 # make configs write what repeats the schema: keys in configs/, docs/configuration.md, the sections in --help
 # make messages write the messages that matter to users again, in tests/golden/messages.json
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 # Processes with one thread each: the tests start many small programs that keep one core busy.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo demo-published install test test-fast test-long check format configs messages docs wheel bench audit lock clean
+.PHONY: demo demo-published install test test-fast test-long test-gpu check format configs messages docs wheel bench audit lock clean
 
 demo: install
 	$(BIN)/python run.py experiment=quickstart
@@ -34,6 +35,9 @@ test-fast: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(PYTEST) -m "long or not long"
+
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m gpu
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
