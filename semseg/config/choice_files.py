@@ -155,6 +155,9 @@ def find_problems(group: str, content: Mapping[str, Any], *, is_global: bool) ->
     elif section is not None:
         yield from find_unknown_keys(values, section, f"{group}.")
     yield from find_default_problems(group, content.get("defaults", []))
+    for key, value in values.items():
+        if is_global and isinstance(value, str) and key in list_groups() and key in get_sections(Config):
+            yield f"{key}: {value}: choose an option of a group below defaults, as `- override /{key}: {value}`."
     if is_global or section is not None:
         yield from find_value_problems(values if is_global else {group: values})
 

@@ -40,7 +40,7 @@ from semseg.modes.eval import evaluate_network
 from semseg.modes.predict import predict_inputs
 from semseg.nets.cost import measure_cost, write_cost
 from semseg.storage.atomic import atomic_write
-from semseg.storage.commands import entry_command, format_command, relative_to_cwd
+from semseg.storage.commands import entry_command, format_command, relative_to_cwd, shorten_overrides
 from semseg.storage.ranks import is_first_rank, print_once
 from semseg.storage.run_folders import CHECKPOINT_FOLDER, choose_follow_up_folder, find_checkpoint
 from semseg.storage.run_lock import hold_run_folder
@@ -288,7 +288,7 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
             **describe_steps(config, trainer, data),
             "run folder": str(relative_to_cwd(run_dir)),
         }
-        for line in format_start(rows, overrides, width):
+        for line in format_start(rows, shorten_overrides(overrides), width):
             console.print(line, soft_wrap=True)
     module = build_module(config, net, source.classes)
     try:

@@ -91,6 +91,8 @@ def find_evaluation_folder(folder: str) -> Path:
     """
     path = Path(folder).expanduser()
     found = path if (path / METRICS_FILE).is_file() else find_newest_evaluation(path)
+    if found is None and not path.exists():
+        raise ConfigError(f"runs: {folder}: there is no such folder.")
     if found is None:
         raise ConfigError(
             f"runs: {folder} holds no evaluation (neither {METRICS_FILE} nor eval/{METRICS_FILE}). "

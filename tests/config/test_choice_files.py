@@ -88,6 +88,7 @@ def test_every_group_takes_files(group: str, text: str, check, folder: Path) -> 
         ("data", "defaults: [other.yaml]\n", ["other.yaml is not an option of configs/"]),
         ("data", "# @package model\nname: x\n", ["@package model"]),
         ("experiment", "optim: {lrr: 1}\n", ["optim.lrr", "optim.lr?"]),
+        ("experiment", "model: upernet50\n", ["- override /model: upernet50"]),
         ("experiment", "hydra: {run: {dir: x}}\n", ["'hydra'"]),
         ("experiment", "defaults: [override /hydra/launcher: x]\n", ["hydra/launcher=x"]),
     ],

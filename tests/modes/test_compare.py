@@ -161,7 +161,13 @@ def test_runs_with_other_classes_are_rejected(tmp_path: Path, runs: list[str], c
 
 
 def test_an_error_about_a_folder_without_evaluation_suggests_the_command(tmp_path: Path, runs: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere holds no evaluation .* python run.py mode=eval ckpt="):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match=r"run holds no evaluation .* python run.py mode=eval ckpt="):
+        read_evaluations([runs[0], str(tmp_path / "run")])
+
+
+def test_the_error_about_a_missing_folder_suggests_no_evaluation(tmp_path: Path, runs: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere: there is no such folder\.$"):
         read_evaluations([runs[0], str(tmp_path / "nowhere")])
 
 

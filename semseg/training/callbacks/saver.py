@@ -18,6 +18,7 @@ from semseg.config.schema import CheckpointConfig
 from semseg.data.batch import Batch
 from semseg.errors import CheckpointError
 from semseg.storage.atomic import atomic_write, describe_write_error
+from semseg.storage.commands import relative_to_cwd
 from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.training.callbacks.stop import StoppedError, StopSignals, Votes
 
@@ -159,4 +160,5 @@ class Saver(Checkpoint):
         if not number:
             return
         name = signal.Signals(number).name
-        raise StoppedError(f"stopped by {name} at step {trainer.global_step}; {self.folder / LAST} is written.", number)
+        file = relative_to_cwd(self.folder / LAST)
+        raise StoppedError(f"stopped by {name} at step {trainer.global_step}; {file} is written.", number)
