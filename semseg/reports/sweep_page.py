@@ -123,7 +123,7 @@ def shorten_number(text: str) -> str:
 
 
 def find_link(folder: Path) -> str | None:
-    """Return the address of a job's report relative to the sweep; of its folder if it was not evaluated."""
+    """Return the address of a job's report relative to the sweep; of its folder if it has none."""
     report = next((name for name in REPORTS if (folder / name).is_file()), None)
     if report is None and not folder.is_dir():
         return None

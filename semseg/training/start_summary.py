@@ -28,7 +28,8 @@ def format_start(rows: Mapping[str, str], overrides: Sequence[str], width: int) 
         for index, line in enumerate(wrap_words(split_at_commas(value), width - LABEL_WIDTH))
     ]
     num_left = max(MAX_SUMMARY_LINES - len(lines), 1)
-    given = wrap_words([shlex.quote(word) for word in overrides], width - LABEL_WIDTH, num_left)
+    words = [shlex.quote(word) for word in overrides if not word.startswith("run_dir=")]  # the run folder has a row
+    given = wrap_words(words, width - LABEL_WIDTH, num_left)
     lines += [("given" if index == 0 else "", line) for index, line in enumerate(given)]
     return [Text.assemble((f"{label:{LABEL_WIDTH}}", "bold cyan"), escape_unprintable(line)) for label, line in lines]
 

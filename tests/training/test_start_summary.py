@@ -88,6 +88,7 @@ def test_verbose_prints_the_whole_configuration_too(tmp_path: Path) -> None:
     quiet = run_here(tmp_path, *TINY, *TINY_NETWORK, "run_dir=quiet")
     verbose = run_here(tmp_path, *TINY, *TINY_NETWORK, "run_dir=verbose", "verbose=true")
     assert "momentum=0.9" in verbose and "momentum" not in quiet
+    assert "run folder  quiet" in quiet and "run_dir=quiet" not in "".join(lines_before_training(quiet))
     assert len(lines_before_training(quiet)) <= MAX_LINES < len(lines_before_training(verbose))
     assert "momentum: 0.9" in (tmp_path / "quiet" / "config.yaml").read_text()
     assert "GFLOPs" in (tmp_path / "quiet" / "model.txt").read_text()
