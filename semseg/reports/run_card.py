@@ -109,12 +109,12 @@ def _installed_version(package: str) -> str:
 
 
 def describe_git_state(file: Path) -> str:
-    """Name the commit of the checkout that tracks `file`, and the number of files changed since."""
+    """Name the commit of the checkout that tracks `file`, and the number of its files changed since."""
     # A package that is installed inside another project's checkout is not tracked by it, and must not name its commit.
     if _run_git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         return NO_CHECKOUT
     commit = _run_git(file.parent, "rev-parse", "HEAD")
-    changes = _run_git(file.parent, "status", "--porcelain")
+    changes = _run_git(file.parent, "status", "--porcelain", "--untracked-files=no")
     if commit is None or changes is None:
         return NO_CHECKOUT
     num_changed = len(changes.splitlines())

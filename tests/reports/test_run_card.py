@@ -52,6 +52,8 @@ def test_the_git_state_names_commit_and_changes_of_the_tracking_checkout_only(tm
     assert re.fullmatch(r"[0-9a-f]{40}, nothing changed since", describe_git_state(file))
     file.write_text("x = 2\n")
     assert describe_git_state(file).endswith(", files changed since: 1")
+    (tmp_path / "metrics.csv").write_text("")  # untracked files, such as data and run folders, do not count
+    assert describe_git_state(file).endswith(", files changed since: 1")
     installed = tmp_path / "b.py"
     installed.write_text("")
     assert describe_git_state(installed) == NO_CHECKOUT
