@@ -160,7 +160,9 @@ def compare_runs(runs: Sequence[ComparedRun], seed: int = 0, defaults: Mapping[s
         headline, classes = add_intervals(headline, classes, intervals)
         has_intervals = num_images >= MIN_INTERVAL_IMAGES
         if not has_intervals:
-            notes.append(f"{num_images} images are too few for intervals; they need {MIN_INTERVAL_IMAGES}.")
+            notes.append(
+                f"{num_images} images are too few to tell two runs apart: that needs at least {MIN_INTERVAL_IMAGES}."
+            )
     configuration = compare_configurations([read_configuration(run.metrics, run.folder) for run in runs], defaults)
     return Comparison(
         tuple(runs), tuple(notes), headline, classes, images, tuple(configuration), num_images, has_intervals

@@ -259,7 +259,7 @@ def test_without_intervals_no_difference_has_a_colour_and_the_reason_is_noted(tm
     relabelled[3, 1] += 1
     other_labels = counted_evaluation(tmp_path / "relabelled", relabelled)
     for runs, reason in (
-        (few, "5 images are too few"),
+        (few, "5 images are too few to tell two runs apart: that needs at least 6"),
         ([base, apart], "no image in common"),
         ([base, other_labels], "labels of 1 of 8 images"),
     ):
