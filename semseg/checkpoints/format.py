@@ -342,9 +342,11 @@ def explain_load_failure(path: Path, error: Exception) -> str:
             f"holds more than tensors and plain containers: {', '.join(foreign)}. It was not loaded because that "
             "would run code from the file. If you trust it, save its state dict alone"
         )
-    kind = "a damaged checkpoint" if zipfile.is_zipfile(path) or path.suffix == ".ckpt" else "not a checkpoint"
-    reason = "not tensors and plain containers" if "weights_only" in str(error) else first_line(error)
-    return f"{kind} ({reason})"
+    is_foreign = "weights_only" in str(error)
+    if zipfile.is_zipfile(path) or path.suffix == ".ckpt":
+        reason = "it holds more than tensors and plain containers" if is_foreign else "for example cut off"
+        return f"damaged, {reason}. Restore it from a copy, or use last.ckpt or best.ckpt of its run"
+    return f"not a checkpoint ({'not tensors and plain containers' if is_foreign else first_line(error)})"
 
 
 def find_foreign_names(path: Path, error: Exception) -> list[str]:
