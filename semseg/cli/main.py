@@ -132,10 +132,14 @@ def run_in_folder(config: Config, composed: DictConfig, overrides: list[str]) ->
     """
     if config.ckpt in ("last", "best"):
         find_checkpoint(config.ckpt, Path(config.runs_dir))  # its error lists the runs, so before there is a new one
+    processes = count_processes(config)
+    if processes > 1 and config.trainer.accelerator in ("gpu", "cuda"):
+        from semseg.training.trainer import choose_accelerator  # noqa: PLC0415 - slow to import
+
+        choose_accelerator(config.trainer.accelerator)  # one error instead of one from every process
     created: list[Path] = []
     try:
         run_dir = resolve_run_dir(composed, created)
-        processes = count_processes(config)
         if processes > 1:
             if config.mode == "train":
                 require_training_data(config.data)

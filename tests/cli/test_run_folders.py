@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from helpers.command_line import TINY, TINY_ENCODERS, TINY_NETWORK, run_here
@@ -231,3 +232,10 @@ def test_follow_ups_of_training_replace_their_own_results_only(tmp_path: Path) -
     assert choose_follow_up_folder(tmp_path, "eval") == tmp_path / "eval"
     (tmp_path / "eval" / RECORD_FOLDER).mkdir()  # of a command of its own
     assert choose_follow_up_folder(tmp_path, "eval") == tmp_path / "eval-2"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_several_gpus_that_do_not_exist_are_one_error_and_leave_no_folder(tmp_path: Path) -> None:
+    printed = run_here(tmp_path, *TINY, "trainer.devices=2", "trainer.accelerator=gpu", code=2)
+    assert printed.count("PyTorch sees no GPU here") == 1
+    assert not (tmp_path / "runs").exists()
