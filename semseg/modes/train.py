@@ -36,6 +36,7 @@ from semseg.data.pairs import name_origin
 from semseg.data.sources import DataSource, describe_split_folders, require_masks
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, DataError
+from semseg.lit_module import SegmentationModule
 from semseg.modes.eval import evaluate_network
 from semseg.modes.predict import predict_inputs
 from semseg.nets.cost import measure_cost, write_cost
@@ -45,6 +46,7 @@ from semseg.storage.ranks import is_first_rank, print_once
 from semseg.storage.run_folders import CHECKPOINT_FOLDER, choose_follow_up_folder, find_checkpoint
 from semseg.storage.run_lock import hold_run_folder
 from semseg.storage.run_results import RESULT_FILE, RunResult, read_result, write_result
+from semseg.system.process import StopRequest
 from semseg.system.processors import choose_num_workers
 from semseg.system.text import format_quantity
 from semseg.training.callbacks.console import build_config_tree
@@ -56,6 +58,7 @@ from semseg.training.resume import (
     RunState,
     check_same_conditions,
     check_same_run,
+    end_fast_dev_run,
     list_early_stopping,
     read_run_state,
     removal_override,
@@ -291,18 +294,41 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
         for line in format_start(rows, shorten_overrides(overrides), width):
             console.print(line, soft_wrap=True)
     module = build_module(config, net, source.classes)
+    if not fit_network(trainer, module, data, start, overrides):
+        return None
+    result = best_result(trainer)
+    finish(config, overrides, trainer, console, result)
+    return result.score
+
+
+def fit_network(
+    trainer: pl.Trainer, module: SegmentationModule, data: SegmentationData, start: Start, overrides: list[str]
+) -> bool:
+    """Fit, and say what to do about a run that stops; returns False if a job of SLURM will resume it.
+
+    Raises:
+        DataError: for an image that cannot be read, with the key that leaves it out.
+        StoppedError: if the run was stopped, with the command that resumes it.
+    """
+    config = start.config
     try:
-        with report_restore_errors(trainer, path := state.path if state else None):
+        with report_restore_errors(trainer, path := start.state.path if start.state else None):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+    except DataError as error:
+        if config.data.on_bad == "skip":
+            raise
+        advice = "To train without images that are damaged or do not fit, give data.on_bad=skip."
+        raise DataError(f"{error} {advice}") from error
+    except StopRequest:  # a second Ctrl-C, or one before the first step: no checkpoint is written now
+        print_once(describe_last_checkpoint(config, overrides))
+        raise
     except StoppedError as stopped:
         job = requeue(stopped.number, is_first_rank=trainer.is_global_zero)
         if job is not None:
             print_once(f"{stopped} SLURM job {job} is requeued and will resume by itself.")
-            return None
+            return False
         raise StoppedError(f"{stopped} To resume: {resume_command(config, overrides)}", stopped.number) from None
-    result = best_result(trainer)
-    finish(config, overrides, trainer, console, result)
-    return result.score
+    return True
 
 
 # ---- what is printed, and what follows
@@ -371,9 +397,9 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
     return {
         "batch": f"{' '.join(parts)}, short edges {edges}, long edges up to {sizes.max_long_edge}, "
         f"padded to multiples of {data.size_divisor}, labels at 1/{data.label_stride}",
-        "training": f"{conditions.total_steps} steps, {steps} an epoch, {config.optim.name} with lr {config.optim.lr:g}"
-        f", {config.loss.terms.formula}, {limits.precision} on {conditions.accelerator}"
-        f", {format_quantity(workers, 'worker')}",
+        "training": f"{format_quantity(conditions.total_steps, 'step')}, {steps} an epoch"
+        f", {config.optim.name} with lr {config.optim.lr:g}, {config.loss.terms.formula}"
+        f", {limits.precision} on {conditions.accelerator}, {format_quantity(workers, 'worker')}",
     }
 
 
@@ -432,6 +458,11 @@ def overrides_to_continue(limits: TrainerConfig, callbacks: Mapping[str, Any], t
         limits, callbacks: the sections of the run.
         trainer: has trained it.
     """
+    if limits.fast_dev_run:
+        words = end_fast_dev_run(limits)
+        if 0 < limits.max_steps <= trainer.global_step:
+            words.append(f"trainer.max_steps={2 * limits.max_steps}")
+        return words
     words = []
     steps_per_epoch = math.ceil(trainer.num_training_batches / limits.accumulate_grad_batches)
     if trainer.global_step >= limits.max_epochs * steps_per_epoch:
@@ -465,6 +496,14 @@ def closing_lines(
         f"to predict      {entry_command()} mode=predict ckpt={ckpt} input=<image or folder>",
         f"to continue     {command}",
     ]
+
+
+def describe_last_checkpoint(config: Config, overrides: list[str]) -> str | None:
+    """The last checkpoint that was written before training was interrupted, and the command that resumes it."""
+    last = Path(config.run_dir) / CHECKPOINT_FOLDER / "last.ckpt"
+    if not last.is_file():
+        return None
+    return f"The last checkpoint is {relative_to_cwd(last)}. To resume: {resume_command(config, overrides)}"
 
 
 def resume_command(config: Config, overrides: list[str], *further: str) -> str:

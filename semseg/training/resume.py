@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -284,8 +285,17 @@ def limit_batches(batches: int, limit: float | None) -> int:
     return int(batches * limit) if isinstance(limit, float) else min(batches, limit)
 
 
+def apply_fast_dev_run(limits: TrainerConfig) -> TrainerConfig:
+    """The limits of a run, with those that Lightning sets for trainer.fast_dev_run: one epoch of a few sub-batches."""
+    if not limits.fast_dev_run:
+        return limits
+    count = int(limits.fast_dev_run)
+    return replace(limits, max_epochs=1, max_steps=count, limit_train_batches=count)
+
+
 def count_run_steps(trainer: TrainerConfig, batches_per_epoch: int) -> int:
     """Steps of the optimiser in a whole run."""
+    trainer = apply_fast_dev_run(trainer)
     steps = trainer.max_epochs * math.ceil(batches_per_epoch / trainer.accumulate_grad_batches)
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
@@ -331,15 +341,33 @@ class RunState(NamedTuple):
                 f"already finished at epoch {self.position.epochs}: callbacks.{name} ended it ({reason}). To continue, "
                 f"change its settings, or remove it with {removal_override(name)}"
             )
-        reached = {
-            "trainer.max_epochs": self.position.epochs >= limits.max_epochs,
-            "trainer.max_steps": 0 < limits.max_steps <= self.step,
-        }
-        keys = " and ".join(key for key, is_reached in reached.items() if is_reached)
+        if limits.fast_dev_run and find_reached_limits(apply_fast_dev_run(limits), self.position.epochs, self.step):
+            return (
+                f"already finished at step {self.step}: trainer.fast_dev_run={limits.fast_dev_run} allows no more. To "
+                f"continue, give {' '.join(end_fast_dev_run(limits))}"
+            )
+        keys = find_reached_limits(limits, self.position.epochs, self.step)
         if not keys:
             return None
-        end = f"epoch {self.position.epochs}" if reached["trainer.max_epochs"] else f"step {self.step}"
-        return f"already finished at {end}; raise {keys} to continue"
+        end = f"epoch {self.position.epochs}" if "trainer.max_epochs" in keys else f"step {self.step}"
+        return f"already finished at {end}; raise {' and '.join(keys)} to continue"
+
+
+def find_reached_limits(limits: TrainerConfig, epochs: int, step: int) -> list[str]:
+    """The keys of the limits that a run has reached after so many whole epochs and steps."""
+    reached = {
+        "trainer.max_epochs": epochs >= limits.max_epochs,
+        "trainer.max_steps": 0 < limits.max_steps <= step,
+    }
+    return [key for key, is_reached in reached.items() if is_reached]
+
+
+def end_fast_dev_run(limits: TrainerConfig) -> list[str]:
+    """Overrides with which a run of trainer.fast_dev_run continues, with epochs as long as that one."""
+    words = ["trainer.fast_dev_run=false", f"trainer.limit_train_batches={int(limits.fast_dev_run)}"]
+    if limits.max_epochs == 1:
+        words.append("trainer.max_epochs=2")
+    return words
 
 
 def removal_override(name: str) -> str:
@@ -392,17 +420,33 @@ FIXED_KEYS = (
     "model.encoder.name", "model.encoder.library", "model.encoder.frozen", "model.decoder.", "data.num_classes",
     "optim.name", "optim.layer_decay",
 )  # fmt: skip
+NEW_RUN_ADVICE = "For a new run give another run_dir, with init_from=<checkpoint> to start from these weights"
 STEP_TRAINER_KEYS = ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.precision")
 
 
 def find_differing_keys(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys that decide the steps and differ between two plain configurations, with the saved and the given value."""
-    before, after = (dict(iterate_leaves(config)) for config in (saved, given))
+    before, after = (list_settings(config) for config in (saved, given))
     return {
         key: (before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
         if decides_steps(key) and before.get(key) != after.get(key)
     }
+
+
+def list_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of a plain configuration by dotted key; a list is one setting.
+
+    >>> list_settings({"loss": {"name": "ce", "class_weights": [1.0, 2.0]}})
+    {'loss.name': 'ce', 'loss.class_weights': [1.0, 2.0]}
+    """
+    settings: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            settings |= list_settings(value, f"{prefix}{key}.")
+        else:
+            settings[f"{prefix}{key}"] = value
+    return settings
 
 
 def decides_steps(key: str) -> bool:
@@ -437,7 +481,7 @@ def check_same_run(state: RunState, config: dict[str, Any], *, num_classes: int,
         listed = "\n  ".join(rows.values())
         raise ConfigError(
             f"{state.path}: its weights or the state of its optimiser do not fit this run:\n  {listed}\n"
-            "Start a new run with init_from=<checkpoint>."
+            f"{NEW_RUN_ADVICE}."
         )
     return report_or_refuse(state.path, list(rows.values()), force=force)
 
@@ -518,5 +562,5 @@ def report_or_refuse(source: Path, rows: Sequence[str], *, force: bool) -> str |
         return f"{source}: resuming with other settings or data, so not exactly (resume_force=true):\n  {listed}"
     raise ConfigError(
         f"{source}: this run differs from the one that wrote it, so it would not resume exactly:\n  {listed}\n"
-        "Start a new run with init_from=<checkpoint>, or resume anyway with resume_force=true."
+        f"{NEW_RUN_ADVICE}; or resume anyway with resume_force=true."
     )

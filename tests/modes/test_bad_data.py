@@ -84,6 +84,7 @@ class Fault(NamedTuple):
 
 FAULTS = {
     "c1 truncated image": Fault(lambda folder: cut(image(folder, 3)), "images/3.jpg: the JPEG is truncated"),
+    "c1 advice": Fault(lambda folder: cut(image(folder, 3)), "give data.on_bad=skip"),
     "c1 left out": Fault(lambda folder: cut(image(folder, 3)), None, ("data.on_bad=skip", "data.max_bad=1")),
     "c1 too many left out": Fault(
         lambda folder: [cut(image(folder, number)) for number in range(4)],

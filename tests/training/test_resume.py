@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -23,6 +24,7 @@ from semseg.errors import CheckpointError, ConfigError
 from semseg.modes import train
 from semseg.modes.train import Start, resolve_start
 from semseg.nets.registry import ENCODERS, Constructor
+from semseg.system.process import StopRequest
 from semseg.training.callbacks.saver import Saver
 from semseg.training.loggers.csv import read_rows
 from semseg.training.resume import (
@@ -219,6 +221,8 @@ def test_a11_settings_that_decide_the_steps_must_be_those_of_the_checkpoint(root
         check_same_run(state, config_to_plain(other), num_classes=state.num_classes)
     message = str(caught.value)
     assert "seed: 304 in the checkpoint, 7 now" in message and "data.batch_size: 2 in the checkpoint, 1 now" in message
+    assert message.count("data.short_edges") == 1  # a list is one line
+    assert "give another run_dir" in message  # init_from alone would resume the same run
     assert "data.short_edges" in message and "resume_force=true" in message and "data.root" not in message
     report = check_same_run(state, config_to_plain(other), num_classes=state.num_classes, force=True)
     assert "seed: 304" in str(report)
@@ -377,6 +381,37 @@ def test_a15_the_command_to_continue_raises_the_limit_that_ended_the_run(
     trained(run_of(root, tmp_path, "trainer.max_steps=2"), "trainer.max_steps=2")
     printed = " ".join(capsys.readouterr().out.split())
     assert "trainer.max_steps=4" in printed and "trainer.max_epochs" not in printed
+
+
+@pytest.mark.reliability
+def test_a15_a_fast_dev_run_says_that_it_is_finished_and_continues_with_the_printed_overrides(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["debug=fast", "trainer.max_epochs=1"]
+    trained(run_of(root, tmp_path, *words), *words)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "training 1 step, 1 an epoch" in printed
+    further = "trainer.fast_dev_run=false trainer.limit_train_batches=1 trainer.max_epochs=2"
+    assert printed.endswith(f"resume=auto {further}") and "debug=fast" in printed
+    trained(run_of(root, tmp_path, *words), *words)
+    assert "already finished at step 1" in (printed := capsys.readouterr().out) and further in printed
+    trained(run_of(root, tmp_path, "debug=fast", *further.split()))
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt").step == 2
+
+
+@pytest.mark.reliability
+def test_e8_a_run_that_is_interrupted_without_a_new_checkpoint_names_the_last_one(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(run_of(root, tmp_path, "trainer.max_epochs=1"))
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise StopRequest(signal.SIGINT)
+
+    monkeypatch.setattr(pl.Trainer, "fit", interrupt)
+    with pytest.raises(StopRequest):
+        trained(run_of(root, tmp_path))
+    assert "last.ckpt. To resume: " in capsys.readouterr().out
 
 
 def stopped_run(root: Path, run_dir: Path) -> tuple[RunState, Config, RunConditions]:
