@@ -343,7 +343,7 @@ class RunState(NamedTuple):
             )
         if limits.fast_dev_run and find_reached_limits(apply_fast_dev_run(limits), self.position.epochs, self.step):
             return (
-                f"already finished at step {self.step}: trainer.fast_dev_run={limits.fast_dev_run} allows no more. To "
+                f"already finished at step {self.step}: trainer.fast_dev_run={str(limits.fast_dev_run).lower()} allows no more. To "
                 f"continue, give {' '.join(end_fast_dev_run(limits))}"
             )
         keys = find_reached_limits(limits, self.position.epochs, self.step)
