@@ -342,9 +342,10 @@ class RunState(NamedTuple):
                 f"change its settings, or remove it with {removal_override(name)}"
             )
         if limits.fast_dev_run and find_reached_limits(apply_fast_dev_run(limits), self.position.epochs, self.step):
+            value = str(limits.fast_dev_run).lower()
             return (
-                f"already finished at step {self.step}: trainer.fast_dev_run={str(limits.fast_dev_run).lower()} allows no more. To "
-                f"continue, give {' '.join(end_fast_dev_run(limits))}"
+                f"already finished at step {self.step}: trainer.fast_dev_run={value} allows no more. To continue, give "
+                f"{' '.join(end_fast_dev_run(limits))}"
             )
         keys = find_reached_limits(limits, self.position.epochs, self.step)
         if not keys:
