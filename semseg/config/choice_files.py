@@ -62,8 +62,12 @@ def resolve_choice(group: str, value: str) -> Path:
     """
     path = Path(value).expanduser()
     if not path.is_file():
-        nearest = find_nearest(path.stem, list_options(group))
-        hint = f" Did you mean {group}={nearest}?" if nearest else ""
+        files = [each for suffix in SUFFIXES for each in path.parent.glob(f"*{suffix}")]
+        choices = {name: name for name in list_options(group)} | {
+            each.stem: str(Path(value).with_name(each.name)) for each in files
+        }
+        nearest = find_nearest(path.stem, choices)
+        hint = f" Did you mean {group}={choices[nearest]}?" if nearest else ""
         raise ConfigError(f"{group}={value}: there is no such file.{hint}")
     read_choice_file(group, path)
     return path.absolute()

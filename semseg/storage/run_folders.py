@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from semseg.config.overrides import RECORD_FOLDER
-from semseg.errors import CheckpointError, ConfigError
+from semseg.errors import CheckpointError, ConfigError, find_nearest
 from semseg.storage.commands import entry_command
 
 CHECKPOINT_FOLDER = "checkpoints"  # inside a run folder
+CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
 METRICS_FILE = "metrics.json"  # of an evaluation
 
 
@@ -41,14 +42,27 @@ def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best"
             )
         return found
     if path.is_dir():
-        for name in prefer:
-            for folder in (path / CHECKPOINT_FOLDER, path):
-                if (folder / f"{name}.ckpt").is_file():
-                    return folder / f"{name}.ckpt"
+        found = find_in_run(path, prefer)
+        if found is not None:
+            return found
         raise CheckpointError(f"ckpt={spec}: no best.ckpt or last.ckpt in this folder{describe_folder(path)}.")
     if not path.is_file():
-        raise CheckpointError(f"ckpt={spec}: there is no such file{describe_folder(path.parent)}.")
+        nearest = find_nearest(path.name, list_networks(path.parent))
+        hint = f". Did you mean ckpt={Path(spec).with_name(nearest)}?" if nearest else ""
+        raise CheckpointError(f"ckpt={spec}: there is no such file{hint or f'{describe_folder(path.parent)}.'}")
     return path
+
+
+def find_in_run(folder: Path, prefer: tuple[str, ...] = ("best", "last")) -> Path | None:
+    """The first checkpoint of `prefer` in a run folder, or None."""
+    files = (place / f"{name}.ckpt" for name in prefer for place in (folder / CHECKPOINT_FOLDER, folder))
+    return next((file for file in files if file.is_file()), None)
+
+
+def list_networks(folder: Path) -> list[str]:
+    """The names of the run folders with a checkpoint, and of the checkpoints, in a folder."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return [path.name for path in paths if path.suffix in CHECKPOINT_SUFFIXES or find_in_run(path)]
 
 
 def find_newest_file(folder: Path, pattern: str) -> Path | None:
@@ -60,7 +74,7 @@ def describe_folder(folder: Path) -> str:
     """` (there: a, b, ...)` for an error message about a folder."""
     if not folder.is_dir():
         return f" ({folder} does not exist)"
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     return f" (there: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else " (it is empty)"
 
 

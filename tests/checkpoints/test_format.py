@@ -70,6 +70,19 @@ def test_a_checkpoint_that_is_not_there_is_an_error_that_lists_what_is(spec: str
         find_checkpoint(spec, tmp_path)
 
 
+def test_a_run_of_a_similar_name_is_suggested(tmp_path: Path) -> None:
+    path = tmp_path / "facades_run" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    (tmp_path / "facades_rum.yaml").touch()
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(CheckpointError, match=r"Did you mean ckpt=\S*facades_run\?"):
+        find_checkpoint(str(tmp_path / "facades_rum"), tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(str(tmp_path / "nowhere"), tmp_path)
+    assert ".git" not in str(caught.value)
+
+
 def test_an_empty_run_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(CheckpointError, match=r"no best\.ckpt or last\.ckpt.*notes\.txt"):

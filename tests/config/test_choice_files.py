@@ -101,6 +101,12 @@ def test_a_wrong_file_is_named_with_its_mistake(group: str, text: str, parts: li
     assert all(part in str(caught.value) for part in parts)
 
 
+def test_a_file_that_does_not_exist_is_named_with_the_file_that_is_similar(folder: Path) -> None:
+    write(folder / "facades.yaml", "root: facades\n")
+    with pytest.raises(ConfigError, match=r"Did you mean data=facades\.yaml\?"):
+        load("data=facades.yml")
+
+
 def test_a_file_that_does_not_exist_is_named_with_the_option_of_that_name(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"data=camvd\.yaml: there is no such file\. Did you mean data=camvid\?"):
         load("data=camvd.yaml")
