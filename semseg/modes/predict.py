@@ -21,7 +21,7 @@ from semseg.config.schema import Config
 from semseg.data.loaders import WatchedLoader
 from semseg.data.store import UnusedFiles
 from semseg.errors import DataError
-from semseg.prediction.inputs import Input, find_inputs
+from semseg.prediction.inputs import AS_PATH_LIST, Input, find_inputs, is_path_list
 from semseg.prediction.outputs import array_on_disk, write_classes, write_outputs
 from semseg.prediction.pictures import read_picture
 from semseg.prediction.predictor import PredictionResult, Predictor
@@ -31,7 +31,7 @@ from semseg.storage.commands import relative_to_cwd
 from semseg.storage.download import fetch_file
 from semseg.storage.ranks import print_once
 from semseg.system.processors import choose_num_workers
-from semseg.system.text import escape_lines, escape_unprintable
+from semseg.system.text import escape_lines, escape_unprintable, format_quantity
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -80,7 +80,9 @@ def predict_inputs(predictor: Predictor, config: Config, inputs: Sequence[Input]
     write_classes(folder / "classes.json", predictor.classes, predictor.label_map)
     summary = f"{len(inputs) - len(failures)} of {len(inputs)} files predicted, written to {relative_to_cwd(folder)}"
     if failures:
-        raise DataError(f"{len(failures)} files could not be read, see above; {summary}.")
+        kind = f" {config.input}: {AS_PATH_LIST}" if config.input and is_path_list(config.input) else ""
+        count = format_quantity(len(failures), "file")
+        raise DataError(f"{count} could not be read, see above; {summary}.{kind}")
     print(escape_unprintable(summary))
 
 

@@ -22,6 +22,7 @@ from semseg.errors import ConfigError, DataError
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 LIST_SUFFIXES = frozenset({".lst", ".txt"})
+AS_PATH_LIST = "This file was read as a list of paths, one on each line."
 
 
 class Input(NamedTuple):
@@ -59,7 +60,7 @@ def find_inputs(
         files, base = parse_path_lines(stdin, "input=-", Path(), unused), None
     elif store.is_folder(path):
         files, base = select_inputs(store.list_files_below(path, unused), path, run_dir, unused), path
-    elif path.suffix.lower() in LIST_SUFFIXES and path.is_file():
+    elif is_path_list(source):
         files, base = read_path_list(path, unused), None
     elif store.is_file(path):
         files, base = [path], path.parent
@@ -70,11 +71,18 @@ def find_inputs(
     if not files:
         ignored = f" Not used: {unused.describe(path)}." if unused.count else ""
         known = ", ".join(sorted(input_suffixes()))
-        raise DataError(f"input={source}: there are no images or videos (suffixes: {known}).{ignored}")
+        kind = f" {AS_PATH_LIST}" if is_path_list(source) else ""
+        raise DataError(f"input={source}: there are no images or videos (suffixes: {known}).{kind}{ignored}")
     files = list(dict.fromkeys(files))
     if any(file.resolve().parent == run_dir.resolve() for file in files):
         raise ConfigError(f"run_dir={run_dir}: holds inputs, which outputs could overwrite. Set another folder.")
     return [Input(file, target) for file, target in zip(files, choose_output_paths(files, base), strict=True)]
+
+
+def is_path_list(source: str) -> bool:
+    """Whether `input` names a text file with one path a line."""
+    path = store.resolve_path(source)
+    return path.suffix.lower() in LIST_SUFFIXES and path.is_file()
 
 
 def input_suffixes() -> frozenset[str]:

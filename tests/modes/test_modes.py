@@ -187,6 +187,14 @@ def test_the_python_interface_gives_what_the_command_line_writes(folder: Path, p
 
 
 @pytest.mark.slow
+def test_a_text_file_that_holds_no_paths_is_said_to_be_read_as_a_list(folder: Path) -> None:
+    (folder / "prose.txt").write_text("Photographs of 2024\n")
+    shown = run_here(folder, "mode=predict", "ckpt=run", "input=prose.txt", "run_dir=of_prose", code=1)
+    assert "1 file could not be read" in shown
+    assert "prose.txt: This file was read as a list of paths" in shown
+
+
+@pytest.mark.slow
 def test_images_that_differ_in_the_suffix_alone_do_not_collide(folder: Path) -> None:
     (folder / "two").mkdir()
     for name in ("a.png", "a.jpg"):
