@@ -182,7 +182,9 @@ def sort_notices(notices: Iterable[Notice]) -> list[Notice]:
 def check_files(split: ScannedSplit) -> Iterator[Notice]:
     """Notices about files that cannot be used."""
     if split.problems:
-        text = f"{split.name}: {len(split.problems)} lines or files give no pair, such as {split.problems[0]}"
+        number = len(split.problems)
+        counted = "1 line or file gives no pair" if number == 1 else f"{number} lines or files give no pair"
+        text = f"{split.name}: {counted}, such as {split.problems[0]}"
         yield Notice(ERROR, text, tuple(split.problems[:MAX_EXAMPLES]))
     if split.unused:
         yield Notice(NOTE, split.unused)
@@ -328,6 +330,8 @@ def check_unknown_ids(
 def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConfig, num_classes: int) -> dict[str, str]:
     """Settings under which no id is unknown. A class table keeps its number of classes; the user extends a map.
 
+    Where 0 is ignored it stays ignored, and further ids become classes after those that are set.
+
     Args:
         unknown_ids: ids that are neither classes nor ignored.
         pixels: pixels by id.
@@ -335,6 +339,13 @@ def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConf
     """
     if data.map is not None:
         return {}
+    class_ids = [raw_id for raw_id in pixels if raw_id not in data.ignore and raw_id != VOID]
+    is_extension = data.classes is None and class_ids and min(class_ids) >= data.first_id
+    if is_extension and 0 in data.ignore and not any(data.first_id <= each <= max(class_ids) for each in data.ignore):
+        extended = {"data.num_classes": str(max(num_classes, max(class_ids) - data.first_id + 1))}
+        if VOID in unknown_ids:
+            extended["data.ignore"] = f"[{','.join(map(str, [*data.ignore, VOID]))}]"
+        return extended
     suggested = suggest_ids(pixels)
     if unknown_ids != {VOID} and (data.classes is None or int(suggested["data.num_classes"]) == num_classes):
         if data.classes is not None:

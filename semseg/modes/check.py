@@ -80,6 +80,7 @@ def run(config: Config, overrides: list[str]) -> None:
     is_ready = diagnosis.verdict != NOT_READY
     output = Path(config.output).expanduser() if config.output else None
     label_map, classes = resolve_classes(config.data, source, diagnosis)
+    purpose = "to train" if is_ready else "to check" if diagnosis.suggestions else "to check again"
     report = CheckReport(
         config.data.name,
         diagnosis,
@@ -87,19 +88,20 @@ def run(config: Config, overrides: list[str]) -> None:
         summarise_plan(config, splits[0], source.classes.num_classes),
         list(sample_pairs(splits[0], config.check.samples, config.data.max_pixels, label_map, classes)),
         training_command(overrides, diagnosis.suggestions, output) if is_ready else check_command(overrides, diagnosis),
+        f"{purpose} as suggested" if diagnosis.suggestions else purpose,
     )
     files = write_report(folder, report)
     print_report(report, files)
-    next_step = f"{' as suggested' if diagnosis.suggestions else ''}: {report.command}"
+    next_step = escape_lines(f"{report.purpose}: {report.command}")
     if is_ready:
         if output is not None:
             write_description(output, describe_checked_data(overrides, diagnosis.suggestions, output))
             print(escape_lines(f"written to {relative_to_cwd(output)}"))
-        print(escape_lines(f"to train{next_step}"))
+        print(next_step)
         return
     if output is not None:
         print(escape_lines(f"nothing is written to {relative_to_cwd(output)} before the data set is ready"))
-    print(escape_lines(f"to check{next_step}" if diagnosis.suggestions else f"to check again{next_step}"))
+    print(next_step)
     error = DataError if config.quiet else ReportedError
     raise error(f"the data set is not ready for training: see {relative_to_cwd(files[-1])}.")
 

@@ -56,7 +56,8 @@ class CheckReport(NamedTuple):
     splits: Sequence[ScannedSplit]
     plan: PlanSummary | None
     samples: Sequence[CheckedSample]
-    command: str  # trains with all suggestions
+    command: str  # trains, or checks again, with all suggestions
+    purpose: str  # of the command: "to train", "to check as suggested"
 
 
 class SamplePictures(NamedTuple):

@@ -136,6 +136,14 @@ def test_an_unknown_id_is_shown_with_file_and_pixel(tmp_path: Path) -> None:
     assert found["suggestions"]["data.num_classes"] == "9"
 
 
+def test_more_ids_than_classes_extend_the_classes_and_keep_0_ignored(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data", ids=(0, 1, 2, 3, 4))
+    found = check(root, "data.num_classes=2")
+    assert found["suggestions"].get("data.num_classes") == "4"
+    assert not {"data.first_id", "data.ignore"} & found["suggestions"].keys()
+    assert check(root, *shlex.split(found["command"])[2:])["verdict"].startswith("READY")
+
+
 @pytest.mark.slow
 def test_255_that_is_not_ignored_and_masks_that_start_at_0_are_recognised(tmp_path: Path) -> None:
     void = check(good_folder(tmp_path / "void" / "data", ids=(1, 2, 255)), "data.num_classes=2")
@@ -246,6 +254,17 @@ def test_the_page_opens_from_disk(tmp_path: Path) -> None:
     assert seen == ["NOT READY", 3, 4, 0]
 
 
+@needs_browser
+@pytest.mark.slow
+def test_the_only_chart_of_the_splits_has_labels_of_the_size_of_text(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data")
+    put(root, "one_id", stripes(1))
+    check(root, "data.num_classes=3", "data.val_fraction=0")
+    script = "[...document.querySelectorAll('.figures svg')].map(each => each.getBoundingClientRect().width)"
+    (width,) = evaluate_in_browser(tmp_path / "out" / "check.html", script)
+    assert width <= 600
+
+
 # ---- pixels
 
 
@@ -354,6 +373,8 @@ def test_a_data_set_that_is_not_ready_is_not_described_and_the_last_line_checks_
     assert "to train:" not in shown and "error: the data set" not in shown
     last = shown.splitlines()[-1]
     assert last.startswith("to check as suggested: python run.py mode=check data=folder")
+    page = next(tmp_path.glob("runs/*/check.html")).read_text()
+    assert "To check as suggested:" in page and "To train" not in page
     run_here(tmp_path, *shlex.split(last.partition("run.py ")[2]))
     assert (tmp_path / "plants.yaml").is_file()
 
