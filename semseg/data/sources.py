@@ -22,7 +22,15 @@ from semseg.data.orientation import (
     labels_are_upright,
     set_label_orientation,
 )
-from semseg.data.records import Problem, Record, require_path, require_records, separate_problems, split_by_hash
+from semseg.data.records import (
+    Problem,
+    Record,
+    hint_sentence,
+    require_path,
+    require_records,
+    separate_problems,
+    split_by_hash,
+)
 from semseg.data.scenes import make_scenes
 from semseg.errors import ConfigError, DataError
 
@@ -287,7 +295,7 @@ def load_class_table(config: DataConfig, root: Path) -> ClassTable:
 
     Raises:
         ConfigError: if neither data.classes nor data.num_classes is set, or they contradict each other.
-        DataError: if the file is missing or broken.
+        DataError: if the file or the folder of the data set is missing, or the file is broken.
     """
     if config.classes is None:
         if config.num_classes is None:
@@ -296,7 +304,11 @@ def load_class_table(config: DataConfig, root: Path) -> ClassTable:
     if config.classes in BUILT_IN_CLASSES:
         table = built_in_classes(config.classes)
     else:
-        table = ClassTable.from_file(store.resolve_path(root / store.resolve_path(config.classes)))
+        path = store.resolve_path(root / store.resolve_path(config.classes))
+        if not store.is_file(path) and not store.is_folder(root):  # otherwise the table would be blamed
+            hint = f"data.root=<folder> names it.{hint_sentence(config.hint)}"
+            require_path(exists=False, kind="data folder", path=root, hint=hint)
+        table = ClassTable.from_file(path)
     if config.num_classes not in (None, table.num_classes):
         raise ConfigError(
             f"data.num_classes={config.num_classes}, but data.classes={config.classes} has {table.num_classes}. "

@@ -374,3 +374,14 @@ def test_c37_validation_without_masks_is_refused_in_one_sentence(tmp_path: Path)
     notices = check_files(ScannedSplit("val", records, [scan_pair(record) for record in records], []))
     (notice,) = [notice for notice in notices if "no mask" in notice.text]
     assert notice.text == "val: 1 of 2 images have no mask and cannot be scored."
+
+
+def test_a_missing_data_folder_is_named_and_not_its_class_table(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data folder not found: \S*facade .*data\.root=<folder>") as caught:
+        source(tmp_path / "facade", "data.num_classes=", "data.classes=classes.txt")
+    assert "class table" not in str(caught.value)
+
+
+def test_one_file_without_a_pair_is_counted_in_the_singular() -> None:
+    (notice,) = [each for each in check_files(ScannedSplit("train", [], [], ["b.png: no image"])) if each.files]
+    assert notice.text.startswith("train: 1 line or file gives no pair")
