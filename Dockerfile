@@ -7,15 +7,15 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgl1 libglib2.0-0 \
     && rm -rf /var/lib/apt/lists/*
 
-WORKDIR /work
+WORKDIR /semseg
 COPY pyproject.toml constraints.txt README.md LICENSE run.py ./
 COPY configs configs
 COPY semseg semseg
 RUN pip install --no-cache-dir --constraint constraints.txt --editable ".[tb,timm,demo,export]"
 
-# Data and runs are mounted at /work/data and /work/runs. Several GPUs (NCCL) and the worker of mode=predict use /dev/shm,
+# Data and runs are mounted at /semseg/data and /semseg/runs. Several GPUs (NCCL) and the worker of mode=predict use /dev/shm,
 # of which a container has 64 MB unless it is started with --shm-size; workers of training and evaluation do not.
-VOLUME ["/work/data", "/work/runs"]
+VOLUME ["/semseg/data", "/semseg/runs"]
 EXPOSE 8000
 ENTRYPOINT ["python", "run.py"]
 CMD ["mode=doctor"]
