@@ -78,7 +78,7 @@ def read_evaluation(name: str, folder: Path) -> ComparedRun:
 
 
 def name_giving_folder(folder: Path) -> Path:
-    """Return the folder whose name tells an evaluation from others: of <run folder>/eval, that of the run."""
+    """Return the folder whose name distinguishes an evaluation: of <run folder>/eval, that of the run."""
     folder = folder.absolute()
     return folder.parent if EVALUATION_FOLDER.fullmatch(folder.name) and folder.parent.name else folder
 

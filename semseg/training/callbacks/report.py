@@ -31,7 +31,7 @@ class WriteReport(ValidationImages):
     """Rewrites <run folder>/report.html after every validation, or after every epoch if there is no validation.
 
     The curves are those of the CSV log; without that logger the page has none. A page that cannot be written gives one
-    warning, and training goes on.
+    warning, and training continues.
 
     Args:
         run_dir: the folder of the run.

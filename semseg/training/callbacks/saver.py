@@ -21,6 +21,7 @@ from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.storage.commands import relative_to_cwd
 from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.training.callbacks.stop import StoppedError, StopSignals, Votes
+from semseg.training.step_means import is_step_complete
 
 LAST = "last.ckpt"
 
@@ -73,7 +74,7 @@ class Saver(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         is_last = batch_idx + 1 == trainer.num_training_batches
-        if (batch_idx + 1) % trainer.accumulate_grad_batches and not is_last:
+        if not is_step_complete(trainer, batch_idx):
             return  # checkpoints hold no partly accumulated gradients
         if is_last and not is_validated(trainer):
             return  # on_train_epoch_end comes next, after callbacks that judge the epoch

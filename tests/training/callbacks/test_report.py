@@ -16,7 +16,7 @@ from semseg.training.callbacks.report import REPORT_FILE
 
 
 class KeepPages(Callback):
-    """Keeps the page as it is when the run goes on."""
+    """Keeps the page as it is while the run continues."""
 
     def __init__(self, page: Path) -> None:
         self.page = page
