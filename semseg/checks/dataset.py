@@ -270,9 +270,26 @@ def describe_unexplained_ids(ids: Sequence[int]) -> str:
     """
     class_ids = [raw_id for raw_id in ids if raw_id not in (0, VOID)]
     message = f"data.num_classes is not set. Found ids {format_ranges(ids)}."
-    if not class_ids or 0 not in ids:
+    if 0 not in ids or not class_ids or class_ids[-1] < 2:
         return message
     return f"{message} If 0 means unlabelled, set only data.num_classes={class_ids[-1]}."
+
+
+def with_zero_unlabelled(suggestions: dict[str, str]) -> dict[str, str]:
+    """The suggestions of `suggest_ids` if 0 is no class but means unlabelled; empty if they do not make it a class.
+
+    >>> with_zero_unlabelled({"data.num_classes": "3", "data.first_id": "0", "data.ignore": "[255]"})
+    {'data.num_classes': '2', 'data.first_id': '1', 'data.ignore': '[0,255]'}
+    """
+    num_classes = int(suggestions.get("data.num_classes", 0)) - 1
+    if suggestions.get("data.first_id") != "0" or "data.map" in suggestions or num_classes < 2:
+        return {}
+    ignored = suggestions["data.ignore"].strip("[]")
+    return suggestions | {
+        "data.num_classes": str(num_classes),
+        "data.first_id": "1",
+        "data.ignore": f"[0,{ignored}]" if ignored else "[0]",
+    }
 
 
 def suggest_ids(pixels: Counter[int]) -> dict[str, str]:

@@ -13,13 +13,23 @@ from semseg.config.compose import compose_config
 from semseg.config.explain import explain_hydra_error
 from semseg.config.groups import list_groups
 from semseg.config.overrides import parse_overrides
-from semseg.config.schema import Config
+from semseg.config.schema import Config, list_keys
 from semseg.config.uses import find_mode_problems, find_prediction_problems
 from semseg.config.validate import check_config
 from semseg.errors import ArgumentError, ConfigError
 
 # Sections that decide how a network is found and applied.
 PREDICTION_SECTIONS = ("data", "download", "eval", "experiment", "model", "predict", "runs_dir", "trainer")
+# Those of which only some keys do: what becomes of the others is decided in training, evaluation and mode=predict.
+PREDICTION_KEYS = {
+    "data": (
+        "name", "root", "classes", "num_classes", "first_id", "ignore", "map", "mask_type", "ignore_colors",
+        "max_long_edge", "max_pixels",
+    ),
+    "eval": ("scales",),
+    "predict": ("format", "scales", "flip", "window", "stride", "memory_limit_mb"),
+    "trainer": ("accelerator", "devices", "precision"),
+}  # fmt: skip
 
 
 def load_config(
@@ -54,10 +64,17 @@ def load_prediction_config(ckpt: str | Path, overrides: Sequence[str]) -> tuple[
     for override in overrides:
         if not isinstance(override, str):
             raise ArgumentError(f"{override!r}: an override is text, semseg.load(ckpt, 'predict.flip=true').")
-        section = override.lstrip("+~").partition("=")[0].replace("/", ".").partition(".")[0]
+        key = override.lstrip("+~").partition("=")[0]
+        section, _, name = key.replace("/", ".").partition(".")
         if section in known and section not in PREDICTION_SECTIONS:
             raise ConfigError(
                 f"{override}: does not change predictions. semseg.load takes overrides of "
                 f"{', '.join(PREDICTION_SECTIONS)}."
+            )
+        used, name = PREDICTION_KEYS.get(section, ()), name.partition(".")[0]
+        if used and name and name not in used and key in list_keys():
+            raise ConfigError(
+                f"{override}: does not change predictions. Of {section}, semseg.load takes "
+                f"{', '.join(f'{section}.{each}' for each in used)}."
             )
     return load_config([f"ckpt={ckpt}", *overrides], find_prediction_problems)

@@ -39,6 +39,8 @@ METADATA_KEY = "semseg"
 PREPROCESSING_VERSION = 1  # of the arithmetic in docs/export.md that leads from a picture to its class map
 INPUT_NAME, OUTPUT_NAME = "image", "logits"  # input and output of a graph
 IDS_NAME = "ids"  # output of a graph that resizes pictures itself (export.preprocessing)
+# Ends of the network inside such a graph: pixels (1, 3, H, W) and logits.
+NETWORK_IMAGE, NETWORK_LOGITS = "network_image", "network_logits"
 STANDARD_DOMAINS = ("", "ai.onnx")  # domains of the operators of ONNX itself
 # The preprocessing of an exported network: none, because normalisation is inside the graph.
 RAW_PIXELS = Preprocessing("rgb", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), antialias=True)
@@ -114,6 +116,9 @@ def picture_rule(saved: SavedNetwork, net: Segmenter) -> PictureRule:
 def read_exported(path: Path) -> SavedNetwork:
     """Read an ONNX file of mode=export; `build_graph_network` makes a network of it.
 
+    Of a graph that takes pictures (export.preprocessing), this is the network inside: pictures are scaled here, as for
+    every other network, so that everything that needs logits works.
+
     Raises:
         CheckpointError: if it is missing, damaged, of another kind, or contains more than a graph and its weights.
     """
@@ -125,10 +130,8 @@ def read_exported(path: Path) -> SavedNetwork:
     except DecodeError:
         raise CheckpointError(f"{path}: not an ONNX file, or a damaged one. Export the network again.") from None
     if [value.name for value in model.graph.output] == [IDS_NAME]:
-        raise CheckpointError(
-            f"{path}: exported with export.preprocessing=true, for other programs: it scales pictures itself and gives "
-            "class ids. Use its checkpoint here, or export it again without this key."
-        )
+        model = extract_network(model)
+        content = model.SerializeToString()
     problem = find_problem(model)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}. It was not run.")
@@ -148,6 +151,36 @@ def read_exported(path: Path) -> SavedNetwork:
             "both at least 1. Export the network again."
         )
     return saved._replace(graph=graph, convention=RAW_PIXELS._replace(antialias=saved.convention.antialias))
+
+
+def extract_network(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The network between NETWORK_IMAGE and NETWORK_LOGITS of a graph that takes pictures, with the same description.
+
+    Without these two, the result is empty, and `find_problem` rejects it.
+    """
+    needed, nodes = {NETWORK_LOGITS}, list[onnx.NodeProto]()
+    for node in reversed(model.graph.node):
+        if NETWORK_IMAGE not in node.output and needed.intersection(node.output):
+            needed.update(node.input)
+            nodes.insert(0, node)
+    names = {NETWORK_IMAGE: INPUT_NAME, NETWORK_LOGITS: OUTPUT_NAME}
+    network = onnx.ModelProto()
+    network.CopyFrom(model)
+    graph = network.graph
+    graph.Clear()
+    graph.name = "network"
+    for node in nodes:
+        copy = graph.node.add()
+        copy.CopyFrom(node)
+        copy.input[:] = [names.get(name, name) for name in node.input]
+        copy.output[:] = [names.get(name, name) for name in node.output]
+    graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in needed)
+    if nodes and NETWORK_IMAGE in needed:
+        kind = onnx.TensorProto.FLOAT
+        graph.input.append(onnx.helper.make_tensor_value_info(INPUT_NAME, kind, ["N", 3, "H", "W"]))
+        graph.output.append(onnx.helper.make_empty_tensor_value_info(OUTPUT_NAME))
+        graph.output[0].type.tensor_type.elem_type = kind
+    return network
 
 
 def find_problem(model: onnx.ModelProto) -> str | None:

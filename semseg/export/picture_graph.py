@@ -28,6 +28,8 @@ from semseg.export.onnx_runtime import (
     IDS_NAME,
     INPUT_NAME,
     METADATA_KEY,
+    NETWORK_IMAGE,
+    NETWORK_LOGITS,
     PictureRule,
     build_graph_network,
     picture_rule,
@@ -80,6 +82,11 @@ class GraphBuilder:
         """The length of an axis: an int64 scalar."""
         return self.add("Gather", self.add("Shape", value), np.int64(axis))
 
+    def give_name(self, value: str, name: str) -> str:
+        """Another name for a value, which no other operator has."""
+        self.nodes.append(helper.make_node("Identity", [value], [name]))
+        return name
+
     def mirror(self, value: str) -> str:
         """Reverse the last axis."""
         backwards = np.array([-1])
@@ -107,7 +114,11 @@ def build_picture_model(network: ModelProto, rule: PictureRule, label_ids: Seque
         pixels = graph.cast(resize(graph, planes, rows, columns), TensorProto.FLOAT)
         image = graph.add("Unsqueeze", pixels, np.array([0]))
         for is_mirrored in (False, True)[: 1 + rule.flip]:
+            if not maps:  # read_exported takes this copy of the network out of the graph
+                image = graph.give_name(image, NETWORK_IMAGE)
             logits = add_network(graph, network.graph, graph.mirror(image) if is_mirrored else image)
+            if not maps:
+                logits = graph.give_name(logits, NETWORK_LOGITS)
             logits = graph.mirror(logits) if is_mirrored else logits
             maps.append(prepare_upsampling(graph, logits, height, width))
     kind = TensorProto.UINT8 if max(label_ids) < 256 else TensorProto.INT64

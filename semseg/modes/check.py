@@ -31,6 +31,7 @@ from semseg.checks.dataset import (
     format_ranges,
     padding_fraction,
     sort_notices,
+    with_zero_unlabelled,
 )
 from semseg.checks.description import describe_data_set, write_description
 from semseg.config.load import load_config
@@ -101,6 +102,9 @@ def run(config: Config, overrides: list[str]) -> None:
         return
     if output is not None:
         print(escape_lines(f"nothing is written to {relative_to_cwd(output)} before the data set is ready"))
+    if configured is None and (others := with_zero_unlabelled(diagnosis.suggestions)):
+        command = check_command(overrides, diagnosis._replace(suggestions=others))
+        print(escape_lines(f"to check with 0 as unlabelled: {command}"))
     print(next_step)
     error = DataError if config.quiet else ReportedError
     raise error(f"the data set is not ready for training: see {relative_to_cwd(files[-1])}.")

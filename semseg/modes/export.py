@@ -68,7 +68,8 @@ def describe_use(output: Path, *, takes_pictures: bool) -> str:
     """How to use the written file, in lines to copy."""
     output = relative_to_cwd(output)
     if takes_pictures:
-        return f'in Python: onnxruntime.InferenceSession("{output}").run(None, {{"image": <uint8 (H, W, 3) RGB>}})[0]'
+        call = f'onnxruntime.InferenceSession("{output}").run(None, {{"image": <uint8 (H, W, 3) RGB>}})[0]'
+        return f"in Python: {call}\nhere: {format_command(['mode=predict', f'ckpt={output}'])} input=<image or folder>"
     if EXPORT_SUFFIXES[output.suffix] == "torch_export":
         return f'in Python: torch.export.load("{output}").module()(<float32 (N, 3, H, W) RGB, 0..255>)'
     command = format_command(["mode=predict", f"ckpt={output}"])

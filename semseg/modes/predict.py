@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -73,10 +73,12 @@ def predict_inputs(predictor: Predictor, config: Config, inputs: Sequence[Input]
         timeout_s=config.data.worker_timeout_s,
     )
     failures = []
-    for failure in track(job.predict_all(inputs), "predicting", len(inputs), disable=not sys.stdout.isatty()):
-        if failure:
-            print(escape_lines(failure), file=sys.stderr, flush=True)
-            failures.append(failure)
+    with Progress(disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("predicting", total=len(inputs))
+        for failure in job.predict_all(inputs, lambda done: bar.update(task, completed=done)):
+            if failure:
+                print(escape_lines(failure), file=sys.stderr, flush=True)
+                failures.append(failure)
     write_classes(folder / "classes.json", predictor.classes, predictor.label_map)
     summary = f"{len(inputs) - len(failures)} of {len(inputs)} files predicted, written to {relative_to_cwd(folder)}"
     if failures:
@@ -101,8 +103,15 @@ class PredictionJob:
         self.predictor, self.folder, self.outputs = predictor, folder, outputs
         self.num_workers, self.timeout_s = num_workers, timeout_s
 
-    def predict_all(self, inputs: Sequence[Input]) -> Iterator[str]:
-        """Predict each input; yields its error, or an empty string."""
+    def predict_all(
+        self, inputs: Sequence[Input], on_progress: Callable[[float], object] = lambda done: None
+    ) -> Iterator[str]:
+        """Predict each input; yields its error, or an empty string.
+
+        Args:
+            on_progress: called after each image and each frame with the number of inputs that are done; of a video, a
+                fraction.
+        """
         images = [item for item in inputs if not item.is_video]
         loader = WatchedLoader(
             InputImages(images, self.predictor),
@@ -111,18 +120,20 @@ class PredictionJob:
             batch_size=None,
             num_workers=self.num_workers,
         )
-        for item, loaded in zip(images, loader, strict=True):
+        for done, (item, loaded) in enumerate(zip(images, loader, strict=True), start=1):
             if not loaded.failure:
                 self.predict_image(item, loaded)
+            on_progress(done)
             yield loaded.failure
-        for item in inputs:
-            if item.is_video:
-                try:
-                    self.predict_video(item)
-                except DataError as error:
-                    yield str(error)
-                else:
-                    yield ""
+        videos = [item for item in inputs if item.is_video]
+        for done, item in enumerate(videos, start=len(images)):
+            failure = ""
+            try:
+                self.predict_video(item, lambda share, done=done: on_progress(done + share))
+            except DataError as error:
+                failure = str(error)
+            on_progress(done + 1)
+            yield failure
 
     def predict_image(self, item: Input, loaded: LoadedImage) -> None:
         """Predict a loaded image and write its outputs."""
@@ -139,8 +150,11 @@ class PredictionJob:
         shape = (self.predictor.classes.num_classes, *pixels.shape[:2])
         return array_on_disk(target.with_name(f"{target.name}_probabilities.npz"), shape)
 
-    def predict_video(self, item: Input) -> None:
+    def predict_video(self, item: Input, on_progress: Callable[[float], object] = lambda share: None) -> None:
         """Predict every frame; writes pictures as videos of the same rate, ids and probabilities as files per frame.
+
+        Args:
+            on_progress: called after each frame with the share of the video that is done.
 
         Raises:
             DataError: if the video cannot be read, or, after all other frames, if some frames cannot.
@@ -151,6 +165,7 @@ class PredictionJob:
             try:
                 for frame in read_frames(item.path):
                     self.predict_frame(frame, target, writers)
+                    on_progress(min(1.0, (frame.number + 1) / frame.announced) if frame.announced else 0.0)
             except LostFramesError as error:
                 lost_frames = error
         if lost_frames is not None:

@@ -44,6 +44,7 @@ class Frame(NamedTuple):
     pixels: Pixels  # (H, W, 3) uint8 RGB, rotated as the file specifies
     rate: float  # frames per second of the video
     number: int  # in the video, from 0; unreadable frames are counted too
+    announced: int  # frames of the video by its header, which may be wrong; 0: unknown
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
@@ -67,7 +68,9 @@ def read_frames(path: Path) -> Iterator[Frame]:
             number = avi_numbers[number] if number < len(avi_numbers) else number
             if last_before_gap is None and number != previous + 1:
                 last_before_gap = previous
-            yield Frame(np.asarray(cv2.cvtColor(decoded.bgr, cv2.COLOR_BGR2RGB), np.uint8), rate, number)
+            yield Frame(
+                np.asarray(cv2.cvtColor(decoded.bgr, cv2.COLOR_BGR2RGB), np.uint8), rate, number, max(0, announced)
+            )
         if not count:
             raise DataError(f"{path}: cannot be decoded as a video, or has no frames.")
         total = number + 1

@@ -131,15 +131,35 @@ def test_the_network_in_the_graph_may_be_quantised(method: str, operator: str, t
 
 
 @pytest.mark.slow
-def test_the_file_describes_itself_and_is_refused_here_in_one_line(
-    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_describes_itself(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export(tiny_checkpoint, "export.preprocessing=true")
     entry = json.loads({item.key: item.value for item in onnx.load("model.onnx").metadata_props}["semseg"])
     assert entry["preprocessing"]["resizing"] == "inside the graph"
     assert "uint8 (H, W, 3)" in entry["input"] and entry["output"].startswith("ids: uint8")
     assert re.search(r"InferenceSession\(.*model\.onnx.*\)\.run", capsys.readouterr().out)
-    with pytest.raises(CheckpointError, match=r"model\.onnx: exported with export\.preprocessing=true"):
+
+
+@pytest.mark.slow
+def test_the_network_inside_predicts_with_all_settings_as_the_file_without_preprocessing(tiny_checkpoint: Path) -> None:
+    picture = draw_picture(97, 131)
+    settings = {"scales": [56], "flip": True, "window": 48, "probabilities": True}
+    results = []
+    for words in ([], ["export.preprocessing=true", "predict.scales=[40,64]", "predict.flip=true"]):
+        export(tiny_checkpoint, *words)
+        results.append(semseg.load("model.onnx", device="cpu").predict(picture, **settings))
+    assert np.array_equal(results[0].probabilities, results[1].probabilities)
+    assert semseg.load("model.onnx", device="cpu").settings.scales == [40, 64]  # those of the file
+
+
+@pytest.mark.slow
+def test_a_graph_of_pictures_without_its_network_is_rejected(tiny_checkpoint: Path) -> None:
+    export(tiny_checkpoint, "export.preprocessing=true")
+    model = onnx.load("model.onnx")
+    kept = [node for node in model.graph.node if "network_logits" not in node.output]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    onnx.save(model, "model.onnx")
+    with pytest.raises(CheckpointError, match=r"model\.onnx: not written by mode=export"):
         read_exported(Path("model.onnx"))
 
 

@@ -67,6 +67,12 @@ def test_a_device_that_is_not_there_is_reported_before_anything_is_read(
         ((None,), "^ckpt=None: must be a path"),
         (("net.ckpt", ["predict.flip=true"]), "an override is text"),
         (("net.ckpt", "scales=[32]"), r"no key 'scales'. Did you mean \w+\.scales\?"),
+        (
+            ("net.ckpt", "trainer.max_steps=3"),
+            r"^trainer\.max_steps=3: does not change predictions.*trainer\.precision",
+        ),
+        (("net.ckpt", "data.train.images=a"), r"^data\.train\.images=a: does not change predictions"),
+        (("net.ckpt", "predict.save=[ids]"), r"^predict\.save=\[ids\]: does not change predictions"),
         (("nowhere.ckpt",), r"^ckpt=nowhere\.ckpt: there is no such file"),
     ],
 )

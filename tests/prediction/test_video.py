@@ -98,7 +98,9 @@ def test_c26_prediction_writes_readable_frames_by_number_and_reports_the_others(
     classes = ClassTable(("red", "green", "blue"), ((200, 0, 0), (0, 180, 0), (0, 0, 250)))
     net = Predictor(Brightest().eval(), classes, LabelMap(3), PredictionSettings([16], 64))  # pyright: ignore[reportArgumentType]
     job = PredictionJob(net, tmp_path / "out", ["ids", "overlay"])
-    (failure,) = job.predict_all([Input(path, Path("a"))])
+    progress: list[float] = []
+    (failure,) = job.predict_all([Input(path, Path("a"))], progress.append)
+    assert len(progress) > 20 and progress == sorted(progress) and 0 < progress[0] < 0.1 and progress[-1] == 1
     assert "of 40 frames cannot be read" in failure
     written = sorted(int(file.name[:6]) for file in (tmp_path / "out/a").iterdir())
     assert written == read(path)[0]
