@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -18,17 +19,27 @@ from semseg.nets.segmenter import Segmenter
 
 Schedule = Callable[[int], float]
 
+# The first numbered part of a parameter's name, and the names that networks of libraries give to lists of blocks:
+# model.blocks.3.attn.qkv.weight, stages_0.blocks.1.norm.bias, encoder.layer.11.output.dense.weight.
+BLOCK = re.compile(r"(?:[a-z]\w*\.)*?_?(?P<name>[a-z]\w*?)[._](?P<number>\d+)\.", re.IGNORECASE)
+BLOCK_NAMES = ("blocks", "block", "layers", "layer", "stages")
+
 
 def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(weights of convolutions and linear layers, everything else): only the first decay.
 
-    Biases and the scale and shift of normalisation do not decay, as in the original code.
+    Biases and the scale and shift of normalisation do not decay, as in the original code; nor do tokens and position
+    embeddings.
     """
-    decay, free = [], []
-    for layer in module.modules():
-        for name, parameter in layer.named_parameters(recurse=False):
-            is_weight = name == "weight" and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-            (decay if is_weight else free).append(parameter)
+    weights = {
+        id(layer.weight)
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
+    decay: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for parameter in module.parameters():
+        (decay if id(parameter) in weights else free).append(parameter)
     return decay, free
 
 
@@ -45,47 +56,76 @@ def parameter_groups(
     """
     encoder_rate = config.lr if config.lr_encoder is None else config.lr_encoder
     decoder_rate = config.lr if config.lr_decoder is None else config.lr_decoder
-    stages: list[list[nn.Module]] = list_encoder_stages(net.encoder) if config.layer_decay < 1 else [[net.encoder]]
-    kept = {id(parameter) for parameter in unused}
-    groups = []
+    backbone = list(net.encoder.parameters())
+    stages = list_stages(net.encoder) if config.layer_decay < 1 else [backbone]
+    in_backbone = {id(parameter) for parameter in backbone}
+    rest = [parameter for parameter in net.parameters() if id(parameter) not in in_backbone]
+    parts: list[tuple[str, Sequence[nn.Parameter], float]] = []
     for position, stage in enumerate(stages, start=1 - len(stages)):
         name = f"encoder_{position}" if position else "encoder"
-        groups += build_group_pair(name, stage, encoder_rate * config.layer_decay**-position, config.weight_decay, kept)
-    groups += build_group_pair("decoder", [net.decoder], decoder_rate, config.weight_decay, kept)
+        parts.append((name, stage, encoder_rate * config.layer_decay**-position))
+    parts.append(("decoder", rest, decoder_rate))
+
+    decaying = {id(parameter) for parameter in split_by_decay(net)[0]}
+    trained = {id(parameter) for parameter in net.parameters() if parameter.requires_grad}
+    trained |= {id(parameter) for parameter in unused}
+    groups: list[dict[str, Any]] = []
+    for name, part, rate in parts:
+        kept = [parameter for parameter in part if id(parameter) in trained]
+        decay = [parameter for parameter in kept if id(parameter) in decaying]
+        free = [parameter for parameter in kept if id(parameter) not in decaying]
+        groups += [
+            {"name": name, "params": decay, "lr": rate, "weight_decay": config.weight_decay},
+            {"name": f"{name}_no_decay", "params": free, "lr": rate, "weight_decay": 0.0},
+        ]
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(trained), "every trainable parameter is in exactly one group"
     return [group for group in groups if group["params"]]
 
 
-def build_group_pair(
-    name: str, modules: Sequence[nn.Module], rate: float, weight_decay: float, kept: Collection[int]
-) -> list[dict[str, Any]]:
-    """Parameters of some modules, trainable or with an id in `kept`, in a group with decay and one without."""
-    decay: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for module in modules:
-        for kind, found in zip((decay, free), split_by_decay(module), strict=True):
-            kind += [parameter for parameter in found if parameter.requires_grad or id(parameter) in kept]
-    return [
-        {"name": name, "params": decay, "lr": rate, "weight_decay": weight_decay},
-        {"name": f"{name}_no_decay", "params": free, "lr": rate, "weight_decay": 0.0},
-    ]
+def list_stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of an encoder by stage, from its input on.
 
-
-def list_encoder_stages(encoder: nn.Module) -> list[list[nn.Module]]:
-    """The children of an encoder from its input on; the single layers before the first block are one stage.
-
-    A single child is replaced by its own children, because adapters wrap their network in that way.
+    Stages are the children of the network (`list_child_stages`), unless one of them holds several blocks: where the
+    names of its parameters number the blocks (BLOCK), as in networks of timm and transformers, every block is a stage.
+    What comes before the first one (tokens, position and patch embeddings, the stem) is the stage in front of them, and
+    what comes after a block (the final norm) belongs to it.
     """
-    children = [child for child in encoder.children() if next(child.parameters(), None) is not None]
+    numbers: dict[int, int] = {}  # by the id of a parameter; 0: before the first block
+    number = 0
+    for name, parameter in backbone.named_parameters():
+        found = BLOCK.match(name)
+        if found and found["name"] in BLOCK_NAMES:
+            number = int(found["number"]) + 1
+        numbers[id(parameter)] = number
+    children = list_child_stages(backbone)
+    if all(len({numbers[id(parameter)] for parameter in stage} - {0}) < 2 for stage in children):
+        return children
+    stages: dict[int, list[nn.Parameter]] = {}
+    for parameter in backbone.parameters():
+        stages.setdefault(numbers[id(parameter)], []).append(parameter)
+    return [stages[number] for number in sorted(stages)]
+
+
+def list_child_stages(module: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of a module by child, from its input on; the single layers before the first block are one stage.
+
+    A single child is replaced by its own children, because adapters wrap their network in that way. Parameters of the
+    module itself are in the first stage.
+    """
+    children = [child for child in module.children() if next(child.parameters(), None) is not None]
+    own = list(module.parameters(recurse=False))
     if len(children) == 1 and next(children[0].children(), None) is not None:
-        return list_encoder_stages(children[0])
-    stages: list[list[nn.Module]] = []
-    for child in children:
-        is_layer = next(child.children(), None) is None
-        if is_layer and stages:
-            stages[-1].append(child)
-        else:
-            stages.append([child])
-    return stages
+        stages = list_child_stages(children[0])
+    else:
+        stages = []
+        for child in children:
+            is_layer = next(child.children(), None) is None
+            if is_layer and stages:
+                stages[-1] += child.parameters()
+            else:
+                stages.append(list(child.parameters()))
+    return [own + stages[0], *stages[1:]] if stages else [own]
 
 
 def build_optimizer(

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +16,7 @@ from semseg.training.optim import (
     build_schedule,
     build_scheduler,
     choose_fused,
+    list_stages,
     parameter_groups,
     split_by_decay,
 )
@@ -92,12 +96,25 @@ def test_adamw_takes_its_own_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "stages"), [("resnet18", 5), ("mobilenetv2", 18), ("torchvision", 5), ("hrnetv2", 8)]
+    ("encoder", "name", "stages"),
+    [
+        ("resnet18", None, 5),
+        ("mobilenetv2", None, 18),
+        ("hrnetv2", None, 8),
+        ("torchvision", "resnet18", 5),
+        ("torchvision", "convnext_tiny", 8),
+        ("timm", "test_convnext", 5),
+        ("timm", "test_efficientnet", 6),  # five lists of blocks in one module
+        ("timm", "test_vit", 7),
+        ("timm", "vit_tiny_patch16_dinov3_qkvb", 13),
+        ("timm", "sam2_hiera_tiny", 13),
+    ],
 )
-def test_layer_decay_slows_the_encoder_stage_by_stage_towards_its_input(encoder: str, stages: int) -> None:
-    options = {"name": "resnet18"} if encoder == "torchvision" else {}
+def test_layer_decay_slows_the_encoder_stage_by_stage_towards_its_input(
+    encoder: str, name: str | None, stages: int
+) -> None:
     with torch.device("meta"):
-        net = build_segmenter(encoder, "c1", 5, options, {})
+        net = build_segmenter(encoder, "c1", 5, {"name": name} if name else {}, {})
     groups = parameter_groups(net, OptimConfig(lr=0.1, layer_decay=0.5, weight_decay=0.01))
     rates = {group["name"]: group["lr"] for group in groups}
     assert rates["encoder"] == rates["decoder"] == 0.1
@@ -105,8 +122,55 @@ def test_layer_decay_slows_the_encoder_stage_by_stage_towards_its_input(encoder:
     assert min(rates.values()) == pytest.approx(0.1 * 0.5 ** (stages - 1))
     named = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(named) == sorted(id(parameter) for parameter in net.parameters())
-    stem = next(group for group in groups if group["lr"] == min(rates.values()))
-    assert any(parameter is next(net.encoder.parameters()) for parameter in stem["params"])
+    stem = [parameter for group in groups if group["lr"] == min(rates.values()) for parameter in group["params"]]
+    assert any(parameter is next(net.encoder.parameters()) for parameter in stem)
+
+
+def test_a_vision_transformer_has_a_stage_per_block_and_its_tokens_are_in_the_first() -> None:
+    with torch.device("meta"):
+        net = build_segmenter("timm", "c1", 5, {"name": "test_vit"}, {})
+    names = {id(parameter): name.removeprefix("encoder.model.model.") for name, parameter in net.named_parameters()}
+    found: dict[str, list[str]] = {}
+    for group in parameter_groups(net, OptimConfig(layer_decay=0.5)):
+        found[group["name"]] = [names[id(parameter)] for parameter in group["params"]]
+    assert found["encoder_-6"] == ["patch_embed.proj.weight"]
+    assert found["encoder_-6_no_decay"] == ["cls_token", "pos_embed", "patch_embed.proj.bias"]
+    for block in range(6):
+        name = f"encoder_{block - 5}" if block < 5 else "encoder"
+        assert all(part.startswith((f"blocks.{block}.", "norm.")) for part in found[name] + found[f"{name}_no_decay"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "options", "stages", "first"),
+    [
+        ("dinov2", {"num_hidden_layers": 3, "hidden_size": 8, "num_attention_heads": 1}, 4, "embeddings.cls_token"),
+        ("segformer", {"depths": [1, 1, 1, 1]}, 4, "stages.0.patch_embeddings"),
+    ],
+)
+def test_blocks_of_a_network_of_transformers_are_stages(
+    model_type: str, options: dict[str, Any], stages: int, first: str
+) -> None:
+    from transformers import AutoConfig, AutoModel  # noqa: PLC0415 - takes seconds
+
+    backbone = AutoModel.from_config(AutoConfig.for_model(model_type, **options))
+    names = {id(parameter): name for name, parameter in backbone.named_parameters()}
+    found = [[names[id(parameter)] for parameter in stage] for stage in list_stages(backbone)]
+    assert sorted(names.values()) == sorted(name for stage in found for name in stage)
+    assert len(found) == stages and found[0][0].startswith(first)
+    assert all("layernorm" not in name.split(".") for stage in found[:-1] for name in stage)
+
+
+def test_a_parameter_in_no_group_is_noticed_in_every_run() -> None:
+    net = build_segmenter("resnet18", "c1", 5)
+    assert parameter_groups(net, OptimConfig(layer_decay=0.5))
+    stages = list_stages(net.encoder)
+    for wrong in ([stages[0][1:], *stages[1:]], [stages[0] + stages[1][:1], *stages[1:]]):
+        with (
+            patch("semseg.training.optim.list_stages", return_value=wrong),
+            pytest.raises(AssertionError, match="exactly one group"),
+        ):
+            parameter_groups(net, OptimConfig(layer_decay=0.5))
 
 
 @pytest.mark.parametrize(
