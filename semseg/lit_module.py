@@ -26,18 +26,20 @@ from semseg.evaluation.evaluator import Evaluator, SplitCounts
 from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.evaluation.own_scores import ImageMeans, check_measures, score_image, score_split
+from semseg.nets.interfaces import Logits
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import Segmenter, is_convolutional
 from semseg.syncbn.layer import convert_batch_norms, revert_batch_norms
 from semseg.training.callbacks.bad_images import check_bad_fraction, report_bad_image
 from semseg.training.callbacks.label_warnings import describe_odd_predictions
 from semseg.training.callbacks.out_of_memory import report_out_of_memory, report_out_of_memory_in_evaluation
+from semseg.training.determinism import check_determinism
 from semseg.training.losses import Loss, build_terms, move_terms, segmentation_loss
 from semseg.training.optim import apply_settings, build_optimizer, build_scheduler, choose_fused
 from semseg.training.resume import RUN_KEY, resume_at
 from semseg.training.step_means import TRAIN_METRICS
 from semseg.training.training_state import METRICS_KEY
-from semseg.training.unused import freeze_unused, summarise_modules
+from semseg.training.unused import compute_probe_loss, freeze_unused, summarise_modules
 
 HALF_PRECISIONS = ("bf16-true", "16-true")  # weights and buffers alike
 
@@ -108,15 +110,23 @@ class SegmentationModule(pl.LightningModule):
         Lightning gives the network to DistributedDataParallel next, which needs to know what is trainable.
 
         Raises:
-            ConfigError: for a precision that keeps normalisation statistics in half precision.
+            ConfigError: for a precision that keeps normalisation statistics in half precision, and for a network that
+                cannot be trained on a GPU with trainer.deterministic=true.
         """
         if stage != "fit":
             return
         self.train()
         check_precision(str(self.trainer.precision), self.net)
-        self.unused |= freeze_unused(self.net, lambda logits, label: self.loss_function(logits, label).total)
+        self.unused |= freeze_unused(self.net, self.compute_total)
         if self.unused:
             report_frozen(summarise_modules(self.unused, self.net), len(self.unused))
+        if torch.are_deterministic_algorithms_enabled() and self.trainer.strategy.root_device.type == "cuda":
+            probe = partial(compute_probe_loss, self.net, self.compute_total)
+            check_determinism(self.net, probe, self.model_config.title, self.net.encoder)
+
+    def compute_total(self, logits: Logits, label: Tensor) -> Tensor:
+        """The loss that is minimised, of one sub-batch."""
+        return self.loss_function(logits, label).total
 
     def on_fit_start(self) -> None:
         self.train()  # Lightning keeps the modes as they are, and freeze_bn sets some

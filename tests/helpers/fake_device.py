@@ -2,13 +2,15 @@
 
 A backend registered from Python has no kernels, but autograd's engine serves it, so that with fake tensors a forward
 pass, a backward pass and an optimiser's step run on it. Mixed devices and questions to the device (`.item()`, `if x`,
-boolean indices, bincount) raise there; `HostCopies` finds the rest, copies between device and host.
+boolean indices, bincount) raise there; `HostCopies` finds the rest, copies between device and host, and operations that
+CUDA refuses with deterministic algorithms.
 
 The registration changes a process for good: import this module only in a process of its own.
 """
 
 from __future__ import annotations
 
+import re
 import traceback
 from typing import Any
 
@@ -18,9 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import semseg
+from semseg.training.determinism import name_refused
 
 DEVICE = "gpu"
 PACKAGE = f"{semseg.__path__[0]}/"
+
+# Gradients without a deterministic kernel in CUDA. Bilinear interpolation without antialias has another one there.
+REFUSED_GRADIENTS = re.compile(
+    r"aten::(_?adaptive_(avg|max)_pool[23]d|_upsample_\w+_aa|upsample_(linear1d|trilinear3d)|avg_pool3d|"
+    r"grid_sampler_[23]d|reflection_pad[123]d|fractional_max_pool[23]d)_backward"
+)
 
 _setup_privateuseone_for_python_backend(DEVICE)
 
@@ -33,6 +42,8 @@ class FakeDevice(FakeTensorMode):
 
 class HostCopies(TorchDispatchMode):
     """Collects copies between the host and the device, and indices that hide one: masks, and indices on the host.
+
+    It also collects operations that CUDA refuses with deterministic algorithms.
 
     Attributes:
         found: what was found and where, such as "cpu to gpu in evaluation/inference.py:batch_logits".
@@ -54,6 +65,8 @@ class HostCopies(TorchDispatchMode):
             indices = [index for index in args[1] if index is not None]
             if any(index.dtype == torch.bool or index.device != args[0].device for index in indices):
                 self.add("index")
+        if name_refused(name, args) is not None or REFUSED_GRADIENTS.match(name):
+            self.add(f"refused {name}")
         return result
 
     def add(self, what: str) -> None:

@@ -90,6 +90,8 @@ MISTAKES: dict[str, Callable[[Tensor], object]] = {
     "an upload": lambda x: torch.tensor([1.0, 2.0], device="cpu").to(x.device),
     "an index on the host": lambda x: x[torch.tensor([1, 0], device="cpu")],
     "a mask of an assignment": lambda x: x.clone().index_put_([x > 0], x.new_zeros(1)),
+    "a pooling that has no deterministic gradient": lambda x: nn.functional.adaptive_avg_pool2d(x, 2).sum().backward(),
+    "an operation that is never deterministic": lambda x: x.median(dim=1),
 }
 
 
@@ -97,7 +99,7 @@ def find_mistake(name: str) -> set[str]:
     net = build_segmenter("resnet18", "c1", NUM_CLASSES)
 
     def act(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        MISTAKES[name](inputs[0])
+        MISTAKES[name](inputs[0].requires_grad_())
 
     net.encoder.register_forward_pre_hook(act)
     return find_in_step(net)

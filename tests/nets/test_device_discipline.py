@@ -52,5 +52,16 @@ def test_no_decoder_on_any_encoder_waits_for_the_device(findings: dict[str, list
     assert {case: found for case, found in select_cases(findings, "decoders").items() if found} == {}
 
 
+@pytest.mark.reliability
+def test_d11_no_network_and_no_loss_has_an_operation_that_deterministic_training_refuses(
+    findings: dict[str, list[str]],
+) -> None:
+    """Of any ready model, any decoder on any encoder, and any term of the loss; tests/training has `lovasz`."""
+    refused = {case: [one for one in found if one.startswith("refused")] for case, found in findings.items()}
+    assert [case for case, found in refused.items() if found] == [
+        "mistake: a pooling that has no deterministic gradient", "mistake: an operation that is never deterministic"
+    ]  # fmt: skip
+
+
 def test_every_planted_mistake_is_found(findings: dict[str, list[str]]) -> None:
     assert [case for case, found in select_cases(findings, "mistake").items() if not found] == []
