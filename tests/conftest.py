@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers.browser import shared_browser
+from helpers.fork_server import SERVER_ADDRESS, start_server
 from helpers.reference import SHARED
 from semseg.storage.commands import PROGRAM_VARIABLE
 from semseg.system.process import STOP_SIGNALS
@@ -33,6 +34,11 @@ def signals_restored() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        os.environ[SERVER_ADDRESS] = start_server()  # it imports while the test processes do
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

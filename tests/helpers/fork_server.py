@@ -1,8 +1,9 @@
 """Start Python programs as real processes without the seconds that importing torch and Lightning takes.
 
-The first program of a test process starts a server that has imported everything; it forks once for each program. The
-fork has its own process id, working directory, environment, streams and exit code. It differs from a program started by
-the interpreter in its entry in the process table and in what is already imported: tests of those start an interpreter.
+A server that has imported everything forks once for each program: one server for all test processes, or that of the
+first program where there is one test process only. The fork has its own process id, working directory, environment,
+streams and exit code. It differs from a program started by the interpreter in its entry in the process table and in
+what is already imported: tests of those start an interpreter.
 
 With FORK_CHILDREN=1 in its environment, the Python programs that a program starts (the ranks of a job) are forks of
 that program in the same way.
@@ -34,6 +35,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 FORK_CHILDREN = "FORK_CHILDREN"  # in the environment of a program
+SERVER_ADDRESS = "FORK_SERVER_ADDRESS"  # in the environment of test processes that share a server
 MAX_REQUEST = 1 << 20  # bytes
 PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")  # arguments of Popen._execute_child
 
@@ -84,7 +86,8 @@ class ForkedProgram:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and the server has not said so yet
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -109,16 +112,28 @@ def run_python(
 
 @functools.cache
 def server_address() -> str:
-    """Start the server of this process, once."""
+    """The server that is shared with other test processes, or one of this process."""
+    return os.environ.get(SERVER_ADDRESS) or start_server()
+
+
+def start_server() -> str:
+    """Start a server that ends with this process; returns its address, where programs wait until it is ready."""
     folder = tempfile.TemporaryDirectory(prefix="fork_server")
-    atexit.register(folder.cleanup)
     address = f"{folder.name}/socket"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "-m", "helpers.fork_server", address]
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdin is not None and server.stdout is not None
-    assert server.stdout.readline() == b"ready\n"
-    atexit.register(server.stdin.close)  # the server ends when its standard input does
+    assert server.stdout.readline() == b"listening\n"
+    server.stdout.close()
+
+    def stop() -> None:
+        assert server.stdin is not None
+        server.stdin.close()  # the server ends when its standard input does
+        server.wait()  # so that `time` counts what it and its programs took
+        folder.cleanup()
+
+    atexit.register(stop)
     return address
 
 
@@ -127,11 +142,11 @@ def server_address() -> str:
 
 def serve(address: str) -> None:
     """Fork for each connection, until standard input is closed."""
-    import_everything()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(address)
     listener.listen()
-    os.write(1, b"ready\n")
+    os.write(1, b"listening\n")
+    import_everything()
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     with selectors.DefaultSelector() as selector:
@@ -155,8 +170,12 @@ def serve(address: str) -> None:
 
 
 def import_everything() -> None:
-    """Import this package, and with it torch, Lightning, Hydra and OpenCV."""
+    """Import this package, and with it torch, Lightning, Hydra and OpenCV; every program knows the encoder `tiny`."""
     import semseg  # only in the server, which is a process of its own
+    from helpers.command_line import TINY_ENCODERS
+    from semseg.nets.registry import ENCODERS
+
+    ENCODERS.update(TINY_ENCODERS)
 
     for module in pkgutil.walk_packages(semseg.__path__, "semseg."):
         with contextlib.suppress(ImportError):  # an extra is not installed

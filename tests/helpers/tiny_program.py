@@ -1,4 +1,4 @@
-"""run.py with the encoder `tiny`, so that a run takes a fraction of the time, and a gate at which a test can stop it.
+"""run.py with a gate at which a test can stop it.
 
 `GATE=<step>:<path>` in the environment lets every rank wait before that step: it writes `<path>.<rank>` and goes
 through once `<path>` exists.
@@ -53,11 +53,8 @@ def add_gate() -> None:
 
 def main() -> None:
     prepare_process()
-    from helpers.command_line import TINY_ENCODERS
     from semseg.cli.main import main
-    from semseg.nets.registry import ENCODERS
 
-    ENCODERS.update(TINY_ENCODERS)
     if GATE in os.environ:
         add_gate()
     main()

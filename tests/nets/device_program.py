@@ -1,8 +1,12 @@
-"""What every network and its evaluation would ask of a GPU, as JSON: {case: [findings]}; see helpers/fake_device.py."""
+"""What networks and their evaluation would ask of a GPU, as JSON: {case: [findings]}; see helpers/fake_device.py.
+
+With the argument `all`, networks that consist of layers of others are tried as well.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Callable
 from unittest import mock
@@ -26,8 +30,14 @@ from semseg.training.losses import LOSSES, build_term, segmentation_loss
 
 NUM_CLASSES = 150
 CANVAS = (128, 160)
-MODELS = [name for name in list_options("model") if "timm" not in name]
-OWN_ENCODERS = [name for name in ENCODERS if name not in ("torchvision", "timm")]
+# Networks and encoders with the layers of smaller ones; every decoder is tried on every other encoder.
+REPEATED = {
+    "mobilenetv2_dilated8_ppm_deepsup", "resnet18_dilated8_c1_deepsup", "resnet50_dilated8_c1_deepsup",
+    "resnet50_dilated8_ppm_deepsup", "resnet101_dilated8_ppm_deepsup", "upernet101", "upernet_resnext101",
+    "resnet50", "resnet101", "resnext101",
+}  # fmt: skip
+# Evaluation is the same for all networks, but for their size and strides.
+EVALUATED = {"mobilenetv2_dilated8_c1_deepsup", "resnet18_dilated8_ppm_deepsup", "upernet50", "upernet_swin_tiny"}
 
 
 def find_in_step(net: Segmenter) -> set[str]:
@@ -125,13 +135,18 @@ def find_in_average() -> set[str]:
 
 def list_cases() -> dict[str, Callable[[], set[str]]]:
     cases: dict[str, Callable[[], set[str]]] = {}
-    for name in MODELS:
+    is_all = sys.argv[1:] == ["all"]
+    left_out = set() if is_all else REPEATED
+    for name in list_options("model"):
+        if "timm" in name or name in left_out:
+            continue
         cases[f"step of {name}"] = lambda name=name: find_in_step(build_model(name))
-        cases[f"evaluation of {name}"] = lambda name=name: find_in_evaluation(build_model(name))
+        if is_all or name in EVALUATED:
+            cases[f"evaluation of {name}"] = lambda name=name: find_in_evaluation(build_model(name))
     for name in LOSSES:
         cases[f"step of the loss {name}"] = lambda name=name: find_in_loss(name)
     cases["step of the moving average"] = find_in_average
-    for name in OWN_ENCODERS:
+    for name in sorted(ENCODERS.keys() - {"torchvision", "timm", "tiny"} - left_out):
         cases[f"decoders of {name}"] = lambda name=name: find_in_decoders(name)
     for name in MISTAKES:
         cases[f"mistake: {name}"] = lambda name=name: find_mistake(name)

@@ -21,17 +21,17 @@ LOVASZ = "step of the loss lovasz"
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.long)])
+def findings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """What was found in each case, from a process of its own: the device stays registered for its whole life."""
-    program = run_python(str(PROGRAM), cwd=tmp_path_factory.mktemp("device"))
+    program = run_python(str(PROGRAM), request.param, cwd=tmp_path_factory.mktemp("device"))
     assert program.returncode == 0, program.stdout
     return json.loads(program.stdout.splitlines()[-1])
 
 
 def select_cases(findings: dict[str, list[str]], kind: str) -> dict[str, list[str]]:
     chosen = {case: found for case, found in findings.items() if case.startswith(kind)}
-    assert len(chosen) > 5
+    assert len(chosen) > 2
     return chosen
 
 

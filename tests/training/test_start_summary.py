@@ -34,6 +34,7 @@ def test_two_ranks_print_one_start_and_no_line_of_a_library_also_on_a_resume(tmp
     # More workers than there are processors, one more epoch than before, fewer steps than between two rows of the log.
     words = [
         *TINY,
+        *TINY_NETWORK,
         "trainer=ddp_cpu",
         "trainer.devices=2",
         "data.num_workers=3",

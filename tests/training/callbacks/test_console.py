@@ -88,7 +88,7 @@ def test_a_pipe_gets_plain_lines(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_quiet_run_prints_warnings_only(tmp_path: Path) -> None:
-    printed = run(tmp_path, *TINY, "run_dir=quiet", "quiet=true", "after_training=[eval]")
+    printed = run(tmp_path, *TINY, *TINY_NETWORK, "run_dir=quiet", "quiet=true", "after_training=[eval]")
     assert all(line.startswith("warning: ") for line in printed.splitlines()), printed
     assert (tmp_path / "quiet" / "checkpoints" / "best.ckpt").is_file()
     assert (tmp_path / "quiet" / "eval" / "report.html").is_file()
