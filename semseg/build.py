@@ -32,8 +32,8 @@ from semseg.datamodule import SegmentationData
 from semseg.errors import ArgumentError, ConfigError, install_command
 from semseg.lit_module import SegmentationModule
 from semseg.nets.gpu import configure_gpu
+from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import choose_weight_type
-from semseg.nets.segmenter import Segmenter
 from semseg.prediction.predictor import PredictionSettings, Predictor
 from semseg.storage.download import fetch_file
 from semseg.storage.ranks import print_once
@@ -105,7 +105,7 @@ def require_export_extra() -> None:
         raise ConfigError(f"ONNX files need {', '.join(missing)}: {install_command('export')}")
 
 
-def restore_network(saved: SavedNetwork) -> Segmenter:
+def restore_network(saved: SavedNetwork) -> SegmentationNetwork:
     """The network of a checkpoint with its weights, or that of an exported file, in eval mode.
 
     Raises:
@@ -229,7 +229,7 @@ def format_other_classes(data: DataConfig, num_classes: int, saved: SavedNetwork
     )
 
 
-def build_module(config: Config, net: Segmenter, classes: ClassTable) -> SegmentationModule:
+def build_module(config: Config, net: SegmentationNetwork, classes: ClassTable) -> SegmentationModule:
     """The module that trains and evaluates `net`."""
     return SegmentationModule(
         net,
@@ -246,7 +246,7 @@ def build_module(config: Config, net: Segmenter, classes: ClassTable) -> Segment
     )
 
 
-def build_data(config: Config, source: DataSource, net: Segmenter) -> SegmentationData:
+def build_data(config: Config, source: DataSource, net: SegmentationNetwork) -> SegmentationData:
     """The loaders of `source` for `net`.
 
     Raises:

@@ -28,7 +28,7 @@ from semseg.data.records import Record
 from semseg.data.scan import repeat_factors, scan_pairs
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError
-from semseg.nets.segmenter import Segmenter
+from semseg.nets.interfaces import SegmentationNetwork
 from semseg.system.processors import choose_num_workers
 from semseg.system.shared_memory import get_free_shared_memory
 from semseg.training.resume import RunConditions, count_run_steps, digest_records, limit_batches
@@ -68,7 +68,7 @@ class SegmentationData(pl.LightningDataModule):
     def __init__(
         self,
         source: DataSource,
-        net: Segmenter,
+        net: SegmentationNetwork,
         *,
         augment_config: AugmentConfig,
         eval_config: EvalConfig,

@@ -26,15 +26,15 @@ from semseg.evaluation.evaluator import Evaluator, SplitCounts
 from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.evaluation.own_scores import ImageMeans, check_measures, score_image, score_split
-from semseg.nets.interfaces import Logits
+from semseg.nets.interfaces import Logits, SegmentationNetwork
 from semseg.nets.normalise import normalise
-from semseg.nets.segmenter import Segmenter, is_convolutional
+from semseg.nets.segmenter import is_convolutional
 from semseg.syncbn.layer import convert_batch_norms, revert_batch_norms
 from semseg.training.callbacks.bad_images import check_bad_fraction, report_bad_image
 from semseg.training.callbacks.label_warnings import describe_odd_predictions
 from semseg.training.callbacks.out_of_memory import report_out_of_memory, report_out_of_memory_in_evaluation
 from semseg.training.determinism import check_determinism
-from semseg.training.losses import Loss, build_terms, move_terms, segmentation_loss
+from semseg.training.losses import Loss, build_terms, count_correct, move_terms, segmentation_loss
 from semseg.training.optim import apply_settings, build_optimizer, build_scheduler, choose_fused
 from semseg.training.resume import RUN_KEY, resume_at
 from semseg.training.step_means import TRAIN_METRICS
@@ -59,7 +59,7 @@ class SegmentationModule(pl.LightningModule):
 
     def __init__(
         self,
-        net: Segmenter,
+        net: SegmentationNetwork,
         classes: ClassTable,
         *,
         model_config: ModelConfig,
@@ -81,9 +81,10 @@ class SegmentationModule(pl.LightningModule):
         self.saved_config = saved_config
         self.is_frozen = bool(model_config.encoder.get("frozen", False))
         if self.is_frozen:
-            net.encoder.requires_grad_(False)
+            net.backbone.requires_grad_(False)
         self.unused: dict[str, Parameter] = {}  # frozen, because the loss does not depend on them
         self.batch_idx = 0
+        self.total_steps = 0  # of the run; known when the optimiser is built
         self.step_metrics: list[Tensor] = []  # (2): loss and accuracy of the sub-batches of the current step
         self.terms = build_terms(loss_config, len(classes.names))
         self.loss_function = partial(segmentation_loss, deepsup_weight=model_config.deepsup_weight, terms=self.terms)
@@ -122,7 +123,7 @@ class SegmentationModule(pl.LightningModule):
             report_frozen(summarise_modules(self.unused, self.net), len(self.unused))
         if torch.are_deterministic_algorithms_enabled() and self.trainer.strategy.root_device.type == "cuda":
             probe = partial(compute_probe_loss, self.net, self.compute_total)
-            check_determinism(self.net, probe, self.model_config.title, self.net.encoder)
+            check_determinism(self.net, probe, self.model_config.title, self.net.backbone)
 
     def compute_total(self, logits: Logits, label: Tensor) -> Tensor:
         """The loss that is minimised, of one sub-batch."""
@@ -148,11 +149,11 @@ class SegmentationModule(pl.LightningModule):
     def train(self, mode: bool = True) -> SegmentationModule:
         """Training mode, in which freeze_bn leaves normalisation statistics alone (and only those).
 
-        A frozen encoder stays in evaluation mode altogether: its maps of an image are always the same.
+        A frozen backbone stays in evaluation mode altogether: its maps of an image are always the same.
         """
         super().train(mode)
         if mode and self.is_frozen:
-            self.net.encoder.eval()
+            self.net.backbone.eval()
         if mode and self.model_config.freeze_bn:
             for layer in self.modules():
                 if isinstance(layer, _BatchNorm):
@@ -167,11 +168,15 @@ class SegmentationModule(pl.LightningModule):
 
     def compute_loss(self, batch: Batch, average: str) -> Loss:
         """The loss of one sub-batch, averaged over the ranks as `average` says, with the counts behind the accuracy."""
-        logits = self.net(self.prepare_input(batch.image, batch.size))
-        return self.loss_function(logits, batch.label, average=average)
+        image = self.prepare_input(batch.image, batch.size)
+        own = self.net.compute_own_loss(image, batch.label)
+        if own is not None:
+            return Loss(own[0], *count_correct(own[1].main, batch.label))
+        return self.loss_function(self.net(image), batch.label, average=average)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.batch, self.batch_idx = batch, batch_idx
+        self.net.set_progress(self.trainer.global_step, self.total_steps)
         with report_out_of_memory(batch):
             loss = self.compute_loss(batch, self.loss_config.average)
             self.keep_metrics(loss)
@@ -310,8 +315,8 @@ class SegmentationModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         is_fused = choose_fused(self.optim_config, self.device, str(self.trainer.precision))
         optimizer = build_optimizer(self.net, self.optim_config, self.unused.values(), is_fused=is_fused)
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = build_scheduler(optimizer, self.schedule_config, total_steps)
+        self.total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = build_scheduler(optimizer, self.schedule_config, self.total_steps)
         self.group_settings = [
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
         ]
@@ -337,7 +342,7 @@ class SegmentationModule(pl.LightningModule):
         checkpoint[METRICS_KEY] = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}
 
 
-def check_precision(precision: str, net: Segmenter) -> None:
+def check_precision(precision: str, net: SegmentationNetwork) -> None:
     """Raises a ConfigError if running statistics would be rounded to half precision after every step."""
     moving = [layer for layer in net.modules() if isinstance(layer, _BatchNorm) and layer.training]
     if precision in HALF_PRECISIONS and moving:

@@ -1,10 +1,11 @@
-"""Initial weights: an encoder's ImageNet file, or a whole network for a new run.
+"""Initial weights: a backbone's ImageNet file, or a whole network for a new run.
 
 All mismatches are reported; weights are loaded completely or not at all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 
 from semseg.checkpoints.format import NET_PREFIX, SavedNetwork, load_weights, refuse_nonfinite_weights
 from semseg.errors import CheckpointError
-from semseg.nets.interfaces import Encoder
-from semseg.nets.segmenter import Segmenter
+from semseg.nets.interfaces import Encoder, SegmentationNetwork
 from semseg.syncbn.layer import OLD_BUFFERS
 from semseg.system.text import escape_unprintable
 
@@ -25,25 +25,37 @@ MAX_LISTED = 3
 
 
 def load_encoder_weights(encoder: Encoder, path: Path) -> None:
-    """Load `encoder` from a file of ImageNet weights, or from the encoder of a checkpoint, by name and shape.
+    """`load_backbone_weights` for an encoder alone."""
+    _load_part(encoder, encoder.convert_weights, ["encoder"], path)
+
+
+def load_backbone_weights(net: SegmentationNetwork, path: Path) -> None:
+    """Load the backbone of `net` from a file of ImageNet weights, or from that of a checkpoint, by name and shape.
 
     The ImageNet classifier and the extra buffers of old normalisation layers are skipped.
 
     Raises:
         CheckpointError: if the file is damaged, or any weight is missing, unexpected or of another
-            shape; the first of each kind are named, and the encoder is unchanged.
+            shape; the first of each kind are named, and the backbone is unchanged.
     """
+    backbone = net.backbone
+    name = next((name for name, module in net.named_modules() if module is backbone), None)
+    # `model.` is the library's module in our wrapper, which is not in the library's own files.
+    _load_part(backbone, net.convert_weights, [name, name.removeprefix("model.")] if name else [], path)
+
+
+def _load_part(
+    part: nn.Module, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]], names: Sequence[str], path: Path
+) -> None:
     found = load_weights(path)
     refuse_nonfinite_weights(found, str(path))
-    part = extract_encoder_weights(found)
-    load_all_weights(
-        encoder, drop_old_buffers(part or encoder.convert_weights(found)), f"{path}: does not fit model.encoder"
-    )
+    weights = extract_weights(found, names) or convert(found)
+    load_all_weights(part, drop_old_buffers(weights), f"{path}: does not fit model.encoder")
 
 
-def extract_encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's entries of a whole network's weights; empty if they are not those of a whole network."""
-    for prefix in (f"{NET_PREFIX}encoder.", "encoder."):
+def extract_weights(weights: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The weights of a part, by one of its `names` in a whole network; empty if they are not those of one."""
+    for prefix in (f"{before}{name}." for name in names for before in (NET_PREFIX, "")):
         part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if part:
             return part
@@ -126,7 +138,7 @@ class LoadReport(NamedTuple):
         return table
 
 
-def initialise_from(net: Segmenter, saved: SavedNetwork) -> LoadReport:
+def initialise_from(net: SegmentationNetwork, saved: SavedNetwork) -> LoadReport:
     """Load the weights of `saved` into `net`, for a new run with the same architecture.
 
     Classifiers for another number of classes keep their random weights. An auxiliary head may be in one of them.
@@ -149,10 +161,9 @@ def initialise_from(net: Segmenter, saved: SavedNetwork) -> LoadReport:
     needed = {name: value for name, value in expected.items() if name not in {*other_classes, *missing}}
     problems = find_differences(usable, needed)
     if problems:
-        model = saved.config.model
         raise CheckpointError(
-            f"init_from={saved.source}: its architecture is not that of model={architecture_name(net)}: "
-            f"{'; '.join(problems)}. The file holds {model.encoder.get('name')} + {model.decoder.get('name')}: "
+            f"init_from={saved.source}: its architecture is not that of model={net.architecture}: "
+            f"{'; '.join(problems)}. The file holds {saved.config.model.title}: "
             "omit model to use it, or load its encoder alone with model.encoder.weights=<file>."
         )
     net.load_state_dict(usable, strict=False)
@@ -171,8 +182,3 @@ def differs_only_in_classes(found: Tensor, found_classes: int, expected: Tensor,
         and found.shape[1:] == expected.shape[1:]
         and (found.shape[0], expected.shape[0]) == (found_classes, expected_classes)
     )
-
-
-def architecture_name(net: Segmenter) -> str:
-    """The class names of encoder and decoder, for messages."""
-    return f"{type(net.encoder).__name__} + {type(net.decoder).__name__}"

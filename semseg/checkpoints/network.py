@@ -8,18 +8,17 @@ from pathlib import Path
 import torch
 
 from semseg.checkpoints.format import SavedNetwork, first_line
-from semseg.checkpoints.initialise import find_differences, load_all_weights, load_encoder_weights
+from semseg.checkpoints.initialise import find_differences, load_all_weights, load_backbone_weights
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import DownloadConfig, ModelConfig, split_network_options
 from semseg.errors import CheckpointError, ConfigError
-from semseg.nets.interfaces import Encoder
-from semseg.nets.registry import build_segmenter
-from semseg.nets.segmenter import Segmenter
+from semseg.nets.interfaces import Encoder, NetworkKeys, SegmentationNetwork
+from semseg.nets.registry import build_library_network, build_segmenter
 from semseg.storage.download import fetch_file
 
 
-def build_network(config: ModelConfig, num_classes: int, download: DownloadConfig | None = None) -> Segmenter:
-    """The network, its encoder initialised as model.encoder.weights says, the rest with fresh weights.
+def build_network(config: ModelConfig, num_classes: int, download: DownloadConfig | None = None) -> SegmentationNetwork:
+    """The network, its backbone initialised as model.encoder.weights says, the rest with fresh weights.
 
     Args:
         download: how to fetch ImageNet weights (model.encoder.weights=imagenet).
@@ -29,28 +28,44 @@ def build_network(config: ModelConfig, num_classes: int, download: DownloadConfi
         CheckpointError: if the weight file does not fit.
         DownloadError: if it cannot be fetched.
     """
-    encoder, encoder_options = split_network_options(config.encoder, "encoder")
-    decoder, decoder_options = split_network_options(config.decoder, "decoder")
-    net = build_segmenter(encoder, decoder, num_classes, encoder_options, decoder_options)
+    net = build_architecture(config, num_classes, download)
     weights = config.encoder.get("weights", "none")
     if weights == "imagenet":
-        load_encoder_weights(net.encoder, fetch_imagenet_weights(net.encoder, encoder, download or DownloadConfig()))
+        load_backbone_weights(net, fetch_imagenet_weights(net, config.backbone_name, download or DownloadConfig()))
     elif weights not in (None, "none"):
-        load_encoder_weights(net.encoder, Path(weights).expanduser())
+        load_backbone_weights(net, Path(weights).expanduser())
     if config.convention != "auto":
         net.convention = PREPROCESSING[config.convention]
     net.has_cpu_kernels = config.winograd
     return net
 
 
-def fetch_imagenet_weights(encoder: Encoder, name: str, download: DownloadConfig) -> Path:
-    """The file of an encoder's published ImageNet weights, downloaded if it is not in the cache.
+def build_architecture(
+    config: ModelConfig, num_classes: int, download: DownloadConfig | None = None
+) -> SegmentationNetwork:
+    """The network of `config`, with fresh weights: an encoder and a decoder, or a whole network (model.library).
 
     Raises:
-        ConfigError: if none are published for this encoder.
+        ConfigError: for unknown names and options.
+    """
+    if config.library:
+        keys = NetworkKeys(
+            config.arch, config.name, config.encoder, config.options, config.revision, config.config, download
+        )
+        return build_library_network(config.library, num_classes, keys)
+    encoder, encoder_options = split_network_options(config.encoder, "encoder")
+    decoder, decoder_options = split_network_options(config.decoder, "decoder")
+    return build_segmenter(encoder, decoder, num_classes, encoder_options, decoder_options)
+
+
+def fetch_imagenet_weights(net: SegmentationNetwork | Encoder, name: str, download: DownloadConfig) -> Path:
+    """The file of the published ImageNet weights of a network's backbone, downloaded if it is not in the cache.
+
+    Raises:
+        ConfigError: if none are published for this backbone.
         DownloadError: if they cannot be fetched.
     """
-    file = encoder.weights_file
+    file = net.weights_file
     if file is None:
         raise ConfigError(f"model.encoder.weights=imagenet: none are known for {name}. Give a file, or none.")
     manual = "or set model.encoder.weights to a file you have, or to none for random ones"
@@ -62,7 +77,7 @@ def without_weights(model: ModelConfig) -> ModelConfig:
     return replace(model, encoder=model.encoder | {"weights": "none"})
 
 
-def load_network(saved: SavedNetwork) -> Segmenter:
+def load_network(saved: SavedNetwork) -> SegmentationNetwork:
     """The network of a checkpoint with its weights, in eval mode.
 
     Raises:

@@ -147,6 +147,11 @@ def read_published(
     is_convention_given = "model.convention" in overridden and config.model.convention != "auto"
     model = replace(
         config.model,
+        library="",
+        arch="",
+        revision=None,
+        options={},
+        config={},
         name=f"{found.encoder}_{found.decoder.name}",
         encoder=encoder,
         decoder={"name": found.decoder.name, **found.decoder.options},

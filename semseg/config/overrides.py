@@ -27,6 +27,7 @@ NUMBER_OR_BOOLEAN = re.compile(
     r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?[\d_]+)?|[+-]?(inf|nan)|true|false", re.IGNORECASE
 )
 OPEN_KEYS = ("download.mirrors",)  # users choose the keys of these
+OPEN_PREFIXES = ("model.options.",)  # keys of a library, which checks them
 # Hydra's options that are allowed. Left out are those that load code (--experimental-rerun unpickles a file) or
 # another configuration, and abbreviations.
 HYDRA_OPTIONS = (
@@ -156,7 +157,7 @@ def quote_override(argument: str, *, sweep: bool = False) -> str:
     key, equals, value = argument.partition("=")
     if key == "sweep_dir" and sweep:
         return f"hydra.sweep.dir={quote_value(os.path.expanduser(value))}"  # noqa: PTH111
-    if key in OPEN_KEYS or is_own_key(key):
+    if key in OPEN_KEYS or key.startswith(OPEN_PREFIXES) or is_own_key(key):
         return f"++{argument}"  # allows keys that are in no file
     if key == "trainer.devices":
         return f"{key}{equals}{quote_devices(value, sweep=sweep)}"

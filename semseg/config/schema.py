@@ -70,6 +70,9 @@ QUANTIZE_CHOICES = ("none", "dynamic", "static")
 PREDICT_OUTPUTS = ("ids", "color", "overlay", "panel", "probabilities")
 PREDICT_FORMATS = ("dataset", "ade20k")
 
+# Keys of `model` that say which network it is, besides those in its section `encoder`.
+ARCHITECTURE_KEYS = ("library", "arch", "name", "revision", "options", "config", "decoder")
+
 # The only objects that `_target_` in a configuration may name, so that no file can make us call anything else.
 ALLOWED_TARGETS = (
     "pytorch_lightning.callbacks.EarlyStopping",
@@ -118,8 +121,18 @@ class DecoderKeys:
 class ModelConfig:
     """Which network, and how it runs."""
 
+    library: str = ""
+    """A whole network: smp, transformers, or a name that a program adds; empty: an encoder and a decoder of ours."""
+    arch: str = ""
+    """smp: its architecture, such as unet."""
     name: str = ""
-    """Name in the run card and in tables."""
+    """Name in the run card and in tables; transformers: the network's name on the hub, or its folder."""
+    revision: str | None = None
+    """transformers: a branch, tag or commit of the network on the hub; null: the newest, which checkpoints note."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of a whole network, by the names of its library: model.options.decoder_channels=[64,32,16]."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Written by us into checkpoints: what rebuilds a network of transformers without its files."""
     encoder: dict[str, Any] = network_field(EncoderKeys)
     decoder: dict[str, Any] = network_field(DecoderKeys)
     convention: str = choice_field("auto", ("auto", *PREPROCESSING))
@@ -141,8 +154,17 @@ class ModelConfig:
 
     @property
     def title(self) -> str:
-        """Encoder and decoder, because either may have been replaced in a model of another name."""
-        return f"{self.encoder.get('name')} + {self.decoder.get('name')}"
+        """What the network is: encoder and decoder, either of which may have been replaced in a model of a name."""
+        if not self.library:
+            return f"{self.encoder.get('name')} + {self.decoder.get('name')}"
+        encoder = self.encoder.get("name")
+        return " ".join(filter(None, [self.library, self.arch or self.name, encoder and f"+ {encoder}"]))
+
+    @property
+    def backbone_name(self) -> str:
+        """The name of the part that model.encoder.weights are for, in messages."""
+        encoder = self.encoder.get("library") or self.encoder.get("name") or "this network"
+        return f"{self.library} {encoder}" if self.library else str(encoder)
 
     def find_problems(self) -> Iterator[str]:
         """A sentence for every value that does not fit the others."""
@@ -150,6 +172,12 @@ class ModelConfig:
             yield (
                 f"model.size_divisor={self.size_divisor}: must be a multiple of model.label_stride={self.label_stride}."
             )
+        whole = {"arch": self.arch, "options": self.options, "revision": self.revision, "config": self.config}
+        for key, value in whole.items():
+            if value and not self.library:
+                yield f"model.{key}={value}: is for whole networks of other libraries, such as model=smp."
+        if self.library and self.decoder:
+            yield f"model.library={self.library}: is a whole network, without model.decoder: choose it by model=<name>."
         frozen = self.encoder.get("frozen", False)
         if not isinstance(frozen, bool):
             yield f"model.encoder.frozen={frozen}: must be true or false."

@@ -75,7 +75,7 @@ def scale_logits(
     """Run the network at every scale of one image.
 
     Args:
-        net: a Segmenter in eval mode.
+        net: a SegmentationNetwork in eval mode.
         scales: uint8 RGB images (3, H, W), one per scale, on any device; H and W multiples of size_divisor.
         flip: run the network on the mirrored image too.
         window: side of a square window in pixels of the scaled image, rounded up to a multiple of size_divisor; the
@@ -130,7 +130,7 @@ def run_in_windows(net: nn.Module, image: Tensor, window: int | None, stride: in
     height, width = image.shape[-2:]
     if window is None or window >= max(height, width):
         return to_full_precision(net(image).main)
-    divisor = int(net.size_divisor)  # pyright: ignore[reportArgumentType] - the net is a Segmenter
+    divisor = int(net.size_divisor)  # pyright: ignore[reportArgumentType] - a SegmentationNetwork has it
     if height % divisor or width % divisor:
         raise ConfigError(
             f"window={window}: with windows, height and width of an image must be multiples of {divisor} pixels, not "

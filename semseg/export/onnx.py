@@ -23,8 +23,8 @@ from semseg.checkpoints.format import Graph, first_line
 from semseg.data.geometry import Size
 from semseg.errors import ExportError
 from semseg.export.onnx_runtime import INPUT_NAME, METADATA_KEY, OUTPUT_NAME, RAW_PIXELS, GraphEncoder
+from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.normalise import normalise
-from semseg.nets.segmenter import Segmenter
 
 # Sides of the traced image in multiples of size_divisor. They differ from each other and from the grids of pyramid
 # pooling, so that the exporter cannot confuse them.
@@ -46,7 +46,7 @@ class Deviation(NamedTuple):
 class PixelNetwork(nn.Module):
     """RGB pixels 0..255 (N, 3, H, W) float32 -> main logits."""
 
-    def __init__(self, net: Segmenter) -> None:
+    def __init__(self, net: SegmentationNetwork) -> None:
         super().__init__()
         self.net = net
 
@@ -55,7 +55,7 @@ class PixelNetwork(nn.Module):
         return self.net(normalise(pixels, self.net.convention)).main
 
 
-def write_onnx(path: Path, net: Segmenter, entry: dict[str, Any]) -> Deviation:
+def write_onnx(path: Path, net: SegmentationNetwork, entry: dict[str, Any]) -> Deviation:
     """Write `net` as ONNX, with `entry` as JSON under METADATA_KEY, and compare the file with the network.
 
     Args:
@@ -80,7 +80,7 @@ def write_onnx(path: Path, net: Segmenter, entry: dict[str, Any]) -> Deviation:
     return compare_with_network(net, load_onnx(path, net), ONNX_SIZES)
 
 
-def load_onnx(path: Path, net: Segmenter) -> Callable[[Tensor], Tensor]:
+def load_onnx(path: Path, net: SegmentationNetwork) -> Callable[[Tensor], Tensor]:
     """The ONNX file of `net` as a function of pixels."""
     graph = Graph(path.read_bytes(), net.size_divisor, net.label_stride)
     encoder = GraphEncoder(str(path), graph, net.num_classes, RAW_PIXELS)
@@ -100,7 +100,7 @@ def add_metadata(model: onnx.ModelProto, entry: dict[str, Any]) -> onnx.ModelPro
     return model
 
 
-def write_torch_export(path: Path, net: Segmenter, entry: dict[str, Any]) -> Deviation:
+def write_torch_export(path: Path, net: SegmentationNetwork, entry: dict[str, Any]) -> Deviation:
     """Write `net` for torch.export.load, with `entry` as the extra file METADATA_KEY.json; see `write_onnx`."""
     image, dynamic_shapes = build_example(net)
     with silence_exporters(), raise_export_errors("torch.export"):
@@ -122,7 +122,7 @@ def remove_stack_traces(program: ExportedProgram) -> None:
 EXPORT_WRITERS = {"onnx": write_onnx, "torch_export": write_torch_export}
 
 
-def build_example(net: Segmenter) -> tuple[Tensor, tuple[dict[int, Any], ...]]:
+def build_example(net: SegmentationNetwork) -> tuple[Tensor, tuple[dict[int, Any], ...]]:
     """An image to trace, and its dynamic sizes: N, and multiples of size_divisor for H and W."""
     divisor = net.size_divisor
     image = torch.zeros(2, 3, divisor * TRACED_SIZE.height, divisor * TRACED_SIZE.width)
@@ -131,7 +131,7 @@ def build_example(net: Segmenter) -> tuple[Tensor, tuple[dict[int, Any], ...]]:
 
 @torch.no_grad()
 def compare_with_network(
-    net: Segmenter, exported: Callable[[Tensor], Tensor], sizes: tuple[tuple[int, int, int], ...]
+    net: SegmentationNetwork, exported: Callable[[Tensor], Tensor], sizes: tuple[tuple[int, int, int], ...]
 ) -> Deviation:
     """Compare an exported network with the original on random images.
 

@@ -32,7 +32,7 @@ from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import config_to_plain
 from semseg.data.sources import make_label_map
 from semseg.errors import CheckpointError, SemsegError
-from semseg.nets.interfaces import Decoder, Encoder, Logits
+from semseg.nets.interfaces import Decoder, Encoder, Logits, SegmentationNetwork
 from semseg.nets.segmenter import Segmenter
 
 METADATA_KEY = "semseg"
@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 # ---- the description beside the graph
 
 
-def build_description(saved: SavedNetwork, net: Segmenter, quantized: str = "none") -> dict[str, Any]:
+def build_description(saved: SavedNetwork, net: SegmentationNetwork, quantized: str = "none") -> dict[str, Any]:
     """Everything that is needed to use a graph without its checkpoint, as plain data.
 
     The entries `config`, `classes` and `convention` are those of a checkpoint.
@@ -98,7 +98,7 @@ class PictureRule(NamedTuple):
         }
 
 
-def picture_rule(saved: SavedNetwork, net: Segmenter) -> PictureRule:
+def picture_rule(saved: SavedNetwork, net: SegmentationNetwork) -> PictureRule:
     """The rule of mode=predict for a network with the settings of its own configuration."""
     config = saved.config
     return PictureRule(

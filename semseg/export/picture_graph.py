@@ -35,7 +35,7 @@ from semseg.export.onnx_runtime import (
     picture_rule,
     read_exported,
 )
-from semseg.nets.segmenter import Segmenter
+from semseg.nets.interfaces import SegmentationNetwork
 
 INT64_MIN = np.iinfo(np.int64).min
 PICTURE_SIZES = ((97, 131), (150, 64))  # (height, width) of the pictures for the comparison
@@ -178,7 +178,7 @@ def write_picture_model(path: Path) -> float:
     return compare_with_prediction(path, net, rule, entry["label_ids"])
 
 
-def compare_with_prediction(path: Path, net: Segmenter, rule: PictureRule, label_ids: Sequence[int]) -> float:
+def compare_with_prediction(path: Path, net: SegmentationNetwork, rule: PictureRule, label_ids: Sequence[int]) -> float:
     """Compare the class ids of the file `path` with those of mode=predict on drawn pictures; see `write_picture_model`.
 
     Args:

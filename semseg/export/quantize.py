@@ -30,7 +30,7 @@ from semseg.data.datasets import EvalDataset
 from semseg.evaluation.inference import predict
 from semseg.evaluation.metrics import Scores, confusion_counts, scores_from
 from semseg.export.onnx_runtime import INPUT_NAME
-from semseg.nets.segmenter import Segmenter
+from semseg.nets.interfaces import SegmentationNetwork
 
 QUANTIZED_OPERATORS = ["Conv"]  # where a network spends its time
 
@@ -101,7 +101,9 @@ def sample_positions(dataset: EvalDataset, count: int) -> list[int]:
     return [index * length // count for index in range(count)]
 
 
-def score_network(net: Segmenter, dataset: EvalDataset, count: int, options: EvalConfig, miou_rule: str) -> Scores:
+def score_network(
+    net: SegmentationNetwork, dataset: EvalDataset, count: int, options: EvalConfig, miou_rule: str
+) -> Scores:
     """Score a network on `count` images of a data set with labels, with the settings of mode=eval."""
     matrix = torch.zeros(net.num_classes, net.num_classes, dtype=torch.int64)
     for index in sample_positions(dataset, count):

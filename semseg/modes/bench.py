@@ -29,7 +29,7 @@ from semseg.errors import DataError
 from semseg.evaluation.evaluator import Speed
 from semseg.evaluation.tables import format_speed
 from semseg.lit_module import SegmentationModule
-from semseg.nets.segmenter import Segmenter
+from semseg.nets.interfaces import SegmentationNetwork
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import relative_to_cwd
 from semseg.system.processors import count_processors
@@ -162,7 +162,7 @@ def time_steps(
     return TrainingSpeed(images / (waiting + step), step, waiting, memory)
 
 
-def time_evaluation(config: Config, source: DataSource, net: Segmenter) -> Speed:
+def time_evaluation(config: Config, source: DataSource, net: SegmentationNetwork) -> Speed:
     """Time the first images of eval.split, as mode=eval evaluates them."""
     options = replace(config.trainer, max_steps=-1, limit_val_batches=None)
     config = replace(config, mode="eval", trainer=options)

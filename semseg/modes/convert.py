@@ -49,7 +49,16 @@ def write_network(output: Path, saved: SavedNetwork) -> list[Path]:
 
 
 def write_published(folder: Path, saved: SavedNetwork) -> list[Path]:
-    """Write encoder_epoch_N.pth and decoder_epoch_N.pth: two flat state dicts, as the original code saves them."""
+    """Write encoder_epoch_N.pth and decoder_epoch_N.pth: two flat state dicts, as the original code saves them.
+
+    Raises:
+        ConfigError: for a whole network of a library, which has no such parts.
+    """
+    if saved.config.model.library:
+        raise ConfigError(
+            f"output={folder}: a folder of two files is for an encoder and a decoder, and {saved.source} is a whole "
+            f"network ({saved.config.model.title}). Use output=<file.ckpt or file{SAFETENSORS}>."
+        )
     files = []
     for part in ("encoder", "decoder"):
         weights = {

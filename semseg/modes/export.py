@@ -16,7 +16,7 @@ from semseg.data.datasets import EvalDataset, ReadOptions
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
 from semseg.evaluation.metrics import Scores
-from semseg.nets.segmenter import Segmenter
+from semseg.nets.interfaces import SegmentationNetwork
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import format_command, relative_to_cwd
 
@@ -89,7 +89,7 @@ def follow_given_keys(saved: Config, given: Config) -> Config:
     return replace(saved, data=data, eval=given.eval, predict=given.predict)
 
 
-def read_calibration_images(config: Config, net: Segmenter) -> Iterator[Tensor]:
+def read_calibration_images(config: Config, net: SegmentationNetwork) -> Iterator[Tensor]:
     """export.calibration_images images of export.calibration_split, at every scale of eval.scales.
 
     Raises:
@@ -104,7 +104,9 @@ def read_calibration_images(config: Config, net: Segmenter) -> Iterator[Tensor]:
         yield from dataset[position].scales
 
 
-def open_split(source: DataSource, split: str, options: EvalConfig, size_divisor: int, net: Segmenter) -> EvalDataset:
+def open_split(
+    source: DataSource, split: str, options: EvalConfig, size_divisor: int, net: SegmentationNetwork
+) -> EvalDataset:
     """The images of a split as mode=eval reads them."""
     return EvalDataset(
         source.records(split),
@@ -115,7 +117,9 @@ def open_split(source: DataSource, split: str, options: EvalConfig, size_divisor
     )
 
 
-def print_quantisation_loss(config: Config, saved: SavedNetwork, net: Segmenter, quantized: Segmenter) -> None:
+def print_quantisation_loss(
+    config: Config, saved: SavedNetwork, net: SegmentationNetwork, quantized: SegmentationNetwork
+) -> None:
     """Print the scores of both networks on export.score_images images of eval.split, or why there are none."""
     from semseg.export.quantize import score_network  # noqa: PLC0415 - the packages of an extra
 

@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from semseg.checkpoints.network import build_architecture
 from semseg.checkpoints.zoo import PUBLISHED_SCORES, ZOO
 from semseg.config.groups import list_options
 from semseg.config.load import load_config
-from semseg.config.schema import Config, ModelConfig, split_network_options
+from semseg.config.schema import Config, ModelConfig
 from semseg.nets.cost import COST_SIZE, NetworkCost, measure_cost
-from semseg.nets.registry import build_segmenter
 
 ZOO_NUM_CLASSES = 150  # classes of the published networks
 
@@ -35,6 +35,8 @@ def models_table() -> Table:
         table.add_column(name, justify="right")
     table.add_column("weights")
     for name in list_options("model"):
+        if name == "custom":  # a network of the user's own
+            continue
         cost = measure_model(name)
         counted = ["", ""] if cost is None else [f"{cost.parameters / 1e6:.1f}", f"{cost.flops / 1e9:.0f}"]
         scores = PUBLISHED_SCORES.get(name)
@@ -54,7 +56,5 @@ def measure_model(name: str) -> NetworkCost | None:
 
 def measure_on_meta(model: ModelConfig) -> NetworkCost:
     """The cost of a network, built on the meta device."""
-    encoder, encoder_options = split_network_options(model.encoder, "encoder")
-    decoder, decoder_options = split_network_options(model.decoder, "decoder")
     with torch.device("meta"):
-        return measure_cost(build_segmenter(encoder, decoder, ZOO_NUM_CLASSES, encoder_options, decoder_options))
+        return measure_cost(build_architecture(model, ZOO_NUM_CLASSES))

@@ -29,7 +29,15 @@ from semseg.checkpoints.format import (
 from semseg.checkpoints.initialise import LoadReport, initialise_from
 from semseg.checkpoints.network import build_network, check_network, without_weights
 from semseg.checkpoints.published import find_published_files
-from semseg.config.schema import ZOO_PREFIX, CheckpointConfig, Config, ModelConfig, TrainerConfig, config_to_plain
+from semseg.config.schema import (
+    ARCHITECTURE_KEYS,
+    ZOO_PREFIX,
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    TrainerConfig,
+    config_to_plain,
+)
 from semseg.data.labels import read_class_indices
 from semseg.data.overlap import find_overlap
 from semseg.data.pairs import name_origin
@@ -68,7 +76,10 @@ from semseg.training.training_state import report_restore_errors
 
 PIPE_WIDTH = 120  # characters of a line where there is no terminal
 NUM_CHECKED_LABELS = 8  # before anything slow happens
-NETWORK_KEYS = ("model/", "model.encoder", "model.decoder")  # prefixes of overrides that choose the network
+# Prefixes of overrides that choose the network.
+NETWORK_KEYS = (
+    "model/", "model.library", "model.arch", "model.revision", "model.options", "model.encoder", "model.decoder",
+)  # fmt: skip
 
 
 def run(config: Config, overrides: list[str]) -> float | None:
@@ -134,6 +145,8 @@ def resolve_start(config: Config, overrides: list[str], source: DataSource) -> S
     if path is None:
         return Start(config, network=network)
     state = read_run_state(path, config.trainer, config.callbacks, has_val=source.has("val"))
+    if not config.model.config:  # written by the run, which saw the files of the library
+        config = replace(config, model=replace(config.model, config=state.config["model"].get("config", {})))
     num_classes, force = source.classes.num_classes, config.resume_force
     print_once(check_same_run(state, config_to_plain(config), num_classes=num_classes, force=force))
     return Start(config, state=state)
@@ -149,9 +162,10 @@ def chooses_network(overrides: list[str]) -> bool:
 
 
 def adopt_network(model: ModelConfig, network: ModelConfig) -> ModelConfig:
-    """`model` with the encoder and the decoder of `network`; how they are trained stays."""
+    """`model` with the architecture of `network`; how it is trained stays."""
     frozen = {"frozen": model.encoder.get("frozen", False)}
-    return replace(model, name=network.name, encoder=network.encoder | frozen, decoder=network.decoder)
+    chosen = {key: getattr(network, key) for key in ARCHITECTURE_KEYS}
+    return replace(model, **chosen, encoder=network.encoder | frozen)
 
 
 def find_resume_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
@@ -259,6 +273,7 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
         check_first_labels(source, config.data.max_pixels)  # before ImageNet weights are downloaded
     model = config.model if start.kind == "scratch" else without_weights(config.model)
     net = build_network(model, source.classes.num_classes, config.download)
+    config = replace(config, model=replace(config.model, config=net.library_config))
     data = build_data(config, source, net)
     data.trainer = trainer  # as trainer.fit does
     plain = config_to_plain(config)

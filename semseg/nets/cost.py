@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from semseg.data.geometry import Size, canvas_size
 from semseg.nets.blocks import plain_operators
-from semseg.nets.segmenter import Segmenter
+from semseg.nets.interfaces import SegmentationNetwork
 from semseg.storage.atomic import atomic_write
 
 COST_SIZE = Size(512, 512)  # size of the image for counting operations
@@ -43,7 +43,7 @@ class NetworkCost(NamedTuple):
         )
 
 
-def measure_cost(net: Segmenter) -> NetworkCost:
+def measure_cost(net: SegmentationNetwork) -> NetworkCost:
     """Count parameters, and operations for one image of COST_SIZE, rounded up to size_divisor, without auxiliary head.
 
     The operations are those of the published architecture, also where our layers compute its results with fewer.
@@ -77,14 +77,27 @@ def sum_flops(name: str, part: nn.Module, counts: dict[str, int]) -> int:
     return sum(sum_flops(f"{name}.{child}", module, counts) for child, module in part.named_children())
 
 
-def iterate_stages(net: Segmenter) -> Iterator[tuple[str, nn.Module]]:
-    """The stages of the encoder, and the decoder."""
-    name, part = "encoder", net.encoder
+def iterate_stages(net: SegmentationNetwork) -> Iterator[tuple[str, nn.Module]]:
+    """The stages of the backbone (the encoder), and the modules beside it (the decoder)."""
+    yield from _iterate_parts(net, "", net.backbone)
+
+
+def _iterate_parts(part: nn.Module, prefix: str, backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    children = dict(part.named_children())
+    for name, child in children.items():
+        if child is backbone:
+            yield from _iterate_children(child, f"{prefix}{name}")
+        elif any(module is backbone for module in child.modules()) or (len(children) == 1 and any(child.children())):
+            yield from _iterate_parts(child, f"{prefix}{name}.", backbone)
+        else:
+            yield f"{prefix}{name}", child
+
+
+def _iterate_children(part: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     while len(children := dict(part.named_children())) == 1:  # a wrapper around the network
         ((child, part),) = children.items()
         name = f"{name}.{child}"
     yield from ((f"{name}.{child}", module) for child, module in children.items())
-    yield "decoder", net.decoder
 
 
 def count_parameters(part: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Stage 5: the interfaces of encoders and decoders.
+"""Stage 5: the interface of networks, and those of encoders and decoders.
 
 Worked shapes for an image of 3 x 480 x 608 (both multiples of the largest stride):
 
@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from semseg.config.preprocessing import PREPROCESSING, Preprocessing
+from semseg.config.schema import DownloadConfig
+from semseg.data.geometry import Size
 
 CLASSIFIER_PREFIXES = ("fc.", "classifier.", "head.")  # weights of ImageNet heads, which no encoder keeps
 
@@ -35,6 +37,90 @@ class WeightsFile(NamedTuple):
 
     url: str
     digest: str = ""  # "sha256:<hex>", possibly only the first hex digits; empty: unknown
+
+
+class NetworkKeys(NamedTuple):
+    """The keys of `model` that choose a whole network: what a constructor of registry.NETWORKS may be handed."""
+
+    arch: str = ""
+    name: str = ""
+    encoder: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
+    options: dict[str, Any] = {}  # noqa: RUF012
+    revision: str | None = None
+    config: dict[str, Any] = {}  # noqa: RUF012 - SegmentationNetwork.library_config of a checkpoint; empty: a new network
+    download: DownloadConfig | None = None  # how to fetch files; None: without files
+
+
+class SegmentationNetwork(nn.Module, ABC):
+    """Image to logits: what training, evaluation, prediction and export need of any network.
+
+    Segmenter (an encoder and a decoder of ours) is one kind; the others are whole networks of another library, or of a
+    program (semseg.nets.registry.NETWORKS). A network of a library keeps the library's own module as `self.model`.
+
+    Attributes:
+        num_classes: number of classes of the logits.
+        convention: how pixel values enter the network, according to the weights that it has or starts from.
+        size_divisor: the data pipeline pads height and width of images to multiples of it.
+        label_stride: pixels of the image per position of the main logits; divides size_divisor.
+        min_size: smaller images are padded to it, by the network.
+        image_size: the only size that the network takes; None: any.
+        weights_file: ImageNet weights of its backbone; None if the user has to provide a file.
+        library_config: plain data (JSON) that rebuilds the network without a file; saved as model.config.
+    """
+
+    num_classes: int
+    convention: Preprocessing = PREPROCESSING["rgb_mean_std"]
+    size_divisor: int
+    label_stride: int
+    min_size: int = 1
+    image_size: Size | None = None
+    weights_file: WeightsFile | None = None
+    library_config: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+
+    @abstractmethod
+    def forward(self, image: Tensor) -> Logits:
+        """(N, 3, H, W) normalised -> logits, main (N, num_classes, ceil(H / label_stride), ceil(W / label_stride))."""
+
+    @property
+    @abstractmethod
+    def backbone(self) -> nn.Module:
+        """The part with pretrained weights, on which model.encoder.frozen and optim.lr_encoder act.
+
+        It need not be a module of the network: nn.ModuleList([...]) of some of its modules will do.
+        """
+
+    @property
+    def architecture(self) -> str:
+        """The names of its classes, for messages."""
+        return type(self).__name__
+
+    @property
+    def has_cpu_kernels(self) -> bool:
+        """Whether the network runs on a CPU with the kernels of `semseg.nets.cpu` (configuration: model.winograd)."""
+        return False
+
+    @has_cpu_kernels.setter
+    def has_cpu_kernels(self, is_enabled: bool) -> None:
+        """Only the layers of Segmenter have such kernels."""
+
+    def convert_weights(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rename weights of a file of model.encoder.weights to the names of `backbone`, without a classifier."""
+        return {name: value for name, value in published.items() if not name.startswith(CLASSIFIER_PREFIXES)}
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Told before every training step which one it is, for what a network changes over a run."""
+
+    def compute_own_loss(self, image: Tensor, label: Tensor) -> tuple[Tensor, Logits] | None:
+        """The loss of a network that has a loss of its own, and the logits for the accuracy in the log.
+
+        Args:
+            image: (N, 3, H, W) normalised.
+            label: (N, H / label_stride, W / label_stride) int64, -1 = ignored.
+
+        Returns:
+            None for networks that train with the terms of `loss`.
+        """
+        return None
 
 
 class Encoder(nn.Module, ABC):

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from semseg.errors import ConfigError, check_choice, find_nearest
 
 if TYPE_CHECKING:
-    from semseg.nets.interfaces import Decoder, Encoder
+    from semseg.nets.interfaces import Decoder, Encoder, NetworkKeys, SegmentationNetwork
     from semseg.nets.segmenter import Segmenter
 
 
 class Constructor(NamedTuple):
-    """A class or function that builds an encoder or a decoder; calling it imports its module."""
+    """A class or function that builds a network or a part of one; calling it imports its module."""
 
     module: str
     attribute: str
@@ -46,6 +46,9 @@ DECODERS: dict[str, Constructor] = {
     "ppm": Constructor("semseg.nets.decoders.ppm", "PPM"),
     "upernet": Constructor("semseg.nets.decoders.upernet", "UPerNet"),
 }
+# Whole networks, by model.library. A constructor is handed the number of classes and, if it has a parameter `keys`, all
+# keys of `model` that choose a network (NetworkKeys), which it checks; otherwise model.options as keyword arguments.
+NETWORKS: dict[str, Constructor] = {}
 NETWORK_TABLES: dict[str, dict[str, Constructor]] = {"encoder": ENCODERS, "decoder": DECODERS}
 
 
@@ -156,6 +159,24 @@ def build_segmenter(
             f"gives one map. {more_maps} a decoder without it: model/decoder={', '.join(DECODERS)}."
         )
     return Segmenter(body, decoder_class(body.channels, num_classes, **decoder_options), num_classes)
+
+
+def build_library_network(library: str, num_classes: int, keys: NetworkKeys) -> SegmentationNetwork:
+    """Build the whole network `library` of NETWORKS, with initial weights.
+
+    Raises:
+        ConfigError: for an unknown name or option, with the nearest known one.
+    """
+    check_choice("model.library", library, list(NETWORKS))
+    constructor = NETWORKS[library].load()
+    if "keys" in inspect.signature(constructor).parameters:
+        return constructor(num_classes, keys)
+    problems = list(find_option_problems("model.options", library, constructor, keys.options))
+    unused = {"arch": keys.arch, "revision": keys.revision, "config": keys.config}
+    problems += [f"model.{key}={value}: {library} has no such key." for key, value in unused.items() if value]
+    if problems:
+        raise ConfigError(" ".join(problems))
+    return constructor(num_classes, **{name: value for name, value in keys.options.items() if value is not None})
 
 
 def _build(kind: str, name: str, options: Mapping[str, Any], *args: Any) -> Any:

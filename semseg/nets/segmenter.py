@@ -5,20 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from semseg.nets.interfaces import Decoder, Encoder, Logits
+from semseg.nets.interfaces import Decoder, Encoder, Logits, SegmentationNetwork
 from semseg.nets.upsampled_conv import UpsampledConcatConv
 
 
-class Segmenter(nn.Module):
+class Segmenter(SegmentationNetwork):
     """Image to logits. The data pipeline pads images and thins labels according to its strides.
 
     Args:
         encoder: gives the maps.
         decoder: built with the encoder's channels.
         num_classes: number of classes of the logits.
-
-    Attributes:
-        convention: how pixel values enter the network, according to the weights that it has or starts from.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, num_classes: int) -> None:
@@ -27,17 +24,24 @@ class Segmenter(nn.Module):
         self.decoder = decoder
         self.num_classes = num_classes
         self.convention = encoder.convention
+        self.size_divisor = encoder.size_divisor
+        self.label_stride = encoder.strides[decoder.feature_level]
+        self.weights_file = encoder.weights_file
         self._has_cpu_kernels = True
 
     @property
-    def size_divisor(self) -> int:
-        """Height and width of an image must be multiples of it."""
-        return self.encoder.size_divisor
+    def backbone(self) -> Encoder:
+        """The encoder."""
+        return self.encoder
 
     @property
-    def label_stride(self) -> int:
-        """Pixels of the image per position of the main logits."""
-        return self.encoder.strides[self.decoder.feature_level]
+    def architecture(self) -> str:
+        """The class names of encoder and decoder."""
+        return f"{type(self.encoder).__name__} + {type(self.decoder).__name__}"
+
+    def convert_weights(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As the encoder does."""
+        return self.encoder.convert_weights(published)
 
     @property
     def has_cpu_kernels(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from semseg.data.geometry import Size
-from semseg.nets.segmenter import Segmenter
+from semseg.nets.interfaces import SegmentationNetwork
 
 
 class StepMemory(NamedTuple):
@@ -19,7 +19,7 @@ class StepMemory(NamedTuple):
     weights: int  # the network's weights; gradients and each state of the optimiser need as much again
 
 
-def estimate_step_memory(net: Segmenter, canvas: Size, batch_size: int) -> StepMemory:
+def estimate_step_memory(net: SegmentationNetwork, canvas: Size, batch_size: int) -> StepMemory:
     """Estimate the memory of a training step on one sub-batch of `canvas`; every storage is counted once.
 
     Temporary buffers of operators and the overhead of the device are not included. The network runs as on a GPU: maps

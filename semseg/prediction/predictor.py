@@ -26,8 +26,8 @@ from semseg.data.images import MAX_PIXELS
 from semseg.data.label_map import LabelMap
 from semseg.errors import ArgumentError, ConfigError, find_nearest
 from semseg.evaluation.inference import predict
+from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import create_autocast
-from semseg.nets.segmenter import Segmenter
 from semseg.prediction.outputs import write_outputs
 from semseg.prediction.pictures import Picture, convert_to_pixels
 from semseg.reports.draw import ClassShare, Pixels, add_legend, class_shares, draw_overlay, format_share
@@ -174,7 +174,7 @@ class Predictor:
 
     def __init__(
         self,
-        net: Segmenter,
+        net: SegmentationNetwork,
         classes: ClassTable,
         label_map: LabelMap,
         settings: PredictionSettings,

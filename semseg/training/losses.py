@@ -286,9 +286,19 @@ def segmentation_loss(
     total = _sum_terms(terms, main, label, average)
     if logits.aux is not None and deepsup_weight:
         total = total + deepsup_weight * _sum_terms(terms, _resize_to_label(logits.aux, label), label, average)
+    return Loss(total, *count_correct(main, label))
+
+
+def count_correct(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of pixels whose class is right, and of those that have one.
+
+    Args:
+        logits: (N, K, h, w).
+        label: (N, h', w') int64, -1 = ignored.
+    """
     # (N, h, w) -> int64 counts, exact whatever the precision of the logits.
-    correct = (main.detach().argmax(1) == label).sum()
-    return Loss(total, correct, (label != IGNORED).sum())
+    correct = (_resize_to_label(logits.detach(), label).argmax(1) == label).sum()
+    return correct, (label != IGNORED).sum()
 
 
 def _sum_terms(terms: Sequence[tuple[float, Term]], logits: Tensor, label: Tensor, average: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from semseg.config.schema import OptimConfig, ScheduleConfig
 from semseg.errors import ConfigError
-from semseg.nets.segmenter import Segmenter
+from semseg.nets.interfaces import SegmentationNetwork
 
 Schedule = Callable[[int], float]
 
@@ -44,20 +44,21 @@ def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
 
 
 def parameter_groups(
-    net: Segmenter, config: OptimConfig, unused: Collection[nn.Parameter] = ()
+    net: SegmentationNetwork, config: OptimConfig, unused: Collection[nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
-    """Encoder and decoder, each with its own rate, each with and without decay; frozen parameters are in none.
+    """Backbone (encoder) and the rest (decoder), each with its own rate, each with and without decay.
 
-    The exception are those in `unused`, which the loss does not depend on: an optimiser neither moves nor decays a
-    parameter without a gradient, and its state keeps the layout of checkpoints written before they were frozen.
+    Frozen parameters are in none. The exception are those in `unused`, which the loss does not depend on: an optimiser
+    neither moves nor decays a parameter without a gradient, and its state keeps the layout of checkpoints written
+    before they were frozen.
 
     With `layer_decay` the encoder has a pair for each of its stages: the last one, called encoder, at the encoder's
     rate, the one before it, encoder_-1, at layer_decay times that, and so on.
     """
     encoder_rate = config.lr if config.lr_encoder is None else config.lr_encoder
     decoder_rate = config.lr if config.lr_decoder is None else config.lr_decoder
-    backbone = list(net.encoder.parameters())
-    stages = list_stages(net.encoder) if config.layer_decay < 1 else [backbone]
+    backbone = list(net.backbone.parameters())
+    stages = list_stages(net.backbone) if config.layer_decay < 1 else [backbone]
     in_backbone = {id(parameter) for parameter in backbone}
     rest = [parameter for parameter in net.parameters() if id(parameter) not in in_backbone]
     parts: list[tuple[str, Sequence[nn.Parameter], float]] = []
@@ -129,7 +130,7 @@ def list_child_stages(module: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def build_optimizer(
-    net: Segmenter, config: OptimConfig, unused: Collection[nn.Parameter] = (), *, is_fused: bool = False
+    net: SegmentationNetwork, config: OptimConfig, unused: Collection[nn.Parameter] = (), *, is_fused: bool = False
 ) -> Optimizer:
     """The optimiser named in `config`, over `parameter_groups`.
 

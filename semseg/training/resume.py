@@ -414,11 +414,13 @@ STEP_SECTIONS = ("seed", "model", "data", "augment", "optim", "schedule", "loss"
 CHANGEABLE_KEYS = (
     "data.num_workers", "data.worker_timeout_s", "data.label_cache", "data.on_bad", "data.max_bad", "data.max_pixels",
     "data.name", "data.root", "data.hint", "data.test", "data.miou_rule", "data.archive",
-    "model.name", "model.channels_last", "model.winograd", "model.compile", "model.encoder.weights", "optim.fused",
+    "model.name", "model.config", "model.channels_last", "model.winograd", "model.compile", "model.encoder.weights",
+    "optim.fused",
 )  # fmt: skip
 # Keys that decide which weights and which state of the optimiser a checkpoint holds.
 FIXED_KEYS = (
-    "model.encoder.name", "model.encoder.library", "model.encoder.frozen", "model.decoder.", "data.num_classes",
+    "model.library", "model.arch", "model.options", "model.encoder.name", "model.encoder.library",
+    "model.encoder.frozen", "model.decoder.", "data.num_classes",
     "optim.name", "optim.layer_decay",
 )  # fmt: skip
 NEW_RUN_ADVICE = "For a new run give another run_dir, with init_from=<checkpoint> to start from these weights"

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from semseg.nets.interfaces import Logits
-from semseg.nets.segmenter import Segmenter
+from semseg.data.geometry import Size
+from semseg.nets.interfaces import Logits, SegmentationNetwork
 
 
-def freeze_unused(net: Segmenter, loss: Callable[[Logits, Tensor], Tensor]) -> dict[str, nn.Parameter]:
+def freeze_unused(net: SegmentationNetwork, loss: Callable[[Logits, Tensor], Tensor]) -> dict[str, nn.Parameter]:
     """Set requires_grad to False for every trainable parameter that `loss` does not depend on; returns them by name.
 
     Examples are an auxiliary head whose loss has the weight 0, and the layers of an encoder behind maps that the
@@ -31,17 +31,19 @@ def freeze_unused(net: Segmenter, loss: Callable[[Logits, Tensor], Tensor]) -> d
     return unused
 
 
-def compute_probe_loss(net: Segmenter, loss: Callable[[Logits, Tensor], Tensor]) -> Tensor:
+def compute_probe_loss(net: SegmentationNetwork, loss: Callable[[Logits, Tensor], Tensor]) -> Tensor:
     """The loss of two black images, two pixels high and wide at the largest stride, with the graph behind it."""
     weight = next(net.parameters())
-    side = 2 * net.size_divisor
-    image = torch.zeros(2, 3, side, side, dtype=weight.dtype, device=weight.device)
+    side = max(2 * net.size_divisor, net.min_size)
+    size = net.image_size or Size(side, side)
+    image = torch.zeros(2, 3, *size, dtype=weight.dtype, device=weight.device)
     statistics = {name: value.clone() for name, value in net.named_buffers()}
     try:
         with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []), torch.enable_grad():
-            logits = net.forward(image)  # not net(image), which would compile a compiled network for this size
-            label = torch.zeros_like(logits.main[:, 0], dtype=torch.int64)
-            return loss(logits, label)
+            label = torch.zeros(2, *(length // net.label_stride for length in size), dtype=torch.int64).to(image.device)
+            own = net.compute_own_loss(image, label)
+            # Not net(image), which would compile a compiled network for this size.
+            return loss(net.forward(image), label) if own is None else own[0]
     finally:
         with torch.no_grad():
             for name, value in net.named_buffers():

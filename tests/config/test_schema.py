@@ -38,6 +38,7 @@ def test_the_defaults_are_the_published_ones() -> None:
 
 GROUPS = ("model", "model/encoder", "model/decoder", "data", "optim", "schedule", "loss", "syncbn", "trainer", "logger",
           "callbacks")  # fmt: skip
+WHOLE_NETWORKS = ("custom", "smp", "transformers")
 NUM_ROUNDS = max(len(options(group)) for group in GROUPS)
 
 
@@ -45,8 +46,14 @@ NUM_ROUNDS = max(len(options(group)) for group in GROUPS)
 @pytest.mark.parametrize("number", range(NUM_ROUNDS))
 def test_every_option_of_every_group_composes_and_checks(number: int) -> None:
     chosen = {group: options(group)[number % len(options(group))] for group in GROUPS}
-    named = {"model/encoder": "model.encoder.name=resnet18", "model/decoder": "model.decoder.name=c1"}
+    named = {
+        "model": "model.library=mine",
+        "model/encoder": "model.encoder.name=resnet18",
+        "model/decoder": "model.decoder.name=c1",
+    }
     names = [override for group, override in named.items() if chosen[group] == "custom"]
+    if chosen["model"] in WHOLE_NETWORKS:  # they have no encoder and decoder of ours
+        chosen = {group: option for group, option in chosen.items() if not group.startswith("model/")}
     check_config(compose_config([*(f"{group}={option}" for group, option in chosen.items()), *names]))
 
 
