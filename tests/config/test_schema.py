@@ -51,9 +51,9 @@ def test_every_option_of_every_group_composes_and_checks(number: int) -> None:
         "model/encoder": "model.encoder.name=resnet18",
         "model/decoder": "model.decoder.name=c1",
     }
-    names = [override for group, override in named.items() if chosen[group] == "custom"]
     if chosen["model"] in WHOLE_NETWORKS:  # they have no encoder and decoder of ours
         chosen = {group: option for group, option in chosen.items() if not group.startswith("model/")}
+    names = [override for group, override in named.items() if chosen.get(group) == "custom"]
     check_config(compose_config([*(f"{group}={option}" for group, option in chosen.items()), *names]))
 
 
