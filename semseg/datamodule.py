@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,9 +81,10 @@ class SegmentationData(pl.LightningDataModule):
         super().__init__()
         self.source, self.data_config = source, source.config
         self.net = net
-        self.augment_config, self.eval_config, self.trainer_config = augment_config, eval_config, trainer_config
+        self.eval_config, self.trainer_config = eval_config, trainer_config
         self.seed = seed
         self.size_divisor = size_divisor or net.size_divisor
+        self.augment_config = crop_to_network(augment_config, net.image_size)
         self.label_stride = label_stride or net.label_stride
         if self.size_divisor % self.label_stride:
             raise ConfigError(
@@ -152,7 +154,7 @@ class SegmentationData(pl.LightningDataModule):
         dataset = TrainDataset(
             records,
             self.source.label_map,
-            self._read_options(),
+            replace(self._read_options(), size_divisor=self._train_divisor),
             collate=collate,
             label_stride=self.label_stride,
             exact=data.decode == "exact",
@@ -171,6 +173,11 @@ class SegmentationData(pl.LightningDataModule):
         )
         self._train_loader.taken = self._taken
         return self._train_loader
+
+    @property
+    def _train_divisor(self) -> int:
+        """Training images are padded to multiples of it: to the one size that the network takes, if it takes one."""
+        return self.net.image_size.height if self.net.image_size else self.size_divisor
 
     def _read_options(self) -> ReadOptions:
         """How images are read.
@@ -237,13 +244,13 @@ class SegmentationData(pl.LightningDataModule):
         )
 
     def _largest_sub_batch(self) -> LargestSubBatch:
-        data, augment = self.data_config, self.augment_config
+        data, augment, divisor = self.data_config, self.augment_config, self._train_divisor
         sizes = [record.size for record in self.source.records("train")]
         factor = augment.scale[1]
         limits = round(max(data.short_edges) * factor), round(data.max_long_edge * factor)
-        canvas = largest_canvas(sizes, *limits, self.size_divisor)
+        canvas = largest_canvas(sizes, *limits, divisor)
         if augment.crop is not None:
-            canvas = canvas_size([crop_size(canvas, augment.crop)], self.size_divisor)
+            canvas = canvas_size([crop_size(canvas, augment.crop)], divisor)
         return LargestSubBatch(data.batch_size, canvas, label_size(canvas, self.label_stride))
 
     def _largest_batch_bytes(self) -> int:
@@ -336,6 +343,22 @@ class SegmentationData(pl.LightningDataModule):
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
+
+
+def crop_to_network(augment: AugmentConfig, image_size: Size | None) -> AugmentConfig:
+    """`augment`, with crops of the one size that a network takes, if it takes one.
+
+    Raises:
+        ConfigError: if augment.crop is another size.
+    """
+    if image_size is None:
+        return augment
+    if augment.crop not in (None, list(image_size)):
+        raise ConfigError(
+            f"augment.crop={augment.crop}: this network takes images of {image_size.height} x {image_size.width} only. "
+            "Leave it out: training crops and pads images to that size."
+        )
+    return replace(augment, crop=list(image_size))
 
 
 def _require_batches(key: str, limit: float | None, num_batches: int) -> int:

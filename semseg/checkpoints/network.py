@@ -15,22 +15,29 @@ from semseg.errors import CheckpointError, ConfigError
 from semseg.nets.interfaces import Encoder, NetworkKeys, SegmentationNetwork
 from semseg.nets.registry import build_library_network, build_segmenter
 from semseg.storage.download import fetch_file
+from semseg.storage.ranks import print_once
+
+HUB = "hub"  # model.encoder.weights: the weights of the files that describe the network
 
 
 def build_network(config: ModelConfig, num_classes: int, download: DownloadConfig | None = None) -> SegmentationNetwork:
     """The network, its backbone initialised as model.encoder.weights says, the rest with fresh weights.
 
     Args:
-        download: how to fetch ImageNet weights (model.encoder.weights=imagenet).
+        download: how to fetch files: ImageNet weights (model.encoder.weights=imagenet), and networks of the hub.
 
     Raises:
         ConfigError: for unknown names and options.
         CheckpointError: if the weight file does not fit.
         DownloadError: if it cannot be fetched.
     """
-    net = build_architecture(config, num_classes, download)
     weights = config.encoder.get("weights", "none")
-    if weights == "imagenet":
+    if weights == HUB:
+        download = download or DownloadConfig()
+    net = build_architecture(config, num_classes, download)
+    if weights == HUB:
+        load_described_weights(net, config)
+    elif weights == "imagenet":
         load_backbone_weights(net, fetch_imagenet_weights(net, config.backbone_name, download or DownloadConfig()))
     elif weights not in (None, "none"):
         load_backbone_weights(net, Path(weights).expanduser())
@@ -56,6 +63,21 @@ def build_architecture(
     encoder, encoder_options = split_network_options(config.encoder, "encoder")
     decoder, decoder_options = split_network_options(config.decoder, "decoder")
     return build_segmenter(encoder, decoder, num_classes, encoder_options, decoder_options)
+
+
+def load_described_weights(net: SegmentationNetwork, config: ModelConfig) -> None:
+    """Load the weights that belong to the description that `net` was built from, and say what was loaded.
+
+    Raises:
+        ConfigError: for a network that is not described by files.
+        CheckpointError: if they do not fit.
+    """
+    description = getattr(net, "description", None)
+    if description is None:
+        raise ConfigError(f"model.encoder.weights={HUB}: is for model=transformers, not for {config.title}.")
+    from semseg.checkpoints.hub import load_hub_weights  # noqa: PLC0415 - an extra
+
+    print_once(f"weights from {description.source}: {load_hub_weights(net, description).describe()}")
 
 
 def fetch_imagenet_weights(net: SegmentationNetwork | Encoder, name: str, download: DownloadConfig) -> Path:
@@ -87,7 +109,15 @@ def load_network(saved: SavedNetwork) -> SegmentationNetwork:
     net = build_network(without_weights(saved.config.model), saved.classes.num_classes)
     load_all_weights(net, saved.weights, f"{saved.source}: its weights do not fit its own configuration")
     net.convention = saved.convention
+    report_one_size(net, saved.config.model)
     return net.eval()
+
+
+def report_one_size(net: SegmentationNetwork, config: ModelConfig) -> None:
+    """Say what happens to images of other sizes, if the network takes only one."""
+    if net.image_size is not None:
+        size = f"{net.image_size.height} x {net.image_size.width}"
+        print_once(f"{config.title}: takes images of {size} only. Others go through it in windows of that size.")
 
 
 def check_network(saved: SavedNetwork) -> None:

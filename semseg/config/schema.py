@@ -100,7 +100,7 @@ class EncoderKeys:
     join: bool | None
     """hrnetv2; true: one map, all branches joined at stride 4; false: four maps; null: what the decoder reads."""
     weights: str
-    """Initial weights: imagenet (downloaded), a file, or none."""
+    """Initial weights: imagenet (downloaded), hub (the own ones of model=transformers), a file, or none."""
     frozen: bool = False
     """Train the decoder only; weights and statistics of the encoder stay as they are."""
 

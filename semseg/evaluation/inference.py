@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from semseg.config.preprocessing import Preprocessing
-from semseg.data.geometry import round_up
+from semseg.data.geometry import Size, round_up
 from semseg.data.plan import group_by_shape
 from semseg.errors import ConfigError
 from semseg.nets.normalise import normalise
@@ -126,32 +127,42 @@ def batch_logits(
 
 
 def run_in_windows(net: nn.Module, image: Tensor, window: int | None, stride: int | None) -> Tensor:
-    """Logits (N, K, h, w) of images (N, 3, H, W): whole, or averaged over the windows that cover a position."""
+    """Logits (N, K, h, w) of images (N, 3, H, W): whole, or averaged over the windows that cover a position.
+
+    A network of one size gets windows of that size; an image that is smaller is padded with 0.
+    """
     height, width = image.shape[-2:]
-    if window is None or window >= max(height, width):
+    size: Size | None = getattr(net, "image_size", None)
+    if size is None and (window is None or window >= max(height, width)):
         return to_full_precision(net(image).main)
     divisor = int(net.size_divisor)  # pyright: ignore[reportArgumentType] - a SegmentationNetwork has it
     if height % divisor or width % divisor:
         raise ConfigError(
-            f"window={window}: with windows, height and width of an image must be multiples of {divisor} pixels, not "
-            f"{height} x {width}. Set model.size_divisor to null or to a multiple of {divisor}."
+            f"window={window or max(size or ())}: with windows, height and width of an image must be multiples of "
+            f"{divisor} pixels, not {height} x {width}. Set model.size_divisor to null or to a multiple of {divisor}."
         )
-    side = round_up(window, divisor)
-    step = round_up(stride or max(1, 2 * window // 3), divisor)
+    if size is not None and window not in (None, size.height):
+        raise ConfigError(f"window={window}: this network takes windows of {size.height} pixels only. Leave it out.")
+    side = size.height if size is not None else round_up(window or divisor, divisor)
+    step = round_up(stride or max(1, 2 * (window or side) // 3), divisor)
+    if size is not None:
+        image = F.pad(image, (0, max(0, side - width), 0, max(0, side - height)))
     total = num_windows = torch.empty(0)
-    for top in window_starts(height, side, step):
-        for left in window_starts(width, side, step):
+    label_stride = 1
+    for top in window_starts(image.shape[-2], side, step):
+        for left in window_starts(image.shape[-1], side, step):
             part = image[..., top : top + side, left : left + side]
             logits = to_full_precision(net(part).main)
             label_stride = part.shape[-1] // logits.shape[-1]  # divides size_divisor
             if not total.numel():
-                total = logits.new_zeros(*logits.shape[:2], height // label_stride, width // label_stride)
+                sides = (length // label_stride for length in image.shape[-2:])
+                total = logits.new_zeros(*logits.shape[:2], *sides)
                 num_windows = torch.zeros_like(total[:1, :1])
             rows = slice(top // label_stride, top // label_stride + logits.shape[-2])
             columns = slice(left // label_stride, left // label_stride + logits.shape[-1])
             total[..., rows, columns] += logits
             num_windows[..., rows, columns] += 1
-    return total / num_windows
+    return (total / num_windows)[..., : height // label_stride, : width // label_stride]
 
 
 def window_starts(length: int, side: int, step: int) -> list[int]:

@@ -35,7 +35,7 @@ def models_table() -> Table:
         table.add_column(name, justify="right")
     table.add_column("weights")
     for name in list_options("model"):
-        if name == "custom":  # a network of the user's own
+        if name in ("custom", "transformers"):  # a network of the user's own, or any of the hub
             continue
         cost = measure_model(name)
         counted = ["", ""] if cost is None else [f"{cost.parameters / 1e6:.1f}", f"{cost.flops / 1e9:.0f}"]

@@ -27,7 +27,7 @@ from semseg.checkpoints.format import (
     refuse_nonfinite_weights,
 )
 from semseg.checkpoints.initialise import LoadReport, initialise_from
-from semseg.checkpoints.network import build_network, check_network, without_weights
+from semseg.checkpoints.network import build_network, check_network, report_one_size, without_weights
 from semseg.checkpoints.published import find_published_files
 from semseg.config.schema import (
     ARCHITECTURE_KEYS,
@@ -38,6 +38,7 @@ from semseg.config.schema import (
     TrainerConfig,
     config_to_plain,
 )
+from semseg.data.classes import ClassTable
 from semseg.data.labels import read_class_indices
 from semseg.data.overlap import find_overlap
 from semseg.data.pairs import name_origin
@@ -146,7 +147,9 @@ def resolve_start(config: Config, overrides: list[str], source: DataSource) -> S
         return Start(config, network=network)
     state = read_run_state(path, config.trainer, config.callbacks, has_val=source.has("val"))
     if not config.model.config:  # written by the run, which saw the files of the library
-        config = replace(config, model=replace(config.model, config=state.config["model"].get("config", {})))
+        saved = state.config["model"]
+        library = {"config": saved.get("config", {}), "revision": config.model.revision or saved.get("revision")}
+        config = replace(config, model=replace(config.model, **library))
     num_classes, force = source.classes.num_classes, config.resume_force
     print_once(check_same_run(state, config_to_plain(config), num_classes=num_classes, force=force))
     return Start(config, state=state)
@@ -259,10 +262,27 @@ def check_first_labels(source: DataSource, max_pixels: int) -> None:
             raise name_origin(record, error) from error
 
 
+def name_classes(start: Start, source: DataSource) -> None:
+    """Give classes without names (data.classes=null) those that the run had, or those of its initial weights."""
+    model, given = start.config.model, start.config.data
+    names: ClassTable | None = None
+    if given.classes is not None:
+        return
+    if start.state is not None:
+        names = start.state.classes
+    elif model.library == "transformers" and start.network is None:
+        from semseg.nets.libraries.description import describe_hub_network  # noqa: PLC0415 - an extra
+
+        names = describe_hub_network(model.name, model.revision, start.config.download).class_table
+    if names is not None and names.num_classes == source.classes.num_classes:
+        source.classes = names
+
+
 def train(start: Start, overrides: list[str], source: DataSource) -> float | None:
     """Fit from `start` to the end of the run; returns the best score."""
     config, state = start.config, start.state
     run_dir = Path(config.run_dir)
+    name_classes(start, source)
     pl.seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config, source)
     check_records(source, trainer.world_size)
@@ -273,7 +293,9 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
         check_first_labels(source, config.data.max_pixels)  # before ImageNet weights are downloaded
     model = config.model if start.kind == "scratch" else without_weights(config.model)
     net = build_network(model, source.classes.num_classes, config.download)
-    config = replace(config, model=replace(config.model, config=net.library_config))
+    library = {"config": net.library_config, "revision": net.revision or config.model.revision}
+    config = replace(config, model=replace(config.model, **library))
+    report_one_size(net, config.model)
     data = build_data(config, source, net)
     data.trainer = trainer  # as trainer.fit does
     plain = config_to_plain(config)

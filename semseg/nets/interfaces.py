@@ -63,7 +63,9 @@ class SegmentationNetwork(nn.Module, ABC):
         size_divisor: the data pipeline pads height and width of images to multiples of it.
         label_stride: pixels of the image per position of the main logits; divides size_divisor.
         min_size: smaller images are padded to it, by the network.
-        image_size: the only size that the network takes; None: any.
+        image_size: the only size that the network takes, a square; None: any.
+        has_own_loss: whether it trains with `compute_own_loss`, so that the keys of `loss` have no effect.
+        revision: the commit of the hub that its files are of; saved as model.revision.
         weights_file: ImageNet weights of its backbone; None if the user has to provide a file.
         library_config: plain data (JSON) that rebuilds the network without a file; saved as model.config.
     """
@@ -74,6 +76,8 @@ class SegmentationNetwork(nn.Module, ABC):
     label_stride: int
     min_size: int = 1
     image_size: Size | None = None
+    has_own_loss: bool = False
+    revision: str | None = None
     weights_file: WeightsFile | None = None
     library_config: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
 

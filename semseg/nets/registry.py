@@ -48,7 +48,9 @@ DECODERS: dict[str, Constructor] = {
 }
 # Whole networks, by model.library. A constructor is handed the number of classes and, if it has a parameter `keys`, all
 # keys of `model` that choose a network (NetworkKeys), which it checks; otherwise model.options as keyword arguments.
-NETWORKS: dict[str, Constructor] = {}
+NETWORKS: dict[str, Constructor] = {
+    "transformers": Constructor("semseg.nets.libraries.description", "build_transformers"),
+}
 NETWORK_TABLES: dict[str, dict[str, Constructor]] = {"encoder": ENCODERS, "decoder": DECODERS}
 
 

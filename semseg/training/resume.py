@@ -26,6 +26,7 @@ from semseg.config.schema import ScheduleConfig, TrainerConfig, config_to_plain
 from semseg.config.tables import is_missing_key
 from semseg.config.validate import iterate_leaves
 from semseg.data.batch import Batch
+from semseg.data.classes import ClassTable
 from semseg.data.overlap import file_length
 from semseg.data.records import Record
 from semseg.data.seeding import number_for
@@ -321,9 +322,13 @@ class RunState(NamedTuple):
     config: dict[str, Any]  # the configuration of the run so far as plain data
     position: Position
     step: int  # optimiser steps since the start
-    num_classes: int
+    classes: ClassTable
     conditions: RunConditions | None  # None in a checkpoint of the first release
     early_stop: EarlyStop | None
+
+    @property
+    def num_classes(self) -> int:
+        return self.classes.num_classes
 
     def compute_resume_step(self, accumulate: int, batches_per_epoch: int) -> int:
         """The step at which `resume_at` resumes with this trainer.accumulate_grad_batches."""
@@ -403,7 +408,7 @@ def read_run_state(path: Path, trainer: TrainerConfig, callbacks: Mapping[str, A
             f"start a new run from its weights: init_from={path}."
         ) from None
     config = config_to_plain(saved.config)
-    return RunState(path, config, position, saved.step, saved.classes.num_classes, conditions, early_stop)
+    return RunState(path, config, position, saved.step, saved.classes, conditions, early_stop)
 
 
 # ---- whether it is the same run

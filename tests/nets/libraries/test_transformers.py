@@ -1,0 +1,459 @@
+"""Networks of transformers: their logits are the library's own, and they go through training and all modes.
+
+All in one file, so that one worker imports the classes, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helpers.command_line import TINY, run_here
+from helpers.transformers_networks import HALF_MEAN, NAMES, NUM_CLASSES, save_network
+from semseg.checkpoints.network import build_network
+from semseg.config.schema import DownloadConfig, ModelConfig
+from semseg.data.geometry import Size
+from semseg.errors import CheckpointError, ConfigError, SemsegError
+from semseg.evaluation.inference import run_in_windows
+from semseg.nets.cost import measure_cost
+from semseg.nets.libraries.description import describe_hub_network, read_convention
+from semseg.nets.libraries.families import ALL_FAMILIES
+from semseg.nets.libraries.mask_classification import (
+    MASK_FAMILIES,
+    annealed_shares,
+    find_replacements,
+    semantic_scores,
+)
+from semseg.nets.libraries.transformers import FAMILIES, IMAGENET, TransformersNetwork
+from semseg.training.losses import segmentation_loss
+from semseg.training.unused import freeze_unused, summarise_modules
+
+pytestmark = pytest.mark.slow
+IN_EVERY_RUN = ("segformer", "eomt")  # one of each kind; the others are in `make test-long`
+EVERY_FAMILY = [pytest.param(name, id=name) for name in ALL_FAMILIES]
+# What the loss does not depend on, in tiny networks whose layers are all read but the last of BEiT.
+UNUSED = {
+    "dpt": ["model.dpt.layernorm", "model.neck.fusion_stage.layers.0.residual_layer1"],
+    "beit": ["model.beit.layers.3"],
+    "data2vec-vision": ["model.data2vec_vision.encoder.layer.3"],
+    "mobilenet_v2": ["model.mobilenet_v2.conv_1x1"],
+    "maskformer": ["model.model.pixel_level_module.encoder.model.layernorm"],
+    "mask2former": ["model.model.pixel_level_module.encoder.swin.layernorm"],
+    "oneformer": ["model.model.pixel_level_module.encoder.swin.layernorm", "model.criterion"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """By family: the folder of a tiny network with random weights, written once."""
+    return cache(lambda family: save_network(family, tmp_path_factory.mktemp("networks") / family, HALF_MEAN))
+
+
+@pytest.fixture(scope="module")
+def load(folder: Callable[[str], Path]) -> Callable[..., TransformersNetwork]:
+    """By family and number of classes: the network with the weights of its folder, in eval mode."""
+
+    @cache
+    def build(family: str, num_classes: int) -> TransformersNetwork:
+        config = ModelConfig(library="transformers", name=str(folder(family)), encoder={"weights": "hub"})
+        net = build_network(config, num_classes)
+        assert isinstance(net, TransformersNetwork)
+        return net.eval()
+
+    return lambda family, num_classes=NUM_CLASSES: deepcopy(build(family, num_classes))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def load_library(folder: Path, family: str) -> Any:
+    """The network as a program with transformers alone loads it."""
+    import transformers
+
+    options = {"is_training": False} if family == "oneformer" else {}
+    return getattr(transformers, ALL_FAMILIES[family].class_name).from_pretrained(folder, **options)
+
+
+def image_for(net: TransformersNetwork, count: int = 1) -> Tensor:
+    return torch.randn(count, 3, *(net.image_size or (64, 96)))
+
+
+def total_loss(net: TransformersNetwork, image: Tensor, label: Tensor) -> Tensor:
+    own = net.compute_own_loss(image, label)
+    return segmentation_loss(net(image), label).total if own is None else own[0]
+
+
+def random_label(net: TransformersNetwork, image: Tensor) -> Tensor:
+    sides = (side // net.label_stride for side in image.shape[-2:])
+    return torch.randint(-1, net.num_classes, (len(image), *sides))
+
+
+# ---- exactness
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_the_logits_and_the_state_dict_are_those_of_the_library(
+    folder: Callable[[str], Path], load: Callable[..., TransformersNetwork], family: str
+) -> None:
+    net, library = load(family), load_library(folder(family), family)
+    state = net.model.state_dict()
+    assert list(state) == list(library.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in library.state_dict().items())
+    image = image_for(net, 2) if family != "dpt" else torch.randn(2, 3, 64, 64)  # the library's takes squares only
+    if family == "eomt_dinov3":
+        image = image[..., :64]  # the library takes config.image_size unless its grid is set
+    logits = net(image).main
+    assert logits.shape == (2, NUM_CLASSES, *(side // net.label_stride for side in image.shape[-2:]))
+    if family in MASK_FAMILIES:
+        given = {"task_inputs": torch.tensor([[49406, 518, 10549, 533, 29119, 1550, 49407] + [0] * 70] * 2)}
+        expected = library(image, **(given if family == "oneformer" else {}))
+        ours = net.model(image, **(given if family == "oneformer" else {}))
+        for name in ("class_queries_logits", "masks_queries_logits"):
+            torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, semantic_scores(expected), rtol=1e-5, atol=1e-5)
+        scores = torch.einsum(
+            "bqc,bqhw->bchw",
+            expected.class_queries_logits.softmax(-1)[..., :-1],
+            expected.masks_queries_logits.sigmoid(),
+        )
+        torch.testing.assert_close(logits.exp(), scores.clamp_min(1e-6), rtol=1e-4, atol=1e-6)
+    else:
+        expected = library(image).logits
+        if family == "upernet":  # upsamples to the image inside
+            logits = F.interpolate(logits, expected.shape[-2:], mode="bilinear", align_corners=False)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+        assert expected.std() > 1e-3, "these weights show something"
+
+
+@torch.no_grad()
+def test_dpt_takes_images_that_are_no_squares_and_the_grid_of_eomt_on_dinov3_follows_the_image(
+    load: Callable[..., TransformersNetwork],
+) -> None:
+    net = load("dpt")
+    tall, wide = net(torch.zeros(1, 3, 96, 64)).main, net(torch.zeros(1, 3, 64, 96)).main
+    assert tall.shape[-2:] == (96, 64) and wide.shape[-2:] == (64, 96)
+    net = load("eomt_dinov3")
+    image = torch.randn(1, 3, 64, 96)
+    logits = net(image).main
+    library = deepcopy(net.model)
+    library.grid_size = (4, 6)
+    torch.testing.assert_close(logits, semantic_scores(library(image)))
+
+
+# ---- the contract
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_any_size_or_the_one_that_is_stated(load: Callable[..., TransformersNetwork], family: str) -> None:
+    net = load(family)
+    if net.image_size is None:
+        logits = net(torch.randn(1, 3, 65, 97)).main
+        assert logits.shape == (1, NUM_CLASSES, -(-65 // net.label_stride), -(-97 // net.label_stride))
+        return
+    with pytest.raises(ConfigError, match="takes images of 64 x 64 pixels only, not 65 x 97"):
+        net(torch.randn(1, 3, 65, 97))
+    for size in (Size(96, 160), Size(32, 64)):
+        logits = run_in_windows(net, torch.randn(2, 3, *size), None, None)
+        assert logits.shape == (2, NUM_CLASSES, size.height // net.label_stride, size.width // net.label_stride)
+    with pytest.raises(ConfigError, match="window=32: this network takes windows of 64 pixels only"):
+        run_in_windows(net, torch.randn(1, 3, 64, 128), 32, None)
+
+
+@torch.no_grad()
+def test_a_window_of_the_one_size_is_what_the_network_says_of_it(load: Callable[..., TransformersNetwork]) -> None:
+    net, image = load("eomt"), torch.randn(1, 3, 64, 128)
+    logits = run_in_windows(net, image, 64, 64)
+    torch.testing.assert_close(logits, torch.cat([net(image[..., :64]).main, net(image[..., 64:]).main], -1))
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_it_trains_on_one_image_and_names_what_it_does_not_use(
+    load: Callable[..., TransformersNetwork], family: str
+) -> None:
+    net = load(family, 5).train()
+    unused = freeze_unused(net, lambda logits, label: segmentation_loss(logits, label).total)
+    assert summarise_modules(unused, net) == UNUSED.get(family, [])
+    for count in (1, 2):
+        image = image_for(net, count)
+        loss = total_loss(net, image, random_label(net, image))
+        assert loss.ndim == 0 and loss.isfinite()
+        net.zero_grad()
+        loss.backward()
+        for name, value in net.named_parameters():
+            assert (value.grad is not None) == value.requires_grad, name
+            assert value.grad is None or value.grad.isfinite().all(), name
+    image = image_for(net)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert net.eval()(image).main.isfinite().all()
+        assert torch.equal(net(image).main, net(image).main)
+        assert total_loss(net.train(), image, random_label(net, image)).isfinite()
+
+
+@pytest.mark.parametrize("family", ["upernet", "dpt", "beit", "data2vec-vision"])
+def test_an_auxiliary_head_trains_or_is_frozen(load: Callable[..., TransformersNetwork], family: str) -> None:
+    net = load(family).train()
+    assert net(image_for(net)).aux is not None
+    assert net.eval()(image_for(net)).aux is None
+    unused = freeze_unused(net.train(), lambda logits, label: segmentation_loss(logits, label, 0.0).total)
+    assert "model.auxiliary_head" in summarise_modules(unused, net)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_its_backbone_is_part_of_it_and_its_cost_is_known(
+    load: Callable[..., TransformersNetwork], family: str
+) -> None:
+    net = load(family)
+    ours = {id(value) for value in net.parameters()}
+    backbone = {id(value) for value in net.backbone.parameters()}
+    assert backbone < ours and not any(
+        id(value) in backbone for name, value in net.named_parameters() if "class_predictor" in name or "head" in name
+    )
+    cost = measure_cost(net.to("meta"))
+    assert cost.parameters == sum(value.numel() for value in net.parameters())
+    assert (cost.flops > 0) == (family != "oneformer"), "OneFormer looks at values"
+
+
+# ---- mask classification
+
+
+@pytest.mark.parametrize("family", list(MASK_FAMILIES))
+def test_ignored_pixels_are_left_out_exactly_and_images_without_a_class_work(
+    load: Callable[..., TransformersNetwork], family: str
+) -> None:
+    net = load(family).train()
+    image = image_for(net, 2)
+    label = random_label(net, image)
+    label[0, :5] = -1
+    seen: list[Tensor] = []
+
+    def keep(criterion: nn.Module, args: Any, kwargs: Any) -> None:
+        masks = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim == 4]
+        more = kwargs.get("auxiliary_predictions") or (args[4] if len(args) > 4 else None) or []
+        for one in [*masks, *(prediction["masks_queries_logits"] for prediction in more)]:
+            one.retain_grad()
+            seen.append(one)
+
+    net.model.criterion.register_forward_pre_hook(keep, with_kwargs=True)
+    loss, logits = net.compute_own_loss(image, label) or pytest.fail("it has a loss of its own")
+    loss.backward()
+    assert not logits.main.requires_grad and logits.main.shape == (2, NUM_CLASSES, *label.shape[-2:])
+    assert len(seen) == {"maskformer": 1, "mask2former": 2, "oneformer": 2}.get(family, 3), "of every layer"
+    for masks in seen:
+        assert masks.grad is not None
+        ignored = (label == -1)[:, None].expand_as(masks)
+        assert not masks.grad[ignored].any() and masks.grad[~ignored].any()
+    label[0] = -1
+    for nothing in (label, torch.full_like(label, -1)):
+        net.zero_grad()
+        loss, _ = net.compute_own_loss(image, nothing) or pytest.fail("it has a loss of its own")
+        loss.backward()
+        assert loss.isfinite() and all(value.grad is None or value.grad.isfinite().all() for value in net.parameters())
+
+
+def test_replacements_are_scored_places() -> None:
+    label = torch.tensor([[[-1, 2, -1], [-1, 0, -1]], [[-1] * 3] * 2])
+    index = find_replacements(label)
+    assert index.tolist() == [[1, 1, 1, 1, 4, 4], [0, 1, 2, 3, 4, 5]]
+
+
+def test_masked_attention_is_annealed_by_the_step_alone_and_evaluation_draws_nothing(
+    load: Callable[..., TransformersNetwork],
+) -> None:
+    assert annealed_shares(0, 100, 2) == [1.0, 1.0]
+    assert annealed_shares(25, 100, 2) == [1.0, 1.0]
+    assert annealed_shares(50, 100, 2) == [0.0, 1.0]
+    assert annealed_shares(75, 100, 2) == [0.0, 0.0]
+    assert annealed_shares(25 + 12, 100, 2)[0] == pytest.approx((13 / 25) ** 0.9)
+    net = load("eomt")
+    assert net.model.attn_mask_probs.tolist() == [1, 1]
+    image, outputs = image_for(net), {}
+    for step in (0, 60, 74, 99):
+        net.set_progress(step, 100)
+        state = torch.get_rng_state()
+        with torch.no_grad():
+            outputs[step] = net(image).main
+        assert torch.equal(torch.get_rng_state(), state)
+        assert net.model.attn_mask_probs.tolist() == pytest.approx(list(annealed_shares(step, 100, 2)))
+    assert torch.equal(outputs[74], outputs[99]) and not torch.equal(outputs[0], outputs[99])
+    assert torch.equal(outputs[60], outputs[0]) is False
+
+
+# ---- files
+
+
+def test_the_image_processor_says_how_pixels_enter() -> None:
+    assert read_convention({}, IMAGENET, "x") == IMAGENET
+    old = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "reduce_labels": True, "size": 512}
+    assert read_convention(old, IMAGENET, "x")[:4] == ("rgb", 1 / 255, (0.5,) * 3, (0.25,) * 3)
+    flipped = {"do_flip_channel_order": True, "do_rescale": True, "rescale_factor": 0.00392156862745098}
+    bgr = FAMILIES["mobilevit"].convention
+    assert read_convention(flipped, bgr, "x")[:4] == ("bgr", 1 / 255, (0.0,) * 3, (1.0,) * 3)
+    unscaled = {"do_rescale": False, "do_normalize": False}
+    assert read_convention(unscaled, IMAGENET, "x")[:4] == ("rgb", 1.0, (0.0,) * 3, (1.0,) * 3)
+    with pytest.raises(CheckpointError, match="x: its image processor is damaged: mean of the preprocessing"):
+        read_convention({"image_mean": [0.5]}, IMAGENET, "x")
+
+
+def test_names_and_preprocessing_come_with_the_network(folder: Callable[[str], Path]) -> None:
+    description = describe_hub_network(str(folder("segformer")))
+    assert description.class_names == NAMES
+    assert description.convention.mean == (0.5, 0.5, 0.5)
+    assert not description.reduces_labels
+    assert "id2label" not in description.config and json.loads(json.dumps(description.config)) == description.config
+
+
+@pytest.mark.parametrize("family", list(MASK_FAMILIES)[-2:] + list(FAMILIES)[:2])
+def test_only_the_classifier_changes_with_the_classes(
+    load: Callable[..., TransformersNetwork], capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    same, other = load(family).state_dict(), load(family, 5).state_dict()
+    changed = {name for name, value in other.items() if not torch.equal(value, same.get(name, torch.empty(0)))}
+    heads = tuple(f"model.{name}" for name in ALL_FAMILIES[family].classifiers)
+    assert changed and all(name.startswith((*heads, "model.criterion.empty_weight")) for name in changed)
+    if family in MASK_FAMILIES:
+        assert other["model.criterion.empty_weight"].tolist() == pytest.approx([1] * 5 + [0.1])
+
+
+def test_a_backbone_that_was_trained_on_images_alone_is_a_start(
+    tmp_path: Path, folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    config = transformers.SegformerConfig.from_pretrained(folder("segformer"))
+    transformers.SegformerForImageClassification(config).save_pretrained(tmp_path)
+    model = ModelConfig(library="transformers", name=str(tmp_path), encoder={"weights": "hub"})
+    net = build_network(model, 5)
+    printed = capsys.readouterr()
+    assert "missing (model.decode_head." in printed.out and "skipped (model.classifier." in printed.out
+    assert printed.err == ""
+    assert isinstance(net, TransformersNetwork)
+    library = transformers.SegformerForImageClassification.from_pretrained(tmp_path)
+    backbone = library.segformer.state_dict()
+    assert all(torch.equal(value, backbone[name]) for name, value in net.backbone.state_dict().items())
+
+
+def change_json(path: Path, **entries: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda at: (at / "config.json").unlink(), "has no config.json"),
+        (lambda at: (at / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda at: (at / "model.safetensors").rename(at / "pytorch_model.bin"), "can hold code and is not read"),
+        (lambda at: (at / "model.safetensors").write_bytes(b"1234567890"), "its weights cannot be loaded"),
+        (lambda at: change_json(at / "config.json", model_type="vit"), "'vit', which is not supported. Supported: s"),
+        (lambda at: change_json(at / "config.json", backbone="resnet50"), "names its backbone (resnet50) instead of"),
+        (lambda at: change_json(at / "config.json", id2label={"0": "a", "5": "b"}), "does not number its classes"),
+        (lambda at: change_json(at / "config.json", decoder_hidden_size=24), "do not fit its own config.json: "),
+        (lambda at: change_json(at / "preprocessor_config.json", image_std=[0, 1, 1]), "image processor is damaged"),
+        (lambda at: change_json(at / "config.json", auto_map={"AutoConfig": "code.Own"}), ""),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_used_are_refused_in_one_line(
+    tmp_path: Path, folder: Callable[[str], Path], change: Callable[[Path], object], message: str
+) -> None:
+    at = tmp_path / "net"
+    shutil.copytree(folder("segformer"), at)
+    change(at)
+    model = ModelConfig(library="transformers", name=str(at), encoder={"weights": "hub"})
+    if not message:  # code that a file names is not even looked for
+        build_network(model, 5)
+        return
+    with pytest.raises(SemsegError) as caught:
+        build_network(model, 5)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"name": ""}, "model.name: give the name of a network"),
+        ({"name": "./nothing"}, "there is no such folder"),
+        ({"name": "owner/network"}, "HF_HUB_OFFLINE=1|download.offline=true"),
+        ({"revision": "main"}, "is a folder, which has no revisions"),
+        ({"options": {"drop_path_rat": 0.2}}, "can be set. Did you mean model.options.drop_path_rate?"),
+        ({"options": {"drop_path_rate": "high"}}, "model.options.drop_path_rate=high: must be of the kind of 0.1"),
+        ({"options": {"decoder_hidden_size": 24}}, "do not fit model.config"),
+        ({"arch": "unet"}, "model.arch: model=transformers has no such key"),
+    ],
+)  # fmt: skip
+def test_keys_that_do_not_fit_are_refused_in_one_line(
+    folder: Callable[[str], Path], model: dict[str, Any], message: str
+) -> None:
+    keys = {"library": "transformers", "name": str(folder("segformer")), "encoder": {"weights": "hub"}, **model}
+    with pytest.raises(SemsegError, match=message.replace("?", r"\?") if "|" not in message else message):
+        build_network(ModelConfig(**keys), 5, DownloadConfig(offline=True))
+
+
+# ---- whole runs
+
+WORDS = [word for word in TINY if not word.startswith("model")]
+RUN = [
+    *WORDS, "model=transformers", "trainer.log_every_n_steps=1", "optim.layer_decay=0.8", "optim.lr_encoder=0.001",
+    "optim.name=adamw", "optim.lr=0.001", "ema.decay=0.9", "trainer.max_epochs=2", "checkpoint.every_n_steps=1",
+    "checkpoint.keep=9",
+]  # fmt: skip
+
+
+def weights_of(run: Path) -> dict[str, Any]:
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return content["state_dict"] | {f"current.{k}": v for k, v in content.get("current_model_state", {}).items()}
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.long) for name in ALL_FAMILIES]
+)
+def test_a_run_resumes_exactly_and_its_checkpoint_needs_no_file(
+    tmp_path: Path, folder: Callable[[str], Path], family: str
+) -> None:
+    network = tmp_path / "network"
+    shutil.copytree(folder(family), network)
+    size = ["data.short_edges=[64]", "data.max_long_edge=96", "eval.scales=[64]"]
+    words = [*RUN, *size, f"model.name={network}"]
+    printed = run_here(tmp_path, *words, "run_dir=whole")
+    assert "tensors loaded" in printed and "re-initialised" in printed
+    if ALL_FAMILIES[family].has_one_size:
+        assert "takes images of 64 x 64 only. Others go through it in windows of that size." in printed
+    shutil.rmtree(network)
+    resumed = run_here(tmp_path, *words, "run_dir=resumed", "resume=whole/checkpoints/step_00000003.ckpt")
+    assert "resuming" in resumed
+    expected = weights_of(tmp_path / "whole")
+    found = weights_of(tmp_path / "resumed")
+    assert set(found) == set(expected)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert "mean IoU" in run_here(tmp_path, "mode=eval", "ckpt=whole", "run_dir=scores")
+    run_here(tmp_path, "mode=predict", "ckpt=whole", "input=scenes/images/validation", "run_dir=seen")
+    assert len(list((tmp_path / "seen").rglob("*_panel*"))) == 7
+    start = [*WORDS, *size, "init_from=whole", "run_dir=next", "trainer.limit_val_batches=0"]
+    assert "tensors loaded" in run_here(tmp_path, *start, "model.encoder.frozen=true")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["loss=ohem"], "loss.name=ohem: has no effect, because transformers "),
+        (["model.compile=true"], "cannot be compiled, because its loss matches masks"),
+        (["augment.crop=[32,32]"], "augment.crop=[32, 32]: this network takes images of 64 x 64 only."),
+    ],
+)
+def test_settings_without_an_effect_are_refused(
+    tmp_path: Path, folder: Callable[[str], Path], words: list[str], message: str
+) -> None:
+    printed = run_here(tmp_path, *WORDS, "model=transformers", f"model.name={folder('eomt')}", *words, code=2)
+    assert message in printed
