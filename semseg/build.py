@@ -6,6 +6,7 @@ The whole configuration goes no further: what is built here gets the sections an
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,7 +49,13 @@ from semseg.training.callbacks.out_of_memory import ProbeMemory
 from semseg.training.callbacks.panels import LogPanels
 from semseg.training.callbacks.report import WriteReport
 from semseg.training.resume import DropRepeatedSteps, SeedEveryStep
-from semseg.training.trainer import choose_accelerator, create_callbacks, create_loggers, create_trainer
+from semseg.training.trainer import (
+    check_devices,
+    choose_accelerator,
+    create_callbacks,
+    create_loggers,
+    create_trainer,
+)
 from semseg.training.training_state import CheckRestoredState
 
 EXPORT_EXTRA = ("onnx", "onnxscript", "onnxruntime")  # modules of semseg[export]
@@ -199,13 +206,16 @@ def choose_device(settings: TrainerConfig) -> torch.device:
     """The device that predicts: the first of trainer.devices on GPUs, or the CPU.
 
     Raises:
-        ConfigError: if a GPU is requested and there is none.
+        ConfigError: if a GPU is requested that is not there.
     """
     if choose_accelerator(settings.accelerator) != "gpu":
         return torch.device("cpu")
-    configure_gpu()
     first = settings.devices[0] if isinstance(settings.devices, list) else 0
-    return torch.device("cuda", first)
+    check_devices(replace(settings, devices=[first]))
+    configure_gpu()
+    device = torch.device("cuda", first)
+    torch.cuda.set_device(device)  # otherwise PyTorch would also allocate on the first GPU, which others may use
+    return device
 
 
 def check_num_classes(data: DataConfig, saved: SavedNetwork) -> None:

@@ -87,8 +87,8 @@ class StepTimer(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # otherwise only the launch of the kernels is timed
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)  # otherwise only the launch of the kernels is timed
         self._record(self.step_times, batch_idx)
 
     def _record(self, times: list[float], batch_idx: int) -> None:
@@ -225,7 +225,7 @@ def settings_for_network(config: Config, stepping: TrainingSpeed) -> list[str]:
         keys.append("model.channels_last=true")
     if not config.model.compile:
         keys.append("model.compile=true")
-    if on_gpu and stepping.memory < torch.cuda.get_device_properties(0).total_memory / 2:
+    if on_gpu and stepping.memory < torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2:
         keys.append(f"data.batch_size={2 * config.data.batch_size}")
     return [*keys, "smaller data.short_edges", "a smaller network (mode=models)"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from semseg.config.tables import announce_table
 from semseg.errors import ConfigError, check_choice
 from semseg.nets.gpu import configure_gpu
 from semseg.syncbn.plugin import build_layer_sync
+from semseg.system.text import format_quantity
 from semseg.training.loggers.external import logger_error, require_logger_package
 
 Created = TypeVar("Created")
@@ -62,6 +64,7 @@ def create_trainer(
     given = {key: value for key, value in vars(settings).items() if key not in OWN_TRAINER_KEYS}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     accelerator = choose_accelerator(settings.accelerator)
+    check_devices(settings)
     if isinstance(settings.devices, list) and accelerator == "cpu":
         options["devices"] = len(settings.devices)  # Lightning's CPU accelerator takes a count only
     if not has_val:
@@ -135,6 +138,28 @@ def choose_accelerator(name: str) -> str:
     if name in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError(f"trainer.accelerator={name}: PyTorch sees no GPU here. Use trainer=cpu.")
     return "gpu" if name == "cuda" else name
+
+
+def check_devices(settings: TrainerConfig) -> None:
+    """Check that the GPUs of trainer.devices exist here: the first ones if it is a count, else those with its numbers.
+
+    Raises:
+        ConfigError: if one does not, with their number here; for trainer.accelerator see `choose_accelerator`.
+    """
+    devices = settings.devices
+    if choose_accelerator(settings.accelerator) != "gpu" or devices in ("auto", -1):
+        return
+    num_here, num_needed = torch.cuda.device_count(), max(devices) + 1 if isinstance(devices, list) else int(devices)
+    if num_needed <= num_here:
+        return
+    if num_here == 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        return  # every process may see its own GPU only, which Lightning allows too
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hint = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+    raise ConfigError(
+        f"trainer.devices={str(devices).replace(' ', '')}: PyTorch sees {format_quantity(num_here, 'GPU')} here{hint}, "
+        "numbered from 0. Use one of them, or trainer.devices=auto for all."
+    )
 
 
 def describe_device(trainer: pl.Trainer) -> str:
