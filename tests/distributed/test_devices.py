@@ -19,6 +19,8 @@ from torch.distributed import run as torchrun
 from helpers.command_line import RUN, TINY, TINY_NETWORK
 from helpers.fork_server import ForkedProgram
 from helpers.tiny_program import Gate
+from semseg.training.loggers.csv import read_rows
+from semseg.training.resume import RUN_KEY
 
 Run = Callable[..., str]
 Start = Callable[..., ForkedProgram]
@@ -85,20 +87,39 @@ def test_torchrun_on_one_node(run: Run, folder: Path) -> None:
     assert len(list(folder.glob("torchrun/**/last.ckpt"))) == 1
 
 
-@pytest.mark.slow
-def test_two_torchruns_act_as_two_nodes(start: Start, folder: Path) -> None:
+def run_on_two_nodes(start: Start, *words: str) -> None:
+    """Run a command line under two torchruns on this machine, one process each."""
     port = free_port()
     nodes = [
         start(
-            *SMALL, "trainer.devices=1", "trainer.num_nodes=2", "runs_dir=nodes", "trainer.strategy=ddp",
+            *SMALL, "trainer.devices=1", "trainer.num_nodes=2", *words,
             launcher=(TORCHRUN, "--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1",
                       "--master-addr=127.0.0.1", f"--master-port={port}"),
         )
         for rank in (0, 1)
     ]  # fmt: skip
     assert [node.wait(timeout=300) for node in nodes] == [0, 0], [node.read() for node in nodes]
-    assert len(list((folder / "nodes").iterdir())) == 1
-    assert len(list(folder.glob("nodes/**/.hydra/config.yaml"))) == 1
+
+
+WRITTEN_IN = {  # of a run with an evaluation
+    "config.yaml": {".", ".hydra"}, "overrides.yaml": {".hydra"}, "last.ckpt": {"checkpoints"}, "metrics.csv": {"logs"},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_torchruns_act_as_two_nodes_write_one_set_of_files_and_resume(start: Start, folder: Path) -> None:
+    run_on_two_nodes(start, "runs_dir=nodes", "after_training=[eval]")
+    (run_dir,) = (folder / "nodes").iterdir()
+    for name, folders in WRITTEN_IN.items():
+        assert {str(path.parent.relative_to(run_dir)) for path in run_dir.rglob(name)} == folders
+    assert metrics(run_dir / "eval")["images"] == 7
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)[RUN_KEY]["world_size"] == 2
+    run_on_two_nodes(start, f"run_dir={run_dir}", "trainer.max_epochs=2")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 4
+    assert [path.name for path in (folder / "nodes").iterdir()] == [run_dir.name]
+    steps = [row["step"] for row in read_rows(run_dir / "logs" / "metrics.csv")]
+    assert sorted(set(steps), key=int) == ["0", "1", "3"]  # the first one and the ends of the epochs
 
 
 @pytest.mark.slow
