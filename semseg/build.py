@@ -50,7 +50,7 @@ from semseg.training.callbacks.panels import LogPanels
 from semseg.training.callbacks.report import WriteReport
 from semseg.training.resume import DropRepeatedSteps, SeedEveryStep
 from semseg.training.trainer import (
-    check_devices,
+    check_gpu_numbers,
     choose_accelerator,
     create_callbacks,
     create_loggers,
@@ -211,7 +211,7 @@ def choose_device(settings: TrainerConfig) -> torch.device:
     if choose_accelerator(settings.accelerator) != "gpu":
         return torch.device("cpu")
     first = settings.devices[0] if isinstance(settings.devices, list) else 0
-    check_devices(replace(settings, devices=[first]))
+    check_gpu_numbers(replace(settings, devices=[first]))
     configure_gpu()
     device = torch.device("cuda", first)
     torch.cuda.set_device(device)  # otherwise PyTorch would also allocate on the first GPU, which others may use

@@ -134,9 +134,9 @@ def run_in_folder(config: Config, composed: DictConfig, overrides: list[str]) ->
         find_checkpoint(config.ckpt, Path(config.runs_dir))  # its error lists the runs, so before there is a new one
     processes = count_processes(config)
     if processes > 1 and config.trainer.accelerator in ("gpu", "cuda"):
-        from semseg.training.trainer import check_devices  # noqa: PLC0415 - slow to import
+        from semseg.training.trainer import check_gpu_numbers  # noqa: PLC0415 - slow to import
 
-        check_devices(config.trainer)  # one error instead of one from every process
+        check_gpu_numbers(config.trainer)  # one error instead of one from every process
     created: list[Path] = []
     try:
         run_dir = resolve_run_dir(composed, created)

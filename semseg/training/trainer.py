@@ -64,7 +64,7 @@ def create_trainer(
     given = {key: value for key, value in vars(settings).items() if key not in OWN_TRAINER_KEYS}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     accelerator = choose_accelerator(settings.accelerator)
-    check_devices(settings)
+    check_gpu_numbers(settings)
     if isinstance(settings.devices, list) and accelerator == "cpu":
         options["devices"] = len(settings.devices)  # Lightning's CPU accelerator takes a count only
     if not has_val:
@@ -140,7 +140,7 @@ def choose_accelerator(name: str) -> str:
     return "gpu" if name == "cuda" else name
 
 
-def check_devices(settings: TrainerConfig) -> None:
+def check_gpu_numbers(settings: TrainerConfig) -> None:
     """Check that the GPUs of trainer.devices exist here: the first ones if it is a count, else those with its numbers.
 
     Raises:

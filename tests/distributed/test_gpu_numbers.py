@@ -21,7 +21,7 @@ from semseg.checkpoints.format import SavedNetwork
 from semseg.config.schema import Config, SyncBNConfig, TrainerConfig
 from semseg.errors import ConfigError
 from semseg.modes import bench, train
-from semseg.training.trainer import check_devices, create_trainer
+from semseg.training.trainer import check_gpu_numbers, create_trainer
 
 NUM_GPUS = 4
 
@@ -87,18 +87,18 @@ def test_gpus_that_do_not_exist_are_refused(
 
 def test_numbers_count_the_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,6,7")
-    check_devices(TrainerConfig(accelerator="gpu", devices=[3]))
+    check_gpu_numbers(TrainerConfig(accelerator="gpu", devices=[3]))
     with pytest.raises(ConfigError, match=r"4 GPUs here \(CUDA_VISIBLE_DEVICES=2,3,6,7\), numbered from 0"):
-        check_devices(TrainerConfig(accelerator="gpu", devices=[6]))
+        check_gpu_numbers(TrainerConfig(accelerator="gpu", devices=[6]))
 
 
 def test_a_process_of_torchrun_may_see_its_own_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TrainerConfig(accelerator="gpu", devices=2)
     with patch("torch.cuda.device_count", lambda: 1):
         with pytest.raises(ConfigError, match="1 GPU here"):
-            check_devices(settings)
+            check_gpu_numbers(settings)
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-        check_devices(settings)
+        check_gpu_numbers(settings)
 
 
 @pytest.fixture(scope="module")
