@@ -94,7 +94,9 @@ def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwor
         return read_published(files, config, overrides)
     path = find_checkpoint(spec, Path(config.runs_dir))
     if path.suffix.lower() != ONNX:
-        return read_checkpoint(path)
+        saved = read_checkpoint(path)
+        print_once(saved.origin and f"{path.name} was trained from: {saved.origin}")
+        return saved
     require_export_extra()
     from semseg.export.onnx_runtime import read_exported  # noqa: PLC0415 - the packages of an extra
 

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from semseg.checkpoints.format import FORMAT_KEY, NET_PREFIX, describe_network
 from semseg.checkpoints.initialise import find_differences
+from semseg.config.origin import WeightsOrigin
 from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import EvalConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig, SyncBNConfig
 from semseg.data.batch import Batch, EvalSample
@@ -337,9 +338,11 @@ class SegmentationModule(pl.LightningModule):
         self.metrics_to_restore = checkpoint.get(METRICS_KEY, {})
         # A resumed run does not load the initial weights, which determine the preprocessing.
         self.net.convention = Preprocessing.from_plain(checkpoint[FORMAT_KEY]["convention"])
+        self.net.origin = WeightsOrigin.from_plain(checkpoint[FORMAT_KEY].get("origin"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[FORMAT_KEY] = describe_network(self.saved_config, self.classes, self.net.convention)
+        net = self.net
+        checkpoint[FORMAT_KEY] = describe_network(self.saved_config, self.classes, net.convention, net.origin)
         checkpoint[RUN_KEY] = self.trainer.datamodule.run_conditions()._asdict()  # pyright: ignore[reportAttributeAccessIssue]
         metrics = self.trainer.callback_metrics
         checkpoint[METRICS_KEY] = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}

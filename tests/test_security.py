@@ -31,7 +31,7 @@ from semseg.build import open_network
 from semseg.checkpoints.atomic_io import AtomicCheckpointIO, find_newest_intact
 from semseg.checkpoints.format import FORMAT_KEY, load_plain, load_weights, read_checkpoint, write_safetensors
 from semseg.checkpoints.network import build_network
-from semseg.checkpoints.zoo import find_published_network
+from semseg.checkpoints.zoo import ZOO
 from semseg.config.compose import compose_config
 from semseg.config.explain import explain_hydra_error
 from semseg.config.groups import CONFIG_DIR
@@ -138,9 +138,9 @@ def files(request: pytest.FixtureRequest, place: Path, honest: dict[str, Any]) -
     description.write_text(json.dumps(with_targets(json.loads(description.read_text()))))
     if request.param != "targets":
         (folder / "net.safetensors").write_bytes((folder / "old.pth").read_bytes())
-    cache = folder / "cache" / find_published_network("zoo:upernet50").folder
+    cache = folder / "cache" / ZOO["upernet50"].folder
     cache.mkdir(parents=True)
-    for url in find_published_network("zoo:upernet50").urls():
+    for url in ZOO["upernet50"].urls():
         part = Path(url).name.partition("_")[0]
         (cache / Path(url).name).symlink_to(folder / f"{part}_epoch_1.pth")
     Image.new("RGB", (40, 40)).save(folder / "photo.png")
@@ -176,8 +176,8 @@ def from_the_cache(folder: Path) -> object:
 
 def in_cache(folder: Path) -> object:
     config = check_config(compose_config([f"download.cache={folder / 'cache'}", "download.offline=true"]))
-    url = find_published_network("zoo:upernet50").urls()[0]
-    return load_weights(fetch_file(url, config.download, folder=find_published_network("zoo:upernet50").folder))
+    url = ZOO["upernet50"].urls()[0]
+    return load_weights(fetch_file(url, config.download, folder=ZOO["upernet50"].folder))
 
 
 CKPT = "{f}/runs/stranger/checkpoints/last.ckpt"

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from semseg.config.hints import REMOVED_KEYS
+from semseg.config.origin import WeightsOrigin
 from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import Config, config_to_plain
 from semseg.config.validate import check_config
@@ -65,16 +66,20 @@ class SavedNetwork(NamedTuple):
     step: int = 0
     note: str = ""  # what was assumed about files that do not describe themselves
     graph: Graph | None = None  # for an exported network
+    origin: WeightsOrigin | None = None  # of the weights that it started from; None: unknown, or random ones
 
 
-def describe_network(config: dict[str, Any], classes: ClassTable, convention: Preprocessing) -> dict[str, Any]:
+def describe_network(
+    config: dict[str, Any], classes: ClassTable, convention: Preprocessing, origin: WeightsOrigin | None = None
+) -> dict[str, Any]:
     """The entry FORMAT_KEY of a checkpoint: plain data only, as `config` is."""
-    return {
+    entry = {
         "format": FORMAT_VERSION,
         "config": config,
         "classes": classes.as_plain(),
         "convention": convention.as_plain(),
     }
+    return entry if origin is None else entry | {"origin": origin.as_plain()}
 
 
 def read_checkpoint(path: Path) -> SavedNetwork:
@@ -181,6 +186,7 @@ def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch
     try:
         classes = ClassTable.from_plain(entry.get("classes"))
         convention = Preprocessing.from_plain(entry.get("convention"))
+        origin = WeightsOrigin.from_plain(entry.get("origin"))
     except ValueError as error:
         raise CheckpointError(f"{path}: its description is damaged: {error}.") from None
     if not isinstance(entry.get("config"), dict) or "${" in str(entry["config"]):
@@ -202,7 +208,7 @@ def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch
         raise CheckpointError(
             f"{path}: it names {classes.num_classes} classes, but its data.num_classes is {config.data.num_classes}."
         )
-    return SavedNetwork(str(path), weights, config, classes, convention, epoch, step)
+    return SavedNetwork(str(path), weights, config, classes, convention, epoch, step, origin=origin)
 
 
 def update_saved_config(config: DictConfig) -> DictConfig:
@@ -222,7 +228,7 @@ def update_saved_config(config: DictConfig) -> DictConfig:
 
 def write_ckpt(path: Path, saved: SavedNetwork) -> None:
     """Write the network, without optimiser, as a checkpoint for every mode and for init_from."""
-    entry = describe_network(config_to_plain(saved.config), saved.classes, saved.convention)
+    entry = describe_network(config_to_plain(saved.config), saved.classes, saved.convention, saved.origin)
     content = {
         "epoch": saved.epoch,
         "global_step": saved.step,
@@ -238,7 +244,7 @@ def write_safetensors(path: Path, saved: SavedNetwork) -> list[Path]:
     """Write the weights to `path` and their description to a JSON file beside it; returns both files."""
     with atomic_write(path) as temporary:
         save_file({name: copy_detached(value) for name, value in saved.weights.items()}, temporary)
-    entry = describe_network(config_to_plain(saved.config), saved.classes, saved.convention)
+    entry = describe_network(config_to_plain(saved.config), saved.classes, saved.convention, saved.origin)
     # safetensors sorts by type and name; this keeps the order of the layers.
     entry |= {"epoch": saved.epoch, "step": saved.step, "order": list(saved.weights)}
     description = path.with_suffix(".json")
@@ -252,8 +258,20 @@ def copy_detached(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
+class WeightsContent(NamedTuple):
+    """What a file of weights holds."""
+
+    tensors: dict[str, Tensor]  # by their names in it
+    origin: WeightsOrigin | None  # that of a checkpoint of ours; None: the file says nothing about it
+
+
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file, .safetensors or anything torch.load opens, by their names in it.
+    """The tensors of a weight file; see `open_weights`."""
+    return open_weights(path).tensors
+
+
+def open_weights(path: Path) -> WeightsContent:
+    """A weight file, .safetensors or anything torch.load opens.
 
     A `state_dict` inside the file is used, and the prefix of DataParallel is removed.
 
@@ -261,8 +279,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         CheckpointError: if the file is missing, damaged, or contains no tensors.
     """
     if path.suffix == SAFETENSORS:
-        return load_safetensors(path)
+        return WeightsContent(load_safetensors(path), find_origin(path, read_json_beside(path)))
     content = load_plain(path)
+    origin = find_origin(path, content.get(FORMAT_KEY))
     content = content.get("state_dict", content)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: its state_dict is a {type(content).__name__}, expected a dict of tensors.")
@@ -272,7 +291,29 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         found = ", ".join(escape_unprintable(key)[:80] for key in list(content)[:4])
         raise CheckpointError(f"{path}: contains no weights (it contains {found}, ...).")
     is_wrapped = all(name.startswith("module.") for name in tensors)
-    return {name.removeprefix("module."): value for name, value in tensors.items()} if is_wrapped else tensors
+    if is_wrapped:
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return WeightsContent(tensors, origin)
+
+
+def read_json_beside(path: Path) -> Any:
+    """What mode=convert has written beside a safetensors file; None for a file of another program."""
+    try:
+        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def find_origin(path: Path, entry: Any) -> WeightsOrigin | None:
+    """The origin in the entry FORMAT_KEY of a checkpoint; None for a file that has none.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    try:
+        return WeightsOrigin.from_plain(entry.get("origin")) if isinstance(entry, dict) else None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its description is damaged: {error}.") from None
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:

@@ -14,8 +14,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from semseg.checkpoints.format import NET_PREFIX, SavedNetwork, load_weights, refuse_nonfinite_weights
+from semseg.checkpoints.format import NET_PREFIX, SavedNetwork, open_weights, refuse_nonfinite_weights
+from semseg.config.origin import WeightsOrigin
 from semseg.errors import CheckpointError
+from semseg.nets.encoders.efficientnet_lite import LICENCE as LITE_LICENCE
+from semseg.nets.encoders.efficientnet_lite import is_lite_layout
 from semseg.nets.interfaces import Encoder, SegmentationNetwork
 from semseg.syncbn.layer import OLD_BUFFERS
 from semseg.system.text import escape_unprintable
@@ -24,15 +27,16 @@ COUNTER = "num_batches_tracked"  # a batch counter in files of PyTorch 0.4.1 and
 MAX_LISTED = 3
 
 
-def load_encoder_weights(encoder: Encoder, path: Path) -> None:
+def load_encoder_weights(encoder: Encoder, path: Path) -> WeightsOrigin:
     """`load_backbone_weights` for an encoder alone."""
-    _load_part(encoder, encoder.convert_weights, ["encoder"], path)
+    return _load_part(encoder, encoder.convert_weights, ["encoder"], path)
 
 
-def load_backbone_weights(net: SegmentationNetwork, path: Path) -> None:
+def load_backbone_weights(net: SegmentationNetwork, path: Path) -> WeightsOrigin:
     """Load the backbone of `net` from a file of ImageNet weights, or from that of a checkpoint, by name and shape.
 
-    The ImageNet classifier and the extra buffers of old normalisation layers are skipped.
+    The ImageNet classifier and the extra buffers of old normalisation layers are skipped. Returns where the weights
+    come from: for a checkpoint of ours, what the checkpoint says.
 
     Raises:
         CheckpointError: if the file is damaged, or any weight is missing, unexpected or of another
@@ -41,16 +45,20 @@ def load_backbone_weights(net: SegmentationNetwork, path: Path) -> None:
     backbone = net.backbone
     name = next((name for name, module in net.named_modules() if module is backbone), None)
     # `model.` is the library's module in our wrapper, which is not in the library's own files.
-    _load_part(backbone, net.convert_weights, [name, name.removeprefix("model.")] if name else [], path)
+    return _load_part(backbone, net.convert_weights, [name, name.removeprefix("model.")] if name else [], path)
 
 
 def _load_part(
     part: nn.Module, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]], names: Sequence[str], path: Path
-) -> None:
-    found = load_weights(path)
+) -> WeightsOrigin:
+    found, origin = open_weights(path)
     refuse_nonfinite_weights(found, str(path))
-    weights = extract_weights(found, names) or convert(found)
+    try:
+        weights = extract_weights(found, names) or convert(found)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     load_all_weights(part, drop_old_buffers(weights), f"{path}: does not fit model.encoder")
+    return origin or WeightsOrigin(path.name, LITE_LICENCE if is_lite_layout(found) else "")
 
 
 def extract_weights(weights: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:

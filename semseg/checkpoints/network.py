@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from semseg.checkpoints.format import SavedNetwork, first_line
 from semseg.checkpoints.initialise import find_differences, load_all_weights, load_backbone_weights
+from semseg.config.origin import WeightsOrigin
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import DownloadConfig, ModelConfig, split_network_options
 from semseg.errors import CheckpointError, ConfigError
@@ -39,8 +41,10 @@ def build_network(config: ModelConfig, num_classes: int, download: DownloadConfi
         load_described_weights(net, config)
     elif weights == "imagenet":
         load_backbone_weights(net, fetch_imagenet_weights(net, config.backbone_name, download or DownloadConfig()))
+        net.origin = imagenet_origin(net)
     elif weights not in (None, "none"):
-        load_backbone_weights(net, Path(weights).expanduser())
+        net.origin = load_backbone_weights(net, Path(weights).expanduser())
+        print_once(f"weights: {net.origin}")
     if config.convention != "auto":
         net.convention = PREPROCESSING[config.convention]
     net.has_cpu_kernels = config.winograd
@@ -78,6 +82,7 @@ def load_described_weights(net: SegmentationNetwork, config: ModelConfig) -> Non
     from semseg.checkpoints.hub import load_hub_weights  # noqa: PLC0415 - an extra
 
     print_once(f"weights from {description.source}: {load_hub_weights(net, description).describe()}")
+    net.origin = description.origin
 
 
 def fetch_imagenet_weights(net: SegmentationNetwork | Encoder, name: str, download: DownloadConfig) -> Path:
@@ -90,8 +95,17 @@ def fetch_imagenet_weights(net: SegmentationNetwork | Encoder, name: str, downlo
     file = net.weights_file
     if file is None:
         raise ConfigError(f"model.encoder.weights=imagenet: none are known for {name}. Give a file, or none.")
+    print_once(f"weights: {imagenet_origin(net)}")  # before the download, which may be stopped then
     manual = "or set model.encoder.weights to a file you have, or to none for random ones"
     return fetch_file(file.url, download, folder="imagenet", digest=file.digest, manual=manual)
+
+
+def imagenet_origin(net: SegmentationNetwork | Encoder) -> WeightsOrigin | None:
+    """Where the published ImageNet weights of a network's backbone come from; None if there are none."""
+    if net.weights_file is None:
+        return None
+    on_hub = re.match(r"https://huggingface\.co/([^/]+/[^/]+)/resolve/", net.weights_file.url)
+    return WeightsOrigin(on_hub[1] if on_hub else net.weights_file.url, net.licence)
 
 
 def without_weights(model: ModelConfig) -> ModelConfig:
@@ -108,7 +122,7 @@ def load_network(saved: SavedNetwork) -> SegmentationNetwork:
     check_network(saved)
     net = build_network(without_weights(saved.config.model), saved.classes.num_classes)
     load_all_weights(net, saved.weights, f"{saved.source}: its weights do not fit its own configuration")
-    net.convention = saved.convention
+    net.convention, net.origin = saved.convention, saved.origin
     report_one_size(net, saved.config.model)
     return net.eval()
 

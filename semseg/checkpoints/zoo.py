@@ -1,4 +1,7 @@
-"""The published segmentation networks of 2018 and 2020: their names, addresses and scores. No torch."""
+"""The zoo: trained segmentation networks by name, with their addresses, licences and published scores. No torch.
+
+Two kinds: files of the 2018 and 2020 releases on a server of MIT, and networks of the Hugging Face hub.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import NamedTuple
 
 from semseg.config.schema import ZOO_PREFIX
 from semseg.errors import CheckpointError, find_nearest
+from semseg.storage.hub_list import HUB_ZOO, HubEntry
 
 SERVER_URL = "http://sceneparsing.csail.mit.edu/model/pytorch"
 # The image of the original demonstration; mode=predict uses it for a network of the zoo if there is no input.
@@ -61,6 +65,9 @@ ZOO = {
 }
 
 
+# ---- scores
+
+
 class PublishedScore(NamedTuple):
     """Scores on ADE20K validation, in percent."""
 
@@ -85,22 +92,98 @@ PUBLISHED_SCORES = {
 }
 
 
+class ScoreSource(NamedTuple):
+    """Where scores are published, and what they are."""
+
+    mark: str  # one letter, which stands behind the score in tables
+    text: str
+
+
+CSAIL = ScoreSource("a", "CSAILVision/semantic-segmentation-pytorch, README.md: short edge 450")
+DINOV3 = ScoreSource("b", "facebookresearch/dinov3, MODEL_CARD.md: a linear layer on the frozen encoder")
+MMSEG_CONVNEXT = ScoreSource("c", "open-mmlab/mmsegmentation, configs/convnext/README.md")
+MMSEG_SWIN = ScoreSource("d", "open-mmlab/mmsegmentation, configs/swin/README.md")
+MMSEG_SEGFORMER = ScoreSource(
+    "e", "open-mmlab/mmsegmentation, configs/segformer/README.md: of its own weights, not of NVIDIA's"
+)
+UNILM_BEIT = ScoreSource("f", "microsoft/unilm, beit/semantic_segmentation/README.md: sliding windows")
+MASK2FORMER = ScoreSource("g", "facebookresearch/Mask2Former, MODEL_ZOO.md")
+EOMT = ScoreSource("h", "tue-mps/eomt, model_zoo/dinov2.md: windows of 512 x 512")
+
+
+class CitedScore(NamedTuple):
+    """A published mean IoU on ADE20K validation, in percent, at one scale."""
+
+    mean_iou: float
+    source: ScoreSource
+
+    def __str__(self) -> str:
+        return f"{self.mean_iou:.1f} {self.source.mark}"
+
+
+# Of networks with the same architecture and initial weights as those of configs/model/; ours were not trained again.
+MODEL_SCORES = {
+    **{name: CitedScore(scores.one_scale.mean_iou, CSAIL) for name, scores in PUBLISHED_SCORES.items()},
+    "linear_dinov3_vit_small": CitedScore(47.0, DINOV3),
+    "linear_dinov3_vit_base": CitedScore(51.8, DINOV3),
+    "linear_dinov3_vit_large": CitedScore(54.9, DINOV3),
+    "upernet_convnext_tiny": CitedScore(46.11, MMSEG_CONVNEXT),
+    "upernet_convnext_small": CitedScore(48.56, MMSEG_CONVNEXT),
+    "upernet_swin_tiny": CitedScore(44.41, MMSEG_SWIN),
+    "upernet_swin_small": CitedScore(47.72, MMSEG_SWIN),
+    "upernet_swin_base": CitedScore(47.99, MMSEG_SWIN),
+}
+# None is known for sure for those that are missing: mmsegmentation has two of UPerNet with ConvNeXt base, and the paper
+# of DPT gives the score of another size.
+HUB_SCORES = {
+    "segformer_b0": CitedScore(37.41, MMSEG_SEGFORMER),
+    "segformer_b1": CitedScore(40.97, MMSEG_SEGFORMER),
+    "segformer_b2": CitedScore(45.58, MMSEG_SEGFORMER),
+    "segformer_b3": CitedScore(47.82, MMSEG_SEGFORMER),
+    "segformer_b4": CitedScore(48.46, MMSEG_SEGFORMER),
+    "segformer_b5": CitedScore(49.62, MMSEG_SEGFORMER),
+    "upernet_convnext_tiny": CitedScore(46.11, MMSEG_CONVNEXT),
+    "upernet_convnext_small": CitedScore(48.56, MMSEG_CONVNEXT),
+    "upernet_convnext_large": CitedScore(53.16, MMSEG_CONVNEXT),
+    "beit_base": CitedScore(53.61, UNILM_BEIT),
+    "mask2former_swin_tiny": CitedScore(47.7, MASK2FORMER),
+    "mask2former_swin_small": CitedScore(51.3, MASK2FORMER),
+    "mask2former_swin_base": CitedScore(52.4, MASK2FORMER),
+    "mask2former_swin_large": CitedScore(56.1, MASK2FORMER),
+    "eomt_large": CitedScore(58.4, EOMT),
+}
+
+
+# ---- names
+
+
 def find_published_network(spec: str) -> PublishedNetwork:
-    """The entry that `zoo:<name>` names; the folder's name on the server is accepted too.
+    """`find_zoo_network` for files of a release."""
+    found = find_zoo_network(spec)
+    assert isinstance(found, PublishedNetwork)
+    return found
+
+
+def find_zoo_network(spec: str) -> PublishedNetwork | HubEntry:
+    """The entry that `zoo:<name>` names; the folder's name on the server, and the name on the hub, are accepted too.
 
     Raises:
         CheckpointError: for an unknown name; it lists the nearest one and all.
 
-    >>> find_published_network("zoo:upernet50").urls()[0]
+    >>> find_zoo_network("zoo:upernet50").urls()[0]
     'http://sceneparsing.csail.mit.edu/model/pytorch/ade20k-resnet50-upernet/encoder_epoch_30.pth'
+    >>> find_zoo_network("zoo:segformer_b0").hub_name
+    'nvidia/segformer-b0-finetuned-ade-512-512'
     """
     name = spec.removeprefix(ZOO_PREFIX)
-    by_name = ZOO | {network.folder: network for network in ZOO.values()}
+    by_name: dict[str, PublishedNetwork | HubEntry] = {**ZOO, **HUB_ZOO}
+    by_name |= {network.folder: network for network in ZOO.values()}
+    by_name |= {entry.hub_name: entry for entry in HUB_ZOO.values()}
     if name in by_name:
         return by_name[name]
     suggestion = find_nearest(name, by_name)
     hint = f" Did you mean {ZOO_PREFIX}{suggestion}?" if suggestion else ""
-    raise CheckpointError(f"{spec}: not in the zoo.{hint} Valid: {', '.join(ZOO)}.")
+    raise CheckpointError(f"{spec}: not in the zoo.{hint} Valid: {', '.join([*ZOO, *HUB_ZOO])}.")
 
 
 def release_of_folder(name: str) -> Release | None:

@@ -106,6 +106,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
             list_this_command(),
             describe_device(trainer),
             compute_data_fingerprint(source.records(split), source.root),
+            saved.origin,
         ),
     )
     write_evaluation_page(folder / "report.html", report)

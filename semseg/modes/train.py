@@ -310,6 +310,7 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
     if start.network is not None:
         print_once(start.network.note)
         loaded = initialise_from(net, start.network)
+        net.origin = start.network.origin
         if config.model.convention == "auto":
             net.convention = start.network.convention
     if trainer.is_global_zero:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from semseg.config.origin import WeightsOrigin
 from semseg.config.preprocessing import PREPROCESSING, Preprocessing
 from semseg.config.schema import DownloadConfig
 from semseg.data.geometry import Size
@@ -67,6 +68,8 @@ class SegmentationNetwork(nn.Module, ABC):
         has_own_loss: whether it trains with `compute_own_loss`, so that the keys of `loss` have no effect.
         revision: the commit of the hub that its files are of; saved as model.revision.
         weights_file: ImageNet weights of its backbone; None if the user has to provide a file.
+        licence: that of these weights as the library states it, such as apache-2.0; empty: not stated.
+        origin: of the weights that it has or starts from; None: unknown, or random ones.
         library_config: plain data (JSON) that rebuilds the network without a file; saved as model.config.
     """
 
@@ -79,6 +82,8 @@ class SegmentationNetwork(nn.Module, ABC):
     has_own_loss: bool = False
     revision: str | None = None
     weights_file: WeightsFile | None = None
+    licence: str = ""
+    origin: WeightsOrigin | None = None
     library_config: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
 
     @abstractmethod
@@ -135,12 +140,14 @@ class Encoder(nn.Module, ABC):
         strides: strides of the maps, in pixels of the image.
         convention: preprocessing of the pixel values, as in the training of its weights.
         weights_file: its ImageNet weights; None if the user has to provide a file.
+        licence: that of these weights as the library states it, such as apache-2.0; empty: not stated.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     convention: Preprocessing = PREPROCESSING["rgb_mean_std"]
     weights_file: WeightsFile | None = None
+    licence: str = ""
 
     @property
     def size_divisor(self) -> int:

@@ -27,6 +27,7 @@ class Segmenter(SegmentationNetwork):
         self.size_divisor = encoder.size_divisor
         self.label_stride = encoder.strides[decoder.feature_level]
         self.weights_file = encoder.weights_file
+        self.licence = encoder.licence
         self._has_cpu_kernels = True
 
     @property

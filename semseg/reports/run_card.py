@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from semseg import __version__
+from semseg.config.origin import WeightsOrigin
 from semseg.data.records import Record
 from semseg.data.store import file_stamp
 
@@ -48,10 +49,15 @@ class RunCard(NamedTuple):
     device: str
     date: str  # local time
     data: Fingerprint | None
+    weights: str = ""  # where the weights come from that the network started from, and their licence; empty: unknown
 
 
 def build_run_card(
-    config: dict[str, Any], command: Sequence[str], device: str, data: Fingerprint | None = None
+    config: dict[str, Any],
+    command: Sequence[str],
+    device: str,
+    data: Fingerprint | None = None,
+    origin: WeightsOrigin | None = None,
 ) -> RunCard:
     """Build the card of the run in this process.
 
@@ -59,6 +65,7 @@ def build_run_card(
         config: the configuration of the run as plain data.
         command: the arguments of the command line: ["python", "run.py", "mode=eval", ...].
         device: its name, such as "cpu" or the name of a GPU.
+        origin: of the weights that the network started from.
     """
     return RunCard(
         command=shlex.join(mask_argument(argument) for argument in command),
@@ -68,6 +75,7 @@ def build_run_card(
         device=device,
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z"),
         data=data,
+        weights=LOGIN_IN_URL.sub(MASK, str(origin)) if origin else "",
     )
 
 

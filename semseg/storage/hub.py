@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from semseg.errors import (
     install_command,
 )
 from semseg.storage.atomic import atomic_write
+from semseg.storage.hub_list import HUB_LICENCES
 from semseg.storage.ranks import print_once
 
 CONFIG, PREPROCESSOR, CARD = "config.json", "preprocessor_config.json", "README.md"
@@ -100,14 +102,11 @@ def open_local_folder(path: Path) -> HubFolder:
     return HubFolder(path, WeightsOrigin(name, read_licence(path), revision))
 
 
-def fetch_from_hub(network: HubName, config: DownloadConfig, known: Mapping[str, str] | None = None) -> HubFolder:
+def fetch_from_hub(network: HubName, config: DownloadConfig) -> HubFolder:
     """The files of a network of the hub: from the hub's cache if they are there, otherwise downloaded into it.
 
     What is in the cache is used without asking the hub, a branch like a commit: the same command gives the same network
     tomorrow. With HF_HUB_OFFLINE=1 or download.offline=true, no connection is opened. One line says what was used.
-
-    Args:
-        known: licences of some networks, by name: for one whose card is not in the cache, and to suggest a name.
 
     Raises:
         ConfigError: if the library is not installed.
@@ -115,7 +114,6 @@ def fetch_from_hub(network: HubName, config: DownloadConfig, known: Mapping[str,
         CheckpointError: if the network has no description, or no weights in safetensors.
     """
     require_hub_library()
-    known = known or {}
     path = find_in_cache(network)
     if path is None and is_offline(config):
         reason = "download.offline=true" if config.offline else "HF_HUB_OFFLINE=1"
@@ -123,10 +121,19 @@ def fetch_from_hub(network: HubName, config: DownloadConfig, known: Mapping[str,
             f"hf:{network}: is not in the cache {cache_path()}, and {reason}. Run the command once where there is a "
             f"network, or give the path of a folder with its {CONFIG} and {WEIGHTS} instead."
         )
-    path = path or download_network(network, config, known)
-    origin = WeightsOrigin(network.name, read_licence(path) or known.get(network.name, ""), path.resolve().name)
-    print_once(f"weights: hf:{origin}")
+    path = path or download_network(network, config)
+    licence = read_licence(path)
+    if licence in ("", "other"):  # "other" stands for a text that the card only links to
+        licence = HUB_LICENCES.get(network.name, licence)
+    origin = WeightsOrigin(network.name, licence, path.resolve().name)
+    report_origin(origin)
     return HubFolder(path, origin)
+
+
+@cache
+def report_origin(origin: WeightsOrigin) -> None:
+    """Print what is used and its licence, once in a process: a network may be opened for its classes first."""
+    print_once(f"weights: hf:{origin}")
 
 
 def require_hub_library() -> None:
@@ -242,7 +249,7 @@ def parse_licence(card: str) -> str:
 # ---- what is not there
 
 
-def download_network(network: HubName, config: DownloadConfig, known: Mapping[str, str]) -> Path:
+def download_network(network: HubName, config: DownloadConfig) -> Path:
     """Download a network into the hub's cache; returns its folder there.
 
     Raises:
@@ -251,7 +258,7 @@ def download_network(network: HubName, config: DownloadConfig, known: Mapping[st
     from huggingface_hub import HfApi, hf_hub_download  # noqa: PLC0415 - a package of an extra
 
     api = HfApi()
-    with explain_hub_errors(network, api.endpoint, known), limit_library_output():
+    with explain_hub_errors(network, api.endpoint), limit_library_output():
         revision, files = network.revision or MAIN, list_files(api, network, network.revision or MAIN, config)
         if not has_weights(files) and PICKLED_WEIGHTS in files and not network.revision:
             revision = find_converted(api, network) or revision
@@ -309,7 +316,7 @@ def find_converted(api: Any, network: HubName) -> str | None:
 
 
 @contextmanager
-def explain_hub_errors(network: HubName, endpoint: str, known: Iterable[str]) -> Iterator[None]:
+def explain_hub_errors(network: HubName, endpoint: str) -> Iterator[None]:
     """Turn the errors of the hub's library into sentences.
 
     Raises:
@@ -330,7 +337,7 @@ def explain_hub_errors(network: HubName, endpoint: str, known: Iterable[str]) ->
     except errors.RevisionNotFoundError:
         raise DownloadError(f"hf:{network}: the network has no such branch, tag or commit.") from None
     except errors.RepositoryNotFoundError:
-        nearest = find_nearest(network.name, known)
+        nearest = find_nearest(network.name, HUB_LICENCES)
         hint = f" Did you mean hf:{nearest}?" if nearest else " mode=models lists some."
         raise DownloadError(
             f"hf:{network}: {endpoint} has no such network.{hint} For one that is private, log in with `hf auth login`."

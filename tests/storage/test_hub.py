@@ -26,6 +26,11 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture(autouse=True)
+def nothing_was_printed() -> None:
+    hub_module.report_origin.cache_clear()
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
     with fake_hub() as server:
@@ -114,11 +119,12 @@ def test_weights_of_the_converter_are_used_where_the_owner_has_none_in_safetenso
         ({"owner/tiny": (401, "")}, "no such network|Log in"),
     ],
 )
-def test_a_refusal_is_one_sentence(hub: FakeHub, refusal: dict, message: str) -> None:
+def test_a_refusal_is_one_sentence(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, refusal: dict, message: str) -> None:
+    monkeypatch.setitem(hub_module.HUB_LICENCES, "owner/tiny2", "mit")
     hub.add(NETWORK.name, FILES)
     hub.refusals = refusal
     with pytest.raises(DownloadError, match=message) as caught:
-        fetch_from_hub(NETWORK, DownloadConfig(), {"owner/tiny2": "mit"})
+        fetch_from_hub(NETWORK, DownloadConfig())
     assert "\n" not in str(caught.value)
 
 
@@ -166,8 +172,9 @@ def test_a_cache_without_a_card_has_the_licence_of_the_list(
 ) -> None:
     use_hub(monkeypatch, cache, "http://127.0.0.1:9", is_offline=True)
     add_to_cache(cache, NETWORK.name, {name: FILES[name] for name in ("config.json", "model.safetensors")})
-    assert fetch_from_hub(NETWORK, DownloadConfig(), {NETWORK.name: "mit"}).origin.licence == "mit"
     assert fetch_from_hub(NETWORK, DownloadConfig()).origin.licence == ""
+    monkeypatch.setitem(hub_module.HUB_LICENCES, NETWORK.name, "mit")
+    assert fetch_from_hub(NETWORK, DownloadConfig()).origin.licence == "mit"
     assert "licence: not stated" in capsys.readouterr().out
 
 

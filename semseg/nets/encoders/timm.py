@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from semseg.errors import CheckpointError, ConfigError, find_nearest, install_command
 from semseg.nets.encoders.dilation import plan_stages
+from semseg.nets.encoders.efficientnet_lite import convert_lite_weights, is_lite_layout
 from semseg.nets.encoders.library import MIN_STRIDE, LibraryEncoder, rgb_preprocessing, weights_file_at
 from semseg.nets.interfaces import WeightsFile
 
@@ -87,11 +88,13 @@ class TimmEncoder(LibraryEncoder):
             )
 
     def convert_weights(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As Encoder.convert_weights, for older names and layouts in timm's files too.
+        """As Encoder.convert_weights, for older names and layouts in timm's files too, and for EfficientNet-Lite.
 
         Raises:
             CheckpointError: if timm cannot use the weights for this network.
         """
+        if is_lite_layout(published):
+            published = convert_lite_weights(published, self.name, self.channels[-1], self.model.state_dict())
         weights = self.filter_weights(published)
         return weights if weights is not None else self.probe_weights(published)
 
