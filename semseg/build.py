@@ -48,6 +48,7 @@ from semseg.training.callbacks.nonfinite import NonFiniteGuard
 from semseg.training.callbacks.out_of_memory import ProbeMemory
 from semseg.training.callbacks.panels import LogPanels
 from semseg.training.callbacks.report import WriteReport
+from semseg.training.callbacks.votes import StepVote
 from semseg.training.resume import DropRepeatedSteps, SeedEveryStep
 from semseg.training.trainer import (
     check_gpu_numbers,
@@ -301,13 +302,13 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
 
 def training_callbacks(config: Config, source: DataSource) -> list[Callback]:
     """Our callbacks of a training run, in the order in which Lightning calls them."""
-    run_dir, trainer = Path(config.run_dir), config.trainer
+    run_dir, trainer, vote = Path(config.run_dir), config.trainer, StepVote()
     callbacks: list[Callback] = [
         CheckRestoredState(),
         ProbeMemory(trainer.probe_memory),
         SeedEveryStep(config.seed),
         DropRepeatedSteps(trainer.max_steps),
-        NonFiniteGuard(run_dir, trainer.max_nonfinite_steps, trainer.precision),
+        NonFiniteGuard(run_dir, trainer.max_nonfinite_steps, trainer.precision, vote),
         LogSteps(),
         WarnAboutLabels(source.classes.names),
         ReportValidation(),
@@ -317,5 +318,5 @@ def training_callbacks(config: Config, source: DataSource) -> list[Callback]:
     if config.ema.decay is not None:
         callbacks.append(MovingAverage(config.ema.decay, config.ema.start_step))
     if config.data.on_bad == "skip":
-        callbacks.append(CountBadImages(config.data.batch_size, config.data.max_bad))
-    return callbacks + checkpoint_callbacks(run_dir, config.checkpoint, has_val=source.has("val"))
+        callbacks.append(CountBadImages(config.data.batch_size, config.data.max_bad, vote))
+    return callbacks + checkpoint_callbacks(run_dir, config.checkpoint, vote, has_val=source.has("val"))

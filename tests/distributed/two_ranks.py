@@ -7,12 +7,14 @@ import logging
 import os
 import signal
 import warnings
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, EarlyStopping
+from torch.profiler import ProfilerActivity, profile
 
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg.config.schema import Config
@@ -50,6 +52,13 @@ UNUSED = {
 }
 if find_spec("timm") is not None:
     UNUSED["unread maps"] = ["model/encoder=timm", "model.encoder.name=hrnet_w18_small", "model.encoder.weights=none"]
+
+
+# Without synchronised statistics: what remains are the gradients and our own exchanges. Steps 1, 4 and 6 are logged.
+EXCHANGED = [
+    *TINY_RUN, "trainer.devices=2", "trainer.strategy=ddp", "data.steps_per_epoch=6", "trainer.max_epochs=1",
+    "model.freeze_bn=true", "data.on_bad=skip", "trainer.log_every_n_steps=4", "data.val.list=null",
+]  # fmt: skip
 
 
 class StopAt(Callback):
@@ -95,6 +104,50 @@ class Weights(Callback):
         self.unused = list(pl_module.unused)
 
 
+class Collectives(Callback):
+    """Counts what the ranks exchange in every step: the collectives of PyTorch by name, whoever calls them."""
+
+    def __init__(self) -> None:
+        self.by_step: list[Counter[str]] = []
+        self._profile: profile | None = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self._end_step()
+        self._profile = profile(activities=[ProfilerActivity.CPU])
+        self._profile.__enter__()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_step()
+
+    def _end_step(self) -> None:
+        if self._profile is not None:
+            self._profile.__exit__(None, None, None)
+            names = (event.key for event in self._profile.events() or ())
+            self.by_step.append(Counter(name for name in names if name.startswith("gloo:")))
+        self._profile = None
+
+
+def count_collectives(root: str, folder: Path) -> dict[str, list[Counter[str]]]:
+    """The collectives of every step, by optim.fused, of runs that could leave out images and stop."""
+    counted = {}
+    for fused in ("true", "false"):
+        collectives = Collectives()
+        fit(run_of([*EXCHANGED, f"optim.fused={fused}"], root, folder / f"fused_{fused}"), collectives)
+        counted[fused] = collectives.by_step
+    return counted
+
+
+def stop_fused(root: str, folder: Path) -> str:
+    """How a run with a fused optimiser ends of which rank 1 gets SIGTERM in the second step."""
+    try:
+        fit(run_of([*EXCHANGED, "optim.fused=true"], root, folder / "stopped_fused"), StopAt(2))
+    except StoppedError as error:
+        return str(error)
+    return "not at all"
+
+
 def end_with_unused_parts(root: str, folder: Path) -> dict[str, Any]:
     """Weights of this rank after two steps of the networks in UNUSED, and the names of what was frozen."""
     ends = {}
@@ -118,7 +171,8 @@ def stop_and_resume(rank: int, world: int, *, root: str, folder: str) -> dict[st
 
     The entry "stopped" holds the steps at which this rank was stopped, "seen" the sub-batches of `two`,
     "unused" what `end_with_unused_parts` gives, "logged" the sub-batches of the run
-    `logged` and the best loss of its early stopping.
+    `logged` and the best loss of its early stopping, "collectives" what `count_collectives` gives, and
+    "stopped_fused" what `stop_fused` gives.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -139,4 +193,5 @@ def stop_and_resume(rank: int, world: int, *, root: str, folder: str) -> dict[st
     return {
         "stopped": stopped, "seen": watch.seen, "unused": unused,
         "logged": {"seen": logged.seen, "best": best.value},
+        "collectives": count_collectives(root, Path(folder)), "stopped_fused": stop_fused(root, Path(folder)),
     }  # fmt: skip

@@ -11,8 +11,9 @@ from pytorch_lightning.callbacks import Callback
 from semseg.data.batch import Batch
 from semseg.errors import DataError
 from semseg.system.text import escape_lines
-from semseg.training.callbacks.stop import Votes
+from semseg.training.callbacks.votes import Question, StepVote
 
+LEFT_OUT_COUNT = "data/left_out"  # in the log
 MIN_IMAGES = 100  # the fraction of bad images is taken of at least this many
 
 _reported: set[str] = set()
@@ -41,35 +42,45 @@ def check_bad_fraction(left_out: int, seen: int, limit: float) -> None:
 class CountBadImages(Callback):
     """Counts images left out of training over all ranks and the whole run, and stops it at data.max_bad.
 
-    The count is logged as data/left_out with the step.
+    The count is data/left_out in the log.
 
     Args:
         batch_size: images of a sub-batch, per device.
         max_bad: the largest fraction of images that may be left out.
+        vote: exchanges the counts of a step.
     """
 
-    def __init__(self, batch_size: int, max_bad: float) -> None:
+    def __init__(self, batch_size: int, max_bad: float, vote: StepVote) -> None:
         self.batch_size, self.max_bad = batch_size, max_bad
         self.seen = self.left_out = 0
-        self._votes: Votes | None = None
+        self._here = [0, 0]  # left out and seen by this rank since the last step of the optimiser
+        self._vote = vote
+        vote.ask(Question(2, self._take_counts, self._add_counts))
 
     def state_dict(self) -> dict[str, Any]:
+        self._vote.read()
         return {"seen": self.seen, "left_out": self.left_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seen, self.left_out = state_dict["seen"], state_dict["left_out"]
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._votes = Votes(trainer.world_size)
-
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        assert self._votes is not None, "on_fit_start comes first"
         for reason in batch.bad:
             report_bad_image(reason)
-        bad, seen = self._votes.sum(len(batch.bad), self.batch_size)
-        self.left_out += bad
-        self.seen += seen
-        pl_module.log("data/left_out", float(self.left_out), logger=False, batch_size=1)
+        left_out, seen = self._here
+        self._here = [left_out + len(batch.bad), seen + self.batch_size]
+
+    def read_counts(self) -> dict[str, int]:
+        self._vote.read()
+        return {LEFT_OUT_COUNT: self.left_out}
+
+    def _take_counts(self) -> list[int]:
+        here, self._here = self._here, [0, 0]
+        return here
+
+    def _add_counts(self, step: int, counts: list[int]) -> None:
+        self.left_out += counts[0]
+        self.seen += counts[1]
         check_bad_fraction(self.left_out, self.seen, self.max_bad)

@@ -16,17 +16,15 @@ from semseg.config.schema import CheckpointConfig
 from semseg.data.batch import Batch
 from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.system.process import handle_stop_signals
-from semseg.training.callbacks.nonfinite import OVERFLOWS
 from semseg.training.callbacks.saver import Saver
+from semseg.training.callbacks.votes import KeepsCounts, StepVote
 from semseg.training.step_means import IntervalMean, StepSums, compute_means, get_step_mean, is_step_complete
 from semseg.training.training_state import SUMS_KEY
 
-COUNTS = ("data/left_out", OVERFLOWS)  # since the start of a run
 
-
-def checkpoint_callbacks(run_dir: Path, config: CheckpointConfig, *, has_val: bool) -> list[Callback]:
+def checkpoint_callbacks(run_dir: Path, config: CheckpointConfig, vote: StepVote, *, has_val: bool) -> list[Callback]:
     """The callbacks that write best.ckpt, if there is validation, and last.ckpt, which holds the best score as well."""
-    last = Saver(run_dir, config)
+    last = Saver(run_dir, config, vote)
     if not has_val:
         return [last]
     best = BestCheckpoint(
@@ -93,9 +91,9 @@ class LogSteps(Callback):
             return
         means = compute_means(self._mean.reduce(trainer))
         self._mean.restart()
-        logged = trainer.callback_metrics
-        logged.update({name: torch.tensor(value) for name, value in means.items()})  # for callbacks that monitor them
-        counts = {name: float(logged[name]) for name in COUNTS if name in logged}
+        counts = collect_counts(trainer)
+        # For callbacks that monitor them.
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in {**means, **counts}.items()})
         values = {**means, **counts, **self._rates, **self._cost(), "epoch": trainer.current_epoch}
         for logger in trainer.loggers:
             logger.log_metrics(values, trainer.global_step - 1)
@@ -113,6 +111,12 @@ class LogSteps(Callback):
         if torch.cuda.is_available():
             cost["memory"] = torch.cuda.max_memory_allocated() / 2**30
         return cost
+
+
+def collect_counts(trainer: pl.Trainer) -> dict[str, float]:
+    """What the callbacks have counted since the start of the run, by the names in the log."""
+    counting = [callback for callback in trainer.callbacks if isinstance(callback, KeepsCounts)]  # pyright: ignore[reportAttributeAccessIssue]
+    return {name: float(count) for callback in counting for name, count in callback.read_counts().items()}
 
 
 def has_row(trainer: pl.Trainer, batch_idx: int) -> bool:

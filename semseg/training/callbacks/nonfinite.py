@@ -19,6 +19,7 @@ from semseg.data.batch import Batch
 from semseg.errors import SemsegError
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import entry_command
+from semseg.training.callbacks.votes import StepVote
 
 NONFINITE_FOLDER = "nonfinite"  # in the run folder
 OVERFLOWS = "amp/overflows"  # in the log
@@ -34,7 +35,7 @@ class Step(NamedTuple):
     number: int
     batches: list[Batch]  # this rank's
     rates: list[float]  # the learning rate of each part of the network
-    values: Tensor  # (3 + sub-batches) on the host: bad on any rank, bad on this rank, gradient norm, losses
+    values: Tensor  # on the host: the sums of the vote, bad on this rank, gradient norm, losses of the sub-batches
     is_copied: torch.Event | None  # recorded when `values` are there; None: they are
 
 
@@ -45,18 +46,20 @@ class NonFiniteGuard(Callback):
     normalisation statistics included; the next one ends it, before the optimiser has moved.
 
     With a fused optimiser the host does not wait for the loss: the device leaves out the update, and the step is
-    reported one step later, before a checkpoint is written, or before validation.
+    reported one step later, before a checkpoint is written, or before validation. The ranks agree in one reduction on
+    the device, in which the numbers of other callbacks travel as well.
 
     Args:
         run_dir: the folder of the run.
         max_skipped: trainer.max_nonfinite_steps.
         precision: trainer.precision.
+        vote: what other callbacks ask all ranks at every step.
 
     Raises:
         NonFiniteError: names the step, its files, learning rates and gradient norm, and the saved sub-batch.
     """
 
-    def __init__(self, run_dir: Path, max_skipped: int, precision: str) -> None:
+    def __init__(self, run_dir: Path, max_skipped: int, precision: str, vote: StepVote | None = None) -> None:
         self.folder = run_dir / NONFINITE_FOLDER
         self.max_skipped = max_skipped
         # A gradient scaler looks for infinite gradients of half precision itself, and skips them routinely.
@@ -68,6 +71,8 @@ class NonFiniteGuard(Callback):
         self._losses: list[Tensor] = []
         self._statistics: dict[str, Tensor] = {}
         self._unread: Step | None = None
+        self._vote = vote or StepVote()
+        self._vote.read = self.read_last_step
 
     def state_dict(self) -> dict[str, Any]:
         self.read_last_step()  # a checkpoint counts all steps before it, and holds no statistics of a bad one
@@ -97,10 +102,11 @@ class NonFiniteGuard(Callback):
         norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
         losses = torch.stack(self._losses).to(norm)
         is_bad_here = ~losses.isfinite().all() | ~(torch.ones_like(norm) if self.has_scaler else norm).isfinite()
-        is_bad = is_bad_here.float()
+        sums = torch.cat([is_bad_here.float().view(1), self._vote.collect(is_bad_here.float())])
         if self._world_size > 1:  # ranks agree on the device, which is not waited for
-            dist.all_reduce(is_bad, dist.ReduceOp.MAX)
-        values = torch.cat([torch.stack([is_bad.to(norm), is_bad_here.to(norm), norm]), losses])
+            dist.all_reduce(sums)
+        is_bad = (sums[0] > 0).float()  # fused kernels compare it with 1
+        values = torch.cat([sums.to(norm), torch.stack([is_bad_here.to(norm), norm]), losses])
         rates = [float(group["lr"]) for group in optimizer.param_groups[::2]]
         step = Step(trainer.global_step + 1, self._batches, rates, *copy_to_host(values))
         self._batches, self._losses = [], []
@@ -115,8 +121,9 @@ class NonFiniteGuard(Callback):
             optimizer.zero_grad(set_to_none=True)  # an optimiser ignores parameters without a gradient
             for name, value in pl_module.named_buffers():
                 value.copy_(self._statistics[name])
-        if self.has_scaler:
-            pl_module.log(OVERFLOWS, float(self.overflows), logger=False, batch_size=1)
+
+    def read_counts(self) -> dict[str, int]:
+        return {OVERFLOWS: self.overflows} if self.has_scaler else {}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.read_last_step()
@@ -138,8 +145,10 @@ class NonFiniteGuard(Callback):
         """
         if step.is_copied is not None:
             step.is_copied.synchronize()
-        is_bad, is_bad_here, norm, *losses = step.values.tolist()
-        if not is_bad:
+        num_bad, *values = step.values.tolist()
+        sums, (is_bad_here, norm, *losses) = values[: self._vote.num_answers], values[self._vote.num_answers :]
+        self._vote.announce(step.number, sums)
+        if not num_bad:
             if not math.isfinite(norm):
                 self.count_overflow(step.number)
             return False

@@ -20,7 +20,9 @@ from semseg.errors import CheckpointError
 from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.storage.commands import relative_to_cwd
 from semseg.storage.run_folders import CHECKPOINT_FOLDER
-from semseg.training.callbacks.stop import StoppedError, StopSignals, Votes
+from semseg.system.process import STOP_SIGNALS
+from semseg.training.callbacks.stop import StoppedError, StopSignals
+from semseg.training.callbacks.votes import HostVotes, Question, StepVote
 from semseg.training.step_means import is_step_complete
 
 LAST = "last.ckpt"
@@ -56,15 +58,22 @@ class Saver(Checkpoint):
         CheckpointError: if it cannot be written, unless `on_error` is "warn".
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+    def __init__(self, run_dir: Path, config: CheckpointConfig, vote: StepVote) -> None:
         self.folder = run_dir / CHECKPOINT_FOLDER
         self.config = config
         self.signals = StopSignals()
-        self._votes: Votes | None = None
         self._last_save = time.monotonic()
+        self._saved_step = 0
+        # With several ranks, what all of them have heard by now: on a GPU of the step before.
+        self._has_others = False
+        self._heard_signal = 0
+        self._heard_due = False
+        self._host_votes: HostVotes | None = None
+        vote.ask(Question(1 + len(STOP_SIGNALS), self._give_answers, self._hear_sums))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._votes = Votes(trainer.world_size)
+        self._has_others = trainer.world_size > 1
+        self._host_votes = HostVotes(trainer.world_size)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signals.install()  # now, because Lightning sets its own while it starts
@@ -78,7 +87,9 @@ class Saver(Checkpoint):
             return  # checkpoints hold no partly accumulated gradients
         if is_last and not is_validated(trainer):
             return  # on_train_epoch_end comes next, after callbacks that judge the epoch
-        signal_number, is_due = self._vote(self.signals.received or 0, self._is_due())
+        signal_number, is_due = self.signals.received or 0, self._is_due()
+        if self._has_others:
+            signal_number, is_due = self._heard_signal, self._heard_due
         step = trainer.global_step
         is_periodic = bool(self.config.every_n_steps) and step % (self.config.every_n_steps or 1) == 0
         is_end = step == trainer.max_steps  # may be inside an epoch
@@ -101,12 +112,12 @@ class Saver(Checkpoint):
         groups = len(trainer.datamodule.eval_groups("val"))  # pyright: ignore[reportAttributeAccessIssue]
         num_common = count_common_batches(groups, trainer.world_size, trainer.limit_val_batches)
         if not trainer.sanity_checking and batch_idx < num_common:
-            self._stop_if(self._vote(self.signals.received or 0)[0], trainer)
+            self._stop_if(self._vote_on_signal(), trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # ended by trainer.max_steps: on_train_batch_end has saved it
-        (signal_number,) = self._vote(self.signals.received or 0)
+        signal_number = self._vote_on_signal()
         self.save(trainer)
         self._stop_if(signal_number, trainer)
 
@@ -127,6 +138,7 @@ class Saver(Checkpoint):
             return False
         finally:
             self._last_save = time.monotonic()
+            self._saved_step, self._heard_due = trainer.global_step, False
         return True
 
     def keep_copy(self, trainer: pl.Trainer, step: int) -> None:
@@ -153,9 +165,21 @@ class Saver(Checkpoint):
         minutes = self.config.every_n_minutes
         return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
-    def _vote(self, *numbers: int) -> list[int]:
-        assert self._votes is not None, "on_fit_start comes first"
-        return self._votes.maximum(*(int(number) for number in numbers))
+    def _give_answers(self) -> list[int]:
+        """Whether a checkpoint is due on this rank, and which signal it has received."""
+        return [int(self._is_due()), *(int(number == self.signals.received) for number in STOP_SIGNALS)]
+
+    def _hear_sums(self, step: int, sums: list[int]) -> None:
+        due, *counts = sums
+        received = [int(number) for number, count in zip(STOP_SIGNALS, counts, strict=True) if count]
+        self._heard_signal = max([self._heard_signal, *received])
+        if due and step > self._saved_step:  # otherwise the checkpoint has been written since
+            self._heard_due = True
+
+    def _vote_on_signal(self) -> int:
+        """The signal that any rank has received, 0 if none has; outside of training steps."""
+        assert self._host_votes is not None, "on_fit_start comes first"
+        return self._host_votes.maximum(max(int(self.signals.received or 0), self._heard_signal))
 
     def _stop_if(self, number: int, trainer: pl.Trainer) -> None:
         if not number:

@@ -7,9 +7,6 @@ import signal
 import subprocess
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 from semseg.errors import SemsegError
 from semseg.system.process import get_stop_code, list_stop_signals, request_stop
 
@@ -60,29 +57,3 @@ def requeue(number: int, *, is_first_rank: bool) -> str | None:
         finished = subprocess.run(["scontrol", "requeue", job], check=False)  # noqa: S603, S607 - SLURM's own command
         return job if finished.returncode == 0 else None
     return job
-
-
-class Votes:
-    """Small integers that all ranks exchange at the same step.
-
-    They go over a gloo group of their own, so that they neither wait for a device nor mix with other collectives.
-    """
-
-    def __init__(self, world_size: int) -> None:
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
-
-    def maximum(self, *numbers: int) -> list[int]:
-        """The maximum over all ranks for each of `numbers`. Every rank must call it equally often."""
-        if self._group is None:
-            return list(numbers)
-        ballot = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)  # pyright: ignore[reportArgumentType]
-        return ballot.tolist()
-
-    def sum(self, *numbers: int) -> list[int]:
-        """The sum over all ranks for each of `numbers`. Every rank must call it equally often."""
-        if self._group is None:
-            return list(numbers)
-        ballot = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(ballot, dist.ReduceOp.SUM, group=self._group)  # pyright: ignore[reportArgumentType]
-        return ballot.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -120,6 +121,19 @@ def test_c1_training_leaves_them_out_and_counts_them(
     again = fit(run_words(drawn, tmp_path / "again", "data.on_bad=skip", "data.max_bad=0.5", "data.num_workers=2"))
     for name, value in content["state_dict"].items():
         assert torch.equal(value, again["state_dict"][name])  # workers change no bit
+
+
+@pytest.mark.slow
+def test_c1_steps_of_a_fused_optimiser_are_counted_in_their_own_row_of_the_log(drawn: Path, tmp_path: Path) -> None:
+    columns = []
+    for fused in ("false", "true"):  # the counts of a fused one come back one step later
+        words = ["data.on_bad=skip", "data.max_bad=0.5", "data.steps_per_epoch=6", f"optim.fused={fused}"]
+        content = fit(run_words(drawn, tmp_path / fused, *words))
+        with (tmp_path / fused / "logs/metrics.csv").open(newline="") as file:
+            counts = [row["data/left_out"] for row in csv.DictReader(file) if row["data/left_out"]]
+        assert float(counts[-1]) == content["callbacks"]["CountBadImages"]["left_out"] > 0
+        columns.append(counts)
+    assert columns[0] == columns[1] and len(columns[0]) == 6
 
 
 def test_c1_too_many_broken_images_stop_the_run(drawn: Path, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from helpers.in_process import prepare_run
@@ -18,13 +20,21 @@ from semseg.training.callbacks.nonfinite import NonFiniteError, NonFiniteGuard, 
 pytestmark = pytest.mark.reliability
 
 
-def spoil_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[dict[str, Tensor]]:
-    """Make the loss of some steps NaN; returns a list that gets the network's state at the start of every step."""
+def spoil_steps(
+    monkeypatch: pytest.MonkeyPatch, steps: set[int], files: list[list[str]] | None = None
+) -> list[dict[str, Tensor]]:
+    """Make the loss of some steps NaN; returns a list that gets the network's state at the start of every step.
+
+    Args:
+        files: gets the images of every step.
+    """
     states: list[dict[str, Tensor]] = []
     take_step = SegmentationModule.training_step
 
     def take_spoiled_step(module: SegmentationModule, batch: Batch, batch_idx: int) -> Tensor:
         states.append({name: value.clone() for name, value in module.net.state_dict().items()})
+        if files is not None:
+            files.append(batch.paths)
         loss = take_step(module, batch, batch_idx)
         return loss * float("nan") if len(states) in steps else loss
 
@@ -36,13 +46,14 @@ def spoil_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[dict[s
 def test_d1_a_nan_loss_stops_the_run_and_names_step_files_and_saved_sub_batch(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: str
 ) -> None:
-    states = spoil_steps(monkeypatch, {2})
+    files: list[list[str]] = []
+    states = spoil_steps(monkeypatch, {2}, files)
     run = prepare_run(root, tmp_path, f"optim.fused={fused}")
     with pytest.raises(NonFiniteError) as caught:
         run.fit()
     message = str(caught.value)
     assert message.startswith("step 2: ") and "loss is nan" in message and "learning rates 0.0" in message
-    assert message.count(".jpg") == 2
+    assert f"images: {', '.join(files[1])}. " in message and files[1] != files[-1 if fused == "true" else 0]
     assert len(states) == (3 if fused == "true" else 2) and not list(tmp_path.glob("checkpoints/*"))
     weights = dict(run.net.named_parameters())
     assert all(torch.equal(value, states[1][name]) for name, value in weights.items())
@@ -106,12 +117,39 @@ def test_the_first_layer_that_goes_wrong_is_named() -> None:
     assert layer is not None and (layer.name, layer.kind) == ("2", "Conv2d")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", ["null", "0.1"])
+def test_steps_that_overflow_in_half_precision_are_skipped_and_counted_also_with_clipping(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    states = spoil_steps(monkeypatch, set())
+    run = prepare_run(root, tmp_path, f"trainer.gradient_clip_val={clip}", "trainer.precision=16-mixed")
+    # Lightning has no scaler on the CPU; this is the one that it has on a GPU, at scales that overflow once.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-32)
+    run.trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    with pytest.warns(UserWarning, match="step 1: gradients overflow in half precision"):
+        run.fit()
+    states.append({name: value.clone() for name, value in run.net.state_dict().items()})
+    first, second, third, last = ([state[name] for name, _ in run.net.named_parameters()] for state in states)
+    assert all(torch.equal(before, after) for before, after in zip(first, second, strict=True))
+    for before, after in ((second, third), (third, last)):
+        assert any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+        moved = torch.cat([(one - other).flatten() for one, other in zip(before, after, strict=True)])
+        assert bool(moved.isfinite().all())
+        if clip != "null":  # the first step has no momentum: the rate times the clipped gradient, and the decay
+            assert float(moved.norm()) < 2 * 0.02 * float(clip) * (1 if before is second else 2)
+    with (tmp_path / "logs" / "metrics.csv").open(newline="") as file:
+        assert [row["amp/overflows"] for row in csv.DictReader(file) if row["amp/overflows"]] == ["1.0"] * 3
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["callbacks"]["NonFiniteGuard"] == {"skipped": 0, "overflows": 1}
+    assert saved["MixedPrecision"]["scale"] == 2.0**8
+    assert not (tmp_path / "nonfinite").exists()
+
+
 def test_overflows_of_a_gradient_scaler_are_counted_and_left_to_it(root: Path, tmp_path: Path) -> None:
     """Without a GPU Lightning has no scaler: the guard sees a gradient as the scaler leaves it."""
     run = prepare_run(root, tmp_path)
     guard = NonFiniteGuard(tmp_path, max_skipped=0, precision="16-mixed")
-    logged: dict[str, float] = {}
-    run.module.log = lambda name, value, **_: logged.update({name: value})  # pyright: ignore[reportAttributeAccessIssue]
     optimizer = torch.optim.SGD(run.net.parameters(), lr=0.1)
     for gradient in (1.0, float("inf"), float("inf")):
         for weight in run.net.parameters():
@@ -122,7 +160,7 @@ def test_overflows_of_a_gradient_scaler_are_counted_and_left_to_it(root: Path, t
         else:
             with pytest.warns(UserWarning, match="step 1: gradients overflow"):
                 guard.on_before_optimizer_step(run.trainer, run.module, optimizer)
-    assert logged == {"amp/overflows": 2} and guard.state_dict() == {"skipped": 0, "overflows": 2}
+    assert guard.read_counts() == {"amp/overflows": 2} and guard.state_dict() == {"skipped": 0, "overflows": 2}
     assert all(weight.grad is not None for weight in run.net.parameters())
     guard._losses.append(torch.tensor(float("nan")))
     with pytest.raises(NonFiniteError):
