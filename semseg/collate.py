@@ -14,8 +14,13 @@ from semseg.data.label_map import IGNORED
 __all__ = ["Batch", "Sample", "collate"]
 
 
-def collate(samples: Sequence[Sample], size_divisor: int, label_stride: int) -> Batch:
+def collate(
+    samples: Sequence[Sample], size_divisor: int, label_stride: int, label_type: torch.dtype = torch.int64
+) -> Batch:
     """Put every sample into the top left corner of a canvas, the smallest that contains all of them.
+
+    Args:
+        label_type: that of the labels; loaders pass on LABEL_TYPE, which the device widens.
 
     Raises:
         ValueError: if label_stride does not divide size_divisor.
@@ -28,7 +33,7 @@ def collate(samples: Sequence[Sample], size_divisor: int, label_stride: int) -> 
     canvas = canvas_size(sizes, size_divisor)
     label_canvas = label_size(canvas, label_stride)
     image = torch.zeros(len(samples), 3, *canvas, dtype=torch.uint8)
-    label = torch.full((len(samples), *label_canvas), IGNORED, dtype=torch.int64)
+    label = torch.full((len(samples), *label_canvas), IGNORED, dtype=label_type)
     for index, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
         inside = image[index, :, : size.height, : size.width]
         if sample.image.flags.c_contiguous:

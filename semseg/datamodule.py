@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from semseg.collate import collate
 from semseg.config.schema import AugmentConfig, EvalConfig, TrainerConfig
 from semseg.data import shared_slots
 from semseg.data.augment import Augmentation, crop_size
-from semseg.data.batch import Batch
+from semseg.data.batch import LABEL_TYPE, Batch, EvalSample
 from semseg.data.datasets import EvalDataset, ReadOptions, TrainDataset
 from semseg.data.geometry import Size, canvas_size, label_size, largest_canvas, stretched_size
 from semseg.data.label_cache import LabelCache
@@ -155,7 +156,7 @@ class SegmentationData(pl.LightningDataModule):
             records,
             self.source.label_map,
             replace(self._read_options(), size_divisor=self._train_divisor),
-            collate=collate,
+            collate=partial(collate, label_type=LABEL_TYPE),
             label_stride=self.label_stride,
             exact=data.decode == "exact",
             augmentation=Augmentation(augment, self.seed) if augment.is_on else None,
@@ -170,6 +171,7 @@ class SegmentationData(pl.LightningDataModule):
             num_workers=self.num_workers(self._largest_batch_bytes),
             patience_s=data.worker_timeout_s,
             max_image_bytes=self._largest_sub_batch().image_bytes,
+            pin_memory=self.pins_memory(),
         )
         self._train_loader.taken = self._taken
         return self._train_loader
@@ -211,6 +213,14 @@ class SegmentationData(pl.LightningDataModule):
             "fewer data.num_workers."
         )
         return 0
+
+    def pins_memory(self) -> bool:
+        """Whether loaders copy to pinned memory, from which a GPU reads by itself; of no use to a run on the CPU."""
+        return self.trainer_config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Widen the labels of a Batch or of a list of EvalSample, which have reached the device in LABEL_TYPE."""
+        return widen_labels(batch)
 
     def prepare_data(self) -> None:
         """On one rank: read the masks that data.oversample needs, so that the other ranks find them in the cache."""
@@ -261,7 +271,7 @@ class SegmentationData(pl.LightningDataModule):
         """Bytes of the label and all scales of the largest image."""
 
         def sample_bytes(size: Size) -> int:
-            label_bytes = torch.int16.itemsize * math.prod(size)
+            label_bytes = LABEL_TYPE.itemsize * math.prod(size)
             return label_bytes + 3 * sum(math.prod(scale) for scale in self._scale_sizes(size))
 
         return max(sample_bytes(size) for size in {record.size for record in records})
@@ -315,6 +325,7 @@ class SegmentationData(pl.LightningDataModule):
             self._read_options(),
             short_edges=self.eval_config.scales,
             antialias=self.net.convention.antialias,
+            label_type=LABEL_TYPE,
         )
         rank, world_size = self._rank_and_world_size()
         groups = self.eval_groups(stage)
@@ -325,10 +336,11 @@ class SegmentationData(pl.LightningDataModule):
             lambda number: [records[index].image for index in own_groups[number]],
             data.worker_timeout_s,
             SlotDemand(batch_size, sample_bytes),
+            is_ahead=True,
             batch_sampler=own_groups,
             collate_fn=list,
             num_workers=self.num_workers(lambda: batch_size * sample_bytes),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pins_memory(),
         )
 
     def on_exception(self, exception: BaseException) -> None:
@@ -359,6 +371,13 @@ def crop_to_network(augment: AugmentConfig, image_size: Size | None) -> AugmentC
             "Leave it out: training crops and pads images to that size."
         )
     return replace(augment, crop=list(image_size))
+
+
+def widen_labels(batch: Any) -> Any:
+    """A Batch, an EvalSample or a list of these with labels in int64, on the device where they are."""
+    if isinstance(batch, list):
+        return [widen_labels(sample) for sample in batch]
+    return batch._replace(label=batch.label.long()) if isinstance(batch, Batch | EvalSample) else batch
 
 
 def _require_batches(key: str, limit: float | None, num_batches: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from semseg.collate import collate
-from semseg.data.batch import Batch, Sample
+from semseg.data.batch import LABEL_TYPE, Batch, Sample
 
 
 def sample(height: int, width: int, stride: int, value: int) -> Sample:
@@ -50,8 +50,10 @@ def test_a_batch_can_be_pinned_and_moved_as_a_named_tuple() -> None:
     assert Batch._fields == ("image", "label", "size", "paths", "bad")
 
 
-def test_a_batch_comes_out_of_another_process_as_it_was() -> None:
-    batch = collate([sample(30, 40, 4, 7), sample(9, 13, 4, 9)], 8, 4)._replace(bad=("what is wrong",))
+@pytest.mark.parametrize("label_type", [torch.int64, LABEL_TYPE])
+def test_a_batch_comes_out_of_another_process_as_it_was(label_type: torch.dtype) -> None:
+    batch = collate([sample(30, 40, 4, 7), sample(9, 13, 4, 9)], 8, 4, label_type)._replace(bad=("what is wrong",))
+    assert batch.label.dtype == label_type
     handed_over = pickle.loads(ForkingPickler.dumps(batch))
     assert type(handed_over) is Batch
     for name in ("image", "label", "size"):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import pytest
 import torch
 from PIL import Image
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback
+from torch.utils.data import Dataset
 
+from helpers.in_process import TINY_RUN, PreparedRun
 from semseg.build import build_data
 from semseg.config.compose import compose_config
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import Config
 from semseg.config.validate import check_config
-from semseg.data.batch import Batch, EvalSample
-from semseg.data.loaders import SubBatchLoader
+from semseg.data.batch import LABEL_TYPE, Batch, EvalSample
+from semseg.data.loaders import SubBatchLoader, WatchedLoader
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError, DataError
@@ -172,3 +176,90 @@ def test_images_with_a_rare_class_are_seen_more_often(tmp_path: Path) -> None:
         seen = [Path(path).stem for batch in take(loader, 19 + times) for path in batch.paths]
         assert seen.count("07") == times
         assert len(set(seen)) == 20
+
+
+# ---- on the way to the device
+
+
+def test_labels_reach_the_device_in_the_type_they_were_read_in_and_are_widened_there(root: Path) -> None:
+    for workers in (0, 1):
+        data = loaders(configured(root, f"data.num_workers={workers}"))
+        batch = take(data.train_dataloader(), 1)[0]
+        (sample,) = cast(list[EvalSample], next(iter(data.eval_loader("val"))))
+        for item in (batch, sample):
+            assert item.label.dtype == LABEL_TYPE and LABEL_TYPE.itemsize == 2
+            assert int(item.label.min()) == -1 < int(item.label.max())
+        # Lightning calls this after it has moved them.
+        (moved,) = data.on_after_batch_transfer([sample], 0)
+        for item, small in ((data.on_after_batch_transfer(batch, 0), batch), (moved, sample)):
+            assert item.label.dtype == torch.int64 and torch.equal(item.label, small.label)
+            assert type(item) is type(small) and item[0] is small[0]
+
+
+def test_the_network_and_callbacks_get_wide_labels(root: Path, tmp_path: Path) -> None:
+    class Types(Callback):
+        found: ClassVar[set[tuple[str, torch.dtype]]] = set()
+
+        def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, *_: int) -> None:
+            self.found.add(("training", batch.label.dtype))
+
+        def on_validation_batch_start(
+            self, trainer: Trainer, module: LightningModule, batch: list[EvalSample], *_: int
+        ) -> None:
+            self.found.add(("validation", batch[0].label.dtype))
+
+    words = ["data=scenes", f"data.root={root}", "data.make.num_train=7", "data.make.num_val=5", *TINY_RUN]
+    run = PreparedRun(check_config(compose_config([*words, "data.steps_per_epoch=1", "trainer.max_epochs=1",
+                                                   "trainer.limit_val_batches=1", f"run_dir={tmp_path}"])))  # fmt: skip
+    run.trainer.callbacks.append(Types())  # pyright: ignore[reportAttributeAccessIssue]
+    run.fit()
+    assert Types.found == {("training", torch.int64), ("validation", torch.int64)}
+
+
+@pytest.mark.parametrize(("accelerator", "pins"), [("cpu", False), ("auto", True), ("gpu", True)])
+def test_memory_is_pinned_for_the_accelerator_that_is_used(
+    root: Path, monkeypatch: pytest.MonkeyPatch, accelerator: str, pins: bool
+) -> None:
+    data = loaders(configured(root, f"trainer.accelerator={accelerator}"))
+    streams = [data.train_dataloader().loader_from(0), data.eval_loader("val")]
+    assert [stream.pin_memory for stream in streams] == [False, False]  # this machine has no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    streams = [data.train_dataloader().loader_from(0), data.eval_loader("val")]
+    assert [stream.pin_memory for stream in streams] == [pins, pins]
+
+
+# ---- evaluation reads ahead
+
+
+class Announced(Dataset[int]):
+    """Says which items have been read; the third one fails."""
+
+    def __init__(self) -> None:
+        self.read = [threading.Event() for _ in range(3)]
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+    def __getitem__(self, index: int) -> int:
+        self.read[index].set()
+        if index == 2:
+            raise DataError("the third one")
+        return index
+
+
+def test_without_workers_the_next_item_is_read_while_the_last_one_is_used() -> None:
+    data, seen = Announced(), []
+    with pytest.raises(DataError, match="the third one"):
+        for item in WatchedLoader(data, lambda _: [], 0, is_ahead=True, batch_size=None, num_workers=0):
+            assert data.read[item + 1].wait(timeout=30), "it waits until it is asked for"
+            seen.append(item)
+    assert seen == [0, 1]
+
+
+def test_evaluation_reads_ahead_of_the_network(root: Path) -> None:
+    loader = loaders(configured(root)).eval_loader("val")
+    assert isinstance(loader, WatchedLoader) and loader.is_ahead
+    ahead = [sample for group in loader for sample in group]
+    alone = [loader.dataset[position] for position in range(5)]
+    for sample, expected in zip(sorted(ahead, key=lambda sample: sample.position), alone, strict=True):
+        assert torch.equal(sample.scales[0], expected.scales[0]) and torch.equal(sample.label, expected.label)

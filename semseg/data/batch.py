@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+# The type of labels on their way to the device, a quarter of that in which losses take them.
+LABEL_TYPE = torch.int16
 
 
 class Sample(NamedTuple):
@@ -18,7 +22,10 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one device trains on in one step. It is normalised on the device; `size` says where padding begins."""
+    """What one device trains on in one step. It is normalised on the device; `size` says where padding begins.
+
+    What loaders give has labels of LABEL_TYPE; SegmentationData widens them on the device, before anything uses them.
+    """
 
     image: Tensor  # (N, 3, H, W) uint8 RGB, 0 outside the image; set that to 0 again after normalisation
     label: Tensor  # (N, H / label_stride, W / label_stride) int64, -1 = not scored (like all padding)
@@ -28,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class EvalSample(NamedTuple):
-    """One image for evaluation or prediction."""
+    """One image for evaluation or prediction. What loaders give has labels of LABEL_TYPE, like those of `Batch`."""
 
     scales: list[Tensor]  # one for each short edge: uint8 (3, H, W) RGB, H and W multiples of size_divisor
     label: Tensor  # (h, w) int64 at the original size, -1 = not scored; (0, 0) if there is none

@@ -172,6 +172,7 @@ class EvalDataset(Dataset[EvalSample]):
     Args:
         short_edges: pixels, one scale for each.
         antialias: as in the preprocessing that belongs to the weights.
+        label_type: that of the labels; loaders pass on LABEL_TYPE, which the device widens.
     """
 
     def __init__(
@@ -182,9 +183,10 @@ class EvalDataset(Dataset[EvalSample]):
         *,
         short_edges: Sequence[int],
         antialias: bool,
+        label_type: torch.dtype = torch.int64,
     ) -> None:
         self.records, self.label_map, self.options = records, label_map, options
-        self.short_edges, self.antialias = tuple(short_edges), antialias
+        self.short_edges, self.antialias, self.label_type = tuple(short_edges), antialias, label_type
 
     def __len__(self) -> int:
         return len(self.records)
@@ -196,7 +198,7 @@ class EvalDataset(Dataset[EvalSample]):
             DataError: if a file is missing, broken, or has the wrong size; see `read_pair`.
         """
         record, options = self.records[index], self.options
-        no_label = torch.empty(0, 0, dtype=torch.int64)
+        no_label = torch.empty(0, 0, dtype=self.label_type)
         try:
             image, label = _read_pair(record, self.label_map, options)
         except DataError as error:
@@ -206,7 +208,7 @@ class EvalDataset(Dataset[EvalSample]):
         scales = resize_to_scales(
             image, self.short_edges, options.max_long_edge, options.size_divisor, antialias=self.antialias
         )
-        label = no_label if label is None else torch.from_numpy(label).long()
+        label = no_label if label is None else torch.from_numpy(label).to(self.label_type)
         return EvalSample(scales, label, torch.tensor(image.shape[:2]), record.image, index)
 
 

@@ -7,6 +7,7 @@ import itertools
 import math
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -14,7 +15,6 @@ from multiprocessing.connection import wait
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
-import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
@@ -51,6 +51,38 @@ class SlotDemand(NamedTuple):
     bytes_per_tensor: int  # size of the largest tensor
 
 
+class ReadAhead(Iterator[Item]):
+    """The items of an iterator; a thread reads the next one while the last one is used.
+
+    An error is raised where its item would have been returned.
+    """
+
+    def __init__(self, items: Iterator[Item]) -> None:
+        self._items = items
+        self._found: list[Item] = []
+        self._error: BaseException | None = None
+        self._start()
+
+    def __next__(self) -> Item:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        item = self._found.pop()
+        self._start()
+        return item
+
+    def _start(self) -> None:
+        # A thread for each item, so that none is left when the last one was taken. It does not keep a process alive.
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            self._found.append(next(self._items))
+        except BaseException as error:  # also the end of the items
+            self._error = error
+
+
 class WatchedLoader(DataLoader[Item]):
     """A DataLoader that names the images it was waiting for when a worker dies, or when nothing arrives for too long.
 
@@ -58,6 +90,7 @@ class WatchedLoader(DataLoader[Item]):
         images_of: the images of item number n of an iteration.
         patience_s: seconds to wait for an item; 0: for ever.
         slots: what to allocate for shared slots, which are used if that is possible; None: PyTorch's own mechanism.
+        is_ahead: without workers, read the next item while the last one is used. Workers always do.
     """
 
     def __init__(
@@ -66,6 +99,8 @@ class WatchedLoader(DataLoader[Item]):
         images_of: Callable[[int], list[str]],
         patience_s: float,
         slots: SlotDemand | None = None,
+        *,
+        is_ahead: bool = False,
         **options: Any,
     ) -> None:
         obstacle = shared_slots.find_worker_obstacle() if options["num_workers"] else None
@@ -78,6 +113,7 @@ class WatchedLoader(DataLoader[Item]):
             options |= {"timeout": POLL_S, "multiprocessing_context": shared_slots.worker_start_method()}
         super().__init__(dataset, worker_init_fn=self._setup, **options)
         self._images_of, self.patience_s, self._slots = images_of, patience_s or math.inf, slots
+        self.is_ahead = is_ahead
 
     def __iter__(self) -> Iterator[Item]:  # pyright: ignore[reportIncompatibleMethodOverride]
         items = self._iterate()
@@ -91,10 +127,11 @@ class WatchedLoader(DataLoader[Item]):
         previous = signal.getsignal(signal.SIGCHLD)
         stream = super().__iter__()
         install_death_handler(previous)
+        items = ReadAhead(stream) if self.is_ahead and not self.num_workers else stream
         try:
             for number in itertools.count():
                 try:
-                    item = self._next_item(stream, number)
+                    item = self._next_item(items, number)
                 except StopIteration:
                     return
                 except Exception as error:
@@ -196,6 +233,7 @@ class SubBatchLoader:
         num_workers: int,
         patience_s: float = 0,
         max_image_bytes: int | None = None,
+        pin_memory: bool = False,
     ) -> None:
         self.dataset = dataset
         self.plan = plan
@@ -203,6 +241,7 @@ class SubBatchLoader:
         self.world_size = world_size
         self.steps = steps
         self.num_workers, self.patience_s = num_workers, patience_s
+        self.pin_memory = pin_memory
         self.slots = None if max_image_bytes is None else SlotDemand(1, max_image_bytes)
         self.taken = 0  # sub-batches of all ranks since the run began
         self._stream: Iterator[Batch] | None = None
@@ -238,7 +277,7 @@ class SubBatchLoader:
             batch_size=None,
             sampler=sequence,  # pyright: ignore[reportArgumentType]
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pin_memory,
         )
 
     def close(self) -> None:

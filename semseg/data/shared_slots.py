@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from semseg.data.batch import Batch, EvalSample
+from semseg.data.batch import LABEL_TYPE, Batch, EvalSample
 
 
 class SlotAddress(NamedTuple):
@@ -157,22 +157,28 @@ Reduced = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def _reduce_batch(batch: Batch) -> Reduced:
-    label = batch.label.cpu().numpy().astype(np.int16)  # as it was read: class indices fit
-    return _restore_batch, (write_tensor(batch.image), label, batch.size.tolist(), batch.paths, batch.bad)
+    label = batch.label.cpu().to(LABEL_TYPE).numpy()  # as it was read: class indices fit
+    fields = (write_tensor(batch.image), label, batch.label.dtype, batch.size.tolist(), batch.paths, batch.bad)
+    return _restore_batch, fields
 
 
-def _restore_batch(
-    image: Tensor | SlotAddress, label: NDArray[np.int16], size: list[list[int]], paths: list[str], bad: tuple[str, ...]
+def _restore_batch(  # noqa: PLR0917 - the fields, as pickled
+    image: Tensor | SlotAddress,
+    label: NDArray[np.int16],
+    label_type: torch.dtype,
+    size: list[list[int]],
+    paths: list[str],
+    bad: tuple[str, ...],
 ) -> Batch:
-    return Batch(read_tensor(image), torch.from_numpy(label).long(), torch.tensor(size), paths, bad)
+    return Batch(read_tensor(image), torch.from_numpy(label).to(label_type), torch.tensor(size), paths, bad)
 
 
 def _reduce_eval_sample(sample: EvalSample) -> Reduced:
-    label = sample.label.to(torch.int16).view(torch.uint8)
+    label = sample.label.to(LABEL_TYPE).view(torch.uint8)
     pixels = torch.cat([part.flatten() for part in (label, *sample.scales)])  # one tensor, one slot
     scale_sizes = [tuple(scale.shape) for scale in sample.scales]
     arguments = (write_tensor(pixels), tuple(sample.label.shape), scale_sizes, sample.size.tolist())
-    return _restore_eval_sample, (*arguments, sample.path, sample.position, sample.bad)
+    return _restore_eval_sample, (*arguments, sample.label.dtype, sample.path, sample.position, sample.bad)
 
 
 def _restore_eval_sample(  # noqa: PLR0917 - the fields, as pickled
@@ -180,13 +186,14 @@ def _restore_eval_sample(  # noqa: PLR0917 - the fields, as pickled
     label_size: tuple[int, ...],
     scale_sizes: list[tuple[int, ...]],
     original_size: list[int],
+    label_type: torch.dtype,
     path: str,
     position: int,
     bad: str,
 ) -> EvalSample:
     pixels = read_tensor(written)
-    label_bytes = math.prod(label_size) * torch.int16.itemsize
-    label = pixels[:label_bytes].view(torch.int16).view(label_size).long()
+    label_bytes = math.prod(label_size) * LABEL_TYPE.itemsize
+    label = pixels[:label_bytes].view(LABEL_TYPE).view(label_size).to(label_type)
     parts = pixels[label_bytes:].split([math.prod(size) for size in scale_sizes])
     scales = [part.view(size) for part, size in zip(parts, scale_sizes, strict=True)]
     return EvalSample(scales, label, torch.tensor(original_size), path, position, bad)
