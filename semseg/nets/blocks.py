@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -77,6 +77,18 @@ def same_size(first: Tensor, second: Tensor) -> bool:
     return all(statically_known_true(a == b) for a, b in zip(first.shape[-2:], second.shape[-2:], strict=True))
 
 
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """A context in which autocast is off on devices of this type; nothing changes where it is off already."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` in another type; the tensor itself if it has it, of which exported graphs then know nothing."""
+    return values if values.dtype == dtype else values.to(dtype)
+
+
 class GridPool(nn.Module):
     """Average over a `bins` x `bins` grid of cells: F.adaptive_avg_pool2d as two matrix products.
 
@@ -93,10 +105,7 @@ class GridPool(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, C, bins, bins) in the type of `features`."""
-        device = features.device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return grid_means(features, self.bins)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(features.device.type):
             return grid_means(features, self.bins)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from semseg.nets.blocks import resize
+from semseg.nets.blocks import cast, resize, without_autocast
 
 
 class UpsampledConcatConv(nn.Sequential):
@@ -32,6 +32,10 @@ class UpsampledConcatConv(nn.Sequential):
     matrices, one per axis. For a map of half the size this takes a third of the arithmetic of the direct way, for a
     grid of pooled cells a hundredth.
 
+    Interpolation weights and the sums over kernel positions and maps are float32 (float64 for float64 maps), whatever
+    the type of the maps and under autocast. In the direct way they are as well, on CUDA: autocast interpolates in
+    float32 there, and a convolution of half-precision numbers adds up in float32.
+
     The convolution is an ordinary child, the first one. It is called, so that its hooks run, in the direct way only;
     the factored way reads its weight. A network therefore takes the direct way as soon as the convolution has a hook
     (FLOP counters, pruning), is not exactly an nn.Conv2d (quantised, parametrised), or global module hooks exist.
@@ -53,7 +57,10 @@ class UpsampledConcatConv(nn.Sequential):
         """Maps (N, C_i, h_i, w_i), whose channels are those of the convolution together, the finest first."""
         finest, *coarser = input
         if not self.is_factored(finest.device.type):
-            return super().forward(torch.cat([finest, *(resize(features, finest) for features in coarser)], 1))
+            # Under autocast of CUDA upsampled maps are float32. The convolution would round their concatenation to the
+            # type of the finest: the same numbers, at the cost of a concatenation twice as large.
+            upsampled = (cast(resize(features, finest), finest.dtype) for features in coarser)
+            return super().forward(torch.cat([finest, *upsampled], 1))
         conv, *layers = self.children()
         assert isinstance(conv, nn.Conv2d)
         output = conv_of_maps(input, conv.weight)
@@ -83,13 +90,20 @@ def conv_of_maps(maps: Sequence[Tensor], weight: Tensor) -> Tensor:
     """F.conv2d of the upsampled and concatenated `maps`, as the sum of one convolution per map."""
     finest, *coarser = maps
     weights = weight.split([features.shape[1] for features in maps], 1)
-    total = F.conv2d(finest, weights[0], padding=1)
+    result = F.conv2d(finest, weights[0], padding=1)
+    total = cast(result, choose_sum_type(result.dtype))
     for features, weight_of_map in zip(coarser, weights[1:], strict=True):
         if features.shape[-2:] == finest.shape[-2:]:
             total.add_(F.conv2d(features, weight_of_map, padding=1))  # in place: no backward pass needs the sum
         else:
-            total.add_(conv_of_upsampled(features, weight_of_map, finest.shape[-2:]))
-    return total
+            with without_autocast(features.device.type):
+                total.add_(conv_of_upsampled(features, weight_of_map, finest.shape[-2:]))
+    return cast(total, result.dtype)
+
+
+def choose_sum_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which numbers of type `dtype` are added up: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def conv_of_upsampled(features: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
@@ -101,8 +115,9 @@ def conv_of_upsampled(features: Tensor, weight: Tensor, size: Sequence[int]) -> 
         size: (H, W) of the upsampled map.
 
     Returns:
-        (N, K, H, W) in channels_last.
+        (N, K, H, W) in channels_last, in float32 or float64.
     """
+    features, weight = (cast(values, choose_sum_type(values.dtype)) for values in (features, weight))
     rows, columns = (
         interpolation_matrices(length, out_length, features)  # (3, H, h) and (3, W, w)
         for length, out_length in zip(features.shape[2:], size, strict=True)
@@ -148,10 +163,8 @@ def add_products(total: Tensor | None, lefts: Tensor, rights: Sequence[Tensor]) 
     """total + the sum of left @ right: left (n, m) for the whole batch, right (B, m, k), total (B, n, k) or None."""
     for left, right in zip(lefts, rights, strict=True):
         batch_of_left = left.expand(len(right), *left.shape)
-        if total is None:
-            total = torch.bmm(batch_of_left, right)
-        else:  # in place, because a new total costs as much as the product; autocast does not convert operands then
-            total = total.baddbmm_(batch_of_left.to(total.dtype), right.to(total.dtype))
+        # In place, because a new total costs as much as the product.
+        total = torch.bmm(batch_of_left, right) if total is None else total.baddbmm_(batch_of_left, right)
     assert total is not None
     return total
 
@@ -161,7 +174,7 @@ def interpolation_matrices(length: int, out_length: int, like: Tensor) -> Tensor
 
     As in F.interpolate with align_corners=False; of the type and device of `like`.
     """
-    precise = torch.promote_types(like.dtype, torch.float32)
+    precise = choose_sum_type(like.dtype)
     target = torch.arange(out_length, device=like.device) + torch.arange(-1, 2, device=like.device).unsqueeze(1)
     # The position that F.interpolate reads: (target + 1/2) * length / out_length - 1/2, clamped at both ends.
     source = ((target.to(precise) + 0.5) * (length / out_length) - 0.5).clamp(0, length - 1).unsqueeze(-1)

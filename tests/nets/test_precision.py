@@ -1,15 +1,23 @@
-"""trainer.precision outside of Lightning."""
+"""trainer.precision where a trained network is used: in evaluation, prediction and serving."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from helpers.in_process import SHORT_RUN, TinyEncoder, configured, fit
+from semseg.build import open_predictor
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
+from semseg.modes import eval as evaluate
+from semseg.modes.serve import predict_ids
 from semseg.nets.precision import choose_weight_type
-from semseg.nets.registry import build_segmenter
+from semseg.nets.registry import ENCODERS, Constructor, build_segmenter
 from semseg.prediction.predictor import PredictionSettings, Predictor
 
 
@@ -32,3 +40,41 @@ def test_prediction_computes_in_the_precision_of_the_trainer(precision: str, com
     result = predictor.predict(np.zeros((32, 48, 3), np.uint8))
     assert seen == [computed]
     assert result.ids.shape == (32, 48)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, and its data set in the folder `scenes` beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = [f"data.root={folder / 'scenes'}", "data.steps_per_epoch=1", "trainer.limit_val_batches=0"]
+    fit(configured(*SHORT_RUN, *words, f"run_dir={folder / 'run'}"))
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "computed"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_evaluation_prediction_and_serving_compute_in_the_precision_of_the_trainer(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, computed: torch.dtype
+) -> None:
+    seen: list[torch.dtype] = []
+    encode = TinyEncoder.forward
+
+    def encode_and_watch(encoder: TinyEncoder, image: Tensor) -> list[Tensor]:
+        maps = encode(encoder, image)
+        seen.append(maps[-1].dtype)
+        return maps
+
+    monkeypatch.setattr(TinyEncoder, "forward", encode_and_watch)
+    words = [f"ckpt={trained}", "trainer=cpu", f"trainer.precision={precision}", "trainer.enable_progress_bar=false"]
+    with patch.dict(ENCODERS, {"tiny": Constructor("helpers.in_process", "TinyEncoder")}):
+        evaluated = ["mode=eval", *words, "eval.scales=[32]", f"run_dir={tmp_path}"]
+        evaluate.run(configured(*evaluated), evaluated)
+        assert len(seen) == 2 and set(seen) == {computed}  # the image, and once more for the page
+        for mode in ("predict", "serve"):
+            given = [f"mode={mode}", *words, *(["input=a.jpg"] if mode == "predict" else [])]
+            predictor = open_predictor(configured(*given), given)
+            image = np.zeros((32, 48, 3), np.uint8)
+            ids = predictor.predict(image).ids if mode == "predict" else predict_ids(predictor, image)
+            assert ids.shape == (32, 48)
+            assert len(seen) > 2 and set(seen) == {computed}
+            del seen[2:]
