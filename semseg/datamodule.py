@@ -85,7 +85,8 @@ class SegmentationData(pl.LightningDataModule):
         self.eval_config, self.trainer_config = eval_config, trainer_config
         self.seed = seed
         self.size_divisor = size_divisor or net.size_divisor
-        self.augment_config = crop_to_network(augment_config, net.image_size)
+        self.image_size: Size | None = getattr(net, "image_size", None)  # the one size that the network takes
+        self.augment_config = crop_to_network(augment_config, self.image_size)
         self.label_stride = label_stride or net.label_stride
         if self.size_divisor % self.label_stride:
             raise ConfigError(
@@ -179,7 +180,7 @@ class SegmentationData(pl.LightningDataModule):
     @property
     def _train_divisor(self) -> int:
         """Training images are padded to multiples of it: to the one size that the network takes, if it takes one."""
-        return self.net.image_size.height if self.net.image_size else self.size_divisor
+        return self.image_size.height if self.image_size else self.size_divisor
 
     def _read_options(self) -> ReadOptions:
         """How images are read.
