@@ -40,10 +40,14 @@ def build_network(config: ModelConfig, num_classes: int, download: DownloadConfi
     if weights == HUB:
         load_described_weights(net, config)
     elif weights == "imagenet":
-        load_backbone_weights(net, fetch_imagenet_weights(net, config.backbone_name, download or DownloadConfig()))
+        path = fetch_imagenet_weights(net, config.backbone_name, download or DownloadConfig())
+        load_backbone_weights(net, path)
+        net.adopt_description(path)
         net.origin = imagenet_origin(net)
     elif weights not in (None, "none"):
-        net.origin = load_backbone_weights(net, Path(weights).expanduser())
+        path = Path(weights).expanduser()
+        net.origin = load_backbone_weights(net, path)
+        net.adopt_description(path)
         print_once(f"weights: {net.origin}")
     if config.convention != "auto":
         net.convention = PREPROCESSING[config.convention]
@@ -97,7 +101,9 @@ def fetch_imagenet_weights(net: SegmentationNetwork | Encoder, name: str, downlo
         raise ConfigError(f"model.encoder.weights=imagenet: none are known for {name}. Give a file, or none.")
     print_once(f"weights: {imagenet_origin(net)}")  # before the download, which may be stopped then
     manual = "or set model.encoder.weights to a file you have, or to none for random ones"
-    return fetch_file(file.url, download, folder="imagenet", digest=file.digest, manual=manual)
+    for url in file.beside:
+        fetch_file(url, download, folder=file.folder, manual=manual)
+    return fetch_file(file.url, download, folder=file.folder, digest=file.digest, manual=manual)
 
 
 def imagenet_origin(net: SegmentationNetwork | Encoder) -> WeightsOrigin | None:

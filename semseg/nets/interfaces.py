@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class WeightsFile(NamedTuple):
 
     url: str
     digest: str = ""  # "sha256:<hex>", possibly only the first hex digits; empty: unknown
+    folder: str = "imagenet"  # of the download cache
+    beside: tuple[str, ...] = ()  # the URLs of files that are fetched into the same folder
 
 
 class NetworkKeys(NamedTuple):
@@ -115,6 +118,9 @@ class SegmentationNetwork(nn.Module, ABC):
     def convert_weights(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename weights of a file of model.encoder.weights to the names of `backbone`, without a classifier."""
         return {name: value for name, value in published.items() if not name.startswith(CLASSIFIER_PREFIXES)}
+
+    def adopt_description(self, weights: Path) -> None:
+        """Told from which file `backbone` was loaded, for networks that find their preprocessing beside it."""
 
     def set_progress(self, step: int, total_steps: int) -> None:
         """Told before every training step which one it is, for what a network changes over a run."""

@@ -49,6 +49,7 @@ DECODERS: dict[str, Constructor] = {
 # Whole networks, by model.library. A constructor is handed the number of classes and, if it has a parameter `keys`, all
 # keys of `model` that choose a network (NetworkKeys), which it checks; otherwise model.options as keyword arguments.
 NETWORKS: dict[str, Constructor] = {
+    "smp": Constructor("semseg.nets.libraries.smp", "SmpNetwork"),
     "transformers": Constructor("semseg.nets.libraries.description", "build_transformers"),
 }
 NETWORK_TABLES: dict[str, dict[str, Constructor]] = {"encoder": ENCODERS, "decoder": DECODERS}

@@ -1,0 +1,22 @@
+"""Images of any size for networks that take some sizes only."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pad_image(image: Tensor, divisor: int, min_size: int = 1) -> Tensor:
+    """(N, 3, H, W) padded below and on the right with 0, the mean colour, to multiples of `divisor` and `min_size`."""
+    height, width = image.shape[-2:]
+    below = -height % divisor + max(0, min_size - height - (-height % divisor))
+    right = -width % divisor + max(0, min_size - width - (-width % divisor))
+    return F.pad(image, (0, right, 0, below)) if below or right else image
+
+
+def crop_logits(logits: Tensor, image: Tensor, stride: int) -> Tensor:
+    """The logits (N, K, h, w) of a padded image without those of its padding; `image` is the one before."""
+    height, width = (math.ceil(length / stride) for length in image.shape[-2:])
+    return logits[..., :height, :width]
