@@ -290,9 +290,7 @@ def build_model(arch: str, encoder: str, num_classes: int, options: Mapping[str,
                 return build_any_size(build, arguments)
             return build(**arguments)
     except BUILD_ERRORS as error:
-        raise ConfigError(explain_failure(arch, encoder, options, error)) from error
-    except NotImplementedError as error:
-        if str(error):  # a network that computes with values while it is built, on the meta device
+        if isinstance(error, NotImplementedError) and str(error):  # computes with values of the meta device
             raise
         raise ConfigError(explain_failure(arch, encoder, options, error)) from error
 
