@@ -110,8 +110,10 @@ def imagenet_origin(net: SegmentationNetwork | Encoder) -> WeightsOrigin | None:
     """Where the published ImageNet weights of a network's backbone come from; None if there are none."""
     if net.weights_file is None:
         return None
-    on_hub = re.match(r"https://huggingface\.co/([^/]+/[^/]+)/resolve/", net.weights_file.url)
-    return WeightsOrigin(on_hub[1] if on_hub else net.weights_file.url, net.licence)
+    on_hub = re.match(r"https://huggingface\.co/([^/]+/[^/]+)/resolve/([0-9a-f]{40})?", net.weights_file.url)
+    if on_hub is None:
+        return WeightsOrigin(net.weights_file.url, net.licence)
+    return WeightsOrigin(on_hub[1], net.licence, on_hub[2] or "")
 
 
 def without_weights(model: ModelConfig) -> ModelConfig:

@@ -97,7 +97,7 @@ class SmpNetwork(SegmentationNetwork):
         self.size_divisor = max(architecture.size_divisor, stride) if stride else architecture.size_divisor
         self.label_stride = architecture.label_stride or stride
         self.min_size = architecture.min_size * (2 if stride == 32 else 1)
-        self.convention, self.weights_file = find_weights(encoder)
+        self.convention, self.weights_file, self.licence = find_weights(encoder)
         if keys.arch == "dpt":
             self.check_sizes()
 
@@ -327,20 +327,29 @@ def build_timm_encoder(like: Any, name: str, **options: Any) -> Any:
 # ---- weights
 
 
-def find_weights(encoder: str) -> tuple[Preprocessing, WeightsFile | None]:
-    """The preprocessing of an encoder as far as it is known without its files, and its published ImageNet weights."""
+class PublishedWeights(NamedTuple):
+    """What is known about the ImageNet weights of an encoder without its files."""
+
+    convention: Preprocessing
+    file: WeightsFile | None
+    licence: str  # empty: not stated
+
+
+def find_weights(encoder: str) -> PublishedWeights:
+    """The ImageNet weights of an encoder, by smp's name for it."""
     if encoder.startswith(TIMM_PREFIX):
         published = timm.get_pretrained_cfg(encoder.removeprefix(TIMM_PREFIX))
         if published is None:
-            return PREPROCESSING["rgb_mean_std"], None
-        return rgb_preprocessing(list(published.mean), list(published.std)), find_weights_file(published.to_dict())
+            return PublishedWeights(PREPROCESSING["rgb_mean_std"], None, "")
+        convention = rgb_preprocessing(list(published.mean), list(published.std))
+        return PublishedWeights(convention, find_weights_file(published.to_dict()), published.license or "")
     settings = smp.encoders.encoders[encoder]["pretrained_settings"]
     if "imagenet" not in settings:
-        return PREPROCESSING["rgb_mean_std"], None
+        return PublishedWeights(PREPROCESSING["rgb_mean_std"], None, "")
     repository, revision = settings["imagenet"]["repo_id"], settings["imagenet"]["revision"]
     address = f"{HUB}/{repository}/resolve/{revision}"
     file = WeightsFile(f"{address}/model.safetensors", folder=repository, beside=(f"{address}/{DESCRIPTION}",))
-    return PREPROCESSING["rgb_mean_std"], file
+    return PublishedWeights(PREPROCESSING["rgb_mean_std"], file, "")
 
 
 def read_description(path: Path) -> Preprocessing | None:

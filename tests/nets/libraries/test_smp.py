@@ -238,6 +238,8 @@ def test_imagenet_weights_and_preprocessing_come_from_the_revision_that_smp_pins
         net = build_network(configure(weights="imagenet"), 3, DownloadConfig(cache=str(tmp_path)))
     assert net.convention == ("bgr", 1.0, (103.0, 116.0, 123.0), (1.0, 1.0, 1.0), True)
     assert (tmp_path / settings["repo_id"] / "config.json").is_file()
+    assert net.weights_file is not None and net.origin is not None
+    assert settings["revision"] in net.origin.source or net.origin.revision == settings["revision"]
     with pytest.raises(DownloadError, match=r"or set model.encoder.weights to a file you have"):
         fetch_imagenet_weights(net, "resnet18", DownloadConfig(cache=str(tmp_path / "empty"), offline=True))
 
