@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from semseg.checkpoints.format import FORMAT_KEY, NET_PREFIX, describe_network
@@ -190,6 +191,21 @@ class SegmentationModule(pl.LightningModule):
     def backward(self, loss: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         with report_out_of_memory(self.batch):
             loss.backward()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of all gradients, without waiting for the device.
+
+        Lightning's own clipping rejects fused optimisers under mixed precision, because those divide by the factor of a
+        gradient scaler later. There is none: trainer.precision=16-mixed, which has one, takes no fused optimiser.
+        """
+        if gradient_clip_val:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def keep_metrics(self, loss: Loss) -> None:
         """Keep loss and accuracy of the sub-batches of the current step, which callbacks log and show."""

@@ -83,8 +83,10 @@ def test_a_frozen_encoder_stays_as_it_is_and_the_decoder_learns(root: Path, tmp_
 
 
 @pytest.mark.slow
-def test_gradient_clipping_bounds_the_step(root: Path, tmp_path: Path) -> None:
-    words = ["optim.lr=1", "optim.momentum=0", "optim.weight_decay=0", "data.steps_per_epoch=1"]
+@pytest.mark.parametrize("more", [[], ["trainer.precision=bf16-mixed", "optim.fused=true"]], ids=["plain", "fused"])
+def test_gradient_clipping_bounds_the_step(root: Path, tmp_path: Path, more: list[str]) -> None:
+    """Also as on a GPU, where Lightning's own clipping raises an error."""
+    words = ["optim.lr=1", "optim.momentum=0", "optim.weight_decay=0", "data.steps_per_epoch=1", *more]
     moved = []
     for limit in ("null", "0.01"):
         module, before = fitted(configured(root, tmp_path / limit, *words, f"trainer.gradient_clip_val={limit}"))

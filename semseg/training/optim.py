@@ -209,6 +209,11 @@ def apply_settings(optimizer: Optimizer, scheduler: LambdaLR, settings: Sequence
     for group, given, schedule in zip(optimizer.param_groups, settings, scheduler.lr_lambdas, strict=True):
         group.update(given)
         group["lr"] = given["initial_lr"] * schedule(scheduler.last_epoch)
+        for parameter in group["params"] if group.get("fused") else ():
+            # Fused kernels count the steps on the device. A run that was not fused has saved a number of the host.
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device)
     scheduler.base_lrs = [given["initial_lr"] for given in settings]
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 

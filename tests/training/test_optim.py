@@ -12,6 +12,7 @@ from semseg.config.schema import OptimConfig, ScheduleConfig
 from semseg.errors import ConfigError
 from semseg.nets.registry import build_segmenter
 from semseg.training.optim import (
+    apply_settings,
     build_optimizer,
     build_schedule,
     build_scheduler,
@@ -205,3 +206,18 @@ def test_a_fused_step_equals_one_that_is_not_fused(name: str) -> None:
             optimizer.step()
         weights.append([weight.detach().clone() for weight in net.parameters()])
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7)
+
+
+def test_a_fused_optimiser_finds_its_number_of_steps_on_the_device_also_after_a_run_that_was_not_fused() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    before = torch.optim.AdamW([weight])
+    before.step()
+    resumed = torch.optim.AdamW([nn.Parameter(torch.ones(2, device="meta"))])  # another device than the host
+    resumed.load_state_dict(before.state_dict())
+    scheduler = build_scheduler(resumed, ScheduleConfig(), 10)
+    (parameter,) = resumed.param_groups[0]["params"]
+    for fused, device in ((False, "cpu"), (True, "meta")):
+        given = {name: value for name, value in resumed.param_groups[0].items() if name != "params"}
+        apply_settings(resumed, scheduler, [{**given, "fused": fused}])
+        assert resumed.state[parameter]["step"].device.type == device
