@@ -11,7 +11,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,9 @@ FORMAT_VERSION = 1
 SAFETENSORS = ".safetensors"
 # Values for keys that earlier configurations lack, where the default of today changes the behaviour.
 EARLIER_DEFAULTS = {"data": {"decode": "exact"}, "model": {"encoder": {"frozen": False}}}
+# The maps of a network of timm today, and those of a plain ViT before its blocks could be chosen.
+TIMM_MAPS = {"blocks": None, "pyramid": None, "final_norm": True}
+EARLIER_VIT_MAPS = {"blocks": [-3, -2, -1], "pyramid": False, "final_norm": False}
 # Class paths of loggers in the configurations of earlier versions, and their present paths.
 MOVED_TARGETS = {
     "semseg.csv_log.CSVLog": "semseg.training.loggers.csv.CSVLog",
@@ -195,7 +198,7 @@ def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch
     try:
         # Merged over itself because converting must give back the order of the keys.
         merged = DictConfig(OmegaConf.merge(entry["config"], EARLIER_DEFAULTS, entry["config"]))
-        config = check_config(update_saved_config(merged), is_saved=True)
+        config = check_config(update_saved_config(merged, weights), is_saved=True)
     except ConfigError as error:
         raise CheckpointError(f"{path}: its saved configuration does not fit this version: {error}") from None
     except Exception as error:  # an error of OmegaConf, for anything that is no configuration
@@ -211,8 +214,12 @@ def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch
     return SavedNetwork(str(path), weights, config, classes, convention, epoch, step, origin=origin)
 
 
-def update_saved_config(config: DictConfig) -> DictConfig:
-    """Update the names in a configuration of an earlier version in place; returns it."""
+def update_saved_config(config: DictConfig, weights: Collection[str]) -> DictConfig:
+    """Update a configuration of an earlier version in place, so that it means the same today; returns it.
+
+    Args:
+        weights: the names of the weights beside it.
+    """
     for key in REMOVED_KEYS:
         name = key.rpartition(".")[2]
         section = OmegaConf.select(config, key.removesuffix(f".{name}"))
@@ -223,7 +230,19 @@ def update_saved_config(config: DictConfig) -> DictConfig:
         target = str(section.get("_target_")) if isinstance(section, DictConfig) else ""
         if target in MOVED_TARGETS:
             section["_target_"] = MOVED_TARGETS[target]
+    encoder = OmegaConf.select(config, "model.encoder")
+    if isinstance(encoder, DictConfig) and encoder.get("library") == "timm" and "final_norm" not in encoder:
+        encoder.update(EARLIER_VIT_MAPS if is_plain_vit(weights) else TIMM_MAPS)
     return config
+
+
+def is_plain_vit(weights: Collection[str]) -> bool:
+    """Whether an encoder of timm is a plain ViT, by the names of its weights in a file of an earlier version.
+
+    Hiera of SAM 2 has its blocks under the same names, and window positions.
+    """
+    prefix = "encoder.model.model."
+    return f"{prefix}pos_embed_window" not in weights and any(name.startswith(f"{prefix}blocks.") for name in weights)
 
 
 def write_ckpt(path: Path, saved: SavedNetwork) -> None:

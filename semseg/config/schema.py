@@ -99,6 +99,12 @@ class EncoderKeys:
     """Stride of the coarsest map: 32; 16 or 8 dilates the last stages."""
     join: bool | None
     """hrnetv2; true: one map, all branches joined at stride 4; false: four maps; null: what the decoder reads."""
+    blocks: list[int] | None
+    """timm's plain ViTs: the blocks whose outputs are the maps, [2, 5, 8, 11], from 0; null: four, evenly spaced."""
+    pyramid: bool | None
+    """timm's plain ViTs: make maps at 4, 2, 1 and 1/2 times their resolution; null: if the decoder reads a pyramid."""
+    final_norm: bool
+    """timm's plain ViTs: normalise the maps by the network's last layer; false: by a LayerNorm without weights."""
     weights: str
     """Initial weights: imagenet (downloaded), hub (the own ones of model=transformers), a file, or none."""
     frozen: bool = False
@@ -114,7 +120,7 @@ class DecoderKeys:
     deep_supervision: bool
     """c1, ppm: train an auxiliary classifier on the last but one map."""
     width: int
-    """upernet: channels of the feature pyramid."""
+    """upernet: channels of the feature pyramid; segformer: channels of each map."""
 
 
 @dataclass

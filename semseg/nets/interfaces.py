@@ -8,6 +8,7 @@ Worked shapes for an image of 3 x 480 x 608 (both multiples of the largest strid
 | ResNet-50, output stride 8 | 256, 512, 1024, 2048 | 4, 8, 8, 8 | 120 x 152, 60 x 76, 60 x 76, 60 x 76 |
 | MobileNetV2, output stride 8 | 24, 32, 64, 160, 320 | 4, 8, 8, 8, 8 | 120 x 152, then 60 x 76 |
 | HRNetV2-W48, joined | 720 | 4 | 120 x 152 |
+| ViT-S, patches of 16 | 384, 384, 384, 384 | 16, 16, 16, 16 | 30 x 38, four times |
 """
 
 from __future__ import annotations
@@ -147,6 +148,8 @@ class Encoder(nn.Module, ABC):
         convention: preprocessing of the pixel values, as in the training of its weights.
         weights_file: its ImageNet weights; None if the user has to provide a file.
         licence: that of these weights as the library states it, such as apache-2.0; empty: not stated.
+        wants_pyramid: whether the decoder gets a pyramid made of the maps, which all have one stride
+            (`semseg.nets.pyramid`).
     """
 
     channels: tuple[int, ...]
@@ -154,6 +157,7 @@ class Encoder(nn.Module, ABC):
     convention: Preprocessing = PREPROCESSING["rgb_mean_std"]
     weights_file: WeightsFile | None = None
     licence: str = ""
+    wants_pyramid: bool = False
 
     @property
     def size_divisor(self) -> int:
@@ -182,6 +186,10 @@ class Decoder(nn.Module, ABC):
 
     feature_level: int
     reads_pyramid: bool = False
+
+    def main_stride(self, strides: Sequence[int]) -> int:
+        """The stride of the main logits on an encoder whose maps have these strides."""
+        return strides[self.feature_level]
 
     @abstractmethod
     def forward(self, maps: Sequence[Tensor]) -> Logits:

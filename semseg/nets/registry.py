@@ -45,6 +45,8 @@ DECODERS: dict[str, Constructor] = {
     "c1": Constructor("semseg.nets.decoders.c1", "C1"),
     "ppm": Constructor("semseg.nets.decoders.ppm", "PPM"),
     "upernet": Constructor("semseg.nets.decoders.upernet", "UPerNet"),
+    "linear": Constructor("semseg.nets.decoders.linear", "Linear"),
+    "segformer": Constructor("semseg.nets.decoders.segformer", "SegFormer"),
 }
 # Whole networks, by model.library. A constructor is handed the number of classes and, if it has a parameter `keys`, all
 # keys of `model` that choose a network (NetworkKeys), which it checks; otherwise model.options as keyword arguments.
@@ -89,7 +91,7 @@ OLD_NAMES: dict[str, dict[str, Network]] = {
     },
 }
 
-OPTION_TYPES = {int: "an integer", bool: "true or false", str: "a string"}
+OPTION_TYPES = {int: "an integer", bool: "true or false", str: "a string", tuple: "a list of integers"}
 
 
 def resolve_network(kind: str, name: str) -> Network:
@@ -138,15 +140,17 @@ def build_segmenter(
     """Build a network by the names of its parts, with initial weights.
 
     An encoder that can join its maps (option `join`) does not if the decoder reads a pyramid, unless the option is set.
+    Of the maps of an encoder of one stride that has the option `pyramid`, a pyramid is made for such a decoder.
 
     Raises:
-        ConfigError: for an unknown name or option, with the nearest known one, and for deep supervision on an
-            encoder with one map.
+        ConfigError: for an unknown name or option, with the nearest known one, for deep supervision on an encoder with
+            one map, and for a pyramid that cannot be made or is not read.
 
     >>> net = build_segmenter("resnet18", "ppm", 150, {"output_stride": 8})
     >>> net.size_divisor, net.label_stride
     (8, 8)
     """
+    from semseg.nets.pyramid import Pyramid, PyramidDecoder  # noqa: PLC0415 - it imports torch
     from semseg.nets.segmenter import Segmenter  # noqa: PLC0415 - it imports torch
 
     encoder_class, encoder_options = _select("encoder", encoder, encoder_options or {})
@@ -154,14 +158,31 @@ def build_segmenter(
     can_join = "join" in default_options(encoder_class)
     if can_join and "join" not in encoder_options and decoder_class.reads_pyramid:
         encoder_options["join"] = False
+    wants_pyramid = encoder_options.get("pyramid", False)
+    if wants_pyramid and not decoder_class.reads_pyramid:
+        raise ConfigError(
+            f"model.encoder.pyramid=true: {decoder} reads one map. Leave it out, or choose a decoder that reads a "
+            "pyramid: model/decoder=upernet, segformer."
+        )
+    if "pyramid" in default_options(encoder_class):
+        encoder_options.setdefault("pyramid", decoder_class.reads_pyramid)
     body = encoder_class(**encoder_options)
+    if wants_pyramid and not body.wants_pyramid:
+        raise ConfigError(
+            f"model.encoder.pyramid=true: the maps of {encoder_options.get('name', encoder)} are a pyramid already, of "
+            f"strides {', '.join(str(stride) for stride in body.strides)}. Leave it out."
+        )
     if len(body.channels) == 1 and decoder_options.get("deep_supervision"):
         more_maps = "Set model.encoder.join=false, or use" if can_join else "Use"
         raise ConfigError(
             f"model.decoder.deep_supervision=true: the auxiliary head reads the second deepest map, but {encoder} "
             f"gives one map. {more_maps} a decoder without it: model/decoder={', '.join(DECODERS)}."
         )
-    return Segmenter(body, decoder_class(body.channels, num_classes, **decoder_options), num_classes)
+    if not body.wants_pyramid:
+        return Segmenter(body, decoder_class(body.channels, num_classes, **decoder_options), num_classes)
+    pyramid = Pyramid(body.channels, body.strides)
+    head = decoder_class(pyramid.channels, num_classes, **decoder_options)
+    return Segmenter(body, PyramidDecoder(pyramid, head), num_classes)
 
 
 def build_library_network(library: str, num_classes: int, keys: NetworkKeys) -> SegmentationNetwork:
@@ -212,8 +233,15 @@ def find_option_problems(
             suggestion = find_nearest(option, defaults)
             hint = f" Did you mean {section}.{suggestion}?" if suggestion else ""
             yield f"{section}.{option}: {name} has no such option.{hint} Valid: {', '.join(defaults) or 'none'}."
-        elif value is not None and type(value) is not type(defaults[option]):
+        elif value is not None and not is_of_type(value, type(defaults[option])):
             yield f"{section}.{option}={value!r}: must be {OPTION_TYPES[type(defaults[option])]}."
+
+
+def is_of_type(value: Any, kind: type) -> bool:
+    """Whether the value of an option is of the type of its default; lists stand for tuples of integers."""
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(type(item) is int for item in value)
+    return type(value) is kind
 
 
 def default_options(constructor: Callable[..., Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Segmenter(SegmentationNetwork):
         self.num_classes = num_classes
         self.convention = encoder.convention
         self.size_divisor = encoder.size_divisor
-        self.label_stride = encoder.strides[decoder.feature_level]
+        self.label_stride = decoder.main_stride(encoder.strides)
         self.weights_file = encoder.weights_file
         self.licence = encoder.licence
         self._has_cpu_kernels = True
@@ -63,11 +63,21 @@ class Segmenter(SegmentationNetwork):
         """(N, 3, H, W) normalised -> logits, main (N, num_classes, H / label_stride, W / label_stride)."""
         # Compilers and exporters get the operators as they are, and have kernels of their own.
         if not self._has_cpu_kernels or image.device.type != "cpu" or torch.compiler.is_compiling():
-            return self.decoder(self.encoder(image))
+            return self.compute_logits(image)
         from semseg.nets.cpu.kernels import use_cpu_kernels  # noqa: PLC0415 - only where a network runs on the CPU
 
         with use_cpu_kernels():
-            return self.decoder(self.encoder(image))
+            return self.compute_logits(image)
+
+    def compute_logits(self, image: Tensor) -> Logits:
+        """As `forward`, with the kernels that are in use."""
+        logits = self.decoder(self.encoder(image))
+        height, width = image.shape[-2:]
+        if torch.compiler.is_compiling() or not (height % self.size_divisor or width % self.size_divisor):
+            return logits
+        # Finer maps that are made of the encoder's cover the part of its last cells that is outside of the image too.
+        rows, columns = -(-height // self.label_stride), -(-width // self.label_stride)
+        return logits._replace(main=logits.main[..., :rows, :columns])
 
 
 def is_convolutional(net: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Stage 5: a 3 x 3 convolution of concatenated maps, the coarser ones upsampled to the finest."""
+"""Stage 5: a convolution of concatenated maps, the coarser ones upsampled to the finest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from semseg.nets.blocks import cast, resize, without_autocast
 
 
 class UpsampledConcatConv(nn.Sequential):
-    """A 3 x 3 convolution of several maps as one, and the layers that follow it.
+    """A 3 x 3 or 1 x 1 convolution of several maps as one, and the layers that follow it.
 
     Takes maps (N, C_i, h_i, w_i), the finest first; returns what the last layer gives at the size of the first map.
     There are two ways to the same result, which differ in rounding.
@@ -30,7 +30,8 @@ class UpsampledConcatConv(nn.Sequential):
 
     evaluated from left to right: channels are mixed at the coarse resolution, then come two products with narrow
     matrices, one per axis. For a map of half the size this takes a third of the arithmetic of the direct way, for a
-    grid of pooled cells a hundredth.
+    grid of pooled cells a hundredth. A 1 x 1 convolution is applied at the coarse resolution, and its result is
+    upsampled.
 
     Interpolation weights and the sums over kernel positions and maps are float32 (float64 for float64 maps), whatever
     the type of the maps and under autocast. In the direct way they are as well, on CUDA: autocast interpolates in
@@ -40,6 +41,9 @@ class UpsampledConcatConv(nn.Sequential):
     the factored way reads its weight. A network therefore takes the direct way as soon as the convolution has a hook
     (FLOP counters, pruning), is not exactly an nn.Conv2d (quantised, parametrised), or global module hooks exist.
 
+    Args:
+        finest_last: the order of the maps' channels in the convolution is that from the coarsest to the finest.
+
     Attributes:
         factored: None: the factored way on the CPU outside of autocast, the direct way elsewhere, because nothing was
             measured on a GPU. True or False: always or never, apart from exported graphs, which keep the whole
@@ -48,10 +52,11 @@ class UpsampledConcatConv(nn.Sequential):
 
     factored: bool | None = None
 
-    def __init__(self, conv: nn.Module, *layers: nn.Module) -> None:
+    def __init__(self, conv: nn.Module, *layers: nn.Module, finest_last: bool = False) -> None:
         super().__init__(conv, *layers)
+        self.finest_last = finest_last
         assert isinstance(conv, nn.Conv2d), "the first layer is the convolution"
-        assert conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.bias is None
+        assert (conv.kernel_size, conv.padding) in (((3, 3), (1, 1)), ((1, 1), (0, 0))) and conv.bias is None
 
     def forward(self, input: Sequence[Tensor]) -> Tensor:
         """Maps (N, C_i, h_i, w_i), whose channels are those of the convolution together, the finest first."""
@@ -59,14 +64,21 @@ class UpsampledConcatConv(nn.Sequential):
         if not self.is_factored(finest.device.type):
             # Under autocast of CUDA upsampled maps are float32. The convolution would round their concatenation to the
             # type of the finest: the same numbers, at the cost of a concatenation twice as large.
-            upsampled = (cast(resize(features, finest), finest.dtype) for features in coarser)
-            return super().forward(torch.cat([finest, *upsampled], 1))
+            upsampled = [finest, *(cast(resize(features, finest), finest.dtype) for features in coarser)]
+            return super().forward(torch.cat(upsampled[::-1] if self.finest_last else upsampled, 1))
         conv, *layers = self.children()
         assert isinstance(conv, nn.Conv2d)
-        output = conv_of_maps(input, conv.weight)
+        output = conv_of_maps(input, self.split_weight(conv.weight, input))
         for layer in layers:
             output = layer(output)
         return output
+
+    def split_weight(self, weight: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The part of the convolution's weight for each of the maps."""
+        channels = [features.shape[1] for features in maps]
+        if not self.finest_last:
+            return list(weight.split(channels, 1))
+        return list(weight.split(channels[::-1], 1))[::-1]
 
     def is_factored(self, device: str) -> bool:
         """Whether maps on a device of this type go the factored way now."""
@@ -86,15 +98,23 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def conv_of_maps(maps: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """F.conv2d of the upsampled and concatenated `maps`, as the sum of one convolution per map."""
+def conv_of_maps(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """F.conv2d of the upsampled and concatenated `maps`, the finest first, as the sum of one convolution per map.
+
+    Args:
+        weights: (K, C_i, 3, 3) or (K, C_i, 1, 1) for each map.
+    """
     finest, *coarser = maps
-    weights = weight.split([features.shape[1] for features in maps], 1)
-    result = F.conv2d(finest, weights[0], padding=1)
+    is_pointwise = weights[0].shape[-2:] == (1, 1)
+    padding = 0 if is_pointwise else 1
+    result = F.conv2d(finest, weights[0], padding=padding)
     total = cast(result, choose_sum_type(result.dtype))
     for features, weight_of_map in zip(coarser, weights[1:], strict=True):
-        if features.shape[-2:] == finest.shape[-2:]:
-            total.add_(F.conv2d(features, weight_of_map, padding=1))  # in place: no backward pass needs the sum
+        if is_pointwise:
+            mixed = cast(F.conv2d(features, weight_of_map), total.dtype)
+            total.add_(resize(mixed, finest))  # in place: no backward pass needs the sum
+        elif features.shape[-2:] == finest.shape[-2:]:
+            total.add_(F.conv2d(features, weight_of_map, padding=padding))
         else:
             with without_autocast(features.device.type):
                 total.add_(conv_of_upsampled(features, weight_of_map, finest.shape[-2:]))

@@ -19,6 +19,9 @@ from semseg.nets.interfaces import SegmentationNetwork
 
 Schedule = Callable[[int], float]
 
+DECAYING = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 # The first numbered part of a parameter's name, and the names that networks of libraries give to lists of blocks:
 # model.blocks.3.attn.qkv.weight, stages_0.blocks.1.norm.bias, encoder.layer.11.output.dense.weight.
 BLOCK = re.compile(r"(?:[a-z]\w*\.)*?_?(?P<name>[a-z]\w*?)[._](?P<number>\d+)\.", re.IGNORECASE)
@@ -31,11 +34,7 @@ def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
     Biases and the scale and shift of normalisation do not decay, as in the original code; nor do tokens and position
     embeddings.
     """
-    weights = {
-        id(layer.weight)
-        for layer in module.modules()
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    }
+    weights = {id(layer.weight) for layer in module.modules() if isinstance(layer, DECAYING)}
     decay: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for parameter in module.parameters():
@@ -58,7 +57,7 @@ def parameter_groups(
     encoder_rate = config.lr if config.lr_encoder is None else config.lr_encoder
     decoder_rate = config.lr if config.lr_decoder is None else config.lr_decoder
     backbone = list(net.backbone.parameters())
-    stages = list_stages(net.backbone) if config.layer_decay < 1 else [backbone]
+    stages = list_stages(net, net.backbone) if config.layer_decay < 1 else [backbone]
     in_backbone = {id(parameter) for parameter in backbone}
     rest = [parameter for parameter in net.parameters() if id(parameter) not in in_backbone]
     parts: list[tuple[str, Sequence[nn.Parameter], float]] = []
@@ -84,8 +83,8 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def list_stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters of an encoder by stage, from its input on.
+def list_stages(net: nn.Module, backbone: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of the backbone of a network by stage, from its input on.
 
     Stages are the children of the network (`list_child_stages`), unless one of them holds several blocks: where the
     names of its parameters number the blocks (BLOCK), as in networks of timm and transformers, every block is a stage.
@@ -94,7 +93,9 @@ def list_stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
     """
     numbers: dict[int, int] = {}  # by the id of a parameter; 0: before the first block
     number = 0
-    for name, parameter in backbone.named_parameters():
+    names = {id(parameter): name for name, parameter in net.named_parameters()}  # backbone may be a list of its modules
+    for parameter in backbone.parameters():
+        name = names[id(parameter)]
         found = BLOCK.match(name)
         if found and found["name"] in BLOCK_NAMES:
             number = int(found["number"]) + 1

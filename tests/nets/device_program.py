@@ -80,7 +80,7 @@ def find_in_decoders(encoder: str) -> set[str]:
         for decoder in DECODERS:
             if decoder == "upernet" and len(maps) == 1:
                 continue
-            deep = decoder != "upernet" and len(maps) > 1
+            deep = decoder in ("c1", "ppm") and len(maps) > 1
             for options in ({}, {"deep_supervision": True}) if deep else ({},):
                 head = build_decoder(decoder, body.channels, NUM_CLASSES, **options)
                 with HostCopies() as copies, torch.autograd.set_multithreading_enabled(False):

@@ -152,20 +152,23 @@ def test_a_vision_transformer_has_a_stage_per_block_and_its_tokens_are_in_the_fi
 def test_blocks_of_a_network_of_transformers_are_stages(
     model_type: str, options: dict[str, Any], stages: int, first: str
 ) -> None:
-    from transformers import AutoConfig, AutoModel  # noqa: PLC0415 - takes seconds
+    from transformers import AutoConfig, AutoModel
 
     backbone = AutoModel.from_config(AutoConfig.for_model(model_type, **options))
     names = {id(parameter): name for name, parameter in backbone.named_parameters()}
-    found = [[names[id(parameter)] for parameter in stage] for stage in list_stages(backbone)]
+    found = [[names[id(parameter)] for parameter in stage] for stage in list_stages(backbone, backbone)]
     assert sorted(names.values()) == sorted(name for stage in found for name in stage)
     assert len(found) == stages and found[0][0].startswith(first)
     assert all("layernorm" not in name.split(".") for stage in found[:-1] for name in stage)
+    if model_type == "dinov2":  # a backbone that is a list of some of its modules
+        parts = nn.ModuleList([backbone.embeddings, backbone.encoder.layer, backbone.layernorm])
+        assert [[names[id(parameter)] for parameter in stage] for stage in list_stages(backbone, parts)] == found
 
 
 def test_a_parameter_in_no_group_is_noticed_in_every_run() -> None:
     net = build_segmenter("resnet18", "c1", 5)
     assert parameter_groups(net, OptimConfig(layer_decay=0.5))
-    stages = list_stages(net.encoder)
+    stages = list_stages(net, net.encoder)
     for wrong in ([stages[0][1:], *stages[1:]], [stages[0] + stages[1][:1], *stages[1:]]):
         with (
             patch("semseg.training.optim.list_stages", return_value=wrong),

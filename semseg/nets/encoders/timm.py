@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +19,12 @@ from semseg.nets.encoders.dilation import plan_stages
 from semseg.nets.encoders.efficientnet_lite import convert_lite_weights, is_lite_layout
 from semseg.nets.encoders.library import MIN_STRIDE, LibraryEncoder, rgb_preprocessing, weights_file_at
 from semseg.nets.interfaces import WeightsFile
+from semseg.nets.pyramid import FINEST
 
 try:
     import timm
+    from timm.layers import RotaryEmbeddingDinoV3
+    from timm.models._features import FeatureGetterNet
 except ModuleNotFoundError as error:
     raise ConfigError(f"model/encoder=timm needs the timm package: {install_command('timm')}") from error
 
@@ -26,36 +32,80 @@ except ModuleNotFoundError as error:
 logging.getLogger("timm").setLevel(logging.ERROR)
 
 # Options that make a network for one image size accept all sizes: ViT has the first, Swin the second or both.
-ANY_SIZE_OPTIONS: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False})
+ANY_SIZE_OPTIONS: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 # Errors of networks that do not support an option or an image size.
 UNSUPPORTED_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError)
+NUM_MAPS = 4  # of a plain ViT
+
+
+class TimmPlan(NamedTuple):
+    """How timm builds a network.
+
+    A plain ViT is one whose blocks all have the stride of its patches: not Swin, Hiera or ConvNeXt.
+    """
+
+    name: str
+    network: dict[str, Any]  # options of the network itself
+    maps: dict[str, Any]  # options with which it gives feature maps
+    is_plain: bool
+
+    def build(self, **options: Any) -> Any:
+        """The network as a module that gives feature maps, with initial weights."""
+        return timm.create_model(self.name, **self.network, **self.maps, **options)
+
+    def build_whole(self) -> nn.Module:
+        """The network with its classifier."""
+        return timm.create_model(self.name, **self.network)
 
 
 class TimmEncoder(LibraryEncoder):
     """The feature maps of a timm network, without those of stride 1 and 2.
 
-    A plain ViT is not a pyramid: its maps come from its last layers, and all have the stride of its patches.
+    A plain ViT is not a pyramid: its maps are the outputs of some of its blocks, all with the stride of its patches.
+    They are normalised by the network's own last layer, as in the linear evaluation of DINOv2 and DINOv3. Under a
+    decoder that reads a pyramid, one is made of them (`semseg.nets.pyramid`). Its strides are a quarter of the patches'
+    and so on, so patches whose size is no multiple of 4 become larger: of 16 pixels instead of 14, as EoMT does it with
+    DINOv2; timm resamples the weights of the patches and the position embeddings of a published file to that.
 
     Args:
         name: timm's name, with or without the tag of its weights: efficientnet_b3 or efficientnet_b3.ra2_in1k.
         output_stride: 8, 16 or 32; below 32 for networks that timm can dilate.
+        blocks: plain ViTs: the blocks whose outputs are the maps, from 0, or from -1 backwards; none: four, evenly
+            spaced up to the last one. Blocks behind the last map are left out.
+        pyramid: plain ViTs: whether a pyramid is made of the maps.
+        final_norm: plain ViTs: whether the network's last normalisation is applied to every map; if not, a LayerNorm
+            without weights is.
 
     Raises:
-        ConfigError: for a name that timm does not have, and for a network that gives no maps, cannot be dilated, or
-            does not accept images of all sizes.
+        ConfigError: for a name that timm does not have, for a network that gives no maps, cannot be dilated, or does
+            not accept images of all sizes, and for options that it does not have.
     """
 
-    def __init__(self, name: str = "resnet50", output_stride: int = 32) -> None:
-        model = build_timm_model(name, output_stride)
+    def __init__(
+        self,
+        name: str = "resnet50",
+        output_stride: int = 32,
+        blocks: Sequence[int] = (),
+        pyramid: bool = False,
+        final_norm: bool = True,
+    ) -> None:
+        plan = plan_network(name, output_stride, blocks, pyramid=pyramid, final_norm=final_norm)
+        model = plan.build()
         super().__init__(model, channels_last=getattr(model, "output_fmt", "NCHW") == "NHWC")
         self.name = name
-        self.output_stride = output_stride
+        self.plan = plan
+        self.wants_pyramid = pyramid and plan.is_plain
         info, published = model.feature_info, model.pretrained_cfg
         self.levels = [level for level, stride in enumerate(info.reduction()) if stride >= MIN_STRIDE]
         self.channels = tuple(info.channels()[level] for level in self.levels)
         self.strides = tuple(info.reduction()[level] for level in self.levels)
+        if plan.is_plain:
+            # Networks for the mean of all tokens have their last normalisation behind it.
+            self.normalises_maps = not (final_norm and has_norm(model.model))
         self.convention = rgb_preprocessing(published["mean"], published["std"])
         self.weights_file = find_weights_file(published)
+        self.licence = str(published.get("license") or "")
+        make_rotary_exportable(model)
         self.check_maps()
 
     def compute_library_maps(self, image: Tensor) -> list[Tensor]:
@@ -81,7 +131,7 @@ class TimmEncoder(LibraryEncoder):
             found = [tuple(self.convert_map(features).shape) for features in self.compute_library_maps(image)]
         self.train()
         if found != expected:
-            strides = ", ".join(str(stride) for stride in self.strides)
+            strides = join_numbers(self.strides)
             raise ConfigError(
                 f"model.encoder.name={self.name}: timm's network gives no maps of strides {strides} for an image of "
                 f"{height} x {width} pixels. It is designed for other sizes. Choose another network."
@@ -100,7 +150,7 @@ class TimmEncoder(LibraryEncoder):
 
     def filter_weights(self, published: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """The published weights after timm's own filter for the network's files; None unless they are complete."""
-        weights = run_checkpoint_filter(self.name, self.output_stride, published)
+        weights = run_checkpoint_filter(self.plan, published)
         by_key = {feature_key(key): value for key, value in weights.items()}
         if len(by_key) < len(weights):
             return None  # ambiguous
@@ -131,16 +181,14 @@ class TimmEncoder(LibraryEncoder):
         source = {"state_dict": published, "hf_hub_id": None, "url": ""}  # and nothing from the network
         try:
             with torch.random.fork_rng(devices=[]):
-                model = create_timm_model(
-                    self.name, self.output_stride, features_only=True, pretrained=True, pretrained_cfg_overlay=source
-                )
+                model = self.plan.build(pretrained=True, pretrained_cfg_overlay=source)
         except (*UNSUPPORTED_ERRORS, KeyError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"These weights do not fit timm's {self.name}: {reason}") from error
         return model.state_dict()
 
 
-def run_checkpoint_filter(name: str, output_stride: int, published: dict[str, Tensor]) -> dict[str, Tensor]:
+def run_checkpoint_filter(plan: TimmPlan, published: dict[str, Tensor]) -> dict[str, Tensor]:
     """Published weights after timm's filter for the network; empty if that is not known or fails.
 
     timm keeps such a function, `checkpoint_filter_fn` in most cases, beside each family of networks whose older files
@@ -148,7 +196,7 @@ def run_checkpoint_filter(name: str, output_stride: int, published: dict[str, Te
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = create_timm_model(name, output_stride)
+            model = plan.build_whole()
         family = vars(sys.modules[type(model).__module__])
         if "checkpoint_filter_fn" in family:
             return family["checkpoint_filter_fn"](dict(published), model)
@@ -162,16 +210,17 @@ def feature_key(key: str) -> str:
     return key.replace(".", "_")
 
 
-def build_timm_model(name: str, output_stride: int) -> Any:
-    """Build timm's network as a module that gives feature maps, with initial weights.
+def plan_network(name: str, output_stride: int, blocks: Sequence[int], *, pyramid: bool, final_norm: bool) -> TimmPlan:
+    """How timm builds the network, found out by building it without memory for its weights.
 
     Raises:
         ConfigError: see TimmEncoder.
     """
     check_name(name)
     plan_stages(output_stride)  # raises an error unless it is 8, 16 or 32
+    network: dict[str, Any] = {} if output_stride == 32 else {"output_stride": output_stride}
     try:
-        return create_timm_model(name, output_stride, features_only=True)
+        model, network = probe_network(name, network)
     except UNSUPPORTED_ERRORS as error:
         if output_stride < 32:
             raise ConfigError(
@@ -180,18 +229,104 @@ def build_timm_model(name: str, output_stride: int) -> Any:
         raise ConfigError(
             f"model.encoder.name={name}: timm gives no feature maps of it ({error}). Choose another network."
         ) from error
+    maps: dict[str, Any] = {"features_only": True}
+    depth = count_plain_blocks(model)
+    if not depth:
+        for option, is_given in (("blocks", bool(blocks)), ("final_norm", not final_norm)):
+            if is_given:
+                value = list(blocks) if option == "blocks" else "false"
+                raise ConfigError(
+                    f"model.encoder.{option}={value}: is for plain vision transformers. The maps of timm's {name} are "
+                    f"those of its stages, of strides {join_numbers(model.feature_info.reduction())}. Leave it out."
+                )
+        return TimmPlan(name, network, maps, is_plain=False)
+    maps["out_indices"] = choose_blocks(name, blocks, depth)
+    if final_norm and hasattr(model.model, "norm"):
+        maps["feature_cls"] = partial(FeatureGetterNet, norm=True)
+    patch = model.feature_info.reduction()[-1]
+    if pyramid and patch % FINEST:
+        network["patch_size"] = patch + -patch % FINEST
+    return TimmPlan(name, network, maps, is_plain=True)
 
 
-def create_timm_model(name: str, output_stride: int, **options: Any) -> nn.Module:
-    """timm.create_model, for images of all sizes if the network has an option for that."""
-    if output_stride < 32:
-        options["output_stride"] = output_stride
+def probe_network(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The network on the device meta, as one that gives maps of images of all sizes if it can, and its options.
+
+    Draws no random numbers. Raises what timm raises, one of UNSUPPORTED_ERRORS.
+    """
     published = timm.get_pretrained_cfg(name)
-    if published is not None and published.fixed_input_size:
-        for any_size in ANY_SIZE_OPTIONS:
-            with suppress(TypeError):  # the network has no such option
-                return timm.create_model(name, **options, **any_size)
-    return timm.create_model(name, **options)
+    is_fixed = published is not None and published.fixed_input_size
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        for any_size in ANY_SIZE_OPTIONS if is_fixed else ({},):
+            try:
+                return timm.create_model(name, features_only=True, **options, **any_size), options | any_size
+            except TypeError:  # the network has no such option
+                if not any_size:
+                    raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def count_plain_blocks(model: Any) -> int:
+    """The number of blocks of a plain ViT that timm has made give maps; 0 for other networks."""
+    inner = getattr(model, "model", None)
+    is_one_stride = len(set(model.feature_info.reduction())) == 1
+    blocks = getattr(inner, "blocks", None)
+    return len(blocks) if isinstance(model, FeatureGetterNet) and is_one_stride and isinstance(blocks, nn.Module) else 0
+
+
+def choose_blocks(name: str, blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+    """The indices, from 0, of the blocks of a plain ViT whose outputs are the maps.
+
+    Raises:
+        ConfigError: unless they increase and are in range.
+
+    >>> choose_blocks("a ViT", [], 12)
+    (2, 5, 8, 11)
+    >>> choose_blocks("a ViT", [4, -1], 12)
+    (4, 11)
+    """
+    if not blocks:
+        return tuple(sorted({math.ceil(depth * part / NUM_MAPS) - 1 for part in range(1, NUM_MAPS + 1)}))
+    chosen = tuple(block + depth if block < 0 else block for block in blocks)
+    is_sorted = all(first < second for first, second in pairwise(chosen))
+    if not is_sorted or chosen[0] < 0 or chosen[-1] >= depth:
+        raise ConfigError(
+            f"model.encoder.blocks={list(blocks)}: must be increasing numbers of blocks of {name}, from 0 to "
+            f"{depth - 1}, or from -{depth} to -1."
+        )
+    return chosen
+
+
+def has_norm(network: nn.Module) -> bool:
+    """Whether a network has a last normalisation."""
+    norm = getattr(network, "norm", None)
+    return isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)
+
+
+class ExportableRotary(RotaryEmbeddingDinoV3):
+    """DINOv3's rotary embedding, whose grid follows the size of the image in an exported graph and on the device.
+
+    timm divides by the sides of the grid as numbers of Python, at which an exporter freezes them, and builds the grid
+    on the host. The results are the same to the last bit.
+    """
+
+    def _create_embed(self, feat_shape: list[int], no_aug: bool = False) -> Tensor:
+        device = self.periods.device
+        sides = [(torch.arange(side, device=device) + 0.5) / side for side in feat_shape]
+        grid = torch.stack(torch.meshgrid(sides, indexing="ij"), -1)  # (h, w, 2)
+        sin, cos = self._get_pos_embed_from_coords(2 * grid.flatten(0, 1) - 1)
+        return torch.cat([sin, cos], -1)
+
+
+def make_rotary_exportable(model: nn.Module) -> None:
+    """Give every rotary embedding of DINOv3 in a network the class ExportableRotary, if it has DINOv3's settings."""
+    for module in model.modules():
+        if (
+            type(module) is RotaryEmbeddingDinoV3
+            and not module.aug_active
+            and (module.grid_offset, module.grid_indexing, module.normalize_coords) == (0, "ij", "separate")
+        ):
+            module.__class__ = ExportableRotary
 
 
 def check_name(name: str) -> None:
@@ -216,6 +351,10 @@ def find_weights_file(published: Mapping[str, Any]) -> WeightsFile | None:
         file_name = published.get("hf_hub_filename") or "model.safetensors"
         return WeightsFile(f"https://huggingface.co/{published['hf_hub_id']}/resolve/main/{file_name}")
     return weights_file_at(published["url"]) if published.get("url") else None
+
+
+def join_numbers(numbers: Iterable[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
 
 
 def fill_with_nan(value: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ DECODERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("c1", {}),
     ("ppm", {"deep_supervision": True}),
     ("upernet", {"width": 16}),
+    ("linear", {}),
+    ("segformer", {"width": 16}),
 )
 
 
@@ -311,7 +313,7 @@ def test_a_network_of_a_library_is_named_on_the_command_line() -> None:
         (
             "timm",
             {"name": "mixer_s32_224"},
-            "model.encoder.name=mixer_s32_224: timm's network gives no maps of strides 32, 32, 32 for ",
+            "model.encoder.name=mixer_s32_224: timm's network gives no maps of strides 32, 32, 32, 32 for ",
         ),
     ],
 )
