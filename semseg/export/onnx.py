@@ -64,6 +64,7 @@ def write_onnx(path: Path, net: SegmentationNetwork, entry: dict[str, Any]) -> D
     Raises:
         ExportError: if the network cannot be expressed in ONNX with dynamic sizes, or the file gives other numbers.
     """
+    refuse_unexportable(net)
     image, dynamic_shapes = build_example(net)
     with silence_exporters(), raise_export_errors("ONNX"):
         program = torch.onnx.export(
@@ -102,6 +103,7 @@ def add_metadata(model: onnx.ModelProto, entry: dict[str, Any]) -> onnx.ModelPro
 
 def write_torch_export(path: Path, net: SegmentationNetwork, entry: dict[str, Any]) -> Deviation:
     """Write `net` for torch.export.load, with `entry` as the extra file METADATA_KEY.json; see `write_onnx`."""
+    refuse_unexportable(net)
     image, dynamic_shapes = build_example(net)
     with silence_exporters(), raise_export_errors("torch.export"):
         program = torch.export.export(PixelNetwork(net).eval(), (image,), dynamic_shapes=dynamic_shapes)
@@ -120,6 +122,16 @@ def remove_stack_traces(program: ExportedProgram) -> None:
 
 
 EXPORT_WRITERS = {"onnx": write_onnx, "torch_export": write_torch_export}
+
+
+def refuse_unexportable(net: SegmentationNetwork) -> None:
+    """Fail early for a network that is known not to pass.
+
+    Raises:
+        ExportError: with the reason.
+    """
+    if net.export_problem:
+        raise ExportError(net.export_problem)
 
 
 def build_example(net: SegmentationNetwork) -> tuple[Tensor, tuple[dict[int, Any], ...]]:

@@ -74,6 +74,7 @@ class SegmentationNetwork(nn.Module, ABC):
         weights_file: ImageNet weights of its backbone; None if the user has to provide a file.
         licence: that of these weights as the library states it, such as apache-2.0; empty: not stated.
         origin: of the weights that it has or starts from; None: unknown, or random ones.
+        export_problem: why it cannot be exported for images of all sizes; empty: it may.
         library_config: plain data (JSON) that rebuilds the network without a file; saved as model.config.
     """
 
@@ -88,6 +89,7 @@ class SegmentationNetwork(nn.Module, ABC):
     weights_file: WeightsFile | None = None
     licence: str = ""
     origin: WeightsOrigin | None = None
+    export_problem: str = ""
     library_config: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
 
     @abstractmethod
@@ -148,6 +150,7 @@ class Encoder(nn.Module, ABC):
         convention: preprocessing of the pixel values, as in the training of its weights.
         weights_file: its ImageNet weights; None if the user has to provide a file.
         licence: that of these weights as the library states it, such as apache-2.0; empty: not stated.
+        export_problem: see SegmentationNetwork.
         wants_pyramid: whether the decoder gets a pyramid made of the maps, which all have one stride
             (`semseg.nets.pyramid`).
     """
@@ -157,6 +160,7 @@ class Encoder(nn.Module, ABC):
     convention: Preprocessing = PREPROCESSING["rgb_mean_std"]
     weights_file: WeightsFile | None = None
     licence: str = ""
+    export_problem: str = ""
     wants_pyramid: bool = False
 
     @property

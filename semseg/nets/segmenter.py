@@ -28,6 +28,7 @@ class Segmenter(SegmentationNetwork):
         self.label_stride = decoder.main_stride(encoder.strides)
         self.weights_file = encoder.weights_file
         self.licence = encoder.licence
+        self.export_problem = encoder.export_problem
         self._has_cpu_kernels = True
 
     @property

@@ -51,7 +51,13 @@ UNUSED = {
     "frozen statistics": ["model/decoder=ppm_deepsup", "model.deepsup_weight=0", "model.freeze_bn=true"],
 }
 if find_spec("timm") is not None:
+    from helpers.tiny_vit import tiny_dinov3
+
     UNUSED["unread maps"] = ["model/encoder=timm", "model.encoder.name=hrnet_w18_small", "model.encoder.weights=none"]
+    UNUSED["a pyramid"] = [  # every parameter gets a gradient
+        "model/encoder=timm", f"model.encoder.name={tiny_dinov3.__name__}", "model.encoder.weights=none",
+        "model/decoder=segformer", "model.decoder.width=8", "optim.layer_decay=0.8",
+    ]  # fmt: skip
 
 
 # Without synchronised statistics: what remains are the gradients and our own exchanges. Steps 1, 4 and 6 are logged.

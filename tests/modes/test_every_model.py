@@ -9,14 +9,21 @@ import torch
 
 from semseg.build import build_data, build_module
 from semseg.checkpoints.network import build_network
-from semseg.config.compose import compose_config
-from semseg.config.groups import CONFIG_DIR
+from semseg.config.compose import compose_config, list_options
 from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
 from semseg.training.losses import segmentation_loss
 from semseg.training.optim import build_optimizer
 
-MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
+# Of the families with several sizes, one network each; the others take half an hour.
+FEW = {"upernet_swin_tiny", "upernet_convnext_tiny", "linear_dinov2_vit_small", "upernet_lite_dinov3_vit_small"}
+OF_A_FAMILY = ("dinov2_vit", "dinov3_vit", "convnext", "swin", "sam2")
+MODELS = [
+    pytest.param(
+        name, marks=[pytest.mark.long] if any(kind in name for kind in OF_A_FAMILY) and name not in FEW else []
+    )
+    for name in list_options("model")
+]
 
 
 @pytest.mark.shared

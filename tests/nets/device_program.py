@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from helpers.fake_device import DEVICE, PACKAGE, FakeDevice, HostCopies
 from semseg.checkpoints.network import build_network
@@ -36,8 +37,15 @@ REPEATED = {
     "resnet50_dilated8_ppm_deepsup", "resnet101_dilated8_ppm_deepsup", "upernet101", "upernet_resnext101",
     "resnet50", "resnet101", "resnext101",
 }  # fmt: skip
+REPEATED |= {
+    name for name in list_options("model")
+    if name.endswith(("_small", "_base", "_base_plus", "_large")) or name == "upernet_dinov3_convnext_tiny"
+} - {"linear_dinov2_vit_small", "upernet_lite_dinov3_vit_small"}  # fmt: skip
 # Evaluation is the same for all networks, but for their size and strides.
-EVALUATED = {"mobilenetv2_dilated8_c1_deepsup", "resnet18_dilated8_ppm_deepsup", "upernet50", "upernet_swin_tiny"}
+EVALUATED = {
+    "mobilenetv2_dilated8_c1_deepsup", "resnet18_dilated8_ppm_deepsup", "upernet50", "upernet_swin_tiny",
+    "linear_dinov2_vit_small", "upernet_lite_dinov3_vit_small",
+}  # fmt: skip
 
 
 def find_in_step(net: Segmenter) -> set[str]:
@@ -66,7 +74,18 @@ def find_in_evaluation(net: Segmenter) -> set[str]:
 
 def build_model(name: str) -> Segmenter:
     config, _ = load_config([f"model={name}", "model.encoder.weights=none"])
-    return build_network(config.model, NUM_CLASSES)
+    if config.model.encoder.get("library") != "timm":
+        return build_network(config.model, NUM_CLASSES)
+    # timm computes with values while it builds a network.
+    with unset_fake_temporarily(), torch.device("meta"):
+        net = build_network(config.model, NUM_CLASSES)
+    for module in net.modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, value in tensors.items():
+                if value is not None:
+                    empty = torch.empty(value.shape, dtype=value.dtype)
+                    tensors[key] = nn.Parameter(empty) if isinstance(value, nn.Parameter) else empty
+    return net
 
 
 def find_in_decoders(encoder: str) -> set[str]:
@@ -166,4 +185,5 @@ def find_or_fail(case: Callable[[], set[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)  # position embeddings are resampled in another way then
     print(json.dumps({name: find_or_fail(case) for name, case in list_cases().items()}))

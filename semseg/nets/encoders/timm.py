@@ -6,13 +6,15 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from semseg.errors import CheckpointError, ConfigError, find_nearest, install_command
 from semseg.nets.encoders.dilation import plan_stages
@@ -23,7 +25,7 @@ from semseg.nets.pyramid import FINEST
 
 try:
     import timm
-    from timm.layers import RotaryEmbeddingDinoV3
+    from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
     from timm.models._features import FeatureGetterNet
 except ModuleNotFoundError as error:
     raise ConfigError(f"model/encoder=timm needs the timm package: {install_command('timm')}") from error
@@ -36,6 +38,10 @@ ANY_SIZE_OPTIONS: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"st
 # Errors of networks that do not support an option or an image size.
 UNSUPPORTED_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError)
 NUM_MAPS = 4  # of a plain ViT
+# Modules of timm with attention in windows that an exporter cannot express: Swin, SAM 2's Hiera, SAM's ViT.
+WINDOWED = (
+    "timm.models.swin_transformer", "timm.models.hieradet_sam2", "timm.models.vision_transformer_sam",
+)  # fmt: skip
 
 
 class TimmPlan(NamedTuple):
@@ -106,10 +112,17 @@ class TimmEncoder(LibraryEncoder):
         self.weights_file = find_weights_file(published)
         self.licence = str(published.get("license") or "")
         make_rotary_exportable(model)
+        if any(type(module).__module__ in WINDOWED for module in model.modules()):
+            self.export_problem = (
+                f"timm's {name} cannot be exported for images of all sizes: its windows are padded by the size of the "
+                "image, at which exporters give up after minutes. Networks on DINOv3, DINOv2 and ConvNeXt can."
+            )
         self.check_maps()
 
     def compute_library_maps(self, image: Tensor) -> list[Tensor]:
-        maps = self.model(image)
+        is_deterministic = torch.are_deterministic_algorithms_enabled()
+        with DeterministicResampling() if is_deterministic else nullcontext():
+            maps = self.model(image)
         return [maps[level] for level in self.levels]
 
     @torch.no_grad()
@@ -271,7 +284,8 @@ def count_plain_blocks(model: Any) -> int:
     inner = getattr(model, "model", None)
     is_one_stride = len(set(model.feature_info.reduction())) == 1
     blocks = getattr(inner, "blocks", None)
-    return len(blocks) if isinstance(model, FeatureGetterNet) and is_one_stride and isinstance(blocks, nn.Module) else 0
+    is_plain = isinstance(model, FeatureGetterNet) and is_one_stride
+    return len(blocks) if is_plain and isinstance(blocks, nn.Sequential | nn.ModuleList) else 0
 
 
 def choose_blocks(name: str, blocks: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -311,6 +325,7 @@ class ExportableRotary(RotaryEmbeddingDinoV3):
     """
 
     def _create_embed(self, feat_shape: list[int], no_aug: bool = False) -> Tensor:
+        assert isinstance(self.periods, Tensor)
         device = self.periods.device
         sides = [(torch.arange(side, device=device) + 0.5) / side for side in feat_shape]
         grid = torch.stack(torch.meshgrid(sides, indexing="ij"), -1)  # (h, w, 2)
@@ -351,6 +366,37 @@ def find_weights_file(published: Mapping[str, Any]) -> WeightsFile | None:
         file_name = published.get("hf_hub_filename") or "model.safetensors"
         return WeightsFile(f"https://huggingface.co/{published['hf_hub_id']}/resolve/main/{file_name}")
     return weights_file_at(published["url"]) if published.get("url") else None
+
+
+class DeterministicResampling(TorchFunctionMode):
+    """While active, interpolation with antialias, as of position embeddings, is computed by matrix products.
+
+    CUDA has no deterministic gradient of it.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.interpolate and kwargs.get("antialias"):
+            return resample(args[0], kwargs["size"], kwargs["mode"])
+        return func(*args, **kwargs)
+
+
+def resample(features: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """F.interpolate(features, size, mode=mode, antialias=True) of (N, C, h, w), as a matrix product for each axis."""
+    rows, columns = (
+        resampling_matrix(length, out_length, mode, features)
+        for length, out_length in zip(features.shape[2:], size, strict=True)
+    )
+    return rows @ features @ columns.T
+
+
+@torch.no_grad()
+def resampling_matrix(length: int, out_length: int, mode: str, like: Tensor) -> Tensor:
+    """(out_length, length) weights of the interpolation of one axis, of the type and on the device of `like`."""
+    units = torch.eye(length, dtype=like.dtype, device=like.device)  # a column for each position
+    return F.interpolate(units[None, None], (out_length, length), mode=mode, antialias=True)[0, 0]
 
 
 def join_numbers(numbers: Iterable[int]) -> str:

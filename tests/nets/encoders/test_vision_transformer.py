@@ -114,6 +114,25 @@ def test_it_trains_and_predicts_in_mixed_precision() -> None:
     assert mixed.shape == exact.shape and mixed.isfinite().all()
 
 
+def test_deterministic_training_resamples_position_embeddings_with_the_same_result_and_gradient() -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder("timm", name="tiny_dinov2").eval()
+    positions = encoder.get_parameter("model.model.pos_embed")
+    torch.nn.init.normal_(positions)
+    image, found = torch.randn(1, 3, 28, 126), []
+    for is_deterministic in (False, True):
+        torch.use_deterministic_algorithms(is_deterministic)
+        try:
+            maps = encoder(image)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        (gradient,) = torch.autograd.grad((maps[-1] * maps[0].detach().roll(1)).sum(), positions)
+        found.append((maps[-1].detach(), gradient))
+    for plain, deterministic in zip(*found, strict=True):
+        assert not torch.equal(plain, deterministic)  # computed in another way
+        torch.testing.assert_close(plain, deterministic, rtol=1e-4, atol=1e-4)
+
+
 # ---- patches of 14 pixels
 
 
