@@ -14,12 +14,10 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
 from torch.utils.data import Dataset
 
-from helpers.in_process import TINY_RUN, PreparedRun
+from helpers.in_process import TINY_RUN, PreparedRun, configured
 from semseg.build import build_data
-from semseg.config.compose import compose_config
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import Config
-from semseg.config.validate import check_config
 from semseg.data.batch import LABEL_TYPE, Batch, EvalSample
 from semseg.data.loaders import SubBatchLoader, WatchedLoader
 from semseg.data.sources import DataSource
@@ -49,10 +47,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def configured(root: Path, *overrides: str) -> Config:
+def config_of(root: Path, *overrides: str) -> Config:
     words = ["data=scenes", f"data.root={root}", "data.make.num_train=7", "data.make.num_val=5", "data.num_workers=0",
              "data.batch_size=2", "data.short_edges=[32,48]", "eval.scales=[32]"]  # fmt: skip
-    return check_config(compose_config([*words, *overrides]))
+    return configured(*words, *overrides)
 
 
 def loaders(config: Config, rank: int = 0, world_size: int = 1) -> SegmentationData:
@@ -82,29 +80,29 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_no_bit(root: Path, workers: int) -> None:
-    alone = take(loaders(configured(root)).train_dataloader(), 6)
-    shared = take(loaders(configured(root, f"data.num_workers={workers}")).train_dataloader(), 6)
+    alone = take(loaders(config_of(root)).train_dataloader(), 6)
+    shared = take(loaders(config_of(root, f"data.num_workers={workers}")).train_dataloader(), 6)
     assert same(alone, shared)
 
 
 def test_an_epoch_has_the_steps_it_was_given_and_null_is_one_pass(root: Path) -> None:
-    assert len(loaders(configured(root)).train_dataloader()) == 4  # 7 images, 2 a step
-    assert len(loaders(configured(root), 0, 2).train_dataloader()) == 2
-    assert len(loaders(configured(root, "data.steps_per_epoch=9")).train_dataloader()) == 9
+    assert len(loaders(config_of(root)).train_dataloader()) == 4  # 7 images, 2 a step
+    assert len(loaders(config_of(root), 0, 2).train_dataloader()) == 2
+    assert len(loaders(config_of(root, "data.steps_per_epoch=9")).train_dataloader()) == 9
 
 
 def test_two_ranks_together_see_what_one_process_sees(root: Path) -> None:
-    alone = take(loaders(configured(root)).train_dataloader(), 6)
-    ranks = [take(loaders(configured(root), rank, 2).train_dataloader(), 3) for rank in (0, 1)]
+    alone = take(loaders(config_of(root)).train_dataloader(), 6)
+    ranks = [take(loaders(config_of(root), rank, 2).train_dataloader(), 3) for rank in (0, 1)]
     assert same(alone[0::2], ranks[0]) and same(alone[1::2], ranks[1])
 
 
 @pytest.mark.parametrize("done", [1, 4, 5])
 def test_a_loader_resumes_from_any_step(root: Path, done: int) -> None:
-    loader = loaders(configured(root)).train_dataloader()
-    whole = take(loaders(configured(root)).train_dataloader(), 8)
+    loader = loaders(config_of(root)).train_dataloader()
+    whole = take(loaders(config_of(root)).train_dataloader(), 8)
     assert same(whole[:done], take(loader, done))
-    fresh = loaders(configured(root)).train_dataloader()
+    fresh = loaders(config_of(root)).train_dataloader()
     fresh.load_state_dict(loader.state_dict())
     assert same(whole[done:], take(fresh, 8 - done))
 
@@ -114,7 +112,7 @@ def test_a_loader_resumes_from_any_step(root: Path, done: int) -> None:
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 3, 7])
 def test_c16_evaluation_gives_each_image_to_one_rank(root: Path, world_size: int, batch_size: int) -> None:
-    config = configured(root, f"eval.batch_size={batch_size}")
+    config = config_of(root, f"eval.batch_size={batch_size}")
     counted = []
     for rank in range(world_size):
         groups = [cast(list[EvalSample], group) for group in loaders(config, rank, world_size).eval_loader("val")]
@@ -125,7 +123,7 @@ def test_c16_evaluation_gives_each_image_to_one_rank(root: Path, world_size: int
 
 
 def test_images_of_one_shape_at_every_scale_are_evaluated_together(root: Path) -> None:
-    data = loaders(configured(root, "eval.batch_size=3", "eval.scales=[64,96]"))
+    data = loaders(config_of(root, "eval.batch_size=3", "eval.scales=[64,96]"))
     groups = [cast(list[EvalSample], group) for group in data.eval_loader("val")]
     shapes = [{tuple(scale.shape for scale in sample.scales) for sample in group} for group in groups]
     assert all(len(of_group) == 1 for of_group in shapes)
@@ -134,11 +132,11 @@ def test_images_of_one_shape_at_every_scale_are_evaluated_together(root: Path) -
 
 
 def test_strides_come_from_the_network_unless_set(root: Path) -> None:
-    data = loaders(configured(root))
+    data = loaders(config_of(root))
     assert (data.size_divisor, data.label_stride) == (32, 4)
     batch = take(data.train_dataloader(), 1)[0]
     assert batch.image.shape[-1] % 32 == 0 and batch.image.shape[-1] == 4 * batch.label.shape[-1]
-    data = loaders(configured(root, "model.size_divisor=64", "model.label_stride=8"))
+    data = loaders(config_of(root, "model.size_divisor=64", "model.label_stride=8"))
     batch = take(data.train_dataloader(), 1)[0]
     assert batch.image.shape[-1] % 64 == 0 and batch.image.shape[-1] == 8 * batch.label.shape[-1]
 
@@ -146,21 +144,21 @@ def test_strides_come_from_the_network_unless_set(root: Path) -> None:
 def test_a_fraction_of_the_training_images_is_held_out_for_validation(root: Path) -> None:
     folders = ["data=folder", f"data.root={root}", "data.train.images=images/training",
                "data.train.masks=annotations/training", "data.num_classes=10"]  # fmt: skip
-    DataSource(configured(root).data)  # draws the scenes
-    source = DataSource(check_config(compose_config([*folders, "data.val_fraction=0.4"])).data)
+    DataSource(config_of(root).data)  # draws the scenes
+    source = DataSource(configured(*folders, "data.val_fraction=0.4").data)
     train, val = source.records("train"), source.records("val")
     assert len(train) + len(val) == 7 and train and val
     assert not {record.image for record in train} & {record.image for record in val}
 
 
 def test_missing_configuration_is_reported_with_its_key(root: Path) -> None:
-    source = DataSource(configured(root).data)
+    source = DataSource(config_of(root).data)
     with pytest.raises(DataError, match=r"data\.test"):
         source.records("test")
     with pytest.raises(ConfigError, match=r"data\.num_classes"):
-        DataSource(check_config(compose_config(["data=folder"])).data)
+        DataSource(configured("data=folder").data)
     with pytest.raises(ConfigError, match="has 150"):
-        DataSource(check_config(compose_config(["data.num_classes=5"])).data)
+        DataSource(configured("data.num_classes=5").data)
 
 
 def test_images_with_a_rare_class_are_seen_more_often(tmp_path: Path) -> None:
@@ -172,7 +170,7 @@ def test_images_with_a_rare_class_are_seen_more_often(tmp_path: Path) -> None:
     words = ["data=folder", f"data.root={tmp_path}", "data.num_classes=2", "data.val_fraction=0", "data.num_workers=0",
              "data.batch_size=1", "data.short_edges=[32]"]  # fmt: skip
     for oversample, times in ((0.0, 1), (0.2, 2)):  # one of 20 images has class 1: sqrt(0.2 / 0.05) = 2
-        loader = loaders(check_config(compose_config([*words, f"data.oversample={oversample}"]))).train_dataloader()
+        loader = loaders(configured(*words, f"data.oversample={oversample}")).train_dataloader()
         seen = [Path(path).stem for batch in take(loader, 19 + times) for path in batch.paths]
         assert seen.count("07") == times
         assert len(set(seen)) == 20
@@ -183,7 +181,7 @@ def test_images_with_a_rare_class_are_seen_more_often(tmp_path: Path) -> None:
 
 def test_labels_reach_the_device_in_the_type_they_were_read_in_and_are_widened_there(root: Path) -> None:
     for workers in (0, 1):
-        data = loaders(configured(root, f"data.num_workers={workers}"))
+        data = loaders(config_of(root, f"data.num_workers={workers}"))
         batch = take(data.train_dataloader(), 1)[0]
         (sample,) = cast(list[EvalSample], next(iter(data.eval_loader("val"))))
         for item in (batch, sample):
@@ -209,8 +207,8 @@ def test_the_network_and_callbacks_get_wide_labels(root: Path, tmp_path: Path) -
             self.found.add(("validation", batch[0].label.dtype))
 
     words = ["data=scenes", f"data.root={root}", "data.make.num_train=7", "data.make.num_val=5", *TINY_RUN]
-    run = PreparedRun(check_config(compose_config([*words, "data.steps_per_epoch=1", "trainer.max_epochs=1",
-                                                   "trainer.limit_val_batches=1", f"run_dir={tmp_path}"])))  # fmt: skip
+    words += ["data.steps_per_epoch=1", "trainer.max_epochs=1", "trainer.limit_val_batches=1", f"run_dir={tmp_path}"]
+    run = PreparedRun(configured(*words))
     run.trainer.callbacks.append(Types())  # pyright: ignore[reportAttributeAccessIssue]
     run.fit()
     assert Types.found == {("training", torch.int64), ("validation", torch.int64)}
@@ -220,7 +218,7 @@ def test_the_network_and_callbacks_get_wide_labels(root: Path, tmp_path: Path) -
 def test_memory_is_pinned_for_the_accelerator_that_is_used(
     root: Path, monkeypatch: pytest.MonkeyPatch, accelerator: str, pins: bool
 ) -> None:
-    data = loaders(configured(root, f"trainer.accelerator={accelerator}"))
+    data = loaders(config_of(root, f"trainer.accelerator={accelerator}"))
     streams = [data.train_dataloader().loader_from(0), data.eval_loader("val")]
     assert [stream.pin_memory for stream in streams] == [False, False]  # this machine has no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -257,7 +255,7 @@ def test_without_workers_the_next_item_is_read_while_the_last_one_is_used() -> N
 
 
 def test_evaluation_reads_ahead_of_the_network(root: Path) -> None:
-    loader = loaders(configured(root)).eval_loader("val")
+    loader = loaders(config_of(root)).eval_loader("val")
     assert isinstance(loader, WatchedLoader) and loader.is_ahead
     ahead = [sample for group in loader for sample in group]
     alone = [loader.dataset[position] for position in range(5)]

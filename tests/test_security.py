@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from helpers.command_line import TINY, run
-from helpers.in_process import read_state
+from helpers.in_process import configured, read_state
 from helpers.published_files import served
 from semseg import build
 from semseg.build import open_network
@@ -114,7 +114,7 @@ def honest(place: Path) -> dict[str, Any]:
         "trainer.enable_progress_bar=false",
     ]
     (place / "honest").mkdir()
-    train.run(check_config(compose_config(words)), words)
+    train.run(configured(*words), words)
     return load_plain(place / "honest" / "checkpoints" / "last.ckpt")
 
 
@@ -154,7 +154,7 @@ def mode(name: str, *words: str) -> Callable[[Path], object]:
         scenes = f"data.root={folder.parent / 'scenes'}"
         common = [f"mode={name}", scenes, "trainer=cpu", "trainer.enable_progress_bar=false"]
         given = parse_overrides([*common, *(word.format(f=folder) for word in words)])
-        config = check_config(compose_config([*given, f"run_dir={folder / f'out_{name}'}"]))
+        config = configured(*given, f"run_dir={folder / f'out_{name}'}")
         return importlib.import_module(f"semseg.modes.{name}").run(config, given)
 
     return run
@@ -166,16 +166,16 @@ def train(*words: str) -> Callable[[Path], object]:
 
 def encoder_weights(folder: Path) -> object:
     words = [*SMALL, f"model.encoder.weights={folder / 'encoder_epoch_1.pth'}"]
-    return build_network(check_config(compose_config(words)).model, 12)
+    return build_network(configured(*words).model, 12)
 
 
 def from_the_cache(folder: Path) -> object:
     words = ["mode=eval", "ckpt=zoo:upernet50", f"download.cache={folder / 'cache'}", "download.offline=true"]
-    return open_network(check_config(compose_config(words)), words)
+    return open_network(configured(*words), words)
 
 
 def in_cache(folder: Path) -> object:
-    config = check_config(compose_config([f"download.cache={folder / 'cache'}", "download.offline=true"]))
+    config = configured(f"download.cache={folder / 'cache'}", "download.offline=true")
     url = ZOO["upernet50"].urls()[0]
     return load_weights(fetch_file(url, config.download, folder=ZOO["upernet50"].folder))
 
@@ -202,7 +202,7 @@ ENTRY_POINTS: dict[str, Callable[[Path], object]] = {
     "a file before torch 1.6": lambda folder: load_weights(folder / "old.pth"),
     "a download": in_cache,
     "Trainer.fit(ckpt_path)": lambda folder: AtomicCheckpointIO().load_checkpoint(CKPT.format(f=folder)),
-    "where a run is": lambda folder: read_state(Path(CKPT.format(f=folder)), check_config(compose_config([]))),
+    "where a run is": lambda folder: read_state(Path(CKPT.format(f=folder)), configured()),
 }
 
 
@@ -292,7 +292,7 @@ def test_words_of_a_saved_run_that_are_gone_since_are_left_out_when_it_is_repeat
     saved.parent.mkdir(parents=True)
     saved.write_text("- trainer.on_oom=retry\n- ++trainer.on_oom=retry\n- seed=7\n")
     words = parse_overrides(["mode=rerun", "run=before"])
-    assert words == ["seed=7"] and check_config(compose_config(words)).seed == 7
+    assert words == ["seed=7"] and configured(*words).seed == 7
 
 
 @pytest.mark.parametrize("option", ["--experimental-rerun", "--experimental", "-cd", "--config-dir", "--config-name=x"])
@@ -432,7 +432,7 @@ def test_g3_a_target_is_refused_wherever_it_is_before_anything_is_imported(word:
 
 def test_g3_there_are_enough_of_them_and_the_honest_ones_pass() -> None:
     assert len(NAMES) + len(CALLBACKS) + len(PLACES) >= 60
-    check_config(compose_config([f"+callbacks.x{i}._target_={target}" for i, target in enumerate(ALLOWED_TARGETS)]))
+    configured(*(f"+callbacks.x{i}._target_={target}" for i, target in enumerate(ALLOWED_TARGETS)))
 
 
 @pytest.mark.slow
@@ -489,7 +489,7 @@ def test_g4_a_saved_configuration_that_names_code_is_refused(
 
 def network(path: Path) -> Any:
     words = ["mode=eval", f"ckpt={path}"]
-    return open_network(check_config(compose_config(words)), words)[0]
+    return open_network(configured(*words), words)[0]
 
 
 @pytest.mark.slow
@@ -503,7 +503,7 @@ def test_g4_loggers_and_callbacks_of_a_saved_configuration_are_never_made(
         section = {"_target_": "semseg.training.loggers.external.TensorBoard", "save_dir": str(place / "written")}
         torch.save(with_saved_config(honest, f"{group}.x", section), path)
         mode("eval", f"ckpt={path}", "~logger.csv", "eval.scales=[32]")(place)
-        saved, config = open_network(check_config(compose_config(["mode=eval", f"ckpt={path}"])), [])
+        saved, config = open_network(configured("mode=eval", f"ckpt={path}"), [])
         assert getattr(saved.config, group)["x"] == section  # it is there to be read
         assert "x" not in getattr(config, group)
     assert made == [] and not (place / "written").exists()

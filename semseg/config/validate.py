@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -59,7 +59,7 @@ def _check_sections(
     plain = OmegaConf.to_container(composed, resolve=False)
     raise_first(find_section_problems(plain))
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(Config), gather_own_entries(composed))
+        typed = OmegaConf.merge(get_schema_node(), gather_own_entries(composed))
         config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise ConfigError(explain_omegaconf_error(error, composed)) from None
@@ -77,6 +77,12 @@ def _check_sections(
     if problems:
         raise ConfigError(f"{len(problems)} problems in the configuration:\n  " + "\n  ".join(problems))
     return config
+
+
+@cache
+def get_schema_node() -> DictConfig:
+    """The schema as OmegaConf reads it, not to be changed."""
+    return OmegaConf.structured(Config)
 
 
 def gather_own_entries(composed: DictConfig) -> DictConfig:

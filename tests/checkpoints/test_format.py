@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.in_process import configured
 from semseg.build import restore_network
 from semseg.checkpoints.format import FORMAT_KEY, describe_network, read_checkpoint
 from semseg.checkpoints.network import build_network
-from semseg.config.compose import compose_config
 from semseg.config.inherit import inherit_config
 from semseg.config.schema import config_to_plain
-from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.errors import CheckpointError, ConfigError
 from semseg.storage.run_folders import find_checkpoint
@@ -23,7 +22,7 @@ SMALL = ["data=scenes", "model/encoder=resnet18", "model.encoder.weights=none", 
 
 @pytest.fixture(scope="module")
 def saved_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = check_config(compose_config(SMALL))
+    config = configured(*SMALL)
     net = build_network(config.model, 2)
     path = tmp_path_factory.mktemp("run") / "checkpoints" / "best.ckpt"
     path.parent.mkdir()
@@ -139,22 +138,22 @@ def test_weights_that_do_not_fit_are_reported(saved_file: Path) -> None:
 
 @pytest.mark.slow
 def test_settings_come_from_the_checkpoint_unless_given() -> None:
-    saved = check_config(compose_config([*SMALL, "data.max_long_edge=123"]))
-    plain = check_config(compose_config(["mode=eval", "ckpt=x"]))
+    saved = configured(*SMALL, "data.max_long_edge=123")
+    plain = configured("mode=eval", "ckpt=x")
     inherited = inherit_config(saved, plain, ["mode=eval", "ckpt=x"])
     assert (inherited.data.name, inherited.data.max_long_edge, inherited.eval.scales) == ("scenes", 123, [64])
     assert inherited.model.encoder["name"] == "resnet18"
 
     words = ["mode=eval", "ckpt=x", "eval.flip=true", "data.num_workers=0"]
-    some = inherit_config(saved, check_config(compose_config(words)), words)
+    some = inherit_config(saved, configured(*words), words)
     assert (some.data.name, some.data.num_workers, some.eval.scales, some.eval.flip) == ("scenes", 0, [64], True)
 
     words = ["mode=eval", "ckpt=x", "data=camvid"]
-    assert inherit_config(saved, check_config(compose_config(words)), words).data.name == "camvid"
+    assert inherit_config(saved, configured(*words), words).data.name == "camvid"
 
 
 def test_another_network_cannot_be_asked_of_a_checkpoint() -> None:
     words = ["mode=eval", "ckpt=x", "model=upernet50"]
-    saved = check_config(compose_config(SMALL))
+    saved = configured(*SMALL)
     with pytest.raises(ConfigError, match="comes from ckpt"):
-        inherit_config(saved, check_config(compose_config(words)), words)
+        inherit_config(saved, configured(*words), words)

@@ -10,12 +10,10 @@ import pytest
 import torch
 from golden.make_checkpoint import run_of
 
-from helpers.in_process import fit, logged_losses, read_state
+from helpers.in_process import configured, fit, logged_losses, read_state
 from helpers.reference import GOLDEN
 from semseg.checkpoints.format import FORMAT_KEY, FORMAT_VERSION, MOVED_TARGETS, read_checkpoint
-from semseg.config.compose import compose_config
 from semseg.config.schema import ALLOWED_TARGETS, config_to_plain
-from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 from semseg.modes import eval as evaluate
 from semseg.nets.registry import ENCODERS, Constructor
@@ -74,7 +72,7 @@ def test_a12_a_checkpoint_with_a_key_that_is_gone_is_resumed_and_evaluated(
     assert "on_oom" not in torch.load(last, weights_only=True)[FORMAT_KEY]["config"]["trainer"]
     torch.save(content, last)
     words = ["mode=eval", f"ckpt={last}", f"data.root={GOLDEN / 'dataset'}", "trainer=cpu"]
-    evaluate.run(check_config(compose_config([*words, f"run_dir={tmp_path / 'out'}"])), words)
+    evaluate.run(configured(*words, f"run_dir={tmp_path / 'out'}"), words)
     assert (tmp_path / "out" / "metrics.json").is_file()
 
 

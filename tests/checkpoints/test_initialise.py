@@ -9,14 +9,13 @@ import torchvision.transforms.v2.functional as TF
 from safetensors.torch import save_file
 from torch import Tensor
 
+from helpers.in_process import configured
 from helpers.published_files import served, with_bookkeeping, without_counters
 from semseg.checkpoints.format import SavedNetwork, load_weights
 from semseg.checkpoints.initialise import initialise_from, load_encoder_weights
 from semseg.checkpoints.network import build_network, fetch_imagenet_weights
-from semseg.config.compose import compose_config
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import DownloadConfig, ModelConfig
-from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.data.images import read_image
 from semseg.errors import CheckpointError, ConfigError
@@ -130,7 +129,7 @@ def saved(encoder: str, decoder: str, num_classes: int, options: dict | None = N
     """A random network as a checkpoint holds it."""
     torch.manual_seed(2)
     net = build_segmenter(encoder, decoder, num_classes, decoder_options=options)
-    config = check_config(compose_config([f"model/encoder={encoder}", f"model/decoder={decoder}"]))
+    config = configured(f"model/encoder={encoder}", f"model/decoder={decoder}")
     return SavedNetwork(
         source="old.ckpt",
         weights={name: value.clone() for name, value in net.state_dict().items()},

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.in_process import configured
 from helpers.published_files import served, write_files
 from helpers.reference import golden
 from semseg.build import find_network, restore_network
@@ -19,10 +20,8 @@ from semseg.checkpoints.published import (
     identify_encoder,
     read_published,
 )
-from semseg.config.compose import compose_config
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import Config, DownloadConfig
-from semseg.config.validate import check_config
 from semseg.errors import CheckpointError, DownloadError
 from semseg.nets.registry import resolve_network
 
@@ -31,7 +30,7 @@ TWO_CLASSES = ("resnet18_dilated8", "c1_deepsup", 2)
 
 
 def config(*words: str) -> Config:
-    return check_config(compose_config(["mode=eval", "ckpt=x", *words]))
+    return configured("mode=eval", "ckpt=x", *words)
 
 
 def read(folder: Path, *words: str):

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.in_process import configured
 from semseg.cli.supervise import LAUNCHER_VARIABLES, RANKS_FOLDER, check_world_size, count_processes, supervise_ranks
-from semseg.config.compose import compose_config
-from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 
 WAIT = "time.sleep(60)"
@@ -138,7 +137,7 @@ def test_a_signal_to_the_supervisor_ends_all(tmp_path: Path, number: signal.Sign
 def test_a_process_per_device(monkeypatch: pytest.MonkeyPatch, overrides: list[str], count: int) -> None:
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    config = check_config(compose_config(overrides))
+    config = configured(*overrides)
     assert count_processes(config) == count
     monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun has started the ranks already
     assert count_processes(config) == 1
@@ -180,7 +179,7 @@ def test_e11_the_number_of_processes_is_that_of_the_configuration(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    config = check_config(compose_config(overrides))
+    config = configured(*overrides)
     if refusal is None:
         return check_world_size(config)
     with pytest.raises(ConfigError) as raised:

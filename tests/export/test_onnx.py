@@ -26,14 +26,12 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 import semseg
 from helpers.command_line import TINY
-from helpers.in_process import TinyEncoder
+from helpers.in_process import TinyEncoder, configured
 from semseg import build
 from semseg.build import restore_network
 from semseg.checkpoints.format import SavedNetwork, write_ckpt
 from semseg.checkpoints.network import build_network
-from semseg.config.compose import compose_config
 from semseg.config.groups import CONFIG_DIR
-from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
 from semseg.errors import CheckpointError, ConfigError, ExportError, SemsegError
 from semseg.export import onnx as onnx_export
@@ -55,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     overrides = [*SMALL, "model/decoder=c1_deepsup", f"data.root={folder / 'scenes'}"]
-    config = check_config(compose_config(overrides))
+    config = configured(*overrides)
     net = build_network(config.model, NUM_CLASSES)
     classes = DataSource(config.data).classes
     write_ckpt(folder / "net.ckpt", SavedNetwork("", net.state_dict(), config, classes, net.convention, epoch=3))
@@ -66,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(mode: str, *overrides: str) -> float | None:
     """A mode in this process; the score of mode=eval."""
     words = [f"mode={mode}", *overrides]
-    config = check_config(compose_config(words))
+    config = configured(*words)
     Path(config.run_dir).mkdir(parents=True, exist_ok=mode == "eval")
     return {"export": export_mode, "eval": eval_mode}[mode].run(config, words)
 
@@ -260,7 +258,7 @@ def test_without_the_data_set_dynamic_quantisation_works_and_nothing_is_scored(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved = read_exported(folder / "net.onnx")
-    config = check_config(compose_config(["data=camvid", f"data.root={tmp_path / 'nowhere'}"]))
+    config = configured("data=camvid", f"data.root={tmp_path / 'nowhere'}")
     net = restore_network(saved)
     export_mode.print_quantisation_loss(config, saved, net, net)
     assert "was not measured" in caplog.text and "nowhere" in caplog.text
@@ -290,7 +288,7 @@ def test_without_the_data_set_dynamic_quantisation_works_and_nothing_is_scored(
 )
 def test_contradictory_options_are_rejected_before_anything_is_read(overrides: list[str], complaint: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(complaint)) as caught:
-        check_config(compose_config(overrides))
+        configured(*overrides)
     assert "\n" not in str(caught.value)
 
 
@@ -301,7 +299,7 @@ def test_without_the_extra_one_line_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(build, "find_spec", lambda name: None)
     overrides = [*overrides, f"ckpt={folder / ('net.ckpt' if overrides[0] == 'mode=export' else 'net.onnx')}"]
-    config = check_config(compose_config(overrides))
+    config = configured(*overrides)
     with pytest.raises(ConfigError, match=re.escape('pip install --editable ".[export]"')):
         export_mode.run(config, overrides) if config.mode == "export" else build.open_network(config, overrides)
 
@@ -336,7 +334,7 @@ def hostile(tmp_path: Path, marker: Path) -> Path:
 @pytest.mark.parametrize("key", ["ckpt", "init_from", "resume", "model.encoder.weights"])
 def test_g1_a_file_of_torch_export_is_not_opened(key: str, hostile: Path, marker: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded, because loading it could run code"):
-        check_config(compose_config([*SMALL, f"{key}={hostile}"]))
+        configured(*SMALL, f"{key}={hostile}")
     with pytest.raises(CheckpointError):
         build.read_checkpoint(hostile)
     assert not marker.exists()

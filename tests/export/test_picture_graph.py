@@ -20,8 +20,7 @@ from onnx import helper
 
 import semseg
 from helpers.exported import CLASS_IDS, PICTURE_SIZES, draw_picture, export
-from semseg.config.compose import compose_config
-from semseg.config.validate import check_config
+from helpers.in_process import configured
 from semseg.data.geometry import Size, stretched_size
 from semseg.data.images import resize_image
 from semseg.errors import CheckpointError, ConfigError, ExportError
@@ -186,4 +185,4 @@ def test_a_graph_that_gives_other_classes_is_not_written(
 )
 def test_what_cannot_be_in_a_graph_is_refused(overrides: list[str], key: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(key)):
-        check_config(compose_config(["mode=export", "ckpt=a", *overrides]))
+        configured("mode=export", "ckpt=a", *overrides)

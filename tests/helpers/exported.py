@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from helpers.command_line import TINY, TINY_ENCODERS, TINY_NETWORK
+from helpers.in_process import configured
 from semseg.checkpoints.format import SavedNetwork, write_ckpt
 from semseg.checkpoints.network import build_network
-from semseg.config.compose import compose_config
-from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
 from semseg.export import onnx as onnx_export
 from semseg.export.onnx import Deviation, add_metadata, write_onnx
@@ -35,7 +34,7 @@ def write_checkpoint(folder: Path, *words: str) -> None:
     torch.manual_seed(0)
     ids = [f"+data.map.{raw_id}={index}" for index, raw_id in enumerate(CLASS_IDS)]
     words = (*TINY, *TINY_NETWORK, *ids, f"data.root={folder / 'scenes'}", "data.max_long_edge=160", *words)
-    config = check_config(compose_config(list(words)))
+    config = configured(*words)
     with patch.dict(ENCODERS, TINY_ENCODERS):
         net = build_network(config.model, len(CLASS_IDS)).eval()
     center_logits(net)
@@ -62,7 +61,7 @@ def export(folder: Path, *overrides: str) -> None:
 
     words = ["mode=export", f"ckpt={folder / 'net.ckpt'}", "output=model.onnx", *overrides]
     with patch.dict(ENCODERS, TINY_ENCODERS), patch.dict(onnx_export.EXPORT_WRITERS, {"onnx": write}):
-        export_mode.run(check_config(compose_config(words)), words)
+        export_mode.run(configured(*words), words)
 
 
 def draw_picture(height: int, width: int) -> NDArray[np.uint8]:

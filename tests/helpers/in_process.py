@@ -12,9 +12,9 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
+from helpers.composition import compose_quickly
 from semseg.build import build_data, build_module, build_trainer
 from semseg.checkpoints.network import build_network
-from semseg.config.compose import compose_config
 from semseg.config.schema import Config
 from semseg.config.validate import check_config
 from semseg.data.sources import DataSource
@@ -55,7 +55,7 @@ class TinyEncoder(Encoder):
 
 def configured(*words: str) -> Config:
     """The configuration of a command line."""
-    return check_config(compose_config(list(words)))
+    return check_config(compose_quickly(words))
 
 
 class PreparedRun:

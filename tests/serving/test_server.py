@@ -34,12 +34,11 @@ from starlette.types import Message
 from helpers.browser import needs_browser, run_in_browser
 from helpers.command_line import RUN, run
 from helpers.fork_server import ForkedProgram
+from helpers.in_process import configured
 from helpers.memory import resident
 from semseg.checkpoints.format import FORMAT_KEY, describe_network
 from semseg.checkpoints.network import build_network
-from semseg.config.compose import compose_config
 from semseg.config.schema import ServeConfig, config_to_plain
-from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError
@@ -325,7 +324,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `net.ckpt`, a network of three classes, and `photo.png`, 60 x 90 pixels."""
     folder = tmp_path_factory.mktemp("serve")
     words = ["data=scenes", "model/encoder=resnet18", "model.encoder.weights=none", "model/decoder=c1"]
-    config = check_config(compose_config([*words, "eval.scales=[64]", "data.max_long_edge=128"]))
+    config = configured(*words, "eval.scales=[64]", "data.max_long_edge=128")
     torch.manual_seed(0)
     net = build_network(config.model, 3)
     entry = {FORMAT_KEY: describe_network(config_to_plain(config), CLASSES, net.convention)}

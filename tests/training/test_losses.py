@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semseg.config.compose import compose_config
+from helpers.in_process import configured
 from semseg.config.schema import LossConfig, LossTermsConfig
-from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 from semseg.nets.interfaces import Logits
 from semseg.training.losses import LOSSES, build_class_weights, build_terms, cross_entropy, segmentation_loss
@@ -292,7 +291,7 @@ def test_class_weights_are_read_from_what_the_doctor_wrote(tmp_path: Path) -> No
 )
 def test_a_loss_that_makes_no_sense_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_config(compose_config(words))
+        configured(*words)
 
 
 # ---- terms that programs add
