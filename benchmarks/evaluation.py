@@ -3,12 +3,16 @@
     python benchmarks/evaluation.py                                           # UPerNet-50, 512 x 683, five scales, CPU
     python benchmarks/evaluation.py --model resnet18_dilated8_ppm_deepsup --scales 450
     python benchmarks/evaluation.py --images 4                                # the effect of eval.batch_size=4
+    python benchmarks/evaluation.py --reading 24 --scales 300 --threads 1     # reading beside the network
 
 The direct way is that of the 2018 code: the network with the operators of the published architecture, and for every
 scale the logits of all classes upsampled to the full size, softmax, and a sum of full-size maps. Ours uses the kernels
 of nets/cpu on the CPU and averages band by band. "Batched" is ours with all images as one batch per scale. All start
 from the scaled images and end with class indices, and they take turns. Printed are medians of wall time, of CPU time,
 and of the ratios.
+
+--reading N instead evaluates N generated JPEGs, read one after the other with the network, ahead of it in a thread (as
+with data.num_workers=0), and ahead in one and two workers: the time per image, and how long of that the network waited.
 """
 
 from __future__ import annotations
@@ -17,13 +21,21 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from loader import draw_images, list_records
 from torch import Tensor
 from training_step import NUM_CLASSES
 
+from semseg.data.batch import LABEL_TYPE
+from semseg.data.datasets import EvalDataset, ReadOptions
 from semseg.data.geometry import Size, stretched_size
+from semseg.data.label_map import LabelMap
+from semseg.data.loaders import WatchedLoader
 from semseg.evaluation.inference import batch_logits, merge_scales, scale_logits
 from semseg.nets.normalise import normalise
 from semseg.nets.registry import build_segmenter
@@ -47,11 +59,15 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--reading", type=int, metavar="N", help="evaluate N files")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {options}")
     torch.manual_seed(0)
     net = build_segmenter(*NETWORKS[options.model], NUM_CLASSES).eval().to(options.device)
+    if options.reading:
+        compare_reading(net, options)
+        return
     size = Size(options.height, options.width)
     images = [
         [
@@ -120,6 +136,63 @@ class Contest:
         self.net.has_cpu_kernels = True
         self.logits = batch_logits(self.net, self.images, self.net.convention)
         return self.merge()
+
+
+WAYS = {
+    "one after the other": {"num_workers": 0},
+    "ahead in a thread": {"num_workers": 0, "is_ahead": True},
+    "ahead in one worker": {"num_workers": 1},
+    "ahead in two workers": {"num_workers": 2},
+}
+
+
+def compare_reading(net: Segmenter, options: argparse.Namespace) -> None:
+    """Evaluate files in all WAYS of reading them, which take turns."""
+    with TemporaryDirectory() as folder:
+        records = list_records(draw_images(Path(folder), options.reading))
+        settings = ReadOptions(1000, net.size_divisor)
+        data = EvalDataset(
+            records, LabelMap(NUM_CLASSES, 1, [0]), settings, short_edges=options.scales, antialias=True,
+            label_type=LABEL_TYPE,
+        )  # fmt: skip
+        found: dict[str, list[ReadingTimes]] = {name: [] for name in WAYS}
+        for _ in range(options.rounds):
+            for name, way in WAYS.items():
+                found[name].append(measure_reading(net, data, way))
+    pixels = {one.correct_pixels for measured in found.values() for one in measured}
+    assert len(pixels) == 1, f"results differ: {pixels}"
+    print(ROW.format("ms per image, median", "all", "waiting"))
+    for name, measured in found.items():
+        whole, waiting = (statistics.median(one[index] for one in measured) for index in (0, 1))
+        print(ROW.format(name, f"{whole:.0f}", f"{waiting:.0f}"))
+
+
+class ReadingTimes(NamedTuple):
+    """Milliseconds per image after the first one, which waits for the workers to start."""
+
+    whole: float
+    waiting: float
+    correct_pixels: int  # of all images
+
+
+def measure_reading(net: Segmenter, data: EvalDataset, way: dict[str, Any]) -> ReadingTimes:
+    loader = WatchedLoader(data, lambda number: [data.records[number].image], 0, None, **way, batch_size=None)
+    device = next(net.parameters()).device
+    samples, waiting, correct = iter(loader), 0.0, 0
+    ready = next(samples)
+    start = time.perf_counter()
+    for number in range(len(data)):
+        label = ready.label.to(device, non_blocking=True).long()
+        logits = scale_logits(net, ready.scales, net.convention)
+        prediction = merge_scales(logits, (label.shape[0], label.shape[1])).ids
+        correct += int((prediction == label).sum())  # waits for the device
+        if number + 1 < len(data):
+            before = time.perf_counter()
+            ready = next(samples)
+            waiting += time.perf_counter() - before
+    seconds = time.perf_counter() - start
+    samples.close()  # pyright: ignore[reportAttributeAccessIssue] - a generator
+    return ReadingTimes(seconds / len(data) * 1e3, waiting / len(data) * 1e3, correct)
 
 
 def measure_seconds(action: Callable[[], object]) -> tuple[float, float]:

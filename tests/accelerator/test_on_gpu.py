@@ -18,7 +18,7 @@ from torch import Tensor
 from helpers.command_line import run_here
 from helpers.in_process import assert_equal, prepare_run
 from helpers.ranks import launch
-from semseg.data.batch import Batch
+from semseg.data.batch import LABEL_TYPE, Batch
 from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.lit_module import SegmentationModule
 from semseg.nets.normalise import normalise
@@ -196,10 +196,11 @@ def test_a_sub_batch_that_does_not_fit_is_named(
 
 
 @on_every_place
-def test_batches_are_pinned_where_there_is_a_gpu(root: Path, tmp_path: Path, place: Place) -> None:
+def test_batches_are_pinned_for_a_run_on_a_gpu(root: Path, tmp_path: Path, place: Place) -> None:
     run = prepare_run(root, tmp_path, *place.words, "data.num_workers=1")
     batch = next(iter(run.data.train_dataloader()))
-    assert batch.image.is_pinned() == torch.cuda.is_available()
+    assert batch.image.is_pinned() == batch.label.is_pinned() == place.is_gpu
+    assert batch.label.dtype == LABEL_TYPE
 
 
 @pytest.mark.slow

@@ -9,6 +9,9 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,6 +23,8 @@ from semseg.checkpoints.network import build_network
 from semseg.config.compose import list_options
 from semseg.config.load import load_config
 from semseg.config.schema import LossConfig
+from semseg.data.batch import LABEL_TYPE, Batch
+from semseg.datamodule import widen_labels
 from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.evaluation.metrics import confusion_counts
 from semseg.nets.interfaces import Logits
@@ -27,7 +32,11 @@ from semseg.nets.normalise import normalise
 from semseg.nets.registry import DECODERS, ENCODERS, build_decoder, build_encoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
 from semseg.training.callbacks.ema import list_values, update_average
+from semseg.training.callbacks.label_warnings import count_label_pixels
+from semseg.training.callbacks.nonfinite import NonFiniteGuard
+from semseg.training.callbacks.votes import Question, StepVote
 from semseg.training.losses import LOSSES, build_term, segmentation_loss
+from semseg.training.step_means import IntervalMean, LastSteps
 
 NUM_CLASSES = 150
 CANVAS = (128, 160)
@@ -152,6 +161,35 @@ def find_in_average() -> set[str]:
     return copies.found
 
 
+def find_in_callbacks() -> set[str]:
+    """Findings of what surrounds a step: wide labels, the guard with its vote, and the values that are logged."""
+    net = build_segmenter("resnet18", "c1", NUM_CLASSES)
+    weights = list(net.parameters())
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    module, trainer = nn.Module(), SimpleNamespace(global_step=0, world_size=1, global_rank=0)
+    module.net = net
+    module.device = torch.device(DEVICE)  # pyright: ignore[reportAttributeAccessIssue]
+    label = torch.zeros(2, 16, 20, dtype=LABEL_TYPE)
+    batch = Batch(torch.zeros(2, 3, 64, 80, dtype=torch.uint8), label, torch.zeros(2, 2).long(), ["a.jpg", "b.jpg"])
+    vote = StepVote()
+    vote.ask(Question(2, lambda: [0, 3], lambda step, sums: None))
+    guard = NonFiniteGuard(Path(), 1, "bf16-mixed", vote)
+    optimizer: Any = SimpleNamespace(param_groups=[{"lr": 0.1}], defaults={"fused": True})
+    mean = IntervalMean()
+    with HostCopies() as copies:
+        batch = widen_labels(batch)
+        guard.on_train_batch_start(trainer, module, batch, 0)  # pyright: ignore[reportArgumentType]
+        guard.on_before_backward(trainer, module, torch.zeros(()))  # pyright: ignore[reportArgumentType]
+        guard.on_before_optimizer_step(trainer, module, optimizer)  # pyright: ignore[reportArgumentType]
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        count_label_pixels(batch, NUM_CLASSES)
+        mean._sums = torch.zeros(3, dtype=torch.float64)  # as after the first step since a row of the log
+        mean.add(torch.zeros(2))
+        LastSteps().add(torch.zeros(2))
+    return copies.found
+
+
 def list_cases() -> dict[str, Callable[[], set[str]]]:
     cases: dict[str, Callable[[], set[str]]] = {}
     is_all = sys.argv[1:] == ["all"]
@@ -165,6 +203,7 @@ def list_cases() -> dict[str, Callable[[], set[str]]]:
     for name in LOSSES:
         cases[f"step of the loss {name}"] = lambda name=name: find_in_loss(name)
     cases["step of the moving average"] = find_in_average
+    cases["callbacks of a step"] = find_in_callbacks
     for name in sorted(ENCODERS.keys() - {"torchvision", "timm", "tiny"} - left_out):
         cases[f"decoders of {name}"] = lambda name=name: find_in_decoders(name)
     for name in MISTAKES:
