@@ -55,9 +55,9 @@ def step_on_cuda(build: Callable[[], Segmenter]) -> NumericTypes:
 def evaluation_on_cuda() -> NumericTypes:
     with cuda_autocast():
         net = build_segmenter(*NETWORKS["ppm"], NUM_CLASSES).eval()
-        scales = [torch.zeros(3, *CANVAS, dtype=torch.uint8) for _ in range(2)]
+        scales = [torch.zeros(3, *CANVAS, dtype=torch.uint8)]
         with NumericTypes() as types:
-            (logits,) = batch_logits(net, [scales], net.convention, flip=True, window=32)
+            (logits,) = batch_logits(net, [scales], net.convention, flip=True, window=64)
             merge_scales(logits, (50, 70))
     return types
 
