@@ -20,17 +20,17 @@ assert tiny_vit.default_cfgs  # registers the networks
 LONG = pytest.mark.long
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "decoder"),
     [
         ("tiny_dinov3", "linear"),
-        pytest.param("tiny_dinov3", "upernet_lite", marks=LONG),
-        pytest.param("tiny_dinov3", "segformer", marks=LONG),
-        pytest.param("tiny_dinov2", "linear", marks=LONG),
-        pytest.param("tiny_dinov2", "segformer", marks=LONG),
-        pytest.param("test_vit", "c1", marks=LONG),
-        pytest.param("test_convnext", "linear", marks=LONG),
+        ("tiny_dinov3", "upernet_lite"),
+        ("tiny_dinov3", "segformer"),
+        ("tiny_dinov2", "linear"),
+        ("tiny_dinov2", "segformer"),
+        ("test_vit", "c1"),
+        ("test_convnext", "linear"),
     ],
 )
 def test_a_vision_transformer_is_exported_for_all_sizes(name: str, decoder: str, tmp_path: Path) -> None:
@@ -47,6 +47,7 @@ def test_a_vision_transformer_is_exported_for_all_sizes(name: str, decoder: str,
         pytest.param("tiny_dinov3", "segformer", marks=LONG),
         pytest.param("tiny_dinov2", "linear", marks=LONG),
         pytest.param("test_vit", "c1", marks=LONG),
+        pytest.param("test_convnext", "linear", marks=LONG),
     ],
 )
 def test_torch_export_takes_a_vision_transformer_for_all_sizes(name: str, decoder: str, tmp_path: Path) -> None:

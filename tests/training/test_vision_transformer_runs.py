@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.reliability
 def test_a6_a_resumed_run_of_a_vision_transformer_equals_one_that_never_stopped(folder: Path) -> None:
     whole = torch.load(folder / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
-    resumed = fit(run_of(folder, "resumed"), resume=folder / "whole" / "checkpoints" / "step_00000003.ckpt")
+    resumed = fit(run_of(folder, "resumed"), resume=folder / "whole" / "checkpoints" / "step_00000004.ckpt")
     for entry in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert_equal(resumed[entry], whole[entry], entry)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from abc import abstractmethod
 
@@ -57,7 +56,7 @@ class LibraryEncoder(Encoder):
             image = F.pad(image, (0, right, 0, below))
         maps = [self.convert_map(features) for features in self.compute_library_maps(image)]
         return [
-            features[..., : math.ceil(height / stride), : math.ceil(width / stride)]
+            features[..., : -(-height // stride), : -(-width // stride)]
             for features, stride in zip(maps, self.strides, strict=True)
         ]
 

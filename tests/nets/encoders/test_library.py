@@ -243,7 +243,8 @@ def test_preprocessing_is_that_of_the_training_of_the_weights() -> None:
     ],
 )
 def test_the_published_weights_are_known(library: str, name: str, url: str, digest: str) -> None:
-    assert meta_encoder(library, name).weights_file == (url, digest)
+    file = meta_encoder(library, name).weights_file
+    assert file is not None and (file.url, file.digest) == (url, digest)
 
 
 def test_one_image_whose_deepest_map_is_one_pixel_trains() -> None:
