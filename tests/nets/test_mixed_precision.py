@@ -15,7 +15,7 @@ from helpers.fork_server import run_python
 
 PROGRAM = Path(__file__).with_name("numeric_program.py")
 HALF, SINGLE = "bfloat16", "float32"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.reliability]
 
 
 class Operation(NamedTuple):
@@ -52,7 +52,7 @@ def types_of(operations: list[Operation], *names: str) -> set[tuple[str, str]]:
     return {(one.arguments, one.results) for one in operations if one.name in names}
 
 
-def test_a_network_multiplies_in_half_precision_and_interpolates_pools_and_scores_in_float32(cases: Cases) -> None:
+def test_d12_a_network_multiplies_in_half_precision_and_interpolates_pools_and_scores_in_float32(cases: Cases) -> None:
     for name in ("upernet", "ppm", "c1"):
         step = cases[f"step of {name}"]
         assert types_of(step, "convolution") == {(HALF, HALF)}
@@ -69,7 +69,7 @@ def test_maps_are_concatenated_in_the_type_in_which_they_are_convolved(cases: Ca
     assert types_of(joined, "cat") == {(HALF, HALF)}
 
 
-def test_the_factored_way_interpolates_and_adds_up_in_float32(cases: Cases) -> None:
+def test_d12_the_factored_way_interpolates_and_adds_up_in_float32(cases: Cases) -> None:
     step = [one for one in cases["step of upernet, factored"] if one.where.startswith("nets/upsampled_conv.py")]
     functions = ("mix_channels", "interpolation_matrices", "add_products")
     inner = [one for one in step if one.where.endswith(functions)]
@@ -79,12 +79,12 @@ def test_the_factored_way_interpolates_and_adds_up_in_float32(cases: Cases) -> N
     assert types_of(finest, "convolution") == {(HALF, HALF)}
 
 
-def test_losses_see_logits_in_float32_only(cases: Cases) -> None:
+def test_d12_losses_see_logits_in_float32_only(cases: Cases) -> None:
     in_half = [one for one in select(cases, "loss") if HALF in (one.arguments, one.results)]
     assert set(in_half) == {Operation("_to_copy", HALF, SINGLE, "training/losses.py:_resize_to_label")}
 
 
-def test_scales_are_merged_in_float32(cases: Cases) -> None:
+def test_d12_scales_are_merged_in_float32(cases: Cases) -> None:
     merging = [one for one in cases["evaluation"] if one.where.startswith("evaluation/")]
     in_half = [one for one in merging if HALF in (one.arguments, one.results)]
     assert in_half == [Operation("_to_copy", HALF, SINGLE, "evaluation/inference.py:to_full_precision")]
@@ -92,11 +92,11 @@ def test_scales_are_merged_in_float32(cases: Cases) -> None:
     assert types_of(cases["evaluation"], "convolution") == {(HALF, HALF)}
 
 
-def test_the_moving_average_is_float32(cases: Cases) -> None:
+def test_d12_the_moving_average_is_float32(cases: Cases) -> None:
     assert {one.results for one in cases["moving average"]} <= {SINGLE, ""}
 
 
-def test_the_backward_pass_has_the_types_of_the_forward_pass(cases: Cases) -> None:
+def test_d12_the_backward_pass_has_the_types_of_the_forward_pass(cases: Cases) -> None:
     """Weights, gradients and statistics are float32: the program asserts it."""
     for name in ("upernet", "upernet, factored"):
         step, both = cases[f"step of {name}"], cases[f"backward of {name}"]
@@ -111,7 +111,7 @@ def test_the_backward_pass_has_the_types_of_the_forward_pass(cases: Cases) -> No
         assert types_of(backward, "native_batch_norm_backward") == {(f"{HALF} {SINGLE}", f"{HALF} {SINGLE}")}
 
 
-def test_synchronised_statistics_are_float32(cases: Cases) -> None:
+def test_d12_synchronised_statistics_are_float32(cases: Cases) -> None:
     layers = [one for one in cases["backward of ppm, published statistics"] if one.where.startswith("syncbn/")]
     assert types_of(layers, "var_mean", "sum", "lerp_") == {(SINGLE, SINGLE)}
     assert {one.results for one in layers if one.where.endswith(("_update_running", "_centre_and_scale"))} <= {
@@ -121,7 +121,7 @@ def test_synchronised_statistics_are_float32(cases: Cases) -> None:
 
 
 @pytest.mark.long
-def test_every_ready_network_keeps_these_rules(tmp_path: Path) -> None:
+def test_d12_every_ready_network_keeps_these_rules(tmp_path: Path) -> None:
     for name, step in run_program(tmp_path, "all").items():
         if not name.startswith("step of model"):
             continue

@@ -119,7 +119,7 @@ def test_the_first_layer_that_goes_wrong_is_named() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("clip", ["null", "0.1"])
-def test_steps_that_overflow_in_half_precision_are_skipped_and_counted_also_with_clipping(
+def test_d12_steps_that_overflow_in_half_precision_are_skipped_and_counted_also_with_clipping(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     states = spoil_steps(monkeypatch, set())
