@@ -106,10 +106,12 @@ def build_ours(model: str) -> Segmenter:
     return build_segmenter(encoder, decoder, NUM_CLASSES).train()
 
 
-def segmentation_models_pytorch(options: argparse.Namespace, *, compiled: bool = False) -> Step:
+def segmentation_models_pytorch(options: argparse.Namespace, *, compiled: bool = False, small: bool = False) -> Step:
+    """UPerNet; `small` is for testing programs."""
     import segmentation_models_pytorch as smp
 
-    net = smp.UPerNet("resnet50", encoder_weights=None, decoder_channels=512, classes=NUM_CLASSES).train()
+    encoder, width = ("resnet18", 16) if small else ("resnet50", 512)
+    net = smp.UPerNet(encoder, encoder_weights=None, decoder_channels=width, classes=NUM_CLASSES).train()
     image, label = make_batch(options, 1)
     net = net.to(options.device)
     if compiled:
@@ -117,13 +119,15 @@ def segmentation_models_pytorch(options: argparse.Namespace, *, compiled: bool =
     return training_step(net, lambda: F.cross_entropy(net(image), label, ignore_index=-1), options)
 
 
-def transformers(options: argparse.Namespace, *, compiled: bool = False) -> Step:
+def transformers(options: argparse.Namespace, *, compiled: bool = False, small: bool = False) -> Step:
+    """UPerNet; `small` is for testing programs."""
     from transformers import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
 
     stages = ["stage1", "stage2", "stage3", "stage4"]
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]} if small else {}
     config = UperNetConfig(
-        backbone_config=ResNetConfig(out_features=stages),
-        hidden_size=512,
+        backbone_config=ResNetConfig(out_features=stages, **sizes),
+        hidden_size=16 if small else 512,
         num_labels=NUM_CLASSES,
         use_auxiliary_head=False,  # ours has none
         loss_ignore_index=-1,
