@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import onnx
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -23,6 +25,7 @@ from semseg.checkpoints.format import Graph, first_line
 from semseg.data.geometry import Size
 from semseg.errors import ExportError
 from semseg.export.onnx_runtime import INPUT_NAME, METADATA_KEY, OUTPUT_NAME, RAW_PIXELS, GraphEncoder
+from semseg.nets.blocks import grid_means
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.normalise import normalise
 
@@ -66,7 +69,7 @@ def write_onnx(path: Path, net: SegmentationNetwork, entry: dict[str, Any]) -> D
     """
     refuse_unexportable(net)
     image, dynamic_shapes = build_example(net)
-    with silence_exporters(), raise_export_errors("ONNX"):
+    with silence_exporters(), raise_export_errors("ONNX"), pool_by_products():
         program = torch.onnx.export(
             PixelNetwork(net).eval(),
             (image,),
@@ -105,7 +108,7 @@ def write_torch_export(path: Path, net: SegmentationNetwork, entry: dict[str, An
     """Write `net` for torch.export.load, with `entry` as the extra file METADATA_KEY.json; see `write_onnx`."""
     refuse_unexportable(net)
     image, dynamic_shapes = build_example(net)
-    with silence_exporters(), raise_export_errors("torch.export"):
+    with silence_exporters(), raise_export_errors("torch.export"), pool_by_products():
         program = torch.export.export(PixelNetwork(net).eval(), (image,), dynamic_shapes=dynamic_shapes)
         remove_stack_traces(program)
         with path.open("wb") as file:
@@ -186,6 +189,24 @@ def raise_export_errors(goal: str) -> Iterator[None]:
         # torch.onnx wraps the cause in a page of advice.
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise ExportError(f"this network cannot be exported to {goal}: {first_line(cause)}.") from error
+
+
+@contextmanager
+def pool_by_products() -> Iterator[None]:
+    """While a network is traced, pooling to a fixed grid is two products of matrices, which any size of image has.
+
+    Exporters write adaptive pooling for the traced size: the file computes other numbers at other sizes, or fails.
+    """
+    pool = F.adaptive_avg_pool2d
+
+    def pool_to_grid(features: Tensor, output_size: Any) -> Tensor:
+        height, width = output_size if isinstance(output_size, list | tuple) else (output_size, output_size)
+        if height != width or height in (1, None):  # a mean, which exporters write for every size
+            return pool(features, output_size)
+        return grid_means(features, height)
+
+    with mock.patch.object(F, "adaptive_avg_pool2d", pool_to_grid):
+        yield
 
 
 @contextmanager

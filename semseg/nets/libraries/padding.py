@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,5 +16,5 @@ def pad_image(image: Tensor, divisor: int, min_size: int = 1) -> Tensor:
 
 def crop_logits(logits: Tensor, image: Tensor, stride: int) -> Tensor:
     """The logits (N, K, h, w) of a padded image without those of its padding; `image` is the one before."""
-    height, width = (math.ceil(length / stride) for length in image.shape[-2:])
+    height, width = (-(-length // stride) for length in image.shape[-2:])  # rounded up, as exporters understand it
     return logits[..., :height, :width]

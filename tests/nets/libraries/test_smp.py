@@ -22,7 +22,8 @@ from helpers.local_server import local_server
 from semseg.checkpoints.network import build_network, fetch_imagenet_weights
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import DownloadConfig, ModelConfig, OptimConfig
-from semseg.errors import CheckpointError, ConfigError, DownloadError
+from semseg.errors import CheckpointError, ConfigError, DownloadError, ExportError
+from semseg.export.onnx import Deviation, write_onnx, write_torch_export
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.libraries.smp import ARCHITECTURES, SmpNetwork, read_description
 from semseg.training.losses import segmentation_loss
@@ -260,3 +261,30 @@ def test_without_smp_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delitem(sys.modules, "semseg.nets.libraries.smp")
     with pytest.raises(ConfigError, match="model=smp needs segmentation-models-pytorch: pip install"):
         build_network(configure(), 3)
+
+
+# ---- export
+
+
+def export(arch: str, path: Path) -> Deviation:
+    """Write a network and compare it with the file at five sizes; the caller sees what deviates."""
+    net = shared_network(arch)
+    return (write_onnx if path.suffix == ".onnx" else write_torch_export)(path, net, {})
+
+
+@pytest.mark.slow
+def test_pooling_to_a_grid_is_exported_for_every_size(tmp_path: Path) -> None:
+    deviation = export("pspnet", tmp_path / "net.onnx")  # exporters alone give wrong numbers at other sizes
+    assert deviation.largest < 1e-5 * deviation.scale
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_is_exported_for_every_size(arch: str, suffix: str, tmp_path: Path) -> None:
+    if (arch, suffix) == ("pan", ".pt2"):
+        with pytest.raises(ExportError, match="this network cannot be exported to"):
+            export(arch, tmp_path / f"net{suffix}")
+        return
+    deviation = export(arch, tmp_path / f"net{suffix}")
+    assert deviation.largest < 1e-5 * deviation.scale
