@@ -197,7 +197,7 @@ def pool_by_products() -> Iterator[None]:
 
     Exporters write adaptive pooling for the traced size: the file computes other numbers at other sizes, or fails.
     """
-    pool = F.adaptive_avg_pool2d
+    pool: Any = F.adaptive_avg_pool2d
 
     def pool_to_grid(features: Tensor, output_size: Any) -> Tensor:
         height, width = output_size if isinstance(output_size, list | tuple) else (output_size, output_size)
