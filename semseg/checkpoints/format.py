@@ -26,6 +26,7 @@ from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import Config, config_to_plain
 from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
+from semseg.data.geometry import Size
 from semseg.data.sources import make_label_map
 from semseg.errors import CheckpointError, ConfigError
 from semseg.storage.atomic import atomic_write
@@ -55,6 +56,7 @@ class Graph(NamedTuple):
     model: bytes  # an ONNX file, checked
     size_divisor: int
     label_stride: int
+    image_size: Size | None = None  # the only one that it takes
 
 
 class SavedNetwork(NamedTuple):

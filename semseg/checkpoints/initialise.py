@@ -160,7 +160,10 @@ def initialise_from(net: SegmentationNetwork, saved: SavedNetwork) -> LoadReport
         name
         for name, value in found.items()
         if name in expected
-        and differs_only_in_classes(value, saved.classes.num_classes, expected[name], net.num_classes)
+        and any(
+            differs_only_in_classes(value, saved.classes.num_classes + void, expected[name], net.num_classes + void)
+            for void in {0, net.num_void_classes}
+        )
     ]
     skipped = [name for name in found if name not in expected and is_auxiliary(name)]
     missing = [name for name in expected if name not in found and is_auxiliary(name) and not is_counter(name)]
@@ -180,7 +183,7 @@ def initialise_from(net: SegmentationNetwork, saved: SavedNetwork) -> LoadReport
 
 def is_auxiliary(name: str) -> bool:
     """Whether a weight belongs to the head of deep supervision."""
-    return name.startswith("decoder.") and "_deepsup." in name
+    return (name.startswith("decoder.") and "_deepsup." in name) or name.startswith("model.auxiliary_head.")
 
 
 def differs_only_in_classes(found: Tensor, found_classes: int, expected: Tensor, expected_classes: int) -> bool:

@@ -69,7 +69,7 @@ def write_onnx(path: Path, net: SegmentationNetwork, entry: dict[str, Any]) -> D
     """
     refuse_unexportable(net)
     image, dynamic_shapes = build_example(net)
-    with silence_exporters(), raise_export_errors("ONNX"), pool_by_products():
+    with silence_exporters(), raise_export_errors("ONNX"), net.as_graph(), pool_by_products():
         program = torch.onnx.export(
             PixelNetwork(net).eval(),
             (image,),
@@ -86,7 +86,7 @@ def write_onnx(path: Path, net: SegmentationNetwork, entry: dict[str, Any]) -> D
 
 def load_onnx(path: Path, net: SegmentationNetwork) -> Callable[[Tensor], Tensor]:
     """The ONNX file of `net` as a function of pixels."""
-    graph = Graph(path.read_bytes(), net.size_divisor, net.label_stride)
+    graph = Graph(path.read_bytes(), net.size_divisor, net.label_stride, net.image_size)
     encoder = GraphEncoder(str(path), graph, net.num_classes, RAW_PIXELS)
     return lambda image: encoder(image)[0]
 
@@ -99,7 +99,8 @@ def add_metadata(model: onnx.ModelProto, entry: dict[str, Any]) -> onnx.ModelPro
     for value, height, width in ((model.graph.input[0], "H", "W"), (model.graph.output[0], "h", "w")):
         shape = value.type.tensor_type.shape
         for dimension, name in ((0, "N"), (2, height), (3, width)):
-            shape.dim[dimension].dim_param = name
+            if not shape.dim[dimension].dim_value:  # a network of one size has fixed ones
+                shape.dim[dimension].dim_param = name
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(entry)})
     return model
 
@@ -108,7 +109,7 @@ def write_torch_export(path: Path, net: SegmentationNetwork, entry: dict[str, An
     """Write `net` for torch.export.load, with `entry` as the extra file METADATA_KEY.json; see `write_onnx`."""
     refuse_unexportable(net)
     image, dynamic_shapes = build_example(net)
-    with silence_exporters(), raise_export_errors("torch.export"), pool_by_products():
+    with silence_exporters(), raise_export_errors("torch.export"), net.as_graph(), pool_by_products():
         program = torch.export.export(PixelNetwork(net).eval(), (image,), dynamic_shapes=dynamic_shapes)
         remove_stack_traces(program)
         with path.open("wb") as file:
@@ -138,8 +139,10 @@ def refuse_unexportable(net: SegmentationNetwork) -> None:
 
 
 def build_example(net: SegmentationNetwork) -> tuple[Tensor, tuple[dict[int, Any], ...]]:
-    """An image to trace, and its dynamic sizes: N, and multiples of size_divisor for H and W."""
+    """An image to trace, and its dynamic sizes: N, and unless the network takes one size, multiples of size_divisor."""
     divisor = net.size_divisor
+    if net.image_size is not None:
+        return torch.zeros(2, 3, *net.image_size), ({0: Dim("N")},)
     image = torch.zeros(2, 3, divisor * TRACED_SIZE.height, divisor * TRACED_SIZE.width)
     return image, ({0: Dim("N"), 2: divisor * Dim("H"), 3: divisor * Dim("W")},)
 
@@ -160,7 +163,7 @@ def compare_with_network(
     reference, generator = PixelNetwork(net), torch.Generator().manual_seed(0)
     largest, scale = 0.0, 0.0
     for count, height, width in sizes:
-        size = (count, 3, net.size_divisor * height, net.size_divisor * width)
+        size = (count, 3, *(net.image_size or (net.size_divisor * height, net.size_divisor * width)))
         image = torch.randint(0, 256, size, generator=generator).float()
         expected = reference(image)
         with raise_export_errors(f"a file with the same results at {tuple(size)}"):
@@ -185,6 +188,8 @@ def raise_export_errors(goal: str) -> Iterator[None]:
     """
     try:
         yield
+    except ExportError:
+        raise
     except Exception as error:
         # torch.onnx wraps the cause in a page of advice.
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error

@@ -30,6 +30,7 @@ from semseg.checkpoints.format import (
 )
 from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import config_to_plain
+from semseg.data.geometry import Size
 from semseg.data.sources import make_label_map
 from semseg.errors import CheckpointError, SemsegError
 from semseg.nets.interfaces import Decoder, Encoder, Logits, SegmentationNetwork
@@ -68,13 +69,21 @@ def build_description(saved: SavedNetwork, net: SegmentationNetwork, quantized: 
         "step": saved.step,
         "size_divisor": net.size_divisor,
         "label_stride": net.label_stride,
+        "image_size": None if net.image_size is None else list(net.image_size),
         "label_ids": ids.class_ids,
         "ignored_ids": ids.ignored_ids,
         "preprocessing": picture_rule(saved, net).as_plain(),
         "quantized": quantized,
-        "input": f"{INPUT_NAME}: float32 (N, 3, H, W), RGB, 0..255; H and W multiples of {net.size_divisor}",
+        "input": f"{INPUT_NAME}: float32 (N, 3, H, W), RGB, 0..255; H and W {describe_sides(net)}",
         "output": f"{OUTPUT_NAME}: float32 (N, {net.num_classes}, H / {net.label_stride}, W / {net.label_stride})",
     }
+
+
+def describe_sides(net: SegmentationNetwork) -> str:
+    """What the sides of an image must be."""
+    if net.image_size is not None:
+        return f"are {net.image_size.height} and {net.image_size.width}"
+    return f"multiples of {net.size_divisor}"
 
 
 class PictureRule(NamedTuple):
@@ -139,7 +148,13 @@ def read_exported(path: Path) -> SavedNetwork:
     metadata = {item.key: item.value for item in model.metadata_props}
     try:
         entry = json.loads(metadata[METADATA_KEY])
-        graph = Graph(content, int(entry["size_divisor"]), int(entry["label_stride"]))
+        size = entry.get("image_size")
+        graph = Graph(
+            content,
+            int(entry["size_divisor"]),
+            int(entry["label_stride"]),
+            None if size is None else Size(int(size[0]), int(size[1])),
+        )
         saved = network_from_entry(path, entry, {}, entry["epoch"], entry["step"])
     except SemsegError:
         raise
@@ -226,7 +241,9 @@ def read_weights(model: onnx.ModelProto, path: Path) -> dict[str, Tensor]:
 def build_graph_network(saved: SavedNetwork, graph: Graph) -> Segmenter:
     """A network in eval mode whose encoder is the whole graph and whose decoder returns the graph's output."""
     encoder = GraphEncoder(saved.source, graph, saved.classes.num_classes, saved.convention)
-    return Segmenter(encoder, GraphDecoder(), saved.classes.num_classes).eval()
+    net = Segmenter(encoder, GraphDecoder(), saved.classes.num_classes).eval()
+    net.image_size = graph.image_size
+    return net
 
 
 class GraphEncoder(Encoder):

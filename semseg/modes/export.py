@@ -11,10 +11,10 @@ from torch import Tensor
 
 from semseg.build import open_network, require_export_extra, restore_network
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
-from semseg.config.schema import EXPORT_SUFFIXES, Config, EvalConfig
+from semseg.config.schema import EXPORT_SUFFIXES, Config, EvalConfig, ExportConfig
 from semseg.data.datasets import EvalDataset, ReadOptions
 from semseg.data.sources import DataSource
-from semseg.errors import DataError
+from semseg.errors import DataError, ExportError
 from semseg.evaluation.metrics import Scores
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.storage.atomic import atomic_write
@@ -41,11 +41,13 @@ def run(config: Config, overrides: list[str]) -> None:
     net = restore_network(saved)
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     options = config.export
+    check_one_size(net, options)
     with atomic_write(output) as temporary:
         write = EXPORT_WRITERS[EXPORT_SUFFIXES[output.suffix]]
         deviation = write(temporary, net, build_description(saved, net, options.quantize))
+        compared = "5 sizes" if net.image_size is None else "its one size"
         print(
-            f"compared at 5 sizes: the largest difference is {deviation.largest:.2g}, "
+            f"compared at {compared}: the largest difference is {deviation.largest:.2g}, "
             f"the largest logit {deviation.scale:.2g}"
         )
         if options.quantize != "none":
@@ -62,6 +64,23 @@ def run(config: Config, overrides: list[str]) -> None:
         size = temporary.stat().st_size
     print(f"written {output} ({size / 1e6:.1f} MB)")
     print(describe_use(output, takes_pictures=options.preprocessing))
+
+
+def check_one_size(net: SegmentationNetwork, options: ExportConfig) -> None:
+    """Refuse what needs images of any size, if the network takes only one.
+
+    Raises:
+        ExportError: with the key.
+    """
+    for key, is_given in (
+        ("preprocessing=true", options.preprocessing),
+        ("quantize=static", options.quantize == "static"),
+    ):
+        if net.image_size is not None and is_given:
+            raise ExportError(
+                f"export.{key}: not for this network, which takes images of {net.image_size.height} x "
+                f"{net.image_size.width} pixels only. Leave it out: mode=predict goes by windows."
+            )
 
 
 def describe_use(output: Path, *, takes_pictures: bool) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ class SegmentationNetwork(nn.Module, ABC):
         label_stride: pixels of the image per position of the main logits; divides size_divisor.
         min_size: smaller images are padded to it, by the network.
         image_size: the only size that the network takes, a square; None: any.
+        num_void_classes: further outputs of the classifier, for what is none of the classes.
         has_own_loss: whether it trains with `compute_own_loss`, so that the keys of `loss` have no effect.
         revision: the commit of the hub that its files are of; saved as model.revision.
         weights_file: ImageNet weights of its backbone; None if the user has to provide a file.
@@ -84,6 +86,7 @@ class SegmentationNetwork(nn.Module, ABC):
     label_stride: int
     min_size: int = 1
     image_size: Size | None = None
+    num_void_classes: int = 0
     has_own_loss: bool = False
     revision: str | None = None
     weights_file: WeightsFile | None = None
@@ -124,6 +127,10 @@ class SegmentationNetwork(nn.Module, ABC):
 
     def adopt_description(self, weights: Path) -> None:
         """Told from which file `backbone` was loaded, for networks that find their preprocessing beside it."""
+
+    def as_graph(self) -> AbstractContextManager[None]:
+        """Within it, the network computes with operators that exporters can follow, the same numbers up to rounding."""
+        return nullcontext()
 
     def set_progress(self, step: int, total_steps: int) -> None:
         """Told before every training step which one it is, for what a network changes over a run."""

@@ -78,7 +78,7 @@ def create_config(family: str) -> Any:
             base_attn_unit_dims=[16, 16, 16],
         ),
         "maskformer": lambda: transformers.MaskFormerConfig(
-            backbone_config=swin(transformers), fpn_feature_size=32, mask_feature_size=32, use_auxiliary_loss=True,
+            backbone_config=swin(transformers), fpn_feature_size=64, mask_feature_size=32, use_auxiliary_loss=True,
             decoder_config=transformers.DetrConfig(
                 d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
                 encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=6,
@@ -112,6 +112,9 @@ def fit_statistics(model: Any) -> None:
         model.train()(torch.randn(2, 3, 64, 64))
     for layer, momentum in zip(norms, momenta, strict=True):
         layer.momentum = momentum
+
+
+SIZES = ["data.short_edges=[64]", "data.max_long_edge=96", "eval.scales=[64]"]
 
 
 def save_network(family: str, folder: Path, processor: dict[str, Any] | None = None) -> Path:

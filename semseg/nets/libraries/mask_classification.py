@@ -9,7 +9,7 @@ networks: a softmax gives the scores divided by their sum.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semseg.data.label_map import IGNORED
+from semseg.errors import ConfigError
 from semseg.nets.interfaces import Logits
 from semseg.nets.libraries.transformers import IMAGENET, Family, TransformersNetwork
 
@@ -65,6 +66,7 @@ def find_eomt_strides(config: Any) -> tuple[int, int]:
     return config.patch_size, config.patch_size // 2**config.num_upscale_blocks
 
 
+DEFORMABLE = "because the reference points of its deformable attention are computed while it is traced"
 MASK_CLASSIFIERS = ("class_predictor.",)
 ENCODER = ("model.pixel_level_module.encoder",)
 EOMT_BACKBONE = ("embeddings", "layers", "layernorm")
@@ -73,7 +75,13 @@ MASK_FAMILIES: dict[str, Family] = {
         "MaskFormerForInstanceSegmentation", ENCODER, MASK_CLASSIFIERS, IMAGENET, run_masks, find_mask_strides
     ),
     "mask2former": Family(
-        "Mask2FormerForUniversalSegmentation", ENCODER, MASK_CLASSIFIERS, IMAGENET, run_masks, find_mask_strides
+        "Mask2FormerForUniversalSegmentation",
+        ENCODER,
+        MASK_CLASSIFIERS,
+        IMAGENET,
+        run_masks,
+        find_mask_strides,
+        frozen_graph=DEFORMABLE,
     ),
     "oneformer": Family(
         "OneFormerForUniversalSegmentation",
@@ -82,6 +90,7 @@ MASK_FAMILIES: dict[str, Family] = {
         IMAGENET,
         run_oneformer,
         find_mask_strides,
+        frozen_graph=DEFORMABLE,
     ),
     "eomt": Family(
         "EomtForUniversalSegmentation",
@@ -123,7 +132,7 @@ class MaskClassifier(TransformersNetwork):
 
     @property
     def is_eomt(self) -> bool:
-        return PROBS in self.model._buffers
+        return self.model.config.model_type in ("eomt", "eomt_dinov3")
 
     def forward(self, image: Tensor) -> Logits:
         """(N, 3, H, W) normalised -> the logarithms of the scores as main logits, without auxiliary ones."""
@@ -142,7 +151,15 @@ class MaskClassifier(TransformersNetwork):
         Args:
             image: (N, 3, H, W) normalised.
             label: (N, h, w) int64, -1 = ignored, at the stride of the masks; another one is sampled.
+
+        Raises:
+            ConfigError: for weights of another type than float32, with which the library's loss cannot compute.
         """
+        if image.dtype != torch.float32:
+            raise ConfigError(
+                f"trainer.precision: the loss of {self.family.class_name} needs weights in float32, not "
+                f"{str(image.dtype).removeprefix('torch.')}. Use bf16-mixed or 32-true."
+            )
         self.check_size(image)
         image = self.pad(image)
         self._set_grid(image)
@@ -172,17 +189,28 @@ class MaskClassifier(TransformersNetwork):
     @contextmanager
     def fix_masks(self) -> Iterator[None]:
         """Within it, the shares of masked attention are numbers, 0 or 1: nothing is random, and no graph reads them."""
-        buffers = self.model._buffers
-        shares = buffers[PROBS]
-        if not isinstance(shares, Tensor):  # inside another call
+        model = self.model
+        shares = model._buffers.pop(PROBS, None)
+        if shares is None:  # inside another call
             yield
             return
         rounded = [1.0] * len(shares) if shares.is_meta else [float(share >= 0.5) for share in shares.tolist()]
-        buffers[PROBS] = rounded
+        model.__dict__[PROBS] = rounded  # not a buffer, whose values an exported graph would depend on
         try:
             yield
         finally:
-            buffers[PROBS] = shares
+            del model.__dict__[PROBS]
+            model._buffers[PROBS] = shares
+
+    @contextmanager
+    def as_graph(self) -> Iterator[None]:
+        """As TransformersNetwork.as_graph, with masked attention decided before."""
+        if not self.is_eomt:
+            with super().as_graph():
+                yield
+            return
+        with super().as_graph(), self.fix_masks():
+            yield
 
     @contextmanager
     def _replace_ignored(self, index: Tensor) -> Iterator[None]:
@@ -191,11 +219,10 @@ class MaskClassifier(TransformersNetwork):
         def replace(criterion: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             call = inspect.signature(criterion.forward).bind(*args, **kwargs)
             given = call.arguments
-            given["masks_queries_logits"] = take(given["masks_queries_logits"], index)
+            given.update(prepare_for_loss(given, index))
             if given.get("auxiliary_predictions"):
                 given["auxiliary_predictions"] = [
-                    {**one, "masks_queries_logits": take(one["masks_queries_logits"], index)}
-                    for one in given["auxiliary_predictions"]
+                    {**one, **prepare_for_loss(one, index)} for one in given["auxiliary_predictions"]
                 ]
             return call.args, call.kwargs
 
@@ -231,6 +258,14 @@ def find_replacements(label: Tensor) -> Tensor:
             chosen = torch.linspace(0, len(scored) - 1, len(ignored), dtype=torch.float64, device=label.device)
             places[ignored] = scored[chosen.long()]
     return index
+
+
+def prepare_for_loss(logits: Mapping[str, Any], index: Tensor) -> dict[str, Tensor]:
+    """The logits of masks at the places `index`, and those of classes, in float32 whatever the autocast says."""
+    return {
+        "masks_queries_logits": take(logits["masks_queries_logits"].float(), index),
+        "class_queries_logits": logits["class_queries_logits"].float(),
+    }
 
 
 def take(masks: Tensor, index: Tensor) -> Tensor:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,6 +56,7 @@ class Family(NamedTuple):
     find_strides: Callable[[Any], tuple[int, int]]  # configuration -> size_divisor, label_stride
     has_one_size: bool = False  # it takes images of config.image_size only
     needs_multiples: bool = False  # it loses what is beyond the last whole patch
+    frozen_graph: str = ""  # why an exported graph would be right at one size only; empty: it is right at all
 
 
 class NetworkDescription(NamedTuple):
@@ -152,6 +156,11 @@ def find_dpt_strides(config: Any) -> tuple[int, int]:
     return config.patch_size, int(label_stride)
 
 
+def find_beit_strides(config: Any) -> tuple[int, int]:
+    """The coarsest map has half the resolution of the grid of patches."""
+    return 2 * config.patch_size, config.patch_size // 4
+
+
 def find_patch_strides(config: Any) -> tuple[int, int]:
     """Two transposed convolutions refine the grid of patches."""
     return config.patch_size, config.patch_size // 4
@@ -196,7 +205,7 @@ FAMILIES: dict[str, Family] = {
         BEIT_CLASSIFIERS,
         HALF,
         run_beit,
-        find_patch_strides,
+        find_beit_strides,
         needs_multiples=True,
     ),
     "data2vec-vision": Family(
@@ -207,6 +216,7 @@ FAMILIES: dict[str, Family] = {
         run_data2vec,
         find_patch_strides,
         has_one_size=True,
+        frozen_graph="and for one number of images: both are computed while it is traced",
     ),
     "mobilenet_v2": Family(
         "MobileNetV2ForSemanticSegmentation",
@@ -217,7 +227,13 @@ FAMILIES: dict[str, Family] = {
         find_mobile_strides,
     ),
     "mobilevit": Family(
-        "MobileViTForSemanticSegmentation", ("mobilevit",), MOBILE_CLASSIFIERS, BGR, run_plain, find_mobile_strides
+        "MobileViTForSemanticSegmentation",
+        ("mobilevit",),
+        MOBILE_CLASSIFIERS,
+        BGR,
+        run_plain,
+        find_mobile_strides,
+        frozen_graph="because its patches are counted while it is traced",
     ),
     "mobilevitv2": Family(
         "MobileViTV2ForSemanticSegmentation",
@@ -253,6 +269,11 @@ class TransformersNetwork(SegmentationNetwork):
         self.size_divisor, self.label_stride = family.find_strides(config)
         self.model = build_library_model(family, config)
         self.library_config = plain_config(config)
+        if family.frozen_graph:
+            self.export_problem = (
+                f"{family.class_name}: its graph would be right for one size of images only, {family.frozen_graph}. So "
+                "it is not exported."
+            )
         self.description: NetworkDescription | None = None  # of the files that it was built from
         if family.has_one_size:
             self.image_size = Size(*read_sides(config.image_size))
@@ -282,6 +303,20 @@ class TransformersNetwork(SegmentationNetwork):
             main=logits.main[..., : -(-height // self.label_stride), : -(-width // self.label_stride)]
         )
 
+    @contextmanager
+    def as_graph(self) -> Iterator[None]:
+        """Within it, attention is written out: exporters fix the sizes of windows and positions in its kernels."""
+        model, is_training = self.model, self.model.training
+        # A copy that is built so: some modules choose their attention only once.
+        config = deepcopy(model.config)
+        written_out = build_library_model(self.family, config, attention="eager")
+        written_out.load_state_dict(model.state_dict())
+        self.model = written_out.to(next(model.parameters()).device).train(is_training)
+        try:
+            yield
+        finally:
+            self.model = model
+
     def check_size(self, image: Tensor) -> None:
         """Raises a ConfigError if the network takes images of one size only, and this is another one."""
         if self.image_size is not None and tuple(image.shape[-2:]) != self.image_size:
@@ -296,14 +331,19 @@ class TransformersNetwork(SegmentationNetwork):
         return F.pad(image, (0, right, 0, below)) if below or right else image
 
 
-def build_library_model(family: Family, config: Any) -> Any:
+def build_library_model(family: Family, config: Any, attention: str = "") -> Any:
     """The network of transformers with initial weights in float32, in training mode as every new module.
+
+    Args:
+        attention: an implementation of transformers; empty: the one that it chooses.
 
     Raises:
         ConfigError: if the class of transformers refuses its configuration.
     """
+    network = getattr(transformers, family.class_name)
     try:
-        model = getattr(transformers, family.class_name)(config)
+        options = {"attn_implementation": attention, "dtype": torch.float32}
+        model = network._from_config(config, **options) if attention else network(config)
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"transformers cannot build {family.class_name} from its configuration: {reason}") from error
@@ -346,5 +386,11 @@ NOT_SAVED = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", 
 
 def plain_config(config: Any) -> dict[str, Any]:
     """A configuration of transformers as plain data that JSON and YAML can hold, without names of classes."""
-    whole = json.loads(config.to_json_string(use_diff=False))
-    return {key: value for key, value in whole.items() if key not in NOT_SAVED}
+    return strip_config(json.loads(config.to_json_string(use_diff=False)))
+
+
+def strip_config(value: Any) -> Any:
+    """Plain data without the entries NOT_SAVED, also of configurations inside."""
+    if isinstance(value, dict):
+        return {key: strip_config(entry) for key, entry in value.items() if key not in NOT_SAVED}
+    return [strip_config(entry) for entry in value] if isinstance(value, list) else value

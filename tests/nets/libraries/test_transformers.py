@@ -9,22 +9,31 @@ import json
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from distributed.two_steps import train_two_steps
 from torch import Tensor, nn
 
 from helpers.command_line import TINY, run_here
-from helpers.transformers_networks import HALF_MEAN, NAMES, NUM_CLASSES, save_network
+from helpers.fake_hub import COMMIT, add_to_cache, use_hub
+from helpers.ranks import launch
+from helpers.transformers_networks import HALF_MEAN, NAMES, NUM_CLASSES, SIZES, save_network
+from semseg.checkpoints.format import SavedNetwork, read_checkpoint, write_ckpt
+from semseg.checkpoints.initialise import initialise_from
 from semseg.checkpoints.network import build_network
-from semseg.config.schema import DownloadConfig, ModelConfig
+from semseg.config.schema import AugmentConfig, Config, DownloadConfig, LossConfig, ModelConfig
+from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
-from semseg.errors import CheckpointError, ConfigError, SemsegError
+from semseg.datamodule import crop_to_network
+from semseg.errors import CheckpointError, ConfigError, ExportError, SemsegError
 from semseg.evaluation.inference import run_in_windows
+from semseg.lit_module import check_own_loss
 from semseg.nets.cost import measure_cost
 from semseg.nets.libraries.description import describe_hub_network, read_convention
 from semseg.nets.libraries.families import ALL_FAMILIES
@@ -35,6 +44,7 @@ from semseg.nets.libraries.mask_classification import (
     semantic_scores,
 )
 from semseg.nets.libraries.transformers import FAMILIES, IMAGENET, TransformersNetwork
+from semseg.nets.normalise import normalise
 from semseg.training.losses import segmentation_loss
 from semseg.training.unused import freeze_unused, summarise_modules
 
@@ -212,7 +222,13 @@ def test_an_auxiliary_head_trains_or_is_frozen(load: Callable[..., TransformersN
     assert "model.auxiliary_head" in summarise_modules(unused, net)
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize(
+    "family",
+    [
+        name if name in (*IN_EVERY_RUN, "oneformer") else pytest.param(name, marks=pytest.mark.long)
+        for name in ALL_FAMILIES
+    ],
+)
 def test_its_backbone_is_part_of_it_and_its_cost_is_known(
     load: Callable[..., TransformersNetwork], family: str
 ) -> None:
@@ -262,6 +278,12 @@ def test_ignored_pixels_are_left_out_exactly_and_images_without_a_class_work(
         loss, _ = net.compute_own_loss(image, nothing) or pytest.fail("it has a loss of its own")
         loss.backward()
         assert loss.isfinite() and all(value.grad is None or value.grad.isfinite().all() for value in net.parameters())
+
+
+def test_the_loss_of_masks_is_refused_in_other_types_than_float32(load: Callable[..., TransformersNetwork]) -> None:
+    net = load("eomt").bfloat16()
+    with pytest.raises(ConfigError, match=r"needs weights in float32, not bfloat16\. Use bf16-mixed or 32-true"):
+        net.compute_own_loss(image_for(net).bfloat16(), torch.zeros(1, 16, 16, dtype=torch.int64))
 
 
 def test_replacements_are_scored_places() -> None:
@@ -401,13 +423,40 @@ def test_keys_that_do_not_fit_are_refused_in_one_line(
         build_network(ModelConfig(**keys), 5, DownloadConfig(offline=True))
 
 
+def test_weights_become_float32_and_may_be_in_several_files(tmp_path: Path, folder: Callable[[str], Path]) -> None:
+    library = load_library(folder("segformer"), "segformer").to(torch.bfloat16)
+    library.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    model = ModelConfig(library="transformers", name=str(tmp_path), encoder={"weights": "hub"})
+    state = build_network(model, NUM_CLASSES).state_dict()
+    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+    expected = {f"model.{name}": value for name, value in library.state_dict().items()}
+    assert all(torch.equal(value.to(state[name].dtype), state[name]) for name, value in expected.items())
+    next(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="a part of its weights"):
+        build_network(model, NUM_CLASSES)
+
+
+@pytest.mark.parametrize("family", IN_EVERY_RUN)
+def test_a_run_for_other_classes_starts_from_a_checkpoint(
+    load: Callable[..., TransformersNetwork], family: str
+) -> None:
+    net, target = load(family), load(family, 5)
+    config = Config(model=ModelConfig(library="transformers", config=net.library_config))
+    saved = SavedNetwork("x", net.state_dict(), config, ClassTable.from_names(NAMES), net.convention)
+    report = initialise_from(target, saved)
+    heads = [f"model.{name}" for name in ALL_FAMILIES[family].classifiers]
+    assert all(name.startswith((*heads, "model.criterion.empty_weight")) for name in report.reinitialised)
+    assert report.reinitialised and not report.missing and not report.skipped
+
+
 # ---- whole runs
 
 WORDS = [word for word in TINY if not word.startswith("model")]
 RUN = [
     *WORDS, "model=transformers", "trainer.log_every_n_steps=1", "optim.layer_decay=0.8", "optim.lr_encoder=0.001",
     "optim.name=adamw", "optim.lr=0.001", "ema.decay=0.9", "trainer.max_epochs=2", "checkpoint.every_n_steps=1",
-    "checkpoint.keep=9",
+    "checkpoint.keep=9", "trainer.limit_val_batches=1",
 ]  # fmt: skip
 
 
@@ -420,40 +469,96 @@ def weights_of(run: Path) -> dict[str, Any]:
     "family", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.long) for name in ALL_FAMILIES]
 )
 def test_a_run_resumes_exactly_and_its_checkpoint_needs_no_file(
-    tmp_path: Path, folder: Callable[[str], Path], family: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Callable[[str], Path], family: str
 ) -> None:
-    network = tmp_path / "network"
-    shutil.copytree(folder(family), network)
-    size = ["data.short_edges=[64]", "data.max_long_edge=96", "eval.scales=[64]"]
-    words = [*RUN, *size, f"model.name={network}"]
+    files = {path.name: path.read_bytes() for path in folder(family).iterdir()}
+    network = add_to_cache(tmp_path / "cache", "owner/tiny", files)
+    use_hub(monkeypatch, tmp_path / "cache", "http://127.0.0.1:9", is_offline=True)
+    words = [*RUN, *SIZES, "model.name=owner/tiny"]
     printed = run_here(tmp_path, *words, "run_dir=whole")
-    assert "tensors loaded" in printed and "re-initialised" in printed
+    assert "weights from owner/tiny@01234567: " in printed and "re-initialised" in printed
     if ALL_FAMILIES[family].has_one_size:
         assert "takes images of 64 x 64 only. Others go through it in windows of that size." in printed
-    shutil.rmtree(network)
+    shutil.rmtree(tmp_path / "cache")
+    assert not network.exists()
     resumed = run_here(tmp_path, *words, "run_dir=resumed", "resume=whole/checkpoints/step_00000003.ckpt")
     assert "resuming" in resumed
     expected = weights_of(tmp_path / "whole")
     found = weights_of(tmp_path / "resumed")
     assert set(found) == set(expected)
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
-    assert "mean IoU" in run_here(tmp_path, "mode=eval", "ckpt=whole", "run_dir=scores")
-    run_here(tmp_path, "mode=predict", "ckpt=whole", "input=scenes/images/validation", "run_dir=seen")
-    assert len(list((tmp_path / "seen").rglob("*_panel*"))) == 7
-    start = [*WORDS, *size, "init_from=whole", "run_dir=next", "trainer.limit_val_batches=0"]
-    assert "tensors loaded" in run_here(tmp_path, *start, "model.encoder.frozen=true")
+    saved = read_checkpoint(tmp_path / "resumed" / "checkpoints" / "last.ckpt").config.model
+    assert saved.revision == COMMIT and saved.config["model_type"] == family
+    run_here(
+        tmp_path, "mode=predict", "ckpt=whole", "input=scenes/images/validation", "run_dir=seen", "predict.save=[ids]"
+    )
+    assert len(list((tmp_path / "seen").rglob("*_ids*"))) == 7
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["loss=ohem"], "loss.name=ohem: has no effect, because transformers "),
-        (["model.compile=true"], "cannot be compiled, because its loss matches masks"),
-        (["augment.crop=[32,32]"], "augment.crop=[32, 32]: this network takes images of 64 x 64 only."),
-    ],
-)
-def test_settings_without_an_effect_are_refused(
-    tmp_path: Path, folder: Callable[[str], Path], words: list[str], message: str
+@pytest.mark.long  # those of IN_EVERY_RUN train in tests/distributed/test_two_steps.py
+def test_two_ranks_train_one_network(tmp_path: Path, folder: Callable[[str], Path]) -> None:
+    words = ["model=transformers", "model.encoder.weights=hub"]
+    cases = {family: [*words, f"model.name={folder(family)}"] for family in ALL_FAMILIES}
+    first, second = launch(partial(train_two_steps, cases=cases, folder=str(tmp_path)), 2)
+    assert first == second
+    assert {name: outcome.steps for name, outcome in first.items()} == dict.fromkeys(ALL_FAMILIES, 2)
+    assert not any(outcome.without_gradient for outcome in first.values())
+    assert {name for name, outcome in first.items() if outcome.unused} == set(UNUSED)
+
+
+def test_a_run_starts_from_a_checkpoint_with_its_network_and_a_frozen_backbone(
+    tmp_path: Path, load: Callable[..., TransformersNetwork]
 ) -> None:
-    printed = run_here(tmp_path, *WORDS, "model=transformers", f"model.name={folder('eomt')}", *words, code=2)
-    assert message in printed
+    net = load("segformer")
+    model = ModelConfig(library="transformers", name="tiny", config=net.library_config)
+    table = ClassTable.from_names(NAMES)
+    write_ckpt(tmp_path / "net.ckpt", SavedNetwork("", net.state_dict(), Config(model=model), table, net.convention))
+    start = [*WORDS, *SIZES, "init_from=net.ckpt", "run_dir=run", "trainer.limit_val_batches=0"]
+    assert "tensors loaded" in run_here(tmp_path, *start, "model.encoder.frozen=true")
+    after = weights_of(tmp_path / "run")
+    assert all(torch.equal(value, after[f"net.model.segformer.{n}"]) for n, value in net.backbone.state_dict().items())
+    assert not torch.equal(after["net.model.decode_head.batch_norm.weight"], net.model.decode_head.batch_norm.weight)
+
+
+def test_settings_without_an_effect_are_refused(load: Callable[..., TransformersNetwork]) -> None:
+    model, size = ModelConfig(library="transformers", name="tiny"), load("eomt").image_size
+    check_own_loss(LossConfig(), model)
+    with pytest.raises(
+        ConfigError, match=r"loss.average=pixels: has no effect, because transformers tiny has a loss of"
+    ):
+        check_own_loss(LossConfig(average="pixels"), model)
+    with pytest.raises(ConfigError, match=r"model.compile=true: transformers tiny cannot be compiled"):
+        check_own_loss(LossConfig(), replace(model, compile=True))
+    assert (
+        crop_to_network(AugmentConfig(), size).crop == [64, 64] and crop_to_network(AugmentConfig(), None).crop is None
+    )
+    with pytest.raises(ConfigError, match=r"augment.crop=\[32, 32\]: this network takes images of 64 x 64 only"):
+        crop_to_network(AugmentConfig(crop=[32, 32]), size)
+
+
+# ---- export
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_it_is_exported_for_all_sizes_or_its_own_or_refused(
+    load: Callable[..., TransformersNetwork], tmp_path: Path, family: str
+) -> None:
+    from semseg.export.onnx import write_onnx
+    from semseg.export.onnx_runtime import build_description, build_graph_network, read_exported
+
+    net = load(family)
+    if ALL_FAMILIES[family].frozen_graph:
+        with pytest.raises(ExportError, match="its graph would be right for one size of images only"):
+            write_onnx(tmp_path / "net.onnx", net, {})
+        return
+    config = Config(model=ModelConfig(library="transformers", config=net.library_config))
+    saved = SavedNetwork("x", net.state_dict(), config, ClassTable.from_names(NAMES), net.convention)
+    deviation = write_onnx(tmp_path / "net.onnx", net, build_description(saved, net))  # compares at five sizes
+    assert deviation.largest < 1e-4 * deviation.scale
+    exported = read_exported(tmp_path / "net.onnx")
+    assert exported.graph is not None and exported.graph.image_size == net.image_size
+    pixels = torch.randint(0, 256, (1, 3, 96, 160)).float()
+    expected = run_in_windows(net, normalise(pixels.clone(), net.convention), None, None)
+    found = run_in_windows(build_graph_network(exported, exported.graph), pixels, None, None)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * deviation.scale)
