@@ -35,8 +35,8 @@ def start(program: Path, *words: str, code: int = 0) -> str:
 
 def test_every_program_is_shorter_than_forty_lines() -> None:
     assert set(PROGRAMS) == {
-        "my_encoder.py", "my_decoder.py", "my_loss.py", "my_scores.py", "my_augmentation.py", "my_callback.py",
-        "polygons.py",
+        "my_encoder.py", "my_decoder.py", "my_network.py", "my_loss.py", "my_scores.py", "my_augmentation.py",
+        "my_callback.py", "polygons.py",
     }  # fmt: skip
     for name, text in PROGRAMS.items():
         lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
@@ -63,6 +63,20 @@ def test_a_custom_decoder_trains_and_predicts(tmp_path: Path) -> None:
     start(program, *words, "model/decoder=custom", "model.decoder.name=added", "run_dir=run")
     start(program, "mode=predict", "ckpt=run", "input=scenes/images/validation", "run_dir=seen")
     assert len(list((tmp_path / "seen").rglob("*_panel*"))) == 7
+
+
+@pytest.mark.slow
+def test_a_custom_network_trains_on_two_ranks_and_is_used(tmp_path: Path) -> None:
+    program = write_program("my_network.py", tmp_path)
+    words = [word for word in SMALL if not word.startswith(("model", "~model")) and "accelerator" not in word]
+    own = ["model=custom", "model.library=lraspp", "trainer=ddp_cpu", "trainer.devices=2"]
+    printed = start(program, *words, *own, "model.options.width=8", "run_dir=run", "trainer.max_steps=1")
+    assert "network     lraspp: " in printed and "python my_network.py mode=eval ckpt=run" in printed
+    start(program, "mode=predict", "ckpt=run", "input=scenes/images/validation", "run_dir=seen")
+    assert len(list((tmp_path / "seen").rglob("*_panel*"))) == 7
+    assert "lraspp" in run_here(tmp_path, "mode=eval", "ckpt=run", code=1)  # run.py has no such network, and says so
+    wrong = start(program, *words, *own[:2], "model.options.widht=8", code=2)
+    assert "widht" in wrong and "model.options.width" in wrong
 
 
 @pytest.mark.slow
