@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
-from helpers.command_line import TINY, run
+from helpers.command_line import TINY, TINY_ENCODERS, TINY_NETWORK, run
 from helpers.in_process import configured, read_state
 from helpers.published_files import served
 from semseg import build
@@ -39,20 +40,23 @@ from semseg.config.overrides import parse_overrides
 from semseg.config.schema import ALLOWED_TARGETS, split_network_options
 from semseg.config.validate import check_config
 from semseg.errors import CheckpointError, ConfigError, SemsegError
+from semseg.nets.registry import ENCODERS, build_segmenter
 from semseg.storage.download import fetch_file
 from semseg.training import trainer
 
 pytestmark = pytest.mark.reliability
 
 ROOT = CONFIG_DIR.parent
-SMALL = [word for word in TINY if not word.startswith("data.root=")]
+RESNET18 = [word for word in TINY if not word.startswith("data.root=")]  # a network that published files may hold
+SMALL = [*RESNET18, *TINY_NETWORK]
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 HOSTILE = "hostile_module"  # importing it, or calling anything in it, leaves a mark
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("security")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with patch.dict(ENCODERS, TINY_ENCODERS):
+        yield tmp_path_factory.mktemp("security")
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +131,7 @@ def files(request: pytest.FixtureRequest, place: Path, honest: dict[str, Any]) -
     run.mkdir(parents=True)
     torch.save(add(honest), run / "last.ckpt")
     os.link(run / "last.ckpt", run / "best.ckpt")
-    weights = {name.removeprefix("net."): value for name, value in honest["state_dict"].items()}
+    weights = build_segmenter("resnet18", "c1", 11).state_dict()
     for part in ("encoder", "decoder"):
         flat = {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(part)}
         torch.save(add(flat), folder / f"{part}_epoch_1.pth")
@@ -147,14 +151,14 @@ def files(request: pytest.FixtureRequest, place: Path, honest: dict[str, Any]) -
     return folder
 
 
-def mode(name: str, *words: str) -> Callable[[Path], object]:
+def mode(name: str, *words: str, out: str = "out") -> Callable[[Path], object]:
     """Run a mode, {f} in its words standing for the folder of the files."""
 
     def run(folder: Path) -> object:
         scenes = f"data.root={folder.parent / 'scenes'}"
         common = [f"mode={name}", scenes, "trainer=cpu", "trainer.enable_progress_bar=false"]
         given = parse_overrides([*common, *(word.format(f=folder) for word in words)])
-        config = configured(*given, f"run_dir={folder / f'out_{name}'}")
+        config = configured(*given, f"run_dir={folder / f'{out}_{name}'}")
         return importlib.import_module(f"semseg.modes.{name}").run(config, given)
 
     return run
@@ -165,7 +169,7 @@ def train(*words: str) -> Callable[[Path], object]:
 
 
 def encoder_weights(folder: Path) -> object:
-    words = [*SMALL, f"model.encoder.weights={folder / 'encoder_epoch_1.pth'}"]
+    words = [*RESNET18, f"model.encoder.weights={folder / 'encoder_epoch_1.pth'}"]
     return build_network(configured(*words).model, 12)
 
 
@@ -193,7 +197,9 @@ ENTRY_POINTS: dict[str, Callable[[Path], object]] = {
     "ckpt=<file>, replay": mode("replay", f"ckpt={CKPT}", "input={f}/batches.pt"),
     "ckpt=zoo:, from the cache": from_the_cache,
     "ckpt=<file>, train": train(f"ckpt={CKPT}", "resume_force=true"),
-    "ckpt=<folder of files>, train": train("ckpt={f}"),
+    "ckpt=<folder of files>, train": mode(
+        "train", *RESNET18, "trainer.limit_val_batches=0", "ckpt={f}", out="resnet18"
+    ),
     "resume=<file>": train(f"resume={CKPT}", "trainer.max_epochs=2"),
     "resume=auto": lambda folder: find_newest_intact(folder / "runs/stranger/checkpoints"),
     "init_from=<file>": train(f"init_from={CKPT}"),

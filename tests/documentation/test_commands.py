@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from PIL import Image
 
 from helpers.command_line import RUN, TINY_ENCODERS, run_here
+from helpers.composition import compose_quickly
 from helpers.fork_server import run_python
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg.config.compose import compose_with_hydra, drop_hydra_section
@@ -157,7 +158,7 @@ def check_command_line(words: tuple[str, ...]) -> Config | None:
     if "--help" in overrides:
         return None
     if not set(SWEEP_OPTIONS) & set(overrides):
-        return check_config(drop_hydra_section(compose_with_hydra(selected)))
+        return check_config(compose_quickly(tuple(selected)))
     compose_with_hydra(selected, sweep=True)
     parsed = OverridesParser.create().parse_overrides(selected)
     job = [

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ import torch
 from PIL import Image
 
 import semseg
-from helpers.command_line import run, run_here
+from helpers.command_line import TINY_ENCODERS, TINY_NETWORK, run, run_here
 from semseg.errors import SemsegError
+from semseg.nets.registry import ENCODERS
 from semseg.prediction.video import VideoWriters, read_frames
 
 TINY = [
@@ -26,6 +29,7 @@ TINY = [
     "data.max_long_edge=128",
     "data.num_workers=0",
     "model/encoder=resnet18",
+    *TINY_NETWORK,
     "model.encoder.weights=none",
     "model/decoder=upernet",
     "model.decoder.width=16",
@@ -37,12 +41,13 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the data set and one trained run, `run`."""
     folder = tmp_path_factory.mktemp("project")
     output = run(folder, *TINY, "run_dir=run")
     (folder / "output.txt").write_text(output)
-    return folder
+    with patch.dict(ENCODERS, TINY_ENCODERS):
+        yield folder
 
 
 @pytest.fixture(scope="module")

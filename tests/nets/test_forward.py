@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
@@ -64,6 +65,12 @@ def forget_networks() -> Iterator[None]:
         cached.cache_clear()
 
 
+def mark_repeated(names: Iterable[str]) -> list[Any]:
+    """Networks, those that only repeat blocks of others or pair what other pairs have marked as long."""
+    repeated = r"resnet101|resnet50_dilated16|resnet50_dilated8\+(upernet|ppm_bilinear$)|resnext101\+(upernet|ppm)"
+    return [pytest.param(name, marks=pytest.mark.long if re.match(repeated, name) else ()) for name in names]
+
+
 def probabilities(logits: Tensor) -> Tensor:
     """(1, K, 110, 150): the probabilities of inference from logits (1, K, h, w)."""
     found = np.empty((logits.shape[1], 110, 150), np.float64)
@@ -106,7 +113,7 @@ def assert_log_softmax(logits: Logits, expected: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REFERENCE["encoders"])
+@pytest.mark.parametrize("name", mark_repeated(REFERENCE["encoders"]))
 def test_maps_are_those_of_the_original(name: str) -> None:
     run, expected = encoder_run(name), REFERENCE["encoders"][name]
     for features, reference in zip(run.eval_maps, expected["eval"], strict=True):
@@ -118,7 +125,7 @@ def test_maps_are_those_of_the_original(name: str) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("pair", REFERENCE["combos"])
+@pytest.mark.parametrize("pair", mark_repeated(REFERENCE["combos"]))
 def test_outputs_are_those_of_the_original(pair: str) -> None:
     encoder_name, decoder_name = pair.split("+")
     run, expected = encoder_run(encoder_name), REFERENCE["combos"][pair]

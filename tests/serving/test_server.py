@@ -351,8 +351,8 @@ def test_fifty_requests_at_once_all_succeed_in_the_memory_of_a_few(page: Process
     with ThreadPoolExecutor(50) as threads:
         answers = list(threads.map(page.post, [photo] * 50))
         after = page.peak_memory()
-        answers += list(threads.map(page.post, [photo] * 25))
-    assert [status for status, _ in answers] == [200] * 75
+        answers += list(threads.map(page.post, [photo] * 10))
+    assert [status for status, _ in answers] == [200] * 60
     assert len({answer["mask"] for _, answer in answers}) == 1
     assert after - before < 60  # MB; fifty uploads are 40, fifty decoded images another 40, their logits much more
     assert page.peak_memory() - after < 25  # further requests need no more
