@@ -40,6 +40,7 @@ from semseg.export.onnx_runtime import METADATA_KEY, read_exported
 from semseg.export.quantize import quantize_onnx
 from semseg.modes import eval as eval_mode
 from semseg.modes import export as export_mode
+from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.registry import build_decoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
 
@@ -74,7 +75,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def differences(net: Segmenter, path: Path) -> list[float]:
+def differences(net: SegmentationNetwork, path: Path) -> list[float]:
     """Largest differences, as fractions of the largest logit, at sizes that the export has not compared."""
     exported = onnx_export.load_onnx(path, net)
     found = []
