@@ -40,6 +40,7 @@ from semseg.training.determinism import check_determinism
 from semseg.training.losses import Loss, build_terms, count_correct, move_terms, segmentation_loss
 from semseg.training.optim import apply_settings, build_optimizer, build_scheduler, choose_fused
 from semseg.training.resume import RUN_KEY, resume_at
+from semseg.training.single_value import report_single_value
 from semseg.training.step_means import TRAIN_METRICS
 from semseg.training.training_state import METRICS_KEY
 from semseg.training.unused import compute_probe_loss, freeze_unused, summarise_modules
@@ -182,7 +183,7 @@ class SegmentationModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.batch, self.batch_idx = batch, batch_idx
         self.net.set_progress(self.trainer.global_step, self.total_steps)
-        with report_out_of_memory(batch):
+        with report_out_of_memory(batch), report_single_value(batch):
             loss = self.compute_loss(batch, self.loss_config.average)
             self.keep_metrics(loss)
         batches = int(self.trainer.num_training_batches)
