@@ -3,29 +3,37 @@
     python benchmarks/networks.py                                   # 2 images of 224 x 320, on the CPU
     python benchmarks/networks.py --device cuda --height 512 --width 512 --images 8 --precision bf16
     python benchmarks/networks.py --only linear_dinov3_vit_small
+    python benchmarks/networks.py --toy                             # small networks, one round: for testing programs
 
 A training step is forward, cross entropy on labels at the stride of the logits, backward and an SGD step; an inference
 is a forward pass in eval mode. Ours and the library's take turns in one process, one step each, so that other load on
 the machine affects both, and both have the same weights where the library's network is part of ours. Printed are
 medians, and the median over the rounds of our time divided by the library's: below 1, ours is faster.
+
+smp's networks upsample their logits to the image, and train on labels at that size; ours of `model=smp` train on labels
+at the stride of the logits. A row "at its stride" has smp's logits without upsampling (upsampling=1), which is the same
+work as ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semseg.checkpoints.network import build_network
+from semseg.config.schema import ModelConfig
 from semseg.nets.registry import build_decoder, build_segmenter
 
 NUM_CLASSES = 150
-ROW = "| {:<40} | {:>9} | {:>9} | {:>6} | {:>9} | {:>9} | {:>6} |"
+ROW = "| {:<36} | {:>9} | {:>9} | {:>6} | {:>9} | {:>9} | {:>6} |"
 Forward = Callable[[Tensor], Tensor]  # an image (N, 3, H, W) -> logits (N, NUM_CLASSES, h, w)
 
 
@@ -77,10 +85,47 @@ def compare_segformer_head(channels: tuple[int, ...] = (64, 128, 320, 512), widt
     return Pair(ours, theirs, lambda image: ours(maps_of(image)).main, lambda image: theirs(maps_of(image)))
 
 
+def compare_smp(arch: str, encoder: str, *, at_stride: bool = False, **options: Any) -> Pair:
+    """model=smp and smp's own network, with its upsampling or, `at_stride`, without."""
+    import segmentation_models_pytorch as smp
+
+    keys = {"name": encoder, "weights": "none"}
+    ours: Any = build_network(ModelConfig(library="smp", arch=arch, encoder=keys, options=options), NUM_CLASSES)
+    plain = {"upsampling": 1} if at_stride else {}
+    theirs = smp.create_model(arch, encoder, None, classes=NUM_CLASSES, **options, **plain)
+    theirs.load_state_dict(ours.model.state_dict())
+    return Pair(ours, theirs, lambda image: ours(image).main, theirs)
+
+
+def compare_transformers(model_type: str, **options: Any) -> Pair:
+    """model=transformers and the library's own network of the same configuration (SegFormer-B0 by default)."""
+    from transformers import AutoConfig
+
+    from semseg.nets.libraries.transformers import plain_config
+
+    config = plain_config(AutoConfig.for_model(model_type, num_labels=NUM_CLASSES, **options))
+    ours: Any = build_network(
+        ModelConfig(library="transformers", config=config, encoder={"weights": "none"}), NUM_CLASSES
+    )
+    theirs = copy.deepcopy(ours.model)
+    return Pair(ours, theirs, lambda image: ours(image).main, lambda image: theirs(image).logits)
+
+
 PAIRS: dict[str, Callable[[], Pair]] = {
     "linear_dinov3_vit_small (timm)": lambda: compare_linear_vit("vit_small_patch16_dinov3"),
     "linear_vit_tiny (timm)": lambda: compare_linear_vit("vit_tiny_patch16_224"),
     "decoder segformer (transformers)": compare_segformer_head,
+    "smp unet + resnet34": lambda: compare_smp("unet", "resnet34"),
+    "smp fpn + resnet34": lambda: compare_smp("fpn", "resnet34"),
+    "smp fpn + resnet34, at its stride": lambda: compare_smp("fpn", "resnet34", at_stride=True),
+    "transformers segformer, B0": lambda: compare_transformers("segformer"),
+}
+TOYS: dict[str, Callable[[], Pair]] = {
+    "linear_vit_tiny (timm)": PAIRS["linear_vit_tiny (timm)"],
+    "smp fpn + resnet18, at its stride": lambda: compare_smp(
+        "fpn", "resnet18", at_stride=True, decoder_pyramid_channels=64, decoder_segmentation_channels=64
+    ),
+    "transformers segformer": lambda: compare_transformers("segformer", hidden_sizes=[8, 8, 8, 8], depths=[1] * 4),
 }
 
 
@@ -94,12 +139,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each network, after two for warming up")
     parser.add_argument("--only", default="", help="part of the name of a row")
+    parser.add_argument("--toy", action="store_true", help="small networks on small images, one round")
     options = parser.parse_args()
+    if options.toy:
+        options.height, options.width, options.rounds = 64, 64, 1
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {options}")
     print(ROW.format("", "step ms", "library", "ratio", "infer ms", "library", "ratio"))
     print(ROW.format("---", *("---:",) * 6))
-    for name, build in PAIRS.items():
+    for name, build in (TOYS if options.toy else PAIRS).items():
         if options.only in name:
             torch.manual_seed(0)
             print(ROW.format(name, *measure(build(), options)), flush=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.fork_server import FORK_CHILDREN, run_python
 from semseg.config.load import load_config
@@ -52,3 +54,15 @@ def test_the_measurement_of_a_gpu_runs_in_its_toy_form_and_names_the_best_settin
     (command,) = (line.split()[2:] for line in lines if line.strip().startswith("python run.py"))
     config, _ = load_config([*command, "trainer.accelerator=cpu"])
     assert config.data.batch_size == 2
+
+
+@pytest.mark.slow
+def test_networks_of_every_kind_are_timed_beside_their_library(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In this process, which has imported the libraries for other tests.
+    monkeypatch.setattr("sys.argv", ["networks.py", "--toy", "--threads", str(torch.get_num_threads())])
+    runpy.run_path(str(BENCHMARKS / "networks.py"), run_name="__main__")
+    rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert [row[0].split()[0] for row in rows] == ["linear_vit_tiny", "smp", "transformers"]
+    assert all(0.05 < float(row[column]) < 20 for row in rows for column in (3, 6))
