@@ -13,12 +13,13 @@ import torch
 
 from helpers.browser import shared_browser
 from helpers.composition import cache_option_files
-from helpers.fork_server import SERVER_ADDRESS, start_server
+from helpers.fork_server import SERVER_ADDRESS, skip_sync, start_server
 from helpers.reference import SHARED
 from semseg.storage.commands import PROGRAM_VARIABLE
 from semseg.system.process import STOP_SIGNALS
 
 os.environ[PROGRAM_VARIABLE] = "python run.py"  # however a test starts the program, and from where
+os.fsync = skip_sync
 cache_option_files()
 
 

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ def build_run_card(
         command=shlex.join(mask_argument(argument) for argument in command),
         config=OmegaConf.to_yaml(OmegaConf.create(mask_secrets(config))),
         versions=collect_versions(),
-        git=describe_git_state(Path(__file__).resolve().parent.parent / "__init__.py"),
+        git=describe_own_git_state(),
         device=device,
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z"),
         data=data,
@@ -114,6 +115,12 @@ def _installed_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+@cache
+def describe_own_git_state() -> str:
+    """The state of this package when the process first asked: what it has imported, whatever changes since."""
+    return describe_git_state(Path(__file__).resolve().parent.parent / "__init__.py")
 
 
 def describe_git_state(file: Path) -> str:

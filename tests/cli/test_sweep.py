@@ -428,7 +428,7 @@ def test_optuna_without_a_successful_job_ends_with_the_table(
     ("plugin", "words"),
     [
         ("hydra_joblib_launcher", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]),
-        ("hydra_submitit_launcher", ["hydra/launcher=submitit_local"]),
+        pytest.param("hydra_submitit_launcher", ["hydra/launcher=submitit_local"], marks=pytest.mark.long),
     ],
 )
 def test_jobs_may_run_at_the_same_time(plugin: str, words: list[str], tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_slurm_starts_the_ranks_itself(start: Start, folder: Path) -> None:
     assert len(list(folder.glob("slurm/**/last.ckpt"))) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long  # tests/cli/test_sweep.py trains a job, and other tests here two ranks
 def test_a_sweep_runs_each_job_once_on_its_own_ranks(run: Run, folder: Path) -> None:
     run("-m", *SMALL, "optim.lr=0.01,0.02", "trainer.devices=2", "runs_dir=sweep")
     assert len(list(folder.glob("sweep/**/result.json"))) == 2

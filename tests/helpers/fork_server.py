@@ -178,6 +178,7 @@ def import_everything() -> None:
     from semseg.nets.registry import ENCODERS
 
     ENCODERS.update(TINY_ENCODERS)
+    os.fsync = skip_sync
     cache_option_files()
     compose_config([])
 
@@ -275,6 +276,10 @@ def fork_children() -> None:
         execute(command[1:], str(given["cwd"] or Path.cwd()), dict(given["env"] or os.environ))
 
     subprocess.Popen._execute_child = fork_or_start  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def skip_sync(descriptor: int) -> None:
+    """In place of os.fsync, here and in the processes of tests: kills do not need it, and no test cuts the power."""
 
 
 def exit_status(code: object) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.command_line import TINY, run_here
+from helpers.command_line import TINY, TINY_NETWORK, run_here
 from helpers.in_process import configured
 from semseg.modes.bench import LoadingSpeed, TrainingSpeed, give_advice
 
@@ -16,7 +16,7 @@ from semseg.modes.bench import LoadingSpeed, TrainingSpeed, give_advice
 @pytest.mark.slow
 def test_it_times_reading_training_and_evaluation_and_leaves_figures_alone(tmp_path: Path) -> None:
     words = ["data.short_edges=[48]", "data.batch_size=2", "bench.steps=4", "bench.warmup=1", "bench.images=3"]
-    printed = run_here(tmp_path, "mode=bench", *TINY, *words, "run_dir=bench")
+    printed = run_here(tmp_path, "mode=bench", *TINY, *TINY_NETWORK, *words, "run_dir=bench")
     for row in ("loading alone", "padding", "training", "a step", "evaluation, [32]", "is the bottleneck"):
         assert row in printed
     figures = json.loads((tmp_path / "bench" / "bench.json").read_text())
