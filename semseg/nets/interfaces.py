@@ -198,9 +198,9 @@ class Decoder(nn.Module, ABC):
     feature_level: int
     reads_pyramid: bool = False
 
-    def main_stride(self, strides: Sequence[int]) -> int:
-        """The stride of the main logits on an encoder whose maps have these strides."""
-        return strides[self.feature_level]
+    def list_strides(self, strides: Sequence[int]) -> Sequence[int]:
+        """The strides of the maps that it works on, for an encoder whose maps have these `strides`."""
+        return strides
 
     @abstractmethod
     def forward(self, maps: Sequence[Tensor]) -> Logits:

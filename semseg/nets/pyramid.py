@@ -77,8 +77,8 @@ class PyramidDecoder(Decoder):
         self.head = head
         self.feature_level = head.feature_level
 
-    def main_stride(self, strides: Sequence[int]) -> int:
-        return self.head.main_stride(self.pyramid.strides)
+    def list_strides(self, strides: Sequence[int]) -> Sequence[int]:
+        return self.pyramid.strides
 
     def forward(self, maps: Sequence[Tensor]) -> Logits:
         """The encoder's maps, all of one size -> logits at the resolution of a level of the pyramid."""

@@ -24,8 +24,9 @@ class Segmenter(SegmentationNetwork):
         self.decoder = decoder
         self.num_classes = num_classes
         self.convention = encoder.convention
-        self.size_divisor = encoder.size_divisor
-        self.label_stride = decoder.main_stride(encoder.strides)
+        strides = decoder.list_strides(encoder.strides)
+        self.size_divisor = max(encoder.size_divisor, *strides)
+        self.label_stride = strides[decoder.feature_level]
         self.weights_file = encoder.weights_file
         self.licence = encoder.licence
         self.export_problem = encoder.export_problem

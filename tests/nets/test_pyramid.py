@@ -46,7 +46,7 @@ def test_upernet_reads_strides_4_to_32_and_gives_logits_at_4() -> None:
     with torch.no_grad():
         logits = net(torch.randn(1, 3, 96, 64)).main
     assert seen == [(24, 16), (12, 8), (6, 4), (3, 2)]
-    assert logits.shape[-2:] == (24, 16) and net.label_stride == 4
+    assert logits.shape[-2:] == (24, 16) and (net.size_divisor, net.label_stride) == (32, 4)
 
 
 def test_it_is_trained_with_the_decoder_on_a_frozen_encoder() -> None:
@@ -66,4 +66,4 @@ def test_a_pyramid_decoder_has_the_stride_of_its_head() -> None:
     pyramid = Pyramid((4,), (16,))
     for name, stride in (("upernet", 4), ("segformer", 4)):
         decoder = PyramidDecoder(pyramid, build_decoder(name, pyramid.channels, 3, width=4))
-        assert decoder.main_stride((16,)) == stride
+        assert decoder.list_strides((16,))[decoder.feature_level] == stride

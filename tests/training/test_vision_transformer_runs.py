@@ -33,8 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.reliability
-def test_a6_a_resumed_run_of_a_vision_transformer_equals_one_that_never_stopped(folder: Path) -> None:
+def test_a_resumed_run_of_a_vision_transformer_equals_one_that_never_stopped(folder: Path) -> None:
     whole = torch.load(folder / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
     resumed = fit(run_of(folder, "resumed"), resume=folder / "whole" / "checkpoints" / "step_00000004.ckpt")
     for entry in ("state_dict", "optimizer_states", "lr_schedulers"):

@@ -137,11 +137,11 @@ def test_deterministic_training_resamples_position_embeddings_with_the_same_resu
 
 
 def test_patches_of_14_become_16_under_a_decoder_that_reads_a_pyramid() -> None:
-    for decoder, strides, label_stride in (("linear", 14, 14), ("upernet", 16, 4)):
+    for decoder, strides, divisor, label_stride in (("linear", 14, 14, 14), ("upernet", 16, 32, 4)):
         with torch.device("meta"):
             net = build_segmenter("timm", decoder, 3, {"name": "tiny_dinov2"})
         assert set(net.encoder.strides) == {strides}
-        assert (net.size_divisor, net.label_stride) == (strides, label_stride)
+        assert (net.size_divisor, net.label_stride) == (divisor, label_stride)
     with torch.device("meta"):
         without = build_segmenter("timm", "upernet", 3, {"name": "tiny_dinov2", "pyramid": False})
     assert (without.size_divisor, without.label_stride) == (14, 14)
