@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import keyword
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import hydra
@@ -91,7 +93,7 @@ def main() -> None:
             config = check_config(drop_hydra_section(composed))  # before anything is written
             refuse_search_settings(composed)
             if config.mode in PRINTING_MODES:
-                importlib.import_module(f"semseg.modes.{config.mode}").run(config, overrides)
+                import_mode(config.mode).run(config, overrides)
                 sys.exit(0)
             check_world_size(config)
             run_in_folder(config, composed, overrides)
@@ -311,7 +313,7 @@ def run_hydra_job(composed: DictConfig) -> float | None:
         composed.run_dir = runtime.runtime.output_dir
     try:
         config = check_config(composed)
-        mode = importlib.import_module(f"semseg.modes.{config.mode}")
+        mode = import_mode(config.mode)
         # One line, without the position in the code. Set here because Lightning sets its own format when imported.
         warnings.formatwarning = lambda message, *_, **__: f"warning: {escape_lines(message)}\n"
         with silence_stdout(config.quiet):
@@ -330,6 +332,11 @@ def run_hydra_job(composed: DictConfig) -> float | None:
         if message is None:
             raise
         exit_with_error(message, SemsegError.exit_code)
+
+
+def import_mode(name: str) -> ModuleType:
+    """The module of a mode: that of mode=import is called import_, because import is a keyword."""
+    return importlib.import_module(f"semseg.modes.{name}{'_' if keyword.iskeyword(name) else ''}")
 
 
 def collect_run_record(composed: DictConfig, runtime: HydraConf, folder: Path) -> dict[Path, str]:

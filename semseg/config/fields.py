@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import Field, field
 from numbers import Integral
 from typing import Any
 
@@ -59,6 +59,11 @@ def network_field(keys: type) -> Any:
 def open_field() -> Any:
     """Entries that programs add to a section (see semseg/config/tables.py); in files they are beside its other keys."""
     return field(default_factory=dict, metadata={"is_open": True})
+
+
+def key_of(item: Field[Any]) -> str:
+    """The key of a field on the command line and in files; a keyword of Python cannot be the name of the field."""
+    return item.metadata.get("key", item.name)
 
 
 def describe_range(metadata: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 
-from semseg.config.fields import describe_range
+from semseg.config.fields import describe_range, key_of
 from semseg.config.groups import COMPLETE_OPTIONS, CONFIG_DIR
 from semseg.config.schema import Config, DecoderKeys, EncoderKeys, config_to_plain, get_sections, is_section
 
@@ -80,11 +80,12 @@ def list_section_keys(cls: type) -> list[Key]:
     for item in fields(cls):
         if item.metadata.get("is_open"):
             continue
-        section = sections.get(item.name) or item.metadata.get("keys")
+        key = key_of(item)
+        section = sections.get(key) or item.metadata.get("keys")
         explanation = explanations.get(item.name) or (inspect.getdoc(section) or "").split("\n\n")[0].replace("\n", " ")
         default = get_default(item)
         found.append(
-            Key(item.name, describe_type(types[item.name], item), default, describe_allowed(item), explanation, section)
+            Key(key, describe_type(types[item.name], item), default, describe_allowed(item), explanation, section)
         )
     return found
 

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from semseg.config.compose import compose_config
 from semseg.config.explain import explain_hydra_error
+from semseg.config.fields import key_of
 from semseg.config.groups import list_groups
 from semseg.config.overrides import parse_overrides
 from semseg.config.schema import Config, list_keys
@@ -60,7 +61,7 @@ def load_prediction_config(ckpt: str | Path, overrides: Sequence[str]) -> tuple[
     if not isinstance(ckpt, str | Path):
         raise ArgumentError(f"ckpt={ckpt!r}: must be a path, last, best or zoo:<name>.")
     groups = {group.partition("/")[0] for group in list_groups()}
-    known = groups | {item.name for item in fields(Config)}
+    known = groups | {key_of(item) for item in fields(Config)}
     for override in overrides:
         if not isinstance(override, str):
             raise ArgumentError(f"{override!r}: an override is text, semseg.load(ckpt, 'predict.flip=true').")

@@ -16,9 +16,9 @@ from semseg.config.tables import is_own_key
 from semseg.errors import ConfigError
 
 PATH_KEYS = (
-    "ckpt", "init_from", "input", "output", "resume", "run_dir", "runs_dir",
+    "ckpt", "init_from", "input", "import.images", "output", "resume", "run_dir", "runs_dir",
     "data.root", "data.classes", "data.label_cache", "loss.class_weights", "download.cache", "model.encoder.weights",
-    "data.images", "data.masks", "data.image_suffix", "data.mask_suffix",
+    "data.images", "data.masks", "data.image_suffix", "data.mask_suffix", "predict.image_prefix",
     *(f"data.{split}.{key}" for split in ("train", "val", "test") for key in ("list", "images", "masks", "stems")),
 )  # fmt: skip
 # Text that Hydra's grammar accepts without quotes, and the part of it that it reads as a number or boolean.
@@ -34,6 +34,7 @@ HYDRA_OPTIONS = (
     "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r",
     "--multirun", "-m", "--info", "-i", "--shell-completion", "-sc",
 )  # fmt: skip
+DESCRIPTION_FILE = "semseg.yaml"  # in a folder that mode=import has written: the settings of this data set
 SWEEP_OPTIONS = ("-m", "--multirun")
 RECORD_FOLDER = ".hydra"  # in a run folder: its command line, and the files that it named, for mode=rerun
 
@@ -46,7 +47,8 @@ def parse_overrides(arguments: list[str]) -> list[str]:
     """
     for argument in arguments:
         check_argument(argument)
-    overrides = [quote_override(argument, sweep=is_sweep(arguments)) for argument in expand_rerun(arguments)]
+    words = use_own_description(expand_rerun(arguments))
+    overrides = [quote_override(word, sweep=is_sweep(arguments)) for word in words]
     sweep_dir = next((override for override in overrides if override.startswith("sweep_dir=")), None)
     if sweep_dir is not None:  # in a sweep it has become hydra.sweep.dir
         raise ConfigError(f"{shorten_override(sweep_dir)}: needs a sweep. Add -m.")
@@ -105,6 +107,25 @@ def expand_rerun(arguments: list[str]) -> list[str]:
         if override.lstrip("+~").partition("=")[0] not in ignored
     ]
     return kept + [word for word in arguments if word != "mode=rerun" and not word.startswith("run=")]
+
+
+def use_own_description(arguments: list[str]) -> list[str]:
+    """Replace `data=folder data.root=<folder>` by `data=<folder>/semseg.yaml` if the folder has this description.
+
+    Raises:
+        ConfigError: if it would set other keys than those of `data`.
+    """
+    roots = [word.partition("=")[2].strip("\"'") for word in arguments if word.startswith("data.root=")]
+    if "data=folder" not in arguments or len(roots) != 1:
+        return arguments
+    file = Path(os.path.expanduser(roots[0])) / DESCRIPTION_FILE  # noqa: PTH111 - for unknown users
+    if not os.path.isfile(file):  # noqa: PTH113 - Path.is_file raises for a name that is too long
+        return arguments
+    if read_choice_file("data", file).is_global:
+        raise ConfigError(f"{file}: sets keys of other sections than data. Use it as data={file} if you trust it.")
+    return [
+        f"data={file}" if word == "data=folder" else word for word in arguments if not word.startswith("data.root=")
+    ]
 
 
 def record_overrides(overrides: list[str]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from semseg.config.fields import (
     free_field,
     interpolated_field,
     is_int_between,
+    key_of,
     network_field,
     number_field,
     open_field,
@@ -36,7 +37,8 @@ from semseg.errors import ConfigError, check_choice
 PRINTING_MODES = ("models", "data", "doctor")  # these print something and create no run folder
 RESULT_MODES = ("eval", "predict")  # these write the results of a network below its run
 MODES = (
-    "train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export", "check", "bench",
+    "train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export", "check", "import",
+    "bench",
     *PRINTING_MODES,
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
@@ -67,8 +69,9 @@ ONNX, TORCH_EXPORT = ".onnx", ".pt2"
 EXPORT_SUFFIXES = {ONNX: "onnx", TORCH_EXPORT: "torch_export"}  # file suffixes and their values of `format`
 EXPORTED_NETWORK_MODES = ("eval", "predict", "serve")  # modes that accept an exported network
 QUANTIZE_CHOICES = ("none", "dynamic", "static")
-PREDICT_OUTPUTS = ("ids", "color", "overlay", "panel", "probabilities")
+PREDICT_OUTPUTS = ("ids", "color", "overlay", "panel", "probabilities", "coco", "label_studio")
 PREDICT_FORMATS = ("dataset", "ade20k")
+EXPORT_FORMATS = ("coco", "yolo", "voc", "labelme", "label_studio", "roboflow")  # of annotation tools, for mode=import
 
 # Keys of `model` that say which network it is, besides those in its section `encoder`.
 ARCHITECTURE_KEYS = ("library", "arch", "name", "revision", "options", "config", "decoder")
@@ -665,7 +668,7 @@ class PredictConfig:
     """What mode=predict writes, and how it computes it."""
 
     save: list[str] = field(default_factory=lambda: ["ids", "panel"])
-    """Any of ids, color, overlay, panel, probabilities; docs/prediction.md shows them."""
+    """Any of ids, color, overlay, panel, probabilities, coco, label_studio; docs/prediction.md shows them."""
     format: str = choice_field("dataset", PREDICT_FORMATS)
     """Numbers in ids; dataset: those of the data set's label files; ade20k: 1 .. K, with 0 unused."""
     scales: list[int] | None = None
@@ -678,6 +681,10 @@ class PredictConfig:
     """Like eval.stride."""
     memory_limit_mb: int = number_field(1024, low=16)
     """Like eval.memory_limit_mb."""
+    polygon_tolerance: float = number_field(1.0, low=0, high=100)
+    """coco, label_studio: how far a polygon may be from the outline of a class, in pixels; 0: all corners of pixels."""
+    image_prefix: str = ""
+    """coco, label_studio: written before the path of an image below `input`, such as /data/local-files/?d=photos/."""
 
     def find_problems(self) -> Iterator[str]:
         """A sentence for every unknown output."""
@@ -726,6 +733,28 @@ class CheckConfig:
     """list: write a list of the valid pairs of each split, below the run folder."""
     samples: int = number_field(6, low=0, high=100)
     """Pictures on the page."""
+
+
+@dataclass
+class ImportConfig:
+    """The export of an annotation tool as a data set (mode=import)."""
+
+    format: str = choice_field("auto", ("auto", *EXPORT_FORMATS))
+    """Of the export; auto: as its files show."""
+    images: str | None = None
+    """Folder of the images, if they are not in the export."""
+    copy: bool = False
+    """Copy the images; false: the data set has links to them."""
+    unlabelled: str = choice_field("background", ("background", "ignore"))
+    """Pixels that nobody annotated are the class background, or ignored."""
+    overlaps: str = choice_field("auto", ("auto", "area", "order"))
+    """What is on top; area: the smaller annotation; order: the later one; auto: area for COCO and YOLO, else order."""
+    crowd: str = choice_field("class", ("class", "ignore"))
+    """COCO: regions of many objects (iscrowd) belong to their class, or are ignored."""
+    boxes: str = choice_field("refuse", ("refuse", "draw"))
+    """COCO, YOLO: boxes without an outline end the import, or are drawn as rectangles."""
+    line_width: float = number_field(10.0, above=0, high=1000)
+    """LabelMe: width of lines and diameter of points, in pixels."""
 
 
 @dataclass
@@ -782,7 +811,7 @@ class Config:
     """train: a network whose weights a new run starts from; its architecture too, unless model=<name> is set."""
     output: str | None = None
     """convert: file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files; export: a file; check: a .yaml
-    file for the checked data set, which data=<file> reads."""
+    file for the checked data set, which data=<file> reads; import: a new folder."""
     format: str = choice_field("auto", ("auto", *EXPORT_SUFFIXES.values()))
     """export: auto chooses by the suffix of output, .onnx or .pt2."""
     resume: str | None = "auto"
@@ -790,7 +819,8 @@ class Config:
     resume_force: bool = False
     """Resume although settings or data that determine the steps differ from those of the checkpoint."""
     input: str | None = None
-    """predict: an image, a video, a folder, a pattern, a list of paths, or - (standard input); replay: a sub-batch."""
+    """predict: an image, a video, a folder, a pattern, a list of paths, or - (standard input); replay: a sub-batch;
+    import: the export of an annotation tool, a folder, a zip archive, or its main file."""
     runs: list[str] = field(default_factory=list)
     """compare: evaluations, or runs, each with its newest evaluation; the first is the baseline."""
     after_training: list[str] = field(default_factory=list)
@@ -810,6 +840,7 @@ class Config:
     serve: ServeConfig = field(default_factory=ServeConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
+    import_: ImportConfig = field(default_factory=ImportConfig, metadata={"key": "import"})  # a keyword of Python
     bench: BenchConfig = field(default_factory=BenchConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     logger: dict[str, Any] = field(default_factory=dict)
@@ -847,7 +878,7 @@ def config_to_plain(config: Any) -> dict[str, Any]:
         if item.metadata.get("is_open"):
             plain |= deepcopy(value)
         else:
-            plain[item.name] = config_to_plain(value) if is_dataclass(value) else deepcopy(value)
+            plain[key_of(item)] = config_to_plain(value) if is_dataclass(value) else deepcopy(value)
     return plain
 
 
@@ -857,9 +888,10 @@ def list_keys(cls: type = Config, prefix: str = "") -> list[str]:
     for item in fields(cls):
         if item.metadata.get("is_open"):
             continue
-        keys.append(prefix + item.name)
-        if item.name in sections:
-            keys.extend(list_keys(sections[item.name], f"{prefix}{item.name}."))
+        key = key_of(item)
+        keys.append(prefix + key)
+        if key in sections:
+            keys.extend(list_keys(sections[key], f"{prefix}{key}."))
     return keys
 
 
@@ -869,9 +901,9 @@ def is_section(kind: Any) -> TypeGuard[type]:
 
 
 def get_sections(cls: type) -> dict[str, type]:
-    """The fields of a section that hold a section, or may hold one, with its class."""
+    """The keys of a section that hold a section, or may hold one, with its class."""
     types = get_type_hints(cls)
-    kinds = {item.name: (types[item.name], *get_args(types[item.name])) for item in fields(cls)}
+    kinds = {key_of(item): (types[item.name], *get_args(types[item.name])) for item in fields(cls)}
     return {name: kind for name, both in kinds.items() for kind in both if is_section(kind)}
 
 

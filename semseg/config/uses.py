@@ -45,6 +45,9 @@ def find_missing_keys(config: Config) -> Iterator[str]:
         yield "mode=convert needs output=<file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files>."
     if config.mode == "check" and config.output and Path(config.output).suffix not in (".yaml", ".yml"):
         yield f"output={config.output}: mode=check writes the description of a data set: output=<file.yaml>."
+    for key, what in (("input", "the export of an annotation tool"), ("output", "a new folder")):
+        if config.mode == "import" and not getattr(config, key):
+            yield f"mode=import needs {key}=<{what}>."
     if config.mode == "replay" and not config.input:
         yield "mode=replay needs input=<sub-batch that a run with a NaN loss has saved>."
     has_own_picture = (config.ckpt or "").startswith(ZOO_PREFIX)

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from semseg.config.fields import find_bound_problems, format_wrong_choice
+from semseg.config.fields import find_bound_problems, format_wrong_choice, key_of
 from semseg.config.hints import EXTENDING, explain_unknown_key
 from semseg.config.schema import (
     ALLOWED_TARGETS,
@@ -59,7 +59,7 @@ def _check_sections(
     plain = OmegaConf.to_container(composed, resolve=False)
     raise_first(find_section_problems(plain))
     try:
-        typed = OmegaConf.merge(get_schema_node(), gather_own_entries(composed))
+        typed = OmegaConf.merge(get_schema_node(), name_fields(gather_own_entries(composed)))
         config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise ConfigError(explain_omegaconf_error(error, composed)) from None
@@ -102,6 +102,19 @@ def gather_own_entries(composed: DictConfig) -> DictConfig:
     return copied
 
 
+def name_fields(composed: DictConfig) -> DictConfig:
+    """A copy in which a section whose key is a keyword of Python has the name of its field."""
+    renamed = {key_of(item): item.name for item in fields(Config) if key_of(item) != item.name}
+    found = [key for key in renamed if key in composed]
+    if not found:
+        return composed
+    copied = composed.copy()
+    OmegaConf.set_struct(copied, False)
+    for key in found:
+        copied[renamed[key]] = copied.pop(key)
+    return copied
+
+
 def raise_first(problems: Iterator[str]) -> None:
     """Raise the first problem.
 
@@ -125,6 +138,8 @@ TYPE_RULES = {
 def explain_omegaconf_error(error: OmegaConfBaseException, composed: DictConfig) -> str:
     """OmegaConf's error as one line: the key, the value, and the nearest valid name."""
     key = str(error.full_key or error.key or "")
+    for item in fields(Config):
+        key = f"{key_of(item)}{key.removeprefix(item.name)}" if key.partition(".")[0] == item.name else key
     if isinstance(error, ConfigKeyError):
         return explain_unknown_key(key, list_keys())
     value = dict(iterate_leaves(OmegaConf.to_container(composed, resolve=False))).get(key)
@@ -158,7 +173,7 @@ def find_section_problems(plain: Any, cls: type = Config, prefix: str = "") -> I
 def find_range_problems(section: Any, prefix: str = "") -> Iterator[str]:
     """A sentence for every value outside the range or the choices of its field."""
     for item in fields(section):
-        key, value = prefix + item.name, getattr(section, item.name)
+        key, value = prefix + key_of(item), getattr(section, item.name)
         if is_dataclass(value):
             yield from find_range_problems(value, key + ".")
             continue

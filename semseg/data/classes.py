@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,18 @@ from semseg.data.palette import Colour, generated_palette
 from semseg.data.store import read_text
 from semseg.errors import DataError, describe_reason
 from semseg.system.text import escape_unprintable, shorten_repr
+
+BACKGROUND = "background"
+LABEL_MAP_LINE = re.compile(r".+:\s*\d{1,3}\s*,\s*\d{1,3}\s*,\s*\d{1,3}\s*:[^:]*:[^:]*")
+
+
+def is_background(name: str) -> bool:
+    """Whether a class means pixels without an object, by its name.
+
+    >>> is_background("Background"), is_background("_background_"), is_background("road")
+    (True, True, False)
+    """
+    return name.strip().strip("_").lower() == BACKGROUND
 
 
 class ClassTable(NamedTuple):
@@ -100,7 +113,8 @@ class ClassTable(NamedTuple):
     def from_file(cls, path: str | Path) -> ClassTable:
         """A table from a CSV file (`from_csv`), a JSON file, or a text file with a name on each line.
 
-        In a text file, lines that begin with # are comments; a name that begins with # is written in double quotes.
+        In a text file, lines that begin with # are comments; a name that begins with # is written in double quotes. If
+        all lines are like those of CVAT's labelmap.txt (name:red,green,blue:parts:actions), it is one, with colours.
         JSON holds a list of {"name": ..., "color": [R, G, B]}, or an object with that list under `classes`, as
         mode=predict writes it. Colours may be omitted from all entries.
 
@@ -113,8 +127,10 @@ class ClassTable(NamedTuple):
         try:
             text = read_text(path)
             if path.suffix.lower() == ".txt":
-                lines = (line.strip() for line in text.splitlines())
-                names = [_unquote(line) for line in lines if line and not line.startswith("#")]
+                lines = [line for each in text.splitlines() if (line := each.strip()) and not line.startswith("#")]
+                if lines and all(map(LABEL_MAP_LINE.fullmatch, lines)):
+                    return _from_label_map(lines)
+                names = [_unquote(line) for line in lines]
                 return cls.from_names(_require_entries(names))
             content = json.loads(text)
             rows = _require_entries(content["classes"] if isinstance(content, dict) else content)
@@ -125,6 +141,13 @@ class ClassTable(NamedTuple):
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
             raise DataError(f"{path}: the class table cannot be read ({kind}{describe_reason(error)}).") from error
+
+
+def _from_label_map(lines: Sequence[str]) -> ClassTable:
+    """The table of a label map of CVAT: the name and the colour of a class in each line."""
+    cells = [line.rsplit(":", 3) for line in lines]
+    colours = (_parse_colour([int(part) for part in text.split(",")]) for _, text, *_ in cells)
+    return ClassTable(tuple(escape_unprintable(name) for name, *_ in cells), tuple(colours))
 
 
 def _unquote(name: str) -> str:

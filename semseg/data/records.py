@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -19,6 +20,7 @@ from semseg.data.store import UnusedFiles
 from semseg.errors import DataError
 
 T = TypeVar("T")
+COPY_MARK = re.compile(r"\.rf\.\w+\.\w+$", re.ASCII)  # that Roboflow appends to each augmented copy, with the suffix
 
 
 class Record(NamedTuple):
@@ -87,7 +89,8 @@ def split_by_hash(records: Sequence[Record], fraction: float, root: str | Path) 
     """Split records into (kept, held out), with about `fraction` of them held out.
 
     The side of a record depends only on its path below `root`: adding or removing other files does not move it, nor
-    does moving the whole data set. Neither side is empty if there are two or more records.
+    does moving the whole data set. Copies of one photograph by Roboflow (a.rf.<digits>.jpg) are on one side. Neither
+    side is empty if there are records of two or more photographs.
 
     Raises:
         ValueError: if fraction is not between 0 and 1.
@@ -98,6 +101,11 @@ def split_by_hash(records: Sequence[Record], fraction: float, root: str | Path) 
     if len(records) < 2:
         raise DataError(f"{root}: {len(records)} image cannot be split into training and validation: add images.")
     hashes = [_unit_hash(os.path.relpath(record.image, root)) for record in records]
+    if min(hashes) == max(hashes):
+        raise DataError(
+            f"{root}: all {len(records)} images are copies of one photograph, which cannot be split into "
+            "training and validation: add images."
+        )
     threshold = min(max(fraction, min(hashes)), max(hashes) - 2.0**-53)
     kept = [record for record, value in zip(records, hashes, strict=True) if value > threshold]
     held_out = [record for record, value in zip(records, hashes, strict=True) if value <= threshold]
@@ -105,8 +113,9 @@ def split_by_hash(records: Sequence[Record], fraction: float, root: str | Path) 
 
 
 def _unit_hash(path: str) -> float:
-    """A number in [0, 1) that depends only on a relative path."""
-    digest = hashlib.sha256(path.replace(os.sep, "/").encode()).digest()
+    """A number in [0, 1) that depends only on a relative path; copies of a photograph have the same."""
+    plain = COPY_MARK.sub("", path.replace(os.sep, "/"))
+    digest = hashlib.sha256(plain.encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from os.path import relpath
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -38,6 +38,8 @@ from semseg.config.load import load_config
 from semseg.config.schema import SPLITS, Config, DataConfig
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size, largest_canvas
+from semseg.data.importing.formats import FoundExport
+from semseg.data.importing.recognise import name_output, recognise_exports, recognise_masks_beside
 from semseg.data.label_map import LabelMap
 from semseg.data.labels import read_label
 from semseg.data.overlap import Overlap, find_overlap
@@ -68,6 +70,14 @@ def run(config: Config, overrides: list[str]) -> None:
         SemsegError: for other errors that the user can fix.
     """
     folder = Path(config.run_dir)
+    if exports := recognise_exports(config.data):
+        report_exports(exports, config)
+    if keys := recognise_masks_beside(config.data):
+        words = [f"{key}={value}" for key, value in keys.items()]
+        overrides = [*overrides, *words]
+        config = load_config([word for word in overrides if not word.startswith(("run_dir=", "hydra."))])[0]
+        config.run_dir = str(folder)
+        print(escape_lines(f"masks lie beside the images: checked with {' '.join(words)}"))
     source, configured = open_data(config.data)
     splits = [scan_split(source, split) for split in SPLITS if source.has(split)]
     diagnosis = diagnose(splits, config.data, configured, find_shared_images(splits), partial(find_pixel, source))
@@ -108,6 +118,37 @@ def run(config: Config, overrides: list[str]) -> None:
     print(next_step)
     error = DataError if config.quiet else ReportedError
     raise error(f"the data set is not ready for training: see {relative_to_cwd(files[-1])}.")
+
+
+def report_exports(exports: Sequence[FoundExport], config: Config) -> NoReturn:
+    """Print how to import what is not a data set yet.
+
+    Raises:
+        DataError: always, after the report.
+    """
+    root = config.data.root
+    output = find_free_name(name_output(Path(root)))
+    for export in exports:
+        shown = ", ".join(str(relative_to_cwd(path)) for path in export.files[:2])
+        more = ", ..." if len(export.files) > 2 else ""
+        text = (
+            f"{root} is an export of {export.title} ({shown}{more}): its annotations have to be drawn as masks first."
+        )
+        print(escape_lines(text))
+    print(f"\n{NOT_READY}")
+    for export in exports:
+        chosen = [f"import.format={export.format}"] if len(exports) > 1 else []
+        print(
+            escape_lines(f"to import: {format_command(['mode=import', f'input={root}', f'output={output}', *chosen])}")
+        )
+    error = DataError if config.quiet else ReportedError
+    raise error(f"{root} is an export of an annotation tool, not a data set: use mode=import.")
+
+
+def find_free_name(folder: Path) -> Path:
+    """The folder, or one with a number behind its name, that does not exist."""
+    names = (folder, *(folder.with_name(f"{folder.name}_{number}") for number in range(2, 1000)))
+    return next((name for name in names if not name.exists()), folder)
 
 
 def open_data(data: DataConfig) -> tuple[DataSource, ConfiguredClasses | None]:

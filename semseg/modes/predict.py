@@ -21,6 +21,7 @@ from semseg.config.schema import Config
 from semseg.data.loaders import WatchedLoader
 from semseg.data.store import UnusedFiles
 from semseg.errors import DataError
+from semseg.prediction.annotations import ANNOTATION_FILES, AnnotationFiles, AnnotationSettings
 from semseg.prediction.inputs import AS_PATH_LIST, Input, find_inputs, is_path_list
 from semseg.prediction.outputs import array_on_disk, write_classes, write_outputs
 from semseg.prediction.pictures import read_picture
@@ -65,15 +66,20 @@ def predict_inputs(predictor: Predictor, config: Config, inputs: Sequence[Input]
     """
     folder = Path(config.run_dir)
     inputs = list_inputs(config) if inputs is None else inputs
+    settings = AnnotationSettings(config.predict.polygon_tolerance, config.predict.image_prefix)
+    annotations = AnnotationFiles(folder, config.predict.save, predictor.classes, predictor.label_map, settings)
     job = PredictionJob(
         predictor,
         folder,
         config.predict.save,
+        annotations,
         num_workers=min(1, choose_num_workers(config.data.num_workers, num_ranks=1)),
         timeout_s=config.data.worker_timeout_s,
     )
+    if annotations.outputs and any(item.is_video for item in inputs):
+        print(f"{' and '.join(annotations.outputs)}: for images, and not for the frames of videos")
     failures = []
-    with Progress(disable=not sys.stdout.isatty()) as bar:
+    with annotations, Progress(disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("predicting", total=len(inputs))
         for failure in job.predict_all(inputs, lambda done: bar.update(task, completed=done)):
             if failure:
@@ -93,14 +99,23 @@ class PredictionJob:
 
     Args:
         outputs: names as in predict.save.
+        annotations: receives the class maps of images for annotation tools; must be open during `predict_all`.
         num_workers: processes that read images while the network computes; 0 or 1.
         timeout_s: how long to wait for an image; 0 means without limit.
     """
 
     def __init__(
-        self, predictor: Predictor, folder: Path, outputs: Sequence[str], *, num_workers: int = 0, timeout_s: float = 0
+        self,
+        predictor: Predictor,
+        folder: Path,
+        outputs: Sequence[str],
+        annotations: AnnotationFiles | None = None,
+        *,
+        num_workers: int = 0,
+        timeout_s: float = 0,
     ) -> None:
-        self.predictor, self.folder, self.outputs = predictor, folder, outputs
+        self.predictor, self.folder, self.annotations = predictor, folder, annotations
+        self.outputs = [output for output in outputs if output not in ANNOTATION_FILES]  # one file for each input
         self.num_workers, self.timeout_s = num_workers, timeout_s
 
     def predict_all(
@@ -142,6 +157,8 @@ class PredictionJob:
             ids = predictor.predict_class_map(pixels.shape[:2], loaded.scales, probabilities)
             result = PredictionResult(pixels, ids, predictor.classes, predictor.label_map, probabilities)
             write_outputs(result, target, self.outputs)
+        if self.annotations is not None:
+            self.annotations.add((item.output_path.parent / item.path.name).as_posix(), ids)
 
     def open_probabilities(self, target: Path, pixels: Pixels) -> AbstractContextManager[NDArray[np.float16] | None]:
         """Open an array on disk for the probabilities of an image, if they are an output."""

@@ -18,6 +18,7 @@ from PIL import Image
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.errors import ArgumentError, find_nearest
+from semseg.prediction.annotations import write_annotations
 from semseg.reports.draw import Pixels, add_legend, colour_class_map, draw_overlay, draw_panel
 from semseg.storage.atomic import atomic_write, name_file_in_errors, temporary_path
 
@@ -103,12 +104,31 @@ def write_probabilities(prediction: WritablePrediction, target: Path) -> Path:
     return path
 
 
+def write_coco(prediction: WritablePrediction, target: Path) -> Path:
+    """Write the classes as COCO JSON, for an image of the name of `target`."""
+    return _write_annotations("coco", prediction, target)
+
+
+def write_label_studio(prediction: WritablePrediction, target: Path) -> Path:
+    """Write the classes as a prediction of Label Studio, for an image of the name of `target`."""
+    return _write_annotations("label_studio", prediction, target)
+
+
+def _write_annotations(output: str, prediction: WritablePrediction, target: Path) -> Path:
+    path, classes = target.with_name(f"{target.name}_{output}.json"), prediction.classes
+    return write_annotations(
+        output, path, prediction.ids, name=target.name, classes=classes, label_map=prediction.label_map
+    )
+
+
 OUTPUT_WRITERS: dict[str, Callable[[WritablePrediction, Path], Path]] = {
     "ids": write_ids,
     "color": write_color,
     "overlay": write_overlay,
     "panel": write_panel,
     "probabilities": write_probabilities,
+    "coco": write_coco,
+    "label_studio": write_label_studio,
 }
 
 

@@ -147,7 +147,8 @@ class PredictionResult:
         """Write `<folder>/<name>_<output>.<suffix>` for each of `outputs`; existing files are replaced.
 
         Args:
-            outputs: one or several of ids, color, overlay, panel, probabilities, as in predict.save.
+            outputs: one or several of ids, color, overlay, panel, probabilities, coco, label_studio, as in
+                predict.save. For the last two, `name` is the name of the picture's file.
 
         Returns:
             The paths of the files.

@@ -1,0 +1,245 @@
+"""Files of an export: JSON with named errors, and images by the names that annotations have for them. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from semseg.data import store
+from semseg.data.folders import IMAGE_SUFFIXES
+from semseg.data.list_files import match_split
+from semseg.errors import DataError, describe_reason
+from semseg.system.text import shorten_repr
+
+Kind = TypeVar("Kind")
+KIND_NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
+
+
+class EntryError(ValueError):
+    """Why an entry of an export cannot be read, without the name of its file."""
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        DataError: if it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(store.read_text(path))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}). Export it again.") from None
+    except json.JSONDecodeError as error:
+        where = f"{error.msg}, line {error.lineno}, column {error.colno}"
+        raise DataError(f"{path}: not JSON, or truncated ({where}). Export it again.") from None
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        reason = "too many nested brackets" if isinstance(error, RecursionError) else describe_reason(error)
+        raise DataError(
+            f"{path}: cannot be read as JSON ({reason or type(error).__name__}). Export it again."
+        ) from None
+
+
+def read_text_lines(path: Path) -> list[str]:
+    """The lines of a text file.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    try:
+        return store.read_text(path).splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}). Export it again.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({describe_reason(error)}). Export it again.") from None
+
+
+def get(entry: Any, key: str, kind: type[Kind]) -> Kind:
+    """The value of a key, which must be there.
+
+    Raises:
+        EntryError: if it is missing, or of another kind.
+    """
+    if not isinstance(entry, dict) or key not in entry:
+        found = f"found {shorten_repr(list(entry))}" if isinstance(entry, dict) else f"this is {shorten_repr(entry)}"
+        raise EntryError(f"has no {key!r} ({found})")
+    return check_kind(entry[key], key, kind)
+
+
+def get_or(entry: Any, key: str, kind: type[Kind], default: Kind) -> Kind:
+    """The value of a key; `default` if it is missing or null.
+
+    Raises:
+        EntryError: if it is of another kind.
+    """
+    value = entry.get(key) if isinstance(entry, dict) else None
+    return default if value is None else check_kind(value, key, kind)
+
+
+def check_kind(value: Any, key: str, kind: type[Kind]) -> Kind:
+    """Return a value if it is of a kind: a finite number for float, which may be an int.
+
+    Raises:
+        EntryError: otherwise.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and is_number and (isinstance(value, int) or math.isfinite(value)) and abs(value) < 1e300:
+        return kind(value)  # pyright: ignore[reportCallIssue]
+    if kind is int and is_number and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return kind(value)  # pyright: ignore[reportCallIssue] - tools that write 640.0
+    if not isinstance(value, kind) or (kind in (int, float) and not is_number) or kind is float:
+        raise EntryError(f"{key} must be {KIND_NAMES[kind]}, got {shorten_repr(value)}")
+    if isinstance(value, str) and not store.is_utf8(value):
+        raise EntryError(f"{key} is not UTF-8 text")
+    return value  # pyright: ignore[reportReturnType]
+
+
+def describe_entry(entry: Any, key: str, position: int) -> str:
+    """How a message calls an entry of a list: by its id, or its position from 1."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    return str(value)[:40] if isinstance(value, int | str) else f"number {position + 1}"
+
+
+def find_split(*names: str) -> str:
+    """The split that the words of some names stand for, the last ones first; "" if there is none.
+
+    >>> find_split("annotations", "instances_train2017"), find_split("valid/_annotations.coco"), find_split("trainer")
+    ('train', 'val', '')
+    """
+    for name in reversed(names):
+        for word in reversed(re.split(r"[\W_\d]+", name)):
+            if split := match_split(word):
+                return split
+    return ""
+
+
+def find_other_case(path: Path) -> str:
+    """The name of a file beside `path`, which does not exist, that differs in upper and lower case only; "" if none."""
+    return _list_by_case(path.parent).get(path.name.casefold(), "")
+
+
+@lru_cache(maxsize=64)
+def _list_by_case(folder: Path) -> dict[str, str]:
+    names = store.list_folder(folder, store.UnusedFiles()) if store.is_folder(folder) else []
+    return {name.casefold(): name for name in names}
+
+
+class ImageFinder:
+    """Finds the images that an export names, below a folder; names never lead out of it.
+
+    Args:
+        root: of the export.
+        images: import.images, where they are instead; may be None.
+    """
+
+    def __init__(self, root: Path, images: Path | None = None) -> None:
+        self.folder = images or root
+        self.unused = store.UnusedFiles()
+        self._by_name: dict[str, list[Path]] = defaultdict(list)
+        self._by_case: dict[str, list[Path]] = defaultdict(list)
+        self._by_stem: dict[str, list[Path]] = defaultdict(list)
+        for path in store.list_files_below(self.folder, self.unused):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                name = _compose(path.name)
+                self._by_name[name].append(path)
+                self._by_case[name.casefold()].append(path)
+
+    def find(self, name: str, split: str = "") -> Path:
+        """The image file that an export calls `name`, which may be a path of another machine.
+
+        Of several files of that name, the one whose folders agree best is taken, then the one in a folder of the split.
+
+        Raises:
+            EntryError: if there is none, or several agree equally well.
+        """
+        parts = [_compose(part) for part in PurePosixPath(name.replace("\\", "/")).parts]
+        parts = [part for part in parts if part not in ("", ".", "..", "/")]
+        if not parts:
+            raise EntryError(f"{name!r} names no image file")
+        found = self._by_name.get(parts[-1], [])
+        if not found:
+            self._refuse_missing(name, parts[-1])
+        if len(found) > 1:
+            found = _keep_best(found, lambda path: _count_common_end([_compose(part) for part in path.parts], parts))
+        if len(found) > 1 and split:
+            found = _keep_best(found, lambda path: int(find_split(*path.relative_to(self.folder).parts[:-1]) == split))
+        if len(found) > 1:
+            listed = " and ".join(str(path) for path in found[:2])
+            raise EntryError(f"{name!r} may be {listed}. Set import.images to the folder with the right one")
+        return found[0]
+
+    def find_stem(self, stem: str, without: Sequence[str]) -> list[Path]:
+        """The image files with this path without suffix, or, of all with its last part, those that agree best.
+
+        Args:
+            without: folders of masks, whose files are not images.
+        """
+        if not self._by_stem:
+            for path in (path for paths in self._by_name.values() for path in paths):
+                if not set(without) & set(path.relative_to(self.folder).parts[:-1]):
+                    self._by_stem[_compose(path.stem)].append(path)
+        parts = [_compose(part) for part in PurePosixPath(stem).parts]
+        found = self._by_stem.get(parts[-1], [])
+        if not found:
+            similar = next(
+                (
+                    path
+                    for key, paths in self._by_stem.items()
+                    if key.casefold() == parts[-1].casefold()
+                    for path in paths
+                ),
+                None,
+            )
+            if similar is not None:
+                raise EntryError(f"its image is called {similar.name}: upper and lower case differ. Rename one")
+        if len(found) > 1:
+            names = {path: [_compose(part) for part in path.with_suffix("").parts] for path in found}
+            found = _keep_best(found, lambda path: _count_common_end(names[path], parts))
+        return found
+
+    def has(self, path: Path) -> bool:
+        """Whether a path is one of the images."""
+        return path in self._by_name.get(_compose(path.name), ())
+
+    @property
+    def count(self) -> int:
+        """The number of images below the folder."""
+        return sum(map(len, self._by_name.values()))
+
+    def relative(self, path: Path) -> str:
+        """The path of an image below the folder, with /."""
+        return path.relative_to(self.folder).as_posix()
+
+    def _refuse_missing(self, name: str, last: str) -> None:
+        similar = self._by_case.get(last.casefold())
+        if similar:
+            raise EntryError(
+                f"there is no image {last}, but {similar[0].name}: upper and lower case differ. Rename one"
+            )
+        way_out = "Set import.images to the folder of the images"
+        raise EntryError(f"there is no image {name} below {self.folder}. {way_out}")
+
+
+def _compose(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _keep_best(paths: list[Path], rate: Any) -> list[Path]:
+    best = max(map(rate, paths))
+    return [path for path in paths if rate(path) == best]
+
+
+def _count_common_end(first: Iterable[str], second: Iterable[str]) -> int:
+    """The number of equal parts at the end of two paths."""
+    count = 0
+    for one, other in zip(reversed(list(first)), reversed(list(second)), strict=False):
+        if one != other:
+            break
+        count += 1
+    return count

@@ -1,0 +1,244 @@
+"""LabelMe: a JSON file for each image, with shapes."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semseg.config.schema import ImportConfig
+from semseg.data import store
+from semseg.data.geometry import Size
+from semseg.data.headers import HeaderError, open_image
+from semseg.data.images import decode_image
+from semseg.data.importing.files import EntryError, ImageFinder, find_split, get, get_or, read_json, read_text_lines
+from semseg.data.importing.model import (
+    IGNORED,
+    UNLABELLED,
+    AnnotatedImage,
+    Annotation,
+    Bitmap,
+    Ellipse,
+    Export,
+    Polygon,
+    Shape,
+    make_line,
+    make_ring,
+)
+from semseg.data.records import Problem
+from semseg.errors import DataError
+
+KEYS = (b'"shapes"', b'"imagePath"')
+SPECIAL_LABELS = {"_background_": UNLABELLED, "__ignore__": IGNORED}
+LABELS_FILE = "labels.txt"
+
+
+class LabelMeFile(NamedTuple):
+    """A JSON file of LabelMe, read."""
+
+    path: Path
+    content: Any
+
+
+def find_labelme_files(files: Sequence[Path]) -> list[Path]:
+    """The files of LabelMe among the JSON files of an export."""
+    return [path for path in files if path.suffix.lower() == ".json" and is_labelme_file(path)]
+
+
+def is_labelme_file(path: Path) -> bool:
+    """Whether a JSON file holds shapes and the path of an image."""
+    try:
+        content = store.read_file(path)
+    except (OSError, DataError):
+        return False
+    return content.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{") and all(key in content for key in KEYS)
+
+
+def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options: ImportConfig) -> Export:
+    """All files of LabelMe; the classes are those of labels.txt, or the labels that occur, sorted.
+
+    Raises:
+        DataError: if no file has a label.
+    """
+    items: list[AnnotatedImage | Problem] = []
+    contents: list[LabelMeFile] = []
+    labels = set[str]()
+    for path in files:
+        try:
+            content = read_json(path)
+            labels |= {get(shape, "label", str) for shape in get(content, "shapes", list)}
+            contents.append(LabelMeFile(path, content))
+        except EntryError as error:
+            items.append(Problem(f"{path}: a shape {error}."))
+        except DataError as error:
+            items.append(Problem(str(error)))
+    names = list_names(root, labels - set(SPECIAL_LABELS))
+    if not names and contents:
+        raise DataError(f"{root}: no file of LabelMe in it has a shape with a label. Annotate the images first.")
+    reader = LabelMeReader(root, names, finder, options)
+    for file in contents:
+        try:
+            items.append(reader.read_file(file))
+        except EntryError as error:
+            items.append(Problem(f"{file.path}: {error}."))
+    notes = [*reader.describe()]
+    num_images = sum(1 for item in items if isinstance(item, AnnotatedImage) and item.content is None)
+    if num_left := finder.count - num_images:
+        notes.append(f"{num_left} images have no JSON file and are left out.")
+    return Export("LabelMe", tuple(names), None, items, tuple(notes))
+
+
+def list_names(root: Path, labels: set[str]) -> list[str]:
+    """The classes in the order of labels.txt, if there is one with all of them; else sorted."""
+    file = root / LABELS_FILE
+    listed = [line.strip() for line in read_text_lines(file)] if store.is_file(file) else []
+    listed = [name for name in dict.fromkeys(listed) if name and name not in SPECIAL_LABELS]
+    return listed if labels <= set(listed) else sorted(labels)
+
+
+class LabelMeReader:
+    """Reads the shapes of LabelMe's files.
+
+    Args:
+        names: of the classes.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str], finder: ImageFinder, options: ImportConfig) -> None:
+        self.root, self.finder, self.options = root, finder, options
+        self.class_of = SPECIAL_LABELS | {name: index for index, name in enumerate(names)}
+        self.num_lines, self.num_decoded = 0, 0
+
+    def read_file(self, file: LabelMeFile) -> AnnotatedImage:
+        """The image of a file and its annotations.
+
+        Raises:
+            EntryError: if it, or one of its shapes, cannot be read.
+        """
+        path, content = file
+        height, width = (get_or(content, key, int, 0) for key in ("imageHeight", "imageWidth"))
+        size = Size(height, width) if height > 0 and width > 0 else None
+        annotations = []
+        for position, shape in enumerate(content["shapes"]):
+            name = f"shape {position + 1}"
+            try:
+                label = get(shape, "label", str)
+                annotations.append(Annotation(self.class_of[label], tuple(self.read_shape(shape)), name))
+            except (EntryError, ValueError) as error:
+                raise EntryError(f"{name}: {error}") from None
+        split = find_split(*path.relative_to(self.root).parts[:-1])
+        image = AnnotatedImage("", "", split, size, str(path), tuple(annotations))
+        return self.find_image(path, content, image)
+
+    def find_image(self, path: Path, content: Any, image: AnnotatedImage) -> AnnotatedImage:
+        """The image, with its file: beside the JSON file, elsewhere below the export, or inside the JSON file.
+
+        Raises:
+            EntryError: if there is none.
+        """
+        name = get(content, "imagePath", str).replace("\\", "/").rpartition("/")[2]
+        beside = path.with_name(name) if name and "\0" not in name else path
+        try:
+            found = beside if self.finder.has(beside) else self.finder.find(name)
+        except EntryError as error:
+            data = content.get("imageData")
+            if not isinstance(data, str) or not data:
+                raise EntryError(f"{error}, or save the files with image data") from None
+            self.num_decoded += 1
+            decoded = decode_base64(data, "imageData")
+            below = path.relative_to(self.root).with_suffix(find_suffix(decoded)).as_posix()
+            return image._replace(path=str(path), name=below, content=decoded)
+        return image._replace(path=str(found), name=self.finder.relative(found))
+
+    def read_shape(self, shape: Any) -> Iterator[Shape]:
+        """The regions of a shape.
+
+        Raises:
+            EntryError: if its type is not known, or does not fit its points.
+        """
+        kind = get_or(shape, "shape_type", str, "polygon")
+        points = make_ring(get(shape, "points", list))
+        needed = {"polygon": 3, "rectangle": 2, "circle": 2, "line": 2, "linestrip": 2, "point": 1, "points": 1,
+                  "oriented_rectangle": 4, "mask": 2}.get(kind)  # fmt: skip
+        if needed is None:
+            raise EntryError(f"has shape_type {kind!r:.40}, which is not known")
+        if len(points) < needed:
+            raise EntryError(f"is a {kind} with {len(points)} points, at least {needed} are needed")
+        if not np.isfinite(points).all():
+            raise EntryError("has a coordinate that is not finite")
+        (x, y), (x2, y2) = points[0].tolist(), points[min(1, len(points) - 1)].tolist()
+        radius = self.options.line_width / 2
+        if kind in ("polygon", "oriented_rectangle"):
+            yield Polygon((points,))
+        elif kind == "rectangle":
+            yield Polygon((make_ring([x, y, x2, y, x2, y2, x, y2]),))
+        elif kind == "circle":
+            distance = math.dist((x, y), (x2, y2))
+            yield Ellipse(x, y, distance, distance)
+        elif kind == "mask":
+            data = get(shape, "mask", str)
+            box = Size(round(abs(y2 - y)) + 1, round(abs(x2 - x)) + 1)
+            yield Bitmap(round(min(y, y2)), round(min(x, x2)), partial(decode_mask, data, box))
+        else:
+            self.num_lines += 1
+            yield from (Ellipse(left, top, radius, radius) for left, top in points.tolist())
+            if kind in ("line", "linestrip"):
+                for start, end in itertools.pairwise(points):
+                    if (start != end).any():
+                        yield make_line(start, end, 2 * radius)
+
+    def describe(self) -> Iterator[str]:
+        """Sentences about what was decided."""
+        if self.num_lines:
+            width = self.options.line_width
+            yield f"{self.num_lines} lines and points are drawn {width:g} pixels wide (import.line_width)."
+        if self.num_decoded:
+            yield f"{self.num_decoded} images are not in the export and were taken out of its JSON files."
+
+
+def decode_base64(text: str, key: str) -> bytes:
+    """The bytes of base64 text.
+
+    Raises:
+        EntryError: if it is damaged.
+    """
+    try:
+        return base64.b64decode(text, validate=False)
+    except (binascii.Error, ValueError) as error:
+        raise EntryError(f"{key} is damaged ({error})") from None
+
+
+def decode_mask(data: str, size: Size) -> NDArray[np.bool_]:
+    """The mask of a shape, a PNG file of a box of `size`.
+
+    Raises:
+        ValueError: if it is damaged or of another size.
+    """
+    try:
+        pixels = decode_image(decode_base64(data, "mask"), "mask", max_pixels=max(1, size.height * size.width))
+    except DataError as error:
+        raise EntryError(str(error).rstrip(".")) from None
+    if pixels.shape[:2] != size:
+        raise EntryError(f"its mask is {pixels.shape[0]} x {pixels.shape[1]}, its points are for {size}")
+    return pixels[..., 0] > 0
+
+
+def find_suffix(data: bytes) -> str:
+    """The suffix for an image by its content.
+
+    Raises:
+        EntryError: if it is no image.
+    """
+    try:
+        kind = str(open_image(io.BytesIO(data)).format)
+    except HeaderError as error:
+        raise EntryError(f"imageData {error}") from None
+    return {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")

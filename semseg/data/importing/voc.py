@@ -1,0 +1,227 @@
+"""Masks in colours with a label map: CVAT's "Segmentation mask 1.1", and Pascal VOC."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semseg.config.schema import ImportConfig
+from semseg.data import store
+from semseg.data.classes import built_in_classes
+from semseg.data.images import apply_orientation, check_png, open_checked, read_image, read_image_bytes
+from semseg.data.importing.files import EntryError, ImageFinder, find_split, read_text_lines
+from semseg.data.importing.model import IGNORED, UNLABELLED, AnnotatedImage, Export, MaskFile
+from semseg.data.palette import Colour
+from semseg.data.records import Problem
+from semseg.errors import DataError
+
+MASK_FOLDER, LABEL_MAP, LISTS = "SegmentationClass", "labelmap.txt", Path("ImageSets", "Segmentation")
+BLACK: Colour = (0, 0, 0)
+BORDER: Colour = (224, 224, 192)  # the border of objects in Pascal VOC, index 255
+MASK_SUFFIXES = (".png", ".PNG")
+
+
+class LabelMapRow(NamedTuple):
+    """A class of labelmap.txt."""
+
+    name: str
+    colour: Colour
+
+
+def is_voc_folder(root: Path) -> bool:
+    """Whether a folder has the masks of Pascal VOC or CVAT."""
+    return store.is_folder(root / MASK_FOLDER)
+
+
+def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
+    """The masks of `SegmentationClass`, with the splits of `ImageSets/Segmentation`.
+
+    Raises:
+        DataError: if the label map is wrong, or there are no masks.
+    """
+    file = root / LABEL_MAP
+    notes = []
+    if store.is_file(file):
+        rows = read_label_map(file)
+    else:
+        table = built_in_classes("voc2012")
+        rows = [LabelMapRow(*row) for row in zip(table.names, table.palette, strict=True)]
+        notes.append(f"There is no {LABEL_MAP}: the classes and colours of Pascal VOC 2012 are used.")
+    splits = read_splits(root / LISTS)
+    masks = [path for path in store.list_files_below(root / MASK_FOLDER) if path.suffix in MASK_SUFFIXES]
+    if not masks:
+        raise DataError(f"{root / MASK_FOLDER}: there is no PNG file. Export the masks again.")
+    read = partial(decode_colours, tuple(rows))
+    items: list[AnnotatedImage | Problem] = []
+    seen = set[str]()
+    for path in masks:
+        stem = path.relative_to(root / MASK_FOLDER).with_suffix("").as_posix()
+        seen.add(stem)
+        if splits and stem not in splits:
+            continue
+        try:
+            image = find_image(stem, finder)
+        except EntryError as error:
+            items.append(Problem(f"{path}: {error}."))
+            continue
+        items.append(
+            AnnotatedImage(
+                str(image),
+                finder.relative(image),
+                splits.get(stem, ""),
+                None,
+                str(path),
+                mask=MaskFile(str(path), read),
+            )
+        )
+    items += [Problem(f"{root / LISTS}: lists {stem}, which has no mask.") for stem in splits if stem not in seen]
+    if splits and (num_unlisted := len(seen - set(splits))):
+        notes.append(f"{num_unlisted} masks are in no list of {LISTS.as_posix()} and left out.")
+    palette = tuple(row.colour for row in rows)
+    return Export("masks of CVAT or Pascal VOC", tuple(row.name for row in rows), palette, items, tuple(notes))
+
+
+def find_image(stem: str, finder: ImageFinder) -> Path:
+    """The image of a mask, whatever its suffix.
+
+    Raises:
+        EntryError: if there is none, or there are several.
+    """
+    found = finder.find_stem(stem, without=(MASK_FOLDER, "SegmentationObject"))
+    if not found:
+        raise EntryError(
+            f"there is no image {stem} below {finder.folder}. CVAT exports images only with 'Save images': "
+            "export again, or set import.images to their folder"
+        )
+    if len(found) > 1:
+        raise EntryError(f"its image may be {found[0]} or {found[1]}. Set import.images to the folder of the right one")
+    return found[0]
+
+
+def read_label_map(file: Path) -> list[LabelMapRow]:
+    """The rows of labelmap.txt: `name:red,green,blue:parts:actions`; names may hold colons.
+
+    Raises:
+        DataError: if a line is wrong, two classes have the same name or colour, or there are none.
+    """
+    rows: list[LabelMapRow] = []
+    for number, line in enumerate(read_text_lines(file), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, *others = line.strip().rsplit(":", 3)
+        text = others[0] if len(others) == 3 else None
+        try:
+            colour = None if text is None else parse_colour(text, len(rows))
+        except ValueError:
+            colour = None
+        if not name or colour is None:
+            raise DataError(
+                f"{file}:{number}: a line must be like cat:250,50,83:: (name:red,green,blue:parts:actions)."
+            )
+        for row in rows:
+            if row.name == name:
+                raise DataError(f"{file}:{number}: the class {name!r} is listed twice. Remove one of them.")
+            if row.colour == colour:
+                raise DataError(
+                    f"{file}:{number}: {row.name!r} and {name!r} have the same colour {colour}, so their pixels cannot "
+                    "be told apart. Give them different colours in the tool and export again."
+                )
+        rows.append(LabelMapRow(name, colour))
+    if not rows:
+        raise DataError(f"{file}: lists no classes.")
+    return rows
+
+
+def parse_colour(text: str, index: int) -> Colour:
+    """A colour of labelmap.txt; an empty one is that of Pascal VOC for this index.
+
+    Raises:
+        ValueError: if it is no colour.
+    """
+    if not text.strip():
+        return voc_colour(index)
+    red, green, blue = (int(part) for part in text.split(","))
+    if not all(0 <= part <= 255 for part in (red, green, blue)):
+        raise ValueError("a colour has three numbers from 0 to 255")
+    return red, green, blue
+
+
+def voc_colour(index: int) -> Colour:
+    """The colour of a class in Pascal VOC: the bits of its index, spread over the channels.
+
+    >>> voc_colour(1), voc_colour(15)
+    ((128, 0, 0), (192, 128, 128))
+    """
+    channels = [0, 0, 0]
+    for bit in range(8):
+        for channel in range(3):
+            channels[channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
+    return channels[0], channels[1], channels[2]
+
+
+def read_splits(folder: Path) -> dict[str, str]:
+    """The split of each stem in the lists of a folder; lists that name no split, as default.txt, give "".
+
+    trainval.txt and lists of that kind are left out if train.txt and val.txt are there.
+    """
+    splits: dict[str, str] = {}
+    if not store.is_folder(folder):
+        return splits
+    files = [path for path in store.list_files_below(folder) if path.suffix.lower() == ".txt"]
+    named = {path: find_split(path.stem) for path in files}
+    chosen = [path for path in files if named[path]] or files
+    for path in chosen:
+        for line in read_text_lines(path):
+            stem = line.strip().replace("\\", "/")
+            if stem:
+                parts = [part for part in PurePosixPath(stem).parts if part not in ("..", ".", "/")]
+                splits.setdefault("/".join(parts), named[path])
+    return splits
+
+
+def decode_colours(rows: Sequence[LabelMapRow], path: str, max_pixels: int) -> NDArray[np.int32]:
+    """The class of every pixel of a mask in the colours of a label map; black ones without a class are unlabelled.
+
+    Of a file with a palette, the colours of the palette count and not the indices, which other tools number as they
+    like. A grey file has the indices of the classes.
+
+    Raises:
+        DataError: if it cannot be read, or has another colour.
+    """
+    data = read_image_bytes(path)
+    image, header = open_checked(path, data, max_pixels)
+    check_png(path, data)
+    if header.lossy:
+        raise DataError(f"{path}: labels must not be compressed with {header.lossy}. Export PNG files.")
+    table = {BLACK: UNLABELLED, BORDER: IGNORED} | {row.colour: index for index, row in enumerate(rows)}
+    if image.mode == "L" and header.bits <= 8:
+        grey = apply_orientation(np.asarray(image), header.orientation)
+        greys = {value for value in np.unique(grey).tolist() if value != 255}
+        if not greys <= {colour[0] for colour in table if len(set(colour)) == 1}:
+            return _look_up_indices(grey, len(rows), path)
+    pixels = read_image(path, max_pixels=max_pixels, upright=True)
+    codes = pixels.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
+    found, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    classes = []
+    for code, count in zip(found.tolist(), counts.tolist(), strict=True):
+        colour = (code >> 16, code >> 8 & 255, code & 255)
+        if colour not in table:
+            raise DataError(
+                f"{path}: the colour {colour} ({count} pixels) is not in {LABEL_MAP}. Add its class there, or export "
+                "the masks and the label map together."
+            )
+        classes.append(table[colour])
+    return np.array(classes, np.int32)[inverse].reshape(pixels.shape[:2])
+
+
+def _look_up_indices(grey: NDArray[np.uint8], num_classes: int, path: str) -> NDArray[np.int32]:
+    labels = np.where(grey == 255, np.int32(IGNORED), grey.astype(np.int32))
+    if labels.max(initial=0) >= num_classes:
+        value = int(labels.max())
+        raise DataError(f"{path}: value {value} is no class: {LABEL_MAP} has {num_classes}. Export the masks again.")
+    return labels

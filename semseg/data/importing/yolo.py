@@ -1,0 +1,279 @@
+"""YOLO polygons (data.yaml and a text file for each image), and Ultralytics' masks (`masks_dir`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from semseg.config.schema import SPLITS, ImportConfig
+from semseg.data import store
+from semseg.data.folders import IMAGE_SUFFIXES
+from semseg.data.importing.files import EntryError, ImageFinder, find_other_case, read_text_lines
+from semseg.data.importing.model import IGNORED, AnnotatedImage, Annotation, Export, MaskFile, RelativePolygon
+from semseg.data.label_map import MAX_CLASSES
+from semseg.data.labels import read_label
+from semseg.data.list_files import SPLIT_NAMES
+from semseg.data.records import Problem
+from semseg.errors import DataError
+
+MAX_YAML_BYTES = 2**20
+IGNORED_VALUE = 255  # in masks of masks_dir
+SLACK = 0.02  # coordinates may lie outside of 0..1 by this much: rounding, and points at the edge
+
+
+def is_yolo_file(path: Path) -> bool:
+    """Whether a YAML file describes a data set of YOLO."""
+    try:
+        content = read_yaml(path)
+    except DataError:
+        return False
+    return "names" in content and any(key in content for names in SPLIT_NAMES.values() for key in names)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file with all scalars as text: unquoted `on` and `yes` are names of classes.
+
+    Raises:
+        DataError: if it cannot be read, or is no mapping.
+    """
+    try:
+        content = store.read_file(path)
+        if len(content) > MAX_YAML_BYTES:
+            raise DataError(f"{path}: has {len(content)} bytes, too many for a description of a data set.")
+        found = yaml.load(content.decode("utf-8-sig"), yaml.BaseLoader)  # noqa: S506 - makes texts only
+    except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: cannot be read as YAML ({reason}). Export it again.") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: must hold keys and values, such as names: [cat, dog].")
+    return found
+
+
+def read_yolo(root: Path, file: Path, finder: ImageFinder, options: ImportConfig) -> Export:
+    """A data set of YOLO.
+
+    Raises:
+        DataError: if its description is wrong, or a folder is missing.
+    """
+    content = read_yaml(file)
+    names = read_names(file, content)
+    masks_dir = content.get("masks_dir")
+    items: list[AnnotatedImage | Problem] = []
+    reader = YoloReader(file, names, masks_dir if isinstance(masks_dir, str) else None, finder, options)
+    for split in SPLITS:
+        entries = next((content[key] for key in SPLIT_NAMES[split] if content.get(key)), [])
+        for entry in entries if isinstance(entries, list) else [entries]:
+            for path in reader.list_images(split, str(entry), content.get("path")):
+                items.append(reader.read_image(path, split))
+    if not items:
+        raise DataError(f"{file}: names no images: train, val and test are missing or empty.")
+    if reader.num_unlabelled == len(items):
+        example = swap_folder(Path(reader.last), "labels").with_suffix(".txt")
+        raise DataError(f"{file}: no image has a label file, such as {example}. Are the labels in another folder?")
+    return Export("YOLO", names, None, items, tuple(reader.describe()), smaller_on_top=True)
+
+
+def read_names(file: Path, content: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the classes: a list, or a mapping of their numbers.
+
+    Raises:
+        DataError: if they are neither, have gaps, or are not as many as `nc` says.
+    """
+    names = content["names"]
+    if isinstance(names, dict):
+        try:
+            names = {int(key): name for key, name in names.items()}
+        except ValueError:
+            raise DataError(f"{file}: names must be a list, or a mapping such as 0: cat.") from None
+        if sorted(names) != list(range(len(names))):
+            raise DataError(f"{file}: the numbers of names must be 0, 1, 2, ... without gaps.")
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{file}: names must be a list of texts, or a mapping such as 0: cat.")
+    if len(names) > MAX_CLASSES:
+        raise DataError(f"{file}: has {len(names)} names; at most {MAX_CLASSES} classes are possible.")
+    if "nc" in content and content["nc"] != str(len(names)):
+        raise DataError(f"{file}: nc={content['nc']!s:.20}, but there are {len(names)} names. Correct one of them.")
+    return tuple(names)
+
+
+class YoloReader:
+    """Images and labels of a data set of YOLO.
+
+    Args:
+        file: data.yaml.
+        masks_dir: of Ultralytics' semantic task; None: labels are text files.
+    """
+
+    def __init__(
+        self, file: Path, names: Sequence[str], masks_dir: str | None, finder: ImageFinder, options: ImportConfig
+    ) -> None:
+        self.file, self.names, self.masks_dir, self.finder, self.options = file, names, masks_dir, finder, options
+        self.num_boxes, self.num_unlabelled = 0, 0
+        self.last = file  # image that was read
+
+    # ---- images
+
+    def list_images(self, split: str, entry: str, base: Any) -> list[Path]:
+        """The images of an entry of `train`, `val` or `test`: a folder, or a list of files.
+
+        Raises:
+            DataError: if it does not exist.
+        """
+        path = self.resolve(split, entry, base)
+        if store.is_folder(path):
+            found = [each for each in store.list_files_below(path) if each.suffix.lower() in IMAGE_SUFFIXES]
+            if not found:
+                raise DataError(f"{self.file}: {split}: there is no image in {path}.")
+            return found
+        images = []
+        for number, line in enumerate(read_text_lines(path), start=1):
+            if not line.strip():
+                continue
+            try:
+                images.append(self.finder.find(line.strip(), split))
+            except EntryError as error:
+                raise DataError(f"{path}:{number}: {error}.") from None
+        return images
+
+    def resolve(self, split: str, entry: str, base: Any) -> Path:
+        """The folder or list of an entry, which never leads out of the export.
+
+        It is relative to `path`, which is relative to a folder of the user who wrote it; to the YAML file; or, as
+        Roboflow writes ../train/images, to the YAML file without the dots.
+        """
+        folder, plain = self.file.parent, PurePosixPath(entry.replace("\\", "/"))
+        parts = [part for part in plain.parts if part not in ("..", ".", "/")]
+        bases = [folder]
+        if isinstance(base, str):
+            named = [part for part in PurePosixPath(base.replace("\\", "/")).parts if part not in ("..", ".", "/")]
+            bases[:0] = [folder.joinpath(*named[start:]) for start in range(len(named))]
+        for candidate in bases:
+            for start in range(len(parts) if plain.is_absolute() else 1):
+                path = candidate.joinpath(*parts[start:])
+                if store.is_folder(path) or store.is_file(path):
+                    return path
+        raise DataError(
+            f"{self.file}: {split}: {entry} is not below {folder}. Correct it, relative to the folder of this file."
+        )
+
+    # ---- labels
+
+    def read_image(self, path: Path, split: str) -> AnnotatedImage | Problem:
+        """An image and what its label file holds."""
+        image = AnnotatedImage(str(path), self.name_image(path), split, None, str(path))
+        self.last = path
+        if self.masks_dir is not None:
+            mask = self.find_mask(path)
+            if mask is None:
+                return Problem(f"{path}: has no mask {path.stem}.png below {self.masks_dir}.")
+            return image._replace(mask=MaskFile(str(mask), partial(read_mask, len(self.names))))
+        label = swap_folder(path, "labels").with_suffix(".txt")
+        if not store.is_file(label):
+            label = path.with_suffix(".txt")
+        if not store.is_file(label):
+            similar = find_other_case(swap_folder(path, "labels").with_suffix(".txt"))
+            if similar:
+                return Problem(f"{path}: its label file is called {similar}: upper and lower case differ. Rename one.")
+            self.num_unlabelled += 1
+            return image
+        try:
+            annotations = tuple(self.read_label(label))
+        except (EntryError, DataError) as error:
+            return Problem(str(error))
+        return image._replace(annotations=annotations, origin=str(label))
+
+    def name_image(self, path: Path) -> str:
+        return path.relative_to(self.file.parent).as_posix() if path.is_relative_to(self.file.parent) else path.name
+
+    def find_mask(self, path: Path) -> Path | None:
+        candidates = (swap_folder(path, str(self.masks_dir)).with_suffix(suffix) for suffix in (".png", ".PNG"))
+        return next((candidate for candidate in candidates if store.is_file(candidate)), None)
+
+    def read_label(self, label: Path) -> Iterator[Annotation]:
+        """The polygons of a label file.
+
+        Raises:
+            EntryError: naming the file and line, if one is wrong.
+        """
+        for number, line in enumerate(read_text_lines(label), start=1):
+            if not line.strip():
+                continue
+            name = f"line {number}"
+            try:
+                class_index, *numbers = self.parse_line(line)
+            except EntryError as error:
+                raise EntryError(f"{label}:{number}: {error}.") from None
+            if len(numbers) == 4:
+                self.num_boxes += 1
+                x, y, width, height = (np.array(numbers) / (1, 1, 2, 2)).tolist()
+                numbers = [x - width, y - height, x + width, y - height, x + width, y + height, x - width, y + height]
+            ring = np.clip(np.array(numbers, np.float64).reshape(-1, 2), 0, 1)
+            yield Annotation(int(class_index), (RelativePolygon(ring),), name)
+
+    def parse_line(self, line: str) -> list[float]:
+        """The class and the coordinates of a line, which are fractions of the width and height.
+
+        Raises:
+            EntryError: if they are not.
+        """
+        words = line.split()
+        try:
+            class_index, numbers = int(words[0]), [float(word) for word in words[1:]]
+        except (ValueError, OverflowError):
+            raise EntryError("must be a class and numbers") from None
+        if not 0 <= class_index < len(self.names):
+            raise EntryError(f"has class {class_index:.0f}, but there are {len(self.names)} names")
+        if not all(-SLACK <= number <= 1 + SLACK for number in numbers):
+            raise EntryError("has coordinates outside of 0..1, which are fractions of the width and height")
+        if len(numbers) == 4:
+            if self.options.boxes == "refuse":
+                raise EntryError("is a box: this is a data set for detection. To draw boxes: import.boxes=draw")
+        elif len(numbers) < 6 or len(numbers) % 2:
+            raise EntryError(f"has {len(numbers)} coordinates, a polygon has an even number of at least 6")
+        return [class_index, *numbers]
+
+    def describe(self) -> Iterator[str]:
+        """Sentences about what was decided."""
+        if self.num_boxes:
+            yield f"{self.num_boxes} lines are boxes and drawn as rectangles."
+        if self.num_unlabelled:
+            yield f"{self.num_unlabelled} images have no label file, which means that they hold no object."
+
+
+def swap_folder(path: Path, name: str) -> Path:
+    """The path with the last folder `images` replaced.
+
+    >>> swap_folder(Path("a/images/train/b.jpg"), "labels").as_posix()
+    'a/labels/train/b.jpg'
+    """
+    parts = list(path.parts)
+    for position in range(len(parts) - 2, -1, -1):
+        if parts[position] == "images":
+            parts[position] = name
+            break
+    return Path(*parts)
+
+
+def read_mask(num_classes: int, path: str, max_pixels: int) -> NDArray[np.int32]:
+    """The class of every pixel of a mask of `masks_dir`; 255 is ignored.
+
+    Raises:
+        DataError: if it cannot be read, or has another value.
+    """
+    raw = read_label(path, max_pixels=max_pixels).astype(np.int32)
+    wrong = (raw >= num_classes) & (raw != IGNORED_VALUE) | (raw < 0)
+    if wrong.any():
+        value = int(raw[wrong][0])
+        raise DataError(
+            f"{path}: value {value} ({int((raw == value).sum())} pixels) is no class: there are {num_classes} names."
+        )
+    return np.where(raw == IGNORED_VALUE, np.int32(IGNORED), raw)

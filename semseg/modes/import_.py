@@ -1,0 +1,70 @@
+"""mode=import: the export of an annotation tool as a data set that data=folder trains on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from semseg.config.schema import Config
+from semseg.data import store
+from semseg.data.classes import ClassTable
+from semseg.data.images import read_image
+from semseg.data.importing.formats import choose_export
+from semseg.data.importing.write import Imported, summarise_import, write_export
+from semseg.data.labels import read_label
+from semseg.errors import ConfigError
+from semseg.reports.draw import draw_panel
+from semseg.storage.commands import format_command, relative_to_cwd
+from semseg.system.text import escape_lines
+
+NUM_EXAMPLES = 6
+
+
+def run(config: Config, overrides: list[str]) -> None:
+    """Write the export `input` as a data set to the new folder `output`.
+
+    Raises:
+        SemsegError: for any error that the user can fix; `output` does not exist then.
+    """
+    assert config.input and config.output, "config.check asks for both"
+    source, output = store.resolve_path(config.input), Path(config.output).expanduser()
+    if output.resolve().is_relative_to(source.resolve()) and source.is_dir():
+        raise ConfigError(f"output={config.output}: lies in the export. Give a folder outside of {config.input}.")
+    found = choose_export(source, config.import_.format)
+    shown = ", ".join(str(relative_to_cwd(path)) for path in found.files[:3])
+    print(escape_lines(f"reading {found.title}: {shown}{', ...' if len(found.files) > 3 else ''}"), flush=True)
+    export = found.read(config.import_)
+    imported = write_export(
+        export,
+        output,
+        config.import_,
+        config.data,
+        track=lambda jobs, count: track(jobs, "drawing masks", count, disable=not sys.stdout.isatty()),
+        add_examples=write_examples,
+    )
+    for line in summarise_import(imported):
+        print(escape_lines(line))
+    root = relative_to_cwd(output)
+    print(escape_lines(f"written to {root}: masks, classes.csv, lists, semseg.yaml, {describe_images(config)}"))
+    print(escape_lines(f"to check: {format_command(['mode=check', 'data=folder', f'data.root={root}'])}"))
+    print(escape_lines(f"to train: {format_command(['data=folder', f'data.root={root}'])}"))
+
+
+def describe_images(config: Config) -> str:
+    """What the folder of images holds."""
+    return "copies of the images" if config.import_.copy else "links to the images (import.copy=true copies them)"
+
+
+def write_examples(folder: Path, imported: Imported) -> None:
+    """Draw some photographs of which no size shows how they are turned, with their masks, to examples/."""
+    classes = ClassTable.from_names(imported.names)
+    for item in [image for image in imported.images if image.is_assumed][:NUM_EXAMPLES]:
+        pixels = read_image(folder / item.image, upright=True)
+        ids = read_label(folder / item.mask).astype(np.int16) - 1
+        path = folder / "examples" / f"{Path(item.mask).stem}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(draw_panel(pixels, ids, classes)).save(path)
