@@ -16,7 +16,7 @@ from semseg.data.geometry import Size
 
 Ring = NDArray[np.float64]  # (n, 2) corners x, y; the last one is joined to the first
 MAX_COORDINATE = 1e7  # pixels; larger numbers are mistakes
-MAX_CROSSINGS = 2**28  # rows that the edges of a region cross in all; more would take minutes
+MAX_CROSSINGS = 2**26  # rows that the edges of a region cross in all; more would take long
 _CHUNK = 2**21  # crossings at a time
 _CHARACTER_BITS, _MORE, _SIGN = 5, 32, 16  # of COCO's text
 
