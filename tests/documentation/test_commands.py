@@ -50,6 +50,11 @@ TESTED_ELSEWHERE = {
     "mode=export": "export/test_onnx.py",
     "mode=serve": "serving/test_server.py",
     "ckpt=model.onnx": "export/test_onnx.py",
+    "mode=import": "modes/test_import_mode.py",
+    "data.root=pets": "modes/test_import_mode.py",
+    "data.root=beside": "modes/test_import_mode.py",
+    "predict.save=[coco]": "modes/test_import_mode.py",
+    "predict.save=[label_studio]": "modes/test_import_mode.py",
 }
 SMALL = {
     "eval": ["eval.scales=[32]", "trainer=cpu", "data.num_workers=0"],

@@ -22,7 +22,7 @@ from semseg.data.list_files import SPLIT_NAMES
 from semseg.data.records import Problem
 from semseg.errors import DataError
 
-MAX_YAML_BYTES = 2**20
+MAX_YAML_BYTES = 2**18
 IGNORED_VALUE = 255  # in masks of masks_dir
 SLACK = 0.02  # coordinates may lie outside of 0..1 by this much: rounding, and points at the edge
 
