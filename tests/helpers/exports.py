@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,9 @@ def write_voc(root: Path, names: list[str] = NAMES, *, with_images: bool = True,
     return put(root / "labelmap.txt", label_map)
 
 
-def labelme_shape(label: str, points: list[list[float]], kind: str | None = "polygon", **more: Any) -> dict[str, Any]:
+def labelme_shape(
+    label: str, points: Sequence[Sequence[float]], kind: str | None = "polygon", **more: Any
+) -> dict[str, Any]:
     return {"label": label, "points": points, "group_id": None, "shape_type": kind, "flags": {}, **more}
 
 

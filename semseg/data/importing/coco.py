@@ -22,7 +22,7 @@ from semseg.data.importing.files import (
     find_split,
     get,
     get_or,
-    read_json,
+    read_json_file,
 )
 from semseg.data.importing.model import (
     IGNORED,
@@ -72,7 +72,7 @@ def read_coco(root: Path, files: list[Path], finder: ImageFinder, options: Impor
         DataError: if a file cannot be read, two files are for the same split, or categories contradict each other.
     """
     splits = choose_files(root, files)
-    contents = {path: read_json(path) for path in splits}
+    contents = {path: read_json_file(path) for path in splits}
     categories: dict[int, str] = {}
     parents = set[str]()
     for path, content in contents.items():

@@ -40,7 +40,7 @@ def draw_label(item: AnnotatedImage, *, smaller_on_top: bool, max_pixels: int) -
     if item.content is None:
         header = read_header(item.path, max_pixels=max_pixels)
     else:
-        header = open_checked(item.origin, item.content, max_pixels)[1]
+        header = open_checked(item.origin, item.content(), max_pixels)[1]
     if item.mask is not None:
         label = item.mask.read(item.mask.path, max_pixels)
         size = size_of_pixels(label)

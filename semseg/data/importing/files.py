@@ -26,7 +26,7 @@ class EntryError(ValueError):
     """Why an entry of an export cannot be read, without the name of its file."""
 
 
-def read_json(path: Path) -> Any:
+def read_json_file(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:

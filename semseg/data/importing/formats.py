@@ -72,7 +72,7 @@ TOOL_FORMATS = {
     "roboflow": Format(
         "Roboflow, semantic segmentation",
         lambda listing: find_class_files(listing.files),
-        lambda root, found, finder, options: read_roboflow(root, found),
+        lambda root, found, finder, options: read_roboflow(root, found, options),
         "_classes.csv with Pixel Value, Class",
     ),
     "voc": Format(

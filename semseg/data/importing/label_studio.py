@@ -22,7 +22,7 @@ from semseg.data.importing.files import (
     find_split,
     get,
     get_or,
-    read_json,
+    read_json_file,
 )
 from semseg.data.importing.model import (
     AnnotatedImage,
@@ -136,7 +136,7 @@ class LabelStudioReader:
         Raises:
             DataError: if the file is no list of tasks.
         """
-        content = read_json(path)
+        content = read_json_file(path)
         if not isinstance(content, list):
             raise DataError(f"{path}: must be a list of tasks. Export it from Label Studio as JSON.")
         for position, task in enumerate(content):

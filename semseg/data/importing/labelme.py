@@ -20,7 +20,15 @@ from semseg.data import store
 from semseg.data.geometry import Size
 from semseg.data.headers import HeaderError, open_image
 from semseg.data.images import decode_image
-from semseg.data.importing.files import EntryError, ImageFinder, find_split, get, get_or, read_json, read_text_lines
+from semseg.data.importing.files import (
+    EntryError,
+    ImageFinder,
+    find_split,
+    get,
+    get_or,
+    read_json_file,
+    read_text_lines,
+)
 from semseg.data.importing.model import (
     IGNORED,
     UNLABELLED,
@@ -74,8 +82,9 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
     labels = set[str]()
     for path in files:
         try:
-            content = read_json(path)
+            content = read_json_file(path)
             labels |= {get(shape, "label", str) for shape in get(content, "shapes", list)}
+            content["imageData"] = bool(content.get("imageData"))  # all of them would fill the memory
             contents.append(LabelMeFile(path, content))
         except EntryError as error:
             items.append(Problem(f"{path}: a shape {error}."))
@@ -149,13 +158,15 @@ class LabelMeReader:
         try:
             found = beside if self.finder.has(beside) else self.finder.find(name)
         except EntryError as error:
-            data = content.get("imageData")
-            if not isinstance(data, str) or not data:
+            if not content["imageData"]:
                 raise EntryError(f"{error}, or save the files with image data") from None
             self.num_decoded += 1
-            decoded = decode_base64(data, "imageData")
-            below = path.relative_to(self.root).with_suffix(find_suffix(decoded)).as_posix()
-            return image._replace(path=str(path), name=below, content=decoded)
+            try:
+                suffix = find_suffix(read_image_data(path))
+            except DataError as problem:
+                raise EntryError(str(problem).removeprefix(f"{path}: ").rstrip(".")) from None
+            below = path.relative_to(self.root).with_suffix(suffix).as_posix()
+            return image._replace(path=str(path), name=below, content=partial(read_image_data, path))
         return image._replace(path=str(found), name=self.finder.relative(found))
 
     def read_shape(self, shape: Any) -> Iterator[Shape]:
@@ -216,14 +227,26 @@ def decode_base64(text: str, key: str) -> bytes:
         raise EntryError(f"{key} is damaged ({error})") from None
 
 
-def decode_mask(data: str, size: Size) -> NDArray[np.bool_]:
+def read_image_data(path: Path) -> bytes:
+    """The image inside a file of LabelMe.
+
+    Raises:
+        DataError: if it is damaged.
+    """
+    try:
+        return decode_base64(get(read_json_file(path), "imageData", str), "imageData")
+    except EntryError as error:
+        raise DataError(f"{path}: {error}.") from None
+
+
+def decode_mask(data: str, size: Size, max_pixels: int) -> NDArray[np.bool_]:
     """The mask of a shape, a PNG file of a box of `size`.
 
     Raises:
         ValueError: if it is damaged or of another size.
     """
     try:
-        pixels = decode_image(decode_base64(data, "mask"), "mask", max_pixels=max(1, size.height * size.width))
+        pixels = decode_image(decode_base64(data, "mask"), "mask", max_pixels=max_pixels, key="the size of the image")
     except DataError as error:
         raise EntryError(str(error).rstrip(".")) from None
     if pixels.shape[:2] != size:

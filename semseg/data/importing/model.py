@@ -89,10 +89,11 @@ class Bitmap(NamedTuple):
 
     top: int
     left: int
-    read: Callable[[], NDArray[np.bool_]]
+    read: Callable[[int], NDArray[np.bool_]]  # of at most so many pixels
 
     def paint(self, size: Size) -> Patch:
-        mask = self.read()[max(0, -self.top) :, max(0, -self.left) :]
+        limit = (size.height + 2) * (size.width + 2)  # tools round corners to whole pixels
+        mask = self.read(limit)[max(0, -self.top) :, max(0, -self.left) :]
         top, left = max(0, self.top), max(0, self.left)
         return Patch(top, left, mask[: max(0, size.height - top), : max(0, size.width - left)])
 
@@ -122,7 +123,7 @@ class AnnotatedImage(NamedTuple):
     origin: str  # where it comes from, for messages: "annotations.json: image 12"
     annotations: tuple[Annotation, ...] = ()
     mask: MaskFile | None = None  # instead of annotations
-    content: bytes | None = None  # of the image, if it is not a file
+    content: Callable[[], bytes] | None = None  # reads the image, if it is not a file
 
 
 class Export(NamedTuple):

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from semseg.config.schema import ImportConfig
 from semseg.data import store
 from semseg.data.folders import IMAGE_SUFFIXES
 from semseg.data.importing.files import find_split, read_text_lines
 from semseg.data.importing.model import UNLABELLED, AnnotatedImage, Export, MaskFile
 from semseg.data.labels import read_label
 from semseg.data.records import Problem
-from semseg.errors import DataError
+from semseg.errors import ConfigError, DataError
 
 CLASSES_FILE, MASK_SUFFIX = "_classes.csv", "_mask"
 NO_CLASS = 0  # value of pixels without a class
@@ -27,12 +28,15 @@ def find_class_files(files: list[Path]) -> list[Path]:
     return [path for path in files if path.name == CLASSES_FILE]
 
 
-def read_roboflow(root: Path, files: list[Path]) -> Export:
+def read_roboflow(root: Path, files: list[Path], options: ImportConfig) -> Export:
     """The masks of all folders that have a `_classes.csv`.
 
     Raises:
+        ConfigError: if import.images is set.
         DataError: if classes contradict each other, or there is no mask.
     """
+    if options.images is not None:
+        raise ConfigError(f"import.images={options.images}: in exports of Roboflow, masks lie beside their images.")
     classes: dict[int, str] = {}
     items: list[AnnotatedImage | Problem] = []
     for file in files:

@@ -223,7 +223,7 @@ class FolderWriter:
         source = Path(item.path)
         with name_file_in_errors(path):
             if item.content is not None:
-                path.write_bytes(item.content)
+                path.write_bytes(item.content())
             elif not source.is_file():  # inside an archive
                 path.write_bytes(store.read_file(source))
             elif self.options.copy:

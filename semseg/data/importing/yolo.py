@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -119,6 +120,7 @@ class YoloReader:
         self.file, self.names, self.masks_dir, self.finder, self.options = file, names, masks_dir, finder, options
         self.num_boxes, self.num_unlabelled = 0, 0
         self.last = file  # image that was read
+        self.labels: dict[str, list[Path]] | None = None  # by stem, for images that are not in the export
 
     # ---- images
 
@@ -152,7 +154,7 @@ class YoloReader:
         """
         folder, plain = self.file.parent, PurePosixPath(entry.replace("\\", "/"))
         parts = [part for part in plain.parts if part not in ("..", ".", "/")]
-        bases = [folder]
+        bases = list(dict.fromkeys([self.finder.folder, folder]))
         if isinstance(base, str):
             named = [part for part in PurePosixPath(base.replace("\\", "/")).parts if part not in ("..", ".", "/")]
             bases[:0] = [folder.joinpath(*named[start:]) for start in range(len(named))]
@@ -176,9 +178,10 @@ class YoloReader:
             if mask is None:
                 return Problem(f"{path}: has no mask {path.stem}.png below {self.masks_dir}.")
             return image._replace(mask=MaskFile(str(mask), partial(read_mask, len(self.names))))
-        label = swap_folder(path, "labels").with_suffix(".txt")
-        if not store.is_file(label):
-            label = path.with_suffix(".txt")
+        candidates = [swap_folder(path, "labels").with_suffix(".txt"), path.with_suffix(".txt")]
+        if not path.is_relative_to(self.file.parent):  # below import.images
+            candidates += self.find_labels(path.stem)
+        label = next((each for each in candidates if store.is_file(each)), candidates[0])
         if not store.is_file(label):
             similar = find_other_case(swap_folder(path, "labels").with_suffix(".txt"))
             if similar:
@@ -191,8 +194,19 @@ class YoloReader:
             return Problem(str(error))
         return image._replace(annotations=annotations, origin=str(label))
 
+    def find_labels(self, stem: str) -> list[Path]:
+        """The label files of the export for an image that is not in it, if there is only one."""
+        if self.labels is None:
+            self.labels = defaultdict(list)
+            for path in store.list_files_below(self.file.parent):
+                if path.suffix.lower() == ".txt":
+                    self.labels[path.stem].append(path)
+        found = self.labels.get(stem, [])
+        return found if len(found) == 1 else []
+
     def name_image(self, path: Path) -> str:
-        return path.relative_to(self.file.parent).as_posix() if path.is_relative_to(self.file.parent) else path.name
+        base = self.file.parent if path.is_relative_to(self.file.parent) else self.finder.folder
+        return path.relative_to(base).as_posix()
 
     def find_mask(self, path: Path) -> Path | None:
         candidates = (swap_folder(path, str(self.masks_dir)).with_suffix(suffix) for suffix in (".png", ".PNG"))

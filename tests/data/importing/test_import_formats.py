@@ -48,7 +48,7 @@ from semseg.data.importing.formats import find_exports
 from semseg.data.importing.label_studio import read_rectangle
 from semseg.data.importing.voc import voc_colour
 from semseg.data.regions import encode_runs
-from semseg.errors import DataError
+from semseg.errors import ConfigError, DataError
 
 CLASSES = {
     "coco": ["cat", "dog", "background"],
@@ -70,7 +70,7 @@ def test_an_export_is_recognised_and_becomes_the_masks_it_shows(name: str, tmp_p
     masks = masks_of(tmp_path / "out")
     assert len(masks) == (5 if name == "roboflow" else 4)
     for mask in masks.values():
-        assert np.array_equal(mask, expected(*ids, 1 + CLASSES[name].index("background")))
+        assert np.array_equal(mask, expected(ids[0], ids[1], 1 + CLASSES[name].index("background")))
     counts = [sum(image.split == split for image in imported.images) for split in ("train", "val")]
     assert counts == {"yolo": [3, 1], "roboflow": [4, 1]}.get(name, [4, 0])
     palette = ClassTable.from_csv(tmp_path / "out" / "classes.csv").palette
@@ -99,7 +99,7 @@ def test_coco_rings_are_a_union_and_run_lengths_have_holes(tmp_path: Path) -> No
     hole = whole.copy()
     hole[10:15, 20:25] = False
     for number, mask in enumerate((whole, hole)):
-        text = coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+        text = str(coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"], "ascii")  # pyright: ignore
         for kind, counts in (("text", text), ("list", encode_runs(mask))):
             root = tmp_path / f"{kind}{number}" / "export"
             coco_with(root, {"size": [HEIGHT, WIDTH], "counts": counts})
@@ -264,6 +264,17 @@ def test_a_wrong_line_of_yolo_is_named(line: str, message: str, tmp_path: Path) 
     (tmp_path / "e/train/labels/b.txt").write_text(f"0 0.1 0.1 0.2 0.2 0.3 0.1\n{line}\n")
     with pytest.raises(DataError, match=rf"b\.txt:2: {message}"):
         import_here(tmp_path / "e", tmp_path / "out")
+
+
+def test_yolo_images_may_be_in_another_folder(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "e")
+    for split in ("train", "valid"):
+        (tmp_path / "e" / split / "images").rename(put(tmp_path / "photos" / split / "x", "x").with_name("images"))
+    imported = import_here(tmp_path / "e", tmp_path / "out", f"import.images={tmp_path / 'photos'}")
+    assert len(imported.images) == 4 and np.array_equal(masks_of(tmp_path / "out")["train/images/b"], expected())
+    write_roboflow(tmp_path / "r")
+    with pytest.raises(ConfigError, match=r"import\.images=.*: in exports of Roboflow, masks lie beside"):
+        import_here(tmp_path / "r", tmp_path / "other", f"import.images={tmp_path / 'photos'}")
 
 
 def test_yolo_boxes_are_drawn_on_request(tmp_path: Path) -> None:
@@ -434,6 +445,10 @@ def test_labels_txt_gives_the_order_and_images_without_a_file_are_counted(tmp_pa
         (labelme_shape("cat", [[1, 2]]), "shape 1: is a polygon with 1 points, at least 3 are needed"),
         (labelme_shape("cat", [[1, 2], [3, 4]], "star"), "shape 1: has shape_type 'star', which is not known"),
         (labelme_shape("cat", [[1, 2], [3, 4]], "mask", mask="????"), "shape 1: mask: "),
+        (
+            labelme_shape("cat", [[0, 0], [999, 999]], "mask", mask=to_base64(png(np.zeros((1000, 1000), np.uint8)))),
+            "shape 1: mask: the header declares 1000 x 1000 pixels, more than the limit",
+        ),
         (labelme_shape("cat", [[1, 2], [3]]), "shape 1: a polygon must be a list of numbers"),
         ({"label": 3, "points": []}, "a shape label must be text, got 3"),
     ],
