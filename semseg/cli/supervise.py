@@ -45,7 +45,7 @@ LAUNCHERS = (
     ("mpirun", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",), ()),
     ("mpirun", "PMI_RANK", ("PMI_SIZE",), ()),
 )
-PARALLEL_MODES = ("train", "eval")
+PARALLEL_MODES = ("train", "eval", "bench")
 SCRIPT_STRATEGIES = ("ddp", "auto")  # prefixes of strategies whose ranks run the script again
 
 

@@ -79,6 +79,16 @@ def test_the_command_as_users_give_it_trains_on_two_ranks_with_loader_workers(fo
     assert (folder / "started" / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.slow
+def test_mode_bench_times_the_steps_of_all_ranks(run: Run, folder: Path) -> None:
+    output = run(*SMALL, "mode=bench", "bench.steps=2", "bench.warmup=1", "bench.images=2", "trainer.devices=2",
+                 "run_dir=bench")  # fmt: skip
+    assert output.count("is the bottleneck") == 1  # only rank 0 prints
+    training = json.loads((folder / "bench" / "bench.json").read_text())["training"]
+    seconds = training["step_s"] + training["waiting_s"]
+    assert training["images_per_s"] == pytest.approx(2 / seconds)  # one image on each rank
+
+
 @pytest.mark.long
 def test_torchrun_on_one_node(run: Run, folder: Path) -> None:
     run(*SMALL, "trainer.devices=2", "runs_dir=torchrun", launcher=(TORCHRUN, "--standalone", "--nproc-per-node=2"))
