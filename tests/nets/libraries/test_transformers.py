@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from helpers.command_line import TINY, run_here
 from helpers.fake_hub import COMMIT, add_to_cache, use_hub
 from helpers.ranks import launch
-from helpers.transformers_networks import HALF_MEAN, NAMES, NUM_CLASSES, SIZES, save_network
+from helpers.transformers_networks import HALF_MEAN, NAMES, NUM_CLASSES, SIZES, create_config, save_network
 from semseg.checkpoints.format import SavedNetwork, read_checkpoint, write_ckpt
 from semseg.checkpoints.initialise import initialise_from
 from semseg.checkpoints.network import build_network
-from semseg.config.schema import AugmentConfig, Config, DownloadConfig, LossConfig, ModelConfig
+from semseg.config.schema import AugmentConfig, Config, DownloadConfig, LossConfig, ModelConfig, OptimConfig
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.datamodule import crop_to_network
@@ -36,16 +36,17 @@ from semseg.evaluation.inference import run_in_windows
 from semseg.lit_module import check_own_loss
 from semseg.nets.cost import measure_cost
 from semseg.nets.libraries.description import describe_hub_network, read_convention
-from semseg.nets.libraries.families import ALL_FAMILIES
+from semseg.nets.libraries.families import ALL_FAMILIES, build_from_config
 from semseg.nets.libraries.mask_classification import (
     MASK_FAMILIES,
     annealed_shares,
     find_replacements,
     semantic_scores,
 )
-from semseg.nets.libraries.transformers import FAMILIES, IMAGENET, TransformersNetwork
+from semseg.nets.libraries.transformers import FAMILIES, IMAGENET, TransformersNetwork, plain_config
 from semseg.nets.normalise import normalise
 from semseg.training.losses import segmentation_loss
+from semseg.training.optim import parameter_groups
 from semseg.training.unused import freeze_unused, summarise_modules
 
 pytestmark = pytest.mark.slow
@@ -241,6 +242,24 @@ def test_its_backbone_is_part_of_it_and_its_cost_is_known(
     cost = measure_cost(net.to("meta"))
     assert cost.parameters == sum(value.numel() for value in net.parameters())
     assert (cost.flops > 0) == (family != "oneformer"), "OneFormer looks at values"
+
+
+# The stages of layer decay: before the first block, its blocks (or stages).
+STAGES = {
+    "segformer": 4, "upernet": 5, "dpt": 5, "beit": 5, "data2vec-vision": 5, "mobilenet_v2": 17, "mobilevit": 6,
+    "mobilevitv2": 6, "maskformer": 5, "mask2former": 5, "oneformer": 5, "eomt": 4, "eomt_dinov3": 4,
+}  # fmt: skip
+
+
+def test_layer_decay_knows_the_stages_of_every_backbone() -> None:
+    found = {}
+    for family in ALL_FAMILIES:
+        with torch.device("meta"):
+            net = build_from_config(plain_config(create_config(family)), NUM_CLASSES)
+        groups = parameter_groups(net, OptimConfig(layer_decay=0.5))
+        assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+        found[family] = sum(group["name"].startswith("encoder") and "no_decay" not in group["name"] for group in groups)
+    assert found == STAGES
 
 
 # ---- mask classification
