@@ -62,6 +62,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/training_step.py --model resnet50_dilated8_ppm_deepsup
+	$(BIN)/python benchmarks/networks.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/evaluation.py --model resnet18_dilated8_ppm_deepsup
 	$(BIN)/python benchmarks/evaluation.py
