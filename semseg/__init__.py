@@ -19,8 +19,8 @@ def load(ckpt: str | Path, *overrides: str, device: str | int | torch.device | N
     """Load a network to predict pictures: `semseg.load("runs/a/checkpoints/best.ckpt").predict("photo.jpg")`.
 
     Args:
-        ckpt: any value of `ckpt=` on the command line: a file, a run folder, `last`, `best`, `zoo:<name>`, published
-            files.
+        ckpt: any value of `ckpt=` on the command line: a file, a run folder, `last`, `best`, `zoo:<name>`,
+            `hf:<name>`, published files.
         overrides: arguments as on the command line that change predictions, such as "predict.scales=[300,450]" or
             "predict.flip=true".
         device: the device to run on, as PyTorch names it; None means the GPU if there is one.

@@ -21,10 +21,11 @@ from semseg.checkpoints.format import (
     read_checkpoint,
     refuse_nonfinite_weights,
 )
+from semseg.checkpoints.from_hub import is_on_hub, read_from_hub
 from semseg.checkpoints.network import load_network
 from semseg.checkpoints.published import PUBLISHED_FREE_KEYS, PublishedFiles, find_published_files, read_published
 from semseg.config.inherit import inherit_config
-from semseg.config.schema import ONNX, ZOO_PREFIX, Config, DataConfig, TrainerConfig, config_to_plain
+from semseg.config.schema import HUB_PREFIX, ONNX, ZOO_PREFIX, Config, DataConfig, TrainerConfig, config_to_plain
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.data.sources import DataSource, load_class_table, make_label_map
@@ -37,6 +38,7 @@ from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import choose_weight_type
 from semseg.prediction.predictor import PredictionSettings, Predictor
 from semseg.storage.download import fetch_file
+from semseg.storage.hub_list import HubEntry
 from semseg.storage.ranks import print_once
 from semseg.storage.run_folders import find_checkpoint
 from semseg.training.callbacks.bad_images import CountBadImages
@@ -71,20 +73,25 @@ def open_network(config: Config, overrides: list[str]) -> tuple[SavedNetwork, Co
     assert config.ckpt is not None, "config.check asks for ckpt"
     saved = find_network(config.ckpt, config, overrides)
     print_once(saved.note)
-    kept = [word for word in overrides if not (saved.note and word.partition("=")[0] in PUBLISHED_FREE_KEYS)]
+    is_published = bool(saved.note) and not saved.config.model.library
+    kept = [word for word in overrides if not (is_published and word.partition("=")[0] in PUBLISHED_FREE_KEYS)]
     return saved, inherit_config(saved.config, config, kept)
 
 
 def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwork:
-    """A checkpoint of ours, published files or ONNX: a file, a folder, last, best, zoo:<name>, two files with a comma.
+    """A checkpoint of ours, published files, a network of the hub or ONNX.
+
+    It is a file, a folder, last, best, zoo:<name>, hf:<name>, or two files with a comma.
 
     Raises:
         CheckpointError: if there is none, or it is damaged.
         DownloadError: if it cannot be fetched.
-        ConfigError: for an ONNX file, if the packages that read it are not installed.
+        ConfigError: if it needs packages that are not installed.
     """
     if spec.startswith(ZOO_PREFIX):
-        network = zoo.find_published_network(spec)
+        network = zoo.find_zoo_network(spec)
+        if isinstance(network, HubEntry):
+            return find_hub_network(f"{HUB_PREFIX}{network.hub_name}", config)
         encoder, decoder = (
             fetch_file(url, config.download, folder=network.folder, manual="or give ckpt=<folder with both files>")
             for url in network.urls()
@@ -93,6 +100,8 @@ def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwor
     files = find_published_files(spec)
     if files is not None:
         return read_published(files, config, overrides)
+    if is_on_hub(spec):
+        return find_hub_network(spec, config)
     path = find_checkpoint(spec, Path(config.runs_dir))
     if path.suffix.lower() != ONNX:
         saved = read_checkpoint(path)
@@ -102,6 +111,15 @@ def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwor
     from semseg.export.onnx_runtime import read_exported  # noqa: PLC0415 - the packages of an extra
 
     return read_exported(path)
+
+
+def find_hub_network(spec: str, config: Config) -> SavedNetwork:
+    """A network of the hub, or a folder in transformers' layout, as if it were a checkpoint; see `find_network`."""
+    found = read_from_hub(spec, config.download, config.data)
+    used = replace(config, model=found.model, data=found.data)
+    return SavedNetwork(
+        found.source, found.weights, used, found.classes, found.convention, note=found.note, origin=found.origin
+    )
 
 
 def require_export_extra() -> None:

@@ -187,9 +187,10 @@ def is_auxiliary(name: str) -> bool:
 
 
 def differs_only_in_classes(found: Tensor, found_classes: int, expected: Tensor, expected_classes: int) -> bool:
-    """Whether the shapes of two tensors differ only in the number of classes, which is their first dimension."""
-    return (
-        found.shape != expected.shape
-        and found.shape[1:] == expected.shape[1:]
-        and (found.shape[0], expected.shape[0]) == (found_classes, expected_classes)
-    )
+    """Whether the shapes of two tensors differ only in their first dimension, the number of classes.
+
+    In mask classification it is one more, for a mask of no class.
+    """
+    if found.shape == expected.shape or found.shape[1:] != expected.shape[1:] or not found.ndim:
+        return False
+    return found.shape[0] - found_classes == expected.shape[0] - expected_classes in (0, 1)

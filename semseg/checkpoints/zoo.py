@@ -157,13 +157,6 @@ HUB_SCORES = {
 # ---- names
 
 
-def find_published_network(spec: str) -> PublishedNetwork:
-    """`find_zoo_network` for files of a release."""
-    found = find_zoo_network(spec)
-    assert isinstance(found, PublishedNetwork)
-    return found
-
-
 def find_zoo_network(spec: str) -> PublishedNetwork | HubEntry:
     """The entry that `zoo:<name>` names; the folder's name on the server, and the name on the hub, are accepted too.
 

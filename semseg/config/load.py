@@ -59,7 +59,7 @@ def load_prediction_config(ckpt: str | Path, overrides: Sequence[str]) -> tuple[
         ConfigError: if an override is wrong or would have no effect, or the network cannot be loaded.
     """
     if not isinstance(ckpt, str | Path):
-        raise ArgumentError(f"ckpt={ckpt!r}: must be a path, last, best or zoo:<name>.")
+        raise ArgumentError(f"ckpt={ckpt!r}: must be a path, last, best, zoo:<name> or hf:<name>.")
     groups = {group.partition("/")[0] for group in list_groups()}
     known = groups | {key_of(item) for item in fields(Config)}
     for override in overrides:

@@ -65,6 +65,7 @@ SYNCBN_CONVENTIONS = ("torch", "published")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "64")
 DEFAULT_RUN_DIR = "${runs_dir}/${now:%Y-%m-%d_%H-%M-%S}_${mode}"
 ZOO_PREFIX = "zoo:"  # marks the name of a published network in ckpt and init_from
+HUB_PREFIX = "hf:"  # marks the name of a network of the Hugging Face hub there
 ONNX, TORCH_EXPORT = ".onnx", ".pt2"
 EXPORT_SUFFIXES = {ONNX: "onnx", TORCH_EXPORT: "torch_export"}  # file suffixes and their values of `format`
 EXPORTED_NETWORK_MODES = ("eval", "predict", "serve")  # modes that accept an exported network
@@ -805,8 +806,9 @@ class Config:
     """The folder of this run. The default for eval and predict of a network that a run has trained: below that run, as
     eval, eval-2, ..., predict, ..."""
     ckpt: str | None = None
-    """A network: a file, a run folder, last, best, zoo:<name>, a folder of published files, or
-    <encoder file>,<decoder file>. For eval, predict, convert, serve, export and replay; train resumes from it."""
+    """A network: a file, a run folder, last, best, zoo:<name>, hf:<owner>/<name>[@<revision>], a folder of published
+    files or of transformers, or <encoder file>,<decoder file>. For eval, predict, convert, serve, export and replay;
+    train resumes from it."""
     init_from: str | None = None
     """train: a network whose weights a new run starts from; its architecture too, unless model=<name> is set."""
     output: str | None = None

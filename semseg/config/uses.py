@@ -40,7 +40,7 @@ def find_prediction_problems(config: Config) -> Iterator[str]:
 def find_missing_keys(config: Config) -> Iterator[str]:
     """A sentence for every key that the mode needs and that is not set, and for quiet=true where it would be silent."""
     if config.mode in NETWORK_MODES and not config.ckpt:
-        yield f"mode={config.mode} needs ckpt=<file, run folder, last, best, zoo:<name> or folder of published files>."
+        yield f"mode={config.mode} needs ckpt=<file, run folder, last, best, zoo:<name>, hf:<name> or folder>."
     if config.mode == "convert" and not config.output:
         yield "mode=convert needs output=<file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files>."
     if config.mode == "check" and config.output and Path(config.output).suffix not in (".yaml", ".yml"):

@@ -26,6 +26,7 @@ from semseg.checkpoints.format import (
     read_checkpoint,
     refuse_nonfinite_weights,
 )
+from semseg.checkpoints.from_hub import is_on_hub
 from semseg.checkpoints.initialise import LoadReport, initialise_from
 from semseg.checkpoints.network import build_network, check_network, report_one_size, without_weights
 from semseg.checkpoints.published import find_published_files
@@ -130,7 +131,7 @@ def resolve_start(config: Config, overrides: list[str], source: DataSource) -> S
         ConfigError: if the checkpoint belongs to another run, the file of class weights holds none, or `loss` does not
             fit the classes.
     """
-    if config.ckpt is not None and (config.ckpt.startswith(ZOO_PREFIX) or find_published_files(config.ckpt)):
+    if config.ckpt is not None and is_trained_elsewhere(config.ckpt):
         config = replace(config, ckpt=None, init_from=config.ckpt)
     elif config.ckpt is not None:
         path = find_checkpoint(config.ckpt, Path(config.runs_dir), prefer=("last", "best"))
@@ -153,6 +154,11 @@ def resolve_start(config: Config, overrides: list[str], source: DataSource) -> S
     num_classes, force = source.classes.num_classes, config.resume_force
     print_once(check_same_run(state, config_to_plain(config), num_classes=num_classes, force=force))
     return Start(config, state=state)
+
+
+def is_trained_elsewhere(ckpt: str) -> bool:
+    """Whether `ckpt` names a network without the state of a training run."""
+    return ckpt.startswith(ZOO_PREFIX) or is_on_hub(ckpt) or find_published_files(ckpt) is not None
 
 
 def chooses_network(overrides: list[str]) -> bool:
