@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers.browser import shared_browser
-from helpers.composition import cache_option_files
+from helpers.composition import cache_modes, cache_option_files
 from helpers.fork_server import SERVER_ADDRESS, skip_sync, start_server
 from helpers.reference import SHARED
 from semseg.storage.commands import PROGRAM_VARIABLE
@@ -21,6 +21,7 @@ from semseg.system.process import STOP_SIGNALS
 os.environ[PROGRAM_VARIABLE] = "python run.py"  # however a test starts the program, and from where
 os.fsync = skip_sync
 cache_option_files()
+cache_modes()
 
 
 @pytest.fixture

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import functools
 import pickle
+from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from semseg.config.compose import compose_with_hydra
+from semseg.config.compose import compose_config, compose_with_hydra
 from semseg.config.groups import CONFIG_DIR, list_groups
 
 FIXED = (f"file://{CONFIG_DIR}", "pkg://hydra.conf")  # where files do not change while tests run
@@ -38,10 +41,32 @@ def cache_option_files() -> None:
     ConfigRepository.load_config = load_config
 
 
+def cache_modes() -> None:
+    """From now on, Hydra composes once per choice of options, not once per command, to find out that it is no sweep.
+
+    Only an option can say `hydra.mode`, or an override of it.
+    """
+    find = Hydra.get_mode
+    kept: dict[tuple[str, ...], Any] = {}
+
+    def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        try:
+            options = tuple(word for word in overrides if chooses_option(parse_override(word)))
+        except HydraException:  # which Hydra reports elsewhere
+            return find(self, config_name, overrides)
+        if options not in kept:
+            kept[options] = find(self, config_name, list(options))
+        return kept[options]
+
+    Hydra.get_mode = get_mode
+
+
 def compose_quickly(words: tuple[str, ...]) -> DictConfig:
     """As `compose_config`, in a third of the time if only values differ from an earlier call."""
     overrides = [parse_override(word) for word in words]
     values = [override for override in overrides if not chooses_option(override)]
+    if any(override.key_or_group.startswith("hydra.") for override in values):
+        return compose_config(list(words))
     composed = pickle.loads(compose_groups(tuple(word for word in words if chooses_option(parse_override(word)))))
     ConfigLoaderImpl._apply_overrides_to_config(values, composed)
     composed.run_dir = str(composed.run_dir)
@@ -55,8 +80,9 @@ def parse_override(word: str) -> Override:
 
 
 def chooses_option(override: Override) -> bool:
-    """Whether an override is about an option of a group, or Hydra's own."""
-    return override.key_or_group.partition("/")[0] == "hydra" or override.key_or_group in list_groups()
+    """Whether an override is about an option of a group, or sets Hydra's mode."""
+    key = override.key_or_group
+    return key in ("hydra", "hydra.mode") or key.startswith("hydra/") or key in list_groups()
 
 
 @functools.cache

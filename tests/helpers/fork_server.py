@@ -173,13 +173,14 @@ def import_everything() -> None:
     """Import this package, and with it torch, Lightning, Hydra and OpenCV; every program knows the encoder `tiny`."""
     import semseg  # only in the server, which is a process of its own
     from helpers.command_line import TINY_ENCODERS
-    from helpers.composition import cache_option_files
+    from helpers.composition import cache_modes, cache_option_files
     from semseg.config.compose import compose_config
     from semseg.nets.registry import ENCODERS
 
     ENCODERS.update(TINY_ENCODERS)
     os.fsync = skip_sync
     cache_option_files()
+    cache_modes()
     compose_config([])
 
     for module in pkgutil.walk_packages(semseg.__path__, "semseg."):
