@@ -122,11 +122,9 @@ def test_d12_synchronised_statistics_are_float32(cases: Cases) -> None:
 
 @pytest.mark.long
 def test_d12_every_ready_network_keeps_these_rules(tmp_path: Path) -> None:
-    for name, step in run_program(tmp_path, "all").items():
-        if not name.startswith("step of model"):
-            continue
-        assert types_of(step, "convolution", "addmm", "upsample_bilinear2d") <= {(HALF, HALF), (SINGLE, SINGLE)}, name
-        assert types_of(step, "convolution") == {(HALF, HALF)}, name
-        assert types_of(step, "_log_softmax", "native_layer_norm", "upsample_bilinear2d", "_softmax") <= {
-            (SINGLE, SINGLE)
-        }, name
+    steps = {name: step for name, step in run_program(tmp_path, "all").items() if name.startswith("step of model")}
+    assert len(steps) > 15
+    for name, step in steps.items():
+        assert types_of(step, "convolution", "addmm") == {(HALF, HALF)}, name
+        in_single = ("_log_softmax", "nll_loss2d_forward", "_softmax", "native_layer_norm", "upsample_bilinear2d")
+        assert types_of(step, *in_single) == {(SINGLE, SINGLE)}, name
