@@ -474,8 +474,8 @@ def test_a_run_for_other_classes_starts_from_a_checkpoint(
 WORDS = [word for word in TINY if not word.startswith("model")]
 RUN = [
     *WORDS, "model=transformers", "trainer.log_every_n_steps=1", "optim.layer_decay=0.8", "optim.lr_encoder=0.001",
-    "optim.name=adamw", "optim.lr=0.001", "ema.decay=0.9", "trainer.max_epochs=2", "checkpoint.every_n_steps=1",
-    "checkpoint.keep=9", "trainer.limit_val_batches=1",
+    "optim.name=adamw", "optim.lr=0.001", "ema.decay=0.9", "data.steps_per_epoch=4", "checkpoint.every_n_steps=3",
+    "checkpoint.keep=9", "trainer.limit_val_batches=1", "trainer.log_images=0",
 ]  # fmt: skip
 
 
