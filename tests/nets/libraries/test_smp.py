@@ -15,16 +15,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
-from helpers.command_line import TINY, run_here
 from helpers.local_server import local_server
 from semseg.checkpoints.network import build_network, fetch_imagenet_weights
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import DownloadConfig, ModelConfig, OptimConfig
 from semseg.errors import CheckpointError, ConfigError, DownloadError, ExportError
 from semseg.export.onnx import Deviation, write_onnx, write_torch_export
-from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.interfaces import Logits, SegmentationNetwork
 from semseg.nets.libraries.smp import ARCHITECTURES, SmpNetwork, read_description
 from semseg.training.losses import segmentation_loss
 from semseg.training.optim import parameter_groups
@@ -54,8 +53,11 @@ UNUSED = {
     "pspnet": ["model.encoder.layer3", "model.encoder.layer4"],
     "dpt": ["model.encoder.model.norm", "model.encoder.model.head"],
 }
-WORDS = [word for word in TINY if not word.startswith("model")]
-ARCHS = [pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES]
+
+
+def mark_long_but(*short: str) -> list[Any]:
+    """All architectures; those that are not `short` are left to `make test-long`."""
+    return [pytest.param(arch, marks=pytest.mark.slow if arch in short else pytest.mark.long) for arch in ARCHITECTURES]
 
 
 def encoder_of(arch: str) -> str:
@@ -80,7 +82,7 @@ def shared_image() -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", mark_long_but(*ARCHITECTURES))
 def test_it_equals_smp_with_smps_own_state_dict(arch: str) -> None:
     net = shared_network(arch)
     arguments = {"dynamic_img_size": True} if arch == "dpt" else {}
@@ -98,7 +100,7 @@ def test_it_equals_smp_with_smps_own_state_dict(arch: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", mark_long_but("unet", "pan"))
 def test_images_of_any_size_give_logits_at_the_announced_stride(arch: str) -> None:
     net = shared_network(arch)
     assert (net.size_divisor, net.label_stride, net.min_size) == STRIDES[arch]
@@ -111,7 +113,7 @@ def test_images_of_any_size_give_logits_at_the_announced_stride(arch: str) -> No
     assert torch.equal(net(image).main, padded[..., : -(-127 // net.label_stride), : -(-159 // net.label_stride)])
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", mark_long_but("pspnet", "pan", "deeplabv3plus", "dpt"))
 def test_one_small_image_trains_every_parameter_but_the_named_ones(arch: str) -> None:
     torch.manual_seed(0)
     net = build_network(configure(arch), 5).train()
@@ -128,7 +130,7 @@ def test_one_small_image_trains_every_parameter_but_the_named_ones(arch: str) ->
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", mark_long_but("fpn"))
 def test_bfloat16_changes_the_logits_little(arch: str) -> None:
     net = shared_network(arch)
     exact = net(shared_image()).main
@@ -160,7 +162,10 @@ def test_bfloat16_changes_the_logits_little(arch: str) -> None:
         ("unetplusplus", "mit_b0", {}, "(UnetPlusPlus is not support encoder_name=mit_b0)"),
         ("unet", "tu-vit_tiny_patch16_224", {}, "smp cannot build this network (Unsupported model downsampling"),
         ("dpt", "resnet18", {}, "smp's DPT needs a vision transformer of timm"),
-        ("dpt", "tu-beit_base_patch16_224", {}, "takes images of one size, or has patches that are not 16 pixels"),
+        pytest.param(
+            "dpt", "tu-beit_base_patch16_224", {}, "takes images of one size, or has patches that are not 16 pixels",
+            marks=pytest.mark.long,
+        ),
     ],
 )  # fmt: skip
 def test_what_smp_would_swallow_or_cannot_build_is_one_sentence(
@@ -180,13 +185,23 @@ def test_options_reach_smp() -> None:
         assert build_network(configure("unet", decoder_channels=[8] * 5), 3).model.segmentation_head[0].in_channels == 8
 
 
-def test_keys_of_other_networks_are_refused(tmp_path: Path) -> None:
-    for word, message in (
-        ("model.revision=main", "model.revision=main: is for model=transformers."),
-        ("+model.encoder.output_stride=8", "model.encoder.output_stride: is for encoders of ours. Options of smp's"),
-        ("+model.decoder.name=ppm", "is a whole network, without model.decoder"),
+def test_keys_of_other_networks_are_refused() -> None:
+    encoder = {"name": "resnet18", "weights": "none"}
+    for model, message in (
+        (
+            ModelConfig(library="smp", arch="unet", encoder=encoder, revision="main"),
+            "model.revision=main: is for model=",
+        ),
+        (
+            ModelConfig(library="smp", arch="unet", encoder={**encoder, "output_stride": 8}),
+            "model.encoder.output_stride: is for encoders of ours. Options of smp's networks are model.options.<name>",
+        ),
     ):
-        assert message in run_here(tmp_path, *WORDS, "model=smp", "model.encoder.weights=none", word, code=2)
+        with pytest.raises(ConfigError) as caught:
+            build_network(model, 3)
+        assert message in str(caught.value)
+    with_decoder = ModelConfig(library="smp", arch="unet", encoder=encoder, decoder={"name": "ppm"})
+    assert "is a whole network, without model.decoder" in next(iter(with_decoder.find_problems()))
 
 
 # ---- weights
@@ -272,9 +287,26 @@ def export(arch: str, path: Path) -> Deviation:
     return (write_onnx if path.suffix == ".onnx" else write_torch_export)(path, net, {})
 
 
+class GridPooling(SegmentationNetwork):
+    """Pooling to a grid alone: exporters write it for the traced size, with other numbers at other sizes."""
+
+    size_divisor = label_stride = num_classes = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(3)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.pool
+
+    def forward(self, image: Tensor) -> Logits:
+        return Logits(F.interpolate(self.pool(image[:, :1]), image.shape[-2:]), None)
+
+
 @pytest.mark.slow
 def test_pooling_to_a_grid_is_exported_for_every_size(tmp_path: Path) -> None:
-    deviation = export("pspnet", tmp_path / "net.onnx")  # exporters alone give wrong numbers at other sizes
+    deviation = write_onnx(tmp_path / "net.onnx", GridPooling().eval(), {})
     assert deviation.largest < 1e-5 * deviation.scale
 
 

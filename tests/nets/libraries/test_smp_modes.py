@@ -128,6 +128,10 @@ def test_only_the_classifier_may_have_other_classes(trained: Path) -> None:
     names = {"model.segmentation_head.0.weight", "model.segmentation_head.0.bias"}
     assert set(report.reinitialised) == names and not report.missing and not report.skipped
     assert len(report.loaded) == len(net.state_dict()) - 2
+
+
+@pytest.mark.long
+def test_a_run_starts_from_it_with_its_architecture_or_refuses_another(trained: Path) -> None:
     printed = run_here(trained, *WORDS, "init_from=run", "run_dir=next", "trainer.max_steps=1")
     assert f"network     smp unet + {SMALL_ENCODER}: " in printed
     refused = run_here(trained, *WORDS, *network("fpn"), "init_from=run", "run_dir=other", code=1)
