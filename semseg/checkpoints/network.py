@@ -87,7 +87,6 @@ def load_described_weights(net: SegmentationNetwork, config: ModelConfig) -> Non
 
     print_once(f"weights from {description.source}: {load_hub_weights(net, description).describe()}")
     net.origin = description.origin
-    net.origin = description.origin
 
 
 def fetch_imagenet_weights(net: SegmentationNetwork | Encoder, name: str, download: DownloadConfig) -> Path:
