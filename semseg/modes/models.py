@@ -16,6 +16,7 @@ from semseg.config.schema import Config, ModelConfig
 from semseg.nets.cost import COST_SIZE, NetworkCost, measure_cost
 
 ZOO_NUM_CLASSES = 150  # classes of the published networks
+PACKAGES = {"timm": "timm", "smp": "segmentation_models_pytorch"}  # by library, which is the name of the extra too
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -42,16 +43,24 @@ def models_table() -> Table:
         scores = PUBLISHED_SCORES.get(name)
         published = ["", ""] if scores is None else [f"{score.mean_iou:.2f}" for score in scores]
         weights = "zoo" if name in ZOO else ""
-        table.add_row(name, *counted, *published, "needs timm" if cost is None else weights)
+        table.add_row(name, *counted, *published, f"needs {find_missing_extra(name)}" if cost is None else weights)
     return table
 
 
 def measure_model(name: str) -> NetworkCost | None:
     """The cost of a network of configs/model/; None if it needs a library that is not installed."""
-    config, _ = load_config([f"model={name}"])
-    if config.model.encoder.get("library") == "timm" and find_spec("timm") is None:
+    if find_missing_extra(name) is not None:
         return None
+    config, _ = load_config([f"model={name}"])
     return measure_on_meta(config.model)
+
+
+def find_missing_extra(name: str) -> str | None:
+    """The extra that a network of configs/model/ needs, if its package is not installed."""
+    model = load_config([f"model={name}"])[0].model
+    library = model.library or model.encoder.get("library")
+    package = PACKAGES.get(str(library))
+    return str(library) if package is not None and find_spec(package) is None else None
 
 
 def measure_on_meta(model: ModelConfig) -> NetworkCost:

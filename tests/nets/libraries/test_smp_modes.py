@@ -17,7 +17,7 @@ from semseg.checkpoints.initialise import initialise_from
 from semseg.checkpoints.network import build_network
 from semseg.config.load import load_config
 from semseg.config.schema import ModelConfig
-from semseg.modes.models import measure_on_meta
+from semseg.modes.models import find_missing_extra, measure_model, measure_on_meta
 from semseg.nets.libraries.smp import ARCHITECTURES
 
 WORDS = [*(word for word in TINY if not word.startswith(("model", "~model"))), "data.batch_size=2"]
@@ -153,6 +153,13 @@ def test_its_cost_is_that_of_its_stages() -> None:
     assert names[:3] == ["model.encoder.conv1", "model.encoder.bn1", "model.encoder.layer1"]
     assert names[-2:] == ["model.decoder", "model.segmentation_head"]
     assert sum(stage.flops for stage in cost.stages) == cost.flops > 1e9
+
+
+def test_without_smp_the_table_of_models_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_missing_extra("smp") is None
+    monkeypatch.setattr("semseg.modes.models.find_spec", lambda name: None)
+    assert find_missing_extra("smp") == "smp" and measure_model("smp") is None
+    assert find_missing_extra("upernet50") is None
 
 
 @pytest.mark.slow
