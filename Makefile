@@ -66,6 +66,7 @@ bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/evaluation.py --model resnet18_dilated8_ppm_deepsup
 	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/evaluation.py --reading 24 --scales 300
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/winograd.py
 	$(BIN)/python benchmarks/pointwise.py
 	$(BIN)/python benchmarks/startup.py
