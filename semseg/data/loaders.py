@@ -159,7 +159,7 @@ class WatchedLoader(DataLoader[Item]):
             failure = LoaderFailure.DIED  # while it was sending an item, which is lost
         if failure is None:
             return None
-        reason = str(error).splitlines()[0].rstrip(". ")
+        reason = next(iter(str(error).splitlines()), "").rstrip(". ")  # an EOFError has no text
         if failure is LoaderFailure.DIED:  # PyTorch does not say which signal has killed a worker
             reason = describe_death(stream) or "DataLoader worker exited unexpectedly"
         images = ", ".join(self._images_in_work(number, failure))

@@ -82,6 +82,16 @@ def test_e10_a_worker_that_dies_while_the_network_computes_is_reported_at_the_ne
     assert time.monotonic() - started < 10
 
 
+def test_e10_a_pipe_that_ends_with_its_worker_is_a_death_too() -> None:
+    numbers = loader(Numbers(slow=1))
+    items = iter(numbers)
+    assert int(next(items)) == 0
+    kill_and_compute(workers(items)[1])
+    stream = items.gi_frame.f_locals["stream"]  # pyright: ignore[reportAttributeAccessIssue]
+    explained = numbers._explain(EOFError(), 1, stream)  # as reading an item raises that is never complete
+    assert re.search(r"waiting for 1\.jpg, .*was killed by signal SIGKILL", str(explained))
+
+
 def test_e10_the_death_of_an_idle_worker_of_another_iteration_is_not_blamed_on_this_one() -> None:
     training, validation = iter(loader(Numbers())), iter(loader(Numbers()))
     assert int(next(training)) == int(next(validation)) == 0
