@@ -52,7 +52,8 @@ def test_a_vision_transformer_is_exported_for_all_sizes(name: str, decoder: str,
 )
 def test_torch_export_takes_a_vision_transformer_for_all_sizes(name: str, decoder: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = build_segmenter("timm", decoder, 5, {"name": name}).eval()
+    options = {"blocks": [0]} if decoder == "linear" and name != "test_convnext" else {}  # exported in half the time
+    net = build_segmenter("timm", decoder, 5, {"name": name, **options}).eval()
     assert write_torch_export(tmp_path / "net.pt2", net, {}).largest < 1e-4
 
 

@@ -62,9 +62,11 @@ def test_the_recipes_train(folder: Path, recipe: str, encoder: str, rates: dict[
         f"experiment={recipe}", "data=scenes", f"data.root={folder / 'scenes'}", f"run_dir={folder / recipe}",
         "trainer=cpu", f"model.encoder.name={encoder}", "model.encoder.weights=none", "data.batch_size=2",
         "data.short_edges=[48]", "augment.crop=[48,48]", "data.num_workers=0", "data.steps_per_epoch=2",
-        "trainer.max_epochs=1", "trainer.accumulate_grad_batches=1", "trainer.precision=bf16-mixed", "eval.scales=[48]",
+        "trainer.max_epochs=1", "trainer.accumulate_grad_batches=1", "eval.scales=[48]",
         "schedule.warmup_steps=0", "trainer.enable_progress_bar=false", "checkpoint.every_n_minutes=null",
-        "trainer.log_every_n_steps=1", *(["model.decoder.width=8"] if recipe == "finetune_vit" else []),
+        "trainer.log_every_n_steps=1",
+        # UPerNet's convolutions of 512 channels take seconds in bfloat16 on a CPU.
+        *(["model.decoder.width=8", "trainer.precision=32-true"] if recipe == "finetune_vit" else []),
     )  # fmt: skip
     end = fit(config)
     assert end["global_step"] == 2
