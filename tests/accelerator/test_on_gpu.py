@@ -80,14 +80,19 @@ def compute_step(net: Segmenter, image: Tensor, label: Tensor) -> list[Tensor]:
     return [loss.detach().cpu(), *(weight.grad.cpu() for weight in net.parameters() if weight.grad is not None)]
 
 
-NHWC, COMPILED = "model.channels_last=true", "model.compile=true"
-SETTINGS = [
-    pytest.param(CPU, ["trainer.precision=bf16-mixed"], id="toy"),
-    pytest.param(GPU, [], id="cuda-fp32", marks=pytest.mark.gpu),
-    pytest.param(GPU, ["trainer.precision=bf16-mixed", NHWC], id="cuda-bf16-nhwc", marks=pytest.mark.gpu),
-    pytest.param(GPU, ["trainer.precision=16-mixed", NHWC], id="cuda-fp16-nhwc", marks=pytest.mark.gpu),
-    pytest.param(GPU, ["trainer.precision=bf16-mixed", COMPILED], id="cuda-bf16-compiled", marks=pytest.mark.gpu),
-]
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+LAYOUTS = {"nchw": "model.channels_last=false", "nhwc": "model.channels_last=true"}
+COMPILED = ("fp32-nchw", "bf16-nhwc")  # compiling takes most of a minute
+SETTINGS = [pytest.param(CPU, ["trainer.precision=bf16-mixed", LAYOUTS["nhwc"]], id="toy")] + [
+    pytest.param(
+        GPU, [f"trainer.precision={value}", layout, f"model.compile={compiles}".lower()],
+        id=f"cuda-{precision}-{name}{'-compiled' if compiles else ''}", marks=pytest.mark.gpu,
+    )
+    for precision, value in PRECISIONS.items()
+    for name, layout in LAYOUTS.items()
+    for compiles in (False, True)
+    if not compiles or f"{precision}-{name}" in COMPILED
+]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from helpers.in_process import configured
@@ -38,15 +39,21 @@ class Outcome(NamedTuple):
     digest: str  # of all weights and statistics
     unused: list[str]  # parameters that were frozen, because the loss does not reach them
     without_gradient: list[str]  # other trainable parameters that got none, for which DDP would have waited
+    is_wrapped_first: bool  # the buckets of DDP are there before training starts, where memory is probed
+    fills_buckets: bool  # gradients are views of them
 
 
-class FindIdle(Callback):
-    """Keeps the names of trainable parameters that have no gradient in the end."""
+class Look(Callback):
+    """Notes what DDP has when training starts, and the gradients at its end."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.is_wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.names = [
-            name for name, value in pl_module.named_parameters() if value.requires_grad and value.grad is None
-        ]
+        trained = {name: value.grad for name, value in pl_module.named_parameters() if value.requires_grad}
+        self.idle = [name for name, gradient in trained.items() if gradient is None]
+        gradients = [gradient for gradient in trained.values() if gradient is not None]
+        self.fills_buckets = any(gradient.untyped_storage().nbytes() > gradient.nbytes for gradient in gradients)
 
 
 def train_two_steps(rank: int, world: int, *, cases: Mapping[str, Sequence[str]], folder: str) -> dict[str, Outcome]:
@@ -64,16 +71,18 @@ def train_case(rank: int, words: Sequence[str], folder: Path) -> Outcome:
     config = configured(*TWO_STEPS, *words, f"run_dir={folder}")
     net = build_network(config.model, CLASSES.num_classes)
     module = build_module(config, net, CLASSES)
-    idle = FindIdle()
+    look = Look()
     trainer = create_trainer(
-        config.trainer, config.syncbn, folder, callbacks=[idle], loggers=[], has_val=False, is_training=False
+        config.trainer, config.syncbn, folder, callbacks=[look], loggers=[], has_val=False, is_training=False
     )
     batches: Any = [make_batch(net) for _ in range(2)]
     trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))
     digest = hashlib.sha256()
     for value in net.state_dict().values():  # with random weights and frozen statistics, deep networks overflow
         digest.update(value.numpy().tobytes())
-    return Outcome(trainer.global_step, digest.hexdigest(), list(module.unused), idle.names)
+    return Outcome(
+        trainer.global_step, digest.hexdigest(), list(module.unused), look.idle, look.is_wrapped, look.fills_buckets
+    )
 
 
 def make_batch(net: SegmentationNetwork) -> Batch:

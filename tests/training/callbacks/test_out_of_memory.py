@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers.in_process import prepare_run
 from semseg.config.schema import OptimConfig
@@ -17,6 +17,7 @@ from semseg.data.batch import Batch
 from semseg.errors import SemsegError
 from semseg.lit_module import SegmentationModule
 from semseg.nets.registry import build_segmenter
+from semseg.training.callbacks.ema import MovingAverage
 from semseg.training.callbacks.out_of_memory import OutOfMemory, count_missing_state_bytes
 from semseg.training.losses import Loss
 from semseg.training.optim import build_optimizer
@@ -131,6 +132,25 @@ def test_d4_the_probe_reserves_that_state(root: Path, tmp_path: Path, monkeypatc
     with pytest.raises(OutOfMemory):
         run.fit()
     assert sum(weight.nbytes for weight in run.net.parameters()) in reserved  # the momentum
+
+
+def test_d4_the_average_is_there_when_memory_is_probed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    averages: list[nn.Module | None] = []
+
+    def compute_loss(module: SegmentationModule, batch: Batch, average: str) -> Loss:
+        callbacks = module.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        averages.extend(one._average_model for one in callbacks if isinstance(one, MovingAverage))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(SegmentationModule, "compute_loss", compute_loss)
+    run = prepare_run(root, tmp_path, "trainer.probe_memory=always", "ema.decay=0.9")
+    with pytest.raises(OutOfMemory):
+        run.fit()
+    (average,) = averages
+    assert average is not None
+    assert sum(map(Tensor.numel, average.parameters())) == sum(map(Tensor.numel, run.module.parameters()))
 
 
 def iterate_tensors() -> Iterator[Tensor]:
