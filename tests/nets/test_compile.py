@@ -10,7 +10,10 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 from helpers.in_process import TinyEncoder
+from semseg.checkpoints.network import build_network
+from semseg.config.schema import ModelConfig
 from semseg.nets.decoders.c1 import C1
+from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.normalise import normalise
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
@@ -19,7 +22,7 @@ MAX_GRAPHS = 3  # a square canvas among the others costs one more
 CANVASES = [(32 * height, 32 * width) for height in (2, 3, 4) for width in (2, 3, 4, 5)]
 
 
-def count_graphs(net: Segmenter, canvases: list[tuple[int, int]]) -> int:
+def count_graphs(net: SegmentationNetwork, canvases: list[tuple[int, int]]) -> int:
     """The graphs that the forward pass of a training step is compiled to, over several canvases."""
     torch._dynamo.reset()
     counters.clear()
@@ -53,3 +56,12 @@ NETWORKS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 def test_every_kind_of_network_is_compiled_a_few_times_for_many_canvases(name: str) -> None:
     encoder, decoder, encoder_options, decoder_options = NETWORKS[name]
     assert count_graphs(build_segmenter(encoder, decoder, 5, encoder_options, decoder_options), CANVASES) <= MAX_GRAPHS
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ["unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "pan", "deeplabv3",
+                                  "deeplabv3plus", "segformer", "upernet", "dpt"])  # fmt: skip
+def test_a_network_of_smp_is_compiled_a_few_times_for_many_canvases(arch: str) -> None:
+    encoder = "tu-vit_tiny_patch16_224" if arch == "dpt" else "resnet18"
+    model = ModelConfig(library="smp", arch=arch, encoder={"name": encoder, "weights": "none"})
+    assert count_graphs(build_network(model, 5), CANVASES) <= MAX_GRAPHS
