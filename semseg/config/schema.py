@@ -807,8 +807,8 @@ class Config:
     eval, eval-2, ..., predict, ..."""
     ckpt: str | None = None
     """A network: a file, a run folder, last, best, zoo:<name>, hf:<owner>/<name>[@<revision>], a folder of published
-    files or of transformers, or <encoder file>,<decoder file>. For eval, predict, convert, serve, export and replay;
-    train resumes from it."""
+    files or of transformers, or <encoder file>,<decoder file>. For modes that use a network, and download; train
+    resumes from it."""
     init_from: str | None = None
     """train: a network whose weights a new run starts from; its architecture too, unless model=<name> is set."""
     output: str | None = None

@@ -33,7 +33,8 @@ CORE_PACKAGES = (
     "pillow",
 )  # fmt: skip
 EXTRA_PACKAGES = {
-    "tb": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny", "timm": "timm", "demo": "fastapi",
+    "tb": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny", "timm": "timm",
+    "smp": "segmentation-models-pytorch", "transformers": "transformers", "demo": "fastapi",
     "export": "onnxruntime", "joblib": "hydra-joblib-launcher", "slurm": "hydra-submitit-launcher",
     "optuna": "hydra-optuna-sweeper",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""mode=download: fetch a data set, unpack it to data.root, and count its images and labels. No torch."""
+"""mode=download: fetch a data set, unpack it to data.root, and count its images and labels; or a network. No torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
+from semseg.checkpoints.zoo import PublishedNetwork, find_zoo_network
 from semseg.config.groups import CONFIG_DIR
-from semseg.config.schema import ArchiveConfig, Config, DataConfig
+from semseg.config.schema import HUB_PREFIX, ZOO_PREFIX, ArchiveConfig, Config, DataConfig, DownloadConfig
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError, DataError
 from semseg.storage.archive import extract_archive
 from semseg.storage.download import fetch_file
+from semseg.storage.hub import fetch_from_hub, parse_hub_name
 
 DATA_CACHE_FOLDER = "data"  # inside the cache
 
@@ -28,11 +30,15 @@ class PairCounts(NamedTuple):
 
 
 def run(config: Config, overrides: list[str]) -> None:
-    """Download the data set that `data` names, unless it exists already.
+    """Download the network that `ckpt` names, or the data set that `data` names, unless it exists already.
 
     Raises:
         SemsegError: if it cannot be downloaded, or data.root is not complete afterwards.
     """
+    if config.ckpt:
+        for path in fetch_network(config.ckpt, config.download):
+            print(path)
+        return
     data, archive = config.data, config.data.archive
     if archive is None:
         raise ConfigError(
@@ -51,6 +57,23 @@ def run(config: Config, overrides: list[str]) -> None:
     except OSError as error:
         raise DataError(f"{root}: cannot be written ({error.strerror or error}). Set data.root.") from error
     print(f"{root}: {require_complete_data_set(data, archive)}")
+
+
+def fetch_network(spec: str, download: DownloadConfig) -> list[Path]:
+    """The files, or the folder, of the network that zoo:<name> or hf:<name> means, for a use without a connection.
+
+    Raises:
+        ConfigError: for any other value of `ckpt`.
+        CheckpointError, DownloadError: if it cannot be had.
+    """
+    network = find_zoo_network(spec) if spec.startswith(ZOO_PREFIX) else None
+    if isinstance(network, PublishedNetwork):
+        manual = "or give ckpt=<folder with both files>"
+        return [fetch_file(url, download, folder=network.folder, manual=manual) for url in network.urls()]
+    if network is None and not spec.startswith(HUB_PREFIX):
+        raise ConfigError(f"ckpt={spec}: there is nothing to download. Use zoo:<name> or hf:<owner>/<name>.")
+    name = network.hub_name if network else spec.removeprefix(HUB_PREFIX)
+    return [fetch_from_hub(parse_hub_name(name), download).path]
 
 
 def list_downloadable_data_sets() -> list[str]:

@@ -15,7 +15,7 @@ class HubEntry(NamedTuple):
 
 # "other" is what the model cards say. https://github.com/NVlabs/SegFormer#license: "for research or evaluation purposes
 # only"; https://github.com/facebookresearch/Mask2Former/blob/main/MODEL_ZOO.md#license: CC BY-NC 4.0.
-SEGFORMER_LICENCE = "other (NVIDIA: research and evaluation only)"
+SEGFORMER_LICENCE = "other (NVIDIA, non-commercial)"
 MASK2FORMER_LICENCE = "other (cc-by-nc-4.0)"
 
 HUB_ZOO = {

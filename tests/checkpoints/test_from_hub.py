@@ -156,6 +156,16 @@ def test_a_name_of_the_zoo_is_a_name_of_the_hub(
     assert open_in_tests("zoo:tiny").source == f"hf:{NAME}@{COMMIT}"
 
 
+def test_it_can_be_fetched_ahead_and_other_files_cannot(cached: Path, tmp_path: Path) -> None:
+    assert run_here(tmp_path, "mode=download", CKPT).splitlines()[-1] == str(cached)
+    printed = run_here(tmp_path, "mode=download", "ckpt=net.ckpt", code=2)
+    assert "ckpt=net.ckpt: there is nothing to download. Use zoo:<name> or hf:" in printed
+    printed = run_here(
+        tmp_path, "mode=download", "ckpt=zoo:upernet50", "download.offline=true", "download.cache=x", code=1
+    )
+    assert "encoder_epoch_30.pth: not in the cache" in printed
+
+
 def test_data_of_other_classes_are_refused(cached: Path, photo: Path, tmp_path: Path) -> None:
     data = [word for word in TINY if word.startswith("data")]
     printed = run_here(tmp_path, "mode=eval", CKPT, *data, "trainer.accelerator=cpu", code=2)

@@ -9,25 +9,62 @@ import pytest
 from rich.console import Console
 
 from helpers.command_line import RUN, run_here
+from helpers.hub_configs import HUB_CONFIGS
 from helpers.in_process import configured
-from semseg.checkpoints.zoo import PUBLISHED_SCORES
+from semseg.checkpoints.zoo import PUBLISHED_SCORES, ZOO
 from semseg.data.scenes import make_scenes
 from semseg.errors import SemsegError
 from semseg.modes import data, doctor, models
 from semseg.modes.doctor import ERROR, OK, WARNING, CheckResult
+from semseg.storage.hub_list import HUB_ZOO
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_models_are_listed_with_their_cost_published_score_and_licence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    models.run(configured("mode=models"), [])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    table = lines[: next(number for number, line in enumerate(lines) if line.startswith("M: "))]
+    rows: dict[str, list[str]] = {}  # those of networks to train, where one of the zoo has the same name
+    for line in table:
+        if line.split():
+            rows.setdefault(line.split()[0], line.split()[1:])
+    assert len([line for line in table if line.split()]) == len(models.list_models()) + len(ZOO) + len(HUB_ZOO) + 6
+    # 11.2 million of ResNet-18's layers with the deep stem, 0.9 of two heads of C1 (3 x 3 to 128, 256 channels, 150).
+    assert rows["resnet18_dilated8_c1_deepsup"][:5] == ["12.2", "116", "8", "33.8", "a"]
+    assert rows["linear_dinov3_vit_small"][2:] == ["16", "47.0", "b", "dinov3-license"]
+    assert rows["segformer_b0"][:5] == ["3.8", "17", "4", "37.4", "e"]
+    assert rows["eomt_large"][-1] == "mit" and rows["hrnetv2_c1"][-2:] == ["not", "stated"]
+    assert rows["mask2former_swin_tiny"] == ["47.4", "4", "47.7", "g", "cc-by-nc-4.0"]  # not counted without values
+    assert {*models.list_models(), *HUB_ZOO, *ZOO} <= set(rows)
+    assert all(f"\n  {mark}  " in "\n".join(lines) for mark in "abcdefgh")
+
+
+def test_every_network_has_a_cost_in_the_file_and_no_other() -> None:
+    hub = {f"zoo:{name}" for name in HUB_ZOO}
+    message = "run: python tests/golden/make_model_costs.py"
+    assert set(models.read_costs()) == {*models.list_models(), *hub}, message
+    assert set(HUB_CONFIGS) == set(HUB_ZOO)
 
 
 @pytest.mark.slow
-def test_the_models_are_listed_with_their_cost_and_their_published_scores(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(models, "list_options", lambda group: ["hrnetv2_c1", "resnet18_dilated8_c1_deepsup"])
-    models.run(configured("mode=models"), [])
-    rows = [line.strip("│ ").split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    hrnet, resnet = ([word for word in row if word != "│"] for row in rows)
-    assert hrnet[0] == "hrnetv2_c1" and hrnet[-1] == "zoo"
-    # 11.2 million of ResNet-18's layers with the deep stem, 0.9 of two heads of C1 (3 x 3 to 128, 256 channels, 150).
-    assert resnet == ["resnet18_dilated8_c1_deepsup", "12.2", "116", "33.82", "35.34"]
+def test_costs_in_the_file_are_those_of_the_networks() -> None:
+    costs = models.read_costs()
+    assert models.measure_model("resnet18_dilated8_c1_deepsup") == costs["resnet18_dilated8_c1_deepsup"]
+    assert models.measure_model("linear_dinov3_vit_small") == costs["linear_dinov3_vit_small"]
+    pytest.importorskip("transformers")
+    assert models.describe_on_meta(HUB_CONFIGS["segformer_b0"]()) == costs["zoo:segformer_b0"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [*models.list_models(), *(f"zoo:{name}" for name in HUB_CONFIGS)])
+def test_all_costs_in_the_file_are_those_of_the_networks(name: str) -> None:
+    is_on_hub = name.startswith("zoo:")
+    found = models.describe_on_meta(HUB_CONFIGS[name[4:]]()) if is_on_hub else models.measure_model(name)
+    assert found == models.read_costs()[name], "run: python tests/golden/make_model_costs.py"
 
 
 def test_the_scores_are_those_of_the_readme_and_the_recipes() -> None:

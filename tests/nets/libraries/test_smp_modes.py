@@ -14,10 +14,11 @@ import semseg
 from helpers.command_line import TINY, run, run_here
 from semseg.build import find_network
 from semseg.checkpoints.initialise import initialise_from
-from semseg.checkpoints.network import build_network
+from semseg.checkpoints.network import build_architecture, build_network
 from semseg.config.load import load_config
 from semseg.config.schema import ModelConfig
-from semseg.modes.models import find_missing_extra, measure_model, measure_on_meta
+from semseg.modes.models import find_missing_extra, measure_model
+from semseg.nets.cost import measure_cost
 from semseg.nets.libraries.smp import ARCHITECTURES
 
 WORDS = [*(word for word in TINY if not word.startswith(("model", "~model"))), "data.batch_size=2"]
@@ -146,7 +147,8 @@ def test_a_layer_of_a_library_that_cannot_train_on_one_value_is_one_line(trained
 @pytest.mark.slow
 def test_its_cost_is_that_of_its_stages() -> None:
     model = ModelConfig(library="smp", arch="fpn", encoder={"name": "resnet18", "weights": "none"})
-    cost = measure_on_meta(model)
+    with torch.device("meta"):
+        cost = measure_cost(build_architecture(model, 150))
     names = [stage.name for stage in cost.stages]
     assert names[:3] == ["model.encoder.conv1", "model.encoder.bn1", "model.encoder.layer1"]
     assert names[-2:] == ["model.decoder", "model.segmentation_head"]
