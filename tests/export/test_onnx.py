@@ -96,7 +96,12 @@ def tiny_segmenter(decoder: str, **options: int) -> Segmenter:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("decoder", "options"), [("upernet", {"width": 16}), pytest.param("ppm_deepsup", {}, marks=pytest.mark.long)]
+    ("decoder", "options"),
+    # C1 is exported below, and the pyramid's pooling in tests/nets/test_blocks.py.
+    [
+        pytest.param("upernet", {"width": 16}, marks=pytest.mark.long),
+        pytest.param("ppm_deepsup", {}, marks=pytest.mark.long),
+    ],
 )
 def test_every_decoder_gives_the_same_logits_at_every_size(
     decoder: str, options: dict[str, int], tmp_path: Path

@@ -8,9 +8,9 @@ from typing import Any
 from semseg.config.preprocessing import Preprocessing
 from semseg.errors import ConfigError
 from semseg.nets.libraries.mask_classification import MASK_FAMILIES, NEEDED_SETTINGS, MaskClassifier
-from semseg.nets.libraries.transformers import FAMILIES, Family, TransformersNetwork, read_plain_config
+from semseg.nets.libraries.transformers import SEMANTIC_FAMILIES, Family, TransformersNetwork, read_plain_config
 
-ALL_FAMILIES: dict[str, Family] = {**FAMILIES, **MASK_FAMILIES}
+ALL_FAMILIES: dict[str, Family] = {**SEMANTIC_FAMILIES, **MASK_FAMILIES}
 
 
 def find_family(model_type: object, source: str) -> Family:

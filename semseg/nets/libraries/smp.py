@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
     raise ConfigError(f"model=smp needs segmentation-models-pytorch: {install_command('smp')}") from error
 
 TIMM_PREFIX = "tu-"  # marks encoders of timm among smp's names
-HUB = "https://huggingface.co"
+HUB_ADDRESS = "https://huggingface.co"
 DESCRIPTION = "config.json"  # beside the weights on the hub: mean, std, and the order of channels
 # Keys of encoders that the configuration has; all others would be options of our own encoders.
 ENCODER_KEYS = ("name", "weights", "frozen")
@@ -175,7 +175,7 @@ class SmpNetwork(SegmentationNetwork):
         """Take the preprocessing from the description beside a file of weights, as smp's hub has it."""
         path = weights.with_name(DESCRIPTION)
         if path.is_file():
-            self.convention = read_description(path) or self.convention
+            self.convention = read_preprocessing(path) or self.convention
 
 
 # ---- building
@@ -188,7 +188,7 @@ def check_keys(keys: NetworkKeys) -> None:
         ConfigError: with all problems.
     """
     check_choice("model.arch", keys.arch, list(ARCHITECTURES))
-    problems = [*find_key_problems(keys), *find_option_problems(keys.arch, keys.options)]
+    problems = [*find_key_problems(keys), *find_arch_problems(keys.arch, keys.options)]
     if problems:
         raise ConfigError(" ".join(problems))
 
@@ -202,7 +202,7 @@ def find_key_problems(keys: NetworkKeys) -> Iterator[str]:
         if key not in ENCODER_KEYS:
             yield (
                 f"model.encoder.{key}: is for encoders of ours. Options of smp's networks are model.options.<name>: "
-                f"{', '.join(list_options(keys.arch))}."
+                f"{', '.join(list_arch_options(keys.arch))}."
             )
     name = str(keys.encoder.get("name") or "")
     known = list(smp.encoders.encoders)
@@ -227,7 +227,7 @@ def find_key_problems(keys: NetworkKeys) -> Iterator[str]:
         )
 
 
-def list_options(arch: str) -> dict[str, Any]:
+def list_arch_options(arch: str) -> dict[str, Any]:
     """The arguments of smp's class that a user may set, with their defaults."""
     parameters = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[arch].__init__).parameters.values()
     return {
@@ -237,9 +237,9 @@ def list_options(arch: str) -> dict[str, Any]:
     }
 
 
-def find_option_problems(arch: str, options: Mapping[str, Any]) -> Iterator[str]:
+def find_arch_problems(arch: str, options: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for every option that the class does not have, or whose value is of another kind than its default."""
-    known = list_options(arch)
+    known = list_arch_options(arch)
     for name, value in options.items():
         if name in FIXED_ARGUMENTS:
             yield f"model.options.{name}: cannot be set here. {FIXED_ARGUMENTS[name]}"
@@ -270,7 +270,7 @@ def find_wrong_kind(value: Any, default: Any) -> str | None:
 
 def output_stride(keys: NetworkKeys) -> int:
     """The stride of the coarsest map of an encoder that is dilated; 0 for architectures that do not dilate."""
-    default = list_options(keys.arch).get("encoder_output_stride", 0)
+    default = list_arch_options(keys.arch).get("encoder_output_stride", 0)
     return int(keys.options.get("encoder_output_stride") or default)
 
 
@@ -347,12 +347,12 @@ def find_weights(encoder: str) -> PublishedWeights:
     if "imagenet" not in settings:
         return PublishedWeights(PREPROCESSING["rgb_mean_std"], None, "")
     repository, revision = settings["imagenet"]["repo_id"], settings["imagenet"]["revision"]
-    address = f"{HUB}/{repository}/resolve/{revision}"
+    address = f"{HUB_ADDRESS}/{repository}/resolve/{revision}"
     file = WeightsFile(f"{address}/model.safetensors", folder=repository, beside=(f"{address}/{DESCRIPTION}",))
     return PublishedWeights(PREPROCESSING["rgb_mean_std"], file, "")
 
 
-def read_description(path: Path) -> Preprocessing | None:
+def read_preprocessing(path: Path) -> Preprocessing | None:
     """The preprocessing in a description of smp's hub; None if the file says nothing about it.
 
     Raises:

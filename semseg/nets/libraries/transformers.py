@@ -172,7 +172,7 @@ def find_mobile_strides(config: Any) -> tuple[int, int]:
 
 BEIT_CLASSIFIERS = ("decode_head.classifier.", "auxiliary_head.classifier.")
 MOBILE_CLASSIFIERS = ("segmentation_head.classifier.",)
-FAMILIES: dict[str, Family] = {
+SEMANTIC_FAMILIES: dict[str, Family] = {
     "segformer": Family(
         "SegformerForSemanticSegmentation",
         ("segformer",),

@@ -24,7 +24,7 @@ from semseg.config.schema import DownloadConfig, ModelConfig, OptimConfig
 from semseg.errors import CheckpointError, ConfigError, DownloadError, ExportError
 from semseg.export.onnx import Deviation, write_onnx, write_torch_export
 from semseg.nets.interfaces import Logits, SegmentationNetwork
-from semseg.nets.libraries.smp import ARCHITECTURES, SmpNetwork, read_description
+from semseg.nets.libraries.smp import ARCHITECTURES, SmpNetwork, read_preprocessing
 from semseg.training.losses import segmentation_loss
 from semseg.training.optim import parameter_groups
 from semseg.training.unused import freeze_unused, summarise_modules
@@ -250,7 +250,7 @@ def test_imagenet_weights_and_preprocessing_come_from_the_revision_that_smp_pins
     with local_server() as server:
         server.files[f"{path}/config.json"] = json.dumps(described).encode()
         server.files[f"{path}/model.safetensors"] = save(smp.encoders.get_encoder("resnet18").state_dict())
-        monkeypatch.setattr("semseg.nets.libraries.smp.HUB", server.url(""))
+        monkeypatch.setattr("semseg.nets.libraries.smp.HUB_ADDRESS", server.url(""))
         net = build_network(configure(weights="imagenet"), 3, DownloadConfig(cache=str(tmp_path)))
     assert net.convention == ("bgr", 1.0, (103.0, 116.0, 123.0), (1.0, 1.0, 1.0), True)
     assert (tmp_path / settings["repo_id"] / "config.json").is_file()
@@ -263,12 +263,12 @@ def test_imagenet_weights_and_preprocessing_come_from_the_revision_that_smp_pins
 def test_a_description_of_smps_hub_becomes_our_preprocessing(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "input_range": [0, 1], "input_space": "RGB"}')
-    assert read_description(path) == ("rgb", 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), True)
+    assert read_preprocessing(path) == ("rgb", 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), True)
     path.write_text('{"architectures": ["other"]}')
-    assert read_description(path) is None
+    assert read_preprocessing(path) is None
     path.write_text('{"mean": [0.5], "std": [0.5, 0.5, 0.5]}')
     with pytest.raises(CheckpointError, match=r"config\.json: does not describe the input of a network"):
-        read_description(path)
+        read_preprocessing(path)
 
 
 def test_without_smp_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +304,7 @@ class GridPooling(SegmentationNetwork):
         return Logits(F.interpolate(self.pool(image[:, :1]), image.shape[-2:]), None)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the tests of every architecture export it too
 def test_pooling_to_a_grid_is_exported_for_every_size(tmp_path: Path) -> None:
     deviation = write_onnx(tmp_path / "net.onnx", GridPooling().eval(), {})
     assert deviation.largest < 1e-5 * deviation.scale

@@ -43,7 +43,7 @@ from semseg.nets.libraries.mask_classification import (
     find_replacements,
     semantic_scores,
 )
-from semseg.nets.libraries.transformers import FAMILIES, IMAGENET, TransformersNetwork, plain_config
+from semseg.nets.libraries.transformers import IMAGENET, SEMANTIC_FAMILIES, TransformersNetwork, plain_config
 from semseg.nets.normalise import normalise
 from semseg.training.losses import segmentation_loss
 from semseg.training.optim import parameter_groups
@@ -341,7 +341,7 @@ def test_the_image_processor_says_how_pixels_enter() -> None:
     old = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "reduce_labels": True, "size": 512}
     assert read_convention(old, IMAGENET, "x")[:4] == ("rgb", 1 / 255, (0.5,) * 3, (0.25,) * 3)
     flipped = {"do_flip_channel_order": True, "do_rescale": True, "rescale_factor": 0.00392156862745098}
-    bgr = FAMILIES["mobilevit"].convention
+    bgr = SEMANTIC_FAMILIES["mobilevit"].convention
     assert read_convention(flipped, bgr, "x")[:4] == ("bgr", 1 / 255, (0.0,) * 3, (1.0,) * 3)
     unscaled = {"do_rescale": False, "do_normalize": False}
     assert read_convention(unscaled, IMAGENET, "x")[:4] == ("rgb", 1.0, (0.0,) * 3, (1.0,) * 3)
@@ -357,7 +357,7 @@ def test_names_and_preprocessing_come_with_the_network(folder: Callable[[str], P
     assert "id2label" not in description.config and json.loads(json.dumps(description.config)) == description.config
 
 
-@pytest.mark.parametrize("family", list(MASK_FAMILIES)[-2:] + list(FAMILIES)[:2])
+@pytest.mark.parametrize("family", list(MASK_FAMILIES)[-2:] + list(SEMANTIC_FAMILIES)[:2])
 def test_only_the_classifier_changes_with_the_classes(
     load: Callable[..., TransformersNetwork], capsys: pytest.CaptureFixture[str], family: str
 ) -> None:
