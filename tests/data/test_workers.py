@@ -73,7 +73,7 @@ class Faulty(Dataset[Any]):
 
 
 def loader_of(dataset: Dataset[Any], **options: Any) -> WatchedLoader[Any]:
-    return WatchedLoader(dataset, lambda number: [f"{number}.jpg"], 60.0, batch_size=None, num_workers=2, **options)
+    return WatchedLoader(dataset, lambda number: [f"{number}.jpg"], 250.0, batch_size=None, num_workers=2, **options)
 
 
 @pytest.mark.slow
