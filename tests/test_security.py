@@ -315,7 +315,7 @@ class Finding(ast.NodeVisitor):
 
     DANGEROUS = (
         r"(?:_?pickle|cPickle|dill|cloudpickle|joblib|marshal|shelve|jsonpickle)\.\w+|Unpickler",
-        r"yaml\.(?!safe_load$|safe_dump$|YAMLError$)\w+",
+        r"yaml\.(?!safe_load$|safe_dump$|YAMLError$|BaseLoader$)\w+",
         r"(?:builtins\.)?(?:eval|exec|compile|__import__)",
         r"os\.(?:system|popen|exec\w+|spawn\w+|posix_spawn\w*)",
         r"(?:\w+\.)*(?:extractall|unpack_archive|load_from_checkpoint|allow_pickle)",

