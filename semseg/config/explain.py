@@ -50,6 +50,8 @@ def explain_key(key: str, overrides: list[str]) -> str:
     section, option = [*key.split("."), ""][:2]
     if section in ("logger", "callbacks") and option in list_options(section):
         return f"There is no key {key!r} without {section}={option}."
+    if key in ("model/encoder", "model/decoder"):  # groups, which the defaults list of a whole network does not have
+        return f"{key}: cannot be chosen for a whole network, whose encoder is model.encoder.name=<name> if it has one."
     if "." in key and key in list_keys():
         return f"There is no key {key!r}, because {key.rpartition('.')[0]} is null."
     group = guess_group(key, overrides)

@@ -167,7 +167,11 @@ def find_section_problems(plain: Any, cls: type = Config, prefix: str = "") -> I
     for name in ("encoder", "decoder"):
         value = plain.get(name, {}) if cls is ModelConfig else {}
         if not isinstance(value, dict):
-            yield f"{prefix}{name}={value}: is a section, not a value. Choose a network by model/{name}=<name>."
+            way = "Set model.encoder.name." if plain.get("library") else f"Choose a network by model/{name}=<name>."
+            yield f"{prefix}{name}={value}: is a section, not a value. {way}"
+    options = plain.get("options", {}) if cls is ModelConfig else {}
+    if not isinstance(options, dict):
+        yield f"{prefix}options={options}: is a section, not a value. Its keys are options: {prefix}options.<name>=..."
 
 
 def find_range_problems(section: Any, prefix: str = "") -> Iterator[str]:

@@ -119,6 +119,12 @@ def test_its_cost_has_the_stages_of_its_backbone() -> None:
             "model.options.widht: tiny has no such option. Did you mean model.options.width?",
         ),
         (["model=custom", "model.library=tiny", "model.arch=unet"], "model.arch=unet: tiny has no such key."),
+        (["model=smp", "model/encoder=resnet50"], "model/encoder: cannot be chosen for a whole network, whose encoder"),
+        (
+            ["model=smp", "model.encoder=resnet50"],
+            "model.encoder=resnet50: is a section, not a value. Set model.encoder.",
+        ),
+        (["model=smp", "model.options=3"], "model.options=3: is a section, not a value. Its keys are options: model.o"),
         (["model.arch=unet"], "model.arch=unet: is for whole networks of other libraries, such as model=smp."),
         (["model.library=tiny"], "model.library=tiny: is a whole network, without model.decoder"),
     ],
