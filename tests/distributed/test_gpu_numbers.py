@@ -13,6 +13,7 @@ from unittest.mock import Mock, patch
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from helpers.command_line import run_here
 from helpers.in_process import configured
@@ -31,6 +32,7 @@ def set_device() -> Iterator[Mock]:
     """Four GPUs; what is called to choose one of them."""
     precision, environment = torch.get_float32_matmul_precision(), dict(os.environ)
     with (
+        patch.object(rank_zero_only, "rank", 0),  # a Trainer of rank 1 would leave its number to later tests
         patch("torch.cuda.is_available", lambda: True),
         patch("torch.cuda.device_count", lambda: NUM_GPUS),
         patch("torch.cuda.set_device") as set_device,
