@@ -99,7 +99,9 @@ def open_local_folder(path: Path) -> HubFolder:
     commit, repository = path.resolve().name, path.resolve().parent.parent.name
     if COMMIT.fullmatch(commit) and repository.startswith("models--"):
         name, revision = repository.removeprefix("models--").replace("--", "/"), commit
-    return HubFolder(path, WeightsOrigin(name, read_licence(path), revision))
+    origin = WeightsOrigin(name, read_licence(path), revision)
+    report_origin(str(origin))
+    return HubFolder(path, origin)
 
 
 def fetch_from_hub(network: HubName, config: DownloadConfig) -> HubFolder:
@@ -126,14 +128,14 @@ def fetch_from_hub(network: HubName, config: DownloadConfig) -> HubFolder:
     if licence in ("", "other"):  # "other" stands for a text that the card only links to
         licence = HUB_LICENCES.get(network.name, licence)
     origin = WeightsOrigin(network.name, licence, path.resolve().name)
-    report_origin(origin)
+    report_origin(f"hf:{origin}")
     return HubFolder(path, origin)
 
 
 @cache
-def report_origin(origin: WeightsOrigin) -> None:
+def report_origin(origin: str) -> None:
     """Print what is used and its licence, once in a process: a network may be opened for its classes first."""
-    print_once(f"weights: hf:{origin}")
+    print_once(f"weights: {origin}")
 
 
 def require_hub_library() -> None:

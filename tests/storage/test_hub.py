@@ -178,9 +178,10 @@ def test_a_cache_without_a_card_has_the_licence_of_the_list(
     assert "licence: not stated" in capsys.readouterr().out
 
 
-def test_a_folder_is_opened_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_is_opened_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = add_to_cache(tmp_path, NETWORK.name, FILES)
     assert open_local_folder(folder).origin == (NETWORK.name, "other (tiny-license)", COMMIT)
+    assert f"weights: {NETWORK.name} at {COMMIT[:12]}, licence: other (tiny-license)" in capsys.readouterr().out
     plain = tmp_path / "plain"
     plain.mkdir()
     with pytest.raises(CheckpointError, match=r"plain: has no config\.json"):
