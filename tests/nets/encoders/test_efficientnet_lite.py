@@ -148,7 +148,8 @@ def test_real_weights_recognise_what_is_in_photographs(package: tuple[str, Path]
     }
     body = {key.removeprefix("model."): value for key, value in encoder.state_dict().items()}
     classifier.load_state_dict(body | head)  # every key, and no other
-    names = [ImageNetInfo().index_to_description(index) for index in range(1000)]
+    info = ImageNetInfo()  # reads files
+    names = [info.index_to_description(index) for index in range(1000)]
     for picture, content in CONTENTS.items():
         image = normalise(read_picture(shared / "ade20k_samples" / "images" / picture), encoder.convention)
         assert torch.equal(encoder(image)[-1], classifier.forward_intermediates(image, intermediates_only=True)[-1])
