@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -55,8 +56,10 @@ HOSTILE = "hostile_module"  # importing it, or calling anything in it, leaves a 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("security")
     with patch.dict(ENCODERS, TINY_ENCODERS):
-        yield tmp_path_factory.mktemp("security")
+        yield folder
+    shutil.rmtree(folder)  # half a gigabyte of networks
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +20,15 @@ from semseg.modes.convert import write_published
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with published files of a network of 3 classes in `baseline-old`, converted to `net.ckpt`."""
     folder = tmp_path_factory.mktemp("convert")
     write_files(folder / "baseline-old", "resnet18_dilated8", "c1_deepsup", 3, bookkeeping=2)
     output = run(folder, "mode=convert", "ckpt=baseline-old", "output=net.ckpt")
     assert "resnet18 at output stride 8 + c1 with deep supervision, 3 classes, input bgr_mean" in output
     assert "written net.ckpt" in output
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # 400 MB
 
 
 def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
