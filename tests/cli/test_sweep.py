@@ -423,12 +423,12 @@ def test_optuna_without_a_successful_job_ends_with_the_table(
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("plugin", "words"),
     [
         ("hydra_joblib_launcher", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]),
-        pytest.param("hydra_submitit_launcher", ["hydra/launcher=submitit_local"], marks=pytest.mark.long),
+        ("hydra_submitit_launcher", ["hydra/launcher=submitit_local"]),
     ],
 )
 def test_jobs_may_run_at_the_same_time(plugin: str, words: list[str], tmp_path: Path) -> None:

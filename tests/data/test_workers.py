@@ -126,7 +126,7 @@ class Failing(Dataset[int]):
         raise ValueError("message")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("failure", LoaderFailure)
 def test_failures_are_recognised_by_the_messages_of_the_installed_pytorch(failure: LoaderFailure) -> None:
     is_timeout = failure is LoaderFailure.TIMED_OUT

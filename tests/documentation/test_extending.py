@@ -43,7 +43,7 @@ def test_every_program_is_shorter_than_forty_lines() -> None:
         assert len(lines) < 40, name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_custom_encoder_trains_on_two_ranks_and_is_evaluated(tmp_path: Path) -> None:
     program = write_program("my_encoder.py", tmp_path)
     words = [word for word in TINY if "encoder" not in word and "accelerator" not in word]
@@ -127,7 +127,7 @@ def test_custom_scores_are_logged_chosen_by_and_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "twice/metrics.json").read_text())["own_scores"] == metrics["own_scores"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_custom_augmentation_gives_the_same_run_with_any_number_of_workers(tmp_path: Path) -> None:
     program = write_program("my_augmentation.py", tmp_path)
     for name, value, workers in (("none", "0", 0), ("alone", "48", 0), ("workers", "{side: 48}", 2)):
@@ -149,7 +149,7 @@ def test_a_custom_callback_is_called_and_its_arguments_are_checked(tmp_path: Pat
     assert "mean IoU" in run_here(tmp_path, "mode=eval", "ckpt=run", "run_dir=scores")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_jobs_of_a_sweep_know_what_the_program_adds(tmp_path: Path) -> None:
     program = write_program("my_loss.py", tmp_path)
     printed = start(program, "-m", *SMALL, "loss.terms.tversky=0.1,0.5", "sweep_dir=sweep")

@@ -51,8 +51,8 @@ def run_program(picture: NDArray[np.uint8], position: int = 1, *changes: tuple[s
     [
         pytest.param(["predict.scales=[64]"], marks=pytest.mark.long),
         ["predict.scales=[40,64,90]"],
-        ["predict.scales=[48]", "predict.flip=true"],
-        ["predict.scales=[64]", "data.max_long_edge=70"],
+        pytest.param(["predict.scales=[48]", "predict.flip=true"], marks=pytest.mark.long),
+        pytest.param(["predict.scales=[64]", "data.max_long_edge=70"], marks=pytest.mark.long),
     ],
     ids=" ".join,
 )

@@ -43,7 +43,7 @@ def test_a_vision_transformer_is_exported_for_all_sizes(name: str, decoder: str,
 @pytest.mark.parametrize(
     ("name", "decoder"),
     [
-        ("tiny_dinov3", "linear"),
+        pytest.param("tiny_dinov3", "linear", marks=LONG),
         pytest.param("tiny_dinov3", "segformer", marks=LONG),
         pytest.param("tiny_dinov2", "linear", marks=LONG),
         pytest.param("test_vit", "c1", marks=LONG),

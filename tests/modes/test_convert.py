@@ -131,7 +131,7 @@ def test_a_converted_checkpoint_evaluates_predicts_and_starts_a_new_run(folder: 
     assert list((folder / "predicted").glob("*_ids.png"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demonstration_of_the_original_brings_weights_and_picture(folder: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     write_files(site / "model/pytorch/ade20k-resnet18dilated-ppm_deepsup", "resnet18_dilated8", "ppm_deepsup")

@@ -32,7 +32,7 @@ def test_overfit_learns_four_images_by_heart_and_scores_them(root: Path, tmp_pat
     assert sum(losses[-10:]) / 10 < 0.7 * losses[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_limit_uses_the_first_records_of_each_split(root: Path, tmp_path: Path) -> None:
     config = debugged("limit", root, tmp_path, "data.limit=2", "data.steps_per_epoch=2")
     source = DataSource(config.data)

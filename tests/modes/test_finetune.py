@@ -15,7 +15,7 @@ SMALL = [word for word in TINY if not word.startswith(("model", "~model"))]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["finetune", "finetune_decoder"])
+@pytest.mark.parametrize("recipe", ["finetune", pytest.param("finetune_decoder", marks=pytest.mark.long)])
 def test_a_published_network_learns_other_classes(recipe: str, tmp_path: Path) -> None:
     whole = configured(f"experiment={recipe}", "data=scenes")
     assert whole.init_from == f"zoo:{whole.model.name}"
