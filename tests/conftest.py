@@ -9,19 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from helpers.browser import shared_browser
-from helpers.composition import cache_modes, cache_option_files
 from helpers.fork_server import SERVER_ADDRESS, skip_sync, start_server
 from helpers.reference import SHARED
-from semseg.storage.commands import PROGRAM_VARIABLE
 from semseg.system.process import STOP_SIGNALS
-
-os.environ[PROGRAM_VARIABLE] = "python run.py"  # however a test starts the program, and from where
-os.fsync = skip_sync
-cache_option_files()
-cache_modes()
 
 
 @pytest.fixture
@@ -44,6 +36,14 @@ def signals_restored() -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         os.environ[SERVER_ADDRESS] = start_server()  # it imports while the test processes do
+        return  # this process runs no tests, and imports nothing that takes seconds
+    from helpers.composition import cache_modes, cache_option_files
+    from semseg.storage.commands import PROGRAM_VARIABLE
+
+    os.environ[PROGRAM_VARIABLE] = "python run.py"  # however a test starts the program, and from where
+    os.fsync = skip_sync
+    cache_option_files()
+    cache_modes()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,6 +56,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # Files are handed out in this order (--no-loadscope-reorder): those that take long must not come last.
         num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
         items.sort(key=lambda item: -num_slow[item.path])
+    import torch  # not in the process that hands out the tests
+
     if torch.cuda.is_available():
         return
     for item in items:

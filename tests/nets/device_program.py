@@ -44,7 +44,7 @@ CANVAS = (128, 160)
 REPEATED = {
     "mobilenetv2_dilated8_ppm_deepsup", "resnet18_dilated8_c1_deepsup", "resnet50_dilated8_c1_deepsup",
     "resnet50_dilated8_ppm_deepsup", "resnet101_dilated8_ppm_deepsup", "upernet101", "upernet_resnext101",
-    "resnet50", "resnet101", "resnext101",
+    "hrnetv2_c1", "resnet50", "resnet101", "resnext101",
 }  # fmt: skip
 REPEATED |= {
     name for name in list_options("model")
@@ -52,7 +52,7 @@ REPEATED |= {
 } - {"linear_dinov2_vit_small", "upernet_lite_dinov3_vit_small"}  # fmt: skip
 # Evaluation is the same for all networks, but for their size and strides.
 EVALUATED = {
-    "mobilenetv2_dilated8_c1_deepsup", "resnet18_dilated8_ppm_deepsup", "upernet50", "upernet_swin_tiny",
+    "mobilenetv2_dilated8_c1_deepsup", "resnet18_dilated8_ppm_deepsup", "upernet_swin_tiny",
     "linear_dinov2_vit_small", "upernet_lite_dinov3_vit_small",
 }  # fmt: skip
 
