@@ -26,7 +26,7 @@ from semseg.config.groups import COMPLETE_OPTIONS, list_groups, list_options
 from semseg.config.hints import explain_unknown_key
 from semseg.config.schema import BUILT_IN_CLASSES, SPLITS, Config, get_sections, list_keys
 from semseg.config.tables import is_own_key
-from semseg.config.validate import explain_omegaconf_error, find_range_problems, gather_own_entries, name_fields
+from semseg.config.validate import explain_omegaconf_error, find_range_problems, name_fields
 from semseg.errors import ConfigError, find_nearest
 
 SUFFIXES = (".yaml", ".yml")
@@ -202,9 +202,7 @@ def find_value_problems(content: dict[str, Any]) -> Iterator[str]:
         return
     plain = OmegaConf.create(content)
     try:
-        config = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(Config), name_fields(gather_own_entries(plain)))
-        )
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), name_fields(plain)))
     except OmegaConfBaseException as error:
         yield explain_omegaconf_error(error, plain)
     else:

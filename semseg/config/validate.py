@@ -59,7 +59,7 @@ def _check_sections(
     plain = OmegaConf.to_container(composed, resolve=False)
     raise_first(find_section_problems(plain))
     try:
-        typed = OmegaConf.merge(get_schema_node(), name_fields(gather_own_entries(composed)))
+        typed = OmegaConf.merge(get_schema_node(), name_fields(composed))
         config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise ConfigError(explain_omegaconf_error(error, composed)) from None
@@ -85,8 +85,12 @@ def get_schema_node() -> DictConfig:
     return OmegaConf.structured(Config)
 
 
-def gather_own_entries(composed: DictConfig) -> DictConfig:
-    """A copy in which the keys that programs added to a section are in its field `own`."""
+def name_fields(composed: DictConfig) -> DictConfig:
+    """A copy with the names of the schema's fields, which may differ from the keys of the command line.
+
+    The keys that programs added to a section are in its field `own`, and a section whose key is a keyword of Python has
+    the name of its field.
+    """
     copied = composed.copy()
     for path, cls in OPEN_SECTIONS.items():
         section = OmegaConf.select(copied, path)
@@ -99,19 +103,10 @@ def gather_own_entries(composed: DictConfig) -> DictConfig:
             section.pop(key)
         if own:
             section["own"] = own
-    return copied
-
-
-def name_fields(composed: DictConfig) -> DictConfig:
-    """A copy in which a section whose key is a keyword of Python has the name of its field."""
-    renamed = {key_of(item): item.name for item in fields(Config) if key_of(item) != item.name}
-    found = [key for key in renamed if key in composed]
-    if not found:
-        return composed
-    copied = composed.copy()
     OmegaConf.set_struct(copied, False)
-    for key in found:
-        copied[renamed[key]] = copied.pop(key)
+    for item in fields(Config):
+        if key_of(item) != item.name and key_of(item) in copied:
+            copied[item.name] = copied.pop(key_of(item))
     return copied
 
 
