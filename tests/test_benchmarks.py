@@ -33,7 +33,7 @@ def test_the_model_of_a_step_counts_a_backward_pass_as_two_forward_passes(tmp_pa
         assert counts["all"] > 3 * decoder
 
 
-@pytest.mark.long  # ten CPU seconds; what it measures with is tested by tests/modes/test_bench.py and the tests of DDP
+@pytest.mark.slow
 def test_the_measurement_of_a_gpu_runs_in_its_toy_form_and_names_the_best_settings(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", FORK_CHILDREN: "1"}
     program = run_python(str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--toy", cwd=tmp_path, env=environment)
