@@ -79,7 +79,7 @@ def tiny() -> Iterator[None]:
         yield
 
 
-# The short form takes one entry out of four; which value an entry gets depends on its position among all.
+# The short form takes one entry out of twelve; which value an entry gets depends on its position among all.
 ONE_IN = pytest.mark.parametrize("one_in", [12, pytest.param(1, marks=pytest.mark.long)])
 
 
