@@ -15,6 +15,7 @@ import traceback
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -74,3 +75,14 @@ class HostCopies(TorchDispatchMode):
         ours = [frame for frame in stack if not frame.name.startswith("<")]  # comprehensions belong to their function
         where = f"{ours[-1].filename.removeprefix(PACKAGE)}:{ours[-1].name}" if ours else "outside of semseg"
         self.found.add(f"{what} in {where}")
+
+
+def fill_meta_tensors(net: nn.Module) -> None:
+    """Replace the parameters and buffers of a network on the meta device by empty ones on the default device."""
+    for module in net.modules():
+        kinds: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in kinds:
+            for key, value in tensors.items():
+                if value is not None:
+                    empty = torch.empty(value.shape, dtype=value.dtype)
+                    tensors[key] = nn.Parameter(empty) if isinstance(value, nn.Parameter) else empty

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +12,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
+from helpers.local_server import serving
 
 COMMIT, CONVERTED_COMMIT = "0123456789abcdef" * 2 + "01234567", "fedcba9876543210" * 2 + "fedcba98"
 CARD = b"---\nlicense: other\nlicense_name: tiny-license\n---\n# a card\n"
@@ -138,14 +139,8 @@ class HubHandler(BaseHTTPRequestHandler):
 @contextmanager
 def fake_hub() -> Iterator[FakeHub]:
     server = FakeHub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving(server):
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def use_hub(monkeypatch: pytest.MonkeyPatch, cache: Path, address: str, *, is_offline: bool = False) -> None:

@@ -65,10 +65,17 @@ Answer = Callable[[Handler], None]
 @contextmanager
 def local_server() -> Iterator[LocalServer]:
     server = LocalServer()
+    with serving(server):
+        yield server
+
+
+@contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[None]:
+    """Within it, `server` answers from a thread of its own."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield server
+        yield
     finally:
         server.shutdown()
         thread.join()

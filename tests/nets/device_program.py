@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from helpers.fake_device import DEVICE, PACKAGE, FakeDevice, HostCopies
+from helpers.fake_device import DEVICE, PACKAGE, FakeDevice, HostCopies, fill_meta_tensors
 from semseg.checkpoints.network import build_network
 from semseg.config.compose import list_options
 from semseg.config.load import load_config
@@ -88,12 +88,7 @@ def build_model(name: str) -> Segmenter:
     # timm computes with values while it builds a network.
     with unset_fake_temporarily(), torch.device("meta"):
         net = build_network(config.model, NUM_CLASSES)
-    for module in net.modules():
-        for tensors in (module._parameters, module._buffers):
-            for key, value in tensors.items():
-                if value is not None:
-                    empty = torch.empty(value.shape, dtype=value.dtype)
-                    tensors[key] = nn.Parameter(empty) if isinstance(value, nn.Parameter) else empty
+    fill_meta_tensors(net)
     return net
 
 

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from helpers.fake_device import DEVICE, FakeDevice
+from helpers.fake_device import DEVICE, FakeDevice, fill_meta_tensors
 from helpers.numeric_types import NumericTypes, add_autocast, cuda_autocast
 from semseg.checkpoints.network import build_network
 from semseg.config.compose import list_options
@@ -133,12 +132,7 @@ def build_model(name: str) -> Segmenter:
     config, _ = load_config([f"model={name}", "model.encoder.weights=none"])
     with unset_fake_temporarily(), torch.device("meta"):
         net = build_network(config.model, NUM_CLASSES)
-    for module in net.modules():
-        for tensors in (module._parameters, module._buffers):
-            for key, value in tensors.items():
-                if value is not None:
-                    empty = torch.empty(value.shape, dtype=value.dtype)
-                    tensors[key] = nn.Parameter(empty) if isinstance(value, nn.Parameter) else empty
+    fill_meta_tensors(net)
     assert isinstance(net, Segmenter)
     return net
 

@@ -22,6 +22,7 @@ from semseg.data.importing.files import (
     find_split,
     get,
     get_or,
+    list_json_files,
     read_json_file,
 )
 from semseg.data.importing.model import (
@@ -53,16 +54,7 @@ class Category(NamedTuple):
 
 def find_coco_files(files: list[Path]) -> list[Path]:
     """The COCO files among the JSON files of an export: those that have all three lists."""
-    return [path for path in files if path.suffix.lower() == ".json" and is_coco_file(path)]
-
-
-def is_coco_file(path: Path) -> bool:
-    """Whether a JSON file holds images, annotations and categories."""
-    try:
-        content = store.read_file(path)
-    except (OSError, DataError):
-        return False
-    return content.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{") and all(key in content for key in COCO_KEYS)
+    return list_json_files(files, b"{", lambda content: all(key in content for key in COCO_KEYS))
 
 
 def read_coco(root: Path, files: list[Path], finder: ImageFinder, options: ImportConfig) -> Export:

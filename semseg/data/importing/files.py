@@ -7,7 +7,7 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -44,6 +44,19 @@ def read_json_file(path: Path) -> Any:
         raise DataError(
             f"{path}: cannot be read as JSON ({reason or type(error).__name__}). Export it again."
         ) from None
+
+
+def list_json_files(files: Iterable[Path], opening: bytes, has_keys: Callable[[bytes], bool]) -> list[Path]:
+    """The JSON files that begin with `opening` and whose content passes a test; a file that cannot be read is none."""
+    return [path for path in files if path.suffix.lower() == ".json" and _looks_like(path, opening, has_keys)]
+
+
+def _looks_like(path: Path, opening: bytes, has_keys: Callable[[bytes], bool]) -> bool:
+    try:
+        content = store.read_file(path)
+    except (OSError, DataError):
+        return False
+    return content.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(opening) and has_keys(content)
 
 
 def read_text_lines(path: Path) -> list[str]:

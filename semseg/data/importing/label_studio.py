@@ -22,6 +22,7 @@ from semseg.data.importing.files import (
     find_split,
     get,
     get_or,
+    list_json_files,
     read_json_file,
 )
 from semseg.data.importing.model import (
@@ -44,17 +45,11 @@ NUM_ELLIPSE_POINTS = 720
 
 def find_label_studio_files(files: Sequence[Path]) -> list[Path]:
     """The exports of Label Studio among JSON files; JSON-MIN, which cannot be imported, counts."""
-    return [path for path in files if path.suffix.lower() == ".json" and is_label_studio_file(path)]
+    return list_json_files(files, b"[", holds_tasks)
 
 
-def is_label_studio_file(path: Path) -> bool:
-    """Whether a JSON file holds a list of tasks."""
-    try:
-        content = store.read_file(path)
-    except (OSError, DataError):
-        return False
-    if not content.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"["):
-        return False
+def holds_tasks(content: bytes) -> bool:
+    """Whether the text of a list is one of tasks."""
     has_tasks = b'"data"' in content and any(key in content for key in (b'"annotations"', b'"completions"'))
     return has_tasks or b'"original_width"' in content
 

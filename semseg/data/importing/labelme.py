@@ -26,6 +26,7 @@ from semseg.data.importing.files import (
     find_split,
     get,
     get_or,
+    list_json_files,
     read_json_file,
     read_text_lines,
 )
@@ -59,16 +60,7 @@ class LabelMeFile(NamedTuple):
 
 def find_labelme_files(files: Sequence[Path]) -> list[Path]:
     """The files of LabelMe among the JSON files of an export."""
-    return [path for path in files if path.suffix.lower() == ".json" and is_labelme_file(path)]
-
-
-def is_labelme_file(path: Path) -> bool:
-    """Whether a JSON file holds shapes and the path of an image."""
-    try:
-        content = store.read_file(path)
-    except (OSError, DataError):
-        return False
-    return content.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{") and all(key in content for key in KEYS)
+    return list_json_files(files, b"{", lambda content: all(key in content for key in KEYS))
 
 
 def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options: ImportConfig) -> Export:
