@@ -126,14 +126,14 @@ class SegmentationNetwork(nn.Module, ABC):
         return {name: value for name, value in published.items() if not name.startswith(CLASSIFIER_PREFIXES)}
 
     def adopt_description(self, weights: Path) -> None:
-        """Told from which file `backbone` was loaded, for networks that find their preprocessing beside it."""
+        """Called with the file of the weights of `backbone`, for networks that find their preprocessing beside it."""
 
     def as_graph(self) -> AbstractContextManager[None]:
         """Within it, the network computes with operators that exporters can follow, the same numbers up to rounding."""
         return nullcontext()
 
     def set_progress(self, step: int, total_steps: int) -> None:
-        """Told before every training step which one it is, for what a network changes over a run."""
+        """Called before every training step with its number, for what a network changes over a run."""
 
     def compute_own_loss(self, image: Tensor, label: Tensor) -> tuple[Tensor, Logits] | None:
         """The loss of a network that has a loss of its own, and the logits for the accuracy in the log.

@@ -152,8 +152,8 @@ def choose_export(path: Path, name: str) -> FoundExport:
     if name != "auto":
         chosen = [each for each in found if each.format == name]
         if not chosen:
-            wanted = TOOL_FORMATS[name]
-            raise DataError(f"input={path}: is no export of {wanted.title}, which has {wanted.holds}.")
+            tool = TOOL_FORMATS[name]
+            raise DataError(f"input={path}: is no export of {tool.title}, which has {tool.holds}.")
         return chosen[0]
     if not found:
         known = "; ".join(f"{each.title}: {each.holds}" for each in TOOL_FORMATS.values())

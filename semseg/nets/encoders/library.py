@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from semseg.config.preprocessing import PREPROCESSING, Preprocessing
 from semseg.nets.blocks import BatchNorm2d
 from semseg.nets.interfaces import Encoder, WeightsFile
+from semseg.nets.padding import pad_image
 
 MIN_STRIDE = 4  # maps of stride 1 and 2 are dropped
 
@@ -51,10 +52,8 @@ class LibraryEncoder(Encoder):
     def forward(self, image: Tensor) -> list[Tensor]:
         """As Encoder.forward. Images of other sizes are padded with 0 to a multiple of size_divisor first."""
         height, width = image.shape[-2:]
-        below, right = -height % self.size_divisor, -width % self.size_divisor
-        if below or right:
-            image = F.pad(image, (0, right, 0, below))
-        maps = [self.convert_map(features) for features in self.compute_library_maps(image)]
+        padded = pad_image(image, self.size_divisor)
+        maps = [self.convert_map(features) for features in self.compute_library_maps(padded)]
         return [
             features[..., : -(-height // stride), : -(-width // stride)]
             for features, stride in zip(maps, self.strides, strict=True)

@@ -21,6 +21,7 @@ from semseg.data.label_map import IGNORED
 from semseg.errors import ConfigError
 from semseg.nets.interfaces import Logits
 from semseg.nets.libraries.transformers import IMAGENET, Family, TransformersNetwork
+from semseg.nets.padding import pad_image
 
 MIN_SCORE = 1e-6  # keeps the logarithm of a score finite
 # "the task is semantic" in the tokens of CLIP, which OneFormer reads with every image.
@@ -136,7 +137,7 @@ class MaskClassifier(TransformersNetwork):
 
     def forward(self, image: Tensor) -> Logits:
         """(N, 3, H, W) normalised -> the logarithms of the scores as main logits, without auxiliary ones."""
-        self._set_grid(self.pad(image))
+        self._set_grid(pad_image(image, self.size_divisor))
         if not self.is_eomt or (self.training and image.device.type != "meta"):
             return super().forward(image)
         with self.fix_masks():
@@ -161,7 +162,7 @@ class MaskClassifier(TransformersNetwork):
                 f"{str(image.dtype).removeprefix('torch.')}. Use bf16-mixed or 32-true."
             )
         self.check_size(image)
-        image = self.pad(image)
+        image = pad_image(image, self.size_divisor)
         self._set_grid(image)
         size = [side // self.label_stride for side in image.shape[-2:]]
         if list(label.shape[-2:]) != size:

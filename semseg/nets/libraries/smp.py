@@ -17,7 +17,7 @@ from semseg.errors import CheckpointError, ConfigError, check_choice, find_neare
 from semseg.nets.encoders.library import replace_batch_norms, rgb_preprocessing
 from semseg.nets.encoders.timm import check_name, fill_with_nan, find_weights_file
 from semseg.nets.interfaces import Logits, NetworkKeys, SegmentationNetwork, WeightsFile
-from semseg.nets.libraries.padding import crop_logits, pad_image
+from semseg.nets.padding import crop_logits, pad_image
 
 try:
     import segmentation_models_pytorch as smp

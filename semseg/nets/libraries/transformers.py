@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semseg.config.origin import WeightsOrigin
@@ -25,6 +24,7 @@ from semseg.data.geometry import Size
 from semseg.errors import ConfigError, install_command
 from semseg.nets.encoders.library import replace_batch_norms
 from semseg.nets.interfaces import Logits, SegmentationNetwork
+from semseg.nets.padding import crop_logits, pad_image
 
 try:
     import transformers
@@ -52,7 +52,7 @@ class Family(NamedTuple):
     backbone: tuple[str, ...]  # paths of the modules that were pretrained; the rest is new in a fine-tuning
     classifiers: tuple[str, ...]  # beginnings of the names of weights whose first dimension is the number of classes
     convention: Preprocessing  # of its published weights, for folders without a file that says it
-    run: Callable[[Any, Tensor, bool], Logits]  # (network of transformers, image, whether aux is wanted) -> logits
+    run: Callable[[Any, Tensor, bool], Logits]  # (network of transformers, image, whether to compute aux) -> logits
     find_strides: Callable[[Any], tuple[int, int]]  # configuration -> size_divisor, label_stride
     has_one_size: bool = False  # it takes images of config.image_size only
     needs_multiples: bool = False  # it loses what is beyond the last whole patch
@@ -297,11 +297,8 @@ class TransformersNetwork(SegmentationNetwork):
         self.check_size(image)
         if not self.family.needs_multiples:
             return self.family.run(self.model, image, self.training)
-        height, width = image.shape[-2:]
-        logits = self.family.run(self.model, self.pad(image), self.training)
-        return logits._replace(
-            main=logits.main[..., : -(-height // self.label_stride), : -(-width // self.label_stride)]
-        )
+        logits = self.family.run(self.model, pad_image(image, self.size_divisor), self.training)
+        return logits._replace(main=crop_logits(logits.main, image, self.label_stride))
 
     @contextmanager
     def as_graph(self) -> Iterator[None]:
@@ -324,11 +321,6 @@ class TransformersNetwork(SegmentationNetwork):
                 f"{self.family.class_name}: takes images of {self.image_size.height} x {self.image_size.width} pixels "
                 f"only, not {image.shape[-2]} x {image.shape[-1]}."
             )
-
-    def pad(self, image: Tensor) -> Tensor:
-        """`image` with 0 below and on the right, up to whole patches."""
-        below, right = (-side % self.size_divisor for side in image.shape[-2:])
-        return F.pad(image, (0, right, 0, below)) if below or right else image
 
 
 def build_library_model(family: Family, config: Any, attention: str = "") -> Any:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 def pad_image(image: Tensor, divisor: int, min_size: int = 1) -> Tensor:
     """(N, 3, H, W) padded below and on the right with 0, the mean colour, to multiples of `divisor` and `min_size`."""
-    height, width = image.shape[-2:]
-    below = -height % divisor + max(0, min_size - height - (-height % divisor))
-    right = -width % divisor + max(0, min_size - width - (-width % divisor))
+    below, right = (-side % divisor for side in image.shape[-2:])
+    if min_size > 1:
+        below, right = max(below, min_size - image.shape[-2]), max(right, min_size - image.shape[-1])
     return F.pad(image, (0, right, 0, below)) if below or right else image
 
 
