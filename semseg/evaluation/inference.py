@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from semseg.config.preprocessing import Preprocessing
 from semseg.data.geometry import Size, round_up
 from semseg.data.plan import group_by_shape
+from semseg.data.windows import window_starts
 from semseg.errors import ConfigError
 from semseg.nets.normalise import normalise
 
@@ -163,16 +164,6 @@ def run_in_windows(net: nn.Module, image: Tensor, window: int | None, stride: in
             total[..., rows, columns] += logits
             num_windows[..., rows, columns] += 1
     return (total / num_windows)[..., : height // label_stride, : width // label_stride]
-
-
-def window_starts(length: int, side: int, step: int) -> list[int]:
-    """First pixels of the windows along one axis: every `step` pixels, the last window flush with the end.
-
-    >>> window_starts(100, side=40, step=32), window_starts(30, side=40, step=32)
-    ([0, 32, 60], [0])
-    """
-    last = max(0, length - side)
-    return [*range(0, last, step), last]
 
 
 def to_full_precision(logits: Tensor) -> Tensor:
