@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from semseg.cli.foreign_messages import hide_foreign_messages
 from semseg.cli.supervise import (
+    PARALLEL_MODES,
     agree_on_run_dir,
     check_world_size,
     count_processes,
@@ -51,13 +52,13 @@ from semseg.config.overrides import (
     record_overrides,
     select_overrides,
 )
-from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, Config, DataConfig
+from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, Config
 from semseg.config.validate import check_config
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, ReportedError, SemsegError
 from semseg.storage import run_lock
 from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.storage.commands import entry_script, format_command, relative_to_cwd, remember_program
-from semseg.storage.ranks import is_first_rank
+from semseg.storage.ranks import is_first_rank, is_first_rank_of_machine
 from semseg.storage.run_folders import (
     claim_folder,
     find_checkpoint,
@@ -139,12 +140,14 @@ def run_in_folder(config: Config, composed: DictConfig, overrides: list[str]) ->
         from semseg.training.trainer import check_gpu_numbers  # noqa: PLC0415 - slow to import
 
         check_gpu_numbers(config.trainer)  # one error instead of one from every process
+    rank = get_external_rank()
+    if processes > 1 or rank is not None:
+        with leave_messages_to_one_rank():
+            require_data(config, overrides)
     created: list[Path] = []
     try:
         run_dir = resolve_run_dir(composed, created)
         if processes > 1:
-            if config.mode == "train":
-                require_training_data(config.data)
             sys.exit(run_ranks(overrides, processes, run_dir))
         sys.argv[1:] += [f"hydra.run.dir={quote_value(run_dir)}", NO_HYDRA_RECORD]
         start_hydra()
@@ -153,15 +156,41 @@ def run_in_folder(config: Config, composed: DictConfig, overrides: list[str]) ->
             remove_unused_folders(created)
 
 
-def require_training_data(data: DataConfig) -> None:
-    """Report missing data once, before the process of every device has started.
+def require_data(config: Config, overrides: list[str]) -> None:
+    """Report missing data once, before the process of every device imports torch and builds its network.
+
+    A data set that is drawn at its first use is drawn here, by one process.
 
     Raises:
-        SemsegError: if a folder, list or class table does not exist.
+        SemsegError: if a folder, list or class table of a split that the mode reads does not exist; in mode=eval also
+            if the network cannot be read, whose data set it is.
     """
     from semseg.data.sources import DataSource  # noqa: PLC0415 - slow to import, and only several devices need it
 
-    DataSource(data).require_paths("train")
+    if config.mode not in PARALLEL_MODES:
+        return
+    splits = ["train", "val"]
+    if config.mode == "eval":
+        from semseg.build import open_network  # noqa: PLC0415 - imports torch
+
+        with silence_stdout(True):  # the first rank prints it again
+            _, config = open_network(config, overrides)
+        splits = [config.eval.split]
+    source = DataSource(config.data)
+    for split in splits:
+        if split != "val" or source.has("val"):
+            source.require_paths(split)
+
+
+@contextlib.contextmanager
+def leave_messages_to_one_rank() -> Iterator[None]:
+    """Within this context, only one process on each machine prints an error, where a launcher has started several."""
+    try:
+        yield
+    except SemsegError as error:
+        if is_first_rank_of_machine():
+            raise
+        sys.exit(error.exit_code)
 
 
 def start_hydra() -> None:

@@ -145,7 +145,8 @@ def test_f3_our_ranks_receive_the_folder_and_claim_none(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     commands = []
     for name in ("images", "annotations"):
-        (tmp_path / "data" / "ADEChallengeData2016" / name / "training").mkdir(parents=True)
+        for split in ("training", "validation"):
+            (tmp_path / "data" / "ADEChallengeData2016" / name / split).mkdir(parents=True)
     monkeypatch.setattr(
         main, "supervise_ranks", lambda command, processes, run_dir: commands.append((command, run_dir)) or 0
     )
