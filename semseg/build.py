@@ -27,11 +27,13 @@ from semseg.checkpoints.published import PUBLISHED_FREE_KEYS, PublishedFiles, fi
 from semseg.config.inherit import inherit_config
 from semseg.config.schema import HUB_PREFIX, ONNX, ZOO_PREFIX, Config, DataConfig, TrainerConfig, config_to_plain
 from semseg.data.classes import ClassTable
+from semseg.data.crops import NATIVE, choose_crop
 from semseg.data.label_map import LabelMap
 from semseg.data.sources import DataSource, load_class_table, make_label_map
 from semseg.data.store import resolve_path
 from semseg.datamodule import SegmentationData
 from semseg.errors import ArgumentError, ConfigError, install_command
+from semseg.evaluation.tiled import WindowLayout, choose_layout
 from semseg.lit_module import SegmentationModule
 from semseg.nets.gpu import configure_gpu
 from semseg.nets.interfaces import SegmentationNetwork
@@ -197,6 +199,9 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
     device = choose_device(config.trainer) if device is None else device
     check_num_classes(config.data, saved)
     options = config.predict
+    precision = config.trainer.precision
+    net = restore_network(saved).to(device, choose_weight_type(precision))
+    refuse_nonfinite_weights(net.state_dict(), saved.source)
     settings = PredictionSettings(
         options.scales or config.eval.scales,
         config.data.max_long_edge,
@@ -206,12 +211,11 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
         options.stride,
         options.memory_limit_mb,
         config.data.max_pixels,
+        choose_crop(config.data, config.augment, net.image_size) if config.data.resize == NATIVE else None,
+        config.eval.batch_size,
     )
     is_ade20k = options.format == "ade20k"  # classes are 1 to K, whatever the data set
     ids = LabelMap(saved.classes.num_classes) if is_ade20k else make_label_map(config.data, saved.classes)
-    precision = config.trainer.precision
-    net = restore_network(saved).to(device, choose_weight_type(precision))
-    refuse_nonfinite_weights(net.state_dict(), saved.source)
     return Predictor(
         net,
         saved.classes,
@@ -274,7 +278,21 @@ def build_module(config: Config, net: SegmentationNetwork, classes: ClassTable) 
         miou_rule=config.data.miou_rule,
         max_bad=config.data.max_bad,
         saved_config=config_to_plain(config),
+        window_layout=choose_evaluation_layout(config, net),
     )
+
+
+def choose_evaluation_layout(config: Config, net: SegmentationNetwork) -> WindowLayout | None:
+    """The windows of data.resize=native in evaluation, with the keys of `eval`; None for images at a short edge.
+
+    Raises:
+        ConfigError: for a window, or a crop, that the network does not take.
+    """
+    crop = choose_crop(config.data, config.augment, net.image_size)
+    if config.data.resize != NATIVE or crop is None:
+        return None
+    divisor, options = config.model.size_divisor, config.eval
+    return choose_layout(net, crop, divisor=divisor, window=options.window, stride=options.stride)
 
 
 def build_data(config: Config, source: DataSource, net: SegmentationNetwork) -> SegmentationData:

@@ -20,7 +20,9 @@ from semseg.config.schema import AugmentConfig, EvalConfig, TrainerConfig
 from semseg.data import shared_slots
 from semseg.data.augment import Augmentation, crop_size
 from semseg.data.batch import LABEL_TYPE, Batch, EvalSample
+from semseg.data.crops import DEFAULT_FOREGROUND, NATIVE, CropPlan, choose_crop
 from semseg.data.datasets import EvalDataset, ReadOptions, TrainDataset
+from semseg.data.foreground import ForegroundIndex, build_foreground_index
 from semseg.data.geometry import Size, canvas_size, label_size, largest_canvas, stretched_size
 from semseg.data.label_cache import LabelCache
 from semseg.data.label_map import IGNORED
@@ -86,7 +88,9 @@ class SegmentationData(pl.LightningDataModule):
         self.seed = seed
         self.size_divisor = size_divisor or net.size_divisor
         self.image_size: Size | None = getattr(net, "image_size", None)  # the one size that the network takes
-        self.augment_config = crop_to_network(augment_config, self.image_size)
+        self.crop = choose_crop(source.config, augment_config, self.image_size)
+        self.is_native = source.config.resize == NATIVE  # then the data set crops, and augmentation does not
+        self.augment_config = replace(augment_config, crop=None if self.is_native else self.crop)
         self.label_stride = label_stride or net.label_stride
         if self.size_divisor % self.label_stride:
             raise ConfigError(
@@ -112,10 +116,10 @@ class SegmentationData(pl.LightningDataModule):
         if self._plan is None:
             data = self.data_config
             self._plan = TrainPlan(
-                [record.size for record in self.source.records("train")],
+                self._training_sizes(),
                 seed=self.seed,
                 batch_size=data.batch_size,
-                short_edges=data.short_edges,
+                short_edges=[0] if self.is_native else data.short_edges,
                 flip=data.flip,
                 repeats=self._compute_repeats(),
             )
@@ -161,6 +165,7 @@ class SegmentationData(pl.LightningDataModule):
             label_stride=self.label_stride,
             exact=data.decode == "exact",
             augmentation=Augmentation(augment, self.seed) if augment.is_on else None,
+            crops=self._crop_plan() if self.is_native else None,
         )
         rank, world_size = self._rank_and_world_size()
         self._train_loader = SubBatchLoader(
@@ -176,6 +181,35 @@ class SegmentationData(pl.LightningDataModule):
         )
         self._train_loader.taken = self._taken
         return self._train_loader
+
+    def _training_sizes(self) -> list[Size]:
+        """The sizes of training images for the plan, which keeps portraits apart: those of their crops if it crops."""
+        sizes = [record.size for record in self.source.records("train")]
+        if not self.is_native:
+            return sizes
+        assert self.crop is not None, "data.resize=native has crops"
+        return [crop_size(size, self.crop) for size in sizes]
+
+    @property
+    def foreground(self) -> float:
+        """The fraction of crops that are centred on a pixel of a class."""
+        chosen = self.data_config.crop_foreground
+        return DEFAULT_FOREGROUND if chosen is None else chosen
+
+    def _crop_plan(self) -> CropPlan:
+        assert self.crop is not None, "data.resize=native has crops"
+        return CropPlan(self.seed, Size(*self.crop), self.foreground, self._build_index() if self.foreground else None)
+
+    def _build_index(self) -> ForegroundIndex:
+        """The index of classes in the labels of training, most of it from the cache."""
+        source, data = self.source, self.data_config
+        return build_foreground_index(
+            source.records("train"),
+            source.root,
+            source.label_map,
+            max_pixels=data.max_pixels,
+            label_cache=self._read_options().cache,
+        )
 
     @property
     def _train_divisor(self) -> int:
@@ -229,6 +263,8 @@ class SegmentationData(pl.LightningDataModule):
             records = self.source.records("train")
             rank_zero_info(f"data.oversample: reading {len(records)} masks, except those that are cached")
             self._compute_repeats()
+        if self.is_native and self.foreground and self.source.has("train"):
+            self._build_index()
 
     def _compute_repeats(self) -> NDArray[np.float64] | None:
         """The average number of times that each training image occurs in a pass; None: once."""
@@ -258,10 +294,15 @@ class SegmentationData(pl.LightningDataModule):
         data, augment, divisor = self.data_config, self.augment_config, self._train_divisor
         sizes = [record.size for record in self.source.records("train")]
         factor = augment.scale[1]
-        limits = round(max(data.short_edges) * factor), round(data.max_long_edge * factor)
-        canvas = largest_canvas(sizes, *limits, divisor)
-        if augment.crop is not None:
-            canvas = canvas_size([crop_size(canvas, augment.crop)], divisor)
+        if self.is_native:
+            assert self.crop is not None, "data.resize=native has crops"
+            grown = [Size(round(size.height * factor), round(size.width * factor)) for size in sizes]
+            canvas = canvas_size([crop_size(size, self.crop) for size in grown], divisor)
+        else:
+            limits = round(max(data.short_edges) * factor), round(data.max_long_edge * factor)
+            canvas = largest_canvas(sizes, *limits, divisor)
+            if augment.crop is not None:
+                canvas = canvas_size([crop_size(canvas, augment.crop)], divisor)
         return LargestSubBatch(data.batch_size, canvas, label_size(canvas, self.label_stride))
 
     def _largest_batch_bytes(self) -> int:
@@ -278,7 +319,9 @@ class SegmentationData(pl.LightningDataModule):
         return max(sample_bytes(size) for size in {record.size for record in records})
 
     def _scale_sizes(self, size: Size) -> tuple[Size, ...]:
-        """The sizes to which an image is stretched for evaluation."""
+        """The sizes to which an image is stretched for evaluation; its own if pixels stay as they are."""
+        if self.is_native:
+            return (size,)
         limits = self.data_config.max_long_edge, self.size_divisor
         return tuple(stretched_size(size, edge, *limits) for edge in self.eval_config.scales)
 
@@ -293,6 +336,11 @@ class SegmentationData(pl.LightningDataModule):
 
     # ---- evaluation
 
+    @property
+    def _images_at_once(self) -> int:
+        """Images that are evaluated together; with data.resize=native eval.batch_size is a number of windows of one."""
+        return 1 if self.is_native else self.eval_config.batch_size
+
     def eval_groups(self, stage: str) -> list[list[int]]:
         """The images of a stage in groups of up to eval.batch_size that have the same shape at every scale.
 
@@ -301,7 +349,7 @@ class SegmentationData(pl.LightningDataModule):
         if stage not in self._eval_groups:
             records = self.source.records(self.split_of(stage))
             shapes: list[Hashable] = [self._scale_sizes(record.size) for record in records]
-            self._eval_groups[stage] = group_by_shape(shapes, self.eval_config.batch_size)
+            self._eval_groups[stage] = group_by_shape(shapes, self._images_at_once)
         return self._eval_groups[stage]
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -324,14 +372,14 @@ class SegmentationData(pl.LightningDataModule):
             records,
             self.source.label_map,
             self._read_options(),
-            short_edges=self.eval_config.scales,
+            short_edges=() if self.is_native else self.eval_config.scales,
             antialias=self.net.convention.antialias,
             label_type=LABEL_TYPE,
         )
         rank, world_size = self._rank_and_world_size()
         groups = self.eval_groups(stage)
         own_groups = groups[rank::world_size] or groups[:1]
-        batch_size, sample_bytes = self.eval_config.batch_size, self.largest_sample_bytes(records)
+        batch_size, sample_bytes = self._images_at_once, self.largest_sample_bytes(records)
         return WatchedLoader(
             dataset,
             lambda number: [records[index].image for index in own_groups[number]],
@@ -356,22 +404,6 @@ class SegmentationData(pl.LightningDataModule):
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
-
-
-def crop_to_network(augment: AugmentConfig, image_size: Size | None) -> AugmentConfig:
-    """`augment`, with crops of the one size that a network takes, if it takes one.
-
-    Raises:
-        ConfigError: if augment.crop is another size.
-    """
-    if image_size is None:
-        return augment
-    if augment.crop not in (None, list(image_size)):
-        raise ConfigError(
-            f"augment.crop={augment.crop}: this network takes images of {image_size.height} x {image_size.width} only. "
-            "Leave it out: training crops and pads images to that size."
-        )
-    return replace(augment, crop=list(image_size))
 
 
 def widen_labels(batch: Any) -> Any:

@@ -24,11 +24,13 @@ from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import EvalConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig, SyncBNConfig
 from semseg.data.batch import Batch, EvalSample
 from semseg.data.classes import ClassTable
+from semseg.data.geometry import Size
 from semseg.errors import CheckpointError, ConfigError
 from semseg.evaluation.evaluator import Evaluator, SplitCounts
-from semseg.evaluation.inference import batch_logits, merge_scales
+from semseg.evaluation.inference import ClassMap, batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.evaluation.own_scores import ImageMeans, check_measures, score_image, score_split
+from semseg.evaluation.tiled import ArraySink, WindowLayout, predict_by_windows
 from semseg.nets.interfaces import Logits, SegmentationNetwork
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import is_convolutional
@@ -59,6 +61,7 @@ class SegmentationModule(pl.LightningModule):
         max_bad: the fraction of unreadable images up to which a split is scored.
         saved_config: the configuration of the run as plain data, which is saved in the checkpoints. No setting is read
             from it, but a run resumes only from a checkpoint whose saved configuration fits it.
+        window_layout: the windows in which images are evaluated at their own resolution; None: at eval.scales.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class SegmentationModule(pl.LightningModule):
         miou_rule: str,
         max_bad: float,
         saved_config: dict[str, Any],
+        window_layout: WindowLayout | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -82,7 +86,7 @@ class SegmentationModule(pl.LightningModule):
         self.model_config, self.loss_config, self.eval_config = model_config, loss_config, eval_config
         self.optim_config, self.schedule_config, self.syncbn_config = optim_config, schedule_config, syncbn_config
         self.miou_rule, self.max_bad = miou_rule, max_bad
-        self.saved_config = saved_config
+        self.saved_config, self.window_layout = saved_config, window_layout
         self.is_frozen = bool(model_config.encoder.get("frozen", False))
         if self.is_frozen:
             net.backbone.requires_grad_(False)
@@ -274,6 +278,8 @@ class SegmentationModule(pl.LightningModule):
         """Per image: class indices (H, W) at label resolution, for all of eval.scales and then for each subset."""
         options = self.eval_config
         with report_out_of_memory_in_evaluation(samples):
+            if self.window_layout is not None:
+                return [[self.predict_in_windows(sample, self.window_layout).ids] for sample in samples]
             logits = batch_logits(
                 self.net,
                 [sample.scales for sample in samples],
@@ -291,6 +297,22 @@ class SegmentationModule(pl.LightningModule):
                 )
                 for sample, maps in zip(samples, logits, strict=True)
             ]
+
+    def predict_in_windows(self, sample: EvalSample, layout: WindowLayout) -> ClassMap:
+        """The prediction for an image at its own resolution, on the device of the network."""
+        (pixels,), options = sample.scales, self.eval_config
+        sink = ArraySink(Size(*pixels.shape[1:]))
+        predict_by_windows(
+            self.net,
+            pixels,
+            self.net.convention,
+            layout,
+            sink,
+            flip=options.flip,
+            batch_size=options.batch_size,
+            memory_limit_mb=options.memory_limit_mb,
+        )
+        return sink.to_class_map(self.device)
 
     def on_validation_epoch_end(self) -> None:
         counts = self.confusion.compute()

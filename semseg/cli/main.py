@@ -53,6 +53,7 @@ from semseg.config.overrides import (
     select_overrides,
 )
 from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, Config
+from semseg.config.uses import refuse_unused_sizes
 from semseg.config.validate import check_config
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, ReportedError, SemsegError
 from semseg.storage import run_lock
@@ -92,6 +93,7 @@ def main() -> None:
         if not options:
             composed = compose_with_hydra(overrides)
             config = check_config(drop_hydra_section(composed))  # before anything is written
+            refuse_unused_sizes(config, overrides)
             refuse_search_settings(composed)
             if config.mode in PRINTING_MODES:
                 import_mode(config.mode).run(config, overrides)

@@ -105,6 +105,14 @@ def find_edge_problems(key: str, edges: object) -> Iterator[str]:
         )
 
 
+def find_crop_problems(key: str, crop: list[int] | None) -> Iterator[str]:
+    """A sentence if `crop` is neither null nor a height and a width."""
+    sides = [] if crop is None else crop
+    is_valid = len(sides) == 2 and all(is_int_between(side, low=1, high=MAX_EDGE_LENGTH) for side in sides)
+    if crop is not None and not is_valid:
+        yield f"{key}={crop}: must be [height, width] in pixels, each from 1 to {MAX_EDGE_LENGTH}, or null."
+
+
 def find_view_problems(section: str, scales: object, window: int | None, stride: int | None) -> Iterator[str]:
     """A sentence for every problem with scales and windows; their keys begin with `section`, such as `eval.`."""
     yield from find_edge_problems(f"{section}scales", scales)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import OmegaConf
 
 from semseg.config.schema import Config
+from semseg.config.uses import refuse_unused_sizes
 from semseg.config.validate import check_config
 from semseg.errors import ConfigError
 
@@ -19,7 +20,7 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
     command line (a whole group such as data=camvid, or single keys).
 
     Raises:
-        ConfigError: if the command line requests another network.
+        ConfigError: if the command line requests another network, or sizes that this one does not use.
     """
     keys = [word.lstrip("+").partition("=")[0] for word in overrides]
     for key in keys:
@@ -37,6 +38,12 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
     for key in FREE_MODEL_KEYS:
         if key in keys:
             OmegaConf.update(merged, key, OmegaConf.select(OmegaConf.structured(given), key))
+    if "data.resize" not in keys:  # it belongs to the network, whatever images it is used on
+        merged.data.resize = ours.data.resize
+    if merged.data.resize == "native" and "data.crop" not in keys:
+        merged.data.crop = ours.data.crop or ours.augment.crop
     merged.data.label_cache = given.data.label_cache  # a folder of this machine
     merged.eval.bootstrap = given.eval.bootstrap  # checkpoints of older versions have 0 where nothing was chosen
-    return check_config(merged, None)  # the use of `given` has been checked
+    config = check_config(merged, None)  # the use of `given` has been checked
+    refuse_unused_sizes(config, overrides)
+    return config

@@ -15,7 +15,7 @@ from semseg.config.fields import key_of
 from semseg.config.groups import list_groups
 from semseg.config.overrides import parse_overrides
 from semseg.config.schema import Config, list_keys
-from semseg.config.uses import find_mode_problems, find_prediction_problems
+from semseg.config.uses import find_mode_problems, find_prediction_problems, refuse_unused_sizes
 from semseg.config.validate import check_config
 from semseg.errors import ArgumentError, ConfigError
 
@@ -25,7 +25,7 @@ PREDICTION_SECTIONS = ("data", "download", "eval", "experiment", "model", "predi
 PREDICTION_KEYS = {
     "data": (
         "name", "root", "classes", "num_classes", "first_id", "ignore", "map", "mask_type", "ignore_colors",
-        "max_long_edge", "max_pixels",
+        "max_long_edge", "max_pixels", "resize", "crop",
     ),
     "eval": ("scales",),
     "predict": ("format", "scales", "flip", "window", "stride", "memory_limit_mb"),
@@ -46,9 +46,11 @@ def load_config(
     """
     overrides = parse_overrides(arguments)
     try:
-        return check_config(compose_config(overrides), find_use_problems), overrides
+        config = check_config(compose_config(overrides), find_use_problems)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_hydra_error(error, overrides)) from error
+    refuse_unused_sizes(config, overrides)
+    return config, overrides
 
 
 def load_prediction_config(ckpt: str | Path, overrides: Sequence[str]) -> tuple[Config, list[str]]:

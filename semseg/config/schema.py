@@ -20,6 +20,7 @@ from semseg.config.fields import (
     MAX_SEED,
     MAX_STRIDE,
     choice_field,
+    find_crop_problems,
     find_edge_problems,
     find_view_problems,
     format_wrong_choice,
@@ -44,6 +45,7 @@ MODES = (
 SPLITS = ("train", "val", "test")
 BUILT_IN_CLASSES = ("ade20k", "camvid", "cityscapes", "voc2012", "cocostuff")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
+RESIZE_CHOICES = ("short_edge", "native")
 DECODE_MODES = ("fast", "exact")
 MASK_TYPES = ("auto", "ids", "colors")
 LABEL_ORIENTATIONS = ("auto", "stored", "upright")
@@ -275,6 +277,14 @@ class DataConfig:
     miou_rule: str = choice_field("present", MIOU_RULES)
     """Classes of the mean IoU; ade20k: all, an absent one counts 0 (the original's rule); present: those that are
     labelled or predicted; ground_truth: those that are labelled."""
+    resize: str = choice_field("short_edge", RESIZE_CHOICES)
+    """short_edge: bring images to one of short_edges; native: keep their pixels, train on crops, and predict by
+    overlapping windows."""
+    crop: list[int] | None = None
+    """[height, width] in pixels: train on a random crop of each image; smaller images stay whole; null: no crop, and
+    [512, 512] with resize=native."""
+    crop_foreground: float | None = number_field(None, low=0, high=1)
+    """resize=native: fraction of the crops that is centred on a pixel of a class, rare ones more often; null: 0.33."""
     short_edges: list[int] = field(default_factory=lambda: [300, 375, 450, 525, 600])
     """Short edges in pixels; one is drawn at random for each sub-batch of training images."""
     max_long_edge: int = number_field(1000, low=1, high=MAX_EDGE_LENGTH)
@@ -309,6 +319,9 @@ class DataConfig:
     def find_problems(self) -> Iterator[str]:
         """A sentence for every value that is not a list of edges, map, colour, or pair of folders."""
         yield from find_edge_problems("data.short_edges", self.short_edges)
+        yield from find_crop_problems("data.crop", self.crop)
+        if self.crop_foreground is not None and self.resize != "native":
+            yield f"data.crop_foreground={self.crop_foreground}: needs data.resize=native, whose crops it chooses."
         if self.map is not None:
             entries = self.map.items() if isinstance(self.map, dict) else [(self.map, None)]
             is_valid = all(_is_id(key) and (index is None or _is_id(index)) for key, index in entries)
@@ -349,7 +362,7 @@ class AugmentConfig:
     scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
     """Random factor of each image's size, [from, to], in addition to its short edge."""
     crop: list[int] | None = None
-    """[height, width] in pixels: a random crop of the scaled image; smaller images stay whole; null: no crop."""
+    """The same as data.crop, for recipes of augmentation; null: data.crop decides."""
     own: dict[str, Any] = open_field()
     """Those that programs add, by name: a number, true, or a mapping of options; 0, false, null: left out."""
 
@@ -366,8 +379,7 @@ class AugmentConfig:
             values = getattr(self, key)
             if len(values) != 2 or not 0 < values[0] <= values[1] < math.inf:
                 yield f"augment.{key}={values}: must be [from, to], above 0."
-        if self.crop is not None and (len(self.crop) != 2 or min(self.crop) < 1):
-            yield f"augment.crop={self.crop}: must be [height, width] in pixels, or null."
+        yield from find_crop_problems("augment.crop", self.crop)
         for name, value in self.own.items():
             if not isinstance(value, dict | bool | int | float | None):
                 yield f"augment.{name}={value}: must be a number, true, or a mapping of options."
@@ -855,6 +867,11 @@ class Config:
         predict = self.predict
         scales = self.eval.scales if predict.scales is None else predict.scales
         yield from find_view_problems("predict.", scales, predict.window, predict.stride)
+        data, augment = self.data, self.augment
+        if data.crop is not None and augment.crop not in (None, data.crop):
+            yield f"data.crop={data.crop} and augment.crop={augment.crop} are the same setting. Set one to null."
+        if data.resize == "native" and self.eval.also_scales:
+            yield f"eval.also_scales={self.eval.also_scales}: data.resize=native has one scale. Leave it out."
         if self.quiet and self.verbose:
             yield "quiet=true and verbose=true contradict each other. Remove one of them."
         if self.ema.decay is not None and not self.trainer.replicates_weights:

@@ -5,7 +5,7 @@ The schema says which values are valid; the rules here depend on what is done wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from semseg.config.schema import (
@@ -17,7 +17,10 @@ from semseg.config.schema import (
     ZOO_PREFIX,
     Config,
 )
+from semseg.errors import ConfigError
 
+# Keys that say to which size images are brought.
+SIZE_KEYS = ("data.short_edges", "data.max_long_edge", "eval.scales", "eval.also_scales", "predict.scales")
 # Modes that cannot work without a network.
 NETWORK_MODES = ("eval", "predict", "convert", "replay", "serve", "export")
 
@@ -35,6 +38,23 @@ def find_prediction_problems(config: Config) -> Iterator[str]:
     """A sentence for everything with which no network can be loaded to predict, whatever the mode."""
     yield from find_unloadable_files({"ckpt": config.ckpt})
     yield from find_exported_network_problems(config)
+
+
+def refuse_unused_sizes(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse sizes on the command line where pixels stay as they are. Those of files describe the data set.
+
+    Raises:
+        ConfigError: with the key.
+    """
+    if config.data.resize != "native":
+        return
+    for word in overrides:
+        key, _, value = word.lstrip("+").partition("=")
+        if key in SIZE_KEYS:
+            raise ConfigError(
+                f"{key}={value}: has no effect with data.resize=native, which takes pixels as they are. Leave it out; "
+                "augment.scale varies the size in training, and eval.window sets the windows of evaluation."
+            )
 
 
 def find_missing_keys(config: Config) -> Iterator[str]:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from semseg.data.augment import Augmentation
 from semseg.data.batch import Batch, EvalSample, Sample
+from semseg.data.crops import CropPlan, cut_size
 from semseg.data.geometry import Size, scaled_size, stretched_size
 from semseg.data.images import MAX_PIXELS, mirror, resize_image
 from semseg.data.label_cache import LabelCache
@@ -61,6 +62,7 @@ class TrainDataset(Dataset[Batch]):
         exact: decode images in full and resize in two steps, like the original; if not, use the faster `read_reduced`
             and `resize_and_subsample_label`, which give the same labels and nearly the same images.
         augmentation: further transforms of each image; images are then decoded in full.
+        crops: take these parts of the images at their own resolution; None: whole images at a short edge.
 
     Raises:
         DataError: if a record has no label.
@@ -77,6 +79,7 @@ class TrainDataset(Dataset[Batch]):
         label_stride: int,
         exact: bool = True,
         augmentation: Augmentation | None = None,
+        crops: CropPlan | None = None,
     ) -> None:
         unlabelled = next((record for record in records if record.label is None), None)
         if unlabelled is not None:
@@ -84,7 +87,7 @@ class TrainDataset(Dataset[Batch]):
         if options.size_divisor % label_stride:
             raise ValueError(f"label_stride {label_stride} must divide size_divisor {options.size_divisor}")
         self.records, self.label_map, self.options, self.collate = records, label_map, options, collate
-        self.label_stride, self.exact, self.augmentation = label_stride, exact, augmentation
+        self.label_stride, self.exact, self.augmentation, self.crops = label_stride, exact, augmentation, crops
 
     def __len__(self) -> int:
         return len(self.records)
@@ -114,10 +117,14 @@ class TrainDataset(Dataset[Batch]):
     def _blank_sample(self, record: Record, short_edge: int) -> Sample:
         """A black image of the size that the record would have, with all pixels ignored."""
         size = self._training_size(record.size, short_edge)
+        if self.crops is not None:
+            size = Size(*(cut_size(*sides, factor=1.0)[1] for sides in zip(record.size, self.crops.crop, strict=True)))
         label = subsample_label(np.full(size, IGNORED, np.int16), self.label_stride)
         return Sample(np.zeros((*size, 3), np.uint8), label, record.image)
 
     def _read_sample(self, record: Record, sub_batch: SubBatch, position: int) -> Sample:
+        if self.crops is not None:
+            return self._cropped_sample(record, sub_batch, position, self.crops)
         if self.augmentation is not None:
             return self._augmented_sample(record, sub_batch, position, self.augmentation)
         read = self._exact_sample if self.exact else self._fast_sample
@@ -131,6 +138,25 @@ class TrainDataset(Dataset[Batch]):
         size = scaled_size(Size(*label.shape), short_edge, max_long_edge)
         image, label = resize_image(image, size, antialias=True, fast=not self.exact), resize_label(label, size)
         image, label = augment(image, label, sub_batch.number, position)
+        return Sample(image, subsample_label(label, self.label_stride), record.image)
+
+    def _cropped_sample(self, record: Record, sub_batch: SubBatch, position: int, crops: CropPlan) -> Sample:
+        """A part of an image at its own resolution, apart from augment.scale."""
+        image, label = _read_pair(record, self.label_map, self.options)
+        assert label is not None  # checked for all records at the start
+        augment, number = self.augmentation, sub_batch.number
+        factor = 1.0 if augment is None else augment.draw_scale(number, position)
+        crop = crops.draw(sub_batch.records[position], Size(*label.shape), factor, number, position)
+        top, left, height, width = crop.window
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        image, label = np.ascontiguousarray(image[rows, columns]), np.ascontiguousarray(label[rows, columns])
+        if sub_batch.flips[position]:
+            image, label = mirror(image), mirror(label)
+        if crop.size != label.shape:
+            image = resize_image(image, crop.size, antialias=True, fast=not self.exact)
+            label = resize_label(label, crop.size)
+        if augment is not None:
+            image, label = augment(image, label, number, position)
         return Sample(image, subsample_label(label, self.label_stride), record.image)
 
     def _fast_sample(self, record: Record, short_edge: int, *, is_flipped: bool) -> Sample:
@@ -170,7 +196,7 @@ class EvalDataset(Dataset[EvalSample]):
     Without a label map, or if a record has no label (prediction), the image is rotated upright.
 
     Args:
-        short_edges: pixels, one scale for each.
+        short_edges: pixels, one scale for each; none: the image as it is, for windows.
         antialias: as in the preprocessing that belongs to the weights.
         label_type: that of the labels; loaders pass on LABEL_TYPE, which the device widens.
     """
@@ -219,7 +245,12 @@ def _read_pair(record: Record, label_map: LabelMap | None, options: ReadOptions)
 def resize_to_scales(
     image: NDArray[np.uint8], short_edges: Sequence[int], max_long_edge: int, size_divisor: int, *, antialias: bool
 ) -> list[Tensor]:
-    """An image (H, W, 3) stretched to every scale: uint8 (3, h, w), h and w multiples of `size_divisor`."""
+    """An image (H, W, 3) stretched to every scale: uint8 (3, h, w), h and w multiples of `size_divisor`.
+
+    Without short edges: the image itself, for networks that see it at its own resolution.
+    """
+    if not short_edges:
+        return [torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))]
     original = Size(*image.shape[:2])
     sizes = [stretched_size(original, edge, max_long_edge, size_divisor) for edge in short_edges]
     resized = (resize_image(image, size, antialias=antialias) for size in sizes)

@@ -29,6 +29,7 @@ from semseg.evaluation.evaluator import ImageRecord
 from semseg.evaluation.result import EvaluationResult, build_result, relative_name
 from semseg.evaluation.result_files import write_result_files
 from semseg.evaluation.tables import class_score_table, format_speed, scales_table, summary_table
+from semseg.evaluation.tiled import WindowLayout
 from semseg.lit_module import SegmentationModule
 from semseg.reports.curves import Curves, read_training_curves, run_folder_of_checkpoint
 from semseg.reports.draw import draw_comparison
@@ -92,8 +93,10 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
         subsets=config.eval.also_scales,
         intervals=confidence_intervals(images, config.data.miou_rule, resamples, config.seed),
     )
-    title = describe_evaluation(config.data.name, config.eval, result)
-    files = write_result_files(folder, result, describe_settings(source, config.eval, saved, result))
+    title = describe_evaluation(config.data.name, config.eval, result, module.window_layout)
+    files = write_result_files(
+        folder, result, describe_settings(source, config.eval, saved, result, module.window_layout)
+    )
     report = EvaluationReport(
         title=f"{config.model.title} on {config.data.name}",
         subtitle=title,
@@ -144,17 +147,26 @@ def confidence_intervals(
     return bootstrap([image.class_counts for image in images], rule, resamples, generator_for(seed))
 
 
-def describe_evaluation(data_name: str, settings: EvalConfig, result: EvaluationResult) -> str:
+def describe_evaluation(
+    data_name: str, settings: EvalConfig, result: EvaluationResult, layout: WindowLayout | None = None
+) -> str:
     """What was scored, in one line."""
     flip = ", mirrored too" if settings.flip else ""
     unreadable = f" ({len(result.unreadable)} unreadable)" if result.unreadable else ""
-    return f"{data_name} {settings.split}, {len(result.images)} images{unreadable}, scales {settings.scales}{flip}"
+    view = f"scales {settings.scales}"
+    if layout is not None:
+        view = f"native resolution, windows of {layout.side} pixels every {layout.step}"
+    return f"{data_name} {settings.split}, {len(result.images)} images{unreadable}, {view}{flip}"
 
 
 def describe_settings(
-    source: DataSource, settings: EvalConfig, saved: SavedNetwork, result: EvaluationResult
+    source: DataSource, settings: EvalConfig, saved: SavedNetwork, result: EvaluationResult, layout: WindowLayout | None
 ) -> dict[str, Any]:
-    """The entries of metrics.json that say what was evaluated, how, and how the network was trained."""
+    """The entries of metrics.json that say what was evaluated, how, and how the network was trained.
+
+    Args:
+        layout: the windows of an evaluation at native resolution, which has no scales.
+    """
     file = Path(saved.source)
     entries = {
         "checkpoint": str(file.absolute()) if file.is_file() else saved.source,
@@ -163,10 +175,10 @@ def describe_settings(
         "root": str(source.root.absolute()),
         "split": settings.split,
         "images": len(result.images),
-        "scales": settings.scales,
+        "scales": settings.scales if layout is None else None,
         "flip": settings.flip,
-        "window": settings.window,
-        "stride": settings.stride,
+        "window": settings.window if layout is None else layout.side,
+        "stride": settings.stride if layout is None else layout.step,
     }
     if not saved.note:  # files of other programs do not say how they were trained
         entries["trained_with"] = mask_secrets(config_to_plain(saved.config))

@@ -431,6 +431,10 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
     """What a step takes, and how many there are, in two rows."""
     sizes, limits, conditions = config.data, config.trainer, data.run_conditions()
     edges = "/".join(map(str, sizes.short_edges))
+    view = f"short edges {edges}, long edges up to {sizes.max_long_edge}"
+    if data.is_native:
+        height, width = data.crop or (0, 0)
+        view = f"native resolution, crops of {height} x {width}, {data.foreground:.0%} around a pixel of a class"
     parts = [format_quantity(sizes.batch_size, "image")]
     if trainer.world_size > 1:
         parts.append(f"on each of {trainer.world_size} devices")
@@ -439,7 +443,7 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
     steps = math.ceil(conditions.batches_per_epoch / limits.accumulate_grad_batches)
     workers = choose_num_workers(sizes.num_workers, trainer.num_devices)
     return {
-        "batch": f"{' '.join(parts)}, short edges {edges}, long edges up to {sizes.max_long_edge}, "
+        "batch": f"{' '.join(parts)}, {view}, "
         f"padded to multiples of {data.size_divisor}, labels at 1/{data.label_stride}",
         "training": f"{format_quantity(conditions.total_steps, 'step')}, {steps} an epoch"
         f", {config.optim.name} with lr {config.optim.lr:g}, {config.loss.terms.formula}"

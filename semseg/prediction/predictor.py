@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from semseg.config.fields import find_view_problems, is_int_between
+from semseg.config.fields import find_crop_problems, find_view_problems, is_int_between
 from semseg.data.classes import ClassTable
 from semseg.data.datasets import resize_to_scales
+from semseg.data.geometry import Size
 from semseg.data.images import MAX_PIXELS
 from semseg.data.label_map import LabelMap
+from semseg.data.windows import RowSink, WindowReader
 from semseg.errors import ArgumentError, ConfigError, find_nearest
 from semseg.evaluation.inference import predict
+from semseg.evaluation.tiled import ArraySink, choose_layout, predict_by_windows
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import create_autocast
 from semseg.prediction.outputs import write_outputs
@@ -48,6 +51,8 @@ class PredictionSettings:
     stride: int | None = None
     memory_limit_mb: int = 1024
     max_pixels: int = MAX_PIXELS  # largest size of a picture; data.max_pixels
+    crop: Sequence[int] | None = None  # data.resize=native: that of training, the default window; None: at `scales`
+    batch_size: int = 1  # windows of a picture that go through the network together, with `crop`
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -57,7 +62,17 @@ class PredictionSettings:
         """
         for problem in find_view_problems("", self.scales, self.window, self.stride):
             raise ConfigError(problem)
-        for name in ("max_long_edge", "size_divisor", "window", "stride", "memory_limit_mb", "max_pixels"):
+        for problem in find_crop_problems("crop", None if self.crop is None else list(self.crop)):
+            raise ConfigError(problem)
+        for name in (
+            "max_long_edge",
+            "size_divisor",
+            "window",
+            "stride",
+            "memory_limit_mb",
+            "max_pixels",
+            "batch_size",
+        ):
             value = getattr(self, name)
             is_optional = name in ("size_divisor", "window", "stride")
             if not (value is None and is_optional) and not is_int_between(value, low=1):
@@ -69,7 +84,7 @@ class PredictionSettings:
         """These settings with others for some of its fields.
 
         Raises:
-            ArgumentError: for a name that is not a field, with the nearest one.
+            ArgumentError: for a name that is not a field, with the nearest one, and for one that has no effect.
             ConfigError: if a value is out of its range.
         """
         names = [item.name for item in fields(self)]
@@ -80,6 +95,12 @@ class PredictionSettings:
                 raise ArgumentError(
                     f"{name}={value!r}: there is no such argument.{hint} Valid: probabilities, {', '.join(names)}."
                 )
+            if settings.get("crop", self.crop) is not None and name in ("scales", "max_long_edge"):
+                raise ArgumentError(
+                    f"{name}={value!r}: has no effect, because this network takes pixels as they are (resize=native)."
+                )
+        if settings.get("crop", self.crop) is None and settings.get("batch_size", 1) != 1:
+            raise ArgumentError(f"batch_size={settings['batch_size']!r}: is a number of windows of resize=native.")
         return replace(self, **settings)
 
 
@@ -189,8 +210,9 @@ class Predictor:
 
     def __repr__(self) -> str:
         name, source = (f" {self.name}" if self.name else ""), (f", from {self.source}" if self.source else "")
-        classes, scales = self.classes.num_classes, list(self.settings.scales)
-        return f"<Predictor{name}: {classes} classes, scales {scales}, on {self.device}{source}>"
+        classes, settings = self.classes.num_classes, self.settings
+        view = f"scales {list(settings.scales)}" if settings.crop is None else "native resolution"
+        return f"<Predictor{name}: {classes} classes, {view}, on {self.device}{source}>"
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +227,7 @@ class Predictor:
                 (3, H, W) uint8 RGB. Grey pictures of one channel become RGB, and a fourth channel (alpha) is dropped.
             probabilities: keep the probabilities of all classes as well: 2 bytes per pixel and class.
             settings: fields of `PredictionSettings` to override for this picture: scales, flip, window, stride,
-                max_long_edge, size_divisor, memory_limit_mb, max_pixels.
+                max_long_edge, size_divisor, memory_limit_mb, max_pixels, batch_size.
 
         Raises:
             DataError: if a file is missing, broken, or not an image.
@@ -219,7 +241,7 @@ class Predictor:
         return PredictionResult(image, ids, self.classes, self.label_map, array)
 
     def resize(self, image: Pixels, **settings: Any) -> list[Tensor]:
-        """Resize the picture (H, W, 3) to every scale: a list of uint8 (3, h, w)."""
+        """Resize the picture (H, W, 3) to every scale: a list of uint8 (3, h, w); itself at native resolution."""
         return self.build_resizer(**settings)(image)
 
     def build_resizer(self, **settings: Any) -> Callable[[Pixels], list[Tensor]]:
@@ -227,7 +249,7 @@ class Predictor:
         chosen = self.settings.override(settings)
         return partial(
             resize_to_scales,
-            short_edges=tuple(chosen.scales),
+            short_edges=tuple(chosen.scales) if chosen.crop is None else (),
             max_long_edge=chosen.max_long_edge,
             size_divisor=chosen.size_divisor or self.net.size_divisor,
             antialias=self.net.convention.antialias,
@@ -246,6 +268,10 @@ class Predictor:
         Writes the probabilities into the array `probabilities` (K, H, W) if it is given; it may be mapped to a file.
         """
         chosen = self.settings.override(settings)
+        if chosen.crop is not None:
+            (pixels,), sink = scales, ArraySink(Size(size[0], size[1]), probabilities)
+            self.predict_rows(pixels, sink, **settings)
+            return sink.ids
         with create_autocast(self.precision, self.device):
             prediction = predict(
                 self.net,
@@ -259,3 +285,31 @@ class Predictor:
                 probabilities=probabilities,
             )
         return prediction.ids.cpu().numpy()
+
+    def predict_rows(self, image: WindowReader | Tensor, sink: RowSink, **settings: Any) -> None:
+        """Predict an image at its own resolution by windows, and hand its rows to `sink` from top to bottom.
+
+        Only the windows of a row, and the rows that are not finished, are in memory.
+
+        Args:
+            image: a reader, or pixels (3, H, W).
+
+        Raises:
+            ArgumentError: for unknown settings, and for a network that was trained at a short edge.
+            ConfigError: for settings out of their range.
+        """
+        chosen = self.settings.override(settings)
+        if chosen.crop is None:
+            raise ArgumentError("this network takes images at a short edge: predict_rows needs data.resize=native.")
+        divisor, window, stride = chosen.size_divisor, chosen.window, chosen.stride
+        with create_autocast(self.precision, self.device):
+            predict_by_windows(
+                self.net,
+                image,
+                self.net.convention,
+                choose_layout(self.net, chosen.crop, divisor=divisor, window=window, stride=stride),
+                sink,
+                flip=chosen.flip,
+                batch_size=chosen.batch_size,
+                memory_limit_mb=chosen.memory_limit_mb,
+            )

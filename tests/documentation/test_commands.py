@@ -47,6 +47,7 @@ TESTED_ELSEWHERE = {
     "mode=doctor": "documentation/test_newcomer.py",
     "mode=models": "modes/test_printing_modes.py",
     "mode=bench": "modes/test_bench.py",
+    "data.resize=native": "training/test_native_resolution.py",
     "mode=export": "export/test_onnx.py",
     "mode=serve": "serving/test_server.py",
     "ckpt=model.onnx": "export/test_onnx.py",

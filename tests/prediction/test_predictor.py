@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.data.classes import ClassTable
+from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
 from semseg.errors import ArgumentError, ConfigError, DataError, SemsegError
+from semseg.evaluation.tiled import ArraySink
 from semseg.nets.interfaces import Logits
 from semseg.prediction.outputs import array_on_disk, write_outputs
 from semseg.prediction.predictor import PredictionResult, PredictionSettings, Predictor
@@ -153,7 +155,7 @@ def test_i1_every_combination_of_settings_gives_a_map_and_its_probabilities(net:
     choices = {
         "probabilities": (False, True), "scales": ([8], (8, 16), np.array([12])), "flip": (False, True),
         "window": (None, 8), "stride": (None, 4), "max_long_edge": (64, 20), "size_divisor": (None, 8),
-        "memory_limit_mb": (1024,), "max_pixels": (10**6,),
+        "memory_limit_mb": (1024,), "max_pixels": (10**6,), "crop": (None,), "batch_size": (1,),
     }  # fmt: skip
     assert set(choices) - {"probabilities"} == {item.name for item in fields(PredictionSettings)}
     for values in itertools.product(*choices.values()):
@@ -163,6 +165,32 @@ def test_i1_every_combination_of_settings_gives_a_map_and_its_probabilities(net:
         result = net.predict(stripes(), **given)
         assert result.ids.shape == (16, 24) and result.ids[8, [2, 12, 21]].tolist() == [0, 1, 2], given
         assert (result.probabilities is not None) == given["probabilities"]
+
+
+@pytest.mark.reliability
+def test_i1_at_native_resolution_every_combination_of_settings_gives_a_map_and_its_probabilities(
+    net: Predictor,
+) -> None:
+    choices = {
+        "probabilities": (False, True), "flip": (False, True), "window": (None, 8), "stride": (None, 4),
+        "size_divisor": (None, 8), "crop": ([8, 8], (16, 24)), "batch_size": (1, 3),
+    }  # fmt: skip
+    for values in itertools.product(*choices.values()):
+        given = dict(zip(choices, values, strict=True))
+        if given["stride"] and not given["window"]:
+            continue
+        result = net.predict(stripes(), **given)
+        assert result.ids.shape == (16, 24) and result.ids[8, [2, 12, 21]].tolist() == [0, 1, 2], given
+        assert (result.probabilities is not None) == given["probabilities"]
+
+
+def test_settings_of_the_other_way_to_see_a_picture_are_refused(net: Predictor) -> None:
+    with pytest.raises(ArgumentError, match=r"scales=\[8\]: has no effect, because this network takes pixels"):
+        net.predict(stripes(), crop=[8, 8], scales=[8])
+    with pytest.raises(ArgumentError, match="batch_size=2: is a number of windows of resize=native"):
+        net.predict(stripes(), batch_size=2)
+    with pytest.raises(ArgumentError, match=r"predict_rows needs data\.resize=native"):
+        net.predict_rows(torch.zeros(3, 8, 8, dtype=torch.uint8), ArraySink(Size(8, 8)))
 
 
 @pytest.mark.reliability

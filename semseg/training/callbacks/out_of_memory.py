@@ -24,7 +24,7 @@ class OutOfMemory(SemsegError):  # noqa: N818 - torch's own name for it
         count, _, height, width = batch.image.shape
         super().__init__(
             f"out of memory on a sub-batch of {count} images of {height} x {width} pixels ({', '.join(batch.paths)}). "
-            "Lower data.batch_size, data.max_long_edge or the largest of data.short_edges, or set "
+            "Lower data.batch_size, data.crop, data.max_long_edge or the largest of data.short_edges, or set "
             f"trainer.precision=bf16-mixed. The device reported: {first_line_of(error)}"
         )
 

@@ -27,10 +27,10 @@ from helpers.transformers_networks import HALF_MEAN, NAMES, NUM_CLASSES, SIZES, 
 from semseg.checkpoints.format import SavedNetwork, read_checkpoint, write_ckpt
 from semseg.checkpoints.initialise import initialise_from
 from semseg.checkpoints.network import build_network
-from semseg.config.schema import AugmentConfig, Config, DownloadConfig, LossConfig, ModelConfig, OptimConfig
+from semseg.config.schema import AugmentConfig, Config, DataConfig, DownloadConfig, LossConfig, ModelConfig, OptimConfig
 from semseg.data.classes import ClassTable
+from semseg.data.crops import choose_crop
 from semseg.data.geometry import Size
-from semseg.datamodule import crop_to_network
 from semseg.errors import CheckpointError, ConfigError, ExportError, SemsegError
 from semseg.evaluation.inference import run_in_windows
 from semseg.lit_module import check_own_loss
@@ -548,11 +548,10 @@ def test_settings_without_an_effect_are_refused(load: Callable[..., Transformers
         check_own_loss(LossConfig(average="pixels"), model)
     with pytest.raises(ConfigError, match=r"model.compile=true: transformers tiny cannot be compiled"):
         check_own_loss(LossConfig(), replace(model, compile=True))
-    assert (
-        crop_to_network(AugmentConfig(), size).crop == [64, 64] and crop_to_network(AugmentConfig(), None).crop is None
-    )
+    assert choose_crop(DataConfig(), AugmentConfig(), size) == [64, 64]
+    assert choose_crop(DataConfig(), AugmentConfig()) is None
     with pytest.raises(ConfigError, match=r"augment.crop=\[32, 32\]: this network takes images of 64 x 64 only"):
-        crop_to_network(AugmentConfig(crop=[32, 32]), size)
+        choose_crop(DataConfig(), AugmentConfig(crop=[32, 32]), size)
 
 
 # ---- export
