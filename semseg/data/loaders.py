@@ -8,7 +8,6 @@ import math
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import wait
@@ -23,13 +22,16 @@ from semseg.data.batch import Batch
 from semseg.data.datasets import TrainDataset
 from semseg.data.plan import RankSequence, TrainPlan
 from semseg.data.shared_slots import SharedSlots
+from semseg.data.waiting import checking_while_waiting
 from semseg.data.workers import (
     GRACE_S,
+    ItemWait,
     LoaderFailure,
     WorkerSetup,
     classify_failure,
     describe_death,
     install_death_handler,
+    limit_waiting,
     original_message,
     parent_of_workers,
     raising_for_dead_workers,
@@ -127,6 +129,7 @@ class WatchedLoader(DataLoader[Item]):
         previous = signal.getsignal(signal.SIGCHLD)
         stream = super().__iter__()
         install_death_handler(previous)
+        limit_waiting(stream)
         items = ReadAhead(stream) if self.is_ahead and not self.num_workers else stream
         try:
             for number in itertools.count():
@@ -190,19 +193,20 @@ class WatchedLoader(DataLoader[Item]):
         Raises:
             RuntimeError: as `classify_failure` recognises, if a worker is dead or the patience is over.
         """
-        start, is_reported = time.monotonic(), False
+
+        def warn(waited_s: float) -> None:
+            images = ", ".join(self._images_of(number))
+            warnings.warn(f"has been waiting for {images} for {waited_s:.0f} s. Is the disk slow?", stacklevel=1)
+
+        wait = ItemWait(self.patience_s, SLOW_ITEM_S, warn)
         while True:
             try:
-                with raising_for_dead_workers(stream):
+                with raising_for_dead_workers(stream), checking_while_waiting(wait.check):
                     return next(stream)
             except RuntimeError as error:
-                waited = time.monotonic() - start
-                if classify_failure(error) is not LoaderFailure.TIMED_OUT or waited > self.patience_s:
+                if classify_failure(error) is not LoaderFailure.TIMED_OUT:
                     raise
-                if waited > SLOW_ITEM_S and not is_reported:
-                    is_reported = True
-                    images = ", ".join(self._images_of(number))
-                    warnings.warn(f"has been waiting for {images} for {waited:.0f} s. Is the disk slow?", stacklevel=1)
+                wait.check()
 
 
 _live_iterations: WeakSet[Generator[Any, None, None]] = WeakSet()  # iterations whose workers may be alive

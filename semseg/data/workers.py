@@ -7,7 +7,8 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from multiprocessing.process import BaseProcess
@@ -19,10 +20,12 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data._utils import signal_handling
 
 from semseg.data.shared_slots import SharedSlots, worker_start_method
+from semseg.data.waiting import limit_reads, send_descriptors_as_ours
 from semseg.errors import SemsegError
 from semseg.system.process import end_with_parent, ignore_stop_signals
 
 GRACE_S = 2.0  # seconds that workers get to leave by themselves
+MAX_PAUSE_S = 5.0  # between two checks of an item that is waited for
 
 
 # ---- starting
@@ -45,6 +48,7 @@ class WorkerSetup:
         else:  # the parent is a fork server, which lives as long as its workers
             threading.Thread(target=end_with_trainer, daemon=True).start()
         Queue._on_queue_feeder_error = send_error  # pyright: ignore[reportAttributeAccessIssue] - Python's hook
+        send_descriptors_as_ours()
         if self.slots is not None:
             self.slots.attach_worker(worker)
 
@@ -172,6 +176,47 @@ def install_death_handler(previous: Any) -> None:
 
     check_workers.checks_workers = True  # pyright: ignore[reportFunctionMemberAccess]
     signal.signal(signal.SIGCHLD, check_workers)
+
+
+# ---- waiting
+
+
+class ItemWait:
+    """The time for which an item has been waited for.
+
+    Args:
+        patience_s: seconds to wait at most.
+        warn: called once, with the seconds, when it is more than `slow_s`.
+    """
+
+    def __init__(self, patience_s: float, slow_s: float, warn: Callable[[float], None]) -> None:
+        self.patience_s, self.slow_s, self.warn = patience_s, slow_s, warn
+        self.waited_s = 0.0
+        self._is_reported = False
+        self._checked = time.monotonic()
+
+    def check(self) -> None:
+        """To be called every few seconds while nothing comes.
+
+        Raises:
+            RuntimeError: "DataLoader timed out ...", like PyTorch, when the patience is over.
+        """
+        now = time.monotonic()
+        # A longer pause is one of this process, for example stopped with Ctrl-Z, and its workers may have had it too.
+        self.waited_s += min(now - self._checked, MAX_PAUSE_S)
+        self._checked = now
+        if self.waited_s > self.patience_s:
+            raise RuntimeError(f"DataLoader timed out after {self.waited_s:.0f} s")
+        if self.waited_s > self.slow_s and not self._is_reported:
+            self._is_reported = True
+            self.warn(self.waited_s)
+
+
+def limit_waiting(stream: Iterator[Any]) -> None:
+    """Read the items of an iteration in such a way that `checking_while_waiting` limits all of it."""
+    queue = getattr(stream, "_worker_result_queue", None)
+    if queue is not None:
+        limit_reads(queue._reader)
 
 
 # ---- stopping

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from helpers.tiny_program import PROGRAM
 from semseg.data import shared_slots
 from semseg.data.loaders import WatchedLoader
 from semseg.data.scenes import make_scenes
-from semseg.data.workers import workers_of
+from semseg.data.workers import MAX_PAUSE_S, ItemWait, workers_of
 from semseg.errors import DataError
 from semseg.system.process import get_start_time
 
@@ -103,7 +104,6 @@ def test_e10_the_death_of_an_idle_worker_of_another_iteration_is_not_blamed_on_t
 
 @pytest.mark.slow
 def test_e10_a_stopped_worker_is_reported_after_the_patience_and_ends() -> None:
-    # It has sent nothing when it is stopped: the memory of an item is fetched from its worker when the item is read.
     items = iter(loader(Numbers(slow=1), patience_s=1))
     assert int(next(items)) == 0
     numbers = workers(items)
@@ -111,6 +111,37 @@ def test_e10_a_stopped_worker_is_reported_after_the_patience_and_ends() -> None:
     with pytest.raises(DataError, match="timed out"):
         list(items)
     assert not wait_for(numbers, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_large", [False, True])
+def test_e10_workers_that_are_stopped_in_the_middle_of_an_item_are_reported_after_the_patience(is_large: bool) -> None:
+    """The memory of a small item is fetched from its worker; of a large item the pipe has a part."""
+    items = iter(loader(Numbers(is_large=is_large), patience_s=0.2))
+    next(items)
+    numbers = workers(items)
+    stream = items.gi_frame.f_locals["stream"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert stream._worker_result_queue._reader.poll(60)
+    for number in numbers:
+        os.kill(number, signal.SIGSTOP)
+    rescue = threading.Timer(30, lambda: [os.kill(number, signal.SIGCONT) for number in numbers])
+    rescue.start()
+    with pytest.raises(DataError, match=r"waiting for 1\.jpg: DataLoader timed out.*data\.worker_timeout_s"):
+        next(items)
+    rescue.cancel()
+    assert not wait_for(numbers, 1)
+
+
+def test_e10_time_in_which_this_process_was_stopped_itself_is_not_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 1002.0, 1060.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    warned: list[float] = []
+    wait = ItemWait(10.0, 6.0, warned.append)
+    wait.check()
+    wait.check()  # after a Ctrl-Z of a quarter of an hour
+    assert warned == [2.0 + MAX_PAUSE_S]
+    with pytest.raises(RuntimeError, match="DataLoader timed out after 12 s"):
+        wait.check()
 
 
 @pytest.mark.slow
