@@ -2,7 +2,8 @@
 
 An override that names such a file holds its absolute path (`resolve_choice`); Hydra then asks `ChoiceFileSource` for
 `<group>//<path>`, a name that no option of configs/ can have. A file holds what differs from the complete option of its
-group, and relative paths in a description of a data set start at the folder of the file.
+group, and relative paths of a data set start at the folder of the file. A recipe, which is a file for `experiment=`,
+also serves as `data=<file>`: its section `data` is then used alone.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ def read_choice_file(group: str, path: Path) -> ChoiceFile:
         raise ConfigError(f"{path}: cannot be read as YAML ({reason}).") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"{path}: must hold keys and values, such as `root: images`.")
+    if group == "data" and isinstance(content.get("data"), dict):
+        content, text = take_data_section(content), ""
     package = re.search(r"^#\s*@package[ \t]+(\S+)", text, re.MULTILINE)
     if package is not None and package[1] not in ("_global_", "_group_"):
         raise ConfigError(f"{path}: @package {package[1]} is not supported. Write {GLOBAL_HEADER}, or none.")
@@ -95,7 +98,20 @@ def read_choice_file(group: str, path: Path) -> ChoiceFile:
     problem = next(find_problems(group, content, is_global=is_global), None)
     if problem is not None:
         raise ConfigError(f"{path}: {problem}")
-    return ChoiceFile(content if is_global else complete_section(group, content, path), is_global)
+    if not is_global:
+        return ChoiceFile(complete_section(group, content, path), is_global)
+    if isinstance(content.get("data"), dict):
+        content["data"] = resolve_data_paths(content["data"], path.absolute().parent)
+    return ChoiceFile(content, is_global)
+
+
+def take_data_section(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The data set of a recipe as a file of its own: its section `data`, and the option that this starts from."""
+    defaults = recipe.get("defaults")
+    entries = [entry for entry in defaults if isinstance(entry, dict)] if isinstance(defaults, list) else []
+    options = [entry[key] for entry in entries for key in entry if str(key).removeprefix("override ") == "/data"]
+    based = {"defaults": [options[-1], "_self_"]} if options and options[-1] != "folder" else {}
+    return based | recipe["data"]
 
 
 def complete_section(group: str, content: dict[str, Any], path: Path) -> dict[str, Any]:

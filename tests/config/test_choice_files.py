@@ -65,6 +65,22 @@ def test_an_experiment_file_changes_groups_and_keys_and_the_command_line_wins(fo
     assert (config.optim.name, config.trainer.max_epochs, config.seed) == ("adamw", 7, 2)
 
 
+def test_a_recipe_has_a_data_set_beside_it_that_other_commands_use_by_its_name(folder: Path) -> None:
+    text = "defaults:\n  - override /data: folder\ndata: {root: plants, num_classes: 4}\noptim: {lr: 0.5}\n"
+    write(folder / "sub" / "recipe.yaml", text)
+    trained, used = load("experiment=sub/recipe.yaml"), load("data=sub/recipe.yaml")
+    root = str(folder / "sub" / "plants")
+    assert (trained.data.root, trained.data.num_classes, trained.optim.lr) == (root, 4, 0.5)
+    assert (used.data.root, used.data.num_classes, used.data.name, used.optim.lr) == (root, 4, "recipe", 0.02)
+
+
+def test_the_data_set_of_a_recipe_starts_from_that_of_its_defaults(folder: Path) -> None:
+    write(folder / "fast.yaml", "defaults:\n  - override /data: camvid\ndata: {short_edges: [200]}\n")
+    for words in ("data=fast.yaml", "experiment=fast.yaml"):
+        data = load(words).data
+        assert (data.classes, data.root, data.short_edges) == ("camvid", "data/camvid", [200])
+
+
 @pytest.mark.parametrize(("group", "text", "check"), [
     ("optim", "lr: 0.5\n", lambda config: (config.optim.lr, config.optim.momentum) == (0.5, 0.9)),
     ("augment", "blur: 0.5\n", lambda config: config.augment.blur == 0.5),
@@ -87,6 +103,7 @@ def test_every_group_takes_files(group: str, text: str, check, folder: Path) -> 
         ("data", "defaults: [camvd]\n", ["Did you mean camvid?"]),
         ("data", "defaults: [other.yaml]\n", ["other.yaml is not an option of configs/"]),
         ("data", "# @package model\nname: x\n", ["@package model"]),
+        ("data", "data: {num_clases: 5}\n", ["data.num_clases", "Did you mean data.num_classes?"]),
         ("experiment", "optim: {lrr: 1}\n", ["optim.lrr", "optim.lr?"]),
         ("experiment", "model: upernet50\n", ["- override /model: upernet50"]),
         ("experiment", "hydra: {run: {dir: x}}\n", ["'hydra'"]),
