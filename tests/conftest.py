@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import signal
 from collections import Counter
@@ -42,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     os.environ[PROGRAM_VARIABLE] = "python run.py"  # however a test starts the program, and from where
     os.fsync = skip_sync
+    # Every trainer asks for plugins, which takes a twentieth of a short run.
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
     cache_option_files()
     cache_modes()
 

@@ -183,7 +183,7 @@ def train_here(folder: Path) -> Path:
 def test_results_of_a_network_are_below_its_run_and_never_replace_each_other(tmp_path: Path) -> None:
     run_dir = train_here(tmp_path)
     photo = next((tmp_path / "scenes" / "images").rglob("*.jpg"))
-    words = ["trainer.accelerator=cpu"]
+    words = ["trainer.accelerator=cpu", "eval.bootstrap=0"]
     with patch.dict(ENCODERS, TINY_ENCODERS):
         for spec in ("ckpt=best", "ckpt=runs/first", f"ckpt={run_dir}/checkpoints/last.ckpt"):
             run_here(tmp_path, "mode=eval", spec, *words)

@@ -36,6 +36,7 @@ from semseg.reports.sweep_page import (
     render_sweep_page,
     suggest_comparison,
 )
+from semseg.storage.commands import relative_to_cwd
 from semseg.storage.run_results import (
     Job,
     RunResult,
@@ -286,7 +287,9 @@ def test_jobs_are_named_by_their_overrides_and_link_to_their_reports(tmp_path: P
     assert '<a href="0.1/eval/report.html">optim.lr=0.1 model/encoder=resnet50</a>' in page
     assert '<a href="0.01/">optim.lr=0.01' in page and page.count("<a href=") == 3 + 3  # the sections of the page
     command = suggest_comparison(ranking)
-    assert command is not None and command.endswith(f"mode=compare 'runs=[{jobs[0].folder},{jobs[1].folder}]'")
+    assert command is not None and command.endswith(
+        f"mode=compare 'runs=[{relative_to_cwd(jobs[0].folder)},{relative_to_cwd(jobs[1].folder)}]'"
+    )
     (jobs[0].folder / "eval" / "metrics.json").unlink()
     assert suggest_comparison(ranking) is None
 

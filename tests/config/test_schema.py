@@ -6,6 +6,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf, open_dict
 
+from helpers.composition import compose_quickly
 from semseg.config.compose import compose_config
 from semseg.config.groups import CONFIG_DIR
 from semseg.config.hints import find_nearest_key
@@ -18,7 +19,7 @@ DEFAULT = compose_config([])
 
 def problem(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        check_config(compose_config(list(overrides)))
+        check_config(compose_quickly(overrides))
     return str(caught.value)
 
 

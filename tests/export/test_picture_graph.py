@@ -87,7 +87,13 @@ def test_a_graph_computes_the_same_sizes_as_evaluation() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [["predict.scales=[40,64]"], ["predict.scales=[48]", "predict.flip=true"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(["predict.scales=[40,64]"], marks=pytest.mark.long),
+        ["predict.scales=[48]", "predict.flip=true"],
+    ],
+)
 def test_the_graph_gives_the_class_map_of_prediction(settings: list[str], tiny_checkpoint: Path) -> None:
     export(tiny_checkpoint, *settings)
     predictor = semseg.load("model.onnx", *settings, device="cpu")

@@ -68,13 +68,16 @@ def test_d8_each_parameter_of_a_decoder_gets_a_gradient_or_is_frozen(
     check_gradients(Segmenter(TinyEncoder(), build_decoder(name, (8, 16), 3, **options), 3), deepsup_weight)
 
 
-@pytest.mark.slow
-def test_d8_what_is_frozen_is_named_by_its_largest_modules() -> None:
+@pytest.mark.long
+def test_d8_what_is_frozen_of_hrnet_is_named_by_its_largest_modules() -> None:
     with torch.device("meta"):
         net = build_segmenter("hrnetv2", "c1", 3, {"join": False}, {})
     assert freeze(net) == [f"encoder.stage4.2.fuse_layers.{index}" for index in range(3)]
     assert sum(not value.requires_grad for value in net.parameters()) == 30
     check_gradients(net, 0.4)
+
+
+def test_d8_what_the_user_froze_is_not_named() -> None:
     net = Segmenter(TinyEncoder(), C1((8, 16), 3, deep_supervision=True), 3)
     assert freeze(net) == []
     net.encoder.fine[0].requires_grad_(False)  # by the user, not by us

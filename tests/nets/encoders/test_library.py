@@ -155,10 +155,10 @@ def test_maps_are_the_image_over_the_strides_rounded_up(library: str, name: str)
     ("library", "name"),
     [
         ("torchvision", "resnet18"),
-        ("torchvision", "convnext_tiny"),
-        ("torchvision", "swin_t"),
+        pytest.param("torchvision", "convnext_tiny", marks=pytest.mark.long),
+        pytest.param("torchvision", "swin_t", marks=pytest.mark.long),
         ("torchvision", "mobilenet_v3_small"),
-        ("torchvision", "efficientnet_b0"),
+        pytest.param("torchvision", "efficientnet_b0", marks=pytest.mark.long),
         ("timm", "test_resnet"),
         ("timm", "test_convnext"),
         ("timm", "test_vit"),
