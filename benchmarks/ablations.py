@@ -59,6 +59,8 @@ CHANGES = {
     "label stride 2": "model.label_stride=2",
     "label stride 1": "model.label_stride=1",
     "Dice": "loss=cross_entropy_dice",
+    "Dice, AdamW 0.001": "loss=cross_entropy_dice optim=adamw optim.lr=0.001",
+    "Dice, AdamW 0.003, encoder 0.0005": ("loss=cross_entropy_dice optim=adamw optim.lr=0.003 optim.lr_encoder=0.0005"),
     "Lovasz": "loss=cross_entropy_lovasz",
     "OHEM": "loss=ohem",
     "width 32": "model.decoder.width=32",
