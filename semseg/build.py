@@ -25,7 +25,16 @@ from semseg.checkpoints.from_hub import is_on_hub, read_from_hub
 from semseg.checkpoints.network import load_network
 from semseg.checkpoints.published import PUBLISHED_FREE_KEYS, PublishedFiles, find_published_files, read_published
 from semseg.config.inherit import inherit_config
-from semseg.config.schema import HUB_PREFIX, ONNX, ZOO_PREFIX, Config, DataConfig, TrainerConfig, config_to_plain
+from semseg.config.schema import (
+    HUB_PREFIX,
+    ONNX,
+    ZOO_PREFIX,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainerConfig,
+    config_to_plain,
+)
 from semseg.data.classes import ClassTable
 from semseg.data.crops import NATIVE, choose_crop
 from semseg.data.label_map import LabelMap
@@ -38,6 +47,7 @@ from semseg.lit_module import SegmentationModule
 from semseg.nets.gpu import configure_gpu
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import choose_weight_type
+from semseg.nets.registry import OLD_NAMES, ORIGINAL_NAMES
 from semseg.prediction.predictor import PredictionSettings, Predictor
 from semseg.storage.download import fetch_file
 from semseg.storage.hub_list import HubEntry
@@ -63,6 +73,7 @@ from semseg.training.trainer import (
 )
 from semseg.training.training_state import CheckRestoredState
 
+FINE_STRIDE = 4  # pixels: the largest stride of training labels that model.label_stride=auto chooses
 EXPORT_EXTRA = ("onnx", "onnxscript", "onnxruntime")  # modules of semseg[export]
 
 
@@ -309,8 +320,33 @@ def build_data(config: Config, source: DataSource, net: SegmentationNetwork) -> 
         trainer_config=config.trainer,
         seed=config.seed,
         size_divisor=config.model.size_divisor,
-        label_stride=config.model.label_stride,
+        label_stride=choose_label_stride(config, net),
     )
+
+
+def choose_label_stride(config: Config, net: SegmentationNetwork) -> int:
+    """The stride of training labels in pixels: model.label_stride, and what auto and null amount to.
+
+    auto is at most FINE_STRIDE: of objects of 8 x 8 pixels, labels of every 16th pixel have lost most. It divides the
+    size divisor, like every stride of labels. The original's networks keep the stride of their logits where images are
+    resized as in the original, and networks with a loss of their own always do.
+    """
+    chosen, model = config.model.label_stride, config.model
+    if isinstance(chosen, int):
+        return chosen
+    is_original = config.data.resize != NATIVE and is_original_network(model)
+    if chosen is None or net.label_stride <= FINE_STRIDE or is_original or net.has_own_loss:
+        return net.label_stride
+    divisor = model.size_divisor or net.size_divisor
+    return next(stride for stride in range(FINE_STRIDE, 0, -1) if divisor % stride == 0)
+
+
+def is_original_network(model: ModelConfig) -> bool:
+    """Whether a network consists of an encoder and a decoder of the 2018 and 2020 releases."""
+    if model.library or "library" in model.encoder:
+        return False
+    names = {"encoder": model.encoder["name"], "decoder": model.decoder["name"]}
+    return all(name in OLD_NAMES[kind] or name in ORIGINAL_NAMES[kind] for kind, name in names.items())
 
 
 def build_trainer(config: Config, source: DataSource) -> pl.Trainer:

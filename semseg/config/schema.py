@@ -155,8 +155,9 @@ class ModelConfig:
     """Keep normalisation statistics as they are (the original's fix_bn)."""
     size_divisor: int | None = number_field(None, low=1, high=MAX_STRIDE)
     """Images are padded to multiples of this many pixels; null: the network's largest stride."""
-    label_stride: int | None = number_field(None, low=1, high=MAX_STRIDE)
-    """Stride of training labels in pixels; null: the stride of the network's logits."""
+    label_stride: Any = free_field("auto", "auto, a number of pixels, or null")
+    """Stride of training labels in pixels; 1: every pixel is scored; null: that of the logits; auto: the same, but at
+    most 4, which small objects survive; the original's networks keep theirs with data.resize=short_edge."""
     channels_last: bool = False
     """Memory layout of images and weights; networks with linear layers (attention) keep theirs."""
     winograd: bool = True
@@ -180,7 +181,10 @@ class ModelConfig:
 
     def find_problems(self) -> Iterator[str]:
         """A sentence for every value that does not fit the others."""
-        if self.size_divisor and self.label_stride and self.size_divisor % self.label_stride:
+        stride = self.label_stride
+        if stride not in ("auto", None) and not is_int_between(stride, low=1, high=MAX_STRIDE):
+            yield f"model.label_stride={stride}: must be auto, null, or a number from 1 to {MAX_STRIDE}."
+        elif self.size_divisor and isinstance(stride, int) and self.size_divisor % stride:
             yield (
                 f"model.size_divisor={self.size_divisor}: must be a multiple of model.label_stride={self.label_stride}."
             )

@@ -147,6 +147,9 @@ def resolve_start(config: Config, overrides: list[str], source: DataSource) -> S
     if path is None:
         return Start(config, network=network)
     state = read_run_state(path, config.trainer, config.callbacks, has_val=source.has("val"))
+    if config.model.label_stride == "auto" and state.config["model"]["label_stride"] is None:
+        # A run of a version in which null was the default.
+        config = replace(config, model=replace(config.model, label_stride=None))
     if not config.model.config:  # written by the run, which saw the files of the library
         saved = state.config["model"]
         library = {"config": saved.get("config", {}), "revision": config.model.revision or saved.get("revision")}

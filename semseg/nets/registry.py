@@ -91,6 +91,12 @@ OLD_NAMES: dict[str, dict[str, Network]] = {
     },
 }
 
+# What the networks of the 2018 and 2020 releases consist of.
+ORIGINAL_NAMES = {
+    "encoder": ("resnet18", "resnet50", "resnet101", "resnext101", "mobilenetv2", "hrnetv2"),
+    "decoder": ("c1", "ppm", "upernet"),
+}
+
 OPTION_TYPES = {int: "an integer", bool: "true or false", str: "a string", tuple: "a list of integers"}
 
 

@@ -24,9 +24,10 @@ from semseg.config.tables import announce_table
 from semseg.data.label_map import IGNORED
 from semseg.errors import ConfigError, check_choice, describe_reason
 from semseg.nets.interfaces import Logits
+from semseg.training.logit_bands import LogitsOfLabel, as_tensor, fit_to_label, map_rows, sum_over_rows
 
 # (logits (N, K, h, w) in float32 or wider, label (N, h, w), average over ranks) -> scalar
-Term = Callable[[Tensor, Tensor, str], Tensor]
+Term = Callable[[Any, Tensor, str], Tensor]
 
 
 class Loss(NamedTuple):
@@ -38,7 +39,7 @@ class Loss(NamedTuple):
 
 
 def cross_entropy(
-    logits: Tensor, label: Tensor, average: str, *, weights: Tensor | None = None, smoothing: float = 0.0
+    logits: LogitsOfLabel, label: Tensor, average: str, *, weights: Tensor | None = None, smoothing: float = 0.0
 ) -> Tensor:
     """The mean over scored pixels, weighted by the weights (K) of their classes if given.
 
@@ -46,14 +47,28 @@ def cross_entropy(
     The mean is the sum of these costs over all scored pixels divided by the sum of their w[y], as in torch. If that
     divisor is 0, no pixel counts and the loss is 0, although the smoothed part of a pixel of weight 0 is not 0.
     """
-    weights = None if weights is None else weights.to(logits)
-    # Summed here, because the kernel's own sum is not deterministic on a GPU (trainer.deterministic).
-    losses = F.cross_entropy(logits, label, weights, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
-    return _mean(losses, _count_weighted_pixels(label, weights, logits.dtype), average)
+    weights = None if weights is None else weights.to(logits.device, logits.dtype)
+
+    def sum_losses(logits: Tensor, label: Tensor) -> tuple[Tensor]:
+        # Summed here, because the kernel's own sum is not deterministic on a GPU (trainer.deterministic).
+        return (
+            F.cross_entropy(
+                logits, label, weights, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
+            ).sum(),
+        )
+
+    (total,) = sum_over_rows(sum_losses, logits, label)
+    return _mean(total, _count_weighted_pixels(label, weights, logits.dtype), average)
 
 
 def ohem(
-    logits: Tensor, label: Tensor, average: str, *, threshold: float, min_kept: float, weights: Tensor | None = None
+    logits: LogitsOfLabel,
+    label: Tensor,
+    average: str,
+    *,
+    threshold: float,
+    min_kept: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy of the hard pixels only: online hard example mining (Shrivastava et al. 2016, section 4) by pixel.
 
@@ -66,7 +81,11 @@ def ohem(
     if weights is not None:
         has_weight = weights.to(logits.device)[label.clamp(min=0)] > 0
         label = torch.where(has_weight, label, IGNORED)
-    losses = F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="none")
+
+    def compute_losses(logits: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="none")
+
+    losses = map_rows(compute_losses, logits, label)
     scored = label != IGNORED
     with torch.no_grad():
         hardest = torch.where(scored, losses, -torch.inf).flatten().sort(descending=True).values
@@ -78,28 +97,38 @@ def ohem(
     return cross_entropy(logits, kept, average, weights=weights)
 
 
-def focal(logits: Tensor, label: Tensor, average: str, *, gamma: float, weights: Tensor | None = None) -> Tensor:
+def focal(logits: LogitsOfLabel, label: Tensor, average: str, *, gamma: float, weights: Tensor | None = None) -> Tensor:
     """(1 - p) ** gamma times the cross entropy -log(p) of the true class (Lin et al. 2017, equations 4 and 5)."""
-    weights = None if weights is None else weights.to(logits)
-    losses = F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="none")
-    # The power's derivative at p = 1 is infinite for gamma < 1.
-    missed = (1 - torch.exp(-losses)).clamp(min=torch.finfo(losses.dtype).eps)
-    weighted = losses * missed**gamma
-    if weights is not None:
-        weighted = weighted * weights[label.clamp(min=0)]  # ignored pixels are 0 already
-    return _mean(weighted, _count_weighted_pixels(label, weights, logits.dtype), average)
+    weights = None if weights is None else weights.to(logits.device, logits.dtype)
+
+    def sum_losses(logits: Tensor, label: Tensor) -> tuple[Tensor]:
+        losses = F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="none")
+        # The power's derivative at p = 1 is infinite for gamma < 1.
+        missed = (1 - torch.exp(-losses)).clamp(min=torch.finfo(losses.dtype).eps)
+        weighted = losses * missed**gamma
+        if weights is not None:
+            weighted = weighted * weights[label.clamp(min=0)]  # ignored pixels are 0 already
+        return (weighted.sum(),)
+
+    (total,) = sum_over_rows(sum_losses, logits, label)
+    return _mean(total, _count_weighted_pixels(label, weights, logits.dtype), average)
 
 
-def dice(logits: Tensor, label: Tensor) -> Tensor:
+def dice(logits: LogitsOfLabel, label: Tensor) -> Tensor:
     """1 - the soft Dice coefficient of Milletari et al. 2016 (section 3), averaged over the classes in the label.
 
     Regions span a whole sub-batch; each rank has its own, whatever loss.average is.
     """
-    scored = label != IGNORED
-    target = F.one_hot(label.clamp(min=0), logits.shape[1]).movedim(-1, 1) * scored[:, None]  # (N, K, h, w)
-    predicted = logits.softmax(1) * scored[:, None]
-    common, sizes = (predicted * target).sum((0, 2, 3)), target.sum((0, 2, 3))  # (K)
-    coefficients = 2 * common / (predicted.square().sum((0, 2, 3)) + sizes).clamp(min=1)
+
+    def sum_regions(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scored = label != IGNORED
+        target = F.one_hot(label.clamp(min=0), logits.shape[1]).movedim(-1, 1) * scored[:, None]  # (N, K, h, w)
+        predicted = logits.softmax(1) * scored[:, None]
+        squares = predicted.square().sum((0, 2, 3))
+        return (predicted * target).sum((0, 2, 3)), target.sum((0, 2, 3)), squares  # (K) each
+
+    common, sizes, squares = sum_over_rows(sum_regions, logits, label)
+    coefficients = 2 * common / (squares + sizes).clamp(min=1)
     is_present = sizes > 0
     return ((1 - coefficients) * is_present).sum() / is_present.sum().clamp(min=1)
 
@@ -130,7 +159,8 @@ def _lovasz_of_class(probability: Tensor, is_class: Tensor) -> Tensor:
 
 # The terms by name, ours and those that programs add: functions of
 #     logits (N, K, h, w), float32 or wider, and label (N, h, w), int64, -1 = not scored
-# that return one number with a gradient. They are called for the main and for the auxiliary logits. Parameters called
+# that return one number with a gradient. Ours, apart from lovasz, take BandedLogits as well (ROW_TERMS), others get all
+# logits at the resolution of the label. They are called for the main and for the auxiliary logits. Parameters called
 # `weights` and `average` get the class weights, (K) float32 or None, and loss.average; others are options.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
@@ -139,6 +169,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "dice": dice,
     "lovasz": lovasz,
 }
+ROW_TERMS: tuple[Callable[..., Tensor], ...] = (cross_entropy, ohem, focal, dice)
 announce_table("loss.terms", LOSSES)
 
 
@@ -149,13 +180,14 @@ class NamedTerm(NamedTuple):
     function: Callable[..., Tensor]
     options: dict[str, Any]
 
-    def __call__(self, logits: Tensor, label: Tensor, average: str) -> Tensor:
+    def __call__(self, logits: LogitsOfLabel, label: Tensor, average: str) -> Tensor:
         """The term of logits (N, K, h, w) and label (N, h, w).
 
         Raises:
             ConfigError: if the function returns anything but one number.
         """
         given = {"average": average} if "average" in inspect.signature(self.function).parameters else {}
+        logits = logits if self.function in ROW_TERMS else as_tensor(logits)
         value = self.function(logits, label, **self.options, **given)
         if not isinstance(value, Tensor) or value.ndim:
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -282,11 +314,11 @@ def segmentation_loss(
     A sub-batch with nothing to score, or whose classes all have the weight 0, has the loss 0 and zero gradients,
     never NaN. `dice` and `lovasz` use no class weights.
     """
-    main = _resize_to_label(logits.main, label)
+    main = fit_to_label(logits.main, label)
     total = _sum_terms(terms, main, label, average)
     if logits.aux is not None and deepsup_weight:
-        total = total + deepsup_weight * _sum_terms(terms, _resize_to_label(logits.aux, label), label, average)
-    return Loss(total, *count_correct(main, label))
+        total = total + deepsup_weight * _sum_terms(terms, fit_to_label(logits.aux, label), label, average)
+    return Loss(total, *_count_fitted(main, label))
 
 
 def count_correct(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,26 +328,25 @@ def count_correct(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         logits: (N, K, h, w).
         label: (N, h', w') int64, -1 = ignored.
     """
+    return _count_fitted(fit_to_label(logits.detach(), label), label)
+
+
+def _count_fitted(logits: LogitsOfLabel, label: Tensor) -> tuple[Tensor, Tensor]:
+    """As `count_correct`, of logits at the resolution of the label."""
+
+    def find_correct(logits: Tensor, label: Tensor) -> Tensor:
+        return logits.argmax(1) == label
+
     # (N, h, w) -> int64 counts, exact whatever the precision of the logits.
-    correct = (_resize_to_label(logits.detach(), label).argmax(1) == label).sum()
-    return correct, (label != IGNORED).sum()
+    return map_rows(find_correct, logits, label).sum(), (label != IGNORED).sum()
 
 
-def _sum_terms(terms: Sequence[tuple[float, Term]], logits: Tensor, label: Tensor, average: str) -> Tensor:
-    return torch.stack([factor * term(logits, label, average) for factor, term in terms]).sum()
-
-
-def _resize_to_label(logits: Tensor, label: Tensor) -> Tensor:
-    """`logits` in float32 or wider, at the resolution of `label`.
-
-    The resolutions differ for the auxiliary head of an undilated encoder, which is finer than the main one,
-    and if model.label_stride is set.
-    """
-    # Sums over thousands of pixels lose precision in half precision.
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    if wide.shape[-2:] == label.shape[-2:]:
-        return wide
-    return F.interpolate(wide, size=label.shape[-2:], mode="bilinear", align_corners=False)
+def _sum_terms(terms: Sequence[tuple[float, Term]], logits: LogitsOfLabel, label: Tensor, average: str) -> Tensor:
+    values = [
+        factor * term(logits if isinstance(term, NamedTerm) else as_tensor(logits), label, average)
+        for factor, term in terms
+    ]
+    return torch.stack(values).sum()
 
 
 def _count_weighted_pixels(label: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -324,8 +355,8 @@ def _count_weighted_pixels(label: Tensor, weights: Tensor | None, dtype: torch.d
     return scored.sum().to(dtype) if weights is None else (weights[label.clamp(min=0)] * scored).sum()
 
 
-def _mean(losses: Tensor, weight: Tensor, average: str) -> Tensor:
-    """The weighted mean of `losses` (N, h, w) over this rank's pixels; DDP then averages over ranks.
+def _mean(total: Tensor, weight: Tensor, average: str) -> Tensor:
+    """The sum `total` of the losses of this rank's pixels as their weighted mean; DDP then averages over ranks.
 
     0 with zero gradients if no pixel counts: on this rank, or with `average` "pixels" on any rank.
     """
@@ -334,5 +365,5 @@ def _mean(losses: Tensor, weight: Tensor, average: str) -> Tensor:
         divisor, num_ranks = weight.clone(), dist.get_world_size()
         dist.all_reduce(divisor)
     is_counted = divisor > 0
-    total = torch.where(is_counted, losses.sum(), 0)  # before the division, whose gradient at 0 is NaN
+    total = torch.where(is_counted, total, 0)  # before the division, whose gradient at 0 is NaN
     return total / (torch.where(is_counted, divisor, 1) / num_ranks)
