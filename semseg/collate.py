@@ -32,7 +32,8 @@ def collate(
     sizes = [Size(*sample.image.shape[:2]) for sample in samples]
     canvas = canvas_size(sizes, size_divisor)
     label_canvas = label_size(canvas, label_stride)
-    image = torch.zeros(len(samples), 3, *canvas, dtype=torch.uint8)
+    first = samples[0].image
+    image = torch.zeros(len(samples), first.shape[2], *canvas, dtype=getattr(torch, first.dtype.name))
     label = torch.full((len(samples), *label_canvas), IGNORED, dtype=label_type)
     for index, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
         inside = image[index, :, : size.height, : size.width]

@@ -32,6 +32,7 @@ from semseg.data.records import Record
 from semseg.data.scan import repeat_factors, scan_pairs
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError
+from semseg.nets.bands import check_bands
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.system.processors import choose_num_workers
 from semseg.system.shared_memory import get_free_shared_memory
@@ -44,10 +45,11 @@ class LargestSubBatch(NamedTuple):
     num_images: int
     canvas: Size
     label: Size
+    pixel_bytes: int = 3
 
     @property
     def image_bytes(self) -> int:
-        return self.num_images * 3 * math.prod(self.canvas) * torch.uint8.itemsize
+        return self.num_images * self.pixel_bytes * math.prod(self.canvas)
 
     @property
     def label_bytes(self) -> int:
@@ -66,7 +68,8 @@ class SegmentationData(pl.LightningDataModule):
         label_stride: stride of training labels in pixels; None: the network's own value.
 
     Raises:
-        ConfigError: if the size divisor is not a multiple of the label stride.
+        ConfigError: if the size divisor is not a multiple of the label stride, or the network takes other bands than
+            the images have.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class SegmentationData(pl.LightningDataModule):
         self.net = net
         self.eval_config, self.trainer_config = eval_config, trainer_config
         self.seed = seed
+        check_bands(net.convention, source.bands)
         self.size_divisor = size_divisor or net.size_divisor
         self.image_size: Size | None = getattr(net, "image_size", None)  # the one size that the network takes
         self.crop = choose_crop(source.config, augment_config, self.image_size)
@@ -160,11 +164,11 @@ class SegmentationData(pl.LightningDataModule):
         dataset = TrainDataset(
             records,
             self.source.label_map,
-            replace(self._read_options(), size_divisor=self._train_divisor),
+            replace(self._read_options("train"), size_divisor=self._train_divisor),
             collate=partial(collate, label_type=LABEL_TYPE),
             label_stride=self.label_stride,
             exact=data.decode == "exact",
-            augmentation=Augmentation(augment, self.seed) if augment.is_on else None,
+            augmentation=Augmentation(augment, self.seed, self.source.bands_of("train")) if augment.is_on else None,
             crops=self._crop_plan() if self.is_native else None,
         )
         rank, world_size = self._rank_and_world_size()
@@ -208,7 +212,7 @@ class SegmentationData(pl.LightningDataModule):
             source.root,
             source.label_map,
             max_pixels=data.max_pixels,
-            label_cache=self._read_options().cache,
+            label_cache=self._read_options("train").cache,
         )
 
     @property
@@ -216,15 +220,26 @@ class SegmentationData(pl.LightningDataModule):
         """Training images are padded to multiples of it: to the one size that the network takes, if it takes one."""
         return self.image_size.height if self.image_size else self.size_divisor
 
-    def _read_options(self) -> ReadOptions:
-        """How images are read.
+    @property
+    def num_bands(self) -> int:
+        """Numbers per pixel of an image."""
+        return 3 if self.source.bands is None else len(self.source.bands.names)
+
+    def _pixel_type(self, split: str) -> torch.dtype:
+        """The type in which the images of a split are read and sent to the device."""
+        bands = self.source.bands_of(split)
+        return torch.uint8 if bands is None else getattr(torch, bands.dtype or "uint8")
+
+    def _read_options(self, split: str) -> ReadOptions:
+        """How the images of a split are read.
 
         Raises:
             ConfigError: if the folder data.label_cache cannot be created.
         """
         data = self.data_config
         cache = LabelCache(data.label_cache, self.source.label_map) if data.label_cache else None
-        return ReadOptions(data.max_long_edge, self.size_divisor, data.on_bad == "skip", data.max_pixels, cache)
+        bands = self.source.bands_of(split)
+        return ReadOptions(data.max_long_edge, self.size_divisor, data.on_bad == "skip", data.max_pixels, cache, bands)
 
     def num_workers(self, max_item_bytes: Callable[[], int]) -> int:
         """Workers of a loader on each device; 0 if /dev/shm is needed and too small for what all of them prepare.
@@ -282,9 +297,9 @@ class SegmentationData(pl.LightningDataModule):
 
     def largest_batch(self) -> Batch:
         """A black sub-batch as large as the plan can produce."""
-        count, canvas, label = self._largest_sub_batch()
+        count, canvas, label, _ = self._largest_sub_batch()
         return Batch(
-            torch.zeros(count, 3, *canvas, dtype=torch.uint8),
+            torch.zeros(count, self.num_bands, *canvas, dtype=self._pixel_type("train")),
             torch.zeros(count, *label, dtype=torch.int64),
             torch.tensor([canvas] * count),
             ["the largest possible sub-batch"],
@@ -303,18 +318,23 @@ class SegmentationData(pl.LightningDataModule):
             canvas = largest_canvas(sizes, *limits, divisor)
             if augment.crop is not None:
                 canvas = canvas_size([crop_size(canvas, augment.crop)], divisor)
-        return LargestSubBatch(data.batch_size, canvas, label_size(canvas, self.label_stride))
+        pixel_bytes = self.num_bands * self._pixel_type("train").itemsize
+        return LargestSubBatch(data.batch_size, canvas, label_size(canvas, self.label_stride), pixel_bytes)
 
     def _largest_batch_bytes(self) -> int:
         largest = self._largest_sub_batch()
         return largest.image_bytes + largest.label_bytes
 
-    def largest_sample_bytes(self, records: Sequence[Record]) -> int:
-        """Bytes of the label and all scales of the largest image."""
+    def largest_sample_bytes(self, records: Sequence[Record], pixel_bytes: int = 3) -> int:
+        """Bytes of the label and all scales of the largest image.
+
+        Args:
+            pixel_bytes: of one pixel of an image.
+        """
 
         def sample_bytes(size: Size) -> int:
             label_bytes = LABEL_TYPE.itemsize * math.prod(size)
-            return label_bytes + 3 * sum(math.prod(scale) for scale in self._scale_sizes(size))
+            return label_bytes + pixel_bytes * sum(math.prod(scale) for scale in self._scale_sizes(size))
 
         return max(sample_bytes(size) for size in {record.size for record in records})
 
@@ -371,7 +391,7 @@ class SegmentationData(pl.LightningDataModule):
         dataset = EvalDataset(
             records,
             self.source.label_map,
-            self._read_options(),
+            self._read_options(self.split_of(stage)),
             short_edges=() if self.is_native else self.eval_config.scales,
             antialias=self.net.convention.antialias,
             label_type=LABEL_TYPE,
@@ -379,7 +399,8 @@ class SegmentationData(pl.LightningDataModule):
         rank, world_size = self._rank_and_world_size()
         groups = self.eval_groups(stage)
         own_groups = groups[rank::world_size] or groups[:1]
-        batch_size, sample_bytes = self._images_at_once, self.largest_sample_bytes(records)
+        pixel_bytes = self.num_bands * self._pixel_type(self.split_of(stage)).itemsize
+        batch_size, sample_bytes = self._images_at_once, self.largest_sample_bytes(records, pixel_bytes)
         return WatchedLoader(
             dataset,
             lambda number: [records[index].image for index in own_groups[number]],

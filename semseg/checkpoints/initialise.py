@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from semseg.checkpoints.format import NET_PREFIX, SavedNetwork, open_weights, refuse_nonfinite_weights
 from semseg.config.origin import WeightsOrigin
+from semseg.config.preprocessing import RGB
 from semseg.errors import CheckpointError
+from semseg.nets.bands import adapt_weights
 from semseg.nets.encoders.efficientnet_lite import LICENCE as LITE_LICENCE
 from semseg.nets.encoders.efficientnet_lite import is_lite_layout
 from semseg.nets.interfaces import Encoder, SegmentationNetwork
@@ -155,7 +157,15 @@ def initialise_from(net: SegmentationNetwork, saved: SavedNetwork) -> LoadReport
         CheckpointError: if anything else differs; the first differing names are reported, and `net` is unchanged.
     """
     expected = net.state_dict()
+    has, needs = saved.convention.bands, net.convention.bands
+    if has not in (needs, RGB):
+        raise CheckpointError(
+            f"init_from={saved.source}: its network takes the bands {', '.join(has)}, and data.bands are "
+            f"{', '.join(needs)}. Set data.bands=[{','.join(has)}], or start from a network for red, green and blue."
+        )
     found = {name: value for name, value in saved.weights.items() if name in expected or not is_counter(name)}
+    if has != needs:
+        found = adapt_weights(found, expected, needs, saved.convention.channel_order)
     other_classes = [
         name
         for name, value in found.items()

@@ -13,7 +13,9 @@ from semseg.checkpoints.initialise import find_differences, load_all_weights, lo
 from semseg.config.origin import WeightsOrigin
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import DownloadConfig, ModelConfig, split_network_options
+from semseg.data.bands import BandOptions
 from semseg.errors import CheckpointError, ConfigError
+from semseg.nets.bands import adapt_first_layers, use_bands
 from semseg.nets.interfaces import Encoder, NetworkKeys, SegmentationNetwork
 from semseg.nets.registry import build_library_network, build_segmenter
 from semseg.storage.download import fetch_file
@@ -22,11 +24,17 @@ from semseg.storage.ranks import print_once
 HUB = "hub"  # model.encoder.weights: the weights of the files that describe the network
 
 
-def build_network(config: ModelConfig, num_classes: int, download: DownloadConfig | None = None) -> SegmentationNetwork:
+def build_network(
+    config: ModelConfig,
+    num_classes: int,
+    download: DownloadConfig | None = None,
+    bands: BandOptions | None = None,
+) -> SegmentationNetwork:
     """The network, its backbone initialised as model.encoder.weights says, the rest with fresh weights.
 
     Args:
         download: how to fetch files: ImageNet weights (model.encoder.weights=imagenet), and networks of the hub.
+        bands: of the images; the weights of its first layer are then made of those for red, green and blue. None: RGB.
 
     Raises:
         ConfigError: for unknown names and options.
@@ -51,6 +59,8 @@ def build_network(config: ModelConfig, num_classes: int, download: DownloadConfi
         print_once(f"weights: {net.origin}")
     if config.convention != "auto":
         net.convention = PREPROCESSING[config.convention]
+    if bands is not None:
+        use_bands(net, bands)
     net.has_cpu_kernels = config.winograd
     return net
 
@@ -129,6 +139,7 @@ def load_network(saved: SavedNetwork) -> SegmentationNetwork:
     """
     check_network(saved)
     net = build_network(without_weights(saved.config.model), saved.classes.num_classes)
+    adapt_first_layers(net, saved.convention.bands)
     load_all_weights(net, saved.weights, f"{saved.source}: its weights do not fit its own configuration")
     net.convention, net.origin = saved.convention, saved.origin
     report_one_size(net, saved.config.model)
@@ -151,6 +162,7 @@ def check_network(saved: SavedNetwork) -> None:
     try:
         with torch.device("meta"):
             net = build_network(without_weights(saved.config.model), saved.classes.num_classes)
+            adapt_first_layers(net, saved.convention.bands)
     except NotImplementedError:  # a network that computes with values while it is built
         return
     except Exception as error:  # constructors may raise anything for the options of a damaged file

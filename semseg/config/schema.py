@@ -32,7 +32,7 @@ from semseg.config.fields import (
     number_field,
     open_field,
 )
-from semseg.config.preprocessing import PREPROCESSING
+from semseg.config.preprocessing import MAX_BANDS, PREPROCESSING, RGB, is_range
 from semseg.errors import ConfigError, check_choice
 
 PRINTING_MODES = ("models", "data", "doctor")  # these print something and create no run folder
@@ -50,6 +50,7 @@ DECODE_MODES = ("fast", "exact")
 MASK_TYPES = ("auto", "ids", "colors")
 LABEL_ORIENTATIONS = ("auto", "stored", "upright")
 ON_BAD_CHOICES = ("error", "skip")
+AUTO_RANGE = "auto"  # data.value_range
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("poly", "poly_warmup", "cosine")
 LIBRARIES = ("torchvision", "timm")  # their networks can be encoders
@@ -254,6 +255,19 @@ class DataConfig:
     """Shorthand for train.images, relative to the working directory."""
     masks: str | None = None
     """Shorthand for train.masks, relative to the working directory."""
+    bands: list[str | None] = field(default_factory=lambda: list(RGB))
+    """Names of the bands of an image file, in its order; null: a band that is not used: [red,green,blue,nir]."""
+    band_files: dict[str, str] | None = None
+    """Bands in files of their own, by the ends of their stems: {red: _B4, nir: _B8}; null: none are."""
+    value_range: Any = free_field(None, "[low, high], one such list for each band, auto, or null")
+    """The values that become black and white, beyond which values are cut off; auto: percentiles 0.5 and 99.5 of the
+    training images; null: 0 and 255, and 16 bits are read as 8."""
+    band_mean: list[float | None] | None = None
+    """Mean of each band, in the values of its files; null: that of the weights for red, green and blue."""
+    band_std: list[float | None] | None = None
+    """Standard deviation of each band, like band_mean."""
+    show_bands: list[str] | None = None
+    """Three bands, or one, that pictures show as red, green and blue; null: these, or the first three."""
     image_suffix: str = ""
     """End of the stems of images that the stems of masks do not have: _leftImg8bit."""
     mask_suffix: str = ""
@@ -336,6 +350,60 @@ class DataConfig:
                 yield f"data.ignore_colors={self.ignore_colors}: a colour is [red, green, blue], each 0..255."
         if bool(self.images) != bool(self.masks):
             yield f"data.images={self.images} and data.masks={self.masks}: set both, or neither."
+        yield from self.find_band_problems()
+
+    @property
+    def has_bands(self) -> bool:
+        """Whether images are anything but 8-bit RGB."""
+        return tuple(self.bands) != RGB or bool(self.band_files) or self.value_range is not None
+
+    @property
+    def band_names(self) -> list[str]:
+        """The bands that are used."""
+        return [name for name in self.bands if name is not None]
+
+    def find_band_problems(self) -> Iterator[str]:
+        """A sentence for every key about bands that does not fit the others."""
+        names = self.band_names
+        rule = f"must be 1 to {MAX_BANDS} names, each once, such as [red,green,blue,nir]"
+        if not 0 < len(names) <= MAX_BANDS or len(set(names)) != len(names) or not all(map(_is_band_name, names)):
+            yield f"data.bands={self.bands}: {rule}, of letters, digits, - and _; null for a band that is not used."
+            return
+        listed = ", ".join(names)
+        for name in self.band_files or {}:
+            if name not in names:
+                yield f"data.band_files={self.band_files}: {name} is not in data.bands, which are {listed}."
+        if self.band_files and not all(self.band_files.values()):
+            yield f"data.band_files={self.band_files}: must be the end of a stem for each band, such as {{nir: _B8}}."
+        if self.value_range not in (None, AUTO_RANGE) and not is_value_range(self.value_range, len(names)):
+            yield (
+                f"data.value_range={self.value_range}: must be auto, [low, high] with low below high, or one such list "
+                f"for each of {listed}."
+            )
+        for key, values, low in (("band_mean", self.band_mean, -math.inf), ("band_std", self.band_std, 0.0)):
+            numbers = [value for value in values or [] if value is not None]
+            if values is not None and (len(values) != len(names) or not all(low < one < math.inf for one in numbers)):
+                above = " above 0" if low == 0 else ""
+                yield f"data.{key}={values}: must be a number{above} or null for each of {listed}."
+            elif values is not None and not self.has_bands:
+                yield f"data.{key}={values}: is for images with data.bands or data.value_range."
+        shown = self.show_bands
+        if shown is not None and (len(shown) not in (1, 3) or not set(shown) <= set(names)):
+            yield f"data.show_bands={shown}: must be three bands, or one, of {listed}."
+
+
+def is_value_range(value: object, num_bands: int) -> bool:
+    """Whether a value is [low, high], or a list of `num_bands` of them."""
+    if not isinstance(value, list) or not value:
+        return False
+    pairs = value if isinstance(value[0], list) else [value]
+    is_list = all(isinstance(pair, list) and len(pair) == 2 and is_range(*pair) for pair in pairs)
+    return is_list and len(pairs) in (num_bands, *([] if isinstance(value[0], list) else [1]))
+
+
+def _is_band_name(name: str) -> bool:
+    """Whether a name can be written on the command line without quotes."""
+    return bool(name) and name.isascii() and name.replace("-", "_").replace("_", "a").isalnum()
 
 
 def _is_id(value: object) -> bool:

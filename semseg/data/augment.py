@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+from semseg.config.preprocessing import BandRange
 from semseg.config.schema import AugmentConfig, is_chosen
 from semseg.config.tables import announce_table
+from semseg.data.bands import BandOptions
 from semseg.data.geometry import Size
 from semseg.data.label_map import IGNORED
 from semseg.data.seeding import number_for
@@ -28,7 +30,8 @@ AUGMENT_STREAM = 3  # random stream; plan.py defines the others
 BLUR_RADIUS = 4.0  # radius of the kernel in standard deviations
 
 # Transforms that programs add, by name: functions of
-#     image (3, H, W), uint8 RGB, label (H, W), int64, -1 = not scored, and a torch.Generator
+#     image (3, H, W), uint8 RGB (or bands, in the type of the files), label (H, W), int64, -1 = not scored, and a
+#     torch.Generator
 # that return the changed image and label, of the same shapes and types. The value of augment.<name> is the fourth
 # argument if it is a number, and keyword arguments if it is a mapping.
 AUGMENTATIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -38,7 +41,7 @@ announce_table("augment", AUGMENTATIONS)
 class Augmented(NamedTuple):
     """An image and its label after the transforms, on one pixel grid."""
 
-    image: NDArray[np.uint8]  # (H, W, 3) RGB
+    image: NDArray  # (H, W, 3) uint8 RGB, or (H, W, bands) of the type of the files
     label: NDArray[np.int16]  # (H, W), -1 = not scored, which includes corners that a rotation leaves empty
 
 
@@ -108,22 +111,26 @@ class Augmentation:
     Args:
         config: which transforms to apply, and their strength.
         seed: seed of the run.
+        bands: of the images; None: they are 8-bit RGB. Changes of colour are made to red, green and blue only.
 
     Raises:
-        ConfigError: if a transform that a program should add is missing, or does not take its options.
+        ConfigError: if a transform that a program should add is missing, or does not take its options, and for changes
+            of colour without colours.
     """
 
-    def __init__(self, config: AugmentConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: AugmentConfig, seed: int, bands: BandOptions | None = None) -> None:
+        self.config, self.seed, self.bands = config, seed, bands
         transforms: list[v2.Transform] = []
         jitter = (config.brightness, config.contrast, config.saturation, config.hue)
         if any(jitter):
-            transforms.append(v2.ColorJitter(*jitter))
+            transforms.append(v2.ColorJitter(*jitter) if bands is None else ColourJitter(jitter, bands))
         if config.blur:
             kernel = 2 * math.ceil(BLUR_RADIUS * config.blur_sigma[1] / 2) + 1
             transforms.append(v2.RandomApply([v2.GaussianBlur(kernel, tuple(config.blur_sigma))], config.blur))
         if config.rotation:
-            fill = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
+            fill: dict[Any, Any] = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
+            if bands is not None:
+                fill[tv_tensors.Image] = bands.fill_values(np.dtype("float32")).tolist()
             transforms.append(v2.RandomRotation(config.rotation, InterpolationMode.BILINEAR, fill=fill))  # pyright: ignore[reportArgumentType]
         self.transforms = v2.Compose(transforms) if transforms else None
         self.own = build_own_transforms(config)
@@ -139,19 +146,24 @@ class Augmentation:
         fraction = number_for(self.seed, AUGMENT_STREAM, number, position, 0) / 2**63
         return low + (high - low) * fraction
 
-    def __call__(self, image: NDArray[np.uint8], label: NDArray[np.int16], number: int, position: int) -> Augmented:
+    def __call__(self, image: NDArray, label: NDArray[np.int16], number: int, position: int) -> Augmented:
         """Transform and crop an image (H, W, 3) and its label (H, W) that have their training size.
 
         Args:
             number: number of the sub-batch.
             position: position of the image in it.
         """
+        given = image.dtype
+        if self.bands is not None and self.transforms is not None:
+            image = image.astype(np.float32)  # exact for all types; torch computes with few of the others
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number_for(self.seed, AUGMENT_STREAM, number, position, 1))
             pixels = tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
             mask = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(label))[None])
             if self.transforms is not None:
                 pixels, mask = self.transforms(pixels, mask)
+                if self.bands is not None:
+                    pixels = tv_tensors.Image(restore_type(pixels, given))
             if self.own:
                 pixels, mask = self._apply_own(pixels, mask, number, position)
             if self.config.crop is not None:
@@ -170,6 +182,45 @@ class Augmentation:
                 torch.manual_seed(next(seeds))  # for functions that draw from the global generator
                 image, label = transform(image, label, torch.Generator().manual_seed(next(seeds)))
         return tv_tensors.Image(image), tv_tensors.Mask(label[None].to(torch.int16))
+
+
+class ColourJitter(v2.ColorJitter):
+    """Changes red, green and blue of an image with these bands, float32 (C, H, W); the others stay.
+
+    Raises:
+        ConfigError: if the bands do not have the three colours.
+    """
+
+    def __init__(self, jitter: tuple[float, float, float, float], bands: BandOptions) -> None:
+        if not bands.has_colours:
+            raise ConfigError(
+                "augment.brightness, contrast, saturation and hue change red, green and blue, and data.bands are "
+                f"{', '.join(bands.names)}. Leave them out, or add such a change in a program (docs/extending.md)."
+            )
+        super().__init__(*jitter)
+        ranges = bands.ranges or (BandRange(0.0, 255.0),) * len(bands.names)
+        self.colours = bands.colours
+        chosen = [ranges[band] for band in self.colours]
+        self.low = torch.tensor([low for low, _ in chosen]).view(3, 1, 1)
+        self.span = torch.tensor([high - low for low, high in chosen]).view(3, 1, 1)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Images; masks stay as they are."""
+        if not isinstance(inpt, tv_tensors.Image):
+            return super().transform(inpt, params)
+        pixels = inpt.as_subclass(torch.Tensor).clone()
+        colours = ((pixels[self.colours] - self.low) / self.span).clamp(0, 1)  # what normalisation cuts off
+        changed = super().transform(tv_tensors.Image(colours), params).as_subclass(torch.Tensor)
+        pixels[self.colours] = changed * self.span + self.low
+        return tv_tensors.Image(pixels)
+
+
+def restore_type(pixels: torch.Tensor, dtype: np.dtype) -> torch.Tensor:
+    """float32 as the type of the files, rounded, and within the limits of an integer type."""
+    if dtype.kind == "f":
+        return pixels.as_subclass(torch.Tensor)
+    limits = np.iinfo(dtype)
+    return pixels.as_subclass(torch.Tensor).round().clamp(limits.min, limits.max).to(getattr(torch, dtype.name))
 
 
 def crop_size(size: Size, crop: list[int]) -> Size:

@@ -16,7 +16,7 @@ LABEL_TYPE = torch.int16
 class Sample(NamedTuple):
     """One training image, flipped and resized."""
 
-    image: NDArray[np.uint8]  # (H, W, 3) RGB
+    image: NDArray  # (H, W, 3) uint8 RGB, or (H, W, bands) of the type of the files
     label: NDArray[np.int16]  # (ceil(H / label_stride), ceil(W / label_stride)), class index or -1
     path: str
 
@@ -27,7 +27,9 @@ class Batch(NamedTuple):
     What loaders give has labels of LABEL_TYPE; SegmentationData widens them on the device, before anything uses them.
     """
 
-    image: Tensor  # (N, 3, H, W) uint8 RGB, 0 outside the image; set that to 0 again after normalisation
+    # (N, 3, H, W) uint8 RGB, or (N, bands, H, W) of the type of the files. Outside the image 0; set that to 0 again
+    # after normalisation.
+    image: Tensor
     label: Tensor  # (N, H / label_stride, W / label_stride) int64, -1 = not scored (like all padding)
     size: Tensor  # (N, 2) int64: height and width of the image, which is at the top left of the canvas
     paths: list[str]
@@ -37,7 +39,7 @@ class Batch(NamedTuple):
 class EvalSample(NamedTuple):
     """One image for evaluation or prediction. What loaders give has labels of LABEL_TYPE, like those of `Batch`."""
 
-    scales: list[Tensor]  # one for each short edge: uint8 (3, H, W) RGB, H and W multiples of size_divisor
+    scales: list[Tensor]  # one for each short edge: (3, H, W) uint8 RGB, or bands; H and W multiples of size_divisor
     label: Tensor  # (h, w) int64 at the original size, -1 = not scored; (0, 0) if there is none
     size: Tensor  # (2,) int64: original (h, w), to which predictions are upsampled
     path: str

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from semseg.data.augment import Augmentation
+from semseg.data.bands import BandOptions
 from semseg.data.batch import Batch, EvalSample, Sample
 from semseg.data.crops import CropPlan, cut_size
 from semseg.data.geometry import Size, scaled_size, stretched_size
@@ -48,6 +49,9 @@ class ReadOptions:
 
     cache: LabelCache | None = None
     """Stores labels that were read before."""
+
+    bands: BandOptions | None = None
+    """The bands of images; None: they are 8-bit RGB."""
 
 
 class TrainDataset(Dataset[Batch]):
@@ -116,11 +120,12 @@ class TrainDataset(Dataset[Batch]):
 
     def _blank_sample(self, record: Record, short_edge: int) -> Sample:
         """A black image of the size that the record would have, with all pixels ignored."""
-        size = self._training_size(record.size, short_edge)
+        size, bands = self._training_size(record.size, short_edge), self.options.bands
         if self.crops is not None:
             size = Size(*(cut_size(*sides, factor=1.0)[1] for sides in zip(record.size, self.crops.crop, strict=True)))
         label = subsample_label(np.full(size, IGNORED, np.int16), self.label_stride)
-        return Sample(np.zeros((*size, 3), np.uint8), label, record.image)
+        pixel = np.zeros(3, np.uint8) if bands is None else bands.fill_values(np.dtype(bands.dtype or "uint8"))
+        return Sample(np.tile(pixel, (*size, 1)), label, record.image)
 
     def _read_sample(self, record: Record, sub_batch: SubBatch, position: int) -> Sample:
         if self.crops is not None:
@@ -166,6 +171,7 @@ class TrainDataset(Dataset[Batch]):
             self.label_map,
             max_pixels=self.options.max_pixels,
             cache=self.options.cache,
+            bands=self.options.bands,
         )
         size = self._training_size(label.size, short_edge)
         inside = resize_and_subsample_label(label, size, self.label_stride, flip=is_flipped)
@@ -183,7 +189,7 @@ class TrainDataset(Dataset[Batch]):
     def _training_size(self, size: Size, short_edge: int) -> Size:
         return scaled_size(size, short_edge, self.options.max_long_edge)
 
-    def _read_mirrored(self, record: Record, *, is_flipped: bool) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
+    def _read_mirrored(self, record: Record, *, is_flipped: bool) -> tuple[NDArray, NDArray[np.int16]]:
         """Image and label at full size, mirrored if `is_flipped`."""
         image, label = _read_pair(record, self.label_map, self.options)
         assert label is not None  # checked for all records at the start
@@ -239,13 +245,13 @@ class EvalDataset(Dataset[EvalSample]):
 
 
 def _read_pair(record: Record, label_map: LabelMap | None, options: ReadOptions) -> ImagePair:
-    return read_pair(record, label_map, max_pixels=options.max_pixels, cache=options.cache)
+    return read_pair(record, label_map, max_pixels=options.max_pixels, cache=options.cache, bands=options.bands)
 
 
 def resize_to_scales(
-    image: NDArray[np.uint8], short_edges: Sequence[int], max_long_edge: int, size_divisor: int, *, antialias: bool
+    image: NDArray, short_edges: Sequence[int], max_long_edge: int, size_divisor: int, *, antialias: bool
 ) -> list[Tensor]:
-    """An image (H, W, 3) stretched to every scale: uint8 (3, h, w), h and w multiples of `size_divisor`.
+    """An image (H, W, C) stretched to every scale: (C, h, w) of its type, h and w multiples of `size_divisor`.
 
     Without short edges: the image itself, for networks that see it at its own resolution.
     """

@@ -27,7 +27,20 @@ from semseg.errors import DataError
 LOSSY_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".webp", ".avif", ".jp2", ".j2k", ".jpx",
 })  # fmt: skip
-IMAGE_SUFFIXES = LOSSY_SUFFIXES | {".png", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
+ARRAY_SUFFIX = ".npy"
+IMAGE_SUFFIXES = LOSSY_SUFFIXES | {
+    ".png",
+    ".bmp",
+    ".dib",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ARRAY_SUFFIX,
+}
 UNREADABLE_SUFFIXES = frozenset({".heic", ".heif", ".hif"})  # photographs that neither Pillow nor OpenCV reads
 
 
@@ -37,6 +50,12 @@ class Naming(NamedTuple):
     image_suffix: str = ""  # end of the stem of every image, such as _leftImg8bit; other files are not images
     mask_suffix: str = ""
     stems: Path | None = None  # a text file with one stem per line; other files are not used
+    band_suffixes: tuple[str, ...] = ()  # ends of the stems of further files of an image, which hold other bands
+
+    def is_band_file(self, path: Path) -> bool:
+        """Whether a file holds further bands of an image that another file stands for."""
+        is_main = bool(self.image_suffix) and path.stem.endswith(self.image_suffix)
+        return not is_main and path.stem.endswith(self.band_suffixes)
 
 
 class _FilesByStem(NamedTuple):
@@ -80,6 +99,8 @@ def read_folder_pairs(
     require_path(masks is None or store.is_folder(masks), "folder of masks", masks or images, hint)
     naming, unused = naming or Naming(), UnusedFiles() if unused is None else unused
     image_paths, mask_paths = _find_images_and_masks(images, masks, naming, unused)
+    if naming.band_suffixes:
+        image_paths = [path for path in image_paths if not naming.is_band_file(path)]
     image_files, problems = _group_by_stem(image_paths, images, naming.image_suffix, unused)
     yield from problems
     has_problems = bool(problems)
@@ -159,6 +180,13 @@ def _find_images(folder: Path, unused: UnusedFiles) -> list[Path]:
             unused.add(f"{suffix}, which is not read: save as JPEG or PNG", path)
         else:
             unused.add(suffix or "without suffix", path)
+    arrays = [path for path in paths if path.suffix.lower() == ARRAY_SUFFIX]
+    if arrays and len(arrays) < len(paths):  # features or logits that lie beside their images
+        pictures = {path.with_suffix("") for path in paths if path.suffix.lower() != ARRAY_SUFFIX}
+        beside = {path for path in arrays if path.with_suffix("") in pictures}
+        for path in sorted(beside):
+            unused.add(f"{ARRAY_SUFFIX} beside images of the same names", path)
+        paths = [path for path in paths if path not in beside]
     return paths
 
 

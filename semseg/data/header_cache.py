@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from semseg.data import store
+from semseg.data.bands import PIXEL_TYPES
 from semseg.data.geometry import Size
-from semseg.data.headers import Header, HeaderError, header_of, open_image
+from semseg.data.headers import Header, HeaderError, header_of, open_image, read_raster_header
 from semseg.errors import DataError
 from semseg.storage.atomic import atomic_write
 
@@ -66,14 +67,32 @@ def read_header_only(path: str) -> Header:
         DataError: if there is no such file, or its header cannot be read.
     """
     try:
-        with store.open_file(path) as file, open_image(file) as image:
-            return header_of(image, file)
+        with store.open_file(path) as file:
+            raster = read_raster_header(file)
+            if raster is not None:
+                return raster
+            with open_image(file) as image:
+                return header_of(image, file)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file.") from None
     except HeaderError as error:
         raise DataError(f"{path}: the header cannot be read as an image: it {error}.") from None
     except OSError as error:
         raise DataError(f"{path}: the header cannot be read as an image ({error}).") from error
+
+
+def find_pixel_type(paths: Iterable[str]) -> str:
+    """The type of PIXEL_TYPES that the first readable image holds; empty if none can be read."""
+    for path in paths:
+        try:
+            header = read_header_only(path)
+        except DataError:
+            continue
+        if header.raster is None:
+            return "uint16" if header.bits == 16 else "uint8"
+        if header.raster.dtype in PIXEL_TYPES:
+            return header.raster.dtype
+    return ""
 
 
 def _is_header_row(row: object) -> bool:

@@ -14,12 +14,12 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from semseg.data.decoders import pillow_without_limit
 from semseg.data.geometry import Size
+from semseg.data.raster_layout import TIFF_STARTS, LayoutError, RasterLayout, read_layout
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")  # as Pillow names them
 SUPPORTED = "Supported are JPEG, PNG, WebP, BMP, TIFF, GIF, JPEG 2000, AVIF and PPM"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LOSSY_TIFF = {  # compression (tag 259) -> name
     6: "JPEG", 7: "JPEG", 33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 34887: "LERC",
     34892: "lossy JPEG", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL",
@@ -44,13 +44,14 @@ class HeaderError(ValueError):
 class Header(NamedTuple):
     """What the header of an image file says about its pixels."""
 
-    kind: str  # format and mode as Pillow names them: "JPEG RGB", "PNG P", "PNG I;16"
+    kind: str  # format and mode as Pillow names them: "JPEG RGB", "PNG P", "PNG I;16"; of a raster "TIFF uint16 x 4"
     stored: Size
     orientation: int = 1  # EXIF orientation, 1..8; 1: the stored image is upright
     bits: int = 8  # per channel
     white: int = 0  # the value that Pillow scales to the largest of 8 or 16 bits; 0 if it scales nothing
     has_frames: bool = False  # whether there are frames or pages after the first, which is the one that is read
     lossy: str = ""  # name of the compression, if it may change ids
+    raster: RasterLayout | None = None  # for files that are no pictures of at most 8 bits, and that Pillow misreads
 
     @property
     def upright(self) -> Size:
@@ -71,6 +72,25 @@ def open_image(file: BinaryIO) -> Image.Image:
         raise HeaderError(_reason(file)) from None
     except Exception as error:  # Pillow's parsers raise errors of many types for damaged bytes
         raise HeaderError(f"has a header that cannot be read ({error})") from error
+
+
+def read_raster_header(file: BinaryIO) -> Header | None:
+    """The header of a raster; None for pictures, and for everything else.
+
+    Raises:
+        HeaderError: for a damaged one.
+    """
+    try:
+        layout = read_layout(file)
+    except LayoutError as error:
+        raise HeaderError(str(error)) from None
+    if layout is None:
+        return None
+    kind = f"{layout.format} {layout.dtype} x {layout.num_bands}"
+    digits = "".join(character for character in layout.dtype if character.isdigit())
+    return Header(
+        kind, layout.size, layout.orientation, int(digits or 0), has_frames=layout.num_pages > 1, raster=layout
+    )
 
 
 def header_of(image: Image.Image, file: BinaryIO) -> Header:
@@ -198,7 +218,7 @@ def _reason(file: BinaryIO) -> str:
     """Why Pillow does not open a file."""
     file.seek(0)
     start = file.read(32)
-    if start.startswith(_TIFF_STARTS) and (reason := _tiff_reason(file)):
+    if start.startswith(TIFF_STARTS) and (reason := _tiff_reason(file)):
         return reason
     known = next((name for offset, magic, name in _OTHER_FORMATS if start[offset:].startswith(magic)), None)
     if known is None:

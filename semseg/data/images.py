@@ -32,7 +32,10 @@ from semseg.data.headers import (
     check_pixels,
     header_of,
     open_image,
+    read_raster_header,
 )
+from semseg.data.raster_layout import RasterLayout
+from semseg.data.rasters import check_layout, read_raster
 from semseg.data.store import read_file
 from semseg.errors import DataError
 
@@ -90,7 +93,7 @@ def decode_image(
     Raises:
         DataError: if the bytes are empty, not an image, broken, or declare more than `max_pixels`.
     """
-    image, header = open_checked(name, data, max_pixels, key)
+    image, header = open_any(name, data, max_pixels, key)
     pixels = decode_pixels(name, data, image, header)
     return apply_orientation(pixels, header.orientation) if upright else pixels
 
@@ -102,7 +105,7 @@ def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Header:
         DataError: as `read_image`.
     """
     data = read_image_bytes(path)
-    _, header = open_checked(path, data, max_pixels)
+    _, header = open_any(path, data, max_pixels)
     _check_jpeg(path, data)
     check_png(path, data)
     return header
@@ -122,7 +125,10 @@ def read_largest(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> LargestVa
         DataError: as `read_image`.
     """
     data = read_image_bytes(path)
-    image, header = open_checked(path, data, max_pixels)
+    image, header = open_any(path, data, max_pixels)
+    if image is None:
+        largest = int(_read_rgb_raster(path, data, header.raster).max())
+        return LargestValue(largest, 65535 if header.bits == 16 else 255)
     if header.bits == 16 and header.kind.startswith("PNG "):
         flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
         deep = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -163,7 +169,7 @@ def read_image_bytes(path: str | Path, *, advice: str = DATA_SET_ADVICE) -> byte
 def open_checked(
     path: str | Path, data: bytes, max_pixels: int, key: str = "data.max_pixels"
 ) -> tuple[Image.Image, Header]:
-    """Open an image without decoding it, and check the number of its pixels."""
+    """Open an image with Pillow without decoding it, and check the number of its pixels."""
     if not data:
         raise DataError(f"{path}: the file is empty. Download or copy it again.")
     file = io.BytesIO(data)
@@ -172,19 +178,43 @@ def open_checked(
     except HeaderError as error:
         raise DataError(f"{path}: {error}.") from error
     header = header_of(image, file)
+    _check_size(path, header, max_pixels, key)
+    return image, header
+
+
+def open_any(
+    path: str | Path, data: bytes, max_pixels: int, key: str = "data.max_pixels"
+) -> tuple[Image.Image | None, Header]:
+    """As `open_checked`, for rasters too, which Pillow cannot read or misreads: their image is None."""
+    try:
+        header = read_raster_header(io.BytesIO(data))
+    except HeaderError as error:
+        raise DataError(f"{path}: {error}.") from None
+    if header is None:
+        return open_checked(path, data, max_pixels, key)
+    _check_size(path, header, max_pixels, key)
+    return None, header
+
+
+def _check_size(path: str | Path, header: Header, max_pixels: int, key: str) -> None:
     height, width = header.stored
     if height * width > max_pixels:
         raise DataError(
             f"{path}: the header declares {height} x {width} pixels, more than the limit {key}={max_pixels}. "
             "Scale or crop the image, or raise the limit."
         )
-    return image, header
 
 
 def decode_pixels(
-    path: str | Path, data: bytes, image: Image.Image, header: Header, factor: int = 1
+    path: str | Path, data: bytes, image: Image.Image | None, header: Header, factor: int = 1
 ) -> NDArray[np.uint8]:
-    """Pixels as stored; those of a JPEG at 1/`factor` of the stored size."""
+    """Pixels as stored, RGB; those of a JPEG at 1/`factor` of the stored size.
+
+    Args:
+        image, header: from `open_any`.
+    """
+    if image is None:
+        return _raster_to_rgb(path, data, header.raster)
     _check_jpeg(path, data)
     check_png(path, data)
     try:
@@ -194,6 +224,56 @@ def decode_pixels(
     warn_of_frames(path, header)
     pixels = _decode_by_opencv(path, data, header, factor) if suits_opencv(header) else None
     return _decode_by_pillow(path, image, header) if pixels is None else pixels
+
+
+def decode_alpha(path: str | Path, image: Image.Image | None, header: Header) -> NDArray[np.uint8] | None:
+    """Alpha (H, W) as stored, of a picture whose pixels `decode_pixels` returned; None if it has none.
+
+    Args:
+        image, header: from `open_any`.
+    """
+    if image is None or not header.kind.endswith((" RGBA", " LA", " PA")):
+        return None
+    try:
+        with pillow_without_limit, silence_decoder(image):
+            alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    except Exception as error:  # Pillow's decoders raise errors of many types for damaged bytes
+        raise DataError(f"{path}: its alpha cannot be decoded ({error}). Download or copy it again.") from error
+    if image.format == "TIFF":  # Pillow has applied the orientation already
+        alpha = apply_orientation(alpha, _INVERSE_ORIENTATION.get(header.orientation, header.orientation))
+    return alpha
+
+
+def _read_rgb_raster(path: str | Path, data: bytes, layout: RasterLayout | None) -> NDArray:
+    """(H, W, 1 or 3) of a raster without alpha, if it is grey or RGB of 8 or 16 bits.
+
+    Raises:
+        DataError: otherwise, with what it holds and the key that reads it.
+    """
+    assert layout is not None, "only rasters have no image of Pillow"
+    check_layout(path, layout)
+    num_bands = layout.num_bands - layout.has_alpha
+    if num_bands not in (1, 3):
+        first = "red,green,blue," if layout.is_rgb else "first,second,third,"
+        listed = f"[{first}...]" if num_bands > 4 else "[red,green,blue,nir]" if num_bands == 4 else "[vv,vh]"
+        raise DataError(
+            f"{path}: holds {layout.describe()}, and without data.bands images have red, green and blue. Name all, "
+            f"such as data.bands={listed}; null instead of a name leaves a band out."
+        )
+    if layout.dtype not in ("uint8", "uint16"):
+        named = "" if num_bands == 3 else "data.bands=[grey] "
+        raise DataError(
+            f"{path}: holds {layout.describe()}, which have no white: set {named}data.value_range=[low,high], or auto; "
+            "mode=check measures it."
+        )
+    return read_raster(path, data, layout)[..., :num_bands]
+
+
+def _raster_to_rgb(path: str | Path, data: bytes, layout: RasterLayout | None) -> NDArray[np.uint8]:
+    pixels = _read_rgb_raster(path, data, layout)
+    if pixels.dtype == np.uint16:
+        pixels = _to_8_bits(pixels, path)
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), np.uint8)
 
 
 def suits_opencv(header: Header) -> bool:
@@ -260,14 +340,17 @@ def _is_16_bit_grey(image: Image.Image) -> bool:
 
 
 def _to_8_bits(pixels: NDArray[np.integer], path: str | Path) -> NDArray[np.uint8]:
-    """The high 8 of 16 bits, with a warning for images that become nearly black."""
+    """The high 8 of 16 bits, with a warning, above all for images that become nearly black."""
     largest = int(pixels.max(initial=0))
+    way = "To keep all bits, set data.value_range=[low,high]; mode=check measures it."
     if 0 < largest < _DARK:
         _warn_once(
             "dark",
             f"{path}: its 16-bit values reach {largest} of 65535, which is {largest >> 8} of 255 in 8 bits and nearly "
-            "black. Scale such images to the full range; mode=check counts them.",
+            f"black. {way}",
         )
+    elif largest:
+        _warn_once("deep", f"{path}: its 16-bit values are read as 8 bits. {way}")
     return (pixels >> 8).astype(np.uint8)
 
 
@@ -367,10 +450,11 @@ def mirror(pixels: NDArray) -> NDArray:
     return mirrored.transpose(1, 2, 0) if pixels.ndim == 3 else mirrored[0]
 
 
-def resize_image(image: NDArray[np.uint8], size: Size, *, antialias: bool, fast: bool = False) -> NDArray[np.uint8]:
-    """uint8 (H, W, 3) to uint8 (size, 3), bilinear.
+def resize_image(image: NDArray, size: Size, *, antialias: bool, fast: bool = False) -> NDArray:
+    """(H, W, bands) to (size, bands) of the same type, bilinear.
 
     Args:
+        image: uint8, uint16, int16 or float32.
         antialias: average over the source pixels when shrinking, within one grey level of Pillow (training, and
             evaluation since 2020); False reproduces the 2018 evaluation exactly.
         fast: enlarge with OpenCV, whose rounding occasionally differs by one grey level.
@@ -378,7 +462,11 @@ def resize_image(image: NDArray[np.uint8], size: Size, *, antialias: bool, fast:
     if image.shape[:2] == size:
         return image
     if not antialias or (fast and size.height >= image.shape[0] and size.width >= image.shape[1]):
-        return np.asarray(cv2.resize(image, (size.width, size.height), interpolation=cv2.INTER_LINEAR), np.uint8)
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W), a view: channels_last is the fast path
+        resized = cv2.resize(image, (size.width, size.height), interpolation=cv2.INTER_LINEAR)
+        return np.asarray(resized, image.dtype).reshape(*size, image.shape[2])  # OpenCV drops a single band
+    is_native = image.dtype in (np.uint8, np.float32)
+    pixels = image if is_native else image.astype(np.float32)  # exact; PyTorch averages no other integers
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, C, H, W), a view: channels_last is the fast path
     resized = F.interpolate(planes, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()  # stored as planes, like a batch: see `mirror` and `collate`
+    averaged = resized[0].permute(1, 2, 0).numpy()  # stored as planes, like a batch: see `mirror` and `collate`
+    return averaged if is_native else np.rint(averaged).astype(image.dtype)

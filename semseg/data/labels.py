@@ -20,6 +20,7 @@ from semseg.data.images import (
     MAX_PIXELS,
     apply_orientation,
     check_png,
+    open_any,
     open_checked,
     read_image_bytes,
     silence_decoder,
@@ -29,6 +30,8 @@ from semseg.data.images import (
 )
 from semseg.data.label_cache import LabelCache, LabelRuns
 from semseg.data.label_map import IGNORED, ColourIds, LabelMap
+from semseg.data.raster_layout import NPY_START
+from semseg.data.rasters import read_array
 from semseg.errors import DataError
 
 _ID_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N"})  # Pillow modes with one number per pixel
@@ -54,6 +57,8 @@ def read_label(
             which changes ids and colours.
     """
     data = read_image_bytes(path)
+    if data.startswith(NPY_START):
+        return _read_array(path, data, max_pixels)
     image, header = open_checked(path, data, max_pixels)
     if header.lossy:
         raise DataError(
@@ -84,6 +89,21 @@ def read_label(
         kind = f"{image.mode!r}" if header.bits <= 8 else f"{image.mode!r} and {header.bits} bits"
         raise DataError(f"{path}: a label with pixels of kind {kind} has no ids. {_HOW_TO_CONVERT}")
     return _undo_stretch(raw, image, header)
+
+
+def _read_array(path: str | Path, data: bytes, max_pixels: int) -> NDArray[np.integer]:
+    """The ids in a NumPy file."""
+    _, header = open_any(path, data, max_pixels)
+    layout = header.raster
+    assert layout is not None, "NumPy files are rasters"
+    is_integer = layout.dtype == "bool" or layout.dtype.startswith(("uint", "int"))
+    if layout.num_bands != 1 or not is_integer:
+        raise DataError(f"{path}: holds {layout.describe()}; a label is (height, width) of integers. {_HOW_TO_CONVERT}")
+    raw = read_array(data)[..., 0]
+    low, high = int(raw.min()), int(raw.max())
+    if not -(2**31) <= low <= high < 2**31:
+        raise DataError(f"{path}: holds ids from {low} to {high}, which are no class ids.")
+    return raw if raw.dtype in (np.uint8, np.uint16) else raw.astype(np.uint8 if layout.dtype == "bool" else np.int32)
 
 
 def _undo_stretch(raw: NDArray, image: Image.Image, header: Header) -> NDArray[np.integer]:
@@ -132,7 +152,30 @@ class RawLabel(NamedTuple):
         return self.label_map(self.raw[rows][:, columns], self.path)
 
 
-Label = RawLabel | LabelRuns
+class ArrayLabel(NamedTuple):
+    """A label whose pixels are class indices already."""
+
+    classes: NDArray[np.int16]  # (H, W), -1 = not scored
+
+    @property
+    def size(self) -> Size:
+        return size_of_pixels(self.classes)
+
+    def to_array(self) -> NDArray[np.int16]:
+        """The label, int16 (H, W)."""
+        return self.classes
+
+    def select(self, rows: NDArray[np.integer], columns: NDArray[np.integer]) -> NDArray[np.int16]:
+        """The classes at these rows and columns, int16 (len(rows), len(columns))."""
+        return self.classes[rows][:, columns]
+
+
+Label = RawLabel | LabelRuns | ArrayLabel
+
+
+def ignore_pixels(label: Label, is_valid: NDArray[np.bool_] | None) -> Label:
+    """A label in which only the pixels `is_valid` (H, W) are scored; None: all are."""
+    return label if is_valid is None else ArrayLabel(np.where(is_valid, label.to_array(), np.int16(IGNORED)))
 
 
 def read_class_indices(

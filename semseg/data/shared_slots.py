@@ -43,6 +43,7 @@ class SlotAddress(NamedTuple):
     worker: int
     number: int
     shape: tuple[int, ...]
+    dtype: torch.dtype = torch.uint8
 
 
 def worker_start_method() -> str:
@@ -99,13 +100,13 @@ class SharedSlots:
         _registry.writer = self
 
     def write(self, tensor: Tensor) -> SlotAddress | None:
-        """Copy a tensor into a free slot; None if it is not uint8, does not fit, or no slot is free."""
+        """Copy a tensor into a free slot; None if it does not fit, or no slot is free."""
         freed, _ = self._freed[self._worker]
         while freed.poll():
             self._free.append(freed.recv())
-        if not self._free or tensor.dtype != torch.uint8 or tensor.numel() > self._slots.shape[2]:
+        if not self._free or tensor.nbytes > self._slots.shape[2]:
             return None
-        address = SlotAddress(self._id, self._worker, self._free.pop(), tuple(tensor.shape))
+        address = SlotAddress(self._id, self._worker, self._free.pop(), tuple(tensor.shape), tensor.dtype)
         np.copyto(self._content(address), tensor.numpy())
         return address
 
@@ -116,8 +117,10 @@ class SharedSlots:
         freed.send(address.number)
         return tensor
 
-    def _content(self, address: SlotAddress) -> NDArray[np.uint8]:
-        return self._slots[address.worker, address.number, : math.prod(address.shape)].reshape(address.shape)
+    def _content(self, address: SlotAddress) -> NDArray:
+        num_bytes = math.prod(address.shape) * address.dtype.itemsize
+        slot = self._slots[address.worker, address.number, :num_bytes]
+        return slot.view(str(address.dtype).removeprefix("torch.")).reshape(address.shape)
 
 
 class _Registry:
@@ -175,9 +178,11 @@ def _restore_batch(  # noqa: PLR0917 - the fields, as pickled
 
 def _reduce_eval_sample(sample: EvalSample) -> Reduced:
     label = sample.label.to(LABEL_TYPE).view(torch.uint8)
-    pixels = torch.cat([part.flatten() for part in (label, *sample.scales)])  # one tensor, one slot
+    scales = [scale.flatten().view(torch.uint8) for scale in sample.scales]
+    pixels = torch.cat([label.flatten(), *scales])  # one tensor, one slot
     scale_sizes = [tuple(scale.shape) for scale in sample.scales]
-    arguments = (write_tensor(pixels), tuple(sample.label.shape), scale_sizes, sample.size.tolist())
+    pixel_type = sample.scales[0].dtype if sample.scales else torch.uint8
+    arguments = (write_tensor(pixels), tuple(sample.label.shape), scale_sizes, pixel_type, sample.size.tolist())
     return _restore_eval_sample, (*arguments, sample.label.dtype, sample.path, sample.position, sample.bad)
 
 
@@ -185,6 +190,7 @@ def _restore_eval_sample(  # noqa: PLR0917 - the fields, as pickled
     written: Tensor | SlotAddress,
     label_size: tuple[int, ...],
     scale_sizes: list[tuple[int, ...]],
+    pixel_type: torch.dtype,
     original_size: list[int],
     label_type: torch.dtype,
     path: str,
@@ -194,8 +200,10 @@ def _restore_eval_sample(  # noqa: PLR0917 - the fields, as pickled
     pixels = read_tensor(written)
     label_bytes = math.prod(label_size) * LABEL_TYPE.itemsize
     label = pixels[:label_bytes].view(LABEL_TYPE).view(label_size).to(label_type)
-    parts = pixels[label_bytes:].split([math.prod(size) for size in scale_sizes])
-    scales = [part.view(size) for part, size in zip(parts, scale_sizes, strict=True)]
+    parts = pixels[label_bytes:].split([math.prod(size) * pixel_type.itemsize for size in scale_sizes])
+    # Each in memory of its own if a view cannot begin there: a label may end at any even byte.
+    aligned = (part if part.storage_offset() % pixel_type.itemsize == 0 else part.clone() for part in parts)
+    scales = [part.view(pixel_type).view(size) for part, size in zip(aligned, scale_sizes, strict=True)]
     return EvalSample(scales, label, torch.tensor(original_size), path, position, bad)
 
 

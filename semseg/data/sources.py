@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from semseg.config.schema import BUILT_IN_CLASSES, SPLITS, DataConfig, SplitConfig
 from semseg.data import store
+from semseg.data.bands import BandOptions, band_options
 from semseg.data.classes import ClassTable, built_in_classes
 from semseg.data.folders import Naming, read_folder_pairs
-from semseg.data.header_cache import readable_headers
+from semseg.data.header_cache import find_pixel_type, readable_headers
 from semseg.data.headers import Header
 from semseg.data.label_map import ColourIds, LabelMap
 from semseg.data.list_files import match_split, read_odgt_list, read_table_list
@@ -64,6 +65,8 @@ class DataSource:
             make_scenes(self.root, num_train=config.make.num_train, num_val=config.make.num_val, seed=config.make.seed)
         self.classes = load_class_table(config, self.root)
         self.label_map = make_label_map(config, self.classes)
+        self.bands = band_options(config)  # None: images are 8-bit RGB
+        self._pixel_types: dict[str, str] = {}  # by split
         self.orientations: dict[str, Orientations] = {}  # by split, for splits that were read
         self._records: dict[str, list[Record]] = {}
         self._unused: dict[str, store.UnusedFiles] = {}
@@ -81,6 +84,18 @@ class DataSource:
                 raise self._empty_split_error(split)
             self._records[split] = records
         return self._records[split]
+
+    def bands_of(self, split: str) -> BandOptions | None:
+        """The bands of the images of a split, all of which must have the type of the first one; None: 8-bit RGB.
+
+        Raises:
+            DataError: as `records`.
+        """
+        if self.bands is None:
+            return None
+        if split not in self._pixel_types:
+            self._pixel_types[split] = find_pixel_type(record.image for record in self.records(split))
+        return replace(self.bands, dtype=self._pixel_types[split])
 
     def require_paths(self, split: str) -> None:
         """Check that the list or the folders of a split exist, which takes no time.
@@ -180,7 +195,10 @@ class DataSource:
         if not (files.images and files.masks):
             raise ConfigError(f"data.{split}: images={files.images} needs masks too: data.{split}.masks=<folder>.")
         stems = self._resolve(files.stems) if files.stems else None
-        naming = Naming(self.config.image_suffix, self.config.mask_suffix, stems)
+        if self.bands is None:
+            naming = Naming(self.config.image_suffix, self.config.mask_suffix, stems)
+        else:
+            naming = Naming(self.bands.main_suffix, self.config.mask_suffix, stems, self.bands.other_suffixes)
         images, masks = self._resolve(files.images), self._resolve(files.masks)
         return read_folder_pairs(images, masks, naming=naming, hint=hint, unused=self._unused.get(split))
 

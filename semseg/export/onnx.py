@@ -142,8 +142,8 @@ def build_example(net: SegmentationNetwork) -> tuple[Tensor, tuple[dict[int, Any
     """An image to trace, and its dynamic sizes: N, and unless the network takes one size, multiples of size_divisor."""
     divisor = net.size_divisor
     if net.image_size is not None:
-        return torch.zeros(2, 3, *net.image_size), ({0: Dim("N")},)
-    image = torch.zeros(2, 3, divisor * TRACED_SIZE.height, divisor * TRACED_SIZE.width)
+        return torch.zeros(2, net.convention.num_bands, *net.image_size), ({0: Dim("N")},)
+    image = torch.zeros(2, net.convention.num_bands, divisor * TRACED_SIZE.height, divisor * TRACED_SIZE.width)
     return image, ({0: Dim("N"), 2: divisor * Dim("H"), 3: divisor * Dim("W")},)
 
 
@@ -163,7 +163,11 @@ def compare_with_network(
     reference, generator = PixelNetwork(net), torch.Generator().manual_seed(0)
     largest, scale = 0.0, 0.0
     for count, height, width in sizes:
-        size = (count, 3, *(net.image_size or (net.size_divisor * height, net.size_divisor * width)))
+        size = (
+            count,
+            net.convention.num_bands,
+            *(net.image_size or (net.size_divisor * height, net.size_divisor * width)),
+        )
         image = torch.randint(0, 256, size, generator=generator).float()
         expected = reference(image)
         with raise_export_errors(f"a file with the same results at {tuple(size)}"):

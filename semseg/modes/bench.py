@@ -111,7 +111,7 @@ def run(config: Config, overrides: list[str]) -> None:
     trainer = build_trainer(config, source)
     if len(source.records("train")) < config.data.batch_size * trainer.world_size:
         raise DataError(f"data.train has {len(source.records('train'))} images, fewer than one step takes.")
-    net = build_network(without_weights(config.model), source.classes.num_classes, config.download)
+    net = build_network(without_weights(config.model), source.classes.num_classes, config.download, source.bands)
     data = build_data(config, source, net)
     loading = time_loader(data, config.bench)
     stepping = time_steps(trainer, build_module(config, net, source.classes), data, config)

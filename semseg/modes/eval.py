@@ -18,7 +18,7 @@ from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
 from semseg.data.batch import EvalSample
 from semseg.data.datasets import EvalDataset
-from semseg.data.pairs import read_pair
+from semseg.data.pairs import read_shown
 from semseg.data.records import Record
 from semseg.data.seeding import generator_for
 from semseg.data.sources import DataSource, require_masks
@@ -228,7 +228,7 @@ def predict_examples(
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             ((prediction,),) = module.predict([module.transfer_batch_to_device(sample, device, 0)])
         record = dataset.records[position]
-        image = read_pair(record, dataset.label_map, max_pixels=dataset.options.max_pixels).image
+        image = read_shown(record, dataset.label_map, data.data_config)
         label = sample.label.numpy()
         yield encode_example(
             group, result.images[index], image, label, prediction.cpu().numpy(), classes=result.classes
@@ -263,8 +263,8 @@ class PanelWriter(Callback):
         for sample in batch:
             if sample.path not in outputs:
                 continue  # another rank's image, or one that cannot be read
-            record, limit = self.records[sample.position], self.source.config.max_pixels
-            image = read_pair(record, self.source.label_map, max_pixels=limit).image
+            record = self.records[sample.position]
+            image = read_shown(record, self.source.label_map, self.source.config)
             label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
             panel = draw_comparison(image, label, prediction, self.source.classes)
             with atomic_write(self.targets[sample.position]) as temporary:

@@ -32,13 +32,16 @@ from semseg.checkpoints.network import build_network, check_network, report_one_
 from semseg.checkpoints.published import find_published_files
 from semseg.config.schema import (
     ARCHITECTURE_KEYS,
+    AUTO_RANGE,
     ZOO_PREFIX,
     CheckpointConfig,
     Config,
+    DataConfig,
     ModelConfig,
     TrainerConfig,
     config_to_plain,
 )
+from semseg.data.band_statistics import measure_bands
 from semseg.data.classes import ClassTable
 from semseg.data.labels import read_class_indices
 from semseg.data.overlap import find_overlap
@@ -49,6 +52,7 @@ from semseg.errors import CheckpointError, DataError
 from semseg.lit_module import SegmentationModule
 from semseg.modes.eval import evaluate_network
 from semseg.modes.predict import predict_inputs
+from semseg.nets.bands import inherit_convention
 from semseg.nets.cost import measure_cost, write_cost
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import entry_command, format_command, relative_to_cwd, shorten_overrides
@@ -92,6 +96,9 @@ def run(config: Config, overrides: list[str]) -> float | None:
     """
     source = DataSource(config.data)
     source.records("train")  # missing files are reported before anything slow happens
+    if config.data.value_range == AUTO_RANGE:
+        config = replace(config, data=measure_range(source))
+        source = DataSource(config.data)
     with lock_run_folder(Path(config.run_dir)):
         start = resolve_start(config, overrides, source)
         end = None if start.state is None else start.state.describe_end(start.config.trainer)
@@ -234,6 +241,19 @@ def lock_run_folder(run_dir: Path) -> Iterator[None]:
 # ---- training
 
 
+def measure_range(source: DataSource) -> DataConfig:
+    """The configuration of the data with the values that data.value_range=auto stands for, which are printed.
+
+    Raises:
+        DataError: if no image of train can be read.
+    """
+    data = source.config
+    measured = measure_bands(source.records("train"), source.bands_of("train"), data.max_pixels)
+    settings = measured.suggest(data)
+    print_once(f"data.value_range=auto: {' '.join(f'{key}={value}' for key, value in settings.items())}")
+    return measured.apply(data)
+
+
 def check_records(source: DataSource, world_size: int) -> None:
     """Report unused files and images that are in two splits, and refuse data that cannot be trained on.
 
@@ -301,7 +321,7 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
     if state is None and config.data.on_bad == "error":
         check_first_labels(source, config.data.max_pixels)  # before ImageNet weights are downloaded
     model = config.model if start.kind == "scratch" else without_weights(config.model)
-    net = build_network(model, source.classes.num_classes, config.download)
+    net = build_network(model, source.classes.num_classes, config.download, source.bands)
     library = {"config": net.library_config, "revision": net.revision or config.model.revision}
     config = replace(config, model=replace(config.model, **library))
     report_one_size(net, config.model)
@@ -321,7 +341,7 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
         loaded = initialise_from(net, start.network)
         net.origin = start.network.origin
         if config.model.convention == "auto":
-            net.convention = start.network.convention
+            net.convention = inherit_convention(start.network.convention, source.bands)
     if trainer.is_global_zero:
         (run_dir / RESULT_FILE).unlink(missing_ok=True)  # the result of an earlier end
         with atomic_write(run_dir / "config.yaml") as temporary:

@@ -55,7 +55,7 @@ def measure_cost(net: SegmentationNetwork) -> NetworkCost:
         net: on the device "meta"; it is set to eval mode.
     """
     size = net.image_size or canvas_size([COST_SIZE], net.size_divisor)
-    counter = count_operations(net.eval(), torch.empty(1, 3, *size, device="meta"))
+    counter = count_operations(net.eval(), torch.empty(1, net.convention.num_bands, *size, device="meta"))
     counts = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     root = type(net).__name__
     stages = [

@@ -14,19 +14,30 @@ def normalise(image: Tensor, convention: Preprocessing, size: Tensor | None = No
     """Apply a preprocessing to a batch of images.
 
     Args:
-        image: (N, 3, H, W) uint8 RGB; its memory format is kept.
-        convention: channel order, scale, mean and standard deviation.
+        image: (N, 3, H, W) uint8 RGB, or (N, bands, H, W) of uint8, uint16, int16 or float32; its memory format is
+            kept. A float32 tensor of RGB may be changed.
+        convention: channel order, ranges, scale, mean and standard deviation.
         size: (N, 2) valid height and width of each image; pixels outside of it become exactly 0.
 
     Returns:
-        (N, 3, H, W) float32.
+        (N, bands, H, W) float32.
     """
-    pixels = (image.flip(1) if convention.channel_order == "bgr" else image).float()
+    values = to_bytes_range(image, convention) if convention.ranges else image
+    pixels = (values.flip(1) if convention.channel_order == "bgr" else values).float()
     mean, std = (create_channel_values(values, pixels) for values in (convention.mean, convention.std))
     pixels = pixels.mul_(convention.scale).sub_(mean).div_(std)
     if size is not None:
         pixels.mul_(valid_mask(size, pixels))
     return pixels
+
+
+def to_bytes_range(image: Tensor, convention: Preprocessing) -> Tensor:
+    """(N, bands, H, W) of any pixel type to float32 from 0 to 255, which are the ends of the range of each band."""
+    pixels = image.float()
+    low = create_channel_values([one.low for one in convention.ranges], pixels)
+    span = create_channel_values([one.high - one.low for one in convention.ranges], pixels)
+    shifted = pixels - low if pixels is image else pixels.sub_(low)  # a batch of float32 stays as it is
+    return shifted.div_(span).mul_(255).clamp_(0, 255)
 
 
 def create_channel_values(values: Sequence[float], like: Tensor) -> Tensor:

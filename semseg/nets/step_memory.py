@@ -37,6 +37,6 @@ def estimate_step_memory(net: SegmentationNetwork, canvas: Size, batch_size: int
         return tensor
 
     with torch.enable_grad(), saved_tensors_hooks(save, lambda tensor: tensor):
-        net(torch.empty(batch_size, 3, *canvas, device="meta"))
+        net(torch.empty(batch_size, net.convention.num_bands, *canvas, device="meta"))
     activations = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in weight_storages)
     return StepMemory(activations, sum(tensor.nbytes for tensor in weights))

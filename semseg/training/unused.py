@@ -36,7 +36,7 @@ def compute_probe_loss(net: SegmentationNetwork, loss: Callable[[Logits, Tensor]
     weight = next(net.parameters())
     side = max(2 * net.size_divisor, net.min_size)
     size = net.image_size or Size(side, side)
-    image = torch.zeros(2, 3, *size, dtype=weight.dtype, device=weight.device)
+    image = torch.zeros(2, net.convention.num_bands, *size, dtype=weight.dtype, device=weight.device)
     statistics = {name: value.clone() for name, value in net.named_buffers()}
     try:
         with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []), torch.enable_grad():

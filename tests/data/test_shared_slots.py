@@ -86,7 +86,7 @@ def test_a_slot_is_used_again_after_it_was_read(worker: SharedSlots) -> None:
 
 
 def test_tensors_that_do_not_fit_are_left_to_pytorch(worker: SharedSlots) -> None:
-    for tensor in (torch.zeros(13, dtype=torch.uint8), torch.zeros(2)):
+    for tensor in (torch.zeros(13, dtype=torch.uint8), torch.zeros(4)):
         assert write_tensor(tensor) is tensor
         assert read_tensor(tensor) is tensor
     empty = read_tensor(write_tensor(torch.zeros(0, 4, dtype=torch.uint8)))

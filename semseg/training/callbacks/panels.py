@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pytorch_lightning.callbacks import Callback
 
 from semseg.data.batch import EvalSample
-from semseg.data.pairs import read_pair
+from semseg.data.pairs import read_shown
 from semseg.data.sources import DataSource
 from semseg.reports.draw import Pixels, draw_comparison
 from semseg.training.loggers.external import PictureLogger
@@ -68,8 +68,7 @@ class ValidationImages(Callback):
             if sample.bad or sample.position not in self._positions:
                 continue
             record = self.source.records("val")[sample.position]
-            limit = self.source.config.max_pixels
-            image = read_pair(record, self.source.label_map, max_pixels=limit).image
+            image = read_shown(record, self.source.label_map, self.source.config)
             label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
             self.take_image(trainer, PredictedImage(sample.position, record.image, image, label, prediction))
 

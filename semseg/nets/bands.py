@@ -1,0 +1,185 @@
+"""Stage 5: networks for images with other bands than red, green and blue.
+
+The convolutions that read the image get a channel for each band. Their weights are those for red, green and blue,
+repeated and rescaled, so that sums over all channels stay as large: as timm does it for its option in_chans. A band
+that is a colour has the weights of that colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle
+
+import torch
+from torch import Tensor, nn
+
+from semseg.config.preprocessing import RGB, BandRange, Preprocessing
+from semseg.config.schema import DataConfig
+from semseg.data.bands import BandFile, BandOptions, band_options, describe_bands, format_value_range
+from semseg.errors import ConfigError
+from semseg.nets.interfaces import SegmentationNetwork
+
+NUM_COLOURS = 3
+BYTE = BandRange(0.0, 255.0)
+
+
+def use_bands(net: SegmentationNetwork, options: BandOptions) -> None:
+    """Make a network for red, green and blue one for other bands, in place, with the preprocessing of their values.
+
+    Raises:
+        ConfigError: for a network whose first layer is not a convolution of the three colours.
+    """
+    order = net.convention.channel_order
+    net.convention = band_convention(net.convention, options)
+    adapt_first_layers(net, options.names, order)
+
+
+def band_convention(base: Preprocessing, options: BandOptions) -> Preprocessing:
+    """The preprocessing of bands: for the colours that of the weights, for others as measured.
+
+    What was not measured has the mean of the three colours, whose weights it gets.
+
+    Args:
+        base: the preprocessing of the weights, for red, green and blue.
+    """
+    of_rgb = [list(values) if base.channel_order == "rgb" else list(values)[::-1] for values in (base.mean, base.std)]
+    ranges = options.ranges or (BYTE,) * len(options.names)
+    means, stds = [], []
+    for index, (name, (low, high)) in enumerate(zip(options.names, ranges, strict=True)):
+        mean, std = (values[RGB.index(name)] if name in RGB else sum(values) / NUM_COLOURS for values in of_rgb)
+        measured_mean = options.mean[index] if options.mean else None
+        measured_std = options.std[index] if options.std else None
+        factor = 255 * base.scale / (high - low)
+        means.append(mean if measured_mean is None else (measured_mean - low) * factor)
+        stds.append(std if measured_std is None else measured_std * factor)
+    if options.names == RGB and base.channel_order == "bgr":
+        means, stds = means[::-1], stds[::-1]
+    order = base.channel_order if options.names == RGB else "rgb"
+    kept = () if options.ranges is None else tuple(ranges)
+    return Preprocessing(order, base.scale, tuple(means), tuple(stds), base.antialias, options.names, kept)
+
+
+def inherit_convention(saved: Preprocessing, options: BandOptions | None) -> Preprocessing:
+    """The preprocessing of initial weights, for these bands; the ranges are always those of the data.
+
+    Args:
+        saved: of the weights, for red, green and blue or for the same bands.
+        options: None: images are 8-bit RGB.
+    """
+    if saved.takes_pictures and options is not None:
+        return band_convention(saved, options)
+    return saved._replace(ranges=() if options is None else options.ranges or ())
+
+
+def check_bands(convention: Preprocessing, options: BandOptions | None) -> None:
+    """Refuse images whose bands are not those of a network.
+
+    Args:
+        convention: of the network.
+        options: how the images are read; None: they are 8-bit RGB.
+
+    Raises:
+        ConfigError: with the keys to set.
+    """
+    names = RGB if options is None else options.names
+    if names == convention.bands and not (convention.ranges and options is None):
+        return
+    ranges = f" data.value_range={format_value_range(convention.ranges)}" if convention.ranges else ""
+    raise ConfigError(
+        f"data.bands={describe_bands(names)}: the network takes the bands {describe_bands(convention.bands)}"
+        f"{', with values beyond 8 bits' if convention.ranges and options is None else ''}. Set "
+        f"data.bands={describe_bands(convention.bands)}{ranges}."
+    )
+
+
+def choose_reading(convention: Preprocessing, data: DataConfig) -> BandOptions | None:
+    """How images for a network are read; None: as 8-bit RGB.
+
+    Args:
+        convention: of the network.
+        data: its data set, or another one that does not say anything about bands.
+
+    Raises:
+        ConfigError: if the bands of `data` are not those of the network.
+    """
+    options = band_options(data)
+    if options is None and not convention.takes_pictures:
+        middle = tuple((low + high) / 2 for low, high in convention.ranges)
+        options = BandOptions((BandFile("", convention.bands),), convention.bands, convention.ranges or None, middle)
+    check_bands(convention, options)
+    return options
+
+
+def adapt_first_layers(module: nn.Module, names: Sequence[str], channel_order: str = "rgb") -> None:
+    """Give all convolutions of three channels, which read the image, a channel for each band; nothing for RGB.
+
+    Args:
+        names: of the bands.
+        channel_order: in which the weights take red, green and blue.
+
+    Raises:
+        ConfigError: if there is no such convolution.
+    """
+    if tuple(names) == RGB:
+        return
+    layers = find_first_layers(module)
+    if not layers:
+        raise ConfigError(
+            f"data.bands={list(names)}: {type(module).__name__} has no convolution that reads red, green and blue, "
+            "which could read other bands. Choose another network."
+        )
+    for layer in layers:
+        layer.in_channels = len(names)
+        layer.weight = nn.Parameter(
+            repeat_weights(layer.weight.detach(), names, channel_order), requires_grad=layer.weight.requires_grad
+        )
+    for part in module.modules():
+        # Networks of transformers compare the number of channels of an image with this one.
+        if getattr(part, "num_channels", None) == NUM_COLOURS:
+            setattr(part, "num_channels", len(names))  # noqa: B010 - a plain attribute of many classes
+
+
+def find_first_layers(module: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions that read an image of three channels."""
+    return [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == NUM_COLOURS and layer.groups == 1
+    ]
+
+
+def repeat_weights(weight: Tensor, names: Sequence[str], channel_order: str = "rgb") -> Tensor:
+    """Weights (K, 3, h, w) for red, green and blue as weights (K, bands, h, w).
+
+    >>> repeat_weights(torch.tensor([3.0, 6.0, 9.0]).view(1, 3, 1, 1), ["red", "green", "blue", "nir"]).flatten()
+    tensor([2.2500, 4.5000, 6.7500, 2.2500])
+    """
+    by_colour = weight.flip(1) if channel_order == "bgr" else weight
+    if len(names) == 1:
+        return by_colour.sum(1, keepdim=True)
+    others = cycle(range(NUM_COLOURS))
+    places = [RGB.index(name) if name in RGB else next(others) for name in names]
+    return (by_colour[:, places] * (NUM_COLOURS / len(names))).contiguous()
+
+
+def adapt_weights(
+    found: dict[str, Tensor], expected: dict[str, Tensor], names: Sequence[str], channel_order: str = "rgb"
+) -> dict[str, Tensor]:
+    """Weights of a network for red, green and blue, of which the first layers are made for other bands.
+
+    Args:
+        expected: the weights of the network for the bands `names`.
+    """
+    return {
+        name: repeat_weights(value, names, channel_order)
+        if name in expected and reads_colours(value, expected[name], len(names))
+        else value
+        for name, value in found.items()
+    }
+
+
+def reads_colours(found: Tensor, expected: Tensor, num_bands: int) -> bool:
+    """Whether `found` is a convolution of red, green and blue, and `expected` the same of `num_bands` bands."""
+    if found.ndim != 4 or found.shape[1] != NUM_COLOURS:
+        return False
+    return expected.shape == torch.Size((found.shape[0], num_bands, *found.shape[2:]))
