@@ -44,6 +44,7 @@ from semseg.datamodule import SegmentationData
 from semseg.errors import ArgumentError, ConfigError, install_command
 from semseg.evaluation.tiled import WindowLayout, choose_layout
 from semseg.lit_module import SegmentationModule
+from semseg.nets.bands import choose_reading
 from semseg.nets.gpu import configure_gpu
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import choose_weight_type
@@ -235,6 +236,8 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
         name=saved.config.model.title,
         source=str(saved.source),
         precision=precision,
+        bands=choose_reading(net.convention, config.data),
+        show_bands=config.data.show_bands,
     )
 
 

@@ -6,6 +6,7 @@ A pixel holds no value where the file says so (GDAL's nodata), where it is NaN o
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,13 +78,40 @@ def read_bands(
     Raises:
         DataError: if a file is missing, broken, too large, or does not hold the bands that `options` name.
     """
+    main = read_image_bytes(path, advice=advice)
+
+    def read_member(file: BandFile) -> tuple[str | Path, bytes]:
+        if file is options.files[0]:
+            return path, main
+        member = find_band_file(path, options, file)
+        return member, read_image_bytes(member, advice=advice)
+
+    return join_files(map(read_member, options.files), options, max_pixels, key=key)
+
+
+def decode_bands(
+    data: bytes, name: str | Path, options: BandOptions, max_pixels: int, *, key: str = "data.max_pixels"
+) -> BandImage:
+    """As `read_bands`, for the bytes of the only file of an image.
+
+    Args:
+        name: of the file, for messages.
+    """
+    return join_files([(name, data)], options, max_pixels, key=key)
+
+
+def join_files(
+    members: Iterable[tuple[str | Path, bytes]], options: BandOptions, max_pixels: int, *, key: str
+) -> BandImage:
+    """The bands of all files of an image, given as names and contents; see `read_bands`."""
     parts: list[NDArray] = []
     missing: list[NDArray | None] = []
     alphas: list[NDArray] = []
     first: FileBands | None = None
-    for file in options.files:
-        member = path if file is options.files[0] else find_band_file(path, options, file)
-        read = split_alpha(member, read_file_bands(member, max_pixels, key, advice), file)
+    path: str | Path = ""
+    for file, (member, data) in zip(options.files, members, strict=True):
+        path = path or member
+        read = split_alpha(member, decode_file_bands(member, data, max_pixels, key), file)
         options.check_type(read.pixels.dtype, member)
         if first is None:
             first = read
@@ -159,15 +187,12 @@ def join_missing(missing: list[NDArray | None], shapes: list[tuple[int, ...]]) -
 # ---- one file
 
 
-def read_file_bands(
-    path: str | Path, max_pixels: int, key: str = "data.max_pixels", advice: str = DATA_SET_ADVICE
-) -> FileBands:
-    """All bands of a file, as stored.
+def decode_file_bands(path: str | Path, data: bytes, max_pixels: int, key: str = "data.max_pixels") -> FileBands:
+    """All bands of the bytes of a file, as stored.
 
     Raises:
-        DataError: if it is missing, broken, or too large.
+        DataError: if it is broken, or too large.
     """
-    data = read_image_bytes(path, advice=advice)
     image, header = open_any(path, data, max_pixels, key)
     if header.raster is not None:
         layout = header.raster

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +67,10 @@ class BandOptions:
         """For each band, its place among the used bands of all files, one file after the other."""
         read = [name for file in self.files for name in file.names if name is not None]
         return [read.index(name) for name in self.names]
+
+    def as_one_file(self) -> BandOptions:
+        """The same bands, all of them in one file."""
+        return replace(self, files=(BandFile("", self.names),))
 
     @property
     def has_colours(self) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from semseg.checkpoints.format import Graph, first_line
+from semseg.config.preprocessing import Preprocessing
 from semseg.data.geometry import Size
 from semseg.errors import ExportError
 from semseg.export.onnx_runtime import INPUT_NAME, METADATA_KEY, OUTPUT_NAME, RAW_PIXELS, GraphEncoder
@@ -47,7 +48,7 @@ class Deviation(NamedTuple):
 
 
 class PixelNetwork(nn.Module):
-    """RGB pixels 0..255 (N, 3, H, W) float32 -> main logits."""
+    """RGB pixels 0..255 (N, 3, H, W), or the values of bands (N, C, H, W), float32 -> main logits."""
 
     def __init__(self, net: SegmentationNetwork) -> None:
         super().__init__()
@@ -168,7 +169,7 @@ def compare_with_network(
             net.convention.num_bands,
             *(net.image_size or (net.size_divisor * height, net.size_divisor * width)),
         )
-        image = torch.randint(0, 256, size, generator=generator).float()
+        image = spread_values(torch.randint(0, 256, size, generator=generator).float(), net.convention)
         expected = reference(image)
         with raise_export_errors(f"a file with the same results at {tuple(size)}"):
             output = exported(image)
@@ -181,6 +182,14 @@ def compare_with_network(
             )
         largest, scale = max(largest, difference), max(scale, bound)
     return Deviation(largest, scale)
+
+
+def spread_values(image: Tensor, convention: Preprocessing) -> Tensor:
+    """Numbers from 0 to 255 (N, C, H, W) as values in the ranges of the bands."""
+    if not convention.ranges:
+        return image
+    low, high = (torch.tensor(ends).view(1, -1, 1, 1) for ends in zip(*convention.ranges, strict=True))
+    return low + (high - low) * image / 255
 
 
 @contextmanager

@@ -74,9 +74,17 @@ def build_description(saved: SavedNetwork, net: SegmentationNetwork, quantized: 
         "ignored_ids": ids.ignored_ids,
         "preprocessing": picture_rule(saved, net).as_plain(),
         "quantized": quantized,
-        "input": f"{INPUT_NAME}: float32 (N, 3, H, W), RGB, 0..255; H and W {describe_sides(net)}",
+        "input": f"{INPUT_NAME}: float32 {describe_values(net.convention)}; H and W {describe_sides(net)}",
         "output": f"{OUTPUT_NAME}: float32 (N, {net.num_classes}, H / {net.label_stride}, W / {net.label_stride})",
     }
+
+
+def describe_values(convention: Preprocessing) -> str:
+    """What an image is: its shape, bands and values."""
+    if convention.takes_pictures:
+        return "(N, 3, H, W), RGB, 0..255"
+    values = "the values of the files, whose ranges are in convention" if convention.ranges else "0..255"
+    return f"(N, {convention.num_bands}, H, W), {', '.join(convention.bands)}, {values}"
 
 
 def describe_sides(net: SegmentationNetwork) -> str:
@@ -165,7 +173,14 @@ def read_exported(path: Path) -> SavedNetwork:
             f"{path}: size_divisor {graph.size_divisor} must be a multiple of label_stride {graph.label_stride}, and "
             "both at least 1. Export the network again."
         )
-    return saved._replace(graph=graph, convention=RAW_PIXELS._replace(antialias=saved.convention.antialias))
+    return saved._replace(graph=graph, convention=raw_values(saved.convention))
+
+
+def raw_values(convention: Preprocessing) -> Preprocessing:
+    """The preprocessing of a graph that has this one inside: none, of the same bands."""
+    count = convention.num_bands
+    raw = RAW_PIXELS._replace(mean=(0.0,) * count, std=(1.0,) * count, bands=convention.bands)
+    return raw._replace(antialias=convention.antialias)
 
 
 def extract_network(model: onnx.ModelProto) -> onnx.ModelProto:

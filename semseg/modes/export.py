@@ -42,6 +42,11 @@ def run(config: Config, overrides: list[str]) -> None:
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     options = config.export
     check_one_size(net, options)
+    if options.preprocessing and not net.convention.takes_pictures:
+        raise ExportError(
+            "export.preprocessing=true: the graph would take pictures of 8-bit RGB, this network takes the bands "
+            f"{', '.join(net.convention.bands)}. Leave it out."
+        )
     with atomic_write(output) as temporary:
         write = EXPORT_WRITERS[EXPORT_SUFFIXES[output.suffix]]
         deviation = write(temporary, net, build_description(saved, net, options.quantize))
@@ -90,7 +95,7 @@ def describe_use(output: Path, *, takes_pictures: bool) -> str:
         call = f'onnxruntime.InferenceSession("{output}").run(None, {{"image": <uint8 (H, W, 3) RGB>}})[0]'
         return f"in Python: {call}\nhere: {format_command(['mode=predict', f'ckpt={output}'])} input=<image or folder>"
     if EXPORT_SUFFIXES[output.suffix] == "torch_export":
-        return f'in Python: torch.export.load("{output}").module()(<float32 (N, 3, H, W) RGB, 0..255>)'
+        return f'in Python: torch.export.load("{output}").module()(<float32 (N, C, H, W): RGB, 0..255, or bands>)'
     command = format_command(["mode=predict", f"ckpt={output}"])
     return f"to predict: {command} input=<image or folder>\nin other programs: docs/export.md, with the arithmetic"
 
@@ -130,7 +135,7 @@ def open_split(
     return EvalDataset(
         source.records(split),
         source.label_map,
-        ReadOptions(source.config.max_long_edge, size_divisor),
+        ReadOptions(source.config.max_long_edge, size_divisor, bands=source.bands_of(split)),
         short_edges=options.scales,
         antialias=net.convention.antialias,
     )

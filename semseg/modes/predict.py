@@ -18,13 +18,15 @@ from torch.utils.data import Dataset
 from semseg.build import open_predictor
 from semseg.checkpoints.zoo import DEMONSTRATION_IMAGE
 from semseg.config.schema import Config
+from semseg.data.bands import BandOptions, draw_bands
+from semseg.data.folders import Naming
 from semseg.data.loaders import WatchedLoader
 from semseg.data.store import UnusedFiles
-from semseg.errors import DataError
+from semseg.errors import ConfigError, DataError
 from semseg.prediction.annotations import ANNOTATION_FILES, AnnotationFiles, AnnotationSettings
 from semseg.prediction.inputs import AS_PATH_LIST, Input, find_inputs, is_path_list
 from semseg.prediction.outputs import array_on_disk, write_classes, write_outputs
-from semseg.prediction.pictures import read_picture
+from semseg.prediction.pictures import read_band_picture, read_picture
 from semseg.prediction.predictor import PredictionResult, Predictor
 from semseg.prediction.video import Frame, LostFramesError, VideoWriters, read_frames
 from semseg.reports.draw import Pixels, colour_class_map, draw_overlay
@@ -58,6 +60,25 @@ def list_inputs(config: Config) -> list[Input]:
     return inputs
 
 
+def leave_out_bands(inputs: Sequence[Input], bands: BandOptions | None) -> list[Input]:
+    """The inputs that stand for an image; the files with further bands of an image (data.band_files) are left out.
+
+    Raises:
+        DataError: if none is left.
+    """
+    if bands is None or not bands.other_suffixes:
+        return list(inputs)
+    naming = Naming(bands.main_suffix, band_suffixes=bands.other_suffixes)
+    kept = [
+        item for item in inputs if item.path.stem.endswith(bands.main_suffix) and not naming.is_band_file(item.path)
+    ]
+    if not kept:
+        raise DataError(
+            f"input: no file of {len(inputs)} has a name that ends in {bands.main_suffix} (data.band_files)."
+        )
+    return kept
+
+
 def predict_inputs(predictor: Predictor, config: Config, inputs: Sequence[Input] | None = None) -> None:
     """Predict `inputs`, or every file of `input`, and write the outputs into the run folder.
 
@@ -65,7 +86,9 @@ def predict_inputs(predictor: Predictor, config: Config, inputs: Sequence[Input]
         DataError: at the end, if files could not be read.
     """
     folder = Path(config.run_dir)
-    inputs = list_inputs(config) if inputs is None else inputs
+    inputs = leave_out_bands(list_inputs(config) if inputs is None else inputs, predictor.bands)
+    if predictor.bands is not None and any(item.is_video for item in inputs):
+        raise ConfigError(f"input={config.input}: a video has red, green and blue, the network takes other bands.")
     settings = AnnotationSettings(config.predict.polygon_tolerance, config.predict.image_prefix)
     annotations = AnnotationFiles(folder, config.predict.save, predictor.classes, predictor.label_map, settings)
     job = PredictionJob(
@@ -214,8 +237,8 @@ FRAME_PICTURES = {
 class LoadedImage(NamedTuple):
     """An image from a worker, or the reason why it could not be read."""
 
-    pixels: Tensor  # (H, W, 3) uint8 RGB
-    scales: list[Tensor]  # (3, h, w) uint8 each
+    pixels: Tensor  # (H, W, 3) uint8 RGB, as drawn
+    scales: list[Tensor]  # (C, h, w) each, uint8 RGB or bands
     failure: str
 
 
@@ -226,13 +249,19 @@ class InputImages(Dataset[LoadedImage]):
         self.inputs = inputs
         # Workers receive a copy of these attributes, so they hold no weights.
         self.resize, self.max_pixels = predictor.build_resizer(), predictor.settings.max_pixels
+        self.bands, self.show_bands = predictor.bands, predictor.show_bands
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> LoadedImage:
+        path, key = self.inputs[index].path, "data.max_pixels"
         try:
-            pixels = read_picture(self.inputs[index].path, self.max_pixels, key="data.max_pixels")
+            if self.bands is None:
+                pixels = drawn = read_picture(path, self.max_pixels, key=key)
+            else:
+                pixels = read_band_picture(path, self.bands, self.max_pixels, key=key)
+                drawn = draw_bands(pixels, self.bands.names, self.show_bands)
         except DataError as error:
             return LoadedImage(torch.empty(0), [], str(error))
-        return LoadedImage(torch.from_numpy(pixels), self.resize(pixels), "")
+        return LoadedImage(torch.from_numpy(drawn), self.resize(pixels), "")

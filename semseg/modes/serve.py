@@ -13,7 +13,6 @@ from semseg.build import open_predictor
 from semseg.config.schema import Config
 from semseg.errors import ConfigError, install_command
 from semseg.prediction.predictor import Predictor
-from semseg.reports.draw import Pixels
 
 DEMO_MODULES = ("fastapi", "uvicorn", "python_multipart")  # modules of semseg[demo]
 LOOPBACK_NAMES = ["localhost", "127.0.0.1", "::1", "[::1]"]
@@ -32,7 +31,13 @@ def run(config: Config, overrides: list[str]) -> None:
         config.serve.host, config.serve.port
     ) as listener:  # fails before the network is loaded, which takes longer
         predictor = open_predictor(config, overrides)
-        served = ServedNetwork(predictor.name, predictor.classes, predictor.label_map, partial(predict_ids, predictor))
+        served = ServedNetwork(
+            predictor.name,
+            predictor.classes,
+            predictor.label_map,
+            partial(predict_ids, predictor),
+            None if predictor.bands is None else predictor.bands.as_one_file(),
+        )
         hosts = [*LOOPBACK_NAMES, config.serve.host] if is_loopback(listener) else ["*"]
         app = build_app(served, config.serve, hosts)
         if not is_loopback(listener):
@@ -60,6 +65,6 @@ def require_demo_extra() -> None:
         raise ConfigError(f"mode=serve needs {', '.join(missing)}: {install_command('demo')}")
 
 
-def predict_ids(predictor: Predictor, image: Pixels) -> NDArray[np.int16]:
+def predict_ids(predictor: Predictor, image: NDArray) -> NDArray[np.int16]:
     """Predict (H, W) class indices of an image, as mode=predict does."""
     return predictor.predict(image).ids

@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from semseg.data.band_images import find_empty, read_bands
+from semseg.data.bands import PIXEL_TYPES, BandOptions
 from semseg.data.images import MAX_PIXELS, decode_image, pil_to_rgb, read_image_bytes
+from semseg.data.rasters import as_bands
 from semseg.data.store import resolve_path
 from semseg.errors import ArgumentError, DataError
 from semseg.reports.draw import Pixels
@@ -42,6 +45,53 @@ def convert_to_pixels(picture: Picture, max_pixels: int = MAX_PIXELS) -> Pixels:
         f"a picture is a path, a PIL image, a NumPy array or a tensor, not {type(picture).__name__}"
         f"{several if isinstance(picture, list | tuple) else ''}."
     )
+
+
+def convert_to_bands(picture: Picture | NDArray[Any], bands: BandOptions, max_pixels: int = MAX_PIXELS) -> NDArray:
+    """Convert what has other bands than 8-bit RGB to (H, W, bands); see `Predictor.predict`.
+
+    Raises:
+        DataError: if a file is missing, broken, does not hold the bands, or is larger than `max_pixels`.
+        ArgumentError: if `picture` is of another type, shape or dtype.
+    """
+    if isinstance(picture, str | os.PathLike):
+        return read_band_picture(picture, bands, max_pixels)
+    if isinstance(picture, Image.Image):
+        array = np.asarray(ImageOps.exif_transpose(picture))
+    elif isinstance(picture, Tensor):
+        array = picture.detach().cpu().numpy()
+        array = array.transpose(1, 2, 0) if array.ndim == 3 else array
+    elif isinstance(picture, np.ndarray):
+        array = picture
+    else:
+        return convert_to_pixels(picture)  # which says what a picture is
+    array, count = as_bands(array) if array.ndim == 2 else array, len(bands.names)
+    refuse_empty(array)
+    if array.ndim != 3 or array.shape[2] != count:
+        order = "(bands, H, W)" if isinstance(picture, Tensor) else "(H, W, bands)"
+        raise ArgumentError(
+            f"a picture must be {order} with {count} bands, {', '.join(bands.names)}, not "
+            f"{tuple(picture.shape) if isinstance(picture, Tensor) else array.shape}."
+        )
+    if array.dtype.name not in PIXEL_TYPES:
+        raise ArgumentError(f"a picture must be one of {', '.join(PIXEL_TYPES)}, not {array.dtype}. Convert it.")
+    try:
+        bands.check_type(array.dtype, "the picture")
+    except DataError as error:
+        raise ArgumentError(str(error)) from None
+    lacks = find_empty(array, None)
+    filled = array if lacks is None else np.where(lacks, bands.fill_values(array.dtype), array)
+    return np.array(filled, array.dtype.newbyteorder("="), order="C")
+
+
+def read_band_picture(
+    path: str | os.PathLike[str], bands: BandOptions, max_pixels: int, *, key: str = "max_pixels"
+) -> NDArray:
+    """As `read_picture`, for images with other bands than 8-bit RGB: (H, W, bands)."""
+    if "://" in str(path):
+        raise DataError(f"{path}: URLs are not supported. Download the file and give its path.")
+    found = resolve_path(os.fspath(path))
+    return read_bands(found, bands, max_pixels, key=key, advice="").turn_upright().pixels
 
 
 def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, *, key: str = "max_pixels") -> Pixels:

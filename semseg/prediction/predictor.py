@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from semseg.config.fields import find_crop_problems, find_view_problems, is_int_between
+from semseg.data.bands import BandOptions, draw_bands
 from semseg.data.classes import ClassTable
 from semseg.data.datasets import resize_to_scales
 from semseg.data.geometry import Size
@@ -32,7 +33,7 @@ from semseg.evaluation.tiled import ArraySink, choose_layout, predict_by_windows
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import create_autocast
 from semseg.prediction.outputs import write_outputs
-from semseg.prediction.pictures import Picture, convert_to_pixels
+from semseg.prediction.pictures import Picture, convert_to_bands, convert_to_pixels
 from semseg.reports.draw import ClassShare, Pixels, add_legend, class_shares, draw_overlay, format_share
 
 NOTEBOOK_EDGE = 1024  # pixels: the largest edge of a prediction in a notebook
@@ -192,6 +193,8 @@ class Predictor:
         name: name of the network.
         source: file that it was read from.
         precision: as trainer.precision; the weights of `net` have the type for it.
+        bands: of the images; None: they are 8-bit RGB.
+        show_bands: data.show_bands, for pictures.
     """
 
     def __init__(
@@ -204,7 +207,10 @@ class Predictor:
         name: str = "",
         source: str = "",
         precision: str = "32-true",
+        bands: BandOptions | None = None,
+        show_bands: Sequence[str] | None = None,
     ) -> None:
+        self.bands, self.show_bands = bands, show_bands
         self.net, self.classes, self.label_map, self.settings = net, classes, label_map, settings
         self.name, self.source, self.precision = name, source, precision
 
@@ -225,6 +231,8 @@ class Predictor:
         Args:
             picture: a path or a PIL image (both turned upright), a NumPy array (H, W, 3) uint8 RGB, or a tensor
                 (3, H, W) uint8 RGB. Grey pictures of one channel become RGB, and a fourth channel (alpha) is dropped.
+                For a network with other bands: a path, an array (H, W, bands) or a tensor (bands, H, W) of uint8,
+                uint16, int16 or float32, in the units of the files that it was trained on.
             probabilities: keep the probabilities of all classes as well: 2 bytes per pixel and class.
             settings: fields of `PredictionSettings` to override for this picture: scales, flip, window, stride,
                 max_long_edge, size_divisor, memory_limit_mb, max_pixels, batch_size.
@@ -234,17 +242,25 @@ class Predictor:
             ArgumentError: if `picture` is not a picture, and for unknown settings.
             ConfigError: for settings out of their range.
         """
-        image = convert_to_pixels(picture, self.settings.override(settings).max_pixels)
+        max_pixels = self.settings.override(settings).max_pixels
+        if self.bands is None:
+            image = convert_to_pixels(picture, max_pixels)
+        else:
+            image = convert_to_bands(picture, self.bands, max_pixels)
         shape = (self.classes.num_classes, *image.shape[:2])
         array = np.empty(shape, np.float16) if probabilities else None
         ids = self.predict_class_map(image.shape[:2], self.resize(image, **settings), array, **settings)
-        return PredictionResult(image, ids, self.classes, self.label_map, array)
+        return PredictionResult(self.draw(image), ids, self.classes, self.label_map, array)
 
-    def resize(self, image: Pixels, **settings: Any) -> list[Tensor]:
-        """Resize the picture (H, W, 3) to every scale: a list of uint8 (3, h, w); itself at native resolution."""
+    def draw(self, image: NDArray) -> Pixels:
+        """(H, W, 3) uint8 RGB for pictures: the image as it is, or its bands data.show_bands, stretched."""
+        return image if self.bands is None else draw_bands(image, self.bands.names, self.show_bands)
+
+    def resize(self, image: NDArray, **settings: Any) -> list[Tensor]:
+        """Resize the picture (H, W, C) to every scale: a list of (C, h, w); itself at native resolution."""
         return self.build_resizer(**settings)(image)
 
-    def build_resizer(self, **settings: Any) -> Callable[[Pixels], list[Tensor]]:
+    def build_resizer(self, **settings: Any) -> Callable[[NDArray], list[Tensor]]:
         """Return `resize` as a function without the weights, for worker processes."""
         chosen = self.settings.override(settings)
         return partial(

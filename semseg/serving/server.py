@@ -36,11 +36,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from semseg.config.schema import ServeConfig
+from semseg.data.band_images import decode_bands
+from semseg.data.bands import BandOptions
 from semseg.data.classes import ClassTable
 from semseg.data.images import decode_image
 from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError, SemsegError
-from semseg.reports.draw import Pixels, class_shares
+from semseg.reports.draw import class_shares
 from semseg.reports.templates import format_css_colour
 from semseg.serving.connections import MIN_BYTES_PER_SECOND, STALE_SECONDS, Connection, client_limit
 
@@ -110,7 +112,8 @@ class ServedNetwork(NamedTuple):
     name: str
     classes: ClassTable
     label_map: LabelMap  # maps class indices to the ids in the mask
-    predict: Callable[[Pixels], NDArray[np.integer]]  # (H, W, 3) uint8 RGB -> (H, W) class indices
+    predict: Callable[[NDArray], NDArray[np.integer]]  # (H, W, 3) uint8 RGB, or bands -> (H, W) class indices
+    bands: BandOptions | None = None  # of an upload, all in one file; None: it is 8-bit RGB
 
 
 class Upload(NamedTuple):
@@ -421,7 +424,11 @@ def predict_upload(served: ServedNetwork, upload: Upload, max_pixels: int) -> Pr
     Raises:
         DataError: if the upload is not an image, is broken, or has more than `max_pixels`.
     """
-    image = decode_image(upload.file.read(), upload.name, upright=True, max_pixels=max_pixels, key="serve.max_pixels")
+    data, key = upload.file.read(), "serve.max_pixels"
+    if served.bands is None:
+        image = decode_image(data, upload.name, upright=True, max_pixels=max_pixels, key=key)
+    else:
+        image = decode_bands(data, upload.name, served.bands, max_pixels, key=key).turn_upright().pixels
     ids = served.predict(image)
     present = [
         PresentClass(share=share.share, **describe_class(served, share.class_index).model_dump())
