@@ -152,7 +152,7 @@ TRAINED = [
 @pytest.mark.parametrize("takes_all", [False, pytest.param(True, marks=pytest.mark.long)], ids=["last", "all"])
 @pytest.mark.parametrize(("key", "kind", "limits"), TRAINED, ids=[leaf[0] for leaf in TRAINED])
 def test_i6_two_steps_are_taken_with_every_value_inside_its_range(
-    root: Path, tmp_path: Path, key: str, kind: Any, limits: dict[str, Any], takes_all: bool
+    root: Path, tmp_path: Path, *, key: str, kind: Any, limits: dict[str, Any], takes_all: bool
 ) -> None:
     default: Any = BASE
     for word in key.split("."):

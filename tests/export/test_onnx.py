@@ -53,7 +53,7 @@ NUM_CLASSES = 11  # classes of the generated scenes
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint, `net.ckpt`, of a tiny network with C1 and deep supervision, and `net.onnx` from it."""
+    """A folder with a checkpoint, `net.ckpt`, of a tiny network with C1 and `net.onnx` from it."""
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     overrides = [*SMALL, "model/decoder=c1_deepsup", f"data.root={folder / 'scenes'}"]
