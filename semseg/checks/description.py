@@ -1,4 +1,4 @@
-"""The description of a checked data set as a file for data=<file.yaml>. No torch."""
+"""The description of a checked data set, as the section `data` of a recipe. No torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from semseg.config.schema import BUILT_IN_CLASSES, SPLITS, DataConfig
-from semseg.errors import ConfigError
-from semseg.storage.atomic import atomic_write
-
-HEADER = "# A data set, checked by mode=check: data=<this file>. Relative paths start at the folder of this file.\n"
 
 
 def describe_data_set(data: DataConfig, base: DataConfig, file: Path) -> dict[str, Any]:
@@ -59,26 +53,3 @@ def shorten_below(path: str, folder: Path) -> str:
     """`path`, which may be relative to the working directory, relative to `folder` if it lies below, else absolute."""
     absolute = Path(path).expanduser().absolute()
     return absolute.relative_to(folder).as_posix() if absolute.is_relative_to(folder) else str(absolute)
-
-
-def write_description(file: Path, content: Mapping[str, Any]) -> None:
-    """Write the description of a data set, unless the file has it already.
-
-    Raises:
-        ConfigError: if the file exists and has another content, which is kept.
-    """
-    if file.exists():
-        if read_content(file) != content:
-            raise ConfigError(f"output={file}: exists with another content. Remove it, or give another name.")
-        return
-    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
-    with atomic_write(file) as temporary:
-        temporary.write_text(HEADER + text, encoding="utf-8")
-
-
-def read_content(file: Path) -> Any:
-    """The content of a YAML file; None if it has none."""
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return None

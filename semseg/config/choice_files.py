@@ -100,8 +100,10 @@ def read_choice_file(group: str, path: Path) -> ChoiceFile:
         raise ConfigError(f"{path}: {problem}")
     if not is_global:
         return ChoiceFile(complete_section(group, content, path), is_global)
-    if isinstance(content.get("data"), dict):
-        content["data"] = resolve_data_paths(content["data"], path.absolute().parent)
+    data = content.get("data")
+    if isinstance(data, dict):
+        hint = {"hint": f"Its folders are set in {path}."} if {"root", "images"} & set(data) else {}
+        content["data"] = resolve_data_paths(hint | data, path.absolute().parent)
     return ChoiceFile(content, is_global)
 
 

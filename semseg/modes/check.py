@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from os.path import relpath
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,11 +35,21 @@ from semseg.checks.dataset import (
     sort_notices,
     with_zero_unlabelled,
 )
-from semseg.checks.description import describe_data_set, write_description
+from semseg.checks.description import describe_data_set
+from semseg.checks.recipe import (
+    BASE_RECIPE,
+    DataFacts,
+    Machine,
+    choose_settings,
+    flatten_sections,
+    make_recipe,
+    read_base_recipe,
+    write_recipe,
+)
 from semseg.config.load import load_config
 from semseg.config.schema import SPLITS, Config, DataConfig
 from semseg.data.classes import ClassTable
-from semseg.data.geometry import Size, largest_canvas
+from semseg.data.geometry import Size, canvas_size, largest_canvas
 from semseg.data.importing.formats import FoundExport
 from semseg.data.importing.recognise import name_output, recognise_exports, recognise_masks_beside
 from semseg.data.label_map import LabelMap
@@ -106,8 +118,9 @@ def run(config: Config, overrides: list[str]) -> None:
     next_step = escape_lines(f"{report.purpose}: {report.command}")
     if is_ready:
         if output is not None:
-            write_description(output, describe_checked_data(overrides, diagnosis.suggestions, output))
-            print(escape_lines(f"written to {relative_to_cwd(output)}"))
+            content, reasons = choose_recipe(config, overrides, diagnosis, splits[0], output)
+            write_recipe(output, content, reasons, report.command)
+            print(escape_lines(f"written to {relative_to_cwd(output)}: the data set, and settings with their reasons"))
         print(next_step)
         return
     if output is not None:
@@ -259,12 +272,21 @@ def odgt_entry(record: Record, height: int, width: int, root: Path) -> dict[str,
 
 
 def training_command(overrides: Sequence[str], suggestions: dict[str, str], output: Path | None) -> str:
-    """The command that trains with all suggestions; those about the data are in `output` if it is given."""
+    """The command that trains with all suggestions; what `output` holds is left out if it is given."""
     words = apply_suggestions(overrides, suggestions)
     if output is not None:
-        others = [word for word in words if word.partition("=")[0].partition(".")[0].lstrip("+~") != "data"]
-        words = [f"data={relative_to_cwd(output)}", *others]
+        words = [f"experiment={relative_to_cwd(output)}", *leave_out_data(overrides)]
     return format_command(words)
+
+
+def leave_out_data(overrides: Sequence[str]) -> list[str]:
+    """The overrides that are neither about the data set nor for the check alone."""
+    return [
+        word
+        for word in overrides
+        if not word.startswith((*OWN_WORDS, "experiment="))
+        and word.partition("=")[0].partition(".")[0].lstrip("+~") != "data"
+    ]
 
 
 def check_command(overrides: Sequence[str], diagnosis: Diagnosis) -> str:
@@ -287,6 +309,41 @@ def describe_checked_data(overrides: Sequence[str], suggestions: dict[str, str],
     """The content of `output`: the data set with all suggestions."""
     data, base = (load_config(words)[0].data for words in (apply_suggestions(overrides, suggestions), ["data=folder"]))
     return describe_data_set(data if data.name != base.name else replace(data, name=output.stem), base, output)
+
+
+def choose_recipe(
+    config: Config, overrides: Sequence[str], diagnosis: Diagnosis, train: ScannedSplit, output: Path
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The content of `output`, and the reason of each of its settings by key."""
+    data = describe_checked_data(overrides, diagnosis.suggestions, output)
+    others = leave_out_data(overrides)
+    chosen = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
+    own = read_base_recipe(*chosen[-1:])
+    is_network_given = any(word.lstrip("+~").startswith("model") for word in others)
+    recipe_words = [] if is_network_given else [f"experiment={(chosen or [BASE_RECIPE])[-1]}"]
+    model = load_config([*recipe_words, "data=folder", "data.num_classes=2", *others])[0].model
+    with torch.device("meta"):
+        net = build_network(without_weights(model), len(diagnosis.classes)).train()
+
+    def estimate_memory(size: Size, batch_size: int) -> int:
+        needed = estimate_step_memory(net, canvas_size([size], net.size_divisor), batch_size)
+        return needed.activations + 3 * needed.weights
+
+    sizes = [Size(facts.height, facts.width) for _, facts in train.usable_pairs]
+    facts = DataFacts(sizes, [row.share for row in diagnosis.classes], {})
+    rates = {key: value for key, value in flatten_sections(own) if key.startswith("optim.lr") and not chosen}
+    choices = choose_settings(facts, measure_machine(config), rates, estimate_memory)
+    given = [key for key, _ in flatten_sections({"data": data}) if key not in diagnosis.suggestions]
+    recipe, reasons = make_recipe(choices, {"name": output.stem, **data}, own, [*given, *others])
+    return recipe, dict.fromkeys(diagnosis.suggestions, "suggested by the check of all files") | reasons
+
+
+def measure_machine(config: Config) -> Machine:
+    """The device that trains with this configuration, and its memory."""
+    has_timm = find_spec("timm") is not None
+    if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda"):
+        return Machine(True, torch.cuda.get_device_properties(0).total_memory, has_timm)
+    return Machine(False, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), has_timm)
 
 
 def write_report(folder: Path, report: CheckReport) -> list[Path]:

@@ -153,7 +153,8 @@ def write_option_files(command: Command, folder: Path) -> None:
     for word in command.words():
         key, _, name = word.partition("=")
         if key != "output" and name.endswith(".yaml"):
-            (folder / name).write_text("{}")
+            is_recipe = key == "experiment"  # as mode=check writes it
+            (folder / name).write_text("defaults: [override /data: folder]" if is_recipe else "{}")
 
 
 @cache

@@ -1,0 +1,298 @@
+"""The settings that mode=check chooses for a data set on a machine, each with its reason, as a recipe. No torch.
+
+What the data do not decide comes from the recipe for own images (configs/experiment/own_data.yaml), whose values were
+measured.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from semseg.config.groups import CONFIG_DIR, list_groups
+from semseg.data.geometry import Size
+from semseg.errors import ConfigError
+from semseg.storage.atomic import atomic_write
+
+BASE_RECIPE = "own_data"
+CPU_EDGE, GPU_EDGE = 360, 512  # largest short edges of evaluation, in pixels
+# Of the short edges of training to that of evaluation. On a CPU, smaller images give more steps in the same time.
+CPU_FACTORS, GPU_FACTORS = (0.625, 0.75, 0.875, 1.0), (0.75, 0.875, 1.0, 1.125, 1.25)
+MIN_OBJECT = 8  # pixels: smaller objects are lost at the stride of the labels and the logits, which is 4
+NATIVE_CROP = 512
+BATCH_SIZES = (16, 8, 4, 2, 1)
+MAX_CPU_BATCH = 4
+CPU_IMAGES, GPU_IMAGES = 8000, 80_000  # training images in all passes of a run
+MIN_PASSES, MAX_PASSES = 10, 200
+LONG_RUN = 5000  # steps from which on the average of the weights may be a slow one
+TINY_SHARE = 0.02  # fraction of the pixels of both classes below which the smaller one is a defect, and not a region
+
+EstimateMemory = Callable[[Size, int], int]  # canvas and number of images -> bytes of a training step
+
+
+class Choice(NamedTuple):
+    """One setting of a recipe."""
+
+    key: str  # as on the command line: data.batch_size, or a group such as augment
+    value: Any
+    reason: str
+
+
+class DataFacts(NamedTuple):
+    """What is known of the training images."""
+
+    sizes: Sequence[Size]
+    shares: Sequence[float]  # of each class, in the scored pixels
+    small_sides: Mapping[str, float]  # class -> side in pixels that nine of ten of its objects exceed
+    has_three_bands: bool = True
+
+
+class Machine(NamedTuple):
+    """What the recipe is for."""
+
+    has_gpu: bool
+    memory: int  # bytes of the GPU, or of this machine without one
+    has_timm: bool = True  # whether its networks can be used
+
+
+WITHOUT_TIMM = (
+    Choice("model/encoder", "torchvision", "timm, which has the measured one, is not installed"),
+    Choice("model.encoder.name", "efficientnet_b0", "of about the same size"),
+)
+
+
+def choose_settings(
+    facts: DataFacts, machine: Machine, rates: Mapping[str, float], estimate_memory: EstimateMemory
+) -> list[Choice]:
+    """Choose what the size and the number of the images decide.
+
+    Args:
+        rates: learning rates of the base recipe by key, for batches of MAX_CPU_BATCH images.
+        estimate_memory: of one training step with the network of the recipe.
+    """
+    choices = choose_resolution(facts, machine)
+    chosen = {choice.key: choice.value for choice in choices}
+    canvas = largest_input(facts, chosen)
+    batch = choose_batch(len(facts.sizes), canvas, machine, estimate_memory)
+    choices += [batch, *choose_length(len(facts.sizes), batch.value, machine)]
+    factor = math.sqrt(batch.value / MAX_CPU_BATCH)
+    rule = "as measured for this batch"
+    if batch.value != MAX_CPU_BATCH:
+        rule = f"that of {MAX_CPU_BATCH} images, times the square root of {batch.value} / {MAX_CPU_BATCH} (AdamW)"
+    choices += [Choice(key, float(f"{rate * factor:.3g}"), rule) for key, rate in rates.items()]
+    choices.append(choose_augmentation(facts, is_native=chosen["data.resize"] == "native"))
+    return choices if machine.has_timm else [*choices, *WITHOUT_TIMM]
+
+
+def choose_resolution(facts: DataFacts, machine: Machine) -> list[Choice]:
+    """Choose whether images are resized, and to which edges."""
+    short = statistics.median(min(size) for size in facts.sizes)
+    limit = GPU_EDGE if machine.has_gpu else CPU_EDGE
+    edge = max(8, 8 * round(min(short, limit) / 8))
+    name, side = min(facts.small_sides.items(), key=lambda item: item[1], default=("", math.inf))
+    if side * edge / short < MIN_OBJECT and edge < 0.75 * short:
+        crop = [min(NATIVE_CROP, 32 * math.ceil(min(size[axis] for size in facts.sizes) / 32)) for axis in (0, 1)]
+        lost = side * edge / short
+        reason = f"at a short edge of {edge}, small objects of {name} ({side:.0f} pixels) would have {lost:.1f} pixels"
+        return [
+            Choice("data.resize", "native", reason),
+            Choice("data.crop", crop, "pixels of the crops of training, and of the windows of evaluation"),
+            Choice("data.crop_foreground", 0.33, "a third of the crops is centred on an object, rare classes first"),
+        ]
+    device = "GPU" if machine.has_gpu else "CPU"
+    factors = GPU_FACTORS if machine.has_gpu else CPU_FACTORS
+    edges = sorted({max(8, 8 * round(edge * factor / 8)) for factor in factors})
+    aspect = sorted(max(size) / min(size) for size in facts.sizes)[int(0.95 * (len(facts.sizes) - 1))]
+    why = f"the median short side is {short:g} pixels, and {limit} is what a {device} trains in reasonable time"
+    return [
+        Choice("data.resize", "short_edge", "objects keep at least 8 pixels, as far as is known"),
+        Choice("data.short_edges", edges, why),
+        Choice("data.max_long_edge", 8 * math.ceil(edges[-1] * aspect / 8), "for 95 % of the images no limit"),
+        Choice("eval.scales", [edge], "one of the short edges of training"),
+    ]
+
+
+def largest_input(facts: DataFacts, chosen: Mapping[str, Any]) -> Size:
+    """The largest image that goes through the network in training, in pixels, before padding."""
+    if "data.crop" in chosen:
+        return Size(*chosen["data.crop"])
+    edge, limit = chosen["data.short_edges"][-1], chosen["data.max_long_edge"]
+    is_tall = statistics.median(size.height / size.width for size in facts.sizes) > 1
+    return Size(limit, edge) if is_tall else Size(edge, limit)
+
+
+def choose_batch(num_images: int, canvas: Size, machine: Machine, estimate_memory: EstimateMemory) -> Choice:
+    """Choose the number of images of a step."""
+    largest = BATCH_SIZES[0] if machine.has_gpu else MAX_CPU_BATCH
+    sizes = [size for size in BATCH_SIZES if size <= min(largest, max(1, num_images // 4))]
+    for size in sizes:
+        needed = estimate_memory(canvas, size)
+        if needed < machine.memory / 2 or size == sizes[-1]:
+            break
+    memory = f"needs about {needed / 2**30:.1f} of {machine.memory / 2**30:.0f} GB"
+    more = "" if machine.has_gpu else "; on a CPU, more small steps teach more than few large ones"
+    return Choice("data.batch_size", size, f"{memory}{more}")
+
+
+def choose_length(num_images: int, batch_size: int, machine: Machine) -> Iterator[Choice]:
+    """Choose the number of epochs, which are passes over the images, and what depends on the number of steps."""
+    total = GPU_IMAGES if machine.has_gpu else CPU_IMAGES
+    passes = min(MAX_PASSES, max(MIN_PASSES, round(total / num_images)))
+    steps_per_pass = max(1, num_images // batch_size)
+    steps = passes * steps_per_pass
+    yield Choice("trainer.max_epochs", passes, f"{steps} steps; an epoch is one pass over {num_images} images")
+    interval = max(1, passes // 20)
+    yield Choice("trainer.check_val_every_n_epoch", interval, "about twenty validations in the run")
+    warmup = max(1, min(500, steps // 20))
+    yield Choice("schedule.warmup_steps", warmup, "a twentieth of the steps")
+    decay = 0.999 if steps >= LONG_RUN else 0.99
+    yield Choice("ema.decay", decay, f"an average over the last {round(1 / (1 - decay))} steps")
+
+
+def choose_augmentation(facts: DataFacts, *, is_native: bool) -> Choice:
+    """Choose a preset of augmentation."""
+    names = {path.stem for path in (CONFIG_DIR / "augment").glob("*.yaml")}
+    is_defect = len(facts.shares) == 2 and min(facts.shares) < TINY_SHARE
+    if is_native and not facts.has_three_bands and "aerial" in names:
+        return Choice("augment", "aerial", "images of more than three bands have no upright direction")
+    if is_native and is_defect and "defects" in names:
+        return Choice("augment", "defects", f"the rarer of two classes has {min(facts.shares):.2%} of the pixels")
+    return Choice("augment", "color", "cameras and light vary; photographs are mirrored, not turned")
+
+
+# ---- the file
+
+
+def make_recipe(
+    choices: Sequence[Choice], data: Mapping[str, Any], base: Mapping[str, Any], given: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The content of a recipe, and the reasons by key.
+
+    Args:
+        choices: what was chosen.
+        data: the section `data` of the data set; what the user set in it takes the place of choices.
+        base: the content of the recipe that gives all other values.
+        given: overrides of the user; what they set is left out of the recipe, so that it does not contradict them.
+    """
+    keys = [word.partition("=")[0].lstrip("+~") for word in given]
+    is_given = lambda key: any(overrides_key(given_key, key) for given_key in keys)  # noqa: E731
+    groups: dict[str, Any] = {"data": "folder"}
+    content: dict[str, Any] = {"data": dict(data)}
+    reasons = {choice.key: choice.reason for choice in choices}
+    for entry in base.get("defaults", []):
+        groups |= {str(key).removeprefix("override ").lstrip("/"): value for key, value in entry.items()}
+    values = {key: value for key, value in flatten_sections(base) if not is_given(key)}
+    values |= {choice.key: choice.value for choice in choices if not is_given(choice.key)}
+    for key, value in values.items():
+        if key in list_groups():
+            groups[key] = value
+        else:
+            section, *inner, last = key.split(".")
+            target = content.setdefault(section, {})
+            for name in inner:
+                target = target.setdefault(name, {})
+            target[last] = value
+    defaults = [{f"override /{key}": value} for key, value in groups.items() if key == "data" or not is_given(key)]
+    return {"defaults": defaults, **content}, reasons
+
+
+def overrides_key(given: str, key: str) -> bool:
+    """Whether an override of `given` decides `key`: the same key, a section or group that holds it, or the network.
+
+    >>> overrides_key("optim", "optim.lr"), overrides_key("optim.momentum", "optim.lr")
+    (True, False)
+    >>> overrides_key("model", "model/encoder"), overrides_key("model/decoder", "model.channels_last")
+    (True, False)
+    """
+    if given.partition("/")[0].partition(".")[0] == "model" and key.startswith("model"):
+        return key not in ("model.channels_last",)
+    return key == given or key.startswith((f"{given}.", f"{given}/"))
+
+
+def flatten_sections(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of a recipe with its whole key, without its defaults list."""
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten_sections(value, f"{prefix}{name}.")
+        elif name != "defaults":
+            yield f"{prefix}{name}", value
+
+
+def write_lines(
+    content: Mapping[str, Any], reasons: Mapping[str, str], prefix: str = "", indent: str = ""
+) -> Iterator[str]:
+    """Yield the lines of a recipe in YAML, each value with its reason as a comment."""
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and name != "map":
+            yield f"{indent}{name}:"
+            yield from write_lines(value, reasons, f"{key}.", f"{indent}  ")
+            continue
+        if key == "defaults":
+            yield "defaults:"
+            for entry in value:
+                ((option, choice),) = entry.items()
+                yield add_reason(f"  - {option}: {choice}", reasons.get(option.removeprefix("override /")))
+            continue
+        text = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6)
+        yield add_reason(f"{indent}{name}: {text.strip()[1:-1]}", reasons.get(key))
+
+
+def write_recipe(file: Path, content: Mapping[str, Any], reasons: Mapping[str, str], command: str) -> None:
+    """Write a recipe, unless the file has it already.
+
+    Args:
+        command: the one that trains with it.
+
+    Raises:
+        ConfigError: if the file exists and has another content, which is kept.
+    """
+    if file.exists():
+        if read_content(file) != content:
+            raise ConfigError(f"output={file}: exists with another content. Remove it, or give another name.")
+        return
+    with atomic_write(file) as temporary:
+        temporary.write_text(format_recipe(content, reasons, file, command), encoding="utf-8")
+
+
+def read_content(file: Path) -> Any:
+    """The content of a YAML file; None if it has none."""
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+
+
+def add_reason(line: str, reason: str | None) -> str:
+    return f"{line:<40}  # {reason}" if reason else line
+
+
+def read_base_recipe(experiment: str = BASE_RECIPE) -> dict[str, Any]:
+    """The recipe that gives what the data do not decide, as plain data.
+
+    Args:
+        experiment: an option of that group, or a file.
+    """
+    path = Path(experiment).expanduser()
+    is_option = path.suffix not in (".yaml", ".yml")
+    return yaml.safe_load((CONFIG_DIR / "experiment" / f"{experiment}.yaml" if is_option else path).read_text("utf-8"))
+
+
+def format_recipe(content: Mapping[str, Any], reasons: Mapping[str, str], file: Path, command: str) -> str:
+    """The text of a recipe.
+
+    Args:
+        command: the one that trains with it.
+    """
+    head = [
+        "# @package _global_",
+        f"# A recipe that mode=check chose for a data set and a machine: {command}",
+        f"# data={file.name} uses its data set alone. Relative paths start at the folder of this file.",
+        f"# Values without a comment are those of experiment={BASE_RECIPE} (docs/results.md), unless they were given.",
+    ]
+    return "\n".join([*head, *write_lines(content, reasons)]) + "\n"

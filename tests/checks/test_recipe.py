@@ -1,0 +1,102 @@
+"""What mode=check chooses for a data set and a machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from semseg.checks.recipe import (
+    DataFacts,
+    Machine,
+    choose_settings,
+    make_recipe,
+    read_base_recipe,
+    write_recipe,
+)
+from semseg.config.load import load_config
+from semseg.data.geometry import Size
+from semseg.errors import ConfigError
+
+CPU, GPU = Machine(False, 16 * 2**30), Machine(True, 80 * 2**30)
+STREET = DataFacts([Size(360, 480)] * 367, [0.3, 0.6, 0.1], {"pole": 12.0})
+DEFECTS = DataFacts([Size(2000, 3000)] * 100, [0.999, 0.001], {"scratch": 9.0})
+
+
+def memory(canvas: Size, batch_size: int) -> int:
+    return canvas.height * canvas.width * batch_size * 3000
+
+
+def choose(facts: DataFacts, machine: Machine = CPU) -> dict[str, Any]:
+    return {choice.key: choice.value for choice in choose_settings(facts, machine, {"optim.lr": 0.003}, memory)}
+
+
+def test_photographs_are_resized_to_edges_that_a_cpu_can_train() -> None:
+    chosen = choose(STREET)
+    assert chosen["data.resize"] == "short_edge" and "data.crop" not in chosen
+    assert (chosen["data.short_edges"], chosen["eval.scales"]) == ([224, 272, 312, 360], [360])
+    assert chosen["data.max_long_edge"] == 480
+    assert (chosen["data.batch_size"], chosen["optim.lr"], chosen["trainer.max_epochs"]) == (4, 0.003, 22)
+
+
+def test_a_gpu_gets_larger_images_larger_batches_and_more_passes() -> None:
+    chosen = choose(DataFacts([Size(1080, 1920)] * 367, [0.5, 0.5], {}), GPU)
+    assert chosen["eval.scales"] == [512] and max(chosen["data.short_edges"]) == 640
+    assert (chosen["data.batch_size"], chosen["optim.lr"]) == (16, 0.006)  # four times the batch, twice the rate
+    assert chosen["trainer.max_epochs"] == 200 and chosen["ema.decay"] == 0.99  # 4400 steps
+
+
+def test_a_batch_fits_in_the_memory_and_no_image_is_twice_in_it() -> None:
+    assert choose(STREET, Machine(False, 2**30))["data.batch_size"] == 1
+    assert choose(DataFacts([Size(60, 80)] * 9, [1.0], {}), GPU)["data.batch_size"] == 2
+
+
+def test_small_objects_in_large_images_keep_their_pixels() -> None:
+    chosen = choose(DEFECTS)
+    assert (chosen["data.resize"], chosen["data.crop"], chosen["data.crop_foreground"]) == ("native", [512, 512], 0.33)
+    assert "data.short_edges" not in chosen and "eval.scales" not in chosen
+    reasons = {choice.key: choice.reason for choice in choose_settings(DEFECTS, CPU, {}, memory)}
+    assert "scratch (9 pixels) would have 1.6 pixels" in reasons["data.resize"]
+    large = DEFECTS._replace(small_sides={"scratch": 200.0})
+    assert choose(large)["data.resize"] == "short_edge"
+
+
+def test_without_timm_the_encoder_is_one_of_torchvision() -> None:
+    assert "model/encoder" not in choose(STREET)
+    assert choose(STREET, CPU._replace(has_timm=False))["model/encoder"] == "torchvision"
+
+
+@pytest.fixture
+def recipe() -> tuple[dict[str, Any], dict[str, str]]:
+    choices = choose_settings(STREET, CPU, {"optim.lr": 0.003}, memory)
+    return make_recipe(choices, {"name": "a", "root": "photos", "num_classes": 3}, read_base_recipe(), [])
+
+
+def test_the_file_trains_what_was_chosen_and_is_a_data_set_too(
+    recipe: tuple[dict[str, Any], dict[str, str]], tmp_path: Path
+) -> None:
+    content, reasons = recipe
+    file = tmp_path / "sub" / "a.yaml"
+    write_recipe(file, content, reasons, "python run.py experiment=a.yaml")
+    assert yaml.safe_load(file.read_text()) == content
+    lines = file.read_text().splitlines()
+    assert all("  # " in line for line in lines if line.strip().startswith(("batch_size:", "short_edges:", "lr:")))
+    config = load_config([f"experiment={file}"])[0]
+    assert (config.data.root, config.data.short_edges) == (str(tmp_path / "sub" / "photos"), [224, 272, 312, 360])
+    assert (config.optim.name, config.optim.lr, config.eval.scales) == ("adamw", 0.003, [360])
+    assert load_config([f"data={file}"])[0].data == config.data
+    write_recipe(file, content, reasons, "")  # the same content
+    with pytest.raises(ConfigError, match="exists with another content"):
+        write_recipe(file, {**content, "seed": 1}, reasons, "")
+
+
+def test_what_the_user_set_is_left_to_the_command_line() -> None:
+    choices = choose_settings(STREET, CPU, {"optim.lr": 0.003}, memory)
+    given = ["model=upernet50", "trainer.max_epochs=3", "augment=none", "data.batch_size=2"]
+    content, _ = make_recipe(choices, {"root": "photos", "batch_size": 2}, read_base_recipe(), given)
+    groups = [next(iter(entry)).removeprefix("override /") for entry in content["defaults"]]
+    assert groups == ["data", "optim", "schedule", "loss"]
+    assert content["model"] == {"channels_last": True}
+    assert content["data"]["batch_size"] == 2 and "max_epochs" not in content["trainer"]
