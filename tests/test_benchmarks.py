@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import NamedTuple
 from unittest.mock import patch
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -104,6 +106,25 @@ def test_the_defaults_of_a_folder_are_a_side_too(tmp_path: Path, monkeypatch: py
 def test_every_ablation_that_is_asked_for_adds_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run_on_scenes(tmp_path, monkeypatch, "ablations", "--change", "none", "--change", "Dice")
     assert [row["change"] for row in rows] == ["none", "Dice"]
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_check_and_the_defaults_each_add_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program, accuracy = import_benchmark(monkeypatch, "checked_recipe"), import_benchmark(monkeypatch, "accuracy")
+    monkeypatch.setattr(accuracy, "run_measured", lambda words, log: run_in_this_process(accuracy, words))
+    words = ["--defects", "--toy", "--encoder", "mobilenetv3_small_050", "--weights", "none", "--table", "rows.csv"]
+    for _ in range(2):
+        monkeypatch.setattr("sys.argv", ["checked_recipe.py", *words])
+        program.main()
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        assert [(row["data"], row["side"], row["steps"]) for row in csv.DictReader(file)] == [
+            ("defects", "defaults", "2"), ("defects", "recipe", "2")
+        ]  # fmt: skip
+    label = cv2.imread("checked_recipe/defects/masks/training/000.png", cv2.IMREAD_UNCHANGED)
+    assert label is not None and set(np.unique(label)) <= {1, 2, 3} and (label > 1).mean() < 0.2
 
 
 def run_on_scenes(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, *words: str) -> list[dict[str, str]]:
