@@ -488,7 +488,7 @@ def check_classes(rows: Sequence[ClassSummary], splits: Sequence[str]) -> Iterat
 
 def check_sizes(train: ScannedSplit, data: DataConfig) -> Advice:
     """Check whether images are enlarged much."""
-    if not train.usable_pairs:
+    if not train.usable_pairs or data.resize != "short_edge":
         return Advice([], {})
     short = statistics.median(min(facts.height, facts.width) for _, facts in train.usable_pairs)
     if short >= 0.75 * min(data.short_edges):
@@ -528,7 +528,9 @@ def padding_fraction(
     filled, whole = 0, 0
     for number in range(num_sub_batches):
         sub_batch = plan.sub_batch(number)
-        members = [scaled_size(sizes[index], sub_batch.short_edge, max_long_edge) for index in sub_batch.records]
+        members = [sizes[index] for index in sub_batch.records]
+        if sub_batch.short_edge:  # 0: images are taken as they are
+            members = [scaled_size(size, sub_batch.short_edge, max_long_edge) for size in members]
         canvas = canvas_size(members, size_divisor)
         filled += sum(size.height * size.width for size in members)
         whole += len(members) * canvas.height * canvas.width

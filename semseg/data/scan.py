@@ -22,12 +22,14 @@ from semseg.data.headers import Header
 from semseg.data.images import MAX_PIXELS, read_header, read_image, read_largest
 from semseg.data.label_map import ColourIds
 from semseg.data.labels import read_label
+from semseg.data.objects import measure_objects
 from semseg.data.records import Record
 from semseg.data.store import file_stamp
 from semseg.errors import DataError
 
 MAX_COLOURS = 256  # a mask with more colours is taken for a photo
-CACHE_FORMAT = 2  # version of the cached rows
+CACHE_FORMAT = 3  # version of the cached rows
+NUM_MEASURED = 400  # masks whose objects are measured
 NUM_SAMPLED = 64  # images whose pixels are read, in addition to all 16-bit images
 NEARLY_BLACK = 32  # an 8-bit image with all values below uses a fraction of its range
 FIRST_OF_SEVERAL = ", first of several"  # ends the kind of a file with several frames or pages
@@ -45,6 +47,7 @@ class PairFacts(NamedTuple):
     problem: str = ""  # why the pair cannot be trained on; ids that are no class are not checked here
     largest: int = -1  # largest pixel value of a 16-bit or nearly black image; -1 for other images
     white: int = 255  # largest value of the image's bit depth: 255 or 65535
+    objects: dict[int, dict[int, int]] = {}  # noqa: RUF012 - id -> bin of the side -> objects; of NUM_MEASURED masks
 
     @property
     def num_pixels(self) -> int:
@@ -73,9 +76,17 @@ def scan_pairs(
     cached = load_cache(cache)
     new_entries: dict[str, list[object]] = {}
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-        step = max(1, len(records) // NUM_SAMPLED)
+        step, stride = (max(1, len(records) // count) for count in (NUM_SAMPLED, NUM_MEASURED))
         futures = [
-            pool.submit(_scan_or_load, record, cached, max_pixels, colours, reads_pixels=number % step == 0)
+            pool.submit(
+                _scan_or_load,
+                record,
+                cached,
+                max_pixels,
+                colours,
+                reads_pixels=number % step == 0,
+                measures_objects=number % stride == 0,
+            )
             for number, record in enumerate(records)
         ]
         try:
@@ -91,17 +102,25 @@ def scan_pairs(
 
 
 def _scan_or_load(
-    record: Record, cached: dict[str, object], max_pixels: int, colours: ColourIds | None, *, reads_pixels: bool
+    record: Record,
+    cached: dict[str, object],
+    max_pixels: int,
+    colours: ColourIds | None,
+    *,
+    reads_pixels: bool,
+    measures_objects: bool,
 ) -> tuple[PairFacts, list[int]]:
     """The facts about a record, and the stamps by which a change of its files shows; none if a file is missing."""
     table = 0 if colours is None else colours.fingerprint
-    settings = [CACHE_FORMAT, max_pixels, table, reads_pixels, *record.size]
+    settings = [CACHE_FORMAT, max_pixels, table, reads_pixels, measures_objects, *record.size]
     try:
         stamps = [*settings, *file_stamp(record.image), *file_stamp(record.label or record.image)]
     except OSError:
-        return scan_pair(record, max_pixels, colours, reads_pixels=reads_pixels), []
+        return scan_pair(record, max_pixels, colours, reads_pixels=reads_pixels, measures_objects=measures_objects), []
     facts = _from_entry(cached.get(_cache_key(record)), stamps)
-    return facts or scan_pair(record, max_pixels, colours, reads_pixels=reads_pixels), stamps
+    if facts is None:
+        facts = scan_pair(record, max_pixels, colours, reads_pixels=reads_pixels, measures_objects=measures_objects)
+    return facts, stamps
 
 
 def _from_entry(entry: object, stamps: list[int]) -> PairFacts | None:
@@ -119,16 +138,22 @@ def _from_entry(entry: object, stamps: list[int]) -> PairFacts | None:
                 str() as problem,
                 int() as largest,
                 int() as white,
+                dict() as objects,
             ],
         ] if entry_stamps == stamps:
             counts = {int(raw): count for raw, count in ids.items()}
-            return PairFacts(height, width, image, mask, counts, colours, problem, largest, white)
+            sides = {int(raw): {int(bin): count for bin, count in bins.items()} for raw, bins in objects.items()}
+            return PairFacts(height, width, image, mask, counts, colours, problem, largest, white, sides)
     return None
 
 
 def _to_row(facts: PairFacts) -> list[object]:
     """Facts as a JSON file stores them."""
-    return list(facts._replace(ids={str(raw): count for raw, count in facts.ids.items()}))  # pyright: ignore[reportArgumentType]
+    row = list(facts)
+    row[PairFacts._fields.index("ids")] = {str(raw): count for raw, count in facts.ids.items()}
+    objects = {str(raw): {str(bin): count for bin, count in sides.items()} for raw, sides in facts.objects.items()}
+    row[PairFacts._fields.index("objects")] = objects
+    return row
 
 
 def _cache_key(record: Record) -> str:
@@ -136,12 +161,18 @@ def _cache_key(record: Record) -> str:
 
 
 def scan_pair(
-    record: Record, max_pixels: int = MAX_PIXELS, colours: ColourIds | None = None, *, reads_pixels: bool = True
+    record: Record,
+    max_pixels: int = MAX_PIXELS,
+    colours: ColourIds | None = None,
+    *,
+    reads_pixels: bool = True,
+    measures_objects: bool = True,
 ) -> PairFacts:
     """The content of the files of one record; does not raise for broken files.
 
     Args:
         reads_pixels: read the pixels of 8-bit images too; those of 16-bit images are always read.
+        measures_objects: measure the connected components of every id.
     """
     facts = PairFacts(0, 0, "", "", {}, {})
     try:
@@ -166,10 +197,11 @@ def scan_pair(
             )
         if mask.kind.endswith((" RGB", " RGBA")) and not mask.lossy:
             facts = facts._replace(colours=count_colours(read_image(record.label, max_pixels=max_pixels)))
-        ids = count_ids(read_label(record.label, max_pixels=max_pixels, colours=colours))
+        raw = read_label(record.label, max_pixels=max_pixels, colours=colours)
+        ids, objects = count_ids(raw), measure_objects(raw) if measures_objects else {}
     except DataError as error:
         return facts._replace(problem=str(error))
-    return facts._replace(ids=ids, colours={})  # a grey mask may be stored as RGB
+    return facts._replace(ids=ids, colours={}, objects=objects)  # a grey mask may be stored as RGB
 
 
 def _describe_kind(header: Header) -> str:

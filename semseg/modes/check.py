@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from semseg.build import choose_label_stride
 from semseg.checkpoints.network import build_network, without_weights
 from semseg.checks.dataset import (
     NOT_READY,
@@ -36,6 +37,7 @@ from semseg.checks.dataset import (
     with_zero_unlabelled,
 )
 from semseg.checks.description import describe_data_set
+from semseg.checks.objects import check_objects
 from semseg.checks.recipe import (
     BASE_RECIPE,
     DataFacts,
@@ -48,7 +50,10 @@ from semseg.checks.recipe import (
 )
 from semseg.config.load import load_config
 from semseg.config.schema import SPLITS, Config, DataConfig
+from semseg.data.augment import crop_size
 from semseg.data.classes import ClassTable
+from semseg.data.crops import NATIVE, choose_crop
+from semseg.data.foreground import build_foreground_index
 from semseg.data.geometry import Size, canvas_size, largest_canvas
 from semseg.data.importing.formats import FoundExport
 from semseg.data.importing.recognise import name_output, recognise_exports, recognise_masks_beside
@@ -93,6 +98,9 @@ def run(config: Config, overrides: list[str]) -> None:
     source, configured = open_data(config.data)
     splits = [scan_split(source, split) for split in SPLITS if source.has(split)]
     diagnosis = diagnose(splits, config.data, configured, find_shared_images(splits), partial(find_pixel, source))
+    diagnosis.notices[:] = sort_notices(
+        [*diagnosis.notices, *check_small_objects(config, source, splits[0], configured)]
+    )
     if keys := source.find_split_folders():
         diagnosis.notices[:] = sort_notices([*diagnosis.notices, Notice(WARNING, describe_split_folders(keys))])
         diagnosis.suggestions.update(keys)
@@ -204,11 +212,33 @@ def summarise_plan(config: Config, train: ScannedSplit, num_classes: int) -> Pla
     with torch.device("meta"):
         net = build_network(without_weights(config.model), num_classes).train()
     divisor = config.model.size_divisor or net.size_divisor
+    if data.resize == NATIVE:
+        sizes = [crop_size(size, choose_crop(data, config.augment, net.image_size) or [*size]) for size in sizes]
+        data = replace(data, short_edges=[0])  # as they are
     plan = TrainPlan(sizes, seed=config.seed, batch_size=data.batch_size, short_edges=data.short_edges, flip=data.flip)
     padding = padding_fraction(plan, sizes, data.max_long_edge, divisor, NUM_PLANNED)
-    canvas = largest_canvas(sizes, max(data.short_edges), data.max_long_edge, divisor)
+    canvas = (
+        canvas_size(sizes, divisor)
+        if data.resize == NATIVE
+        else largest_canvas(sizes, max(data.short_edges), data.max_long_edge, divisor)
+    )
     memory = estimate_step_memory(net, canvas, data.batch_size)
     return PlanSummary(padding, canvas, data.batch_size, config.model.title, memory.activations + 3 * memory.weights)
+
+
+def check_small_objects(
+    config: Config, source: DataSource, train: ScannedSplit, configured: ConfiguredClasses | None
+) -> list[Notice]:
+    """Whether objects vanish from the labels of training; makes the index of data.resize=native on the way."""
+    if configured is None or not train.usable_pairs:
+        return []
+    label_map, names, data = configured.label_map, configured.classes.names, config.data
+    with torch.device("meta"):
+        net = build_network(without_weights(config.model), len(names)).train()
+    if data.resize == NATIVE and data.crop_foreground != 0:
+        records = [record for record, _ in train.usable_pairs]
+        build_foreground_index(records, source.root, label_map, max_pixels=data.max_pixels)
+    return check_objects(train, label_map.class_index, names, data, choose_label_stride(config, net))
 
 
 def find_shared_images(splits: Sequence[ScannedSplit]) -> Overlap | None:

@@ -203,7 +203,7 @@ def test_a_second_scan_reads_what_is_new(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("semseg.data.scan.read_label", counted)
     first = list(scan_pairs(records, root))
-    assert first[0] == PairFacts(60, 80, "JPEG RGB", "PNG L", {1: 1600, 2: 1600, 3: 1600}, {})
+    assert first[0] == PairFacts(60, 80, "JPEG RGB", "PNG L", {1: 1600, 2: 1600, 3: 1600}, {}, objects=first[0].objects)
     assert sorted(read) == ["00", "01", "02", "03"]
     read.clear()
     put(root, "02", stripes(1, 2, 3, 4))
