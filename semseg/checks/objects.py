@@ -17,7 +17,7 @@ from semseg.data.objects import bin_side
 
 LOST_WARNING, LOST_NOTE = 0.5, 0.1  # fraction of the objects of a class that is lost, from which on it is reported
 MIN_OBJECTS = 10  # of a class, to say something about it
-MAX_LISTED = 4  # classes in a notice
+MAX_NAMED = 4  # classes in a notice
 FINE_STRIDE, EVERY_PIXEL = 4, 1  # values of model.label_stride that are compared
 
 
@@ -125,9 +125,9 @@ def check_objects(
     worst = lost[0]
     listed = ", ".join(
         f"{row.name} {1 - row.kept:.0%} of {row.count} (median side {row.median_side:.0f} px)"
-        for row in lost[:MAX_LISTED]
+        for row in lost[:MAX_NAMED]
     )
-    more = f" and {len(lost) - MAX_LISTED} more classes" if lost[MAX_LISTED:] else ""
+    more = f" and {len(lost) - MAX_NAMED} more classes" if lost[MAX_NAMED:] else ""
     ways = []
     for words, other in list_ways(view):
         kept = measure_kept(split, class_of, other)[names.index(worst.name)]

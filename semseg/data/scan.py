@@ -29,7 +29,7 @@ from semseg.errors import DataError
 
 MAX_COLOURS = 256  # a mask with more colours is taken for a photo
 CACHE_FORMAT = 3  # version of the cached rows
-NUM_MEASURED = 400  # masks whose objects are measured
+NUM_MASKS_MEASURED = 400  # masks whose objects are measured
 NUM_SAMPLED = 64  # images whose pixels are read, in addition to all 16-bit images
 NEARLY_BLACK = 32  # an 8-bit image with all values below uses a fraction of its range
 FIRST_OF_SEVERAL = ", first of several"  # ends the kind of a file with several frames or pages
@@ -47,7 +47,7 @@ class PairFacts(NamedTuple):
     problem: str = ""  # why the pair cannot be trained on; ids that are no class are not checked here
     largest: int = -1  # largest pixel value of a 16-bit or nearly black image; -1 for other images
     white: int = 255  # largest value of the image's bit depth: 255 or 65535
-    objects: dict[int, dict[int, int]] = {}  # noqa: RUF012 - id -> bin of the side -> objects; of NUM_MEASURED masks
+    objects: dict[int, dict[int, int]] = {}  # noqa: RUF012 - id -> bin of the side -> objects; of NUM_MASKS_MEASURED masks
 
     @property
     def num_pixels(self) -> int:
@@ -76,7 +76,7 @@ def scan_pairs(
     cached = load_cache(cache)
     new_entries: dict[str, list[object]] = {}
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-        step, stride = (max(1, len(records) // count) for count in (NUM_SAMPLED, NUM_MEASURED))
+        step, stride = (max(1, len(records) // count) for count in (NUM_SAMPLED, NUM_MASKS_MEASURED))
         futures = [
             pool.submit(
                 _scan_or_load,
