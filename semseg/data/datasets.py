@@ -23,6 +23,7 @@ from semseg.data.images import MAX_PIXELS, mirror, resize_image
 from semseg.data.label_cache import LabelCache
 from semseg.data.label_map import IGNORED, LabelMap
 from semseg.data.labels import pad_label, resize_and_subsample_label, resize_label, subsample_label
+from semseg.data.open_pairs import open_pair
 from semseg.data.pairs import ImagePair, read_pair, read_reduced
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
@@ -146,15 +147,18 @@ class TrainDataset(Dataset[Batch]):
         return Sample(image, subsample_label(label, self.label_stride), record.image)
 
     def _cropped_sample(self, record: Record, sub_batch: SubBatch, position: int, crops: CropPlan) -> Sample:
-        """A part of an image at its own resolution, apart from augment.scale."""
-        image, label = _read_pair(record, self.label_map, self.options)
-        assert label is not None  # checked for all records at the start
-        augment, number = self.augmentation, sub_batch.number
+        """A part of an image at its own resolution, apart from augment.scale.
+
+        Raises:
+            DataError: as `read_pair`.
+        """
+        augment, number, options = self.augmentation, sub_batch.number, self.options
         factor = 1.0 if augment is None else augment.draw_scale(number, position)
-        crop = crops.draw(sub_batch.records[position], Size(*label.shape), factor, number, position)
-        top, left, height, width = crop.window
-        rows, columns = slice(top, top + height), slice(left, left + width)
-        image, label = np.ascontiguousarray(image[rows, columns]), np.ascontiguousarray(label[rows, columns])
+        with open_pair(
+            record, self.label_map, max_pixels=options.max_pixels, cache=options.cache, bands=options.bands
+        ) as pair:
+            crop = crops.draw(sub_batch.records[position], pair.size, factor, number, position)
+            image, label = pair.read(crop.window)
         if sub_batch.flips[position]:
             image, label = mirror(image), mirror(label)
         if crop.size != label.shape:

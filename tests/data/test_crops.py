@@ -20,7 +20,7 @@ from semseg.data.label_map import LabelMap
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.data.windows import Window
-from semseg.errors import ConfigError
+from semseg.errors import ConfigError, DataError
 
 LABEL_MAP = LabelMap(4)  # ids 1 to 4, 0 is ignored
 
@@ -219,3 +219,33 @@ def test_with_on_bad_skip_a_broken_image_becomes_a_blank_crop(pairs: list[Record
     batch = dataset[SubBatch(0, (0,), 0, (False,))]
     assert batch.size.tolist() == [[16, 150]]
     assert (batch.label == -1).all() and len(batch.bad) == 1
+
+
+def test_crops_of_a_tiled_tiff_are_read_by_window_and_equal_those_of_a_png(
+    pairs: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    records = []
+    for record in pairs:
+        path = tmp_path / f"{Path(record.image).stem}.tif"
+        tifffile.imwrite(path, cv2.imread(record.image)[..., ::-1], tile=(64, 64), photometric="rgb")
+        records.append(record._replace(image=str(path)))
+    plan = CropPlan(5, Size(32, 48))
+    whole, tiled = dataset_of(pairs, plan), dataset_of(records, plan)
+    # The limit of whole images does not hold for them: it is for labels only.
+    monkeypatch.setattr("semseg.data.open_pairs.read_pair", None)
+    found = [tiled[SubBatch(number, (0, 1), 0, (True, False))] for number in range(4)]
+    monkeypatch.undo()
+    for number, batch in enumerate(found):
+        expected = whole[SubBatch(number, (0, 1), 0, (True, False))]
+        assert np.array_equal(batch.image, expected.image)
+        assert np.array_equal(batch.label, expected.label)
+
+
+def test_a_tiled_tiff_whose_label_has_another_size_is_named(pairs: list[Record], tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    path = tmp_path / "other.tif"
+    tifffile.imwrite(path, np.zeros((90, 80, 3), np.uint8), tile=(64, 64), photometric="rgb")
+    dataset = dataset_of([pairs[0]._replace(image=str(path), size=Size(90, 80))], CropPlan(5, Size(16, 16)))
+    with pytest.raises(DataError, match=r"image and label differ in size: .*other.tif is 90 x 80, .* is 200 x 150"):
+        dataset[SubBatch(0, (0,), 0, (False,))]
