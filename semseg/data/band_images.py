@@ -28,7 +28,7 @@ from semseg.data.images import (
     read_image_bytes,
     size_of_pixels,
 )
-from semseg.data.rasters import as_bands, read_raster
+from semseg.data.rasters import as_bands, check_layout, read_raster
 from semseg.data.store import UnusedFiles, is_file, list_folder
 from semseg.errors import DataError
 
@@ -229,6 +229,39 @@ def _read_png(path: str | Path, data: bytes, header: Header) -> FileBands:
     has_alpha = pixels.shape[2] in (2, 4)
     alpha = pixels[..., -1] if has_alpha else None
     return FileBands(pixels[..., :-1] if has_alpha else pixels, alpha, None, header)
+
+
+class BandCount(NamedTuple):
+    """What the header of a file says about its bands."""
+
+    count: int  # without alpha
+    has_alpha: bool
+    dtype: str  # NumPy's name
+
+
+def count_bands(header: Header) -> BandCount:
+    """The bands of a picture or a raster as they are read."""
+    if header.raster is not None:
+        layout = header.raster
+        return BandCount(layout.num_bands - layout.has_alpha, layout.has_alpha, layout.dtype)
+    mode = header.kind.partition(" ")[2]
+    is_grey = mode in ("1", "L", "LA", "I", "F") or mode.startswith("I;16")
+    return BandCount(1 if is_grey else 3, mode in ("LA", "RGBA", "PA"), "uint16" if header.bits == 16 else "uint8")
+
+
+def check_header(path: str | Path, header: Header, file: BandFile, options: BandOptions) -> None:
+    """Refuse a file without the bands that are named, or of another type, before it is decoded.
+
+    Raises:
+        DataError: with what it holds.
+    """
+    if header.raster is not None:
+        check_layout(path, header.raster)
+    found = count_bands(header)
+    pixel = np.zeros((1, 1, found.count + found.has_alpha), found.dtype)
+    alpha = pixel[..., -1] if found.has_alpha else None
+    split_alpha(path, FileBands(pixel[..., : found.count], alpha, None, header), file)
+    options.check_type(pixel.dtype, path)
 
 
 def split_alpha(path: str | Path, read: FileBands, file: BandFile) -> FileBands:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from semseg.data.band_images import (
     BandImage,
     FileBands,
+    check_header,
     fill_missing,
     find_band_file,
     find_empty,
@@ -28,7 +29,7 @@ from semseg.data.bands import BandOptions
 from semseg.data.geometry import Size
 from semseg.data.headers import Header, HeaderError, read_raster_header
 from semseg.data.raster_layout import NPY_START, TIFF_STARTS, RasterLayout, read_npy_header, read_picture_layout
-from semseg.data.rasters import as_bands, broken_tiff_error, check_layout, require_tifffile
+from semseg.data.rasters import as_bands, broken_tiff_error, require_tifffile
 from semseg.data.windows import Window, check_inside
 from semseg.errors import DataError
 
@@ -142,9 +143,7 @@ def open_windows(path: str | Path, bands: BandOptions | None = None) -> BandWind
             if file is None:
                 return None
             opened.callback(file.close)
-            check_layout(member, file.layout)
-            bands.check_type(np.dtype(file.layout.dtype), member)
-            check_bands_of_layout(member, file.layout, bands, band_file)
+            check_header(member, Header("", file.layout.size, raster=file.layout), band_file, bands)
             if files and file.layout.size != files[0].layout.size:
                 raise DataError(
                     f"{member}: is {file.layout.size}, {path} is {files[0].layout.size} (height x width). The bands of "
@@ -158,18 +157,6 @@ def open_windows(path: str | Path, bands: BandOptions | None = None) -> BandWind
             files.append(file)
         opened.pop_all()
     return BandWindows(path, files, bands)
-
-
-def check_bands_of_layout(path: str | Path, layout: RasterLayout, bands: BandOptions, band_file: Any) -> None:
-    """Refuse a file without the bands that are named, before a window is read.
-
-    Raises:
-        DataError: with what it holds.
-    """
-    pixel = np.zeros((1, 1, layout.num_bands), layout.dtype)
-    alpha = pixel[..., -1] if layout.has_alpha else None
-    header = Header("", layout.size, raster=layout)
-    split_alpha(path, FileBands(pixel[..., :-1] if layout.has_alpha else pixel, alpha, None, header), band_file)
 
 
 def open_file_windows(path: str | Path, *, is_plain: bool = False) -> FileWindows | None:

@@ -244,13 +244,12 @@ def decode_alpha(path: str | Path, image: Image.Image | None, header: Header) ->
     return alpha
 
 
-def _read_rgb_raster(path: str | Path, data: bytes, layout: RasterLayout | None) -> NDArray:
-    """(H, W, 1 or 3) of a raster without alpha, if it is grey or RGB of 8 or 16 bits.
+def check_rgb_raster(path: str | Path, layout: RasterLayout) -> None:
+    """Refuse a raster that is not grey or RGB of 8 or 16 bits.
 
     Raises:
-        DataError: otherwise, with what it holds and the key that reads it.
+        DataError: with what it holds and the key that reads it.
     """
-    assert layout is not None, "only rasters have no image of Pillow"
     check_layout(path, layout)
     num_bands = layout.num_bands - layout.has_alpha
     if num_bands not in (1, 3):
@@ -266,7 +265,13 @@ def _read_rgb_raster(path: str | Path, data: bytes, layout: RasterLayout | None)
             f"{path}: holds {layout.describe()}, which have no white: set {named}data.value_range=[low,high], or auto; "
             "mode=check measures it."
         )
-    return read_raster(path, data, layout)[..., :num_bands]
+
+
+def _read_rgb_raster(path: str | Path, data: bytes, layout: RasterLayout | None) -> NDArray:
+    """(H, W, 1 or 3) of a raster that passes `check_rgb_raster`, without alpha."""
+    assert layout is not None, "only rasters have no image of Pillow"
+    check_rgb_raster(path, layout)
+    return read_raster(path, data, layout)[..., : layout.num_bands - layout.has_alpha]
 
 
 def _raster_to_rgb(path: str | Path, data: bytes, layout: RasterLayout | None) -> NDArray[np.uint8]:

@@ -11,15 +11,19 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
+from semseg.data.band_images import check_header, read_bands
+from semseg.data.bands import BandOptions
 from semseg.data.header_cache import cache_file, load_cache, save_cache
 from semseg.data.headers import Header
-from semseg.data.images import MAX_PIXELS, read_header, read_image, read_largest
+from semseg.data.images import MAX_PIXELS, check_rgb_raster, read_header, read_image, read_largest
 from semseg.data.label_map import ColourIds
 from semseg.data.labels import read_label
 from semseg.data.objects import measure_objects
@@ -61,6 +65,7 @@ def scan_pairs(
     *,
     max_pixels: int = MAX_PIXELS,
     colours: ColourIds | None = None,
+    bands: BandOptions | None = None,
     cache_dir: str | Path | None = None,
     num_threads: int | None = None,
 ) -> Iterator[PairFacts]:
@@ -69,6 +74,7 @@ def scan_pairs(
     Args:
         folder: the folder of the data set; it names the cache file.
         colours: decodes colour-coded masks.
+        bands: of the images; None: they are 8-bit RGB.
         cache_dir: None: $XDG_CACHE_HOME/semseg, or ~/.cache/semseg.
         num_threads: None: one per processor.
     """
@@ -84,6 +90,7 @@ def scan_pairs(
                 cached,
                 max_pixels,
                 colours,
+                bands,
                 reads_pixels=number % step == 0,
                 measures_objects=number % stride == 0,
             )
@@ -106,6 +113,7 @@ def _scan_or_load(
     cached: dict[str, object],
     max_pixels: int,
     colours: ColourIds | None,
+    bands: BandOptions | None,
     *,
     reads_pixels: bool,
     measures_objects: bool,
@@ -113,14 +121,19 @@ def _scan_or_load(
     """The facts about a record, and the stamps by which a change of its files shows; none if a file is missing."""
     table = 0 if colours is None else colours.fingerprint
     settings = [CACHE_FORMAT, max_pixels, table, reads_pixels, measures_objects, *record.size]
+    scan = partial(
+        scan_pair, record, max_pixels, colours, bands, reads_pixels=reads_pixels, measures_objects=measures_objects
+    )
+    if bands is not None:
+        settings.append(crc32(repr(bands).encode()))
+        if bands.other_suffixes:  # the other files may change
+            return scan(), []
     try:
         stamps = [*settings, *file_stamp(record.image), *file_stamp(record.label or record.image)]
     except OSError:
-        return scan_pair(record, max_pixels, colours, reads_pixels=reads_pixels, measures_objects=measures_objects), []
+        return scan(), []
     facts = _from_entry(cached.get(_cache_key(record)), stamps)
-    if facts is None:
-        facts = scan_pair(record, max_pixels, colours, reads_pixels=reads_pixels, measures_objects=measures_objects)
-    return facts, stamps
+    return facts or scan(), stamps
 
 
 def _from_entry(entry: object, stamps: list[int]) -> PairFacts | None:
@@ -164,6 +177,7 @@ def scan_pair(
     record: Record,
     max_pixels: int = MAX_PIXELS,
     colours: ColourIds | None = None,
+    bands: BandOptions | None = None,
     *,
     reads_pixels: bool = True,
     measures_objects: bool = True,
@@ -178,7 +192,13 @@ def scan_pair(
     try:
         image = read_header(record.image, max_pixels=max_pixels)
         facts = facts._replace(height=image.stored.height, width=image.stored.width, image_kind=_describe_kind(image))
-        if reads_pixels or image.bits == 16:
+        if bands is not None:
+            check_header(record.image, image, bands.files[0], bands)
+            if reads_pixels or bands.other_suffixes:
+                read_bands(record.image, bands, max_pixels)
+        elif image.raster is not None:
+            check_rgb_raster(record.image, image.raster)
+        if bands is None and (reads_pixels or image.bits == 16):
             largest, white = read_largest(record.image, max_pixels=max_pixels)
             if white > 255 or largest < NEARLY_BLACK:
                 facts = facts._replace(largest=largest, white=white)

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from semseg.build import choose_label_stride
 from semseg.checkpoints.network import build_network, without_weights
+from semseg.checks.bands import advise_on_bands
 from semseg.checks.dataset import (
     NOT_READY,
     WARNING,
@@ -51,16 +52,18 @@ from semseg.checks.recipe import (
 from semseg.config.load import load_config
 from semseg.config.schema import SPLITS, Config, DataConfig
 from semseg.data.augment import crop_size
+from semseg.data.bands import band_options
 from semseg.data.classes import ClassTable
 from semseg.data.crops import NATIVE, choose_crop
 from semseg.data.foreground import build_foreground_index
 from semseg.data.geometry import Size, canvas_size, largest_canvas
+from semseg.data.header_cache import find_pixel_type
 from semseg.data.importing.formats import FoundExport
 from semseg.data.importing.recognise import name_output, recognise_exports, recognise_masks_beside
 from semseg.data.label_map import LabelMap
 from semseg.data.labels import read_label
 from semseg.data.overlap import Overlap, find_overlap
-from semseg.data.pairs import read_pair
+from semseg.data.pairs import read_pair, read_shown
 from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
 from semseg.data.scan import first_pixel, scan_pairs
@@ -95,6 +98,11 @@ def run(config: Config, overrides: list[str]) -> None:
         config = load_config([word for word in overrides if not word.startswith(("run_dir=", "hydra."))])[0]
         config.run_dir = str(folder)
         print(escape_lines(f"masks lie beside the images: checked with {' '.join(words)}"))
+    advice = advise_on_bands(config.data, open_data(config.data)[0].survey("train")[0])
+    if advice.suggestions:
+        given = " ".join(f"{key}={value}" for key, value in advice.suggestions.items())
+        print(escape_lines(f"the images are more than 8-bit RGB: checked with {given}"))
+        config.data = advice.data
     source, configured = open_data(config.data)
     splits = [scan_split(source, split) for split in SPLITS if source.has(split)]
     diagnosis = diagnose(splits, config.data, configured, find_shared_images(splits), partial(find_pixel, source))
@@ -104,6 +112,8 @@ def run(config: Config, overrides: list[str]) -> None:
     if keys := source.find_split_folders():
         diagnosis.notices[:] = sort_notices([*diagnosis.notices, Notice(WARNING, describe_split_folders(keys))])
         diagnosis.suggestions.update(keys)
+    diagnosis.notices[:] = sort_notices([*diagnosis.notices, *advice.notices])
+    diagnosis.suggestions.update(advice.suggestions)
     if config.check.fix == "list":
         diagnosis.suggestions.update(write_lists(folder, source.root, splits, configured))
         if config.data.images:  # the lists are relative to the working directory, as these folders are
@@ -116,8 +126,8 @@ def run(config: Config, overrides: list[str]) -> None:
         config.data.name,
         diagnosis,
         splits,
-        summarise_plan(config, splits[0], source.classes.num_classes),
-        list(sample_pairs(splits[0], config.check.samples, config.data.max_pixels, label_map, classes)),
+        summarise_plan(config, splits[0], source),
+        list(sample_pairs(splits[0], config.check.samples, config.data, label_map, classes)),
         training_command(overrides, diagnosis.suggestions, output) if is_ready else check_command(overrides, diagnosis),
         f"{purpose} as suggested" if diagnosis.suggestions else purpose,
     )
@@ -192,7 +202,10 @@ def scan_split(source: DataSource, split: str) -> ScannedSplit:
     """
     records, problems = source.survey(split)
     colours = source.label_map.colours
-    findings = scan_pairs(records, source.root, max_pixels=source.config.max_pixels, colours=colours)
+    bands = source.bands
+    if bands is not None:
+        bands = replace(bands, dtype=find_pixel_type(record.image for record in records))
+    findings = scan_pairs(records, source.root, max_pixels=source.config.max_pixels, colours=colours, bands=bands)
     bar = track(findings, f"reading {split}", len(records), disable=not sys.stdout.isatty())
     return ScannedSplit(split, records, list(bar), problems, source.orientations[split], source.describe_unused(split))
 
@@ -203,14 +216,14 @@ def find_pixel(source: DataSource, record: Record, raw_id: int) -> tuple[int, in
     return first_pixel(read_label(record.label or "", colours=colours, max_pixels=limit), raw_id)
 
 
-def summarise_plan(config: Config, train: ScannedSplit, num_classes: int) -> PlanSummary | None:
+def summarise_plan(config: Config, train: ScannedSplit, source: DataSource) -> PlanSummary | None:
     """Padding, and the memory for the largest sub-batch, of the plan for the images of train; None without images."""
     data = config.data
     sizes = [Size(facts.height, facts.width) for _, facts in train.usable_pairs]
     if not sizes:
         return None
     with torch.device("meta"):
-        net = build_network(without_weights(config.model), num_classes).train()
+        net = build_network(without_weights(config.model), source.classes.num_classes, bands=source.bands).train()
     divisor = config.model.size_divisor or net.size_divisor
     if data.resize == NATIVE:
         sizes = [crop_size(size, choose_crop(data, config.augment, net.image_size) or [*size]) for size in sizes]
@@ -264,7 +277,7 @@ def resolve_classes(data: DataConfig, source: DataSource, diagnosis: Diagnosis) 
 
 
 def sample_pairs(
-    split: ScannedSplit, count: int, max_pixels: int, label_map: LabelMap, classes: ClassTable
+    split: ScannedSplit, count: int, data: DataConfig, label_map: LabelMap, classes: ClassTable
 ) -> Iterator[CheckedSample]:
     """Images at equal distances in a split, with their masks; masks with unknown ids are left out."""
     records = [record for record, _ in split.usable_pairs]
@@ -272,7 +285,8 @@ def sample_pairs(
     for number in range(count):
         record = records[number * len(records) // count]
         try:
-            image, label = read_pair(record, label_map, max_pixels=max_pixels)
+            label = read_pair(record, label_map, max_pixels=data.max_pixels, bands=band_options(data)).label
+            image = read_shown(record, label_map, data)
         except DataError:
             continue
         assert label is not None

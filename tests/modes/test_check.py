@@ -12,6 +12,7 @@ from zlib import crc32
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 from numpy.typing import NDArray
@@ -275,7 +276,29 @@ def test_c24_12_bits_in_files_of_16_are_a_finding(tmp_path: Path) -> None:
         cv2.imwrite(str(path.with_suffix(".png")), (np.arange(4800).reshape(60, 80) * 4095 // 4799).astype(np.uint16))
     found = check(root, "data.num_classes=3", "data.short_edges=[60]")
     assert found["verdict"] == "READY, WITH WARNINGS"
-    assert "the largest value is 4095 of 65535 (6.2%), which is read as 15 of 255" in of_level(found, "warning")
+    assert "images hold uint16 values; percentiles 0.5 and 99.5 of" in of_level(found, "warning")
+    assert "Without data.value_range they are read as 8 bits" in of_level(found, "warning")
+    assert found["suggestions"] == {"data.value_range": "[19,4074]"} and "data.value_range=[19," in found["command"]
+
+
+@pytest.mark.reliability
+def test_names_and_values_of_bands_are_suggested_and_written_down(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data")
+    for path in (root / "images").iterdir():
+        path.unlink()
+        values = np.tile(np.arange(4800, dtype=np.float32).reshape(60, 80, 1), (1, 1, 4))
+        tifffile.imwrite(path.with_suffix(".tif"), values, photometric="rgb", extrasamples=["unspecified"])
+    words = ("data.num_classes=3", "data.short_edges=[60]")
+    found = check(root, *words)
+    assert found["verdict"] == "READY, WITH WARNINGS" and "images hold 4 bands of float32 values" in of_level(found, "note")
+    assert found["suggestions"]["data.bands"] == "[red,green,blue,nir]"
+    assert found["suggestions"]["data.value_range"] == "[23,4775]"
+    assert found["suggestions"]["data.band_mean"].startswith("[null,null,null,2399")
+    broken = next((root / "images").iterdir())
+    tifffile.imwrite(broken, np.zeros((60, 80, 3), np.float32), photometric="rgb")
+    again = check(root, *words)
+    assert again["verdict"] == "NOT READY"
+    assert f"{broken.name}: holds 3 bands of float32 values, but data.bands names 4" in of_level(again, "error")
 
 
 @pytest.mark.reliability
