@@ -431,6 +431,13 @@ class AugmentConfig:
     """Standard deviation of the blur in pixels, [from, to]."""
     rotation: float = number_field(0.0, low=0, high=180)
     """Largest rotation in degrees, in both directions; the corners are black and ignored."""
+    quarter_turns: bool = False
+    """Turn by 0, 90, 180 or 270 degrees, at random; images that are not square by 0 or 180. With data.flip an image has
+    all eight orientations."""
+    erasing: float = number_field(0.0, low=0, high=1)
+    """Probability of erasing a rectangle of 2 to 33 % of the image: filled with the mean, and ignored."""
+    cutmix: float = number_field(0.0, low=0, high=1)
+    """Probability of replacing a rectangle of an image and its label by that of another image of its sub-batch."""
     scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
     """Random factor of each image's size, [from, to], in addition to its short edge."""
     crop: list[int] | None = None
@@ -441,7 +448,10 @@ class AugmentConfig:
     @property
     def is_on(self) -> bool:
         """Whether anything changes."""
-        amounts = (self.brightness, self.contrast, self.saturation, self.hue, self.blur, self.rotation)
+        amounts = (
+            self.brightness, self.contrast, self.saturation, self.hue, self.blur, self.rotation, self.quarter_turns,
+            self.erasing, self.cutmix,
+        )  # fmt: skip
         has_own = any(is_chosen(value) for value in self.own.values())
         return any(amounts) or self.crop is not None or self.scale != [1.0, 1.0] or has_own
 
@@ -942,6 +952,8 @@ class Config:
         data, augment = self.data, self.augment
         if data.crop is not None and augment.crop not in (None, data.crop):
             yield f"data.crop={data.crop} and augment.crop={augment.crop} are the same setting. Set one to null."
+        if augment.cutmix and data.batch_size == 1:
+            yield f"augment.cutmix={augment.cutmix}: needs another image in a sub-batch: data.batch_size=2 or more."
         if data.resize == "native" and self.eval.also_scales:
             yield f"eval.also_scales={self.eval.also_scales}: data.resize=native has one scale. Leave it out."
         if self.quiet and self.verbose:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +21,10 @@ from semseg.config.preprocessing import BandRange
 from semseg.config.schema import AugmentConfig, is_chosen
 from semseg.config.tables import announce_table
 from semseg.data.bands import BandOptions
+from semseg.data.batch import Sample
 from semseg.data.geometry import Size
 from semseg.data.label_map import IGNORED
-from semseg.data.seeding import number_for
+from semseg.data.seeding import generator_for, number_for
 from semseg.errors import ConfigError, check_choice
 
 AUGMENT_STREAM = 3  # random stream; plan.py defines the others
@@ -106,7 +107,7 @@ def build_own_transforms(config: AugmentConfig) -> list[OwnTransform]:
 
 
 class Augmentation:
-    """Random changes of one training image: colour, blur, rotation, those that programs add, and the crop.
+    """Random changes of one training image: turns, colour, blur, rotation, erasing, those that programs add, the crop.
 
     Args:
         config: which transforms to apply, and their strength.
@@ -153,6 +154,7 @@ class Augmentation:
             number: number of the sub-batch.
             position: position of the image in it.
         """
+        image, label = self._turn_and_erase(image, label, number, position)
         given = image.dtype
         if self.bands is not None and self.transforms is not None:
             image = image.astype(np.float32)  # exact for all types; torch computes with few of the others
@@ -171,6 +173,29 @@ class Augmentation:
                 pixels, mask = v2.RandomCrop(tuple(window))(pixels, mask)
         return Augmented(pixels.permute(1, 2, 0).contiguous().numpy(), mask[0].contiguous().numpy())
 
+    def _turn_and_erase(
+        self, image: NDArray, label: NDArray[np.int16], number: int, position: int
+    ) -> tuple[NDArray, NDArray[np.int16]]:
+        """Turn by quarters, then erase a rectangle; the draws of the other transforms stay the same."""
+        config = self.config
+        if config.quarter_turns:
+            turns = int(generator_for(self.seed, AUGMENT_STREAM, number, position, 3).integers(4))
+            if image.shape[0] != image.shape[1]:
+                turns = 2 * (turns // 2)  # sub-batches are of one orientation
+            image, label = np.ascontiguousarray(np.rot90(image, turns)), np.ascontiguousarray(np.rot90(label, turns))
+        if config.erasing:
+            rng = generator_for(self.seed, AUGMENT_STREAM, number, position, 4)
+            is_erased = rng.random() < config.erasing
+            top, left, height, width = draw_rectangle(Size(*label.shape), rng)
+            if is_erased:
+                image, label = image.copy(), label.copy()
+                mean = image.reshape(-1, image.shape[2]).mean(0)
+                mean = mean if image.dtype.kind == "f" else np.rint(mean)
+                place = (slice(top, top + height), slice(left, left + width))
+                image[place] = mean.astype(image.dtype)
+                label[place] = IGNORED
+        return image, label
+
     def _apply_own(
         self, pixels: torch.Tensor, mask: torch.Tensor, number: int, position: int
     ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -182,6 +207,49 @@ class Augmentation:
                 torch.manual_seed(next(seeds))  # for functions that draw from the global generator
                 image, label = transform(image, label, torch.Generator().manual_seed(next(seeds)))
         return tv_tensors.Image(image), tv_tensors.Mask(label[None].to(torch.int16))
+
+
+def draw_rectangle(size: Size, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a rectangle to erase (Zhong et al. 2020, algorithm 1).
+
+    Its area is 2 to 33 % of the image, and its aspect ratio 0.3 to 3.3, as far as it fits.
+    """
+    area = rng.uniform(0.02, 0.33) * size.height * size.width
+    aspect = math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
+    height = min(size.height, max(1, round(math.sqrt(area * aspect))))
+    width = min(size.width, max(1, round(math.sqrt(area / aspect))))
+    return int(rng.integers(size.height - height + 1)), int(rng.integers(size.width - width + 1)), height, width
+
+
+def mix_samples(samples: Sequence[Sample], share: float, label_stride: int, seed: int, number: int) -> list[Sample]:
+    """CutMix (Yun et al. 2019): rectangles of some samples are those of the next sample of the sub-batch.
+
+    The area is uniform from none to all of what both samples have; rectangles begin and end at multiples of the label
+    stride, so that every pixel of a label belongs to one of the images.
+
+    Args:
+        share: the probability for each sample.
+        number: number of the sub-batch.
+    """
+    mixed = []
+    for position, sample in enumerate(samples):
+        other = samples[(position + 1) % len(samples)]
+        rng = generator_for(seed, AUGMENT_STREAM, number, position, 5)
+        is_mixed = rng.random() < share
+        side = math.sqrt(rng.random())
+        cells = [min(sample.image.shape[axis], other.image.shape[axis]) // label_stride for axis in (0, 1)]
+        lengths = [round(side * count) for count in cells]
+        starts = [int(rng.integers(count - length + 1)) for count, length in zip(cells, lengths, strict=True)]
+        if not is_mixed or other is sample:
+            mixed.append(sample)
+            continue
+        image, label = np.array(sample.image), sample.label.copy()
+        rows, columns = (slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
+        label[rows, columns] = other.label[rows, columns]
+        rows, columns = (slice(one.start * label_stride, one.stop * label_stride) for one in (rows, columns))
+        image[rows, columns] = other.image[rows, columns]
+        mixed.append(Sample(image, label, sample.path))
+    return mixed
 
 
 class ColourJitter(v2.ColorJitter):

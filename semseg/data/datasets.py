@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from semseg.data.augment import Augmentation
+from semseg.data.augment import Augmentation, mix_samples
 from semseg.data.bands import BandOptions
 from semseg.data.batch import Batch, EvalSample, Sample
 from semseg.data.crops import CropPlan, cut_size
@@ -117,6 +117,10 @@ class TrainDataset(Dataset[Batch]):
                 bad.append(str(error))
         if not samples:
             samples = [self._blank_sample(self.records[sub_batch.records[0]], sub_batch.short_edge)]
+        augment = self.augmentation
+        if augment is not None and augment.config.cutmix:
+            share, seed = augment.config.cutmix, augment.seed
+            samples = mix_samples(samples, share, self.label_stride, seed, sub_batch.number)
         return self.collate(samples, self.options.size_divisor, self.label_stride)._replace(bad=tuple(bad))
 
     def _blank_sample(self, record: Record, short_edge: int) -> Sample:

@@ -71,8 +71,8 @@ def open_pair(
 ) -> Iterator[OpenPair]:
     """Open an image and its label to read windows of both.
 
-    Tiled and stripped TIFF and .npy are read by window, whatever their number of pixels. Other images are decoded whole,
-    and labels as well, unless they are in the cache.
+    Tiled and stripped TIFF and .npy are read by window, whatever their number of pixels. Other images are decoded
+    whole, and labels as well, unless they are in the cache.
 
     Raises:
         DataError: as `read_pair`.
