@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from semseg.config.groups import CONFIG_DIR, list_groups
+from semseg.config.schema import flatten_sections
 from semseg.data.geometry import Size
 from semseg.errors import ConfigError
 from semseg.storage.atomic import atomic_write
@@ -23,7 +24,7 @@ BASE_RECIPE = "own_data"
 CPU_EDGE, GPU_EDGE = 360, 512  # largest short edges of evaluation, in pixels
 # Of the short edges of training to that of evaluation. On a CPU, smaller images give more steps in the same time.
 CPU_FACTORS, GPU_FACTORS = (0.625, 0.75, 0.875, 1.0), (0.75, 0.875, 1.0, 1.125, 1.25)
-MIN_OBJECT = 8  # pixels: smaller objects are lost at the stride of the labels and the logits, which is 4
+MIN_OBJECT = 8  # pixels a side: smaller objects hardly show in logits of every fourth pixel
 NATIVE_CROP = 512
 BATCH_SIZES = (16, 8, 4, 2, 1)
 MAX_CPU_BATCH = 4
@@ -48,7 +49,7 @@ class DataFacts(NamedTuple):
 
     sizes: Sequence[Size]
     shares: Sequence[float]  # of each class, in the scored pixels
-    small_sides: Mapping[str, float]  # class -> side in pixels that nine of ten of its objects exceed
+    object_sides: Mapping[str, float]  # class -> median side of its objects in pixels, where there are enough
     has_three_bands: bool = True
 
 
@@ -94,11 +95,13 @@ def choose_resolution(facts: DataFacts, machine: Machine) -> list[Choice]:
     short = statistics.median(min(size) for size in facts.sizes)
     limit = GPU_EDGE if machine.has_gpu else CPU_EDGE
     edge = max(8, 8 * round(min(short, limit) / 8))
-    name, side = min(facts.small_sides.items(), key=lambda item: item[1], default=("", math.inf))
+    name, side = min(facts.object_sides.items(), key=lambda item: item[1], default=("", math.inf))
     if side * edge / short < MIN_OBJECT and edge < 0.75 * short:
         crop = [min(NATIVE_CROP, 32 * math.ceil(min(size[axis] for size in facts.sizes) / 32)) for axis in (0, 1)]
-        lost = side * edge / short
-        reason = f"at a short edge of {edge}, small objects of {name} ({side:.0f} pixels) would have {lost:.1f} pixels"
+        left = side * edge / short
+        reason = (
+            f"at a short edge of {edge}, half of the objects of {name} would have less than {left:.1f} pixels a side"
+        )
         return [
             Choice("data.resize", "native", reason),
             Choice("data.crop", crop, "pixels of the crops of training, and of the windows of evaluation"),
@@ -186,7 +189,7 @@ def make_recipe(
     reasons = {choice.key: choice.reason for choice in choices}
     for entry in base.get("defaults", []):
         groups |= {str(key).removeprefix("override ").lstrip("/"): value for key, value in entry.items()}
-    values = {key: value for key, value in flatten_sections(base) if not is_given(key)}
+    values = {key: value for key, value in flatten_sections(base) if key != "defaults" and not is_given(key)}
     values |= {choice.key: choice.value for choice in choices if not is_given(choice.key)}
     for key, value in values.items():
         if key in list_groups():
@@ -212,15 +215,6 @@ def overrides_key(given: str, key: str) -> bool:
     if given.partition("/")[0].partition(".")[0] == "model" and key.startswith("model"):
         return key not in ("model.channels_last",)
     return key == given or key.startswith((f"{given}.", f"{given}/"))
-
-
-def flatten_sections(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of a recipe with its whole key, without its defaults list."""
-    for name, value in content.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten_sections(value, f"{prefix}{name}.")
-        elif name != "defaults":
-            yield f"{prefix}{name}", value
 
 
 def write_lines(

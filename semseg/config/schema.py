@@ -9,7 +9,7 @@ Imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeGuard, get_args, get_type_hints
@@ -971,6 +971,19 @@ class Config:
 # Sections to which programs can add keys (semseg/config/tables.py). They are in the field `own`, and beside the other
 # keys of the section in files, on the command line and in checkpoints.
 OPEN_SECTIONS: dict[str, type] = {"loss.terms": LossTermsConfig, "augment": AugmentConfig}
+
+
+def flatten_sections(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of every value of nested mappings; an empty one is a value.
+
+    >>> dict(flatten_sections({"optim": {"lr": 0.1}, "seed": 1}))
+    {'optim.lr': 0.1, 'seed': 1}
+    """
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten_sections(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def config_to_plain(config: Any) -> dict[str, Any]:

@@ -38,19 +38,18 @@ from semseg.checks.dataset import (
     with_zero_unlabelled,
 )
 from semseg.checks.description import describe_data_set
-from semseg.checks.objects import check_objects
+from semseg.checks.objects import FINE_STRIDE, MIN_OBJECTS, check_objects, summarise_objects, view_of
 from semseg.checks.recipe import (
     BASE_RECIPE,
     DataFacts,
     Machine,
     choose_settings,
-    flatten_sections,
     make_recipe,
     read_base_recipe,
     write_recipe,
 )
 from semseg.config.load import load_config
-from semseg.config.schema import SPLITS, Config, DataConfig
+from semseg.config.schema import SPLITS, Config, DataConfig, flatten_sections
 from semseg.data.augment import crop_size
 from semseg.data.bands import band_options
 from semseg.data.classes import ClassTable
@@ -136,7 +135,8 @@ def run(config: Config, overrides: list[str]) -> None:
     next_step = escape_lines(f"{report.purpose}: {report.command}")
     if is_ready:
         if output is not None:
-            content, reasons = choose_recipe(config, overrides, diagnosis, splits[0], output)
+            facts = collect_facts(config.data, diagnosis, splits[0], label_map, classes)
+            content, reasons = choose_recipe(config, overrides, diagnosis, facts, output)
             write_recipe(output, content, reasons, report.command)
             print(escape_lines(f"written to {relative_to_cwd(output)}: the data set, and settings with their reasons"))
         print(next_step)
@@ -350,13 +350,23 @@ def apply_suggestions(overrides: Sequence[str], suggestions: dict[str, str]) -> 
 
 
 def describe_checked_data(overrides: Sequence[str], suggestions: dict[str, str], output: Path) -> dict[str, Any]:
-    """The content of `output`: the data set with all suggestions."""
+    """The section `data` of the recipe: the data set with all suggestions."""
     data, base = (load_config(words)[0].data for words in (apply_suggestions(overrides, suggestions), ["data=folder"]))
     return describe_data_set(data if data.name != base.name else replace(data, name=output.stem), base, output)
 
 
+def collect_facts(
+    data: DataConfig, diagnosis: Diagnosis, train: ScannedSplit, label_map: LabelMap, classes: ClassTable
+) -> DataFacts:
+    """What a recipe is chosen by."""
+    sizes = [Size(facts.height, facts.width) for _, facts in train.usable_pairs]
+    objects = summarise_objects(train, label_map.class_index, classes.names, view_of(data, FINE_STRIDE))
+    sides = {each.name: each.median_side for each in objects if each.count >= MIN_OBJECTS}
+    return DataFacts(sizes, [row.share for row in diagnosis.classes], sides, len(data.band_names) == 3)
+
+
 def choose_recipe(
-    config: Config, overrides: Sequence[str], diagnosis: Diagnosis, train: ScannedSplit, output: Path
+    config: Config, overrides: Sequence[str], diagnosis: Diagnosis, facts: DataFacts, output: Path
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The content of `output`, and the reason of each of its settings by key."""
     data = describe_checked_data(overrides, diagnosis.suggestions, output)
@@ -373,8 +383,6 @@ def choose_recipe(
         needed = estimate_step_memory(net, canvas_size([size], net.size_divisor), batch_size)
         return needed.activations + 3 * needed.weights
 
-    sizes = [Size(facts.height, facts.width) for _, facts in train.usable_pairs]
-    facts = DataFacts(sizes, [row.share for row in diagnosis.classes], {})
     rates = {key: value for key, value in flatten_sections(own) if key.startswith("optim.lr") and not chosen}
     choices = choose_settings(facts, measure_machine(config), rates, estimate_memory)
     given = [key for key, _ in flatten_sections({"data": data}) if key not in diagnosis.suggestions]

@@ -58,8 +58,8 @@ def test_small_objects_in_large_images_keep_their_pixels() -> None:
     assert (chosen["data.resize"], chosen["data.crop"], chosen["data.crop_foreground"]) == ("native", [512, 512], 0.33)
     assert "data.short_edges" not in chosen and "eval.scales" not in chosen
     reasons = {choice.key: choice.reason for choice in choose_settings(DEFECTS, CPU, {}, memory)}
-    assert "scratch (9 pixels) would have 1.6 pixels" in reasons["data.resize"]
-    large = DEFECTS._replace(small_sides={"scratch": 200.0})
+    assert "half of the objects of scratch would have less than 1.6 pixels a side" in reasons["data.resize"]
+    large = DEFECTS._replace(object_sides={"scratch": 200.0})
     assert choose(large)["data.resize"] == "short_edge"
 
 

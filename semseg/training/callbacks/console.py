@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from semseg.config.schema import flatten_sections
 from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 from semseg.evaluation.metrics import Scores
@@ -73,15 +74,6 @@ def build_config_tree(config: dict[str, Any], overrides: Sequence[str]) -> Tree:
         branch.append("  ".join(overrides), "bold")
         tree.add(branch)
     return tree
-
-
-def flatten_sections(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All (dotted key, value) pairs of nested dicts."""
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from flatten_sections(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 class TimeLeft:
