@@ -61,6 +61,9 @@ CHANGES = {
     "Dice": "loss=cross_entropy_dice",
     "Dice, AdamW 0.001": "loss=cross_entropy_dice optim=adamw optim.lr=0.001",
     "Dice, AdamW 0.003, encoder 0.0005": ("loss=cross_entropy_dice optim=adamw optim.lr=0.003 optim.lr_encoder=0.0005"),
+    "Dice, AdamW 0.003, encoder 0.0005, label stride 2": (
+        "loss=cross_entropy_dice optim=adamw optim.lr=0.003 optim.lr_encoder=0.0005 model.label_stride=2"
+    ),
     "Lovasz": "loss=cross_entropy_lovasz",
     "OHEM": "loss=ohem",
     "width 32": "model.decoder.width=32",
