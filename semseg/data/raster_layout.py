@@ -25,6 +25,7 @@ _IS_ALPHA = (1, 2)  # values of ExtraSamples (tag 338)
 _KINDS = {1: "uint", 2: "int", 3: "float", 4: "uint"}  # sample formats (tag 339)
 _MAX_PAGES, _MAX_TAGS, _MAX_VALUES = 1000, 4096, 2**16  # of a TIFF: more are not looked at
 _TIFF_TYPES = {1: "B", 2: "c", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q"}  # letters of struct
+GEO_TAGS = frozenset({33550, 33922, 34264, 34735})  # pixel scale, tie points, transform, keys
 _NEEDED = (254, 256, 257, 258, 259, 262, 274, 277, 338, 339, 32997, 42113)  # tags
 _MAX_NPY_HEADER = 10_000  # bytes, NumPy's own limit
 _REDUCED_OR_MASK = 5  # bits of NewSubfileType (tag 254): a smaller copy, a mask
@@ -83,6 +84,19 @@ def read_picture_layout(file: BinaryIO) -> RasterLayout | None:
         file.seek(position)
 
 
+def has_geo_tags(file: BinaryIO) -> bool:
+    """Whether a file is a TIFF with the tags of GeoTIFF. The position in the file stays."""
+    position = file.tell()
+    try:
+        if file.read(4) not in TIFF_STARTS:
+            return False
+        return not GEO_TAGS.isdisjoint(_read_directories(file, position)[0])
+    except (ValueError, struct.error, OverflowError, OSError):
+        return False
+    finally:
+        file.seek(position)
+
+
 # ---- TIFF
 
 
@@ -134,6 +148,8 @@ def _read_directories(file: BinaryIO, start: int) -> list[Tags]:
                 (number,) = struct.unpack_from(f"{order}{word}", entries, place + 4)
                 content = entries[place + (12 if is_big else 8) : place + entry_size]
                 tags[tag] = _read_value(file, start, order, _TIFF_TYPES[kind], number, content)
+            elif tag in GEO_TAGS:
+                tags[tag] = b""
         found.append(tags)
         offset = struct.unpack(f"{order}{word}", following)[0] if len(following) == struct.calcsize(word) else 0
     if not found:

@@ -18,12 +18,22 @@ from torch.utils.data import Dataset
 from semseg.build import open_predictor
 from semseg.checkpoints.zoo import DEMONSTRATION_IMAGE
 from semseg.config.schema import Config
+from semseg.data.band_windows import open_windows
 from semseg.data.bands import BandOptions, draw_bands
 from semseg.data.folders import Naming
+from semseg.data.geometry import Size
 from semseg.data.loaders import WatchedLoader
 from semseg.data.store import UnusedFiles
-from semseg.errors import ConfigError, DataError
+from semseg.errors import ConfigError, DataError, install_command
 from semseg.prediction.annotations import ANNOTATION_FILES, AnnotationFiles, AnnotationSettings
+from semseg.prediction.geotiff import (
+    GeoReference,
+    GeoTiffSink,
+    has_rasterio,
+    is_georeferenced,
+    read_georeference,
+    write_geotiff,
+)
 from semseg.prediction.inputs import AS_PATH_LIST, Input, find_inputs, is_path_list
 from semseg.prediction.outputs import array_on_disk, write_classes, write_outputs
 from semseg.prediction.pictures import read_band_picture, read_picture
@@ -159,10 +169,16 @@ class PredictionJob:
             num_workers=self.num_workers,
         )
         for done, (item, loaded) in enumerate(zip(images, loader, strict=True), start=1):
-            if not loaded.failure:
-                self.predict_image(item, loaded)
+            failure = loaded.failure
+            try:
+                if loaded.is_by_window:
+                    self.predict_windows(item)
+                elif not failure:
+                    self.predict_image(item, loaded)
+            except DataError as error:
+                failure = str(error)
             on_progress(done)
-            yield loaded.failure
+            yield failure
         videos = [item for item in inputs if item.is_video]
         for done, item in enumerate(videos, start=len(images)):
             failure = ""
@@ -180,8 +196,59 @@ class PredictionJob:
             ids = predictor.predict_class_map(pixels.shape[:2], loaded.scales, probabilities)
             result = PredictionResult(pixels, ids, predictor.classes, predictor.label_map, probabilities)
             write_outputs(result, target, self.outputs)
+            reference = self.find_georeference(item.path) if "ids" in self.outputs else None
+            if reference is not None:
+                path = target.with_name(f"{target.name}_ids.tif")
+                write_geotiff(path, ids, predictor.classes, predictor.label_map, reference)
         if self.annotations is not None:
             self.annotations.add((item.output_path.parent / item.path.name).as_posix(), ids)
+
+    def predict_windows(self, item: Input) -> None:
+        """Predict an image beyond data.max_pixels by windows, and write its ids as TIFF, row by row.
+
+        Raises:
+            DataError: if the file is damaged.
+            ConfigError: without rasterio.
+        """
+        predictor, target = self.predictor, self.folder / item.output_path
+        others = [output for output in self.outputs if output != "ids"] + list(self.annotation_outputs)
+        if others:
+            print_once(f"{', '.join(others)}: for images of up to data.max_pixels, of larger ones only ids are written")
+        if "ids" not in self.outputs:
+            return
+        reader = open_windows(item.path, predictor.bands)
+        assert reader is not None, "the loader has opened it"
+        with reader:
+            size, layout = Size(reader.height, reader.width), reader.layout
+            may_lack = layout.nodata is not None or layout.has_alpha or reader.dtype.kind == "f"
+            path = target.with_name(f"{target.name}_ids.tif")
+            reference = self.find_georeference(item.path)
+            masked = reader if may_lack and predictor.bands is not None else None
+            with GeoTiffSink(
+                path, size, predictor.classes, predictor.label_map, reference=reference, reader=masked
+            ) as sink:
+                predictor.predict_rows(reader, sink)
+
+    @property
+    def annotation_outputs(self) -> Sequence[str]:
+        """The outputs for annotation tools."""
+        return () if self.annotations is None else self.annotations.outputs
+
+    def find_georeference(self, path: Path) -> GeoReference | None:
+        """Where an image lies on the earth; None if that is unknown, which is reported once if it could be known.
+
+        Raises:
+            DataError: if its georeference is damaged.
+        """
+        if not is_georeferenced(path):
+            return None
+        if not has_rasterio():
+            print_once(f"{path}: is georeferenced; to keep this in predictions: {install_command('geo')}")
+            return None
+        reference = read_georeference(path)
+        if reference is not None and reference.crs is None and not reference.gcps[0]:
+            print_once(f"{path}: has a transform, but no CRS, and so has its prediction")
+        return reference
 
     def open_probabilities(self, target: Path, pixels: Pixels) -> AbstractContextManager[NDArray[np.float16] | None]:
         """Open an array on disk for the probabilities of an image, if they are an output."""
@@ -240,6 +307,20 @@ class LoadedImage(NamedTuple):
     pixels: Tensor  # (H, W, 3) uint8 RGB, as drawn
     scales: list[Tensor]  # (C, h, w) each, uint8 RGB or bands
     failure: str
+    is_by_window: bool = False  # whether it is too large to be read at once, and can be read by window
+
+
+def is_larger_by_window(path: Path, bands: BandOptions | None, max_pixels: int) -> bool:
+    """Whether an image has more than `max_pixels`, and can be read by window.
+
+    Raises:
+        DataError: if it is damaged, or does not hold the bands.
+    """
+    windows = open_windows(path, bands)
+    if windows is None:
+        return False
+    with windows:
+        return windows.height * windows.width > max_pixels
 
 
 class InputImages(Dataset[LoadedImage]):
@@ -250,6 +331,7 @@ class InputImages(Dataset[LoadedImage]):
         # Workers receive a copy of these attributes, so they hold no weights.
         self.resize, self.max_pixels = predictor.build_resizer(), predictor.settings.max_pixels
         self.bands, self.show_bands = predictor.bands, predictor.show_bands
+        self.is_native = predictor.settings.crop is not None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -257,6 +339,8 @@ class InputImages(Dataset[LoadedImage]):
     def __getitem__(self, index: int) -> LoadedImage:
         path, key = self.inputs[index].path, "data.max_pixels"
         try:
+            if self.is_native and is_larger_by_window(path, self.bands, self.max_pixels):
+                return LoadedImage(torch.empty(0), [], "", is_by_window=True)
             if self.bands is None:
                 pixels = drawn = read_picture(path, self.max_pixels, key=key)
             else:

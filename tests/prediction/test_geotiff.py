@@ -1,0 +1,156 @@
+"""Predictions of GeoTIFF files keep their place on the earth, and of huge ones only windows are in memory."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import rasterio
+from numpy.typing import NDArray
+from PIL import Image
+from rasterio.control import GroundControlPoint
+from rasterio.transform import Affine
+from rasterio.windows import Window as RasterWindow
+
+from helpers.memory import in_child, peak_growth
+from semseg.config.preprocessing import BandRange
+from semseg.data.band_windows import open_windows
+from semseg.data.bands import BandFile, BandOptions
+from semseg.data.classes import ClassTable
+from semseg.data.geometry import Size
+from semseg.data.label_map import LabelMap
+from semseg.data.windows import FinishedRows
+from semseg.errors import ConfigError, DataError
+from semseg.prediction.geotiff import GeoTiffSink, is_georeferenced, read_georeference, write_geotiff
+
+pytestmark = pytest.mark.reliability
+TURNED = Affine(10, 0.5, 400000, 0.5, -10, 5000000)
+CLASSES = ClassTable.from_names(["water", "wood", "field"])
+FOUR = ("red", "green", "blue", "nir")
+OPTIONS = BandOptions((BandFile("", FOUR),), FOUR, (BandRange(0, 3000),) * 4, (1500.0,) * 4)
+
+
+def write_raster(path: Path, height: int, width: int, pixels: NDArray | None = None, **how: Any) -> Path:
+    """A tiled GeoTIFF of four bands of uint16, without empty tiles; `pixels` (4, h, w) are at the top left."""
+    profile = {"crs": "EPSG:32632", "transform": TURNED, "tiled": True, "blockxsize": 512, "blockysize": 512, **how}
+    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=64):
+        warnings.simplefilter("ignore")
+        with rasterio.open(
+            path, "w", driver="GTiff", height=height, width=width, count=4, dtype="uint16", SPARSE_OK=True, **profile
+        ) as file:
+            if pixels is not None:
+                file.write(pixels, window=RasterWindow(0, 0, pixels.shape[2], pixels.shape[1]))
+    return path
+
+
+def rows_of(ids: NDArray[np.int16], step: int) -> list[FinishedRows]:
+    nothing = np.zeros((0, 0), np.float32)
+    return [FinishedRows(top, ids[top : top + step], nothing, None) for top in range(0, len(ids), step)]
+
+
+def test_a_prediction_has_the_transform_crs_and_colours(tmp_path: Path) -> None:
+    image = write_raster(tmp_path / "a.tif", 700, 600)
+    reference = read_georeference(image)
+    ids = np.random.default_rng(0).integers(0, 3, (700, 600)).astype(np.int16)
+    with GeoTiffSink(tmp_path / "ids.tif", Size(700, 600), CLASSES, LabelMap(3, 1), reference=reference) as sink:
+        for rows in rows_of(ids, 37):
+            sink.write_rows(rows)
+        assert not (tmp_path / "ids.tif").exists()  # whole or not at all
+    with rasterio.open(tmp_path / "ids.tif") as file:
+        assert file.crs == "EPSG:32632" and file.transform == TURNED and file.nodata == 255
+        assert np.array_equal(file.read(1), ids + 1)
+        assert file.colormap(1)[1] == (*CLASSES.palette[0], 255) and file.tags()["classes"] == "water, wood, field"
+        assert file.block_shapes == [(512, 512)]
+
+
+def test_control_points_are_copied(tmp_path: Path) -> None:
+    points = [GroundControlPoint(row, column, 9 + column, 50 + row) for row, column in ((0, 0), (0, 9), (9, 0))]
+    write_raster(tmp_path / "a.tif", 20, 30, crs=None, transform=None)
+    with rasterio.open(tmp_path / "a.tif", "r+") as file:
+        file.gcps = (points, rasterio.crs.CRS.from_epsg(4326))
+    reference = read_georeference(tmp_path / "a.tif")
+    assert reference is not None
+    write_geotiff(tmp_path / "ids.tif", np.zeros((20, 30), np.int16), CLASSES, LabelMap(3), reference)
+    with rasterio.open(tmp_path / "ids.tif") as file:
+        found, crs = file.gcps
+        assert [(point.row, point.x) for point in found] == [(0, 9), (0, 18), (9, 9)] and crs == "EPSG:4326"
+
+
+def test_a_file_without_crs_or_without_anything(tmp_path: Path) -> None:
+    write_raster(tmp_path / "a.tif", 20, 30, crs=None)
+    reference = read_georeference(tmp_path / "a.tif")
+    assert reference is not None and reference.crs is None and reference.transform == TURNED
+    write_geotiff(tmp_path / "ids.tif", np.zeros((20, 30), np.int16), CLASSES, LabelMap(3), reference)
+    with rasterio.open(tmp_path / "ids.tif") as file:
+        assert file.crs is None and file.transform == TURNED
+    Image.new("RGB", (30, 20)).save(tmp_path / "b.tif")
+    assert not is_georeferenced(tmp_path / "b.tif") and read_georeference(tmp_path / "b.tif") is None
+    (tmp_path / "c.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:100])
+    assert read_georeference(tmp_path / "c.tif") is None
+    assert not is_georeferenced(tmp_path / "no.tif")
+
+
+def test_ids_above_254_take_16_bits_and_pixels_without_values_have_none(tmp_path: Path) -> None:
+    pixels = np.full((4, 600, 300), 7, np.uint16)
+    image = write_raster(tmp_path / "a.tif", 700, 600, pixels, nodata=0)
+    reader = open_windows(image, OPTIONS)
+    assert reader is not None
+    ids, label_map = np.ones((700, 600), np.int16), LabelMap(3, ids={0: 0, 1: 1, 300: 2})
+    with reader, GeoTiffSink(tmp_path / "i.tif", Size(700, 600), CLASSES, label_map, reader=reader) as sink:
+        for rows in rows_of(ids, 100):
+            sink.write_rows(rows)
+    with rasterio.open(tmp_path / "i.tif") as file:
+        found = file.read(1)
+        assert file.nodata == 65535 and (found[:600, :300] == 1).all()
+        assert (found[600:] == 65535).all() and (found[:, 300:] == 65535).all()
+
+
+def test_an_error_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError), GeoTiffSink(tmp_path / "i.tif", Size(9, 9), CLASSES, LabelMap(3)) as sink:
+        sink.write_rows(rows_of(np.zeros((5, 9), np.int16), 5)[0])
+        raise DataError("broken")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_rasterio_the_extra_is_named(tmp_path: Path) -> None:
+    with patch("semseg.prediction.geotiff.find_spec", return_value=None), pytest.raises(ConfigError, match=r"\[geo\]"):
+        GeoTiffSink(tmp_path / "i.tif", Size(9, 9), CLASSES, LabelMap(3))
+
+
+def read_and_write_huge(folder: Path, height: int) -> int:
+    """Go over a raster of 40 000 columns by windows and write a class map of the same size: growth in bytes."""
+    side = 40_000
+    image = write_raster(folder / "huge.tif", height, side, np.full((4, 600, 700), 9, np.uint16), nodata=0)
+
+    def work() -> None:
+        reader = open_windows(image, OPTIONS)
+        assert reader is not None and (reader.height, reader.width) == (height, side)
+        reference = read_georeference(image)
+        with (
+            reader,
+            GeoTiffSink(folder / "ids.tif", Size(height, side), CLASSES, LabelMap(3), reference=reference) as sink,
+        ):
+            for top in range(0, height - 1024, 4000):  # every tenth row of windows
+                for left in range(0, side, 1024):
+                    reader.read(top, left, 1024, min(1024, side - left))
+            for top in range(0, height, 400):
+                sink.write_rows(rows_of(np.full((400, side), top % 3, np.int16), 400)[0]._replace(top=top))
+
+    work_growth = peak_growth(work)
+    with rasterio.open(folder / "ids.tif") as file:
+        assert file.shape == (height, side) and file.crs == "EPSG:32632"
+        assert file.read(1, window=RasterWindow(0, height - 400, 4, 1)).tolist() == [[(height - 400) % 3 + 1] * 4]
+    return work_growth
+
+
+@pytest.mark.parametrize(
+    "height", [pytest.param(1600, marks=pytest.mark.slow), pytest.param(40_000, marks=pytest.mark.long)]
+)
+def test_rasters_of_40000_columns_are_read_and_written_in_400_megabytes(tmp_path: Path, height: int) -> None:
+    growth = in_child(partial(read_and_write_huge, tmp_path, height))
+    assert growth < 400e6, f"{growth / 1e6:.0f} MB"
