@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from semseg.checkpoints import zoo
+from semseg.checkpoints.ensemble import build_ensemble, describe_differences, join_networks
 from semseg.checkpoints.format import (
     SavedNetwork,
     first_line,
@@ -24,6 +25,7 @@ from semseg.checkpoints.format import (
 from semseg.checkpoints.from_hub import is_on_hub, read_from_hub
 from semseg.checkpoints.network import load_network
 from semseg.checkpoints.published import PUBLISHED_FREE_KEYS, PublishedFiles, find_published_files, read_published
+from semseg.config.fields import AUTO
 from semseg.config.inherit import inherit_config
 from semseg.config.schema import (
     HUB_PREFIX,
@@ -34,9 +36,11 @@ from semseg.config.schema import (
     ModelConfig,
     TrainerConfig,
     config_to_plain,
+    list_checkpoints,
 )
 from semseg.data.classes import ClassTable
 from semseg.data.crops import NATIVE, choose_crop
+from semseg.data.label_cache import prepare_automatic_cache
 from semseg.data.label_map import LabelMap
 from semseg.data.sources import DataSource, load_class_table, make_label_map
 from semseg.data.store import resolve_path
@@ -45,15 +49,18 @@ from semseg.errors import ArgumentError, ConfigError, install_command
 from semseg.evaluation.tiled import WindowLayout, choose_layout
 from semseg.lit_module import SegmentationModule
 from semseg.nets.bands import choose_reading
+from semseg.nets.depthwise import is_faster_in_channels_last
 from semseg.nets.gpu import configure_gpu
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import choose_weight_type
 from semseg.nets.registry import OLD_NAMES, ORIGINAL_NAMES
+from semseg.nets.segmenter import is_convolutional
 from semseg.prediction.predictor import PredictionSettings, Predictor
-from semseg.storage.download import fetch_file
+from semseg.storage.download import cache_folder, fetch_file
 from semseg.storage.hub_list import HubEntry
 from semseg.storage.ranks import print_once
 from semseg.storage.run_folders import find_checkpoint
+from semseg.system.processors import choose_num_workers, count_processors
 from semseg.training.callbacks.bad_images import CountBadImages
 from semseg.training.callbacks.console import BarProgress, LineProgress, ReportValidation
 from semseg.training.callbacks.ema import MovingAverage
@@ -64,17 +71,22 @@ from semseg.training.callbacks.out_of_memory import ProbeMemory
 from semseg.training.callbacks.panels import LogPanels
 from semseg.training.callbacks.report import WriteReport
 from semseg.training.callbacks.votes import StepVote
+from semseg.training.callbacks.waiting import RecordWaiting, WaitingRecord
 from semseg.training.resume import DropRepeatedSteps, SeedEveryStep
 from semseg.training.trainer import (
     check_gpu_numbers,
     choose_accelerator,
+    count_ranks_here,
     create_callbacks,
     create_loggers,
     create_trainer,
+    name_device,
 )
 from semseg.training.training_state import CheckRestoredState
 
 FINE_STRIDE = 4  # pixels: the largest stride of training labels that model.label_stride=auto chooses
+# Keys of `data` that decide how long it takes to read a sub-batch, and to train on it.
+READING_KEYS = ("batch_size", "short_edges", "max_long_edge", "resize", "crop", "decode", "train", "images", "limit")
 EXPORT_EXTRA = ("onnx", "onnxscript", "onnxruntime")  # modules of semseg[export]
 
 
@@ -85,11 +97,27 @@ def open_network(config: Config, overrides: list[str]) -> tuple[SavedNetwork, Co
         SemsegError: if there is no such network, or the command line contradicts it.
     """
     assert config.ckpt is not None, "config.check asks for ckpt"
-    saved = find_network(config.ckpt, config, overrides)
-    print_once(saved.note)
+    saved = find_networks(config, overrides)
     is_published = bool(saved.note) and not saved.config.model.library
     kept = [word for word in overrides if not (is_published and word.partition("=")[0] in PUBLISHED_FREE_KEYS)]
     return saved, inherit_config(saved.config, config, kept)
+
+
+def find_networks(config: Config, overrides: list[str]) -> SavedNetwork:
+    """The network of `ckpt`, or the ensemble of several.
+
+    Raises:
+        SemsegError: see `find_network`; also if they cannot be averaged.
+    """
+    members = []
+    for spec in list_checkpoints(config.ckpt):
+        members.append(find_network(spec, config, overrides))
+        print_once(members[-1].note)
+    if len(members) == 1:
+        return members[0]
+    joined = join_networks(members)
+    print_once(describe_differences(members))
+    return joined
 
 
 def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwork:
@@ -153,6 +181,8 @@ def restore_network(saved: SavedNetwork) -> SegmentationNetwork:
     Raises:
         CheckpointError: if any weight is missing, unexpected or of another shape.
     """
+    if saved.members:
+        return build_ensemble(saved, [restore_network(member) for member in saved.members])
     if saved.graph is None:
         return load_network(saved)
     from semseg.export.onnx_runtime import build_graph_network  # noqa: PLC0415 - the packages of an extra
@@ -233,7 +263,7 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
         saved.classes,
         ids,
         settings,
-        name=saved.config.model.title,
+        name=saved.title,
         source=str(saved.source),
         precision=precision,
         bands=choose_reading(net.convention, config.data),
@@ -278,8 +308,50 @@ def format_other_classes(data: DataConfig, num_classes: int, saved: SavedNetwork
     )
 
 
+def settle_reading(config: Config, root: Path) -> Config:
+    """The configuration with plain values for data.label_cache and data.num_workers, if they are `auto`.
+
+    Args:
+        root: folder of the data set.
+    """
+    data = config.data
+    if data.label_cache == AUTO:
+        folder = prepare_automatic_cache(cache_folder(config.download), root)
+        data = replace(data, label_cache=None if folder is None else str(folder))
+    if data.num_workers == AUTO:
+        ranks = count_ranks_here(config.trainer, choose_accelerator(config.trainer.accelerator))
+        data = replace(data, num_workers=choose_num_workers(None, ranks))
+    return config if data is config.data else replace(config, data=data)
+
+
+def locate_waiting_record(config: Config, root: Path) -> WaitingRecord:
+    """Where the waiting is recorded of runs with the same network, images, sizes, devices and processors.
+
+    Args:
+        config: of the run; its batch size is a number.
+        root: folder of the data set.
+    """
+    plain, accelerator = config_to_plain(config), choose_accelerator(config.trainer.accelerator)
+    conditions = [
+        {key: plain["data"][key] for key in READING_KEYS}, plain["augment"], config.model.title,
+        config.trainer.precision, config.model.compile, count_ranks_here(config.trainer, accelerator),
+        name_device(accelerator), count_processors(),
+    ]  # fmt: skip
+    return WaitingRecord(cache_folder(config.download), root, conditions)
+
+
+def settle_layout(config: Config, net: SegmentationNetwork) -> Config:
+    """The configuration with a plain value for model.channels_last, if it is `auto`."""
+    if config.model.channels_last != AUTO:
+        return config
+    device = choose_accelerator(config.trainer.accelerator)
+    is_last = is_convolutional(net) and is_faster_in_channels_last(net, device, config.trainer.precision)
+    return replace(config, model=replace(config.model, channels_last=is_last))
+
+
 def build_module(config: Config, net: SegmentationNetwork, classes: ClassTable) -> SegmentationModule:
     """The module that trains and evaluates `net`."""
+    config = settle_layout(config, net)
     return SegmentationModule(
         net,
         classes,
@@ -315,6 +387,8 @@ def build_data(config: Config, source: DataSource, net: SegmentationNetwork) -> 
     Raises:
         ConfigError: if the size divisor is not a multiple of the label stride.
     """
+    if AUTO in (source.config.label_cache, source.config.num_workers):
+        source.config = settle_reading(replace(config, data=source.config), source.root).data
     return SegmentationData(
         source,
         net,
@@ -362,7 +436,7 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
     is_training, has_val = config.mode == "train", source.has("val")
     callbacks: list[Callback] = training_callbacks(config, source) if is_training else [EndOnSignals()]
     if config.trainer.enable_progress_bar:
-        bar = BarProgress(config.data.batch_size, config.eval.batch_size)
+        bar = BarProgress(config.data.batch_size if is_training else 0, config.eval.batch_size)
         callbacks.append(bar if sys.stdout.isatty() else LineProgress())
     return create_trainer(
         config.trainer,
@@ -392,6 +466,7 @@ def training_callbacks(config: Config, source: DataSource) -> list[Callback]:
     ]
     if config.ema.decay is not None:
         callbacks.append(MovingAverage(config.ema.decay, config.ema.start_step))
+    callbacks.append(RecordWaiting(locate_waiting_record(config, source.root)))
     if config.data.on_bad == "skip":
         callbacks.append(CountBadImages(config.data.batch_size, config.data.max_bad, vote))
     return callbacks + checkpoint_callbacks(run_dir, config.checkpoint, vote, has_val=source.has("val"))

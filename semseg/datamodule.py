@@ -216,6 +216,12 @@ class SegmentationData(pl.LightningDataModule):
         )
 
     @property
+    def num_train_workers(self) -> int:
+        """The workers of the training loader, which is created first."""
+        assert self._train_loader is not None, "training has a loader"
+        return self._train_loader.num_workers
+
+    @property
     def _train_divisor(self) -> int:
         """Training images are padded to multiples of it: to the one size that the network takes, if it takes one."""
         return self.image_size.height if self.image_size else self.size_divisor

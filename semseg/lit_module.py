@@ -290,7 +290,7 @@ class SegmentationModule(pl.LightningModule):
             )
             return [
                 merge_subsets(
-                    dict(zip(options.scales, maps, strict=True)),
+                    dict(zip(options.scales, split_evenly(maps, len(options.scales)), strict=True)),
                     (options.scales, *subsets),
                     size=(sample.label.shape[0], sample.label.shape[1]),
                     memory_limit_mb=options.memory_limit_mb,
@@ -425,18 +425,24 @@ def loss_factor(batch_idx: int, num_batches: int, accumulate: int) -> float:
     return accumulate / min(accumulate, num_batches - batch_idx // accumulate * accumulate)
 
 
+def split_evenly(items: Sequence[Tensor], num_parts: int) -> list[list[Tensor]]:
+    """`num_parts` lists of equal lengths: the logits of an image by scale, of which an ensemble has several."""
+    length = len(items) // num_parts
+    return [list(items[start : start + length]) for start in range(0, len(items), length)]
+
+
 def merge_subsets(
-    logits: dict[int, Tensor], subsets: Sequence[Sequence[int]], *, size: tuple[int, int], memory_limit_mb: int
+    logits: dict[int, list[Tensor]], subsets: Sequence[Sequence[int]], *, size: tuple[int, int], memory_limit_mb: int
 ) -> list[Tensor]:
     """Class indices (H, W) of an image for each subset of its scales.
 
     Args:
-        logits: (K, h, w) by scale.
+        logits: (M, h, w, K) of every network, by scale.
         subsets: scales that are averaged.
         size: (H, W) in pixels.
         memory_limit_mb: for the probabilities; see `merge_scales`.
     """
-    maps = [[logits[edge] for edge in subset] for subset in subsets]
+    maps = [[one for edge in subset for one in logits[edge]] for subset in subsets]
     return [merge_scales(one, size, memory_limit_mb=memory_limit_mb).ids for one in maps]
 
 

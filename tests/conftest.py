@@ -8,7 +8,9 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -16,6 +18,9 @@ from helpers.browser import shared_browser
 from helpers.fork_server import SERVER_ADDRESS, skip_sync, start_server
 from helpers.reference import SHARED
 from semseg.system.process import STOP_SIGNALS
+
+CACHE_VARIABLE = "XDG_CACHE_HOME"
+caches = ExitStack()
 
 
 @pytest.fixture
@@ -36,6 +41,8 @@ def signals_restored() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if CACHE_VARIABLE not in os.environ:  # what runs keep for the next ones; the processes of pytest-xdist inherit it
+        os.environ[CACHE_VARIABLE] = caches.enter_context(TemporaryDirectory())
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         os.environ[SERVER_ADDRESS] = start_server()  # it imports while the test processes do
         return  # this process runs no tests, and imports nothing that takes seconds
@@ -71,3 +78,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_sessionfinish() -> None:
     shared_browser.close()
+
+
+def pytest_unconfigure() -> None:
+    caches.close()

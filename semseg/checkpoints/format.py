@@ -72,6 +72,14 @@ class SavedNetwork(NamedTuple):
     note: str = ""  # what was assumed about files that do not describe themselves
     graph: Graph | None = None  # for an exported network
     origin: WeightsOrigin | None = None  # of the weights that it started from; None: unknown, or random ones
+    members: tuple[SavedNetwork, ...] = ()  # of an ensemble, whose other entries are those of the first one
+
+    @property
+    def title(self) -> str:
+        """What the network is, for titles."""
+        titles = [member.config.model.title for member in self.members]
+        counted = [f"{titles.count(title)} x {title}" for title in dict.fromkeys(titles)]
+        return f"mean of {', '.join(counted)}" if self.members else self.config.model.title
 
 
 def describe_network(

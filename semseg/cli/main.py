@@ -99,6 +99,8 @@ def main() -> None:
                 import_mode(config.mode).run(config, overrides)
                 sys.exit(0)
             check_world_size(config)
+            if config.mode == "crossval":
+                refuse_launcher("mode=crossval")
             run_in_folder(config, composed, overrides)
             return
         if not {"-sc", "--shell-completion"} & options:
@@ -149,6 +151,10 @@ def run_in_folder(config: Config, composed: DictConfig, overrides: list[str]) ->
     created: list[Path] = []
     try:
         run_dir = resolve_run_dir(composed, created)
+        if config.mode == "crossval":
+            from semseg.cli.crossval import run_folds  # noqa: PLC0415 - slow to import, and most runs need no folds
+
+            sys.exit(run_folds(config, overrides, run_dir))
         if processes > 1:
             sys.exit(run_ranks(overrides, processes, run_dir))
         sys.argv[1:] += [f"hydra.run.dir={quote_value(run_dir)}", NO_HYDRA_RECORD]

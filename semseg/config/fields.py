@@ -9,7 +9,9 @@ from dataclasses import Field, field
 from numbers import Integral
 from typing import Any
 
-from semseg.errors import find_nearest
+from omegaconf import BooleanNode, FloatNode, IntegerNode, ValidationError
+
+from semseg.errors import ConfigError, find_nearest
 
 MAX_EDGE_LENGTH = 2**15  # pixels, of an image after scaling
 MAX_INT, MAX_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127  # the largest int64 and the largest float32
@@ -44,6 +46,32 @@ def choice_field(default: Any, choices: tuple[str, ...]) -> Any:
 def free_field(default: Any, accepts: str) -> Any:
     """A field of several types, which its section checks; `accepts` describes them for the documentation."""
     return field(default=default, metadata={"accepts": accepts})
+
+
+AUTO = "auto"  # the value with which a run chooses a key by itself
+AUTO_KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def auto_field(default: Any, kind: type, *, low: float | None = None, above: float | None = None) -> Any:
+    """A field of type int, float or bool that may be AUTO as well, and null if that is its default."""
+    accepts = " or ".join([kind.__name__, AUTO, *(["null"] if default is None else [])])
+    return field(default=default, metadata={"accepts": accepts, "kind": kind, "low": low, "above": above})
+
+
+def convert_auto_value(key: str, value: Any, item: Field[Any]) -> Any:
+    """The value of an `auto_field` in its own type, as OmegaConf converts the values of other fields.
+
+    Raises:
+        ConfigError: if it has another type.
+    """
+    kind = item.metadata["kind"]
+    if value == AUTO or (value is None and item.default is None):
+        return value
+    node = {int: IntegerNode, float: FloatNode, bool: BooleanNode}[kind]
+    try:
+        return node(value, is_optional=False)._value()
+    except ValidationError:
+        raise ConfigError(f"{key}={value}: must be {AUTO_KINDS[kind]}, or {AUTO}.") from None
 
 
 def interpolated_field(interpolation: str) -> Any:

@@ -214,6 +214,7 @@ def render_files() -> dict[Path, str]:
 def render_root(text: str) -> str:
     """configs/config.yaml, whose defaults list and settings of Hydra stay."""
     start, end = text.index(f"\n{FIRST_KEY}") + 1, text.index(f"\n{LAST_SECTION}") + 1
+    start = text.rindex("\n\n", 0, start) + 2  # a long explanation is above its key
     groups = dict.fromkeys([*COMPLETE_OPTIONS, "logger", "callbacks"], MISSING)
     return text[:start] + "\n".join(render_yaml(Config, groups)) + "\n\n" + text[end:]
 

@@ -13,7 +13,7 @@ from semseg.config.compose import compose_config
 from semseg.config.explain import explain_hydra_error
 from semseg.config.fields import key_of
 from semseg.config.groups import list_groups
-from semseg.config.overrides import parse_overrides
+from semseg.config.overrides import parse_overrides, quote_value
 from semseg.config.schema import Config, list_keys
 from semseg.config.uses import find_mode_problems, find_prediction_problems, refuse_unused_sizes
 from semseg.config.validate import check_config
@@ -53,15 +53,21 @@ def load_config(
     return config, overrides
 
 
-def load_prediction_config(ckpt: str | Path, overrides: Sequence[str]) -> tuple[Config, list[str]]:
+def load_prediction_config(
+    ckpt: str | Path | Sequence[str | Path], overrides: Sequence[str]
+) -> tuple[Config, list[str]]:
     """The checked configuration for predicting with the network `ckpt`, and the overrides in Hydra's grammar. No mode.
 
     Raises:
-        ArgumentError: if `ckpt` is no text or path, or an override no text.
+        ArgumentError: if `ckpt` is no text, path, or list of several of them, or an override no text.
         ConfigError: if an override is wrong or would have no effect, or the network cannot be loaded.
     """
-    if not isinstance(ckpt, str | Path):
-        raise ArgumentError(f"ckpt={ckpt!r}: must be a path, last, best, zoo:<name> or hf:<name>.")
+    is_list = isinstance(ckpt, list | tuple) and len(ckpt) > 1 and all(isinstance(item, str | Path) for item in ckpt)
+    if not isinstance(ckpt, str | Path) and not is_list:
+        raise ArgumentError(
+            f"ckpt={ckpt!r}: must be a path, last, best, zoo:<name> or hf:<name>, or a list of at least two of them."
+        )
+    given = str(ckpt) if isinstance(ckpt, str | Path) else f"[{','.join(quote_value(item) for item in ckpt)}]"
     groups = {group.partition("/")[0] for group in list_groups()}
     known = groups | {key_of(item) for item in fields(Config)}
     for override in overrides:
@@ -80,4 +86,4 @@ def load_prediction_config(ckpt: str | Path, overrides: Sequence[str]) -> tuple[
                 f"{override}: does not change predictions. Of {section}, semseg.load takes "
                 f"{', '.join(f'{section}.{each}' for each in used)}."
             )
-    return load_config([f"ckpt={ckpt}", *overrides], find_prediction_problems)
+    return load_config([f"ckpt={given}", *overrides], find_prediction_problems)

@@ -174,6 +174,8 @@ def quote_override(argument: str, *, sweep: bool = False) -> str:
     'trainer.devices=[0,1,2,3]'
     >>> quote_override("ckpt=epoch=3.ckpt")
     'ckpt="epoch=3.ckpt"'
+    >>> quote_override("ckpt=[a.ckpt,epoch=3.ckpt]")
+    'ckpt=["a.ckpt","epoch=3.ckpt"]'
     """
     key, equals, value = argument.partition("=")
     if key == "sweep_dir" and sweep:
@@ -184,9 +186,19 @@ def quote_override(argument: str, *, sweep: bool = False) -> str:
         return f"{key}{equals}{quote_devices(value, sweep=sweep)}"
     if equals and key in list_groups():
         return f"{key}={quote_choices(key, value, sweep=sweep)}"
-    if equals and key in PATH_KEYS and needs_quotes(value, sweep=sweep):
-        return f"{key}={quote_value(os.path.expanduser(value))}"  # noqa: PTH111 - Path would change patterns
-    return argument
+    if key == "ckpt" and re.fullmatch(r"\[[^\[\]\"'{}$]*\]", value):
+        value = quote_list(value)
+    elif key == "data.group" and value not in ("", "null") and value[0] not in "\"'":
+        value = quote_value(value)  # a regular expression
+    elif equals and key in PATH_KEYS and needs_quotes(value, sweep=sweep):
+        value = quote_value(os.path.expanduser(value))  # noqa: PTH111 - Path would change patterns
+    return f"{key}{equals}{value}"
+
+
+def quote_list(value: str) -> str:
+    """A list of paths without quotes, such as [a.ckpt,b.ckpt], in Hydra's grammar."""
+    parts = (os.path.expanduser(part.strip()) for part in value[1:-1].split(","))  # noqa: PTH111
+    return f"[{','.join(map(quote_value, parts))}]"
 
 
 def quote_devices(value: str, *, sweep: bool) -> str:

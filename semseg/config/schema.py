@@ -9,16 +9,19 @@ Imports no torch.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeGuard, get_args, get_type_hints
 
 from semseg.config.fields import (
+    AUTO,
     MAX_EDGE_LENGTH,
     MAX_INT,
     MAX_SEED,
     MAX_STRIDE,
+    auto_field,
     choice_field,
     find_crop_problems,
     find_edge_problems,
@@ -39,7 +42,7 @@ PRINTING_MODES = ("models", "data", "doctor")  # these print something and creat
 RESULT_MODES = ("eval", "predict")  # these write the results of a network below its run
 MODES = (
     "train", "eval", "predict", "convert", "compare", "download", "replay", "serve", "export", "check", "import",
-    "bench",
+    "bench", "crossval", "average",
     *PRINTING_MODES,
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
@@ -159,8 +162,9 @@ class ModelConfig:
     label_stride: Any = free_field("auto", "auto, a number of pixels, or null")
     """Stride of training labels in pixels; 1: every pixel is scored; null: that of the logits; auto: the same, but at
     most 4, which small objects survive; the original's networks keep theirs with data.resize=short_edge."""
-    channels_last: bool = False
-    """Memory layout of images and weights; networks with linear layers (attention) keep theirs."""
+    channels_last: Any = auto_field(False, bool)
+    """Memory layout of images and weights; networks with linear layers (attention) keep theirs; auto: where it is
+    faster."""
     winograd: bool = True
     """Faster kernels on a CPU (Winograd, oneDNN, factored upsampling) in float32, without compile."""
     compile: bool = False
@@ -274,6 +278,13 @@ class DataConfig:
     """End of the stems of masks that the stems of images do not have: _gtFine_labelTrainIds."""
     val_fraction: float = number_field(0.0, low=0, high=0.9)
     """Fraction of train that is held out for validation, chosen by a hash of the path."""
+    folds: int | None = number_field(None, low=2, high=100)
+    """crossval: train is cut into so many parts, each of which is validated on once; data.val is not used."""
+    fold: int | None = number_field(None, low=0)
+    """The part, from 0, that is held out for validation; the others are trained on."""
+    group: str | None = None
+    """Images that stay together in folds and val_fraction: a regular expression for their paths below root, such as
+    patient[0-9]+; null: each image by itself."""
     make: ScenesConfig | None = None
     archive: ArchiveConfig | None = None
     classes: str | None = None
@@ -307,8 +318,8 @@ class DataConfig:
     """Short edges in pixels; one is drawn at random for each sub-batch of training images."""
     max_long_edge: int = number_field(1000, low=1, high=MAX_EDGE_LENGTH)
     """Limit of the long edge in pixels; takes precedence over the short edge."""
-    batch_size: int = number_field(2, low=1)
-    """Images per device and step."""
+    batch_size: Any = auto_field(2, int, low=1)
+    """Images per device and step; auto: as many as fit into the memory of the device."""
     steps_per_epoch: int | None = number_field(5000, low=1)
     """Steps of an epoch; null: one pass over the records."""
     limit: int | None = number_field(None, low=1)
@@ -317,14 +328,16 @@ class DataConfig:
     """Mirror half of the training images, at random."""
     oversample: float = number_field(0.0, low=0, high=1)
     """Repeat images with classes that occur in less than this fraction of all images: 0.05; 0: off."""
-    num_workers: int | None = number_field(None, low=0)
-    """Data-loading workers per device; 0: none; null: its share of the processors, at most 4."""
+    num_workers: Any = auto_field(None, int, low=0)
+    """Data-loading workers per device; 0: none; null: its share of the processors, at most 4; auto: more of them if
+    the run before has waited for images."""
     worker_timeout_s: float = number_field(120.0, low=0)
     """Seconds to wait for the next sub-batch or image of a worker; 0: for ever."""
     decode: str = choice_field("fast", DECODE_MODES)
     """Large JPEGs of training; fast: decoded at a reduced size; exact: every pixel, as in the original."""
-    label_cache: str | None = None
-    """A folder in which labels are kept run-length encoded, 10 times as fast to read; null: no cache."""
+    label_cache: str | None = AUTO
+    """A folder in which labels are kept run-length encoded, 10 times as fast to read; auto: one of the cache, with
+    10 GiB at most; null: no cache."""
     on_bad: str = choice_field("error", ON_BAD_CHOICES)
     """A file that is missing, damaged or does not fit; error: stop the run; skip: leave out the image."""
     max_bad: float = number_field(0.01, low=0, high=1)
@@ -348,6 +361,14 @@ class DataConfig:
         for colour in self.ignore_colors:
             if len(colour) != 3 or not all(0 <= part <= 255 for part in colour):
                 yield f"data.ignore_colors={self.ignore_colors}: a colour is [red, green, blue], each 0..255."
+        if self.fold is not None and self.folds is None:
+            yield f"data.fold={self.fold}: needs data.folds=<number of folds>."
+        if self.fold is not None and self.folds is not None and self.fold >= self.folds:
+            yield f"data.fold={self.fold}: must be below data.folds={self.folds}, because folds count from 0."
+        if self.group is not None and self.folds is None and not self.val_fraction:
+            yield f"data.group={self.group}: says what data.folds or data.val_fraction keeps together. Set one of them."
+        if self.group is not None and not is_pattern(self.group):
+            yield f"data.group={self.group}: is no regular expression."
         if bool(self.images) != bool(self.masks):
             yield f"data.images={self.images} and data.masks={self.masks}: set both, or neither."
         yield from self.find_band_problems()
@@ -404,6 +425,15 @@ def is_value_range(value: object, num_bands: int) -> bool:
 def _is_band_name(name: str) -> bool:
     """Whether a name can be written on the command line without quotes."""
     return bool(name) and name.isascii() and name.replace("-", "_").replace("_", "a").isalnum()
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a text is a regular expression that finds something."""
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return bool(text)
 
 
 def _is_id(value: object) -> bool:
@@ -478,8 +508,10 @@ class OptimConfig:
 
     name: str = choice_field("sgd", OPTIMIZERS)
     """Which optimiser."""
-    lr: float = number_field(0.02, above=0)
-    """Base learning rate of encoder and decoder."""
+    lr: Any = auto_field(0.02, float, above=0)
+    """Base learning rate of encoder and decoder; auto: that of the recipe, scaled to the images of a step."""
+    lr_images: int = number_field(16, low=1)
+    """lr=auto: the images of a step (all devices, accumulation included) for which the rate of the recipe is meant."""
     lr_encoder: float | None = number_field(None, low=0)
     """Base learning rate of the encoder; null: lr."""
     lr_decoder: float | None = number_field(None, low=0)
@@ -899,10 +931,10 @@ class Config:
     run_dir: str = interpolated_field(DEFAULT_RUN_DIR)
     """The folder of this run. The default for eval and predict of a network that a run has trained: below that run, as
     eval, eval-2, ..., predict, ..."""
-    ckpt: str | None = None
+    ckpt: Any = free_field(None, "text, a list or null")
     """A network: a file, a run folder, last, best, zoo:<name>, hf:<owner>/<name>[@<revision>], a folder of published
-    files or of transformers, or <encoder file>,<decoder file>. For modes that use a network, and download; train
-    resumes from it."""
+    files or of transformers, or <encoder file>,<decoder file>; a list: their mean. For modes that use one, and
+    download; train resumes it."""
     init_from: str | None = None
     """train: a network whose weights a new run starts from; its architecture too, unless model=<name> is set."""
     output: str | None = None
@@ -944,6 +976,10 @@ class Config:
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Further callbacks by name, from configs/callbacks/."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.ckpt, int | float):  # a folder may be named 2026
+            self.ckpt = str(self.ckpt)
+
     def find_problems(self) -> Iterator[str]:
         """A sentence for every key that contradicts one of another section, in any mode; the others are in uses.py."""
         predict = self.predict
@@ -963,9 +999,22 @@ class Config:
                 f"ema.decay={self.ema.decay}: the average needs all weights on every device, which "
                 f"trainer.strategy={self.trainer.strategy} does not guarantee. Use trainer.strategy=ddp."
             )
+        if not is_checkpoint(self.ckpt):
+            yield f"ckpt={self.ckpt}: must be text, or a list of at least two networks: ckpt=[<file>,<file>]."
         for mode in self.after_training:
             if mode not in ("eval", "predict"):
                 yield format_wrong_choice("after_training", mode, ("eval", "predict"))
+
+
+def is_checkpoint(ckpt: Any) -> TypeGuard[str | list[str] | None]:
+    """Whether a value can be that of `ckpt`: null, text, or a list of at least two texts."""
+    is_list = isinstance(ckpt, list) and len(ckpt) > 1 and all(isinstance(item, str) and item for item in ckpt)
+    return ckpt is None or isinstance(ckpt, str) or is_list
+
+
+def list_checkpoints(ckpt: str | list[str] | None) -> list[str]:
+    """The networks that `ckpt` names."""
+    return ckpt if isinstance(ckpt, list) else [ckpt] if ckpt else []
 
 
 # Sections to which programs can add keys (semseg/config/tables.py). They are in the field `own`, and beside the other

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from semseg.config.fields import AUTO
 from semseg.config.schema import (
     EXPORT_SUFFIXES,
     EXPORTED_NETWORK_MODES,
@@ -16,6 +17,8 @@ from semseg.config.schema import (
     TORCH_EXPORT,
     ZOO_PREFIX,
     Config,
+    is_checkpoint,
+    list_checkpoints,
 )
 from semseg.errors import ConfigError
 
@@ -24,11 +27,24 @@ SIZE_KEYS = ("data.short_edges", "data.max_long_edge", "eval.scales", "eval.also
 # Modes that cannot work without a network.
 NETWORK_MODES = ("eval", "predict", "convert", "replay", "serve", "export")
 
+SEVERAL_NETWORKS_MODES = ("eval", "predict", "serve", "average")  # modes that average networks
+BATCH_MODES = ("check", "average")  # modes that use data.batch_size, and do not choose it
+
 
 def find_mode_problems(config: Config) -> Iterator[str]:
     """A sentence for every key that `mode` needs and that is not set, and for every one that it cannot use."""
+    if not is_checkpoint(config.ckpt):
+        return  # Config.find_problems says so
+    if isinstance(config.ckpt, list) and config.mode not in SEVERAL_NETWORKS_MODES:
+        yield (
+            f"ckpt={config.ckpt}: several networks are for mode={', '.join(SEVERAL_NETWORKS_MODES)}. "
+            f"mode={config.mode} takes one."
+        )
+        return
     yield from find_missing_keys(config)
     yield from find_training_problems(config)
+    yield from find_fold_problems(config)
+    yield from find_automatic_problems(config)
     yield from find_exported_file_problems(config)
     yield from find_exported_network_problems(config)
     yield from find_export_problems(config)
@@ -36,7 +52,7 @@ def find_mode_problems(config: Config) -> Iterator[str]:
 
 def find_prediction_problems(config: Config) -> Iterator[str]:
     """A sentence for everything with which no network can be loaded to predict, whatever the mode."""
-    yield from find_unloadable_files({"ckpt": config.ckpt})
+    yield from find_unloadable_files([("ckpt", file) for file in list_checkpoints(config.ckpt)])
     yield from find_exported_network_problems(config)
 
 
@@ -70,11 +86,13 @@ def find_missing_keys(config: Config) -> Iterator[str]:
             yield f"mode=import needs {key}=<{what}>."
     if config.mode == "replay" and not config.input:
         yield "mode=replay needs input=<sub-batch that a run with a NaN loss has saved>."
-    has_own_picture = (config.ckpt or "").startswith(ZOO_PREFIX)
+    has_own_picture = any(file.startswith(ZOO_PREFIX) for file in list_checkpoints(config.ckpt))
     if config.mode == "predict" and not config.input and not has_own_picture:
         yield "mode=predict needs input=<image, video, folder, pattern, list of paths, or - for standard input>."
     if config.quiet and config.mode in PRINTING_MODES:
         yield f"quiet=true: mode={config.mode} only prints. Remove quiet=true."
+    if config.mode == "average" and not isinstance(config.ckpt, list):
+        yield "mode=average needs at least two networks: ckpt=[<file or run folder>,<file or run folder>]."
     if config.mode == "compare" and len(config.runs) < 2:
         yield f"runs={config.runs}: mode=compare needs at least two evaluations: runs=[<folder>,<folder>]."
 
@@ -86,32 +104,56 @@ def find_training_problems(config: Config) -> Iterator[str]:
     starts = [key for key in ("ckpt", "resume", "init_from") if getattr(config, key) not in (None, "auto")]
     if "ckpt" in starts and len(starts) > 1:
         yield f"{' and '.join(starts)}: a run starts from one of them. Remove the others."
+    if config.data.folds is not None and config.data.fold is None:
+        yield (
+            f"data.folds={config.data.folds}: is for mode=crossval, which trains on every fold. For one of them give "
+            "data.fold=<0 to folds - 1>."
+        )
     for key in ("limit_train_batches", "max_steps"):
         if getattr(config.trainer, key) == 0:
             yield f"trainer.{key}=0: there is nothing to train. Remove it, or set at least 1."
 
 
+def find_fold_problems(config: Config) -> Iterator[str]:
+    """A sentence for everything that contradicts a training run for every fold."""
+    if config.mode != "crossval":
+        return
+    if config.data.folds is None:
+        yield "mode=crossval needs data.folds=<number of folds>, such as 5."
+    if config.data.fold is not None:
+        yield f"data.fold={config.data.fold}: mode=crossval trains on every fold. Leave it out."
+    if config.ckpt is not None:
+        yield f"ckpt={config.ckpt}: mode=crossval trains new networks. Use init_from to start from weights."
+
+
+def find_automatic_problems(config: Config) -> Iterator[str]:
+    """A sentence for a batch size that is chosen for training, where another mode needs one."""
+    if config.data.batch_size == AUTO and config.mode in BATCH_MODES:
+        yield f"data.batch_size=auto: is chosen for mode=train and mode=bench. Give a number for mode={config.mode}."
+
+
 def find_exported_file_problems(config: Config) -> Iterator[str]:
     """A sentence for every exported network where the mode cannot use one."""
-    files = {key: getattr(config, key) for key in ("ckpt", "init_from", "resume")}
-    files["model.encoder.weights"] = config.model.encoder.get("weights")
+    files: list[tuple[str, str | None]] = [("ckpt", file) for file in list_checkpoints(config.ckpt)]
+    files += [(key, getattr(config, key)) for key in ("init_from", "resume")]
+    files.append(("model.encoder.weights", config.model.encoder.get("weights")))
     yield from find_unloadable_files(files)
-    for key, file in files.items():
+    for key, file in files:
         if is_onnx(file) and (key != "ckpt" or config.mode not in EXPORTED_NETWORK_MODES):
             modes = ", ".join(EXPORTED_NETWORK_MODES)
             yield f"{key}={file}: an exported network is for mode={modes}. Use its checkpoint."
 
 
-def find_unloadable_files(files: dict[str, str | None]) -> Iterator[str]:
-    """A sentence for every file, by its key, that is never loaded because loading it could run code."""
-    for key, file in files.items():
+def find_unloadable_files(files: Sequence[tuple[str, str | None]]) -> Iterator[str]:
+    """A sentence for every (key, file) that is never loaded because loading it could run code."""
+    for key, file in files:
         if Path(str(file)).suffix.lower() == TORCH_EXPORT:
             yield f"{key}={file}: cannot be loaded, because loading it could run code. Export to {ONNX} instead."
 
 
 def find_exported_network_problems(config: Config) -> Iterator[str]:
     """A sentence for every setting that an exported network as `ckpt` cannot follow."""
-    if not is_onnx(config.ckpt):
+    if not any(map(is_onnx, list_checkpoints(config.ckpt))):
         return
     for key, value, default in (
         ("model.compile", config.model.compile, False),

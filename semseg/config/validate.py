@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from semseg.config.fields import find_bound_problems, format_wrong_choice, key_of
+from semseg.config.fields import convert_auto_value, find_bound_problems, format_wrong_choice, key_of
 from semseg.config.hints import EXTENDING, explain_unknown_key
 from semseg.config.schema import (
     ALLOWED_TARGETS,
@@ -64,6 +64,7 @@ def _check_sections(
     except OmegaConfBaseException as error:
         raise ConfigError(explain_omegaconf_error(error, composed)) from None
     assert isinstance(config, Config)
+    convert_auto_values(config)
     raise_first(find_interpolation_problems(config))  # alone, because the other sentences quote values
     if not is_saved:
         raise_first(find_own_key_problems(config))
@@ -77,6 +78,20 @@ def _check_sections(
     if problems:
         raise ConfigError(f"{len(problems)} problems in the configuration:\n  " + "\n  ".join(problems))
     return config
+
+
+def convert_auto_values(section: Any, prefix: str = "") -> None:
+    """Give the values of keys that may be `auto` the type of their field, which OmegaConf does for the others.
+
+    Raises:
+        ConfigError: for a value of another type.
+    """
+    for item in fields(section):
+        key, value = prefix + key_of(item), getattr(section, item.name)
+        if is_dataclass(value):
+            convert_auto_values(value, key + ".")
+        elif "kind" in item.metadata:
+            setattr(section, item.name, convert_auto_value(key, value, item))
 
 
 @cache

@@ -6,7 +6,9 @@ pixels can be looked up without decoding the others.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import warnings
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +27,13 @@ from semseg.data.store import file_stamp
 from semseg.errors import ConfigError
 from semseg.storage.atomic import atomic_write
 
+AUTOMATIC_FOLDER = "labels"  # of the cache: data.label_cache=auto, with a folder for each data set
+TAG = "CACHEDIR.TAG"  # marks it for programs that make backups: https://bford.info/cachedir/
+TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# Labels that semseg has read. May be removed at any time.\n"
+MAX_AUTOMATIC_BYTES = 10 * 2**30  # of all data sets together
+LEAST_FREE_BYTES = 2 * 2**30  # of the disk: automatic folders do not grow below it
+NUM_SUBFOLDERS = 256  # of a cache, by the first two digits of the names
+SAVES_PER_CHECK = 64  # of the size of an automatic folder, in each process
 FORMAT = 2  # version of the files; part of their names
 MIN_PIXELS_PER_RUN = 4  # labels with shorter runs on average compress badly and are not cached
 
@@ -66,14 +75,18 @@ class LabelCache:
 
     Args:
         label_map: decodes the labels; entries of other label maps are not found.
+        max_bytes: about the size beyond which no label is added; None: no limit. A folder of `prepare_automatic_cache`
+            has MAX_AUTOMATIC_BYTES.
 
     Raises:
         ConfigError: if the folder cannot be created.
     """
 
-    def __init__(self, folder: str | Path, label_map: LabelMap) -> None:
+    def __init__(self, folder: str | Path, label_map: LabelMap, max_bytes: int | None = None) -> None:
         self.folder, self.label_map = Path(folder).expanduser(), label_map
-        self._can_write = True
+        is_automatic = (self.folder.parent / TAG).is_file()
+        self.max_bytes = MAX_AUTOMATIC_BYTES if max_bytes is None and is_automatic else max_bytes
+        self._can_write, self._num_saved = True, 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -103,6 +116,12 @@ class LabelCache:
         runs = LabelRuns.from_label(label)
         if not self._can_write or len(runs.starts) * MIN_PIXELS_PER_RUN > label.size:
             return
+        if self.max_bytes is not None and self._num_saved % SAVES_PER_CHECK == 0:
+            is_full = NUM_SUBFOLDERS * count_bytes(entry.parent) > self.max_bytes
+            if is_full or shutil.disk_usage(self.folder).free < LEAST_FREE_BYTES:
+                self._can_write = False  # what is there is still read
+                return
+        self._num_saved += 1
         size = np.array(runs.size, np.uint32)
         check = np.array([crc32_of_arrays(size, runs.starts, runs.classes)], np.uint32)
         arrays = {"size": size, "starts": runs.starts, "classes": runs.classes, "check": check}
@@ -116,6 +135,59 @@ class LabelCache:
                 "yet are read from their own files.",
                 stacklevel=1,
             )
+
+
+def prepare_automatic_cache(cache: Path, root: Path, max_bytes: int = MAX_AUTOMATIC_BYTES) -> Path | None:
+    """The folder of the cache for the labels of a data set, created; None if it cannot be, or the disk is almost full.
+
+    If the folders of all data sets together are larger than `max_bytes`, those that were not used for longest are
+    removed. A run that uses one of them reads its labels again.
+
+    Args:
+        cache: the folder of the cache.
+        root: of the data set.
+    """
+    base = cache / AUTOMATIC_FOLDER
+    folder = base / sha256(os.path.abspath(root).encode("utf-8", "surrogateescape")).hexdigest()[:16]  # noqa: PTH100 - names with ..
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (base / TAG).is_file():
+            with atomic_write(base / TAG, durable=False) as temporary:
+                temporary.write_text(TAG_TEXT, encoding="ascii")
+        os.utime(folder)  # the time of its last use
+        others = sorted((other for other in base.iterdir() if other.is_dir() and other != folder), key=get_use)
+        sizes = {other: estimate_bytes(other) for other in others}
+        used = sum(sizes.values()) + estimate_bytes(folder)
+        for other in others:  # the one that was not used for longest first
+            if used > max_bytes or shutil.disk_usage(base).free < LEAST_FREE_BYTES:
+                used -= sizes[other]
+                shutil.rmtree(other, ignore_errors=True)
+        return folder if shutil.disk_usage(base).free >= LEAST_FREE_BYTES and os.access(folder, os.W_OK) else None
+    except OSError:
+        return None
+
+
+def get_use(folder: Path) -> float:
+    """When a folder of `prepare_automatic_cache` was used last; 0 if another process has removed it."""
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def estimate_bytes(folder: Path) -> int:
+    """About the size of a cache: that of a 16th of it, which the names spread evenly, 16 times."""
+    return 16 * sum(count_bytes(folder / f"{number:02x}") for number in range(0, NUM_SUBFOLDERS, 16))
+
+
+def count_bytes(folder: Path) -> int:
+    """The size of the files in a folder; 0 if there is none."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # another process has renamed or removed it
+                total += entry.stat().st_size
+    return total
 
 
 def crc32_of_arrays(*arrays: NDArray) -> int:

@@ -85,12 +85,17 @@ def has_swapped_sides(header: Header) -> bool:
 # ---- splitting
 
 
-def split_by_hash(records: Sequence[Record], fraction: float, root: str | Path) -> tuple[list[Record], list[Record]]:
+def split_by_hash(
+    records: Sequence[Record], fraction: float, root: str | Path, groups: Sequence[str] | None = None
+) -> tuple[list[Record], list[Record]]:
     """Split records into (kept, held out), with about `fraction` of them held out.
 
     The side of a record depends only on its path below `root`: adding or removing other files does not move it, nor
     does moving the whole data set. Copies of one photograph by Roboflow (a.rf.<digits>.jpg) are on one side. Neither
     side is empty if there are records of two or more photographs.
+
+    Args:
+        groups: the group of each record, whose records are all on one side; None: each photograph by itself.
 
     Raises:
         ValueError: if fraction is not between 0 and 1.
@@ -100,11 +105,12 @@ def split_by_hash(records: Sequence[Record], fraction: float, root: str | Path) 
         raise ValueError(f"fraction must be above 0 and below 1, got {fraction}")
     if len(records) < 2:
         raise DataError(f"{root}: {len(records)} image cannot be split into training and validation: add images.")
-    hashes = [_unit_hash(os.path.relpath(record.image, root)) for record in records]
+    names = [os.path.relpath(record.image, root) for record in records] if groups is None else groups
+    hashes = [_unit_hash(name) for name in names]
     if min(hashes) == max(hashes):
+        what = "are copies of one photograph" if groups is None else "belong to one group (data.group)"
         raise DataError(
-            f"{root}: all {len(records)} images are copies of one photograph, which cannot be split into "
-            "training and validation: add images."
+            f"{root}: all {len(records)} images {what}, which cannot be split into training and validation: add images."
         )
     threshold = min(max(fraction, min(hashes)), max(hashes) - 2.0**-53)
     kept = [record for record, value in zip(records, hashes, strict=True) if value > threshold]

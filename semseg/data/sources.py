@@ -12,6 +12,7 @@ from semseg.data import store
 from semseg.data.bands import BandOptions, band_options
 from semseg.data.classes import ClassTable, built_in_classes
 from semseg.data.folders import Naming, read_folder_pairs
+from semseg.data.folds import assign_folds, name_group
 from semseg.data.header_cache import find_pixel_type, readable_headers
 from semseg.data.headers import Header
 from semseg.data.label_map import ColourIds, LabelMap
@@ -114,7 +115,7 @@ class DataSource:
 
     def has(self, split: str) -> bool:
         """Whether the configuration defines `split`."""
-        return self._is_configured(split) or (split == "val" and self.config.val_fraction > 0)
+        return self._is_configured(split) or (split == "val" and (self.config.val_fraction > 0 or self._has_fold))
 
     def survey(self, split: str) -> tuple[list[Record], list[str]]:
         """The records of a split, and a message for each line or file that gives none.
@@ -146,7 +147,7 @@ class DataSource:
         They are searched where train is a folder and val has no folder: val would be cut from all of them.
         """
         train, val = self._split_files("train"), self._split_files("val")
-        if train.list or train.stems or val.list or val.images or not (train.images and train.masks):
+        if self._has_fold or train.list or train.stems or val.list or val.images or not (train.images and train.masks):
             return {}
         names = store.list_folder(self._resolve(train.images), store.UnusedFiles())
         folder_of = {split: name for name in names if (split := match_split(name))}
@@ -164,7 +165,7 @@ class DataSource:
 
     def _is_configured(self, split: str) -> bool:
         files = self._split_files(split)
-        return bool(files.list or files.images)
+        return bool(files.list or files.images) and not (split == "val" and self._has_fold)
 
     def _split_files(self, split: str) -> SplitConfig:
         """Lists and folders of a split as configured."""
@@ -205,13 +206,35 @@ class DataSource:
     def _select(self, split: str, files: SplitConfig, records: Sequence[Record], *, is_survey: bool) -> list[Record]:
         """The records of `split` among those of its files, with the orientation of their labels."""
         records = self._resolve_orientations(split, files, records, is_survey=is_survey)
-        is_cut = self.config.val_fraction > 0 and not self._is_configured("val")
+        is_cut = (self.config.val_fraction > 0 or self._has_fold) and not self._is_configured("val")
         if is_cut and split in ("train", "val"):
-            kept, held_out = split_by_hash(records, self.config.val_fraction, self.root)
+            kept, held_out = self._cut(records)
             if split == "val":
                 self.orientations[split] = Orientations()  # train reports them
             records = held_out if split == "val" else kept
         return records[: self.config.limit]
+
+    def _cut(self, records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+        """The records of train and of val, both of which are read from the files of train."""
+        pattern = self.config.group
+        if self.config.fold is not None and self.config.folds is not None:
+            folds = assign_folds(records, self.root, self.config.folds, pattern)
+            sides = [
+                [
+                    record
+                    for record, fold in zip(records, folds, strict=True)
+                    if (fold == self.config.fold) == is_held_out
+                ]
+                for is_held_out in (False, True)
+            ]
+            return sides[0], sides[1]
+        groups = None if pattern is None else [name_group(record.image, self.root, pattern) for record in records]
+        return split_by_hash(records, self.config.val_fraction, self.root, groups)
+
+    @property
+    def _has_fold(self) -> bool:
+        """Whether val is a fold of train, whatever else the configuration says of it."""
+        return self.config.fold is not None
 
     def _empty_split_error(self, split: str) -> DataError:
         return DataError(f"data.{split}: no images found below {self.root}.")

@@ -25,6 +25,7 @@ from semseg.data.geometry import Size, round_up
 from semseg.data.plan import group_by_shape
 from semseg.data.windows import window_starts
 from semseg.errors import ConfigError
+from semseg.nets.ensemble import list_members
 from semseg.nets.normalise import normalise
 
 BYTES_PER_MB = 2**20
@@ -109,7 +110,14 @@ def batch_logits(
 
     Images that have the same shape at a scale go through the network together. On a GPU that is faster, and it may
     change the rounding of their logits.
+
+    An ensemble gives the logits of all members for the first scale, then those for the second, and so on.
     """
+    members = list_members(net)
+    if len(members) > 1:
+        options = {"flip": flip, "window": window, "stride": stride}
+        by_member = [batch_logits(member, images, convention, **options) for member in members]
+        return [[one for scale in zip(*lists, strict=True) for one in scale] for lists in zip(*by_member, strict=True)]
     weights = next(net.parameters(), torch.empty(0))  # float32 unless trainer.precision is one of *-true
     # Convolutions on the CPU are 10 % faster in channels_last, and merge_scales reads logits in this layout.
     layout = torch.channels_last if weights.device.type == "cpu" else torch.preserve_format

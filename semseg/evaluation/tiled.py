@@ -38,6 +38,7 @@ from semseg.evaluation.inference import (
     linear_interpolation,
     to_full_precision,
 )
+from semseg.nets.ensemble import list_members
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.normalise import normalise
 
@@ -215,7 +216,11 @@ def run_windows(
     *,
     flip: bool,
 ) -> Tensor:
-    """The logits (M, N, K, h, w) of N windows of the same size, which may reach beyond the end of the image."""
+    """The logits (M, N, K, h, w) of N windows of the same size, which may reach beyond the end of the image.
+
+    Raises:
+        ConfigError: for an ensemble of networks with logits at different strides.
+    """
     weights = next(net.parameters(), torch.empty(0))
     layout = torch.channels_last if weights.device.type == "cpu" else torch.preserve_format
     parts = [cut_window(source, window) for window in windows]
@@ -226,9 +231,16 @@ def run_windows(
     sizes = torch.tensor([part.shape[1:] for part in parts])
     pixels = pixels.to(weights.device, non_blocking=True)
     image = normalise(pixels, convention, sizes).to(weights.dtype, memory_format=layout)
-    maps = [to_full_precision(net(image).main)]
-    if flip:
-        maps.append(to_full_precision(net(image.flip(-1)).main).flip(-1))
+    maps = []
+    for member in list_members(net):
+        maps.append(to_full_precision(member(image).main))
+        if flip:
+            maps.append(to_full_precision(member(image.flip(-1)).main).flip(-1))
+    if len({one.shape for one in maps}) > 1:
+        raise ConfigError(
+            "these networks have logits at different strides, which windows at native resolution do not average. Use "
+            "networks of one stride."
+        )
     return torch.stack(maps)
 
 

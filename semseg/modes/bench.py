@@ -29,9 +29,11 @@ from semseg.errors import DataError
 from semseg.evaluation.evaluator import Speed
 from semseg.evaluation.tables import format_speed
 from semseg.lit_module import SegmentationModule
+from semseg.modes.automatic import choose_automatic
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import relative_to_cwd
+from semseg.storage.ranks import print_once
 from semseg.system.processors import count_processors
 from semseg.training.trainer import choose_accelerator
 
@@ -108,6 +110,9 @@ def run(config: Config, overrides: list[str]) -> None:
     trainer_config = replace(config.trainer, max_steps=steps, max_epochs=1, limit_val_batches=0)
     config = replace(config, trainer=trainer_config, data=replace(config.data, steps_per_epoch=steps))
     source = DataSource(config.data)
+    config, choices = choose_automatic(config, overrides, source)
+    for choice in choices:
+        print_once(f"automatic: {choice}")
     trainer = build_trainer(config, source)
     if len(source.records("train")) < config.data.batch_size * trainer.world_size:
         raise DataError(f"data.train has {len(source.records('train'))} images, fewer than one step takes.")

@@ -13,7 +13,16 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
-from semseg.build import build_data, build_module, build_trainer, format_other_classes, open_network, restore_network
+from semseg.build import (
+    build_data,
+    build_module,
+    build_trainer,
+    format_other_classes,
+    open_network,
+    restore_network,
+    settle_layout,
+    settle_reading,
+)
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
 from semseg.data.batch import EvalSample
@@ -74,6 +83,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
     resamples = choose_resamples(config.eval.bootstrap, len(source.records(split)))
     print_once(source.describe_unused(split))
     net = restore_network(saved)
+    config = settle_layout(settle_reading(config, source.root), net)
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     trainer = build_trainer(config, source)
     module, data = build_module(config, net, source.classes), build_data(config, source, net)
@@ -98,7 +108,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
         folder, result, describe_settings(source, config.eval, saved, result, module.window_layout)
     )
     report = EvaluationReport(
-        title=f"{config.model.title} on {config.data.name}",
+        title=f"{saved.title} on {config.data.name}",
         subtitle=title,
         result=result,
         num_images=len(result.images),
@@ -116,7 +126,8 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
     print_tables(result, title, config.eval.scales)
     write_result(folder, RunResult(result.scores.mean_iou, "mean IoU"))
     written = ", ".join(str(relative_to_cwd(path)) for path in [*files, folder / "report.html"])
-    print(escape_lines(f"checkpoint {relative_to_cwd(Path(saved.source))}\nwritten to {written}"))
+    networks = ", ".join(str(relative_to_cwd(Path(member.source))) for member in saved.members or (saved,))
+    print(escape_lines(f"checkpoint {networks}\nwritten to {written}"))
     return result.scores.mean_iou
 
 
@@ -167,9 +178,10 @@ def describe_settings(
     Args:
         layout: the windows of an evaluation at native resolution, which has no scales.
     """
-    file = Path(saved.source)
+    files = [Path(member.source) for member in saved.members or (saved,)]
+    sources = [str(file.absolute()) if file.is_file() else str(file) for file in files]
     entries = {
-        "checkpoint": str(file.absolute()) if file.is_file() else saved.source,
+        "checkpoint": ", ".join(sources) if saved.members else (sources[0] if files[0].is_file() else saved.source),
         "step": saved.step,
         "data": source.config.name,
         "root": str(source.root.absolute()),
@@ -180,7 +192,9 @@ def describe_settings(
         "window": settings.window if layout is None else layout.side,
         "stride": settings.stride if layout is None else layout.step,
     }
-    if not saved.note:  # files of other programs do not say how they were trained
+    if saved.members:
+        entries["checkpoints"] = sources
+    if not saved.note and not saved.members:  # files of other programs do not say how they were trained
         entries["trained_with"] = mask_secrets(config_to_plain(saved.config))
     return entries | {"boundary_ratio": settings.boundary_ratio} if settings.boundary_iou else entries
 
@@ -208,7 +222,7 @@ def read_curves(saved: SavedNetwork) -> tuple[Curves, ...]:
 
 def is_in_run_folder(saved: SavedNetwork) -> bool:
     """Whether the network is a checkpoint in the folder of its run, beside the training curves."""
-    return Path(saved.source).parent.name == CHECKPOINT_FOLDER
+    return not saved.members and Path(saved.source).parent.name == CHECKPOINT_FOLDER
 
 
 def predict_examples(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -50,6 +50,7 @@ from semseg.data.sources import DataSource, describe_split_folders, require_mask
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, DataError
 from semseg.lit_module import SegmentationModule
+from semseg.modes.automatic import AutomaticChoice, choose_automatic
 from semseg.modes.eval import evaluate_network
 from semseg.modes.predict import predict_inputs
 from semseg.nets.bands import inherit_convention
@@ -120,6 +121,7 @@ class Start(NamedTuple):
     config: Config  # the configuration of the run, with everything that the start decides
     state: RunState | None = None  # the run to resume
     network: SavedNetwork | None = None  # the weights to initialise a new run from
+    choices: Sequence[AutomaticChoice] = ()  # what a run that resumes keeps for keys that are `auto`
 
     @property
     def kind(self) -> str:
@@ -161,9 +163,10 @@ def resolve_start(config: Config, overrides: list[str], source: DataSource) -> S
         saved = state.config["model"]
         library = {"config": saved.get("config", {}), "revision": config.model.revision or saved.get("revision")}
         config = replace(config, model=replace(config.model, **library))
+    config, choices = choose_automatic(config, overrides, source, state.config)
     num_classes, force = source.classes.num_classes, config.resume_force
     print_once(check_same_run(state, config_to_plain(config), num_classes=num_classes, force=force))
-    return Start(config, state=state)
+    return Start(config, state=state, choices=choices)
 
 
 def is_trained_elsewhere(ckpt: str) -> bool:
@@ -309,9 +312,11 @@ def name_classes(start: Start, source: DataSource) -> None:
 
 def train(start: Start, overrides: list[str], source: DataSource) -> float | None:
     """Fit from `start` to the end of the run; returns the best score."""
-    config, state = start.config, start.state
+    config, choices, state = start.config, start.choices, start.state
     run_dir = Path(config.run_dir)
     name_classes(start, source)
+    if state is None:
+        config, choices = choose_automatic(config, overrides, source)
     pl.seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config, source)
     check_records(source, trainer.world_size)
@@ -356,6 +361,7 @@ def train(start: Start, overrides: list[str], source: DataSource) -> float | Non
             "weights": describe_weights(start, loaded, data),
             **describe_data(source, width - LABEL_WIDTH),
             **describe_steps(config, trainer, data),
+            "automatic": ", ".join(map(str, choices)),
             "run folder": str(relative_to_cwd(run_dir)),
         }
         for line in format_start(rows, shorten_overrides(overrides), width):

@@ -78,9 +78,9 @@ def describe_folder(folder: Path) -> str:
     return f" (there: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else " (it is empty)"
 
 
-def find_run_folder(spec: str | None, runs_dir: Path) -> Path | None:
-    """The folder of the run whose checkpoint `ckpt=spec` names; None if it names none, or a network of no run."""
-    if not spec:
+def find_run_folder(spec: object, runs_dir: Path) -> Path | None:
+    """The folder of the run whose checkpoint `ckpt=spec` names; None for a network of no run, and several."""
+    if not spec or not isinstance(spec, str):
         return None
     try:
         path = find_checkpoint(spec, runs_dir)

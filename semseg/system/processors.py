@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")  # Linux; containers and batch systems limit processes here
 OWN_CGROUPS = Path("/proc/self/cgroup")
+TOLERATED_WAITING = 0.05  # fraction of the time that training may wait for images
 MAX_WORKERS = 4  # more seldom help one rank, and each needs memory
 
 
-def choose_num_workers(given: int | None, num_ranks: int) -> int:
+def choose_num_workers(given: int | str | None, num_ranks: int) -> int:
     """The number of data-loading workers of each rank.
 
     Args:
-        given: data.num_workers; None: as many as there are processors for each rank, from 1 to MAX_WORKERS.
+        given: data.num_workers; None, and auto before a run has corrected it: as many as there are processors for each
+            rank, from 1 to MAX_WORKERS.
         num_ranks: processes of this run on this machine.
     """
-    return min(max(count_processors() // num_ranks, 1), MAX_WORKERS) if given is None else given
+    return given if isinstance(given, int) else min(max(count_processors() // num_ranks, 1), MAX_WORKERS)
+
+
+def correct_num_workers(num_workers: int, waiting: float, num_processors: int) -> int:
+    """The number of workers with which a loader would have kept up, as far as there are processors; never fewer.
+
+    n workers made a sub-batch in the time of a step and of the wait for it, so that n / (1 - waiting) of them make one
+    in the time of the step alone.
+
+    Args:
+        num_workers: of a rank, with which `waiting` was measured.
+        waiting: the fraction of the time that the rank waited for images; up to TOLERATED_WAITING nothing changes.
+        num_processors: those of the rank.
+
+    >>> correct_num_workers(4, 0.5, 16), correct_num_workers(4, 0.5, 6), correct_num_workers(4, 0.03, 16)
+    (8, 6, 4)
+    """
+    if waiting <= TOLERATED_WAITING:
+        return num_workers
+    needed = math.ceil(max(num_workers, 1) / (1 - min(waiting, 0.99)) - 1e-9)
+    return max(num_workers, min(needed, num_processors))
 
 
 def count_processors() -> int:

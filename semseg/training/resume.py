@@ -420,7 +420,7 @@ CHANGEABLE_KEYS = (
     "data.num_workers", "data.worker_timeout_s", "data.label_cache", "data.on_bad", "data.max_bad", "data.max_pixels",
     "data.name", "data.root", "data.hint", "data.test", "data.miou_rule", "data.archive",
     "model.name", "model.config", "model.channels_last", "model.winograd", "model.compile", "model.encoder.weights",
-    "optim.fused",
+    "optim.fused", "optim.lr_images",
 )  # fmt: skip
 # Keys that decide which weights and which state of the optimiser a checkpoint holds.
 FIXED_KEYS = (

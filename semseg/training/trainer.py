@@ -112,9 +112,13 @@ def create_strategy(settings: TrainerConfig, syncbn: SyncBNConfig, accelerator: 
 
 def has_several(settings: TrainerConfig, accelerator: str) -> bool:
     """Whether Lightning would start or join several processes for these devices."""
+    return count_ranks_here(settings, accelerator) * settings.num_nodes > 1
+
+
+def count_ranks_here(settings: TrainerConfig, accelerator: str) -> int:
+    """The devices of a run on this machine, each of which has a process; `accelerator` is cpu or gpu."""
     devices, num_here = settings.devices, torch.cuda.device_count() if accelerator == "gpu" else 1
-    count = len(devices) if isinstance(devices, list) else num_here if devices in ("auto", -1) else int(devices)
-    return count * settings.num_nodes > 1
+    return len(devices) if isinstance(devices, list) else num_here if devices in ("auto", -1) else int(devices)
 
 
 def leave_sigterm_alone(trainer: pl.Trainer) -> None:
@@ -167,6 +171,11 @@ def describe_device(trainer: pl.Trainer) -> str:
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
+
+
+def name_device(accelerator: str) -> str:
+    """The name of this process's device: that of a GPU, or cpu."""
+    return torch.cuda.get_device_name() if accelerator == "gpu" else accelerator
 
 
 def create_callbacks(sections: Mapping[str, dict[str, Any]], *, has_val: bool) -> list[Callback]:

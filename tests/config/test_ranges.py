@@ -134,7 +134,7 @@ def test_i5_every_value_inside_its_range_is_accepted_or_contradicts_another_key(
     assert keys <= {
         "mode", "format", "eval.stride", "predict.stride", "loss.label_smoothing", "loss.terms.cross_entropy",
         "model.size_divisor", "model.label_stride", "trainer.max_steps", "export.quantize", "data.crop_foreground",
-        "augment.cutmix",
+        "augment.cutmix", "data.fold",
     }  # fmt: skip
 
 

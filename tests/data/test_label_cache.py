@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from semseg.collate import collate
 from semseg.config.inherit import inherit_config
 from semseg.config.schema import AugmentConfig, Config, DataConfig
-from semseg.data import labels
+from semseg.data import label_cache, labels
 from semseg.data.augment import Augmentation
 from semseg.data.batch import Batch, EvalSample
 from semseg.data.datasets import EvalDataset, ReadOptions, TrainDataset
@@ -220,4 +221,41 @@ def test_workers_fill_one_folder_together(tmp_path: Path) -> None:
 def test_a_checkpoint_does_not_say_where_labels_are_kept() -> None:
     saved, given = Config(data=DataConfig(label_cache="/theirs")), Config(data=DataConfig(label_cache="ours"))
     assert inherit_config(saved, given, []).data.label_cache == "ours"
-    assert inherit_config(saved, Config(), []).data.label_cache is None
+    assert inherit_config(saved, Config(), []).data.label_cache == "auto"
+
+
+def test_a_folder_with_a_limit_stops_growing_and_is_still_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_cache, "SAVES_PER_CHECK", 1)
+    (tmp_path / "data").mkdir()
+    label = np.zeros((64, 64), np.int16)
+    cache = LabelCache(tmp_path / "cache", LABEL_MAP, max_bytes=2000 * label_cache.NUM_SUBFOLDERS)
+    entries = [tmp_path / "cache" / "00" / f"{number}.safetensors" for number in range(20)]
+    for entry in entries:
+        cache.save(entry, label)
+    kept = [entry for entry in entries if entry.is_file()]
+    assert kept == entries[: len(kept)] and 2 < len(kept) < 20
+    assert 2000 < sum(entry.stat().st_size for entry in kept) < 3000
+    assert np.array_equal(cache.load(kept[0]).to_array(), label)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_the_automatic_folders_of_data_sets_that_were_not_used_for_longest_are_removed(tmp_path: Path) -> None:
+    folders = []
+    for name in ("first", "second", "third"):
+        folder = label_cache.prepare_automatic_cache(tmp_path, Path(name))
+        assert folder is not None and label_cache.prepare_automatic_cache(tmp_path, Path(name)) == folder
+        (folder / "00").mkdir()
+        (folder / "00" / "label.safetensors").write_bytes(bytes(1000))  # counts 16 times
+        os.utime(folder, (len(folders), len(folders)))
+        folders.append(folder)
+    assert label_cache.prepare_automatic_cache(tmp_path, Path("third"), max_bytes=40000) == folders[2]
+    assert [folder.is_dir() for folder in folders] == [False, True, True]
+    assert (tmp_path / "labels" / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55")
+    assert LabelCache(folders[2], LABEL_MAP).max_bytes == label_cache.MAX_AUTOMATIC_BYTES
+    assert LabelCache(tmp_path / "own", LABEL_MAP).max_bytes is None
+
+
+def test_a_cache_that_cannot_be_made_or_a_full_disk_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "labels").write_text("a file")
+    assert label_cache.prepare_automatic_cache(tmp_path, Path("data")) is None
+    monkeypatch.setattr(label_cache, "LEAST_FREE_BYTES", 2**62)
+    assert label_cache.prepare_automatic_cache(tmp_path / "other", Path("data")) is None

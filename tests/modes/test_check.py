@@ -290,7 +290,9 @@ def test_names_and_values_of_bands_are_suggested_and_written_down(tmp_path: Path
         tifffile.imwrite(path.with_suffix(".tif"), values, photometric="rgb", extrasamples=["unspecified"])
     words = ("data.num_classes=3", "data.short_edges=[60]")
     found = check(root, *words)
-    assert found["verdict"] == "READY, WITH WARNINGS" and "images hold 4 bands of float32 values" in of_level(found, "note")
+    assert found["verdict"] == "READY, WITH WARNINGS" and "images hold 4 bands of float32 values" in of_level(
+        found, "note"
+    )
     assert found["suggestions"]["data.bands"] == "[red,green,blue,nir]"
     assert found["suggestions"]["data.value_range"] == "[23,4775]"
     assert found["suggestions"]["data.band_mean"].startswith("[null,null,null,2399")

@@ -13,7 +13,7 @@ from helpers.command_line import TINY, TINY_NETWORK, run, run_here
 from semseg.training.start_summary import MAX_SUMMARY_LINES, abbreviate_path, format_start, shorten_list, wrap_words
 
 MAX_LINES = 15
-LABELS = ("network", "weights", "data", "classes", "batch", "training", "run folder", "given")
+LABELS = ("network", "weights", "data", "classes", "batch", "training", "automatic", "run folder", "given")
 # Our warnings about the drawn images of these runs, after the first epoch.
 KNOWN = ("did not occur in this epoch", "of the predictions are")
 
