@@ -155,6 +155,9 @@ def choose_length(num_images: int, batch_size: int, machine: Machine) -> Iterato
     yield Choice("schedule.warmup_steps", warmup, "a twentieth of the steps")
     decay = 0.999 if steps >= LONG_RUN else 0.99
     yield Choice("ema.decay", decay, f"an average over the last {round(1 / (1 - decay))} steps")
+    yield Choice(
+        "ema.start_step", steps // 2, "half of the steps: the first weights do not count, also if it stops early"
+    )
 
 
 def choose_augmentation(facts: DataFacts, *, is_native: bool) -> Choice:

@@ -46,6 +46,7 @@ def test_a_gpu_gets_larger_images_larger_batches_and_more_passes() -> None:
     assert chosen["eval.scales"] == [512] and max(chosen["data.short_edges"]) == 640
     assert (chosen["data.batch_size"], chosen["optim.lr"]) == (16, 0.006)  # four times the batch, twice the rate
     assert chosen["trainer.max_epochs"] == 200 and chosen["ema.decay"] == 0.99  # 4400 steps
+    assert chosen["ema.start_step"] == 2200
 
 
 def test_a_batch_fits_in_the_memory_and_no_image_is_twice_in_it() -> None:
