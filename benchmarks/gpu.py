@@ -40,6 +40,7 @@ from training_step import NUM_CLASSES, make_batch, set_kernels
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.evaluation.inference import predict
 from semseg.nets.blocks import conv_norm_relu
+from semseg.nets.compilation import compile_network
 from semseg.nets.cost import count_operations
 from semseg.nets.decoders.upernet import UPerNet
 from semseg.nets.interfaces import Encoder
@@ -195,7 +196,7 @@ def build_step(setting: Setting, options: argparse.Namespace) -> Callable[[], Te
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         image = image.contiguous(memory_format=torch.channels_last)
     if setting.layout == "compiled":
-        compile_network(net, options)
+        compile_network(net, choose_backend(options))
     if setting.layout == "factored":
         set_kernels(net, cpu_kernels=True, factored=True)
     return training_step.training_step(net, lambda: segmentation_loss(net(image), label).total, options)
@@ -210,8 +211,8 @@ def build_ours(model: str, options: argparse.Namespace) -> Segmenter:
     return build_segmenter(encoder, decoder, NUM_CLASSES).train()
 
 
-def compile_network(net: nn.Module, options: argparse.Namespace) -> None:
-    net.compile(dynamic=True, backend="eager" if options.toy else "inductor")
+def choose_backend(options: argparse.Namespace) -> str:
+    return "eager" if options.toy else "inductor"
 
 
 def count_step_operations(setting: Setting, options: argparse.Namespace) -> float:
@@ -230,7 +231,7 @@ def measure_changing_sizes(options: argparse.Namespace, peaks: dict[str, float],
         net = build_ours("upernet50", options).to(options.device)
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if layout == "compiled":
-            compile_network(net, options)
+            compile_network(net, choose_backend(options))
         sizes = TOY_SIZES if options.toy else SIZES
         first, *_, last = [
             sum(measure_seconds(build_changing_step(net, size, options), options) for size in sizes)

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from semseg.nets.compilation import compile_network
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
 from semseg.nets.upsampled_conv import UpsampledConcatConv
@@ -96,7 +97,7 @@ def ours(
     image, label = make_batch(options, net.label_stride)
     image = image.contiguous(memory_format=layout)
     if compiled:
-        net.compile(dynamic=True)
+        compile_network(net)
     return training_step(net, lambda: segmentation_loss(net(image), label).total, options)
 
 

@@ -31,6 +31,7 @@ from semseg.evaluation.inference import ClassMap, batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.evaluation.own_scores import ImageMeans, check_measures, score_image, score_split
 from semseg.evaluation.tiled import ArraySink, WindowLayout, predict_by_windows
+from semseg.nets.compilation import compile_network
 from semseg.nets.interfaces import Logits, SegmentationNetwork
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import is_convolutional
@@ -110,8 +111,7 @@ class SegmentationModule(pl.LightningModule):
         if self.is_channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if model_config.compile:
-            # In place, so that the names in the state dict stay as they are.
-            self.net.compile(dynamic=True)
+            compile_network(self.net)
 
     # ---- training
 

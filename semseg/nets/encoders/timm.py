@@ -25,6 +25,7 @@ from semseg.nets.pyramid import FINEST
 
 try:
     import timm
+    from timm.layers.patch_embed import PatchEmbed
     from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
     from timm.models._features import FeatureGetterNet
 except ModuleNotFoundError as error:
@@ -112,6 +113,7 @@ class TimmEncoder(LibraryEncoder):
         self.weights_file = find_weights_file(published)
         self.licence = str(published.get("license") or "")
         make_rotary_exportable(model)
+        drop_size_checks(model)
         if any(type(module).__module__ in WINDOWED for module in model.modules()):
             self.export_problem = (
                 f"timm's {name} cannot be exported for images of all sizes: its windows are padded by the size of the "
@@ -342,6 +344,16 @@ def make_rotary_exportable(model: nn.Module) -> None:
             and (module.grid_offset, module.grid_indexing, module.normalize_coords) == (0, "ij", "separate")
         ):
             module.__class__ = ExportableRotary
+
+
+def drop_size_checks(model: nn.Module) -> None:
+    """Let patches of images of all sizes be cut without timm's check of the size, for images that are multiples anyway.
+
+    Its message has the height and width in it, for which torch.compile makes a graph of every size.
+    """
+    for module in model.modules():
+        if isinstance(module, PatchEmbed) and not module.strict_img_size:
+            module.img_size = None  # pyright: ignore[reportAttributeAccessIssue] - as in networks that are built without
 
 
 def check_name(name: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from semseg.config.preprocessing import PREPROCESSING, Preprocessing
 from semseg.errors import CheckpointError, ConfigError, check_choice, find_nearest, install_command
 from semseg.nets.encoders.library import replace_batch_norms, rgb_preprocessing
-from semseg.nets.encoders.timm import check_name, fill_with_nan, find_weights_file
+from semseg.nets.encoders.timm import check_name, drop_size_checks, fill_with_nan, find_weights_file
 from semseg.nets.interfaces import Logits, NetworkKeys, SegmentationNetwork, WeightsFile
 from semseg.nets.padding import crop_logits, pad_image
 
@@ -93,6 +93,7 @@ class SmpNetwork(SegmentationNetwork):
         self.arch, self.encoder_name = keys.arch, encoder
         self.model = build_model(keys.arch, encoder, num_classes, keys.options)
         replace_batch_norms(self.model)
+        drop_size_checks(self.model)
         stride = output_stride(keys)
         self.size_divisor = max(architecture.size_divisor, stride) if stride else architecture.size_divisor
         self.label_stride = architecture.label_stride or stride

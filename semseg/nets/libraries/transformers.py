@@ -300,6 +300,11 @@ class TransformersNetwork(SegmentationNetwork):
         logits = self.family.run(self.model, pad_image(image, self.size_divisor), self.training)
         return logits._replace(main=crop_logits(logits.main, image, self.label_stride))
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """As nn.Module.compile, without breaks of the graph."""
+        prepare_capturing(self.model)
+        super().compile(*args, **options)
+
     @contextmanager
     def as_graph(self) -> Iterator[None]:
         """Within it, attention is written out: exporters fix the sizes of windows and positions in its kernels."""
@@ -341,6 +346,23 @@ def build_library_model(family: Family, config: Any, attention: str = "") -> Any
         raise ConfigError(f"transformers cannot build {family.class_name} from its configuration: {reason}") from error
     replace_batch_norms(model)
     return model.train()
+
+
+def prepare_capturing(model: nn.Module) -> None:
+    """Install the hooks that collect the outputs of layers, if this version of transformers has them.
+
+    It would do that within the first call, under a lock, which a compiled graph cannot contain.
+    """
+    try:
+        from transformers.utils.output_capturing import (  # noqa: PLC0415 - not in every version
+            _CAN_RECORD_REGISTRY,
+            maybe_install_capturing_hooks,
+        )
+    except ImportError:
+        return
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel) and _CAN_RECORD_REGISTRY.get(module) is not None:
+            maybe_install_capturing_hooks(module)
 
 
 def read_sides(image_size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

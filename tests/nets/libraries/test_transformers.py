@@ -554,6 +554,24 @@ def test_settings_without_an_effect_are_refused(load: Callable[..., Transformers
         choose_crop(DataConfig(), AugmentConfig(crop=[32, 32]), size)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["dpt", "beit"])
+def test_the_hooks_that_a_first_call_installs_are_there_before_a_network_is_compiled(
+    load: Callable[..., TransformersNetwork], family: str
+) -> None:
+    net, compiled = load(family), load(family)
+    image = image_for(net)
+    compiled.compile(backend="eager")
+    num_hooks = count_hooks(compiled)
+    assert num_hooks > count_hooks(net) == 0
+    assert torch.equal(compiled.forward(image).main, net(image).main)
+    assert count_hooks(compiled) == num_hooks == count_hooks(net)
+
+
+def count_hooks(net: TransformersNetwork) -> int:
+    return sum(len(module._forward_hooks) for module in net.modules())
+
+
 # ---- export
 
 
