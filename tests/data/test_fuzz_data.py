@@ -8,13 +8,19 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from helpers.memory import in_child, peak_growth
 from helpers.records import odgt_records
-from semseg.data.images import decode_image
+from semseg.config.preprocessing import BandRange
+from semseg.data.band_images import read_bands
+from semseg.data.band_windows import open_windows
+from semseg.data.bands import PIXEL_TYPES, BandFile, BandOptions
+from semseg.data.images import decode_image, read_image
 from semseg.data.labels import read_label
 from semseg.data.list_files import _parse_odgt_line as parse_line
 from semseg.data.records import Record
@@ -122,4 +128,86 @@ def test_h3_spoiled_images_crash_nothing_and_take_no_memory(count: int, tmp_path
     kinds, growth = in_child(lambda: decode_spoiled(count, 0, tmp_path))
     assert sum(kinds.values()) == 2 * count  # the process lived to the end
     assert kinds["image refused"] > count / 10 and kinds["image read"] > count / 100
+    assert growth < 2**30
+
+
+def rasters(folder: Path) -> list[tuple[str, bytes]]:
+    """TIFF and NumPy files of several bands and types, and a PNG of 16 bits with alpha."""
+    pixels = np.random.default_rng(0).integers(0, 4000, (48, 64, 4))
+    found = []
+    for number, (kind, how) in enumerate([
+        ("uint16", {"compression": "lzw", "tile": (16, 16)}), ("int16", {"compression": "deflate", "predictor": True}),
+        ("float32", {"bigtiff": True}), ("uint16", {"planarconfig": "separate", "rowsperstrip": 8}),
+    ]):  # fmt: skip
+        path = folder / f"{number}.tif"
+        values = pixels.astype(kind)
+        is_planar = "planarconfig" in how
+        options = {"planarconfig": "contig", **how, "extratags": [(42113, 2, 0, "7", True)]}
+        tifffile.imwrite(path, values.transpose(2, 0, 1) if is_planar else values, photometric="minisblack", **options)
+        found.append((".tif", path.read_bytes()))
+    np.save(folder / "a.npy", pixels.astype(np.int16))
+    cv2.imwrite(str(folder / "a.png"), pixels.astype(np.uint16))
+    return [*found, (".npy", (folder / "a.npy").read_bytes()), (".png", (folder / "a.png").read_bytes())]
+
+
+def read_spoiled_rasters(count: int, seed: int, folder: Path) -> tuple[Counter[str], int]:
+    """What became of `count` spoiled rasters, read whole and by window, and by how many bytes the memory grew."""
+    chance, files, kinds = random.Random(seed), rasters(folder), Counter[str]()
+    names = ("red", "green", "blue", "nir")
+    options = BandOptions((BandFile("", names),), names, (BandRange(0, 4000),) * 4)
+    pieces = [
+        b"\xff" * 4,
+        b"\x7f\xff\xff\xff",
+        b"\0" * 40,
+        b"\1\0",
+        b"II*\0",
+        b"MM\0+",
+        b"NUMPY",
+        b"('",
+        b"<f8",
+        b"9" * 30,
+    ]
+
+    def read_windows(path: Path) -> np.ndarray | None:
+        windows = open_windows(path, options)
+        if windows is None:
+            return None
+        with windows:
+            return windows.read(0, 0, min(40, windows.height), min(40, windows.width))
+
+    def work() -> None:
+        for number in range(count):
+            suffix, whole = files[number % len(files)]
+            path = folder / f"spoiled{suffix}"
+            start = chance.choice([0, 0, 100, len(whole) - 700])  # headers are at both ends
+            start = min(max(0, start), len(whole))
+            end = min(len(whole), start + 700)
+            path.write_bytes(whole[:start] + spoiled(whole[start:end], chance, pieces) + whole[end:])
+            for kind, read in (
+                ("whole", lambda path=path: read_bands(path, options, max_pixels=2**20).pixels),
+                ("plain", lambda path=path: read_image(path, max_pixels=2**20)),
+                ("window", lambda path=path: read_windows(path)),
+            ):
+                try:
+                    pixels = read()
+                except DataError as error:
+                    assert "\n" not in str(error), str(error)
+                    kinds[f"{kind} refused"] += 1
+                else:
+                    assert pixels is None or pixels.dtype.name in PIXEL_TYPES
+                    kinds[f"{kind} read"] += 1
+
+    growth = peak_growth(work)
+    return kinds, growth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_h3_spoiled_rasters_crash_nothing_and_take_no_memory(count: int, tmp_path: Path) -> None:
+    kinds, growth = in_child(lambda: read_spoiled_rasters(count, 0, tmp_path))
+    assert sum(kinds.values()) == 3 * count  # the process lived to the end
+    assert (
+        kinds["whole refused"] > count / 10 and kinds["whole read"] > count / 100 and kinds["window read"] > count / 100
+    )
     assert growth < 2**30

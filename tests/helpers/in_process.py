@@ -65,7 +65,7 @@ class PreparedRun:
         pl.seed_everything(config.seed, verbose=False)
         source = DataSource(config.data)
         with patch.dict(ENCODERS, {"tiny": Constructor("helpers.in_process", "TinyEncoder")}):
-            self.net = build_network(config.model, source.classes.num_classes)
+            self.net = build_network(config.model, source.classes.num_classes, bands=source.bands)
         self.module = build_module(config, self.net, source.classes)
         self.trainer = build_trainer(config, source)
         self.data = build_data(config, source, self.net)
