@@ -23,7 +23,7 @@ from semseg.data.windows import FinishedRows
 from semseg.errors import ConfigError, DataError, install_command
 from semseg.storage.atomic import atomic_write
 
-BLOCK = 512  # pixels; side of the tiles of a file, and rows that are written at once
+TILE_SIDE = 512  # pixels; side of the tiles of a file, and rows that are written at once
 GDAL_OPTIONS = {"GDAL_CACHEMAX": 64, "GDAL_NUM_THREADS": "1"}  # megabytes
 MAX_PALETTE = 256  # colours of a GeoTIFF of 8 bits
 
@@ -131,8 +131,8 @@ class GeoTiffSink:
                     dtype=self.dtype.name,
                     nodata=self.nodata,
                     tiled=True,
-                    blockxsize=BLOCK,
-                    blockysize=BLOCK,
+                    blockxsize=TILE_SIDE,
+                    blockysize=TILE_SIDE,
                     compress="deflate",
                     BIGTIFF="IF_SAFER",
                     **place,
@@ -156,10 +156,10 @@ class GeoTiffSink:
         """Take the next rows of class indices."""
         raw = self.label_map.to_raw(rows.ids).astype(self.dtype)
         while len(raw):
-            part, raw = raw[: BLOCK - self._num_waiting], raw[BLOCK - self._num_waiting :]
+            part, raw = raw[: TILE_SIDE - self._num_waiting], raw[TILE_SIDE - self._num_waiting :]
             self._waiting.append(part)
             self._num_waiting += len(part)
-            if self._num_waiting == BLOCK:
+            if self._num_waiting == TILE_SIDE:
                 self._write_waiting()
 
     def _write_waiting(self) -> None:
@@ -168,8 +168,8 @@ class GeoTiffSink:
         from rasterio.windows import Window  # noqa: PLC0415 - an extra
 
         rows = np.concatenate(self._waiting)
-        for left in range(0, self.size.width, BLOCK):
-            columns = slice(left, min(left + BLOCK, self.size.width))
+        for left in range(0, self.size.width, TILE_SIDE):
+            columns = slice(left, min(left + TILE_SIDE, self.size.width))
             if self.reader is not None:
                 valid = self.reader.read_valid(self._top, left, len(rows), columns.stop - left)
                 if valid is not None:
