@@ -113,7 +113,8 @@ def test_home_is_expanded_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("data.short_edges=60", "must be a list, such as [60]."),
         ("data.num_classes=five", "must be a whole number."),
-        ("optim.lr=fast", "must be a number."),
+        ("optim.lr=fast", "must be a number, or auto."),
+        ("optim.weight_decay=fast", "must be a number."),
         ("data.flip=maybe", "must be true or false."),
     ],
 )
