@@ -131,7 +131,10 @@ def keep_choice(key: str, saved: dict[str, Any], overrides: list[str]) -> Automa
     """The value of a key that a run was started with, and of those that followed from it."""
     plain = OmegaConf.create(saved)
     further = RATE_KEYS if key == "optim.lr" else ()
-    kept = {name: OmegaConf.select(plain, name) for name in further if name not in list_given_keys(overrides)}
+    given = list_given_keys(overrides)
+    kept = {
+        name: value for name in further if name not in given and (value := OmegaConf.select(plain, name)) is not None
+    }
     return AutomaticChoice(key, OmegaConf.select(plain, key), "as the run was started", kept)
 
 
