@@ -254,6 +254,7 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
         options.memory_limit_mb,
         config.data.max_pixels,
         choose_crop(config.data, config.augment, net.image_size) if config.data.resize == NATIVE else None,
+        choose_threshold(options.threshold, saved),
         config.eval.batch_size,
     )
     is_ade20k = options.format == "ade20k"  # classes are 1 to K, whatever the data set
@@ -269,6 +270,31 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
         bands=choose_reading(net.convention, config.data),
         show_bands=config.data.show_bands,
     )
+
+
+def choose_threshold(chosen: float | str | None, saved: SavedNetwork) -> float | None:
+    """The probability of predict.threshold; for auto, that in the checkpoint.
+
+    Raises:
+        ConfigError: for a network that has not two classes, or that was not validated.
+    """
+    if chosen is None:
+        return None
+    num_classes = saved.classes.num_classes
+    if num_classes != 2:
+        raise ConfigError(
+            f"predict.threshold={chosen}: is for networks of two classes, and {saved.source} has {num_classes}. "
+            "Leave it out."
+        )
+    if not isinstance(chosen, str):
+        return float(chosen)
+    if saved.threshold is None:
+        raise ConfigError(
+            f"predict.threshold=auto: {saved.source} has no threshold, because no validation of its training had pixels "
+            "of the second class. Give one: mode=eval prints the best."
+        )
+    print_once(f"predict.threshold=auto: {saved.threshold:g}, the best of the validation")
+    return saved.threshold
 
 
 def choose_device(settings: TrainerConfig) -> torch.device:

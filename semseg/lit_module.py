@@ -7,8 +7,10 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -30,6 +32,7 @@ from semseg.evaluation.evaluator import Evaluator, SplitCounts
 from semseg.evaluation.inference import ClassMap, batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.evaluation.own_scores import ImageMeans, check_measures, score_image, score_split
+from semseg.evaluation.thresholds import ThresholdCounts, compute_curve, find_best
 from semseg.evaluation.tiled import ArraySink, WindowLayout, predict_by_windows
 from semseg.nets.compilation import compile_network
 from semseg.nets.interfaces import Logits, SegmentationNetwork
@@ -100,6 +103,8 @@ class SegmentationModule(pl.LightningModule):
         self.terms = build_terms(loss_config, len(classes.names))
         self.loss_function = partial(segmentation_loss, deepsup_weight=model_config.deepsup_weight, terms=self.terms)
         self.confusion = ConfusionMatrix(len(classes.names))
+        self.threshold_counts = ThresholdCounts() if len(classes.names) == 2 else None
+        self.threshold: float | None = None  # two classes: the best one of the last validation
         check_measures(len(classes.names))
         self.image_means = ImageMeans()  # scores that programs add
         self.num_unreadable = 0  # images of this rank in the current evaluation
@@ -229,7 +234,9 @@ class SegmentationModule(pl.LightningModule):
         """Count the pixels of some images; returns the class indices (H, W) of each by its path, to be drawn."""
         readable = self.without_unreadable(self.drop_duplicate_images(samples))
         predictions = {}
-        for sample, (prediction,) in zip(readable, self.predict(readable), strict=True):
+        for sample, (class_map,) in zip(readable, self.predict_maps(readable), strict=True):
+            prediction = class_map.ids
+            self.count_thresholds(class_map, sample)
             self.confusion.update(confusion_counts(prediction, sample.label, self.confusion.num_classes))
             self.image_means.update(score_image(prediction, sample.label))
             predictions[sample.path] = prediction
@@ -248,7 +255,10 @@ class SegmentationModule(pl.LightningModule):
         """Score some images; returns what `validation_step` does."""
         samples = self.drop_duplicate_images(samples)
         readable = self.without_unreadable(samples)
-        predictions = self.predict(readable, self.eval_config.also_scales)
+        class_maps = self.predict_maps(readable, self.eval_config.also_scales)
+        for sample, (class_map, *_) in zip(readable, class_maps, strict=True):
+            self.count_thresholds(class_map, sample)
+        predictions = [[class_map.ids for class_map in maps] for maps in class_maps]
         self.evaluator.add(readable, predictions)
         for sample in samples:
             if sample.bad:
@@ -274,12 +284,23 @@ class SegmentationModule(pl.LightningModule):
                 report_bad_image(sample.bad)
         return [sample for sample in samples if not sample.bad]
 
+    def count_thresholds(self, class_map: ClassMap, sample: EvalSample) -> None:
+        """Count the probabilities of an image by its labels, for networks of two classes."""
+        if self.threshold_counts is not None:
+            self.threshold_counts.update(class_map, sample.label)
+
     def predict(self, samples: Sequence[EvalSample], subsets: Sequence[Sequence[int]] = ()) -> list[list[Tensor]]:
         """Per image: class indices (H, W) at label resolution, for all of eval.scales and then for each subset."""
+        return [[class_map.ids for class_map in maps] for maps in self.predict_maps(samples, subsets)]
+
+    def predict_maps(
+        self, samples: Sequence[EvalSample], subsets: Sequence[Sequence[int]] = ()
+    ) -> list[list[ClassMap]]:
+        """As `predict`, with the probability of the predicted class."""
         options = self.eval_config
         with report_out_of_memory_in_evaluation(samples):
             if self.window_layout is not None:
-                return [[self.predict_in_windows(sample, self.window_layout).ids] for sample in samples]
+                return [[self.predict_in_windows(sample, self.window_layout)] for sample in samples]
             logits = batch_logits(
                 self.net,
                 [sample.scales for sample in samples],
@@ -314,7 +335,19 @@ class SegmentationModule(pl.LightningModule):
         )
         return sink.to_class_map(self.device)
 
+    def take_threshold_counts(self) -> NDArray[np.int64] | None:
+        """The counts of all ranks by threshold, (2, NUM_BINS), which start anew; None for more than two classes."""
+        if self.threshold_counts is None:
+            return None
+        counts = self.threshold_counts.compute().cpu().numpy()
+        self.threshold_counts.reset()
+        return counts
+
     def on_validation_epoch_end(self) -> None:
+        thresholds = self.take_threshold_counts()
+        best = None if thresholds is None else find_best(compute_curve(thresholds))
+        if best is not None and not self.trainer.sanity_checking:
+            self.threshold = best.threshold
         counts = self.confusion.compute()
         self.counts = counts._replace(own=score_split(counts.matrix, self.image_means.compute()))
         self.log_scores(self.counts, "val")
@@ -322,7 +355,7 @@ class SegmentationModule(pl.LightningModule):
         self.image_means.reset()
 
     def on_test_epoch_end(self) -> None:
-        self.evaluation = self.evaluator.result()
+        self.evaluation = self.evaluator.result()._replace(thresholds=self.take_threshold_counts())
         self.log_scores(self.evaluation.counts[0], "test")
 
     def log_scores(self, counts: Counts, stage: str) -> None:
@@ -378,10 +411,13 @@ class SegmentationModule(pl.LightningModule):
         # A resumed run does not load the initial weights, which determine the preprocessing.
         self.net.convention = Preprocessing.from_plain(checkpoint[FORMAT_KEY]["convention"])
         self.net.origin = WeightsOrigin.from_plain(checkpoint[FORMAT_KEY].get("origin"))
+        self.threshold = checkpoint[FORMAT_KEY].get("threshold")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         net = self.net
-        checkpoint[FORMAT_KEY] = describe_network(self.saved_config, self.classes, net.convention, net.origin)
+        checkpoint[FORMAT_KEY] = describe_network(
+            self.saved_config, self.classes, net.convention, net.origin, self.threshold
+        )
         checkpoint[RUN_KEY] = self.trainer.datamodule.run_conditions()._asdict()  # pyright: ignore[reportAttributeAccessIssue]
         metrics = self.trainer.callback_metrics
         checkpoint[METRICS_KEY] = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}
@@ -433,8 +469,8 @@ def split_evenly(items: Sequence[Tensor], num_parts: int) -> list[list[Tensor]]:
 
 def merge_subsets(
     logits: dict[int, list[Tensor]], subsets: Sequence[Sequence[int]], *, size: tuple[int, int], memory_limit_mb: int
-) -> list[Tensor]:
-    """Class indices (H, W) of an image for each subset of its scales.
+) -> list[ClassMap]:
+    """The prediction for an image for each subset of its scales.
 
     Args:
         logits: (M, h, w, K) of every network, by scale.
@@ -443,7 +479,7 @@ def merge_subsets(
         memory_limit_mb: for the probabilities; see `merge_scales`.
     """
     maps = [[one for edge in subset for one in logits[edge]] for subset in subsets]
-    return [merge_scales(one, size, memory_limit_mb=memory_limit_mb).ids for one in maps]
+    return [merge_scales(one, size, memory_limit_mb=memory_limit_mb) for one in maps]
 
 
 @rank_zero_only

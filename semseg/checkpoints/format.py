@@ -72,6 +72,7 @@ class SavedNetwork(NamedTuple):
     note: str = ""  # what was assumed about files that do not describe themselves
     graph: Graph | None = None  # for an exported network
     origin: WeightsOrigin | None = None  # of the weights that it started from; None: unknown, or random ones
+    threshold: float | None = None  # two classes: of the highest F1 score in its validation; None: not validated
     members: tuple[SavedNetwork, ...] = ()  # of an ensemble, whose other entries are those of the first one
 
     @property
@@ -83,7 +84,11 @@ class SavedNetwork(NamedTuple):
 
 
 def describe_network(
-    config: dict[str, Any], classes: ClassTable, convention: Preprocessing, origin: WeightsOrigin | None = None
+    config: dict[str, Any],
+    classes: ClassTable,
+    convention: Preprocessing,
+    origin: WeightsOrigin | None = None,
+    threshold: float | None = None,
 ) -> dict[str, Any]:
     """The entry FORMAT_KEY of a checkpoint: plain data only, as `config` is."""
     entry = {
@@ -92,7 +97,9 @@ def describe_network(
         "classes": classes.as_plain(),
         "convention": convention.as_plain(),
     }
-    return entry if origin is None else entry | {"origin": origin.as_plain()}
+    if origin is not None:
+        entry["origin"] = origin.as_plain()
+    return entry if threshold is None else entry | {"threshold": threshold}
 
 
 def read_checkpoint(path: Path) -> SavedNetwork:
@@ -221,7 +228,12 @@ def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch
         raise CheckpointError(
             f"{path}: it names {classes.num_classes} classes, but its data.num_classes is {config.data.num_classes}."
         )
-    return SavedNetwork(str(path), weights, config, classes, convention, epoch, step, origin=origin)
+    threshold = entry.get("threshold")
+    if threshold is not None and not (isinstance(threshold, float) and 0 <= threshold <= 1):
+        raise CheckpointError(f"{path}: its threshold {shorten_repr(threshold)} is not a probability.")
+    return SavedNetwork(
+        str(path), weights, config, classes, convention, epoch, step, origin=origin, threshold=threshold
+    )
 
 
 def update_saved_config(config: DictConfig, weights: Collection[str]) -> DictConfig:
@@ -257,7 +269,9 @@ def is_plain_vit(weights: Collection[str]) -> bool:
 
 def write_ckpt(path: Path, saved: SavedNetwork) -> None:
     """Write the network, without optimiser, as a checkpoint for every mode and for init_from."""
-    entry = describe_network(config_to_plain(saved.config), saved.classes, saved.convention, saved.origin)
+    entry = describe_network(
+        config_to_plain(saved.config), saved.classes, saved.convention, saved.origin, saved.threshold
+    )
     content = {
         "epoch": saved.epoch,
         "global_step": saved.step,
@@ -273,7 +287,9 @@ def write_safetensors(path: Path, saved: SavedNetwork) -> list[Path]:
     """Write the weights to `path` and their description to a JSON file beside it; returns both files."""
     with atomic_write(path) as temporary:
         save_file({name: copy_detached(value) for name, value in saved.weights.items()}, temporary)
-    entry = describe_network(config_to_plain(saved.config), saved.classes, saved.convention, saved.origin)
+    entry = describe_network(
+        config_to_plain(saved.config), saved.classes, saved.convention, saved.origin, saved.threshold
+    )
     # safetensors sorts by type and name; this keeps the order of the layers.
     entry |= {"epoch": saved.epoch, "step": saved.step, "order": list(saved.weights)}
     description = path.with_suffix(".json")

@@ -808,13 +808,20 @@ class PredictConfig:
     """Like eval.stride."""
     memory_limit_mb: int = number_field(1024, low=16)
     """Like eval.memory_limit_mb."""
+    threshold: Any = free_field(None, "a probability, auto or null")
+    """Two classes: the second one is predicted from this probability on; auto: from that of the highest F1 score in the
+    network's validation, kept in the checkpoint; null: from 0.5, the class of the higher probability."""
     polygon_tolerance: float = number_field(1.0, low=0, high=100)
     """coco, label_studio: how far a polygon may be from the outline of a class, in pixels; 0: all corners of pixels."""
     image_prefix: str = ""
     """coco, label_studio: written before the path of an image below `input`, such as /data/local-files/?d=photos/."""
 
     def find_problems(self) -> Iterator[str]:
-        """A sentence for every unknown output."""
+        """A sentence for every unknown output, and for a threshold that is none."""
+        threshold = self.threshold
+        is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        if threshold not in (None, "auto") and not (is_number and 0 <= threshold <= 1):
+            yield f"predict.threshold={threshold}: must be a probability from 0 to 1, auto, or null."
         for output in self.save:
             if output not in PREDICT_OUTPUTS:
                 yield format_wrong_choice("predict.save", output, PREDICT_OUTPUTS)

@@ -69,6 +69,7 @@ class SplitCounts(NamedTuple):
     images: list[ImageRecord]  # in the order of the split
     speed: Speed
     unreadable: Sequence[UnreadableImage] = ()  # in the order of the split
+    thresholds: NDArray[np.int64] | None = None  # (2, bins) of two classes, see thresholds.py
 
 
 class Stopwatch:

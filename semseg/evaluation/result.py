@@ -18,6 +18,7 @@ from semseg.evaluation.evaluator import NO_SCORES, Speed, SplitCounts, Unreadabl
 from semseg.evaluation.image_files import ClassMaps
 from semseg.evaluation.metrics import BoundaryCounts, Scores, scores_from
 from semseg.evaluation.own_scores import FRACTION
+from semseg.evaluation.thresholds import ThresholdScore, compute_curve, find_best
 
 
 class SummaryScore(NamedTuple):
@@ -91,6 +92,12 @@ class EvaluationResult(NamedTuple):
     images: list[ImageScore]  # in the order of the split, without those that could not be read
     speed: Speed
     unreadable: Sequence[UnreadableImage]
+    thresholds: Sequence[ThresholdScore] = ()  # of two classes; ascending
+
+    @property
+    def best_threshold(self) -> ThresholdScore | None:
+        """The threshold of the highest F1 score; None for more than two classes, and without pixels of the second."""
+        return find_best(self.thresholds)
 
     @property
     def summary_scores(self) -> list[SummaryScore]:
@@ -185,6 +192,7 @@ def build_result(
         images=images,
         speed=counts.speed,
         unreadable=counts.unreadable,
+        thresholds=() if counts.thresholds is None else compute_curve(counts.thresholds),
     )
 
 

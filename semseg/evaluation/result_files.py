@@ -42,7 +42,10 @@ def write_result_files(folder: Path, result: EvaluationResult, facts: Mapping[st
             names=np.array(result.classes.names, np.str_),
             ids=np.array(result.class_ids, np.int64),
         )
-    return [metrics, classes, images, confusion, *write_image_files(folder, result.images)]
+    curve = [folder / "precision_recall.csv"] if result.thresholds else []
+    for path in curve:
+        write_rows(path, [row._asdict() for row in result.thresholds])
+    return [metrics, classes, images, confusion, *curve, *write_image_files(folder, result.images)]
 
 
 def write_image_files(folder: Path, images: Sequence[ImageScore]) -> list[Path]:
@@ -81,6 +84,9 @@ def metrics_entries(result: EvaluationResult) -> dict[str, Any]:
     if result.scores.own:
         entries["own_scores"] = {own.name: own.value for own in result.scores.own}
         entries["own_units"] = {own.name: own.unit for own in result.scores.own}
+    best = result.best_threshold
+    if best is not None:
+        entries["best_threshold"] = best._asdict()
     if result.boundary is not None:
         entries["boundary_iou"] = result.boundary.mean_iou
     if result.intervals is not None:

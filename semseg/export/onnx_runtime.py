@@ -61,7 +61,9 @@ def build_description(saved: SavedNetwork, net: SegmentationNetwork, quantized: 
         quantized: the value of export.quantize.
     """
     ids = make_label_map(saved.config.data, saved.classes)
-    entry = describe_network(config_to_plain(saved.config), saved.classes, net.convention, saved.origin)
+    entry = describe_network(
+        config_to_plain(saved.config), saved.classes, net.convention, saved.origin, saved.threshold
+    )
     # These keys do not apply to a graph, because onnxruntime runs it.
     entry["config"]["model"] |= {"compile": False, "channels_last": False}
     return entry | {

@@ -38,6 +38,7 @@ from semseg.evaluation.evaluator import ImageRecord
 from semseg.evaluation.result import EvaluationResult, build_result, relative_name
 from semseg.evaluation.result_files import write_result_files
 from semseg.evaluation.tables import class_score_table, format_speed, scales_table, summary_table
+from semseg.evaluation.thresholds import POSITIVE
 from semseg.evaluation.tiled import WindowLayout
 from semseg.lit_module import SegmentationModule
 from semseg.reports.curves import Curves, read_training_curves, run_folder_of_checkpoint
@@ -206,6 +207,14 @@ def print_tables(result: EvaluationResult, title: str, scales: list[int]) -> Non
     if result.subsets:
         console.print(scales_table(result, scales))
     console.print(summary_table(result))
+    best = result.best_threshold
+    if best is not None and best.f1 is not None:
+        plain = result.thresholds[len(result.thresholds) // 2]
+        console.print(
+            f"best threshold of {result.classes.names[POSITIVE]}: {best.threshold:g} with F1 {best.f1:.2%} (precision "
+            f"{best.precision or 0:.2%}, recall {best.recall or 0:.2%}); at 0.5: F1 {plain.f1 or 0:.2%}",
+            soft_wrap=True, highlight=False, markup=False,
+        )  # fmt: skip
     console.print(format_speed(result.speed), soft_wrap=True, highlight=False)
 
 

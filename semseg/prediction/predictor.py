@@ -29,6 +29,7 @@ from semseg.data.label_map import LabelMap
 from semseg.data.windows import RowSink, WindowReader
 from semseg.errors import ArgumentError, ConfigError, find_nearest
 from semseg.evaluation.inference import predict
+from semseg.evaluation.thresholds import ThresholdSink, apply_threshold
 from semseg.evaluation.tiled import ArraySink, choose_layout, predict_by_windows
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import create_autocast
@@ -53,6 +54,7 @@ class PredictionSettings:
     memory_limit_mb: int = 1024
     max_pixels: int = MAX_PIXELS  # largest size of a picture; data.max_pixels
     crop: Sequence[int] | None = None  # data.resize=native: that of training, the default window; None: at `scales`
+    threshold: float | None = None  # two classes: probability from which on a pixel is the second; None: 0.5
     batch_size: int = 1  # windows of a picture that go through the network together, with `crop`
 
     def __post_init__(self) -> None:
@@ -78,6 +80,9 @@ class PredictionSettings:
             is_optional = name in ("size_divisor", "window", "stride")
             if not (value is None and is_optional) and not is_int_between(value, low=1):
                 raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1.")
+        threshold = self.threshold
+        if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
+            raise ConfigError(f"threshold={threshold!r}: must be a probability from 0 to 1, or None.")
         if not isinstance(self.flip, bool | np.bool_):
             raise ConfigError(f"flip={self.flip!r}: must be True or False.")
 
@@ -235,7 +240,7 @@ class Predictor:
                 uint16, int16 or float32, in the units of the files that it was trained on.
             probabilities: keep the probabilities of all classes as well: 2 bytes per pixel and class.
             settings: fields of `PredictionSettings` to override for this picture: scales, flip, window, stride,
-                max_long_edge, size_divisor, memory_limit_mb, max_pixels, batch_size.
+                max_long_edge, size_divisor, memory_limit_mb, max_pixels, threshold, batch_size.
 
         Raises:
             DataError: if a file is missing, broken, or not an image.
@@ -284,6 +289,7 @@ class Predictor:
         Writes the probabilities into the array `probabilities` (K, H, W) if it is given; it may be mapped to a file.
         """
         chosen = self.settings.override(settings)
+        self.check_threshold(chosen.threshold)
         if chosen.crop is not None:
             (pixels,), sink = scales, ArraySink(Size(size[0], size[1]), probabilities)
             self.predict_rows(pixels, sink, **settings)
@@ -300,7 +306,17 @@ class Predictor:
                 memory_limit_mb=chosen.memory_limit_mb,
                 probabilities=probabilities,
             )
-        return prediction.ids.cpu().numpy()
+        if chosen.threshold is None:
+            return prediction.ids.cpu().numpy()
+        return apply_threshold(prediction.ids, prediction.confidence, chosen.threshold).cpu().numpy()
+
+    def check_threshold(self, threshold: float | None) -> None:
+        """Raises a ConfigError for a threshold of a network that has not two classes."""
+        if threshold is not None and self.classes.num_classes != 2:
+            raise ConfigError(
+                f"threshold={threshold}: is for networks of two classes, and this one has {self.classes.num_classes}. "
+                "Leave it out."
+            )
 
     def predict_rows(self, image: WindowReader | Tensor, sink: RowSink, **settings: Any) -> None:
         """Predict an image at its own resolution by windows, and hand its rows to `sink` from top to bottom.
@@ -317,6 +333,9 @@ class Predictor:
         chosen = self.settings.override(settings)
         if chosen.crop is None:
             raise ArgumentError("this network takes images at a short edge: predict_rows needs data.resize=native.")
+        self.check_threshold(chosen.threshold)
+        if chosen.threshold is not None:
+            sink = ThresholdSink(sink, chosen.threshold)
         divisor, window, stride = chosen.size_divisor, chosen.window, chosen.stride
         with create_autocast(self.precision, self.device):
             predict_by_windows(

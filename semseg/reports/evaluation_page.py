@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from semseg.data.classes import ClassTable
 from semseg.data.palette import Colour
-from semseg.reports.charts import draw_heat_map, draw_histogram, draw_line_chart
+from semseg.reports.charts import Line, Mark, draw_heat_map, draw_histogram, draw_line_chart
 from semseg.reports.curves import Curves
 from semseg.reports.draw import Pixels
 from semseg.reports.pictures import MAX_EDGE, PictureStrip, encode_strip
@@ -97,10 +97,44 @@ def render_evaluation_page(report: EvaluationReport) -> str:
         result=result,
         scores=None if result is None else build_score_tables(result),
         histograms=[] if result is None else draw_score_histograms(result.images),
+        thresholds=() if result is None else draw_thresholds(result),
         charts=[(curves, draw_curves(curves)) for curves in report.curves],
         best=next((curves.best for curves in report.curves), None),
         groups=[(group, [example for example in report.examples if example.group == group]) for group in groups],
     )
+
+
+def draw_thresholds(result: EvaluationResult) -> list[tuple[str, Markup]]:
+    """Draw the precision-recall curve of two classes, and precision, recall and F1 by threshold, with their titles."""
+    best = result.best_threshold
+    if best is None:
+        return []
+    name = result.classes.names[1]
+    scored = [row for row in result.thresholds if None not in row]
+    curve = sorted((row.recall or 0.0, row.precision or 0.0) for row in scored)
+    steps = tuple(row.threshold for row in scored)
+    columns = {
+        "precision": tuple(row.precision or 0.0 for row in scored),
+        "recall": tuple(row.recall or 0.0 for row in scored),
+        "F1": tuple(row.f1 or 0.0 for row in scored),
+    }
+    recall, precision = zip(*curve, strict=True)
+    return [
+        (
+            f"Precision of {name} by recall",
+            draw_line_chart([Line("precision", recall, precision)], "precision by recall", "recall", limits=(0, 1)),
+        ),
+        (
+            f"By the threshold of its probability; best: {best.threshold:g} with F1 {best.f1 or 0:.2%}",
+            draw_line_chart(
+                [Line(key, steps, values) for key, values in columns.items()],
+                "precision, recall and F1 by threshold",
+                "threshold",
+                limits=(0, 1),
+                mark=Mark(best.threshold, "best threshold"),
+            ),
+        ),
+    ]
 
 
 class ScoreTables(NamedTuple):
