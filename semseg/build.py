@@ -290,7 +290,7 @@ def choose_threshold(chosen: float | str | None, saved: SavedNetwork) -> float |
         return float(chosen)
     if saved.threshold is None:
         raise ConfigError(
-            f"predict.threshold=auto: {saved.source} has no threshold, because no validation of its training had pixels "
+            f"predict.threshold=auto: {saved.source} has no threshold, because none of its validations had pixels "
             "of the second class. Give one: mode=eval prints the best."
         )
     print_once(f"predict.threshold=auto: {saved.threshold:g}, the best of the validation")

@@ -336,7 +336,7 @@ class SegmentationModule(pl.LightningModule):
         return sink.to_class_map(self.device)
 
     def take_threshold_counts(self) -> NDArray[np.int64] | None:
-        """The counts of all ranks by threshold, (2, NUM_BINS), which start anew; None for more than two classes."""
+        """The counts of all ranks by threshold, (2, NUM_THRESHOLDS), and start again; None for more classes."""
         if self.threshold_counts is None:
             return None
         counts = self.threshold_counts.compute().cpu().numpy()

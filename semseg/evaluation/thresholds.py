@@ -1,7 +1,7 @@
 """Stage 8 for two classes: precision and recall of the second class at every threshold of its probability.
 
-The probabilities of all scored pixels are counted in NUM_BINS bins, in int64 over images and ranks. Each edge of a bin
-is a threshold; 0.5 is one of them, and gives the class of the highest probability.
+The probabilities of all scored pixels are counted in NUM_THRESHOLDS bins, in int64 over images and ranks. Each edge of a
+bin is a threshold; 0.5 is one of them, and gives the class of the highest probability.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from semseg.data.label_map import IGNORED
 from semseg.data.windows import FinishedRows, RowSink
 from semseg.evaluation.inference import ClassMap
 
-NUM_BINS = 1000
+NUM_THRESHOLDS = 1000
 POSITIVE = 1  # index of the class that the threshold is for
 
 
@@ -41,7 +41,7 @@ class ThresholdCounts(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("counts", torch.zeros(2, NUM_BINS, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(2, NUM_THRESHOLDS, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: ClassMap, label: Tensor) -> None:
         """Add an image.
@@ -51,12 +51,12 @@ class ThresholdCounts(Metric):
             label: (H, W) 0, 1, or -1 for pixels that are not scored.
         """
         scored = label != IGNORED
-        bins = (positive_probability(prediction.ids, prediction.confidence)[scored] * NUM_BINS).long()
-        bins = bins.clamp(0, NUM_BINS - 1) + NUM_BINS * label[scored].long()
-        self.counts += torch.bincount(bins, minlength=2 * NUM_BINS).view(2, NUM_BINS)
+        bins = (positive_probability(prediction.ids, prediction.confidence)[scored] * NUM_THRESHOLDS).long()
+        bins = bins.clamp(0, NUM_THRESHOLDS - 1) + NUM_THRESHOLDS * label[scored].long()
+        self.counts += torch.bincount(bins, minlength=2 * NUM_THRESHOLDS).view(2, NUM_THRESHOLDS)
 
     def compute(self) -> Tensor:
-        """(2, NUM_BINS): class of the label, bin."""
+        """(2, NUM_THRESHOLDS): class of the label, bin."""
         return self.counts
 
 
@@ -71,7 +71,7 @@ def apply_threshold(ids: Tensor, confidence: Tensor, threshold: float) -> Tensor
 
 
 def compute_curve(counts: NDArray[np.int64]) -> list[ThresholdScore]:
-    """The scores at the thresholds 0, 1 / NUM_BINS, ..., from the counts (2, NUM_BINS)."""
+    """The scores at the thresholds 0, 1 / NUM_THRESHOLDS, ..., from the counts (2, NUM_THRESHOLDS)."""
     negative, positive = counts
     found = np.cumsum(positive[::-1])[::-1]  # true positives, with the bin itself
     wrong = np.cumsum(negative[::-1])[::-1]

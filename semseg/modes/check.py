@@ -105,13 +105,12 @@ def run(config: Config, overrides: list[str]) -> None:
     source, configured = open_data(config.data)
     splits = [scan_split(source, split) for split in SPLITS if source.has(split)]
     diagnosis = diagnose(splits, config.data, configured, find_shared_images(splits), partial(find_pixel, source))
-    diagnosis.notices[:] = sort_notices(
-        [*diagnosis.notices, *check_small_objects(config, source, splits[0], configured)]
-    )
     if keys := source.find_split_folders():
         diagnosis.notices[:] = sort_notices([*diagnosis.notices, Notice(WARNING, describe_split_folders(keys))])
         diagnosis.suggestions.update(keys)
-    diagnosis.notices[:] = sort_notices([*diagnosis.notices, *advice.notices])
+    diagnosis.notices[:] = sort_notices(
+        [*diagnosis.notices, *advice.notices, *check_small_objects(config, source, splits[0], configured)]
+    )
     diagnosis.suggestions.update(advice.suggestions)
     if config.check.fix == "list":
         diagnosis.suggestions.update(write_lists(folder, source.root, splits, configured))

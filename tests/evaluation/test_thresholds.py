@@ -18,7 +18,7 @@ from semseg.data.geometry import Size
 from semseg.data.windows import FinishedRows
 from semseg.evaluation.inference import ClassMap
 from semseg.evaluation.thresholds import (
-    NUM_BINS,
+    NUM_THRESHOLDS,
     ThresholdCounts,
     ThresholdSink,
     apply_threshold,
@@ -47,7 +47,7 @@ def test_the_curve_is_that_of_counting_every_pixel_at_every_threshold() -> None:
     for rows in (slice(0, 20), slice(20, 60)):
         counts.update(prediction_of(probability[rows]), label[rows])
     curve = compute_curve(counts.compute().numpy())
-    assert len(curve) == NUM_BINS
+    assert len(curve) == NUM_THRESHOLDS
     assert [row.threshold for row in curve[:3]] == [0.0, 0.001, 0.002]
     for number in (0, 250, 500, 731):
         threshold, precision, recall, f1, iou = curve[number]
@@ -120,7 +120,7 @@ def test_the_best_threshold_of_validation_is_in_the_checkpoint_and_used_by_predi
     assert best["threshold"] == saved.threshold
     with (tmp_path / "eval" / "precision_recall.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == NUM_BINS and list(rows[0]) == ["threshold", "precision", "recall", "f1", "iou"]
+    assert len(rows) == NUM_THRESHOLDS and list(rows[0]) == ["threshold", "precision", "recall", "f1", "iou"]
     assert "Precision and recall" in (tmp_path / "eval" / "report.html").read_text()
     shares = {}
     for name, value in (("plain", "null"), ("auto", "auto"), ("all", "0"), ("none", "1")):
