@@ -1,7 +1,7 @@
 """Stage 8 for two classes: precision and recall of the second class at every threshold of its probability.
 
-The probabilities of all scored pixels are counted in NUM_THRESHOLDS bins, in int64 over images and ranks. Each edge of a
-bin is a threshold; 0.5 is one of them, and gives the class of the highest probability.
+The probabilities of all scored pixels are counted in NUM_THRESHOLDS bins, in int64 over images and ranks. Each edge of
+a bin is a threshold; 0.5 is one of them, and gives the class of the highest probability.
 """
 
 from __future__ import annotations
