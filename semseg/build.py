@@ -288,6 +288,11 @@ def choose_threshold(chosen: float | str | None, saved: SavedNetwork) -> float |
         )
     if not isinstance(chosen, str):
         return float(chosen)
+    if saved.members:
+        raise ConfigError(
+            "predict.threshold=auto: the mean of several networks has another best threshold than each of them. Give one: "
+            "mode=eval prints it."
+        )
     if saved.threshold is None:
         raise ConfigError(
             f"predict.threshold=auto: {saved.source} has no threshold, because none of its validations had pixels "
