@@ -290,8 +290,8 @@ def choose_threshold(chosen: float | str | None, saved: SavedNetwork) -> float |
         return float(chosen)
     if saved.members:
         raise ConfigError(
-            "predict.threshold=auto: the mean of several networks has another best threshold than each of them. Give one: "
-            "mode=eval prints it."
+            "predict.threshold=auto: the mean of several networks has another best threshold than each of them. "
+            "Give one: mode=eval prints it."
         )
     if saved.threshold is None:
         raise ConfigError(
