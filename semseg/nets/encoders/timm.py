@@ -349,11 +349,14 @@ def make_rotary_exportable(model: nn.Module) -> None:
 def drop_size_checks(model: nn.Module) -> None:
     """Let patches of images of all sizes be cut without timm's check of the size, for images that are multiples anyway.
 
-    Its message has the height and width in it, for which torch.compile makes a graph of every size.
+    Its message has the height and width in it, for which torch.compile makes a graph of every size. Networks with
+    learnt positions keep it: PyTorch cannot compile the gradient of their interpolation for all sizes.
     """
+    if any(name.rpartition(".")[2] == "pos_embed" for name, _ in model.named_parameters()):
+        return
     for module in model.modules():
         if isinstance(module, PatchEmbed) and not module.strict_img_size:
-            module.img_size = None  # pyright: ignore[reportAttributeAccessIssue] - as in networks that are built without
+            module.img_size = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_name(name: str) -> None:
