@@ -81,7 +81,7 @@ def test_d12_the_factored_way_interpolates_and_adds_up_in_float32(cases: Cases) 
 
 def test_d12_losses_see_logits_in_float32_only(cases: Cases) -> None:
     in_half = [one for one in select(cases, "loss") if HALF in (one.arguments, one.results)]
-    assert set(in_half) == {Operation("_to_copy", HALF, SINGLE, "training/losses.py:_resize_to_label")}
+    assert set(in_half) == {Operation("_to_copy", HALF, SINGLE, "training/logit_bands.py:fit_to_label")}
 
 
 def test_d12_scales_are_merged_in_float32(cases: Cases) -> None:
