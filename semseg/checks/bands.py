@@ -34,7 +34,7 @@ def advise_on_bands(data: DataConfig, records: Sequence[Record]) -> BandAdvice:
     header = next((header for record in records if (header := _read(record.image)) is not None), None)
     if header is None:
         return BandAdvice([], {}, data)
-    count, dtype = count_bands(header).count, find_pixel_type(record.image for record in records)
+    count, dtype = count_bands(header).num_bands, find_pixel_type(record.image for record in records)
     is_picture = header.raster is None and header.bits <= 8
     if not dtype or (is_picture and not data.has_bands):
         return BandAdvice([], {}, data)

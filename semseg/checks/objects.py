@@ -38,7 +38,7 @@ class ObjectSizes(NamedTuple):
     """The objects of a class in the masks of train: numbers for people, and for choosing a recipe."""
 
     name: str
-    count: int  # in the masks that were measured
+    num_objects: int  # in the masks that were measured
     small_side: float  # 10 % are smaller; pixels of the mask
     median_side: float
     kept: float  # expected fraction of them that leaves a pixel in the labels of training
@@ -118,13 +118,13 @@ def check_objects(
         stride: of the labels with the present settings, in pixels.
     """
     view = view_of(data, stride)
-    rows = [row for row in summarise_objects(split, class_of, names, view) if row.count >= MIN_OBJECTS]
+    rows = [row for row in summarise_objects(split, class_of, names, view) if row.num_objects >= MIN_OBJECTS]
     lost = sorted((row for row in rows if row.kept <= 1 - LOST_NOTE), key=lambda row: row.kept)
     if not lost:
         return []
     worst = lost[0]
     listed = ", ".join(
-        f"{row.name} {1 - row.kept:.0%} of {row.count} (median side {row.median_side:.0f} px)"
+        f"{row.name} {1 - row.kept:.0%} of {row.num_objects} (median side {row.median_side:.0f} px)"
         for row in lost[:MAX_NAMED]
     )
     more = f" and {len(lost) - MAX_NAMED} more classes" if lost[MAX_NAMED:] else ""

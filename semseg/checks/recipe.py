@@ -133,11 +133,9 @@ def choose_batch(num_images: int, canvas: Size, machine: Machine, estimate_memor
     """Choose the number of images of a step."""
     largest = BATCH_SIZES[0] if machine.has_gpu else MAX_CPU_BATCH
     sizes = [size for size in BATCH_SIZES if size <= min(largest, max(1, num_images // 4))]
-    for size in sizes:
-        needed = estimate_memory(canvas, size)
-        if needed < machine.memory / 2 or size == sizes[-1]:
-            break
-    memory = f"needs about {needed / 2**30:.1f} of {machine.memory / 2**30:.0f} GB"
+    needs = {size: estimate_memory(canvas, size) for size in sizes}
+    size = next((size for size in sizes if needs[size] < machine.memory / 2), sizes[-1])
+    memory = f"needs about {needs[size] / 2**30:.1f} of {machine.memory / 2**30:.0f} GB"
     more = "" if machine.has_gpu else "; on a CPU, more small steps teach more than few large ones"
     return Choice("data.batch_size", size, f"{memory}{more}")
 

@@ -234,7 +234,7 @@ def _read_png(path: str | Path, data: bytes, header: Header) -> FileBands:
 class BandCount(NamedTuple):
     """What the header of a file says about its bands."""
 
-    count: int  # without alpha
+    num_bands: int  # without alpha
     has_alpha: bool
     dtype: str  # NumPy's name
 
@@ -258,9 +258,9 @@ def check_header(path: str | Path, header: Header, file: BandFile, options: Band
     if header.raster is not None:
         check_layout(path, header.raster)
     found = count_bands(header)
-    pixel = np.zeros((1, 1, found.count + found.has_alpha), found.dtype)
+    pixel = np.zeros((1, 1, found.num_bands + found.has_alpha), found.dtype)
     alpha = pixel[..., -1] if found.has_alpha else None
-    split_alpha(path, FileBands(pixel[..., : found.count], alpha, None, header), file)
+    split_alpha(path, FileBands(pixel[..., : found.num_bands], alpha, None, header), file)
     options.check_type(pixel.dtype, path)
 
 

@@ -162,7 +162,7 @@ def _from_entry(entry: object, stamps: list[int]) -> PairFacts | None:
 
 def _to_row(facts: PairFacts) -> list[object]:
     """Facts as a JSON file stores them."""
-    row = list(facts)
+    row: list[object] = list(facts)
     row[PairFacts._fields.index("ids")] = {str(raw): count for raw, count in facts.ids.items()}
     objects = {str(raw): {str(bin): count for bin, count in sides.items()} for raw, sides in facts.objects.items()}
     row[PairFacts._fields.index("objects")] = objects

@@ -360,7 +360,7 @@ def collect_facts(
     """What a recipe is chosen by."""
     sizes = [Size(facts.height, facts.width) for _, facts in train.usable_pairs]
     objects = summarise_objects(train, label_map.class_index, classes.names, view_of(data, FINE_STRIDE))
-    sides = {each.name: each.median_side for each in objects if each.count >= MIN_OBJECTS}
+    sides = {each.name: each.median_side for each in objects if each.num_objects >= MIN_OBJECTS}
     return DataFacts(sizes, [row.share for row in diagnosis.classes], sides, len(data.band_names) == 3)
 
 

@@ -58,7 +58,7 @@ def read_georeference(path: Path) -> GeoReference | None:
     """
     if not is_georeferenced(path):
         return None
-    import rasterio  # noqa: PLC0415 - an extra
+    import rasterio.errors  # noqa: PLC0415 - an extra
 
     try:
         with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS), rasterio.open(path, driver="GTiff") as file:
