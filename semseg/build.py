@@ -28,6 +28,7 @@ from semseg.checkpoints.published import PUBLISHED_FREE_KEYS, PublishedFiles, fi
 from semseg.config.fields import AUTO
 from semseg.config.inherit import inherit_config
 from semseg.config.schema import (
+    FINE_STRIDE,
     HUB_PREFIX,
     ONNX,
     ZOO_PREFIX,
@@ -84,7 +85,6 @@ from semseg.training.trainer import (
 )
 from semseg.training.training_state import CheckRestoredState
 
-FINE_STRIDE = 4  # pixels: the largest stride of training labels that model.label_stride=auto chooses
 # Keys of `data` that decide how long it takes to read a sub-batch, and to train on it.
 READING_KEYS = ("batch_size", "short_edges", "max_long_edge", "resize", "crop", "decode", "train", "images", "limit")
 EXPORT_EXTRA = ("onnx", "onnxscript", "onnxruntime")  # modules of semseg[export]

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from semseg.checks.dataset import NOTE, WARNING, ClassOf, Notice, ScannedSplit
-from semseg.config.schema import DataConfig
+from semseg.config.schema import FINE_STRIDE, DataConfig
 from semseg.data.geometry import Size
 from semseg.data.objects import bin_side
 
 LOST_WARNING, LOST_NOTE = 0.5, 0.1  # fraction of the objects of a class that is lost, from which on it is reported
 MIN_OBJECTS = 10  # of a class, to say something about it
 MAX_NAMED = 4  # classes in a notice
-FINE_STRIDE, EVERY_PIXEL = 4, 1  # values of model.label_stride that are compared
+EVERY_PIXEL = 1  # the finest model.label_stride
 
 
 class View(NamedTuple):

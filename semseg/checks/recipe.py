@@ -184,7 +184,10 @@ def make_recipe(
         given: overrides of the user; what they set is left out of the recipe, so that it does not contradict them.
     """
     keys = [word.partition("=")[0].lstrip("+~") for word in given]
-    is_given = lambda key: any(overrides_key(given_key, key) for given_key in keys)  # noqa: E731
+
+    def is_given(key: str) -> bool:
+        return any(overrides_key(given_key, key) for given_key in keys)
+
     groups: dict[str, Any] = {"data": "folder"}
     content: dict[str, Any] = {"data": dict(data)}
     reasons = {choice.key: choice.reason for choice in choices}
@@ -214,7 +217,7 @@ def overrides_key(given: str, key: str) -> bool:
     (True, False)
     """
     if given.partition("/")[0].partition(".")[0] == "model" and key.startswith("model"):
-        return key not in ("model.channels_last",)
+        return key != "model.channels_last"
     return key == given or key.startswith((f"{given}.", f"{given}/"))
 
 

@@ -48,6 +48,7 @@ MODES = (
 SPLITS = ("train", "val", "test")
 BUILT_IN_CLASSES = ("ade20k", "camvid", "cityscapes", "voc2012", "cocostuff")
 MIOU_RULES = ("ade20k", "present", "ground_truth")
+FINE_STRIDE = 4  # pixels: the largest stride of training labels that model.label_stride=auto chooses
 RESIZE_CHOICES = ("short_edge", "native")
 DECODE_MODES = ("fast", "exact")
 MASK_TYPES = ("auto", "ids", "colors")

@@ -38,7 +38,7 @@ from semseg.checks.dataset import (
     with_zero_unlabelled,
 )
 from semseg.checks.description import describe_data_set
-from semseg.checks.objects import FINE_STRIDE, MIN_OBJECTS, check_objects, summarise_objects, view_of
+from semseg.checks.objects import MIN_OBJECTS, check_objects, summarise_objects, view_of
 from semseg.checks.recipe import (
     BASE_RECIPE,
     DataFacts,
@@ -49,7 +49,7 @@ from semseg.checks.recipe import (
     write_recipe,
 )
 from semseg.config.load import load_config
-from semseg.config.schema import SPLITS, Config, DataConfig, flatten_sections
+from semseg.config.schema import FINE_STRIDE, SPLITS, Config, DataConfig, flatten_sections
 from semseg.data.augment import crop_size
 from semseg.data.bands import band_options
 from semseg.data.classes import ClassTable
@@ -235,7 +235,7 @@ def summarise_plan(config: Config, train: ScannedSplit, source: DataSource) -> P
         else largest_canvas(sizes, max(data.short_edges), data.max_long_edge, divisor)
     )
     memory = estimate_step_memory(net, canvas, data.batch_size)
-    return PlanSummary(padding, canvas, data.batch_size, config.model.title, memory.activations + 3 * memory.weights)
+    return PlanSummary(padding, canvas, data.batch_size, config.model.title, memory.with_momentum)
 
 
 def check_small_objects(
@@ -379,8 +379,7 @@ def choose_recipe(
         net = build_network(without_weights(model), len(diagnosis.classes)).train()
 
     def estimate_memory(size: Size, batch_size: int) -> int:
-        needed = estimate_step_memory(net, canvas_size([size], net.size_divisor), batch_size)
-        return needed.activations + 3 * needed.weights
+        return estimate_step_memory(net, canvas_size([size], net.size_divisor), batch_size).with_momentum
 
     rates = {key: value for key, value in flatten_sections(own) if key.startswith("optim.lr") and not chosen}
     choices = choose_settings(facts, measure_machine(config), rates, estimate_memory)

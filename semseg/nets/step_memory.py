@@ -18,6 +18,11 @@ class StepMemory(NamedTuple):
     activations: int  # saved for the backward pass
     weights: int  # the network's weights; gradients and each state of the optimiser need as much again
 
+    @property
+    def with_momentum(self) -> int:
+        """Everything that a step of SGD keeps: activations, weights, gradients and momentum."""
+        return self.activations + 3 * self.weights
+
 
 def estimate_step_memory(net: SegmentationNetwork, canvas: Size, batch_size: int) -> StepMemory:
     """Estimate the memory of a training step on one sub-batch of `canvas`; every storage is counted once.

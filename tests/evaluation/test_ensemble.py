@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 import semseg
 from helpers.command_line import TINY_ENCODERS, run_here
-from helpers.in_process import SHORT_RUN, configured
+from helpers.random_checkpoints import write_random_checkpoints
 from semseg.checkpoints.ensemble import join_networks
-from semseg.checkpoints.format import SavedNetwork, read_checkpoint, write_ckpt
-from semseg.checkpoints.network import build_network
+from semseg.checkpoints.format import read_checkpoint
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
-from semseg.data.sources import DataSource
 from semseg.errors import ArgumentError, CheckpointError, ConfigError
 from semseg.evaluation.inference import predict
 from semseg.evaluation.tiled import ArraySink, WindowLayout, predict_by_windows
@@ -87,17 +85,7 @@ def test_windows_at_native_resolution_are_averaged_if_the_strides_are_equal() ->
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two checkpoints of networks with random weights, a.ckpt and b.ckpt, and their data."""
-    folder = tmp_path_factory.mktemp("ensemble")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENCODERS, "tiny", TINY_ENCODERS["tiny"])
-        config = configured(*SHORT_RUN, f"data.root={folder / 'scenes'}", "data.make.num_val=3")
-        classes = DataSource(config.data).classes
-        for seed, name in enumerate("ab"):
-            torch.manual_seed(seed)
-            net = build_network(config.model, classes.num_classes)
-            saved = SavedNetwork("", net.state_dict(), config, classes, net.convention)
-            write_ckpt(folder / f"{name}.ckpt", saved)
-    return folder
+    return write_random_checkpoints(tmp_path_factory.mktemp("ensemble"), "data.make.num_val=3")
 
 
 def evaluate(folder: Path, ckpt: str, name: str) -> tuple[dict[str, Any], str]:

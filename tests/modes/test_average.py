@@ -12,10 +12,9 @@ from torch import nn
 
 from helpers.command_line import TINY_ENCODERS, run_here
 from helpers.in_process import SHORT_RUN, configured, prepare_run
-from semseg.checkpoints.format import SavedNetwork, read_checkpoint, write_ckpt
-from semseg.checkpoints.network import build_network
+from helpers.random_checkpoints import write_random_checkpoints
+from semseg.checkpoints.format import read_checkpoint
 from semseg.config.preprocessing import PREPROCESSING
-from semseg.data.sources import DataSource
 from semseg.errors import CheckpointError
 from semseg.modes import average
 from semseg.modes.average import average_weights, measure_statistics, refuse_other_network
@@ -32,17 +31,7 @@ def tiny_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoints a.ckpt and b.ckpt of networks with random weights, and their data."""
-    folder = tmp_path_factory.mktemp("average")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(ENCODERS, "tiny", TINY_ENCODERS["tiny"])
-        config = configured(*SHORT_RUN, f"data.root={folder / 'scenes'}")
-        classes = DataSource(config.data).classes
-        for seed, name in enumerate("ab"):
-            torch.manual_seed(seed)
-            net = build_network(config.model, classes.num_classes)
-            saved = SavedNetwork("", net.state_dict(), config, classes, net.convention)
-            write_ckpt(folder / f"{name}.ckpt", saved)
-    return folder
+    return write_random_checkpoints(tmp_path_factory.mktemp("average"))
 
 
 def test_weights_are_the_mean_and_counts_those_of_the_first() -> None:
