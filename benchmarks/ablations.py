@@ -20,13 +20,10 @@ from accuracy import (
     SPLIT_LISTS,
     append_row,
     data_words,
-    describe_run,
     find_packaged_weights,
     has_row,
-    list_pairs,
     network_words,
-    read_class_names,
-    score_predictions,
+    score_run,
     summarise_row,
     train_recipe,
 )
@@ -119,10 +116,7 @@ def measure_change(change: str, options: argparse.Namespace) -> None:
     folder.mkdir(parents=True)
     overrides = shlex.split(f"{BASES[options.base]} {CHANGES[change]}")
     recipe = [*data_words(options.data), *overrides, *network_words(options), f"seed={options.seed}"]
-    trained = train_recipe(recipe, folder, options)
-    classes = read_class_names(options.data)
-    scores, torchmetrics_iou = score_predictions(trained.predictions, list_pairs(options.data, options.split), classes)
-    row = describe_run(trained, scores, torchmetrics_iou, classes)
+    row = score_run(train_recipe(recipe, folder, options), options.data, options.split)
     append_row(options.table, COLUMNS, key | {"overrides": CHANGES[change]} | row)
     print(f"{change}: {summarise_row(row)}", flush=True)
 

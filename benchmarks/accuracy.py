@@ -132,12 +132,16 @@ def measure_side(side: str, options: argparse.Namespace) -> None:
     if folder.exists():
         shutil.rmtree(folder)  # of a run that was interrupted: its CPU time is not known
     folder.mkdir(parents=True)
-    trained = SIDES[side](side, folder, options)
-    classes = read_class_names(options.data)
-    scores, torchmetrics_iou = score_predictions(trained.predictions, list_pairs(options.data, options.split), classes)
-    row = describe_run(trained, scores, torchmetrics_iou, classes)
+    row = score_run(SIDES[side](side, folder, options), options.data, options.split)
     append_row(options.table, COLUMNS, key | row)
     print(f"{side}: {summarise_row(row)}", flush=True)
+
+
+def score_run(trained: Trained, data: Path, split: str) -> dict[str, str]:
+    """The entries of a row that are measured, for the images of a split."""
+    classes = read_class_names(data)
+    scores, torchmetrics_iou = score_predictions(trained.predictions, list_pairs(data, split), classes)
+    return describe_run(trained, scores, torchmetrics_iou, classes)
 
 
 def describe_run(trained: Trained, scores: Scores, torchmetrics_iou: float, classes: Sequence[str]) -> dict[str, str]:

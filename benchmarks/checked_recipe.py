@@ -29,14 +29,12 @@ from accuracy import (
     append_row,
     count_affordable_steps,
     data_words,
-    describe_run,
     find_packaged_weights,
     has_row,
     list_pairs,
     network_words,
     read_batch_size,
-    read_class_names,
-    score_predictions,
+    score_run,
     summarise_row,
     training_words,
 )
@@ -92,9 +90,7 @@ def measure_side(side: str, options: argparse.Namespace) -> None:
     folder.mkdir()
     words = {"defaults": choose_defaults, "recipe": choose_recipe}[side](folder, options)
     trained = train_and_predict([*words, f"seed={options.seed}"], folder, options)
-    classes = read_class_names(data)
-    scores, torchmetrics_iou = score_predictions(trained.predictions, list_pairs(data, SPLIT), classes)
-    row = describe_run(trained, scores, torchmetrics_iou, classes)
+    row = score_run(trained, data, SPLIT)
     append_row(options.table, COLUMNS, key | row)
     print(f"{data.name}, {side}: {summarise_row(row)}", flush=True)
 

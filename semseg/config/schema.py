@@ -512,7 +512,7 @@ class OptimConfig:
     lr: Any = auto_field(0.02, float, above=0)
     """Base learning rate of encoder and decoder; auto: that of the recipe, scaled to the images of a step."""
     lr_images: int = number_field(16, low=1)
-    """lr=auto: the images of a step (all devices, accumulation included) for which the rate of the recipe is meant."""
+    """lr=auto: the images of a step (all devices, accumulation included) that the rate of the recipe was chosen for."""
     lr_encoder: float | None = number_field(None, low=0)
     """Base learning rate of the encoder; null: lr."""
     lr_decoder: float | None = number_field(None, low=0)
