@@ -38,7 +38,7 @@ from torch._dynamo.utils import counters
 from training_step import NUM_CLASSES, make_batch, set_kernels
 
 from semseg.config.preprocessing import PREPROCESSING
-from semseg.evaluation.inference import predict
+from semseg.evaluation.inference import predict_class_map
 from semseg.nets.blocks import conv_norm_relu
 from semseg.nets.compilation import compile_network
 from semseg.nets.cost import count_operations
@@ -282,7 +282,7 @@ def measure_inference(options: argparse.Namespace, peaks: dict[str, float], resu
         for edges in ((450,), (300, 375, 450, 525, 600)):
             sizes = [(edge * height // 512 // 32 * 32 or 32, edge * width // 512 // 32 * 32 or 32) for edge in edges]
             images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8).to(options.device) for size in sizes]
-            action = partial(predict, net, images, (height, width), PREPROCESSING["rgb_mean_std"])
+            action = partial(predict_class_map, net, images, (height, width), PREPROCESSING["rgb_mean_std"])
             scales = f"{len(edges)} scale{'s' if len(edges) > 1 else ''}"
             show(f"inference of {model}, {scales}", 1 / measure_median(action, options, rounds=10), "images/s")
 

@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.data.plan import TrainPlan
-from semseg.evaluation.inference import predict
+from semseg.evaluation.inference import predict_class_map
 from semseg.evaluation.metrics import confusion_counts
 from semseg.nets.registry import build_segmenter
 from semseg.reports.charts import svg_element
@@ -110,7 +110,7 @@ def build_evaluation(num_classes: int, edge: int, images: int) -> Callable[[], o
 
     def run() -> None:
         for _ in range(images):
-            ids = predict(net, [image], (edge, edge), RGB).ids
+            ids = predict_class_map(net, [image], (edge, edge), RGB).ids
             confusion_counts(ids, label, num_classes)
 
     return run

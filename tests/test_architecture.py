@@ -54,7 +54,7 @@ def test_the_root_of_the_package_holds_six_files() -> None:
 
 def test_the_whole_configuration_goes_no_further_than_build() -> None:
     """Below build.py everything gets the sections and values it uses; `Config` is for what opens a saved one."""
-    above = ("build.py", "config", "serving", "modes", "cli")
+    above = ("build.py", "config", "serving", "modes", "cli", "api")
     users = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")

@@ -21,7 +21,7 @@ from helpers.in_process import TINY_RUN, configured, fit
 from helpers.memory import MEGABYTE, in_new_process, needs_proc, peak_growth, resident
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.data.batch import Batch
-from semseg.evaluation.inference import predict
+from semseg.evaluation.inference import predict_class_map
 from semseg.nets.interfaces import Logits
 
 NUM_CLASSES = 150
@@ -42,8 +42,10 @@ def growth_of_a_prediction(height: int, width: int) -> int:
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     convention = PREPROCESSING["rgb_mean_std"]
     # The pages of the libraries are mapped when they are first used.
-    predict(ManyClasses(), [image[:, :64, :64]], (64, 64), convention, memory_limit_mb=64)
-    return peak_growth(lambda: predict(ManyClasses(), [image], (height, width), convention, memory_limit_mb=64))
+    predict_class_map(ManyClasses(), [image[:, :64, :64]], (64, 64), convention, memory_limit_mb=64)
+    return peak_growth(
+        lambda: predict_class_map(ManyClasses(), [image], (height, width), convention, memory_limit_mb=64)
+    )
 
 
 @pytest.mark.slow

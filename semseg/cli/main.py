@@ -350,15 +350,10 @@ def run_hydra_job(composed: DictConfig) -> float | None:
         composed.run_dir = runtime.runtime.output_dir
     try:
         config = check_config(composed)
-        mode = import_mode(config.mode)
+        import_mode(config.mode)
         # One line, without the position in the code. Set here because Lightning sets its own format when imported.
         warnings.formatwarning = lambda message, *_, **__: f"warning: {escape_lines(message)}\n"
-        with silence_stdout(config.quiet):
-            if config.mode == "train":  # only once the run lock shows that no other run uses the folder
-                run_lock.on_lock_acquired = partial(write_run_record, record)
-            else:
-                write_run_record(record)
-            return mode.run(config, list(runtime.overrides.task))
+        return run_mode(config, list(runtime.overrides.task), record)
     except SemsegError as error:
         exit_with_problem(error)  # here, because Hydra would print a line of its own first
     except Exception as error:
@@ -369,6 +364,21 @@ def run_hydra_job(composed: DictConfig) -> float | None:
         if message is None:
             raise
         exit_with_error(message, SemsegError.exit_code)
+
+
+def run_mode(config: Config, overrides: list[str], record: dict[Path, str]) -> float | None:
+    """Run the mode of a configuration in this process, and write the record of its command line into its folder.
+
+    Raises:
+        SemsegError: for any error that the user can fix.
+    """
+    mode = import_mode(config.mode)
+    with silence_stdout(config.quiet):
+        if config.mode == "train":  # only once the run lock shows that no other run uses the folder
+            run_lock.on_lock_acquired = partial(write_run_record, record)
+        else:
+            write_run_record(record)
+        return mode.run(config, overrides)
 
 
 def import_mode(name: str) -> ModuleType:

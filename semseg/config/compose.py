@@ -34,14 +34,27 @@ def compose_with_hydra(overrides: list[str], *, sweep: bool = False) -> DictConf
     Raises:
         ConfigError: if Hydra fails on an override, or a file that is an option of a group is wrong.
     """
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+    with replace_hydra():
         loader = GlobalHydra.instance().config_loader()
         mode = RunMode.MULTIRUN if sweep else RunMode.RUN
         with translate_hydra_failures(overrides):
             return loader.load_configuration(
                 "config", overrides, mode, from_shell=False, validate_sweep_overrides=not sweep
             )
+
+
+@contextmanager
+def replace_hydra() -> Iterator[None]:
+    """Within this context, Hydra reads our configs; afterwards those of a program that uses Hydra itself, if there is
+    one."""
+    instance = GlobalHydra.instance()
+    others = instance.hydra
+    instance.clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = others
 
 
 @contextmanager

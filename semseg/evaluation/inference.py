@@ -42,7 +42,7 @@ class ClassMap(NamedTuple):
     confidence: Tensor  # (height, width): that probability; float32, or float64 for a float64 network
 
 
-def predict(
+def predict_class_map(
     net: nn.Module,
     scales: Sequence[Tensor],
     out_size: tuple[int, int],

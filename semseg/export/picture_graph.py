@@ -23,7 +23,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from semseg.checkpoints.format import first_line
 from semseg.data.datasets import resize_to_scales
 from semseg.errors import ExportError
-from semseg.evaluation.inference import predict
+from semseg.evaluation.inference import predict_class_map
 from semseg.export.onnx_runtime import (
     IDS_NAME,
     INPUT_NAME,
@@ -190,7 +190,7 @@ def compare_with_prediction(path: Path, net: SegmentationNetwork, rule: PictureR
         coarse = torch.randint(0, 256, (1, 3, 12, 12), generator=generator, dtype=torch.uint8)
         picture = F.interpolate(coarse, size, mode="bilinear")[0].permute(1, 2, 0).contiguous().numpy()
         scales = resize_to_scales(picture, rule.scales, rule.max_long_edge, rule.size_divisor, antialias=rule.antialias)
-        index = predict(net, scales, size, net.convention, flip=rule.flip).ids.numpy()
+        index = predict_class_map(net, scales, size, net.convention, flip=rule.flip).ids.numpy()
         num_equal += int((run_picture_model(path, picture) == np.array(label_ids)[index]).sum())
         num_pixels += index.size
     if num_equal < MIN_EQUAL_PIXELS * num_pixels:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from semseg.config.schema import EvalConfig
 from semseg.data.datasets import EvalDataset
-from semseg.evaluation.inference import predict
+from semseg.evaluation.inference import predict_class_map
 from semseg.evaluation.metrics import Scores, confusion_counts, scores_from
 from semseg.export.onnx_runtime import INPUT_NAME
 from semseg.nets.interfaces import SegmentationNetwork
@@ -109,7 +109,7 @@ def score_network(
     for index in sample_positions(dataset, count):
         sample = dataset[index]
         height, width = sample.label.shape
-        prediction = predict(
+        prediction = predict_class_map(
             net,
             sample.scales,
             (height, width),

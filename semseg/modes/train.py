@@ -109,7 +109,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
             if result is not None:
                 return result.score
             # Killed after its last step, before it finished: fit takes no step, and the rest follows.
-        return train(start, overrides, source)
+        return train_network(start, overrides, source)
 
 
 # ---- the start
@@ -310,7 +310,7 @@ def name_classes(start: Start, source: DataSource) -> None:
         source.classes = names
 
 
-def train(start: Start, overrides: list[str], source: DataSource) -> float | None:
+def train_network(start: Start, overrides: list[str], source: DataSource) -> float | None:
     """Fit from `start` to the end of the run; returns the best score."""
     config, choices, state = start.config, start.choices, start.state
     run_dir = Path(config.run_dir)

@@ -28,7 +28,7 @@ from semseg.data.images import MAX_PIXELS
 from semseg.data.label_map import LabelMap
 from semseg.data.windows import RowSink, WindowReader
 from semseg.errors import ArgumentError, ConfigError, find_nearest
-from semseg.evaluation.inference import predict
+from semseg.evaluation.inference import predict_class_map
 from semseg.evaluation.thresholds import ThresholdSink, apply_threshold
 from semseg.evaluation.tiled import ArraySink, choose_layout, predict_by_windows
 from semseg.nets.interfaces import SegmentationNetwork
@@ -295,7 +295,7 @@ class Predictor:
             self.predict_rows(pixels, sink, **settings)
             return sink.ids
         with create_autocast(self.precision, self.device):
-            prediction = predict(
+            prediction = predict_class_map(
                 self.net,
                 scales,
                 (size[0], size[1]),

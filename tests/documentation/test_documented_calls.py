@@ -29,7 +29,7 @@ from semseg.serving.server import PredictResponse, PresentClass, ServedNetwork, 
 pytestmark = pytest.mark.reliability
 ROOT = RUN.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = {"extending.md", "export.md"}  # run by test_extending.py and tests/export/test_contract.py
+ELSEWHERE = {"extending.md", "export.md", "python.md"}  # run by test_extending.py, test_contract.py, test_api.py
 BLOCKS = {
     f"{page.name}:{number}": code
     for page in PAGES

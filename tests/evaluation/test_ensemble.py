@@ -21,7 +21,7 @@ from semseg.config.preprocessing import PREPROCESSING
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.errors import ArgumentError, CheckpointError, ConfigError
-from semseg.evaluation.inference import predict
+from semseg.evaluation.inference import predict_class_map
 from semseg.evaluation.tiled import ArraySink, WindowLayout, predict_by_windows
 from semseg.nets.ensemble import Ensemble, list_members
 from semseg.nets.interfaces import Logits, SegmentationNetwork
@@ -52,7 +52,7 @@ def probabilities_of(net: SegmentationNetwork, **options: Any) -> np.ndarray:
         torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for size in ((24, 48), (48, 72))
     ]
     found = np.empty((4, 20, 33), np.float32)
-    predict(net, scales, (20, 33), CONVENTION, probabilities=found, **options)
+    predict_class_map(net, scales, (20, 33), CONVENTION, probabilities=found, **options)
     return found
 
 

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.errors import ConfigError
-from semseg.evaluation.inference import ClassMap, band_height, batch_logits, merge_scales, predict, scale_logits
+from semseg.evaluation.inference import (
+    ClassMap,
+    band_height,
+    batch_logits,
+    merge_scales,
+    predict_class_map,
+    scale_logits,
+)
 from semseg.nets.interfaces import Logits
 from semseg.nets.normalise import normalise
 
@@ -49,7 +56,7 @@ def plainly(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
 def probabilities_of(net: nn.Module, scales: list[Tensor], size: tuple[int, int], *, flip: bool = False) -> Tensor:
     found = np.empty((3, *size), np.float32)
-    predict(net, scales, size, CONVENTION, flip=flip, probabilities=found)
+    predict_class_map(net, scales, size, CONVENTION, flip=flip, probabilities=found)
     return torch.from_numpy(found)
 
 
@@ -140,15 +147,15 @@ def test_the_network_runs_once_for_all_subsets_of_the_scales() -> None:
     logits = scale_logits(net, scales, CONVENTION)
     both, first = merge_scales(logits, (8, 12)), merge_scales(logits[:1], (8, 12))
     assert net.calls == 2
-    assert torch.equal(both.ids, predict(Colours(), scales, (8, 12), CONVENTION).ids)
-    assert torch.equal(first.ids, predict(Colours(), scales[:1], (8, 12), CONVENTION).ids)
+    assert torch.equal(both.ids, predict_class_map(Colours(), scales, (8, 12), CONVENTION).ids)
+    assert torch.equal(first.ids, predict_class_map(Colours(), scales[:1], (8, 12), CONVENTION).ids)
 
 
 @pytest.mark.parametrize("stride", [None, 4, 12])
 def test_windows_of_a_network_that_looks_no_further_change_nothing(stride: int | None) -> None:
     image, net = random_image(28, 44), Colours()
-    whole = predict(Colours(), [image], (28, 44), CONVENTION)
-    cut = predict(net, [image], (28, 44), CONVENTION, window=10, stride=stride)  # 10 is rounded up to 12
+    whole = predict_class_map(Colours(), [image], (28, 44), CONVENTION)
+    cut = predict_class_map(net, [image], (28, 44), CONVENTION, window=10, stride=stride)  # 10 is rounded up to 12
     assert torch.equal(whole.ids, cut.ids)
     assert torch.allclose(whole.confidence, cut.confidence, atol=1e-6)
     # Starts 0, 12, 16 and 0, 12, 24, 32 if the windows touch; 2/3 of 10 is 6, rounded up to 8.
@@ -168,7 +175,7 @@ def test_windows_are_averaged_where_they_overlap() -> None:
 
 def test_windows_need_images_that_fit_the_network() -> None:
     with pytest.raises(ConfigError, match=r"window=8: .* multiples of 4 pixels, not 8 x 10"):
-        predict(Colours(), [random_image(8, 10)], (8, 10), CONVENTION, window=8)
+        predict_class_map(Colours(), [random_image(8, 10)], (8, 10), CONVENTION, window=8)
 
 
 def test_half_precision_logits_give_probabilities_in_float32() -> None:
@@ -192,4 +199,4 @@ def test_a_float64_network_is_answered_in_float64() -> None:
         def forward(self, image: Tensor) -> Logits:
             return Logits(self.net(image), None)
 
-    assert predict(Wrapped(), [random_image(4, 4)], (4, 4), CONVENTION).confidence.dtype == torch.float64
+    assert predict_class_map(Wrapped(), [random_image(4, 4)], (4, 4), CONVENTION).confidence.dtype == torch.float64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from types import FrameType
 
 from semseg.errors import SemsegError
@@ -21,14 +22,19 @@ class StoppedError(SemsegError):
 
 
 class StopSignals:
-    """Records the first signal that asks this process to stop; the second Ctrl-C ends it at once."""
+    """Records the first signal that asks this process to stop; the second Ctrl-C does what it did before `install`."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[signal.Signals, object] = {}
 
     def install(self) -> None:
-        """Handle the stop signals. Lightning's own handler exits with 0, and hangs if only one rank gets a signal."""
+        """Handle the stop signals; only the main thread can.
+
+        Lightning's own handler exits with 0, and hangs if only one rank gets a signal.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in list_stop_signals():
             handler = signal.signal(number, self._record)
             self._previous.setdefault(number, handler)
@@ -41,7 +47,10 @@ class StopSignals:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
-        signal.signal(signal.SIGINT, request_stop)
+        before = self._previous.get(signal.SIGINT)
+        signal.signal(
+            signal.SIGINT, before if callable(before) else request_stop
+        )  # a notebook's must not end its kernel
 
 
 def requeue(number: int, *, is_first_rank: bool) -> str | None:
