@@ -33,7 +33,7 @@ from semseg.evaluation.inference import ClassMap, batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.evaluation.own_scores import ImageMeans, check_measures, score_image, score_split
 from semseg.evaluation.thresholds import ThresholdCounts, compute_curve, find_best
-from semseg.evaluation.tiled import ArraySink, WindowLayout, predict_by_windows
+from semseg.evaluation.tiled import ArraySink, LabelSink, WindowLayout, predict_by_windows
 from semseg.nets.compilation import compile_network
 from semseg.nets.interfaces import Logits, SegmentationNetwork
 from semseg.nets.normalise import normalise
@@ -255,18 +255,22 @@ class SegmentationModule(pl.LightningModule):
         """Score some images; returns what `validation_step` does."""
         samples = self.drop_duplicate_images(samples)
         readable = self.without_unreadable(samples)
-        class_maps = self.predict_maps(readable, self.eval_config.also_scales)
+        with_labels = self.eval_config.label_errors
+        class_maps = self.predict_maps(readable, self.eval_config.also_scales, with_labels=with_labels)
         for sample, (class_map, *_) in zip(readable, class_maps, strict=True):
             self.count_thresholds(class_map, sample)
         predictions = [[class_map.ids for class_map in maps] for maps in class_maps]
         self.evaluator.add(readable, predictions)
+        if with_labels:
+            for sample, (class_map, *_) in zip(readable, class_maps, strict=True):
+                self.evaluator.find_label_errors(sample, class_map)
         for sample in samples:
             if sample.bad:
                 self.evaluator.record_unreadable(sample)
         return {sample.path: maps[0] for sample, maps in zip(readable, predictions, strict=True)}
 
     def on_test_batch_end(self, outputs: Any, batch: list[EvalSample], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.evaluator.stopwatch.restart()  # drawing is not part of the measured speed
+        self.evaluator.stopwatch.restart()  # drawing, and looking for label errors, are not part of the measured speed
 
     def drop_duplicate_images(self, samples: list[EvalSample]) -> list[EvalSample]:
         """`samples`, or none on a rank that received the first image of the split as a placeholder.
@@ -294,13 +298,15 @@ class SegmentationModule(pl.LightningModule):
         return [[class_map.ids for class_map in maps] for maps in self.predict_maps(samples, subsets)]
 
     def predict_maps(
-        self, samples: Sequence[EvalSample], subsets: Sequence[Sequence[int]] = ()
+        self, samples: Sequence[EvalSample], subsets: Sequence[Sequence[int]] = (), *, with_labels: bool = False
     ) -> list[list[ClassMap]]:
-        """As `predict`, with the probability of the predicted class."""
+        """As `predict`, with the probability of the predicted class, and that of the label for all of eval.scales."""
         options = self.eval_config
         with report_out_of_memory_in_evaluation(samples):
             if self.window_layout is not None:
-                return [[self.predict_in_windows(sample, self.window_layout)] for sample in samples]
+                return [
+                    [self.predict_in_windows(sample, self.window_layout, with_labels=with_labels)] for sample in samples
+                ]
             logits = batch_logits(
                 self.net,
                 [sample.scales for sample in samples],
@@ -315,14 +321,15 @@ class SegmentationModule(pl.LightningModule):
                     (options.scales, *subsets),
                     size=(sample.label.shape[0], sample.label.shape[1]),
                     memory_limit_mb=options.memory_limit_mb,
+                    label=sample.label if with_labels else None,
                 )
                 for sample, maps in zip(samples, logits, strict=True)
             ]
 
-    def predict_in_windows(self, sample: EvalSample, layout: WindowLayout) -> ClassMap:
+    def predict_in_windows(self, sample: EvalSample, layout: WindowLayout, *, with_labels: bool = False) -> ClassMap:
         """The prediction for an image at its own resolution, on the device of the network."""
         (pixels,), options = sample.scales, self.eval_config
-        sink = ArraySink(Size(*pixels.shape[1:]))
+        sink = LabelSink(sample.label.cpu()) if with_labels else ArraySink(Size(*pixels.shape[1:]))
         predict_by_windows(
             self.net,
             pixels,
@@ -468,7 +475,12 @@ def split_evenly(items: Sequence[Tensor], num_parts: int) -> list[list[Tensor]]:
 
 
 def merge_subsets(
-    logits: dict[int, list[Tensor]], subsets: Sequence[Sequence[int]], *, size: tuple[int, int], memory_limit_mb: int
+    logits: dict[int, list[Tensor]],
+    subsets: Sequence[Sequence[int]],
+    *,
+    size: tuple[int, int],
+    memory_limit_mb: int,
+    label: Tensor | None = None,
 ) -> list[ClassMap]:
     """The prediction for an image for each subset of its scales.
 
@@ -477,9 +489,14 @@ def merge_subsets(
         subsets: scales that are averaged.
         size: (H, W) in pixels.
         memory_limit_mb: for the probabilities; see `merge_scales`.
+        label: (H, W) class indices, whose probabilities the first prediction gets too.
     """
     maps = [[one for edge in subset for one in logits[edge]] for subset in subsets]
-    return [merge_scales(one, size, memory_limit_mb=memory_limit_mb) for one in maps]
+    labels = [label, *[None] * (len(maps) - 1)]
+    return [
+        merge_scales(one, size, memory_limit_mb=memory_limit_mb, label=given)
+        for one, given in zip(maps, labels, strict=True)
+    ]
 
 
 @rank_zero_only

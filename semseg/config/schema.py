@@ -782,6 +782,8 @@ class EvalConfig:
     """Resamples of the images for 95 % confidence intervals; null: 1000 for 2 to 499 images, else none; 0: none."""
     visualize: bool = False
     """Write image | ground truth | prediction of every image to <run folder>/panels."""
+    label_errors: bool = False
+    """Rank the regions where the network is sure that the label is wrong, in label_errors.csv and report.html."""
 
     def find_problems(self) -> Iterator[str]:
         """A sentence for every problem with scales and windows."""

@@ -16,6 +16,8 @@ from semseg.config.schema import EvalConfig
 from semseg.data.batch import EvalSample
 from semseg.evaluation.bootstrap import class_counts
 from semseg.evaluation.image_files import MAP_EDGE, MAX_MAPS, ClassMaps, encode_maps
+from semseg.evaluation.inference import ClassMap
+from semseg.evaluation.label_errors import LabelError, LabelErrorList, find_label_errors, merge_label_errors
 from semseg.evaluation.metrics import (
     BoundaryCounts,
     BoundaryIoU,
@@ -70,6 +72,7 @@ class SplitCounts(NamedTuple):
     speed: Speed
     unreadable: Sequence[UnreadableImage] = ()  # in the order of the split
     thresholds: NDArray[np.int64] | None = None  # (2, bins) of two classes, see thresholds.py
+    label_errors: Sequence[LabelError] | None = None  # the highest score first; None unless eval.label_errors
 
 
 class Stopwatch:
@@ -118,6 +121,7 @@ class Evaluator:
         self.image_means = ImageMeans().to(device)
         self.images: list[ImageRecord] = []
         self.unreadable: list[UnreadableImage] = []
+        self.label_errors = LabelErrorList()
         self.stopwatch = Stopwatch(device)
 
     def add(self, samples: Sequence[EvalSample], predictions: Sequence[Sequence[Tensor]]) -> None:
@@ -159,13 +163,32 @@ class Evaluator:
             )
         )
 
+    def find_label_errors(self, sample: EvalSample, prediction: ClassMap) -> None:
+        """Look for regions of an image whose label may be wrong.
+
+        Args:
+            prediction: with the confidence in the label.
+        """
+        assert prediction.label_confidence is not None, "predicted with labels"
+        found = find_label_errors(
+            sample.label.cpu().numpy(),
+            prediction.ids.cpu().numpy(),
+            prediction.confidence.cpu().numpy(),
+            prediction.label_confidence.cpu().numpy(),
+            position=sample.position,
+            file=sample.path,
+            above=self.label_errors.threshold,
+        )
+        self.label_errors.add(found)
+
     def record_unreadable(self, sample: EvalSample) -> None:
         """Record an image that could not be read."""
         self.unreadable.append(UnreadableImage(sample.position, sample.path, sample.bad))
 
     def result(self) -> SplitCounts:
         """Combine the counts of all ranks. Every rank must call it, and each gets the whole result."""
-        ranks = gather_records(RankRecords(self.images, self.unreadable, self.stopwatch.seconds))
+        local = RankRecords(self.images, self.unreadable, self.stopwatch.seconds, self.label_errors.kept)
+        ranks = gather_records(local)
         images = sorted((image for rank in ranks for image in rank.images), key=lambda image: image.position)
         unreadable = sorted((image for rank in ranks for image in rank.unreadable), key=lambda image: image.position)
         counts, *others = [confusion.compute() for confusion in self.confusions]
@@ -176,6 +199,9 @@ class Evaluator:
             images=images,
             speed=speed_of(len(images), [rank.seconds for rank in ranks]),
             unreadable=unreadable,
+            label_errors=merge_label_errors([rank.label_errors for rank in ranks])
+            if self.config.label_errors
+            else None,
         )
 
 
@@ -198,6 +224,7 @@ class RankRecords(NamedTuple):
     images: list[ImageRecord]
     unreadable: list[UnreadableImage]
     seconds: dict[str, float]  # by STAGES
+    label_errors: list[LabelError]
 
 
 def gather_records(local: RankRecords) -> list[RankRecords]:

@@ -40,6 +40,7 @@ class ClassMap(NamedTuple):
 
     ids: Tensor  # (height, width) int16: the class of the highest probability; of equal ones the first
     confidence: Tensor  # (height, width): that probability; float32, or float64 for a float64 network
+    label_confidence: Tensor | None = None  # (height, width): that of the class in the label, if one was given
 
 
 def predict_class_map(
@@ -189,6 +190,7 @@ def merge_scales(
     *,
     memory_limit_mb: int = 1024,
     probabilities: NDArray[np.floating] | None = None,
+    label: Tensor | None = None,
 ) -> ClassMap:
     """Predict the classes from the mean over scales (and mirrored images) of the softmax of the upsampled logits.
 
@@ -201,12 +203,14 @@ def merge_scales(
         memory_limit_mb: limit of all arrays that grow with K x width x rows of a band; a band has at least one row.
         probabilities: array to fill with the mean probabilities: (K, height, width), any floating type; may be
             memory-mapped.
+        label: (height, width) int64 class indices, whose probabilities the class map gets too; 0 where it is -1.
     """
     height, width = out_size
     maps = [UpsampledMap(one, out_size) for scale in logits for one in scale]
     num_classes, like = logits[0].shape[-1], logits[0]
     ids = torch.empty(out_size, dtype=torch.int16, device=like.device)
     confidence = torch.empty(out_size, dtype=like.dtype, device=like.device)
+    label_confidence = None if label is None else torch.empty_like(confidence)
     max_width = max(width, *(one.logits.shape[1] for one in maps))
     step = band_height(max_width * num_classes * like.element_size(), memory_limit_mb, like.device)
     for top in range(0, height, step):
@@ -216,10 +220,18 @@ def merge_scales(
             total += one.rows(rows).softmax(-1)
         total /= len(maps)
         confidence[rows], ids[rows] = total.max(-1)
+        if label is not None and label_confidence is not None:
+            label_confidence[rows] = select_classes(total, label[rows])
         if probabilities is not None:
             converted = total.half() if probabilities.dtype == np.float16 else total
             probabilities[:, rows] = converted.permute(2, 0, 1).cpu().numpy()
-    return ClassMap(ids, confidence)
+    return ClassMap(ids, confidence, label_confidence)
+
+
+def select_classes(probabilities: Tensor, label: Tensor) -> Tensor:
+    """The probabilities (n, width) of the classes in a label (n, width), of all (n, width, K); 0 where it is -1."""
+    found = probabilities.gather(-1, label.clamp(min=0)[..., None])[..., 0]
+    return found.masked_fill_(label < 0, 0)
 
 
 def band_height(row_bytes: int, memory_limit_mb: int, device: torch.device) -> int:

@@ -16,6 +16,7 @@ from semseg.data.palette import Colour
 from semseg.evaluation.bootstrap import ConfidenceIntervals
 from semseg.evaluation.evaluator import NO_SCORES, Speed, SplitCounts, UnreadableImage
 from semseg.evaluation.image_files import ClassMaps
+from semseg.evaluation.label_errors import LabelError
 from semseg.evaluation.metrics import BoundaryCounts, Scores, scores_from
 from semseg.evaluation.own_scores import FRACTION
 from semseg.evaluation.thresholds import ThresholdScore, compute_curve, find_best
@@ -93,6 +94,7 @@ class EvaluationResult(NamedTuple):
     speed: Speed
     unreadable: Sequence[UnreadableImage]
     thresholds: Sequence[ThresholdScore] = ()  # of two classes; ascending
+    label_errors: Sequence[LabelError] | None = None  # the highest score first; None: nobody asked for them
 
     @property
     def best_threshold(self) -> ThresholdScore | None:
@@ -193,6 +195,9 @@ def build_result(
         speed=counts.speed,
         unreadable=counts.unreadable,
         thresholds=() if counts.thresholds is None else compute_curve(counts.thresholds),
+        label_errors=None
+        if counts.label_errors is None
+        else [error._replace(file=relative_name(error.file, root)) for error in counts.label_errors],
     )
 
 

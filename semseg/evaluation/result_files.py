@@ -12,10 +12,17 @@ import numpy as np
 
 from semseg.evaluation.bootstrap import CONFIDENCE_LEVEL
 from semseg.evaluation.image_files import COUNTS_FILE, MAPS_FILE, write_class_maps, write_image_counts
+from semseg.evaluation.label_errors import LabelError
 from semseg.evaluation.metrics import Scores
 from semseg.evaluation.result import ClassScore, EvaluationResult, ImageScore
 from semseg.storage.atomic import atomic_write
 from semseg.system.text import escape_csv_row
+
+LABEL_ERRORS_FILE = "label_errors.csv"
+LABEL_ERRORS_COLUMNS = (
+    "rank", "file", "label", "predicted", "score", "margin", "confidence", "pixels", "top", "left", "height", "width",
+    "label_id", "predicted_id",
+)  # fmt: skip
 
 
 def write_result_files(folder: Path, result: EvaluationResult, facts: Mapping[str, Any]) -> list[Path]:
@@ -42,10 +49,36 @@ def write_result_files(folder: Path, result: EvaluationResult, facts: Mapping[st
             names=np.array(result.classes.names, np.str_),
             ids=np.array(result.class_ids, np.int64),
         )
-    curve = [folder / "precision_recall.csv"] if result.thresholds else []
-    for path in curve:
-        write_rows(path, [row._asdict() for row in result.thresholds])
-    return [metrics, classes, images, confusion, *curve, *write_image_files(folder, result.images)]
+    further = []
+    if result.thresholds:
+        further.append(folder / "precision_recall.csv")
+        write_rows(further[-1], [row._asdict() for row in result.thresholds])
+    if result.label_errors is not None:
+        further.append(folder / LABEL_ERRORS_FILE)
+        write_label_errors(further[-1], result, result.label_errors)
+    return [metrics, classes, images, confusion, *further, *write_image_files(folder, result.images)]
+
+
+def write_label_errors(path: Path, result: EvaluationResult, errors: Sequence[LabelError]) -> None:
+    """Write the regions whose label may be wrong, the highest score first; only the header if there are none."""
+    names, ids = result.classes.names, result.class_ids
+    rows = [
+        {
+            "rank": rank,
+            "file": error.file,
+            "label": names[error.label],
+            "predicted": names[error.predicted],
+            "score": round(error.score, 6),
+            "margin": round(error.margin, 6),
+            "confidence": round(error.confidence, 6),
+            "pixels": error.pixels,
+            **error.box._asdict(),
+            "label_id": ids[error.label],
+            "predicted_id": ids[error.predicted],
+        }
+        for rank, error in enumerate(errors, start=1)
+    ]
+    write_rows(path, rows, LABEL_ERRORS_COLUMNS)
 
 
 def write_image_files(folder: Path, images: Sequence[ImageScore]) -> list[Path]:
@@ -59,10 +92,10 @@ def write_image_files(folder: Path, images: Sequence[ImageScore]) -> list[Path]:
     return paths
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV file with a header; there must be at least one row."""
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Write a CSV file with a header; without `columns` there must be at least one row, which has them."""
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, columns or rows[0].keys())
         writer.writeheader()
         writer.writerows(map(escape_csv_row, rows))
 

@@ -36,6 +36,7 @@ from semseg.evaluation.inference import (
     band_height,
     interpolate_axis,
     linear_interpolation,
+    select_classes,
     to_full_precision,
 )
 from semseg.nets.ensemble import list_members
@@ -328,3 +329,32 @@ class ArraySink:
     def to_class_map(self, device: torch.device) -> ClassMap:
         """What was predicted, on `device`."""
         return ClassMap(torch.from_numpy(self.ids).to(device), torch.from_numpy(self.confidence).to(device))
+
+
+class LabelSink(ArraySink):
+    """A sink that keeps the probability of the class in the label, too.
+
+    Args:
+        label: (H, W) int64 class indices on the CPU, -1 = not scored.
+    """
+
+    def __init__(self, label: Tensor) -> None:
+        super().__init__(Size(*label.shape))
+        self.label = label
+        self.label_confidence = torch.zeros(label.shape)
+
+    @property
+    def takes_probabilities(self) -> bool:
+        """Always: that of the label is one of them."""
+        return True
+
+    def write_rows(self, rows: FinishedRows) -> None:
+        """Keep the next rows."""
+        super().write_rows(rows)
+        assert rows.probabilities is not None, "this sink takes them"
+        place, total = slice(rows.top, rows.top + len(rows.ids)), torch.from_numpy(rows.probabilities)
+        self.label_confidence[place] = select_classes(total.permute(1, 2, 0), self.label[place])
+
+    def to_class_map(self, device: torch.device) -> ClassMap:
+        """What was predicted, on `device`."""
+        return super().to_class_map(device)._replace(label_confidence=self.label_confidence.to(device))

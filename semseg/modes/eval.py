@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,8 +26,10 @@ from semseg.build import (
 )
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
+from semseg.data.bands import draw_bands
 from semseg.data.batch import EvalSample
 from semseg.data.datasets import EvalDataset
+from semseg.data.open_pairs import open_pair
 from semseg.data.pairs import read_shown
 from semseg.data.records import Record
 from semseg.data.seeding import generator_for
@@ -36,7 +39,7 @@ from semseg.errors import ConfigError
 from semseg.evaluation.bootstrap import ConfidenceIntervals, bootstrap, choose_resamples
 from semseg.evaluation.evaluator import ImageRecord
 from semseg.evaluation.result import EvaluationResult, build_result, relative_name
-from semseg.evaluation.result_files import write_result_files
+from semseg.evaluation.result_files import LABEL_ERRORS_FILE, write_result_files
 from semseg.evaluation.tables import class_score_table, format_speed, scales_table, summary_table
 from semseg.evaluation.thresholds import POSITIVE
 from semseg.evaluation.tiled import WindowLayout
@@ -50,13 +53,19 @@ from semseg.reports.evaluation_page import (
     encode_example,
     write_evaluation_page,
 )
+from semseg.reports.label_error_pictures import (
+    MAX_SHOWN_ERRORS,
+    LabelErrorPictures,
+    choose_crop_window,
+    draw_label_error,
+)
 from semseg.reports.run_card import build_run_card, compute_data_fingerprint, mask_secrets
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import list_this_command, relative_to_cwd
 from semseg.storage.ranks import print_once
 from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.storage.run_results import RunResult, write_result
-from semseg.system.text import escape_lines, escape_unprintable
+from semseg.system.text import escape_lines, escape_unprintable, format_quantity
 from semseg.training.trainer import describe_device
 
 _log = logging.getLogger(__name__)
@@ -114,6 +123,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
         result=result,
         num_images=len(result.images),
         examples=tuple(predict_examples(result, images, trainer, module, data)),
+        label_errors=tuple(draw_label_errors(result, source, split)),
         curves=read_curves(saved),
         card=build_run_card(
             config_to_plain(config),
@@ -215,7 +225,21 @@ def print_tables(result: EvaluationResult, title: str, scales: list[int]) -> Non
             f"{best.precision or 0:.2%}, recall {best.recall or 0:.2%}); at 0.5: F1 {plain.f1 or 0:.2%}",
             soft_wrap=True, highlight=False, markup=False,
         )  # fmt: skip
+    if result.label_errors is not None:
+        console.print(describe_label_errors(result), soft_wrap=True, highlight=False, markup=False)
     console.print(format_speed(result.speed), soft_wrap=True, highlight=False)
+
+
+def describe_label_errors(result: EvaluationResult) -> str:
+    """How many regions may be labelled wrongly, and which is the most likely."""
+    if not result.label_errors:
+        return "label errors: no region where the network is sure that the label is wrong"
+    first, names = result.label_errors[0], result.classes.names
+    return escape_unprintable(
+        f"label errors: {format_quantity(len(result.label_errors), 'region')} in {LABEL_ERRORS_FILE}; the first: "
+        f"{first.file}, row {first.box.top}, column {first.box.left}: labelled {names[first.label]}, predicted "
+        f"{names[first.predicted]}"
+    )
 
 
 # ---- the page
@@ -256,6 +280,24 @@ def predict_examples(
         yield encode_example(
             group, result.images[index], image, label, prediction.cpu().numpy(), classes=result.classes
         )
+
+
+def draw_label_errors(result: EvaluationResult, source: DataSource, split: str) -> list[LabelErrorPictures]:
+    """The first regions whose label may be wrong, for the page; each image is opened once."""
+    shown = list(enumerate((result.label_errors or ())[:MAX_SHOWN_ERRORS], start=1))
+    by_image = itertools.groupby(
+        sorted(shown, key=lambda entry: entry[1].position), key=lambda entry: entry[1].position
+    )
+    records, bands = source.records(split), source.bands_of(split)
+    drawn = []
+    for position, entries in by_image:
+        with open_pair(records[position], source.label_map, max_pixels=source.config.max_pixels, bands=bands) as pair:
+            for rank, error in entries:
+                window = choose_crop_window(error.box, pair.size)
+                read = pair.read(window)
+                image = read.image if bands is None else draw_bands(read.image, bands.names, source.config.show_bands)
+                drawn.append(draw_label_error(rank, error, image, read.label, window=window, classes=source.classes))
+    return sorted(drawn, key=lambda picture: picture.rank)
 
 
 # ---- panels

@@ -19,6 +19,7 @@ from semseg.data.palette import Colour
 from semseg.reports.charts import Line, Mark, draw_heat_map, draw_histogram, draw_line_chart
 from semseg.reports.curves import Curves
 from semseg.reports.draw import Pixels
+from semseg.reports.label_error_pictures import LabelErrorPictures
 from semseg.reports.pictures import MAX_EDGE, PictureStrip, encode_strip
 from semseg.reports.run_card import RunCard
 from semseg.reports.templates import render_template
@@ -78,6 +79,7 @@ class EvaluationReport(NamedTuple):
     examples: tuple[Example, ...]
     curves: tuple[Curves, ...]
     card: RunCard
+    label_errors: tuple[LabelErrorPictures, ...] = ()  # those of result.label_errors that are shown
     is_training: bool = False  # whether this is the page of a training, which begins with the curves
 
 

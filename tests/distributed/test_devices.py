@@ -62,12 +62,15 @@ def test_c16_evaluation_counts_every_image_once_on_any_number_of_ranks(
     run: Run, run_of_two: tuple[Path, str], folder: Path, devices: int
 ) -> None:
     words = ["mode=eval", f"ckpt={run_of_two[0] / 'checkpoints' / 'last.ckpt'}", "trainer.accelerator=cpu"]
+    words.append("eval.label_errors=true")
     for number in (1, devices):
         run(*words, f"run_dir=eval{number}", f"trainer.devices={number}")
     alone, together = metrics(folder / "eval1"), metrics(folder / f"eval{devices}")
     assert alone["images"] == together["images"] == 7
     assert alone["confusion"] == together["confusion"]
     assert alone["classes"] == together["classes"]
+    errors = [(folder / f"eval{number}" / "label_errors.csv").read_text() for number in (1, devices)]
+    assert errors[0] == errors[1] and errors[0].count("\n") > 1
 
 
 @pytest.mark.slow

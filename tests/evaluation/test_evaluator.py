@@ -11,6 +11,7 @@ from semseg.config.schema import EvalConfig
 from semseg.data.batch import EvalSample
 from semseg.evaluation.bootstrap import RESAMPLES_PER_CHUNK, bootstrap, class_counts, percentile_interval
 from semseg.evaluation.evaluator import Evaluator, speed_of
+from semseg.evaluation.inference import ClassMap
 from semseg.evaluation.metrics import boundary_counts, confusion_counts, scores_from
 
 LABEL = torch.tensor([[0, 0, 1, 1], [-1, -1, 2, 2]])
@@ -69,6 +70,20 @@ def test_boundaries_are_counted_only_if_requested() -> None:
     expected = boundary_counts(WRONG, LABEL, 3, 0.5)
     assert boundary is not None
     assert torch.equal(boundary.intersection, expected.intersection) and torch.equal(boundary.union, expected.union)
+
+
+def test_regions_whose_label_may_be_wrong_are_listed_only_if_requested() -> None:
+    assert evaluator().result().label_errors is None
+    counting = evaluator(label_errors=True)
+    label, ids = torch.zeros(40, 40, dtype=torch.int64), torch.zeros(40, 40, dtype=torch.int16)
+    ids[10:20, 10:20] = 2
+    sure, given = torch.full((40, 40), 0.8), torch.full((40, 40), 0.1)
+    for index in (0, 1):
+        counting.find_label_errors(sample(index, label), ClassMap(ids, sure, given))
+    errors = counting.result().label_errors
+    assert errors is not None and [(error.file, error.predicted) for error in errors] == [
+        ("images/0.jpg", 2), ("images/1.jpg", 2)
+    ]  # fmt: skip
 
 
 def test_time_is_split_by_stage_and_drawing_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

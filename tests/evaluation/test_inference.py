@@ -109,7 +109,7 @@ def test_bands_give_the_classes_and_probabilities_of_the_whole_image(size: tuple
     logits = random_logits((9, 13), (20, 15), (1, 2))
     expected = plainly(logits, size)
     found = np.empty(expected.shape, np.float32)
-    ids, confidence = merge_scales(logits, size, probabilities=found)
+    ids, confidence, _ = merge_scales(logits, size, probabilities=found)
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-6)
     assert torch.allclose(confidence, expected.amax(0), atol=1e-6)
     assert torch.equal(ids.long(), torch.from_numpy(found).argmax(0))
@@ -129,7 +129,7 @@ def test_the_memory_limit_never_changes_a_bit(monkeypatch: pytest.MonkeyPatch) -
         found = np.empty((150, 101, 77), np.float32)
         answers.append((merge_scales(logits, (101, 77), probabilities=found), found))
         heights.append(rows)
-    for (ids, confidence), found in answers[1:]:
+    for (ids, confidence, _), found in answers[1:]:
         assert torch.equal(ids, answers[0][0].ids)
         assert torch.equal(confidence, answers[0][0].confidence)
         assert np.array_equal(found, answers[0][1])

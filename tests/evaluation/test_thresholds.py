@@ -82,9 +82,9 @@ def test_of_equal_thresholds_the_nearest_to_one_half_is_best() -> None:
 def test_a_threshold_changes_the_classes_of_maps_and_rows_alike() -> None:
     probability, _ = make_case()
     prediction = prediction_of(probability)
-    torch.testing.assert_close(positive_probability(*prediction), probability)
-    ids = apply_threshold(*prediction, 0.2)
-    assert torch.equal(ids, (positive_probability(*prediction) >= 0.2).to(torch.int16))
+    torch.testing.assert_close(positive_probability(prediction.ids, prediction.confidence), probability)
+    ids = apply_threshold(prediction.ids, prediction.confidence, 0.2)
+    assert torch.equal(ids, (positive_probability(prediction.ids, prediction.confidence) >= 0.2).to(torch.int16))
     inner = ArraySink(Size(60, 50))
     sink = ThresholdSink(inner, 0.2)
     for top in (0, 30):
