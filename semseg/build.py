@@ -255,11 +255,12 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
         config.data.max_pixels,
         choose_crop(config.data, config.augment, net.image_size) if config.data.resize == NATIVE else None,
         choose_threshold(options.threshold, saved),
+        options.min_confidence,
         config.eval.batch_size,
     )
     is_ade20k = options.format == "ade20k"  # classes are 1 to K, whatever the data set
     ids = LabelMap(saved.classes.num_classes) if is_ade20k else make_label_map(config.data, saved.classes)
-    return Predictor(
+    predictor = Predictor(
         net,
         saved.classes,
         ids,
@@ -270,6 +271,8 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
         bands=choose_reading(net.convention, config.data),
         show_bands=config.data.show_bands,
     )
+    predictor.check_settings(settings)
+    return predictor
 
 
 def choose_threshold(chosen: float | str | None, saved: SavedNetwork) -> float | None:

@@ -814,6 +814,9 @@ class PredictConfig:
     threshold: Any = free_field(None, "a probability, auto or null")
     """Two classes: the second one is predicted from this probability on; auto: from that of the highest F1 score in the
     network's validation, kept in the checkpoint; null: from 0.5, the class of the higher probability."""
+    min_confidence: float | None = number_field(None, low=0, high=1)
+    """Pixels whose class has a lower probability are not scored: ids has the first ignored id of data.ignore or
+    data.map there, pictures are black, and annotations leave them out; null: every pixel has a class."""
     polygon_tolerance: float = number_field(1.0, low=0, high=100)
     """coco, label_studio: how far a polygon may be from the outline of a class, in pixels; 0: all corners of pixels."""
     image_prefix: str = ""

@@ -48,6 +48,7 @@ def find_mode_problems(config: Config) -> Iterator[str]:
     yield from find_exported_file_problems(config)
     yield from find_exported_network_problems(config)
     yield from find_export_problems(config)
+    yield from find_confidence_problems(config)
 
 
 def find_prediction_problems(config: Config) -> Iterator[str]:
@@ -168,6 +169,20 @@ def find_exported_network_problems(config: Config) -> Iterator[str]:
 def is_onnx(file: str | None) -> bool:
     """Whether a file is an exported network, by its suffix."""
     return Path(str(file)).suffix.lower() == ONNX
+
+
+def find_confidence_problems(config: Config) -> Iterator[str]:
+    """A sentence for predict.min_confidence where every pixel has a class."""
+    given = config.predict.min_confidence
+    if given is None:
+        return
+    if config.mode == "serve":
+        yield f"predict.min_confidence={given}: mode=serve shows the class of every pixel. Use mode=predict."
+    if config.mode == "export" and config.export.preprocessing:
+        yield (
+            f"predict.min_confidence={given}: a file with export.preprocessing=true gives the class of every pixel. "
+            "Leave it out."
+        )
 
 
 def find_export_problems(config: Config) -> Iterator[str]:

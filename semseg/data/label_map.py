@@ -108,8 +108,9 @@ class LabelMap:
             table[UNSCORED_ID] = IGNORED
         self._table = table  # raw id -> class index, 128 KiB
         raw_ids = np.flatnonzero(table >= 0)[::-1]
-        self._raw = np.zeros(num_classes, np.uint16)
+        self._raw = np.zeros(num_classes + 1, np.uint16)  # the last one, at -1, is for pixels that are not scored
         self._raw[table[raw_ids]] = raw_ids  # the lowest id of each class is written last
+        self._raw[IGNORED] = next(iter(self.ignored_ids), 0)
         self.fingerprint = crc32(table.tobytes(), 0 if colours is None else colours.fingerprint)
 
     def _consecutive_table(self) -> NDArray[np.int16]:
@@ -201,9 +202,12 @@ class LabelMap:
         return f"{', '.join(entries)}; not scored: {', '.join(map(str, self.ignored_ids)) or 'none'}"
 
     def to_raw(self, index: NDArray[np.integer]) -> NDArray[np.uint16]:
-        """Class indices (0 or above) to raw ids, for files that other programs read.
+        """Class indices to raw ids, for files that other programs read; -1, not scored, to the first of `ignored_ids`.
 
-        If several ids map to one class, the smallest of them is used.
+        If several ids map to one class, the smallest of them is used. Without ignored ids -1 must not occur.
+
+        >>> LabelMap(2, first_id=1, ignore=[255]).to_raw(np.array([0, 1, -1])).tolist()
+        [1, 2, 255]
         """
         return self._raw[index]
 
@@ -214,7 +218,7 @@ class LabelMap:
         >>> LabelMap(2, ignore=[], ids={26: 0, 7: 1, 11: 1, 255: None}).class_ids
         [26, 7]
         """
-        return self._raw.tolist()
+        return self._raw[: self.num_classes].tolist()
 
     @property
     def ignored_ids(self) -> list[int]:

@@ -36,13 +36,15 @@ class Region(NamedTuple):
 
 
 def find_regions(ids: NDArray[np.integer], classes: ClassTable, tolerance: float) -> Iterator[Region]:
-    """The regions of a class map (H, W), of each class the largest first; those of the background are left out.
+    """The regions of a class map (H, W), of each class the largest first.
+
+    Those of the background, and pixels that are not scored (-1), are left out.
 
     Args:
         tolerance: how far a polygon may lie from the corners of the region's pixels, in pixels.
     """
     for class_index in np.unique(ids).tolist():
-        if is_background(classes.names[class_index]):
+        if class_index < 0 or is_background(classes.names[class_index]):
             continue
         mask = (ids == class_index).astype(np.uint8)
         count, numbers, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)

@@ -19,7 +19,7 @@ from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.errors import ArgumentError, find_nearest
 from semseg.prediction.annotations import write_annotations
-from semseg.reports.draw import Pixels, add_legend, colour_class_map, draw_overlay, draw_panel
+from semseg.reports.draw import UNSCORED_COLOUR, Pixels, add_legend, colour_class_map, draw_overlay, draw_panel
 from semseg.storage.atomic import atomic_write, name_file_in_errors, temporary_path
 
 MAX_PALETTE_SIZE = 256  # colours of a PNG
@@ -64,12 +64,17 @@ def write_ids(prediction: WritablePrediction, target: Path) -> Path:
 
 
 def write_color(prediction: WritablePrediction, target: Path) -> Path:
-    """Write class indices (from 0) as a PNG with a palette, or as RGB if there are more than 256 classes."""
-    if prediction.classes.num_classes > MAX_PALETTE_SIZE:
+    """Write class indices (from 0) as a PNG with a palette, or as RGB if there are more than 256 classes.
+
+    Pixels that are not scored have the index behind the last class, and are black.
+    """
+    num_classes = prediction.classes.num_classes
+    is_unscored = prediction.ids < 0
+    if num_classes + bool(is_unscored.any()) > MAX_PALETTE_SIZE:
         picture = Image.fromarray(colour_class_map(prediction.ids, prediction.classes))
     else:
-        picture = Image.fromarray(prediction.ids.astype(np.uint8), "L")
-        picture.putpalette(prediction.classes.colours().tobytes())
+        picture = Image.fromarray(np.where(is_unscored, num_classes, prediction.ids).astype(np.uint8), "L")
+        picture.putpalette(prediction.classes.colours().tobytes() + bytes(UNSCORED_COLOUR))
     return save_png(picture, target.with_name(f"{target.name}_color.png"))
 
 

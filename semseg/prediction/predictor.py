@@ -31,6 +31,7 @@ from semseg.errors import ArgumentError, ConfigError, find_nearest
 from semseg.evaluation.inference import predict_class_map
 from semseg.evaluation.thresholds import ThresholdSink, apply_threshold
 from semseg.evaluation.tiled import ArraySink, choose_layout, predict_by_windows
+from semseg.evaluation.unsure import ConfidenceSink, ignore_unsure
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import create_autocast
 from semseg.prediction.outputs import write_outputs
@@ -55,6 +56,7 @@ class PredictionSettings:
     max_pixels: int = MAX_PIXELS  # largest size of a picture; data.max_pixels
     crop: Sequence[int] | None = None  # data.resize=native: that of training, the default window; None: at `scales`
     threshold: float | None = None  # two classes: probability from which on a pixel is the second; None: 0.5
+    min_confidence: float | None = None  # pixels whose class has a lower probability are not scored
     batch_size: int = 1  # windows of a picture that go through the network together, with `crop`
 
     def __post_init__(self) -> None:
@@ -83,6 +85,9 @@ class PredictionSettings:
         threshold = self.threshold
         if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
             raise ConfigError(f"threshold={threshold!r}: must be a probability from 0 to 1, or None.")
+        sure = self.min_confidence
+        if sure is not None and not (isinstance(sure, int | float) and 0 <= sure <= 1):
+            raise ConfigError(f"min_confidence={sure!r}: must be a probability from 0 to 1, or None.")
         if not isinstance(self.flip, bool | np.bool_):
             raise ConfigError(f"flip={self.flip!r}: must be True or False.")
 
@@ -116,7 +121,7 @@ class PredictionResult:
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
-        ids: (H, W) int16 class indices, 0 .. K - 1.
+        ids: (H, W) int16 class indices, 0 .. K - 1; -1 where the network is less sure than min_confidence.
         classes: names and colours by class index.
         label_map: maps class indices to the ids in the label files of the data set.
         probabilities: (K, H, W) float16, or None if they were not requested.
@@ -240,7 +245,7 @@ class Predictor:
                 uint16, int16 or float32, in the units of the files that it was trained on.
             probabilities: keep the probabilities of all classes as well: 2 bytes per pixel and class.
             settings: fields of `PredictionSettings` to override for this picture: scales, flip, window, stride,
-                max_long_edge, size_divisor, memory_limit_mb, max_pixels, threshold, batch_size.
+                max_long_edge, size_divisor, memory_limit_mb, max_pixels, threshold, min_confidence, batch_size.
 
         Raises:
             DataError: if a file is missing, broken, or not an image.
@@ -284,12 +289,12 @@ class Predictor:
         /,  # because `settings` may have a key `scales` too
         **settings: Any,
     ) -> NDArray[np.int16]:
-        """Predict (H, W) class indices of a picture of `size` (H, W) from its resized copies.
+        """Predict (H, W) class indices, -1 = not sure, of a picture of `size` (H, W) from its resized copies.
 
         Writes the probabilities into the array `probabilities` (K, H, W) if it is given; it may be mapped to a file.
         """
         chosen = self.settings.override(settings)
-        self.check_threshold(chosen.threshold)
+        self.check_settings(chosen)
         if chosen.crop is not None:
             (pixels,), sink = scales, ArraySink(Size(size[0], size[1]), probabilities)
             self.predict_rows(pixels, sink, **settings)
@@ -306,12 +311,27 @@ class Predictor:
                 memory_limit_mb=chosen.memory_limit_mb,
                 probabilities=probabilities,
             )
-        if chosen.threshold is None:
-            return prediction.ids.cpu().numpy()
-        return apply_threshold(prediction.ids, prediction.confidence, chosen.threshold).cpu().numpy()
+        ids, confidence, _ = prediction
+        if chosen.threshold is not None:
+            ids = apply_threshold(prediction.ids, prediction.confidence, chosen.threshold)
+            confidence = torch.where(ids == prediction.ids, confidence, 1 - confidence)
+        if chosen.min_confidence is not None:
+            ids = ignore_unsure(ids, confidence, chosen.min_confidence)
+        return ids.cpu().numpy()
 
-    def check_threshold(self, threshold: float | None) -> None:
-        """Raises a ConfigError for a threshold of a network that has not two classes."""
+    def check_settings(self, chosen: PredictionSettings) -> None:
+        """Refuse settings that do not fit the classes.
+
+        Raises:
+            ConfigError: for a threshold of a network that has not two classes, and for min_confidence if no id of label
+                files is ignored.
+        """
+        threshold = chosen.threshold
+        if chosen.min_confidence is not None and not self.label_map.ignored_ids:
+            raise ConfigError(
+                f"min_confidence={chosen.min_confidence}: no id means that a pixel is not scored, because data.ignore "
+                "is empty. Set data.ignore=[255], or another id that is no class."
+            )
         if threshold is not None and self.classes.num_classes != 2:
             raise ConfigError(
                 f"threshold={threshold}: is for networks of two classes, and this one has {self.classes.num_classes}. "
@@ -333,7 +353,9 @@ class Predictor:
         chosen = self.settings.override(settings)
         if chosen.crop is None:
             raise ArgumentError("this network takes images at a short edge: predict_rows needs data.resize=native.")
-        self.check_threshold(chosen.threshold)
+        self.check_settings(chosen)
+        if chosen.min_confidence is not None:
+            sink = ConfidenceSink(sink, chosen.min_confidence)
         if chosen.threshold is not None:
             sink = ThresholdSink(sink, chosen.threshold)
         divisor, window, stride = chosen.size_divisor, chosen.window, chosen.stride

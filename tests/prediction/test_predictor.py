@@ -156,7 +156,7 @@ def test_i1_every_combination_of_settings_gives_a_map_and_its_probabilities(net:
         "probabilities": (False, True), "scales": ([8], (8, 16), np.array([12])), "flip": (False, True),
         "window": (None, 8), "stride": (None, 4), "max_long_edge": (64, 20), "size_divisor": (None, 8),
         "memory_limit_mb": (1024,), "max_pixels": (10**6,), "crop": (None,), "batch_size": (1,),
-        "threshold": (None,),
+        "threshold": (None,), "min_confidence": (None, 0.5),
     }  # fmt: skip
     assert set(choices) - {"probabilities"} == {item.name for item in fields(PredictionSettings)}
     for values in itertools.product(*choices.values()):
