@@ -82,6 +82,7 @@ from semseg.training.trainer import (
     create_loggers,
     create_trainer,
     name_device,
+    refuse_double_precision,
 )
 from semseg.training.training_state import CheckRestoredState
 
@@ -214,7 +215,9 @@ def parse_device(device: str | int | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ArgumentError(f"device={device!r}: PyTorch has no such device. Use 'cpu', 'cuda' or 'cuda:1'.") from None
+        raise ArgumentError(
+            f"device={device!r}: PyTorch has no such device. Use 'cpu', 'cuda', 'cuda:1' or 'mps'."
+        ) from None
     num_gpus = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
         found = f"the last GPU here is cuda:{num_gpus - 1}" if num_gpus else "PyTorch sees no GPU here"
@@ -306,13 +309,15 @@ def choose_threshold(chosen: float | str | None, saved: SavedNetwork) -> float |
 
 
 def choose_device(settings: TrainerConfig) -> torch.device:
-    """The device that predicts: the first of trainer.devices on GPUs, or the CPU.
+    """The device that predicts: the first of trainer.devices on GPUs, Apple's GPU, or the CPU.
 
     Raises:
         ConfigError: if a GPU is requested that is not there.
     """
-    if choose_accelerator(settings.accelerator) != "gpu":
-        return torch.device("cpu")
+    accelerator = choose_accelerator(settings.accelerator)
+    refuse_double_precision(settings.precision, accelerator)
+    if accelerator != "gpu":
+        return torch.device(accelerator)
     first = settings.devices[0] if isinstance(settings.devices, list) else 0
     check_gpu_numbers(replace(settings, devices=[first]))
     configure_gpu()

@@ -23,6 +23,7 @@ from typing import NoReturn
 
 import hydra
 from hydra.conf import HydraConf
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -203,6 +204,7 @@ def leave_messages_to_one_rank() -> Iterator[None]:
 
 def start_hydra() -> None:
     """Run Hydra on the arguments in sys.argv."""
+    GlobalHydra.instance().clear()  # a program that calls `main` may have used Hydra
     hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(run_hydra_job)()
 
 

@@ -23,7 +23,14 @@ from typing import NamedTuple
 
 from semseg.config.schema import Config, TrainerConfig
 from semseg.errors import STOPPED_CODES, TERMINATED, ConfigError, SemsegError
-from semseg.system.process import SUPERVISOR_VARIABLE, get_stop_code, is_supervised, is_sweep_gone, list_stop_signals
+from semseg.system.process import (
+    SUPERVISOR_VARIABLE,
+    get_stop_code,
+    is_supervised,
+    is_sweep_gone,
+    kill_with_children,
+    list_stop_signals,
+)
 from semseg.system.text import escape_lines
 
 RANKS_FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and error files of ranks that raised an exception
@@ -283,8 +290,7 @@ def _terminate_all(ranks: list[subprocess.Popen[bytes]]) -> None:
             rank.terminate()
     _wait_for_exit(ranks, GRACE_SECONDS)
     for rank in ranks:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(rank.pid, signal.SIGKILL)  # its session, which includes data-loading workers
+        kill_with_children(rank)  # its data-loading workers too
         rank.wait()
 
 

@@ -24,9 +24,10 @@ class ProcessWideChange(Generic[State]):
         self._change, self._restore = change, restore
         self._lock, self._users = Lock(), 0
         self._before: list[State] = []
-        os.register_at_fork(
-            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._restore_in_child
-        )
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._restore_in_child
+            )
 
     def _restore_in_child(self) -> None:
         """Restore the state in a forked child, which has none of the parent's threads."""

@@ -39,6 +39,7 @@ from semseg.data.workers import (
     workers_of,
 )
 from semseg.errors import DataError, SemsegError
+from semseg.system.process import SIGCHLD
 
 Item = TypeVar("Item")
 POLL_S = 2.0  # seconds after which a DataLoader that waits checks its workers
@@ -126,7 +127,7 @@ class WatchedLoader(DataLoader[Item]):
         # The slots belong to this iteration: a local variable keeps them until it ends.
         slots = self._setup.slots = self._allocate_slots()
         self._setup.parent = parent_of_workers() if self.num_workers else None
-        previous = signal.getsignal(signal.SIGCHLD)
+        previous = None if SIGCHLD is None else signal.getsignal(SIGCHLD)
         stream = super().__iter__()
         install_death_handler(previous)
         limit_waiting(stream)

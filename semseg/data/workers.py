@@ -22,7 +22,7 @@ from torch.utils.data._utils import signal_handling
 from semseg.data.shared_slots import SharedSlots, worker_start_method
 from semseg.data.waiting import limit_reads, send_descriptors_as_ours
 from semseg.errors import SemsegError
-from semseg.system.process import end_with_parent, ignore_stop_signals
+from semseg.system.process import SIGCHLD, end_with_parent, ignore_stop_signals, kill_this_process
 
 GRACE_S = 2.0  # seconds that workers get to leave by themselves
 MAX_PAUSE_S = 5.0  # between two checks of an item that is waited for
@@ -65,7 +65,7 @@ def end_with_trainer() -> None:
     trainer = multiprocessing.parent_process()
     if trainer is not None:
         trainer.join()
-        os.kill(os.getpid(), signal.SIGKILL)
+        kill_this_process()
 
 
 def send_error(queue: Queue[Any], error: Exception, item: Any) -> None:
@@ -163,7 +163,8 @@ def install_death_handler(previous: Any) -> None:
     Args:
         previous: the handler before PyTorch's, which is called as well.
     """
-    if threading.current_thread() is not threading.main_thread() or getattr(previous, "checks_workers", False):
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if SIGCHLD is None or not is_main_thread or getattr(previous, "checks_workers", False):
         return
     if getattr(previous, "__module__", None) == signal_handling.__name__:
         previous = None  # PyTorch's own, from an earlier loader
@@ -175,7 +176,7 @@ def install_death_handler(previous: Any) -> None:
             raise_if_dead(_awaited_stream)
 
     check_workers.checks_workers = True  # pyright: ignore[reportFunctionMemberAccess]
-    signal.signal(signal.SIGCHLD, check_workers)
+    signal.signal(SIGCHLD, check_workers)
 
 
 # ---- waiting
@@ -238,7 +239,7 @@ def stop_workers(stream: Iterator[Any]) -> None:
         return  # no workers, or PyTorch has ended them because the iteration was complete
     is_main_thread = threading.current_thread() is threading.main_thread()
     # PyTorch's handler would raise for every worker that is killed.
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_main_thread else None
+    previous = signal.signal(SIGCHLD, signal.SIG_DFL) if SIGCHLD is not None and is_main_thread else None
     # In a thread: it can block if a worker was killed while it held a lock.
     shutdown = threading.Thread(
         target=stream._shutdown_workers,  # pyright: ignore[reportAttributeAccessIssue]
@@ -248,8 +249,8 @@ def stop_workers(stream: Iterator[Any]) -> None:
     shutdown.join(GRACE_S)
     kill_processes(workers)
     shutdown.join(GRACE_S)
-    if is_main_thread:
-        signal.signal(signal.SIGCHLD, previous)
+    if SIGCHLD is not None and is_main_thread:
+        signal.signal(SIGCHLD, previous)
 
 
 def kill_processes(processes: Iterable[BaseProcess]) -> None:

@@ -28,6 +28,7 @@ from semseg.evaluation.metrics import (
     scores_from,
 )
 from semseg.evaluation.own_scores import ImageMeans, score_image, score_split
+from semseg.nets.gpu import wait_for_device
 
 NO_SCORES: Mapping[str, float | None] = {}
 STAGES = ("reading", "network", "scoring")  # reading: waiting for the loader
@@ -99,8 +100,7 @@ class Stopwatch:
         return seconds
 
     def _current_time(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for_device(self.device)
         return time.perf_counter()
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -17,6 +14,7 @@ from torchmetrics import Metric
 
 from semseg.errors import ConfigError
 from semseg.evaluation.own_scores import OwnScore
+from semseg.system.memory import get_free_memory
 
 OUTSIDE = -2  # value of the pixels around an image; differs from every class and from -1
 
@@ -94,28 +92,12 @@ def require_memory(num_classes: int) -> None:
     """
     # Four matrices: the sum, its initial value, and the counts of an image twice.
     needed = 4 * torch.int64.itemsize * num_classes**2
-    free = free_memory() if needed > 2**28 else None
+    free = get_free_memory() if needed > 2**28 else None
     if free is not None and needed > free:
         raise ConfigError(
             f"data.num_classes={num_classes}: confusion matrices of this size take {needed / 1e9:.1f} GB, but only "
             f"{free / 1e9:.1f} GB of memory are free. Merge classes with data.map."
         )
-
-
-def free_memory() -> int | None:
-    """Bytes that this process can still allocate, by system, container and process limits; None if unknown."""
-    limits = []
-    with suppress(OSError, LookupError, ValueError):
-        status = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        limits.append(1024 * int(status["MemAvailable"].split()[0]))
-    with suppress(OSError, ValueError):  # cgroup 2; the text "max" is not a number
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    with suppress(OSError, ValueError, LookupError):
-        limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm").read_text().split()[0]
-        if limit != resource.RLIM_INFINITY:
-            limits.append(limit - int(used) * resource.getpagesize())
-    return max(0, min(limits)) if limits else None
 
 
 # ---- scores

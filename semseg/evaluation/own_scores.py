@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from semseg.config.tables import METRICS_SECTION, announce_table, list_own_names
 from semseg.errors import ConfigError
+from semseg.nets.precision import choose_widest_float
 
 FRACTION = "%"  # the unit of scores from 0 to 1, which tables and pages show in percent
 
@@ -50,7 +51,7 @@ class OwnScore(NamedTuple):
 
 
 class ImageMeans(Metric):
-    """The means of IMAGE_METRICS over images and ranks, in float64."""
+    """The means of IMAGE_METRICS over images and ranks, in float64 where the device has it."""
 
     full_state_update = False
     sums: Tensor
@@ -62,6 +63,12 @@ class ImageMeans(Metric):
         # One more, because ranks cannot exchange tensors without elements.
         for name, dtype in (("sums", torch.float64), ("counts", torch.int64)):
             self.add_state(name, torch.zeros(len(self.names) + 1, dtype=dtype), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
+        """Move the sums to another device, in the type that it has."""
+        sum_type = choose_widest_float(fn(torch.zeros(())).device)
+        self.sums, self._defaults["sums"] = self.sums.to(sum_type), self._defaults["sums"].to(sum_type)  # pyright: ignore
+        return super()._apply(fn, *args, **kwargs)
 
     def update(self, scores: Mapping[str, float | None]) -> None:
         """Add the scores of one image, from `score_image`."""

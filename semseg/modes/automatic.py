@@ -30,12 +30,12 @@ from semseg.data.geometry import Size
 from semseg.data.label_cache import MAX_AUTOMATIC_BYTES
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError, SemsegError
-from semseg.evaluation.metrics import free_memory
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import choose_weight_type, create_autocast
 from semseg.nets.step_memory import estimate_step_memory
 from semseg.storage.atomic import atomic_write
 from semseg.storage.ranks import is_first_rank
+from semseg.system.memory import get_free_memory
 from semseg.system.processors import choose_num_workers, correct_num_workers, count_processors
 from semseg.system.text import format_quantity
 from semseg.training.callbacks.out_of_memory import count_missing_state_bytes, report_out_of_memory, run_without_trace
@@ -261,7 +261,7 @@ class Chooser:
 
     def fit_memory(self, batch: Batch, most: int) -> BatchFit:
         """The largest batch by the memory of this machine, estimated from the shapes of what is kept for backward."""
-        free = free_memory()
+        free = get_free_memory()
         if free is None:
             raise ConfigError("data.batch_size=auto: this system does not tell its free memory. Give a number.")
         net, canvas = self.build_shapes().train(), Size(*batch.image.shape[2:])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import resource
 import statistics
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +28,12 @@ from semseg.evaluation.evaluator import Speed
 from semseg.evaluation.tables import format_speed
 from semseg.lit_module import SegmentationModule
 from semseg.modes.automatic import choose_automatic
+from semseg.nets.gpu import wait_for_device
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import relative_to_cwd
 from semseg.storage.ranks import print_once
+from semseg.system.memory import get_peak_memory
 from semseg.system.processors import count_processors
 from semseg.training.trainer import choose_accelerator
 
@@ -55,7 +55,7 @@ class TrainingSpeed(NamedTuple):
     images_per_s: float  # over all devices
     step_s: float
     waiting_s: float  # for a sub-batch
-    memory: int  # peak in bytes, of the device if it is a GPU, else of this process
+    memory: int | None  # peak in bytes, of the device if it is a CUDA GPU, else of this process; None if unknown
 
     @property
     def waiting_fraction(self) -> float:
@@ -89,8 +89,7 @@ class StepTimer(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)  # otherwise only the launch of the kernels is timed
+        wait_for_device(pl_module.device)
         self._record(self.step_times, batch_idx)
 
     def _record(self, times: list[float], batch_idx: int) -> None:
@@ -180,12 +179,6 @@ def time_evaluation(config: Config, source: DataSource, net: SegmentationNetwork
     return module.evaluation.speed
 
 
-def get_peak_memory() -> int:
-    """The peak memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
 def give_advice(config: Config, loading: LoadingSpeed, stepping: TrainingSpeed, world_size: int) -> list[str]:
     """What limits training, and the settings to change, the most promising first."""
     needed = config.data.batch_size / stepping.step_s  # images per second that one device can process
@@ -230,7 +223,10 @@ def settings_for_network(config: Config, stepping: TrainingSpeed) -> list[str]:
         keys.append("model.channels_last=true")
     if not config.model.compile:
         keys.append("model.compile=true")
-    if on_gpu and stepping.memory < torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2:
+    if (
+        on_gpu
+        and (stepping.memory or 0) < torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2
+    ):
         keys.append(f"data.batch_size={2 * config.data.batch_size}")
     return [*keys, "smaller data.short_edges", "a smaller network (mode=models)"]
 
@@ -243,7 +239,7 @@ def figures_table(figures: BenchResult, config: Config) -> Table:
     table.add_row("padding", f"{loading.padding:.1%} of the pixels")
     table.add_row("training", f"{stepping.images_per_s:.2f} images/s")
     table.add_row("a step", f"{stepping.step_s * 1e3:.0f} ms, and {stepping.waiting_s * 1e3:.0f} ms of waiting")
-    table.add_row("peak memory", f"{stepping.memory / 2**30:.2f} GiB")
+    table.add_row("peak memory", "unknown" if stepping.memory is None else f"{stepping.memory / 2**30:.2f} GiB")
     if evaluating is not None:
         table.add_row(f"evaluation, {config.eval.scales}", format_speed(evaluating))
     return table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -73,8 +72,10 @@ from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary, w
 from semseg.reports.draw import format_share
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import format_command, relative_to_cwd
+from semseg.system.memory import get_total_memory
 from semseg.system.text import escape_lines, escape_unprintable
 
+ASSUMED_MEMORY = 8 * 2**30  # bytes, of a machine that does not say how much it has
 NUM_PLANNED = 500  # sub-batches whose padding is measured
 OWN_WORDS = ("mode=", "check.", "run_dir=", "output=")  # beginnings of overrides that are for the check alone
 MAX_CLASS_ROWS = 20  # rows on the console; the files have all classes
@@ -393,7 +394,7 @@ def measure_machine(config: Config) -> Machine:
     has_timm = find_spec("timm") is not None
     if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda"):
         return Machine(True, torch.cuda.get_device_properties(0).total_memory, has_timm)
-    return Machine(False, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), has_timm)
+    return Machine(False, get_total_memory() or ASSUMED_MEMORY, has_timm)
 
 
 def write_report(folder: Path, report: CheckReport) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from semseg.data import shared_slots
 from semseg.errors import DataError, SemsegError
 from semseg.nets.registry import build_segmenter
 from semseg.prediction.video import VideoWriters, read_frames
+from semseg.system.memory import get_total_memory
 from semseg.system.processors import choose_num_workers, count_processors
 from semseg.system.shared_memory import SHARED_MEMORY, get_free_shared_memory
 from semseg.training.losses import segmentation_loss
@@ -129,9 +129,8 @@ def is_installed(package: str) -> bool:
 def check_processor() -> CheckResult:
     """The cores and the memory that this process may use."""
     cores = count_processors()
-    memory = ""
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = f", {format_gigabytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} of memory"
+    total = get_total_memory()
+    memory = "" if total is None else f", {format_gigabytes(total)} of memory"
     return CheckResult(
         OK, "processor", f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads{memory}"
     )
@@ -139,6 +138,8 @@ def check_processor() -> CheckResult:
 
 def check_devices() -> CheckResult:
     """The GPUs that PyTorch sees; training works without."""
+    if torch.backends.mps.is_available():
+        return CheckResult(OK, "devices", "an Apple GPU, which trainer.accelerator=auto uses")
     if not torch.cuda.is_available():
         return CheckResult(OK, "devices", "no GPU that PyTorch can use: training runs on the CPU")
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

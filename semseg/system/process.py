@@ -13,6 +13,7 @@ import io
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -27,9 +28,11 @@ SUPERVISOR_VARIABLE = "SEMSEG_SUPERVISOR"  # process id, in the environment of e
 SWEEP_VARIABLE = "SEMSEG_SWEEP"
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl
 UNWIND_SECONDS = 10.0  # after a request to stop, a process that cannot unwind is ended
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name)
+# Signals that Windows does not have; None equals no number of a signal.
+SIGUSR1, SIGHUP, SIGCHLD, SIGKILL = (
+    getattr(signal, name, None) for name in ("SIGUSR1", "SIGHUP", "SIGCHLD", "SIGKILL")
 )
+STOP_SIGNALS = tuple(number for number in (signal.SIGTERM, SIGUSR1, signal.SIGINT, SIGHUP) if number is not None)
 
 _is_supervised = False
 _is_stopping = False
@@ -80,7 +83,7 @@ def end_with_parent(parent: int) -> None:
     if not request_death_signal():
         threading.Thread(target=watch_parent, args=(parent,), daemon=True).start()
     if os.getppid() != parent:  # checked afterwards, so that there is no gap
-        os.kill(os.getpid(), signal.SIGKILL)
+        kill_this_process()
 
 
 def request_death_signal() -> bool:
@@ -99,8 +102,25 @@ def watch_parent(parent: int) -> NoReturn:
     """End this process and its children once it has another parent."""
     while os.getppid() == parent:
         time.sleep(0.5)
-    os.killpg(os.getpgid(0), signal.SIGKILL)
-    raise AssertionError("killed")
+    if hasattr(os, "killpg"):
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+    kill_this_process()
+
+
+def kill_this_process() -> NoReturn:
+    """End this process at once, as if it was killed from outside."""
+    if SIGKILL is not None:
+        os.kill(os.getpid(), SIGKILL)
+    os._exit(1)
+
+
+def kill_with_children(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that was started as the first one of a session, and on POSIX all others in that session."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
 
 
 def announce_sweep() -> None:
@@ -137,7 +157,7 @@ def handle_stop_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in list_stop_signals():
             # Outside training, SLURM's warning signal is left to Lightning, which requeues the job.
-            if not (number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ):
+            if not (number == SIGUSR1 and "SLURM_JOB_ID" in os.environ):
                 signal.signal(number, request_stop)
 
 
@@ -149,8 +169,8 @@ def ignore_stop_signals(worker: int) -> None:
 
 def list_stop_signals() -> list[signal.Signals]:
     """The signals that request this process to stop."""
-    is_nohup = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [number for number in STOP_SIGNALS if not (is_nohup and number == signal.SIGHUP)]
+    is_nohup = SIGHUP is not None and signal.getsignal(SIGHUP) is signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (is_nohup and number == SIGHUP)]
 
 
 def request_stop(number: int, frame: FrameType | None) -> None:

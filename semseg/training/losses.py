@@ -24,6 +24,7 @@ from semseg.config.tables import announce_table
 from semseg.data.label_map import IGNORED
 from semseg.errors import ConfigError, check_choice, describe_reason
 from semseg.nets.interfaces import Logits
+from semseg.nets.precision import choose_widest_float
 from semseg.training.logit_bands import LogitsOfLabel, as_tensor, fit_to_label, map_rows, sum_over_rows
 
 # (logits (N, K, h, w) in float32 or wider, label (N, h, w), average over ranks) -> scalar
@@ -89,7 +90,9 @@ def ohem(
     scored = label != IGNORED
     with torch.no_grad():
         hardest = torch.where(scored, losses, -torch.inf).flatten().sort(descending=True).values
-        count = (scored.sum().double() * min_kept).ceil().long()  # on the device, without waiting for it
+        count = (
+            (scored.sum().to(choose_widest_float(scored.device)) * min_kept).ceil().long()
+        )  # on the device, without waiting for it
         limit = losses.new_full((), -math.log(threshold))
         least_hard = hardest.index_select(0, (count - 1).clamp(min=0).view(1)).view(())
         limit = torch.where(count > 0, torch.minimum(limit, least_hard), limit)

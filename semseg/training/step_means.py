@@ -9,6 +9,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from semseg.nets.precision import choose_widest_float
+
 TRAIN_METRICS = ("train/loss", "train/accuracy")
 WINDOW = 20  # steps of the running mean
 
@@ -51,7 +53,8 @@ class IntervalMean:
 
     The values are float32 and their sums float64, which are exact for values that differ by less than a factor of about
     a million: so they do not depend on the order of the terms, and neither on the steps after which the ranks add up
-    their sums, which is at every checkpoint. Steps with a NaN or infinite loss are left out.
+    their sums, which is at every checkpoint. Steps with a NaN or infinite loss are left out. Apple's GPUs have float32
+    sums, whose last digits depend on that order.
     """
 
     def __init__(self) -> None:
@@ -59,13 +62,17 @@ class IntervalMean:
 
     def add(self, step_mean: Tensor) -> None:
         """Add a step: (2) loss and accuracy. Does not wait for the device."""
-        values = torch.cat([step_mean.float().double(), step_mean.new_ones(1).double()])
+        sum_type = choose_widest_float(step_mean.device)
+        values = torch.cat([step_mean.float().to(sum_type), step_mean.new_ones(1).to(sum_type)])
         values = torch.where(values[0].isfinite(), values, torch.zeros_like(values))
-        self._sums = self._sums.to(values.device) + values
+        self._sums = self._sums.to(values.dtype).to(values.device) + values
 
     def reduce(self, trainer: pl.Trainer) -> StepSums:
         """The sums over all ranks, each of which must call this."""
-        sums = trainer.strategy.reduce(self._sums.to(trainer.strategy.root_device, copy=True), reduce_op="sum")
+        device = trainer.strategy.root_device
+        sums = trainer.strategy.reduce(
+            self._sums.to(choose_widest_float(device)).to(device, copy=True), reduce_op="sum"
+        )
         assert isinstance(sums, Tensor)
         loss, accuracy, num_steps = sums.tolist()
         return StepSums(loss, accuracy, int(num_steps))
@@ -107,5 +114,5 @@ class LastSteps:
         """Their mean; None before the first step."""
         if not self._values:
             return None
-        loss, accuracy = torch.stack(tuple(self._values)).double().mean(0).tolist()
+        loss, accuracy = torch.stack(tuple(self._values)).to("cpu").double().mean(0).tolist()
         return RunningMean(loss, accuracy, len(self._values))

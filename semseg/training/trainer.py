@@ -24,6 +24,7 @@ from semseg.config.schema import SyncBNConfig, TrainerConfig
 from semseg.config.tables import announce_table
 from semseg.errors import ConfigError, check_choice
 from semseg.nets.gpu import configure_gpu
+from semseg.nets.precision import choose_weight_type
 from semseg.syncbn.plugin import build_layer_sync
 from semseg.system.text import format_quantity
 from semseg.training.loggers.external import logger_error, require_logger_package
@@ -65,6 +66,7 @@ def create_trainer(
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     accelerator = choose_accelerator(settings.accelerator)
     check_gpu_numbers(settings)
+    refuse_double_precision(settings.precision, accelerator)
     if isinstance(settings.devices, list) and accelerator == "cpu":
         options["devices"] = len(settings.devices)  # Lightning's CPU accelerator takes a count only
     if not has_val:
@@ -116,7 +118,7 @@ def has_several(settings: TrainerConfig, accelerator: str) -> bool:
 
 
 def count_ranks_here(settings: TrainerConfig, accelerator: str) -> int:
-    """The devices of a run on this machine, each of which has a process; `accelerator` is cpu or gpu."""
+    """The devices of a run on this machine, each of which has a process; `accelerator` is cpu, gpu or mps."""
     devices, num_here = settings.devices, torch.cuda.device_count() if accelerator == "gpu" else 1
     return len(devices) if isinstance(devices, list) else num_here if devices in ("auto", -1) else int(devices)
 
@@ -132,16 +134,31 @@ def leave_sigterm_alone(trainer: pl.Trainer) -> None:
 
 
 def choose_accelerator(name: str) -> str:
-    """cpu or gpu for trainer.accelerator, as `auto` resolves on this machine.
+    """cpu, gpu (CUDA) or mps (a GPU of Apple) for trainer.accelerator, as `auto` and `gpu` resolve on this machine.
 
     Raises:
         ConfigError: if a GPU is requested and there is none.
     """
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        return "gpu" if torch.cuda.is_available() else "cpu"
-    if name in ("gpu", "cuda") and not torch.cuda.is_available():
+        return "gpu" if has_cuda else "mps" if has_mps else "cpu"
+    if name == "mps" and not has_mps:
+        raise ConfigError("trainer.accelerator=mps: PyTorch sees no Apple GPU here. Use trainer.accelerator=auto.")
+    if name == "gpu" and has_mps and not has_cuda:
+        return "mps"
+    if name in ("gpu", "cuda") and not has_cuda:
         raise ConfigError(f"trainer.accelerator={name}: PyTorch sees no GPU here. Use trainer=cpu.")
     return "gpu" if name == "cuda" else name
+
+
+def refuse_double_precision(precision: str, accelerator: str) -> None:
+    """Refuse float64 on Apple's GPUs, which do not have it.
+
+    Raises:
+        ConfigError: with what to use instead.
+    """
+    if accelerator == "mps" and choose_weight_type(precision) == torch.float64:
+        raise ConfigError(f"trainer.precision={precision}: Apple's GPUs have no float64. Use trainer=cpu with it.")
 
 
 def check_gpu_numbers(settings: TrainerConfig) -> None:

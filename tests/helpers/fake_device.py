@@ -5,6 +5,9 @@ pass, a backward pass and an optimiser's step run on it. Mixed devices and quest
 boolean indices, bincount) raise there; `HostCopies` finds the rest, copies between device and host, and operations that
 CUDA refuses with deterministic algorithms.
 
+`AppleProblems` finds what fails on an Apple GPU in the same way: float64, which Metal does not have, and operations for
+which PyTorch's own table of operations has no kernel for it.
+
 The registration changes a process for good: import this module only in a process of its own.
 """
 
@@ -12,12 +15,18 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import torchgen
+import yaml
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import semseg
@@ -32,6 +41,9 @@ REFUSED_GRADIENTS = re.compile(
     r"grid_sampler_[23]d|reflection_pad[123]d|fractional_max_pool[23]d)_backward"
 )
 
+# Kernels that are written in terms of other operations, which are seen by themselves.
+COMPOSITE = {"CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional"}
+
 _setup_privateuseone_for_python_backend(DEVICE)
 
 
@@ -41,10 +53,8 @@ class FakeDevice(FakeTensorMode):
     avoid_device_init = True  # without it, uniform_ and copy_ are sent to the device
 
 
-class HostCopies(TorchDispatchMode):
-    """Collects copies between the host and the device, and indices that hide one: masks, and indices on the host.
-
-    It also collects operations that CUDA refuses with deterministic algorithms.
+class Findings(TorchDispatchMode):
+    """Collects findings about the operations that run within this context.
 
     Attributes:
         found: what was found and where, such as "cpu to gpu in evaluation/inference.py:batch_logits".
@@ -53,6 +63,19 @@ class HostCopies(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: set[str] = set()
+
+    def add(self, what: str) -> None:
+        stack = [frame for frame in traceback.extract_stack() if frame.filename.startswith(PACKAGE)]
+        ours = [frame for frame in stack if not frame.name.startswith("<")]  # comprehensions belong to their function
+        where = f"{ours[-1].filename.removeprefix(PACKAGE)}:{ours[-1].name}" if ours else "outside of semseg"
+        self.found.add(f"{what} in {where}")
+
+
+class HostCopies(Findings):
+    """Collects copies between the host and the device, and indices that hide one: masks, and indices on the host.
+
+    It also collects operations that CUDA refuses with deterministic algorithms.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -70,11 +93,49 @@ class HostCopies(TorchDispatchMode):
             self.add(f"refused {name}")
         return result
 
-    def add(self, what: str) -> None:
-        stack = [frame for frame in traceback.extract_stack() if frame.filename.startswith(PACKAGE)]
-        ours = [frame for frame in stack if not frame.name.startswith("<")]  # comprehensions belong to their function
-        where = f"{ours[-1].filename.removeprefix(PACKAGE)}:{ours[-1].name}" if ours else "outside of semseg"
-        self.found.add(f"{what} in {where}")
+
+class AppleProblems(Findings):
+    """Collects float64 on the device, and operations on the device that have no kernel for Apple's GPUs."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        here = [tensor for tensor in tensors if tensor.device.type == DEVICE]
+        if any(tensor.dtype == torch.float64 for tensor in here):
+            self.add("float64")
+        namespace, _, name = func.name().partition("::")
+        if here and namespace == "aten" and not has_apple_kernel(name):
+            self.add(f"no kernel for {name}")
+        return result
+
+
+def has_apple_kernel(name: str) -> bool:
+    """Whether PyTorch has a kernel of an operation such as `add.Tensor` for Apple's GPUs."""
+    operations = read_operations()
+    entry = operations.get(name)
+    return entry is not None and ("MPS" in entry or bool(entry & COMPOSITE))
+
+
+@cache
+def read_operations() -> dict[str, frozenset[str]]:
+    """The kinds of kernels of every operation, from the table that PyTorch is built from, which it brings along."""
+    path = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    rows = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    entries = {row["func"].partition("(")[0]: row for row in rows}
+    return {name: frozenset(list_kernels(row, entries)) for name, row in entries.items()}
+
+
+def list_kernels(row: dict[str, Any], entries: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The kinds of kernels of a row of the table, with those of the row that it delegates to."""
+    dispatch, delegate = row.get("dispatch"), row.get("structured_delegate")
+    if dispatch is None and delegate is None:
+        yield "CompositeImplicitAutograd"
+    for kinds in dispatch or ():
+        yield from (kind.strip() for kind in kinds.split(","))
+    if delegate is not None:
+        yield from list_kernels(entries[delegate], entries)
 
 
 def fill_meta_tensors(net: nn.Module) -> None:

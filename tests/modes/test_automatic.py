@@ -118,11 +118,11 @@ def test_the_batch_size_of_a_cpu_follows_the_free_memory(
     monkeypatch.setattr(automatic, "MIN_SUB_BATCHES", 1)
     sizes = []
     for free in (2**17, 2**20, 2**40):
-        monkeypatch.setattr(automatic, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(automatic, "get_free_memory", lambda free=free: free)
         sizes.append(choose_automatic(config, [], DataSource(config.data))[0].data.batch_size)
     assert sizes[0] == 1 < sizes[1] < sizes[2] == 4  # all images of the data set, and no more
     double = replace(config, trainer=replace(config.trainer, precision="64-true"))
-    monkeypatch.setattr(automatic, "free_memory", lambda: 2**20)
+    monkeypatch.setattr(automatic, "get_free_memory", lambda: 2**20)
     assert choose_automatic(double, [], DataSource(double.data))[0].data.batch_size < sizes[1]
 
 

@@ -1,6 +1,7 @@
 """What networks and their evaluation would ask of a GPU, as JSON: {case: [findings]}; see helpers/fake_device.py.
 
-With the argument `all`, networks that consist of layers of others are tried as well.
+What GPUs of Apple cannot do is in cases of its own, named "apple: ...". With the argument `all`, networks that consist
+of layers of others are tried as well.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from helpers.fake_device import DEVICE, PACKAGE, FakeDevice, HostCopies, fill_meta_tensors
+from helpers.fake_device import DEVICE, PACKAGE, AppleProblems, FakeDevice, HostCopies, fill_meta_tensors
 from semseg.checkpoints.network import build_network
 from semseg.config.compose import list_options
 from semseg.config.load import load_config
@@ -29,6 +31,7 @@ from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.evaluation.metrics import confusion_counts
 from semseg.nets.interfaces import Logits
 from semseg.nets.normalise import normalise
+from semseg.nets.precision import choose_widest_float
 from semseg.nets.registry import DECODERS, ENCODERS, build_decoder, build_encoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
 from semseg.training.callbacks.ema import list_values, update_average
@@ -38,6 +41,7 @@ from semseg.training.callbacks.votes import Question, StepVote
 from semseg.training.losses import LOSSES, build_term, segmentation_loss
 from semseg.training.step_means import IntervalMean, LastSteps
 
+apple_problems: set[str] = set()  # of the current case
 NUM_CLASSES = 150
 CANVAS = (128, 160)
 # Networks and encoders with the layers of smaller ones; every decoder is tried on every other encoder.
@@ -57,13 +61,21 @@ EVALUATED = {
 }  # fmt: skip
 
 
+@contextmanager
+def collect_findings() -> Iterator[HostCopies]:
+    """Collect what is found within this context, and what Apple's GPUs cannot do in `apple_problems`."""
+    with HostCopies() as copies, AppleProblems() as apple:
+        yield copies
+    apple_problems.update(apple.found)
+
+
 def find_in_step(net: Segmenter) -> set[str]:
     """Findings of a training step: preprocessing, network, loss, backward pass and optimiser."""
     image = torch.zeros(2, 3, *CANVAS, dtype=torch.uint8, device=DEVICE)
     size = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
     label = torch.zeros(2, *(side // net.label_stride for side in CANVAS), dtype=torch.int64, device=DEVICE)
     weights = [weight for weight in net.train().parameters() if weight.requires_grad]
-    with HostCopies() as copies, torch.autograd.set_multithreading_enabled(False):
+    with collect_findings() as copies, torch.autograd.set_multithreading_enabled(False):
         segmentation_loss(net(normalise(image, net.convention, size)), label).total.backward()
         torch.optim.SGD(weights, lr=0.1, momentum=0.9).step()
     assert all(weight.grad is not None and weight.grad.device == weight.device for weight in weights)
@@ -74,7 +86,7 @@ def find_in_evaluation(net: Segmenter) -> set[str]:
     """Findings of an evaluation at two scales with mirrored images."""
     scales = [torch.zeros(3, *(side * part for side in CANVAS), dtype=torch.uint8, device="cpu") for part in (1, 2)]
     net.eval()
-    with HostCopies() as copies:
+    with collect_findings() as copies:
         (logits,) = batch_logits(net, [scales], net.convention, flip=True)
         class_map = merge_scales(logits, (77, 99)).ids
         confusion_counts(class_map, torch.zeros(77, 99, dtype=torch.int64, device=DEVICE), NUM_CLASSES)
@@ -106,7 +118,7 @@ def find_in_decoders(encoder: str) -> set[str]:
             deep = decoder in ("c1", "ppm") and len(maps) > 1
             for options in ({}, {"deep_supervision": True}) if deep else ({},):
                 head = build_decoder(decoder, body.channels, NUM_CLASSES, **options)
-                with HostCopies() as copies, torch.autograd.set_multithreading_enabled(False):
+                with collect_findings() as copies, torch.autograd.set_multithreading_enabled(False):
                     logits = head.train()(maps)
                     (logits.main.sum() + (0 if logits.aux is None else logits.aux.sum())).backward()
                 found |= copies.found
@@ -124,6 +136,8 @@ MISTAKES: dict[str, Callable[[Tensor], object]] = {
     "an index on the host": lambda x: x[torch.tensor([1, 0], device="cpu")],
     "a mask of an assignment": lambda x: x.clone().index_put_([x > 0], x.new_zeros(1)),
     "a pooling that has no deterministic gradient": lambda x: nn.functional.adaptive_avg_pool2d(x, 2).sum().backward(),
+    "a double": lambda x: x.double(),
+    "an operation without a kernel for Apple": lambda x: torch.mode(x.detach()),
     "an operation that is never deterministic": lambda x: x.median(dim=1),
 }
 
@@ -142,7 +156,7 @@ def find_in_loss(name: str) -> set[str]:
     """Findings of a term of the loss, with class weights, forward and backward."""
     term = build_term(name, LossConfig(), torch.ones(NUM_CLASSES))
     logits = torch.zeros(2, NUM_CLASSES, 16, 20, requires_grad=True)
-    with HostCopies() as copies, torch.autograd.set_multithreading_enabled(False):
+    with collect_findings() as copies, torch.autograd.set_multithreading_enabled(False):
         segmentation_loss(Logits(logits, logits), torch.zeros(2, 16, 20).long(), terms=[(1.0, term)]).total.backward()
     return copies.found
 
@@ -150,7 +164,7 @@ def find_in_loss(name: str) -> set[str]:
 def find_in_average() -> set[str]:
     """Findings of the moving average: its first update, which copies, and its next one."""
     average, net = (build_segmenter("resnet18", "c1", NUM_CLASSES) for _ in range(2))
-    with HostCopies() as copies:
+    with collect_findings() as copies:
         for decay in (None, 0.9):
             update_average(list_values(average), list_values(net), decay)
     return copies.found
@@ -172,14 +186,14 @@ def find_in_callbacks() -> set[str]:
     guard = NonFiniteGuard(Path(), 1, "bf16-mixed", vote)
     optimizer: Any = SimpleNamespace(param_groups=[{"lr": 0.1}], defaults={"fused": True})
     mean = IntervalMean()
-    with HostCopies() as copies:
+    with collect_findings() as copies:
         batch = widen_labels(batch)
         guard.on_train_batch_start(trainer, module, batch, 0)  # pyright: ignore[reportArgumentType]
         guard.on_before_backward(trainer, module, torch.zeros(()))  # pyright: ignore[reportArgumentType]
         guard.on_before_optimizer_step(trainer, module, optimizer)  # pyright: ignore[reportArgumentType]
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         count_label_pixels(batch, NUM_CLASSES)
-        mean._sums = torch.zeros(3, dtype=torch.float64)  # as after the first step since a row of the log
+        mean._sums = torch.zeros(3, dtype=choose_widest_float(module.device))  # as after a first step
         mean.add(torch.zeros(2))
         LastSteps().add(torch.zeros(2))
     return copies.found
@@ -220,4 +234,10 @@ def find_or_fail(case: Callable[[], set[str]]) -> list[str]:
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # position embeddings are resampled in another way then
-    print(json.dumps({name: find_or_fail(case) for name, case in list_cases().items()}))
+    mock.patch("semseg.nets.precision.WITHOUT_FLOAT64", (DEVICE,)).start()
+    findings: dict[str, list[str]] = {}
+    for name, case in list_cases().items():
+        apple_problems.clear()
+        findings[name] = find_or_fail(case)
+        findings[f"apple: {name}"] = sorted(apple_problems)
+    print(json.dumps(findings))

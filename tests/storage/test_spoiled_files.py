@@ -121,7 +121,7 @@ def test_h8_text_of_files_moves_no_cursor_and_starts_no_formula(tmp_path: Path) 
 
 @pytest.mark.reliability
 def test_h9_a_confusion_matrix_without_memory_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("semseg.evaluation.metrics.free_memory", lambda: 16 * 10**9)
+    monkeypatch.setattr("semseg.evaluation.metrics.get_free_memory", lambda: 16 * 10**9)
     with pytest.raises(ConfigError, match=r"data\.num_classes=32767: .* 34\.4 GB, .* 16\.0 GB"):
         ConfusionMatrix(32767)
     assert ConfusionMatrix(1000).matrix.shape == (1000, 1000)

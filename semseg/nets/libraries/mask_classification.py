@@ -22,6 +22,7 @@ from semseg.errors import ConfigError
 from semseg.nets.interfaces import Logits
 from semseg.nets.libraries.transformers import IMAGENET, Family, TransformersNetwork
 from semseg.nets.padding import pad_image
+from semseg.nets.precision import choose_widest_float
 
 MIN_SCORE = 1e-6  # keeps the logarithm of a score finite
 # "the task is semantic" in the tokens of CLIP, which OneFormer reads with every image.
@@ -166,7 +167,7 @@ class MaskClassifier(TransformersNetwork):
         self._set_grid(image)
         size = [side // self.label_stride for side in image.shape[-2:]]
         if list(label.shape[-2:]) != size:
-            label = F.interpolate(label[:, None].double(), size=size, mode="nearest-exact")[:, 0].long()
+            label = F.interpolate(label[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
         index = find_replacements(label)
         masks, classes = split_classes(label.flatten(1).gather(1, index).view_as(label))
         given: dict[str, Any] = {"task_inputs": build_task(self.model, image)} if self.is_oneformer else {}
@@ -256,8 +257,9 @@ def find_replacements(label: Tensor) -> Tensor:
     for row, places in zip(flat, index, strict=True):
         scored, ignored = (row != IGNORED).nonzero()[:, 0], (row == IGNORED).nonzero()[:, 0]
         if len(scored) and len(ignored):
-            chosen = torch.linspace(0, len(scored) - 1, len(ignored), dtype=torch.float64, device=label.device)
-            places[ignored] = scored[chosen.long()]
+            last, sum_type = len(scored) - 1, choose_widest_float(label.device)
+            chosen = torch.linspace(0, last, len(ignored), dtype=sum_type, device=label.device)
+            places[ignored] = scored[chosen.long().clamp(max=last)]
     return index
 
 

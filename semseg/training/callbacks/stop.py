@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 
 from semseg.errors import SemsegError
-from semseg.system.process import get_stop_code, list_stop_signals, request_stop
+from semseg.system.process import SIGUSR1, get_stop_code, list_stop_signals, request_stop
 
 
 class StoppedError(SemsegError):
@@ -60,7 +60,7 @@ def requeue(number: int, *, is_first_rank: bool) -> str | None:
     requeued by SLURM itself.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    if job is None or number != signal.SIGUSR1:
+    if job is None or number != SIGUSR1:
         return None
     if is_first_rank:
         finished = subprocess.run(["scontrol", "requeue", job], check=False)  # noqa: S603, S607 - SLURM's own command

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
 
 from semseg.data.batch import Batch
 from semseg.data.header_cache import cache_file, load_cache, save_cache
+from semseg.nets.gpu import wait_for_device
 
 NUM_WARM_UP = 10  # steps that are not measured: workers start, and kernels are chosen
 NUM_TIMED = 100
@@ -78,8 +78,7 @@ class RecordWaiting(Callback):
     ) -> None:
         if self._num_steps >= NUM_WARM_UP + NUM_TIMED or not trainer.is_global_zero:
             return
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
+        wait_for_device(pl_module.device)
         self._step_s += self._lap()
         self._num_steps += 1
         if self._num_steps == NUM_WARM_UP:
