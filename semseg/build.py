@@ -87,7 +87,9 @@ from semseg.training.trainer import (
 from semseg.training.training_state import CheckRestoredState
 
 # Keys of `data` that decide how long it takes to read a sub-batch, and to train on it.
-READING_KEYS = ("batch_size", "short_edges", "max_long_edge", "resize", "crop", "decode", "train", "images", "limit")
+READING_KEYS = (
+    "batch_size", "short_edges", "max_long_edge", "resize", "crop", "decode", "train", "images", "limit", "mix"
+)  # fmt: skip
 EXPORT_EXTRA = ("onnx", "onnxscript", "onnxruntime")  # modules of semseg[export]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from semseg.data.geometry import Size, canvas_size, label_size, largest_canvas, 
 from semseg.data.label_cache import LabelCache
 from semseg.data.label_map import IGNORED
 from semseg.data.loaders import PREFETCH, SlotDemand, SubBatchLoader, WatchedLoader, close_iterations, parse_taken
-from semseg.data.plan import TrainPlan, group_by_shape
+from semseg.data.plan import TrainPlan, group_by_shape, share_repeats
 from semseg.data.records import Record
 from semseg.data.scan import repeat_factors, scan_pairs
 from semseg.data.sources import DataSource
@@ -126,6 +127,7 @@ class SegmentationData(pl.LightningDataModule):
                 short_edges=[0] if self.is_native else data.short_edges,
                 flip=data.flip,
                 repeats=self._compute_repeats(),
+                sources=self._source_numbers(),
             )
         return self._plan
 
@@ -152,14 +154,19 @@ class SegmentationData(pl.LightningDataModule):
                 self.trainer.world_size,
                 batches,
                 count_run_steps(self.trainer_config, batches),
-                {split: digest_records(source.records(split), source.root) for split in splits},
+                {
+                    split: digest_records(
+                        source.training_records() if split == "train" else source.records(split), source.root
+                    )
+                    for split in splits
+                },
                 self.trainer.strategy.root_device.type,
                 torch.get_num_threads(),
             )
         return self._conditions
 
     def train_dataloader(self) -> SubBatchLoader:
-        data, augment, records = self.data_config, self.augment_config, self.source.records("train")
+        data, augment, records = self.data_config, self.augment_config, self.source.training_records()
         self.batches_per_epoch()  # raises if there are none
         dataset = TrainDataset(
             records,
@@ -188,7 +195,7 @@ class SegmentationData(pl.LightningDataModule):
 
     def _training_sizes(self) -> list[Size]:
         """The sizes of training images for the plan, which keeps portraits apart: those of their crops if it crops."""
-        sizes = [record.size for record in self.source.records("train")]
+        sizes = [record.size for record in self.source.training_records()]
         if not self.is_native:
             return sizes
         assert self.crop is not None, "data.resize=native has crops"
@@ -208,7 +215,7 @@ class SegmentationData(pl.LightningDataModule):
         """The index of classes in the labels of training, most of it from the cache."""
         source, data = self.source, self.data_config
         return build_foreground_index(
-            source.records("train"),
+            source.training_records(),
             source.root,
             source.label_map,
             max_pixels=data.max_pixels,
@@ -281,22 +288,36 @@ class SegmentationData(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """On one rank: read the masks that data.oversample needs, so that the other ranks find them in the cache."""
         if self.data_config.oversample:
-            records = self.source.records("train")
+            records = self.source.training_records()
             rank_zero_info(f"data.oversample: reading {len(records)} masks, except those that are cached")
             self._compute_repeats()
         if self.is_native and self.foreground and self.source.has("train"):
             self._build_index()
 
+    def _source_numbers(self) -> NDArray[np.int64] | None:
+        """The number of the data set of each training image; None if there is one data set."""
+        if not self.data_config.mix:
+            return None
+        return np.array([record.source for record in self.source.training_records()], np.int64)
+
     def _compute_repeats(self) -> NDArray[np.float64] | None:
         """The average number of times that each training image occurs in a pass; None: once."""
-        data = self.data_config
-        if not data.oversample:
-            return None
-        source, class_index = self.source, self.source.label_map.class_index
-        pairs = scan_pairs(
-            source.records("train"), source.root, max_pixels=data.max_pixels, colours=source.label_map.colours
-        )
-        present = [{index for raw in pair.ids if (index := class_index(raw)) not in (None, IGNORED)} for pair in pairs]
+        repeats = self._compute_class_repeats() if self.data_config.oversample else None
+        numbers = self._source_numbers()
+        return repeats if numbers is None else share_repeats(numbers, self.source.shares, repeats)
+
+    def _compute_class_repeats(self) -> NDArray[np.float64]:
+        """The repeats of data.oversample, from the classes in the label of each training image."""
+        data, source = self.data_config, self.source
+        maps = dict.fromkeys((0,), source.label_map) | {part.number: part.label_map for part in source.parts}
+        present = []
+        for number, records in itertools.groupby(source.training_records(), key=lambda record: record.source):
+            label_map = maps[number]
+            pairs = scan_pairs(list(records), source.root, max_pixels=data.max_pixels, colours=label_map.colours)
+            present += [
+                {index for raw in pair.ids if (index := label_map.class_index(raw)) not in (None, IGNORED)}
+                for pair in pairs
+            ]
         return repeat_factors(present, data.oversample)
 
     # ---- sizes
@@ -313,7 +334,7 @@ class SegmentationData(pl.LightningDataModule):
 
     def _largest_sub_batch(self) -> LargestSubBatch:
         data, augment, divisor = self.data_config, self.augment_config, self._train_divisor
-        sizes = [record.size for record in self.source.records("train")]
+        sizes = [record.size for record in self.source.training_records()]
         factor = augment.scale[1]
         if self.is_native:
             assert self.crop is not None, "data.resize=native has crops"

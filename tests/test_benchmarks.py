@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from helpers.command_line import run_here
 from helpers.fork_server import FORK_CHILDREN, run_python
@@ -125,6 +126,75 @@ def test_the_recipe_of_the_check_and_the_defaults_each_add_a_row(
         ]  # fmt: skip
     label = cv2.imread("checked_recipe/defects/masks/training/000.png", cv2.IMREAD_UNCHANGED)
     assert label is not None and set(np.unique(label)) <= {1, 2, 3} and (label > 1).mean() < 0.2
+
+
+TOY_WORDS = [
+    "--data", "scenes", "--toy", "--encoder", "mobilenetv3_small_050", "--weights", "none", "--table", "rows.csv",
+]  # fmt: skip
+
+
+@pytest.mark.long
+def test_planted_label_errors_are_looked_for_by_a_network_that_has_not_seen_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_scenes(tmp_path / "scenes", num_train=4, num_val=3, seed=1)
+    words = [*TOY_WORDS, "--count", "4", "--plant", "5", "--min-share", "0.002"]
+    (row,) = run_twice(tmp_path, monkeypatch, "label_errors", words)
+    assert (row["planted"], row["plant"]) == ("4", "5") and 0 <= int(row["found_150"]) <= int(row["found"]) <= 4
+    for label in (tmp_path / "scenes" / "annotations" / "validation").glob("*.png"):  # only the copy was changed
+        assert label.read_bytes()
+    copied = tmp_path / "label_errors" / "copy-5" / "annotations" / "validation"
+    pairs = [(cv2.imread(str(path), -1), cv2.imread(str(copied / path.name), -1)) for path in
+             sorted((tmp_path / "scenes" / "annotations" / "validation").glob("*.png"))]  # fmt: skip
+    assert 0 < sum(int((before != after).sum()) for before, after in pairs) < 0.2 * sum(one.size for one, _ in pairs)
+
+
+def test_a_planted_error_is_found_by_a_region_with_its_label_that_covers_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = import_benchmark(monkeypatch, "label_errors")
+    mask = np.zeros((40, 40), bool)
+    mask[10:20, 10:20] = True
+    planted = [program.Planted("a.jpg", 3, 2, mask)]
+    right = {"file": "a.jpg", "label_id": "2", "top": "9", "left": "10", "height": "10", "width": "10", "pixels": "95"}
+    assert program.find_planted(planted, [right]) == {0}
+    for changed in ({"file": "b.jpg"}, {"label_id": "3"}, {"top": "17"}, {"pixels": "400"}):
+        assert program.find_planted(planted, [right | changed]) == set(), changed
+    label = np.full((40, 40), 2, np.uint8)
+    label[10:20, 10:20] = 3
+    label[0, 0] = 4
+    found = program.find_candidates(7, label, 0.01, 0.5)
+    assert found == [program.Candidate(7, 3, (10, 10))]
+    assert np.array_equal(program.select_region(label, (10, 10)), mask)
+
+
+@pytest.mark.long
+def test_every_side_of_the_pseudo_labels_adds_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_scenes(tmp_path / "scenes", num_train=6, num_val=2, seed=1)
+    (tmp_path / "scenes" / "test.odgt").write_text((tmp_path / "scenes" / "validation.odgt").read_text())
+    rows = run_twice(tmp_path, monkeypatch, "pseudo_labels", [*TOY_WORDS, "--labelled", "4", "--confidence", "0.1"])
+    assert [(row["side"], row["steps"]) for row in rows] == [
+        ("labelled", "2"), ("longer", "4"), ("pseudo", "2"), ("all", "2")
+    ]  # fmt: skip
+    assert 0 < float(rows[2]["kept"]) <= 100 and rows[0]["val"] != "n/a"
+    config = load_yaml(tmp_path / "pseudo_labels", "pseudo")
+    assert config["mix"][0]["share"] == 0.5 and config["train"]["list"].endswith("labelled-4.odgt")
+
+
+def load_yaml(folder: Path, name: str) -> dict:
+    (path,) = (path / "config.yaml" for path in folder.iterdir() if f"-{name}-" in path.name and "val" not in path.name
+               and "test" not in path.name and path.is_dir())  # fmt: skip
+    return yaml.safe_load(path.read_text())["data"]
+
+
+def run_twice(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: list[str]) -> list[dict[str, str]]:
+    """The rows that a program adds when it is called twice, without processes of its own."""
+    monkeypatch.chdir(folder)
+    program, accuracy = import_benchmark(monkeypatch, name), import_benchmark(monkeypatch, "accuracy")
+    monkeypatch.setattr(accuracy, "run_measured", lambda words, log: run_in_this_process(accuracy, words))
+    for _ in range(2):
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *words])
+        program.main()
+    with (folder / "rows.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def run_on_scenes(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, *words: str) -> list[dict[str, str]]:

@@ -33,6 +33,14 @@ def describe_data_set(data: DataConfig, base: DataConfig, file: Path) -> dict[st
     for key in ("images", "masks", "label_cache"):
         if content.get(key):
             content[key] = shorten_below(content[key], folder)
+    if content.get("mix"):
+        content["mix"] = [
+            {
+                key: shorten_below(value, folder) if value and key in ("root", "images", "masks") else value
+                for key, value in entry.items()
+            }
+            for entry in content["mix"]
+        ]
     first = ("name", "root", "images", "masks")
     return {key: content[key] for key in (*first, *content) if key in content}
 

@@ -79,7 +79,7 @@ def describe_folds(config: Config, folds: int) -> None:
     Raises:
         SemsegError: if it is missing, or cannot be cut into so many folds.
     """
-    source = DataSource(replace(config.data, fold=0))
+    source = DataSource(replace(config.data, fold=0, mix=None))
     records = [*source.records("train"), *source.records("val")]
     assigned = assign_folds(records, source.root, folds, config.data.group)
     groups = {name_group(record.image, source.root, config.data.group) for record in records}

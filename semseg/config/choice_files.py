@@ -146,9 +146,16 @@ def resolve_data_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     for key in ("root", "images", "masks", "label_cache"):
         if key in resolved:
             resolved[key] = resolve(resolved[key])
+    if isinstance(resolved.get("mix"), list):
+        resolved["mix"] = [
+            resolve_data_paths(entry, folder) if isinstance(entry, dict) else entry for entry in resolved["mix"]
+        ]
     if not resolved.get("images"):
         return resolved
-    if resolved.get("classes") not in BUILT_IN_CLASSES:  # without a root, these would be below the working directory
+    if resolved.get("classes") not in (
+        None,
+        *BUILT_IN_CLASSES,
+    ):  # without a root, these would be below the working directory
         resolved["classes"] = resolve(resolved.get("classes"))
     for split in SPLITS:
         if isinstance(resolved.get(split), dict):

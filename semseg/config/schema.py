@@ -286,6 +286,9 @@ class DataConfig:
     group: str | None = None
     """Images that stay together in folds and val_fraction: a regular expression for their paths below root, such as
     patient[0-9]+; null: each image by itself."""
+    mix: Any = free_field(None, "a list of mappings or null")
+    """Further data sets to train on, each with its share of the images: [{root: more_data, share: 0.5}]. The main one
+    has what is left; keys that an entry does not have are as here; null: none."""
     make: ScenesConfig | None = None
     archive: ArchiveConfig | None = None
     classes: str | None = None

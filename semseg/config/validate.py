@@ -13,6 +13,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from semseg.config.fields import convert_auto_value, find_bound_problems, format_wrong_choice, key_of
 from semseg.config.hints import EXTENDING, explain_unknown_key
+from semseg.config.mix import find_mix_problems
 from semseg.config.schema import (
     ALLOWED_TARGETS,
     INSTANTIATE_KEYS,
@@ -69,6 +70,7 @@ def _check_sections(
     if not is_saved:
         raise_first(find_own_key_problems(config))
     problems = [*find_range_problems(config), *find_target_problems(config), *find_cross_problems(config)]
+    problems += find_mix_problems(config.data)
     if find_use_problems is not None:
         problems += find_use_problems(config)
     if not is_saved:

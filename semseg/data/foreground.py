@@ -123,10 +123,11 @@ def build_foreground_index(
     def find(record: Record) -> tuple[str, LabelClasses]:
         assert record.label is not None, "a record to train on has a label"
         try:
-            key = json.dumps([record.label, label_map.fingerprint, *file_stamp(record.label)])
+            own = record.label_map or label_map
+            key = json.dumps([record.label, own.fingerprint, *file_stamp(record.label)])
             if key in cached:
                 return key, cached[key]
-            label = read_class_indices(record.label, label_map, max_pixels=max_pixels, cache=label_cache)
+            label = read_class_indices(record.label, own, max_pixels=max_pixels, cache=label_cache)
             return key, find_classes(label.to_array())
         except (OSError, DataError):
             return "", NO_CLASSES

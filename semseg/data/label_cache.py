@@ -92,10 +92,14 @@ class LabelCache:
         except OSError as error:
             raise ConfigError(f"data.label_cache={folder}: the folder cannot be created ({error.strerror}).") from error
 
-    def entry_path(self, path: str | Path) -> Path | None:
-        """The cache file for the current version of a label; None if the label does not exist."""
+    def entry_path(self, path: str | Path, label_map: LabelMap | None = None) -> Path | None:
+        """The cache file for the current version of a label; None if the label does not exist.
+
+        Args:
+            label_map: decodes this label; None: that of the cache.
+        """
         try:
-            parts = (FORMAT, self.label_map.fingerprint, *file_stamp(path), os.path.abspath(path))  # noqa: PTH100 (in a loop)
+            parts = (FORMAT, (label_map or self.label_map).fingerprint, *file_stamp(path), os.path.abspath(path))  # noqa: PTH100 (in a loop)
         except OSError:
             return None
         name = sha256("\n".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()

@@ -7,6 +7,7 @@ not scored. `LabelMap` is the only place where one becomes the other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from zlib import crc32
 
@@ -153,6 +154,23 @@ class LabelMap:
         if missing:
             raise ConfigError(f"data.map: classes {_join_first(missing)} of {self.num_classes} have no raw id.")
         return table
+
+    def translate(self, indices: Sequence[int], num_classes: int) -> LabelMap:
+        """This map with other class indices: those of another table with `num_classes` classes.
+
+        Args:
+            indices: the new index of each class, -1: not scored. Several may be equal, and not all need occur.
+        """
+        translated = copy(self)
+        table = self._table.copy()
+        is_class = table >= 0
+        table[is_class] = np.asarray(indices, np.int16)[table[is_class]]
+        translated.num_classes, translated._table = num_classes, table
+        raw_ids = np.flatnonzero(table >= 0)[::-1]
+        translated._raw = np.zeros(num_classes + 1, np.uint16)
+        translated._raw[table[raw_ids]] = raw_ids
+        translated.fingerprint = crc32(table.tobytes(), self.fingerprint)
+        return translated
 
     def __call__(self, raw: NDArray[np.integer], path: str | Path) -> NDArray[np.int16]:
         """Class indices of raw ids, any shape; -1 = not scored.

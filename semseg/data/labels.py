@@ -184,12 +184,12 @@ def read_class_indices(
     """The label of a file, which gives class indices for all pixels or for selected rows and columns.
 
     Args:
-        cache: stores labels that were read before; must have been created with `label_map`.
+        cache: stores labels that were read before.
 
     Raises:
         DataError: as `read_label`; if an id is neither a class nor ignored.
     """
-    entry = None if cache is None else cache.entry_path(path)
+    entry = None if cache is None else cache.entry_path(path, label_map)
     if cache is not None and entry is not None:
         cached = cache.load(entry)
         if cached is not None and cached.size.height * cached.size.width <= max_pixels:

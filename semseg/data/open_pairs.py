@@ -89,6 +89,7 @@ def open_pair(
         return
     with windows:
         try:
+            label_map = record.label_map or label_map
             label = read_class_indices(record.label, label_map, max_pixels=max_pixels, cache=cache)
             size = Size(windows.height, windows.width)
             if size not in (label.size, record.size) or label.size != size:

@@ -66,7 +66,7 @@ def read_reduced(
     """
     assert record.label is not None, "a record to train on has a label"
     try:
-        label = read_class_indices(record.label, label_map, max_pixels=max_pixels, cache=cache)
+        label = read_class_indices(record.label, record.label_map or label_map, max_pixels=max_pixels, cache=cache)
         full = label.size
         if bands is not None:
             return _read_band_pair(record, label, bands, max_pixels)
@@ -133,6 +133,7 @@ def read_pair(
     try:
         if bands is not None:
             if record.label is not None and label_map is not None:
+                label_map = record.label_map or label_map
                 given = read_class_indices(record.label, label_map, max_pixels=max_pixels, cache=cache)
                 image, label = _read_band_pair(record, given, bands, max_pixels)
                 return ImagePair(image, label.to_array())
@@ -147,6 +148,7 @@ def read_pair(
         if record.label is None or label_map is None:
             label, is_upright = None, True
         else:
+            label_map = record.label_map or label_map
             label = read_class_indices(record.label, label_map, max_pixels=max_pixels, cache=cache).to_array()
             is_upright = _is_upright(record, header, size_of_pixels(label))
         pair = ImagePair(apply_orientation(pixels, header.orientation) if is_upright else pixels, label)

@@ -10,6 +10,9 @@ arrivals j*B .. j*B + B - 1. After p passes it has produced (p * P) // B sub-bat
 
 Records with `repeats` above 1 arrive several times in a pass. Which of them get the extra arrival of a fractional
 repeat changes from pass to pass, but their number does not, so that all of the above holds.
+
+Records of several data sets (data.mix) have repeats that give each data set its share of a pass (`share_repeats`), and
+a pass is ordered so that every stretch from its start has these shares, up to two images of a data set.
 """
 
 from __future__ import annotations
@@ -74,6 +77,7 @@ class TrainPlan:
         shuffle: False keeps the order of the list in every pass.
         repeats: average number of times that each record occurs in a pass, at least 1; None: once. The sum over the
             records of an orientation is rounded up.
+        sources: the number of the data set that each record is of, if there are several; needs `shuffle`.
 
     Raises:
         ValueError: if there is no record or no short edge, or batch_size or one of `repeats` is below 1.
@@ -93,6 +97,7 @@ class TrainPlan:
         flip: bool = True,
         shuffle: bool = True,
         repeats: Sequence[float] | NDArray[np.floating] | None = None,
+        sources: Sequence[int] | NDArray[np.integer] | None = None,
     ) -> None:
         height_width = np.asarray(sizes)
         if height_width.size == 0:
@@ -107,6 +112,7 @@ class TrainPlan:
         self._repeat_sums = (
             None if repeats is None else _sum_repeats(np.asarray(repeats, np.float64), self._is_portrait)
         )
+        self._sources = None if sources is None else np.asarray(sources)
         num_portrait = int(np.count_nonzero(self._is_portrait))
         self._num_members = (len(height_width) - num_portrait, num_portrait)
         if self._repeat_sums is not None:
@@ -187,7 +193,10 @@ class TrainPlan:
         """Pass `index` (from 0) over the records; takes 8 bytes per record."""
         order = self._repeated_records(index)
         if self.shuffle:
-            generator_for(self.seed, ORDER_STREAM, index).shuffle(order)
+            rng = generator_for(self.seed, ORDER_STREAM, index)
+            rng.shuffle(order)
+            if self._sources is not None:
+                order = _spread_evenly(order, self._sources[order], rng)
         is_portrait = self._is_portrait[order]
         arrivals = [np.flatnonzero(is_portrait == queue).astype(np.int32) for queue in (False, True)]
         return _Pass((order[arrivals[0]], order[arrivals[1]]), (arrivals[0], arrivals[1]))
@@ -208,6 +217,44 @@ def _sum_repeats(repeats: NDArray[np.float64], is_portrait: NDArray[np.bool_]) -
         sums.append(cumulative * (total / cumulative[-1]) if total else cumulative)
         sums[-1][-1] = total  # the product may be rounded
     return tuple(sums)
+
+
+def share_repeats(
+    sources: NDArray[np.integer], shares: Sequence[float], repeats: NDArray[np.floating] | None = None
+) -> NDArray[np.float64]:
+    """The average number of times that each record occurs in a pass, so that every data set has its share of it.
+
+    The record that occurs least occurs once.
+
+    Args:
+        sources: the number of the data set of each record.
+        shares: fractions of a pass, by the number of the data set; their sum is 1.
+        repeats: by which the records of one data set differ; None: not at all.
+
+    >>> share_repeats(np.array([0, 0, 1, 1, 1, 1]), [0.5, 0.5]).tolist()
+    [2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+    """
+    base = np.ones(len(sources)) if repeats is None else np.asarray(repeats, np.float64)
+    factors = np.asarray(shares) / np.bincount(sources, base, minlength=len(shares))
+    found = base * factors[sources]
+    return found / found.min()
+
+
+def _spread_evenly(
+    order: NDArray[np.int32], sources: NDArray[np.integer], rng: np.random.Generator
+) -> NDArray[np.int32]:
+    """Shuffled records in another order, in which those of every data set are at equal distances.
+
+    The order among the records of one data set stays.
+
+    Args:
+        sources: the number of the data set of each of them.
+    """
+    places = np.empty(len(order))
+    for source in np.unique(sources):
+        members = np.flatnonzero(sources == source)
+        places[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    return order[np.argsort(places, kind="stable")]
 
 
 def _count_from_second(first: NDArray[np.int32], second: NDArray[np.int32], rank: int) -> int:

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 from semseg.data import store
 from semseg.data.geometry import Size
 from semseg.data.headers import Header
+from semseg.data.label_map import LabelMap
 from semseg.data.store import UnusedFiles
 from semseg.errors import DataError
 
@@ -32,6 +33,8 @@ class Record(NamedTuple):
     origin: str  # where the record comes from, for messages: "train.odgt:12" or a folder
     orientation: int = 1  # EXIF orientation of the image, 1..8, if its header was read
     is_upright: bool = False  # whether the label is drawn on the upright image, if both grids have the label's size
+    label_map: LabelMap | None = None  # of its label, if it is not that of the main data set (data.mix)
+    source: int = 0  # number of its data set; 0: the main one
 
 
 class Problem(NamedTuple):

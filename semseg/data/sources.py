@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from semseg.config.mix import MixPart, read_mix
 from semseg.config.schema import BUILT_IN_CLASSES, SPLITS, DataConfig, SplitConfig
 from semseg.data import store
 from semseg.data.bands import BandOptions, band_options
@@ -15,7 +17,7 @@ from semseg.data.folders import Naming, read_folder_pairs
 from semseg.data.folds import assign_folds, name_group
 from semseg.data.header_cache import find_pixel_type, readable_headers
 from semseg.data.headers import Header
-from semseg.data.label_map import ColourIds, LabelMap
+from semseg.data.label_map import IGNORED, ColourIds, LabelMap
 from semseg.data.list_files import match_split, read_odgt_list, read_table_list
 from semseg.data.orientation import (
     Evidence,
@@ -38,6 +40,7 @@ from semseg.errors import ConfigError, DataError
 
 # Overrides with which the paths of lists and folders are relative to the working directory, as data.images is.
 ROOT_OF_LISTS = {"data.images": "null", "data.masks": "null", "data.root": "."}
+MAX_LISTED_CLASSES = 20  # in messages
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 
@@ -54,22 +57,27 @@ class DataSource:
 
     Creating one reads no images. A data set with `data.make` is drawn first if it does not exist.
 
+    Args:
+        classes: None: as the configuration says.
+
     Raises:
         ConfigError: if the configuration does not define the classes.
         DataError: if the class table is missing or broken.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, classes: ClassTable | None = None) -> None:
         self.config = config
         self.root = Path.cwd() if config.images else store.resolve_path(config.root)
         if config.make is not None:
             make_scenes(self.root, num_train=config.make.num_train, num_val=config.make.num_val, seed=config.make.seed)
-        self.classes = load_class_table(config, self.root)
+        self.classes = load_class_table(config, self.root) if classes is None else classes
         self.label_map = make_label_map(config, self.classes)
         self.bands = band_options(config)  # None: images are 8-bit RGB
         self._pixel_types: dict[str, str] = {}  # by split
         self.orientations: dict[str, Orientations] = {}  # by split, for splits that were read
         self._records: dict[str, list[Record]] = {}
+        self._training_records: list[Record] = []  # with those of data.mix, once they were read
+        self._parts: list[MixedSource] | None = None  # data.mix, once it was opened
         self._unused: dict[str, store.UnusedFiles] = {}
 
     def records(self, split: str) -> list[Record]:
@@ -86,6 +94,41 @@ class DataSource:
             self._records[split] = records
         return self._records[split]
 
+    @property
+    def parts(self) -> list[MixedSource]:
+        """The further data sets of training (data.mix), opened at the first call.
+
+        Raises:
+            ConfigError: if a class of one of them has no counterpart in this data set.
+            DataError: if a class table is missing or broken.
+        """
+        if self._parts is None:
+            self._parts = [
+                open_part(number, part, self.classes) for number, part in enumerate(read_mix(self.config), start=1)
+            ]
+        return self._parts
+
+    @property
+    def shares(self) -> list[float]:
+        """The fraction of the training images that each data set has, this one first; [1.0] without data.mix."""
+        shares = [part.share for part in read_mix(self.config)]
+        return [1 - sum(shares), *shares]
+
+    def training_records(self) -> list[Record]:
+        """The records of "train", and behind them those of data.mix; read on the first call.
+
+        Raises:
+            DataError: as `records`; the message about another data set begins with its key.
+        """
+        if not self.config.mix:
+            return self.records("train")
+        if not self._training_records:
+            records = list(self.records("train"))
+            for part in self.parts:
+                records += part.read_records()
+            self._training_records = records
+        return self._training_records
+
     def bands_of(self, split: str) -> BandOptions | None:
         """The bands of the images of a split, all of which must have the type of the first one; None: 8-bit RGB.
 
@@ -95,7 +138,8 @@ class DataSource:
         if self.bands is None:
             return None
         if split not in self._pixel_types:
-            self._pixel_types[split] = find_pixel_type(record.image for record in self.records(split))
+            records = self.training_records() if split == "train" else self.records(split)
+            self._pixel_types[split] = find_pixel_type(record.image for record in records)
         return replace(self.bands, dtype=self._pixel_types[split])
 
     def require_paths(self, split: str) -> None:
@@ -104,6 +148,9 @@ class DataSource:
         Raises:
             DataError: if the split is not configured, or one of them is missing.
         """
+        if split == "train":
+            for part in self.parts:
+                part.require_paths()
         files, hint = self._files_to_read(split), self.config.hint
         if files.list:
             require_path(store.is_folder(self.root), "data folder", self.root, hint)
@@ -300,6 +347,111 @@ class DataSource:
             _, evidence, _ = self._collect_evidence(files, records)
             total = Evidence(total.stored + evidence.stored, total.upright + evidence.upright)
         return total
+
+
+class MixedSource:
+    """One of the further data sets of a training (data.mix).
+
+    Args:
+        number: of its records; the main data set is 0.
+        label_map: its raw ids to the class indices of the main data set.
+    """
+
+    def __init__(self, number: int, part: MixPart, source: DataSource, label_map: LabelMap) -> None:
+        self.number, self.key, self.share = number, part.key, part.share
+        self.source, self.label_map = source, label_map
+
+    def read_records(self) -> list[Record]:
+        """The records of its training images.
+
+        Raises:
+            DataError: as `DataSource.records`; the message begins with the key.
+        """
+        with name_part(self.key):
+            records = self.source.records("train")
+        return [record._replace(label_map=self.label_map, source=self.number) for record in records]
+
+    def describe_unused(self) -> str:
+        """As `DataSource.describe_unused` for its training images."""
+        text = self.source.describe_unused("train")
+        return f"{self.key}: {text}" if text else ""
+
+    def require_paths(self) -> None:
+        """Check that its list or its folders exist, which takes no time.
+
+        Raises:
+            DataError: if one of them is missing.
+        """
+        with name_part(self.key):
+            self.source.require_paths("train")
+
+
+@contextmanager
+def name_part(key: str) -> Iterator[None]:
+    """Begin messages about data with the key of their data set.
+
+    Raises:
+        DataError: for one that is raised inside.
+    """
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
+
+
+def open_part(number: int, part: MixPart, classes: ClassTable) -> MixedSource:
+    """Open one of the further data sets.
+
+    Args:
+        classes: those of the main data set.
+
+    Raises:
+        ConfigError: if one of its classes has no counterpart there.
+        DataError: if its class table is missing or broken.
+    """
+    with name_part(part.key):
+        source = DataSource(part.data, None if part.has_own_classes else classes)
+    if not part.has_own_classes:
+        return MixedSource(number, part, source, source.label_map)
+    indices = match_classes(part, source.classes, classes)
+    return MixedSource(number, part, source, source.label_map.translate(indices, classes.num_classes))
+
+
+def match_classes(part: MixPart, own: ClassTable, main: ClassTable) -> list[int]:
+    """The class index in the main data set of each class of another one, by name; -1: not scored.
+
+    Names are compared without upper and lower case and spaces around them; class_map takes precedence.
+
+    Raises:
+        ConfigError: for a class without a counterpart, and for names in class_map that do not exist.
+    """
+    index_of = {fold_name(name): index for index, name in enumerate(main.names)}
+    given = {fold_name(name): target for name, target in part.class_map.items()}
+    names = [fold_name(name) for name in own.names]
+    listed = ", ".join(main.names[:MAX_LISTED_CLASSES]) + (", ..." if main.num_classes > MAX_LISTED_CLASSES else "")
+    for name, target in part.class_map.items():
+        if fold_name(name) not in names:
+            raise ConfigError(f"{part.key}.class_map: {name} is no class of {part.data.classes}.")
+        if target is not None and fold_name(target) not in index_of:
+            raise ConfigError(
+                f"{part.key}.class_map: {name}: {target} is no class of the main data set, which has {listed}."
+            )
+    indices = []
+    for name, shown in zip(names, own.names, strict=True):
+        target = given.get(name, shown)
+        index = IGNORED if target is None else index_of.get(fold_name(target))
+        if index is None:
+            raise ConfigError(
+                f"{part.key}: its class {shown} ({part.data.classes}) is no class of the main data set, which has "
+                f"{listed}. Map it: {part.key}.class_map={{{shown}: <one of these, or null: not scored>}}."
+            )
+        indices.append(index)
+    return indices
+
+
+def fold_name(name: str) -> str:
+    """A class name for comparison: without spaces around it, and without upper and lower case."""
+    return name.strip().casefold()
 
 
 def require_masks(split: str, records: Sequence[Record]) -> None:

@@ -215,7 +215,7 @@ class Chooser:
         return choose_rate(self.config, self.overrides, self.world_size)
 
     def choose_batch_size(self) -> AutomaticChoice:
-        num_images = len(self.source.records("train"))
+        num_images = len(self.source.training_records())
         most = max(1, min(MAX_BATCH_SIZE, num_images // (MIN_SUB_BATCHES * self.world_size)))
         batch = self.make_largest_image()
         found = self.fit_gpu(batch, most) if self.accelerator == "gpu" else self.fit_memory(batch, most)

@@ -53,7 +53,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     config = replace(config, data=replace(config.data, on_bad="error"))
     source = open_source(config.data, members[0])
     require_masks(config.eval.split, source.records(config.eval.split))
-    source.records("train")
+    source.training_records()
     scores = []
     for member in members:
         net = restore_network(member)
@@ -160,7 +160,7 @@ def measure_statistics(net: SegmentationNetwork, config: Config, source: DataSou
         layer.train()
     data = build_data(config, source, net)
     batch_size = config.data.batch_size
-    num_batches = max(1, min(NUM_IMAGES, len(source.records("train"))) // batch_size)
+    num_batches = max(1, min(NUM_IMAGES, len(source.training_records())) // batch_size)
     loader = data.train_dataloader()
     try:
         for batch in itertools.islice(loader.loader_from(0), num_batches):

@@ -113,8 +113,8 @@ def run(config: Config, overrides: list[str]) -> None:
     for choice in choices:
         print_once(f"automatic: {choice}")
     trainer = build_trainer(config, source)
-    if len(source.records("train")) < config.data.batch_size * trainer.world_size:
-        raise DataError(f"data.train has {len(source.records('train'))} images, fewer than one step takes.")
+    if len(source.training_records()) < config.data.batch_size * trainer.world_size:
+        raise DataError(f"data.train has {len(source.training_records())} images, fewer than one step takes.")
     net = build_network(without_weights(config.model), source.classes.num_classes, config.download, source.bands)
     data = build_data(config, source, net)
     loading = time_loader(data, config.bench)

@@ -22,7 +22,10 @@ from semseg.build import choose_label_stride
 from semseg.checkpoints.network import build_network, without_weights
 from semseg.checks.bands import advise_on_bands
 from semseg.checks.dataset import (
+    ERROR,
+    MAX_EXAMPLES,
     NOT_READY,
+    NOTE,
     WARNING,
     ConfiguredClasses,
     Diagnosis,
@@ -30,8 +33,11 @@ from semseg.checks.dataset import (
     ScannedSplit,
     SplitSummary,
     Spread,
+    check_files,
+    check_reading,
     diagnose,
     format_ranges,
+    join_first,
     padding_fraction,
     sort_notices,
     with_zero_unlabelled,
@@ -65,7 +71,7 @@ from semseg.data.pairs import read_pair, read_shown
 from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
 from semseg.data.scan import first_pixel, scan_pairs
-from semseg.data.sources import ROOT_OF_LISTS, DataSource, describe_split_folders
+from semseg.data.sources import ROOT_OF_LISTS, DataSource, describe_split_folders, name_part
 from semseg.errors import DataError, ReportedError
 from semseg.nets.step_memory import estimate_step_memory
 from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary, write_check_page
@@ -73,7 +79,7 @@ from semseg.reports.draw import format_share
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import format_command, relative_to_cwd
 from semseg.system.memory import get_total_memory
-from semseg.system.text import escape_lines, escape_unprintable
+from semseg.system.text import escape_lines, escape_unprintable, format_quantity
 
 ASSUMED_MEMORY = 8 * 2**30  # bytes, of a machine that does not say how much it has
 NUM_PLANNED = 500  # sub-batches whose padding is measured
@@ -109,14 +115,12 @@ def run(config: Config, overrides: list[str]) -> None:
     if keys := source.find_split_folders():
         diagnosis.notices[:] = sort_notices([*diagnosis.notices, Notice(WARNING, describe_split_folders(keys))])
         diagnosis.suggestions.update(keys)
-    diagnosis.notices[:] = sort_notices(
-        [*diagnosis.notices, *advice.notices, *check_small_objects(config, source, splits[0], configured)]
-    )
+    objects = check_small_objects(config, source, splits[0], configured)
+    mixed = check_mix(source, splits, configured)
+    diagnosis.notices[:] = sort_notices([*diagnosis.notices, *advice.notices, *objects, *mixed])
     diagnosis.suggestions.update(advice.suggestions)
     if config.check.fix == "list":
-        diagnosis.suggestions.update(write_lists(folder, source.root, splits, configured))
-        if config.data.images:  # the lists are relative to the working directory, as these folders are
-            diagnosis.suggestions.update(ROOT_OF_LISTS)
+        diagnosis.suggestions.update(write_lists(folder, source, splits, configured))
     is_ready = diagnosis.verdict != NOT_READY
     output = Path(config.output).expanduser() if config.output else None
     label_map, classes = resolve_classes(config.data, source, diagnosis)
@@ -254,6 +258,42 @@ def check_small_objects(
     return check_objects(train, label_map.class_index, names, data, choose_label_stride(config, net))
 
 
+def check_mix(
+    source: DataSource, splits: Sequence[ScannedSplit], configured: ConfiguredClasses | None
+) -> Iterator[Notice]:
+    """What is wrong with the further data sets of training (data.mix), and a note about each of them.
+
+    Nothing is said of them before the classes of the main data set are known.
+
+    Raises:
+        SemsegError: if one of them is missing, or has a class without a counterpart.
+    """
+    if configured is None:
+        return
+    validation = next((split.records for split in splits if split.name == "val"), [])
+    for part in source.parts:
+        with name_part(part.key):
+            scanned = scan_split(part.source, "train")._replace(name=part.key)
+        own = ConfiguredClasses(part.source.label_map, part.source.classes)
+        found = diagnose([scanned], part.source.config, own, None, partial(find_pixel, part.source))
+        yield from (
+            notice if notice.text.startswith(part.key) else notice._replace(text=f"{part.key}: {notice.text}")
+            for notice in found.notices
+            if notice.level == ERROR or notice in (*check_files(scanned), *check_reading(scanned))
+        )
+        shared = find_overlap(scanned.records, validation)
+        if shared is not None:
+            files = (*shared.same_path, *shared.same_content)[:MAX_EXAMPLES]
+            yield Notice(WARNING, f"{part.key}: {shared}", files)
+        present = {part.label_map.class_index(raw) for _, facts in scanned.usable_pairs for raw in facts.ids}
+        names = [name for index, name in enumerate(source.classes.names) if index in present]
+        yield Notice(
+            NOTE,
+            f"{part.key}: {format_quantity(len(scanned.usable_pairs), 'pair')} for {part.share:.0%} of the training "
+            f"images, with {len(names)} of {source.classes.num_classes} classes: {join_first(names)}.",
+        )
+
+
 def find_shared_images(splits: Sequence[ScannedSplit]) -> Overlap | None:
     """Find the images that are in train and in val."""
     records = {split.name: split.records for split in splits}
@@ -294,9 +334,10 @@ def sample_pairs(
 
 
 def write_lists(
-    folder: Path, root: Path, splits: Sequence[ScannedSplit], configured: ConfiguredClasses | None
+    folder: Path, source: DataSource, splits: Sequence[ScannedSplit], configured: ConfiguredClasses | None
 ) -> dict[str, str]:
     """Write an odgt list of the usable pairs of each split, and return the overrides that use it."""
+    root = source.root
     class_of = configured.label_map.class_index if configured else None
     keys = {}
     for split in splits:
@@ -306,7 +347,8 @@ def write_lists(
                 if class_of is None or all(class_of(raw) is not None for raw in facts.ids):
                     file.write(json.dumps(odgt_entry(record, facts.height, facts.width, root)) + "\n")
         keys[f"data.{split.name}.list"] = str(path.absolute())
-    return keys
+    # The lists are relative to the working directory, as the folders of data.images are.
+    return keys | (ROOT_OF_LISTS if source.config.images else {})
 
 
 def odgt_entry(record: Record, height: int, width: int, root: Path) -> dict[str, str | int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -96,7 +97,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
         SemsegError: for any error that the user can fix.
     """
     source = DataSource(config.data)
-    source.records("train")  # missing files are reported before anything slow happens
+    source.training_records()  # missing files are reported before anything slow happens
     if config.data.value_range == AUTO_RANGE:
         config = replace(config, data=measure_range(source))
         source = DataSource(config.data)
@@ -251,7 +252,7 @@ def measure_range(source: DataSource) -> DataConfig:
         DataError: if no image of train can be read.
     """
     data = source.config
-    measured = measure_bands(source.records("train"), source.bands_of("train"), data.max_pixels)
+    measured = measure_bands(source.training_records(), source.bands_of("train"), data.max_pixels)
     settings = measured.suggest(data)
     print_once(f"data.value_range=auto: {' '.join(f'{key}={value}' for key, value in settings.items())}")
     return measured.apply(data)
@@ -263,13 +264,15 @@ def check_records(source: DataSource, world_size: int) -> None:
     Raises:
         DataError: if train is smaller than one step, or val has images without a mask.
     """
-    records, batch_size = source.records("train"), source.config.batch_size
+    records, batch_size = source.training_records(), source.config.batch_size
     if len(records) < batch_size * world_size:
         raise DataError(
             f"data.train has {len(records)} images, one step takes {batch_size * world_size}: "
             f"data.batch_size={batch_size} on {world_size} devices. Lower one of them."
         )
     print_once(source.describe_unused("train"))
+    for part in source.parts:
+        print_once(part.describe_unused())
     if source.has("val"):
         require_masks("val", source.records("val"))
         print_once(source.describe_unused("val"))
@@ -286,10 +289,10 @@ def check_first_labels(source: DataSource, max_pixels: int) -> None:
     Raises:
         DataError: if one cannot be read, or has an id that is neither a class nor ignored.
     """
-    records = [record for record in source.records("train") if record.label]
+    records = [record for record in source.training_records() if record.label]
     for record in records[:: -(-len(records) // NUM_CHECKED_LABELS) or 1]:
         try:
-            read_class_indices(record.label or "", source.label_map, max_pixels=max_pixels)
+            read_class_indices(record.label or "", record.label_map or source.label_map, max_pixels=max_pixels)
         except DataError as error:
             raise name_origin(record, error) from error
 
@@ -452,8 +455,25 @@ def describe_data(source: DataSource, width: int) -> dict[str, str]:
     root = relative_to_cwd(Path(source.root))
     return {
         "data": f"{images}, in {abbreviate_path(str(root), width - len(images) - len(', in '))}",
+        **describe_mix(source, width),
         "classes": f"{start}{listed}{end}",
     }
+
+
+def describe_mix(source: DataSource, width: int) -> dict[str, str]:
+    """The shares of the data sets of data.mix, in a row; none without them.
+
+    Args:
+        width: of a line in characters.
+    """
+    if not source.parts:
+        return {}
+    counts = Counter(record.source for record in source.training_records())
+    rows = [f"{source.shares[0]:.0%} of the images from {source.config.name}"]
+    for part in source.parts:
+        root = abbreviate_path(str(relative_to_cwd(Path(part.source.root))), max(12, width // 3))
+        rows.append(f"{part.share:.0%} from {format_quantity(counts[part.number], 'image')} in {root}")
+    return {"mix": ", ".join(rows)}
 
 
 def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) -> dict[str, str]:

@@ -52,6 +52,15 @@ def test_a_data_file_of_images_and_masks_has_its_class_table_beside_it(folder: P
     assert (data.classes, data.val.list) == (str(beside / "names.txt"), str(beside / "val.csv"))
 
 
+def test_the_further_data_sets_of_a_data_file_start_beside_it_too(folder: Path) -> None:
+    text = "num_classes: 2\nmix: [{root: ../more, share: 0.5}, {images: i, masks: m, share: 0.1, classes: c.csv}]\n"
+    write(folder / "sub" / "plants.yaml", text)
+    first, second = load("data=sub/plants.yaml").data.mix
+    assert first == {"root": str(folder / "more"), "share": 0.5}
+    assert {second[key] for key in ("images", "masks", "classes")} == {str(folder / "sub" / name) for name in
+                                                                      ("i", "m", "c.csv")}  # fmt: skip
+
+
 def test_a_file_may_name_another_base(folder: Path) -> None:
     write(folder / "streets.yaml", "defaults: [camvid]\nshort_edges: [300]\n")
     data = load("data=streets.yaml").data
