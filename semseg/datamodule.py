@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,11 +29,13 @@ from semseg.data.geometry import Size, canvas_size, label_size, largest_canvas, 
 from semseg.data.label_cache import LabelCache
 from semseg.data.label_map import IGNORED
 from semseg.data.loaders import PREFETCH, SlotDemand, SubBatchLoader, WatchedLoader, close_iterations, parse_taken
+from semseg.data.open_pairs import OpenPair, is_read_by_window, open_pair
 from semseg.data.plan import TrainPlan, group_by_shape, share_repeats
 from semseg.data.records import Record
 from semseg.data.scan import repeat_factors, scan_pairs
 from semseg.data.sources import DataSource
-from semseg.errors import ConfigError
+from semseg.errors import ConfigError, DataError
+from semseg.evaluation.own_scores import IMAGE_METRICS
 from semseg.nets.bands import check_bands
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.system.processors import choose_num_workers
@@ -107,6 +110,7 @@ class SegmentationData(pl.LightningDataModule):
         self._plan: TrainPlan | None = None
         self._conditions: RunConditions | None = None
         self._eval_groups: dict[str, list[list[int]]] = {}  # by stage
+        self._by_window: dict[str, frozenset[int]] = {}  # by stage
 
     def num_images(self, stage: str) -> int:
         """The number of images that stage "val" or "test" scores."""
@@ -252,7 +256,7 @@ class SegmentationData(pl.LightningDataModule):
         data = self.data_config
         cache = LabelCache(data.label_cache, self.source.label_map) if data.label_cache else None
         bands = self.source.bands_of(split)
-        return ReadOptions(data.max_long_edge, self.size_divisor, data.on_bad == "skip", data.max_pixels, cache, bands)
+        return ReadOptions(data.max_long_edge, self.size_divisor, self.skips_bad, data.max_pixels, cache, bands)
 
     def num_workers(self, max_item_bytes: Callable[[], int]) -> int:
         """Workers of a loader on each device; 0 if /dev/shm is needed and too small for what all of them prepare.
@@ -313,7 +317,13 @@ class SegmentationData(pl.LightningDataModule):
         present = []
         for number, records in itertools.groupby(source.training_records(), key=lambda record: record.source):
             label_map = maps[number]
-            pairs = scan_pairs(list(records), source.root, max_pixels=data.max_pixels, colours=label_map.colours)
+            pairs = scan_pairs(
+                list(records),
+                source.root,
+                max_pixels=data.max_pixels,
+                colours=label_map.colours,
+                is_native=self.is_native,
+            )
             present += [
                 {index for raw in pair.ids if (index := label_map.class_index(raw)) not in (None, IGNORED)}
                 for pair in pairs
@@ -353,7 +363,7 @@ class SegmentationData(pl.LightningDataModule):
         return largest.image_bytes + largest.label_bytes
 
     def largest_sample_bytes(self, records: Sequence[Record], pixel_bytes: int = 3) -> int:
-        """Bytes of the label and all scales of the largest image.
+        """Bytes of the label and all scales of the largest image; 0 without any.
 
         Args:
             pixel_bytes: of one pixel of an image.
@@ -363,7 +373,7 @@ class SegmentationData(pl.LightningDataModule):
             label_bytes = LABEL_TYPE.itemsize * math.prod(size)
             return label_bytes + pixel_bytes * sum(math.prod(scale) for scale in self._scale_sizes(size))
 
-        return max(sample_bytes(size) for size in {record.size for record in records})
+        return max((sample_bytes(size) for size in {record.size for record in records}), default=0)
 
     def _scale_sizes(self, size: Size) -> tuple[Size, ...]:
         """The sizes to which an image is stretched for evaluation; its own if pixels stay as they are."""
@@ -382,6 +392,46 @@ class SegmentationData(pl.LightningDataModule):
         self._taken = parse_taken(state_dict, self._rank_and_world_size()[1])
 
     # ---- evaluation
+
+    @property
+    def skips_bad(self) -> bool:
+        """Whether images that cannot be read are left out."""
+        return self.data_config.on_bad == "skip"
+
+    def find_by_window(self, stage: str) -> frozenset[int]:
+        """The images of a stage, by their index, that are too large to be held whole and that can be read by window.
+
+        None are where something needs the whole class map of an image: a score that a program adds, and in mode=eval
+        boundary_iou, visualize and label_errors. Images of more than data.max_pixels cannot be evaluated then.
+        """
+        options = self.eval_config
+        needs_maps = bool(IMAGE_METRICS) or (
+            stage == "test" and (options.boundary_iou or options.visualize or options.label_errors)
+        )
+        if stage not in self._by_window:
+            split, found = self.split_of(stage), []
+            for index, record in enumerate(self.source.records(split) if self.is_native and not needs_maps else ()):
+                with suppress(DataError):  # a damaged image is reported when it is read
+                    if is_read_by_window(record, self.source.bands_of(split), self.data_config.max_pixels):
+                        found.append(index)
+            self._by_window[stage] = frozenset(found)
+        return self._by_window[stage]
+
+    def open_pair(self, stage: str, position: int) -> AbstractContextManager[OpenPair]:
+        """An image of a stage and its label, to be read by window.
+
+        Raises:
+            DataError: if one of them cannot be read, or they differ in size.
+        """
+        split, data = self.split_of(stage), self.data_config
+        options = self._read_options(split)
+        return open_pair(
+            self.source.records(split)[position],
+            self.source.label_map,
+            max_pixels=data.max_pixels,
+            cache=options.cache,
+            bands=options.bands,
+        )
 
     @property
     def _images_at_once(self) -> int:
@@ -415,6 +465,8 @@ class SegmentationData(pl.LightningDataModule):
         A rank without a group gets the first one, which the module does not score: Lightning rejects empty loaders.
         """
         data, records = self.data_config, self.source.records(self.split_of(stage))
+        by_window = self.find_by_window(stage)
+        whole = [record for index, record in enumerate(records) if index not in by_window]
         dataset = EvalDataset(
             records,
             self.source.label_map,
@@ -422,17 +474,18 @@ class SegmentationData(pl.LightningDataModule):
             short_edges=() if self.is_native else self.eval_config.scales,
             antialias=self.net.convention.antialias,
             label_type=LABEL_TYPE,
+            by_window=by_window,
         )
         rank, world_size = self._rank_and_world_size()
         groups = self.eval_groups(stage)
         own_groups = groups[rank::world_size] or groups[:1]
         pixel_bytes = self.num_bands * self._pixel_type(self.split_of(stage)).itemsize
-        batch_size, sample_bytes = self._images_at_once, self.largest_sample_bytes(records, pixel_bytes)
+        batch_size, sample_bytes = self._images_at_once, self.largest_sample_bytes(whole, pixel_bytes)
         return WatchedLoader(
             dataset,
             lambda number: [records[index].image for index in own_groups[number]],
             data.worker_timeout_s,
-            SlotDemand(batch_size, sample_bytes),
+            SlotDemand(batch_size, sample_bytes) if whole else None,
             is_ahead=True,
             batch_sampler=own_groups,
             collate_fn=list,

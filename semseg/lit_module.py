@@ -27,13 +27,15 @@ from semseg.config.schema import EvalConfig, LossConfig, ModelConfig, OptimConfi
 from semseg.data.batch import Batch, EvalSample
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
-from semseg.errors import CheckpointError, ConfigError
-from semseg.evaluation.evaluator import Evaluator, SplitCounts
+from semseg.data.windows import RowSink, WindowReader
+from semseg.errors import CheckpointError, ConfigError, DataError
+from semseg.evaluation.evaluator import NO_SCORES, Evaluator, SplitCounts
 from semseg.evaluation.inference import ClassMap, batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.evaluation.own_scores import ImageMeans, check_measures, score_image, score_split
-from semseg.evaluation.thresholds import ThresholdCounts, compute_curve, find_best
+from semseg.evaluation.thresholds import ThresholdCounts, compute_curve, count_probabilities, find_best
 from semseg.evaluation.tiled import ArraySink, LabelSink, WindowLayout, predict_by_windows
+from semseg.evaluation.window_counts import CountingSink, WindowCounts
 from semseg.nets.compilation import compile_network
 from semseg.nets.interfaces import Logits, SegmentationNetwork
 from semseg.nets.normalise import normalise
@@ -231,8 +233,15 @@ class SegmentationModule(pl.LightningModule):
     # ---- evaluation
 
     def validation_step(self, samples: list[EvalSample], batch_idx: int) -> dict[str, Tensor]:
-        """Count the pixels of some images; returns the class indices (H, W) of each by its path, to be drawn."""
-        readable = self.without_unreadable(self.drop_duplicate_images(samples))
+        """Count the pixels of some images; returns the class indices (H, W) of each by its path, to be drawn.
+
+        Of images that are read by window there are none.
+        """
+        others, counted = self.count_by_window(self.drop_duplicate_images(samples))
+        for _, counts in counted:
+            self.confusion.update(counts.matrix)
+            self.image_means.update(NO_SCORES)
+        readable = self.without_unreadable(others)
         predictions = {}
         for sample, (class_map,) in zip(readable, self.predict_maps(readable), strict=True):
             prediction = class_map.ids
@@ -253,7 +262,9 @@ class SegmentationModule(pl.LightningModule):
 
     def test_step(self, samples: list[EvalSample], batch_idx: int) -> dict[str, Tensor]:
         """Score some images; returns what `validation_step` does."""
-        samples = self.drop_duplicate_images(samples)
+        samples, counted = self.count_by_window(self.drop_duplicate_images(samples))
+        for sample, counts in counted:
+            self.evaluator.add_counted(sample, counts)
         readable = self.without_unreadable(samples)
         with_labels = self.eval_config.label_errors
         class_maps = self.predict_maps(readable, self.eval_config.also_scales, with_labels=with_labels)
@@ -288,10 +299,53 @@ class SegmentationModule(pl.LightningModule):
                 report_bad_image(sample.bad)
         return [sample for sample in samples if not sample.bad]
 
+    def count_by_window(
+        self, samples: Sequence[EvalSample]
+    ) -> tuple[list[EvalSample], list[tuple[EvalSample, WindowCounts]]]:
+        """Score the images that are read by window; returns the others with those that are damaged, and the counts.
+
+        Raises:
+            DataError: for a damaged image or label, with data.on_bad=error.
+        """
+        others, counted = [], []
+        for sample in samples:
+            if not sample.is_by_window:
+                others.append(sample)
+                continue
+            try:
+                counts = self.count_windows(sample)
+            except DataError as error:
+                if not self.trainer.datamodule.skips_bad:  # pyright: ignore[reportAttributeAccessIssue]
+                    raise
+                others.append(sample._replace(bad=str(error)))
+                continue
+            if self.threshold_counts is not None and counts.thresholds is not None:
+                self.threshold_counts.update(counts.thresholds)
+            counted.append((sample, counts))
+        return others, counted
+
+    def count_windows(self, sample: EvalSample) -> WindowCounts:
+        """Read, predict and score an image by windows, from top to bottom, in memory that its height does not change.
+
+        Raises:
+            DataError: if the image or its label is damaged.
+        """
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        assert self.window_layout is not None, "images are read by window at native resolution"
+        with report_out_of_memory_in_evaluation([sample]), data.open_pair(self.stage, sample.position) as pair:
+            sink = CountingSink(pair, self.confusion.num_classes, self.device)
+            self.predict_windows(pair.image, self.window_layout, sink)
+            return sink.finish()
+
+    @property
+    def stage(self) -> str:
+        """The stage whose images are evaluated: "val" or "test"."""
+        return "test" if self.trainer.testing else "val"
+
     def count_thresholds(self, class_map: ClassMap, sample: EvalSample) -> None:
         """Count the probabilities of an image by its labels, for networks of two classes."""
         if self.threshold_counts is not None:
-            self.threshold_counts.update(class_map, sample.label)
+            self.threshold_counts.update(count_probabilities(class_map, sample.label))
 
     def predict(self, samples: Sequence[EvalSample], subsets: Sequence[Sequence[int]] = ()) -> list[list[Tensor]]:
         """Per image: class indices (H, W) at label resolution, for all of eval.scales and then for each subset."""
@@ -328,11 +382,17 @@ class SegmentationModule(pl.LightningModule):
 
     def predict_in_windows(self, sample: EvalSample, layout: WindowLayout, *, with_labels: bool = False) -> ClassMap:
         """The prediction for an image at its own resolution, on the device of the network."""
-        (pixels,), options = sample.scales, self.eval_config
+        (pixels,) = sample.scales
         sink = LabelSink(sample.label.cpu()) if with_labels else ArraySink(Size(*pixels.shape[1:]))
+        self.predict_windows(pixels, layout, sink)
+        return sink.to_class_map(self.device)
+
+    def predict_windows(self, image: WindowReader | Tensor, layout: WindowLayout, sink: RowSink) -> None:
+        """Hand the rows of the prediction for an image to `sink`, with the keys of `eval`."""
+        options = self.eval_config
         predict_by_windows(
             self.net,
-            pixels,
+            image,
             self.net.convention,
             layout,
             sink,
@@ -340,7 +400,6 @@ class SegmentationModule(pl.LightningModule):
             batch_size=options.batch_size,
             memory_limit_mb=options.memory_limit_mb,
         )
-        return sink.to_class_map(self.device)
 
     def take_threshold_counts(self) -> NDArray[np.int64] | None:
         """The counts of all ranks by threshold, (2, NUM_THRESHOLDS), and start again; None for more classes."""

@@ -13,14 +13,18 @@ from numpy.typing import NDArray
 from semseg.config.preprocessing import RGB, BandRange
 from semseg.config.schema import DataConfig
 from semseg.data.band_images import BandImage, read_bands
+from semseg.data.band_windows import open_windows
 from semseg.data.bands import BandOptions, format_value_range
+from semseg.data.geometry import Size
 from semseg.data.images import MAX_PIXELS
 from semseg.data.records import Record
+from semseg.data.windows import spread_windows
 from semseg.errors import DataError
 
 PERCENTILES = (0.5, 99.5)  # of the values, which become the ends of the range
 NUM_MEASURED = 64  # images, at equal distances in the split
 NUM_PIXELS = 2**16  # of each image, on a grid
+NUM_MEASURED_WINDOWS, WINDOW_SIDE = 64, 256  # of an image that is too large to be read whole
 
 
 class BandStatistics(NamedTuple):
@@ -85,7 +89,7 @@ def measure_bands(
     problem: DataError | None = None
     for record in chosen:
         try:
-            samples.append(take_sample(read_bands(record.image, reading, max_pixels)))
+            samples.append(sample_image(record, reading, max_pixels))
         except DataError as error:
             problem = problem or error
     if not samples:
@@ -113,10 +117,26 @@ def measure_bands(
     )
 
 
-def take_sample(image: BandImage) -> NDArray[np.float32]:
-    """(pixels, C) values on a grid of about NUM_PIXELS; NaN where there is none."""
+def sample_image(record: Record, reading: BandOptions, max_pixels: int) -> NDArray[np.float32]:
+    """(pixels, C) values of an image; those of NUM_MEASURED_WINDOWS windows if it is too large, and its format allows.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    windows = open_windows(record.image, reading) if math.prod(record.size) > max_pixels else None
+    if windows is None:
+        return take_sample(read_bands(record.image, reading, max_pixels))
+    with windows:
+        size = Size(windows.height, windows.width)
+        parts = [windows.read_image(*window) for window in spread_windows(size, NUM_MEASURED_WINDOWS, WINDOW_SIDE)]
+    samples = [take_sample(part, NUM_PIXELS // NUM_MEASURED_WINDOWS) for part in parts]
+    return np.concatenate(samples)
+
+
+def take_sample(image: BandImage, num_pixels: int = NUM_PIXELS) -> NDArray[np.float32]:
+    """(pixels, C) values on a grid of about `num_pixels`; NaN where there is none."""
     height, width = image.pixels.shape[:2]
-    step = max(1, round(math.sqrt(height * width / NUM_PIXELS)))
+    step = max(1, round(math.sqrt(height * width / num_pixels)))
     values = image.pixels[step // 2 :: step, step // 2 :: step].astype(np.float32)
     if image.lacks is not None:
         values[image.lacks[step // 2 :: step, step // 2 :: step]] = np.nan

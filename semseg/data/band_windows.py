@@ -29,7 +29,7 @@ from semseg.data.bands import BandOptions
 from semseg.data.geometry import Size
 from semseg.data.headers import Header, HeaderError, read_raster_header
 from semseg.data.raster_layout import NPY_START, TIFF_STARTS, RasterLayout, read_npy_header, read_picture_layout
-from semseg.data.rasters import as_bands, broken_tiff_error, require_tifffile
+from semseg.data.rasters import as_bands, broken_tiff_error, list_missing_packages, require_tifffile
 from semseg.data.windows import Window, check_inside
 from semseg.errors import DataError
 
@@ -71,6 +71,12 @@ class BandWindows:
         self.height, self.width = layout.size
         self.num_bands = 3 if options is None else len(options.names)
         self.dtype = np.dtype(layout.dtype)
+
+    @property
+    def may_lack_values(self) -> bool:
+        """Whether pixels may have no value: NaN, nodata, or alpha."""
+        layouts = [file.layout for file in self.files] if self.options is not None else []
+        return any(one.nodata is not None or one.has_alpha or np.dtype(one.dtype).kind == "f" for one in layouts)
 
     def __enter__(self) -> Self:
         return self
@@ -185,8 +191,8 @@ def open_file_windows(path: str | Path, *, is_plain: bool = False) -> FileWindow
         if layout is None or layout.orientation != 1:
             return None
         is_8_bit = layout.dtype == "uint8" and layout.num_bands in (1, 3) and not layout.has_alpha
-        if (is_plain or header is None) and not is_8_bit:
-            return None
+        if (is_plain or header is None) and (not is_8_bit or list_missing_packages()):
+            return None  # Pillow reads pictures whole
         return open_tiff_windows(path, layout, is_lossless=is_plain or header is None)
     except HeaderError as error:
         raise DataError(f"{path}: {error}.") from None
@@ -244,11 +250,14 @@ class PartGrid(NamedTuple):
     is_planar: bool
 
 
-def open_tiff_windows(path: str | Path, layout: RasterLayout, *, is_lossless: bool) -> TiffWindows | None:
+def open_tiff_windows(
+    path: str | Path, layout: RasterLayout, *, is_lossless: bool, photometrics: Sequence[int] = (1, 2)
+) -> TiffWindows | None:
     """Open a TIFF; None if its parts are too large, or it is decoded otherwise than here.
 
     Args:
         is_lossless: whether lossy compressions are refused, whose decoders differ.
+        photometrics: the meanings of its numbers (tag 262) that are read: 1 grey, 2 RGB, 3 indices of a palette.
 
     Raises:
         DataError: if it is damaged, or packages are missing.
@@ -258,7 +267,7 @@ def open_tiff_windows(path: str | Path, layout: RasterLayout, *, is_lossless: bo
     try:
         opened = tifffile.TiffFile(path)
         page = opened.pages[0]
-        if page.axes not in ("YX", "YXS", "SYX") or int(page.photometric) not in (1, 2):
+        if page.axes not in ("YX", "YXS", "SYX") or int(page.photometric) not in photometrics:
             opened.close()
             return None
         if (page.imagelength, page.imagewidth, page.samplesperpixel) != (*layout.size, layout.num_bands):

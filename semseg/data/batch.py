@@ -45,3 +45,4 @@ class EvalSample(NamedTuple):
     path: str
     position: int  # in the list of records
     bad: str = ""  # error message of an image that is left out; it has no scales and a label of (0, 0)
+    is_by_window: bool = False  # too large to be read here: whoever evaluates it reads it by window; no scales either

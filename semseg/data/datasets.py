@@ -5,7 +5,7 @@ TrainDataset returns a whole sub-batch, EvalDataset one image at every scale; ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from semseg.data.bands import BandOptions
 from semseg.data.batch import Batch, EvalSample, Sample
 from semseg.data.crops import CropPlan, cut_size
 from semseg.data.geometry import Size, scaled_size, stretched_size
-from semseg.data.images import MAX_PIXELS, mirror, resize_image
+from semseg.data.images import MAX_PIXELS, mirror
 from semseg.data.label_cache import LabelCache
 from semseg.data.label_map import IGNORED, LabelMap
 from semseg.data.labels import pad_label, resize_and_subsample_label, resize_label, subsample_label
@@ -27,6 +27,7 @@ from semseg.data.open_pairs import open_pair
 from semseg.data.pairs import ImagePair, read_pair, read_reduced
 from semseg.data.plan import SubBatch
 from semseg.data.records import Record
+from semseg.data.resize import resize_image
 from semseg.errors import DataError
 
 Collate = Callable[[Sequence[Sample], int, int], Batch]
@@ -213,6 +214,7 @@ class EvalDataset(Dataset[EvalSample]):
         short_edges: pixels, one scale for each; none: the image as it is, for windows.
         antialias: as in the preprocessing that belongs to the weights.
         label_type: that of the labels; loaders pass on LABEL_TYPE, which the device widens.
+        by_window: the images, by their index, that are not read here, because they are too large to be held whole.
     """
 
     def __init__(
@@ -224,8 +226,9 @@ class EvalDataset(Dataset[EvalSample]):
         short_edges: Sequence[int],
         antialias: bool,
         label_type: torch.dtype = torch.int64,
+        by_window: Collection[int] = (),
     ) -> None:
-        self.records, self.label_map, self.options = records, label_map, options
+        self.records, self.label_map, self.options, self.by_window = records, label_map, options, by_window
         self.short_edges, self.antialias, self.label_type = tuple(short_edges), antialias, label_type
 
     def __len__(self) -> int:
@@ -239,6 +242,8 @@ class EvalDataset(Dataset[EvalSample]):
         """
         record, options = self.records[index], self.options
         no_label = torch.empty(0, 0, dtype=self.label_type)
+        if index in self.by_window:
+            return EvalSample([], no_label, torch.tensor(record.size), record.image, index, is_by_window=True)
         try:
             image, label = _read_pair(record, self.label_map, options)
         except DataError as error:

@@ -24,7 +24,7 @@ from semseg.data.header_cache import cache_file
 from semseg.data.images import MAX_PIXELS
 from semseg.data.label_cache import LabelCache
 from semseg.data.label_map import LabelMap
-from semseg.data.labels import read_class_indices
+from semseg.data.label_windows import LabelWindows, open_label
 from semseg.data.records import Record
 from semseg.data.store import file_stamp
 from semseg.errors import DataError
@@ -63,9 +63,38 @@ def find_classes(label: NDArray[np.int16]) -> LabelClasses:
     positions = [NO_CLASSES.positions]
     for index in classes:
         pixels = np.flatnonzero(label.ravel() == index)
-        chosen = pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), MAX_POSITIONS)).round().astype(np.int64)]
-        positions.append(np.stack(np.unravel_index(chosen, label.shape), axis=1).astype(np.uint32))
+        chosen = np.unravel_index(pixels[_spread(len(pixels))], label.shape)
+        positions.append(np.stack(chosen, axis=1).astype(np.uint32))
     return LabelClasses(classes.astype(np.int16), counts[classes].astype(np.int64), np.concatenate(positions))
+
+
+def find_classes_in_bands(label: LabelWindows) -> LabelClasses:
+    """As `find_classes`, for a label that is read by window, twice: to count pixels, and to find those that are kept.
+
+    Raises:
+        DataError: if the file is damaged, or holds an id that is neither a class nor ignored.
+    """
+    counts = np.zeros(label.label_map.num_classes, np.int64)
+    for _, ids in label.read_bands():
+        counts += np.bincount(ids.ravel().astype(np.int64) + 1, minlength=len(counts) + 1)[1:]
+    classes = np.flatnonzero(counts)
+    chosen = {int(index): _spread(int(counts[index])) for index in classes}  # numbers among the pixels of the class
+    found: dict[int, list[NDArray[np.uint32]]] = {index: [] for index in chosen}
+    seen = dict.fromkeys(chosen, 0)
+    for window, ids in label.read_bands():
+        for index, numbers in chosen.items():
+            pixels = np.flatnonzero(ids.ravel() == index)
+            inside = numbers[(numbers >= seen[index]) & (numbers < seen[index] + len(pixels))] - seen[index]
+            rows, columns = np.unravel_index(pixels[inside], ids.shape)
+            found[index].append(np.stack([rows + window.top, columns], axis=1).astype(np.uint32))
+            seen[index] += len(pixels)
+    positions = [NO_CLASSES.positions, *(part for parts in found.values() for part in parts)]
+    return LabelClasses(classes.astype(np.int16), counts[classes], np.concatenate(positions))
+
+
+def _spread(count: int) -> NDArray[np.int64]:
+    """MAX_POSITIONS of `count` pixels by their numbers, equally spaced, or all of them."""
+    return np.linspace(0, count - 1, min(count, MAX_POSITIONS)).round().astype(np.int64)
 
 
 class ForegroundIndex:
@@ -127,8 +156,9 @@ def build_foreground_index(
             key = json.dumps([record.label, own.fingerprint, *file_stamp(record.label)])
             if key in cached:
                 return key, cached[key]
-            label = read_class_indices(record.label, own, max_pixels=max_pixels, cache=label_cache)
-            return key, find_classes(label.to_array())
+            with open_label(record.label, own, max_pixels=max_pixels, cache=label_cache) as label:
+                is_by_window = isinstance(label, LabelWindows)
+                return key, find_classes_in_bands(label) if is_by_window else find_classes(label.to_array())
         except (OSError, DataError):
             return "", NO_CLASSES
 

@@ -1,4 +1,4 @@
-"""Stage 3: from image files to RGB pixels: read, check, decode, orient, mirror, resize.
+"""Stage 3: from image files to RGB pixels: read, check, decode, orient, mirror. No torch.
 
 Files are read into memory once and checked before they are decoded, because decoders are too tolerant: OpenCV returns
 half a grey image for a truncated JPEG, Pillow returns half a label for a PNG with a wrong checksum, and both unpack a
@@ -18,10 +18,8 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.nn import functional as F
 
 from semseg.data.decoders import pillow_without_limit, silent_stderr
 from semseg.data.geometry import Size
@@ -429,7 +427,7 @@ def check_png(path: str | Path, data: bytes) -> None:
     )
 
 
-# ---- orienting and resizing
+# ---- orienting
 
 
 def apply_orientation(pixels: NDArray, orientation: int) -> NDArray:
@@ -453,25 +451,3 @@ def mirror(pixels: NDArray) -> NDArray:
         return cv2.flip(pixels, 1)
     mirrored = cv2.flip(planes.reshape(-1, planes.shape[-1]), 1).reshape(planes.shape)
     return mirrored.transpose(1, 2, 0) if pixels.ndim == 3 else mirrored[0]
-
-
-def resize_image(image: NDArray, size: Size, *, antialias: bool, fast: bool = False) -> NDArray:
-    """(H, W, bands) to (size, bands) of the same type, bilinear.
-
-    Args:
-        image: uint8, uint16, int16 or float32.
-        antialias: average over the source pixels when shrinking, within one grey level of Pillow (training, and
-            evaluation since 2020); False reproduces the 2018 evaluation exactly.
-        fast: enlarge with OpenCV, whose rounding occasionally differs by one grey level.
-    """
-    if image.shape[:2] == size:
-        return image
-    if not antialias or (fast and size.height >= image.shape[0] and size.width >= image.shape[1]):
-        resized = cv2.resize(image, (size.width, size.height), interpolation=cv2.INTER_LINEAR)
-        return np.asarray(resized, image.dtype).reshape(*size, image.shape[2])  # OpenCV drops a single band
-    is_native = image.dtype in (np.uint8, np.float32)
-    pixels = image if is_native else image.astype(np.float32)  # exact; PyTorch averages no other integers
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, C, H, W), a view: channels_last is the fast path
-    resized = F.interpolate(planes, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
-    averaged = resized[0].permute(1, 2, 0).numpy()  # stored as planes, like a batch: see `mirror` and `collate`
-    return averaged if is_native else np.rint(averaged).astype(image.dtype)

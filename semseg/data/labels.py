@@ -99,11 +99,21 @@ def _read_array(path: str | Path, data: bytes, max_pixels: int) -> NDArray[np.in
     is_integer = layout.dtype == "bool" or layout.dtype.startswith(("uint", "int"))
     if layout.num_bands != 1 or not is_integer:
         raise DataError(f"{path}: holds {layout.describe()}; a label is (height, width) of integers. {_HOW_TO_CONVERT}")
-    raw = read_array(data)[..., 0]
+    return check_id_range(read_array(data)[..., 0], path)
+
+
+def check_id_range(raw: NDArray, path: str | Path) -> NDArray[np.integer]:
+    """Integers or truth values (H, W) of any type as ids: uint8, uint16 or int32.
+
+    Raises:
+        DataError: for numbers that int32 does not hold.
+    """
+    if raw.dtype in (np.uint8, np.uint16):
+        return raw
     low, high = int(raw.min()), int(raw.max())
     if not -(2**31) <= low <= high < 2**31:
         raise DataError(f"{path}: holds ids from {low} to {high}, which are no class ids.")
-    return raw if raw.dtype in (np.uint8, np.uint16) else raw.astype(np.uint8 if layout.dtype == "bool" else np.int32)
+    return raw.astype(np.uint8 if raw.dtype == np.bool_ else np.int32)
 
 
 def _undo_stretch(raw: NDArray, image: Image.Image, header: Header) -> NDArray[np.integer]:

@@ -76,7 +76,7 @@ def read_reduced(
         pixels = decode_pixels(record.image, data, image, header, factor)
         stored, is_upright = header.stored, _is_upright(record, header, full)
         if record.size not in (stored, full):
-            raise DataError(_size_mismatch_message(record, full))
+            raise DataError(size_mismatch_message(record, full))
     except DataError as error:
         raise name_origin(record, error) from error
     return ReducedPair(apply_orientation(pixels, header.orientation) if is_upright else pixels, label)
@@ -86,7 +86,7 @@ def _read_band_pair(record: Record, label: Label, bands: BandOptions, max_pixels
     """An image with these bands, and its label, in which pixels that hold no values are not scored."""
     image = read_bands(record.image, bands, max_pixels)
     if record.size not in (image.header.stored, label.size):
-        raise DataError(_size_mismatch_message(record, label.size))
+        raise DataError(size_mismatch_message(record, label.size))
     if _is_upright(record, image.header, label.size):
         image = image.turn_upright()
     return ReducedPair(image.pixels, ignore_pixels(label, image.is_valid))
@@ -140,7 +140,7 @@ def read_pair(
             read = read_bands(record.image, bands, max_pixels)
             upright = read.turn_upright().pixels
             if record.size not in (read.header.stored, size_of_pixels(upright)):
-                raise DataError(_size_mismatch_message(record, size_of_pixels(upright)))
+                raise DataError(size_mismatch_message(record, size_of_pixels(upright)))
             return ImagePair(upright, None)
         data = read_image_bytes(record.image)
         image, header = open_any(record.image, data, max_pixels)
@@ -153,7 +153,7 @@ def read_pair(
             is_upright = _is_upright(record, header, size_of_pixels(label))
         pair = ImagePair(apply_orientation(pixels, header.orientation) if is_upright else pixels, label)
         if record.size not in (header.stored, size_of_pixels(pair.image)):
-            raise DataError(_size_mismatch_message(record, size_of_pixels(pair.image)))
+            raise DataError(size_mismatch_message(record, size_of_pixels(pair.image)))
     except DataError as error:
         raise name_origin(record, error) from error
     return pair
@@ -184,7 +184,7 @@ def _is_upright(record: Record, header: Header, label: Size) -> bool:
     return record.is_upright if header.stored == header.upright else label == header.upright
 
 
-def _size_mismatch_message(record: Record, size: Size) -> str:
+def size_mismatch_message(record: Record, size: Size) -> str:
     return (
         f"{record.image}: the list says {record.size} (height x width), the file is {size}. "
         "Recreate the list from the files."

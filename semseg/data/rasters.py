@@ -22,13 +22,18 @@ from semseg.errors import DataError, install_command
 TIFF_EXTRA = ("tifffile", "imagecodecs")  # modules of semseg[tiff]
 
 
+def list_missing_packages() -> list[str]:
+    """The packages that reading TIFF by tifffile lacks."""
+    return [name for name in TIFF_EXTRA if find_spec(name) is None]
+
+
 def require_tifffile(path: str | Path) -> Any:
     """The module tifffile.
 
     Raises:
         DataError: with the command that installs it.
     """
-    missing = [name for name in TIFF_EXTRA if find_spec(name) is None]
+    missing = list_missing_packages()
     if missing:
         raise DataError(f"{path}: TIFF files of this kind need {', '.join(missing)}: {install_command('tiff')}")
     import tifffile  # noqa: PLC0415 - an extra

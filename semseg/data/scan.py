@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,21 +20,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semseg.data.band_images import check_header, read_bands
+from semseg.data.band_windows import open_windows
 from semseg.data.bands import BandOptions
-from semseg.data.header_cache import cache_file, load_cache, save_cache
+from semseg.data.header_cache import cache_file, load_cache, read_header_only, save_cache
 from semseg.data.headers import Header
 from semseg.data.images import MAX_PIXELS, check_rgb_raster, read_header, read_image, read_largest
 from semseg.data.label_map import ColourIds
+from semseg.data.label_windows import check_whole_size, open_id_windows
 from semseg.data.labels import read_label
 from semseg.data.objects import measure_objects
+from semseg.data.open_pairs import is_read_by_window
+from semseg.data.pairs import size_mismatch_message
 from semseg.data.records import Record
 from semseg.data.store import file_stamp
+from semseg.data.windows import WHOLE_PIXELS, row_bands, spread_windows
 from semseg.errors import DataError
 
 MAX_COLOURS = 256  # a mask with more colours is taken for a photo
 CACHE_FORMAT = 3  # version of the cached rows
 NUM_MASKS_MEASURED = 400  # masks whose objects are measured
 NUM_SAMPLED = 64  # images whose pixels are read, in addition to all 16-bit images
+NUM_PROBES = 16  # of an image that is too large to be read whole, whose pixels are read
 NEARLY_BLACK = 32  # an 8-bit image with all values below uses a fraction of its range
 FIRST_OF_SEVERAL = ", first of several"  # ends the kind of a file with several frames or pages
 
@@ -66,6 +72,7 @@ def scan_pairs(
     max_pixels: int = MAX_PIXELS,
     colours: ColourIds | None = None,
     bands: BandOptions | None = None,
+    is_native: bool = False,
     cache_dir: str | Path | None = None,
     num_threads: int | None = None,
 ) -> Iterator[PairFacts]:
@@ -75,6 +82,7 @@ def scan_pairs(
         folder: the folder of the data set; it names the cache file.
         colours: decodes colour-coded masks.
         bands: of the images; None: they are 8-bit RGB.
+        is_native: whether large images are read by window, which data.max_pixels does not limit.
         cache_dir: None: $XDG_CACHE_HOME/semseg, or ~/.cache/semseg.
         num_threads: None: one per processor.
     """
@@ -93,6 +101,7 @@ def scan_pairs(
                 bands,
                 reads_pixels=number % step == 0,
                 measures_objects=number % stride == 0,
+                is_native=is_native,
             )
             for number, record in enumerate(records)
         ]
@@ -117,6 +126,7 @@ def _scan_or_load(
     *,
     reads_pixels: bool,
     measures_objects: bool,
+    is_native: bool,
 ) -> tuple[PairFacts, list[int]]:
     """The facts about a record, and the stamps by which a change of its files shows; none if a file is missing."""
     table = 0 if colours is None else colours.fingerprint
@@ -124,6 +134,9 @@ def _scan_or_load(
     scan = partial(
         scan_pair, record, max_pixels, colours, bands, reads_pixels=reads_pixels, measures_objects=measures_objects
     )
+    if is_native and math.prod(record.size) > min(WHOLE_PIXELS, max_pixels):
+        settings.append(is_native)
+        scan = partial(scan_large_pair, record, max_pixels, colours, bands, scan)
     if bands is not None:
         settings.append(crc32(repr(bands).encode()))
         if bands.other_suffixes:  # the other files may change
@@ -224,6 +237,77 @@ def scan_pair(
     return facts._replace(ids=ids, colours={}, objects=objects)  # a grey mask may be stored as RGB
 
 
+def scan_large_pair(
+    record: Record,
+    max_pixels: int,
+    colours: ColourIds | None,
+    bands: BandOptions | None,
+    otherwise: Callable[[], PairFacts],
+) -> PairFacts:
+    """As `scan_pair`, for an image that may be read by window: so are NUM_PROBES of its pixels, and all of its mask.
+
+    Objects are not measured.
+
+    Args:
+        otherwise: gives the facts of an image that has to be read whole.
+    """
+    facts = PairFacts(0, 0, "", "", {}, {})
+    try:
+        if not is_read_by_window(record, bands, max_pixels):
+            return otherwise()
+        image = read_header_only(record.image)
+        facts = facts._replace(height=image.stored.height, width=image.stored.width, image_kind=_describe_kind(image))
+        windows = open_windows(record.image, bands)
+        assert windows is not None, "it is read by window"
+        with windows:
+            if record.size != image.stored:
+                raise DataError(size_mismatch_message(record, image.stored))
+            for window in spread_windows(image.stored, NUM_PROBES):
+                windows.read(*window)
+        if record.label is None:
+            return facts
+        mask = read_header_only(record.label)
+        facts = facts._replace(mask_kind=_describe_kind(mask))
+        if mask.upright != image.stored:
+            raise DataError(
+                f"{record.image} is {image.stored}, its mask {record.label} is {mask.upright} (height x width)."
+            )
+        ids = count_ids_of_file(record.label, colours, max_pixels)
+    except DataError as error:
+        return facts._replace(problem=str(error))
+    return facts._replace(ids=ids)
+
+
+def count_ids_of_file(path: str, colours: ColourIds | None, max_pixels: int) -> dict[int, int]:
+    """The number of pixels of each id of a large mask, which is read by window if its format allows.
+
+    Raises:
+        DataError: if it cannot be read, or has more than `max_pixels` and has to be read whole.
+    """
+    counts = Counter[int]()
+    for _, ids in read_ids(path, colours, max_pixels):
+        counts.update(count_ids(ids))
+    return dict(sorted(counts.items()))
+
+
+def read_ids(path: str, colours: ColourIds | None, max_pixels: int) -> Iterator[tuple[int, NDArray[np.integer]]]:
+    """The ids of a mask in bands of rows, each with the number of its first row: in one band if it is read whole.
+
+    Raises:
+        DataError: as `count_ids_of_file`.
+    """
+    windows = open_id_windows(path, colours, above=min(WHOLE_PIXELS, max_pixels))
+    if windows is None:
+        check_whole_size(path, max_pixels)
+        yield 0, read_label(path, max_pixels=max_pixels, colours=colours)
+        return
+    try:
+        for window in row_bands(windows.size):
+            yield window.top, windows.read_ids(window)
+    finally:
+        windows.close()
+
+
 def _describe_kind(header: Header) -> str:
     """Format and mode, and whether only the first of several frames or pages is read."""
     return header.kind + FIRST_OF_SEVERAL if header.has_frames else header.kind
@@ -269,7 +353,15 @@ def repeat_factors(present: Sequence[set[int]], threshold: float) -> NDArray[np.
     return np.array([max((factors[index] for index in classes), default=1.0) for classes in present])
 
 
-def first_pixel(raw: NDArray[np.integer], raw_id: int) -> tuple[int, int]:
-    """(row, column) of the first pixel with an id that occurs in `raw`."""
-    row, column = np.unravel_index(int((raw == raw_id).argmax()), raw.shape)
-    return int(row), int(column)
+def find_first_pixel(path: str, raw_id: int, colours: ColourIds | None, max_pixels: int) -> tuple[int, int]:
+    """(row, column) of the first pixel with an id that occurs in a mask.
+
+    Raises:
+        DataError: as `count_ids_of_file`.
+    """
+    for top, ids in read_ids(path, colours, max_pixels):
+        is_id = ids == raw_id
+        if is_id.any():
+            row, column = np.unravel_index(int(is_id.argmax()), ids.shape)
+            return top + int(row), int(column)
+    raise ValueError(f"{path} has no id {raw_id}")

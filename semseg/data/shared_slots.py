@@ -183,7 +183,8 @@ def _reduce_eval_sample(sample: EvalSample) -> Reduced:
     scale_sizes = [tuple(scale.shape) for scale in sample.scales]
     pixel_type = sample.scales[0].dtype if sample.scales else torch.uint8
     arguments = (write_tensor(pixels), tuple(sample.label.shape), scale_sizes, pixel_type, sample.size.tolist())
-    return _restore_eval_sample, (*arguments, sample.label.dtype, sample.path, sample.position, sample.bad)
+    rest = (sample.label.dtype, sample.path, sample.position, sample.bad, sample.is_by_window)
+    return _restore_eval_sample, (*arguments, *rest)
 
 
 def _restore_eval_sample(  # noqa: PLR0917 - the fields, as pickled
@@ -196,6 +197,7 @@ def _restore_eval_sample(  # noqa: PLR0917 - the fields, as pickled
     path: str,
     position: int,
     bad: str,
+    is_by_window: bool,
 ) -> EvalSample:
     pixels = read_tensor(written)
     label_bytes = math.prod(label_size) * LABEL_TYPE.itemsize
@@ -204,7 +206,7 @@ def _restore_eval_sample(  # noqa: PLR0917 - the fields, as pickled
     # Each in memory of its own if a view cannot begin there: a label may end at any even byte.
     aligned = (part if part.storage_offset() % pixel_type.itemsize == 0 else part.clone() for part in parts)
     scales = [part.view(pixel_type).view(size) for part, size in zip(aligned, scale_sizes, strict=True)]
-    return EvalSample(scales, label, torch.tensor(original_size), path, position, bad)
+    return EvalSample(scales, label, torch.tensor(original_size), path, position, bad, is_by_window)
 
 
 ForkingPickler.register(Batch, _reduce_batch)

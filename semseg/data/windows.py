@@ -17,6 +17,12 @@ from numpy.typing import NDArray
 
 from semseg.data.geometry import Size
 
+# Images and labels of more pixels are evaluated and indexed by window where their format allows: four bands of 16 bits
+# take 270 MB then, which workers prepare several times.
+WHOLE_PIXELS = 2**25
+BAND_PIXELS = 2**22  # of what is read in bands of rows
+BLOCK_SIDE = 2048  # pixels: of what is read in squares
+
 
 class Window(NamedTuple):
     """A rectangle of an image, in pixels."""
@@ -87,12 +93,58 @@ class WholeImage:
         return self.pixels[top : top + height, left : left + width]
 
 
+def pick_pixels(reader: WindowReader, rows: NDArray[np.integer], columns: NDArray[np.integer]) -> NDArray:
+    """The pixels of an image at these rows and columns, both ascending: (len(rows), len(columns), bands).
+
+    Blocks of BLOCK_SIDE are read one after the other, so that each strip or tile is decoded once.
+    """
+    picked = np.empty((len(rows), len(columns), reader.num_bands), reader.dtype)
+    for top in range(0, reader.height, BLOCK_SIDE):
+        height = min(BLOCK_SIDE, reader.height - top)
+        is_row = (rows >= top) & (rows < top + height)
+        for left in range(0, reader.width, BLOCK_SIDE):
+            width = min(BLOCK_SIDE, reader.width - left)
+            is_column = (columns >= left) & (columns < left + width)
+            if is_row.any() and is_column.any():
+                block = reader.read(top, left, height, width)
+                picked[np.ix_(is_row, is_column)] = block[np.ix_(rows[is_row] - top, columns[is_column] - left)]
+    return picked
+
+
+def spread_windows(size: Size, count: int, side: int = 512) -> Iterator[Window]:
+    """About `count` windows of at most `side` pixels, equally spread over an image.
+
+    >>> [window[:2] for window in spread_windows(Size(5000, 2000), 4)]
+    [(0, 0), (0, 1488), (4488, 0), (4488, 1488)]
+    """
+    per_axis = max(2, round(count**0.5))
+    height, width = min(side, size.height), min(side, size.width)
+    for row in range(per_axis):
+        for column in range(per_axis):
+            top, left = (
+                number * (length - taken) // (per_axis - 1)
+                for number, length, taken in ((row, size.height, height), (column, size.width, width))
+            )
+            yield Window(top, left, height, width)
+
+
 def check_inside(window: Window, size: Size) -> None:
     """Raises a ValueError if a window is empty or not inside an image of `size`."""
     bottom, right = window.top + window.height, window.left + window.width
     is_inside = 0 <= window.top < bottom <= size.height and 0 <= window.left < right <= size.width
     if not is_inside:
         raise ValueError(f"{window} is not inside an image of {size} pixels")
+
+
+def row_bands(size: Size, num_pixels: int = BAND_PIXELS) -> Iterator[Window]:
+    """An image of `size` in bands of whole rows of about `num_pixels`, from top to bottom.
+
+    >>> [(window.top, window.height) for window in row_bands(Size(10, 100), 400)]
+    [(0, 4), (4, 4), (8, 2)]
+    """
+    step = max(1, num_pixels // size.width)
+    for top in range(0, size.height, step):
+        yield Window(top, 0, min(step, size.height - top), size.width)
 
 
 # ---- what prediction gives

@@ -41,18 +41,19 @@ def choose_resamples(setting: int | None, num_images: int) -> int:
     return setting
 
 
-def class_counts(matrix: Tensor) -> NDArray[np.int32]:
+def class_counts(matrix: Tensor) -> NDArray[np.signedinteger]:
     """(K, K) confusion matrix of one image -> (3, K) pixels of each class: correct, labelled, predicted.
 
-    IoU and accuracy need no more than these margins of the matrix, which take 1 / 50 of its memory for 150 classes. An
-    image has less than 2^31 pixels.
+    IoU and accuracy need no more than these margins of the matrix, which take 1 / 50 of its memory for 150 classes.
+    They are int32, and int64 for rasters with a class of 2^31 pixels or more.
     """
     counts = matrix.numpy()
-    return np.stack([counts.diagonal(), counts.sum(1), counts.sum(0)]).astype(np.int32)
+    margins = np.stack([counts.diagonal(), counts.sum(1), counts.sum(0)])
+    return margins.astype(np.int32) if margins.max(initial=0) < 2**31 else margins
 
 
 def bootstrap(
-    counts: Sequence[NDArray[np.int32]], rule: str, resamples: int, generator: np.random.Generator
+    counts: Sequence[NDArray[np.signedinteger]], rule: str, resamples: int, generator: np.random.Generator
 ) -> ConfidenceIntervals:
     """Confidence intervals of mean IoU, pixel accuracy and their mean, the overall score.
 
@@ -74,7 +75,7 @@ def bootstrap(
 
 
 def draw_totals(
-    evaluations: Sequence[NDArray[np.int32]], generator: np.random.Generator, resamples: int
+    evaluations: Sequence[NDArray[np.signedinteger]], generator: np.random.Generator, resamples: int
 ) -> Iterator[list[NDArray[np.float64]]]:
     """Draw as many images as there are, with replacement; yields the summed counts (draws, 3, K) of each evaluation."""
     num_images, _, num_classes = evaluations[0].shape

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from semseg.config.schema import EvalConfig
 from semseg.data.batch import EvalSample
+from semseg.data.geometry import Size
 from semseg.evaluation.bootstrap import class_counts
-from semseg.evaluation.image_files import MAP_EDGE, MAX_MAPS, ClassMaps, encode_maps
+from semseg.evaluation.image_files import MAX_MAPS, ClassMaps, encode_maps
 from semseg.evaluation.inference import ClassMap
 from semseg.evaluation.label_errors import LabelError, LabelErrorList, find_label_errors, merge_label_errors
 from semseg.evaluation.metrics import (
@@ -28,6 +29,7 @@ from semseg.evaluation.metrics import (
     scores_from,
 )
 from semseg.evaluation.own_scores import ImageMeans, score_image, score_split
+from semseg.evaluation.window_counts import WindowCounts, plan_shrinking
 from semseg.nets.gpu import wait_for_device
 
 NO_SCORES: Mapping[str, float | None] = {}
@@ -44,7 +46,7 @@ class ImageRecord(NamedTuple):
     pixel_accuracy: float | None
     mean_iou: float | None  # over the classes in its label or its prediction
     seconds: float  # network and scoring
-    class_counts: NDArray[np.int32]  # (3, K), see bootstrap.class_counts
+    class_counts: NDArray[np.signedinteger]  # (3, K), see bootstrap.class_counts
     maps: ClassMaps | None  # small label and prediction; None for images after the first MAX_MAPS
     own: Mapping[str, float | None] = NO_SCORES  # scores that programs add, by name
 
@@ -142,18 +144,37 @@ class Evaluator:
         if self.boundary is not None:
             ratio = self.config.boundary_ratio
             self.boundary.update(boundary_counts(class_maps[0], sample.label, self.num_classes, ratio))
-        matrix = matrices[0].cpu()
-        scores = scores_from(matrix, "present")
         own = score_image(class_maps[0], sample.label)
         self.image_means.update(own)
-        height, width = sample.label.shape
         maps = shrink_maps(sample.label, class_maps[0]) if sample.position < MAX_MAPS else None
+        self._record_image(sample, Size(*sample.label.shape), matrices[0], maps, network_seconds, own)
+
+    def add_counted(self, sample: EvalSample, counts: WindowCounts) -> None:
+        """Score an image right after it was read, predicted and counted by window."""
+        network_seconds = self.stopwatch.lap("network")
+        (confusion,) = self.confusions  # eval.also_scales has no meaning at native resolution
+        confusion.update(counts.matrix)
+        self.image_means.update(NO_SCORES)
+        maps = counts.maps if sample.position < MAX_MAPS else None
+        self._record_image(sample, counts.size, counts.matrix, maps, network_seconds, NO_SCORES)
+
+    def _record_image(  # noqa: PLR0917 - what is kept of an image
+        self,
+        sample: EvalSample,
+        size: Size,
+        matrix: Tensor,
+        maps: ClassMaps | None,
+        network_seconds: float,
+        own: Mapping[str, float | None],
+    ) -> None:
+        matrix = matrix.cpu()
+        scores = scores_from(matrix, "present")
         self.images.append(
             ImageRecord(
                 position=sample.position,
                 path=sample.path,
-                height=height,
-                width=width,
+                height=size.height,
+                width=size.width,
                 pixel_accuracy=scores.pixel_accuracy,
                 mean_iou=scores.mean_iou,
                 seconds=network_seconds + self.stopwatch.lap("scoring"),
@@ -207,13 +228,7 @@ class Evaluator:
 
 def shrink_maps(label: Tensor, prediction: Tensor) -> ClassMaps:
     """Encode two (H, W) maps of class indices with long edges of at most MAP_EDGE, without mixing classes."""
-    height, width = label.shape
-    scale = min(1.0, MAP_EDGE / max(height, width))
-    rows, columns = (
-        # The pixels under the centres of the new pixels.
-        ((torch.arange(max(1, round(scale * length)), device=label.device) + 0.5) / scale).long().clamp(max=length - 1)
-        for length in (height, width)
-    )
+    rows, columns = plan_shrinking(Size(*label.shape), label.device)
     small = (ids[rows[:, None], columns].to("cpu", torch.int32).numpy() for ids in (label, prediction))
     return encode_maps(*small)
 

@@ -35,7 +35,7 @@ class ImageCounts(NamedTuple):
     """The pixel counts of every image of an evaluation."""
 
     files: tuple[str, ...]  # N, named as in per_image.csv
-    counts: NDArray[np.int32]  # (N, 3, K), see bootstrap.class_counts
+    counts: NDArray[np.signedinteger]  # (N, 3, K), see bootstrap.class_counts
 
 
 class DecodedMaps(NamedTuple):
@@ -57,7 +57,7 @@ def _encode_map(ids: NDArray[np.integer]) -> bytes:
     return data.tobytes()
 
 
-def write_image_counts(path: Path, files: Sequence[str], counts: Sequence[NDArray[np.int32]]) -> None:
+def write_image_counts(path: Path, files: Sequence[str], counts: Sequence[NDArray[np.signedinteger]]) -> None:
     """Write the counts of images, `counts` from `bootstrap.class_counts`."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, files=np.array(files, np.str_), counts=np.stack(counts))
@@ -74,7 +74,11 @@ def read_image_counts(path: Path, num_classes: int) -> ImageCounts | None:
     try:
         with np.load(path, allow_pickle=False) as content:
             files, counts = tuple(map(str, content["files"])), content["counts"]
-        if counts.dtype != np.int32 or counts.shape != (len(files), 3, num_classes) or (counts < 0).any():
+        if (
+            counts.dtype not in (np.int32, np.int64)
+            or counts.shape != (len(files), 3, num_classes)
+            or (counts < 0).any()
+        ):
             raise ValueError(f"the counts are {counts.dtype} of shape {counts.shape}")
     except DAMAGED as error:
         raise DataError(f"{path}: cannot be read as the pixel counts of images ({error}). Evaluate again.") from error

@@ -62,8 +62,8 @@ def score_counts(counts: NDArray[np.number], rule: str) -> CountedScores:
 
 
 def compute_difference_intervals(
-    base: NDArray[np.int32],
-    others: Sequence[NDArray[np.int32]],
+    base: NDArray[np.signedinteger],
+    others: Sequence[NDArray[np.signedinteger]],
     rules: Sequence[str],
     generator: np.random.Generator,
     resamples: int = NUM_RESAMPLES,
@@ -100,6 +100,6 @@ def compute_difference_intervals(
     return intervals
 
 
-def count_images_of_classes(base: NDArray[np.int32], other: NDArray[np.int32]) -> NDArray[np.int64]:
+def count_images_of_classes(base: NDArray[np.signedinteger], other: NDArray[np.signedinteger]) -> NDArray[np.int64]:
     """(K,) number of images in whose label or predictions each class occurs."""
     return ((base[:, 1:] > 0) | (other[:, 1:] > 0)).any(1).sum(0)

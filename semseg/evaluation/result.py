@@ -67,7 +67,7 @@ class ImageScore(NamedTuple):
     seconds: float = 0.0  # network and scoring
     height: int = 0  # pixels
     width: int = 0
-    class_counts: NDArray[np.int32] | None = None  # (3, K), see bootstrap.class_counts
+    class_counts: NDArray[np.signedinteger] | None = None  # (3, K), see bootstrap.class_counts
     maps: ClassMaps | None = None  # small label and prediction
     own: Mapping[str, float | None] = NO_SCORES  # scores that programs add, by name
 

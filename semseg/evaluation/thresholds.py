@@ -43,21 +43,26 @@ class ThresholdCounts(Metric):
         super().__init__()
         self.add_state("counts", torch.zeros(2, NUM_THRESHOLDS, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, prediction: ClassMap, label: Tensor) -> None:
-        """Add an image.
-
-        Args:
-            prediction: of two classes.
-            label: (H, W) 0, 1, or -1 for pixels that are not scored.
-        """
-        scored = label != IGNORED
-        bins = (positive_probability(prediction.ids, prediction.confidence)[scored] * NUM_THRESHOLDS).long()
-        bins = bins.clamp(0, NUM_THRESHOLDS - 1) + NUM_THRESHOLDS * label[scored].long()
-        self.counts += torch.bincount(bins, minlength=2 * NUM_THRESHOLDS).view(2, NUM_THRESHOLDS)
+    def update(self, counts: Tensor) -> None:
+        """Add the counts of one image, from `count_probabilities`."""
+        self.counts += counts.to(self.counts.device)
 
     def compute(self) -> Tensor:
         """(2, NUM_THRESHOLDS): class of the label, bin."""
         return self.counts
+
+
+def count_probabilities(prediction: ClassMap, label: Tensor) -> Tensor:
+    """The scored pixels of an image: (2, NUM_THRESHOLDS) int64, class of the label, bin.
+
+    Args:
+        prediction: of two classes.
+        label: (H, W) 0, 1, or -1 for pixels that are not scored.
+    """
+    scored = label != IGNORED
+    bins = (positive_probability(prediction.ids, prediction.confidence)[scored] * NUM_THRESHOLDS).long()
+    bins = bins.clamp(0, NUM_THRESHOLDS - 1) + NUM_THRESHOLDS * label[scored].long()
+    return torch.bincount(bins, minlength=2 * NUM_THRESHOLDS).view(2, NUM_THRESHOLDS)
 
 
 def positive_probability(ids: Tensor, confidence: Tensor) -> Tensor:

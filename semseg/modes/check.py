@@ -65,12 +65,11 @@ from semseg.data.header_cache import find_pixel_type
 from semseg.data.importing.formats import FoundExport
 from semseg.data.importing.recognise import name_output, recognise_exports, recognise_masks_beside
 from semseg.data.label_map import LabelMap
-from semseg.data.labels import read_label
 from semseg.data.overlap import Overlap, find_overlap
 from semseg.data.pairs import read_pair, read_shown
 from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
-from semseg.data.scan import first_pixel, scan_pairs
+from semseg.data.scan import find_first_pixel, scan_pairs
 from semseg.data.sources import ROOT_OF_LISTS, DataSource, describe_split_folders, name_part
 from semseg.errors import DataError, ReportedError
 from semseg.nets.step_memory import estimate_step_memory
@@ -209,7 +208,10 @@ def scan_split(source: DataSource, split: str) -> ScannedSplit:
     bands = source.bands
     if bands is not None:
         bands = replace(bands, dtype=find_pixel_type(record.image for record in records))
-    findings = scan_pairs(records, source.root, max_pixels=source.config.max_pixels, colours=colours, bands=bands)
+    is_native = source.config.resize == NATIVE
+    findings = scan_pairs(
+        records, source.root, max_pixels=source.config.max_pixels, colours=colours, bands=bands, is_native=is_native
+    )
     bar = track(findings, f"reading {split}", len(records), disable=not sys.stdout.isatty())
     return ScannedSplit(split, records, list(bar), problems, source.orientations[split], source.describe_unused(split))
 
@@ -217,7 +219,7 @@ def scan_split(source: DataSource, split: str) -> ScannedSplit:
 def find_pixel(source: DataSource, record: Record, raw_id: int) -> tuple[int, int]:
     """(row, column) of the first pixel of an id in the mask of a record."""
     colours, limit = source.label_map.colours, source.config.max_pixels
-    return first_pixel(read_label(record.label or "", colours=colours, max_pixels=limit), raw_id)
+    return find_first_pixel(record.label or "", raw_id, colours, limit)
 
 
 def summarise_plan(config: Config, train: ScannedSplit, source: DataSource) -> PlanSummary | None:

@@ -28,21 +28,26 @@ from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
 from semseg.data.bands import draw_bands
 from semseg.data.batch import EvalSample
+from semseg.data.classes import ClassTable
 from semseg.data.datasets import EvalDataset
+from semseg.data.geometry import Size
 from semseg.data.open_pairs import open_pair
 from semseg.data.pairs import read_shown
 from semseg.data.records import Record
 from semseg.data.seeding import generator_for
 from semseg.data.sources import DataSource, require_masks
+from semseg.data.windows import pick_pixels
 from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError
 from semseg.evaluation.bootstrap import ConfidenceIntervals, bootstrap, choose_resamples
 from semseg.evaluation.evaluator import ImageRecord
-from semseg.evaluation.result import EvaluationResult, build_result, relative_name
+from semseg.evaluation.image_files import decode_maps
+from semseg.evaluation.result import EvaluationResult, ImageScore, build_result, relative_name
 from semseg.evaluation.result_files import LABEL_ERRORS_FILE, write_result_files
 from semseg.evaluation.tables import class_score_table, format_speed, scales_table, summary_table
 from semseg.evaluation.thresholds import POSITIVE
 from semseg.evaluation.tiled import WindowLayout
+from semseg.evaluation.window_counts import plan_shrinking
 from semseg.lit_module import SegmentationModule
 from semseg.reports.curves import Curves, read_training_curves, run_folder_of_checkpoint
 from semseg.reports.draw import draw_comparison
@@ -59,6 +64,7 @@ from semseg.reports.label_error_pictures import (
     choose_crop_window,
     draw_label_error,
 )
+from semseg.reports.photographs import describe_reading
 from semseg.reports.run_card import build_run_card, compute_data_fingerprint, mask_secrets
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import list_this_command, relative_to_cwd
@@ -202,6 +208,7 @@ def describe_settings(
         "flip": settings.flip,
         "window": settings.window if layout is None else layout.side,
         "stride": settings.stride if layout is None else layout.step,
+        **describe_reading(source.config),
     }
     if saved.members:
         entries["checkpoints"] = sources
@@ -272,6 +279,11 @@ def predict_examples(
     for group, index in choose_examples(result.images):
         position = images[index].position
         sample = dataset[position]
+        if sample.is_by_window:
+            example = draw_small_example(group, result.images[index], images[index], data, result.classes)
+            if example is not None:
+                yield example
+            continue
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             ((prediction,),) = module.predict([module.transfer_batch_to_device(sample, device, 0)])
         record = dataset.records[position]
@@ -298,6 +310,21 @@ def draw_label_errors(result: EvaluationResult, source: DataSource, split: str) 
                 image = read.image if bands is None else draw_bands(read.image, bands.names, source.config.show_bands)
                 drawn.append(draw_label_error(rank, error, image, read.label, window=window, classes=source.classes))
     return sorted(drawn, key=lambda picture: picture.rank)
+
+
+def draw_small_example(
+    group: str, score: ImageScore, image: ImageRecord, data: SegmentationData, classes: ClassTable
+) -> Example | None:
+    """An image that was scored by window, from its small maps; None if they were not kept."""
+    if image.maps is None:
+        return None
+    maps = decode_maps(image.maps, classes.num_classes)
+    rows, columns = plan_shrinking(Size(image.height, image.width))
+    with data.open_pair("test", image.position) as pair:
+        pixels = pick_pixels(pair.image, rows.numpy(), columns.numpy())
+    bands, shown = data.source.bands, data.data_config.show_bands
+    picture = pixels if bands is None else draw_bands(pixels, bands.names, shown)
+    return encode_example(group, score, picture, maps.label, maps.prediction, classes=classes)
 
 
 # ---- panels

@@ -219,11 +219,10 @@ class PredictionJob:
         reader = open_windows(item.path, predictor.bands)
         assert reader is not None, "the loader has opened it"
         with reader:
-            size, layout = Size(reader.height, reader.width), reader.layout
-            may_lack = layout.nodata is not None or layout.has_alpha or reader.dtype.kind == "f"
+            size = Size(reader.height, reader.width)
             path = target.with_name(f"{target.name}_ids.tif")
             reference = self.find_georeference(item.path)
-            masked = reader if may_lack and predictor.bands is not None else None
+            masked = reader if reader.may_lack_values else None
             with GeoTiffSink(
                 path, size, predictor.classes, predictor.label_map, reference=reference, reader=masked
             ) as sink:

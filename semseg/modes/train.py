@@ -44,7 +44,7 @@ from semseg.config.schema import (
 )
 from semseg.data.band_statistics import measure_bands
 from semseg.data.classes import ClassTable
-from semseg.data.labels import read_class_indices
+from semseg.data.label_windows import LabelWindows, open_label
 from semseg.data.overlap import find_overlap
 from semseg.data.pairs import name_origin
 from semseg.data.sources import DataSource, describe_split_folders, require_masks
@@ -292,7 +292,10 @@ def check_first_labels(source: DataSource, max_pixels: int) -> None:
     records = [record for record in source.training_records() if record.label]
     for record in records[:: -(-len(records) // NUM_CHECKED_LABELS) or 1]:
         try:
-            read_class_indices(record.label or "", record.label_map or source.label_map, max_pixels=max_pixels)
+            with open_label(record.label or "", record.label_map or source.label_map, max_pixels=max_pixels) as label:
+                if isinstance(label, LabelWindows):
+                    for _ in label.read_bands():  # which checks the ids
+                        pass
         except DataError as error:
             raise name_origin(record, error) from error
 

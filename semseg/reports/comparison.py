@@ -172,7 +172,7 @@ def compare_runs(runs: Sequence[ComparedRun], seed: int = 0, defaults: Mapping[s
 # ---- intervals
 
 
-def find_common_counts(runs: Sequence[ComparedRun]) -> list[NDArray[np.int32]] | str:
+def find_common_counts(runs: Sequence[ComparedRun]) -> list[NDArray[np.signedinteger]] | str:
     """Return the counts (N, 3, K) of the images that all runs have, in the same order; or why there are none."""
     without = [run.name for run in runs if run.counts is None]
     tables = [run.counts for run in runs if run.counts is not None]
@@ -207,7 +207,7 @@ def common_count(runs: Sequence[ComparedRun]) -> int | None:
 
 def score_common_images(
     runs: Sequence[ComparedRun],
-    common: Sequence[NDArray[np.int32]],
+    common: Sequence[NDArray[np.signedinteger]],
     headline: Sequence[ScoreRow],
     classes: Sequence[ScoreRow],
 ) -> tuple[tuple[ScoreRow, ...], tuple[ScoreRow, ...]]:

@@ -21,11 +21,12 @@ from semseg.data.band_windows import open_windows
 from semseg.data.bands import PIXEL_TYPES, BandFile, BandOptions, draw_bands
 from semseg.data.geometry import Size
 from semseg.data.header_cache import read_header_only
-from semseg.data.images import read_image, resize_image
+from semseg.data.images import read_image
 from semseg.data.label_map import IGNORED, LabelMap
 from semseg.data.labels import read_label
 from semseg.data.pairs import read_pair, read_reduced
 from semseg.data.records import Record
+from semseg.data.resize import resize_image
 from semseg.errors import DataError
 from semseg.nets.bands import band_convention
 from semseg.nets.normalise import normalise

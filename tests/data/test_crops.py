@@ -130,7 +130,7 @@ def test_the_index_is_kept_and_reads_only_labels_that_have_changed(
     build = build_foreground_index(pairs, tmp_path, LABEL_MAP, cache_dir=tmp_path)
     (cache,) = tmp_path.glob("foreground-*.safetensors")
     assert len(load_labels(cache)) == 2
-    monkeypatch.setattr("semseg.data.foreground.read_class_indices", None)  # would fail
+    monkeypatch.setattr("semseg.data.label_windows.read_class_indices", None)  # would fail
     again = build_foreground_index(pairs, tmp_path, LABEL_MAP, cache_dir=tmp_path)
     for name, values in vars(build).items():
         assert np.array_equal(values, getattr(again, name)), name

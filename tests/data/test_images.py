@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from semseg.data.geometry import Size
-from semseg.data.images import apply_orientation, mirror, read_image, resize_image
+from semseg.data.images import apply_orientation, mirror, read_image
 from semseg.data.label_cache import LabelRuns
 from semseg.data.label_map import LabelMap
 from semseg.data.labels import (
@@ -27,6 +27,7 @@ from semseg.data.labels import (
 )
 from semseg.data.pairs import read_pair, read_reduced
 from semseg.data.records import Record
+from semseg.data.resize import resize_image
 from semseg.errors import DataError
 
 GOLDEN = Path(__file__).parents[1] / "golden/dataset"

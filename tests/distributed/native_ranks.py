@@ -32,16 +32,16 @@ VARIANTS = {
     "bands": ("bands", BANDS),
     "native resolution": ("photographs", NATIVE),
 }
-# Two epochs of three steps of one sub-batch a rank; three images of validation, two of them on rank 0.
+# Three steps of one sub-batch a rank; three images of validation, two of them on rank 0.
 RUN = [
     "data=folder", "data.num_classes=2", "data.first_id=0", "data.ignore=[]",
     *(word for word in TINY_RUN if not word.startswith(("data.short_edges", "data.max_long_edge", "eval.scales"))),
     "data.val.images=val", "data.val.masks=val_masks", "data.train.images=train", "data.train.masks=train_masks",
-    "data.steps_per_epoch=3", "trainer.max_epochs=2", "trainer.log_images=0", "optim.lr=0.1",
+    "data.steps_per_epoch=3", "trainer.max_epochs=1", "trainer.log_images=0", "optim.lr=0.1",
 ]  # fmt: skip
 SHORT = ["data.short_edges=[32,48]", "data.max_long_edge=64", "eval.scales=[32]"]
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
-STOPPED = 2  # step, in the middle of the first epoch
+STOPPED = 2  # step, in the middle of the epoch
 
 
 def draw_data(folder: Path) -> None:

@@ -23,6 +23,7 @@ from semseg.evaluation.thresholds import (
     ThresholdSink,
     apply_threshold,
     compute_curve,
+    count_probabilities,
     find_best,
     positive_probability,
 )
@@ -45,7 +46,7 @@ def test_the_curve_is_that_of_counting_every_pixel_at_every_threshold() -> None:
     probability, label = make_case()
     counts = ThresholdCounts()
     for rows in (slice(0, 20), slice(20, 60)):
-        counts.update(prediction_of(probability[rows]), label[rows])
+        counts.update(count_probabilities(prediction_of(probability[rows]), label[rows]))
     curve = compute_curve(counts.compute().numpy())
     assert len(curve) == NUM_THRESHOLDS
     assert [row.threshold for row in curve[:3]] == [0.0, 0.001, 0.002]
@@ -63,7 +64,7 @@ def test_the_curve_is_that_of_counting_every_pixel_at_every_threshold() -> None:
 
 def test_scores_of_nothing_are_none_and_there_is_no_best_threshold_without_the_second_class() -> None:
     counts = ThresholdCounts()
-    counts.update(prediction_of(torch.full((4, 4), 0.3)), torch.zeros(4, 4, dtype=torch.int64))
+    counts.update(count_probabilities(prediction_of(torch.full((4, 4), 0.3)), torch.zeros(4, 4, dtype=torch.int64)))
     curve = compute_curve(counts.compute().numpy())
     assert (curve[100].precision, curve[100].recall) == (0.0, None)
     assert (curve[900].precision, curve[900].f1) == (None, None)
@@ -74,7 +75,7 @@ def test_scores_of_nothing_are_none_and_there_is_no_best_threshold_without_the_s
 def test_of_equal_thresholds_the_nearest_to_one_half_is_best() -> None:
     counts = ThresholdCounts()
     label = torch.tensor([[0, 0, 1, 1]])
-    counts.update(prediction_of(torch.tensor([[0.1, 0.2, 0.8, 0.9]])), label)
+    counts.update(count_probabilities(prediction_of(torch.tensor([[0.1, 0.2, 0.8, 0.9]])), label))
     best = find_best(compute_curve(counts.compute().numpy()))
     assert best is not None and (best.threshold, best.f1) == (0.5, 1.0)
 

@@ -22,7 +22,7 @@ import semseg
 from helpers.exported import CLASS_IDS, PICTURE_SIZES, draw_picture, export
 from helpers.in_process import configured
 from semseg.data.geometry import Size, stretched_size
-from semseg.data.images import resize_image
+from semseg.data.resize import resize_image
 from semseg.errors import CheckpointError, ConfigError, ExportError
 from semseg.export import picture_graph
 from semseg.export.onnx_runtime import PictureRule, read_exported

@@ -53,7 +53,8 @@ def report_out_of_memory_in_evaluation(samples: Sequence[EvalSample]) -> Iterato
     try:
         yield
     except torch.OutOfMemoryError as error:
-        largest = max((Size(*scale.shape[1:]) for scale in samples[0].scales), key=math.prod)
+        sizes = [Size(*scale.shape[1:]) for scale in samples[0].scales]
+        largest = max(sizes, key=math.prod, default=Size(*samples[0].size.tolist()))
         raise SemsegError(
             f"out of memory evaluating {', '.join(sample.path for sample in samples)} at up to {largest} pixels. Lower "
             "eval.batch_size or the largest of eval.scales, or set eval.window or trainer.precision=bf16-mixed. The "

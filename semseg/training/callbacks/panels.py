@@ -49,9 +49,10 @@ class ValidationImages(Callback):
         raise NotImplementedError
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        groups = trainer.datamodule.eval_groups("val")  # pyright: ignore[reportAttributeAccessIssue]
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        groups = data.eval_groups("val")
         own_images = itertools.chain.from_iterable(groups[trainer.global_rank :: trainer.world_size])
-        self._positions = set(sorted(own_images)[: self.num_images])
+        self._positions = set(sorted(set(own_images) - data.find_by_window("val"))[: self.num_images])
 
     def on_validation_batch_end(  # noqa: PLR0917 - Lightning's signature
         self,
@@ -65,8 +66,8 @@ class ValidationImages(Callback):
         if not trainer.is_global_zero or trainer.sanity_checking or not self.needs_images(trainer):
             return
         for sample in batch:
-            if sample.bad or sample.position not in self._positions:
-                continue
+            if sample.path not in outputs or sample.position not in self._positions:
+                continue  # it cannot be read, or it was scored by window
             record = self.source.records("val")[sample.position]
             image = read_shown(record, self.source.label_map, self.source.config)
             label, prediction = (ids.cpu().numpy() for ids in (sample.label, outputs[sample.path]))
