@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import os
 import signal
@@ -40,13 +41,20 @@ def signals_restored() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data-loading workers that hang are found out and killed sooner."""
+    monkeypatch.setattr("semseg.data.loaders.POLL_S", 0.1)
+    monkeypatch.setattr("semseg.data.workers.GRACE_S", 0.2)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if CACHE_VARIABLE not in os.environ:  # what runs keep for the next ones; the processes of pytest-xdist inherit it
         os.environ[CACHE_VARIABLE] = caches.enter_context(TemporaryDirectory())
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         os.environ[SERVER_ADDRESS] = start_server()  # it imports while the test processes do
         return  # this process runs no tests, and imports nothing that takes seconds
-    from helpers.composition import cache_modes, cache_option_files
+    from helpers.composition import cache_defaults, cache_modes, cache_option_files, cache_schema
     from semseg.storage.commands import PROGRAM_VARIABLE
 
     os.environ[PROGRAM_VARIABLE] = "python run.py"  # however a test starts the program, and from where
@@ -54,7 +62,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Every trainer asks for plugins, which takes a twentieth of a short run.
     importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
     cache_option_files()
+    cache_defaults()
     cache_modes()
+    cache_schema()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -76,9 +86,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    # Collections of garbage leave out what was imported, and forks need no copy of it.
+    gc.freeze()
+
+
 def pytest_sessionfinish() -> None:
     shared_browser.close()
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()
     caches.close()

@@ -45,7 +45,7 @@ def test_the_model_of_a_step_counts_a_backward_pass_as_two_forward_passes(tmp_pa
         assert counts["all"] > 3 * decoder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_measurement_of_a_gpu_runs_in_its_toy_form_and_names_the_best_settings(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", FORK_CHILDREN: "1"}
     program = run_python(str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--toy", cwd=tmp_path, env=environment)
@@ -109,7 +109,7 @@ def test_every_ablation_that_is_asked_for_adds_a_row(tmp_path: Path, monkeypatch
     assert [row["change"] for row in rows] == ["none", "Dice"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_recipe_of_the_check_and_the_defaults_each_add_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,10 +232,10 @@ def test_i2_a_fraction_of_less_than_one_batch_is_refused(root: Path, tmp_path: P
 @pytest.mark.parametrize(
     "words",
     [
-        ["syncbn=off", "model/encoder=resnet18"],
+        ["syncbn=off", "model/encoder=timm", "model.encoder.name=test_resnet"],
         ["syncbn.convention=published", "model/encoder=timm", "model.encoder.name=test_resnet"],
     ],
-    ids=lambda words: words[-1],
+    ids=lambda words: words[0],
 )
 def test_d6_one_image_whose_deepest_map_is_one_pixel_trains_with_pyramid_pooling(
     root: Path, tmp_path: Path, words: list[str]

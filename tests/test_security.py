@@ -135,6 +135,8 @@ def files(request: pytest.FixtureRequest, place: Path, honest: dict[str, Any]) -
     torch.save(add(honest), run / "last.ckpt")
     os.link(run / "last.ckpt", run / "best.ckpt")
     weights = build_segmenter("resnet18", "c1", 11).state_dict()
+    if request.param != "targets":  # the others are refused before the weights are used
+        weights = {name: value.flatten()[:1].clone() for name, value in weights.items()}
     for part in ("encoder", "decoder"):
         flat = {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(part)}
         torch.save(add(flat), folder / f"{part}_epoch_1.pth")

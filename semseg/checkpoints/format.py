@@ -213,9 +213,8 @@ def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch
         # The configuration is data: it is compared and read, never resolved with the environment of this machine.
         raise CheckpointError(f"{path}: its saved configuration is not plain data.")
     try:
-        # Merged over itself because converting must give back the order of the keys.
-        merged = DictConfig(OmegaConf.merge(entry["config"], EARLIER_DEFAULTS, entry["config"]))
-        config = check_config(update_saved_config(merged, weights), is_saved=True)
+        complete = DictConfig(add_defaults(entry["config"], EARLIER_DEFAULTS))
+        config = check_config(update_saved_config(complete, weights), is_saved=True)
     except ConfigError as error:
         raise CheckpointError(f"{path}: its saved configuration does not fit this version: {error}") from None
     except Exception as error:  # an error of OmegaConf, for anything that is no configuration
@@ -234,6 +233,21 @@ def network_from_entry(path: Path, entry: Any, weights: dict[str, Tensor], epoch
     return SavedNetwork(
         str(path), weights, config, classes, convention, epoch, step, origin=origin, threshold=threshold
     )
+
+
+def add_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A copy with the keys of `defaults` that it lacks, behind its own, because converting must give back their order.
+
+    >>> add_defaults({"b": {"y": 1}, "a": 0}, {"a": 2, "b": {"x": 3}, "c": 4})
+    {'b': {'y': 1, 'x': 3}, 'a': 0, 'c': 4}
+    """
+    merged = dict(config)
+    for key, value in defaults.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = add_defaults(merged[key], value)
+        else:
+            merged.setdefault(key, value)
+    return merged
 
 
 def update_saved_config(config: DictConfig, weights: Collection[str]) -> DictConfig:

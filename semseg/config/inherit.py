@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
+from typing import Any
 
+from semseg.config.fields import key_of
 from semseg.config.schema import Config
 from semseg.config.uses import refuse_unused_sizes
-from semseg.config.validate import check_config
+from semseg.config.validate import check_values
 from semseg.errors import ConfigError
 
 # How a network is run; these do not change the network.
@@ -26,24 +29,39 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
     for key in keys:
         if key.partition(".")[0].partition("/")[0] == "model" and key not in FREE_MODEL_KEYS:
             raise ConfigError(f"{key}: the network comes from ckpt, so it cannot be set here.")
-    merged, ours = OmegaConf.structured(given), OmegaConf.structured(saved)
+    merged, ours = deepcopy(given), deepcopy(saved)
     merged.model = ours.model
-    for section in ("data", "eval"):
-        if section in keys or "experiment" in keys:
+    for name in ("data", "eval"):
+        if name in keys or "experiment" in keys:
             continue
-        kept = {key: OmegaConf.select(merged, key) for key in keys if key.startswith(f"{section}.")}
-        merged[section] = ours[section]
-        for key, value in kept.items():
-            OmegaConf.update(merged, key, value)
+        setattr(merged, name, getattr(ours, name))
+        for key in keys:
+            if key.startswith(f"{name}."):
+                _copy_value(given, merged, key.split("."))
     for key in FREE_MODEL_KEYS:
         if key in keys:
-            OmegaConf.update(merged, key, OmegaConf.select(OmegaConf.structured(given), key))
+            _copy_value(given, merged, key.split("."))
     if "data.resize" not in keys:  # it belongs to the network, whatever images it is used on
         merged.data.resize = ours.data.resize
     if merged.data.resize == "native" and "data.crop" not in keys:
         merged.data.crop = ours.data.crop or ours.augment.crop
     merged.data.label_cache = given.data.label_cache  # a folder of this machine
     merged.eval.bootstrap = given.eval.bootstrap  # checkpoints of older versions have 0 where nothing was chosen
-    config = check_config(merged, None)  # the use of `given` has been checked
-    refuse_unused_sizes(config, overrides)
-    return config
+    check_values(merged, None)  # the use of `given` has been checked
+    refuse_unused_sizes(merged, overrides)
+    return merged
+
+
+def _copy_value(source: Any, target: Any, path: list[str]) -> None:
+    """Give the key `path` of a section, or of a dict in it, its value in `source`."""
+    name, *rest = path
+    if isinstance(source, dict):
+        for key in [key for key in source if str(key) == name]:  # some dicts have numbers for keys
+            target[key] = deepcopy(source[key])
+        return
+    field = next(item.name for item in fields(source) if key_of(item) == name)
+    value = getattr(source, field)
+    if rest and isinstance(getattr(target, field), type(value)) and (is_dataclass(value) or isinstance(value, dict)):
+        _copy_value(value, getattr(target, field), rest)
+    else:
+        setattr(target, field, deepcopy(value))

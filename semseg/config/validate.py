@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from functools import cache, reduce
 from typing import Any
@@ -60,12 +61,25 @@ def _check_sections(
     plain = OmegaConf.to_container(composed, resolve=False)
     raise_first(find_section_problems(plain))
     try:
-        typed = OmegaConf.merge(get_schema_node(), name_fields(composed))
+        # Into copies of both, of which OmegaConf would make further ones.
+        typed = OmegaConf.unsafe_merge(copy_schema(), name_fields(composed))
         config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise ConfigError(explain_omegaconf_error(error, composed)) from None
     assert isinstance(config, Config)
     convert_auto_values(config)
+    check_values(config, find_use_problems, is_saved=is_saved)
+    return config
+
+
+def check_values(
+    config: Config, find_use_problems: Callable[[Config], Iterator[str]] | None, *, is_saved: bool = False
+) -> None:
+    """`check_config` for values that have the types of the schema.
+
+    Raises:
+        ConfigError: with all problems of the values.
+    """
     raise_first(find_interpolation_problems(config))  # alone, because the other sentences quote values
     if not is_saved:
         raise_first(find_own_key_problems(config))
@@ -79,7 +93,6 @@ def _check_sections(
         raise ConfigError(problems[0])
     if problems:
         raise ConfigError(f"{len(problems)} problems in the configuration:\n  " + "\n  ".join(problems))
-    return config
 
 
 def convert_auto_values(section: Any, prefix: str = "") -> None:
@@ -96,9 +109,13 @@ def convert_auto_values(section: Any, prefix: str = "") -> None:
             setattr(section, item.name, convert_auto_value(key, value, item))
 
 
+def copy_schema() -> DictConfig:
+    """A new copy of the schema as OmegaConf reads it."""
+    return deepcopy(_read_schema())
+
+
 @cache
-def get_schema_node() -> DictConfig:
-    """The schema as OmegaConf reads it, not to be changed."""
+def _read_schema() -> DictConfig:
     return OmegaConf.structured(Config)
 
 

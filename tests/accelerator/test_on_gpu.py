@@ -45,6 +45,8 @@ CPU = Place(torch.device("cpu"), [], (64, 96))
 GPU = Place(torch.device("cuda"), ["trainer.accelerator=gpu"], (256, 320))
 PLACES = [pytest.param(CPU, id="toy"), pytest.param(GPU, id="cuda", marks=pytest.mark.gpu)]
 on_every_place = pytest.mark.parametrize("place", PLACES)
+# What other tests show for the CPU; here, that the programs for a GPU run.
+toy_is_long = pytest.mark.parametrize("place", [pytest.param(CPU, id="toy", marks=pytest.mark.long), PLACES[1]])
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ def test_deterministic_training_gives_the_same_weights_twice(root: Path, tmp_pat
 
 
 @pytest.mark.slow
-@on_every_place
+@toy_is_long
 def test_a_resumed_run_equals_one_that_never_stopped(root: Path, tmp_path: Path, place: Place) -> None:
     words = [*place.words, "trainer.deterministic=true", "checkpoint.every_n_steps=1", "checkpoint.keep=3"]
     whole = prepare_run(root, tmp_path / "whole", *words)
@@ -231,7 +233,7 @@ def test_upernet101_trains_on_two_large_images_in_12_gigabytes(place: Place) -> 
 
 
 @pytest.mark.slow
-@on_every_place
+@toy_is_long
 def test_mode_bench_prints_the_throughput(root: Path, tmp_path: Path, place: Place) -> None:
     prepare_run(root, tmp_path / "draw")
     size = ["data.short_edges=[64]", "eval.scales=[64]"] if not place.is_gpu else ["trainer=gpu"]

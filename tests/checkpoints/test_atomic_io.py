@@ -72,7 +72,7 @@ def other_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 @pytest.mark.reliability
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.long)])
 def test_b1_b2_a_kill_while_saving_costs_neither_the_checkpoint_nor_disk_space(
     kills: int, tmp_path: Path, other_temporary_folder: None
 ) -> None:

@@ -21,6 +21,7 @@ from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
 from semseg.data.plan import RankSequence, SubBatch, TrainPlan
 from semseg.data.records import Record
+from semseg.data.workers import stop_workers
 from semseg.errors import DataError
 
 GOLDEN = Path(__file__).parents[1] / "golden/dataset"
@@ -193,11 +194,14 @@ def test_training_without_labels_or_with_a_wrong_stride_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_grace")
 def test_a_broken_file_in_a_worker_names_itself() -> None:
     missing = [*RECORDS[:1], RECORDS[1]._replace(image="/no/such.jpg")]
     dataset = EvalDataset(missing, LABEL_MAP, OPTIONS, short_edges=[75], antialias=True)
+    items = iter(DataLoader(dataset, batch_size=None, num_workers=1))
     with pytest.raises(DataError, match=r"list\.odgt:2: /no/such\.jpg: there is no such file"):
-        list(DataLoader(dataset, batch_size=None, num_workers=1))
+        list(items)
+    stop_workers(items)
 
 
 @pytest.mark.shared

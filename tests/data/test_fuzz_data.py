@@ -202,7 +202,7 @@ def read_spoiled_rasters(count: int, seed: int, folder: Path) -> tuple[Counter[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_h3_spoiled_rasters_crash_nothing_and_take_no_memory(count: int, tmp_path: Path) -> None:
     kinds, growth = in_child(lambda: read_spoiled_rasters(count, 0, tmp_path))

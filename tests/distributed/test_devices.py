@@ -73,12 +73,20 @@ def test_c16_evaluation_counts_every_image_once_on_any_number_of_ranks(
     assert errors[0] == errors[1] and errors[0].count("\n") > 1
 
 
+WITH_WORKERS = [word for word in TINY if not word.startswith("data.num_workers")]  # the default number of them
+
+
 @pytest.mark.slow
+def test_two_ranks_train_with_loader_workers(run: Run, folder: Path) -> None:
+    run(*WITH_WORKERS, *TINY_NETWORK, "data.steps_per_epoch=1", "trainer.devices=2", "run_dir=workers")
+    assert (folder / "workers" / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.long
 def test_the_command_as_users_give_it_trains_on_two_ranks_with_loader_workers(folder: Path) -> None:
-    """Without the fork server: every rank is an interpreter of its own, with the default number of workers."""
-    words = [word for word in TINY if not word.startswith("data.num_workers")]
+    """Without the fork server: every rank is an interpreter of its own."""
     small = ["model/encoder=mobilenetv2", "data.steps_per_epoch=1"]
-    command = [sys.executable, str(RUN), *words, *small, "trainer.devices=2", "run_dir=started"]
+    command = [sys.executable, str(RUN), *WITH_WORKERS, *small, "trainer.devices=2", "run_dir=started"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
     assert (folder / "started" / "checkpoints" / "last.ckpt").is_file()
 

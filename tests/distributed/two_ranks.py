@@ -48,7 +48,7 @@ TWO_STEPS = [*TINY_RUN, "trainer.devices=2", "trainer.strategy=ddp", "data.steps
 UNUSED = {
     "auxiliary head": ["model/decoder=c1_deepsup", "model.deepsup_weight=0"],
     "frozen encoder": ["model/decoder=c1_deepsup", "model.deepsup_weight=0", "model.encoder.frozen=true"],
-    "frozen statistics": ["model/decoder=ppm_deepsup", "model.deepsup_weight=0", "model.freeze_bn=true"],
+    "frozen statistics": ["model/decoder=c1_deepsup", "model.deepsup_weight=0", "model.freeze_bn=true"],
 }
 if find_spec("timm") is not None:
     from helpers.tiny_vit import tiny_dinov3

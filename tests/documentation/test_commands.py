@@ -250,7 +250,7 @@ def test_i7_commands_of_a_page_are_valid_and_name_what_they_need(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with everything that the pages name: photographs, masks and class tables, a film, runs, evaluations."""
     folder = tmp_path_factory.mktemp("commands")
-    data = ["data=scenes", "data.make.num_train=4", "data.make.num_val=3", f"data.root={folder / 'scenes'}"]
+    data = ["data=scenes", "data.make.num_train=2", "data.make.num_val=2", f"data.root={folder / 'scenes'}"]
     test = ["data.test.images=images/validation", "data.test.masks=annotations/validation"]
     run_dir = folder / "runs" / "2026-11-23_10-00-00_train"
     fit(configured(*data, *TINY_RUN, *test, "data.steps_per_epoch=1", "trainer.max_epochs=1", f"run_dir={run_dir}"))

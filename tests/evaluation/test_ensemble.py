@@ -85,11 +85,17 @@ def test_windows_at_native_resolution_are_averaged_if_the_strides_are_equal() ->
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two checkpoints of networks with random weights, a.ckpt and b.ckpt, and their data."""
-    return write_random_checkpoints(tmp_path_factory.mktemp("ensemble"), "data.make.num_val=3")
+    return write_random_checkpoints(tmp_path_factory.mktemp("ensemble"), "data.make.num_val=2")
 
 
 def evaluate(folder: Path, ckpt: str, name: str) -> tuple[dict[str, Any], str]:
-    words = ["eval.scales=[32,48]", "eval.also_scales=[[48]]", "eval.flip=true", "data.num_workers=0"]
+    words = [
+        "eval.scales=[32,48]",
+        "eval.also_scales=[[48]]",
+        "eval.flip=true",
+        "eval.bootstrap=0",
+        "data.num_workers=0",
+    ]
     printed = run_here(folder, "mode=eval", f"ckpt={ckpt}", *words, "trainer.accelerator=cpu", f"run_dir={name}")
     return json.loads((folder / name / "metrics.json").read_text()), printed
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import inspect
 import json
@@ -147,6 +148,7 @@ def serve(address: str) -> None:
     listener.listen()
     os.write(1, b"listening\n")
     import_everything()
+    gc.freeze()  # a collection in a fork would copy what was imported
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     with selectors.DefaultSelector() as selector:
@@ -155,6 +157,7 @@ def serve(address: str) -> None:
         while True:
             for key, _ in selector.select():
                 if key.fileobj is sys.stdin:
+                    gc.unfreeze()
                     return
                 if key.fileobj is listener:
                     pid, connection = fork_program(listener, selector)
@@ -170,18 +173,33 @@ def serve(address: str) -> None:
 
 
 def import_everything() -> None:
-    """Import this package, and with it torch, Lightning, Hydra and OpenCV; every program knows the encoder `tiny`."""
+    """Import this package, and with it torch, Lightning, Hydra and OpenCV, and fill the caches of every program.
+
+    Every program knows the encoder `tiny`.
+    """
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
     import semseg  # only in the server, which is a process of its own
     from helpers.command_line import TINY_ENCODERS
-    from helpers.composition import cache_modes, cache_option_files
+    from helpers.composition import cache_defaults, cache_modes, cache_option_files, cache_schema
     from semseg.config.compose import compose_config
+    from semseg.config.groups import CONFIG_DIR
+    from semseg.config.validate import check_config
     from semseg.nets.registry import ENCODERS
+    from semseg.reports.templates import TEMPLATE_FOLDER, _create_environment
 
     ENCODERS.update(TINY_ENCODERS)
     os.fsync = skip_sync
     cache_option_files()
+    cache_defaults()
     cache_modes()
-    compose_config([])
+    cache_schema()
+    check_config(compose_config([]))
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        GlobalHydra.instance().hydra.get_mode("config", [])
+    for path in TEMPLATE_FOLDER.iterdir():
+        _create_environment().get_template(path.name)
 
     for module in pkgutil.walk_packages(semseg.__path__, "semseg."):
         with contextlib.suppress(ImportError):  # an extra is not installed

@@ -1,19 +1,22 @@
-"""How much memory a piece of work takes. Measured in forks of the test, which spare the seconds that imports take."""
+"""How much memory a piece of work takes. Measured in forks, which spare the seconds that imports take."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import multiprocessing
+import os
 import re
+import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from helpers.fork_server import run_python
 
 FORK = multiprocessing.get_context("fork")
 MEGABYTE = 2**20
@@ -38,10 +41,16 @@ def in_child(work: Callable[[], Any]) -> Any:
     return answer
 
 
-def in_new_process(work: Callable[..., Any], *args: Any) -> Any:
-    """The answer of `work`, done where nothing was done before: what other tests left in the heap does not count."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        return pool.submit(work, *args).result()
+def run_in_fork(code: str, folder: Path) -> str:
+    """What a program prints where nothing was done but imports: what other tests left in the heap does not count.
+
+    Args:
+        folder: whose modules the program may import.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    program = run_python("-c", f"import torch; torch.set_num_threads(1); {code}", cwd=folder, env=environment)
+    assert program.returncode == 0, program.stdout
+    return program.stdout
 
 
 def resident(process: int | str = "self", field: str = "VmRSS") -> int:

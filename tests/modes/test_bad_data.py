@@ -118,13 +118,20 @@ FAULTS = {
 
 
 CHECKED_AT_START = ("c14 a bad line", "c15 too few images", "c18 in both splits")  # before any worker starts
-READ_IN_PROCESS = ("c1 truncated image", "c1 left out", "c9 in validation", *CHECKED_AT_START)
+READ_BY_WORKERS = ("c1 truncated image", "c1 left out", "c2 damaged mask", "c9 in validation")  # the others: long
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "workers"),
-    [*((name, 0) for name in READ_IN_PROCESS), *((name, 2) for name in FAULTS if name not in CHECKED_AT_START)],
+    [
+        *((name, 0) for name in FAULTS),
+        *(
+            pytest.param(name, 2, marks=[] if name in READ_BY_WORKERS else pytest.mark.long)
+            for name in FAULTS
+            if name not in CHECKED_AT_START
+        ),
+    ],
 )
 def test_c28_group_c_is_the_same_with_workers_and_without(name: str, workers: int, tmp_path: Path) -> None:
     write_data(tmp_path)

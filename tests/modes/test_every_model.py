@@ -15,12 +15,19 @@ from semseg.data.sources import DataSource
 from semseg.training.losses import segmentation_loss
 from semseg.training.optim import build_optimizer
 
-# Of the families with several sizes, one network each; the others take half an hour.
+# Of the families with several sizes, one network each; the others take half an hour. REPEATED has blocks of others.
 FEW = {"upernet_swin_tiny", "upernet_convnext_tiny", "linear_dinov2_vit_small", "upernet_lite_dinov3_vit_small"}
+REPEATED = {
+    "upernet101", "upernet_resnext101", "resnet101_dilated8_ppm_deepsup", "resnet50_dilated8_ppm_deepsup",
+    "resnet50_dilated8_c1_deepsup",
+}  # fmt: skip
 OF_A_FAMILY = ("dinov2_vit", "dinov3_vit", "convnext", "swin", "sam2")
 MODELS = [
     pytest.param(
-        name, marks=[pytest.mark.long] if any(kind in name for kind in OF_A_FAMILY) and name not in FEW else []
+        name,
+        marks=[pytest.mark.long]
+        if name in REPEATED or (any(kind in name for kind in OF_A_FAMILY) and name not in FEW)
+        else [],
     )
     for name in list_options("model")
     if name not in ("custom", "smp", "transformers")  # which need the name of a network

@@ -44,11 +44,11 @@ from semseg.training.step_means import IntervalMean, LastSteps
 apple_problems: set[str] = set()  # of the current case
 NUM_CLASSES = 150
 CANVAS = (128, 160)
-# Networks and encoders with the layers of smaller ones; every decoder is tried on every other encoder.
+# Networks and encoders with the layers of smaller ones, or large ones; every decoder is tried on every other encoder.
 REPEATED = {
     "mobilenetv2_dilated8_ppm_deepsup", "resnet18_dilated8_c1_deepsup", "resnet50_dilated8_c1_deepsup",
     "resnet50_dilated8_ppm_deepsup", "resnet101_dilated8_ppm_deepsup", "upernet101", "upernet_resnext101",
-    "hrnetv2_c1", "resnet50", "resnet101", "resnext101",
+    "hrnetv2_c1", "hrnetv2", "resnet50", "resnet101", "resnext101", "upernet50", "upernet_sam2_hiera_tiny",
 }  # fmt: skip
 REPEATED |= {
     name for name in list_options("model")
@@ -56,8 +56,7 @@ REPEATED |= {
 } - {"linear_dinov2_vit_small", "upernet_lite_dinov3_vit_small"}  # fmt: skip
 # Evaluation is the same for all networks, but for their size and strides.
 EVALUATED = {
-    "mobilenetv2_dilated8_c1_deepsup", "resnet18_dilated8_ppm_deepsup", "upernet_swin_tiny",
-    "linear_dinov2_vit_small", "upernet_lite_dinov3_vit_small",
+    "mobilenetv2_dilated8_c1_deepsup", "resnet18_dilated8_ppm_deepsup", "linear_dinov2_vit_small",
 }  # fmt: skip
 
 

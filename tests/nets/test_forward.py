@@ -67,7 +67,10 @@ def forget_networks() -> Iterator[None]:
 
 def mark_repeated(names: Iterable[str]) -> list[Any]:
     """Networks, those that only repeat blocks of others or pair what other pairs have marked as long."""
-    repeated = r"resnet101|resnet50_dilated16|resnet50_dilated8\+(upernet|ppm_bilinear$)|resnext101\+(upernet|ppm)"
+    repeated = (
+        r"resnet101|resnet50_dilated16|resnet50_dilated8\+(upernet|c1|ppm_bilinear)|resnext101\+(upernet|ppm)|"
+        r"resnet50\+ppm_bilinear$"
+    )
     return [pytest.param(name, marks=pytest.mark.long if re.match(repeated, name) else ()) for name in names]
 
 

@@ -134,8 +134,9 @@ def test_g11_uploads_that_stall_do_not_delay_others(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drip", [b"", b"y", b"1\r\ny\r\n"])  # nothing, byte by byte, chunk by chunk
+@pytest.mark.parametrize("drip", [b"", pytest.param(b"y", marks=pytest.mark.long), b"1\r\ny\r\n"])
 def test_g11_an_upload_that_is_too_slow_is_ended(monkeypatch: pytest.MonkeyPatch, drip: bytes) -> None:
+    """Nothing, byte by byte, chunk by chunk."""
     monkeypatch.setattr(server, "STALL_SECONDS", 0.4)
     start = b"Content-Length: 1000\r\n\r\n" + START
     if b"\r" in drip:
@@ -212,7 +213,9 @@ def test_g11_a_rejected_body_is_not_read_without_limit(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n", HEAD])
+@pytest.mark.parametrize(
+    "start", [pytest.param(b"", marks=pytest.mark.long), b"GET / HTTP/1.1\r\nHost: localhost\r\n", HEAD]
+)
 def test_g12_a_request_whose_header_is_not_complete_is_dropped(monkeypatch: pytest.MonkeyPatch, start: bytes) -> None:
     monkeypatch.setattr(connections, "CLIENT_SECONDS", 0.5)
     with running(monkeypatch) as here, here.connect() as silent, here.connect() as dripping:

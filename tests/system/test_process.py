@@ -66,7 +66,7 @@ def test_e7_a_child_whose_parent_has_ended_already_ends_at_once() -> None:
 
 @pytest.mark.slow
 @pytest.mark.reliability
-@pytest.mark.parametrize("delay", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("delay", [0.0, 0.05, pytest.param(1.0, marks=pytest.mark.long)])
 @pytest.mark.parametrize("fails", [False, True], ids=["prctl", "watching"])
 def test_e7_a_child_ends_with_its_parent_at_any_moment(delay: float, *, fails: bool) -> None:
     """`fails`: as on a system that cannot send a signal when a parent dies."""
@@ -184,7 +184,7 @@ def test_e8_nohup_is_respected(handling: str, code: int | None) -> None:
     assert child.stdout is not None and child.stdout.readline() == "on\n"
     child.send_signal(signal.SIGHUP)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(timeout=1 if code is None else 20)
+        child.wait(timeout=0.4 if code is None else 20)
     assert child.returncode == code
     child.kill()
     child.communicate()
@@ -195,7 +195,15 @@ def test_e8_nohup_is_respected(handling: str, code: int | None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.reliability
-@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&- <&-", "2>&1 | head -1", ">/dev/full"])
+@pytest.mark.parametrize(
+    "redirection",
+    [
+        *(pytest.param(closed, marks=pytest.mark.long) for closed in (">&-", "2>&-")),
+        ">&- 2>&- <&-",
+        "2>&1 | head -1",
+        ">/dev/full",
+    ],
+)
 def test_e9_a_closed_or_full_stream_loses_only_what_is_written_to_it(redirection: str) -> None:
     command = f"{sys.executable} {RUN} --help {redirection}; echo ${{PIPESTATUS[0]}} >&9"
     read, write = os.pipe()

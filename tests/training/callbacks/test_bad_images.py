@@ -207,7 +207,8 @@ class Trouble(Dataset[int]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kills", "timeout", "reason"), [(True, 60.0, "killed|exited"), (False, 1.0, "timed out")])
+@pytest.mark.parametrize(("kills", "timeout", "reason"), [(True, 60.0, "killed|exited"), (False, 0.3, "timed out")])
+@pytest.mark.usefixtures("short_grace")
 def test_c17_a_worker_that_dies_or_hangs_is_reported_with_the_image_in_its_hands(
     kills: bool, timeout: float, reason: str
 ) -> None:
@@ -223,9 +224,10 @@ def test_c17_a_worker_that_dies_or_hangs_is_reported_with_the_image_in_its_hands
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_grace")
 def test_c17_a_long_wait_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaders, "SLOW_ITEM_S", 0.5)
-    loader = WatchedLoader(Trouble(kills=False), lambda number: [f"{number}.jpg"], 2.5, batch_size=None, num_workers=1)
+    monkeypatch.setattr(loaders, "SLOW_ITEM_S", 0.1)
+    loader = WatchedLoader(Trouble(kills=False), lambda number: [f"{number}.jpg"], 0.6, batch_size=None, num_workers=1)
     with pytest.warns(UserWarning, match=r"has been waiting for 2\.jpg for \d s") as warnings, pytest.raises(DataError):
         list(loader)
     assert sum("has been waiting" in str(one.message) for one in warnings) == 1
