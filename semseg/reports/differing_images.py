@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from semseg.data.classes import ClassTable
+from semseg.data.store import is_file
 from semseg.errors import DataError
 from semseg.evaluation.image_files import MAPS_FILE, ClassMaps, DecodedMaps, decode_maps, read_class_maps
 from semseg.reports.compared_runs import ComparedRun
 from semseg.reports.draw import Pixels, colour_class_map
+from semseg.reports.photographs import find_reading, read_photograph
 from semseg.reports.pictures import HATCH_LEVELS, STRIPE_WIDTH, encode_jpeg_uri, encode_png_uri
 
 BASE_COLOUR, OTHER_COLOUR = np.array((31, 111, 235)), np.array((217, 115, 13))  # of the runs' curves in page.css
@@ -128,18 +128,13 @@ def draw_winners(image: DifferingImage, photograph: Pixels | None) -> Pixels:
 
 
 def load_photograph(run: ComparedRun, file: str, shape: tuple[int, int]) -> Pixels | None:
-    """Load an image of the data set at `shape` (height, width); None if it is not there any more, or unreadable."""
-    root = run.metrics.get("root")
+    """Load an image of the data set at `shape` (height, width), as the evaluation has read it.
+
+    None if it is not there any more, or cannot be read.
+    """
+    root, data = run.metrics.get("root"), find_reading(run.metrics)
     path = Path(root, file) if isinstance(root, str) else None
-    if path is None or not path.is_file():
-        return None
-    height, width = shape
     try:
-        with Image.open(path) as stored:
-            stored.draft("RGB", (2 * max(shape), 2 * max(shape)))  # a large JPEG is decoded at a fraction of its size
-            upright = ImageOps.exif_transpose(stored)
-            # The label was drawn on the upright or on the stored pixels: the shape shows on which.
-            picture = min(upright, stored, key=lambda one: abs(math.log(one.width * height / (one.height * width))))
-            return np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BOX))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None if path is None or data is None or not is_file(path) else read_photograph(path, data, shape)
+    except (DataError, OSError):
         return None

@@ -6,25 +6,30 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from helpers.browser import evaluate_in_browser, needs_browser
 from helpers.command_line import RUN, run_here
-from semseg.config.schema import Config
+from semseg.config.schema import Config, DataConfig
 from semseg.data.seeding import generator_for
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.image_files import COUNTS_FILE, MAPS_FILE, encode_maps, write_class_maps, write_image_counts
 from semseg.evaluation.paired_bootstrap import compute_difference_intervals, score_counts
 from semseg.modes import compare as mode
+from semseg.reports import photographs
 from semseg.reports.compare_page import render_compare_page
 from semseg.reports.compared_runs import ComparedRun, choose_distinct_names, name_giving_folder, read_evaluations
 from semseg.reports.comparison import Difference, compare_runs
 from semseg.reports.differing_images import BASE_COLOUR, OTHER_COLOUR, DifferingImage, draw_winners, load_photograph
+from semseg.reports.photographs import describe_reading
 from semseg.storage.run_results import Job, write_job
 
 SKY, ROAD = "sky", "<b>[red]road[/red]</b>"
@@ -416,6 +421,30 @@ def test_a_photograph_is_turned_if_its_labels_are(tmp_path: Path) -> None:
     assert upright is not None and upright[0, 5, 0] == 255 and upright[-1, 5, 0] == 0
     assert stored is not None and stored[5, 0, 0] == 255 and stored[5, -1, 0] == 0
     assert load_photograph(run, "missing.png", (10, 20)) is None
+
+
+def test_photographs_of_bands_are_read_and_drawn_as_the_evaluation_has_read_them(tmp_path: Path) -> None:
+    """Pillow would give wrong pixels for all of them, or none."""
+    pixels = np.full((40, 80, 4), 1000, np.uint16)
+    pixels[:, 40:, 3] = 3000
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="minisblack", planarconfig="contig", tile=(16, 16))
+    np.save(tmp_path / "b.npy", pixels)
+    for band, suffix in ((0, "_B4"), (3, "_B8")):
+        tifffile.imwrite(tmp_path / f"c{suffix}.tif", pixels[..., band])
+    bands = DataConfig(bands=["red", "green", "blue", "nir"], value_range=[0, 4000], show_bands=["nir"])
+    files = DataConfig(bands=["red", "nir"], band_files={"red": "_B4", "nir": "_B8"}, value_range=[0, 4000])
+    for name, data in (("a.tif", bands), ("b.npy", bands), ("c_B4.tif", replace(files, show_bands=["nir"]))):
+        stored = json.loads(json.dumps({"root": str(tmp_path), **describe_reading(data)}))
+        shown = load_photograph(ComparedRun("a", tmp_path, stored, None), name, (10, 20))
+        assert shown is not None and shown.shape == (10, 20, 3)
+        assert shown[:, :10].max() == 0 and shown[:, 10:].min() == 255
+        with patch.object(photographs, "WHOLE_PIXELS", 100):
+            by_window = load_photograph(ComparedRun("a", tmp_path, stored, None), name, (10, 20))
+        assert np.array_equal(by_window, shown)
+    assert load_photograph(ComparedRun("a", tmp_path, {"root": str(tmp_path)}, None), "a.tif", (10, 20)) is None
+    for damaged in ({"bands": 5}, {"bands": []}, {"_target_": "x"}, 7, {"value_range": "x"}, {"band_files": ["x"]}):
+        run = ComparedRun("a", tmp_path, {"root": str(tmp_path), "reading": damaged}, None)
+        assert load_photograph(run, "a.tif", (10, 20)) is None
 
 
 def test_damaged_class_maps_are_named(tmp_path: Path) -> None:
