@@ -32,6 +32,7 @@ from semseg.data.rasters import as_bands, check_layout, read_raster
 from semseg.data.store import UnusedFiles, is_file, list_folder
 from semseg.errors import DataError
 
+NAMING_ADVICE = "Name every band of a file; null instead of a name leaves a band out."  # for data sets
 _PNG_BANDS = {0: 1, 2: 3, 4: 2, 6: 4}  # colour type -> bands, with alpha; 3 is a palette
 
 
@@ -90,18 +91,30 @@ def read_bands(
 
 
 def decode_bands(
-    data: bytes, name: str | Path, options: BandOptions, max_pixels: int, *, key: str = "data.max_pixels"
+    data: bytes,
+    name: str | Path,
+    options: BandOptions,
+    max_pixels: int,
+    *,
+    key: str = "data.max_pixels",
+    naming: str = NAMING_ADVICE,
 ) -> BandImage:
     """As `read_bands`, for the bytes of the only file of an image.
 
     Args:
         name: of the file, for messages.
+        naming: what to do about a file with other bands, for the message.
     """
-    return join_files([(name, data)], options, max_pixels, key=key)
+    return join_files([(name, data)], options, max_pixels, key=key, naming=naming)
 
 
 def join_files(
-    members: Iterable[tuple[str | Path, bytes]], options: BandOptions, max_pixels: int, *, key: str
+    members: Iterable[tuple[str | Path, bytes]],
+    options: BandOptions,
+    max_pixels: int,
+    *,
+    key: str,
+    naming: str = NAMING_ADVICE,
 ) -> BandImage:
     """The bands of all files of an image, given as names and contents; see `read_bands`."""
     parts: list[NDArray] = []
@@ -111,7 +124,7 @@ def join_files(
     path: str | Path = ""
     for file, (member, data) in zip(options.files, members, strict=True):
         path = path or member
-        read = split_alpha(member, decode_file_bands(member, data, max_pixels, key), file)
+        read = split_alpha(member, decode_file_bands(member, data, max_pixels, key), file, naming)
         options.check_type(read.pixels.dtype, member)
         if first is None:
             first = read
@@ -264,10 +277,13 @@ def check_header(path: str | Path, header: Header, file: BandFile, options: Band
     options.check_type(pixel.dtype, path)
 
 
-def split_alpha(path: str | Path, read: FileBands, file: BandFile) -> FileBands:
+def split_alpha(path: str | Path, read: FileBands, file: BandFile, naming: str = NAMING_ADVICE) -> FileBands:
     """The bands of a file that its names stand for: alpha is one of them if there is a name for it.
 
     Grey files are red, green and blue alike where these three are expected.
+
+    Args:
+        naming: what to do about a file with other bands, for the message.
 
     Raises:
         DataError: if the file holds another number of bands than there are names.
@@ -287,8 +303,7 @@ def split_alpha(path: str | Path, read: FileBands, file: BandFile) -> FileBands:
         holds = f"{found} band{'s' if found > 1 else ''}{alpha} of {read.pixels.dtype} values"
     where = f" for the files {file.suffix}" if file.suffix else ""
     raise DataError(
-        f"{path}: holds {holds}, but data.bands names {num_names}{where}: {describe_bands(file.names)}. Name every "
-        "band of a file; null instead of a name leaves a band out."
+        f"{path}: holds {holds}, but data.bands names {num_names}{where}: {describe_bands(file.names)}. {naming}"
     )
 
 

@@ -69,8 +69,8 @@ class BandOptions:
         return [read.index(name) for name in self.names]
 
     def as_one_file(self) -> BandOptions:
-        """The same bands, all of them in one file."""
-        return replace(self, files=(BandFile("", self.names),))
+        """The same bands, all of them in one file: as they are if they were, else in the order of their names."""
+        return self if len(self.files) == 1 else replace(self, files=(BandFile("", self.names),))
 
     @property
     def has_colours(self) -> bool:

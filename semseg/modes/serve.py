@@ -37,6 +37,7 @@ def run(config: Config, overrides: list[str]) -> None:
             predictor.label_map,
             partial(predict_ids, predictor),
             None if predictor.bands is None else predictor.bands.as_one_file(),
+            predictor.draw,
         )
         hosts = [*LOOPBACK_NAMES, config.serve.host] if is_loopback(listener) else ["*"]
         app = build_app(served, config.serve, hosts)

@@ -35,12 +35,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from semseg.config.preprocessing import RGB
 from semseg.config.schema import ServeConfig
 from semseg.data.band_images import decode_bands
 from semseg.data.bands import BandOptions
 from semseg.data.classes import ClassTable
 from semseg.data.images import decode_image
 from semseg.data.label_map import LabelMap
+from semseg.data.raster_layout import TIFF_STARTS
 from semseg.errors import ConfigError, SemsegError
 from semseg.reports.draw import class_shares
 from semseg.reports.templates import format_css_colour
@@ -55,7 +57,9 @@ MAX_HEADER_BYTES = 2**15
 RETRY_SECONDS = 5
 SHUTDOWN_SECONDS = 5  # for requests in progress, after Ctrl-C
 MAX_NAME_LENGTH = 80  # characters of an uploaded file's name in a response
+MAX_PICTURE_EDGE = 1600  # pixels of the picture in a response, as of the overlay of the page
 MEBIBYTE = 2**20
+SEND_OTHER_BANDS = "Send an image with these bands, in one file and in this order."
 
 # The page may load its own files and show pictures from its memory, and nothing else.
 CONTENT_POLICY = (
@@ -114,6 +118,7 @@ class ServedNetwork(NamedTuple):
     label_map: LabelMap  # maps class indices to the ids in the mask
     predict: Callable[[NDArray], NDArray[np.integer]]  # (H, W, 3) uint8 RGB, or bands -> (H, W) class indices
     bands: BandOptions | None = None  # of an upload, all in one file; None: it is 8-bit RGB
+    draw: Callable[[NDArray], NDArray[np.uint8]] = lambda image: image  # what `predict` takes -> (H, W, 3) RGB
 
 
 class Upload(NamedTuple):
@@ -138,6 +143,7 @@ class NetworkResponse(BaseModel):
     classes: list[NetworkClass]
     max_upload_bytes: int = Field(description="largest size of a request, in bytes")
     max_pixels: int = Field(description="largest size of an image, in pixels")
+    bands: list[str | None] = Field(description="the bands of an image, in the order of its file; null: not used")
 
 
 class PresentClass(NetworkClass):
@@ -153,6 +159,9 @@ class PredictResponse(BaseModel):
     width: int = Field(description="pixels")
     classes: list[PresentClass] = Field(description="the classes present, the largest first")
     mask: str = Field(description="class ids as a base64 PNG, one channel of 8 bits (16 if an id is above 255)")
+    picture: str | None = Field(
+        description="the image as a base64 JPEG, where browsers cannot show it: TIFF, and bands; else null"
+    )
 
 
 class RequestGate:
@@ -289,7 +298,11 @@ def build_app(served: ServedNetwork, config: ServeConfig, hosts: list[str]) -> A
         """Return the classes with their ids and colours, and the limits."""
         classes = [describe_class(served, index) for index in range(served.classes.num_classes)]
         return NetworkResponse(
-            name=served.name, classes=classes, max_upload_bytes=max_bytes, max_pixels=config.max_pixels
+            name=served.name,
+            classes=classes,
+            max_upload_bytes=max_bytes,
+            max_pixels=config.max_pixels,
+            bands=list(RGB if served.bands is None else served.bands.files[0].names),
         )
 
     @app.post("/predict", openapi_extra=UPLOAD_FORM, responses=ERROR_RESPONSES)
@@ -428,14 +441,17 @@ def predict_upload(served: ServedNetwork, upload: Upload, max_pixels: int) -> Pr
     if served.bands is None:
         image = decode_image(data, upload.name, upright=True, max_pixels=max_pixels, key=key)
     else:
-        image = decode_bands(data, upload.name, served.bands, max_pixels, key=key).turn_upright().pixels
+        read = decode_bands(data, upload.name, served.bands, max_pixels, key=key, naming=SEND_OTHER_BANDS)
+        image = read.turn_upright().pixels
+    is_shown_by_browsers = served.bands is None and not data.startswith(TIFF_STARTS)
+    picture = None if is_shown_by_browsers else encode_picture(served.draw(image))
     ids = served.predict(image)
     present = [
         PresentClass(share=share.share, **describe_class(served, share.class_index).model_dump())
         for share in class_shares(ids, served.classes)
     ]
     mask = base64.b64encode(encode_mask(ids, served.label_map)).decode()
-    return PredictResponse(height=ids.shape[0], width=ids.shape[1], classes=present, mask=mask)
+    return PredictResponse(height=ids.shape[0], width=ids.shape[1], classes=present, mask=mask, picture=picture)
 
 
 def describe_class(served: ServedNetwork, index: int) -> NetworkClass:
@@ -453,6 +469,14 @@ def encode_mask(ids: NDArray[np.integer], label_map: LabelMap) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(raw.astype(np.uint8) if raw.max(initial=0) < 256 else raw).save(stream, "PNG")
     return stream.getvalue()
+
+
+def encode_picture(pixels: NDArray[np.uint8]) -> str:
+    """Encode a picture (H, W, 3) RGB as a JPEG in base64, at most MAX_PICTURE_EDGE pixels high and wide."""
+    picture, stream = Image.fromarray(pixels), io.BytesIO()
+    picture.thumbnail((MAX_PICTURE_EDGE, MAX_PICTURE_EDGE))
+    picture.save(stream, "JPEG", quality=90)
+    return base64.b64encode(stream.getvalue()).decode()
 
 
 async def answer_user_error(request: Request, error: Exception) -> Response:

@@ -20,7 +20,8 @@ async function start() {
   byId("network").textContent = `${network.name}, ${network.classes.length} classes`;
   const megabytes = (network.max_upload_bytes / 2 ** 20).toLocaleString("en", { maximumFractionDigits: 1 });
   const megapixels = (network.max_pixels / 1e6).toLocaleString("en", { maximumFractionDigits: 1 });
-  byId("limits").textContent = `up to ${megabytes} MB and ${megapixels} megapixels, sent only to this server`;
+  const bands = String(network.bands) === "red,green,blue" ? "" : `with the bands ${network.bands.join(", ")}, `;
+  byId("limits").textContent = `${bands}up to ${megabytes} MB and ${megapixels} megapixels, sent only to this server`;
 }
 
 // ---- choose an image
@@ -63,10 +64,11 @@ async function predict(file) {
     const response = await fetch("/predict", { method: "POST", body: form, signal: request.signal });
     const content = await response.json();
     if (!response.ok) throw new Error(content.detail);
-    const png = Uint8Array.from(atob(content.mask), (letter) => letter.charCodeAt(0));
+    const png = decodeBase64(content.mask);
     const mask = await readMask(png);
     if (request.signal.aborted) return;
-    showResult(file, png, { ...mask, classes: content.classes });
+    const shown = content.picture ? new Blob([decodeBase64(content.picture)], { type: "image/jpeg" }) : file;
+    showResult(file.name, shown, png, { ...mask, classes: content.classes });
     const seconds = ((performance.now() - start) / 1000).toFixed(1);
     showStatus("done", `${file.name}: ${mask.width} × ${mask.height} pixels, ${seconds} s`);
   } catch (error) {
@@ -74,6 +76,10 @@ async function predict(file) {
     const isOffline = error instanceof TypeError; // fetch throws it if there is no response
     showStatus("wrong", isOffline ? "The server does not respond. Check that it is running." : error.message);
   }
+}
+
+function decodeBase64(text) {
+  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 }
 
 function showStatus(kind, text) {
@@ -133,12 +139,13 @@ function paeth(left, up, corner) {
 
 // ---- show the result
 
-function showResult(file, png, prediction) {
+// Shows a prediction over `image`, a file or a blob that the browser can draw.
+function showResult(name, image, png, prediction) {
   result = { ...prediction, overlay: shrinkMask(prediction) };
   highlightedId = null;
-  setBlobUrl(byId("image"), "src", file);
+  setBlobUrl(byId("image"), "src", image);
   setBlobUrl(byId("download"), "href", new Blob([png], { type: "image/png" }));
-  byId("download").download = `${file.name.replace(/\.[^.]*$/, "")}_ids.png`;
+  byId("download").download = `${name.replace(/\.[^.]*$/, "")}_ids.png`;
   byId("view").style.setProperty("--ratio", result.width / result.height);
   byId("view").classList.toggle("small", Math.max(result.width, result.height) < 400);
   byId("legend").tBodies[0].replaceChildren(...result.classes.map(createLegendRow));
