@@ -30,9 +30,11 @@ from semseg.checkpoints.format import (
 )
 from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import config_to_plain
+from semseg.data.crops import NATIVE, choose_crop
 from semseg.data.geometry import Size
 from semseg.data.sources import make_label_map
 from semseg.errors import CheckpointError, SemsegError
+from semseg.evaluation.tiled import choose_layout
 from semseg.nets.interfaces import Decoder, Encoder, Logits, SegmentationNetwork
 from semseg.nets.segmenter import Segmenter
 
@@ -74,10 +76,29 @@ def build_description(saved: SavedNetwork, net: SegmentationNetwork, quantized: 
         "image_size": None if net.image_size is None else list(net.image_size),
         "label_ids": ids.class_ids,
         "ignored_ids": ids.ignored_ids,
-        "preprocessing": picture_rule(saved, net).as_plain(),
+        "preprocessing": describe_windows(saved, net) or picture_rule(saved, net).as_plain(),
         "quantized": quantized,
         "input": f"{INPUT_NAME}: float32 {describe_values(net.convention)}; H and W {describe_sides(net)}",
         "output": f"{OUTPUT_NAME}: float32 (N, {net.num_classes}, H / {net.label_stride}, W / {net.label_stride})",
+    }
+
+
+def describe_windows(saved: SavedNetwork, net: SegmentationNetwork) -> dict[str, Any] | None:
+    """The entry `preprocessing` of a network at native resolution, whose images are not resized; None for others."""
+    config = saved.config
+    crop = choose_crop(config.data, config.augment, net.image_size)
+    if config.data.resize != NATIVE or crop is None:
+        return None
+    window, stride = config.predict.window, config.predict.stride
+    layout = choose_layout(net, crop, divisor=config.model.size_divisor, window=window, stride=stride)
+    return {
+        "version": PREPROCESSING_VERSION,
+        "resizing": "none: windows of the image as it is, whose logits are averaged",
+        "window": layout.side,
+        "stride": layout.step,
+        "size_divisor": layout.divisor,
+        "flip": config.predict.flip,
+        "normalisation": "inside the graph",
     }
 
 

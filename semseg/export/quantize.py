@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnxruntime.quantization import (
@@ -27,16 +28,20 @@ from torch import Tensor
 
 from semseg.config.schema import EvalConfig
 from semseg.data.datasets import EvalDataset
+from semseg.data.geometry import Size, round_up
+from semseg.data.windows import spread_windows
 from semseg.evaluation.inference import predict_class_map
 from semseg.evaluation.metrics import Scores, confusion_counts, scores_from
+from semseg.evaluation.tiled import ArraySink, WindowLayout, cut_window, predict_by_windows
 from semseg.export.onnx_runtime import INPUT_NAME
 from semseg.nets.interfaces import SegmentationNetwork
 
+NUM_CALIBRATION_WINDOWS = 4  # of each sample image at native resolution
 QUANTIZED_OPERATORS = ["Conv"]  # where a network spends its time
 
 
 class CalibrationImages(CalibrationDataReader):
-    """Passes images (3, H, W) uint8 to onnxruntime, one at a time."""
+    """Passes images (C, H, W) to onnxruntime, one at a time."""
 
     def __init__(self, images: Iterable[Tensor]) -> None:
         self.images = iter(images)
@@ -50,8 +55,8 @@ def quantize_onnx(path: Path, images: Iterable[Tensor] | None) -> None:
     """Quantise the float32 network in `path`, in place; its metadata are kept.
 
     Args:
-        images: sample images RGB (3, H, W) uint8 for static quantisation, H and W multiples of the network's
-            size_divisor; None: dynamic.
+        images: sample images (C, H, W), uint8 RGB or bands, for static quantisation, H and W multiples of the
+            network's size_divisor; None: dynamic.
     """
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it advises steps that torch.onnx has done already
@@ -101,23 +106,63 @@ def sample_positions(dataset: EvalDataset, count: int) -> list[int]:
     return [index * length // count for index in range(count)]
 
 
+def sample_windows(image: Tensor, layout: WindowLayout) -> list[Tensor]:
+    """NUM_CALIBRATION_WINDOWS of an image (C, H, W), spread over it, whose sides are multiples of the size divisor.
+
+    An image that is smaller than a window is one window, whose edge is repeated up to such a multiple.
+    """
+    size = Size(*image.shape[1:])
+    places = dict.fromkeys(spread_windows(size, NUM_CALIBRATION_WINDOWS, layout.side))
+    return [pad_to_multiple(cut_window(image, place), layout.divisor) for place in places]
+
+
+def pad_to_multiple(pixels: Tensor, divisor: int) -> Tensor:
+    """Pixels (C, H, W) with the last row and column repeated until both sides are multiples of `divisor`."""
+    missing = [(0, round_up(length, divisor) - length) for length in pixels.shape[1:]]
+    return torch.from_numpy(np.pad(pixels.numpy(), [(0, 0), *missing], mode="edge"))
+
+
 def score_network(
-    net: SegmentationNetwork, dataset: EvalDataset, count: int, options: EvalConfig, miou_rule: str
+    net: SegmentationNetwork,
+    dataset: EvalDataset,
+    count: int,
+    options: EvalConfig,
+    miou_rule: str,
+    *,
+    layout: WindowLayout | None = None,
 ) -> Scores:
-    """Score a network on `count` images of a data set with labels, with the settings of mode=eval."""
+    """Score a network on `count` images of a data set with labels, with the settings of mode=eval.
+
+    Args:
+        layout: the windows of images at native resolution; None: they are at eval.scales.
+    """
     matrix = torch.zeros(net.num_classes, net.num_classes, dtype=torch.int64)
     for index in sample_positions(dataset, count):
         sample = dataset[index]
-        height, width = sample.label.shape
-        prediction = predict_class_map(
-            net,
-            sample.scales,
-            (height, width),
-            net.convention,
-            flip=options.flip,
-            window=options.window,
-            stride=options.stride,
-            memory_limit_mb=options.memory_limit_mb,
-        )
-        matrix += confusion_counts(prediction.ids, sample.label, net.num_classes)
+        size = Size(*sample.label.shape)
+        if layout is not None:
+            sink = ArraySink(size)
+            predict_by_windows(
+                net,
+                sample.scales[0],
+                net.convention,
+                layout,
+                sink,
+                flip=options.flip,
+                batch_size=options.batch_size,
+                memory_limit_mb=options.memory_limit_mb,
+            )
+            ids = torch.from_numpy(sink.ids)
+        else:
+            ids = predict_class_map(
+                net,
+                sample.scales,
+                size,
+                net.convention,
+                flip=options.flip,
+                window=options.window,
+                stride=options.stride,
+                memory_limit_mb=options.memory_limit_mb,
+            ).ids
+        matrix += confusion_counts(ids, sample.label, net.num_classes)
     return scores_from(matrix, miou_rule)

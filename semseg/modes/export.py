@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from semseg.build import open_network, require_export_extra, restore_network
+from semseg.build import choose_evaluation_layout, open_network, require_export_extra, restore_network
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import EXPORT_SUFFIXES, Config, EvalConfig, ExportConfig
+from semseg.data.crops import NATIVE
 from semseg.data.datasets import EvalDataset, ReadOptions
 from semseg.data.sources import DataSource
 from semseg.errors import DataError, ExportError
@@ -46,6 +47,11 @@ def run(config: Config, overrides: list[str]) -> None:
         raise ExportError(
             "export.preprocessing=true: the graph would take pictures of 8-bit RGB, this network takes the bands "
             f"{', '.join(net.convention.bands)}. Leave it out."
+        )
+    if options.preprocessing and config.data.resize == NATIVE:
+        raise ExportError(
+            "export.preprocessing=true: the graph would bring pictures to a short edge, this network takes windows of "
+            "them as they are (data.resize=native). Leave it out: mode=predict goes by windows."
         )
     with atomic_write(output) as temporary:
         write = EXPORT_WRITERS[EXPORT_SUFFIXES[output.suffix]]
@@ -116,16 +122,19 @@ def follow_given_keys(saved: Config, given: Config) -> Config:
 def read_calibration_images(config: Config, net: SegmentationNetwork) -> Iterator[Tensor]:
     """export.calibration_images images of export.calibration_split, at every scale of eval.scales.
 
+    Of images at native resolution these are windows, as in evaluation.
+
     Raises:
         DataError: if the data set is missing.
     """
-    from semseg.export.quantize import sample_positions  # noqa: PLC0415 - the packages of an extra
+    from semseg.export.quantize import sample_positions, sample_windows  # noqa: PLC0415 - the packages of an extra
 
-    source = DataSource(config.data)
+    source, layout = DataSource(config.data), choose_evaluation_layout(config, net)
     size_divisor = config.model.size_divisor or net.size_divisor
     dataset = open_split(source, config.export.calibration_split, config.eval, size_divisor, net)
     for position in sample_positions(dataset, config.export.calibration_images):
-        yield from dataset[position].scales
+        scales = dataset[position].scales
+        yield from scales if layout is None else sample_windows(scales[0], layout)
 
 
 def open_split(
@@ -135,8 +144,13 @@ def open_split(
     return EvalDataset(
         source.records(split),
         source.label_map,
-        ReadOptions(source.config.max_long_edge, size_divisor, bands=source.bands_of(split)),
-        short_edges=options.scales,
+        ReadOptions(
+            source.config.max_long_edge,
+            size_divisor,
+            max_pixels=source.config.max_pixels,
+            bands=source.bands_of(split),
+        ),
+        short_edges=() if source.config.resize == NATIVE else options.scales,
         antialias=net.convention.antialias,
     )
 
@@ -158,7 +172,10 @@ def print_quantisation_loss(
                 f"data={config.data.name} has {source.classes.num_classes} classes, the network has "
                 f"{saved.classes.num_classes}."
             )
-        before, after = (score_network(one, dataset, count, config.eval, rule) for one in (net, quantized))
+        layout = choose_evaluation_layout(config, net)
+        before, after = (
+            score_network(one, dataset, count, config.eval, rule, layout=layout) for one in (net, quantized)
+        )
     except DataError as error:
         _log.warning("the loss by quantisation was not measured: %s", error)
         return
