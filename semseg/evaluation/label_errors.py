@@ -56,10 +56,11 @@ def find_label_errors(
 ) -> Iterator[LabelError]:
     """The regions of an image that the network contradicts.
 
-    The score of a region is its mean margin times the side that its inner pixels would have as a square, as a fraction
-    of the same for the image: sqrt(inner pixels / pixels of the image). Inner pixels are those that are not beside a
-    border of the label (`find_border_zone`): there, networks and annotators always differ by a few pixels. A region
-    needs MIN_AREA of them.
+    The score of a region is the product of its mean margin, of the side that its inner pixels would have as a square,
+    as a fraction of the same for the image, sqrt(inner pixels / pixels of the image), and of the fraction of its box
+    that the region fills. Inner pixels are those that are not beside a border of the label (`find_border_zone`): there,
+    networks and annotators always differ by a few pixels. A region needs MIN_AREA of them. Objects fill their box; what
+    a network draws otherwise along a border is long and bent.
 
     Args:
         label: (H, W) class indices, -1 = not scored.
@@ -88,10 +89,10 @@ def find_label_errors(
         for number, (inner, margin, total) in enumerate(zip(*(values.tolist() for values in sums), strict=True)):
             if inner < MIN_AREA:
                 continue
-            score = margin / inner * math.sqrt(inner / label.size)
+            x, y, w, h, area = stats[number].tolist()
+            score = margin / inner * math.sqrt(inner / label.size) * area / (w * h)
             if score < above:
                 continue
-            x, y, w, h, area = stats[number].tolist()
             yield LabelError(
                 score=score,
                 position=position,

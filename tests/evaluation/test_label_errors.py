@@ -189,6 +189,16 @@ def evaluate(folder: Path, ckpt: str, name: str, *words: str) -> tuple[list[dict
         return list(csv.DictReader(file)), " ".join(printed.split())
 
 
+def test_a_region_along_a_border_comes_behind_a_compact_one_of_its_size() -> None:
+    scene = Scene()
+    scene.predict(slice(60, 75), slice(0, 20), CAR)
+    for step in range(30):
+        scene.predict(slice(5 + step, 5 + step + 10), slice(50 + step, 51 + step), ROAD)  # 300 pixels, 39 x 30
+    first, second = merge_label_errors([scene.find()])
+    assert (first.predicted, second.predicted, first.pixels, second.pixels) == (CAR, ROAD, 300, 300)
+    assert second.score == pytest.approx(0.8 * math.sqrt(300) / 100 * 300 / (39 * 30))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ckpt", ["[a.ckpt,b.ckpt]", pytest.param("a.ckpt", marks=pytest.mark.long)])
 def test_an_evaluation_ranks_regions_by_the_mean_probabilities_of_scales_and_networks(
