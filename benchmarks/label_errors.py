@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 
 TABLE = Path(__file__).with_suffix(".csv")
 FIRST = (50, 100, 150)
-KEY = ("data", "split", "encoder", "minutes", "seed", "plant")
+KEY = ("data", "split", "encoder", "minutes", "seed", "plant", "scales", "flip")
 COLUMNS = (
     "commit", *KEY, "planted", "listed", *(f"found_{number}" for number in FIRST), "found", "by_size_150",
     "by_margin_150", "missed_by_class",
@@ -90,7 +90,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="timm's name")
     parser.add_argument("--weights", help="a file, or none; the default is the file of the encoder's package")
     parser.add_argument("--seed", type=int, default=1, help="of the training")
-    parser.add_argument("--short-edge", type=int, default=360, help="pixels, at which labels are checked")
+    parser.add_argument("--short-edge", type=int, default=360, help="pixels: the largest of training")
+    parser.add_argument("--scales", default="360", help="eval.scales, in which labels are checked")
+    parser.add_argument("--flip", action="store_true", help="eval.flip=true")
     parser.add_argument("--work", type=Path, default=Path("label_errors"), help="folder of runs and copies")
     parser.add_argument("--table", type=Path, default=TABLE, help="CSV file to which rows are added")
     parser.add_argument("--toy", action="store_true", help="a tiny network and two steps, to test this program")
@@ -118,27 +120,23 @@ def train_network(options: argparse.Namespace) -> Path:
 
 def measure(plant: int, network: Path, options: argparse.Namespace) -> None:
     """Plant errors, list regions, and add a row, unless the table has it."""
-    key = dict(
-        zip(
-            KEY,
-            (
-                options.data.name, options.split, options.encoder, f"{options.minutes:g}", str(options.seed),
-                str(plant),
-            ),
-            strict=True,
-        )
-    )  # fmt: skip
+    key = {
+        "data": options.data.name, "split": options.split, "encoder": options.encoder,
+        "minutes": f"{options.minutes:g}", "seed": str(options.seed), "plant": str(plant), "scales": options.scales,
+        "flip": str(options.flip).lower(),
+    }  # fmt: skip
     if has_row(options.table, key):
         print(f"plant {plant}: has a row")
         return
-    copy, folder = options.work / f"copy-{plant}", options.work / f"eval-{plant}"
+    copy = options.work / f"copy-{plant}"
+    folder = options.work / f"eval-{plant}-{options.scales}{'-flip' if options.flip else ''}"
     planted = plant_errors(options, copy, np.random.default_rng(plant))
     words = [
         "mode=eval", f"ckpt={network}", *data_words(copy), f"eval.split={options.split}", "eval.label_errors=true",
-        f"eval.scales=[{32 if options.toy else options.short_edge}]", "trainer=cpu", "data.label_cache=null",
+        f"eval.scales=[{options.scales}]", f"eval.flip={key['flip']}", "trainer=cpu", "data.label_cache=null",
         f"run_dir={folder}",
     ]  # fmt: skip
-    accuracy.run_measured([str(ROOT / "run.py"), *words], options.work / f"eval-{plant}.log")
+    accuracy.run_measured([str(ROOT / "run.py"), *words], options.work / f"{folder.name}.log")
     with (folder / "label_errors.csv").open(newline="") as file:
         regions = list(csv.DictReader(file))
     row = describe_regions(planted, regions, read_class_names(options.data))

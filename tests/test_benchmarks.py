@@ -138,7 +138,7 @@ def test_planted_label_errors_are_looked_for_by_a_network_that_has_not_seen_them
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_scenes(tmp_path / "scenes", num_train=4, num_val=3, seed=1)
-    words = [*TOY_WORDS, "--count", "4", "--plant", "5", "--min-share", "0.002"]
+    words = [*TOY_WORDS, "--count", "4", "--plant", "5", "--min-share", "0.002", "--scales", "32"]
     (row,) = run_twice(tmp_path, monkeypatch, "label_errors", words)
     assert (row["planted"], row["plant"]) == ("4", "5") and 0 <= int(row["found_150"]) <= int(row["found"]) <= 4
     for label in (tmp_path / "scenes" / "annotations" / "validation").glob("*.png"):  # only the copy was changed
