@@ -96,9 +96,9 @@ def measure(side: str, options: argparse.Namespace) -> None:
         return
     row: dict[str, str] = {}
     words = recipe_words(options, all_labels=side == "all")
-    name = "-".join(value.replace("/", "_").replace(" ", "_") for value in key.values() if value)
+    name = "-".join(key[part].replace("/", "_").replace(" ", "_") for part in KEY[5:] if key[part])
     if is_pseudo:
-        teacher = train("teacher", recipe_words(options), options.steps, options)
+        teacher = train("labelled", recipe_words(options), options.steps, options)
         masks, row = predict_unlabelled(teacher, options)
         mix = f"{{images: {unlabelled_folder(options)}, masks: {masks}, mask_suffix: _ids, share: {options.share}}}"
         words += [f"data.mix=[{mix}]", *options.further.split()]
@@ -150,7 +150,7 @@ def unlabelled_folder(options: argparse.Namespace) -> Path:
 
 def train(name: str, words: Sequence[str], steps: int, options: argparse.Namespace) -> Path:
     """The checkpoint of a training, which runs once for each name, seed and number of steps."""
-    run_dir = options.work / f"{name}-{options.labelled}-{options.seed}-{steps}"
+    run_dir = options.work / f"{name}-{options.encoder}-{options.labelled}-{options.seed}-{steps}"
     network = run_dir / "checkpoints" / "last.ckpt"
     if not network.exists():
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -160,7 +160,7 @@ def train(name: str, words: Sequence[str], steps: int, options: argparse.Namespa
 
 def predict_unlabelled(network: Path, options: argparse.Namespace) -> tuple[Path, dict[str, str]]:
     """The folder of the pseudo labels of the unlabelled images, and the entries of a row about them."""
-    folder = options.work / f"pseudo-{options.labelled}-{options.seed}-{options.steps}-{options.confidence:g}"
+    folder = network.parents[1].with_name(f"{network.parents[1].name}-predicted-{options.confidence:g}")
     words = [
         "mode=predict", f"ckpt={network}", f"input={unlabelled_folder(options)}", f"run_dir={folder}",
         "predict.save=[ids]", f"predict.scales=[{options.eval_edge}]", f"predict.min_confidence={options.confidence}",
