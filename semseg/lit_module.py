@@ -27,6 +27,7 @@ from semseg.config.schema import EvalConfig, LossConfig, ModelConfig, OptimConfi
 from semseg.data.batch import Batch, EvalSample
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
+from semseg.data.records import check_bad_fraction
 from semseg.data.windows import RowSink, WindowReader
 from semseg.errors import CheckpointError, ConfigError, DataError
 from semseg.evaluation.evaluator import NO_SCORES, Evaluator, SplitCounts
@@ -41,7 +42,7 @@ from semseg.nets.interfaces import Logits, SegmentationNetwork
 from semseg.nets.normalise import normalise
 from semseg.nets.segmenter import is_convolutional
 from semseg.syncbn.layer import convert_batch_norms, revert_batch_norms
-from semseg.training.callbacks.bad_images import check_bad_fraction, report_bad_image
+from semseg.training.callbacks.bad_images import report_bad_image
 from semseg.training.callbacks.label_warnings import describe_odd_predictions
 from semseg.training.callbacks.out_of_memory import report_out_of_memory, report_out_of_memory_in_evaluation
 from semseg.training.determinism import check_determinism

@@ -29,7 +29,7 @@ from semseg.data.bands import BandOptions
 from semseg.data.geometry import Size
 from semseg.data.headers import Header, HeaderError, read_raster_header
 from semseg.data.raster_layout import NPY_START, TIFF_STARTS, RasterLayout, read_npy_header, read_picture_layout
-from semseg.data.rasters import as_bands, broken_tiff_error, list_missing_packages, require_tifffile
+from semseg.data.rasters import as_bands, broken_tiff_error, check_layout, list_missing_packages, require_tifffile
 from semseg.data.windows import Window, check_inside
 from semseg.errors import DataError
 
@@ -193,6 +193,8 @@ def open_file_windows(path: str | Path, *, is_plain: bool = False) -> FileWindow
         is_8_bit = layout.dtype == "uint8" and layout.num_bands in (1, 3) and not layout.has_alpha
         if (is_plain or header is None) and (not is_8_bit or list_missing_packages()):
             return None  # Pillow reads pictures whole
+        if header is not None:
+            check_layout(path, layout)
         return open_tiff_windows(path, layout, is_lossless=is_plain or header is None)
     except HeaderError as error:
         raise DataError(f"{path}: {error}.") from None

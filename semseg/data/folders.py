@@ -260,10 +260,20 @@ def _find_unpaired(
         f"{len(lone_images)} of {len(image_files)} images in {images} have no mask{_first_stems(lone_images)}; "
         f"{len(lone_masks)} of {len(mask_files)} masks in {masks} have no image{_first_stems(lone_masks)}. "
         f"A pair has the same path below its folder, suffix apart (a/b.jpg and a/b.png)."
-        f"{_describe_unused(unused, images)}"
+        f"{_describe_other_case(lone_images, lone_masks)}{_describe_unused(unused, images)}"
     )
     yield from (Problem(f"{image_files[stem]}: has no mask below {masks}.", summary) for stem in lone_images)
     yield from (Problem(f"{mask_files[stem]}: has no image below {images}.", summary) for stem in lone_masks)
+
+
+def _describe_other_case(lone_images: list[str], lone_masks: list[str]) -> str:
+    """A sentence about images and masks that would be pairs in one case; empty if there are none."""
+    by_case = {stem.casefold(): stem for stem in lone_masks}
+    pairs = [(stem, by_case[stem.casefold()]) for stem in lone_images if stem.casefold() in by_case]
+    if not pairs:
+        return ""
+    image, mask = pairs[0]
+    return f" {len(pairs)} of them differ in upper and lower case only, such as {image} and {mask}: rename one of each."
 
 
 def _describe_unused(unused: UnusedFiles, folder: Path) -> str:

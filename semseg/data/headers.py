@@ -71,7 +71,7 @@ def open_image(file: BinaryIO) -> Image.Image:
     except UnidentifiedImageError:
         raise HeaderError(_reason(file)) from None
     except Exception as error:  # Pillow's parsers raise errors of many types for damaged bytes
-        raise HeaderError(f"has a header that cannot be read ({error})") from error
+        raise HeaderError(f"has a header that cannot be read ({error}). Download or copy it again") from error
 
 
 def read_raster_header(file: BinaryIO) -> Header | None:
@@ -218,6 +218,8 @@ def _reason(file: BinaryIO) -> str:
     """Why Pillow does not open a file."""
     file.seek(0)
     start = file.read(32)
+    if not start:
+        return "is an empty file. Download or copy it again"
     if start.startswith(TIFF_STARTS) and (reason := _tiff_reason(file)):
         return reason
     known = next((name for offset, magic, name in _OTHER_FORMATS if start[offset:].startswith(magic)), None)
@@ -245,6 +247,8 @@ def _tiff_reason(file: BinaryIO) -> str | None:
         bits, formats, channels = max(tags.get(258, (1,))), set(tags.get(339, (1,))), tags.get(277, 1)
     except Exception:
         return None
+    if 256 not in tags or 257 not in tags:  # the width and height of every TIFF
+        return "is a TIFF file with a truncated or damaged header. Download or copy it again"
     if formats & {3, 6}:
         return _unsupported_pixels(f"{bits}-bit float")
     if bits > 16 or formats & {2, 5}:

@@ -268,21 +268,27 @@ def read_npy_header(file: BinaryIO, start: int = 0) -> NpyHeader:
     length_bytes = 2 if version == (1, 0) else 4
     length = int.from_bytes(file.read(length_bytes), "little")
     if version not in ((1, 0), (2, 0), (3, 0)) or not 0 < length <= _MAX_NPY_HEADER:
-        raise LayoutError("is a NumPy file with a damaged header")
+        raise LayoutError("is a NumPy file with a damaged header. Save it again")
     text = file.read(length)
     try:
         plain = ast.literal_eval(text.decode("latin1"))
         shape, order, description = plain["shape"], plain["fortran_order"], plain["descr"]
         dtype = np.dtype(description) if isinstance(description, str) else None
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
-        raise LayoutError("is a NumPy file with a damaged header") from None
+        raise LayoutError("is a NumPy file with a damaged header. Save it again") from None
     if dtype is None or dtype.hasobject or dtype.kind not in "buif":
-        raise LayoutError(f"is a NumPy file of {str(description)[:40]!r} values, which are no numbers of pixels")
+        raise LayoutError(
+            f"is a NumPy file of {str(description)[:40]!r} values, which are no numbers of pixels. Save it as uint8, "
+            "uint16, int16 or float32"
+        )
     is_shape = isinstance(shape, tuple) and all(type(side) is int and 0 <= side < 2**40 for side in shape)
     if not is_shape or not isinstance(order, bool):
-        raise LayoutError("is a NumPy file with a damaged header")
+        raise LayoutError("is a NumPy file with a damaged header. Save it again")
     offset = start + len(NPY_START) + 2 + length_bytes + length
     needed, here = math.prod(shape) * dtype.itemsize, file.seek(0, io.SEEK_END) - offset
     if here < needed:
-        raise LayoutError(f"is truncated: its header declares {needed} bytes of numbers, there are {max(0, here)}")
+        raise LayoutError(
+            f"is truncated: its header declares {needed} bytes of numbers, there are {max(0, here)}. Download or copy "
+            "it again"
+        )
     return NpyHeader(shape, order, dtype, offset)

@@ -24,6 +24,9 @@ T = TypeVar("T")
 COPY_MARK = re.compile(r"\.rf\.\w+\.\w+$", re.ASCII)  # that Roboflow appends to each augmented copy, with the suffix
 
 
+MIN_IMAGES = 100  # the fraction of bad images is taken of at least this many
+
+
 class Record(NamedTuple):
     """One image of a data set and what is known of it without decoding."""
 
@@ -68,6 +71,19 @@ def separate_problems(items: Iterable[T | Problem]) -> tuple[list[T], list[Probl
         else:
             records.append(item)
     return records, problems
+
+
+def check_bad_fraction(left_out: int, seen: int, limit: float) -> None:
+    """Stop if so many images cannot be read that it is no accident.
+
+    Raises:
+        DataError: if `left_out` is more than the fraction `limit` of the images seen, or of MIN_IMAGES.
+    """
+    if left_out > limit * max(seen, MIN_IMAGES):
+        raise DataError(
+            f"{left_out} of {seen} images could not be read, more than data.max_bad={limit:g} allows; they are named "
+            "above. Fix or remove them, or raise data.max_bad."
+        )
 
 
 def record_from_headers(image: str, label: str | None, origin: str, header: Header, mask: Header | None) -> Record:

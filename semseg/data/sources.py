@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from semseg.data.orientation import (
 from semseg.data.records import (
     Problem,
     Record,
+    check_bad_fraction,
     hint_sentence,
     require_path,
     require_records,
@@ -37,10 +38,12 @@ from semseg.data.records import (
 )
 from semseg.data.scenes import make_scenes
 from semseg.errors import ConfigError, DataError
+from semseg.storage.ranks import print_once
 
 # Overrides with which the paths of lists and folders are relative to the working directory, as data.images is.
 ROOT_OF_LISTS = {"data.images": "null", "data.masks": "null", "data.root": "."}
 MAX_LISTED_CLASSES = 20  # in messages
+MAX_NAMED_PROBLEMS = 20  # of a split, with data.on_bad=skip
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 
@@ -88,11 +91,30 @@ class DataSource:
         """
         if split not in self._records:
             files = self._files_to_read(split)
-            records = self._select(split, files, require_records(self._read(split, files)), is_survey=False)
+            records = self._select(split, files, self._require(split, self._read(split, files)), is_survey=False)
             if not records:
                 raise self._empty_split_error(split)
             self._records[split] = records
         return self._records[split]
+
+    def _require(self, split: str, items: Iterable[Record | Problem]) -> list[Record]:
+        """The records among the lines and files of a split.
+
+        With data.on_bad=skip, the others are left out and named; else there must be none.
+
+        Raises:
+            DataError: with the first problem, or with their number if they are more than data.max_bad allows.
+        """
+        if self.config.on_bad != "skip":
+            return require_records(items)
+        records, problems = separate_problems(items)
+        if split == "train" or self._is_configured(split):  # of a split that is cut from train, train names them
+            for problem in problems[:MAX_NAMED_PROBLEMS]:
+                print_once(f"left out: {problem.message}")
+            if len(problems) > MAX_NAMED_PROBLEMS:
+                print_once(f"left out: {len(problems) - MAX_NAMED_PROBLEMS} more of {split}; mode=check lists them.")
+        check_bad_fraction(len(problems), len(records) + len(problems), self.config.max_bad)
+        return records
 
     @property
     def parts(self) -> list[MixedSource]:

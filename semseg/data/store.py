@@ -250,7 +250,7 @@ def _walk(start: str, unused: UnusedFiles) -> Iterator[str]:
                     unused.add("link to a folder that is searched anyway", entry.path)
                 else:
                     waiting.append((entry.path, (*parents, real)))
-            elif entry.is_dir():
+            elif not entry.is_symlink() and entry.is_dir():  # a link that leads to itself cannot be asked
                 waiting.append((entry.path, parents))
             elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():  # noqa: PTH113
                 yield entry.path

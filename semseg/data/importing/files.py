@@ -26,14 +26,40 @@ class EntryError(ValueError):
     """Why an entry of an export cannot be read, without the name of its file."""
 
 
+class RepeatedKeyError(ValueError):
+    """An object of a JSON file has a key twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file, for `json.loads`, which would take the last of several values without a word.
+
+    Raises:
+        RepeatedKeyError: if a key occurs twice.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen = set[str]()
+        raise RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return content
+
+
 def read_json_file(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        DataError: if it cannot be read, or is no JSON.
+        DataError: if it cannot be read, is no JSON, or has a key twice in one object.
     """
     try:
-        return json.loads(store.read_text(path))
+        return json.loads(store.read_text(path), object_pairs_hook=refuse_repeated_keys)
+    except RepeatedKeyError as error:
+        raise DataError(
+            f"{path}: an object has the key {shorten_repr(error.key)} twice, and which value is right is not known. "
+            "Export it again."
+        ) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}). Export it again.") from None
     except json.JSONDecodeError as error:

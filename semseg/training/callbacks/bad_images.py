@@ -9,12 +9,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from semseg.data.batch import Batch
-from semseg.errors import DataError
+from semseg.data.records import check_bad_fraction
 from semseg.system.text import escape_lines
 from semseg.training.callbacks.votes import Question, StepVote
 
 LEFT_OUT_COUNT = "data/left_out"  # in the log
-MIN_IMAGES = 100  # the fraction of bad images is taken of at least this many
 
 _reported: set[str] = set()
 
@@ -24,19 +23,6 @@ def report_bad_image(reason: str) -> None:
     if reason not in _reported:
         _reported.add(reason)
         print(f"left out: {escape_lines(reason)}", file=sys.stderr, flush=True)
-
-
-def check_bad_fraction(left_out: int, seen: int, limit: float) -> None:
-    """Stop if so many images cannot be read that it is no accident.
-
-    Raises:
-        DataError: if `left_out` is more than the fraction `limit` of the images seen, or of MIN_IMAGES.
-    """
-    if left_out > limit * max(seen, MIN_IMAGES):
-        raise DataError(
-            f"{left_out} of {seen} images could not be read, more than data.max_bad={limit:g} allows; they are named "
-            "above. Fix or remove them, or raise data.max_bad."
-        )
 
 
 class CountBadImages(Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -228,6 +229,20 @@ def test_an_image_that_leads_out_of_the_export_is_not_read(name: str, tmp_path: 
         import_here(tmp_path / "e", tmp_path / "out")
 
 
+def test_links_of_an_export_are_followed_and_a_link_to_nothing_is_a_missing_image(tmp_path: Path) -> None:
+    write_coco(tmp_path / "e", ["a", "b"])
+    image = tmp_path / "e" / "images" / "a.jpg"
+    image.rename(tmp_path / "photo.jpg")
+    image.symlink_to(tmp_path / "photo.jpg")
+    import_here(tmp_path / "e", tmp_path / "out")
+    assert (tmp_path / "out" / "images" / "a.jpg").read_bytes() == photo("a")
+    for target in ("/nowhere.jpg", "a.jpg"):
+        image.unlink()
+        image.symlink_to(target)
+        with pytest.raises(DataError, match=r"image 1: there is no image a\.jpg below .*Set import\.images"):
+            import_here(tmp_path / "e", tmp_path / "other")
+
+
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "voc"])
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[" * 100_000, b"null", b"\xff\xfe\x00", b'{"a": ' + b"9" * 5000 + b"}"]
@@ -244,6 +259,42 @@ def test_truncated_and_absurd_files_end_in_one_line(name: str, content: bytes, t
         assert len(str(error)) < 1200 and not (tmp_path / "out").exists()
     else:
         assert name in ("labelme", "yolo", "roboflow") and (tmp_path / "out").exists()  # the other half was enough
+
+
+ABSURD_NUMBERS = {
+    "not a number": "NaN", "infinite": "-Infinity", "too large": "1e999", "4000 digits": "-" + "9" * 4000,
+    "6000 digits": "9" * 6000, "nested": "[" * 5000 + "]" * 5000, "half a letter": '"\\ud800"', "nothing": "null",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["coco", "labelme", "label_studio"])
+@pytest.mark.parametrize("number", ABSURD_NUMBERS)
+def test_an_absurd_number_in_json_ends_in_one_line_or_changes_nothing(name: str, number: str, tmp_path: Path) -> None:
+    main = WRITERS[name](tmp_path / "e", ["a"])
+    import_here(tmp_path / "e", tmp_path / "whole")
+    expected_masks, text = masks_of(tmp_path / "whole"), main.read_text()
+    places = list(re.finditer(r"(?<=[ \[])-?[0-9.]+(?=[,\]}])", text))
+    for place in places[:: max(1, len(places) // 5)]:
+        main.write_text(text[: place.start()] + ABSURD_NUMBERS[number] + text[place.end() :])
+        output = tmp_path / str(place.start())
+        try:
+            import_here(tmp_path / "e", output, f"import.format={name}")
+        except DataError as error:
+            assert len(str(error)) < 1500 and main.name in str(error) and not output.exists()
+        else:
+            masks = masks_of(output)
+            assert all(np.array_equal(mask, masks[key]) for key, mask in expected_masks.items())
+
+
+@pytest.mark.parametrize("name", ["coco", "labelme", "label_studio"])
+def test_a_repeated_key_in_json_is_refused(name: str, tmp_path: Path) -> None:
+    main = WRITERS[name](tmp_path / "e", ["a"])
+    text = main.read_text()
+    keys = list(re.finditer(r'"(\w+)": ', text))
+    for key in keys[:: len(keys) // 5]:
+        main.write_text(f"{text[: key.start()]}{key[0]}null, {text[key.start() :]}")
+        with pytest.raises(DataError, match=rf"an object has the key '{key[1]}' twice, and which value is right"):
+            import_here(tmp_path / "e", tmp_path / "out", f"import.format={name}")
 
 
 JSON_VALUES = st.recursive(

@@ -28,13 +28,13 @@ from semseg.data.datasets import EvalDataset, ReadOptions, TrainDataset
 from semseg.data.loaders import WatchedLoader
 from semseg.data.overlap import find_overlap
 from semseg.data.plan import SubBatch
+from semseg.data.records import check_bad_fraction
 from semseg.data.sources import DataSource
 from semseg.errors import DataError
 from semseg.modes import eval as evaluate
 from semseg.modes import train
 from semseg.nets.registry import ENCODERS, Constructor, build_segmenter
 from semseg.training.callbacks import bad_images
-from semseg.training.callbacks.bad_images import check_bad_fraction
 
 pytestmark = pytest.mark.reliability
 
