@@ -249,3 +249,13 @@ def test_the_steps_of_a_run_are_those_that_fit_into_its_minutes(
     assert accuracy.count_affordable_steps(["optim.lr=1"], options) == 100
     monkeypatch.delattr(accuracy, "time_steps")  # a recipe of the same cost per step is not timed again
     assert accuracy.count_affordable_steps(["optim.lr=2"], options) == 100
+
+
+@pytest.mark.long
+def test_ways_to_predict_on_a_cpu_are_timed_and_compute_the_same(tmp_path: Path) -> None:
+    words = ["--model", "resnet18_dilated8_c1_deepsup", "--height", "64", "--width", "96", "--rounds", "1"]
+    program = run_python(str(BENCHMARKS / "prediction.py"), *words, cwd=tmp_path)
+    assert program.returncode == 0, program.stdout
+    rows = {line[:46].strip(): line[46:].split() for line in program.stdout.splitlines() if line.endswith("%")}
+    assert rows.keys() >= {"semseg, float32", "PyTorch, float32", "ONNX Runtime, float32"}
+    assert all(len(row) == 4 for row in rows.values()) and rows["ONNX Runtime, float32"][3] == "100.00%"
