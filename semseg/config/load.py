@@ -28,7 +28,7 @@ PREDICTION_KEYS = {
         "max_long_edge", "max_pixels", "resize", "crop",
     ),
     "eval": ("scales",),
-    "predict": ("format", "scales", "flip", "window", "stride", "memory_limit_mb", "threshold"),
+    "predict": ("format", "scales", "flip", "window", "stride", "memory_limit_mb", "threshold", "min_confidence"),
     "trainer": ("accelerator", "devices", "precision"),
 }  # fmt: skip
 

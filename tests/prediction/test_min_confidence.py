@@ -12,7 +12,7 @@ from PIL import Image
 from prediction.test_predictor import CLASSES, Brightest, stripes
 
 import semseg
-from helpers.command_line import TINY_ENCODERS, run_here
+from helpers.command_line import TINY_ENCODERS
 from helpers.in_process import configured
 from helpers.random_checkpoints import write_random_checkpoints
 from semseg.data.classes import ClassTable
@@ -122,19 +122,15 @@ def test_without_an_ignored_id_and_where_every_pixel_needs_a_class_it_is_refused
             configured("ckpt=a.ckpt", "predict.min_confidence=0.9", *words)
 
 
-@pytest.mark.slow
-def test_the_command_line_writes_pseudo_labels_of_an_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_makes_pseudo_labels_of_an_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_random_checkpoints(tmp_path, "data.make.num_val=1")
     monkeypatch.setitem(ENCODERS, "tiny", TINY_ENCODERS["tiny"])
     (picture,) = (tmp_path / "scenes" / "images" / "validation").iterdir()
-    both = semseg.load([tmp_path / "a.ckpt", tmp_path / "b.ckpt"], device="cpu")
-    result = both.predict(picture, scales=[32], probabilities=True)
+    files = [tmp_path / "a.ckpt", tmp_path / "b.ckpt"]
+    result = semseg.load(files, device="cpu").predict(picture, scales=[32], probabilities=True)
     assert result.probabilities is not None
     sure = result.probabilities.max(0).astype(np.float32)
     limit = float(np.median(sure))
-    words = ["ckpt=[a.ckpt,b.ckpt]", f"input={picture}", "predict.scales=[32]", "predict.save=[ids]"]
-    run_here(tmp_path, "mode=predict", *words, f"predict.min_confidence={limit}", "data.num_workers=0",
-             "trainer.accelerator=cpu", "run_dir=out")  # fmt: skip
-    (file,) = (tmp_path / "out").glob("*_ids.png")
-    found, is_near = np.asarray(Image.open(file)), np.abs(sure - limit) < 1e-3
+    found = semseg.load(files, f"predict.min_confidence={limit}", device="cpu").predict(picture, scales=[32]).label_ids
+    is_near = np.abs(sure - limit) < 1e-3
     assert np.array_equal(found[~is_near], np.where(sure < limit, 0, result.label_ids)[~is_near])
