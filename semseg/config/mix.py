@@ -111,7 +111,6 @@ def build_part_config(key: str, given: Mapping[str, Any], data: DataConfig) -> D
         folds=None,
         fold=None,
         group=None,
-        limit=None,
         make=None,
         archive=None,
         hint="",

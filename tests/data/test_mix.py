@@ -138,7 +138,7 @@ def test_a_key_that_an_entry_does_not_have_is_that_of_the_main_data_set() -> Non
     assert (first.data.mask_suffix, first.data.val_fraction, first.data.limit, first.data.mix) == (
         "_m",
         0.0,
-        None,
+        5,
         None,
     )
     assert (first.data.train.images, first.data.num_classes, first.has_own_classes) == ("i", 3, False)
