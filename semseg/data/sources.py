@@ -384,14 +384,22 @@ class MixedSource:
         self.source, self.label_map = source, label_map
 
     def read_records(self) -> list[Record]:
-        """The records of its training images.
+        """The records of its training images; messages about them begin with the key, too.
 
         Raises:
             DataError: as `DataSource.records`; the message begins with the key.
         """
         with name_part(self.key):
             records = self.source.records("train")
-        return [record._replace(label_map=self.label_map, source=self.number) for record in records]
+        return [
+            record._replace(label_map=self.label_map, source=self.number, origin=self._name_origin(record))
+            for record in records
+        ]
+
+    def _name_origin(self, record: Record) -> str:
+        """Where a record comes from; a folder is not named, because the paths of its files name it."""
+        is_folder = Path(record.origin) in Path(record.image).parents
+        return self.key if is_folder else f"{self.key}: {record.origin}"
 
     def describe_unused(self) -> str:
         """As `DataSource.describe_unused` for its training images."""

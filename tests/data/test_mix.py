@@ -200,6 +200,7 @@ def test_classes_are_those_of_the_same_name_and_others_must_be_mapped(main_confi
     entry["class_map"] = {"Bus": "car", "tree": None}
     source = DataSource(main_config)
     records = source.training_records()
+    assert records[0].origin.endswith("images") and records[2].origin == "data.mix[0]"
     assert [record.source for record in records] == [0, 0, 1, 1, 1] and len(source.records("train")) == 2
     assert source.shares == [0.5, 0.5]
     halves = [read_pair(record, source.label_map).label[0, [0, -1]].tolist() for record in records]  # pyright: ignore
@@ -281,4 +282,4 @@ def test_the_start_of_a_run_and_the_check_name_the_data_sets(tmp_path: Path) -> 
     output = run_here(tmp_path, "mode=check", *words, "run_dir=again", code=1)
     assert "NOT READY" in output and "data.mix[0]" in output and "99" in output
     output = run_here(tmp_path, *words, "trainer.max_steps=1", "run_dir=run2", code=1)
-    assert "99" in output and "others" in output
+    assert "data.mix[0]: " in output and "99" in output and "others" in output
