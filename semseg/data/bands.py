@@ -173,7 +173,19 @@ def choose_shown(names: Sequence[str], shown: Sequence[str] | None) -> list[int]
     return [0, 1, 2] if len(names) >= 3 else [0, 0, 0]
 
 
-def draw_bands(image: NDArray, names: Sequence[str], shown: Sequence[str] | None = None) -> NDArray[np.uint8]:
+class Stretch(NamedTuple):
+    """How values become brightness, for one of the bands that are drawn."""
+
+    low: float  # is drawn black
+    factor: float
+
+
+def draw_bands(
+    image: NDArray,
+    names: Sequence[str],
+    shown: Sequence[str] | None = None,
+    stretches: Sequence[Stretch] | None = None,
+) -> NDArray[np.uint8]:
     """(H, W, C) of any pixel type to (H, W, 3) uint8 RGB, for pictures.
 
     Images of 8 bits are drawn as they are. Others are stretched: the 2nd percentile of the three bands becomes black,
@@ -182,18 +194,31 @@ def draw_bands(image: NDArray, names: Sequence[str], shown: Sequence[str] | None
     Args:
         names: of the bands of the image.
         shown: data.show_bands.
+        stretches: of the three bands, for a part of a larger image; None: measured in this one.
     """
     picked = image[..., choose_shown(names, shown)]
     if image.dtype == np.uint8:
         return np.ascontiguousarray(picked)
+    drawn = np.empty(picked.shape, np.uint8)
+    for band, (low, factor) in enumerate(stretches or measure_stretches(image, names, shown)):
+        stretched = (picked[..., band].astype(np.float32) - np.float32(low)) * np.float32(factor)
+        drawn[..., band] = np.clip(np.rint(stretched), 0, 255)
+    return drawn
+
+
+def measure_stretches(image: NDArray, names: Sequence[str], shown: Sequence[str] | None = None) -> list[Stretch]:
+    """The stretches of the three bands of an image (H, W, C) that are drawn: one for all of red, green and blue.
+
+    Args:
+        names: of the bands of the image.
+        shown: data.show_bands.
+    """
+    picked = image[..., choose_shown(names, shown)]
     step = max(1, math.isqrt(picked.shape[0] * picked.shape[1] // _MAX_STRETCHED))
     sample = picked[::step, ::step].astype(np.float32)
     groups = [[0, 1, 2]] if set(RGB) <= set(names) and not shown else [[0], [1], [2]]
-    drawn = np.empty(picked.shape, np.uint8)
+    stretches = []
     for group in groups:
         low, high = np.percentile(sample[..., group], STRETCH)
-        factor = 255 / (high - low) if high > low else 0.0
-        for band in group:
-            stretched = (picked[..., band].astype(np.float32) - np.float32(low)) * np.float32(factor)
-            drawn[..., band] = np.clip(np.rint(stretched), 0, 255)
-    return drawn
+        stretches += [Stretch(float(low), float(255 / (high - low)) if high > low else 0.0)] * len(group)
+    return stretches

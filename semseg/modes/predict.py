@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,17 +19,21 @@ from torch.utils.data import Dataset
 from semseg.build import open_predictor
 from semseg.checkpoints.zoo import DEMONSTRATION_IMAGE
 from semseg.config.schema import Config
-from semseg.data.band_windows import open_windows
-from semseg.data.bands import BandOptions, draw_bands
+from semseg.data.band_windows import BandWindows, open_windows
+from semseg.data.bands import BandOptions, draw_bands, measure_stretches
 from semseg.data.folders import Naming
 from semseg.data.geometry import Size
+from semseg.data.label_map import LabelMap
 from semseg.data.loaders import WatchedLoader
 from semseg.data.store import UnusedFiles
+from semseg.data.windows import spread_windows
 from semseg.errors import ConfigError, DataError, install_command
 from semseg.prediction.annotations import ANNOTATION_FILES, AnnotationFiles, AnnotationSettings
 from semseg.prediction.geotiff import (
     GeoReference,
     GeoTiffSink,
+    OverlaySink,
+    SeveralSinks,
     has_rasterio,
     is_georeferenced,
     read_georeference,
@@ -204,29 +209,40 @@ class PredictionJob:
             self.annotations.add((item.output_path.parent / item.path.name).as_posix(), ids)
 
     def predict_windows(self, item: Input) -> None:
-        """Predict an image beyond data.max_pixels by windows, and write its ids as TIFF, row by row.
+        """Predict an image beyond data.max_pixels by windows, and write ids, colours and overlay as TIFF, row by row.
 
         Raises:
             DataError: if the file is damaged.
             ConfigError: without rasterio.
         """
         predictor, target = self.predictor, self.folder / item.output_path
-        others = [output for output in self.outputs if output != "ids"] + list(self.annotation_outputs)
+        written = [output for output in self.outputs if output in ROW_OUTPUTS]
+        others = [output for output in self.outputs if output not in ROW_OUTPUTS] + list(self.annotation_outputs)
         if others:
-            print_once(f"{', '.join(others)}: for images of up to data.max_pixels, of larger ones only ids are written")
-        if "ids" not in self.outputs:
+            print_once(
+                f"{', '.join(others)}: for images of up to data.max_pixels, of larger ones only "
+                f"{', '.join(ROW_OUTPUTS)} are written"
+            )
+        if not written:
             return
         reader = open_windows(item.path, predictor.bands)
         assert reader is not None, "the loader has opened it"
-        with reader:
-            size = Size(reader.height, reader.width)
-            path = target.with_name(f"{target.name}_ids.tif")
+        with reader, ExitStack() as opened:
             reference = self.find_georeference(item.path)
-            masked = reader if reader.may_lack_values else None
-            with GeoTiffSink(
-                path, size, predictor.classes, predictor.label_map, reference=reference, reader=masked
-            ) as sink:
-                predictor.predict_rows(reader, sink)
+            sinks = [opened.enter_context(self.open_sink(output, target, reader, reference)) for output in written]
+            predictor.predict_rows(reader, SeveralSinks(sinks))
+
+    def open_sink(
+        self, output: str, target: Path, reader: BandWindows, reference: GeoReference | None
+    ) -> GeoTiffSink | OverlaySink:
+        """What writes one of ROW_OUTPUTS of an image."""
+        predictor, size = self.predictor, Size(reader.height, reader.width)
+        classes, path = predictor.classes, target.with_name(f"{target.name}_{output}.tif")
+        if output == "overlay":
+            return OverlaySink(path, size, classes, reader, choose_drawing(predictor, reader), reference=reference)
+        label_map = predictor.label_map if output == "ids" else LabelMap(classes.num_classes, 0, [classes.num_classes])
+        masked = reader if reader.may_lack_values else None
+        return GeoTiffSink(path, size, classes, label_map, reference=reference, reader=masked)
 
     @property
     def annotation_outputs(self) -> Sequence[str]:
@@ -287,11 +303,28 @@ class PredictionJob:
                 writers.add(name, FRAME_PICTURES[name](result), frame.rate)
 
 
+def choose_drawing(predictor: Predictor, reader: BandWindows) -> Callable[[NDArray], Pixels]:
+    """How rows of an image are drawn, the same for all: with the stretches of windows that are spread over it."""
+    bands = predictor.bands
+    if bands is None:
+        return lambda pixels: pixels
+    size = Size(reader.height, reader.width)
+    parts = [reader.read_image(*window) for window in spread_windows(size, NUM_STRETCHED, STRETCHED_SIDE)]
+    known = [part.pixels if part.is_valid is None else part.pixels[part.is_valid] for part in parts]
+    sample = np.concatenate([pixels.reshape(-1, 1, reader.num_bands) for pixels in known])
+    if not len(sample):
+        sample = parts[0].pixels
+    stretches = measure_stretches(sample, bands.names, predictor.show_bands)
+    return partial(draw_bands, names=bands.names, shown=predictor.show_bands, stretches=stretches)
+
+
 def draw_side_by_side(result: PredictionResult) -> Pixels:
     """Draw image | overlay."""
     return np.concatenate([result.image, draw_overlay(result.image, result.ids, result.classes)], axis=1)
 
 
+NUM_STRETCHED, STRETCHED_SIDE = 64, 256  # windows of a large image that say how it is drawn, and their side
+ROW_OUTPUTS = ("ids", "color", "overlay")  # of images that are too large to be held whole
 # Outputs that become videos; without a legend, because its height would change from frame to frame.
 FRAME_PICTURES = {
     "color": lambda result: colour_class_map(result.ids, result.classes),

@@ -1,12 +1,15 @@
-"""Stage 8: class ids as GeoTIFF, with the transform and CRS of the image, written row by row. Needs semseg[geo].
+"""Stage 8: ids, colours and overlays as GeoTIFF, with the place of the image, written row by row. Needs semseg[geo].
 
 rasterio is opened in the process that writes, with a small cache: GDAL would otherwise keep a part of all memory.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -19,13 +22,15 @@ from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
 from semseg.data.raster_layout import has_geo_tags
-from semseg.data.windows import FinishedRows
+from semseg.data.windows import FinishedRows, RowSink, WindowReader
 from semseg.errors import ConfigError, DataError, install_command
-from semseg.storage.atomic import atomic_write
+from semseg.reports.draw import blend_classes, find_borders
+from semseg.storage.atomic import atomic_write, find_disk_error
 
 TILE_SIDE = 512  # pixels; side of the tiles of a file, and rows that are written at once
 GDAL_OPTIONS = {"GDAL_CACHEMAX": 64, "GDAL_NUM_THREADS": "1"}  # megabytes
 MAX_PALETTE = 256  # colours of a GeoTIFF of 8 bits
+OVERLAY_QUALITY = 90  # of overlays
 
 
 class GeoReference(NamedTuple):
@@ -72,41 +77,71 @@ def read_georeference(path: Path) -> GeoReference | None:
     return reference if is_placed else None
 
 
-class GeoTiffSink:
-    """Writes the class ids of a prediction, as in the label files of the data set, whole or not at all.
+@contextmanager
+def checking_whole_file(path: Path) -> Iterator[None]:
+    """A context in which GDAL writes a file: it must be whole in the end.
 
-        with GeoTiffSink(path, size, classes, label_map, reference=reference) as sink:
-            predictor.predict_rows(reader, sink)
+    GDAL writes what it has kept when it closes the file. If the disk is full by then, it says nothing.
 
-    Pixels of the image that hold no value get the file's nodata value.
+    Raises:
+        OSError: if the file cannot be written, or a part of it is missing.
+    """
+    import rasterio.errors  # noqa: PLC0415 - an extra
+
+    try:
+        yield
+        with rasterio.Env(**GDAL_OPTIONS):
+            is_whole = has_all_blocks(path)
+    except rasterio.errors.RasterioIOError as error:
+        raise find_disk_error(error, path.parent) or OSError(errno.EIO, os.strerror(errno.EIO)) from error
+    if not is_whole:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def has_all_blocks(path: Path) -> bool:
+    """Whether all tiles of a TIFF lie inside the file.
+
+    Raises:
+        rasterio.errors.RasterioIOError: if its directory is damaged.
+    """
+    import rasterio  # noqa: PLC0415 - an extra
+
+    num_bytes = path.stat().st_size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of files without a transform
+        file = rasterio.open(path)
+    with file:
+        rows, columns = (-(-length // TILE_SIDE) for length in file.shape)
+        for row in range(rows):
+            for column in range(columns):
+                offset, length = (
+                    file.get_tag_item(f"BLOCK_{what}_{column}_{row}", "TIFF", bidx=1) for what in ("OFFSET", "SIZE")
+                )
+                if offset is None or length is None or int(offset) + int(length) > num_bytes:
+                    return False
+    return True
+
+
+class RasterSink:
+    """Writes a picture of a prediction as tiled TIFF, row of blocks by row of blocks, whole or not at all.
 
     Args:
         reference: None: an image without a place on the earth.
-        reader: of the image, if it has pixels without values.
 
     Raises:
         ConfigError: if rasterio is not installed.
     """
 
     takes_probabilities = False
+    num_bands = 1
+    dtype = np.dtype(np.uint8)
+    nodata: int | None = None
+    compression: Mapping[str, Any] = {"compress": "deflate"}
 
-    def __init__(
-        self,
-        path: Path,
-        size: Size,
-        classes: ClassTable,
-        label_map: LabelMap,
-        *,
-        reference: GeoReference | None = None,
-        reader: BandWindows | None = None,
-    ) -> None:
+    def __init__(self, path: Path, size: Size, *, reference: GeoReference | None = None) -> None:
         if not has_rasterio():
             raise ConfigError(f"{path}: writing TIFF needs rasterio: {install_command('geo')}")
-        self.path, self.size, self.label_map, self.classes = path, size, label_map, classes
-        self.reference, self.reader = reference, reader
-        ids = [*label_map.class_ids, *label_map.ignored_ids]
-        self.dtype = np.dtype(np.uint8 if max(ids) < MAX_PALETTE - 1 else np.uint16)
-        self.nodata = int(np.iinfo(self.dtype).max)
+        self.path, self.size, self.reference = path, size, reference
         self._waiting: list[NDArray] = []  # rows that do not fill a row of blocks yet
         self._top = self._num_waiting = 0
         self._opened = ExitStack()
@@ -116,6 +151,7 @@ class GeoTiffSink:
 
         with ExitStack() as opened:
             temporary = opened.enter_context(atomic_write(self.path))
+            opened.enter_context(checking_whole_file(temporary))
             opened.enter_context(rasterio.Env(**GDAL_OPTIONS))
             opened.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # of files without a transform
@@ -127,56 +163,183 @@ class GeoTiffSink:
                     driver="GTiff",
                     height=self.size.height,
                     width=self.size.width,
-                    count=1,
+                    count=self.num_bands,
                     dtype=self.dtype.name,
                     nodata=self.nodata,
                     tiled=True,
                     blockxsize=TILE_SIDE,
                     blockysize=TILE_SIDE,
-                    compress="deflate",
                     BIGTIFF="IF_SAFER",
+                    **self.compression,
                     **place,
                 )
             )
             if self.reference is not None and self.reference.gcps[0]:
                 self.file.gcps = (list(self.reference.gcps[0]), self.reference.gcps[1])
-            self.file.update_tags(classes=", ".join(self.classes.names))
-            if self.dtype == np.uint8:
-                palette = zip(self.label_map.class_ids, self.classes.palette, strict=True)
-                self.file.write_colormap(1, {raw: (*colour, 255) for raw, colour in palette})
+            self.describe()
             self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if error[0] is None:
+        if error[0] is not None:
+            self._opened.__exit__(*error)  # pyright: ignore[reportArgumentType]
+            return
+        with self._opened:  # closed even if the last rows cannot be written
+            self.finish()
             self._write_waiting()
-        self._opened.__exit__(*error)  # pyright: ignore[reportArgumentType]
+
+    def describe(self) -> None:
+        """Write what the file says about its numbers."""
+
+    def finish(self) -> None:
+        """Take the end of the rows."""
 
     def write_rows(self, rows: FinishedRows) -> None:
-        """Take the next rows of class indices."""
-        raw = self.label_map.to_raw(rows.ids).astype(self.dtype)
-        while len(raw):
-            part, raw = raw[: TILE_SIDE - self._num_waiting], raw[TILE_SIDE - self._num_waiting :]
+        """Take the next rows of a prediction."""
+        raise NotImplementedError
+
+    def write_pixels(self, pixels: NDArray) -> None:
+        """Write the next rows of the picture, (n, width, bands)."""
+        while len(pixels):
+            part, pixels = pixels[: TILE_SIDE - self._num_waiting], pixels[TILE_SIDE - self._num_waiting :]
             self._waiting.append(part)
             self._num_waiting += len(part)
             if self._num_waiting == TILE_SIDE:
                 self._write_waiting()
+
+    def mask_pixels(self, pixels: NDArray, top: int) -> None:
+        """Change rows of the picture that are about to be written, in place."""
 
     def _write_waiting(self) -> None:
         if not self._waiting:
             return
         from rasterio.windows import Window  # noqa: PLC0415 - an extra
 
-        rows = np.concatenate(self._waiting)
+        pixels = np.concatenate(self._waiting)
+        self.mask_pixels(pixels, self._top)
+        place = Window(0, self._top, self.size.width, len(pixels))  # pyright: ignore[reportCallIssue]
+        self.file.write(pixels.transpose(2, 0, 1), window=place)
+        self._top += len(pixels)
+        self._waiting, self._num_waiting = [], 0
+
+
+class GeoTiffSink(RasterSink):
+    """Writes the class ids of a prediction, as in the label files of the data set.
+
+        with GeoTiffSink(path, size, classes, label_map, reference=reference) as sink:
+            predictor.predict_rows(reader, sink)
+
+    Pixels of the image that hold no value get the file's nodata value.
+
+    Args:
+        label_map: the ids; one that begins with 0 writes class indices.
+        reader: of the image, if it has pixels without values.
+
+    Raises:
+        ConfigError: if rasterio is not installed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        size: Size,
+        classes: ClassTable,
+        label_map: LabelMap,
+        *,
+        reference: GeoReference | None = None,
+        reader: BandWindows | None = None,
+    ) -> None:
+        super().__init__(path, size, reference=reference)
+        self.label_map, self.classes, self.reader = label_map, classes, reader
+        ids = [*label_map.class_ids, *label_map.ignored_ids]
+        self.dtype = np.dtype(np.uint8 if max(ids) < MAX_PALETTE - 1 else np.uint16)
+        self.nodata = int(np.iinfo(self.dtype).max)
+
+    def describe(self) -> None:
+        """Write the names and colours of the classes."""
+        self.file.update_tags(classes=", ".join(self.classes.names))
+        if self.dtype == np.uint8:
+            palette = zip(self.label_map.class_ids, self.classes.palette, strict=True)
+            self.file.write_colormap(1, {raw: (*colour, 255) for raw, colour in palette})
+
+    def write_rows(self, rows: FinishedRows) -> None:
+        """Take the next rows of class indices."""
+        self.write_pixels(self.label_map.to_raw(rows.ids).astype(self.dtype)[..., None])
+
+    def mask_pixels(self, pixels: NDArray, top: int) -> None:
+        """Put nodata where the image has no value."""
+        for left in range(0, self.size.width, TILE_SIDE) if self.reader is not None else ():
+            columns = slice(left, min(left + TILE_SIDE, self.size.width))
+            valid = self.reader.read_valid(top, left, len(pixels), columns.stop - left)  # pyright: ignore[reportOptionalMemberAccess]
+            if valid is not None:
+                pixels[:, columns][~valid] = self.nodata
+
+
+class OverlaySink(RasterSink):
+    """Writes the image blended with its class colours, with dark lines between classes.
+
+    Args:
+        reader: of the image.
+        draw: rows of its pixels (n, width, bands) as (n, width, 3) RGB, the same for all rows.
+    """
+
+    num_bands = 3
+    compression: Mapping[str, Any] = {"compress": "jpeg", "photometric": "ycbcr", "jpeg_quality": OVERLAY_QUALITY}
+
+    def __init__(
+        self,
+        path: Path,
+        size: Size,
+        classes: ClassTable,
+        reader: WindowReader,
+        draw: Callable[[NDArray], NDArray[np.uint8]],
+        *,
+        reference: GeoReference | None = None,
+    ) -> None:
+        super().__init__(path, size, reference=reference)
+        self.classes, self.reader, self.draw = classes, reader, draw
+        self._last: NDArray[np.int16] | None = None  # the row whose lower neighbour is not known yet
+        self._drawn = 0
+
+    def write_rows(self, rows: FinishedRows) -> None:
+        """Take the next rows of class indices; the last one waits for its lower neighbour."""
+        ids = rows.ids if self._last is None else np.concatenate([self._last, rows.ids])
+        self._last = ids[-1:].copy()
+        if len(ids) > 1:
+            self._draw(ids, len(ids) - 1)
+
+    def finish(self) -> None:
+        """Draw the last row."""
+        if self._last is not None:
+            self._draw(self._last, 1)
+
+    def _draw(self, ids: NDArray[np.int16], count: int) -> None:
+        """Draw the first `count` rows of `ids`."""
+        is_border = find_borders(ids)[:count]
+        drawn = np.empty((count, self.size.width, 3), np.uint8)
         for left in range(0, self.size.width, TILE_SIDE):
             columns = slice(left, min(left + TILE_SIDE, self.size.width))
-            if self.reader is not None:
-                valid = self.reader.read_valid(self._top, left, len(rows), columns.stop - left)
-                if valid is not None:
-                    rows[:, columns][~valid] = self.nodata
-        self.file.write(rows, 1, window=Window(0, self._top, self.size.width, len(rows)))  # pyright: ignore[reportCallIssue]
-        self._top += len(rows)
-        self._waiting, self._num_waiting = [], 0
+            image = self.draw(self.reader.read(self._drawn, left, count, columns.stop - left))
+            drawn[:, columns] = blend_classes(image, ids[:count, columns], is_border[:, columns], self.classes)
+        self._drawn += count
+        self.write_pixels(drawn)
+
+
+class SeveralSinks:
+    """Hands the rows of a prediction to several sinks."""
+
+    def __init__(self, sinks: Sequence[RowSink]) -> None:
+        self.sinks = sinks
+
+    @property
+    def takes_probabilities(self) -> bool:
+        """Whether one of them takes them."""
+        return any(sink.takes_probabilities for sink in self.sinks)
+
+    def write_rows(self, rows: FinishedRows) -> None:
+        """Hand on the next rows."""
+        for sink in self.sinks:
+            sink.write_rows(rows)
 
 
 def write_geotiff(

@@ -45,8 +45,18 @@ def draw_overlay(
     image: Pixels, ids: NDArray[np.integer], classes: ClassTable, opacity: float = DEFAULT_OPACITY
 ) -> Pixels:
     """Blend the image with its class colours, with a dark line between neighbouring classes."""
+    return blend_classes(image, ids, find_borders(ids), classes, opacity)
+
+
+def blend_classes(
+    image: Pixels,
+    ids: NDArray[np.integer],
+    is_border: NDArray[np.bool_],
+    classes: ClassTable,
+    opacity: float = DEFAULT_OPACITY,
+) -> Pixels:
+    """As `draw_overlay`, for a part of an image whose borders (H, W) are known."""
     blended = np.asarray(cv2.addWeighted(image, 1 - opacity, colour_class_map(ids, classes), opacity, 0), np.uint8)
-    is_border = find_borders(ids)
     blended[is_border] = (blended[is_border] * BORDER_BRIGHTNESS).round()
     return blended
 

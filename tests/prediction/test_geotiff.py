@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import resource
+import signal
 import warnings
 from functools import partial
 from pathlib import Path
@@ -20,13 +23,21 @@ from rasterio.windows import Window as RasterWindow
 from helpers.memory import in_child, peak_growth
 from semseg.config.preprocessing import BandRange
 from semseg.data.band_windows import open_windows
-from semseg.data.bands import BandFile, BandOptions
+from semseg.data.bands import BandFile, BandOptions, draw_bands, measure_stretches
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
 from semseg.data.windows import FinishedRows
 from semseg.errors import ConfigError, DataError
-from semseg.prediction.geotiff import GeoTiffSink, is_georeferenced, read_georeference, write_geotiff
+from semseg.prediction.geotiff import (
+    GeoTiffSink,
+    OverlaySink,
+    SeveralSinks,
+    is_georeferenced,
+    read_georeference,
+    write_geotiff,
+)
+from semseg.reports.draw import draw_overlay
 
 pytestmark = pytest.mark.reliability
 TURNED = Affine(10, 0.5, 400000, 0.5, -10, 5000000)
@@ -110,11 +121,72 @@ def test_ids_above_254_take_16_bits_and_pixels_without_values_have_none(tmp_path
         assert (found[600:] == 65535).all() and (found[:, 300:] == 65535).all()
 
 
+@pytest.mark.parametrize("step", [1, 7, 100, 600])
+def test_an_overlay_by_rows_is_that_of_the_whole_image(tmp_path: Path, step: int) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(500, 3000, (4, 12, 6)).repeat(50, 1).repeat(50, 2).astype(np.uint16)
+    ids = rng.integers(-1, 3, (12, 6)).repeat(50, 0).repeat(50, 1).astype(np.int16)
+    reader = open_windows(write_raster(tmp_path / "a.tif", 600, 300, pixels), OPTIONS)
+    reference = read_georeference(tmp_path / "a.tif")
+    assert reader is not None
+    whole = reader.read(0, 0, 600, 300)
+    stretches = measure_stretches(whole, FOUR)
+    draw = partial(draw_bands, names=FOUR, stretches=stretches)
+    sink = OverlaySink(tmp_path / "o.tif", Size(600, 300), CLASSES, reader, draw, reference=reference)
+    drawn: list[NDArray] = []
+    with patch.object(sink, "write_pixels", side_effect=drawn.append), sink:
+        for rows in rows_of(ids, step):
+            sink.write_rows(rows)
+    expected = draw_overlay(draw_bands(whole, FOUR), ids, CLASSES)
+    assert np.array_equal(np.concatenate(drawn), expected)
+    sink = OverlaySink(tmp_path / "o.tif", Size(600, 300), CLASSES, reader, draw, reference=reference)
+    with reader, sink:
+        for rows in rows_of(ids, step):
+            SeveralSinks([sink]).write_rows(rows)
+    with rasterio.open(tmp_path / "o.tif") as file:
+        assert file.crs == "EPSG:32632" and file.transform == TURNED and file.count == 3
+        found = file.read().transpose(1, 2, 0).astype(int)
+    assert np.abs(found - expected).mean() < 12  # JPEG
+
+
+def test_colours_are_class_indices_with_a_palette_in_which_pixels_that_are_not_sure_have_none(tmp_path: Path) -> None:
+    ids = np.array([[0, 1, 2, -1]], np.int16)
+    with GeoTiffSink(tmp_path / "c.tif", Size(1, 4), CLASSES, LabelMap(3, 0, [3])) as sink:
+        sink.write_rows(rows_of(ids, 1)[0])
+    with rasterio.open(tmp_path / "c.tif") as file:
+        assert file.read(1).tolist() == [[0, 1, 2, 3]]
+        assert file.colormap(1)[2] == (*CLASSES.palette[2], 255)
+
+
 def test_an_error_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError), GeoTiffSink(tmp_path / "i.tif", Size(9, 9), CLASSES, LabelMap(3)) as sink:
         sink.write_rows(rows_of(np.zeros((5, 9), np.int16), 5)[0])
         raise DataError("broken")
     assert list(tmp_path.iterdir()) == []
+
+
+def write_up_to(limit: int, folder: Path) -> tuple[str, list[str]]:
+    """The error of a class map of noise whose file may have so many bytes, and what is left in the folder."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    rng, kind = np.random.default_rng(0), "none"
+    try:
+        with GeoTiffSink(folder / "ids.tif", Size(900, 700), CLASSES, LabelMap(3)) as sink:
+            for _ in range(9):
+                sink.write_rows(rows_of(rng.integers(0, 3, (100, 700)).astype(np.int16), 100)[0])
+    except OSError as error:
+        kind = errno.errorcode.get(error.errno or 0, repr(error))
+    return kind, [path.name for path in folder.iterdir()]
+
+
+def test_a_disk_that_is_full_before_the_end_leaves_no_damaged_file(tmp_path: Path) -> None:
+    kind, left = in_child(partial(write_up_to, 10**7, tmp_path))
+    assert (kind, left) == ("none", ["ids.tif"])
+    whole = (tmp_path / "ids.tif").stat().st_size
+    (tmp_path / "ids.tif").unlink()
+    for limit in (5000, whole // 2, whole - 20_000, whole - 500, whole - 1):  # GDAL is silent about the last of them
+        kind, left = in_child(partial(write_up_to, limit, tmp_path))
+        assert kind in ("EIO", "ENOSPC") and left == [], limit
 
 
 def test_without_rasterio_the_extra_is_named(tmp_path: Path) -> None:
