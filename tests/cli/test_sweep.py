@@ -417,6 +417,7 @@ def test_optuna_receives_scores_and_failures_and_continues_a_search(stub: Stub, 
     assert best["best_params"]["optim.lr"] == min(map(float, stub.rates))
 
 
+@pytest.mark.slow
 def test_optuna_without_a_successful_job_ends_with_the_table(
     stub: Stub, start: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

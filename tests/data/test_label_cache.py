@@ -218,6 +218,7 @@ def test_workers_fill_one_folder_together(tmp_path: Path) -> None:
     assert len(files_of(tmp_path / "kept")) == 3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_does_not_say_where_labels_are_kept() -> None:
     saved, given = Config(data=DataConfig(label_cache="/theirs")), Config(data=DataConfig(label_cache="ours"))
     assert inherit_config(saved, given, []).data.label_cache == "ours"

@@ -100,6 +100,7 @@ def evaluate(folder: Path, ckpt: str, name: str) -> tuple[dict[str, Any], str]:
     return json.loads((folder / name / "metrics.json").read_text()), printed
 
 
+@pytest.mark.slow
 def test_an_evaluation_averages_networks_and_subsets_of_scales(folder: Path) -> None:
     (alone, _), (twice, printed) = evaluate(folder, "a.ckpt", "alone"), evaluate(folder, "[a.ckpt,a.ckpt]", "twice")
     for key in ("confusion", "classes", "subsets"):

@@ -176,6 +176,7 @@ def test_the_probe_of_a_gpu_runs_sub_batches_of_the_network_itself(
         (["experiment=finetune_vit", "data.batch_size=4"], 1, 1e-4 * 0.5**0.5),  # 4 x 2 accumulated, for 16
     ],
 )
+@pytest.mark.slow
 def test_the_rate_of_the_recipe_is_scaled_to_the_images_of_a_step(
     words: list[str], world_size: int, rate: float
 ) -> None:
@@ -255,6 +256,7 @@ def read_chosen(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_prints_and_keeps_what_it_chose_and_resumes_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +289,7 @@ def test_a_run_prints_and_keeps_what_it_chose_and_resumes_with_it(
     assert_equal(resumed, expected)
 
 
+@pytest.mark.slow
 def test_a_number_other_than_the_chosen_one_is_refused_when_a_run_resumes(tmp_path: Path) -> None:
     words = [*WORDS, "data.num_workers=0", "run_dir=run"]
     run_here(tmp_path, *words)

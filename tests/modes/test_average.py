@@ -63,6 +63,7 @@ def test_statistics_that_training_leaves_alone_are_kept(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in run.net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_average_is_kept_only_if_it_is_better_than_the_best(folder: Path) -> None:
     with patch.object(average, "score_on_split", side_effect=[0.2, 0.5, 0.5]):
         printed = run_here(folder, "mode=average", "ckpt=[a.ckpt,b.ckpt]", *QUICK, "run_dir=worse")

@@ -356,6 +356,7 @@ def check_here(folder: Path, *words: str, code: int = 0) -> str:
     return run_here(folder, "mode=check", "data=folder", "data.short_edges=[60]", *words, *TINY, code=code)
 
 
+@pytest.mark.slow
 def test_a_ready_data_set_is_described_in_a_file_that_trains_it(tmp_path: Path) -> None:
     good_folder(tmp_path / "photos")
     shown = check_here(tmp_path, "data.root=photos", "data.num_classes=3", "output=sub/plants.yaml")
@@ -394,6 +395,7 @@ def test_a_description_has_the_suggestions_and_paths_beside_it(tmp_path: Path) -
     assert " data.train.images=" not in shown.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_data_set_that_is_not_ready_is_not_described_and_the_last_line_checks_it_again(tmp_path: Path) -> None:
     good_folder(tmp_path / "photos", ids=(0, 1, 2))
     shown = check_here(tmp_path, "data.root=photos", "output=plants.yaml", code=1)

@@ -36,6 +36,7 @@ MODELS = [
 
 @pytest.mark.shared
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.slow
 def test_a_step_on_real_images_gives_every_weight_a_gradient(model: str, shared: Path) -> None:
     config = check_config(
         compose_config(

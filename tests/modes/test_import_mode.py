@@ -114,6 +114,7 @@ def test_the_description_in_a_folder_is_used_beneath_the_keys_of_the_command_lin
         parse_overrides(["data=folder", f"data.root={root}"])
 
 
+@pytest.mark.slow
 def test_keys_of_the_section_import_are_named_as_they_are_written(tmp_path: Path) -> None:
     config = configured("mode=import", "input=a", "output=b", "import.copy=true", "import.unlabelled=ignore")
     assert config.import_.copy and config.import_.unlabelled == "ignore"

@@ -240,6 +240,7 @@ def test_g12_half_open_connections_are_dropped_for_good_ones(monkeypatch: pytest
         assert stalled[-1].recv(4096).startswith(b"HTTP/1.1 200 ")  # the newest is complete and served
 
 
+@pytest.mark.slow
 def test_g12_a_client_that_does_not_read_its_response_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "CLIENT_SECONDS", 0.5)
     with running(monkeypatch) as here, socket.socket() as connection:

@@ -67,6 +67,7 @@ def test_a_network_is_downloaded_once_and_then_taken_from_the_cache(
     assert not printed.err
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_goes_on(hub: FakeHub, cache: Path) -> None:
     hub.add(NETWORK.name, FILES)
     hub.cuts["model.safetensors"] = 100

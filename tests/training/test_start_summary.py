@@ -85,6 +85,7 @@ def test_many_classes_a_long_map_and_long_paths_are_shortened(tmp_path: Path) ->
     assert len(data) <= 120 and "/.../" in data and data.endswith("a folder with a long name")
 
 
+@pytest.mark.slow
 def test_verbose_prints_the_whole_configuration_too(tmp_path: Path) -> None:
     quiet = run_here(tmp_path, *TINY, *TINY_NETWORK, "run_dir=quiet")
     verbose = run_here(tmp_path, *TINY, *TINY_NETWORK, "run_dir=verbose", "verbose=true")

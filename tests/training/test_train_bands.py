@@ -44,6 +44,7 @@ def words(root: Path, run_dir: Path, *more: str) -> list[str]:
     return [*WORDS, f"data.root={root}", f"run_dir={run_dir}", *more]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_and_workers_change_nothing(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

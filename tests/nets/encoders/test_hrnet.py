@@ -39,6 +39,7 @@ def test_one_image_of_one_pixel_trains(encoder: HRNetV2) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_joined_map_is_the_branches_resized_to_the_finest(encoder: HRNetV2) -> None:
     with torch.device("meta"):
         apart = HRNetV2(join=False)

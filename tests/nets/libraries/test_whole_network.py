@@ -47,6 +47,7 @@ def test_its_state_dict_is_that_of_the_library(trained: Path) -> None:
     assert names == set(net.model.state_dict())
 
 
+@pytest.mark.slow
 def test_it_is_resumed_to_the_bit(trained: Path) -> None:
     longer = [*RUN, "trainer.max_epochs=2", "checkpoint.every_n_steps=1", "checkpoint.keep=9"]
     run_here(trained, *longer, "run_dir=whole")
@@ -61,6 +62,7 @@ def test_it_is_resumed_to_the_bit(trained: Path) -> None:
     assert "model.options.width: 4 in the checkpoint, 8 now" in refused
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_used_exported_and_converted(trained: Path) -> None:
     assert "mean IoU" in run_here(trained, "mode=eval", "ckpt=run", "run_dir=scores")
     run_here(trained, "mode=predict", "ckpt=run", "input=scenes/images/validation", "run_dir=seen")
