@@ -11,7 +11,7 @@ from importlinter.cli import lint_imports
 PACKAGE = Path(__file__).resolve().parent.parent / "semseg"
 HEAVY = {"torch", "torchvision", "torchmetrics", "pytorch_lightning"}
 # Modules used before a command is checked, or by processes that watch others: folders, and files of other folders.
-FAST = ("errors.py", "cli", "config", "reports", "storage", "system", "checkpoints/zoo.py", "modes/compare.py",
+FAST = ("errors.py", "api", "cli", "config", "reports", "storage", "system", "checkpoints/zoo.py", "modes/compare.py",
         "modes/download.py", *(f"data/{name}.py" for name in (
             "classes", "folders", "geometry", "header_cache", "headers", "label_map", "list_files", "orientation",
             "overlap", "palette", "plan", "records",

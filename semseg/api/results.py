@@ -120,10 +120,14 @@ class Evaluation(RunFolder):
     @property
     def images(self) -> pd.DataFrame | list[TableRow]:
         """A row for each image: its scores, seconds and size."""
-        with (self.folder / "per_image.csv").open(newline="", encoding="utf-8") as file:
-            return tabulate_rows(
-                [{name: parse_cell(text) for name, text in row.items()} for row in csv.DictReader(file)]
-            )
+        return read_table(self.folder / "per_image.csv")
+
+    @property
+    def label_errors(self) -> pd.DataFrame | list[TableRow]:
+        """A row for each region whose label may be wrong, the surest first; empty without eval.label_errors=true."""
+        from semseg.evaluation.result_files import LABEL_ERRORS_FILE  # noqa: PLC0415 - imports torch
+
+        return read_table(self.folder / LABEL_ERRORS_FILE)
 
     @property
     def confusion(self) -> NDArray[np.int64]:
@@ -186,6 +190,14 @@ class DataCheck(RunFolder):
     def command(self) -> str:
         """The command line that trains with the suggestions, or checks again."""
         return self.content["command"]
+
+
+def read_table(path: Path) -> pd.DataFrame | list[TableRow]:
+    """The rows of a CSV file; none if it does not exist."""
+    if not path.is_file():
+        return tabulate_rows([])
+    with path.open(newline="", encoding="utf-8") as file:
+        return tabulate_rows([{name: parse_cell(text) for name, text in row.items()} for row in csv.DictReader(file)])
 
 
 def parse_cell(text: str) -> float | str | None:

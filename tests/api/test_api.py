@@ -112,8 +112,12 @@ def test_tables_are_data_frames_where_pandas_is_installed(trained: TrainingRun) 
 @pytest.mark.slow
 def test_a_network_is_evaluated_and_predicts(trained: TrainingRun, tmp_path: Path) -> None:
     assert trained.ckpt is not None
-    found = semseg.evaluate(trained.folder, **QUIET, run_dir=tmp_path / "eval", eval__bootstrap=0)
+    found = semseg.evaluate(
+        trained.folder, **QUIET, run_dir=tmp_path / "eval", eval__bootstrap=0, eval__label_errors=True
+    )
     assert trained.evaluation is not None and found.mean_iou == trained.evaluation.mean_iou
+    assert len(found.label_errors) == len((tmp_path / "eval" / "label_errors.csv").read_text().splitlines()) - 1
+    assert len(trained.evaluation.label_errors) == 0
     assert found.confusion.shape == (found.confusion.shape[0],) * 2 and found.page == tmp_path / "eval" / "report.html"
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "a.png")
     predicted = semseg.predict(trained.ckpt, tmp_path / "a.png", **QUIET, run_dir=tmp_path / "predict")
