@@ -18,7 +18,7 @@ from semseg.data.loaders import WatchedLoader, close_iterations
 from semseg.data.workers import LoaderFailure, classify_failure, stop_workers
 from semseg.errors import ConfigError, DataError, SemsegError
 
-pytestmark = [pytest.mark.reliability, pytest.mark.usefixtures("short_grace")]
+pytestmark = pytest.mark.reliability
 
 
 class TwoArgumentsError(Exception):
