@@ -10,6 +10,7 @@ Images are uint8 (H, W, 3) RGB. Labels are read in labels.py, images and labels 
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 import zlib
 from contextlib import AbstractContextManager, nullcontext
@@ -40,8 +41,9 @@ from semseg.errors import DataError
 # Workers decode images in parallel: threads within one image only compete with each other, and OpenCV's thread pool
 # does not survive the fork of a worker.
 cv2.setNumThreads(0)
-# Our own messages say why a file cannot be decoded; OpenCV's lines on standard error are not needed.
+# Our own messages say why a file cannot be decoded; lines of OpenCV and Pillow on standard error are not needed.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 # Larger images are rejected by their header: 134 megapixels exceed any camera and take 400 MB as RGB.
 MAX_PIXELS = 2**27

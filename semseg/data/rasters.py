@@ -7,6 +7,7 @@ pictures as `images` reads them.
 from __future__ import annotations
 
 import io
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from numpy.typing import NDArray
 
 from semseg.data.bands import PIXEL_TYPES
 from semseg.data.decoders import silent_stderr
+from semseg.data.lzw import decode_lzw
 from semseg.data.raster_layout import RasterLayout, read_npy_header
 from semseg.errors import DataError, install_command
 
+LZW = 5  # compression (tag 259)
 TIFF_EXTRA = ("tifffile", "imagecodecs")  # modules of semseg[tiff]
 
 
@@ -38,6 +41,8 @@ def require_tifffile(path: str | Path) -> Any:
         raise DataError(f"{path}: TIFF files of this kind need {', '.join(missing)}: {install_command('tiff')}")
     import tifffile  # noqa: PLC0415 - an extra
 
+    tifffile.TIFF.DECOMPRESSORS._codecs[LZW] = decode_lzw  # pyright: ignore[reportAttributeAccessIssue]
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # our errors say what is wrong with a file
     return tifffile
 
 

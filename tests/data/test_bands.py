@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -24,7 +25,9 @@ from semseg.data.header_cache import read_header_only
 from semseg.data.images import read_image
 from semseg.data.label_map import IGNORED, LabelMap
 from semseg.data.labels import read_label
+from semseg.data.lzw import decode_lzw
 from semseg.data.pairs import read_pair, read_reduced
+from semseg.data.rasters import LZW, require_tifffile
 from semseg.data.records import Record
 from semseg.data.resize import resize_image
 from semseg.errors import DataError
@@ -86,6 +89,17 @@ def test_every_tiff_has_its_own_numbers_whole_and_by_window(tmp_path: Path, kind
                     top, left = rng.integers(0, 20, 2)
                     assert np.array_equal(windows.read(top, left, 17, 31), pixels[top : top + 17, left : left + 31])
                     assert np.array_equal(windows.read(0, 0, 40, 53), pixels)
+
+
+def test_lzw_is_decoded_by_libtiff_which_a_damaged_stream_does_not_crash() -> None:
+    assert require_tifffile("a.tif").TIFF.DECOMPRESSORS[LZW] is decode_lzw
+    content = np.random.default_rng(0).integers(0, 9, 5000).astype(np.uint8).tobytes()
+    stream = imagecodecs.lzw_encode(content)
+    assert decode_lzw(stream, out=5000).tobytes() == content
+    assert decode_lzw(stream, out=300).tobytes() == content[:300]
+    for damaged in (stream[:-100], b"", stream[:50] + b"\xff" * 20 + stream[70:], b"\xff" * 900):
+        with pytest.raises(ValueError, match="its LZW stream is damaged"):
+            decode_lzw(damaged, out=5000)
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16"])

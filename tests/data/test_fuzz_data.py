@@ -6,6 +6,7 @@ import io
 import json
 import random
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import cv2
@@ -21,7 +22,9 @@ from semseg.data.band_images import read_bands
 from semseg.data.band_windows import open_windows
 from semseg.data.bands import PIXEL_TYPES, BandFile, BandOptions
 from semseg.data.images import decode_image, read_image
-from semseg.data.labels import read_label
+from semseg.data.label_map import LabelMap
+from semseg.data.label_windows import open_label_windows
+from semseg.data.labels import read_class_indices, read_label
 from semseg.data.list_files import _parse_odgt_line as parse_line
 from semseg.data.records import Record
 from semseg.errors import DataError
@@ -210,4 +213,67 @@ def test_h3_spoiled_rasters_crash_nothing_and_take_no_memory(count: int, tmp_pat
     assert (
         kinds["whole refused"] > count / 10 and kinds["whole read"] > count / 100 and kinds["window read"] > count / 100
     )
+    assert growth < 2**30
+
+
+def label_files(folder: Path) -> list[tuple[str, bytes]]:
+    """Masks in TIFF and NumPy files: tiles, strips, a palette, 8 to 64 bits."""
+    ids = np.random.default_rng(0).integers(0, 4, (48, 64))
+    found = []
+    for number, (kind, how) in enumerate([
+        ("uint8", {"compression": "lzw", "tile": (16, 16)}), ("uint16", {"compression": "zstd", "rowsperstrip": 5}),
+        ("uint8", {"bigtiff": True}),
+    ]):  # fmt: skip
+        tifffile.imwrite(folder / f"{number}.tif", ids.astype(kind), **how)
+        found.append((".tif", (folder / f"{number}.tif").read_bytes()))
+    picture = Image.fromarray(ids.astype(np.uint8))
+    picture.putpalette(bytes(range(256)) * 3)
+    picture.save(folder / "palette.tif", compression="tiff_deflate")
+    found.append((".tif", (folder / "palette.tif").read_bytes()))
+    for kind in ("uint8", "int64"):
+        np.save(folder / "a.npy", ids.astype(kind))
+        found.append((".npy", (folder / "a.npy").read_bytes()))
+    return found
+
+
+def read_spoiled_labels(count: int, seed: int, folder: Path) -> tuple[Counter[str], int]:
+    """What became of `count` spoiled masks, read whole and by window, and by how many bytes the memory grew."""
+    chance, files, kinds = random.Random(seed), label_files(folder), Counter[str]()
+    label_map = LabelMap(4, first_id=0, ignore=[])
+    pieces = [b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0" * 40, b"\1\0", b"II*\0", b"NUMPY", b"<i8", b"9" * 30]
+
+    def read_windows(path: Path) -> None:
+        label = open_label_windows(str(path), label_map)
+        if label is not None:
+            with closing(label):
+                if label.size.height * label.size.width < 2**20:
+                    assert all(ids.min() >= 0 and ids.max() < 4 for _, ids in label.read_bands(500))
+
+    def work() -> None:
+        for number in range(count):
+            suffix, whole = files[number % len(files)]
+            path = folder / f"spoiled{suffix}"
+            path.write_bytes(spoiled(whole, chance, pieces))
+            for kind, read in (
+                ("whole", lambda path=path: read_class_indices(str(path), label_map, max_pixels=2**20)),
+                ("window", lambda path=path: read_windows(path)),
+            ):
+                try:
+                    read()
+                except DataError as error:
+                    assert "\n" not in str(error), str(error)
+                    kinds[f"{kind} refused"] += 1
+                else:
+                    kinds[f"{kind} read"] += 1
+
+    growth = peak_growth(work)
+    return kinds, growth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_h3_spoiled_masks_crash_nothing_and_take_no_memory(count: int, tmp_path: Path) -> None:
+    kinds, growth = in_child(lambda: read_spoiled_labels(count, 0, tmp_path))
+    assert sum(kinds.values()) == 2 * count and min(kinds.values()) > count / 50 and len(kinds) == 4
     assert growth < 2**30
