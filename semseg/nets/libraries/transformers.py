@@ -90,8 +90,21 @@ def run_plain(model: Any, image: Tensor, wants_aux: bool) -> Logits:
 
 def run_upernet(model: Any, image: Tensor, wants_aux: bool) -> Logits:
     """The heads without the upsampling to the size of the image, which ours does in bands."""
-    maps = model.backbone.forward_with_filtered_kwargs(image).feature_maps
+    backbone = model.backbone
+    if type(backbone).__name__ == "ConvNextBackbone":
+        maps = run_convnext(backbone, image)
+    else:
+        maps = backbone.forward_with_filtered_kwargs(image).feature_maps
     return Logits(model.decode_head(maps), run_auxiliary(model, maps, wants_aux))
+
+
+def run_convnext(backbone: Any, image: Tensor) -> tuple[Tensor, ...]:
+    """The feature maps as transformers computes them, without its hooks, which torch.compile does not trace."""
+    state = backbone.embeddings(image)
+    maps = {"stem": state}
+    for name, stage in zip(backbone.stage_names[1:], backbone.encoder.stages, strict=True):
+        maps[name] = state = stage(state)
+    return tuple(backbone.hidden_states_norms[name](maps[name]) for name in backbone.out_features)
 
 
 def run_dpt(model: Any, image: Tensor, wants_aux: bool) -> Logits:
