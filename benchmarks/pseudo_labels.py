@@ -11,6 +11,8 @@ from the same ImageNet weights, scored by mode=eval at the full size:
 - longer: the same for twice as many steps, which is what `pseudo` costs with the training of its teacher;
 - pseudo: the network of `labelled` predicts the others with predict.min_confidence; a new network is trained for
   --steps steps with data.mix=[{images: <the others>, masks: <predictions>, mask_suffix: _ids, share: <--share>}];
+- continued: as many steps more on the labelled images, from the network of `labelled` (init_from);
+- pseudo_continued: the same number of steps with data.mix, from the network of `labelled`;
 - all: all training images with their labels, which is more than pseudo labels can give.
 
 Settings are to be chosen by the mean IoU of the validation images (val); the row has that of the test images as well.
@@ -45,7 +47,8 @@ from accuracy import (
 TABLE = Path(__file__).with_suffix(".csv")
 KEY = ("data", "encoder", "labelled", "seed", "steps", "side", "confidence", "share", "further")
 COLUMNS = ("commit", *KEY, "kept", "accuracy", "val", "test", "val_iou")
-SIDES = ("labelled", "longer", "pseudo", "all")
+SIDES = ("labelled", "longer", "continued", "pseudo", "pseudo_continued", "all")
+SPLITS = ("val", "test")
 
 
 def main() -> None:
@@ -66,6 +69,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="timm's name")
     parser.add_argument("--weights", help="a file, or none; the default is the file of the encoder's package")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--split", action="append", choices=SPLITS, help="that is scored; may be repeated")
     parser.add_argument("--short-edge", type=int, default=216, help="pixels: the largest of training; 180 scores best")
     parser.add_argument("--eval-edge", type=int, default=180, help="pixels, at which networks predict")
     parser.add_argument("--work", type=Path, default=Path("pseudo_labels"), help="folder of runs and predictions")
@@ -83,7 +87,7 @@ def parse_options() -> argparse.Namespace:
 
 def measure(side: str, options: argparse.Namespace) -> None:
     """Train and score one side, and add its row, unless the table has it."""
-    is_pseudo, steps = side == "pseudo", options.steps * (2 if side == "longer" else 1)
+    is_pseudo, steps = side.startswith("pseudo"), options.steps * (2 if side == "longer" else 1)
     key = {
         "data": options.data.name, "encoder": options.encoder, "labelled": str(options.labelled),
         "seed": str(options.seed), "steps": str(steps), "side": side,
@@ -97,13 +101,15 @@ def measure(side: str, options: argparse.Namespace) -> None:
     row: dict[str, str] = {}
     words = recipe_words(options, all_labels=side == "all")
     name = "-".join(key[part].replace("/", "_").replace(" ", "_") for part in KEY[5:] if key[part])
+    if is_pseudo or side == "continued":
+        first = train("labelled", recipe_words(options), options.steps, options)
+        words += [] if side == "pseudo" else [f"init_from={first}"]
     if is_pseudo:
-        teacher = train("labelled", recipe_words(options), options.steps, options)
-        masks, row = predict_unlabelled(teacher, options)
+        masks, row = predict_unlabelled(first, options)
         mix = f"{{images: {unlabelled_folder(options)}, masks: {masks}, mask_suffix: _ids, share: {options.share}}}"
         words += [f"data.mix=[{mix}]", *options.further.split()]
     network = train(name, words, steps, options)
-    for split in ("val", "test"):
+    for split in options.split or SPLITS:
         scores = score(network, split, options)
         row[split] = f"{100 * scores['mean_iou']:.2f}" if scores["mean_iou"] is not None else "n/a"
         if split == "val":
@@ -166,7 +172,8 @@ def predict_unlabelled(network: Path, options: argparse.Namespace) -> tuple[Path
         "predict.save=[ids]", f"predict.scales=[{options.eval_edge}]", f"predict.min_confidence={options.confidence}",
         "trainer=cpu",
     ]  # fmt: skip
-    accuracy.run_measured([str(ROOT / "run.py"), *words], options.work / f"{folder.name}.log")
+    if not (folder / "classes.json").exists():  # which is written last
+        accuracy.run_measured([str(ROOT / "run.py"), *words], options.work / f"{folder.name}.log")
     num_kept = num_right = num_scored = 0
     for image, label in list_pairs(options.data, "train"):
         path = folder / f"{image.stem}_ids.png"

@@ -172,11 +172,13 @@ def test_every_side_of_the_pseudo_labels_adds_a_row(tmp_path: Path, monkeypatch:
     (tmp_path / "scenes" / "test.odgt").write_text((tmp_path / "scenes" / "validation.odgt").read_text())
     rows = run_twice(tmp_path, monkeypatch, "pseudo_labels", [*TOY_WORDS, "--labelled", "4", "--confidence", "0.1"])
     assert [(row["side"], row["steps"]) for row in rows] == [
-        ("labelled", "2"), ("longer", "4"), ("pseudo", "2"), ("all", "2")
+        ("labelled", "2"), ("longer", "4"), ("continued", "2"), ("pseudo", "2"), ("pseudo_continued", "2"), ("all", "2")
     ]  # fmt: skip
-    assert 0 < float(rows[2]["kept"]) <= 100 and rows[0]["val"] != "n/a"
-    (file,) = (tmp_path / "pseudo_labels").glob("pseudo-*-2/config.yaml")
-    config = yaml.safe_load(file.read_text())["data"]
+    assert 0 < float(rows[3]["kept"]) <= 100 and rows[0]["val"] != "n/a"
+    (file,) = (tmp_path / "pseudo_labels").glob("pseudo_continued-*-2/config.yaml")
+    config = yaml.safe_load(file.read_text())
+    assert Path(config["init_from"]).is_file()
+    config = config["data"]
     assert config["mix"][0]["share"] == 0.5 and config["train"]["list"].endswith("labelled-4.odgt")
 
 
