@@ -121,7 +121,7 @@ def test_ids_above_254_take_16_bits_and_pixels_without_values_have_none(tmp_path
         assert (found[600:] == 65535).all() and (found[:, 300:] == 65535).all()
 
 
-@pytest.mark.parametrize("step", [1, 7, 100, 600])
+@pytest.mark.parametrize("step", [7, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 100, 600))])
 def test_an_overlay_by_rows_is_that_of_the_whole_image(tmp_path: Path, step: int) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(500, 3000, (4, 12, 6)).repeat(50, 1).repeat(50, 2).astype(np.uint16)
@@ -184,7 +184,7 @@ def test_a_disk_that_is_full_before_the_end_leaves_no_damaged_file(tmp_path: Pat
     assert (kind, left) == ("none", ["ids.tif"])
     whole = (tmp_path / "ids.tif").stat().st_size
     (tmp_path / "ids.tif").unlink()
-    for limit in (5000, whole // 2, whole - 20_000, whole - 500, whole - 1):  # GDAL is silent about the last of them
+    for limit in (5000, whole - 500, whole - 1):  # GDAL is silent about the last of them
         kind, left = in_child(partial(write_up_to, limit, tmp_path))
         assert kind in ("EIO", "ENOSPC") and left == [], limit
 
