@@ -179,6 +179,7 @@ def write_up_to(limit: int, folder: Path) -> tuple[str, list[str]]:
     return kind, [path.name for path in folder.iterdir()]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_before_the_end_leaves_no_damaged_file(tmp_path: Path) -> None:
     kind, left = in_child(partial(write_up_to, 10**7, tmp_path))
     assert (kind, left) == ("none", ["ids.tif"])
