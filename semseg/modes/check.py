@@ -54,9 +54,9 @@ from semseg.checks.recipe import (
     write_recipe,
 )
 from semseg.config.load import load_config
-from semseg.config.schema import FINE_STRIDE, SPLITS, Config, DataConfig, flatten_sections
+from semseg.config.schema import FINE_STRIDE, SPLITS, Config, DataConfig, ModelConfig, flatten_sections
 from semseg.data.augment import crop_size
-from semseg.data.bands import band_options
+from semseg.data.bands import BandOptions, band_options
 from semseg.data.classes import ClassTable
 from semseg.data.crops import NATIVE, choose_crop
 from semseg.data.foreground import build_foreground_index
@@ -72,6 +72,7 @@ from semseg.data.records import Record
 from semseg.data.scan import find_first_pixel, scan_pairs
 from semseg.data.sources import ROOT_OF_LISTS, DataSource, describe_split_folders, name_part
 from semseg.errors import DataError, ReportedError
+from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.step_memory import estimate_step_memory
 from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary, write_check_page
 from semseg.reports.draw import format_share
@@ -97,12 +98,7 @@ def run(config: Config, overrides: list[str]) -> None:
     folder = Path(config.run_dir)
     if exports := recognise_exports(config.data):
         report_exports(exports, config)
-    if keys := recognise_masks_beside(config.data):
-        words = [f"{key}={value}" for key, value in keys.items()]
-        overrides = [*overrides, *words]
-        config = load_config([word for word in overrides if not word.startswith(("run_dir=", "hydra."))])[0]
-        config.run_dir = str(folder)
-        print(escape_lines(f"masks lie beside the images: checked with {' '.join(words)}"))
+    config, overrides = use_masks_beside(config, overrides)
     advice = advise_on_bands(config.data, open_data(config.data)[0].survey("train")[0])
     if advice.suggestions:
         given = " ".join(f"{key}={value}" for key, value in advice.suggestions.items())
@@ -114,7 +110,9 @@ def run(config: Config, overrides: list[str]) -> None:
     if keys := source.find_split_folders():
         diagnosis.notices[:] = sort_notices([*diagnosis.notices, Notice(WARNING, describe_split_folders(keys))])
         diagnosis.suggestions.update(keys)
-    objects = check_small_objects(config, source, splits[0], configured)
+    has_pairs = bool(splits[0].usable_pairs)
+    net = build_shapes(config.model, source.classes.num_classes, source.bands) if has_pairs else None
+    objects = check_small_objects(config, source, splits[0], configured, net)
     mixed = check_mix(source, splits, configured)
     diagnosis.notices[:] = sort_notices([*diagnosis.notices, *advice.notices, *objects, *mixed])
     diagnosis.suggestions.update(advice.suggestions)
@@ -128,7 +126,7 @@ def run(config: Config, overrides: list[str]) -> None:
         config.data.name,
         diagnosis,
         splits,
-        summarise_plan(config, splits[0], source),
+        summarise_plan(config, splits[0], net),
         list(sample_pairs(splits[0], config.check.samples, config.data, label_map, classes)),
         training_command(overrides, diagnosis.suggestions, output) if is_ready else check_command(overrides, diagnosis),
         f"{purpose} as suggested" if diagnosis.suggestions else purpose,
@@ -152,6 +150,19 @@ def run(config: Config, overrides: list[str]) -> None:
     print(next_step)
     error = DataError if config.quiet else ReportedError
     raise error(f"the data set is not ready for training: see {relative_to_cwd(files[-1])}.")
+
+
+def use_masks_beside(config: Config, overrides: list[str]) -> tuple[Config, list[str]]:
+    """The configuration and its overrides, with the keys that name the masks if they lie beside the images."""
+    keys = recognise_masks_beside(config.data)
+    if not keys:
+        return config, overrides
+    words = [f"{key}={value}" for key, value in keys.items()]
+    print(escape_lines(f"masks lie beside the images: checked with {' '.join(words)}"))
+    overrides = [*overrides, *words]
+    completed = load_config([word for word in overrides if not word.startswith(("run_dir=", "hydra."))])[0]
+    completed.run_dir = config.run_dir
+    return completed, overrides
 
 
 def report_exports(exports: Sequence[FoundExport], config: Config) -> NoReturn:
@@ -222,14 +233,22 @@ def find_pixel(source: DataSource, record: Record, raw_id: int) -> tuple[int, in
     return find_first_pixel(record.label or "", raw_id, colours, limit)
 
 
-def summarise_plan(config: Config, train: ScannedSplit, source: DataSource) -> PlanSummary | None:
-    """Padding, and the memory for the largest sub-batch, of the plan for the images of train; None without images."""
+def build_shapes(model: ModelConfig, num_classes: int, bands: BandOptions | None = None) -> SegmentationNetwork:
+    """The network without the content of its weights, in training mode."""
+    with torch.device("meta"):
+        return build_network(without_weights(model), num_classes, bands=bands).train()
+
+
+def summarise_plan(config: Config, train: ScannedSplit, net: SegmentationNetwork | None) -> PlanSummary | None:
+    """Padding, and the memory for the largest sub-batch, of the plan for the images of train; None without images.
+
+    Args:
+        net: of `build_shapes`; None without images.
+    """
     data = config.data
     sizes = [Size(facts.height, facts.width) for _, facts in train.usable_pairs]
-    if not sizes:
+    if net is None:
         return None
-    with torch.device("meta"):
-        net = build_network(without_weights(config.model), source.classes.num_classes, bands=source.bands).train()
     divisor = config.model.size_divisor or net.size_divisor
     if data.resize == NATIVE:
         sizes = [crop_size(size, choose_crop(data, config.augment, net.image_size) or [*size]) for size in sizes]
@@ -246,14 +265,20 @@ def summarise_plan(config: Config, train: ScannedSplit, source: DataSource) -> P
 
 
 def check_small_objects(
-    config: Config, source: DataSource, train: ScannedSplit, configured: ConfiguredClasses | None
+    config: Config,
+    source: DataSource,
+    train: ScannedSplit,
+    configured: ConfiguredClasses | None,
+    net: SegmentationNetwork | None,
 ) -> list[Notice]:
-    """Whether objects vanish from the labels of training; makes the index of data.resize=native on the way."""
-    if configured is None or not train.usable_pairs:
+    """Whether objects vanish from the labels of training; makes the index of data.resize=native on the way.
+
+    Args:
+        net: of `build_shapes`; None without images.
+    """
+    if configured is None or net is None:
         return []
     label_map, names, data = configured.label_map, configured.classes.names, config.data
-    with torch.device("meta"):
-        net = build_network(without_weights(config.model), len(names)).train()
     if data.resize == NATIVE and data.crop_foreground != 0:
         records = [record for record, _ in train.usable_pairs]
         build_foreground_index(records, source.root, label_map, max_pixels=data.max_pixels)
@@ -420,8 +445,7 @@ def choose_recipe(
     is_network_given = any(word.lstrip("+~").startswith("model") for word in others)
     recipe_words = [] if is_network_given else [f"experiment={(chosen or [BASE_RECIPE])[-1]}"]
     model = load_config([*recipe_words, "data=folder", "data.num_classes=2", *others])[0].model
-    with torch.device("meta"):
-        net = build_network(without_weights(model), len(diagnosis.classes)).train()
+    net = build_shapes(model, len(diagnosis.classes))
 
     def estimate_memory(size: Size, batch_size: int) -> int:
         return estimate_step_memory(net, canvas_size([size], net.size_divisor), batch_size).with_momentum
