@@ -26,7 +26,6 @@ import yaml
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import semseg
@@ -101,8 +100,8 @@ class AppleProblems(Findings):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-        here = [tensor for tensor in tensors if tensor.device.type == DEVICE]
+        results = result if isinstance(result, tuple | list) else (result,)
+        here = [one for one in results if isinstance(one, torch.Tensor) and one.device.type == DEVICE]
         if any(tensor.dtype == torch.float64 for tensor in here):
             self.add("float64")
         namespace, _, name = func.name().partition("::")
@@ -111,6 +110,7 @@ class AppleProblems(Findings):
         return result
 
 
+@cache
 def has_apple_kernel(name: str) -> bool:
     """Whether PyTorch has a kernel of an operation such as `add.Tensor` for Apple's GPUs."""
     operations = read_operations()

@@ -24,7 +24,8 @@ NETWORKS = {
     "mobilenetv2": ModelConfig(encoder={"name": "mobilenetv2"}, decoder={"name": "c1"}),
     "torchvision": ModelConfig(encoder={"name": "convnext_tiny", "library": "torchvision"}, decoder={"name": "c1"}),
     "timm": ModelConfig(encoder={"name": "test_vit", "library": "timm"}, decoder={"name": "linear"}),
-    "smp": ModelConfig(library="smp", arch="unet", encoder={"name": "mobileone_s0"}),
+    "smp": ModelConfig(library="smp", arch="unet", encoder={"name": "resnet18"}),
+    "smp_several": ModelConfig(library="smp", arch="unet", encoder={"name": "mobileone_s0"}),
 }
 
 
@@ -55,7 +56,11 @@ def compare_with_rgb(model: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "resnet18" else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+    "name",
+    [
+        name if name == "resnet18" else pytest.param(name, marks=pytest.mark.long if "_" in name else pytest.mark.slow)
+        for name in NETWORKS
+    ],
 )
 def test_every_family_has_first_layers_of_repeated_and_rescaled_weights(name: str) -> None:
     compare_with_rgb(NETWORKS[name])

@@ -230,7 +230,8 @@ def test_c17_a_long_wait_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> No
     loader = WatchedLoader(Trouble(kills=False), lambda number: [f"{number}.jpg"], 0.6, batch_size=None, num_workers=1)
     with pytest.warns(UserWarning, match=r"has been waiting for 2\.jpg for \d s") as warnings, pytest.raises(DataError):
         list(loader)
-    assert sum("has been waiting" in str(one.message) for one in warnings) == 1
+    # On a busy machine the start of the worker may take as long, and be reported as the wait for the first image.
+    assert sum("has been waiting for 2.jpg" in str(one.message) for one in warnings) == 1
 
 
 def test_c17_without_the_shared_memory_that_workers_need_there_are_none(
