@@ -22,7 +22,7 @@ from traitlets.config import Config
 
 shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
 train = semseg.train
-semseg.train = lambda **keywords: train(*sys.argv[2:], **{**keywords, "data__root": keywords.pop("data")["root"]})
+semseg.train = lambda *, data, **keywords: train(*sys.argv[2:], data__root=data["root"], **keywords)
 for cell in nbformat.read(sys.argv[1], as_version=4).cells:
     if cell.cell_type == "code":
         result = shell.run_cell(cell.source)
