@@ -87,7 +87,7 @@ PEER_SIDES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_side_of_the_accuracy_table_trains_predicts_and_adds_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ def test_the_palette_does_not_change() -> None:
     assert ClassTable.from_names(["a", "b"]).palette == palette[:2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_writes_the_tables_of_the_package(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(TOOLS / "make_palette.py"), str(tmp_path)], check=True, cwd=tmp_path)
     for name in ("palette.csv", "cocostuff_classes.csv"):

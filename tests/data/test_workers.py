@@ -140,8 +140,8 @@ def test_failures_are_recognised_by_the_messages_of_the_installed_pytorch(failur
     assert classify_failure(ValueError("message")) is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.long), "forkserver"])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_c28_the_program_ends_under_every_start_method(method: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(

@@ -128,7 +128,7 @@ WRITTEN_IN = {  # of a run with an evaluation
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_torchruns_act_as_two_nodes_write_one_set_of_files_and_resume(start: Start, folder: Path) -> None:
     run_on_two_nodes(start, "runs_dir=nodes", "after_training=[eval]")
     (run_dir,) = (folder / "nodes").iterdir()

@@ -16,7 +16,7 @@ from semseg.training.losses import segmentation_loss
 from semseg.training.optim import build_optimizer
 
 # Of the families with several sizes, one network each; the others take half an hour. REPEATED has blocks of others.
-FEW = {"upernet_swin_tiny", "upernet_convnext_tiny", "linear_dinov2_vit_small", "upernet_lite_dinov3_vit_small"}
+FEW = {"upernet_swin_tiny", "upernet_convnext_tiny", "linear_dinov2_vit_small"}
 REPEATED = {
     "upernet101", "upernet_resnext101", "resnet101_dilated8_ppm_deepsup", "resnet50_dilated8_ppm_deepsup",
     "resnet50_dilated8_c1_deepsup",

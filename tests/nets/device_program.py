@@ -49,6 +49,7 @@ REPEATED = {
     "mobilenetv2_dilated8_ppm_deepsup", "resnet18_dilated8_c1_deepsup", "resnet50_dilated8_c1_deepsup",
     "resnet50_dilated8_ppm_deepsup", "resnet101_dilated8_ppm_deepsup", "upernet101", "upernet_resnext101",
     "hrnetv2_c1", "hrnetv2", "resnet50", "resnet101", "resnext101", "upernet50", "upernet_sam2_hiera_tiny",
+    "upernet_convnext_tiny",
 }  # fmt: skip
 REPEATED |= {
     name for name in list_options("model")

@@ -184,7 +184,7 @@ ENCODER_KINDS: dict[str, Callable[[], Segmenter]] = {
 }
 
 
-IN_EVERY_RUN = ("tiny", "dinov3_linear")
+IN_EVERY_RUN = ("tiny",)
 
 
 @pytest.mark.parametrize(

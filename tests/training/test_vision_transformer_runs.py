@@ -53,7 +53,12 @@ def test_every_block_has_a_rate_of_its_own_in_the_log(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "encoder", "rates"),
     [
-        ("finetune_vit", "tiny_dinov3", {"encoder": 1e-4, "encoder_-4": 1e-4 * 0.8**4, "decoder": 1e-4}),
+        pytest.param(
+            "finetune_vit",
+            "tiny_dinov3",
+            {"encoder": 1e-4, "encoder_-4": 1e-4 * 0.8**4, "decoder": 1e-4},
+            marks=pytest.mark.long,
+        ),
         ("finetune_vit_frozen", "tiny_dinov2", {"decoder": 1e-3}),
     ],
 )

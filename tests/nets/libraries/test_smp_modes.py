@@ -162,7 +162,7 @@ def test_without_smp_the_table_of_models_names_the_extra(monkeypatch: pytest.Mon
     assert find_missing_extra("upernet50") is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("arch", list_archs("unet"))
 def test_it_is_resumed_to_the_bit(arch: str, tmp_path: Path) -> None:
     longer = [*WORDS, *network(arch), "checkpoint.every_n_steps=1", "checkpoint.keep=9", "trainer.limit_val_batches=0"]
@@ -173,7 +173,7 @@ def test_it_is_resumed_to_the_bit(arch: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, whole["state_dict"][name]) for name, value in resumed["state_dict"].items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("arch", list_archs("pspnet"))
 def test_two_ranks_train_it(arch: str, tmp_path: Path) -> None:
     words = [word for word in WORDS if "accelerator" not in word]

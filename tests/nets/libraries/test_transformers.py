@@ -485,7 +485,7 @@ def weights_of(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "family", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.long) for name in ALL_FAMILIES]
+    "family", [name if name == "segformer" else pytest.param(name, marks=pytest.mark.long) for name in ALL_FAMILIES]
 )
 def test_a_run_resumes_exactly_and_its_checkpoint_needs_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Callable[[str], Path], family: str
