@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 
+import pytest
+
 from semseg.cli.foreign_messages import HIDDEN_WARNINGS, QUIET_LOGGERS, hide_foreign_messages
 
 # As Lightning and PyTorch write them.
@@ -40,7 +42,11 @@ def test_each_of_these_warnings_is_hidden_and_no_other() -> None:
     assert len(HIDDEN) >= len(HIDDEN_WARNINGS) - 1  # an example of each
 
 
-def test_loggers_of_libraries_keep_their_warnings() -> None:
+def test_loggers_of_libraries_keep_their_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)  # whatever other tests have configured
+    for name in QUIET_LOGGERS:
+        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+        logging.getLogger(name).setLevel(logging.NOTSET)  # forgets what it has answered so far
     hide_foreign_messages()
     for name in QUIET_LOGGERS:
         logger = logging.getLogger(name)

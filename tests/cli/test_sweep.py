@@ -306,6 +306,7 @@ def test_marks_of_many_powers_are_thinned_out() -> None:
     assert list(choose_log_marks(1e-12, 1.0).values()) == ["1e-12", "1e-10", "1e-8", "1e-6", "1e-4", "0.01", "1"]
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_page_sorts_and_fits_a_telephone(tmp_path: Path) -> None:
     page = tmp_path / "sweep.html"

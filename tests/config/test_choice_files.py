@@ -146,6 +146,7 @@ def test_a_sweep_over_files_and_options_gives_a_job_for_each(folder: Path) -> No
     compose_with_hydra(overrides[1:], sweep=True)
 
 
+@pytest.mark.slow
 def test_a_recorded_command_line_needs_neither_the_files_nor_the_working_directory(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def test_ids_that_nobody_explained_are_read_off_the_masks_and_the_advice_makes_i
     assert "class 2, class 3" in of_level(again, "warning")  # ids 2 and 3 never occur
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ids", "suggestions"),
     [
@@ -240,6 +241,7 @@ def test_memory_is_counted_without_being_taken() -> None:
     assert one.activations > 4 * (3 * 64 * 64 + 64 * 32 * 32)
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_page_opens_from_disk(tmp_path: Path) -> None:
     root = good_folder(tmp_path / "data")

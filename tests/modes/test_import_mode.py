@@ -52,6 +52,7 @@ def printed_command(shown: str, purpose: str) -> list[str]:
     return shlex.split(line.partition("run.py ")[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(WRITERS))
 def test_the_check_recognises_every_export_and_prints_the_command_that_imports_it(name: str, tmp_path: Path) -> None:
     WRITERS[name](tmp_path / "pets")
@@ -86,6 +87,7 @@ def test_an_export_is_imported_checked_trained_on_predicted_and_imported_again(t
         assert np.array_equal(mask, read_label(tmp_path / "out" / f"{name}_ids.png"))
 
 
+@pytest.mark.slow
 def test_masks_beside_the_images_need_no_import(tmp_path: Path) -> None:
     for name in "abcdefgh":
         put(tmp_path / "beside" / f"{name}.jpg", photo(name))

@@ -81,6 +81,7 @@ def test_wrong_arguments_are_named(arguments: tuple, message: str) -> None:
         semseg.load(*arguments, device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["data.num_classes=9", "data=cityscapes"])
 def test_data_of_another_number_of_classes_is_rejected(checkpoint: Path, override: str) -> None:
     message = rf"classes, but {checkpoint} was trained for 11"

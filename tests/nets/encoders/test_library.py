@@ -135,6 +135,7 @@ def test_weights_of_another_timm_network_are_refused() -> None:
         )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("library", "name"),

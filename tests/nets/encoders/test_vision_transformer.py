@@ -79,6 +79,7 @@ def test_blocks_are_evenly_spaced_or_chosen(
     assert len(encoder.model.model.blocks) == left and len(encoder.channels) == len(chosen)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["tiny_dinov2", "tiny_dinov3", "vit_small_patch8_224", "vit_base_patch16_siglip_224"])
 def test_maps_are_the_image_over_the_patches_rounded_up_at_any_size(name: str) -> None:
@@ -89,6 +90,7 @@ def test_maps_are_the_image_over_the_patches_rounded_up_at_any_size(name: str) -
             assert features.shape == (1, channels, *(math.ceil(length / stride) for length in size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_dinov2", "tiny_dinov3"])
 def test_every_weight_gets_a_gradient_under_every_decoder(name: str) -> None:
     for decoder, options in DECODERS:

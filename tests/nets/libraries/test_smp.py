@@ -224,6 +224,7 @@ def test_weights_of_a_file_fill_the_encoder(tmp_path: Path) -> None:
         build_network(configure("unet", weights=str(tmp_path / "half.pth")), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "encoder"), [("fpn", "tu-resnet18"), ("dpt", "tu-vit_tiny_patch16_224")])
 def test_weights_of_timm_fill_an_encoder_of_timm(tmp_path: Path, arch: str, encoder: str) -> None:
     published = timm.create_model(encoder.removeprefix("tu-")).state_dict()

@@ -75,6 +75,7 @@ def test_it_is_evaluated_used_exported_and_converted(trained: Path) -> None:
     assert "is a whole network (tiny). Use output=<file.ckpt or file.safetensors>" in refused
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_it_with_its_architecture(trained: Path) -> None:
     printed = run_here(trained, *WORDS, "init_from=run", "run_dir=next", "trainer.limit_train_batches=1")
     assert "tensors loaded" in printed and "network     tiny: " in printed
