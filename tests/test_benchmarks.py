@@ -31,6 +31,7 @@ PEERS = ("segmentation-models-pytorch", "transformers")
 PEER_MODULES = ("segmentation_models_pytorch", "transformers")
 
 
+@pytest.mark.slow
 def test_the_model_of_a_step_counts_a_backward_pass_as_two_forward_passes(tmp_path: Path) -> None:
     program = run_python(str(BENCHMARKS / "step_model.py"), "--height", "256", "--width", "384", cwd=tmp_path)
     assert program.returncode == 0, program.stdout

@@ -23,6 +23,7 @@ from semseg.data.classes import ClassTable
 assert tiny_vit.default_cfgs  # registers the networks
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "maps"), [("tiny_dinov3", EARLIER_VIT_MAPS), ("test_convnext", TIMM_MAPS)], ids=["vit", "convnext"]

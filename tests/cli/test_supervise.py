@@ -89,6 +89,7 @@ def test_a_message_of_several_lines_is_reported_whole(tmp_path: Path, capfd: pyt
     assert "error: rank 1 of 2 failed: two problems:\n  a.png\n  b.png\n" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_even_if_the_other_recorded_an_error(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,7 @@ def test_a_data_file_without_a_root_describes_its_own_folder(folder: Path) -> No
     assert (data.name, data.root) == ("my plants", str(folder / "sub"))
 
 
+@pytest.mark.slow
 def test_a_data_file_of_images_and_masks_has_its_class_table_beside_it(folder: Path) -> None:
     write(folder / "sub" / "plants.yaml", "images: a\nmasks: /b\nclasses: names.txt\nval: {list: val.csv}\n")
     data = load("data=sub/plants.yaml").data

@@ -12,6 +12,7 @@ from semseg.config.compose import compose_config
 VALUES = ["data.root=a b", "seed=3", "optim.lr=1e-3", "data.short_edges=[32]", "+callbacks.x={a: 1}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -92,6 +92,7 @@ def fuzz(count: int, *, arguments_each: int, compose: bool, seed: int) -> None:
             pytest.fail(f"{arguments!a}: {type(error).__name__}: {error}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [3_000, pytest.param(100_000, marks=pytest.mark.long)])
 def test_h2_any_argument_is_accepted_or_refused_with_a_message(count: int) -> None:
     fuzz(count, arguments_each=1, compose=False, seed=1)
@@ -102,6 +103,7 @@ def test_h2_any_command_line_is_composed_or_refused_with_a_message(count: int) -
     fuzz(count, arguments_each=3, compose=True, seed=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argument",
     ["data.hint=" + "[" * 300, "seed=" + "9" * 5000, "data=" + "x" * 5000, "x" * 20_000, "data.hint=a\0b",

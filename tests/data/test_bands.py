@@ -68,6 +68,7 @@ def band_names(count: int) -> list[str]:
 # ---- reading
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PIXEL_TYPES)
 @pytest.mark.parametrize("is_planar", [False, True])
 def test_every_tiff_has_its_own_numbers_whole_and_by_window(tmp_path: Path, kind: str, is_planar: bool) -> None:

@@ -230,6 +230,7 @@ def check_errors(errors: list[str], message: str | None, file: str) -> None:
         assert message is not None and message in error and file in error and "\n" not in error and len(error) < 700
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGE_FAULTS)
 @pytest.mark.parametrize("kinds", [FORMATS, pytest.param(OTHER_FORMATS, marks=pytest.mark.long)])
 def test_an_image_with_a_fault_is_read_or_named_in_one_line_in_every_format(
@@ -249,6 +250,7 @@ def test_an_image_with_a_fault_is_read_or_named_in_one_line_in_every_format(
         check_errors(read_all(root), message, "images")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MASK_FAULTS)
 @pytest.mark.parametrize("limit", [2**25, pytest.param(100, marks=pytest.mark.long)])
 def test_a_mask_with_a_fault_is_read_or_named_in_one_line_in_every_format(
@@ -271,6 +273,7 @@ def test_a_mask_with_a_fault_is_read_or_named_in_one_line_in_every_format(
         check_errors(errors, message, "masks")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["empty", "cut in the header", "text", "a link to nothing", "a link to itself", "a folder"]
 )

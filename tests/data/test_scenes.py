@@ -32,6 +32,7 @@ def drawn() -> list[Scene]:
     return [draw_scene(generator_for(304, 0, index)) for index in range(150)]
 
 
+@pytest.mark.slow
 def test_the_pixels_are_those_of_the_version(drawn: list[Scene]) -> None:
     """If this fails on purpose, raise scenes.VERSION, or old data sets on disk are taken for new ones."""
     digest = hashlib.sha256()

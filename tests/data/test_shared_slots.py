@@ -93,6 +93,7 @@ def test_tensors_that_do_not_fit_are_left_to_pytorch(worker: SharedSlots) -> Non
     assert empty.shape == (0, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("demand", [None, SlotDemand(1, 10)], ids=["no slots", "slots that are too small"])
 def test_without_slots_everything_arrives_as_well(demand: SlotDemand | None) -> None:
     assert_right(iter(loader(2, demand)))
@@ -115,6 +116,7 @@ def test_workers_are_forks_unless_the_program_says_otherwise(monkeypatch: pytest
     assert loader(2).multiprocessing_context.get_start_method() == "spawn"
 
 
+@pytest.mark.slow
 def test_two_iterations_of_one_loader_do_not_meet() -> None:
     one = loader(2)
     first = iter(one)

@@ -43,6 +43,7 @@ def assert_stopped(job: ForkedProgram, run_dir: Path, name: str, code: int) -> s
     return found[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
 )
@@ -85,6 +86,7 @@ def test_e3_ctrl_c_to_the_job_reaches_its_ranks(start: Start, tmp_path: Path) ->
     assert_stopped(job, run_dir, "SIGINT", 130)
 
 
+@pytest.mark.slow
 def test_e3_the_second_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate", step=2)
     job = start(*SMALL, *STEPS, f"run_dir={tmp_path / 'run'}", variables=gate.variables)

@@ -156,6 +156,7 @@ def test_the_jobs_of_a_sweep_know_what_the_program_adds(tmp_path: Path) -> None:
     assert "2 finished" in printed
 
 
+@pytest.mark.slow
 def test_polygon_labels_become_masks(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -115,6 +115,7 @@ def test_an_evaluation_averages_networks_and_subsets_of_scales(folder: Path) -> 
     assert np.abs(counts[0] - counts[1]).sum() < 0.01 * counts[0].sum() < np.abs(counts[0] - counts[2]).sum()
 
 
+@pytest.mark.slow
 def test_prediction_and_python_average_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENCODERS, "tiny", TINY_ENCODERS["tiny"])
     picture = next((folder / "scenes" / "images" / "validation").iterdir())

@@ -136,6 +136,7 @@ def test_the_best_threshold_of_validation_is_in_the_checkpoint_and_used_by_predi
     assert read_checkpoint(tmp_path / "net.safetensors").threshold == saved.threshold
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["1.5", "best", "true", "-0.1"])
 def test_thresholds_that_are_no_probability_are_refused(tmp_path: Path, value: str) -> None:
     output = run_here(tmp_path, "mode=predict", "ckpt=x", "input=y", f"predict.threshold={value}", code=2)

@@ -81,6 +81,7 @@ def test_the_average_is_kept_only_if_it_is_better_than_the_best(folder: Path) ->
     assert not torch.allclose(found.weights[statistics], (ends[0][statistics] + ends[1][statistics]) / 2)
 
 
+@pytest.mark.slow
 def test_the_networks_and_their_average_are_scored(folder: Path) -> None:
     printed = run_here(folder, "mode=average", "ckpt=[a.ckpt,a.ckpt]", *QUICK, "run_dir=scored")
     assert printed.count("a.ckpt: mean IoU") == 2 and "their mean, statistics of 4 images" in printed

@@ -379,6 +379,7 @@ def test_a_ready_data_set_is_described_in_a_file_that_trains_it(tmp_path: Path) 
     assert (tmp_path / "sub" / "plants.yaml").read_text() == written
 
 
+@pytest.mark.slow
 def test_a_description_has_the_suggestions_and_paths_beside_it(tmp_path: Path) -> None:
     for split in ("train", "val"):
         good_folder(tmp_path / "raw" / split)

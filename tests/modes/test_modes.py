@@ -131,6 +131,7 @@ def test_evaluations_keep_what_a_comparison_of_them_shows(folder: Path, evaluate
     assert images.count('alt="photograph of') == images.count('alt="who is right of') > 0
 
 
+@pytest.mark.slow
 def test_prediction_writes_ids_and_a_panel_for_every_image(folder: Path, predicted: str) -> None:
     images = sorted((folder / "scenes/images/validation").iterdir())
     for image in images:

@@ -107,6 +107,7 @@ def test_an_unknown_name_or_option_is_rejected(arguments: tuple, message: str) -
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("decoder", "options", "channels"),
     [

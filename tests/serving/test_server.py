@@ -506,6 +506,7 @@ def test_the_page_requests_only_its_own_server_and_fits_a_phone(page: Process, f
     assert widths == [390, 390]
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_page_shows_why_an_upload_was_rejected(page: Process, folder: Path) -> None:
     (folder / "notes.png").write_text("no image")

@@ -122,6 +122,7 @@ def send_until_closed(connection: socket.socket, data: bytes) -> None:
 # ---- G11: stalled uploads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 8])
 def test_g11_uploads_that_stall_do_not_delay_others(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(server, "STALL_SECONDS", FOREVER)
@@ -201,6 +202,7 @@ def test_g11_an_upload_that_keeps_the_pace_is_not_ended(
             assert caught.value.status_code == HTTPStatus.REQUEST_TIMEOUT
 
 
+@pytest.mark.slow
 def test_g11_a_rejected_body_is_not_read_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "CLIENT_SECONDS", 0.5)
     with running(monkeypatch) as here, here.connect() as connection:

@@ -227,6 +227,7 @@ def test_e6_a_requeued_slurm_job_takes_over_what_its_last_attempt_still_seems_to
     process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("is_stale", [False, True])
 def test_f2_of_processes_that_race_exactly_one_gets_the_folder(is_stale: bool, tmp_path: Path) -> None:

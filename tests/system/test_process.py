@@ -155,6 +155,7 @@ def test_e8_a_signal_unwinds_and_the_second_ctrl_c_ends_at_once(
     assert capfd.readouterr().err == f"{line}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_e8_a_process_that_cannot_unwind_ends_anyway() -> None:
     code = """

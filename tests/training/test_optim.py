@@ -96,6 +96,7 @@ def test_adamw_takes_its_own_settings() -> None:
     assert optimizer.param_groups[0]["weight_decay"] == 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "name", "stages"),
     [
@@ -196,6 +197,7 @@ def test_a_fused_optimiser_beside_a_gradient_scaler_is_refused() -> None:
         choose_fused(OptimConfig(fused=True), torch.device("cuda"), "16-mixed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_fused_step_equals_one_that_is_not_fused(name: str) -> None:
     weights = []

@@ -383,6 +383,7 @@ def test_a15_the_command_to_continue_raises_the_limit_that_ended_the_run(
     assert "trainer.max_steps=4" in printed and "trainer.max_epochs" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a15_a_fast_dev_run_says_that_it_is_finished_and_continues_with_the_printed_overrides(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -103,6 +103,7 @@ def test_a_row_is_the_mean_since_the_row_before_and_every_epoch_ends_with_one(ro
     )
 
 
+@pytest.mark.slow
 def test_the_times_of_a_resumed_run_begin_when_it_resumes(root: Path, tmp_path: Path) -> None:
     words = ["data.steps_per_epoch=4", "trainer.log_images=0", "trainer.log_every_n_steps=20"]
     prepare_run(root, tmp_path, *words, "trainer.max_steps=2").fit()

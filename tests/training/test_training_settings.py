@@ -123,6 +123,7 @@ def test_early_stopping_on_a_score_that_never_comes_is_reported_before_training(
         fit(run_of(root, tmp_path, *STILL))
 
 
+@pytest.mark.slow
 def test_the_rates_of_a_run_rise_linearly_and_fall_by_the_cosine(root: Path, tmp_path: Path) -> None:
     words = ("schedule=cosine", "schedule.warmup_steps=2", "schedule.warmup_factor=0", "data.steps_per_epoch=4")
     fit(run_of(root, tmp_path, *words, "optim.lr=0.1", "optim.layer_decay=0.5"))

@@ -243,6 +243,7 @@ def test_links_of_an_export_are_followed_and_a_link_to_nothing_is_a_missing_imag
             import_here(tmp_path / "e", tmp_path / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "voc"])
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[" * 100_000, b"null", b"\xff\xfe\x00", b'{"a": ' + b"9" * 5000 + b"}"]
@@ -323,6 +324,7 @@ def spoil(value: Any, replacement: Any, chance: random.Random) -> Any:
     return replacement
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["coco", "labelme", "label_studio"])
 def test_spoiled_json_gives_a_data_set_or_one_error_and_nothing_else(name: str, tmp_path: Path) -> None:
     main = WRITERS[name](tmp_path / "e", ["a", "b"])

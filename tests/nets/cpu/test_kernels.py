@@ -61,6 +61,7 @@ def test_a_network_with_the_switch_off_uses_none(entered: list[str]) -> None:
     assert not entered
 
 
+@pytest.mark.slow
 def test_nothing_imports_them_before_a_network_runs_on_a_cpu() -> None:
     package = Path(semseg.__file__).parent
     for path in package.rglob("*.py"):

@@ -198,6 +198,7 @@ def test_weights_are_initialised_by_the_library_and_measuring_the_network_draws_
     assert all(layer.training for layer in encoder.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "name", "output_stride", "strides"),
     [

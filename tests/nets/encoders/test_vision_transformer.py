@@ -62,6 +62,7 @@ def test_without_its_own_normalisation_maps_have_ours() -> None:
         assert torch.equal(ours, F.layer_norm(theirs.permute(0, 2, 3, 1), theirs.shape[1:2]).permute(0, 3, 1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "chosen", "left"),
     [

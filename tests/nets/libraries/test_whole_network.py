@@ -40,6 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_its_state_dict_is_that_of_the_library(trained: Path) -> None:
     content = torch.load(trained / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     net = TinyNetwork(11, width=4)
@@ -113,6 +114,7 @@ def test_its_cost_has_the_stages_of_its_backbone() -> None:
     assert sum(stage.flops for stage in cost.stages) == cost.flops > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
