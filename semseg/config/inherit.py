@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -52,7 +53,7 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
     return merged
 
 
-def _copy_value(source: Any, target: Any, path: list[str]) -> None:
+def _copy_value(source: Any, target: Any, path: Sequence[str]) -> None:
     """Give the key `path` of a section, or of a dict in it, its value in `source`."""
     name, *rest = path
     if isinstance(source, dict):
