@@ -18,12 +18,13 @@ from pathlib import Path
 
 from accuracy import (
     SPLIT_LISTS,
+    add_run_options,
     append_row,
     data_words,
-    find_packaged_weights,
     has_row,
     network_words,
     score_run,
+    settle_run_options,
     summarise_row,
     train_recipe,
 )
@@ -85,18 +86,11 @@ def main() -> None:
     parser.add_argument("--base", choices=tuple(BASES), default=next(iter(BASES)))
     parser.add_argument("--change", action="append", choices=tuple(CHANGES), help="one of them; may be repeated")
     parser.add_argument("--minutes", type=float, default=15, help="CPU minutes of training")
-    parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="timm's name")
-    parser.add_argument("--weights", help="a file, or none; the default is the file of the encoder's package")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--split", choices=tuple(SPLIT_LISTS), default="val")
     parser.add_argument("--short-edge", type=int, default=180, help="pixels, at which images are predicted")
-    parser.add_argument("--work", type=Path, default=Path("ablations"), help="folder of runs and predictions")
-    parser.add_argument("--table", type=Path, default=TABLE, help="CSV file to which rows are added")
-    parser.add_argument("--toy", action="store_true", help="tiny networks and two steps, to test this program")
-    options = parser.parse_args()
-    options.data, options.work = options.data.resolve(), options.work.resolve()
-    if options.weights is None:
-        options.weights = find_packaged_weights(options.encoder)
+    add_run_options(parser, "ablations", TABLE)
+    options = settle_run_options(parser.parse_args())
+    options.data = options.data.resolve()
     for change in options.change or CHANGES:
         measure_change(change, options)
 

@@ -94,16 +94,33 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--camvid", "--data", dest="data", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--side", action="append", choices=tuple(SIDES), help="one of them; may be repeated")
     parser.add_argument("--minutes", type=float, default=30, help="CPU minutes of training")
-    parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="timm's name")
-    parser.add_argument("--weights", help="a file, or none; the default is the file of the encoder's package")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--split", choices=tuple(SPLIT_LISTS), default="test")
     parser.add_argument("--short-edge", type=int, default=360, help="pixels, at which ours predicts")
-    parser.add_argument("--work", type=Path, default=Path("accuracy"), help="folder of runs and predictions")
-    parser.add_argument("--table", type=Path, default=TABLE, help="CSV file to which rows are added")
+    add_run_options(parser, "accuracy", TABLE)
+    options = settle_run_options(parser.parse_args(words))
+    options.data = options.data.resolve()
+    return options
+
+
+def add_run_options(parser: argparse.ArgumentParser, work: str, table: Path) -> None:
+    """Add the options that all programs have which train networks and add rows to a table.
+
+    Args:
+        work: default of --work.
+        table: default of --table.
+    """
+    parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="timm's name")
+    parser.add_argument("--weights", help="a file, or none; the default is the file of the encoder's package")
+    parser.add_argument("--seed", type=int, default=1, help="of the training")
+    parser.add_argument("--work", type=Path, default=Path(work), help="folder of runs and predictions")
+    parser.add_argument("--table", type=Path, default=table, help="CSV file to which rows are added")
     parser.add_argument("--toy", action="store_true", help="tiny networks and two steps, to test this program")
-    options = parser.parse_args(words)
-    options.data, options.work = options.data.resolve(), options.work.resolve()
+
+
+def settle_run_options(options: argparse.Namespace) -> argparse.Namespace:
+    """Create the folder of work, and find the weights of the encoder."""
+    options.work = options.work.resolve()
+    options.work.mkdir(parents=True, exist_ok=True)
     if options.weights is None:
         options.weights = find_packaged_weights(options.encoder)
     return options

@@ -26,15 +26,16 @@ from accuracy import (
     ROOT,
     TOY_STEPS,
     Trained,
+    add_run_options,
     append_row,
     count_affordable_steps,
     data_words,
-    find_packaged_weights,
     has_row,
     list_pairs,
     network_words,
     read_batch_size,
     score_run,
+    settle_run_options,
     summarise_row,
     training_words,
 )
@@ -61,17 +62,8 @@ def parse_options() -> argparse.Namespace:
     which.add_argument("--data", type=Path, action="append", help="folder of a data set; may be repeated")
     which.add_argument("--defects", action="store_true", help="a drawn data set")
     parser.add_argument("--minutes", type=float, default=15, help="CPU minutes of training")
-    parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="timm's name")
-    parser.add_argument("--weights", help="a file, or none; the default is the file of the encoder's package")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("checked_recipe"), help="folder of runs and predictions")
-    parser.add_argument("--table", type=Path, default=TABLE, help="CSV file to which rows are added")
-    parser.add_argument("--toy", action="store_true", help="tiny networks and two steps, to test this program")
-    options = parser.parse_args()
-    options.work = options.work.resolve()
-    options.work.mkdir(parents=True, exist_ok=True)
-    if options.weights is None:
-        options.weights = find_packaged_weights(options.encoder)
+    add_run_options(parser, "checked_recipe", TABLE)
+    options = settle_run_options(parser.parse_args())
     return options
 
 

@@ -33,14 +33,15 @@ from accuracy import (
     ROOT,
     SPLIT_LISTS,
     TOY_STEPS,
+    add_run_options,
     append_row,
     count_affordable_steps,
     data_words,
     describe_commit,
-    find_packaged_weights,
     has_row,
     network_words,
     read_class_names,
+    settle_run_options,
     training_words,
 )
 from numpy.typing import NDArray
@@ -87,20 +88,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--min-share", type=float, default=0.001, help="of the image: the smallest planted error")
     parser.add_argument("--max-share", type=float, default=0.05, help="of the image: the largest planted error")
     parser.add_argument("--minutes", type=float, default=10, help="CPU minutes of training")
-    parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="timm's name")
-    parser.add_argument("--weights", help="a file, or none; the default is the file of the encoder's package")
-    parser.add_argument("--seed", type=int, default=1, help="of the training")
     parser.add_argument("--short-edge", type=int, default=360, help="pixels: the largest of training")
     parser.add_argument("--scales", default="360", help="eval.scales, in which labels are checked")
     parser.add_argument("--flip", action="store_true", help="eval.flip=true")
-    parser.add_argument("--work", type=Path, default=Path("label_errors"), help="folder of runs and copies")
-    parser.add_argument("--table", type=Path, default=TABLE, help="CSV file to which rows are added")
-    parser.add_argument("--toy", action="store_true", help="a tiny network and two steps, to test this program")
-    options = parser.parse_args()
-    options.data, options.work = options.data.resolve(), options.work.resolve()
-    options.work.mkdir(parents=True, exist_ok=True)
-    if options.weights is None:
-        options.weights = find_packaged_weights(options.encoder)
+    add_run_options(parser, "label_errors", TABLE)
+    options = settle_run_options(parser.parse_args())
+    options.data = options.data.resolve()
     return options
 
 

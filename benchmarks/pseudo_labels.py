@@ -34,13 +34,14 @@ import numpy as np
 from accuracy import (
     ROOT,
     TOY_STEPS,
+    add_run_options,
     append_row,
     data_words,
     describe_commit,
-    find_packaged_weights,
     has_row,
     list_pairs,
     network_words,
+    settle_run_options,
     training_words,
 )
 
@@ -66,20 +67,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--confidence", type=float, default=0.9, help="pseudo: predict.min_confidence")
     parser.add_argument("--share", type=float, default=0.5, help="pseudo: fraction of the images with pseudo labels")
     parser.add_argument("--further", default="", help="pseudo: further overrides, such as data.oversample=0.1")
-    parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="timm's name")
-    parser.add_argument("--weights", help="a file, or none; the default is the file of the encoder's package")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--split", action="append", choices=SPLITS, help="that is scored; may be repeated")
     parser.add_argument("--short-edge", type=int, default=216, help="pixels: the largest of training; 180 scores best")
     parser.add_argument("--eval-edge", type=int, default=180, help="pixels, at which networks predict")
-    parser.add_argument("--work", type=Path, default=Path("pseudo_labels"), help="folder of runs and predictions")
-    parser.add_argument("--table", type=Path, default=TABLE, help="CSV file to which rows are added")
-    parser.add_argument("--toy", action="store_true", help="a tiny network and two steps, to test this program")
-    options = parser.parse_args()
-    options.data, options.work = options.data.resolve(), options.work.resolve()
-    options.work.mkdir(parents=True, exist_ok=True)
-    if options.weights is None:
-        options.weights = find_packaged_weights(options.encoder)
+    add_run_options(parser, "pseudo_labels", TABLE)
+    options = settle_run_options(parser.parse_args())
+    options.data = options.data.resolve()
     if options.toy:
         options.steps, options.short_edge, options.eval_edge = TOY_STEPS, 32, 32
     return options

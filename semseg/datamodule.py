@@ -158,12 +158,7 @@ class SegmentationData(pl.LightningDataModule):
                 self.trainer.world_size,
                 batches,
                 count_run_steps(self.trainer_config, batches),
-                {
-                    split: digest_records(
-                        source.training_records() if split == "train" else source.records(split), source.root
-                    )
-                    for split in splits
-                },
+                {split: digest_records(source.used_records(split), source.root) for split in splits},
                 self.trainer.strategy.root_device.type,
                 torch.get_num_threads(),
             )
@@ -313,12 +308,12 @@ class SegmentationData(pl.LightningDataModule):
     def _compute_class_repeats(self) -> NDArray[np.float64]:
         """The repeats of data.oversample, from the classes in the label of each training image."""
         data, source = self.data_config, self.source
-        maps = dict.fromkeys((0,), source.label_map) | {part.number: part.label_map for part in source.parts}
         present = []
-        for number, records in itertools.groupby(source.training_records(), key=lambda record: record.source):
-            label_map = maps[number]
+        for _, group in itertools.groupby(source.training_records(), key=lambda record: record.source):
+            records = list(group)
+            label_map = records[0].label_map or source.label_map
             pairs = scan_pairs(
-                list(records),
+                records,
                 source.root,
                 max_pixels=data.max_pixels,
                 colours=label_map.colours,

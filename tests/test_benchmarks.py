@@ -202,14 +202,7 @@ def run_on_scenes(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, *wor
         "--data", "scenes", "--split", "val", "--toy", "--encoder", "mobilenetv3_small_050", "--weights", "none",
         "--table", "rows.csv", *words,
     ]  # fmt: skip
-    monkeypatch.chdir(folder)
-    program, accuracy = import_benchmark(monkeypatch, name), import_benchmark(monkeypatch, "accuracy")
-    monkeypatch.setattr(accuracy, "run_measured", lambda words, log: run_in_this_process(accuracy, words))
-    for _ in range(2):
-        monkeypatch.setattr("sys.argv", [f"{name}.py", *given])
-        program.main()
-    with (folder / "rows.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = run_twice(folder, monkeypatch, name, given)
     for row in rows:
         assert abs(float(row["miou"]) - float(row["miou_torchmetrics"])) < 0.011
         assert int(row["steps"]) == 2

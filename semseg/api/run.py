@@ -7,31 +7,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from semseg.api.isolation import keep_process_state
 from semseg.api.keywords import list_words
 from semseg.api.results import CHECK_FILE, DataCheck
-from semseg.cli.main import (
-    collect_run_record,
-    refuse_search_settings,
-    require_data,
-    resolve_run_dir,
-    run_mode,
-    run_ranks,
-)
-from semseg.cli.supervise import check_world_size, count_processes
-from semseg.config.compose import compose_with_hydra, drop_hydra_section
+from semseg.cli.main import check_start, collect_run_record, compose_run, create_run_folder, run_mode, run_ranks
+from semseg.cli.supervise import check_world_size
 from semseg.config.explain import explain_hydra_error
-from semseg.config.overrides import parse_overrides, quote_value
+from semseg.config.overrides import parse_overrides
 from semseg.config.schema import Config
-from semseg.config.uses import refuse_unused_sizes
-from semseg.config.validate import check_config
 from semseg.errors import ConfigError, DataError, SemsegError
 from semseg.storage.commands import entry_script
 from semseg.storage.ranks import is_first_rank
-from semseg.storage.run_folders import remove_unused_folders
 from semseg.storage.run_results import read_result
 
 
@@ -61,25 +49,22 @@ def run_in_process(
     """
     words = [f"mode={mode}", *list_words(overrides, keywords)]
     parsed = parse_overrides(words)
-    composed, config = compose_checked(parsed)
-    check_world_size(config)
-    created: list[Path] = []
     try:
-        folder = resolve_run_dir(composed, created)
-        on_start(folder)
-        with keep_process_state(words):
-            processes = count_processes(config)
+        composed, config = compose_run(parsed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain_hydra_error(error, parsed)) from error
+    check_world_size(config)
+    processes = check_start(config, parsed)
+    try:
+        with create_run_folder(composed) as folder, keep_process_state(words):
+            on_start(folder)
             if processes > 1:
-                score = start_ranks(config, parsed, processes, folder)
-            else:
-                config.run_dir = str(folder)
-                record = collect_run_record(composed, composed.hydra, folder) if is_first_rank() else {}
-                score = run_mode(config, parsed, record)
-        return FinishedRun(folder, score)
+                return FinishedRun(folder, start_ranks(config, parsed, processes, folder))
+            config.run_dir = str(folder)
+            record = collect_run_record(composed, composed.hydra, folder) if is_first_rank() else {}
+            return FinishedRun(folder, run_mode(config, parsed, record))
     except SystemExit as leaving:  # by Lightning, after a second Ctrl-C; it would end the caller's program
         raise KeyboardInterrupt from leaving
-    finally:
-        remove_unused_folders(created)
 
 
 def check_data(overrides: Sequence[str], keywords: Mapping[str, Any]) -> DataCheck:
@@ -103,22 +88,6 @@ def check_data(overrides: Sequence[str], keywords: Mapping[str, Any]) -> DataChe
         return DataCheck(folders[0])
 
 
-def compose_checked(overrides: list[str]) -> tuple[DictConfig, Config]:
-    """The composed configuration with Hydra's settings, and the checked one.
-
-    Raises:
-        ConfigError: if an override is wrong or has no effect.
-    """
-    try:
-        composed = compose_with_hydra(overrides)
-        config = check_config(drop_hydra_section(composed))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain_hydra_error(error, overrides)) from error
-    refuse_unused_sizes(config, overrides)
-    refuse_search_settings(composed)
-    return composed, config
-
-
 def start_ranks(config: Config, overrides: list[str], processes: int, folder: Path) -> float | None:
     """Run a process for each device; returns the score.
 
@@ -131,8 +100,7 @@ def start_ranks(config: Config, overrides: list[str], processes: int, folder: Pa
             f"trainer.devices={config.trainer.devices}: several devices need the command line, "
             f"semseg mode={config.mode} ..."
         )
-    require_data(config, overrides)
-    code = run_ranks([*overrides, f"run_dir={quote_value(folder)}"], processes, folder)
+    code = run_ranks(overrides, processes, folder)
     if code:
         raise SemsegError(
             f"mode={config.mode} on {processes} devices ended with exit code {code}; see the output above."

@@ -92,10 +92,7 @@ def main() -> None:
             refuse_other_options(options)
             sys.exit(run_sweep(typed, overrides))
         if not options:
-            composed = compose_with_hydra(overrides)
-            config = check_config(drop_hydra_section(composed))  # before anything is written
-            refuse_unused_sizes(config, overrides)
-            refuse_search_settings(composed)
+            composed, config = compose_run(overrides)  # before anything is written
             if config.mode in PRINTING_MODES:
                 import_mode(config.mode).run(config, overrides)
                 sys.exit(0)
@@ -131,6 +128,19 @@ def refuse_other_options(options: set[str]) -> None:
         raise ConfigError(f"{others[0]} and -m: a sweep takes no other option.")
 
 
+def compose_run(overrides: list[str]) -> tuple[DictConfig, Config]:
+    """The configuration of a single run: as Hydra composes it, with Hydra's own settings, and checked.
+
+    Raises:
+        ConfigError: if a value is wrong, has no effect, or belongs to a sweep.
+    """
+    composed = compose_with_hydra(overrides)
+    config = check_config(drop_hydra_section(composed))
+    refuse_unused_sizes(config, overrides)
+    refuse_search_settings(composed)
+    return composed, config
+
+
 def run_in_folder(config: Config, composed: DictConfig, overrides: list[str]) -> None:
     """Run one command line in its run folder; what it created is removed if nothing is written there in the end.
 
@@ -138,20 +148,8 @@ def run_in_folder(config: Config, composed: DictConfig, overrides: list[str]) ->
         SemsegError: for any error that the user can fix.
         SystemExit: at the end of several processes, or after an error that was printed.
     """
-    if config.ckpt in ("last", "best"):
-        find_checkpoint(config.ckpt, Path(config.runs_dir))  # its error lists the runs, so before there is a new one
-    processes = count_processes(config)
-    if processes > 1 and config.trainer.accelerator in ("gpu", "cuda"):
-        from semseg.training.trainer import check_gpu_numbers  # noqa: PLC0415 - slow to import
-
-        check_gpu_numbers(config.trainer)  # one error instead of one from every process
-    rank = get_external_rank()
-    if processes > 1 or rank is not None:
-        with leave_messages_to_one_rank():
-            require_data(config, overrides)
-    created: list[Path] = []
-    try:
-        run_dir = resolve_run_dir(composed, created)
+    processes = check_start(config, overrides)
+    with create_run_folder(composed) as run_dir:
         if config.mode == "crossval":
             from semseg.cli.crossval import run_folds  # noqa: PLC0415 - slow to import, and most runs need no folds
 
@@ -160,6 +158,37 @@ def run_in_folder(config: Config, composed: DictConfig, overrides: list[str]) ->
             sys.exit(run_ranks(overrides, processes, run_dir))
         sys.argv[1:] += [f"hydra.run.dir={quote_value(run_dir)}", NO_HYDRA_RECORD]
         start_hydra()
+
+
+def check_start(config: Config, overrides: list[str]) -> int:
+    """Check what would otherwise fail in every process, or in a run folder; returns the processes to start.
+
+    Raises:
+        SemsegError: if the checkpoint, a GPU or data are missing.
+    """
+    if config.ckpt in ("last", "best"):
+        find_checkpoint(config.ckpt, Path(config.runs_dir))  # its error lists the runs, so before there is a new one
+    processes = count_processes(config)
+    if processes > 1 and config.trainer.accelerator in ("gpu", "cuda"):
+        from semseg.training.trainer import check_gpu_numbers  # noqa: PLC0415 - slow to import
+
+        check_gpu_numbers(config.trainer)  # one error instead of one from every process
+    if processes > 1 or get_external_rank() is not None:
+        with leave_messages_to_one_rank():
+            require_data(config, overrides)
+    return processes
+
+
+@contextlib.contextmanager
+def create_run_folder(composed: DictConfig) -> Iterator[Path]:
+    """The folder of a run; within this context it is in use, and afterwards it is removed if nothing is in it.
+
+    Raises:
+        ConfigError: if it cannot be created.
+    """
+    created: list[Path] = []
+    try:
+        yield resolve_run_dir(composed, created)
     finally:
         if get_external_rank() in (None, 0):  # the folder belongs to all ranks
             remove_unused_folders(created)

@@ -107,12 +107,16 @@ class LabelMap:
         table = self._consecutive_table() if ids is None else self._mapped_table(ids)
         if colours is not None:
             table[UNSCORED_ID] = IGNORED
+        self._use_table(table)
+        self.fingerprint = crc32(table.tobytes(), 0 if colours is None else colours.fingerprint)
+
+    def _use_table(self, table: NDArray[np.int16]) -> None:
+        """Translate by this table, and back."""
         self._table = table  # raw id -> class index, 128 KiB
         raw_ids = np.flatnonzero(table >= 0)[::-1]
-        self._raw = np.zeros(num_classes + 1, np.uint16)  # the last one, at -1, is for pixels that are not scored
+        self._raw = np.zeros(self.num_classes + 1, np.uint16)  # the last one, at -1, is for pixels that are not scored
         self._raw[table[raw_ids]] = raw_ids  # the lowest id of each class is written last
         self._raw[IGNORED] = next(iter(self.ignored_ids), 0)
-        self.fingerprint = crc32(table.tobytes(), 0 if colours is None else colours.fingerprint)
 
     def _consecutive_table(self) -> NDArray[np.int16]:
         """The table for consecutive ids from `first_id`."""
@@ -165,10 +169,8 @@ class LabelMap:
         table = self._table.copy()
         is_class = table >= 0
         table[is_class] = np.asarray(indices, np.int16)[table[is_class]]
-        translated.num_classes, translated._table = num_classes, table
-        raw_ids = np.flatnonzero(table >= 0)[::-1]
-        translated._raw = np.zeros(num_classes + 1, np.uint16)
-        translated._raw[table[raw_ids]] = raw_ids
+        translated.num_classes = num_classes
+        translated._use_table(table)
         translated.fingerprint = crc32(table.tobytes(), self.fingerprint)
         return translated
 

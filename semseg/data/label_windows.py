@@ -49,7 +49,7 @@ class IdWindows:
         """The ids of a window, (height, width), as `read_label` gives them.
 
         Raises:
-            DataError: if the file is damaged there, or holds numbers that are no ids.
+            DataError: if the file is damaged there, or holds values that are not ids.
         """
         return check_id_range(self.file.read(window)[..., 0], self.path)
 

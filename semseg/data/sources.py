@@ -136,6 +136,14 @@ class DataSource:
         shares = [part.share for part in read_mix(self.config)]
         return [1 - sum(shares), *shares]
 
+    def used_records(self, split: str) -> list[Record]:
+        """The records that a run reads of a split: `training_records` of "train".
+
+        Raises:
+            DataError: as `records`.
+        """
+        return self.training_records() if split == "train" else self.records(split)
+
     def training_records(self) -> list[Record]:
         """The records of "train", and behind them those of data.mix; read on the first call.
 
@@ -160,8 +168,7 @@ class DataSource:
         if self.bands is None:
             return None
         if split not in self._pixel_types:
-            records = self.training_records() if split == "train" else self.records(split)
-            self._pixel_types[split] = find_pixel_type(record.image for record in records)
+            self._pixel_types[split] = find_pixel_type(record.image for record in self.used_records(split))
         return replace(self.bands, dtype=self._pixel_types[split])
 
     def require_paths(self, split: str) -> None:

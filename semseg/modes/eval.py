@@ -26,7 +26,6 @@ from semseg.build import (
 )
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
-from semseg.data.bands import draw_bands
 from semseg.data.batch import EvalSample
 from semseg.data.classes import ClassTable
 from semseg.data.datasets import EvalDataset
@@ -64,7 +63,7 @@ from semseg.reports.label_error_pictures import (
     choose_crop_window,
     draw_label_error,
 )
-from semseg.reports.photographs import describe_reading
+from semseg.reports.photographs import describe_reading, draw_photograph
 from semseg.reports.run_card import build_run_card, compute_data_fingerprint, mask_secrets
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import list_this_command, relative_to_cwd
@@ -307,7 +306,7 @@ def draw_label_errors(result: EvaluationResult, source: DataSource, split: str) 
             for rank, error in entries:
                 window = choose_crop_window(error.box, pair.size)
                 read = pair.read(window)
-                image = read.image if bands is None else draw_bands(read.image, bands.names, source.config.show_bands)
+                image = draw_photograph(read.image, bands, source.config)
                 drawn.append(draw_label_error(rank, error, image, read.label, window=window, classes=source.classes))
     return sorted(drawn, key=lambda picture: picture.rank)
 
@@ -322,8 +321,7 @@ def draw_small_example(
     rows, columns = plan_shrinking(Size(image.height, image.width))
     with data.open_pair("test", image.position) as pair:
         pixels = pick_pixels(pair.image, rows.numpy(), columns.numpy())
-    bands, shown = data.source.bands, data.data_config.show_bands
-    picture = pixels if bands is None else draw_bands(pixels, bands.names, shown)
+    picture = draw_photograph(pixels, data.source.bands, data.data_config)
     return encode_example(group, score, picture, maps.label, maps.prediction, classes=classes)
 
 

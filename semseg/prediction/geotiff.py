@@ -268,9 +268,11 @@ class GeoTiffSink(RasterSink):
 
     def mask_pixels(self, pixels: NDArray, top: int) -> None:
         """Put nodata where the image has no value."""
-        for left in range(0, self.size.width, TILE_SIDE) if self.reader is not None else ():
+        if self.reader is None:
+            return
+        for left in range(0, self.size.width, TILE_SIDE):
             columns = slice(left, min(left + TILE_SIDE, self.size.width))
-            valid = self.reader.read_valid(top, left, len(pixels), columns.stop - left)  # pyright: ignore[reportOptionalMemberAccess]
+            valid = self.reader.read_valid(top, left, len(pixels), columns.stop - left)
             if valid is not None:
                 pixels[:, columns][~valid] = self.nodata
 

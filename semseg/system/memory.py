@@ -1,4 +1,4 @@
-"""The memory of this machine and of this process, as far as the system tells it. Uses the standard library only."""
+"""The memory of this machine and of this process, as far as the system reports it. Uses the standard library only."""
 
 from __future__ import annotations
 

@@ -90,9 +90,8 @@ def ohem(
     scored = label != IGNORED
     with torch.no_grad():
         hardest = torch.where(scored, losses, -torch.inf).flatten().sort(descending=True).values
-        count = (
-            (scored.sum().to(choose_widest_float(scored.device)) * min_kept).ceil().long()
-        )  # on the device, without waiting for it
+        num_scored = scored.sum().to(choose_widest_float(scored.device))
+        count = (num_scored * min_kept).ceil().long()  # on the device, without waiting for it
         limit = losses.new_full((), -math.log(threshold))
         least_hard = hardest.index_select(0, (count - 1).clamp(min=0).view(1)).view(())
         limit = torch.where(count > 0, torch.minimum(limit, least_hard), limit)

@@ -26,7 +26,7 @@ from helpers.command_line import TINY, TINY_ENCODERS, TINY_NETWORK, run_here
 from semseg.api import isolation, results
 from semseg.api.keywords import list_words
 from semseg.api.results import TrainingRun
-from semseg.api.run import compose_checked
+from semseg.cli.main import compose_run
 from semseg.config.groups import CONFIG_DIR
 from semseg.config.overrides import parse_overrides
 from semseg.config.schema import Config
@@ -249,7 +249,7 @@ def test_the_page_about_python_is_true(trained: TrainingRun, tmp_path: Path, mon
     numbers = itertools.count()
 
     def compose(words: Sequence[str], keywords: dict[str, Any]) -> Config:
-        return compose_checked(parse_overrides(list_words(words, keywords)))[1]
+        return compose_run(parse_overrides(list_words(words, keywords)))[1]
 
     def replace_call(name: str, mode: str, *own_words: str) -> None:
         call = getattr(semseg, name)

@@ -6,8 +6,10 @@ import io
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -88,6 +90,20 @@ def pictures() -> list[bytes]:
     return found
 
 
+def record_outcome(
+    kinds: Counter[str], kind: str, read: Callable[[], Any], is_right: Callable[[Any], bool] = lambda result: True
+) -> None:
+    """Count what a reader returns, which must be right, or its error for users, which is one line."""
+    try:
+        result = read()
+    except DataError as error:
+        assert "\n" not in str(error), str(error)
+        kinds[f"{kind} refused"] += 1
+    else:
+        assert is_right(result)
+        kinds[f"{kind} read"] += 1
+
+
 def decode_spoiled(count: int, seed: int, folder: Path) -> tuple[Counter[str], int]:
     """What became of `count` spoiled files, read as images and as labels, and by how many bytes the memory grew."""
     chance, files, kinds = random.Random(seed), pictures(), Counter[str]()
@@ -111,14 +127,7 @@ def decode_spoiled(count: int, seed: int, folder: Path) -> tuple[Counter[str], i
                 ("image", lambda data=data: decode_image(data, "a")),
                 ("label", lambda: read_label(folder / "a")),
             ):
-                try:
-                    pixels = read()
-                except DataError as error:
-                    assert "\n" not in str(error), str(error)
-                    kinds[f"{kind} refused"] += 1
-                else:
-                    assert pixels.dtype in (np.uint8, np.uint16, np.int32)
-                    kinds[f"{kind} read"] += 1
+                record_outcome(kinds, kind, read, lambda pixels: pixels.dtype in (np.uint8, np.uint16, np.int32))
 
     growth = peak_growth(work)
     return kinds, growth
@@ -191,14 +200,7 @@ def read_spoiled_rasters(count: int, seed: int, folder: Path) -> tuple[Counter[s
                 ("plain", lambda path=path: read_image(path, max_pixels=2**20)),
                 ("window", lambda path=path: read_windows(path)),
             ):
-                try:
-                    pixels = read()
-                except DataError as error:
-                    assert "\n" not in str(error), str(error)
-                    kinds[f"{kind} refused"] += 1
-                else:
-                    assert pixels is None or pixels.dtype.name in PIXEL_TYPES
-                    kinds[f"{kind} read"] += 1
+                record_outcome(kinds, kind, read, lambda pixels: pixels is None or pixels.dtype.name in PIXEL_TYPES)
 
     growth = peak_growth(work)
     return kinds, growth
@@ -258,13 +260,7 @@ def read_spoiled_labels(count: int, seed: int, folder: Path) -> tuple[Counter[st
                 ("whole", lambda path=path: read_class_indices(str(path), label_map, max_pixels=2**20)),
                 ("window", lambda path=path: read_windows(path)),
             ):
-                try:
-                    read()
-                except DataError as error:
-                    assert "\n" not in str(error), str(error)
-                    kinds[f"{kind} refused"] += 1
-                else:
-                    kinds[f"{kind} read"] += 1
+                record_outcome(kinds, kind, read)
 
     growth = peak_growth(work)
     return kinds, growth

@@ -62,7 +62,7 @@ def test_validation_on_two_ranks_has_the_counts_of_one(trained: Trained) -> None
     for rank in trained.ranks:
         assert torch.equal(rank["matrix"], run.module.counts.matrix)
         assert rank["threshold"] == run.module.threshold and rank["scores"] == run.module.scores
-    assert int(run.module.counts.matrix.sum(0).min()) > 0  # the network tells both classes apart
+    assert int(run.module.counts.matrix.sum(0).min()) > 0  # the network predicts both classes
     # Rows without a value are not scored, at any resolution.
     lacking = 3 * (100 + 70 + 100) if trained.variant.startswith("bands") else 0
     assert int(run.module.counts.matrix.sum()) == 2 * 60 * 100 + 90 * 70 - lacking

@@ -47,10 +47,8 @@ class StopSignals:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
-        before = self._previous.get(signal.SIGINT)
-        signal.signal(
-            signal.SIGINT, before if callable(before) else request_stop
-        )  # a notebook's must not end its kernel
+        before = self._previous.get(signal.SIGINT)  # that of a notebook must not end its kernel
+        signal.signal(signal.SIGINT, before if callable(before) else request_stop)
 
 
 def requeue(number: int, *, is_first_rank: bool) -> str | None:
