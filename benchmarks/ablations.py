@@ -4,9 +4,10 @@
     python benchmarks/ablations.py --camvid <folder> --minutes 15 --seed 1              # all that have no row yet
     python benchmarks/ablations.py --camvid <folder> --minutes 15 --seed 1 --change "batch 8" --change "no EMA"
 
-Each change is a list of overrides behind those of BASE. A change that makes a step slower gets fewer steps, as in
-accuracy.py, which describes the minutes and the data. The mean IoU is that of the validation images (--split) at their
-full size, by the last weights. Each run adds a row to the table (--table), and a change that has a row is skipped.
+Each change is a list of overrides behind those of the base: experiment=own_data, or the recipes that it was found from.
+A change that makes a step slower gets fewer steps, as in accuracy.py, which describes the minutes and the data. The
+mean IoU is that of the validation images (--split) at their full size, by the last weights. Each run adds a row to the
+table (--table), and a change that has a row is skipped.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import shutil
 from pathlib import Path
 
 from accuracy import (
+    ROOT,
     SPLIT_LISTS,
     add_run_options,
     append_row,
     data_words,
     has_row,
     network_words,
+    run_measured,
     score_run,
     settle_run_options,
     summarise_row,
@@ -35,27 +38,32 @@ COLUMNS = (
     "wall_minutes", "steps", "images", "images_per_cpu_s", "peak_memory_mb", "miou", "miou_torchmetrics",
     "pixel_accuracy", "iou",
 )  # fmt: skip
+HALF_SIZE = "data.short_edges=[144,180,216]"
 # Named, because a row says what it is to be compared with.
 COMMON = (
-    "model.channels_last=true data.batch_size=4 data.short_edges=[144,180,216] schedule=poly_warmup "
+    f"model.channels_last=true data.batch_size=4 {HALF_SIZE} schedule=poly_warmup "
     "schedule.warmup_steps=50 schedule.warmup_factor=0.01 ema.decay=0.99 augment=color"
 )
 BASES = {
+    "own_data": f"experiment=own_data {HALF_SIZE}",
     "upernet": f"model/decoder=upernet_lite model.decoder.width=64 optim.lr=0.02 {COMMON}",
     "segformer": f"model/decoder=segformer model.decoder.width=128 optim.lr=0.02 {COMMON}",
 }
 CHANGES = {
     "none": "",
-    "SGD 0.05": "optim.lr=0.05",
-    "SGD 0.1": "optim.lr=0.1",
-    "AdamW 0.0003": "optim=adamw optim.lr=0.0003",
-    "AdamW 0.001": "optim=adamw optim.lr=0.001",
-    "AdamW 0.003": "optim=adamw optim.lr=0.003",
+    "SGD 0.02": "optim=sgd optim.lr=0.02 optim.lr_encoder=null",
+    "SGD 0.05": "optim=sgd optim.lr=0.05 optim.lr_encoder=null",
+    "SGD 0.1": "optim=sgd optim.lr=0.1 optim.lr_encoder=null",
+    "AdamW 0.001": "optim=adamw optim.lr=0.001 optim.lr_encoder=null",
+    "AdamW 0.003": "optim=adamw optim.lr=0.003 optim.lr_encoder=null",
     "AdamW 0.003, encoder 0.0005": "optim=adamw optim.lr=0.003 optim.lr_encoder=0.0005",
+    "AdamW 0.003, encoder 0.001": "optim=adamw optim.lr=0.003 optim.lr_encoder=0.001",
     "batch 2": "data.batch_size=2",
     "batch 8": "data.batch_size=8",
     "label stride 2": "model.label_stride=2",
     "label stride 1": "model.label_stride=1",
+    "cross entropy": "loss=cross_entropy",
+    "class weights": "loss.class_weights={check}",
     "Dice": "loss=cross_entropy_dice",
     "Dice, AdamW 0.001": "loss=cross_entropy_dice optim=adamw optim.lr=0.001",
     "Dice, AdamW 0.003, encoder 0.0005": ("loss=cross_entropy_dice optim=adamw optim.lr=0.003 optim.lr_encoder=0.0005"),
@@ -64,6 +72,7 @@ CHANGES = {
     ),
     "Lovasz": "loss=cross_entropy_lovasz",
     "OHEM": "loss=ohem",
+    "OHEM, Dice": "loss=ohem loss.terms.dice=1",
     "width 32": "model.decoder.width=32",
     "width 64": "model.decoder.width=64",
     "width 128": "model.decoder.width=128",
@@ -77,6 +86,10 @@ CHANGES = {
     "no colours": "augment=none",
     "strong": "augment=strong augment.crop=null",
     "oversampling": "data.oversample=0.5",
+    "C1 at stride 8": "model/decoder=c1 model.encoder.output_stride=8 ~model.decoder.width",
+    "C1 at stride 8, deep supervision": "model/decoder=c1_deepsup model.encoder.output_stride=8 ~model.decoder.width",
+    "two processes": "trainer.devices=2 trainer.strategy=ddp data.batch_size=2 syncbn=off",
+    "two processes, SyncBN": "trainer.devices=2 trainer.strategy=ddp data.batch_size=2",
 }
 
 
@@ -108,11 +121,21 @@ def measure_change(change: str, options: argparse.Namespace) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    overrides = shlex.split(f"{BASES[options.base]} {CHANGES[change]}")
+    words = f"{BASES[options.base]} {CHANGES[change]}"
+    overrides = shlex.split(words.format(check=check_data(options)) if "{check}" in words else words)
     recipe = [*data_words(options.data), *overrides, *network_words(options), f"seed={options.seed}"]
     row = score_run(train_recipe(recipe, folder, options), options.data, options.split)
     append_row(options.table, COLUMNS, key | {"overrides": CHANGES[change]} | row)
     print(f"{change}: {summarise_row(row)}", flush=True)
+
+
+def check_data(options: argparse.Namespace) -> Path:
+    """The report of mode=check, which has weights of the classes; it is kept in the folder of work."""
+    folder = options.work / "check"
+    if not folder.exists():
+        words = ["mode=check", *data_words(options.data), f"run_dir={folder}", "trainer=cpu"]
+        run_measured([str(ROOT / "run.py"), *words], options.work / "check.log")
+    return folder / "check.json"
 
 
 if __name__ == "__main__":

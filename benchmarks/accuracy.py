@@ -380,10 +380,11 @@ def recall_seconds(file: Path, measure: Callable[[], float]) -> float:
 
 
 def read_batch_size(run_dir: Path) -> int:
-    """Images of a step, from the configuration that the run has written."""
+    """Images of a step on all devices, from the configuration that the run has written."""
     from omegaconf import OmegaConf
 
-    return int(OmegaConf.load(run_dir / "config.yaml").data.batch_size)
+    config = OmegaConf.load(run_dir / "config.yaml")
+    return int(config.data.batch_size) * int(config.trainer.devices)
 
 
 # ---- the others

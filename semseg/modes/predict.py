@@ -23,7 +23,7 @@ from semseg.data.band_windows import BandWindows, open_windows
 from semseg.data.bands import BandOptions, draw_bands, measure_stretches
 from semseg.data.folders import Naming
 from semseg.data.geometry import Size
-from semseg.data.label_map import LabelMap
+from semseg.data.label_map import IGNORED, LabelMap
 from semseg.data.loaders import WatchedLoader
 from semseg.data.store import UnusedFiles
 from semseg.data.windows import spread_windows
@@ -33,9 +33,11 @@ from semseg.prediction.geotiff import (
     GeoReference,
     GeoTiffSink,
     OverlaySink,
+    ReadValid,
     SeveralSinks,
     has_rasterio,
     is_georeferenced,
+    open_mask,
     read_georeference,
     write_geotiff,
 )
@@ -199,12 +201,18 @@ class PredictionJob:
         predictor, pixels, target = self.predictor, loaded.pixels.numpy(), self.folder / item.output_path
         with self.open_probabilities(target, pixels) as probabilities:
             ids = predictor.predict_class_map(pixels.shape[:2], loaded.scales, probabilities)
+            reference = self.find_georeference(item.path) if "ids" in self.outputs else None
+            is_valid = None if loaded.is_valid is None else loaded.is_valid.numpy()
+            if self.has_mask(item.path):
+                with open_mask(item.path) as read_valid:
+                    is_valid = None if read_valid is None else read_valid(0, 0, *ids.shape)
+            if is_valid is not None and predictor.label_map.ignored_ids:
+                ids[~is_valid] = IGNORED
             result = PredictionResult(pixels, ids, predictor.classes, predictor.label_map, probabilities)
             write_outputs(result, target, self.outputs)
-            reference = self.find_georeference(item.path) if "ids" in self.outputs else None
             if reference is not None:
                 path = target.with_name(f"{target.name}_ids.tif")
-                write_geotiff(path, ids, predictor.classes, predictor.label_map, reference)
+                write_geotiff(path, ids, predictor.classes, predictor.label_map, reference, is_valid=is_valid)
         if self.annotations is not None:
             self.annotations.add((item.output_path.parent / item.path.name).as_posix(), ids)
 
@@ -229,11 +237,22 @@ class PredictionJob:
         assert reader is not None, "the loader has opened it"
         with reader, ExitStack() as opened:
             reference = self.find_georeference(item.path)
-            sinks = [opened.enter_context(self.open_sink(output, target, reader, reference)) for output in written]
+            read_valid = reader.read_valid if reader.may_lack_values else None
+            if self.has_mask(item.path):
+                read_valid = opened.enter_context(open_mask(item.path))
+            sinks = [
+                opened.enter_context(self.open_sink(output, target, reader, reference, read_valid))
+                for output in written
+            ]
             predictor.predict_rows(reader, SeveralSinks(sinks))
 
     def open_sink(
-        self, output: str, target: Path, reader: BandWindows, reference: GeoReference | None
+        self,
+        output: str,
+        target: Path,
+        reader: BandWindows,
+        reference: GeoReference | None,
+        read_valid: ReadValid | None,
     ) -> GeoTiffSink | OverlaySink:
         """What writes one of ROW_OUTPUTS of an image."""
         predictor, size = self.predictor, Size(reader.height, reader.width)
@@ -241,13 +260,16 @@ class PredictionJob:
         if output == "overlay":
             return OverlaySink(path, size, classes, reader, choose_drawing(predictor, reader), reference=reference)
         label_map = predictor.label_map if output == "ids" else LabelMap(classes.num_classes, 0, [classes.num_classes])
-        masked = reader if reader.may_lack_values else None
-        return GeoTiffSink(path, size, classes, label_map, reference=reference, reader=masked)
+        return GeoTiffSink(path, size, classes, label_map, reference=reference, read_valid=read_valid)
 
     @property
     def annotation_outputs(self) -> Sequence[str]:
         """The outputs for annotation tools."""
         return () if self.annotations is None else self.annotations.outputs
+
+    def has_mask(self, path: Path) -> bool:
+        """Whether an image was read as a picture, and GDAL may know of pixels in it without values."""
+        return self.predictor.bands is None and has_rasterio() and is_georeferenced(path)
 
     def find_georeference(self, path: Path) -> GeoReference | None:
         """Where an image lies on the earth; None if that is unknown, which is reported once if it could be known.
@@ -339,6 +361,7 @@ class LoadedImage(NamedTuple):
     pixels: Tensor  # (H, W, 3) uint8 RGB, as drawn
     scales: list[Tensor]  # (C, h, w) each, uint8 RGB or bands
     failure: str
+    is_valid: Tensor | None = None  # (H, W) bool: whether any band has a value; None: all have one everywhere
     is_by_window: bool = False  # whether it is too large to be read at once, and can be read by window
 
 
@@ -374,10 +397,11 @@ class InputImages(Dataset[LoadedImage]):
             if self.is_native and is_larger_by_window(path, self.bands, self.max_pixels):
                 return LoadedImage(torch.empty(0), [], "", is_by_window=True)
             if self.bands is None:
-                pixels = drawn = read_picture(path, self.max_pixels, key=key)
-            else:
-                pixels = read_band_picture(path, self.bands, self.max_pixels, key=key)
-                drawn = draw_bands(pixels, self.bands.names, self.show_bands)
+                pixels = read_picture(path, self.max_pixels, key=key)
+                return LoadedImage(torch.from_numpy(pixels), self.resize(pixels), "")
+            image = read_band_picture(path, self.bands, self.max_pixels, key=key)
         except DataError as error:
             return LoadedImage(torch.empty(0), [], str(error))
-        return LoadedImage(torch.from_numpy(drawn), self.resize(pixels), "")
+        drawn = draw_bands(image.pixels, self.bands.names, self.show_bands)
+        is_valid = None if image.is_valid is None else torch.from_numpy(image.is_valid)
+        return LoadedImage(torch.from_numpy(drawn), self.resize(image.pixels), "", is_valid)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from semseg.data.band_windows import BandWindows
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
@@ -31,6 +30,10 @@ TILE_SIDE = 512  # pixels; side of the tiles of a file, and rows that are writte
 GDAL_OPTIONS = {"GDAL_CACHEMAX": 64, "GDAL_NUM_THREADS": "1"}  # megabytes
 MAX_PALETTE = 256  # colours of a GeoTIFF of 8 bits
 OVERLAY_QUALITY = 90  # of overlays
+
+
+# Where an image has values: takes top, left, height and width of a window; gives (height, width), None for everywhere.
+ReadValid = Callable[[int, int, int, int], NDArray[np.bool_] | None]
 
 
 class GeoReference(NamedTuple):
@@ -75,6 +78,24 @@ def read_georeference(path: Path) -> GeoReference | None:
         raise DataError(f"{path}: its georeference cannot be read ({reason}). Save the file again.") from None
     is_placed = reference.crs is not None or not reference.transform.is_identity or gcps
     return reference if is_placed else None
+
+
+@contextmanager
+def open_mask(path: Path) -> Iterator[ReadValid | None]:
+    """Where a GeoTIFF has values by its nodata, alpha, or mask; None: everywhere.
+
+    It is for networks of colours, whose images are read as pictures, without these.
+    """
+    import rasterio.enums  # noqa: PLC0415 - an extra
+    from rasterio.windows import Window  # noqa: PLC0415 - an extra
+
+    def read_valid(top: int, left: int, height: int, width: int) -> NDArray[np.bool_]:
+        window = Window(left, top, width, height)  # pyright: ignore[reportCallIssue]
+        return file.dataset_mask(window=window) != 0
+
+    with rasterio.Env(**GDAL_OPTIONS), rasterio.open(path, driver="GTiff") as file:
+        is_whole = all(rasterio.enums.MaskFlags.all_valid in flags for flags in file.mask_flag_enums)
+        yield None if is_whole else read_valid
 
 
 @contextmanager
@@ -233,7 +254,7 @@ class GeoTiffSink(RasterSink):
 
     Args:
         label_map: the ids; one that begins with 0 writes class indices.
-        reader: of the image, if it has pixels without values.
+        read_valid: where the image has values; None: everywhere.
 
     Raises:
         ConfigError: if rasterio is not installed.
@@ -247,12 +268,13 @@ class GeoTiffSink(RasterSink):
         label_map: LabelMap,
         *,
         reference: GeoReference | None = None,
-        reader: BandWindows | None = None,
+        read_valid: ReadValid | None = None,
     ) -> None:
         super().__init__(path, size, reference=reference)
-        self.label_map, self.classes, self.reader = label_map, classes, reader
-        ids = [*label_map.class_ids, *label_map.ignored_ids]
-        self.dtype = np.dtype(np.uint8 if max(ids) < MAX_PALETTE - 1 else np.uint16)
+        self.label_map, self.classes, self.read_valid = label_map, classes, read_valid
+        # The last number is nodata. An ignored id may be the same: neither is a class.
+        is_narrow = max(label_map.class_ids) < MAX_PALETTE - 1 and max(label_map.ignored_ids, default=0) < MAX_PALETTE
+        self.dtype = np.dtype(np.uint8 if is_narrow else np.uint16)
         self.nodata = int(np.iinfo(self.dtype).max)
 
     def describe(self) -> None:
@@ -268,11 +290,11 @@ class GeoTiffSink(RasterSink):
 
     def mask_pixels(self, pixels: NDArray, top: int) -> None:
         """Put nodata where the image has no value."""
-        if self.reader is None:
+        if self.read_valid is None:
             return
         for left in range(0, self.size.width, TILE_SIDE):
             columns = slice(left, min(left + TILE_SIDE, self.size.width))
-            valid = self.reader.read_valid(top, left, len(pixels), columns.stop - left)
+            valid = self.read_valid(top, left, len(pixels), columns.stop - left)
             if valid is not None:
                 pixels[:, columns][~valid] = self.nodata
 
@@ -345,8 +367,22 @@ class SeveralSinks:
 
 
 def write_geotiff(
-    path: Path, ids: NDArray[np.int16], classes: ClassTable, label_map: LabelMap, reference: GeoReference
+    path: Path,
+    ids: NDArray[np.int16],
+    classes: ClassTable,
+    label_map: LabelMap,
+    reference: GeoReference,
+    *,
+    is_valid: NDArray[np.bool_] | None = None,
 ) -> None:
-    """Write a whole class map (H, W) of class indices with the georeference of its image."""
-    with GeoTiffSink(path, Size(*ids.shape), classes, label_map, reference=reference) as sink:
+    """Write a whole class map (H, W) of class indices with the georeference of its image.
+
+    Args:
+        is_valid: (H, W) where the image has values; None: everywhere.
+    """
+
+    def read_valid(top: int, left: int, height: int, width: int) -> NDArray[np.bool_] | None:
+        return None if is_valid is None else is_valid[top : top + height, left : left + width]
+
+    with GeoTiffSink(path, Size(*ids.shape), classes, label_map, reference=reference, read_valid=read_valid) as sink:
         sink.write_rows(FinishedRows(0, ids, np.zeros((0, 0), np.float32), None))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from semseg.data.band_images import find_empty, read_bands
+from semseg.data.band_images import BandImage, find_empty, read_bands
 from semseg.data.bands import PIXEL_TYPES, BandOptions
 from semseg.data.images import MAX_PIXELS, decode_image, pil_to_rgb, read_image_bytes
 from semseg.data.rasters import as_bands
@@ -55,7 +55,7 @@ def convert_to_bands(picture: Picture | NDArray[Any], bands: BandOptions, max_pi
         ArgumentError: if `picture` is of another type, shape or dtype.
     """
     if isinstance(picture, str | os.PathLike):
-        return read_band_picture(picture, bands, max_pixels)
+        return read_band_picture(picture, bands, max_pixels).pixels
     if isinstance(picture, Image.Image):
         array = np.asarray(ImageOps.exif_transpose(picture))
     elif isinstance(picture, Tensor):
@@ -86,12 +86,12 @@ def convert_to_bands(picture: Picture | NDArray[Any], bands: BandOptions, max_pi
 
 def read_band_picture(
     path: str | os.PathLike[str], bands: BandOptions, max_pixels: int, *, key: str = "max_pixels"
-) -> NDArray:
-    """As `read_picture`, for images with other bands than 8-bit RGB: (H, W, bands)."""
+) -> BandImage:
+    """As `read_picture`, for images with other bands than 8-bit RGB."""
     if "://" in str(path):
         raise DataError(f"{path}: URLs are not supported. Download the file and give its path.")
     found = resolve_path(os.fspath(path))
-    return read_bands(found, bands, max_pixels, key=key, advice="").turn_upright().pixels
+    return read_bands(found, bands, max_pixels, key=key, advice="").turn_upright()
 
 
 def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, *, key: str = "max_pixels") -> Pixels:

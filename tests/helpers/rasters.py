@@ -1,14 +1,24 @@
-"""A small data set of four bands of 16 bits, with masks in tiles, and the words of a run on it. Imports no pytest."""
+"""A small data set of four bands of 16 bits, with masks in tiles, and the words of a run on it; rasters of any size.
+
+Imports no pytest.
+"""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import rasterio
 import tifffile
+from numpy.typing import NDArray
+from rasterio.transform import Affine
+from rasterio.windows import Window
 
 from helpers.command_line import TINY_NETWORK
 
+TURNED = Affine(10, 0.5, 400000, 0.5, -10, 5000000)
 NO_DATA = [(42113, 2, 0, "0", True)]  # GDAL's tag
 # To be put before data.root: a network at native resolution.
 NATIVE_BANDS = [
@@ -34,3 +44,16 @@ def draw_rasters(folder: Path, count: int = 4) -> Path:
                          planarconfig="contig", compression="lzw", tile=(32, 48), extratags=NO_DATA)  # fmt: skip
         tifffile.imwrite(folder / f"masks/{number}.tif", label, compression="deflate", tile=(16, 32))
     return folder
+
+
+def write_raster(path: Path, height: int, width: int, pixels: NDArray | None = None, **how: Any) -> Path:
+    """A tiled GeoTIFF of four bands of uint16, without empty tiles; `pixels` (4, h, w) are at the top left."""
+    profile = {"crs": "EPSG:32632", "transform": TURNED, "tiled": True, "blockxsize": 512, "blockysize": 512, **how}
+    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=64):
+        warnings.simplefilter("ignore")
+        with rasterio.open(
+            path, "w", driver="GTiff", height=height, width=width, count=4, dtype="uint16", SPARSE_OK=True, **profile
+        ) as file:
+            if pixels is not None:
+                file.write(pixels, window=Window(0, 0, pixels.shape[2], pixels.shape[1]))
+    return path

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import resource
 import signal
-import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -17,10 +15,10 @@ import rasterio
 from numpy.typing import NDArray
 from PIL import Image
 from rasterio.control import GroundControlPoint
-from rasterio.transform import Affine
 from rasterio.windows import Window as RasterWindow
 
 from helpers.memory import in_child, peak_growth
+from helpers.rasters import TURNED, write_raster
 from semseg.config.preprocessing import BandRange
 from semseg.data.band_windows import open_windows
 from semseg.data.bands import BandFile, BandOptions, draw_bands, measure_stretches
@@ -40,23 +38,9 @@ from semseg.prediction.geotiff import (
 from semseg.reports.draw import draw_overlay
 
 pytestmark = pytest.mark.reliability
-TURNED = Affine(10, 0.5, 400000, 0.5, -10, 5000000)
 CLASSES = ClassTable.from_names(["water", "wood", "field"])
 FOUR = ("red", "green", "blue", "nir")
 OPTIONS = BandOptions((BandFile("", FOUR),), FOUR, (BandRange(0, 3000),) * 4, (1500.0,) * 4)
-
-
-def write_raster(path: Path, height: int, width: int, pixels: NDArray | None = None, **how: Any) -> Path:
-    """A tiled GeoTIFF of four bands of uint16, without empty tiles; `pixels` (4, h, w) are at the top left."""
-    profile = {"crs": "EPSG:32632", "transform": TURNED, "tiled": True, "blockxsize": 512, "blockysize": 512, **how}
-    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=64):
-        warnings.simplefilter("ignore")
-        with rasterio.open(
-            path, "w", driver="GTiff", height=height, width=width, count=4, dtype="uint16", SPARSE_OK=True, **profile
-        ) as file:
-            if pixels is not None:
-                file.write(pixels, window=RasterWindow(0, 0, pixels.shape[2], pixels.shape[1]))
-    return path
 
 
 def rows_of(ids: NDArray[np.int16], step: int) -> list[FinishedRows]:
@@ -112,7 +96,10 @@ def test_ids_above_254_take_16_bits_and_pixels_without_values_have_none(tmp_path
     reader = open_windows(image, OPTIONS)
     assert reader is not None
     ids, label_map = np.ones((700, 600), np.int16), LabelMap(3, ids={0: 0, 1: 1, 300: 2})
-    with reader, GeoTiffSink(tmp_path / "i.tif", Size(700, 600), CLASSES, label_map, reader=reader) as sink:
+    with (
+        reader,
+        GeoTiffSink(tmp_path / "i.tif", Size(700, 600), CLASSES, label_map, read_valid=reader.read_valid) as sink,
+    ):
         for rows in rows_of(ids, 100):
             sink.write_rows(rows)
     with rasterio.open(tmp_path / "i.tif") as file:
