@@ -5,9 +5,10 @@
     python benchmarks/ablations.py --camvid <folder> --minutes 15 --seed 1 --change "batch 8" --change "no EMA"
 
 Each change is a list of overrides behind those of the base: experiment=own_data, or the recipes that it was found from.
-A change that makes a step slower gets fewer steps, as in accuracy.py, which describes the minutes and the data. The
-mean IoU is that of the validation images (--split) at their full size, by the last weights. Each run adds a row to the
-table (--table), and a change that has a row is skipped.
+The minutes (see accuracy.py) give the steps of the base; a change that makes a step slower gets fewer, by the ratio of
+both times, which are measured in turn: busy neighbours slow both down. So cpu_minutes of a row may be more. The mean
+IoU is that of the validation images (--split) at their full size, by the last weights. Each run adds a row to the table
+(--table), and a change that has a row is skipped.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from pathlib import Path
 from accuracy import (
     ROOT,
     SPLIT_LISTS,
+    TOY_STEPS,
     add_run_options,
     append_row,
+    compare_steps,
+    count_affordable_steps,
     data_words,
     has_row,
     network_words,
@@ -121,12 +125,20 @@ def measure_change(change: str, options: argparse.Namespace) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    words = f"{BASES[options.base]} {CHANGES[change]}"
-    overrides = shlex.split(words.format(check=check_data(options)) if "{check}" in words else words)
-    recipe = [*data_words(options.data), *overrides, *network_words(options), f"seed={options.seed}"]
-    row = score_run(train_recipe(recipe, folder, options), options.data, options.split)
+    base, recipe = (compose_recipe(words, options) for words in ("", CHANGES[change]))
+    steps = TOY_STEPS
+    if not options.toy:
+        steps = round(count_affordable_steps(base, options) / compare_steps(base, recipe, options))
+    row = score_run(train_recipe(recipe, folder, options, steps), options.data, options.split)
     append_row(options.table, COLUMNS, key | {"overrides": CHANGES[change]} | row)
     print(f"{change}: {summarise_row(row)}", flush=True)
+
+
+def compose_recipe(change: str, options: argparse.Namespace) -> list[str]:
+    """The overrides of the base and of a change."""
+    words = f"{BASES[options.base]} {change}"
+    overrides = shlex.split(words.format(check=check_data(options)) if "{check}" in words else words)
+    return [*data_words(options.data), *overrides, *network_words(options), f"seed={options.seed}"]
 
 
 def check_data(options: argparse.Namespace) -> Path:
