@@ -57,7 +57,7 @@ COLUMNS = (
     "steps", "images", "images_per_cpu_s", "peak_memory_mb", "miou", "miou_torchmetrics", "pixel_accuracy", "iou",
 )  # fmt: skip
 KEY = ("data", "split", "side", "encoder", "minutes", "seed")  # of a row
-TIMED_STEPS = 20  # of the run that finds the time of a step
+TIMED_STEPS = (10, 60)  # of the runs that find the time of a step
 TOY_STEPS = 2
 # Overrides that cost next to no time.
 FREE_WORDS = ("optim", "schedule", "ema.", "seed=", "data.oversample", "loss", "augment=none", "augment=color")
@@ -344,16 +344,17 @@ def training_words(recipe: Sequence[str], steps: int, run_dir: Path) -> list[str
 
 
 def count_affordable_steps(recipe: Sequence[str], options: argparse.Namespace) -> int:
-    """The number of steps that take the minutes, by a short run of the same words, kept in the folder of work.
+    """The number of steps that take the minutes, by two short runs of the same words, kept in the folder of work.
 
-    Words that do not change the time of a step share their run. The time before the first step is that of the first
-    recipe in the folder of work: it differs little.
+    Words that do not change the time of a step share their runs.
     """
-    start_s = recall_seconds(options.work / "start-up.json", lambda: measure_start(recipe, options.work))
-    step_s = recall_seconds(
-        options.work / f"step-{name_costs(recipe)}.json",
-        lambda: (time_steps(recipe, TIMED_STEPS, options.work) - start_s) / TIMED_STEPS,
-    )
+
+    def measure() -> list[float]:
+        few, more = (time_steps(recipe, steps, options.work) for steps in TIMED_STEPS)
+        step_s = (more - few) / (TIMED_STEPS[1] - TIMED_STEPS[0])
+        return [few - TIMED_STEPS[0] * step_s, step_s]
+
+    start_s, step_s = recall_numbers(options.work / f"step-{name_costs(recipe)}.json", measure)
     return max(1, round((60 * options.minutes - start_s) / step_s))
 
 
@@ -365,25 +366,18 @@ def compare_steps(base: Sequence[str], recipe: Sequence[str], options: argparse.
     if name_costs(base) == name_costs(recipe):
         return 1.0
 
-    def measure() -> float:
-        used = [[time_steps(words, TIMED_STEPS, options.work) for words in (base, recipe)] for _ in range(2)]
-        start_s = recall_seconds(options.work / "start-up.json", lambda: measure_start(base, options.work))
-        base_s, recipe_s = (sum(seconds) - 2 * start_s for seconds in zip(*used, strict=True))
-        return recipe_s / base_s
+    def measure() -> list[float]:
+        few, more = ([time_steps(words, steps, options.work) for words in (base, recipe)] for steps in TIMED_STEPS)
+        return [(more[1] - few[1]) / (more[0] - few[0])]
 
-    return recall_seconds(options.work / f"ratio-{name_costs(recipe)}.json", measure)
+    (ratio,) = recall_numbers(options.work / f"ratio-{name_costs(recipe)}.json", measure)
+    return ratio
 
 
 def name_costs(recipe: Sequence[str]) -> str:
     """A name of what the time of a step depends on."""
     words = [word for word in recipe if not word.lstrip("+").startswith(FREE_WORDS)]
     return hashlib.sha256("\n".join([*words, describe_commit()]).encode()).hexdigest()[:12]
-
-
-def measure_start(recipe: Sequence[str], work: Path) -> float:
-    """CPU seconds of a training process without its steps."""
-    few, more = (time_steps(recipe, steps, work) for steps in (2, 10))
-    return few - 2 * (more - few) / 8
 
 
 def time_steps(recipe: Sequence[str], steps: int, work: Path) -> float:
@@ -394,11 +388,11 @@ def time_steps(recipe: Sequence[str], steps: int, work: Path) -> float:
     return usage.cpu_s
 
 
-def recall_seconds(file: Path, measure: Callable[[], float]) -> float:
-    """The seconds in a file, or those of `measure`, which are then written to it."""
+def recall_numbers(file: Path, measure: Callable[[], list[float]]) -> list[float]:
+    """The numbers in a file, or those of `measure`, which are then written to it."""
     if not file.exists():
-        seconds = measure()
-        file.write_text(json.dumps(seconds))
+        numbers = measure()
+        file.write_text(json.dumps(numbers))
     return json.loads(file.read_text())
 
 

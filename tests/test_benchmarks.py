@@ -245,6 +245,16 @@ def test_the_steps_of_a_run_are_those_that_fit_into_its_minutes(
     assert accuracy.count_affordable_steps(["optim.lr=1"], options) == 100
     monkeypatch.delattr(accuracy, "time_steps")  # a recipe of the same cost per step is not timed again
     assert accuracy.count_affordable_steps(["optim.lr=2"], options) == 100
+    assert accuracy.compare_steps(["optim.lr=1"], ["optim.lr=2"], options) == 1
+
+
+def test_steps_are_compared_without_the_start_of_their_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy = import_benchmark(monkeypatch, "accuracy")
+    seconds = {"fast": 0.5, "slow": 1.5}
+    monkeypatch.setattr(accuracy, "time_steps", lambda recipe, steps, work: 10 + seconds[recipe[0]] * steps)
+    assert accuracy.compare_steps(["fast"], ["slow"], argparse.Namespace(work=tmp_path)) == 3
 
 
 @pytest.mark.long
