@@ -66,16 +66,9 @@ def read_georeference(path: Path) -> GeoReference | None:
     """
     if not is_georeferenced(path):
         return None
-    import rasterio.errors  # noqa: PLC0415 - an extra
-
-    try:
-        with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS), rasterio.open(path, driver="GTiff") as file:
-            warnings.simplefilter("ignore")  # of files without a transform
-            gcps, gcps_crs = file.gcps
-            reference = GeoReference(file.crs, file.transform, (tuple(gcps), gcps_crs))
-    except rasterio.errors.RasterioError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: its georeference cannot be read ({reason}). Save the file again.") from None
+    with explain_damage(path, "georeference"), open_raster(path) as file:
+        gcps, gcps_crs = file.gcps
+        reference = GeoReference(file.crs, file.transform, (tuple(gcps), gcps_crs))
     is_placed = reference.crs is not None or not reference.transform.is_identity or gcps
     return reference if is_placed else None
 
@@ -85,17 +78,54 @@ def open_mask(path: Path) -> Iterator[ReadValid | None]:
     """Where a GeoTIFF has values by its nodata, alpha, or mask; None: everywhere.
 
     It is for networks of colours, whose images are read as pictures, without these.
+
+    Raises:
+        DataError: if GDAL cannot open the file; so does the function, if it is damaged in the window.
     """
-    import rasterio.enums  # noqa: PLC0415 - an extra
+    from rasterio.enums import MaskFlags  # noqa: PLC0415 - an extra
     from rasterio.windows import Window  # noqa: PLC0415 - an extra
 
     def read_valid(top: int, left: int, height: int, width: int) -> NDArray[np.bool_]:
         window = Window(left, top, width, height)  # pyright: ignore[reportCallIssue]
-        return file.dataset_mask(window=window) != 0
+        with explain_damage(path, "mask"):
+            return file.dataset_mask(window=window) != 0
 
-    with rasterio.Env(**GDAL_OPTIONS), rasterio.open(path, driver="GTiff") as file:
-        is_whole = all(rasterio.enums.MaskFlags.all_valid in flags for flags in file.mask_flag_enums)
+    with ExitStack() as opened:
+        with explain_damage(path, "mask"):
+            file = opened.enter_context(open_raster(path))
+        is_whole = all(MaskFlags.all_valid in flags for flags in file.mask_flag_enums)
         yield None if is_whole else read_valid
+
+
+@contextmanager
+def open_raster(path: Path) -> Iterator[Any]:
+    """A GeoTIFF that is opened by rasterio, with a small cache.
+
+    Raises:
+        rasterio.errors.RasterioError: if it is damaged.
+    """
+    import rasterio  # noqa: PLC0415 - an extra
+
+    with rasterio.Env(**GDAL_OPTIONS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of files without a transform
+        with rasterio.open(path, driver="GTiff") as file:
+            yield file
+
+
+@contextmanager
+def explain_damage(path: Path, part: str) -> Iterator[None]:
+    """Within this context, errors of rasterio become a DataError that names the file.
+
+    Args:
+        part: what is read from it.
+    """
+    from rasterio.errors import RasterioError  # noqa: PLC0415 - an extra
+
+    try:
+        yield
+    except RasterioError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: its {part} cannot be read ({reason}). Save the file again.") from None
 
 
 @contextmanager

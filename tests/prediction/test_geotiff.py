@@ -32,6 +32,7 @@ from semseg.prediction.geotiff import (
     OverlaySink,
     SeveralSinks,
     is_georeferenced,
+    open_mask,
     read_georeference,
     write_geotiff,
 )
@@ -214,3 +215,16 @@ def read_and_write_huge(folder: Path, height: int) -> int:
 def test_rasters_of_40000_columns_are_read_and_written_in_400_megabytes(tmp_path: Path, height: int) -> None:
     growth = in_child(partial(read_and_write_huge, tmp_path, height))
     assert growth < 400e6, f"{growth / 1e6:.0f} MB"
+
+
+def test_a_raster_whose_mask_cannot_be_read_is_named(tmp_path: Path) -> None:
+    image = write_raster(tmp_path / "a.tif", 600, 700, np.ones((4, 600, 700), np.uint16), nodata=0, compress="deflate")
+    content = image.read_bytes()
+    image.write_bytes(content[:-2000])
+    with open_mask(image) as read_valid:
+        assert read_valid is not None
+        with pytest.raises(DataError, match=r"a\.tif: its mask cannot be read"):
+            read_valid(0, 0, 600, 700)
+    image.write_bytes(content[:100])
+    with pytest.raises(DataError, match=r"a\.tif: its mask cannot be read"), open_mask(image):
+        pass
