@@ -25,6 +25,7 @@ from semseg.data.folders import Naming
 from semseg.data.geometry import Size
 from semseg.data.label_map import IGNORED, LabelMap
 from semseg.data.loaders import WatchedLoader
+from semseg.data.raster_layout import read_picture_layout
 from semseg.data.store import UnusedFiles
 from semseg.data.windows import spread_windows
 from semseg.errors import ConfigError, DataError, install_command
@@ -268,8 +269,15 @@ class PredictionJob:
         return () if self.annotations is None else self.annotations.outputs
 
     def has_mask(self, path: Path) -> bool:
-        """Whether an image was read as a picture, and GDAL may know of pixels in it without values."""
-        return self.predictor.bands is None and has_rasterio() and is_georeferenced(path)
+        """Whether an image was read as a picture, and GDAL may know of pixels in it without values.
+
+        False for one that was turned upright, which GDAL does not do.
+        """
+        if self.predictor.bands is not None or not has_rasterio() or not is_georeferenced(path):
+            return False
+        with path.open("rb") as file:
+            layout = read_picture_layout(file)
+        return layout is not None and layout.orientation == 1
 
     def find_georeference(self, path: Path) -> GeoReference | None:
         """Where an image lies on the earth; None if that is unknown, which is reported once if it could be known.

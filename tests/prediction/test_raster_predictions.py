@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import tifffile
 from PIL import Image
 from rasterio.windows import Window as RasterWindow
 
 from helpers.command_line import TINY, TINY_NETWORK, run_here
 from helpers.memory import in_child, needs_proc, peak_growth
-from helpers.rasters import NATIVE_BANDS, TURNED, draw_rasters, write_raster
+from helpers.rasters import NATIVE_BANDS, NO_DATA, TURNED, draw_rasters, write_raster
 
 pytestmark = pytest.mark.reliability
 WIDTH = 40_000
@@ -80,6 +81,18 @@ def test_pixels_without_values_of_a_raster_of_colours_have_no_class(colours: Pat
         predict(colours, image, run_dir, f"data.max_pixels={max_pixels}")
         with rasterio.open(colours / run_dir / f"{kind}_ids.tif") as file:
             assert np.array_equal(file.read(1) != file.nodata, has_value), run_dir
+
+
+@pytest.mark.slow
+def test_a_raster_of_colours_that_is_turned_upright_is_predicted(colours: Path) -> None:
+    image = colours / "turned.tif"
+    place = [(33550, 12, 3, (10.0, 10.0, 0.0), True), (33922, 12, 6, (0.0, 0.0, 0.0, 1.0, 5.0, 0.0), True)]
+    orientation = (274, 3, 1, 6, True)
+    tifffile.imwrite(
+        image, np.ones((40, 70, 3), np.uint8), photometric="rgb", extratags=[orientation, *place, *NO_DATA]
+    )
+    predict(colours, image, "turned")
+    assert Image.open(colours / "turned" / "turned_ids.png").size == (40, 70)
 
 
 def predict_huge(folder: Path, height: int) -> int:
