@@ -141,8 +141,7 @@ def checking_whole_file(path: Path) -> Iterator[None]:
 
     try:
         yield
-        with rasterio.Env(**GDAL_OPTIONS):
-            is_whole = has_all_blocks(path)
+        is_whole = has_all_blocks(path)
     except rasterio.errors.RasterioIOError as error:
         raise find_disk_error(error, path.parent) or OSError(errno.EIO, os.strerror(errno.EIO)) from error
     if not is_whole:
@@ -155,13 +154,8 @@ def has_all_blocks(path: Path) -> bool:
     Raises:
         rasterio.errors.RasterioIOError: if its directory is damaged.
     """
-    import rasterio  # noqa: PLC0415 - an extra
-
     num_bytes = path.stat().st_size
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of files without a transform
-        file = rasterio.open(path)
-    with file:
+    with open_raster(path) as file:
         rows, columns = (-(-length // TILE_SIDE) for length in file.shape)
         for row in range(rows):
             for column in range(columns):
