@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -122,8 +122,7 @@ class TimmEncoder(LibraryEncoder):
         self.check_maps()
 
     def compute_library_maps(self, image: Tensor) -> list[Tensor]:
-        is_deterministic = torch.are_deterministic_algorithms_enabled()
-        with DeterministicResampling() if is_deterministic else nullcontext():
+        with choose_resampling(has_positions=self.plan.is_plain):
             maps = self.model(image)
         return [maps[level] for level in self.levels]
 
@@ -349,11 +348,8 @@ def make_rotary_exportable(model: nn.Module) -> None:
 def drop_size_checks(model: nn.Module) -> None:
     """Let patches of images of all sizes be cut without timm's check of the size, for images that are multiples anyway.
 
-    Its message has the height and width in it, for which torch.compile makes a graph of every size. Networks with
-    learnt positions keep it: PyTorch cannot compile the gradient of their interpolation for all sizes.
+    Its message has the height and width in it, for which torch.compile makes a graph of every size.
     """
-    if any(name.rpartition(".")[2] == "pos_embed" for name, _ in model.named_parameters()):
-        return
     for module in model.modules():
         if isinstance(module, PatchEmbed) and not module.strict_img_size:
             module.img_size = None  # pyright: ignore[reportAttributeAccessIssue]
@@ -383,11 +379,20 @@ def find_weights_file(published: Mapping[str, Any]) -> WeightsFile | None:
     return weights_file_at(published["url"]) if published.get("url") else None
 
 
-class DeterministicResampling(TorchFunctionMode):
-    """While active, interpolation with antialias, as of position embeddings, is computed by matrix products.
+def choose_resampling(*, has_positions: bool) -> AbstractContextManager[Any]:
+    """MatrixResampling where PyTorch has no gradient of interpolation with antialias, else nothing.
 
-    CUDA has no deterministic gradient of it.
+    It has none that is deterministic on CUDA, and none for all sizes in a compiled graph. There it costs time to trace.
+
+    Args:
+        has_positions: whether the network may have learnt positions, which timm resamples with antialias.
     """
+    is_compiled = has_positions and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return MatrixResampling() if is_compiled or torch.are_deterministic_algorithms_enabled() else nullcontext()
+
+
+class MatrixResampling(TorchFunctionMode):
+    """While active, interpolation with antialias, as of position embeddings, is computed by matrix products."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

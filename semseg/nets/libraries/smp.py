@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from semseg.config.preprocessing import PREPROCESSING, Preprocessing
 from semseg.errors import CheckpointError, ConfigError, check_choice, find_nearest, install_command
 from semseg.nets.encoders.library import replace_batch_norms, rgb_preprocessing
-from semseg.nets.encoders.timm import check_name, drop_size_checks, fill_with_nan, find_weights_file
+from semseg.nets.encoders.timm import check_name, choose_resampling, drop_size_checks, fill_with_nan, find_weights_file
 from semseg.nets.interfaces import Logits, NetworkKeys, SegmentationNetwork, WeightsFile
 from semseg.nets.padding import crop_logits, pad_image
 
@@ -117,7 +117,9 @@ class SmpNetwork(SegmentationNetwork):
 
     def compute_logits(self, image: Tensor) -> Tensor:
         """Sizes that the architecture takes -> (N, num_classes, H / label_stride, W / label_stride)."""
-        features, head = self.model.encoder(image), self.model.segmentation_head
+        with choose_resampling(has_positions=self.arch == "dpt"):
+            features = self.model.encoder(image)
+        head = self.model.segmentation_head
         if self.arch == "dpt":
             maps, prefix_tokens = features
             return head.head(self.model.decoder(maps, prefix_tokens))
