@@ -81,6 +81,7 @@ def skip_contiguity_checks() -> None:
     from torch._dynamo.variables import ConstantVariable, TensorVariable  # noqa: PLC0415
     from torch.fx.experimental import proxy_tensor  # noqa: PLC0415
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # noqa: PLC0415
+    from torch.fx.passes import shape_prop  # noqa: PLC0415
 
     call_method = TensorVariable.call_method
 
@@ -99,5 +100,5 @@ def skip_contiguity_checks() -> None:
         return call_method(self, tx, name, args, kwargs)
 
     TensorVariable.call_method = call_or_copy
-    extract = functools.partial(proxy_tensor._extract_tensor_metadata, include_contiguity=False)
-    proxy_tensor._extract_tensor_metadata = extract
+    extract = functools.partial(shape_prop._extract_tensor_metadata, include_contiguity=False)
+    proxy_tensor._extract_tensor_metadata = extract  # pyright: ignore[reportPrivateImportUsage]
