@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from semseg.errors import CheckpointError, ConfigError, find_nearest, install_command
+from semseg.nets.blocks import without_autocast
 from semseg.nets.encoders.dilation import plan_stages
 from semseg.nets.encoders.efficientnet_lite import convert_lite_weights, is_lite_layout
 from semseg.nets.encoders.library import MIN_STRIDE, LibraryEncoder, rgb_preprocessing, weights_file_at
@@ -404,12 +405,16 @@ class MatrixResampling(TorchFunctionMode):
 
 
 def resample(features: Tensor, size: Sequence[int], mode: str) -> Tensor:
-    """F.interpolate(features, size, mode=mode, antialias=True) of (N, C, h, w), as a matrix product for each axis."""
+    """F.interpolate(features, size, mode=mode, antialias=True) of (N, C, h, w), as a matrix product for each axis.
+
+    As interpolation, it is not rounded under autocast.
+    """
     rows, columns = (
         resampling_matrix(length, out_length, mode, features)
         for length, out_length in zip(features.shape[2:], size, strict=True)
     )
-    return rows @ features @ columns.T
+    with without_autocast(features.device.type):
+        return rows @ features @ columns.T
 
 
 @torch.no_grad()

@@ -136,6 +136,15 @@ def test_deterministic_training_resamples_position_embeddings_with_the_same_resu
         torch.testing.assert_close(plain, deterministic, rtol=1e-4, atol=1e-4)
 
 
+def test_positions_that_are_resampled_by_matrices_are_not_rounded_under_autocast() -> None:
+    from semseg.nets.encoders.timm import resample
+
+    positions = torch.randn(1, 24, 5, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = resample(positions, (7, 4), "bicubic")
+    torch.testing.assert_close(found, F.interpolate(positions, (7, 4), mode="bicubic", antialias=True))
+
+
 # ---- patches of 14 pixels
 
 
