@@ -45,7 +45,7 @@ COLUMNS = (
 HALF_SIZE = "data.short_edges=[144,180,216]"
 # Named, because a row says what it is to be compared with.
 COMMON = (
-    f"model.channels_last=true data.batch_size=4 {HALF_SIZE} schedule=poly_warmup "
+    f"loss=cross_entropy model.channels_last=true data.batch_size=4 {HALF_SIZE} schedule=poly_warmup "
     "schedule.warmup_steps=50 schedule.warmup_factor=0.01 ema.decay=0.99 augment=color"
 )
 BASES = {

@@ -1,4 +1,4 @@
-"""experiment=own_data: it composes with a folder of one's own, and trains."""
+"""What people's own data is trained with: experiment=own_data, and the defaults of data=folder."""
 
 from __future__ import annotations
 
@@ -37,3 +37,33 @@ def test_the_gains_in_the_recipe_for_own_data_are_those_of_the_measurements() ->
     split, common = rows["Dice, AdamW 0.003, encoder 0.0005"], rows["Dice, AdamW 0.001"]
     assert f"{rows['Dice'] - rows['none']:+.1f} over cross entropy" in recipe
     assert f"{split - rows['Dice']:+.1f} over SGD 0.02, {split - common:+.1f} over AdamW 0.001" in recipe
+
+
+DICE, PLAIN = {"cross_entropy": 1, "dice": 1}, {"cross_entropy": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "terms"),
+    [
+        (["data=folder"], DICE),
+        (["data={file}"], DICE),  # a data set that starts from data=folder
+        (["experiment=finetune", "data=folder"], DICE),
+        (["data=folder", "loss=cross_entropy"], PLAIN),
+        (["data=folder", "loss=ohem"], {"ohem": 1}),
+        (["data=folder", "experiment=published_upernet50"], PLAIN),
+        (["data=camvid"], PLAIN),
+        ([], PLAIN),
+    ],
+)
+def test_own_data_is_trained_with_dice_and_published_recipes_are_not(
+    words: list[str], terms: dict[str, float], tmp_path: Path
+) -> None:
+    file = tmp_path / "plants.yaml"
+    file.write_text("root: .\nnum_classes: 3\n")
+    config = configured(*(word.format(file=file) for word in words), "data.num_classes=3")
+    assert {name: factor for name, factor in config.loss.terms.factors.items() if factor} == terms
+
+
+def test_every_published_recipe_names_the_published_loss() -> None:
+    for recipe in (CONFIG_DIR / "experiment").glob("published_*.yaml"):
+        assert "override /loss: cross_entropy\n" in recipe.read_text(), recipe
