@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import csv
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 from accuracy import TABLE, list_pairs, read_label
@@ -61,12 +63,22 @@ def print_tables(rows: list[dict[str, str]]) -> None:
         )  # fmt: skip
         for row in ordered:
             print("| " + " | ".join(row[column] for column in columns) + " |")
+        for line in summarise_seeds(ordered):
+            print(f"\n{line}")
         names = [entry.rpartition(" ")[0] for entry in ordered[0]["iou"].split("; ")]
         print("\n| side | seed | " + " | ".join(names) + " |")
         print("|---" * (len(names) + 2) + "|")
         for row in ordered:
             values = [entry.rpartition(" ")[2] for entry in row["iou"].split("; ")]
             print(f"| {row['side']} | {row['seed']} | " + " | ".join(values) + " |")
+
+
+def summarise_seeds(rows: list[dict[str, str]]) -> Iterator[str]:
+    """A line for every side with several seeds: mean and standard deviation of its mean IoU."""
+    for side in dict.fromkeys(row["side"] for row in rows):
+        scores = [float(row["miou"]) for row in rows if row["side"] == side]
+        if len(scores) > 1:
+            yield f"{side}: {mean(scores):.2f} +- {stdev(scores):.2f} over {len(scores)} seeds"
 
 
 def draw_picture(rows: list[dict[str, str]], options: argparse.Namespace) -> None:
