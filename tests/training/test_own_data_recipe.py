@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.in_process import configured, fit
-from semseg.config.groups import CONFIG_DIR
+from semseg.config.groups import CONFIG_DIR, list_options
 
 
 @pytest.mark.slow
@@ -40,6 +40,7 @@ def test_the_gains_in_the_recipe_for_own_data_are_those_of_the_measurements() ->
 
 
 DICE, PLAIN = {"cross_entropy": 1, "dice": 1}, {"cross_entropy": 1}
+PUBLISHED = [name for name in list_options("experiment") if name.startswith("published_")]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ DICE, PLAIN = {"cross_entropy": 1, "dice": 1}, {"cross_entropy": 1}
         (["experiment=finetune", "data=folder"], DICE),
         (["data=folder", "loss=cross_entropy"], PLAIN),
         (["data=folder", "loss=ohem"], {"ohem": 1}),
-        (["data=folder", "experiment=published_upernet50"], PLAIN),
+        *((["data=folder", f"experiment={name}"], PLAIN) for name in PUBLISHED),
         (["data=camvid"], PLAIN),
         ([], PLAIN),
     ],
@@ -64,6 +65,5 @@ def test_own_data_is_trained_with_dice_and_published_recipes_are_not(
     assert {name: factor for name, factor in config.loss.terms.factors.items() if factor} == terms
 
 
-def test_every_published_recipe_names_the_published_loss() -> None:
-    for recipe in (CONFIG_DIR / "experiment").glob("published_*.yaml"):
-        assert "override /loss: cross_entropy\n" in recipe.read_text(), recipe
+def test_there_are_published_recipes() -> None:
+    assert "published_upernet50" in PUBLISHED
