@@ -83,7 +83,13 @@ CHANGES = {
     "width 256": "model.decoder.width=256",
     "one short edge": "data.short_edges=[180]",
     "crops": "data.short_edges=[180] augment.scale=[0.75,1.5] augment.crop=[160,160]",
+    "wide crops": "data.short_edges=[180] augment.scale=[0.5,2.0] augment.crop=[160,160]",
+    "wide crops, label stride 2": (
+        "data.short_edges=[180] augment.scale=[0.5,2.0] augment.crop=[160,160] model.label_stride=2"
+    ),
+    "strong crops": "data.short_edges=[180] augment=strong augment.crop=[160,160]",
     "wide short edges": "data.short_edges=[126,144,162,180,216,252]",
+    "weight decay 0.05": "optim.weight_decay=0.05",
     "no EMA": "ema.decay=null",
     "EMA 0.98": "ema.decay=0.98",
     "no warm-up": "schedule.warmup_steps=0",

@@ -11,10 +11,11 @@ fpath_segm), classes.csv (index,name,R,G,B), labels with 0 = not scored. Each si
 minutes are CPU time (user and system) of the whole training process, with its start. Other load on the machine changes
 little: a step costs more CPU time where processes share caches. Ours is `python run.py`; the number of steps that fits
 into the minutes is found by short runs, so that its schedule ends with them. It trains at short edges of 5/8 to 8/8 of
-the one that it predicts at (--short-edge); ours_defaults and ours_2018 train at those of data=folder. The others have
-loops of their own (accuracy_peers.py), whose schedules follow the time that was used. Every side writes class ids for
-the images of the split at their own size, and all are scored alike: by semseg's confusion matrix, and by torchmetrics
-from the same files. No split chooses a checkpoint: the last weights count.
+the one that it predicts at (--short-edge); ours_crops trains at that one times 0.5 to 2, in crops, and ours_defaults
+and ours_2018 at those of data=folder. The others have loops of their own (accuracy_peers.py), whose schedules follow
+the time that was used. Every side writes class ids for the images of the split at their own size, and all are scored
+alike: by semseg's confusion matrix, and by torchmetrics from the same files. No split chooses a checkpoint: the last
+weights count.
 
 albumentations is installed without what it names, because that includes another build of OpenCV, which would replace
 the one of semseg.
@@ -307,6 +308,13 @@ PROCESS_WORDS = (
 # What each side of ours adds to the data and the encoder.
 RECIPES = {
     "ours": ("experiment=own_data",),
+    "ours_crops": (  # with sizes of 0.5 to 2 and labels at half size instead of a quarter
+        "experiment=own_data",
+        "model.label_stride=2",
+        "data.short_edges=[360]",
+        "augment.scale=[0.5,2.0]",
+        "augment.crop=[320,320]",
+    ),
     "ours_defaults": ("model/decoder=upernet_lite",),  # data=folder as it is, with a decoder for a pyramid of maps
     "ours_2018": ("model/decoder=upernet_lite", "loss=cross_entropy"),  # with the published recipe
 }
@@ -423,6 +431,7 @@ def train_peer(side: str, folder: Path, options: argparse.Namespace) -> Trained:
 
 SIDES: dict[str, Callable[[str, Path, argparse.Namespace], Trained]] = {
     "ours": train_ours,
+    "ours_crops": train_ours,
     "ours_defaults": train_ours,
     "ours_2018": train_ours,
     "smp_unet": train_peer,
