@@ -144,7 +144,9 @@ def compose_recipe(change: str, options: argparse.Namespace) -> list[str]:
     """The overrides of the base and of a change."""
     words = f"{BASES[options.base]} {change}"
     overrides = shlex.split(words.format(check=check_data(options)) if "{check}" in words else words)
-    return [*data_words(options.data), *overrides, *network_words(options), f"seed={options.seed}"]
+    without = {word.removeprefix("~") for word in overrides if word.startswith("~")}  # C1 has no width, of toys either
+    network = [word for word in network_words(options) if word.partition("=")[0] not in without]
+    return [*data_words(options.data), *overrides, *network, f"seed={options.seed}"]
 
 
 def check_data(options: argparse.Namespace) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
+import json
 import os
 import re
 import runpy
@@ -108,6 +109,28 @@ def test_the_defaults_of_a_folder_are_a_side_too(tmp_path: Path, monkeypatch: py
 def test_every_ablation_that_is_asked_for_adds_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run_on_scenes(tmp_path, monkeypatch, "ablations", "--change", "none", "--change", "Dice")
     assert [row["change"] for row in rows] == ["none", "Dice"]
+
+
+@pytest.mark.long
+def test_every_ablation_changes_something_and_has_a_valid_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_scenes(tmp_path / "scenes", num_train=2, num_val=1, seed=1)
+    program = import_benchmark(monkeypatch, "ablations")
+    monkeypatch.setattr(program, "check_data", lambda options: tmp_path / "check.json")
+    (tmp_path / "check.json").write_text(json.dumps({"class_weights": [1.0] * 4}))
+    options = argparse.Namespace(
+        base="own_data", data=tmp_path / "scenes", encoder="mobilenetv3_small_050", weights="none", toy=False, seed=1
+    )
+    configs = {
+        change: load_config([*program.compose_recipe(words, options), f"run_dir={tmp_path}"])[0]
+        for change, words in program.CHANGES.items()
+    }
+    same = {change for change, config in configs.items() if config == configs["none"]}
+    assert same == {"none", *IN_THE_RECIPE}
+
+
+IN_THE_RECIPE = ("Dice", "AdamW 0.003, encoder 0.0005", "Dice, AdamW 0.003, encoder 0.0005", "width 128")
 
 
 @pytest.mark.long
