@@ -22,6 +22,7 @@ from accuracy import (
     ROOT,
     SPLIT_LISTS,
     TOY_STEPS,
+    WHOLE_RECIPE,
     add_run_options,
     append_row,
     compare_steps,
@@ -49,7 +50,8 @@ COMMON = (
     "schedule.warmup_steps=50 schedule.warmup_factor=0.01 ema.decay=0.99 augment=color"
 )
 BASES = {
-    "own_data": f"experiment=own_data {HALF_SIZE}",
+    "own_data": "experiment=own_data data.short_edges=[180] augment.crop=[160,160]",
+    "own_data_whole": f"{' '.join(WHOLE_RECIPE)} {HALF_SIZE}",
     "upernet": f"model/decoder=upernet_lite model.decoder.width=64 optim.lr=0.02 {COMMON}",
     "segformer": f"model/decoder=segformer model.decoder.width=128 optim.lr=0.02 {COMMON}",
 }
@@ -83,6 +85,8 @@ CHANGES = {
     "width 256": "model.decoder.width=256",
     "one short edge": "data.short_edges=[180]",
     "crops": "data.short_edges=[180] augment.scale=[0.75,1.5] augment.crop=[160,160]",
+    "whole images": f"augment.scale=[1,1] augment.crop=null {HALF_SIZE}",
+    "label stride 4": "model.label_stride=4",
     "wide crops": "data.short_edges=[180] augment.scale=[0.5,2.0] augment.crop=[160,160]",
     "wide crops, label stride 2": (
         "data.short_edges=[180] augment.scale=[0.5,2.0] augment.crop=[160,160] model.label_stride=2"

@@ -10,12 +10,11 @@ The folder has the layout of ADE20K: training.odgt, validation.odgt and test.odg
 fpath_segm), classes.csv (index,name,R,G,B), labels with 0 = not scored. Each side is one process with one thread. Its
 minutes are CPU time (user and system) of the whole training process, with its start. Other load on the machine changes
 little: a step costs more CPU time where processes share caches. Ours is `python run.py`; the number of steps that fits
-into the minutes is found by short runs, so that its schedule ends with them. It trains at short edges of 5/8 to 8/8 of
-the one that it predicts at (--short-edge); ours_crops trains at that one times 0.5 to 2, in crops, and ours_defaults
-and ours_2018 at those of data=folder. The others have loops of their own (accuracy_peers.py), whose schedules follow
-the time that was used. Every side writes class ids for the images of the split at their own size, and all are scored
-alike: by semseg's confusion matrix, and by torchmetrics from the same files. No split chooses a checkpoint: the last
-weights count.
+into the minutes is found by short runs, so that its schedule ends with them. It trains at the short edge that it
+predicts at (--short-edge), ours_whole at 5/8 to 8/8 of it, and ours_defaults and ours_2018 at those of data=folder. The
+others have loops of their own (accuracy_peers.py), whose schedules follow the time that was used. Every side writes
+class ids for the images of the split at their own size, and all are scored alike: by semseg's confusion matrix, and by
+torchmetrics from the same files. No split chooses a checkpoint: the last weights count.
 
 albumentations is installed without what it names, because that includes another build of OpenCV, which would replace
 the one of semseg.
@@ -305,26 +304,31 @@ PROCESS_WORDS = (
     "trainer=cpu", "data.num_workers=0", "trainer.limit_val_batches=0", "trainer.log_images=0",
     "trainer.enable_progress_bar=false", "checkpoint.every_n_minutes=null", "trainer.max_epochs=1000",
 )  # fmt: skip
+# experiment=own_data with whole images of several sizes and labels of every fourth pixel, as it was at first.
+WHOLE_RECIPE = ("experiment=own_data", "model.label_stride=4", "augment.scale=[1,1]", "augment.crop=null")
 # What each side of ours adds to the data and the encoder.
 RECIPES = {
     "ours": ("experiment=own_data",),
-    "ours_crops": (  # with sizes of 0.5 to 2 and labels at half size instead of a quarter
-        "experiment=own_data",
-        "model.label_stride=2",
-        "data.short_edges=[360]",
-        "augment.scale=[0.5,2.0]",
-        "augment.crop=[320,320]",
-    ),
+    "ours_whole": WHOLE_RECIPE,
     "ours_defaults": ("model/decoder=upernet_lite",),  # data=folder as it is, with a decoder for a pyramid of maps
     "ours_2018": ("model/decoder=upernet_lite", "loss=cross_entropy"),  # with the published recipe
 }
 
 
+# Short edges of training, in eighths of the one of prediction; the other sides have those of data=folder.
+EIGHTHS = {"ours": (8,), "ours_whole": (5, 6, 7, 8)}
+
+
+def choose_edges(short_edge: int, eighths: Sequence[int]) -> str:
+    """The override for these short edges of training."""
+    return f"data.short_edges={[short_edge * part // 8 for part in eighths]}".replace(" ", "")
+
+
 def train_ours(side: str, folder: Path, options: argparse.Namespace) -> Trained:
     """Train by the command line of semseg, and predict by it."""
     recipe = [*RECIPES[side], *data_words(options.data), *network_words(options), f"seed={options.seed}"]
-    if side == "ours" and not options.toy:
-        recipe.append(f"data.short_edges={[options.short_edge * part // 8 for part in (5, 6, 7, 8)]}".replace(" ", ""))
+    if side in EIGHTHS and not options.toy:
+        recipe.append(choose_edges(options.short_edge, EIGHTHS[side]))
     return train_recipe(recipe, folder, options)
 
 
@@ -431,7 +435,7 @@ def train_peer(side: str, folder: Path, options: argparse.Namespace) -> Trained:
 
 SIDES: dict[str, Callable[[str, Path, argparse.Namespace], Trained]] = {
     "ours": train_ours,
-    "ours_crops": train_ours,
+    "ours_whole": train_ours,
     "ours_defaults": train_ours,
     "ours_2018": train_ours,
     "smp_unet": train_peer,

@@ -4,12 +4,12 @@
     python benchmarks/label_errors.py --data <camvid> --minutes 10 --plant 1 --plant 2 --plant 3
 
 The data set has the layout that accuracy.py describes. A network is trained on the images of training by
-experiment=own_data, timed as there, and kept in the folder of work. Then errors are planted in a copy of the labels of
-the split, which was not trained on: connected regions of a class, of --min-share to --max-share of the image, drawn at
-random among all of the split (never two that touch), get the class of a neighbour, drawn in proportion to the length
-of their common border. That is what an annotator does who overlooks an object, or confuses it with what is behind it.
-mode=eval lists regions of the copy, and a planted error is found by a region with its wrong label if the box of the
-region holds at least half of its pixels, and these are at least half of the pixels of the region.
+experiment=own_data with whole images, timed as there, and kept in the folder of work. Then errors are planted in a copy
+of the labels of the split, which was not trained on: connected regions of a class, of --min-share to --max-share of the
+image, drawn at random among all of the split (never two that touch), get the class of a neighbour, drawn in proportion
+to the length of their common border. That is what an annotator does who overlooks an object, or confuses it with what
+is behind it. mode=eval lists regions of the copy, and a planted error is found by a region with its wrong label if the
+box of the region holds at least half of its pixels, and these are at least half of the pixels of the region.
 
 Each seed of planting adds a row to the table (--table): how many errors are found by the first 50, 100 and 150 regions,
 and by all that are listed; and by the first 150 of the same list sorted by the size of the region, or by its margin
@@ -30,11 +30,14 @@ import accuracy
 import cv2
 import numpy as np
 from accuracy import (
+    EIGHTHS,
     ROOT,
     SPLIT_LISTS,
     TOY_STEPS,
+    WHOLE_RECIPE,
     add_run_options,
     append_row,
+    choose_edges,
     count_affordable_steps,
     data_words,
     describe_commit,
@@ -102,9 +105,9 @@ def train_network(options: argparse.Namespace) -> Path:
     name = f"{options.data.name}-{options.encoder}-{options.minutes:g}-{options.seed}"
     run_dir = options.work / name
     network = run_dir / "checkpoints" / "last.ckpt"
-    recipe = ["experiment=own_data", *data_words(options.data), *network_words(options), f"seed={options.seed}"]
+    recipe = [*WHOLE_RECIPE, *data_words(options.data), *network_words(options), f"seed={options.seed}"]
     if not options.toy:
-        recipe.append(f"data.short_edges={[options.short_edge * part // 8 for part in (5, 6, 7, 8)]}".replace(" ", ""))
+        recipe.append(choose_edges(options.short_edge, EIGHTHS["ours_whole"]))
     if not network.exists():
         steps = TOY_STEPS if options.toy else count_affordable_steps(recipe, options)
         accuracy.run_measured(training_words(recipe, steps, run_dir), options.work / f"{name}.log")

@@ -4,8 +4,8 @@
     python benchmarks/pseudo_labels.py --data <camvid> --side labelled --side longer --side pseudo --confidence 0.9
 
 The data set has the layout that accuracy.py describes. Of its training images, --labelled at equal distances in the
-list keep their labels, and the others count as unlabelled. Each side is a training by experiment=own_data at half size,
-from the same ImageNet weights, scored by mode=eval at the full size:
+list keep their labels, and the others count as unlabelled. Each side is a training by experiment=own_data with whole
+images at half size, from the same ImageNet weights, scored by mode=eval at the full size:
 
 - labelled: the labelled images alone, for --steps steps;
 - longer: the same for twice as many steps, which is what `pseudo` costs with the training of its teacher;
@@ -34,6 +34,7 @@ import numpy as np
 from accuracy import (
     ROOT,
     TOY_STEPS,
+    WHOLE_RECIPE,
     add_run_options,
     append_row,
     data_words,
@@ -117,7 +118,7 @@ def measure(side: str, options: argparse.Namespace) -> None:
 def recipe_words(options: argparse.Namespace, *, all_labels: bool = False) -> list[str]:
     """Overrides for a training on the labelled images."""
     edges = [options.short_edge * part // 6 for part in (4, 5, 6)]
-    words = ["experiment=own_data", *data_words(options.data), *network_words(options), f"seed={options.seed}"]
+    words = [*WHOLE_RECIPE, *data_words(options.data), *network_words(options), f"seed={options.seed}"]
     words += [] if options.toy else [f"data.short_edges={edges}".replace(" ", "")]
     return words if all_labels else [*words, f"data.train.list={labelled_list(options)}"]
 

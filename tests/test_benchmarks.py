@@ -130,7 +130,10 @@ def test_every_ablation_changes_something_and_has_a_valid_configuration(
     assert same == {"none", *IN_THE_RECIPE}
 
 
-IN_THE_RECIPE = ("Dice", "AdamW 0.003, encoder 0.0005", "Dice, AdamW 0.003, encoder 0.0005", "width 128")
+IN_THE_RECIPE = (
+    "Dice", "AdamW 0.003, encoder 0.0005", "Dice, AdamW 0.003, encoder 0.0005", "width 128", "one short edge",
+    "label stride 2", "wide crops", "wide crops, label stride 2",
+)  # fmt: skip
 
 
 @pytest.mark.long

@@ -21,9 +21,8 @@ from semseg.errors import ConfigError
 from semseg.storage.atomic import atomic_write
 
 BASE_RECIPE = "own_data"
-CPU_EDGE, GPU_EDGE = 360, 512  # largest short edges of evaluation, in pixels
-# Of the short edges of training to that of evaluation. On a CPU, smaller images give more steps in the same time.
-CPU_FACTORS, GPU_FACTORS = (0.625, 0.75, 0.875, 1.0), (0.75, 0.875, 1.0, 1.125, 1.25)
+CPU_EDGE, GPU_EDGE = 360, 512  # largest short edges, in pixels
+SCALE, CROP_SHARE = (0.5, 2.0), 320 / 360  # of images that are resized; of the side of a crop to the short edge
 MIN_OBJECT = 8  # pixels a side: smaller objects hardly show in logits of every fourth pixel
 NATIVE_CROP = 512
 BATCH_SIZES = (16, 8, 4, 2, 1)
@@ -33,7 +32,7 @@ MIN_PASSES, MAX_PASSES = 10, 200
 LONG_RUN = 5000  # steps from which on the average of the weights may be a slow one
 TINY_SHARE = 0.02  # fraction of the pixels of both classes below which the smaller one is a defect, and not a region
 
-EstimateMemory = Callable[[Size, int], int]  # canvas and number of images -> bytes of a training step
+EstimateMemory = Callable[[Size, int], int]  # size and number of images -> bytes of a training step
 
 
 class Choice(NamedTuple):
@@ -78,8 +77,8 @@ def choose_settings(
     """
     choices = choose_resolution(facts, machine)
     chosen = {choice.key: choice.value for choice in choices}
-    canvas = largest_input(facts, chosen)
-    batch = choose_batch(len(facts.sizes), canvas, machine, estimate_memory)
+    crop = Size(*chosen["data.crop" if chosen["data.resize"] == "native" else "augment.crop"])
+    batch = choose_batch(len(facts.sizes), crop, machine, estimate_memory)
     choices += [batch, *choose_length(len(facts.sizes), batch.value, machine)]
     factor = math.sqrt(batch.value / MAX_CPU_BATCH)
     rule = "as measured for this batch"
@@ -108,32 +107,24 @@ def choose_resolution(facts: DataFacts, machine: Machine) -> list[Choice]:
             Choice("data.crop_foreground", 0.33, "a third of the crops is centred on an object, rare classes first"),
         ]
     device = "GPU" if machine.has_gpu else "CPU"
-    factors = GPU_FACTORS if machine.has_gpu else CPU_FACTORS
-    edges = sorted({max(8, 8 * round(edge * factor / 8)) for factor in factors})
     aspect = sorted(max(size) / min(size) for size in facts.sizes)[int(0.95 * (len(facts.sizes) - 1))]
+    crop = max(32, 32 * round(edge * CROP_SHARE / 32))
     why = f"the median short side is {short:g} pixels, and {limit} is what a {device} trains in reasonable time"
     return [
         Choice("data.resize", "short_edge", "objects keep at least 8 pixels, as far as is known"),
-        Choice("data.short_edges", edges, why),
-        Choice("data.max_long_edge", 8 * math.ceil(edges[-1] * aspect / 8), "for 95 % of the images no limit"),
-        Choice("eval.scales", [edge], "one of the short edges of training"),
+        Choice("data.short_edges", [edge], why),
+        Choice("data.max_long_edge", 8 * math.ceil(edge * aspect / 8), "for 95 % of the images no limit"),
+        Choice("eval.scales", [edge], "that of training"),
+        Choice("augment.scale", list(SCALE), "of every image, in addition to the short edge"),
+        Choice("augment.crop", [crop, crop], f"pixels, about {CROP_SHARE:.0%} of the short edge; as measured"),
     ]
 
 
-def largest_input(facts: DataFacts, chosen: Mapping[str, Any]) -> Size:
-    """The largest image that goes through the network in training, in pixels, before padding."""
-    if "data.crop" in chosen:
-        return Size(*chosen["data.crop"])
-    edge, limit = chosen["data.short_edges"][-1], chosen["data.max_long_edge"]
-    is_tall = statistics.median(size.height / size.width for size in facts.sizes) > 1
-    return Size(limit, edge) if is_tall else Size(edge, limit)
-
-
-def choose_batch(num_images: int, canvas: Size, machine: Machine, estimate_memory: EstimateMemory) -> Choice:
+def choose_batch(num_images: int, crop: Size, machine: Machine, estimate_memory: EstimateMemory) -> Choice:
     """Choose the number of images of a step."""
     largest = BATCH_SIZES[0] if machine.has_gpu else MAX_CPU_BATCH
     sizes = [size for size in BATCH_SIZES if size <= min(largest, max(1, num_images // 4))]
-    needs = {size: estimate_memory(canvas, size) for size in sizes}
+    needs = {size: estimate_memory(crop, size) for size in sizes}
     size = next((size for size in sizes if needs[size] < machine.memory / 2), sizes[-1])
     memory = f"needs about {needs[size] / 2**30:.1f} of {machine.memory / 2**30:.0f} GB"
     more = "" if machine.has_gpu else "; on a CPU, more small steps teach more than few large ones"
@@ -193,7 +184,8 @@ def make_recipe(
     reasons = {choice.key: choice.reason for choice in choices}
     for entry in base.get("defaults", []):
         groups |= {str(key).removeprefix("override ").lstrip("/"): value for key, value in entry.items()}
-    values = {key: value for key, value in flatten_sections(base) if key != "defaults" and not is_given(key)}
+    replaced = ("defaults", "augment.scale", "augment.crop")  # chosen with the resolution, or by a preset
+    values = {key: value for key, value in flatten_sections(base) if key not in replaced and not is_given(key)}
     values |= {choice.key: choice.value for choice in choices if not is_given(choice.key)}
     for key, value in values.items():
         if key in list_groups():

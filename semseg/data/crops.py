@@ -36,7 +36,7 @@ def choose_crop(data: DataConfig, augment: AugmentConfig, image_size: Size | Non
     if image_size is not None and chosen not in (None, list(image_size)):
         raise ConfigError(
             f"{key}={chosen}: this network takes images of {image_size.height} x {image_size.width} only. "
-            "Leave it out: training crops and pads images to that size."
+            f"Set {key}=null: training crops and pads images to that size."
         )
     if image_size is not None:
         return list(image_size)

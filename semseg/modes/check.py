@@ -452,6 +452,8 @@ def choose_recipe(
 
     rates = {key: value for key, value in flatten_sections(own) if key.startswith("optim.lr") and not chosen}
     choices = choose_settings(facts, measure_machine(config), rates, estimate_memory)
+    if net.image_size is not None:  # the network's size is that of the crops
+        choices = [choice for choice in choices if choice.key not in ("data.crop", "augment.crop")]
     given = [key for key, _ in flatten_sections({"data": data}) if key not in diagnosis.suggestions]
     recipe, reasons = make_recipe(choices, {"name": output.stem, **data}, own, [*given, *others])
     return recipe, dict.fromkeys(diagnosis.suggestions, "suggested by the check of all files") | reasons

@@ -36,14 +36,15 @@ def choose(facts: DataFacts, machine: Machine = CPU) -> dict[str, Any]:
 def test_photographs_are_resized_to_edges_that_a_cpu_can_train() -> None:
     chosen = choose(STREET)
     assert chosen["data.resize"] == "short_edge" and "data.crop" not in chosen
-    assert (chosen["data.short_edges"], chosen["eval.scales"]) == ([224, 272, 312, 360], [360])
+    assert (chosen["data.short_edges"], chosen["eval.scales"]) == ([360], [360])
+    assert (chosen["augment.scale"], chosen["augment.crop"]) == ([0.5, 2.0], [320, 320])
     assert chosen["data.max_long_edge"] == 480
     assert (chosen["data.batch_size"], chosen["optim.lr"], chosen["trainer.max_epochs"]) == (4, 0.003, 22)
 
 
 def test_a_gpu_gets_larger_images_larger_batches_and_more_passes() -> None:
     chosen = choose(DataFacts([Size(1080, 1920)] * 367, [0.5, 0.5], {}), GPU)
-    assert chosen["eval.scales"] == [512] and max(chosen["data.short_edges"]) == 640
+    assert (chosen["eval.scales"], chosen["data.short_edges"], chosen["augment.crop"]) == ([512], [512], [448, 448])
     assert (chosen["data.batch_size"], chosen["optim.lr"]) == (16, 0.006)  # four times the batch, twice the rate
     assert chosen["trainer.max_epochs"] == 200 and chosen["ema.decay"] == 0.99  # 4400 steps
     assert chosen["ema.start_step"] == 2200
@@ -62,6 +63,11 @@ def test_small_objects_in_large_images_keep_their_pixels() -> None:
     assert "half of the objects of scratch would have less than 1.6 pixels a side" in reasons["data.resize"]
     large = DEFECTS._replace(object_sides={"scratch": 200.0})
     assert choose(large)["data.resize"] == "short_edge"
+
+
+def test_crops_at_native_resolution_keep_the_size_of_objects() -> None:
+    content, _ = make_recipe(choose_settings(DEFECTS, CPU, {}, memory), {"root": "photos"}, read_base_recipe(), [])
+    assert "augment" not in content  # the preset alone
 
 
 def test_without_timm_the_encoder_is_one_of_torchvision() -> None:
@@ -85,7 +91,7 @@ def test_the_file_trains_what_was_chosen_and_is_a_data_set_too(
     lines = file.read_text().splitlines()
     assert all("  # " in line for line in lines if line.strip().startswith(("batch_size:", "short_edges:", "lr:")))
     config = load_config([f"experiment={file}"])[0]
-    assert (config.data.root, config.data.short_edges) == (str(tmp_path / "sub" / "photos"), [224, 272, 312, 360])
+    assert (config.data.root, config.data.short_edges) == (str(tmp_path / "sub" / "photos"), [360])
     assert (config.optim.name, config.optim.lr, config.eval.scales) == ("adamw", 0.003, [360])
     assert load_config([f"data={file}"])[0].data == config.data
     write_recipe(file, content, reasons, "")  # the same content
