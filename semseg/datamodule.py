@@ -25,7 +25,7 @@ from semseg.data.batch import LABEL_TYPE, Batch, EvalSample
 from semseg.data.crops import DEFAULT_FOREGROUND, NATIVE, CropPlan, choose_crop
 from semseg.data.datasets import EvalDataset, ReadOptions, TrainDataset
 from semseg.data.foreground import ForegroundIndex, build_foreground_index
-from semseg.data.geometry import Size, canvas_size, label_size, largest_canvas, stretched_size
+from semseg.data.geometry import Size, label_size, stretched_size
 from semseg.data.label_cache import LabelCache
 from semseg.data.label_map import IGNORED
 from semseg.data.loaders import PREFETCH, SlotDemand, SubBatchLoader, WatchedLoader, close_iterations, parse_taken
@@ -34,6 +34,7 @@ from semseg.data.plan import TrainPlan, group_by_shape, share_repeats
 from semseg.data.records import Record
 from semseg.data.scan import repeat_factors, scan_pairs
 from semseg.data.sources import DataSource
+from semseg.data.training_size import TrainingSizes
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.own_scores import IMAGE_METRICS
 from semseg.nets.bands import check_bands
@@ -338,18 +339,9 @@ class SegmentationData(pl.LightningDataModule):
         )
 
     def _largest_sub_batch(self) -> LargestSubBatch:
-        data, augment, divisor = self.data_config, self.augment_config, self._train_divisor
-        sizes = [record.size for record in self.source.training_records()]
-        factor = augment.scale[1]
-        if self.is_native:
-            assert self.crop is not None, "data.resize=native has crops"
-            grown = [Size(round(size.height * factor), round(size.width * factor)) for size in sizes]
-            canvas = canvas_size([crop_size(size, self.crop) for size in grown], divisor)
-        else:
-            limits = round(max(data.short_edges) * factor), round(data.max_long_edge * factor)
-            canvas = largest_canvas(sizes, *limits, divisor)
-            if augment.crop is not None:
-                canvas = canvas_size([crop_size(canvas, augment.crop)], divisor)
+        data = self.data_config
+        sizes = TrainingSizes(data, self.augment_config, self.crop, self._train_divisor)
+        canvas = sizes.find_largest([record.size for record in self.source.training_records()])
         pixel_bytes = self.num_bands * self._pixel_type("train").itemsize
         return LargestSubBatch(data.batch_size, canvas, label_size(canvas, self.label_stride), pixel_bytes)
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from semseg.config.schema import DataConfig
 from semseg.data.classes import ClassTable
-from semseg.data.geometry import Size, canvas_size, scaled_size
+from semseg.data.geometry import Size, canvas_size
 from semseg.data.label_map import IGNORED, LabelMap
 from semseg.data.overlap import Overlap
 from semseg.data.palette import Colour
-from semseg.data.plan import TrainPlan
+from semseg.data.plan import SubBatch, TrainPlan
 from semseg.data.records import Record
 from semseg.data.scan import FIRST_OF_SEVERAL, PairFacts
 from semseg.data.sources import Orientations
@@ -522,15 +522,16 @@ def check_splits(splits: Sequence[ScannedSplit], data: DataConfig) -> Advice:
 
 
 def padding_fraction(
-    plan: TrainPlan, sizes: Sequence[Size], max_long_edge: int, size_divisor: int, num_sub_batches: int
+    plan: TrainPlan, list_members: Callable[[SubBatch], list[Size]], size_divisor: int, num_sub_batches: int
 ) -> float:
-    """The fraction of padding, 0..1, in the first sub-batches of a plan."""
+    """The fraction of padding, 0..1, in the first sub-batches of a plan.
+
+    Args:
+        list_members: gives the sizes of the images of a sub-batch.
+    """
     filled, whole = 0, 0
     for number in range(num_sub_batches):
-        sub_batch = plan.sub_batch(number)
-        members = [sizes[index] for index in sub_batch.records]
-        if sub_batch.short_edge:  # 0: images are taken as they are
-            members = [scaled_size(size, sub_batch.short_edge, max_long_edge) for size in members]
+        members = list_members(plan.sub_batch(number))
         canvas = canvas_size(members, size_divisor)
         filled += sum(size.height * size.width for size in members)
         whole += len(members) * canvas.height * canvas.width

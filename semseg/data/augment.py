@@ -143,9 +143,7 @@ class Augmentation:
             number: number of the sub-batch.
             position: position of the image in it.
         """
-        low, high = self.config.scale
-        fraction = number_for(self.seed, AUGMENT_STREAM, number, position, 0) / 2**63
-        return low + (high - low) * fraction
+        return draw_scale(self.config, self.seed, number, position)
 
     def __call__(self, image: NDArray, label: NDArray[np.int16], number: int, position: int) -> Augmented:
         """Transform and crop an image (H, W, 3) and its label (H, W) that have their training size.
@@ -291,6 +289,13 @@ def restore_type(pixels: torch.Tensor, dtype: np.dtype) -> torch.Tensor:
     return pixels.as_subclass(torch.Tensor).round().clamp(limits.min, limits.max).to(getattr(torch, dtype.name))
 
 
-def crop_size(size: Size, crop: list[int]) -> Size:
+def draw_scale(config: AugmentConfig, seed: int, number: int, position: int) -> float:
+    """The random factor of the size of an image of a sub-batch: `augment.scale`."""
+    low, high = config.scale
+    fraction = number_for(seed, AUGMENT_STREAM, number, position, 0) / 2**63
+    return low + (high - low) * fraction
+
+
+def crop_size(size: Size, crop: Sequence[int]) -> Size:
     """The size of an image after cropping: smaller images are not padded."""
     return Size(min(size.height, crop[0]), min(size.width, crop[1]))

@@ -54,13 +54,13 @@ from semseg.checks.recipe import (
     write_recipe,
 )
 from semseg.config.load import load_config
-from semseg.config.schema import FINE_STRIDE, SPLITS, Config, DataConfig, ModelConfig, flatten_sections
+from semseg.config.schema import FINE_STRIDE, SPLITS, Config, DataConfig, flatten_sections
 from semseg.data.augment import crop_size
 from semseg.data.bands import BandOptions, band_options
 from semseg.data.classes import ClassTable
 from semseg.data.crops import NATIVE, choose_crop
 from semseg.data.foreground import build_foreground_index
-from semseg.data.geometry import Size, canvas_size, largest_canvas
+from semseg.data.geometry import Size, canvas_size
 from semseg.data.header_cache import find_pixel_type
 from semseg.data.importing.formats import FoundExport
 from semseg.data.importing.recognise import name_output, recognise_exports, recognise_masks_beside
@@ -71,6 +71,7 @@ from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
 from semseg.data.scan import find_first_pixel, scan_pairs
 from semseg.data.sources import ROOT_OF_LISTS, DataSource, describe_split_folders, name_part
+from semseg.data.training_size import TrainingSizes
 from semseg.errors import DataError, ReportedError
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.step_memory import estimate_step_memory
@@ -111,7 +112,7 @@ def run(config: Config, overrides: list[str]) -> None:
         diagnosis.notices[:] = sort_notices([*diagnosis.notices, Notice(WARNING, describe_split_folders(keys))])
         diagnosis.suggestions.update(keys)
     has_pairs = bool(splits[0].usable_pairs)
-    net = build_shapes(config.model, source.classes.num_classes, source.bands) if has_pairs else None
+    net = build_shapes(config, source.classes.num_classes, source.bands) if has_pairs else None
     objects = check_small_objects(config, source, splits[0], configured, net)
     mixed = check_mix(source, splits, configured)
     diagnosis.notices[:] = sort_notices([*diagnosis.notices, *advice.notices, *objects, *mixed])
@@ -233,10 +234,10 @@ def find_pixel(source: DataSource, record: Record, raw_id: int) -> tuple[int, in
     return find_first_pixel(record.label or "", raw_id, colours, limit)
 
 
-def build_shapes(model: ModelConfig, num_classes: int, bands: BandOptions | None = None) -> SegmentationNetwork:
+def build_shapes(config: Config, num_classes: int, bands: BandOptions | None = None) -> SegmentationNetwork:
     """The network without the content of its weights, in training mode."""
     with torch.device("meta"):
-        return build_network(without_weights(model), num_classes, bands=bands).train()
+        return build_network(without_weights(config.model), num_classes, config.download, bands).train()
 
 
 def summarise_plan(config: Config, train: ScannedSplit, net: SegmentationNetwork | None) -> PlanSummary | None:
@@ -249,17 +250,18 @@ def summarise_plan(config: Config, train: ScannedSplit, net: SegmentationNetwork
     sizes = [Size(facts.height, facts.width) for _, facts in train.usable_pairs]
     if net is None:
         return None
-    divisor = config.model.size_divisor or net.size_divisor
+    crop = choose_crop(data, config.augment, net.image_size)
+    divisor = net.image_size.height if net.image_size else config.model.size_divisor or net.size_divisor
+    training = TrainingSizes(data, config.augment, crop, divisor)
+    planned = sizes
     if data.resize == NATIVE:
-        sizes = [crop_size(size, choose_crop(data, config.augment, net.image_size) or [*size]) for size in sizes]
-        data = replace(data, short_edges=[0])  # as they are
-    plan = TrainPlan(sizes, seed=config.seed, batch_size=data.batch_size, short_edges=data.short_edges, flip=data.flip)
-    padding = padding_fraction(plan, sizes, data.max_long_edge, divisor, NUM_PLANNED)
-    canvas = (
-        canvas_size(sizes, divisor)
-        if data.resize == NATIVE
-        else largest_canvas(sizes, max(data.short_edges), data.max_long_edge, divisor)
+        planned, data = [crop_size(size, crop or size) for size in sizes], replace(data, short_edges=[0])
+    plan = TrainPlan(
+        planned, seed=config.seed, batch_size=data.batch_size, short_edges=data.short_edges, flip=data.flip
     )
+    list_members = partial(training.list_members, sizes=sizes, seed=config.seed)
+    padding = padding_fraction(plan, list_members, divisor, NUM_PLANNED)
+    canvas = training.find_largest(sizes)
     memory = estimate_step_memory(net, canvas, data.batch_size)
     return PlanSummary(padding, canvas, data.batch_size, config.model.title, memory.with_momentum)
 
@@ -444,11 +446,12 @@ def choose_recipe(
     own = read_base_recipe(*chosen[-1:])
     is_network_given = any(word.lstrip("+~").startswith("model") for word in others)
     recipe_words = [] if is_network_given else [f"experiment={(chosen or [BASE_RECIPE])[-1]}"]
-    model = load_config([*recipe_words, "data=folder", "data.num_classes=2", *others])[0].model
-    net = build_shapes(model, len(diagnosis.classes))
+    network = load_config([*recipe_words, "data=folder", "data.num_classes=2", *others])[0]
+    net = build_shapes(network, len(diagnosis.classes))
 
     def estimate_memory(size: Size, batch_size: int) -> int:
-        return estimate_step_memory(net, canvas_size([size], net.size_divisor), batch_size).with_momentum
+        canvas = net.image_size or canvas_size([size], net.size_divisor)
+        return estimate_step_memory(net, canvas, batch_size).with_momentum
 
     rates = {key: value for key, value in flatten_sections(own) if key.startswith("optim.lr") and not chosen}
     choices = choose_settings(facts, measure_machine(config), rates, estimate_memory)

@@ -351,6 +351,25 @@ def test_c27_photos_turned_by_180_degrees_need_the_key_and_are_reported(tmp_path
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "largest", "padding"),
+    [
+        (["data.short_edges=[60]"], [64, 96], 0.22),
+        (["data.short_edges=[60]", "augment.scale=[2,2]"], [128, 160], 0.06),
+        (["data.short_edges=[60]", "augment.scale=[1,2]", "augment.crop=[32,64]"], [32, 64], 0.0),
+        (["data.resize=native", "data.crop=[32,64]"], [32, 64], 0.0),
+        (["data.resize=native", "data.crop=[512,512]", "augment.scale=[2,2]"], [128, 160], 0.06),
+    ],
+)
+def test_the_plan_has_the_sizes_that_training_has(
+    tmp_path: Path, words: list[str], largest: list[int], padding: float
+) -> None:
+    plan = check(good_folder(tmp_path / "data"), "data.num_classes=3", *words)["plan"]
+    assert plan["largest"] == largest
+    assert plan["padding"] == pytest.approx(padding, abs=0.01)
+
+
 # ---- the description of the data set
 
 

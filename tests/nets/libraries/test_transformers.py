@@ -27,10 +27,12 @@ from helpers.transformers_networks import HALF_MEAN, NAMES, NUM_CLASSES, SIZES, 
 from semseg.checkpoints.format import SavedNetwork, read_checkpoint, write_ckpt
 from semseg.checkpoints.initialise import initialise_from
 from semseg.checkpoints.network import build_network
+from semseg.config.load import load_config
 from semseg.config.schema import AugmentConfig, Config, DataConfig, DownloadConfig, LossConfig, ModelConfig, OptimConfig
 from semseg.data.classes import ClassTable
 from semseg.data.crops import choose_crop
 from semseg.data.geometry import Size
+from semseg.data.scenes import make_scenes
 from semseg.errors import CheckpointError, ConfigError, ExportError, SemsegError
 from semseg.evaluation.inference import run_in_windows
 from semseg.lit_module import check_own_loss
@@ -552,6 +554,18 @@ def test_settings_without_an_effect_are_refused(load: Callable[..., Transformers
     assert choose_crop(DataConfig(), AugmentConfig()) is None
     with pytest.raises(ConfigError, match=r"augment.crop=\[32, 32\]: this network takes images of 64 x 64 only"):
         choose_crop(DataConfig(), AugmentConfig(crop=[32, 32]), size)
+
+
+@pytest.mark.slow
+def test_the_recipe_of_a_check_has_no_crops_for_a_network_of_one_size(
+    tmp_path: Path, folder: Callable[[str], Path]
+) -> None:
+    make_scenes(tmp_path / "scenes", num_train=4, num_val=1, seed=1)
+    words = ["data=folder", "data.root=scenes", "data.train.images=images/training", "data.num_classes=12"]
+    network = ["model=transformers", f"model.name={folder('eomt')}", "model.encoder.weights=none", "trainer=cpu"]
+    run_here(tmp_path, "mode=check", *words, "data.train.masks=annotations/training", *network, "output=recipe.yaml")
+    config = load_config([f"experiment={tmp_path / 'recipe.yaml'}", *network])[0]
+    assert (config.augment.scale, config.augment.crop, config.data.crop) == ([0.5, 2.0], None, None)
 
 
 @torch.no_grad()
