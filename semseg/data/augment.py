@@ -135,6 +135,8 @@ class Augmentation:
             transforms.append(v2.RandomRotation(config.rotation, InterpolationMode.BILINEAR, fill=fill))  # pyright: ignore[reportArgumentType]
         self.transforms = v2.Compose(transforms) if transforms else None
         self.own = build_own_transforms(config)
+        # Colours and blur of the crop alone take a fraction of the time; others need what surrounds it.
+        self.crops_first = not config.rotation and not self.own
 
     def draw_scale(self, number: int, position: int) -> float:
         """A random factor for the short edge and the limit of the long edge.
@@ -160,16 +162,23 @@ class Augmentation:
             torch.manual_seed(number_for(self.seed, AUGMENT_STREAM, number, position, 1))
             pixels = tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
             mask = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(label))[None])
+            if self.crops_first:
+                pixels, mask = self._crop(pixels, mask)
             if self.transforms is not None:
                 pixels, mask = self.transforms(pixels, mask)
                 if self.bands is not None:
                     pixels = tv_tensors.Image(restore_type(pixels, given))
             if self.own:
                 pixels, mask = self._apply_own(pixels, mask, number, position)
-            if self.config.crop is not None:
-                window = crop_size(Size(*label.shape), self.config.crop)
-                pixels, mask = v2.RandomCrop(tuple(window))(pixels, mask)
+            if not self.crops_first:
+                pixels, mask = self._crop(pixels, mask)
         return Augmented(pixels.permute(1, 2, 0).contiguous().numpy(), mask[0].contiguous().numpy())
+
+    def _crop(self, pixels: tv_tensors.Image, mask: tv_tensors.Mask) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        if self.config.crop is None:
+            return pixels, mask
+        window = crop_size(Size(*mask.shape[-2:]), self.config.crop)
+        return v2.RandomCrop(tuple(window))(pixels, mask)
 
     def _turn_and_erase(
         self, image: NDArray, label: NDArray[np.int16], number: int, position: int

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from helpers.in_process import configured
 from semseg.collate import collate
@@ -54,6 +55,22 @@ def test_what_is_drawn_depends_on_the_number_and_the_place_alone() -> None:
     changed(7, 1, **STRONG)
     torch.manual_seed(1)
     assert torch.equal(torch.random.get_rng_state(), state)  # other draws of the process are as if nothing was
+
+
+@pytest.mark.parametrize(("rotation", "seen"), [(0.0, (10, 20)), (5.0, (40, 60))])
+def test_colours_change_a_crop_alone_unless_a_rotation_needs_what_is_around_it(
+    rotation: float, seen: tuple[int, int]
+) -> None:
+    shapes = []
+
+    def record(jitter: v2.ColorJitter, pixels: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
+        shapes.append(tuple(pixels.shape[-2:]))
+        return pixels
+
+    with patch.object(v2.ColorJitter, "transform", record):
+        image, label = changed(brightness=0.5, crop=[10, 20], rotation=rotation)
+    assert set(shapes) == {seen}
+    assert image.shape[:2] == label.shape == (10, 20)
 
 
 def test_colours_change_and_labels_do_not() -> None:
