@@ -25,6 +25,7 @@ CPU_EDGE, GPU_EDGE = 360, 512  # largest short edges, in pixels
 SCALE, CROP_SHARE = (0.5, 2.0), 320 / 360  # of images that are resized; of the side of a crop to the short edge
 MIN_OBJECT = 8  # pixels a side: smaller objects hardly show in logits of every fourth pixel
 NATIVE_CROP = 512
+SAME_SETTING = {"data.crop", "augment.crop"}
 BATCH_SIZES = (16, 8, 4, 2, 1)
 MAX_CPU_BATCH = 4
 CPU_IMAGES, GPU_IMAGES = 8000, 80_000  # training images in all passes of a run
@@ -50,6 +51,7 @@ class DataFacts(NamedTuple):
     shares: Sequence[float]  # of each class, in the scored pixels
     object_sides: Mapping[str, float]  # class -> median side of its objects in pixels, where there are enough
     has_three_bands: bool = True
+    is_native: bool = False  # data.resize=native was given
 
 
 class Machine(NamedTuple):
@@ -95,12 +97,11 @@ def choose_resolution(facts: DataFacts, machine: Machine) -> list[Choice]:
     limit = GPU_EDGE if machine.has_gpu else CPU_EDGE
     edge = max(8, 8 * round(min(short, limit) / 8))
     name, side = min(facts.object_sides.items(), key=lambda item: item[1], default=("", math.inf))
-    if side * edge / short < MIN_OBJECT and edge < 0.75 * short:
+    if facts.is_native or (side * edge / short < MIN_OBJECT and edge < 0.75 * short):
         crop = [min(NATIVE_CROP, 32 * math.ceil(min(size[axis] for size in facts.sizes) / 32)) for axis in (0, 1)]
-        left = side * edge / short
-        reason = (
-            f"at a short edge of {edge}, half of the objects of {name} would have less than {left:.1f} pixels a side"
-        )
+        seen = f"{side * edge / short:.1f} pixels a side"
+        reason = f"at a short edge of {edge}, half of the objects of {name} would have less than {seen}"
+        reason = "as it was given" if facts.is_native else reason
         return [
             Choice("data.resize", "native", reason),
             Choice("data.crop", crop, "pixels of the crops of training, and of the windows of evaluation"),
@@ -177,7 +178,7 @@ def make_recipe(
     keys = [word.partition("=")[0].lstrip("+~") for word in given]
 
     def is_given(key: str) -> bool:
-        return any(overrides_key(given_key, key) for given_key in keys)
+        return any(overrides_key(given_key, key) or {given_key, key} == SAME_SETTING for given_key in keys)
 
     groups: dict[str, Any] = {"data": "folder"}
     content: dict[str, Any] = {"data": dict(data)}

@@ -433,7 +433,8 @@ def collect_facts(
     sizes = [Size(facts.height, facts.width) for _, facts in train.usable_pairs]
     objects = summarise_objects(train, label_map.class_index, classes.names, view_of(data, FINE_STRIDE))
     sides = {each.name: each.median_side for each in objects if each.num_objects >= MIN_OBJECTS}
-    return DataFacts(sizes, [row.share for row in diagnosis.classes], sides, len(data.band_names) == 3)
+    shares = [row.share for row in diagnosis.classes]
+    return DataFacts(sizes, shares, sides, len(data.band_names) == 3, data.resize == NATIVE)
 
 
 def choose_recipe(

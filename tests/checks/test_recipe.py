@@ -65,6 +65,17 @@ def test_small_objects_in_large_images_keep_their_pixels() -> None:
     assert choose(large)["data.resize"] == "short_edge"
 
 
+def test_the_resolution_and_the_crop_that_were_given_are_kept(tmp_path: Path) -> None:
+    choices = choose_settings(STREET._replace(is_native=True), CPU, {}, memory)
+    content, reasons = make_recipe(choices, {"root": "photos", "resize": "native"}, read_base_recipe(), ["data.resize"])
+    assert reasons["data.resize"] == "as it was given"
+    assert content["data"]["crop"] == [384, 480] and "short_edges" not in content["data"] and "augment" not in content
+    for given in ("data.crop", "augment.crop"):
+        for facts in (STREET, DEFECTS):
+            content, _ = make_recipe(choose_settings(facts, CPU, {}, memory), {}, read_base_recipe(), [given])
+            assert "crop" not in content["data"] and "crop" not in content.get("augment", {})
+
+
 def test_crops_at_native_resolution_keep_the_size_of_objects() -> None:
     content, _ = make_recipe(choose_settings(DEFECTS, CPU, {}, memory), {"root": "photos"}, read_base_recipe(), [])
     assert "augment" not in content  # the preset alone
