@@ -97,7 +97,11 @@ def choose_recipe(folder: Path, options: argparse.Namespace) -> list[str]:
     recipe = folder / "recipe.yaml"
     check = ["mode=check", *data_words(options.folder), f"run_dir={folder}/check", f"output={recipe}"]
     accuracy.run_measured([str(ROOT / "run.py"), *check], folder / "check.log")
-    small = ["data.short_edges=[32]", "data.crop=[64,64]", "model.decoder.width=8"] if options.toy else []
+    small = (
+        ["data.short_edges=[32]", "data.crop=[64,64]", "augment.crop=null", "model.decoder.width=8"]
+        if options.toy
+        else []
+    )
     encoder = [f"model.encoder.name={options.encoder}", f"model.encoder.weights={options.weights}"]
     return [f"experiment={recipe}", *encoder, *small]
 

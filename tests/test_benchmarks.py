@@ -132,7 +132,7 @@ def test_every_ablation_changes_something_and_has_a_valid_configuration(
 
 IN_THE_RECIPE = (
     "Dice", "AdamW 0.003, encoder 0.0005", "Dice, AdamW 0.003, encoder 0.0005", "width 128", "one short edge",
-    "label stride 2", "wide crops", "wide crops, label stride 2",
+    "Dice, AdamW 0.003, encoder 0.0005, label stride 2", "label stride 2", "wide crops", "wide crops, label stride 2",
 )  # fmt: skip
 
 
