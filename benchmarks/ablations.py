@@ -43,6 +43,7 @@ COLUMNS = (
     "wall_minutes", "steps", "images", "images_per_cpu_s", "peak_memory_mb", "miou", "miou_torchmetrics",
     "pixel_accuracy", "iou",
 )  # fmt: skip
+WIDE_CROPS = "data.short_edges=[180] augment.scale=[0.5,2.0] augment.crop=[160,160]"
 HALF_SIZE = "data.short_edges=[144,180,216]"
 # Named, because a row says what it is to be compared with.
 COMMON = (
@@ -87,10 +88,8 @@ CHANGES = {
     "crops": "data.short_edges=[180] augment.scale=[0.75,1.5] augment.crop=[160,160]",
     "whole images": f"augment.scale=[1,1] augment.crop=null {HALF_SIZE}",
     "label stride 4": "model.label_stride=4",
-    "wide crops": "data.short_edges=[180] augment.scale=[0.5,2.0] augment.crop=[160,160]",
-    "wide crops, label stride 2": (
-        "data.short_edges=[180] augment.scale=[0.5,2.0] augment.crop=[160,160] model.label_stride=2"
-    ),
+    "wide crops": WIDE_CROPS,
+    "wide crops, label stride 2": f"{WIDE_CROPS} model.label_stride=2",
     "strong crops": "data.short_edges=[180] augment=strong augment.crop=[160,160]",
     "wide short edges": "data.short_edges=[126,144,162,180,216,252]",
     "weight decay 0.05": "optim.weight_decay=0.05",

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from semseg.collate import collate
 from semseg.config.schema import AugmentConfig, EvalConfig, TrainerConfig
 from semseg.data import shared_slots
-from semseg.data.augment import Augmentation, crop_size
+from semseg.data.augment import Augmentation
 from semseg.data.batch import LABEL_TYPE, Batch, EvalSample
 from semseg.data.crops import DEFAULT_FOREGROUND, NATIVE, CropPlan, choose_crop
 from semseg.data.datasets import EvalDataset, ReadOptions, TrainDataset
@@ -195,11 +195,11 @@ class SegmentationData(pl.LightningDataModule):
 
     def _training_sizes(self) -> list[Size]:
         """The sizes of training images for the plan, which keeps portraits apart: those of their crops if it crops."""
-        sizes = [record.size for record in self.source.training_records()]
-        if not self.is_native:
-            return sizes
-        assert self.crop is not None, "data.resize=native has crops"
-        return [crop_size(size, self.crop) for size in sizes]
+        return self._sizes.list_planned([record.size for record in self.source.training_records()])
+
+    @property
+    def _sizes(self) -> TrainingSizes:
+        return TrainingSizes(self.data_config, self.augment_config, self.crop, self._train_divisor)
 
     @property
     def foreground(self) -> float:
@@ -340,8 +340,7 @@ class SegmentationData(pl.LightningDataModule):
 
     def _largest_sub_batch(self) -> LargestSubBatch:
         data = self.data_config
-        sizes = TrainingSizes(data, self.augment_config, self.crop, self._train_divisor)
-        canvas = sizes.find_largest([record.size for record in self.source.training_records()])
+        canvas = self._sizes.find_largest([record.size for record in self.source.training_records()])
         pixel_bytes = self.num_bands * self._pixel_type("train").itemsize
         return LargestSubBatch(data.batch_size, canvas, label_size(canvas, self.label_stride), pixel_bytes)
 

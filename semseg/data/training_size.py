@@ -26,6 +26,12 @@ class TrainingSizes(NamedTuple):
     crop: Sequence[int] | None
     divisor: int
 
+    def list_planned(self, sizes: Sequence[Size]) -> list[Size]:
+        """The sizes by which the plan keeps portraits apart: those of crops where images keep their resolution."""
+        if self.data.resize != NATIVE or self.crop is None:
+            return list(sizes)
+        return [crop_size(size, self.crop) for size in sizes]
+
     def find_largest(self, sizes: Sequence[Size]) -> Size:
         """The largest canvas that a sub-batch can have, in pixels."""
         data, factor = self.data, self.augment.scale[1]

@@ -55,7 +55,6 @@ from semseg.checks.recipe import (
 )
 from semseg.config.load import load_config
 from semseg.config.schema import FINE_STRIDE, SPLITS, Config, DataConfig, flatten_sections
-from semseg.data.augment import crop_size
 from semseg.data.bands import BandOptions, band_options
 from semseg.data.classes import ClassTable
 from semseg.data.crops import NATIVE, choose_crop
@@ -253,11 +252,12 @@ def summarise_plan(config: Config, train: ScannedSplit, net: SegmentationNetwork
     crop = choose_crop(data, config.augment, net.image_size)
     divisor = net.image_size.height if net.image_size else config.model.size_divisor or net.size_divisor
     training = TrainingSizes(data, config.augment, crop, divisor)
-    planned = sizes
-    if data.resize == NATIVE:
-        planned, data = [crop_size(size, crop or size) for size in sizes], replace(data, short_edges=[0])
     plan = TrainPlan(
-        planned, seed=config.seed, batch_size=data.batch_size, short_edges=data.short_edges, flip=data.flip
+        training.list_planned(sizes),
+        seed=config.seed,
+        batch_size=data.batch_size,
+        short_edges=[0] if data.resize == NATIVE else data.short_edges,
+        flip=data.flip,
     )
     list_members = partial(training.list_members, sizes=sizes, seed=config.seed)
     padding = padding_fraction(plan, list_members, divisor, NUM_PLANNED)
