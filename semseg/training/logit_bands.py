@@ -75,11 +75,17 @@ class BandedLogits:
         return torch.cat(results, dim=1)
 
     def _bands(self) -> Iterator[Band]:
-        first, second = (positions.tolist() for positions in self.vertical[:2])
         height = self.shape[2]
         for top in range(0, height, self.num_rows):
             bottom = min(top + self.num_rows, height)
-            yield Band(slice(top, bottom), slice(first[top], second[bottom - 1] + 1))
+            # A row more on each side, because the device may round its positions otherwise: it is not waited for.
+            source = slice(max(0, self._source_row(top) - 1), self._source_row(bottom - 1) + 3)
+            yield Band(slice(top, bottom), source)
+
+    def _source_row(self, row: int) -> int:
+        """The first of the two rows of the logits between which a row of the label lies."""
+        height, out_height = self.logits.shape[2], self.shape[2]
+        return max(0, (2 * row + 1) * height - out_height) // (2 * out_height)
 
     def _apply(self, function: Callable[..., Any], band: Band, source: Tensor, *maps: Tensor) -> Any:
         """The function of the upsampled logits of a band, (N, K, n, W), and of the maps of its rows."""

@@ -156,7 +156,8 @@ def _lovasz_of_class(probability: Tensor, is_class: Tensor) -> Tensor:
     intersection = sorted_truth.sum() - sorted_truth.cumsum(0)
     union = sorted_truth.sum() + (~sorted_truth).cumsum(0)
     jaccard = 1 - intersection.to(errors.dtype) / union
-    return errors @ torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
+    # No matrix product: autocast would round its factors to half precision.
+    return (errors * torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])).sum()
 
 
 # The terms by name, ours and those that programs add: functions of

@@ -34,11 +34,13 @@ from semseg.nets.normalise import normalise
 from semseg.nets.precision import choose_widest_float
 from semseg.nets.registry import DECODERS, ENCODERS, build_decoder, build_encoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
+from semseg.training import logit_bands
 from semseg.training.callbacks.ema import list_values, update_average
 from semseg.training.callbacks.label_warnings import count_label_pixels
 from semseg.training.callbacks.nonfinite import NonFiniteGuard
 from semseg.training.callbacks.votes import Question, StepVote
-from semseg.training.losses import LOSSES, build_term, segmentation_loss
+from semseg.training.logit_bands import BandedLogits
+from semseg.training.losses import LOSSES, ROW_TERMS, build_term, segmentation_loss
 from semseg.training.step_means import IntervalMean, LastSteps
 
 apple_problems: set[str] = set()  # of the current case
@@ -152,12 +154,28 @@ def find_mistake(name: str) -> set[str]:
     return find_in_step(net)
 
 
-def find_in_loss(name: str) -> set[str]:
-    """Findings of a term of the loss, with class weights, forward and backward."""
+def apply_at_once(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
+    """Instead of PyTorch's checkpoint, whose second forward pass ends the process on this device."""
+    return function(*args)
+
+
+def find_in_loss(name: str, stride: int = 1) -> set[str]:
+    """Findings of a term of the loss, with class weights, forward and backward.
+
+    Args:
+        stride: pixels of the label to one of the logits; above 1, the loss is computed in bands of rows.
+    """
     term = build_term(name, LossConfig(), torch.ones(NUM_CLASSES))
     logits = torch.zeros(2, NUM_CLASSES, 16, 20, requires_grad=True)
-    with collect_findings() as copies, torch.autograd.set_multithreading_enabled(False):
-        segmentation_loss(Logits(logits, logits), torch.zeros(2, 16, 20).long(), terms=[(1.0, term)]).total.backward()
+    label = torch.zeros(2, 16 * stride, 20 * stride).long()
+    with (
+        mock.patch.object(logit_bands, "WHOLE_BYTES", 0),
+        mock.patch.object(BandedLogits.__init__, "__defaults__", (100_000,)),
+        mock.patch.object(logit_bands, "checkpoint", apply_at_once),
+        collect_findings() as copies,
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        segmentation_loss(Logits(logits, logits), label, terms=[(1.0, term)]).total.backward()
     return copies.found
 
 
@@ -211,6 +229,8 @@ def list_cases() -> dict[str, Callable[[], set[str]]]:
             cases[f"evaluation of {name}"] = lambda name=name: find_in_evaluation(build_model(name))
     for name in LOSSES:
         cases[f"step of the loss {name}"] = lambda name=name: find_in_loss(name)
+        if LOSSES[name] in ROW_TERMS:
+            cases[f"step of the loss {name}, in bands"] = lambda name=name: find_in_loss(name, stride=4)
     cases["step of the moving average"] = find_in_average
     cases["callbacks of a step"] = find_in_callbacks
     for name in sorted(ENCODERS.keys() - {"torchvision", "timm", "tiny"} - left_out):

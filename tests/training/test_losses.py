@@ -149,7 +149,23 @@ def test_lovasz_of_a_decided_prediction_is_one_minus_the_iou() -> None:
     assert float(of({"lovasz": 1.0})(logits, label)) == pytest.approx(1 - sum(ious) / 3)
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "ohem", "focal", "dice", "lovasz"])
+TERMS = ["cross_entropy", "ohem", "focal", "dice", "lovasz"]
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TERMS)
+def test_every_term_is_computed_in_float32_under_autocast(name: str, half: torch.dtype) -> None:
+    logits, label = some_logits()
+    single = logits.float().requires_grad_()
+    plain = of({name: 1.0})(single, label)
+    with torch.autocast("cpu", half):
+        found = of({name: 1.0})(single, label)
+    assert found.dtype == torch.float32 and torch.equal(found, plain)
+    gradients = [torch.autograd.grad(loss, single)[0] for loss in (found, plain)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("name", TERMS)
 def test_every_term_has_the_right_gradient_ignores_what_is_not_scored_and_is_0_of_nothing(name: str) -> None:
     loss = of({name: 1.0}, class_weights=[1.0, 2.0, 0.5, 3.0], ohem_min_kept=1.0)
     logits, label = some_logits(size=(2, 3))
