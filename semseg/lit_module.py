@@ -147,9 +147,13 @@ class SegmentationModule(pl.LightningModule):
         """The loss that is minimised, of one sub-batch."""
         return self.loss_function(logits, label).total
 
-    def on_fit_start(self) -> None:
+    def prepare_training(self) -> None:
+        """Set the modes of the layers, and move the loss to the device of the network."""
         self.train()  # Lightning keeps the modes as they are, and freeze_bn sets some
         self.loss_function.keywords["terms"] = move_terms(self.terms, self.device)
+
+    def on_fit_start(self) -> None:
+        self.prepare_training()
         # With several ranks the LayerSync plugin does this; with one Lightning never calls it.
         syncbn = self.syncbn_config
         if self.trainer.world_size == 1 and (syncbn.name, syncbn.convention) == ("reduce", "published"):

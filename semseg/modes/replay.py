@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from semseg.build import open_network, restore_network
+from semseg.build import build_module, choose_device, open_network, restore_network
 from semseg.checkpoints.format import is_dense_tensor, load_plain
 from semseg.config.schema import Config
 from semseg.data.batch import Batch
 from semseg.errors import CheckpointError
-from semseg.nets.normalise import normalise
+from semseg.nets.precision import choose_weight_type, create_autocast
 from semseg.system.text import escape_unprintable
-from semseg.training.callbacks.nonfinite import find_nonfinite_layer
-from semseg.training.losses import build_terms, segmentation_loss
+from semseg.training.callbacks.nonfinite import watch_layers
 
 
 def run(config: Config, overrides: list[str]) -> None:
     """Take a step on the saved sub-batches of `input` with the weights of `ckpt`, and report what came out.
+
+    Loss, precision and frozen layers are those of the run. The device is that of trainer.accelerator: half precision
+    may be rounded otherwise on a CPU than on the GPU of the run.
 
     Raises:
         SemsegError: for anything the user can fix.
@@ -29,27 +33,47 @@ def run(config: Config, overrides: list[str]) -> None:
     path = Path(config.input).expanduser()
     step, batches = read_batches(path)
     saved, config = open_network(config, overrides)
-    net = restore_network(saved).train()
-    terms = build_terms(saved.config.loss, saved.classes.num_classes)
+    config = restore_training(saved.config, config, overrides)
+    device, precision = choose_device(config.trainer), config.trainer.precision
+    module = build_module(config, restore_network(saved), saved.classes).to(device, choose_weight_type(precision))
+    module.prepare_training()
     console = Console(soft_wrap=True, highlight=False)
     console.print(
         Text(escape_unprintable(f"step {step} repeated, with the weights of {saved.source} (step {saved.step})"))
     )
     for batch in batches:
-        image = normalise(batch.image, net.convention, batch.size)
-        layer = find_nonfinite_layer(net, image)
-        loss = segmentation_loss(net(image), batch.label, config.model.deepsup_weight, terms=terms)
+        moved = batch._replace(**{name: getattr(batch, name).to(device) for name in ("image", "label", "size")})
+        with create_autocast(precision, device), watch_layers(module.net) as layers:
+            loss = module.compute_loss(moved, config.loss.average)
         loss.total.backward()
         nonfinite = [
-            name for name, value in net.named_parameters() if value.grad is not None and not value.grad.isfinite().all()
+            name
+            for name, value in module.net.named_parameters()
+            if value.grad is not None and not value.grad.isfinite().all()
         ]
         console.print(Text(escape_unprintable(f"images {', '.join(batch.paths)}")))
         console.print(f"loss {float(loss.total):g}, {int(loss.scored)} scored pixels")
-        if layer:
-            console.print(f"the first layer to give NaN or infinity: {layer.name} ({layer.kind})")
+        if layers:
+            console.print(f"the first layer to give NaN or infinity: {layers[0].name} ({layers[0].kind})")
         console.print(
             f"gradients that are not finite: {', '.join(nonfinite[:5]) or 'none'}{', ...' if nonfinite[5:] else ''}"
         )
+
+
+def restore_training(saved: Config, config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration of mode=replay with what decides a step of the run, unless it is given.
+
+    A compiled network has no layers that can be watched.
+    """
+    keys = {word.lstrip("+").partition("=")[0] for word in overrides}
+    is_given = any(key.partition(".")[0] == "loss" for key in keys)
+    precision = config.trainer.precision if "trainer.precision" in keys else saved.trainer.precision
+    return replace(
+        config,
+        loss=config.loss if is_given else saved.loss,
+        trainer=replace(config.trainer, precision=precision),
+        model=replace(config.model, compile=False),
+    )
 
 
 def read_batches(path: Path) -> tuple[int, list[Batch]]:

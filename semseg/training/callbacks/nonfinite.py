@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from semseg.data.batch import Batch
 from semseg.errors import SemsegError
@@ -107,8 +110,9 @@ class NonFiniteGuard(Callback):
             dist.all_reduce(sums)
         is_bad = (sums[0] > 0).float()  # fused kernels compare it with 1
         values = torch.cat([sums.to(norm), torch.stack([is_bad_here.to(norm), norm]), losses])
-        rates = [float(group["lr"]) for group in optimizer.param_groups[::2]]
-        step = Step(trainer.global_step + 1, self._batches, rates, *copy_to_host(values))
+        # A part has a group with weight decay and one without, or either of them.
+        rates = {str(group.get("name")).removesuffix("_no_decay"): group["lr"] for group in optimizer.param_groups}
+        step = Step(trainer.global_step + 1, self._batches, [*map(float, rates.values())], *copy_to_host(values))
         self._batches, self._losses = [], []
         if optimizer.defaults.get("fused"):
             self.read_last_step()
@@ -208,33 +212,29 @@ def batch_to_dict(batch: Batch) -> dict[str, Any]:
 
 
 class NonFiniteLayer(NamedTuple):
-    """The first layer of a network whose output is NaN or infinite."""
+    """A layer of a network whose output is NaN or infinite."""
 
     name: str
     kind: str
 
 
-def find_nonfinite_layer(net: torch.nn.Module, image: Tensor) -> NonFiniteLayer | None:
-    """Run `net` on `image` and name the first layer whose output is NaN or infinite; None if there is none."""
+@contextmanager
+def watch_layers(net: torch.nn.Module) -> Iterator[list[NonFiniteLayer]]:
+    """Watch the outputs of `net` in this context; the list gets the layers that give NaN or infinity, in order."""
     found: list[NonFiniteLayer] = []
 
-    def check_output(name: str, kind: str, output: Any) -> None:
-        tensors = (
-            [output] if isinstance(output, Tensor) else [part for part in output or () if isinstance(part, Tensor)]
-        )
-        if not found and not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            found.append(NonFiniteLayer(name, kind))
+    def check_output(name: str, layer: torch.nn.Module, output: Any) -> None:
+        tensors = [part for part in tree_leaves(output) if isinstance(part, Tensor)]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            found.append(NonFiniteLayer(name, type(layer).__name__))
 
-    layers = {name: layer for name, layer in net.named_modules() if not list(layer.children())}
+    layers = [(name, layer) for name, layer in net.named_modules() if not list(layer.children())]
     handles = [
-        layer.register_forward_hook(
-            lambda layer, _, output, name=name: check_output(name, type(layer).__name__, output)
-        )
-        for name, layer in layers.items()
+        layer.register_forward_hook(lambda layer, _, output, name=name: check_output(name, layer, output))
+        for name, layer in layers
     ]
     try:
-        net(image)
+        yield found
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None

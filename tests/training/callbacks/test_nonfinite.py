@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from helpers.in_process import prepare_run
 from semseg.data.batch import Batch
 from semseg.lit_module import SegmentationModule
-from semseg.training.callbacks.nonfinite import NonFiniteError, NonFiniteGuard, find_nonfinite_layer
+from semseg.training.callbacks.nonfinite import NonFiniteError, NonFiniteGuard, watch_layers
 
 pytestmark = pytest.mark.reliability
 
@@ -110,11 +110,13 @@ def test_d2_a_nan_score_is_never_the_best(root: Path, tmp_path: Path, monkeypatc
 def test_the_first_layer_that_goes_wrong_is_named() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     image = torch.rand(1, 3, 4, 4)
-    assert find_nonfinite_layer(net, image) is None
-    with torch.no_grad():
-        net[2].weight[0, 0] = float("inf")
-    layer = find_nonfinite_layer(net, image)
-    assert layer is not None and (layer.name, layer.kind) == ("2", "Conv2d")
+    with watch_layers(net) as layers:
+        net(image)
+        assert layers == []
+        with torch.no_grad():
+            net[2].weight[0, 0] = float("inf")
+        net(image)
+    assert layers == [("2", "Conv2d")]
 
 
 @pytest.mark.slow

@@ -1,0 +1,89 @@
+"""mode=replay computes a saved sub-batch as the run did: its loss, its frozen layers, its precision."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from helpers.command_line import TINY, run_here
+from helpers.tiny_network import TINY_NETWORK
+from semseg.build import build_module, find_network, restore_network
+from semseg.config.load import load_config
+from semseg.data.batch import Batch
+from semseg.nets.registry import NETWORKS
+from semseg.training.callbacks.nonfinite import batch_to_dict
+
+pytestmark = pytest.mark.reliability
+RUN = [
+    *(word for word in TINY if not word.startswith("model")), "model=custom", "model.library=tiny",
+    "model.options.width=4", "trainer.limit_train_batches=1", "trainer.limit_val_batches=0", "run_dir=run",
+]  # fmt: skip
+CHECKPOINT = "run/checkpoints/last.ckpt"
+
+
+@pytest.fixture(autouse=True)
+def program() -> Iterator[None]:
+    with patch.dict(NETWORKS, TINY_NETWORK):
+        yield
+
+
+def save_batch(folder: Path) -> Batch:
+    """Write the sub-batch of a stopped run, batch.pt, and return it."""
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch(
+        torch.randint(0, 256, (2, 3, 32, 40), dtype=torch.uint8, generator=generator),
+        torch.randint(-1, 11, (2, 8, 10), generator=generator),
+        torch.tensor([[32, 40], [24, 40]]),
+        ["a.jpg", "b.jpg"],
+    )
+    torch.save({"step": 7, "batches": [batch_to_dict(batch)]}, folder / "batch.pt")
+    return batch
+
+
+def read_loss(printed: str) -> float:
+    found = re.search(r"^loss (\S+), \d+ scored pixels$", printed, re.MULTILINE)
+    assert found is not None, printed
+    return float(found[1])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.freeze_bn=true", "loss=cross_entropy_dice", "loss.class_weights=[9,1,1,1,1,1,1,1,1,1,1]"],
+        ["model.options.own_loss=true"],
+        ["model.encoder.frozen=true", "trainer.precision=bf16-mixed"],
+    ],
+    ids=["frozen statistics and another loss", "a loss of the network", "a frozen backbone in half precision"],
+)
+def test_the_loss_is_that_of_a_step_of_the_run(tmp_path: Path, words: list[str]) -> None:
+    run_here(tmp_path, *RUN, *words)
+    batch = save_batch(tmp_path)
+    config, _ = load_config([])
+    saved = find_network(str(tmp_path / CHECKPOINT), config, [])
+    module = build_module(saved.config, restore_network(saved), saved.classes).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=saved.config.trainer.precision == "bf16-mixed"):
+        expected = float(module.compute_loss(batch, "ranks").total.detach())
+    printed = run_here(tmp_path, "mode=replay", "ckpt=run", "input=batch.pt", "trainer=cpu")
+    assert read_loss(printed) == pytest.approx(expected, rel=1e-5)
+    assert "step 7 repeated" in printed and "images a.jpg, b.jpg" in printed
+    assert "the first layer" not in printed and "gradients that are not finite: none" in printed
+
+
+def test_a_layer_that_overflows_in_half_precision_only_is_named(tmp_path: Path) -> None:
+    run_here(tmp_path, *RUN)
+    save_batch(tmp_path)
+    content: dict[str, Any] = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    content["semseg"]["config"]["trainer"]["precision"] = "16-mixed"
+    content["state_dict"]["net.model.blocks.0.0.weight"].mul_(1e6)  # beyond 65504, the largest number of float16
+    torch.save(content, tmp_path / CHECKPOINT)
+    words = ["mode=replay", "ckpt=run", "input=batch.pt", "trainer=cpu"]
+    printed = run_here(tmp_path, *words)
+    assert "the first layer to give NaN or infinity: model.blocks.0.0 (Conv2d)" in printed
+    assert "gradients that are not finite: model.blocks.0.0.weight" in printed
+    assert "the first layer" not in run_here(tmp_path, *words, "trainer.precision=32-true")
