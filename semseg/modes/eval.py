@@ -37,7 +37,7 @@ from semseg.data.seeding import generator_for
 from semseg.data.sources import DataSource, require_masks
 from semseg.data.windows import pick_pixels
 from semseg.datamodule import SegmentationData
-from semseg.errors import ConfigError
+from semseg.errors import ConfigError, DataError
 from semseg.evaluation.bootstrap import ConfidenceIntervals, bootstrap, choose_resamples
 from semseg.evaluation.evaluator import ImageRecord
 from semseg.evaluation.image_files import decode_maps
@@ -109,6 +109,8 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
     if not trainer.is_global_zero:
         return module.scores.mean_iou
     images = module.evaluation.images
+    if not images:
+        raise DataError(f"eval.split={split}: none of its images could be read, so there is no score; see above.")
     result = build_result(
         module.evaluation,
         source.classes,

@@ -74,7 +74,8 @@ def write_color(prediction: WritablePrediction, target: Path) -> Path:
         picture = Image.fromarray(colour_class_map(prediction.ids, prediction.classes))
     else:
         picture = Image.fromarray(np.where(is_unscored, num_classes, prediction.ids).astype(np.uint8), "L")
-        picture.putpalette(prediction.classes.colours().tobytes() + bytes(UNSCORED_COLOUR))
+        palette = prediction.classes.colours().tobytes() + bytes(UNSCORED_COLOUR)
+        picture.putpalette(palette[: 3 * MAX_PALETTE_SIZE])  # 256 classes leave no room for unscored pixels
     return save_png(picture, target.with_name(f"{target.name}_color.png"))
 
 

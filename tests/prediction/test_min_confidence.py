@@ -89,11 +89,14 @@ def test_every_output_leaves_these_pixels_out(tmp_path: Path) -> None:
 
 def test_colours_of_256_classes_leave_no_place_in_the_palette(tmp_path: Path) -> None:
     classes = ClassTable.from_names([f"class {number}" for number in range(256)])
-    ids = np.array([[0, 255, -1]], np.int16)
+    first, last = list(classes.palette[0]), list(classes.palette[255])
     image = np.zeros((1, 3, 3), np.uint8)
-    write_outputs(PredictionResult(image, ids, classes, LabelMap(256)), tmp_path / "a", ["color"])
-    pixels = np.asarray(Image.open(tmp_path / "a_color.png"))
-    assert pixels.tolist() == [[list(classes.palette[0]), list(classes.palette[255]), [0, 0, 0]]]
+    for ids, colours in (([[0, 255, -1]], [first, last, [0, 0, 0]]), ([[0, 255, 0]], [first, last, first])):
+        result = PredictionResult(image, np.array(ids, np.int16), classes, LabelMap(256))
+        write_outputs(result, tmp_path / "a", ["color"])
+        picture = Image.open(tmp_path / "a_color.png")
+        assert np.asarray(picture.convert("RGB")).tolist() == [colours]
+    assert np.asarray(picture).tolist() == ids  # with a palette, where every pixel has a class
 
 
 def test_rows_of_a_geotiff_have_the_ignored_id(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from semseg.errors import DataError
 
 MASK_FOLDER, LABEL_MAP, LISTS = "SegmentationClass", "labelmap.txt", Path("ImageSets", "Segmentation")
 BLACK: Colour = (0, 0, 0)
+WHITE: Colour = (255, 255, 255)
 BORDER: Colour = (224, 224, 192)  # the border of objects in Pascal VOC, index 255
 MASK_SUFFIXES = (".png", ".PNG")
 
@@ -204,6 +205,7 @@ def decode_colours(rows: Sequence[LabelMapRow], path: str, max_pixels: int) -> N
         greys = {value for value in np.unique(grey).tolist() if value != 255}
         if not greys <= {colour[0] for colour in table if len(set(colour)) == 1}:
             return _look_up_indices(grey, len(rows), path)
+        table = {WHITE: IGNORED} | table  # 255 of an index mask whose other values are colours of classes as well
     pixels = read_image(path, max_pixels=max_pixels, upright=True)
     codes = pixels.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
     found, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)

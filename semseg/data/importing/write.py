@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
+import posixpath
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -169,7 +169,7 @@ class FolderWriter:
         """Each image with the paths of itself and its mask in the new folder, which differ in more than their case."""
         taken = set[str]()
         names = [clean_name(item.name) for item in items]
-        top = os.path.commonpath([PurePosixPath(name).parent for name in names]) if names else ""
+        top = posixpath.commonpath([PurePosixPath(name).parent for name in names]) if names else ""
         for item, name in zip(items, names, strict=True):
             path = PurePosixPath(name).relative_to(top)
             stem, suffix = path.with_suffix("").as_posix(), path.suffix

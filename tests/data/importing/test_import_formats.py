@@ -355,6 +355,18 @@ def test_black_pixels_without_a_class_belong_to_the_class_background(tmp_path: P
     assert imported.background == 0 and np.array_equal(masks_of(tmp_path / "out")["a"], expected(2, 3, 1))
 
 
+@pytest.mark.parametrize(("values", "classes"), [([0, 1, 255], [1, 2, 0]), ([0, 255], [1, 0])])
+def test_255_in_a_grey_mask_is_not_scored_whatever_else_it_has(
+    tmp_path: Path, values: list[int], classes: list[int]
+) -> None:
+    """Background alone, 0, could be a colour as well as an index."""
+    write_voc(tmp_path / "e", names=["a", "b"])
+    grey = np.resize(np.array(values, np.uint8), (HEIGHT, WIDTH))
+    Image.fromarray(grey).save(tmp_path / "e" / "SegmentationClass" / "b.png")
+    import_here(tmp_path / "e", tmp_path / "out")
+    assert np.array_equal(masks_of(tmp_path / "out")["b"], np.resize(classes, (HEIGHT, WIDTH)))
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

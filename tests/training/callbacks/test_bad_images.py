@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from helpers.command_line import TINY, TINY_NETWORK, run_here
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg import datamodule
 from semseg.build import build_data
@@ -172,6 +173,17 @@ def test_c1_an_evaluation_leaves_them_out_names_them_and_scores_the_others_alike
     assert len(scores[0]) == 1 + 5 and len(scores[1]) == 1 + 4
     assert [row for row in scores[0] if "scene_00002" not in str(row)] == scores[1]
     assert "4 images (1 unreadable)" in (tmp_path / "broken/report.html").read_text()
+
+
+def test_c1_an_evaluation_without_a_readable_image_ends_with_an_error_and_writes_nothing(tmp_path: Path) -> None:
+    run_here(tmp_path, *TINY, *TINY_NETWORK, "run_dir=run", "data.make.num_val=1", "trainer.limit_train_batches=1")
+    (image,) = (tmp_path / "scenes/images/validation").iterdir()
+    cut(image)
+    words = ["mode=eval", "ckpt=run", "data.on_bad=skip", "data.num_workers=0", "trainer=cpu", "run_dir=scores"]
+    printed = run_here(tmp_path, *words, code=1)
+    assert f"{image.name}: " in printed
+    assert "error: eval.split=val: none of its images could be read" in printed
+    assert not list((tmp_path / "scores").glob("*.csv"))
 
 
 # ---- C15: too few
