@@ -1,7 +1,7 @@
 """Files anywhere on disk as options of groups: data=plants.yaml, experiment=recipes/long.yaml. No torch.
 
 An override that names such a file holds its absolute path (`resolve_choice`); Hydra then asks `ChoiceFileSource` for
-`<group>//<path>`, a name that no option of configs/ can have. A file holds what differs from the complete option of its
+`<group>/<path>`, a name that no option of configs/ can have. A file holds what differs from the complete option of its
 group, and relative paths of a data set start at the folder of the file. A recipe, which is a file for `experiment=`,
 also serves as `data=<file>`: its section `data` is then used alone.
 """
@@ -237,8 +237,21 @@ def find_value_problems(content: dict[str, Any]) -> Iterator[str]:
 # ---- Hydra
 
 
+def split_choice(config_path: str) -> tuple[str, str] | None:
+    """The group and the file of `<group>/<absolute path>`, by which Hydra asks for a file; None for other names.
+
+    >>> split_choice("model/encoder//tmp/tiny.yaml"), split_choice("model/encoder/resnet18.yaml")
+    (('model/encoder', '/tmp/tiny.yaml'), None)
+    """
+    for group in list_groups():
+        path = config_path.removeprefix(f"{group}/")
+        if path != config_path and os.path.isabs(path) and is_choice_file(group, path):  # noqa: PTH117
+            return group, path
+    return None
+
+
 class ChoiceFileSource(ConfigSource):
-    """Gives Hydra the files that overrides name by their absolute path: `<group>//<path>`."""
+    """Gives Hydra the files that overrides name by their absolute path; see `split_choice`."""
 
     @staticmethod
     def scheme() -> str:
@@ -251,12 +264,13 @@ class ChoiceFileSource(ConfigSource):
         return False
 
     def is_config(self, config_path: str) -> bool:
-        group, mark, path = config_path.partition("//")
-        return bool(mark) and is_choice_file(group, path) and Path(f"/{path}").is_file()
+        choice = split_choice(config_path)
+        return choice is not None and Path(choice[1]).is_file()
 
     def load_config(self, config_path: str) -> ConfigResult:
-        group, _, path = config_path.partition("//")
-        file = read_choice_file(group, Path(f"/{path}"))
+        choice = split_choice(config_path)
+        assert choice is not None, "Hydra asks is_config first"
+        file = read_choice_file(choice[0], Path(choice[1]))
         header: dict[str, str | None] = {"package": "_global_" if file.is_global else None}
         return ConfigResult(self.provider, config_path, OmegaConf.create(file.content), header)
 

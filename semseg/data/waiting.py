@@ -52,7 +52,9 @@ def wait_for_data(descriptor: int) -> None:
 
 
 def limit_reads(connection: Connection) -> None:
-    """Make a connection read with `read_in_time`."""
+    """Make a connection read with `read_in_time`; one of Windows, which has no file descriptor, waits without limit."""
+    if not hasattr(connection, "_recv"):
+        return
     connection._recv = partial(connection._recv, read=read_in_time)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -99,11 +99,14 @@ def request_death_signal() -> bool:
 
 
 def watch_parent(parent: int) -> NoReturn:
-    """End this process and its children once it has another parent."""
+    """End this process once it has another parent, and with it those that it started if it leads their group.
+
+    A data-loading worker is in the group of its trainer, which is that of the user's script if there is one rank.
+    """
     while os.getppid() == parent:
         time.sleep(0.5)
-    if hasattr(os, "killpg"):
-        os.killpg(os.getpgid(0), signal.SIGKILL)
+    if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
     kill_this_process()
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ntpath
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from semseg.config import choice_files
+from semseg.config.choice_files import split_choice
 from semseg.config.compose import compose_with_hydra
 from semseg.config.load import load_config
 from semseg.config.overrides import RECORD_FOLDER, parse_overrides, record_overrides
@@ -164,3 +168,13 @@ def test_a_recorded_command_line_needs_neither_the_files_nor_the_working_directo
     after, again = load_config(["mode=rerun", "run=../run"])
     assert (after.data, after.optim, after.seed) == (before.data, before.optim, 1)
     assert record_overrides(again) == record  # a repetition of a repetition
+
+
+def test_a_file_of_windows_is_the_option_of_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its absolute path starts with a drive, and not with a slash."""
+    path = r"C:\Users\me\plants.yaml"
+    assert split_choice(f"data/{path}") is None
+    monkeypatch.setattr(choice_files, "os", SimpleNamespace(path=ntpath))
+    assert split_choice(f"data/{path}") == ("data", path)
+    assert split_choice(f"model/encoder/{path}") == ("model/encoder", path)
+    assert split_choice("data/ade20k.yaml") is None

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from helpers.command_line import run_script
 from semseg.data.loaders import WatchedLoader, close_iterations
+from semseg.data.waiting import limit_reads
 from semseg.data.workers import LoaderFailure, classify_failure, stop_workers
 from semseg.errors import ConfigError, DataError, SemsegError
 
@@ -154,3 +156,10 @@ def test_c28_the_program_ends_under_every_start_method(method: str, tmp_path: Pa
     code, output = run_script(program, cwd=Path(__file__).parent)
     assert code == 1
     assert output.endswith("semseg.errors.ConfigError: first line\nsecond line\n")
+
+
+def test_a_connection_of_windows_is_read_without_a_limit_of_time() -> None:
+    """It has no file descriptor that could be waited for."""
+    connection: Any = SimpleNamespace(recv_bytes=bytes)
+    limit_reads(connection)
+    assert vars(connection) == {"recv_bytes": bytes}

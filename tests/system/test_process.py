@@ -88,6 +88,31 @@ def test_e7_a_child_ends_with_its_parent_at_any_moment(delay: float, *, fails: b
 
 
 @pytest.mark.reliability
+def test_e7_a_worker_that_watches_its_trainer_does_not_end_the_script_that_started_it(tmp_path: Path) -> None:
+    """Without a signal of the system, a data-loading worker watches its parent; it is in the group of the script."""
+    watch = (
+        "import os; from semseg.system.process import watch_parent; parent = os.getppid();"
+        "print(os.getpid(), flush=True); watch_parent(parent)"
+    )
+    trainer = (
+        f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', {watch!r}]);"
+        "sys.stdin.read(1); os.kill(os.getpid(), 9)"
+    )
+    script = tmp_path / "train.sh"
+    script.write_text('"$1" -c "$2"\nsleep 2\necho next\n')
+    command = ["sh", str(script), sys.executable, trainer]
+    program = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert program.stdout is not None and program.stdin is not None
+    worker = int(program.stdout.readline())
+    program.stdin.write(" ")
+    program.stdin.flush()
+    assert program.communicate(timeout=20)[0] == "next\n" and program.returncode == 0
+    assert ends(worker, within=5)
+
+
+@pytest.mark.reliability
 def test_e7_a_grandchild_is_not_a_child_of_the_supervisor() -> None:
     grandchild = f"import os; print({SUPERVISOR_VARIABLE!r} in os.environ)"
     code = (
