@@ -31,10 +31,15 @@ BLOCK_NAMES = ("blocks", "block", "layers", "layer", "stages")
 def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(weights of convolutions and linear layers, everything else): only the first decay.
 
+    Those of attention are linear layers, too: nn.MultiheadAttention keeps its projections as parameters of its own.
     Biases and the scale and shift of normalisation do not decay, as in the original code; nor do tokens and position
     embeddings.
     """
     weights = {id(layer.weight) for layer in module.modules() if isinstance(layer, DECAYING)}
+    for layer in module.modules():
+        if isinstance(layer, nn.MultiheadAttention):
+            named = layer.named_parameters(recurse=False)
+            weights |= {id(parameter) for name, parameter in named if name.endswith("proj_weight")}
     decay: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for parameter in module.parameters():

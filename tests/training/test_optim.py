@@ -65,6 +65,15 @@ def test_only_weights_of_convolutions_and_linear_layers_decay() -> None:
     decay, free = split_by_decay(net)
     assert {id(p) for p in decay} == {id(net[0].weight), id(net[2].weight)}
     assert len(free) == 4
+    attention = nn.MultiheadAttention(8, 2, kdim=4)
+    decay, free = split_by_decay(attention)
+    names = {id(parameter): name for name, parameter in attention.named_parameters()}
+    assert sorted(names[id(parameter)] for parameter in decay) == [
+        "k_proj_weight", "out_proj.weight", "q_proj_weight", "v_proj_weight",
+    ]  # fmt: skip
+    assert sorted(names[id(parameter)] for parameter in free) == ["in_proj_bias", "out_proj.bias"]
+    attention = nn.MultiheadAttention(8, 2)
+    assert any(parameter is attention.in_proj_weight for parameter in split_by_decay(attention)[0])
 
 
 def test_groups_have_the_published_numbers_of_elements() -> None:
