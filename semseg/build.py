@@ -249,6 +249,8 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
     precision = config.trainer.precision
     net = restore_network(saved).to(device, choose_weight_type(precision))
     refuse_nonfinite_weights(net.state_dict(), saved.source)
+    if settle_layout(config, net).model.channels_last and is_convolutional(net):
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     settings = PredictionSettings(
         options.scales or config.eval.scales,
         config.data.max_long_edge,

@@ -31,6 +31,7 @@ from semseg.system.process import (
     kill_with_children,
     list_stop_signals,
 )
+from semseg.system.processors import count_processors
 from semseg.system.text import escape_lines
 
 RANKS_FOLDER = "ranks"  # in the run folder: logs of ranks above 0, and error files of ranks that raised an exception
@@ -219,7 +220,7 @@ def _start_rank(command: Sequence[str], rank: int, processes: int, folder: Path,
         ERROR_FILE_VARIABLE: str(_error_path(folder, rank)),
     }
     # Divide the cores between the ranks, as Lightning's own launcher does.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, _count_cores() // processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, count_processors() // processes)))
     with contextlib.ExitStack() as stack:
         output = None if rank == 0 else stack.enter_context(_log_path(folder, rank).open("wb"))
         return subprocess.Popen(  # noqa: S603 - our own interpreter and entry point
@@ -307,11 +308,6 @@ def _collect_stop_signals(record: Callable[[int], None]):
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _count_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _find_free_port() -> int:

@@ -169,7 +169,7 @@ class ModelConfig:
     winograd: bool = True
     """Faster kernels on a CPU (Winograd, oneDNN, factored upsampling) in float32, without compile."""
     compile: bool = False
-    """Use torch.compile(dynamic=True); the first steps take minutes."""
+    """Use torch.compile(dynamic=True) in training and mode=eval; the first steps take minutes."""
 
     @property
     def title(self) -> str:

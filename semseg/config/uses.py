@@ -49,12 +49,21 @@ def find_mode_problems(config: Config) -> Iterator[str]:
     yield from find_exported_network_problems(config)
     yield from find_export_problems(config)
     yield from find_confidence_problems(config)
+    if config.mode in ("predict", "serve"):
+        yield from find_compilation_problems(config)
 
 
 def find_prediction_problems(config: Config) -> Iterator[str]:
     """A sentence for everything with which no network can be loaded to predict, whatever the mode."""
     yield from find_unloadable_files([("ckpt", file) for file in list_checkpoints(config.ckpt)])
     yield from find_exported_network_problems(config)
+    yield from find_compilation_problems(config)
+
+
+def find_compilation_problems(config: Config) -> Iterator[str]:
+    """A sentence for model.compile=true where a network predicts, which is never compiled for it."""
+    if config.model.compile and not any(map(is_onnx, list_checkpoints(config.ckpt))):  # that has a sentence of its own
+        yield "model.compile=true: is for training and mode=eval, and does not change predictions. Leave it out."
 
 
 def refuse_unused_sizes(config: Config, overrides: Sequence[str]) -> None:

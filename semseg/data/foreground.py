@@ -8,7 +8,6 @@ and kept beside the other caches; labels that are new or changed are read again.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ from semseg.data.records import Record
 from semseg.data.store import file_stamp
 from semseg.errors import DataError
 from semseg.storage.atomic import atomic_write
+from semseg.system.processors import count_processors
 
 MAX_POSITIONS = 64  # pixels that are kept of each class of a label, equally spaced among its pixels
 INDEX_FORMAT = 1  # version of the cache file
@@ -162,7 +162,7 @@ def build_foreground_index(
         except (OSError, DataError):
             return "", NO_CLASSES
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_processors()) as pool:
         found = list(pool.map(find, records))
     entries = {key: labels for key, labels in found if key}
     if any(key not in cached for key in entries):

@@ -7,7 +7,6 @@ files, so that a second scan reads only what is new.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from semseg.data.records import Record
 from semseg.data.store import file_stamp
 from semseg.data.windows import WHOLE_PIXELS, row_bands, spread_windows
 from semseg.errors import DataError
+from semseg.system.processors import count_processors
 
 MAX_COLOURS = 256  # a mask with more colours is taken for a photo
 CACHE_FORMAT = 3  # version of the cached rows
@@ -89,7 +89,7 @@ def scan_pairs(
     cache = cache_file("masks", folder, cache_dir)
     cached = load_cache(cache)
     new_entries: dict[str, list[object]] = {}
-    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_threads or count_processors()) as pool:
         step, stride = (max(1, len(records) // count) for count in (NUM_SAMPLED, NUM_MASKS_MEASURED))
         futures = [
             pool.submit(

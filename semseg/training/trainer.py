@@ -105,7 +105,7 @@ def create_strategy(settings: TrainerConfig, syncbn: SyncBNConfig, accelerator: 
     if not is_parallel:
         return settings.strategy
     sends_buffers = syncbn.name == "off" or syncbn.group == "node"
-    # The second name replaces the first one from PyTorch 2.13 on.
+    # The first name replaces the second one from PyTorch 2.13 on.
     names = ("forward_sync_buffers", "broadcast_buffers")
     name = next(name for name in names if name in inspect.signature(DistributedDataParallel).parameters)
     options: dict[str, Any] = {"gradient_as_bucket_view": True, name: sends_buffers}

@@ -44,6 +44,14 @@ def test_a_network_is_described_by_its_parts_and_predicts(checkpoint: Path) -> N
     assert net.predict(np.zeros((20, 30, 3), np.uint8)).ids.shape == (20, 30)
 
 
+@pytest.mark.parametrize("layout", ["false", "true", "auto"])
+def test_weights_have_the_layout_of_model_channels_last(checkpoint: Path, layout: str) -> None:
+    """auto: MobileNetV2 consists mostly of depthwise convolutions, which are faster in it on a CPU."""
+    net = semseg.load(checkpoint, f"model.channels_last={layout}", "trainer=cpu", device="cpu").net
+    weights = [weight for weight in net.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
+    assert {weight.is_contiguous(memory_format=torch.channels_last) for weight in weights} == {layout != "false"}
+
+
 @pytest.mark.parametrize(
     ("device", "message"),
     [

@@ -30,7 +30,7 @@ class WarnAboutLabels(Callback):
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self.counts: Tensor | None = None  # (K + 1) pixels; the last entry: not scored, padding aside
-        self.accuracies: list[Tensor] = []  # one per step
+        self.accuracies: list[Tensor] = []  # one per sub-batch of this rank
         self.is_done = False
 
     def on_train_batch_end(
