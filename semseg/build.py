@@ -123,10 +123,13 @@ def find_networks(config: Config, overrides: list[str]) -> SavedNetwork:
     return joined
 
 
-def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwork:
+def find_network(spec: str, config: Config, overrides: list[str], key: str = "ckpt") -> SavedNetwork:
     """A checkpoint of ours, published files, a network of the hub or ONNX.
 
     It is a file, a folder, last, best, zoo:<name>, hf:<name>, or two files with a comma.
+
+    Args:
+        key: that names it, for errors.
 
     Raises:
         CheckpointError: if there is none, or it is damaged.
@@ -147,7 +150,7 @@ def find_network(spec: str, config: Config, overrides: list[str]) -> SavedNetwor
         return read_published(files, config, overrides)
     if is_on_hub(spec):
         return find_hub_network(spec, config)
-    path = find_checkpoint(spec, Path(config.runs_dir))
+    path = find_checkpoint(spec, Path(config.runs_dir), key=key)
     if path.suffix.lower() != ONNX:
         saved = read_checkpoint(path)
         print_once(saved.origin and f"{path.name} was trained from: {saved.origin}")

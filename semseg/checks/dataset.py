@@ -28,6 +28,7 @@ READY, WITH_WARNINGS, NOT_READY = "READY", "READY, WITH WARNINGS", "NOT READY"
 MAX_IGNORED_FRACTION = 0.9  # a mask with a larger fraction of ignored pixels is reported
 MAX_SINGLE_CLASS_FRACTION = 0.2  # a split with a larger fraction of one-class masks is reported
 RARE_FRACTION = 0.001  # classes with a smaller fraction of the training pixels are reported
+MAX_STRAY_FRACTION = 0.001  # of all pixels: unknown ids that are more likely mistakes than classes
 VOID = 255  # the id that most tools write for unlabelled pixels
 DARK = 0.25  # fraction of white: a 16-bit image with all values below is reported
 DARK_IF_ALL = 0.5  # instead of DARK, if it holds for all 16-bit images: they probably have fewer bits
@@ -269,6 +270,8 @@ def describe_unexplained_ids(ids: Sequence[int]) -> str:
     'data.num_classes is not set. Found ids 0..2. If 0 means unlabelled, set only data.num_classes=2.'
     """
     class_ids = [raw_id for raw_id in ids if raw_id not in (0, VOID)]
+    if not ids:
+        return "data.num_classes is not set, and no mask shows the ids."
     message = f"data.num_classes is not set. Found ids {format_ranges(ids)}."
     if 0 not in ids or not class_ids or class_ids[-1] < 2:
         return message
@@ -356,6 +359,8 @@ def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConf
     """
     if data.map is not None:
         return {}
+    if data.num_classes is not None and is_stray(unknown_ids, pixels, data.first_id + num_classes):
+        return {"data.ignore": f"[{','.join(map(str, [*data.ignore, *sorted(unknown_ids)]))}]"}
     class_ids = [raw_id for raw_id in pixels if raw_id not in data.ignore and raw_id != VOID]
     is_extension = data.classes is None and class_ids and min(class_ids) >= data.first_id
     if is_extension and 0 in data.ignore and not any(data.first_id <= each <= max(class_ids) for each in data.ignore):
@@ -369,6 +374,16 @@ def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConf
             del suggested["data.num_classes"]  # the table has it
         return suggested
     return {"data.ignore": f"[{','.join(map(str, [*data.ignore, *sorted(unknown_ids)]))}]"}
+
+
+def is_stray(unknown_ids: set[int], pixels: Counter[int], next_id: int) -> bool:
+    """Whether unknown ids are more likely mistakes than classes: hardly any pixels, and not the ids after the classes.
+
+    >>> is_stray({77}, Counter({0: 9999, 1: 5000, 77: 1}), 2), is_stray({2}, Counter({0: 9999, 1: 5000, 2: 1}), 2)
+    (True, False)
+    """
+    share = sum(pixels[raw] for raw in unknown_ids) / max(1, pixels.total())
+    return share < MAX_STRAY_FRACTION and next_id not in unknown_ids
 
 
 def check_shifted_ids(splits: Sequence[ScannedSplit], data: DataConfig, class_of: ClassOf) -> Advice:

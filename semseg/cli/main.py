@@ -54,7 +54,7 @@ from semseg.config.overrides import (
     select_overrides,
 )
 from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, Config
-from semseg.config.uses import refuse_unused_sizes
+from semseg.config.uses import refuse_keys_of_other_modes, refuse_unused_sizes
 from semseg.config.validate import check_config
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, ReportedError, SemsegError
 from semseg.storage import run_lock
@@ -67,6 +67,7 @@ from semseg.storage.run_folders import (
     find_run_folder,
     list_missing_folders,
     remove_unused_folders,
+    require_folder_path,
 )
 from semseg.storage.run_results import find_finished_job, job_overrides
 from semseg.system.process import announce_sweep, prepare_process
@@ -132,11 +133,12 @@ def compose_run(overrides: list[str]) -> tuple[DictConfig, Config]:
     """The configuration of a single run: as Hydra composes it, with Hydra's own settings, and checked.
 
     Raises:
-        ConfigError: if a value is wrong, has no effect, or belongs to a sweep.
+        ConfigError: if a value is wrong, has no effect, or belongs to a sweep or another mode.
     """
     composed = compose_with_hydra(overrides)
     config = check_config(drop_hydra_section(composed))
     refuse_unused_sizes(config, overrides)
+    refuse_keys_of_other_modes(config, overrides)
     refuse_search_settings(composed)
     return composed, config
 
@@ -291,6 +293,7 @@ def resolve_run_dir(composed: DictConfig, created: list[Path] | None = None) -> 
     parent = find_parent_run(composed) if template == DEFAULT_RUN_DIR and not is_given else None
     if parent is not None:
         run_dir = parent / str(composed.mode)
+    require_folder_path(run_dir)
     missing = list_missing_folders(run_dir)
     if not is_given and "${now:" in template:
         run_dir = claim_run_folder(run_dir, "-" if parent else "_")
@@ -330,6 +333,7 @@ def resolve_sweep_dir(composed: DictConfig) -> Path:
         ConfigError: if it cannot be created.
     """
     sweep_dir = Path(str(composed.hydra.sweep.dir)).absolute()
+    require_folder_path(sweep_dir)
     return claim_folder(sweep_dir) if "${now:" in read_unresolved(composed.hydra.sweep, "dir") else sweep_dir
 
 
@@ -405,8 +409,8 @@ def run_mode(config: Config, overrides: list[str], record: dict[Path, str]) -> f
     """
     mode = import_mode(config.mode)
     with silence_stdout(config.quiet):
-        if config.mode == "train":  # only once the run lock shows that no other run uses the folder
-            run_lock.on_lock_acquired = partial(write_run_record, record)
+        if config.mode in ("train", "predict"):  # only once nothing else uses the folder
+            run_lock.on_folder_taken = partial(write_run_record, record)
         else:
             write_run_record(record)
         return mode.run(config, overrides)

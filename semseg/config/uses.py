@@ -24,6 +24,8 @@ from semseg.errors import ConfigError
 
 # Keys that say to which size images are brought.
 SIZE_KEYS = ("data.short_edges", "data.max_long_edge", "eval.scales", "eval.also_scales", "predict.scales")
+# Keys that `eval` and `predict` both have; eval.scales is also the default of predict.scales.
+VIEW_KEYS = ("scales", "flip", "window", "stride", "memory_limit_mb")
 # Modes that cannot work without a network.
 NETWORK_MODES = ("eval", "predict", "convert", "replay", "serve", "export")
 
@@ -83,6 +85,20 @@ def refuse_unused_sizes(config: Config, overrides: Sequence[str]) -> None:
             )
 
 
+def refuse_keys_of_other_modes(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse keys on the command line that another mode reads in place of this one.
+
+    Raises:
+        ConfigError: with the key to use.
+    """
+    section, other = {"eval": ("predict", "eval"), "predict": ("eval", "predict")}.get(config.mode, ("", ""))
+    for word in overrides:
+        group, _, rest = word.lstrip("+").partition(".")
+        key, _, value = rest.partition("=")
+        if group == section and key in VIEW_KEYS and not (group == "eval" and key == "scales"):
+            raise ConfigError(f"{section}.{key}={value}: has no effect with mode={config.mode}. Use {other}.{key}.")
+
+
 def find_missing_keys(config: Config) -> Iterator[str]:
     """A sentence for every key that the mode needs and that is not set, and for quiet=true where it would be silent."""
     if config.mode in NETWORK_MODES and not config.ckpt:
@@ -96,6 +112,8 @@ def find_missing_keys(config: Config) -> Iterator[str]:
             yield f"mode=import needs {key}=<{what}>."
     if config.mode == "replay" and not config.input:
         yield "mode=replay needs input=<sub-batch that a run with a NaN loss has saved>."
+    if config.mode in ("train", "crossval") and "predict" in config.after_training and not config.input:
+        yield "after_training=[predict] needs input=<image, video, folder, pattern, or list of paths>."
     has_own_picture = any(file.startswith(ZOO_PREFIX) for file in list_checkpoints(config.ckpt))
     if config.mode == "predict" and not config.input and not has_own_picture:
         yield "mode=predict needs input=<image, video, folder, pattern, list of paths, or - for standard input>."
@@ -204,6 +222,11 @@ def find_export_problems(config: Config) -> Iterator[str]:
         yield f"{given}mode=export needs output=<file{ONNX} or file{TORCH_EXPORT}>."
     elif config.format not in ("auto", written):
         yield f"format={config.format}: output={config.output} would be format={written}."
+    if config.predict.threshold is not None:
+        yield (
+            f"predict.threshold={config.predict.threshold}: an exported file does not apply it. Leave it out; give it "
+            "where the file is used."
+        )
     if config.export.quantize != "none" and written == "torch_export":
         yield f"export.quantize={config.export.quantize}: applies to {ONNX} files only."
     if config.export.preprocessing and written == "torch_export":

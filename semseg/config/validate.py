@@ -60,6 +60,7 @@ def _check_sections(
     """`check_config` for values that are not nested too deeply."""
     plain = OmegaConf.to_container(composed, resolve=False)
     raise_first(find_section_problems(plain))
+    raise_first(find_nested_list_problems(plain))
     try:
         # Into copies of both, of which OmegaConf would make further ones.
         typed = OmegaConf.unsafe_merge(copy_schema(), name_fields(composed))
@@ -157,11 +158,17 @@ def raise_first(problems: Iterator[str]) -> None:
 
 # OmegaConf's messages about values of another type, and what they mean to users.
 TYPE_RULES = {
-    r"is not a ListConfig, list or tuple": "must be a list, such as [{value}]",
+    r"is not a ListConfig, list or tuple": "must be a list, such as {example}",
+    r"Cannot convert '(ListConfig|list)' to string": "must be text, not a list",
     r"could not be converted to Integer": "must be a whole number",
     r"could not be converted to Float": "must be a number",
     r"is not a valid bool": "must be true or false",
 }
+
+
+# Lists of more than one value: [value] would be refused as well.
+LIST_EXAMPLES = dict.fromkeys(("data.crop", "augment.crop", "augment.scale", "augment.blur_sigma"), "[{0},{0}]")
+NESTED_LISTS = {"data.ignore_colors": "[[0,0,0]]", "eval.also_scales": "[[300,375]]"}
 
 
 def explain_omegaconf_error(error: OmegaConfBaseException, composed: DictConfig) -> str:
@@ -169,19 +176,38 @@ def explain_omegaconf_error(error: OmegaConfBaseException, composed: DictConfig)
     key = str(error.full_key or error.key or "")
     for item in fields(Config):
         key = f"{key_of(item)}{key.removeprefix(item.name)}" if key.partition(".")[0] == item.name else key
+    key = "run_dir" if key == "hydra.run.dir" else key
     if isinstance(error, ConfigKeyError):
         return explain_unknown_key(key, list_keys())
-    value = dict(iterate_leaves(OmegaConf.to_container(composed, resolve=False))).get(key)
+    value = find_value(OmegaConf.to_container(composed, resolve=False), key)
     reason = str(error.msg or error).splitlines()[0].rstrip(".")
     reason = reason.removeprefix("ConfigError raised while resolving interpolation: ")
     for pattern, rule in TYPE_RULES.items():
         if re.search(pattern, reason):
-            reason = rule.format(value=value)
+            reason = rule.format(example=(LIST_EXAMPLES | NESTED_LISTS).get(key, "[{0}]").format(value))
+    if key == "input":
+        reason += ": a folder, a pattern, or a file with one path per line"
     if "Missing mandatory value" in str(error) or (
         key and OmegaConf.is_missing(composed, key.split(".", maxsplit=1)[0])
     ):
         return f"{key} must be set: {key}=..."
+    if key == "run_dir":
+        return f"run_dir: {reason}."  # Hydra has the value under another key
     return f"{key}={value}: {reason}." if key else f"cannot read the configuration: {reason}."
+
+
+def find_value(plain: Any, key: str) -> Any:
+    """The value of a dotted key in nested dicts and lists, which may be a list or a dict; None if there is none.
+
+    >>> find_value({"data": {"crop": [[1], [2]]}}, "data.crop.1")
+    [2]
+    """
+    for part in key.split("."):
+        if isinstance(plain, list):
+            plain = plain[int(part)] if part.isdecimal() and int(part) < len(plain) else None
+        else:
+            plain = plain.get(part) if isinstance(plain, dict) else None
+    return plain
 
 
 def find_section_problems(plain: Any, cls: type = Config, prefix: str = "") -> Iterator[str]:
@@ -201,6 +227,14 @@ def find_section_problems(plain: Any, cls: type = Config, prefix: str = "") -> I
     options = plain.get("options", {}) if cls is ModelConfig else {}
     if not isinstance(options, dict):
         yield f"{prefix}options={options}: is a section, not a value. Its keys are options: {prefix}options.<name>=..."
+
+
+def find_nested_list_problems(plain: Any) -> Iterator[str]:
+    """A sentence for every list of lists that holds anything else; OmegaConf's error does not name its key."""
+    for key, example in NESTED_LISTS.items():
+        value = find_value(plain, key)
+        if isinstance(value, list) and not all(isinstance(item, list) for item in value):
+            yield f"{key}={str(value).replace(' ', '')}: must be a list of lists, such as {example}."
 
 
 def find_range_problems(section: Any, prefix: str = "") -> Iterator[str]:

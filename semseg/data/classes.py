@@ -64,7 +64,8 @@ class ClassTable(NamedTuple):
             lines = read_text(path).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: the class table cannot be read ({describe_reason(error)}).") from error
-        rows = csv.DictReader(lines)
+        has_semicolons = ";" in "".join(lines[:1]) and "," not in lines[0]  # as spreadsheets write it in many countries
+        rows = csv.DictReader(lines, delimiter=";" if has_semicolons else ",")
         try:
             missing = {"index", "name", "R", "G", "B"} - set(rows.fieldnames or ())
             if missing:
@@ -135,8 +136,11 @@ class ClassTable(NamedTuple):
             content = json.loads(text)
             rows = _require_entries(content["classes"] if isinstance(content, dict) else content)
             names = [str(row["name"]) for row in rows]
-            if not any("color" in row for row in rows):
+            has_colours = {"color" in row for row in rows}
+            if has_colours == {False}:
                 return cls.from_names(names)
+            if len(has_colours) > 1:
+                raise ValueError("some classes have a color, and some have none")
             return cls(tuple(map(escape_unprintable, names)), tuple(_parse_colour(row["color"]) for row in rows))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "

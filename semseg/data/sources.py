@@ -539,6 +539,11 @@ def load_class_table(config: DataConfig, root: Path) -> ClassTable:
             hint = f"data.root=<folder> names it.{hint_sentence(config.hint)}"
             require_path(exists=False, kind="data folder", path=root, hint=hint)
         table = ClassTable.from_file(path)
+        if table.num_classes < 2:
+            raise DataError(
+                f"{path}: names one class, and a network needs at least 2. Add that of the other pixels, such as "
+                "background."
+            )
     if config.num_classes not in (None, table.num_classes):
         raise ConfigError(
             f"data.num_classes={config.num_classes}, but data.classes={config.classes} has {table.num_classes}. "

@@ -55,8 +55,11 @@ def run(config: Config, overrides: list[str]) -> None:
 
 
 def describe_images(config: Config) -> str:
-    """What the folder of images holds."""
-    return "copies of the images" if config.import_.copy else "links to the images (import.copy=true copies them)"
+    """What the folder of images holds; an image in an archive is always copied."""
+    assert config.input, "config.check asks for it"
+    source = store.resolve_path(config.input)
+    is_copied = config.import_.copy or (store.is_folder(source) and not source.is_dir())
+    return "copies of the images" if is_copied else "links to the images (import.copy=true copies them)"
 
 
 def write_examples(folder: Path, imported: Imported) -> None:

@@ -48,6 +48,7 @@ from semseg.prediction.pictures import read_band_picture, read_picture
 from semseg.prediction.predictor import PredictionResult, Predictor
 from semseg.prediction.video import Frame, LostFramesError, VideoWriters, read_frames
 from semseg.reports.draw import Pixels, colour_class_map, draw_overlay
+from semseg.storage import run_lock
 from semseg.storage.commands import relative_to_cwd
 from semseg.storage.download import fetch_file
 from semseg.storage.ranks import print_once
@@ -65,7 +66,9 @@ def run(config: Config, overrides: list[str]) -> None:
         SemsegError: for any other error that the user can fix.
     """
     inputs = list_inputs(config)  # missing files are reported before the network is read
-    predict_inputs(open_predictor(config, overrides), config, inputs)
+    predictor = open_predictor(config, overrides)
+    run_lock.on_folder_taken()
+    predict_inputs(predictor, config, inputs)
 
 
 def list_inputs(config: Config) -> list[Input]:

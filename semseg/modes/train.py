@@ -150,7 +150,7 @@ def resolve_start(config: Config, overrides: list[str], source: DataSource) -> S
     if isinstance(weights, str):
         config = replace(config, loss=replace(config.loss, class_weights=read_class_weights(weights)))
     build_terms(config.loss, source.classes.num_classes)  # the module does it again, after much else
-    network = find_network(config.init_from, config, overrides) if config.init_from else None
+    network = find_network(config.init_from, config, overrides, "init_from") if config.init_from else None
     if network is not None and not chooses_network(overrides):
         config = replace(config, model=adopt_network(config.model, network.config.model))
     path = find_resume_checkpoint(config.resume, Path(config.run_dir))
@@ -480,7 +480,7 @@ def describe_mix(source: DataSource, width: int) -> dict[str, str]:
 
 
 def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) -> dict[str, str]:
-    """What a step takes, and how many there are, in two rows."""
+    """What a step takes, and how many there are, in two rows; a third one if none of them is validated."""
     sizes, limits, conditions = config.data, config.trainer, data.run_conditions()
     edges = "/".join(map(str, sizes.short_edges))
     view = f"short edges {edges}, long edges up to {sizes.max_long_edge}"
@@ -500,7 +500,23 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
         "training": f"{format_quantity(conditions.total_steps, 'step')}, {steps} an epoch"
         f", {config.optim.name} with lr {config.optim.lr:g}, {config.loss.terms.formula}"
         f", {limits.precision} on {conditions.accelerator}, {format_quantity(workers, 'worker')}",
+        "validation": describe_validation(limits, conditions.total_steps, steps) if data.source.has("val") else "",
     }
+
+
+def describe_validation(limits: TrainerConfig, num_steps: int, steps_per_epoch: int) -> str:
+    """Why a run with validation images is not validated; empty if it is.
+
+    Args:
+        num_steps: of the run.
+    """
+    first = steps_per_epoch * limits.check_val_every_n_epoch
+    if limits.fast_dev_run or limits.limit_val_batches == 0 or first <= num_steps:
+        return ""
+    return (
+        f"none, because the run ends at step {num_steps} and the first would be after step {first}: no score, no "
+        f"best.ckpt, no report (trainer.check_val_every_n_epoch={limits.check_val_every_n_epoch})"
+    )
 
 
 def best_result(trainer: pl.Trainer) -> RunResult:
@@ -525,12 +541,16 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
     if checkpoint is None:
         console.print("no checkpoint was written")
         return
-    folders = {mode: choose_follow_up_folder(run_dir, mode) for mode in config.after_training}
-    for mode, folder in folders.items():
-        run_follow_up(mode, config, checkpoint, folder)
-    command = resume_command(config, overrides, *overrides_to_continue(config.trainer, config.callbacks, trainer))
-    for line in closing_lines(config, checkpoint, result, folders, command):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)  # commands must survive copying
+    folders: dict[str, Path] = {}
+    try:
+        for mode in config.after_training:
+            folder = choose_follow_up_folder(run_dir, mode)
+            run_follow_up(mode, config, checkpoint, folder)
+            folders[mode] = folder
+    finally:  # the network is there, whatever became of its evaluation
+        command = resume_command(config, overrides, *overrides_to_continue(config.trainer, config.callbacks, trainer))
+        for line in closing_lines(config, checkpoint, result, folders, command):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)  # commands must survive copying
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
@@ -588,7 +608,9 @@ def closing_lines(
     lines = [] if result.score is None else [f"{f'best {name}':15} {result.score:.4f} on the validation images"]
     if torch.cuda.is_available():
         lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    lines += [f"checkpoint      {ckpt}", f"log             {run_dir}/logs", f"report          {run_dir}/{REPORT_FILE}"]
+    lines += [f"checkpoint      {ckpt}", f"log             {run_dir}/logs"]
+    if (Path(config.run_dir) / REPORT_FILE).is_file():  # which the first validation writes
+        lines.append(f"report          {run_dir}/{REPORT_FILE}")
     lines += [f"{mode:15} {shlex.quote(str(relative_to_cwd(folder)))}" for mode, folder in folders.items()]
     return [
         *lines,

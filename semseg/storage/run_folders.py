@@ -24,8 +24,8 @@ METRICS_FILE = "metrics.json"  # of an evaluation
 # ---- checkpoints
 
 
-def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best", "last")) -> Path:
-    """The file that `ckpt=` names: a file, a run folder, or last / best of the newest run.
+def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best", "last"), key: str = "ckpt") -> Path:
+    """The file that `ckpt=`, or another `key`, names: a file, a run folder, or last / best of the newest run.
 
     In a run folder it is the first checkpoint of `prefer` that exists.
 
@@ -37,7 +37,7 @@ def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best"
         found = find_newest_file(runs_dir, f"*/{CHECKPOINT_FOLDER}/{spec}.ckpt")
         if found is None:
             raise CheckpointError(
-                f"ckpt={spec}: no {spec}.ckpt in any run below {runs_dir.resolve()}{describe_folder(runs_dir)}. "
+                f"{key}={spec}: no {spec}.ckpt in any run below {runs_dir.resolve()}{describe_folder(runs_dir)}. "
                 f"Give a file or a run folder, or train first: {entry_command()}."
             )
         return found
@@ -45,11 +45,11 @@ def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best"
         found = find_in_run(path, prefer)
         if found is not None:
             return found
-        raise CheckpointError(f"ckpt={spec}: no best.ckpt or last.ckpt in this folder{describe_folder(path)}.")
+        raise CheckpointError(f"{key}={spec}: no best.ckpt or last.ckpt in this folder{describe_folder(path)}.")
     if not path.is_file():
         nearest = find_nearest(path.name, list_networks(path.parent))
-        hint = f". Did you mean ckpt={Path(spec).with_name(nearest)}?" if nearest else ""
-        raise CheckpointError(f"ckpt={spec}: there is no such file{hint or f'{describe_folder(path.parent)}.'}")
+        hint = f". Did you mean {key}={Path(spec).with_name(nearest)}?" if nearest else ""
+        raise CheckpointError(f"{key}={spec}: there is no such file{hint or f'{describe_folder(path.parent)}.'}")
     return path
 
 
@@ -141,6 +141,17 @@ def claim_folder(folder: Path, mark: str = "_") -> Path:
             f"{folder}: cannot create this run folder ({error.strerror}). Set run_dir or runs_dir."
         ) from None
     raise AssertionError("unreachable: the count has no end")
+
+
+def require_folder_path(folder: Path) -> None:
+    """Check that a folder can be where this path says.
+
+    Raises:
+        ConfigError: if it, or what it lies below, is a file.
+    """
+    existing = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    if not existing.is_dir():
+        raise ConfigError(f"{folder}: cannot be a run folder, because {existing} is a file. Set run_dir or runs_dir.")
 
 
 def list_missing_folders(folder: Path) -> list[Path]:

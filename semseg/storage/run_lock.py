@@ -32,8 +32,10 @@ WAIT_SECONDS = 2.0
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-def on_lock_acquired() -> None:
-    """Called by hold_run_folder once it has the lock; replaced by callers that write into the folder only then."""
+def on_folder_taken() -> None:
+    """Called before a mode writes into its run folder: training when it has the lock, prediction when its inputs are
+    known to lie elsewhere. Replaced by callers that write into the folder only then.
+    """
 
 
 class Holder(NamedTuple):
@@ -83,7 +85,7 @@ def hold_run_folder(run_dir: Path) -> Iterator[str | None]:
     with suppress(OSError), atomic_write(holder_path, durable=False) as temporary:
         temporary.write_text(json.dumps(this_process._asdict()) + "\n", encoding="utf-8")
     try:
-        on_lock_acquired()
+        on_folder_taken()
         yield takeover
     finally:
         if this_process.pid == os.getpid():  # a forked child has a copy of this generator

@@ -422,6 +422,8 @@ CHANGEABLE_KEYS = (
     "model.name", "model.config", "model.channels_last", "model.winograd", "model.compile", "model.encoder.weights",
     "optim.fused", "optim.lr_images",
 )  # fmt: skip
+# Keys that decide how validation scores a network.
+SCORE_KEYS = ("eval.scales", "eval.flip", "eval.window", "eval.stride", "data.miou_rule")
 # Keys that decide which weights and which state of the optimiser a checkpoint holds.
 FIXED_KEYS = (
     "model.library", "model.arch", "model.options", "model.encoder.name", "model.encoder.library",
@@ -440,6 +442,12 @@ def find_differing_keys(saved: dict[str, Any], given: dict[str, Any]) -> dict[st
         for key in dict.fromkeys([*before, *after])
         if decides_steps(key) and before.get(key) != after.get(key)
     }
+
+
+def find_differing_scores(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys that decide how validation scores a network, and that differ; see `find_differing_keys`."""
+    before, after = (list_settings(config) for config in (saved, given))
+    return {key: (before.get(key), after[key]) for key in SCORE_KEYS if key in before and before[key] != after.get(key)}
 
 
 def list_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -530,6 +538,9 @@ def find_warnings(state: RunState, config: dict[str, Any], now: RunConditions) -
         return
     if row := format_records_difference("val", before, now):
         yield f"warning: {row}. Scores before and after are not comparable, and best.ckpt is chosen by both."
+    rows = (format_difference(key, *values) for key, values in find_differing_scores(state.config, config).items())
+    if changed := "; ".join(rows):
+        yield f"warning: {changed}. Scores before and after are not comparable, and best.ckpt is chosen by both."
     for name in ("accelerator", "threads"):
         if row := format_difference(name, getattr(before, name), getattr(now, name)):
             yield f"warning: {row}. The order of floating-point sums changes: the run does not resume exactly."

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.command_line import RUN, run, run_here
+from helpers.command_line import RUN, TINY, TINY_NETWORK, run, run_here
 from semseg.config.overrides import parse_device_indices, quote_override
 
 
@@ -19,6 +19,64 @@ def test_help_lists_models_data_sets_and_sections(tmp_path: Path) -> None:
     page = run_here(tmp_path, "--help")
     for name in ("upernet50", "resnet50_dilated8_ppm_deepsup", "ade20k", "camvid", "scenes", "mode=predict", "eval.*"):
         assert name in page
+
+
+PREDICT = ["mode=predict", "ckpt=x", "input=a.jpg"]
+EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["mode=eval", "ckpt=x", "predict.flip=true"],
+            "predict.flip=true: has no effect with mode=eval. Use eval.flip.",
+        ),
+        ([*PREDICT, "eval.window=64"], "eval.window=64: has no effect with mode=predict. Use predict.window."),
+        ([*PREDICT, "model.compile=true"], "model.compile=true: is for training and mode=eval"),
+        ([*EXPORT, "predict.threshold=0.1"], "predict.threshold=0.1: an exported file does not apply it."),
+        (["after_training=[eval,predict]"], "after_training=[predict] needs input="),
+        (["run_dir=[a,b]"], "run_dir: must be text, not a list."),
+        (["mode=predict", "ckpt=x", "input=[a,b]"], "input=['a', 'b']: must be text, not a list: a folder, a pattern"),
+    ],
+)
+def test_what_a_mode_cannot_use_is_refused_before_anything_is_written(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    assert run_here(tmp_path, *words, code=2).startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("word", ["run_dir=file", "run_dir=file/sub", "runs_dir=file"])
+def test_a_run_folder_that_would_be_a_file_or_lie_below_one_is_refused(word: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    printed = run_here(tmp_path, *TINY, word, code=2)
+    assert "cannot be a run folder, because" in printed and "file is a file. Set run_dir or runs_dir." in printed
+
+
+def test_a_refused_prediction_writes_nothing_beside_the_inputs(tmp_path: Path) -> None:
+    photo = tmp_path / "photos" / "a.png"
+    photo.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(photo)
+    printed = run_here(tmp_path, "mode=predict", "ckpt=x", "input=photos", "run_dir=photos", code=2)
+    assert "holds inputs, which outputs could overwrite" in printed
+    assert list(photo.parent.iterdir()) == [photo]
+
+
+@pytest.mark.slow
+def test_initial_weights_that_do_not_exist_are_named_by_their_key(tmp_path: Path) -> None:
+    printed = run_here(tmp_path, *TINY, *TINY_NETWORK, "init_from=none.ckpt", code=1)
+    assert "error: init_from=none.ckpt: there is no such file" in printed
+
+
+@pytest.mark.slow
+def test_a_run_that_is_never_validated_says_so_and_names_no_report(tmp_path: Path) -> None:
+    """Its follow-up fails, and its last lines are there all the same."""
+    words = [*TINY, *TINY_NETWORK, "run_dir=run", "after_training=[predict]", "input=nowhere"]
+    printed = run_here(tmp_path, *words, "trainer.max_steps=1", code=1)
+    assert "validation  none, because the run ends at step 1 and the first would be after step 2" in printed
+    assert "to continue     " in printed and "report   " not in printed and not (tmp_path / "run/report.html").exists()
+    assert printed.rstrip().endswith("error: input=nowhere: there is no such file or folder.")
 
 
 @pytest.mark.slow
@@ -116,6 +174,10 @@ def test_home_is_expanded_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
         ("optim.lr=fast", "must be a number, or auto."),
         ("optim.weight_decay=fast", "must be a number."),
         ("data.flip=maybe", "must be true or false."),
+        ("data.crop=64", "must be a list, such as [64,64]."),
+        ("data.ignore_colors=[255,255,255]", "must be a list of lists, such as [[0,0,0]]."),
+        ("data.num_classes=[3]", "must be a whole number."),
+        ("data.root=['a', 'b']", "must be text, not a list."),
     ],
 )
 def test_a_value_of_another_type_is_explained_in_our_words(word: str, rule: str, tmp_path: Path) -> None:

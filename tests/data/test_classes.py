@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from semseg.config.schema import DataConfig
 from semseg.data.classes import ClassTable, built_in_classes
+from semseg.data.sources import load_class_table
 from semseg.errors import DataError
 
 
@@ -71,3 +73,22 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
 def test_c36_lines_of_a_text_file_that_begin_with_a_sign_are_comments(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text('# mine\nroad\n\n"#1"\nsky # blue\n')
     assert ClassTable.from_file(tmp_path / "classes.txt").names == ("road", "#1", "sky # blue")
+
+
+def test_a_table_with_semicolons_is_read_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("index;name;R;G;B\n0;a, b;1;2;3\n1;c;4;5;6\n")
+    table = ClassTable.from_file(tmp_path / "t.csv")
+    assert table.names == ("a, b", "c") and table.palette == ((1, 2, 3), (4, 5, 6))
+
+
+def test_colours_of_some_classes_only_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('[{"name": "a", "color": [1, 2, 3]}, {"name": "b"}]')
+    with pytest.raises(DataError, match=r"t\.json: .*some classes have a color, and some have none"):
+        ClassTable.from_file(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(("name", "text"), [("t.txt", "road\n"), ("t.csv", "index,name,R,G,B\n0,road,1,2,3\n")])
+def test_a_table_of_one_class_is_refused_before_anything_is_trained(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}: names one class, and a network needs at least 2"):
+        load_class_table(DataConfig(root=str(tmp_path), classes=name), tmp_path)

@@ -134,7 +134,10 @@ def test_an_unknown_id_is_shown_with_file_and_pixel(tmp_path: Path) -> None:
     put(root, "zz", mask)
     found = check(root, "data.num_classes=3", "data.val_fraction=0")
     assert f"9 at row 33, column 44 of {root / 'masks' / 'zz.png'}" in of_level(found, "error")
-    assert found["suggestions"]["data.num_classes"] == "9"
+    assert found["suggestions"] == {"data.ignore": "[0,9]"}  # one pixel is a mistake, and not six more classes
+    mask[:40] = 9
+    put(root, "zz", mask)
+    assert check(root, "data.num_classes=3", "data.val_fraction=0")["suggestions"]["data.num_classes"] == "9"
 
 
 def test_more_ids_than_classes_extend_the_classes_and_keep_0_ignored(tmp_path: Path) -> None:

@@ -127,3 +127,16 @@ def test_lists_and_paths_are_shortened_to_a_width() -> None:
     assert abbreviate_path("data/2026/facades/rectified", 24) == "data/.../rectified"
     assert abbreviate_path("scenes", 5) == "scenes"
     assert wrap_words(["a" * 30, "b"], 10) == ["a" * 30, "b"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_reports_another_way_of_scoring(tmp_path: Path) -> None:
+    """best.ckpt is chosen by the scores before and after."""
+    words = [*TINY, *TINY_NETWORK, "run_dir=run", "data.steps_per_epoch=1"]
+    run_here(tmp_path, *words)
+    changed = ["eval.scales=[48]", "eval.flip=true", "data.miou_rule=ground_truth"]
+    printed = run_here(tmp_path, *words, "trainer.max_epochs=2", *changed)
+    assert (
+        "warning: eval.scales: [32] in the checkpoint, [48] now; eval.flip: False in the checkpoint, True now; "
+        "data.miou_rule: present in the checkpoint, ground_truth now. Scores before and after are not comparable"
+    ) in printed

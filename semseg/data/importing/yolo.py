@@ -119,6 +119,7 @@ class YoloReader:
     ) -> None:
         self.file, self.names, self.masks_dir, self.finder, self.options = file, names, masks_dir, finder, options
         self.num_boxes, self.num_unlabelled = 0, 0
+        self.missing: list[str] = []  # entries of `test` that do not exist
         self.last = file  # image that was read
         self.labels: dict[str, list[Path]] | None = None  # by stem, for images that are not in the export
 
@@ -127,10 +128,20 @@ class YoloReader:
     def list_images(self, split: str, entry: str, base: Any) -> list[Path]:
         """The images of an entry of `train`, `val` or `test`: a folder, or a list of files.
 
+        Roboflow names a test split that it has not exported, too; so that one may be missing.
+
         Raises:
             DataError: if it does not exist.
         """
-        path = self.resolve(split, entry, base)
+        path = self.resolve(entry, base)
+        if path is None and split == "test":
+            self.missing.append(entry)
+            return []
+        if path is None:
+            raise DataError(
+                f"{self.file}: {split}: there is no {entry} below {self.file.parent}. Correct it, relative to the "
+                "folder of this file, or remove the line."
+            )
         if store.is_folder(path):
             found = [each for each in store.list_files_below(path) if each.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
@@ -146,8 +157,8 @@ class YoloReader:
                 raise DataError(f"{path}:{number}: {error}.") from None
         return images
 
-    def resolve(self, split: str, entry: str, base: Any) -> Path:
-        """The folder or list of an entry, which never leads out of the export.
+    def resolve(self, entry: str, base: Any) -> Path | None:
+        """The folder or list of an entry, which never leads out of the export; None if it does not exist.
 
         It is relative to `path`, which is relative to a folder of the user who wrote it; to the YAML file; or, as
         Roboflow writes ../train/images, to the YAML file without the dots.
@@ -163,9 +174,7 @@ class YoloReader:
                 path = candidate.joinpath(*parts[start:])
                 if store.is_folder(path) or store.is_file(path):
                     return path
-        raise DataError(
-            f"{self.file}: {split}: {entry} is not below {folder}. Correct it, relative to the folder of this file."
-        )
+        return None
 
     # ---- labels
 
@@ -257,6 +266,8 @@ class YoloReader:
 
     def describe(self) -> Iterator[str]:
         """Sentences about what was decided."""
+        for entry in self.missing:
+            yield f"There is no {entry}, so the data set has no images of test from there."
         if self.num_boxes:
             yield f"{self.num_boxes} lines are boxes and drawn as rectangles."
         if self.num_unlabelled:

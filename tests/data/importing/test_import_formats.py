@@ -233,6 +233,17 @@ def test_yolo_holes_by_a_bridge_and_images_without_a_label_file(tmp_path: Path) 
     assert "1 images have no label file" in imported.notes[0]
 
 
+def test_a_test_split_of_yolo_that_was_not_exported_is_left_out(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path / "e")
+    file.write_text(f"{file.read_text()}test: ../test/images\n")
+    imported = import_here(tmp_path / "e", tmp_path / "out")
+    assert len(imported.images) == len(NAMES)
+    assert "There is no ../test/images, so the data set has no images of test from there." in imported.notes
+    file.write_text(file.read_text().replace("../valid/images", "../nowhere"))
+    with pytest.raises(DataError, match=r"val: there is no \.\./nowhere below .*, or remove the line"):
+        import_here(tmp_path / "e", tmp_path / "other")
+
+
 def test_yolo_masks_of_the_semantic_task(tmp_path: Path) -> None:
     for name in NAMES:
         put(tmp_path / "e/images/train" / f"{name}.jpg", photo(name))
@@ -289,8 +300,8 @@ def test_yolo_boxes_are_drawn_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("names: [cat, dog]\ntrain: ../../secret\n", r"train: \.\./\.\./secret is not below"),
-        ("names: [cat, dog]\ntrain: /etc\n", "train: /etc is not below"),
+        ("names: [cat, dog]\ntrain: ../../secret\n", r"train: there is no \.\./\.\./secret below"),
+        ("names: [cat, dog]\ntrain: /etc\n", "train: there is no /etc below"),
         ("names: [cat, dog]\ntrain: train/images\nnc: 3\n", "nc='?3'?, but there are 2 names"),
         ("names: {0: cat, 2: dog}\ntrain: train/images\n", "the numbers of names must be 0, 1, 2, ... without gaps"),
         ("names: 3\ntrain: train/images\n", "names must be a list of texts"),
