@@ -252,7 +252,7 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
     precision = config.trainer.precision
     net = restore_network(saved).to(device, choose_weight_type(precision))
     refuse_nonfinite_weights(net.state_dict(), saved.source)
-    if settle_layout(config, net).model.channels_last and is_convolutional(net):
+    if settle_layout(config, net, device.type).model.channels_last and is_convolutional(net):
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     settings = PredictionSettings(
         options.scales or config.eval.scales,
@@ -386,11 +386,15 @@ def locate_waiting_record(config: Config, root: Path) -> WaitingRecord:
     return WaitingRecord(cache_folder(config.download), root, conditions)
 
 
-def settle_layout(config: Config, net: SegmentationNetwork) -> Config:
-    """The configuration with a plain value for model.channels_last, if it is `auto`."""
+def settle_layout(config: Config, net: SegmentationNetwork, device: str | None = None) -> Config:
+    """The configuration with a plain value for model.channels_last, if it is `auto`.
+
+    Args:
+        device: the type of the device; None: that of trainer.accelerator.
+    """
     if config.model.channels_last != AUTO:
         return config
-    device = choose_accelerator(config.trainer.accelerator)
+    device = device or choose_accelerator(config.trainer.accelerator)
     is_last = is_convolutional(net) and is_faster_in_channels_last(net, device, config.trainer.precision)
     return replace(config, model=replace(config.model, channels_last=is_last))
 

@@ -147,17 +147,17 @@ class SegmentationModule(pl.LightningModule):
         """The loss that is minimised, of one sub-batch."""
         return self.loss_function(logits, label).total
 
-    def prepare_training(self) -> None:
-        """Set the modes of the layers, and move the loss to the device of the network."""
+    def prepare_training(self, world_size: int = 1) -> None:
+        """Set the modes and the normalisation of the layers, and move the loss to the device of the network."""
         self.train()  # Lightning keeps the modes as they are, and freeze_bn sets some
         self.loss_function.keywords["terms"] = move_terms(self.terms, self.device)
-
-    def on_fit_start(self) -> None:
-        self.prepare_training()
         # With several ranks the LayerSync plugin does this; with one Lightning never calls it.
         syncbn = self.syncbn_config
-        if self.trainer.world_size == 1 and (syncbn.name, syncbn.convention) == ("reduce", "published"):
+        if world_size == 1 and (syncbn.name, syncbn.convention) == ("reduce", "published"):
             convert_batch_norms(self.net, "published")
+
+    def on_fit_start(self) -> None:
+        self.prepare_training(self.trainer.world_size)
 
     def on_train_start(self) -> None:
         scheduler = self.lr_schedulers()

@@ -377,13 +377,14 @@ def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConf
 
 
 def is_stray(unknown_ids: set[int], pixels: Counter[int], next_id: int) -> bool:
-    """Whether unknown ids are more likely mistakes than classes: hardly any pixels, and not the ids after the classes.
+    """Whether unknown ids, apart from 255, are more likely mistakes than classes: hardly any pixels, not the next id.
 
     >>> is_stray({77}, Counter({0: 9999, 1: 5000, 77: 1}), 2), is_stray({2}, Counter({0: 9999, 1: 5000, 2: 1}), 2)
     (True, False)
     """
-    share = sum(pixels[raw] for raw in unknown_ids) / max(1, pixels.total())
-    return share < MAX_STRAY_FRACTION and next_id not in unknown_ids
+    others = unknown_ids - {VOID}
+    share = sum(pixels[raw] for raw in others) / max(1, pixels.total())
+    return bool(others) and share < MAX_STRAY_FRACTION and next_id not in others
 
 
 def check_shifted_ids(splits: Sequence[ScannedSplit], data: DataConfig, class_of: ClassOf) -> Advice:

@@ -54,7 +54,7 @@ from semseg.config.overrides import (
     select_overrides,
 )
 from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, Config
-from semseg.config.uses import refuse_keys_of_other_modes, refuse_unused_sizes
+from semseg.config.uses import refuse_unread_keys, refuse_unused_sizes
 from semseg.config.validate import check_config
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, ReportedError, SemsegError
 from semseg.storage import run_lock
@@ -93,7 +93,8 @@ def main() -> None:
             refuse_other_options(options)
             sys.exit(run_sweep(typed, overrides))
         if not options:
-            composed, config = compose_run(overrides)  # before anything is written
+            # Before anything is written.
+            composed, config = compose_run(overrides, is_repeated="mode=rerun" in typed)
             if config.mode in PRINTING_MODES:
                 import_mode(config.mode).run(config, overrides)
                 sys.exit(0)
@@ -129,8 +130,11 @@ def refuse_other_options(options: set[str]) -> None:
         raise ConfigError(f"{others[0]} and -m: a sweep takes no other option.")
 
 
-def compose_run(overrides: list[str]) -> tuple[DictConfig, Config]:
+def compose_run(overrides: list[str], *, is_repeated: bool = False) -> tuple[DictConfig, Config]:
     """The configuration of a single run: as Hydra composes it, with Hydra's own settings, and checked.
+
+    Args:
+        is_repeated: by mode=rerun, which cannot leave out keys without effect that were accepted before.
 
     Raises:
         ConfigError: if a value is wrong, has no effect, or belongs to a sweep or another mode.
@@ -138,7 +142,8 @@ def compose_run(overrides: list[str]) -> tuple[DictConfig, Config]:
     composed = compose_with_hydra(overrides)
     config = check_config(drop_hydra_section(composed))
     refuse_unused_sizes(config, overrides)
-    refuse_keys_of_other_modes(config, overrides)
+    if not is_repeated:
+        refuse_unread_keys(config.mode, overrides)
     refuse_search_settings(composed)
     return composed, config
 
@@ -333,7 +338,7 @@ def resolve_sweep_dir(composed: DictConfig) -> Path:
         ConfigError: if it cannot be created.
     """
     sweep_dir = Path(str(composed.hydra.sweep.dir)).absolute()
-    require_folder_path(sweep_dir)
+    require_folder_path(sweep_dir, "sweep_dir")
     return claim_folder(sweep_dir) if "${now:" in read_unresolved(composed.hydra.sweep, "dir") else sweep_dir
 
 

@@ -15,7 +15,12 @@ from semseg.config.fields import key_of
 from semseg.config.groups import list_groups
 from semseg.config.overrides import parse_overrides, quote_value
 from semseg.config.schema import Config, list_keys
-from semseg.config.uses import find_mode_problems, find_prediction_problems, refuse_unused_sizes
+from semseg.config.uses import (
+    find_mode_problems,
+    find_prediction_problems,
+    refuse_unread_keys,
+    refuse_unused_sizes,
+)
 from semseg.config.validate import check_config
 from semseg.errors import ArgumentError, ConfigError
 
@@ -86,4 +91,6 @@ def load_prediction_config(
                 f"{override}: does not change predictions. Of {section}, semseg.load takes "
                 f"{', '.join(f'{section}.{each}' for each in used)}."
             )
-    return load_config([f"ckpt={given}", *overrides], find_prediction_problems)
+    loaded = load_config([f"ckpt={given}", *overrides], find_prediction_problems)
+    refuse_unread_keys("predict", overrides)
+    return loaded

@@ -24,8 +24,18 @@ from semseg.errors import ConfigError
 
 # Keys that say to which size images are brought.
 SIZE_KEYS = ("data.short_edges", "data.max_long_edge", "eval.scales", "eval.also_scales", "predict.scales")
-# Keys that `eval` and `predict` both have; eval.scales is also the default of predict.scales.
-VIEW_KEYS = ("scales", "flip", "window", "stride", "memory_limit_mb")
+# Keys that `eval` and `predict` both have, apart from eval.scales, which is the default of predict.scales.
+VIEW_KEYS = ("flip", "window", "stride", "memory_limit_mb")
+PREDICTION_ADVICE = {f"eval.{key}": f"Use predict.{key}." for key in VIEW_KEYS} | {
+    "model.compile": "It is for training and mode=eval. Leave it out."
+}
+# Keys that a mode does not read, and what to do.
+UNREAD_KEYS = {
+    "eval": {f"predict.{key}": f"Use eval.{key}." for key in (*VIEW_KEYS, "scales")},
+    "predict": PREDICTION_ADVICE,
+    "serve": PREDICTION_ADVICE,
+    "export": {"predict.threshold": "An exported file does not apply it: give it where the file is used."},
+}
 # Modes that cannot work without a network.
 NETWORK_MODES = ("eval", "predict", "convert", "replay", "serve", "export")
 
@@ -51,21 +61,12 @@ def find_mode_problems(config: Config) -> Iterator[str]:
     yield from find_exported_network_problems(config)
     yield from find_export_problems(config)
     yield from find_confidence_problems(config)
-    if config.mode in ("predict", "serve"):
-        yield from find_compilation_problems(config)
 
 
 def find_prediction_problems(config: Config) -> Iterator[str]:
     """A sentence for everything with which no network can be loaded to predict, whatever the mode."""
     yield from find_unloadable_files([("ckpt", file) for file in list_checkpoints(config.ckpt)])
     yield from find_exported_network_problems(config)
-    yield from find_compilation_problems(config)
-
-
-def find_compilation_problems(config: Config) -> Iterator[str]:
-    """A sentence for model.compile=true where a network predicts, which is never compiled for it."""
-    if config.model.compile and not any(map(is_onnx, list_checkpoints(config.ckpt))):  # that has a sentence of its own
-        yield "model.compile=true: is for training and mode=eval, and does not change predictions. Leave it out."
 
 
 def refuse_unused_sizes(config: Config, overrides: Sequence[str]) -> None:
@@ -85,18 +86,17 @@ def refuse_unused_sizes(config: Config, overrides: Sequence[str]) -> None:
             )
 
 
-def refuse_keys_of_other_modes(config: Config, overrides: Sequence[str]) -> None:
-    """Refuse keys on the command line that another mode reads in place of this one.
+def refuse_unread_keys(mode: str, overrides: Sequence[str]) -> None:
+    """Refuse keys on the command line that a mode does not read, where users expect it. Those of files are for others.
 
     Raises:
-        ConfigError: with the key to use.
+        ConfigError: with the key to use instead.
     """
-    section, other = {"eval": ("predict", "eval"), "predict": ("eval", "predict")}.get(config.mode, ("", ""))
+    unread = UNREAD_KEYS.get(mode, {})
     for word in overrides:
-        group, _, rest = word.lstrip("+").partition(".")
-        key, _, value = rest.partition("=")
-        if group == section and key in VIEW_KEYS and not (group == "eval" and key == "scales"):
-            raise ConfigError(f"{section}.{key}={value}: has no effect with mode={config.mode}. Use {other}.{key}.")
+        key, _, value = word.lstrip("+").partition("=")
+        if key in unread and value.lower() not in ("false", "null"):
+            raise ConfigError(f"{key}={value}: has no effect with mode={mode}. {unread[key]}")
 
 
 def find_missing_keys(config: Config) -> Iterator[str]:
@@ -222,11 +222,6 @@ def find_export_problems(config: Config) -> Iterator[str]:
         yield f"{given}mode=export needs output=<file{ONNX} or file{TORCH_EXPORT}>."
     elif config.format not in ("auto", written):
         yield f"format={config.format}: output={config.output} would be format={written}."
-    if config.predict.threshold is not None:
-        yield (
-            f"predict.threshold={config.predict.threshold}: an exported file does not apply it. Leave it out; give it "
-            "where the file is used."
-        )
     if config.export.quantize != "none" and written == "torch_export":
         yield f"export.quantize={config.export.quantize}: applies to {ONNX} files only."
     if config.export.preprocessing and written == "torch_export":

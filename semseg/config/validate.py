@@ -156,10 +156,11 @@ def raise_first(problems: Iterator[str]) -> None:
         raise ConfigError(problem)
 
 
+NO_LIST = "must be text, not a list"
 # OmegaConf's messages about values of another type, and what they mean to users.
 TYPE_RULES = {
     r"is not a ListConfig, list or tuple": "must be a list, such as {example}",
-    r"Cannot convert '(ListConfig|list)' to string": "must be text, not a list",
+    r"Cannot convert '(ListConfig|list)' to string": NO_LIST,
     r"could not be converted to Integer": "must be a whole number",
     r"could not be converted to Float": "must be a number",
     r"is not a valid bool": "must be true or false",
@@ -185,7 +186,7 @@ def explain_omegaconf_error(error: OmegaConfBaseException, composed: DictConfig)
     for pattern, rule in TYPE_RULES.items():
         if re.search(pattern, reason):
             reason = rule.format(example=(LIST_EXAMPLES | NESTED_LISTS).get(key, "[{0}]").format(value))
-    if key == "input":
+    if key == "input" and reason == NO_LIST:
         reason += ": a folder, a pattern, or a file with one path per line"
     if "Missing mandatory value" in str(error) or (
         key and OmegaConf.is_missing(composed, key.split(".", maxsplit=1)[0])
@@ -233,7 +234,7 @@ def find_nested_list_problems(plain: Any) -> Iterator[str]:
     """A sentence for every list of lists that holds anything else; OmegaConf's error does not name its key."""
     for key, example in NESTED_LISTS.items():
         value = find_value(plain, key)
-        if isinstance(value, list) and not all(isinstance(item, list) for item in value):
+        if isinstance(value, list) and not all(isinstance(item, list) or "${" in str(item) for item in value):
             yield f"{key}={str(value).replace(' ', '')}: must be a list of lists, such as {example}."
 
 

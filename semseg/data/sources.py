@@ -42,6 +42,7 @@ from semseg.storage.ranks import print_once
 
 # Overrides with which the paths of lists and folders are relative to the working directory, as data.images is.
 ROOT_OF_LISTS = {"data.images": "null", "data.masks": "null", "data.root": "."}
+MIN_CLASSES = 2  # of a network
 MAX_LISTED_CLASSES = 20  # in messages
 MAX_NAMED_PROBLEMS = 20  # of a split, with data.on_bad=skip
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -62,18 +63,24 @@ class DataSource:
 
     Args:
         classes: None: as the configuration says.
+        is_part: of data.mix, whose only class may be one of several.
 
     Raises:
         ConfigError: if the configuration does not define the classes.
-        DataError: if the class table is missing or broken.
+        DataError: if the class table is missing or broken, or has one class.
     """
 
-    def __init__(self, config: DataConfig, classes: ClassTable | None = None) -> None:
+    def __init__(self, config: DataConfig, classes: ClassTable | None = None, *, is_part: bool = False) -> None:
         self.config = config
         self.root = Path.cwd() if config.images else store.resolve_path(config.root)
         if config.make is not None:
             make_scenes(self.root, num_train=config.make.num_train, num_val=config.make.num_val, seed=config.make.seed)
         self.classes = load_class_table(config, self.root) if classes is None else classes
+        if self.classes.num_classes < MIN_CLASSES and not is_part:
+            raise DataError(
+                f"data.classes={config.classes}: names one class, and a network needs at least {MIN_CLASSES}. Add that "
+                "of the other pixels, such as background."
+            )
         self.label_map = make_label_map(config, self.classes)
         self.bands = band_options(config)  # None: images are 8-bit RGB
         self._pixel_types: dict[str, str] = {}  # by split
@@ -447,7 +454,7 @@ def open_part(number: int, part: MixPart, classes: ClassTable) -> MixedSource:
         DataError: if its class table is missing or broken.
     """
     with name_part(part.key):
-        source = DataSource(part.data, None if part.has_own_classes else classes)
+        source = DataSource(part.data, None if part.has_own_classes else classes, is_part=True)
     if not part.has_own_classes:
         return MixedSource(number, part, source, source.label_map)
     indices = match_classes(part, source.classes, classes)
@@ -539,11 +546,6 @@ def load_class_table(config: DataConfig, root: Path) -> ClassTable:
             hint = f"data.root=<folder> names it.{hint_sentence(config.hint)}"
             require_path(exists=False, kind="data folder", path=root, hint=hint)
         table = ClassTable.from_file(path)
-        if table.num_classes < 2:
-            raise DataError(
-                f"{path}: names one class, and a network needs at least 2. Add that of the other pixels, such as "
-                "background."
-            )
     if config.num_classes not in (None, table.num_classes):
         raise ConfigError(
             f"data.num_classes={config.num_classes}, but data.classes={config.classes} has {table.num_classes}. "

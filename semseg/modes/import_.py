@@ -49,17 +49,15 @@ def run(config: Config, overrides: list[str]) -> None:
     for line in summarise_import(imported):
         print(escape_lines(line))
     root = relative_to_cwd(output)
-    print(escape_lines(f"written to {root}: masks, classes.csv, lists, semseg.yaml, {describe_images(config)}"))
+    print(escape_lines(f"written to {root}: masks, classes.csv, lists, semseg.yaml, {describe_images(output)}"))
     print(escape_lines(f"to check: {format_command(['mode=check', 'data=folder', f'data.root={root}'])}"))
     print(escape_lines(f"to train: {format_command(['data=folder', f'data.root={root}'])}"))
 
 
-def describe_images(config: Config) -> str:
-    """What the folder of images holds; an image in an archive is always copied."""
-    assert config.input, "config.check asks for it"
-    source = store.resolve_path(config.input)
-    is_copied = config.import_.copy or (store.is_folder(source) and not source.is_dir())
-    return "copies of the images" if is_copied else "links to the images (import.copy=true copies them)"
+def describe_images(output: Path) -> str:
+    """What the folder of images holds: links only where files are not in an archive, and import.copy is false."""
+    has_links = any(path.is_symlink() for path in (output / "images").rglob("*"))
+    return "links to the images (import.copy=true copies them)" if has_links else "copies of the images"
 
 
 def write_examples(folder: Path, imported: Imported) -> None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
+from torch import Tensor
 
 from semseg.build import build_module, choose_device, open_network, restore_network
-from semseg.checkpoints.format import is_dense_tensor, load_plain
+from semseg.checkpoints.format import NET_PREFIX, SAFETENSORS, is_dense_tensor, load_plain
 from semseg.config.schema import Config
 from semseg.data.batch import Batch
 from semseg.errors import CheckpointError
@@ -23,7 +25,8 @@ from semseg.training.callbacks.nonfinite import watch_layers
 def run(config: Config, overrides: list[str]) -> None:
     """Take a step on the saved sub-batches of `input` with the weights of `ckpt`, and report what came out.
 
-    Loss, precision and frozen layers are those of the run. The device is that of trainer.accelerator: half precision
+    Loss, precision, frozen layers and dropout are those of the run. With several ranks, normalisation has the
+    statistics of this rank's images alone. The device is that of trainer.accelerator: half precision
     may be rounded otherwise on a CPU than on the GPU of the run.
 
     Raises:
@@ -31,17 +34,19 @@ def run(config: Config, overrides: list[str]) -> None:
     """
     assert config.input is not None, "config.check asks for it"
     path = Path(config.input).expanduser()
-    step, batches = read_batches(path)
+    step, batches, seeds = read_batches(path)
     saved, config = open_network(config, overrides)
     config = restore_training(saved.config, config, overrides)
     device, precision = choose_device(config.trainer), config.trainer.precision
+    saved = saved._replace(weights=read_trained_weights(Path(saved.source)) or saved.weights)
     module = build_module(config, restore_network(saved), saved.classes).to(device, choose_weight_type(precision))
     module.prepare_training()
     console = Console(soft_wrap=True, highlight=False)
     console.print(
         Text(escape_unprintable(f"step {step} repeated, with the weights of {saved.source} (step {saved.step})"))
     )
-    for batch in batches:
+    for batch, seed in zip(batches, seeds, strict=True):
+        torch.manual_seed(seed)
         moved = batch._replace(**{name: getattr(batch, name).to(device) for name in ("image", "label", "size")})
         with create_autocast(precision, device), watch_layers(module.net) as layers:
             loss = module.compute_loss(moved, config.loss.average)
@@ -61,7 +66,7 @@ def run(config: Config, overrides: list[str]) -> None:
 
 
 def restore_training(saved: Config, config: Config, overrides: Sequence[str]) -> Config:
-    """The configuration of mode=replay with what decides a step of the run, unless it is given.
+    """The configuration of mode=replay with what decides a step of the run; loss and precision unless they are given.
 
     A compiled network has no layers that can be watched.
     """
@@ -71,13 +76,21 @@ def restore_training(saved: Config, config: Config, overrides: Sequence[str]) ->
     return replace(
         config,
         loss=config.loss if is_given else saved.loss,
+        syncbn=saved.syncbn,
         trainer=replace(config.trainer, precision=precision),
         model=replace(config.model, compile=False),
     )
 
 
-def read_batches(path: Path) -> tuple[int, list[Batch]]:
-    """The step and the sub-batches of a file that a stopped run left.
+def read_trained_weights(path: Path) -> dict[str, Tensor]:
+    """The weights that were trained, where the checkpoint has their moving average as those of the network."""
+    content = load_plain(path) if path.is_file() and path.suffix != SAFETENSORS else {}
+    trained = content.get("current_model_state", {})
+    return {name.removeprefix(NET_PREFIX): value for name, value in trained.items() if name.startswith(NET_PREFIX)}
+
+
+def read_batches(path: Path) -> tuple[int, list[Batch], list[int]]:
+    """The step, the sub-batches and the seeds before them of a file that a stopped run left.
 
     Raises:
         CheckpointError: if it is another kind of file.
@@ -85,11 +98,11 @@ def read_batches(path: Path) -> tuple[int, list[Batch]]:
     content: dict[str, Any] = load_plain(path)
     try:
         batches = [Batch(**batch) for batch in content["batches"]]
-        step = int(content["step"])
+        step, seeds = int(content["step"]), [int(seed) for seed in content.get("seeds", [0] * len(batches))]
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"input={path}: not a saved sub-batch; a run that ends with a NaN loss prints its name."
         ) from error
-    if not all(is_dense_tensor(value) for batch in batches for value in batch[:3]):
+    if len(seeds) != len(batches) or not all(is_dense_tensor(value) for batch in batches for value in batch[:3]):
         raise CheckpointError(f"input={path}: not a saved sub-batch.")
-    return step, batches
+    return step, batches, seeds

@@ -367,6 +367,7 @@ def train_network(start: Start, overrides: list[str], source: DataSource) -> flo
             "weights": describe_weights(start, loaded, data),
             **describe_data(source, width - LABEL_WIDTH),
             **describe_steps(config, trainer, data),
+            **({} if state is not None else describe_validation(config.trainer, data)),
             "automatic": ", ".join(map(str, choices)),
             "run folder": str(relative_to_cwd(run_dir)),
         }
@@ -480,7 +481,7 @@ def describe_mix(source: DataSource, width: int) -> dict[str, str]:
 
 
 def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) -> dict[str, str]:
-    """What a step takes, and how many there are, in two rows; a third one if none of them is validated."""
+    """What a step takes, and how many there are, in two rows."""
     sizes, limits, conditions = config.data, config.trainer, data.run_conditions()
     edges = "/".join(map(str, sizes.short_edges))
     view = f"short edges {edges}, long edges up to {sizes.max_long_edge}"
@@ -500,23 +501,19 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
         "training": f"{format_quantity(conditions.total_steps, 'step')}, {steps} an epoch"
         f", {config.optim.name} with lr {config.optim.lr:g}, {config.loss.terms.formula}"
         f", {limits.precision} on {conditions.accelerator}, {format_quantity(workers, 'worker')}",
-        "validation": describe_validation(limits, conditions.total_steps, steps) if data.source.has("val") else "",
     }
 
 
-def describe_validation(limits: TrainerConfig, num_steps: int, steps_per_epoch: int) -> str:
-    """Why a run with validation images is not validated; empty if it is.
-
-    Args:
-        num_steps: of the run.
-    """
-    first = steps_per_epoch * limits.check_val_every_n_epoch
-    if limits.fast_dev_run or limits.limit_val_batches == 0 or first <= num_steps:
-        return ""
-    return (
-        f"none, because the run ends at step {num_steps} and the first would be after step {first}: no score, no "
-        f"best.ckpt, no report (trainer.check_val_every_n_epoch={limits.check_val_every_n_epoch})"
-    )
+def describe_validation(limits: TrainerConfig, data: SegmentationData) -> dict[str, str]:
+    """A row that says why a run with validation images is never validated; none if it is."""
+    conditions = data.run_conditions()
+    first = math.ceil(conditions.batches_per_epoch / limits.accumulate_grad_batches) * limits.check_val_every_n_epoch
+    is_validated = first <= conditions.total_steps or limits.fast_dev_run
+    if is_validated or limits.limit_val_batches == 0 or not data.source.has("val"):
+        return {}
+    reason = f"the run ends at step {conditions.total_steps} and the first would be after step {first}"
+    key = f"trainer.check_val_every_n_epoch={limits.check_val_every_n_epoch}"
+    return {"validation": f"none, because {reason}: no score, no best.ckpt, no report ({key})"}
 
 
 def best_result(trainer: pl.Trainer) -> RunResult:

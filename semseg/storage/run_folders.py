@@ -143,15 +143,18 @@ def claim_folder(folder: Path, mark: str = "_") -> Path:
     raise AssertionError("unreachable: the count has no end")
 
 
-def require_folder_path(folder: Path) -> None:
+def require_folder_path(folder: Path, keys: str = "run_dir or runs_dir") -> None:
     """Check that a folder can be where this path says.
 
+    Args:
+        keys: that set it.
+
     Raises:
-        ConfigError: if it, or what it lies below, is a file.
+        ConfigError: if it, or what it lies below, is a file or a broken link.
     """
-    existing = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
-    if not existing.is_dir():
-        raise ConfigError(f"{folder}: cannot be a run folder, because {existing} is a file. Set run_dir or runs_dir.")
+    existing = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
+    if existing is not None and not existing.is_dir():
+        raise ConfigError(f"{folder}: cannot be created, because {existing} is no folder. Set {keys}.")
 
 
 def list_missing_folders(folder: Path) -> list[Path]:

@@ -539,7 +539,7 @@ def find_warnings(state: RunState, config: dict[str, Any], now: RunConditions) -
     if row := format_records_difference("val", before, now):
         yield f"warning: {row}. Scores before and after are not comparable, and best.ckpt is chosen by both."
     rows = (format_difference(key, *values) for key, values in find_differing_scores(state.config, config).items())
-    if changed := "; ".join(rows):
+    if (changed := "; ".join(rows)) and "val" in now.records and config["trainer"]["limit_val_batches"] != 0:
         yield f"warning: {changed}. Scores before and after are not comparable, and best.ckpt is chosen by both."
     for name in ("accelerator", "threads"):
         if row := format_difference(name, getattr(before, name), getattr(now, name)):

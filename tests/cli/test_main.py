@@ -33,8 +33,11 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
             "predict.flip=true: has no effect with mode=eval. Use eval.flip.",
         ),
         ([*PREDICT, "eval.window=64"], "eval.window=64: has no effect with mode=predict. Use predict.window."),
-        ([*PREDICT, "model.compile=true"], "model.compile=true: is for training and mode=eval"),
-        ([*EXPORT, "predict.threshold=0.1"], "predict.threshold=0.1: an exported file does not apply it."),
+        ([*PREDICT, "model.compile=true"], "model.compile=true: has no effect with mode=predict. It is for training"),
+        (
+            [*EXPORT, "predict.threshold=0.1"],
+            "predict.threshold=0.1: has no effect with mode=export. An exported file does not",
+        ),
         (["after_training=[eval,predict]"], "after_training=[predict] needs input="),
         (["run_dir=[a,b]"], "run_dir: must be text, not a list."),
         (["mode=predict", "ckpt=x", "input=[a,b]"], "input=['a', 'b']: must be text, not a list: a folder, a pattern"),
@@ -47,11 +50,26 @@ def test_what_a_mode_cannot_use_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_a_recipe_may_set_keys_that_a_mode_does_not_read(tmp_path: Path) -> None:
+    """It serves several modes; and mode=rerun repeats what was accepted before."""
+    (tmp_path / "recipe.yaml").write_text("model: {compile: true}\npredict: {threshold: auto, flip: true}\n")
+    for words in (["mode=predict", "input=x"], ["mode=export", "output=x.onnx"], ["mode=eval"]):
+        printed = run_here(tmp_path, *words, "ckpt=none.ckpt", "experiment=recipe.yaml", code=1)
+        assert "none.ckpt: there is no such file" in printed or "input=x: there is no such file" in printed
+    record = tmp_path / "run" / ".hydra" / "overrides.yaml"
+    record.parent.mkdir(parents=True)
+    record.write_text("- mode=predict\n- ckpt=none.ckpt\n- input=x\n- eval.flip=true\n")
+    assert "input=x: there is no such file" in run_here(tmp_path, "mode=rerun", "run=run", code=1)
+
+
 @pytest.mark.parametrize("word", ["run_dir=file", "run_dir=file/sub", "runs_dir=file"])
 def test_a_run_folder_that_would_be_a_file_or_lie_below_one_is_refused(word: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     printed = run_here(tmp_path, *TINY, word, code=2)
-    assert "cannot be a run folder, because" in printed and "file is a file. Set run_dir or runs_dir." in printed
+    assert f"cannot be created, because {tmp_path / 'file'} is no folder. Set run_dir or runs_dir." in printed
+    printed = run_here(tmp_path, *TINY, "-m", "seed=1,2", "sweep_dir=file", code=2)
+    assert "is no folder. Set sweep_dir." in printed
 
 
 def test_a_refused_prediction_writes_nothing_beside_the_inputs(tmp_path: Path) -> None:

@@ -20,7 +20,11 @@ def test_predicting_needs_no_mode_and_takes_exported_networks() -> None:
     [
         ("net.pt2", "predict.flip=true", r"^ckpt=net\.pt2: cannot be loaded.*Export to \.onnx"),
         ("net.onnx", "model.compile=true", r"^model\.compile=True: an exported network runs as it was exported"),
-        ("net.ckpt", "model.compile=true", r"^model\.compile=true: is for training and mode=eval"),
+        (
+            "net.ckpt",
+            "model.compile=true",
+            r"^model\.compile=true: has no effect with mode=predict",
+        ),
         ("net.ckpt", "predict.scale=[32]", r"'predict\.scale'. Did you mean predict\.scales\?"),
         ("net.ckpt", "eval.scale=[32]", r"Did you mean eval\.scales\?"),
         ("net.ckpt", "predict.scales=32", "predict.scales=32"),

@@ -8,7 +8,7 @@ import pytest
 
 from semseg.config.schema import DataConfig
 from semseg.data.classes import ClassTable, built_in_classes
-from semseg.data.sources import load_class_table
+from semseg.data.sources import DataSource
 from semseg.errors import DataError
 
 
@@ -90,5 +90,5 @@ def test_colours_of_some_classes_only_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "text"), [("t.txt", "road\n"), ("t.csv", "index,name,R,G,B\n0,road,1,2,3\n")])
 def test_a_table_of_one_class_is_refused_before_anything_is_trained(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=rf"{name}: names one class, and a network needs at least 2"):
-        load_class_table(DataConfig(root=str(tmp_path), classes=name), tmp_path)
+    with pytest.raises(DataError, match=rf"data.classes={name}: names one class, and a network needs at least 2"):
+        DataSource(DataConfig(root=str(tmp_path), classes=name))

@@ -207,6 +207,11 @@ def test_classes_are_those_of_the_same_name_and_others_must_be_mapped(main_confi
     assert halves == [[0, 1], [1, 2], [1, 2], [0, 1], [-1, 1]]
 
 
+def test_a_further_data_set_may_have_one_class(main_config: DataConfig) -> None:
+    (Path(main_config.mix[0]["root"]) / "classes.csv").write_text("index,name,R,G,B\n0,car,1,2,3\n")
+    assert DataSource(main_config).parts[0].source.classes.names == ("car",)
+
+
 def test_every_way_to_read_a_label_uses_the_map_of_its_data_set(main_config: DataConfig, tmp_path: Path) -> None:
     main_config.mix[0]["class_map"] = {"bus": "car", "tree": None}
     source = DataSource(main_config)

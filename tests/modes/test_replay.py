@@ -10,14 +10,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 
 from helpers.command_line import TINY, run_here
+from helpers.in_process import prepare_run
 from helpers.tiny_network import TINY_NETWORK
 from semseg.build import build_module, find_network, restore_network
 from semseg.config.load import load_config
 from semseg.data.batch import Batch
+from semseg.lit_module import SegmentationModule
 from semseg.nets.registry import NETWORKS
-from semseg.training.callbacks.nonfinite import batch_to_dict
+from semseg.training.callbacks.nonfinite import NonFiniteError, batch_to_dict
 
 pytestmark = pytest.mark.reliability
 RUN = [
@@ -42,7 +45,7 @@ def save_batch(folder: Path) -> Batch:
         torch.tensor([[32, 40], [24, 40]]),
         ["a.jpg", "b.jpg"],
     )
-    torch.save({"step": 7, "batches": [batch_to_dict(batch)]}, folder / "batch.pt")
+    torch.save({"step": 7, "batches": [batch_to_dict(batch)], "seeds": [5]}, folder / "batch.pt")
     return batch
 
 
@@ -87,3 +90,34 @@ def test_a_layer_that_overflows_in_half_precision_only_is_named(tmp_path: Path) 
     assert "the first layer to give NaN or infinity: model.blocks.0.0 (Conv2d)" in printed
     assert "gradients that are not finite: model.blocks.0.0.weight" in printed
     assert "the first layer" not in run_here(tmp_path, *words, "trainer.precision=32-true")
+
+
+def test_trained_weights_count_and_not_their_average(tmp_path: Path) -> None:
+    run_here(tmp_path, *RUN, "ema.decay=0.9")
+    save_batch(tmp_path)
+    words = ["mode=replay", "ckpt=run", "input=batch.pt", "trainer=cpu"]
+    assert "the first layer" not in run_here(tmp_path, *words)
+    content: dict[str, Any] = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    content["current_model_state"]["net.model.classify.weight"].fill_(float("inf"))
+    torch.save(content, tmp_path / CHECKPOINT)
+    printed = run_here(tmp_path, *words)
+    assert "the first layer to give NaN or infinity: model.classify (Conv2d)" in printed
+
+
+@pytest.mark.slow
+def test_dropout_is_that_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that stops: its loss is computed again from the saved sub-batch."""
+    losses: list[float] = []
+    take_step = SegmentationModule.training_step
+
+    def take_spoiled_step(module: SegmentationModule, batch: Batch, batch_idx: int) -> Tensor:
+        loss = take_step(module, batch, batch_idx)
+        losses.append(float(loss.detach()))
+        return loss * float("nan") if len(losses) == 2 else loss
+
+    monkeypatch.setattr(SegmentationModule, "training_step", take_spoiled_step)
+    with pytest.raises(NonFiniteError):
+        prepare_run(tmp_path / "scenes", tmp_path / "run", "checkpoint.every_n_steps=1", "optim.fused=null").fit()
+    (batch,) = (tmp_path / "run/nonfinite").iterdir()
+    printed = run_here(tmp_path, "mode=replay", "ckpt=run", f"input={batch}", "trainer=cpu")
+    assert read_loss(printed) == pytest.approx(losses[1], rel=1e-5)

@@ -267,7 +267,7 @@ class YoloReader:
     def describe(self) -> Iterator[str]:
         """Sentences about what was decided."""
         for entry in self.missing:
-            yield f"There is no {entry}, so the data set has no images of test from there."
+            yield f"There is no {entry}: its test images are left out."
         if self.num_boxes:
             yield f"{self.num_boxes} lines are boxes and drawn as rectangles."
         if self.num_unlabelled:

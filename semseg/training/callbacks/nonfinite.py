@@ -37,6 +37,7 @@ class Step(NamedTuple):
 
     number: int
     batches: list[Batch]  # this rank's
+    seeds: list[int]  # of torch's generators before each of them, which decide dropout
     rates: list[float]  # the learning rate of each part of the network
     values: Tensor  # on the host: the sums of the vote, bad on this rank, gradient norm, losses of the sub-batches
     is_copied: torch.Event | None  # recorded when `values` are there; None: they are
@@ -71,6 +72,7 @@ class NonFiniteGuard(Callback):
         self.overflows = 0  # steps that the gradient scaler skipped
         self._rank = self._world_size = 0
         self._batches: list[Batch] = []  # since the last step of the optimiser
+        self._seeds: list[int] = []
         self._losses: list[Tensor] = []
         self._statistics: dict[str, Tensor] = {}
         self._unread: Step | None = None
@@ -96,6 +98,7 @@ class NonFiniteGuard(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._losses.append(loss.detach())
+        self._seeds.append(torch.initial_seed())  # that of SeedEveryStep
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -112,8 +115,9 @@ class NonFiniteGuard(Callback):
         values = torch.cat([sums.to(norm), torch.stack([is_bad_here.to(norm), norm]), losses])
         # A part has a group with weight decay and one without, or either of them.
         rates = {str(group.get("name")).removesuffix("_no_decay"): group["lr"] for group in optimizer.param_groups}
-        step = Step(trainer.global_step + 1, self._batches, [*map(float, rates.values())], *copy_to_host(values))
-        self._batches, self._losses = [], []
+        numbers = [*map(float, rates.values())]
+        step = Step(trainer.global_step + 1, self._batches, self._seeds, numbers, *copy_to_host(values))
+        self._batches, self._seeds, self._losses = [], [], []
         if optimizer.defaults.get("fused"):
             self.read_last_step()
             self._unread = step
@@ -157,7 +161,7 @@ class NonFiniteGuard(Callback):
                 self.count_overflow(step.number)
             return False
         self.skipped += 1
-        path = self.save_batches(step.batches, step.number, self._rank)
+        path = self.save_batches(step)
         if is_bad_here:
             message = describe_bad_step(step, losses, norm)
         else:
@@ -177,10 +181,11 @@ class NonFiniteGuard(Callback):
                 f"its factor; {OVERFLOWS} in the log counts them."
             )
 
-    def save_batches(self, batches: list[Batch], step: int, rank: int) -> Path:
+    def save_batches(self, step: Step) -> Path:
         """Write this rank's sub-batches of a step; returns the file."""
-        path = self.folder / f"step_{step}_rank_{rank}.pt"
-        content = {"step": step, "batches": [batch_to_dict(batch) for batch in batches]}
+        path = self.folder / f"step_{step.number}_rank_{self._rank}.pt"
+        batches = [batch_to_dict(batch) for batch in step.batches]
+        content = {"step": step.number, "batches": batches, "seeds": step.seeds}
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
         return path

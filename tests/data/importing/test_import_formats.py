@@ -238,7 +238,7 @@ def test_a_test_split_of_yolo_that_was_not_exported_is_left_out(tmp_path: Path) 
     file.write_text(f"{file.read_text()}test: ../test/images\n")
     imported = import_here(tmp_path / "e", tmp_path / "out")
     assert len(imported.images) == len(NAMES)
-    assert "There is no ../test/images, so the data set has no images of test from there." in imported.notes
+    assert "There is no ../test/images: its test images are left out." in imported.notes
     file.write_text(file.read_text().replace("../valid/images", "../nowhere"))
     with pytest.raises(DataError, match=r"val: there is no \.\./nowhere below .*, or remove the line"):
         import_here(tmp_path / "e", tmp_path / "other")
