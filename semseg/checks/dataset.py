@@ -359,8 +359,9 @@ def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConf
     """
     if data.map is not None:
         return {}
+    without_unknown = {"data.ignore": f"[{','.join(map(str, [*data.ignore, *sorted(unknown_ids)]))}]"}
     if data.num_classes is not None and is_stray(unknown_ids, pixels, data.first_id + num_classes):
-        return {"data.ignore": f"[{','.join(map(str, [*data.ignore, *sorted(unknown_ids)]))}]"}
+        return without_unknown
     class_ids = [raw_id for raw_id in pixels if raw_id not in data.ignore and raw_id != VOID]
     is_extension = data.classes is None and class_ids and min(class_ids) >= data.first_id
     if is_extension and 0 in data.ignore and not any(data.first_id <= each <= max(class_ids) for each in data.ignore):
@@ -373,7 +374,7 @@ def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConf
         if data.classes is not None:
             del suggested["data.num_classes"]  # the table has it
         return suggested
-    return {"data.ignore": f"[{','.join(map(str, [*data.ignore, *sorted(unknown_ids)]))}]"}
+    return without_unknown
 
 
 def is_stray(unknown_ids: set[int], pixels: Counter[int], next_id: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -434,20 +434,21 @@ NEW_RUN_ADVICE = "For a new run give another run_dir, with init_from=<checkpoint
 STEP_TRAINER_KEYS = ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.precision")
 
 
-def find_differing_keys(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys that decide the steps and differ between two plain configurations, with the saved and the given value."""
+def find_differing_keys(
+    saved: dict[str, Any], given: dict[str, Any], is_compared: Callable[[str], bool] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """Keys that differ between two plain configurations, with the saved and the given value.
+
+    Args:
+        is_compared: whether a key counts; None: those that decide the steps.
+    """
+    is_compared = is_compared or decides_steps
     before, after = (list_settings(config) for config in (saved, given))
     return {
         key: (before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
-        if decides_steps(key) and before.get(key) != after.get(key)
+        if is_compared(key) and before.get(key) != after.get(key)
     }
-
-
-def find_differing_scores(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys that decide how validation scores a network, and that differ; see `find_differing_keys`."""
-    before, after = (list_settings(config) for config in (saved, given))
-    return {key: (before.get(key), after[key]) for key in SCORE_KEYS if key in before and before[key] != after.get(key)}
 
 
 def list_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -536,11 +537,12 @@ def find_warnings(state: RunState, config: dict[str, Any], now: RunConditions) -
     before = state.conditions
     if before is None:
         return
-    if row := format_records_difference("val", before, now):
-        yield f"warning: {row}. Scores before and after are not comparable, and best.ckpt is chosen by both."
-    rows = (format_difference(key, *values) for key, values in find_differing_scores(state.config, config).items())
-    if (changed := "; ".join(rows)) and "val" in now.records and config["trainer"]["limit_val_batches"] != 0:
-        yield f"warning: {changed}. Scores before and after are not comparable, and best.ckpt is chosen by both."
+    differing = find_differing_keys(state.config, config, SCORE_KEYS.__contains__)
+    is_validated = "val" in now.records and config["trainer"]["limit_val_batches"] != 0
+    rows = [format_difference(key, *differing[key]) for key in SCORE_KEYS if key in differing and is_validated]
+    for row in (format_records_difference("val", before, now), "; ".join(rows)):
+        if row:
+            yield f"warning: {row}. Scores before and after are not comparable, and best.ckpt is chosen by both."
     for name in ("accelerator", "threads"):
         if row := format_difference(name, getattr(before, name), getattr(now, name)):
             yield f"warning: {row}. The order of floating-point sums changes: the run does not resume exactly."
