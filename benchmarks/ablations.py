@@ -87,6 +87,8 @@ CHANGES = {
     "one short edge": "data.short_edges=[180]",
     "crops": "data.short_edges=[180] augment.scale=[0.75,1.5] augment.crop=[160,160]",
     "whole images": f"augment.scale=[1,1] augment.crop=null {HALF_SIZE}",
+    "one size": "augment.scale=[1,1]",
+    "sizes of 0.75 to 1.5": "augment.scale=[0.75,1.5]",
     "label stride 4": "model.label_stride=4",
     "wide crops": WIDE_CROPS,
     "wide crops, label stride 2": f"{WIDE_CROPS} model.label_stride=2",
