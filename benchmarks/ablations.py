@@ -14,10 +14,14 @@ IoU is that of the validation images (--split) at their full size, by the last w
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import shlex
 import shutil
+import statistics
 from pathlib import Path
 
+import cv2
 from accuracy import (
     ROOT,
     SPLIT_LISTS,
@@ -29,6 +33,7 @@ from accuracy import (
     count_affordable_steps,
     data_words,
     has_row,
+    list_pairs,
     network_words,
     run_measured,
     score_run,
@@ -103,6 +108,7 @@ CHANGES = {
     "oversampling": "data.oversample=0.5",
     "C1 at stride 8": "model/decoder=c1 model.encoder.output_stride=8 ~model.decoder.width",
     "C1 at stride 8, deep supervision": "model/decoder=c1_deepsup model.encoder.output_stride=8 ~model.decoder.width",
+    "squashed": "data.short_edges=[{short_edge}]",  # of square copies of the images
     "two processes": "trainer.devices=2 trainer.strategy=ddp data.batch_size=2 syncbn=off",
     "two processes, SyncBN": "trainer.devices=2 trainer.strategy=ddp data.batch_size=2",
 }
@@ -136,19 +142,24 @@ def measure_change(change: str, options: argparse.Namespace) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    base, recipe = (compose_recipe(words, options) for words in ("", CHANGES[change]))
+    changed = squash_data(options) if change == "squashed" else options
+    base, recipe = compose_recipe("", options), compose_recipe(CHANGES[change], changed)
     steps = TOY_STEPS
     if not options.toy:
         steps = round(count_affordable_steps(base, options) / compare_steps(base, recipe, options))
-    row = score_run(train_recipe(recipe, folder, options, steps), options.data, options.split)
-    append_row(options.table, COLUMNS, key | {"overrides": CHANGES[change]} | row)
+    trained = train_recipe(recipe, folder, changed, steps)
+    if changed is not options:
+        restore_sizes(trained.predictions, list_pairs(options.data, options.split))
+    row = score_run(trained, options.data, options.split)
+    overrides = CHANGES[change].format(check="{check}", short_edge=changed.short_edge)
+    append_row(options.table, COLUMNS, key | {"overrides": overrides} | row)
     print(f"{change}: {summarise_row(row)}", flush=True)
 
 
 def compose_recipe(change: str, options: argparse.Namespace) -> list[str]:
     """The overrides of the base and of a change."""
-    words = f"{BASES[options.base]} {change}"
-    overrides = shlex.split(words.format(check=check_data(options)) if "{check}" in words else words)
+    words = change.format(check=check_data(options) if "{check}" in change else None, short_edge=options.short_edge)
+    overrides = shlex.split(f"{BASES[options.base]} {words}")
     without = {word.removeprefix("~") for word in overrides if word.startswith("~")}  # C1 has no width, of toys either
     network = [word for word in network_words(options) if word.partition("=")[0] not in without]
     return [*data_words(options.data), *overrides, *network, f"seed={options.seed}"]
@@ -161,6 +172,52 @@ def check_data(options: argparse.Namespace) -> Path:
         words = ["mode=check", *data_words(options.data), f"run_dir={folder}", "trainer=cpu"]
         run_measured([str(ROOT / "run.py"), *words], options.work / "check.log")
     return folder / "check.json"
+
+
+# ---- images without their aspect
+
+
+def squash_data(options: argparse.Namespace) -> argparse.Namespace:
+    """Copy the images and labels as squares of as many pixels; returns the options for the copy.
+
+    Its short edge gives squares of as many pixels as images of the median aspect have at the short edge of the options.
+    """
+    folder = options.work / f"{options.data.name}-squashed"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(options.data / "classes.csv", folder)
+    aspects = []
+    for split, file in SPLIT_LISTS.items():
+        if not (options.data / file).exists():
+            continue
+        lines = []
+        for image, label in list_pairs(options.data, split):
+            copies = f"images/{split}/{image.stem}.png", f"labels/{split}/{image.stem}.png"
+            height, width = cv2.imread(str(image)).shape[:2]
+            side = round(math.sqrt(height * width))
+            aspects.append(max(height, width) / min(height, width))
+            resize_file(image, folder / copies[0], (side, side), cv2.INTER_LINEAR)
+            resize_file(label, folder / copies[1], (side, side), cv2.INTER_NEAREST)
+            names = {"fpath_img": copies[0], "fpath_segm": copies[1]}
+            lines.append(json.dumps({**names, "width": side, "height": side}) + "\n")
+        (folder / file).write_text("".join(lines))
+    short_edge = round(options.short_edge * math.sqrt(statistics.median(aspects)))
+    return argparse.Namespace(**vars(options) | {"data": folder, "short_edge": short_edge})
+
+
+def restore_sizes(predictions: Path, pairs: list[tuple[Path, Path]]) -> None:
+    """Resize the predicted ids of these images to the size of their labels."""
+    for image, label in pairs:
+        height, width = cv2.imread(str(label), cv2.IMREAD_UNCHANGED).shape
+        file = predictions / f"{image.stem}_ids.png"
+        resize_file(file, file, (width, height), cv2.INTER_NEAREST)
+
+
+def resize_file(source: Path, target: Path, size: tuple[int, int], interpolation: int) -> None:
+    """Write an image at another (width, height)."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(
+        str(target), cv2.resize(cv2.imread(str(source), cv2.IMREAD_UNCHANGED), size, interpolation=interpolation)
+    )
 
 
 if __name__ == "__main__":

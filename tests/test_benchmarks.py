@@ -107,8 +107,10 @@ def test_the_defaults_of_a_folder_are_a_side_too(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.long
 def test_every_ablation_that_is_asked_for_adds_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = run_on_scenes(tmp_path, monkeypatch, "ablations", "--change", "none", "--change", "Dice")
-    assert [row["change"] for row in rows] == ["none", "Dice"]
+    rows = run_on_scenes(
+        tmp_path, monkeypatch, "ablations", *(f"--change={name}" for name in ("none", "Dice", "squashed"))
+    )
+    assert [row["change"] for row in rows] == ["none", "Dice", "squashed"]
 
 
 @pytest.mark.long
@@ -120,8 +122,9 @@ def test_every_ablation_changes_something_and_has_a_valid_configuration(
     monkeypatch.setattr(program, "check_data", lambda options: tmp_path / "check.json")
     (tmp_path / "check.json").write_text(json.dumps({"class_weights": [1.0] * 4}))
     options = argparse.Namespace(
-        base="own_data", data=tmp_path / "scenes", encoder="mobilenetv3_small_050", weights="none", toy=False, seed=1
-    )
+        base="own_data", data=tmp_path / "scenes", encoder="mobilenetv3_small_050", weights="none", toy=False, seed=1,
+        short_edge=200,
+    )  # fmt: skip
     configs = {
         change: load_config([*program.compose_recipe(words, options), f"run_dir={tmp_path}"])[0]
         for change, words in program.CHANGES.items()
