@@ -200,8 +200,8 @@ def check_files(split: ScannedSplit) -> Iterator[Notice]:
         yield Notice(
             ERROR,
             f"{split.name}: found {format_quantity(len(coded), 'mask')} coded in "
-            f"{format_quantity(len(colours), 'colour')} ({join_first(frequent)}). Define them in a class table: "
-            "data.classes=<CSV file with index,name,R,G,B>.",
+            f"{format_quantity(len(colours), 'colour')} ({join_first(frequent)}). Define them in a class table "
+            "in which every class has its own: data.classes=<CSV file with index,name,R,G,B>.",
             first_masks(record for record, _ in coded),
         )
     broken = [facts.problem for facts in split.findings if facts.problem and not facts.colours]
@@ -481,8 +481,12 @@ def median_frequency_weights(images: Sequence[dict[int, int]], num_classes: int)
 
 
 def check_classes(rows: Sequence[ClassSummary], splits: Sequence[str]) -> Iterator[Notice]:
-    """Notices about absent and rare classes."""
+    """Notices about ambiguous, absent and rare classes."""
     train, *others = splits
+    repeated = [name for name, count in Counter(row.name for row in rows).items() if count > 1]
+    if repeated:
+        text = f"several classes have the same name, so that tables do not tell them apart: {join_first(repeated)}."
+        yield Notice(WARNING, text)
     never = [row.name for row in rows if not row.pixels[train]]
     if never:
         text = (

@@ -36,8 +36,8 @@ from semseg.errors import DataError
 
 _ID_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N"})  # Pillow modes with one number per pixel
 _HOW_TO_CONVERT = (
-    "Labels are single-channel PNG files of class ids: look up the id of each colour and save the array of ids "
-    "with PIL.Image.fromarray(ids.astype('uint8')).save('x.png')."
+    "Labels are single-channel PNG files of class ids, or PNG files in the colours of a class table in which every "
+    "class has its own (data.classes=<CSV file with index,name,R,G,B>)."
 )
 
 

@@ -91,6 +91,16 @@ def test_good_data_are_ready_and_counted(tmp_path: Path, capsys: pytest.CaptureF
     assert "READY" in capsys.readouterr().out
 
 
+def test_classes_of_one_name_are_a_warning(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data")
+    (root / "classes.txt").write_text("road\ntree\nroad\n")
+    found = check(root, "data.classes=classes.txt", "data.short_edges=[60]")
+    assert found["verdict"] == "READY, WITH WARNINGS"
+    assert "several classes have the same name, so that tables do not tell them apart: road." in of_level(
+        found, "warning"
+    )
+
+
 @pytest.mark.slow
 def test_ids_that_nobody_explained_are_read_off_the_masks_and_the_advice_makes_it_ready(tmp_path: Path) -> None:
     root = good_folder(tmp_path / "data", ids=(0, 1, 4, 255))
