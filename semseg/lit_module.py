@@ -11,6 +11,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from semseg.checkpoints.format import FORMAT_KEY, NET_PREFIX, describe_network
+from semseg.checkpoints.format import FORMAT_KEY, NET_PREFIX, TRAINED_WEIGHTS, describe_network
 from semseg.checkpoints.initialise import find_differences
 from semseg.config.origin import WeightsOrigin
 from semseg.config.preprocessing import Preprocessing
@@ -470,6 +471,9 @@ class SegmentationModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        is_averaged = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+        if not is_averaged and TRAINED_WEIGHTS in checkpoint:  # a resumed run that gives up its average (resume_force)
+            checkpoint["state_dict"] = checkpoint[TRAINED_WEIGHTS]
         found = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith(NET_PREFIX)}
         own = {f"{NET_PREFIX}{name}": value for name, value in self.net.state_dict().items()}
         problems = find_differences(found, own)

@@ -48,6 +48,7 @@ MOVED_TARGETS = {
     "semseg.loggers.MLflow": "semseg.training.loggers.external.MLflow",
 }
 NET_PREFIX = "net."  # prefix of the network's weights in the Lightning state dict
+TRAINED_WEIGHTS = "current_model_state"  # what Lightning saves beside a moving average, which is the state_dict
 
 
 class Graph(NamedTuple):

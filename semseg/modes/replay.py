@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from semseg.build import build_module, choose_device, open_network, restore_network
-from semseg.checkpoints.format import NET_PREFIX, SAFETENSORS, is_dense_tensor, load_plain
+from semseg.checkpoints.format import NET_PREFIX, SAFETENSORS, TRAINED_WEIGHTS, is_dense_tensor, load_plain
 from semseg.config.schema import Config
 from semseg.data.batch import Batch
 from semseg.errors import CheckpointError
@@ -85,7 +85,7 @@ def restore_training(saved: Config, config: Config, overrides: Sequence[str]) ->
 def read_trained_weights(path: Path) -> dict[str, Tensor]:
     """The weights that were trained, where the checkpoint has their moving average as those of the network."""
     content = load_plain(path) if path.is_file() and path.suffix != SAFETENSORS else {}
-    trained = content.get("current_model_state", {})
+    trained = content.get(TRAINED_WEIGHTS, {})
     return {name.removeprefix(NET_PREFIX): value for name, value in trained.items() if name.startswith(NET_PREFIX)}
 
 

@@ -35,7 +35,7 @@ from semseg.nets.precision import choose_widest_float
 from semseg.nets.registry import DECODERS, ENCODERS, build_decoder, build_encoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
 from semseg.training import logit_bands
-from semseg.training.callbacks.ema import list_values, update_average
+from semseg.training.callbacks.ema import update_average
 from semseg.training.callbacks.label_warnings import count_label_pixels
 from semseg.training.callbacks.nonfinite import NonFiniteGuard
 from semseg.training.callbacks.votes import Question, StepVote
@@ -184,7 +184,7 @@ def find_in_average() -> set[str]:
     average, net = (build_segmenter("resnet18", "c1", NUM_CLASSES) for _ in range(2))
     with collect_findings() as copies:
         for decay in (None, 0.9):
-            update_average(list_values(average), list_values(net), decay)
+            update_average(average, net, decay)
     return copies.found
 
 

@@ -504,6 +504,24 @@ def test_a16_settings_of_the_optimiser_that_are_forced_take_effect(root: Path, t
 
 @pytest.mark.slow
 @pytest.mark.reliability
+def test_a16_a_run_that_gives_up_its_average_resumes_with_the_weights_that_were_trained(
+    root: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    decays = {"with": ["ema.decay=0.9"], "without": ["ema.decay=null"]}
+    halves = {kind: ["schedule.power=1", *words] for kind, words in decays.items()}
+    for kind, words in halves.items():
+        trained(run_of(root, tmp_path / kind, *words, "trainer.max_steps=2"))
+        shutil.copytree(tmp_path / kind, tmp_path / f"{kind}_changed")
+    for kind, before in (("without", "with"), ("with", "without")):
+        trained(run_of(root, tmp_path / f"{before}_changed", *halves[kind], "resume_force=true"))
+    trained(run_of(root, tmp_path / "with", *halves["with"], "resume_force=true"))
+    losses = [logged_losses(tmp_path / name) for name in ("with", "with_changed", "without_changed")]
+    assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 6
+    assert not [warning for warning in recwarn if "WeightAveraging" in str(warning.message)]
+
+
+@pytest.mark.slow
+@pytest.mark.reliability
 def test_a16_what_weights_belong_to_cannot_be_forced(root: Path, tmp_path: Path) -> None:
     state, _, _ = stopped_run(root, tmp_path)
     other = config_to_plain(run_of(root, tmp_path, "optim=adamw"))

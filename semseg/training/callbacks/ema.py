@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
+
+from semseg.checkpoints.format import TRAINED_WEIGHTS
 
 
 class MovingAverage(EMAWeightAveraging):
@@ -45,7 +46,7 @@ class MovingAverage(EMAWeightAveraging):
             average.n_averaged.zero_()
         # Not AveragedModel.update_parameters, which uploads the number of updates to the device.
         decay = self.decay if average.n_averaged > 0 else None
-        update_average(list_values(average.module), list_values(pl_module), decay)
+        update_average(average.module, pl_module, decay)
         average.n_averaged += 1
         self._latest_update_step = step
 
@@ -60,38 +61,50 @@ class MovingAverage(EMAWeightAveraging):
         super().on_validation_epoch_end(trainer, pl_module)
         self._is_swapped = False
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        average = self._average_model
+        if average is None or TRAINED_WEIGHTS in checkpoint:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        else:  # a run that gets an average when it resumes (resume_force)
+            average.module.load_state_dict(checkpoint["state_dict"])
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._is_swapped:
-            names = ("state_dict", "current_model_state")
+            names = ("state_dict", TRAINED_WEIGHTS)
             checkpoint[names[0]], checkpoint[names[1]] = checkpoint[names[1]], checkpoint[names[0]]
 
 
-def list_values(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, without gradients."""
-    return [value.detach() for value in (*module.parameters(), *module.buffers())]
+def list_values(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """What is averaged, parameters and statistics of normalisation, and the other buffers; without gradients.
+
+    Those are no quantities that an average exists of: indices, counts, and settings that depend on the step.
+    """
+    averaged, copied = list(module.parameters()), []
+    for name, buffer in module.named_buffers():
+        is_statistic = name.rpartition(".")[2] in ("running_mean", "running_var")
+        (averaged if is_statistic else copied).append(buffer)
+    return [value.detach() for value in averaged], copied
 
 
 @torch.no_grad()
-def update_average(average: Sequence[Tensor], values: Sequence[Tensor], decay: float | None) -> None:
-    """average = decay * average + (1 - decay) * values in place, without waiting for a device; None copies the values.
+def update_average(average: nn.Module, module: nn.Module, decay: float | None) -> None:
+    """average = decay * average + (1 - decay) * module in place, without waiting for a device; None copies everything.
 
     Args:
-        average: on the devices of `values`.
+        average: a copy of the module, on its device.
     """
-    pairs = list(zip(average, values, strict=True))
+    (kept, others), (values, copied) = list_values(average), list_values(module)
     if decay is None:
-        for averaged, value in pairs:
-            averaged.copy_(value)
-        return
-    floating = [pair for pair in pairs if pair[0].is_floating_point()]
-    # Rounded as torch's get_ema_avg_fn rounds it, which lerp is not; foreach is one kernel for many tensors.
-    added = torch._foreach_mul([value for _, value in floating], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-    kept = [averaged for averaged, _ in floating]
-    torch._foreach_mul_(kept, decay)  # pyright: ignore[reportPrivateImportUsage]
-    torch._foreach_add_(kept, added)  # pyright: ignore[reportPrivateImportUsage]
-    for averaged, value in pairs:
-        if not averaged.is_floating_point():  # numbers of updates of normalisation statistics
-            averaged.copy_(averaged * decay + value * (1 - decay))
+        others, copied = [*kept, *others], [*values, *copied]
+    else:
+        # Rounded as torch's get_ema_avg_fn rounds it, which lerp is not; foreach is one kernel for many tensors.
+        added = torch._foreach_mul(values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(kept, decay)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(kept, added)  # pyright: ignore[reportPrivateImportUsage]
+    for other, value in zip(others, copied, strict=True):
+        other.copy_(value)

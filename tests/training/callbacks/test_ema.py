@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from helpers.in_process import TINY_RUN, configured, fit
 from semseg.checkpoints.format import read_checkpoint
 from semseg.config.schema import Config
-from semseg.training.callbacks.ema import list_values, update_average
+from semseg.training.callbacks.ema import update_average
 
 WEIGHT = "net.decoder.conv_last.weight"
 
@@ -84,8 +84,23 @@ def test_the_average_equals_that_of_torch(decay: float) -> None:
     expected = AveragedModel(net, avg_fn=get_ema_avg_fn(decay), use_buffers=True)  # as Lightning's callback
     average = copy.deepcopy(net)
     for step in range(4):
-        for value in list_values(net):
+        for value in net.state_dict().values():
             value.add_(3 if value.dtype == torch.int64 else torch.randn_like(value))
         expected.update_parameters(net)
-        update_average(list_values(average), list_values(net), decay if step else None)
-    assert all(map(torch.equal, list_values(average), list_values(expected.module)))
+        update_average(average, net, decay if step else None)
+    counts = {"1.num_batches_tracked": net[1].num_batches_tracked}  # torch averages the number, too
+    averages = average.state_dict()
+    assert all(torch.equal(averages[name], value) for name, value in (expected.module.state_dict() | counts).items())
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.95, 0.9995, 0.9999])
+def test_indices_and_settings_of_the_step_are_not_averaged(decay: float) -> None:
+    net = nn.Linear(2, 2)
+    net.register_buffer("relative_position_index", torch.arange(169))  # as in Swin
+    net.register_buffer("attn_mask_probs", torch.ones(4))  # as in EoMT, whose shares fall with the steps
+    average = copy.deepcopy(net)
+    for step in range(3):
+        net.attn_mask_probs.fill_(1 - step / 2)
+        update_average(average, net, decay)
+    assert torch.equal(average.relative_position_index, torch.arange(169))
+    assert average.attn_mask_probs.tolist() == [0.0] * 4
