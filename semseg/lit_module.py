@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -102,8 +101,11 @@ class SegmentationModule(pl.LightningModule):
         self.batch_idx = 0
         self.total_steps = 0  # of the run; known when the optimiser is built
         self.step_metrics: list[Tensor] = []  # (2): loss and accuracy of the sub-batches of the current step
-        if net.has_own_loss:
-            check_own_loss(loss_config, model_config)
+        if net.has_own_loss and model_config.compile:
+            raise ConfigError(
+                f"model.compile=true: {model_config.title} cannot be compiled, because its loss matches masks on the "
+                "host. Leave it out."
+            )
         self.terms = build_terms(loss_config, len(classes.names))
         self.loss_function = partial(segmentation_loss, deepsup_weight=model_config.deepsup_weight, terms=self.terms)
         self.confusion = ConfusionMatrix(len(classes.names))
@@ -496,22 +498,6 @@ class SegmentationModule(pl.LightningModule):
         checkpoint[RUN_KEY] = self.trainer.datamodule.run_conditions()._asdict()  # pyright: ignore[reportAttributeAccessIssue]
         metrics = self.trainer.callback_metrics
         checkpoint[METRICS_KEY] = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}
-
-
-def check_own_loss(loss: LossConfig, model: ModelConfig) -> None:
-    """Raises a ConfigError for settings that have no effect on a network with a loss of its own."""
-    default = LossConfig()
-    changed = [field.name for field in fields(loss) if getattr(loss, field.name) != getattr(default, field.name)]
-    if changed:
-        raise ConfigError(
-            f"loss.{changed[0]}={getattr(loss, changed[0])}: has no effect, because {model.title} has a loss of "
-            "its own (classes and masks, matched to each other). Leave loss out."
-        )
-    if model.compile:
-        raise ConfigError(
-            f"model.compile=true: {model.title} cannot be compiled, because its loss matches masks on the host. Leave "
-            "it out."
-        )
 
 
 def check_precision(precision: str, net: SegmentationNetwork) -> None:

@@ -38,6 +38,7 @@ from semseg.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
+    LossConfig,
     ModelConfig,
     TrainerConfig,
     config_to_plain,
@@ -49,13 +50,14 @@ from semseg.data.overlap import find_overlap
 from semseg.data.pairs import name_origin
 from semseg.data.sources import DataSource, describe_split_folders, require_masks
 from semseg.datamodule import SegmentationData
-from semseg.errors import CheckpointError, DataError
+from semseg.errors import CheckpointError, ConfigError, DataError
 from semseg.lit_module import SegmentationModule
 from semseg.modes.automatic import AutomaticChoice, choose_automatic
 from semseg.modes.eval import evaluate_network
 from semseg.modes.predict import predict_inputs
 from semseg.nets.bands import inherit_convention
 from semseg.nets.cost import measure_cost, write_cost
+from semseg.nets.interfaces import SegmentationNetwork
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import entry_command, format_command, relative_to_cwd, shorten_overrides
 from semseg.storage.ranks import is_first_rank, print_once
@@ -300,6 +302,25 @@ def check_first_labels(source: DataSource, max_pixels: int) -> None:
             raise name_origin(record, error) from error
 
 
+def find_own_loss(net: SegmentationNetwork, config: Config, overrides: list[str]) -> str:
+    """What the start says about a loss that the network has of its own; empty if it has none.
+
+    A loss that comes with the data set or the recipe is for other networks.
+
+    Raises:
+        ConfigError: if the command line has a loss that this network would not use.
+    """
+    if not net.has_own_loss:
+        return ""
+    given = next((word for word in overrides if word.lstrip("+").partition("=")[0].split(".")[0] == "loss"), None)
+    kind = "classes and masks, matched to each other"
+    if given is not None and config.loss != LossConfig():
+        raise ConfigError(
+            f"{given}: has no effect, because {config.model.title} has a loss of its own ({kind}). Leave loss out."
+        )
+    return f"the network's own: {kind}"
+
+
 def name_classes(start: Start, source: DataSource) -> None:
     """Give classes without names (data.classes=null) those that the run had, or those of its initial weights."""
     model, given = start.config.model, start.config.data
@@ -333,6 +354,7 @@ def train_network(start: Start, overrides: list[str], source: DataSource) -> flo
         check_first_labels(source, config.data.max_pixels)  # before ImageNet weights are downloaded
     model = config.model if start.kind == "scratch" else without_weights(config.model)
     net = build_network(model, source.classes.num_classes, config.download, source.bands)
+    own_loss = find_own_loss(net, config, overrides)
     library = {"config": net.library_config, "revision": net.revision or config.model.revision}
     config = replace(config, model=replace(config.model, **library))
     report_one_size(net, config.model)
@@ -354,9 +376,7 @@ def train_network(start: Start, overrides: list[str], source: DataSource) -> flo
         if config.model.convention == "auto":
             net.convention = inherit_convention(start.network.convention, source.bands)
     if trainer.is_global_zero:
-        (run_dir / RESULT_FILE).unlink(missing_ok=True)  # the result of an earlier end
-        with atomic_write(run_dir / "config.yaml") as temporary:
-            OmegaConf.save(OmegaConf.create(plain), temporary)
+        write_settings(run_dir, plain)
         cost = measure_cost(deepcopy(net).to("meta"))
         write_cost(run_dir / "model.txt", cost)
         if config.verbose:
@@ -365,6 +385,7 @@ def train_network(start: Start, overrides: list[str], source: DataSource) -> flo
         rows = {
             "network": f"{config.model.title}: {cost}",
             "weights": describe_weights(start, loaded, data),
+            "loss": own_loss,
             **describe_data(source, width - LABEL_WIDTH),
             **describe_steps(config, trainer, data),
             **({} if state is not None else describe_validation(config.trainer, data)),
@@ -379,6 +400,13 @@ def train_network(start: Start, overrides: list[str], source: DataSource) -> flo
     result = best_result(trainer)
     finish(config, overrides, trainer, console, result)
     return result.score
+
+
+def write_settings(run_dir: Path, config: dict[str, Any]) -> None:
+    """Write the configuration of a run that begins or resumes, and remove the result of an earlier end."""
+    (run_dir / RESULT_FILE).unlink(missing_ok=True)
+    with atomic_write(run_dir / "config.yaml") as temporary:
+        OmegaConf.save(OmegaConf.create(config), temporary)
 
 
 def fit_network(

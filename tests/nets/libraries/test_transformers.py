@@ -35,7 +35,7 @@ from semseg.data.geometry import Size
 from semseg.data.scenes import make_scenes
 from semseg.errors import CheckpointError, ConfigError, ExportError, SemsegError
 from semseg.evaluation.inference import run_in_windows
-from semseg.lit_module import check_own_loss
+from semseg.modes.train import find_own_loss
 from semseg.nets.cost import measure_cost
 from semseg.nets.libraries.description import describe_hub_network, read_convention
 from semseg.nets.libraries.families import ALL_FAMILIES, build_from_config
@@ -542,14 +542,15 @@ def test_a_run_starts_from_a_checkpoint_with_its_network_and_a_frozen_backbone(
 
 
 def test_settings_without_an_effect_are_refused(load: Callable[..., TransformersNetwork]) -> None:
-    model, size = ModelConfig(library="transformers", name="tiny"), load("eomt").image_size
-    check_own_loss(LossConfig(), model)
+    net, size = load("eomt"), load("eomt").image_size
+    config = Config(model=ModelConfig(library="transformers", name="tiny"), loss=LossConfig(average="pixels"))
+    assert find_own_loss(net, config, ["data=folder", "optim.lr=1"])  # of the data set or the recipe
+    assert find_own_loss(net, replace(config, loss=LossConfig()), ["loss=cross_entropy"])
+    assert not find_own_loss(load("segformer"), config, ["loss.average=pixels"])
     with pytest.raises(
         ConfigError, match=r"loss.average=pixels: has no effect, because transformers tiny has a loss of"
     ):
-        check_own_loss(LossConfig(average="pixels"), model)
-    with pytest.raises(ConfigError, match=r"model.compile=true: transformers tiny cannot be compiled"):
-        check_own_loss(LossConfig(), replace(model, compile=True))
+        find_own_loss(net, config, ["data=folder", "loss.average=pixels"])
     assert choose_crop(DataConfig(), AugmentConfig(), size) == [64, 64]
     assert choose_crop(DataConfig(), AugmentConfig()) is None
     with pytest.raises(ConfigError, match=r"augment.crop=\[32, 32\]: this network takes images of 64 x 64 only"):
@@ -566,6 +567,21 @@ def test_the_recipe_of_a_check_has_no_crops_for_a_network_of_one_size(
     run_here(tmp_path, "mode=check", *words, "data.train.masks=annotations/training", *network, "output=recipe.yaml")
     config = load_config([f"experiment={tmp_path / 'recipe.yaml'}", *network])[0]
     assert (config.augment.scale, config.augment.crop, config.data.crop) == ([0.5, 2.0], None, None)
+
+
+@pytest.mark.slow
+def test_a_network_with_a_loss_of_its_own_trains_on_a_folder_and_is_evaluated_on_it(
+    tmp_path: Path, folder: Callable[[str], Path]
+) -> None:
+    make_scenes(tmp_path / "scenes", num_train=4, num_val=2, seed=1)
+    data = ["data=folder", "data.root=scenes", "data.train.images=images/training", "data.num_classes=12"]
+    data += ["data.train.masks=annotations/training", "trainer=cpu", "data.num_workers=0", "eval.scales=[64]"]
+    network = ["model=transformers", f"model.name={folder('eomt')}", "model.encoder.weights=none"]
+    printed = run_here(tmp_path, *data, *network, "data.short_edges=[64]", "trainer.max_steps=1", "run_dir=run")
+    assert "the network's own: classes and masks" in printed
+    assert "mean IoU" in run_here(tmp_path, "mode=eval", "ckpt=run", *data)
+    compiled = [*data, *network, "data.short_edges=[64]", "model.compile=true", "run_dir=compiled"]
+    assert "cannot be compiled, because its loss matches masks" in run_here(tmp_path, *compiled, code=2)
 
 
 @torch.no_grad()
