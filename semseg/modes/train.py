@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 import shutil
@@ -179,10 +180,11 @@ def is_trained_elsewhere(ckpt: str) -> bool:
 
 def chooses_network(overrides: list[str]) -> bool:
     """Whether the command line chooses the network to train."""
-    keys = [word.lstrip("+").partition("=")[0] for word in overrides]
+    words = [word.lstrip("+") for word in overrides]
     return any(
-        key in ("model", "experiment") or (key.startswith(NETWORK_KEYS) and key != "model.encoder.frozen")
-        for key in keys
+        word.startswith(("model=", "experiment=", *NETWORK_KEYS))
+        and not word.startswith(("model.encoder.frozen=", "model.encoder.weights=none"))  # whatever the network is
+        for word in words
     )
 
 
@@ -220,6 +222,29 @@ def find_resume_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     for damaged in newest.passed_over:
         print_once(f"{damaged.path}: {damaged.reason}; resuming from {newest.path} instead")
     return newest.path
+
+
+def prepare_checkpoint_folder(state: RunState, folder: Path, *, may_go_back: bool) -> None:
+    """Set aside what does not belong to a run that resumes from `state`, and add its best checkpoint."""
+    if may_go_back:
+        set_aside_checkpoints(state, folder)
+    copy_best_checkpoint(state, folder)
+
+
+def set_aside_checkpoints(state: RunState, folder: Path) -> None:
+    """Rename the checkpoints of later steps than that of `state`, which a run that goes back in its folder discards.
+
+    Otherwise, they would count as its best one, and as its newest.
+    """
+    for path in (folder / "best.ckpt", *sorted(folder.glob("step_*.ckpt"))):
+        if not path.is_file() or find_damage(path) is not None:
+            continue
+        step = read_checkpoint(path).step
+        if step > state.step:
+            names = (f"{path.name}.discarded{number or ''}" for number in itertools.count())
+            target = next(folder / name for name in names if not (folder / name).exists())
+            path.rename(target)
+            print_once(f"{path}: of step {step}, which is discarded; renamed to {target.name}")
 
 
 def copy_best_checkpoint(state: RunState, folder: Path) -> None:
@@ -365,7 +390,7 @@ def train_network(start: Start, overrides: list[str], source: DataSource) -> flo
         for line in check_same_conditions(state, plain, data.run_conditions(), force=config.resume_force):
             print_once(line)
         if trainer.is_global_zero:
-            copy_best_checkpoint(state, run_dir / CHECKPOINT_FOLDER)
+            prepare_checkpoint_folder(state, run_dir / CHECKPOINT_FOLDER, may_go_back=config.resume != "auto")
     console = Console(quiet=not trainer.is_global_zero)
     log_settings(trainer.loggers, plain)
     loaded = None

@@ -186,6 +186,10 @@ def test_a_run_starts_from_its_checkpoint_from_other_weights_or_from_scratch(roo
     assert start_of(tmp_path / "new").kind == "scratch"
     initialised = start_of(tmp_path / "new", f"init_from={path}")
     assert initialised.kind == "init" and initialised.network is not None and initialised.network.source == str(path)
+    other = [f"init_from={path}", "model/decoder=ppm"]
+    for given, decoder in (([], "c1"), (["model.encoder.weights=none"], "c1"), (other[1:], "ppm")):
+        start = resolve_start(run_of(root, tmp_path / "new", *other), [other[0], *given], source)
+        assert start.config.model.decoder["name"] == decoder, given
     for words in ([], [f"init_from={path}"]):  # a checkpoint of the run itself comes first
         resumed = start_of(tmp_path / "saved", *words)
         assert resumed.kind == "resume" and resumed.state is not None and resumed.state.path == path
@@ -518,6 +522,25 @@ def test_a16_a_run_that_gives_up_its_average_resumes_with_the_weights_that_were_
     losses = [logged_losses(tmp_path / name) for name in ("with", "with_changed", "without_changed")]
     assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 6
     assert not [warning for warning in recwarn if "WeightAveraging" in str(warning.message)]
+
+
+@pytest.mark.slow
+@pytest.mark.reliability
+def test_a18_a_run_that_goes_back_does_not_call_a_checkpoint_of_discarded_steps_its_best(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["checkpoint.every_n_steps=1", "checkpoint.keep=3", "data.steps_per_epoch=2", "trainer.max_epochs=2"]
+    folder = tmp_path / "checkpoints"
+    trained(run_of(root, tmp_path, *words))
+    best = folder / "best.ckpt"
+    shutil.copy(folder / "last.ckpt", best)  # of step 4, whatever its score was
+    capsys.readouterr()
+    back = ["trainer.max_steps=3", f"resume={folder}/step_00000001.ckpt", "resume_force=true"]
+    assert trained(run_of(root, tmp_path, *words, *back)) is not None
+    assert "best.ckpt: of step 4, which is discarded; renamed to best.ckpt.discarded" in capsys.readouterr().out
+    assert read_checkpoint(best).step <= 3
+    names = {path.name for path in folder.iterdir()}
+    assert {"best.ckpt.discarded", "step_00000003.ckpt.discarded"} <= names
 
 
 @pytest.mark.slow
