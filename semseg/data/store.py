@@ -69,6 +69,10 @@ class UnusedFiles:
         self._paths.setdefault(reason, {})[str(path)] = None
 
     @property
+    def reasons(self) -> list[str]:
+        return list(self._paths)
+
+    @property
     def count(self) -> int:
         return sum(map(len, self._paths.values()))
 

@@ -22,6 +22,8 @@ from semseg.errors import ConfigError, DataError
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 LIST_SUFFIXES = frozenset({".lst", ".txt"})
+IN_RUN_FOLDER = "in the run folder"  # why a file is not used
+RUN_FILES = (".hydra", "config.yaml", "classes.json")  # one of them is in the folder of every run
 AS_PATH_LIST = "This file was read as a list of paths, one on each line."
 
 
@@ -74,9 +76,19 @@ def find_inputs(
         kind = f" {AS_PATH_LIST}" if is_path_list(source) else ""
         raise DataError(f"input={source}: there are no images or videos (suffixes: {known}).{kind}{ignored}")
     files = list(dict.fromkeys(files))
-    if any(file.resolve().parent == run_dir.resolve() for file in files):
+    inputs = [Input(file, target) for file, target in zip(files, choose_output_paths(files, base), strict=True)]
+    if holds_inputs(run_dir, inputs, unused):
         raise ConfigError(f"run_dir={run_dir}: holds inputs, which outputs could overwrite. Set another folder.")
-    return [Input(file, target) for file, target in zip(files, choose_output_paths(files, base), strict=True)]
+    return inputs
+
+
+def holds_inputs(run_dir: Path, inputs: Sequence[Input], unused: UnusedFiles) -> bool:
+    """Whether outputs would be written beside inputs, or into a folder of images that no run has written."""
+    folders = {run_dir, *((run_dir / item.output_path).parent for item in inputs)}
+    folders |= {run_dir / item.output_path for item in inputs if item.is_video}
+    if not {folder.resolve() for folder in folders}.isdisjoint({item.path.parent.resolve() for item in inputs}):
+        return True
+    return IN_RUN_FOLDER in unused.reasons and not any((run_dir / name).exists() for name in RUN_FILES)
 
 
 def is_path_list(source: str) -> bool:
@@ -101,7 +113,7 @@ def select_inputs(paths: Iterable[Path], folder: Path | None, run_dir: Path, unu
         if path.suffix.lower() not in input_suffixes():
             unused.add(path.suffix.lower() or "without suffix", path)
         elif resolves_below(path, run_dir) and not (folder and resolves_below(folder, run_dir)):
-            unused.add("in the run folder", path)
+            unused.add(IN_RUN_FOLDER, path)
         else:
             selected.append(path)
     return selected
@@ -182,7 +194,8 @@ def parse_path_lines(lines: Iterable[str], source: str, folder: Path, unused: Un
 def choose_output_paths(files: list[Path], base: Path | None) -> list[Path]:
     """Choose an output path for each file: its path below the common folder, or below `base`; all are different.
 
-    Files that differ only in their suffix keep it: a.jpg and a.png become a_jpg and a_png.
+    Files that differ only in their suffix keep it: a.jpg and a.png become a_jpg and a_png. So does a video beside a
+    folder of its name, because its frames get a folder.
 
     >>> files = [Path("x/a.jpg"), Path("x/a.png"), Path("x/y/a.jpg")]
     >>> [path.as_posix() for path in choose_output_paths(files, Path("x"))]
@@ -192,13 +205,15 @@ def choose_output_paths(files: list[Path], base: Path | None) -> list[Path]:
     start = Path(os.path.abspath(base)) if base else Path(os.path.commonpath([file.parent for file in absolute]))  # noqa: PTH100
     relative = [file.relative_to(start) for file in absolute]
     stems = Counter(path.with_suffix("") for path in relative)
+    folders = {folder for path in relative for folder in path.parents}
     taken: set[Path] = set()
     chosen = []
     for path in relative:
-        is_unique = stems[path.with_suffix("")] == 1
+        is_video = path.suffix.lower() in VIDEO_SUFFIXES
+        is_unique = stems[path.with_suffix("")] == 1 and not (is_video and path.with_suffix("") in folders)
         free = preferred = path.with_suffix("") if is_unique else path.with_name(path.name.replace(".", "_"))
         number = 2
-        while free in taken:
+        while free in taken or (is_video and free in folders):
             free, number = preferred.with_name(f"{preferred.name}_{number}"), number + 1
         taken.add(free)
         chosen.append(free)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from mmap import ACCESS_READ, mmap
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from semseg.data import store
 from semseg.errors import DataError
 from semseg.reports.draw import Pixels
 
@@ -50,18 +52,31 @@ class Frame(NamedTuple):
 def read_frames(path: Path) -> Iterator[Frame]:
     """Yield the frames of a video in order; frames that cannot be decoded are skipped.
 
+    A video in a zip archive is unpacked into a temporary file meanwhile, because decoders need one.
+
     Raises:
         DataError: if there is no such file, or no frame of it can be decoded.
         LostFramesError: after the last frame, if frames were skipped or the file is truncated.
     """
-    if not path.is_file():
+    if path.is_file():
+        yield from _read_file_frames(path, path)
+        return
+    if not store.is_file(path):
         raise DataError(f"{path}: there is no such file.")
-    capture = cv2.VideoCapture(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"video{path.suffix}"
+        file.write_bytes(store.read_file(path))
+        yield from _read_file_frames(file, path)
+
+
+def _read_file_frames(file: Path, path: Path) -> Iterator[Frame]:
+    """`read_frames` of a file, which messages call `path`."""
+    capture = cv2.VideoCapture(str(file))
     try:
         rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_RATE
         announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         clock, last_before_gap, count, number = FrameClock(rate), None, 0, -1
-        avi_numbers = find_avi_frames(path, announced)
+        avi_numbers = find_avi_frames(file, announced)
         while (decoded := read_next_frame(capture, announced - clock.number)) is not None:
             previous, count = number, count + 1
             number = clock.tick(capture.get(cv2.CAP_PROP_POS_MSEC), decoded.num_failed)
@@ -74,7 +89,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
         if not count:
             raise DataError(f"{path}: cannot be decoded as a video, or has no frames.")
         total = number + 1
-        if is_truncated(path, announced - total, rate, announced) or (
+        if is_truncated(file, announced - total, rate, announced) or (
             last_before_gap is not None and announced > total
         ):
             last_before_gap, total = number if last_before_gap is None else last_before_gap, announced

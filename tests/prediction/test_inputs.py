@@ -58,6 +58,7 @@ def test_paths_of_a_list_need_not_exist(folder: Path) -> None:
 def test_earlier_outputs_are_not_inputs(folder: Path) -> None:
     (folder / "photos/out/sub").mkdir(parents=True)
     (folder / "photos/out/sub/a_ids.png").touch()
+    (folder / "photos/out/classes.json").touch()
     assert "out/sub/a_ids" not in outputs_of("photos", "photos/out")
     assert not any("out" in place for place in outputs_of("photos/**/*.*", "photos/out"))
 
@@ -80,6 +81,25 @@ def test_nothing_to_predict_is_an_error(folder: Path, word: str, error: type[Exc
 def test_outputs_must_not_go_where_inputs_are(folder: Path, word: str) -> None:
     with pytest.raises(ConfigError, match="run_dir=photos/sub: holds inputs"):
         outputs_of(word, "photos/sub", stdin="photos/sub/a.jpg\n")
+
+
+@pytest.mark.parametrize(("word", "run_dir"), [("photos/sub", "photos"), ("photos", "photos"), (".", "photos/sub")])
+def test_outputs_must_not_go_into_folders_of_images(folder: Path, word: str, run_dir: str) -> None:
+    (folder / "photos/a.jpg").unlink()
+    (folder / "photos/b.PNG").unlink()
+    (folder / "x.jpg").touch()
+    if word == "photos/sub":
+        (folder / "photos/sub/sub").mkdir()
+        (folder / "photos/sub/sub/x.jpg").touch()
+    with pytest.raises(ConfigError, match=f"run_dir={run_dir}: holds inputs"):
+        outputs_of(word, run_dir)
+
+
+def test_a_video_and_a_folder_of_its_name_have_different_output_paths(folder: Path) -> None:
+    (folder / "photos/sub/film").mkdir()
+    (folder / "photos/sub/film/000000.jpg").touch()
+    places = outputs_of("photos/sub")
+    assert places["film_mp4"] == "photos/sub/film.mp4" and "film/000000" in places and "film" not in places
 
 
 def test_all_files_have_different_output_paths() -> None:

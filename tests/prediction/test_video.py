@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,7 @@ from test_predictor import Brightest
 
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
+from semseg.errors import DataError
 from semseg.modes.predict import PredictionJob
 from semseg.prediction.inputs import Input
 from semseg.prediction.predictor import PredictionSettings, Predictor
@@ -106,6 +108,15 @@ def test_c26_prediction_writes_readable_frames_by_number_and_reports_the_others(
     assert written == read(path)[0]
     assert Image.open(tmp_path / f"out/a/{written[0]:06d}_ids.png").size == (320, 240)
     assert (tmp_path / "out/a_overlay.mp4").is_file()
+
+
+def test_a_video_in_a_zip_archive_has_the_frames_of_the_file(tmp_path: Path) -> None:
+    film(tmp_path / "film.avi", "MJPG")
+    with zipfile.ZipFile(tmp_path / "films.zip", "w") as archive:
+        archive.write(tmp_path / "film.avi", "sub/film.avi")
+    assert read(tmp_path / "films.zip" / "sub" / "film.avi") == read(tmp_path / "film.avi")
+    with pytest.raises(DataError, match=r"films\.zip/other\.avi: there is no such file"):
+        read(tmp_path / "films.zip" / "other.avi")
 
 
 def test_the_clock_counts_frames_of_uneven_rate_and_uses_time_after_failed_reads() -> None:
