@@ -54,7 +54,7 @@ from semseg.config.overrides import (
     select_overrides,
 )
 from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, Config
-from semseg.config.uses import refuse_unread_keys, refuse_unused_sizes
+from semseg.config.uses import refuse_idle_keys, refuse_unread_keys, refuse_unused_sizes
 from semseg.config.validate import check_config
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, ReportedError, SemsegError
 from semseg.storage import run_lock
@@ -144,6 +144,7 @@ def compose_run(overrides: list[str], *, is_repeated: bool = False) -> tuple[Dic
     refuse_unused_sizes(config, overrides)
     if not is_repeated:
         refuse_unread_keys(config.mode, overrides)
+        refuse_idle_keys(config, overrides)
     refuse_search_settings(composed)
     return composed, config
 

@@ -17,6 +17,8 @@ from semseg.config.schema import (
     TORCH_EXPORT,
     ZOO_PREFIX,
     Config,
+    DataConfig,
+    SplitConfig,
     is_checkpoint,
     list_checkpoints,
 )
@@ -40,6 +42,8 @@ UNREAD_KEYS = {
 NETWORK_MODES = ("eval", "predict", "convert", "replay", "serve", "export")
 
 SEVERAL_NETWORKS_MODES = ("eval", "predict", "serve", "average")  # modes that average networks
+TRAINING_MODES = ("train", "crossval")
+DATA_MODES = (*TRAINING_MODES, "bench", "check")  # modes whose data set is that of the command line
 BATCH_MODES = ("check", "average")  # modes that use data.batch_size, and do not choose it
 
 
@@ -97,6 +101,64 @@ def refuse_unread_keys(mode: str, overrides: Sequence[str]) -> None:
         key, _, value = word.lstrip("+").partition("=")
         if key in unread and value.lower() not in ("false", "null"):
             raise ConfigError(f"{key}={value}: has no effect with mode={mode}. {unread[key]}")
+
+
+def refuse_idle_keys(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse keys on the command line that other settings leave without effect. Those of files may serve other runs.
+
+    Raises:
+        ConfigError: with the setting that they need, or that replaces them.
+    """
+    if config.mode not in DATA_MODES:
+        return
+    idle = dict(find_idle_data_keys(config.data))
+    if config.mode in TRAINING_MODES:
+        idle |= find_idle_training_keys(config)
+    for word in overrides:
+        key, _, value = word.lstrip("+").partition("=")
+        if key in idle and value.lower() not in ("false", "null", "0"):
+            raise ConfigError(f"{key}={value}: has no effect. {idle[key]}")
+
+
+def find_idle_training_keys(config: Config) -> Iterator[tuple[str, str]]:
+    """Every key of training that has no effect, with a sentence about what to do."""
+    schedule, terms = config.schedule.name, config.loss.terms
+    if schedule == "poly":
+        advice = "Use schedule=poly_warmup or schedule=cosine, which begin with lower rates."
+        yield from dict.fromkeys(("schedule.warmup_steps", "schedule.warmup_factor"), advice).items()
+    if schedule == "cosine":
+        yield "schedule.power", "It is for schedule=poly and schedule=poly_warmup."
+    else:
+        yield "schedule.min_factor", "Use schedule=cosine, which ends with this part of the rate."
+    if config.optim.name != "adamw":
+        yield "optim.beta2", "Use optim=adamw."
+    if config.ema.decay is None:
+        yield "ema.start_step", "Set ema.decay, such as ema.decay=0.999."
+    if not terms.ohem:
+        yield from dict.fromkeys(("loss.ohem_threshold", "loss.ohem_min_kept"), "Use loss=ohem.").items()
+    if not terms.focal:
+        yield "loss.focal_gamma", "Use loss=focal."
+
+
+def find_idle_data_keys(data: DataConfig) -> Iterator[tuple[str, str]]:
+    """Every key that names images and is not read, because another one names them; with a sentence about what to do."""
+    splits: dict[str, SplitConfig] = {split: getattr(data, split) for split in ("train", "val", "test")}
+    if data.images:
+        yield "data.train.list", f"data.images={data.images} names the images. Set it to null to use a list."
+        splits.pop("train")
+    for split, files in splits.items():
+        keys = [f"data.{split}.{name}" for name in ("images", "masks", "stems")]
+        if files.list:
+            advice = f"data.{split}.list={files.list} names the images. Set it to null to use folders."
+            yield from dict.fromkeys(keys, advice).items()
+        elif not files.images and not files.stems:
+            yield keys[1], f"Give data.{split}.images=<folder> too."
+    if not data.images and all(files.list or not files.images for files in splits.values()):
+        for key in ("data.image_suffix", "data.mask_suffix"):
+            yield key, "A list names images and masks by their whole names."
+    if data.fold is None and (data.val.list or data.val.images or data.val.stems):
+        named = next(name for name in ("list", "images", "stems") if getattr(data.val, name))
+        yield "data.val_fraction", f"data.val.{named}={getattr(data.val, named)} names the images of val."
 
 
 def find_missing_keys(config: Config) -> Iterator[str]:

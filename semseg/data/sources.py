@@ -208,7 +208,12 @@ class DataSource:
         """
         files = self._files_to_read(split)
         records, problems = separate_problems(self._read(split, files))
-        records = self._select(split, files, records, is_survey=True)
+        try:
+            records = self._select(split, files, records, is_survey=True)
+        except DataError:
+            if not problems:
+                raise
+            records = records if split == "train" else []  # too few to be split: the problems say why
         if not records and not problems:
             raise self._empty_split_error(split)
         return records, [problem.message for problem in problems]
@@ -255,6 +260,9 @@ class DataSource:
         files: SplitConfig = getattr(self.config, split)
         if self.config.images and (split == "train" or files == self.config.train):
             return replace(files, list=None, images=self.config.images, masks=self.config.masks)
+        if files.stems and not (files.list or files.images) and split != "train":  # some of the files of train
+            train = self._split_files("train")
+            return replace(files, images=train.images, masks=files.masks or train.masks)
         return files
 
     def _files_to_read(self, split: str) -> SplitConfig:

@@ -22,6 +22,7 @@ def test_help_lists_models_data_sets_and_sections(tmp_path: Path) -> None:
 
 
 PREDICT = ["mode=predict", "ckpt=x", "input=a.jpg"]
+LISTED = ["data=folder", "data.num_classes=2", "data.train.list=a.csv"]
 EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
 
 
@@ -37,6 +38,28 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
         (
             [*EXPORT, "predict.threshold=0.1"],
             "predict.threshold=0.1: has no effect with mode=export. An exported file does not",
+        ),
+        (
+            ["schedule.warmup_steps=9"],
+            "schedule.warmup_steps=9: has no effect. Use schedule=poly_warmup or schedule=cos",
+        ),
+        (["schedule.min_factor=0.5"], "schedule.min_factor=0.5: has no effect. Use schedule=cosine"),
+        (["schedule=cosine", "schedule.power=1"], "schedule.power=1: has no effect. It is for schedule=poly"),
+        (["optim.beta2=0.5"], "optim.beta2=0.5: has no effect. Use optim=adamw."),
+        (["ema.start_step=9"], "ema.start_step=9: has no effect. Set ema.decay"),
+        (["loss.focal_gamma=3"], "loss.focal_gamma=3: has no effect. Use loss=focal."),
+        (["loss.ohem_min_kept=1"], "loss.ohem_min_kept=1: has no effect. Use loss=ohem."),
+        ([*LISTED, "data.train.stems=s.txt"], "data.train.stems=s.txt: has no effect. data.train.list=a.csv names the"),
+        ([*LISTED, "data.train.masks=m"], "data.train.masks=m: has no effect. data.train.list=a.csv names the images."),
+        ([*LISTED, "data.mask_suffix=_x"], "data.mask_suffix=_x: has no effect. A list names images and masks"),
+        (
+            [*LISTED, "data.images=i", "data.masks=m"],
+            "data.train.list=a.csv: has no effect. data.images=i names the images.",
+        ),
+        ([*LISTED, "data.val.masks=m"], "data.val.masks=m: has no effect. Give data.val.images=<folder> too."),
+        (
+            [*LISTED, "data.val.stems=s.txt", "data.val_fraction=0.3"],
+            "data.val_fraction=0.3: has no effect. data.val.stems=s.txt names the images of val.",
         ),
         (["after_training=[eval,predict]"], "after_training=[predict] needs input="),
         (["run_dir=[a,b]"], "run_dir: must be text, not a list."),

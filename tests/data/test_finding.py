@@ -220,6 +220,15 @@ def test_c32_a_mask_without_an_image_beside_it_is_reported(tmp_path: Path) -> No
         source(tmp_path, "data.train.images=.", "data.train.masks=.", "data.mask_suffix=_L").records("train")
 
 
+def test_the_stems_of_val_are_looked_for_in_the_folders_of_train(tmp_path: Path) -> None:
+    draw_pairs(tmp_path, "a", "b", "c")
+    (tmp_path / "train.txt").write_text("a\nb\n")
+    (tmp_path / "val.txt").write_text("c\n")
+    words = ["data.train.stems=train.txt", "data.val.stems=val.txt"]
+    assert set(pairs(tmp_path, *words)) == {"images/a.jpg", "images/b.jpg"}
+    assert set(pairs(tmp_path, *words, split="val")) == {"images/c.jpg"}
+
+
 # ---- archives of other systems
 
 

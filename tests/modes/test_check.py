@@ -91,6 +91,16 @@ def test_good_data_are_ready_and_counted(tmp_path: Path, capsys: pytest.CaptureF
     assert "READY" in capsys.readouterr().out
 
 
+def test_masks_that_no_image_matches_are_what_is_reported(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data")
+    for mask in (root / "masks").iterdir():
+        mask.rename(mask.with_stem(f"{mask.stem}_mask"))
+    found = check(root, "data.num_classes=3", "data.short_edges=[60]")
+    assert found["verdict"] == "NOT READY"
+    assert "24 lines or files give no pair" in of_level(found, "error")
+    assert "cannot be split" not in of_level(found, "error")
+
+
 def test_classes_of_one_name_are_a_warning(tmp_path: Path) -> None:
     root = good_folder(tmp_path / "data")
     (root / "classes.txt").write_text("road\ntree\nroad\n")
