@@ -117,7 +117,8 @@ class ClassTable(NamedTuple):
         In a text file, lines that begin with # are comments; a name that begins with # is written in double quotes. If
         all lines are like those of CVAT's labelmap.txt (name:red,green,blue:parts:actions), it is one, with colours.
         JSON holds a list of {"name": ..., "color": [R, G, B]}, or an object with that list under `classes`, as
-        mode=predict writes it. Colours may be omitted from all entries.
+        mode=predict writes it. Colours may be omitted from all entries. If all have an `index` (0, 1, ... or 1, 2, ...)
+        or else an `id`, it decides their order.
 
         Raises:
             DataError: if the file is missing or invalid.
@@ -134,7 +135,7 @@ class ClassTable(NamedTuple):
                 names = [_unquote(line) for line in lines]
                 return cls.from_names(_require_entries(names))
             content = json.loads(text)
-            rows = _require_entries(content["classes"] if isinstance(content, dict) else content)
+            rows = _sort_rows(_require_entries(content["classes"] if isinstance(content, dict) else content))
             names = [str(row["name"]) for row in rows]
             has_colours = {"color" in row for row in rows}
             if has_colours == {False}:
@@ -145,6 +146,27 @@ class ClassTable(NamedTuple):
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
             raise DataError(f"{path}: the class table cannot be read ({kind}{describe_reason(error)}).") from error
+
+
+def _sort_rows(rows: Sequence[Any]) -> list[Any]:
+    """Entries of a JSON table in the order of their numbers, if they have any.
+
+    Raises:
+        ValueError: for indices that are not 0, 1, ... or 1, 2, ..., and for an id that stands twice.
+    """
+    key = next((key for key in ("index", "id") if any(isinstance(row, dict) and key in row for row in rows)), None)
+    numbers = [row.get(key) if isinstance(row, dict) else None for row in rows]
+    are_integers = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+    if key is None or (key == "id" and not are_integers):  # an id may be any text
+        return list(rows)
+    expected = [list(range(first, first + len(rows))) for first in (0, 1)]
+    if key == "index" and not (are_integers and sorted(numbers) in expected):
+        raise ValueError(
+            f"indices must be 0, 1, 2, ... or 1, 2, 3, ... without gaps or repeats: {shorten_repr(numbers)}"
+        )
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"an id stands twice: {shorten_repr(numbers)}")
+    return sorted(rows, key=lambda row: row[key])
 
 
 def _from_label_map(lines: Sequence[str]) -> ClassTable:

@@ -276,9 +276,11 @@ def _read_rgb_raster(path: str | Path, data: bytes, layout: RasterLayout | None)
 
 def _raster_to_rgb(path: str | Path, data: bytes, layout: RasterLayout | None) -> NDArray[np.uint8]:
     pixels = _read_rgb_raster(path, data, layout)
+    if layout is not None and layout.has_white_zero:  # as Pillow does with 8 bits
+        pixels = np.iinfo(pixels.dtype).max - pixels
     if pixels.dtype == np.uint16:
         pixels = _to_8_bits(pixels, path)
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), np.uint8)
+    return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), np.uint8, order="C")  # writable, as torch expects
 
 
 def suits_opencv(header: Header) -> bool:

@@ -34,7 +34,7 @@ MAX_AUTOMATIC_BYTES = 10 * 2**30  # of all data sets together
 LEAST_FREE_BYTES = 2 * 2**30  # of the disk: automatic folders do not grow below it
 NUM_SUBFOLDERS = 256  # of a cache, by the first two digits of the names
 SAVES_PER_CHECK = 64  # of the size of an automatic folder, in each process
-FORMAT = 2  # version of the files; part of their names
+FORMAT = 3  # version of the files; part of their names
 MIN_PIXELS_PER_RUN = 4  # labels with shorter runs on average compress badly and are not cached
 
 

@@ -33,13 +33,21 @@ class ColourIds:
         ids: K raw ids.
         unscored: colours that are not scored; a class of the same colour takes precedence.
         always: whether grey images are colour-coded as well; if not, their channels hold ids.
+        are_given: whether the user chose the colours. Then an RGB image of greys that all have a meaning is
+            colour-coded too: in a data set of colours, an image of background alone is black.
 
     Raises:
         ConfigError: if two classes have the same colour.
     """
 
     def __init__(
-        self, palette: Sequence[Colour], ids: Sequence[int], unscored: Sequence[Colour], *, always: bool
+        self,
+        palette: Sequence[Colour],
+        ids: Sequence[int],
+        unscored: Sequence[Colour],
+        *,
+        always: bool,
+        are_given: bool = False,
     ) -> None:
         id_of = {_pack(colour): UNSCORED_ID for colour in unscored}
         classes = {_pack(colour): raw_id for colour, raw_id in zip(palette, ids, strict=True)}
@@ -50,10 +58,14 @@ class ColourIds:
                 "distinguish them."
             )
         id_of |= classes
-        self.always = always
+        self.always, self.are_given = always, are_given
         self._colours = np.array(sorted(id_of), np.uint32)
         self._ids = np.array([id_of[int(colour)] for colour in self._colours], np.uint16)
-        self.fingerprint = crc32(self._colours.tobytes() + self._ids.tobytes() + bytes([always]))
+        self.fingerprint = crc32(self._colours.tobytes() + self._ids.tobytes() + bytes([always, are_given]))
+
+    def explains_grey(self, pixels: NDArray[np.uint8]) -> bool:
+        """Whether RGB pixels (H, W, 3) that are all grey are colours of the table, and not ids."""
+        return self.are_given and bool(np.isin(np.unique(pixels[..., 0]) * np.uint32(0x010101), self._colours).all())
 
     def __call__(self, pixels: NDArray[np.uint8], path: str | Path) -> NDArray[np.uint16]:
         """(H, W, 3) RGB to raw ids (H, W).

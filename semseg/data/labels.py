@@ -81,7 +81,7 @@ def read_label(
     if image.format != "TIFF":  # Pillow has applied the orientation of those
         raw = apply_orientation(raw, header.orientation)
     is_rgb8 = image.mode in ("RGB", "RGBA") and header.bits <= 8
-    if colours is not None and (is_colour_coded or (is_rgb8 and not _is_grey(raw))):
+    if colours is not None and (is_colour_coded or (is_rgb8 and (not _is_grey(raw) or colours.explains_grey(raw)))):
         return colours(raw[..., :3], path)
     if is_rgb8:
         raw = _grey_from_rgb(raw, path)
@@ -117,7 +117,13 @@ def check_id_range(raw: NDArray, path: str | Path) -> NDArray[np.integer]:
 
 
 def _undo_stretch(raw: NDArray, image: Image.Image, header: Header) -> NDArray[np.integer]:
-    """The numbers of a grey file; Pillow may have stretched them to the range of their type."""
+    """The numbers of a grey file as stored; Pillow may have stretched them to the range of their type.
+
+    Of TIFF files in which 0 is white (tag 262), it has also exchanged black and white, if they have up to 8 bits.
+    """
+    is_inverted = image.format == "TIFF" and image.mode in ("1", "L") and image.tag_v2.get(262) == 0  # pyright: ignore[reportAttributeAccessIssue]
+    if is_inverted:
+        raw = ~raw
     if raw.dtype == np.bool_:
         return raw.astype(np.uint8)
     if header.white and image.mode in ("L", "I"):

@@ -43,6 +43,7 @@ class RasterLayout(NamedTuple):
     nodata: float | None = None  # the number of pixels that hold none, NaN included; None: not declared
     num_pages: int = 1  # images of full resolution in the file
     is_rgb: bool = False  # whether the first three bands are red, green and blue
+    has_white_zero: bool = False  # whether 0 is white in pictures; the numbers are as stored
 
     def describe(self) -> str:
         """What the file holds, for messages.
@@ -210,6 +211,7 @@ def _layout_of_tags(tags: Tags, *, wants_picture: bool) -> RasterLayout | None:
         orientation if orientation in range(1, 9) else 1,
         parse_nodata(tags.get(42113)),
         is_rgb=photometric == 2,
+        has_white_zero=photometric == 0,
     )
 
 

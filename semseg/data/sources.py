@@ -26,6 +26,7 @@ from semseg.data.orientation import (
     labels_are_upright,
     set_label_orientation,
 )
+from semseg.data.palette import generated_palette
 from semseg.data.records import (
     Problem,
     Record,
@@ -578,5 +579,6 @@ def make_label_map(config: DataConfig, classes: ClassTable) -> LabelMap:
     if not always and (config.mask_type == "ids" or not has_file or not has_distinct_colours):
         return plain
     unscored = [(red, green, blue) for red, green, blue in config.ignore_colors]
-    colours = ColourIds(classes.palette, plain.class_ids, unscored, always=always)
+    are_given = classes.palette != generated_palette(classes.num_classes)
+    colours = ColourIds(classes.palette, plain.class_ids, unscored, always=always, are_given=are_given)
     return LabelMap(classes.num_classes, config.first_id, config.ignore, ids, colours)

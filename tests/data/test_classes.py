@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,20 @@ def test_a_table_with_semicolons_is_read_as_spreadsheets_write_it(tmp_path: Path
     (tmp_path / "t.csv").write_text("index;name;R;G;B\n0;a, b;1;2;3\n1;c;4;5;6\n")
     table = ClassTable.from_file(tmp_path / "t.csv")
     assert table.names == ("a, b", "c") and table.palette == ((1, 2, 3), (4, 5, 6))
+
+
+def test_the_numbers_of_a_json_table_decide_the_order_of_its_classes(tmp_path: Path) -> None:
+    for key, numbers in (("index", (2, 0, 1)), ("index", (3, 1, 2)), ("id", (30, 10, 20))):
+        rows = [{key: number, "name": name} for number, name in zip(numbers, "cab", strict=True)]
+        (tmp_path / "t.json").write_text(json.dumps({"classes": rows}))
+        assert ClassTable.from_file(tmp_path / "t.json").names == ("a", "b", "c"), (key, numbers)
+    for key, numbers, message in (
+        ("index", (0, 2, 3), "indices must be"), ("index", (0, 1, None), "indices must be"), ("id", (1, 1, 2), "twice")
+    ):  # fmt: skip
+        rows = [{key: number, "name": name} for number, name in zip(numbers, "cab", strict=True)]
+        (tmp_path / "t.json").write_text(json.dumps(rows))
+        with pytest.raises(DataError, match=message):
+            ClassTable.from_file(tmp_path / "t.json")
 
 
 def test_colours_of_some_classes_only_are_refused(tmp_path: Path) -> None:

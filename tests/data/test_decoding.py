@@ -196,16 +196,30 @@ def test_c20_ids_of_a_pgm_are_those_in_the_file_whatever_its_white_is(tmp_path: 
     assert read_label(tmp_path / "a.pgm").tolist() == label.tolist()
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_c20_ids_of_few_bits_in_a_tiff_are_not_stretched(tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize("photometric", [0, 1])  # 0: white is 0, which says nothing about ids
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_c20_ids_of_few_bits_in_a_tiff_are_not_stretched(tmp_path: Path, bits: int, photometric: int) -> None:
     label = np.arange(8).reshape(1, 8) % 2**bits
     row = np.packbits(np.unpackbits(label.astype(np.uint8)[..., None], axis=-1)[..., 8 - bits :].ravel()).tobytes()
-    tags = [(256, 8), (257, 1), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, len(row))]
+    tags = [(256, 8), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8)]
+    tags += [(277, 1), (278, 1), (279, len(row))]
     place = 8 + len(row) + len(row) % 2
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     directory = struct.pack("<H", len(tags)) + entries + b"\0\0\0\0"
     (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<I", place) + row.ljust(place - 8, b"\0") + directory)
     assert read_label(tmp_path / "a.tif").tolist() == label.tolist()
+
+
+def test_c20_a_tiff_in_which_0_is_white_is_the_same_picture_with_8_and_16_bits(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    levels = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    tifffile.imwrite(tmp_path / "8.tif", levels, photometric="miniswhite")
+    tifffile.imwrite(tmp_path / "16.tif", levels * np.uint16(257), photometric="miniswhite")
+    np.save(tmp_path / "8.npy", 255 - levels)
+    expected = np.repeat(255 - levels[..., None], 3, axis=2)
+    for name in ("8.tif", "16.tif", "8.npy"):
+        pixels = read_image(tmp_path / name)
+        assert (pixels == expected).all() and pixels.flags.writeable, name
 
 
 def test_c21_lossy_labels_of_every_kind_are_refused_under_any_name(tmp_path: Path) -> None:

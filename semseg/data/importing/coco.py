@@ -69,7 +69,8 @@ def read_coco(root: Path, files: list[Path], finder: ImageFinder, options: Impor
     parents = set[str]()
     for path, content in contents.items():
         for category in read_categories(path, content):
-            parents.add(category.parent)
+            if category.parent != category.name:  # a class of COCO may be called as its group: person
+                parents.add(category.parent)
             if categories.setdefault(category.id, category.name) != category.name:
                 raise DataError(
                     f"{path}: category {category.id} is {category.name!r} here and {categories[category.id]!r} in "

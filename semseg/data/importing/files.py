@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -217,11 +218,12 @@ class ImageFinder:
         """The image files with this path without suffix, or, of all with its last part, those that agree best.
 
         Args:
-            without: folders of masks, whose files are not images.
+            without: patterns of the names of folders of masks, whose files are not images.
         """
         if not self._by_stem:
             for path in (path for paths in self._by_name.values() for path in paths):
-                if not set(without) & set(path.relative_to(self.folder).parts[:-1]):
+                folders = path.relative_to(self.folder).parts[:-1]
+                if not any(fnmatchcase(folder, pattern) for folder in folders for pattern in without):
                     self._by_stem[_compose(path.stem)].append(path)
         parts = [_compose(part) for part in PurePosixPath(stem).parts]
         found = self._by_stem.get(parts[-1], [])

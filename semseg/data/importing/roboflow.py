@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,8 @@ def read_roboflow(root: Path, files: list[Path], options: ImportConfig) -> Expor
     values = sorted(classes)
     index_of = {value: index for index, value in enumerate(values)}
     for file in files:
-        items += list(read_folder(root, file.parent, index_of))
+        others = [other.parent for other in files if other.parent.is_relative_to(file.parent) and other != file]
+        items += list(read_folder(root, file.parent, index_of, others))
     if not items:
         raise DataError(f"{root}: no image has a mask <name>{MASK_SUFFIX}.png beside it. Export the masks again.")
     return Export("Roboflow", tuple(classes[value] for value in values), None, items)
@@ -80,9 +81,15 @@ def read_classes(file: Path) -> dict[int, str]:
     return classes
 
 
-def read_folder(root: Path, folder: Path, index_of: dict[int, int]) -> Iterator[AnnotatedImage | Problem]:
-    """The images of a folder with their masks."""
-    paths = [path for path in store.list_files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+def read_folder(
+    root: Path, folder: Path, index_of: dict[int, int], without: Sequence[Path]
+) -> Iterator[AnnotatedImage | Problem]:
+    """The images of a folder with their masks, but for those of folders that are read on their own."""
+    paths = [
+        path
+        for path in store.list_files_below(folder)
+        if path.suffix.lower() in IMAGE_SUFFIXES and not any(path.is_relative_to(other) for other in without)
+    ]
     masks = {path.with_name(path.stem.removesuffix(MASK_SUFFIX)): path for path in paths if is_mask(path)}
     by_case = {str(stem).casefold(): stem for stem in masks}
     split, read = find_split(*folder.relative_to(root).parts), partial(read_mask_values, index_of)

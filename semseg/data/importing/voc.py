@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from semseg.config.schema import ImportConfig
 from semseg.data import store
 from semseg.data.classes import built_in_classes
-from semseg.data.images import apply_orientation, check_png, open_checked, read_image, read_image_bytes
+from semseg.data.images import check_png, open_checked, read_image, read_image_bytes
 from semseg.data.importing.files import EntryError, ImageFinder, find_split, read_text_lines
 from semseg.data.importing.model import IGNORED, UNLABELLED, AnnotatedImage, Export, MaskFile
+from semseg.data.labels import read_label
 from semseg.data.palette import Colour
 from semseg.data.records import Problem
 from semseg.errors import DataError
@@ -24,6 +25,7 @@ MASK_FOLDER, LABEL_MAP, LISTS = "SegmentationClass", "labelmap.txt", Path("Image
 BLACK: Colour = (0, 0, 0)
 WHITE: Colour = (255, 255, 255)
 BORDER: Colour = (224, 224, 192)  # the border of objects in Pascal VOC, index 255
+GREY_MODES = ("1", "L", "I", "I;16", "I;16B")  # of Pillow
 MASK_SUFFIXES = (".png", ".PNG")
 
 
@@ -93,7 +95,7 @@ def find_image(stem: str, finder: ImageFinder) -> Path:
     Raises:
         EntryError: if there is none, or there are several.
     """
-    found = finder.find_stem(stem, without=(MASK_FOLDER, "SegmentationObject"))
+    found = finder.find_stem(stem, without=("SegmentationClass*", "SegmentationObject*"))
     if not found:
         raise EntryError(
             f"there is no image {stem} below {finder.folder}. CVAT exports images only with 'Save images': "
@@ -200,13 +202,15 @@ def decode_colours(rows: Sequence[LabelMapRow], path: str, max_pixels: int) -> N
     if header.lossy:
         raise DataError(f"{path}: labels must not be compressed with {header.lossy}. Export PNG files.")
     table = {BLACK: UNLABELLED, BORDER: IGNORED} | {row.colour: index for index, row in enumerate(rows)}
-    if image.mode == "L" and header.bits <= 8:
-        grey = apply_orientation(np.asarray(image), header.orientation)
+    if image.mode in GREY_MODES:
+        grey = read_label(path, max_pixels=max_pixels)  # the numbers of the file, whatever its bits
         greys = {value for value in np.unique(grey).tolist() if value != 255}
         if not greys <= {colour[0] for colour in table if len(set(colour)) == 1}:
             return _look_up_indices(grey, len(rows), path)
         table = {WHITE: IGNORED} | table  # 255 of an index mask whose other values are colours of classes as well
-    pixels = read_image(path, max_pixels=max_pixels, upright=True)
+        pixels = np.repeat(grey[..., None], 3, axis=2)
+    else:
+        pixels = read_image(path, max_pixels=max_pixels, upright=True)
     codes = pixels.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
     found, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
     classes = []
@@ -221,7 +225,7 @@ def decode_colours(rows: Sequence[LabelMapRow], path: str, max_pixels: int) -> N
     return np.array(classes, np.int32)[inverse].reshape(pixels.shape[:2])
 
 
-def _look_up_indices(grey: NDArray[np.uint8], num_classes: int, path: str) -> NDArray[np.int32]:
+def _look_up_indices(grey: NDArray[np.integer], num_classes: int, path: str) -> NDArray[np.int32]:
     labels = np.where(grey == 255, np.int32(IGNORED), grey.astype(np.int32))
     if labels.max(initial=0) >= num_classes:
         value = int(labels.max())

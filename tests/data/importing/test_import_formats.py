@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -174,6 +178,16 @@ def test_coco_of_roboflow_has_a_category_that_is_no_class(tmp_path: Path) -> Non
     write_coco(tmp_path / "e", categories=categories)
     imported = import_here(tmp_path / "e", tmp_path / "out")
     assert imported.names == ("cat", "dog", "background") and "'pets' only groups others" in imported.notes[0]
+
+
+def test_a_class_of_coco_may_be_its_own_group(tmp_path: Path) -> None:
+    categories = [{"id": 1, "name": "person", "supercategory": "person"}]
+    categories += [
+        {"id": number, "name": name, "supercategory": "animal"} for number, name in ((3, "cat"), (90, "dog"))
+    ]
+    write_coco(tmp_path / "e", categories=categories)
+    imported = import_here(tmp_path / "e", tmp_path / "out")
+    assert imported.names == ("person", "cat", "dog", "background")
 
 
 @pytest.mark.parametrize(
@@ -364,6 +378,37 @@ def test_black_pixels_without_a_class_belong_to_the_class_background(tmp_path: P
     file.write_text(file.read_text().replace("background:0,0,0", "background:0,128,0"))
     imported = import_here(tmp_path / "e", tmp_path / "out")
     assert imported.background == 0 and np.array_equal(masks_of(tmp_path / "out")["a"], expected(2, 3, 1))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_a_grey_mask_has_the_same_indices_whatever_its_bits(tmp_path: Path, bits: int) -> None:
+    write_voc(tmp_path / "e", names=["a", "b"])
+    indices = np.resize(np.arange(3), (HEIGHT, WIDTH))
+    for name in ("a", "b"):
+        write_grey_png(tmp_path / "e/SegmentationClass" / f"{name}.png", indices, bits)
+    import_here(tmp_path / "e", tmp_path / "out")
+    assert np.array_equal(masks_of(tmp_path / "out")["a"], np.array([1, 2, 3])[indices])
+
+
+def write_grey_png(path: Path, values: NDArray[np.integer], bits: int) -> None:
+    """A PNG file with this many bits a pixel, which Pillow does not write."""
+    height, width = values.shape
+    digits = np.unpackbits(values.astype(">u2")[..., None].view(np.uint8), axis=-1)[..., 16 - bits :]
+    rows = np.packbits(digits.reshape(height, -1), axis=1)
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    data = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())  # each row begins with its filter: none
+    chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
+    coded = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(coded))
+
+
+def test_other_folders_of_masks_are_not_the_images(tmp_path: Path) -> None:
+    write_voc(tmp_path / "e", with_images=False)
+    shutil.copytree(tmp_path / "e/SegmentationClass", tmp_path / "e/SegmentationClassRaw")
+    with pytest.raises(DataError, match=r"there is no image a below .*'Save images'"):
+        import_here(tmp_path / "e", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("values", "classes"), [([0, 1, 255], [1, 2, 0]), ([0, 255], [1, 0])])
@@ -578,6 +623,14 @@ def test_wrong_classes_of_roboflow_are_named(text: str, message: str, tmp_path: 
         put(tmp_path / "e" / split / "_classes.csv", text)
     with pytest.raises(DataError, match=message):
         import_here(tmp_path / "e", tmp_path / "out", "import.format=roboflow")
+
+
+def test_a_class_file_of_roboflow_above_those_of_splits_reads_no_image_twice(tmp_path: Path) -> None:
+    write_roboflow(tmp_path / "e")
+    found = import_here(tmp_path / "e", tmp_path / "one")
+    shutil.copy(tmp_path / "e/train/_classes.csv", tmp_path / "e/_classes.csv")
+    again = import_here(tmp_path / "e", tmp_path / "two")
+    assert len(again.images) == len(found.images)
 
 
 def test_images_of_roboflow_without_a_mask_are_named(tmp_path: Path) -> None:
