@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,16 @@ def run(config: Config, overrides: list[str]) -> None:
         print(escape_lines(line))
     root = relative_to_cwd(output)
     print(escape_lines(f"written to {root}: masks, classes.csv, lists, semseg.yaml, {describe_images(output)}"))
-    print(escape_lines(f"to check: {format_command(['mode=check', 'data=folder', f'data.root={root}'])}"))
-    print(escape_lines(f"to train: {format_command(['data=folder', f'data.root={root}'])}"))
+    for purpose, words in list_next_commands({image.split for image in imported.images}).items():
+        print(escape_lines(f"to {purpose}: {format_command([*words, 'data=folder', f'data.root={root}'])}"))
+
+
+def list_next_commands(splits: Set[str]) -> dict[str, list[str]]:
+    """What can be done with a data set that has these splits, with the words of the command but those of the data."""
+    if "train" in splits:
+        return {"check": ["mode=check"], "train": []}
+    split = [] if "val" in splits else ["eval.split=test"]
+    return {"evaluate a network": ["mode=eval", "ckpt=best", *split]}
 
 
 def describe_images(output: Path) -> str:

@@ -7,6 +7,7 @@ that is a colour has the weights of that colour.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import cycle
 
@@ -72,7 +73,7 @@ def inherit_convention(saved: Preprocessing, options: BandOptions | None) -> Pre
 
 
 def check_bands(convention: Preprocessing, options: BandOptions | None) -> None:
-    """Refuse images whose bands are not those of a network.
+    """Refuse images whose bands are not those of a network, and warn of a range that it does not take over.
 
     Args:
         convention: of the network.
@@ -83,6 +84,13 @@ def check_bands(convention: Preprocessing, options: BandOptions | None) -> None:
     """
     names = RGB if options is None else options.names
     if names == convention.bands and not (convention.ranges and options is None):
+        given = None if options is None else options.ranges
+        if given and convention.ranges and given != convention.ranges:
+            warnings.warn(
+                f"data.value_range={format_value_range(given)} is not used: the network keeps that of its training, "
+                f"{format_value_range(convention.ranges)}.",
+                stacklevel=2,
+            )
         return
     ranges = f" data.value_range={format_value_range(convention.ranges)}" if convention.ranges else ""
     raise ConfigError(

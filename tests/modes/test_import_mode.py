@@ -66,6 +66,14 @@ def test_the_check_recognises_every_export_and_prints_the_command_that_imports_i
     assert (tmp_path / "pets_masks/semseg.yaml").is_file()
 
 
+def test_an_export_without_training_images_gets_the_command_that_evaluates(tmp_path: Path) -> None:
+    file = write_coco(tmp_path / "pets")
+    file.rename(file.with_name("instances_val.json"))
+    shown = run_here(tmp_path, "mode=import", "input=pets", "output=masks")
+    assert "4 val" in shown and "to train" not in shown and "to check" not in shown
+    assert "to evaluate a network: python run.py mode=eval ckpt=best data=folder data.root=masks" in shown
+
+
 @pytest.mark.slow
 def test_an_export_is_imported_checked_trained_on_predicted_and_imported_again(tmp_path: Path) -> None:
     write_coco(tmp_path / "pets", [f"{number:02d}" for number in range(6)])

@@ -111,6 +111,8 @@ def test_images_of_other_bands_than_those_of_the_network_are_refused() -> None:
     four = options(("red", "green", "blue", "nir"))
     convention = build_network(NETWORKS["resnet18"], 3, bands=four).convention
     check_bands(convention, four)
+    with pytest.warns(UserWarning, match=r"data\.value_range=\[0,9\] is not used: .* of its training, \[0,200\]"):
+        check_bands(convention, options(("red", "green", "blue", "nir"), high=9))
     with pytest.raises(ConfigError, match=r"takes the bands \[red,green,blue,nir\].* data\.value_range=\[0,200\]"):
         check_bands(convention, None)
     with pytest.raises(ConfigError, match=r"data\.bands=\[red,green,blue,nir\]: the network takes the bands \[red,gre"):

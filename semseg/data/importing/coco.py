@@ -177,7 +177,7 @@ class CocoReader:
                 )
                 continue
             by_image[owner].append(entry)
-        seen = set[Any]()
+        seen, paths = set[Any](), dict[str, Any]()
         for position, entry in enumerate(self.images):
             origin = f"{self.path}: image {describe_entry(entry, 'id', position)}"
             try:
@@ -187,7 +187,10 @@ class CocoReader:
                 if number in seen:
                     raise EntryError("has the id of another image")
                 seen.add(number)
-                yield self.read_image(entry, name, by_image.get(number, []), origin)
+                image = self.read_image(entry, name, by_image.get(number, []), origin)
+                if paths.setdefault(image.path, number) != number:
+                    raise EntryError(f"is {image.path}, as image {paths[image.path]} is. Join the two")
+                yield image
             except EntryError as error:
                 yield Problem(f"{origin}: {error}.")
 

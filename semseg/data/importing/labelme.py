@@ -75,7 +75,7 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
     for path in files:
         try:
             content = read_json_file(path)
-            labels |= {get(shape, "label", str) for shape in get(content, "shapes", list)}
+            labels |= {get(shape, "label", str).strip() for shape in get(content, "shapes", list)}
             content["imageData"] = bool(content.get("imageData"))  # all of them would fill the memory
             contents.append(LabelMeFile(path, content))
         except EntryError as error:
@@ -91,7 +91,7 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
             items.append(reader.read_file(file))
         except EntryError as error:
             items.append(Problem(f"{file.path}: {error}."))
-    notes = [*reader.describe()]
+    notes = [*reader.describe(), *describe_unlisted(root, labels)]
     num_images = sum(1 for item in items if isinstance(item, AnnotatedImage) and item.content is None)
     if num_left := finder.count - num_images:
         notes.append(f"{num_left} images have no JSON file and are left out.")
@@ -100,10 +100,23 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
 
 def list_names(root: Path, labels: set[str]) -> list[str]:
     """The classes in the order of labels.txt, if there is one with all of them; else sorted."""
+    listed = read_labels_file(root)
+    return listed if labels <= set(listed) else sorted(labels)
+
+
+def read_labels_file(root: Path) -> list[str]:
+    """The classes that labels.txt lists; none without the file."""
     file = root / LABELS_FILE
     listed = [line.strip() for line in read_text_lines(file)] if store.is_file(file) else []
-    listed = [name for name in dict.fromkeys(listed) if name and name not in SPECIAL_LABELS]
-    return listed if labels <= set(listed) else sorted(labels)
+    return [name for name in dict.fromkeys(listed) if name and name not in SPECIAL_LABELS]
+
+
+def describe_unlisted(root: Path, labels: set[str]) -> Iterator[str]:
+    """A sentence about labels that labels.txt lacks."""
+    listed = read_labels_file(root)
+    unlisted = sorted(labels - set(listed) - set(SPECIAL_LABELS))
+    if listed and unlisted:
+        yield f"{LABELS_FILE} does not list {', '.join(unlisted)}, so that the classes are in alphabetical order."
 
 
 class LabelMeReader:
@@ -131,7 +144,7 @@ class LabelMeReader:
         for position, shape in enumerate(content["shapes"]):
             name = f"shape {position + 1}"
             try:
-                label = get(shape, "label", str)
+                label = get(shape, "label", str).strip()
                 annotations.append(Annotation(self.class_of[label], tuple(self.read_shape(shape)), name))
             except (EntryError, ValueError) as error:
                 raise EntryError(f"{name}: {error}") from None
@@ -145,10 +158,11 @@ class LabelMeReader:
         Raises:
             EntryError: if there is none.
         """
-        name = get(content, "imagePath", str).replace("\\", "/").rpartition("/")[2]
+        given = get(content, "imagePath", str)
+        name = given.replace("\\", "/").rpartition("/")[2]
         beside = path.with_name(name) if name and "\0" not in name else path
         try:
-            found = beside if self.finder.has(beside) else self.finder.find(name)
+            found = beside if self.finder.has(beside) else self.finder.find(given, image.split)
         except EntryError as error:
             if not content["imageData"]:
                 raise EntryError(f"{error}, or save the files with image data") from None

@@ -120,10 +120,28 @@ def write_export(
             write_list(folder / f"{split}.csv", [image for image in images if image.split == split])
         is_rotated = any(image.is_rotated for image in images)
         write_settings(folder / DESCRIPTION_FILE, output, export, splits, is_rotated=is_rotated)
-        title, notes = export.title, export.notes
+        title, notes = export.title, (*export.notes, *describe_lost_classes(export, items, images))
         imported = Imported(title, images, tuple(names), problems, num_empty, unlabelled, background, notes)
         add_examples(folder, imported)
     return imported
+
+
+def describe_lost_classes(
+    export: Export, items: Sequence[AnnotatedImage], images: Sequence[ImportedImage]
+) -> Iterator[str]:
+    """A sentence about classes whose annotations cover no pixel.
+
+    Raises:
+        DataError: if no annotation covers one.
+    """
+    annotated = {note.class_index for item in items for note in item.annotations if note.class_index >= 0}
+    lost = sorted(annotated - {index for image in images for index in image.pixels})
+    if not lost:
+        return
+    reason = "their coordinates may be fractions of the image, or those of another size"
+    if len(lost) == len(annotated):
+        raise DataError(f"{export.title}: no annotation covers a pixel of its image: {reason}. Export them in pixels.")
+    yield f"No pixel is covered by the annotations of {', '.join(export.names[index] for index in lost)}: {reason}."
 
 
 def find_background(names: Sequence[str]) -> int:

@@ -180,6 +180,31 @@ def test_coco_of_roboflow_has_a_category_that_is_no_class(tmp_path: Path) -> Non
     assert imported.names == ("cat", "dog", "background") and "'pets' only groups others" in imported.notes[0]
 
 
+def test_coordinates_that_cover_no_pixel_are_reported_or_refused(tmp_path: Path) -> None:
+    file = write_coco(tmp_path / "e")
+    content = json.loads(file.read_text())
+    for entry in content["annotations"]:
+        if entry["category_id"] == 90:
+            entry["segmentation"] = [[0.1, 0.1, 0.2, 0.1, 0.2, 0.2]]  # fractions
+    put(file, content)
+    notes = import_here(tmp_path / "e", tmp_path / "one").notes
+    assert "No pixel is covered by the annotations of dog: their coordinates may be fractions" in " ".join(notes)
+    for entry in content["annotations"]:
+        entry["segmentation"] = [[0.1, 0.1, 0.2, 0.1, 0.2, 0.2]]
+    put(file, content)
+    with pytest.raises(DataError, match="no annotation covers a pixel of its image"):
+        import_here(tmp_path / "e", tmp_path / "none")
+
+
+def test_a_file_that_coco_lists_as_two_images_is_refused(tmp_path: Path) -> None:
+    file = write_coco(tmp_path / "e")
+    content = json.loads(file.read_text())
+    content["images"].append(content["images"][0] | {"id": 77})
+    put(file, content)
+    with pytest.raises(DataError, match=r"image 77: is .*a\.jpg, as image 1 is\. Join the two"):
+        import_here(tmp_path / "e", tmp_path / "out")
+
+
 def test_a_class_of_coco_may_be_its_own_group(tmp_path: Path) -> None:
     categories = [{"id": 1, "name": "person", "supercategory": "person"}]
     categories += [
@@ -486,6 +511,25 @@ def test_later_shapes_are_on_top_and_special_labels_mean_background_and_ignored(
     assert np.array_equal(mask, expected(1, 0, 2))
 
 
+def test_folders_decide_between_images_of_labelme_with_one_name_and_labels_lose_blanks(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        put(tmp_path / "e/images" / split / "a.jpg", photo(split))
+        shapes = [
+            labelme_shape("cat", corners(CAT)),
+            labelme_shape("cat ", corners(DOG)),
+            labelme_shape("ape", corners(DOG)),
+        ]
+        content = labelme_content("a", shapes) | {"imagePath": f"../../images/{split}/a.jpg"}
+        put(tmp_path / "e/json" / split / "a.json", content)
+    put(tmp_path / "e/labels.txt", "zebra\ncat\n")
+    imported = import_here(tmp_path / "e", tmp_path / "out")
+    assert {(image.split, image.image) for image in imported.images} == {
+        ("train", "images/train/a.jpg"), ("val", "images/val/a.jpg")
+    }  # fmt: skip
+    assert imported.names[:2] == ("ape", "cat")
+    assert "labels.txt does not list ape, so that the classes are in alphabetical order." in imported.notes
+
+
 def test_an_image_that_is_not_there_is_taken_out_of_the_json_file(tmp_path: Path) -> None:
     content = labelme_content("a", [labelme_shape("cat", corners(CAT))], to_base64(photo("a")))
     put(tmp_path / "e" / "sub" / "a.json", content)
@@ -494,7 +538,7 @@ def test_an_image_that_is_not_there_is_taken_out_of_the_json_file(tmp_path: Path
     assert "taken out of its JSON files" in " ".join(imported.notes)
     content["imageData"] = None
     put(tmp_path / "e" / "sub" / "a.json", content)
-    with pytest.raises(DataError, match=r"a\.json: there is no image a\.jpg .*or save the files with image data"):
+    with pytest.raises(DataError, match=r"a\.json: there is no image \.\.\\photos\\a\.jpg .*or save the files"):
         import_here(tmp_path / "e", tmp_path / "other")
 
 
@@ -534,6 +578,16 @@ def studio_mask(root: Path, *results: dict[str, Any], **more: Any) -> np.ndarray
     put(root / "e" / "tasks.json", [studio_task(1, "/data/local-files/?d=set/a.jpg", list(results), **more)])
     import_here(root / "e", root / "out")
     return masks_of(root / "out")["a"]
+
+
+def test_the_image_of_a_task_of_label_studio_is_the_one_that_is_annotated(tmp_path: Path) -> None:
+    file = write_label_studio(tmp_path / "e")
+    tasks = json.loads(file.read_text())
+    put(tmp_path / "e" / "small.jpg", Image.new("RGB", (8, 8)))
+    for task in tasks:
+        task["data"] = {"preview": "small.jpg", **task["data"]}
+    put(file, tasks)
+    assert len(import_here(tmp_path / "e", tmp_path / "out").images) == 4
 
 
 def test_label_studio_brushes_ellipses_and_rotated_boxes(tmp_path: Path) -> None:
