@@ -47,7 +47,11 @@ def run_in_process(
         SemsegError: for any error that the user can fix.
         KeyboardInterrupt: after Ctrl-C.
     """
-    words = [f"mode={mode}", *list_words(overrides, keywords)]
+    given = list_words(overrides, keywords)
+    other = next((word for word in given if word.lstrip("+").startswith("mode=")), None)
+    if other is not None:
+        raise ConfigError(f"{other}: this call is mode={mode}. Leave it out.")
+    words = [f"mode={mode}", *given]
     parsed = parse_overrides(words)
     try:
         composed, config = compose_run(parsed)

@@ -25,7 +25,6 @@ from semseg.data.folders import Naming
 from semseg.data.geometry import Size
 from semseg.data.label_map import IGNORED, LabelMap
 from semseg.data.loaders import WatchedLoader
-from semseg.data.raster_layout import read_picture_layout
 from semseg.data.store import UnusedFiles
 from semseg.data.windows import spread_windows
 from semseg.errors import ConfigError, DataError, install_command
@@ -38,8 +37,10 @@ from semseg.prediction.geotiff import (
     SeveralSinks,
     has_rasterio,
     is_georeferenced,
+    may_have_mask,
     open_mask,
     read_georeference,
+    read_whole_mask,
     write_geotiff,
 )
 from semseg.prediction.inputs import AS_PATH_LIST, Input, find_inputs, is_path_list
@@ -207,9 +208,8 @@ class PredictionJob:
             ids = predictor.predict_class_map(pixels.shape[:2], loaded.scales, probabilities)
             reference = self.find_georeference(item.path) if "ids" in self.outputs else None
             is_valid = None if loaded.is_valid is None else loaded.is_valid.numpy()
-            if self.has_mask(item.path):
-                with open_mask(item.path) as read_valid:
-                    is_valid = None if read_valid is None else read_valid(0, 0, *ids.shape)
+            if predictor.bands is None:
+                is_valid = read_whole_mask(item.path)
             if is_valid is not None and predictor.label_map.ignored_ids:
                 ids[~is_valid] = IGNORED
             result = PredictionResult(pixels, ids, predictor.classes, predictor.label_map, probabilities)
@@ -242,7 +242,7 @@ class PredictionJob:
         with reader, ExitStack() as opened:
             reference = self.find_georeference(item.path)
             read_valid = reader.read_valid if reader.may_lack_values else None
-            if self.has_mask(item.path):
+            if predictor.bands is None and may_have_mask(item.path):
                 read_valid = opened.enter_context(open_mask(item.path))
             sinks = [
                 opened.enter_context(self.open_sink(output, target, reader, reference, read_valid))
@@ -270,17 +270,6 @@ class PredictionJob:
     def annotation_outputs(self) -> Sequence[str]:
         """The outputs for annotation tools."""
         return () if self.annotations is None else self.annotations.outputs
-
-    def has_mask(self, path: Path) -> bool:
-        """Whether an image was read as a picture, and GDAL may know of pixels in it without values.
-
-        False for one that was turned upright, which GDAL does not do.
-        """
-        if self.predictor.bands is not None or not has_rasterio() or not is_georeferenced(path):
-            return False
-        with path.open("rb") as file:
-            layout = read_picture_layout(file)
-        return layout is not None and layout.orientation == 1
 
     def find_georeference(self, path: Path) -> GeoReference | None:
         """Where an image lies on the earth; None if that is unknown, which is reported once if it could be known.

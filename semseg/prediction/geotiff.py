@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
-from semseg.data.raster_layout import has_geo_tags
+from semseg.data.raster_layout import has_geo_tags, read_picture_layout
+from semseg.data.store import resolve_path
 from semseg.data.windows import FinishedRows, RowSink, WindowReader
 from semseg.errors import ConfigError, DataError, install_command
 from semseg.reports.draw import blend_classes, find_borders
@@ -71,6 +72,30 @@ def read_georeference(path: Path) -> GeoReference | None:
         reference = GeoReference(file.crs, file.transform, (tuple(gcps), gcps_crs))
     is_placed = reference.crs is not None or not reference.transform.is_identity or gcps
     return reference if is_placed else None
+
+
+def may_have_mask(path: Path) -> bool:
+    """Whether GDAL may know of pixels without values in an image that is read as a picture.
+
+    False for one that is turned upright, which GDAL does not do.
+    """
+    if not path.is_file() or not has_rasterio() or not is_georeferenced(path):
+        return False
+    with path.open("rb") as file:
+        layout = read_picture_layout(file)
+    return layout is not None and layout.orientation == 1
+
+
+def read_whole_mask(picture: object) -> NDArray[np.bool_] | None:
+    """(H, W) where an image that is read as a picture has values; None: everywhere, and for what is not a path.
+
+    Raises:
+        DataError: if GDAL cannot read the mask.
+    """
+    if not isinstance(picture, str | os.PathLike) or not may_have_mask(path := resolve_path(os.fspath(picture))):
+        return None
+    with open_mask(path) as read_valid, open_raster(path) as file:
+        return None if read_valid is None else read_valid(0, 0, file.height, file.width)
 
 
 @contextmanager

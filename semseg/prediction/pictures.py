@@ -47,15 +47,21 @@ def convert_to_pixels(picture: Picture, max_pixels: int = MAX_PIXELS) -> Pixels:
     )
 
 
-def convert_to_bands(picture: Picture | NDArray[Any], bands: BandOptions, max_pixels: int = MAX_PIXELS) -> NDArray:
+def convert_to_bands(
+    picture: Picture | NDArray[Any], bands: BandOptions, max_pixels: int = MAX_PIXELS
+) -> tuple[NDArray, NDArray[np.bool_] | None]:
     """Convert what has other bands than 8-bit RGB to (H, W, bands); see `Predictor.predict`.
+
+    Returns:
+        The pixels, and (H, W) where any band has a value; None: everywhere.
 
     Raises:
         DataError: if a file is missing, broken, does not hold the bands, or is larger than `max_pixels`.
         ArgumentError: if `picture` is of another type, shape or dtype.
     """
     if isinstance(picture, str | os.PathLike):
-        return read_band_picture(picture, bands, max_pixels).pixels
+        read = read_band_picture(picture, bands, max_pixels)
+        return read.pixels, read.is_valid
     if isinstance(picture, Image.Image):
         array = np.asarray(ImageOps.exif_transpose(picture))
     elif isinstance(picture, Tensor):
@@ -64,7 +70,7 @@ def convert_to_bands(picture: Picture | NDArray[Any], bands: BandOptions, max_pi
     elif isinstance(picture, np.ndarray):
         array = picture
     else:
-        return convert_to_pixels(picture)  # which says what a picture is
+        return convert_to_pixels(picture), None  # which says what a picture is
     array, count = as_bands(array) if array.ndim == 2 else array, len(bands.names)
     refuse_empty(array)
     if array.ndim != 3 or array.shape[2] != count:
@@ -81,7 +87,8 @@ def convert_to_bands(picture: Picture | NDArray[Any], bands: BandOptions, max_pi
         raise ArgumentError(str(error)) from None
     lacks = find_empty(array, None)
     filled = array if lacks is None else np.where(lacks, bands.fill_values(array.dtype), array)
-    return np.array(filled, array.dtype.newbyteorder("="), order="C")
+    is_valid = None if lacks is None else ~lacks.all(axis=2)
+    return np.array(filled, array.dtype.newbyteorder("="), order="C"), is_valid
 
 
 def read_band_picture(

@@ -25,7 +25,7 @@ from semseg.data.classes import ClassTable
 from semseg.data.datasets import resize_to_scales
 from semseg.data.geometry import Size
 from semseg.data.images import MAX_PIXELS
-from semseg.data.label_map import LabelMap
+from semseg.data.label_map import IGNORED, LabelMap
 from semseg.data.windows import RowSink, WindowReader
 from semseg.errors import ArgumentError, ConfigError, find_nearest
 from semseg.evaluation.inference import predict_class_map
@@ -34,6 +34,7 @@ from semseg.evaluation.tiled import ArraySink, choose_layout, predict_by_windows
 from semseg.evaluation.unsure import ConfidenceSink, ignore_unsure
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import create_autocast
+from semseg.prediction.geotiff import read_whole_mask
 from semseg.prediction.outputs import write_outputs
 from semseg.prediction.pictures import Picture, convert_to_bands, convert_to_pixels
 from semseg.reports.draw import ClassShare, Pixels, add_legend, class_shares, draw_overlay, format_share
@@ -159,8 +160,8 @@ class PredictionResult:
         Raises:
             ArgumentError: if `opacity` is not from 0 (only the picture) to 1 (only the colours).
         """
-        if not 0 <= opacity <= 1:
-            raise ArgumentError(f"opacity={opacity}: must be from 0 to 1.")
+        if not isinstance(opacity, int | float) or not 0 <= opacity <= 1:
+            raise ArgumentError(f"opacity={opacity!r}: must be a number from 0 to 1.")
         blended = draw_overlay(self.image, self.ids, self.classes, opacity)
         return add_legend(blended, self.ids, self.classes) if legend else blended
 
@@ -186,9 +187,11 @@ class PredictionResult:
             The paths of the files.
 
         Raises:
-            ArgumentError: for another output, for probabilities that were not requested, and if `folder` is a file.
-                Nothing is written then.
+            ArgumentError: for another output, for probabilities that were not requested, if `folder` is a file, and if
+                `name` is empty or leads out of the folder. Nothing is written then.
         """
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArgumentError(f"name={name!r}: must be the name of a file in the folder.")
         if Path(folder).is_file():
             raise ArgumentError(f"folder={folder}: is a file, and must be a folder.")
         return write_outputs(self, Path(folder) / name, [outputs] if isinstance(outputs, str) else outputs)
@@ -254,12 +257,14 @@ class Predictor:
         """
         max_pixels = self.settings.override(settings).max_pixels
         if self.bands is None:
-            image = convert_to_pixels(picture, max_pixels)
+            image, is_valid = convert_to_pixels(picture, max_pixels), read_whole_mask(picture)
         else:
-            image = convert_to_bands(picture, self.bands, max_pixels)
+            image, is_valid = convert_to_bands(picture, self.bands, max_pixels)
         shape = (self.classes.num_classes, *image.shape[:2])
         array = np.empty(shape, np.float16) if probabilities else None
         ids = self.predict_class_map(image.shape[:2], self.resize(image, **settings), array, **settings)
+        if is_valid is not None and self.label_map.ignored_ids:  # as the ids of the command line
+            ids[~is_valid] = IGNORED
         return PredictionResult(self.draw(image), ids, self.classes, self.label_map, array)
 
     def draw(self, image: NDArray) -> Pixels:

@@ -238,6 +238,13 @@ def test_a_check_says_whether_data_are_ready(trained: TrainingRun, tmp_path: Pat
         semseg.check(data="folder", data__root=tmp_path / "nothing", **QUIET, run_dir=tmp_path / "b")
 
 
+def test_a_call_is_its_mode_and_no_other(tmp_path: Path) -> None:
+    for call in (semseg.check, semseg.train):
+        with pytest.raises(ConfigError, match=r'mode="doctor": this call is mode=(check|train)\. Leave it out'):
+            call(mode="doctor", run_dir=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_page_about_python_is_true(trained: TrainingRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its calls are valid, and have the results that it names; the network and the data set are those of this test."""

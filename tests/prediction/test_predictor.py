@@ -185,6 +185,16 @@ def test_i1_at_native_resolution_every_combination_of_settings_gives_a_map_and_i
         assert (result.probabilities is not None) == given["probabilities"]
 
 
+def test_wrong_arguments_of_a_result_are_refused(net: Predictor, tmp_path: Path) -> None:
+    result, opacity = net.predict(stripes()), "x"
+    with pytest.raises(ArgumentError, match="opacity='x': must be a number from 0 to 1"):
+        result.overlay(opacity)  # pyright: ignore[reportArgumentType]
+    for name in ("", "../x", "/x", "a/../../x"):
+        with pytest.raises(ArgumentError, match="must be the name of a file in the folder"):
+            result.save(tmp_path / "out", name=name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_settings_of_the_other_way_to_see_a_picture_are_refused(net: Predictor) -> None:
     with pytest.raises(ArgumentError, match=r"scales=\[8\]: has no effect, because this network takes pixels"):
         net.predict(stripes(), crop=[8, 8], scales=[8])

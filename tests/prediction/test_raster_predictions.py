@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ import tifffile
 from PIL import Image
 from rasterio.windows import Window as RasterWindow
 
+import semseg
 from helpers.command_line import TINY, TINY_NETWORK, run_here
 from helpers.memory import in_child, needs_proc, peak_growth
 from helpers.rasters import NATIVE_BANDS, NO_DATA, TURNED, draw_rasters, write_raster
+from semseg.nets.registry import ENCODERS, Constructor
+from semseg.prediction.predictor import PredictionResult
 
 pytestmark = pytest.mark.reliability
 WIDTH = 40_000
@@ -35,6 +39,11 @@ def predict(folder: Path, image: Path, run_dir: str, *words: str) -> str:
     return run_here(folder, *fixed, *words)
 
 
+def predict_from_python(folder: Path, image: Path) -> PredictionResult:
+    with patch.dict(ENCODERS, {"tiny": Constructor("helpers.in_process", "TinyEncoder")}):
+        return semseg.load(folder / "run", device="cpu").predict(image)
+
+
 @pytest.mark.slow
 def test_pixels_without_values_have_no_class_whether_an_image_is_read_whole_or_by_window(folder: Path) -> None:
     values = np.random.default_rng(0).integers(1, 3000, (4, 80, 90)).astype(np.uint16)
@@ -50,6 +59,7 @@ def test_pixels_without_values_have_no_class_whether_an_image_is_read_whole_or_b
             assert file.nodata == 255 and file.dtypes == ("uint8",) and file.colormap(1)[0][3] == 255
         assert np.array_equal(ids != 255, has_value), run_dir
     assert np.array_equal(np.asarray(Image.open(folder / "whole" / "a_ids.png")), ids)
+    assert np.array_equal(predict_from_python(folder, image).label_ids, ids)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +91,7 @@ def test_pixels_without_values_of_a_raster_of_colours_have_no_class(colours: Pat
         predict(colours, image, run_dir, f"data.max_pixels={max_pixels}")
         with rasterio.open(colours / run_dir / f"{kind}_ids.tif") as file:
             assert np.array_equal(file.read(1) != file.nodata, has_value), run_dir
+    assert np.array_equal(predict_from_python(colours, image).ids >= 0, has_value)
 
 
 @pytest.mark.slow
