@@ -23,9 +23,10 @@ DECAYING = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
 # The first numbered part of a parameter's name, and the names that networks of libraries give to lists of blocks:
-# model.blocks.3.attn.qkv.weight, stages_0.blocks.1.norm.bias, encoder.layer.11.output.dense.weight.
-BLOCK = re.compile(r"(?:[a-z]\w*\.)*?_?(?P<name>[a-z]\w*?)[._](?P<number>\d+)\.", re.IGNORECASE)
-BLOCK_NAMES = ("blocks", "block", "layers", "layer", "stages")
+# model.blocks.3.attn.qkv.weight, stages_0.blocks.1.norm.bias, encoder.layer.11.output.dense.weight, trunk.block2.0.a.
+BLOCK = re.compile(r"(?:[a-z]\w*\.)*?_?(?P<name>[a-z]\w*?)[._]?(?P<number>\d+)\.", re.IGNORECASE)
+# Twins has embeddings and a position block beside each stage of blocks.
+BLOCK_NAMES = ("blocks", "block", "layers", "layer", "stages", "patch_embeds", "pos_block")
 
 
 def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -58,11 +59,19 @@ def parameter_groups(
 
     With `layer_decay` the encoder has a pair for each of its stages: the last one, called encoder, at the encoder's
     rate, the one before it, encoder_-1, at layer_decay times that, and so on.
+
+    Raises:
+        ConfigError: for `layer_decay` with an encoder whose stages are not known.
     """
     encoder_rate = config.lr if config.lr_encoder is None else config.lr_encoder
     decoder_rate = config.lr if config.lr_decoder is None else config.lr_decoder
     backbone = list(net.backbone.parameters())
     stages = list_stages(net, net.backbone) if config.layer_decay < 1 else [backbone]
+    if config.layer_decay < 1 and len(stages) == 1:
+        raise ConfigError(
+            f"optim.layer_decay={config.layer_decay}: has no effect, because no stages of this encoder are known. "
+            "Leave it out; optim.lr_encoder sets the rate of the whole encoder."
+        )
     in_backbone = {id(parameter) for parameter in backbone}
     rest = [parameter for parameter in net.parameters() if id(parameter) not in in_backbone]
     parts: list[tuple[str, Sequence[nn.Parameter], float]] = []
@@ -118,11 +127,18 @@ def list_child_stages(module: nn.Module) -> list[list[nn.Parameter]]:
     """The parameters of a module by child, from its input on; the single layers before the first block are one stage.
 
     A single child is replaced by its own children, because adapters wrap their network in that way. Parameters of the
-    module itself are in the first stage.
+    module itself are in the first stage. If all children are numbered, and each number has the same kinds of them
+    (patch_embed1, block1, norm1, patch_embed2, ...), those of a number are a stage.
     """
-    children = [child for child in module.children() if next(child.parameters(), None) is not None]
-    own = list(module.parameters(recurse=False))
-    if len(children) == 1 and next(children[0].children(), None) is not None:
+    named = {name: child for name, child in module.named_children() if next(child.parameters(), None) is not None}
+    children, own = list(named.values()), list(module.parameters(recurse=False))
+    kinds: dict[int, dict[str, nn.Module]] = {}  # number -> kind -> child
+    for name, child in named.items():
+        kind = name.rstrip("0123456789")
+        kinds.setdefault(int(name[len(kind) :] or -1), {})[kind] = child
+    if -1 not in kinds and 1 < len(kinds) < len(children) and len({frozenset(one) for one in kinds.values()}) == 1:
+        stages = [list(nn.ModuleList(kinds[number].values()).parameters()) for number in sorted(kinds)]
+    elif len(children) == 1 and next(children[0].children(), None) is not None:
         stages = list_child_stages(children[0])
     else:
         stages = []

@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from helpers.reference import golden
@@ -135,6 +136,42 @@ def test_layer_decay_slows_the_encoder_stage_by_stage_towards_its_input(
     assert sorted(named) == sorted(id(parameter) for parameter in net.parameters())
     stem = [parameter for group in groups if group["lr"] == min(rates.values()) for parameter in group["params"]]
     assert any(parameter is next(net.encoder.parameters()) for parameter in stem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("library", "name", "first", "last"),
+    [
+        ("smp", "mit_b0", ("patch_embed1", "block1", "norm1"), ("patch_embed4", "block4", "norm4")),
+        ("timm", "twins_pcpvt_small", ("patch_embeds.0", "blocks.0", "pos_block.0"), ("patch_embeds.3", "blocks.3")),
+        ("torchvision", "regnet_y_400mf", ("stem",), ("trunk_output.block4", "fc")),
+    ],
+)
+def test_stages_of_networks_that_number_their_parts_otherwise(
+    library: str, name: str, first: tuple[str, ...], last: tuple[str, ...]
+) -> None:
+    encoder: Any
+    if library == "smp":
+        encoder = pytest.importorskip("segmentation_models_pytorch").encoders.get_encoder(name, weights=None)
+    elif library == "timm":
+        encoder = pytest.importorskip("timm").create_model(name)
+    else:
+        encoder = torchvision.models.get_model(name, weights=None)
+    names = {id(parameter): name for name, parameter in encoder.named_parameters()}
+    stages = [[names[id(parameter)] for parameter in stage] for stage in list_stages(encoder, encoder)]
+    assert sorted(names.values()) == sorted(name for stage in stages for name in stage)
+    assert len(stages) == (5 if library == "torchvision" else 4)
+    assert all(any(name.startswith(part) for name in stages[0]) for part in first)
+    assert all(any(name.startswith(part) for name in stages[-1]) for part in last)
+    assert not any(name.startswith(last) for stage in stages[:-1] for name in stage)
+
+
+def test_layer_decay_is_refused_where_no_stages_are_known() -> None:
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        net = build_segmenter("timm", "c1", 5, {"name": "vgg11_bn"}, {})
+    with pytest.raises(ConfigError, match=r"optim\.layer_decay=0\.5: has no effect, because no stages of this encoder"):
+        parameter_groups(net, OptimConfig(layer_decay=0.5))
 
 
 def test_a_vision_transformer_has_a_stage_per_block_and_its_tokens_are_in_the_first() -> None:
