@@ -120,20 +120,23 @@ def write_export(
             write_list(folder / f"{split}.csv", [image for image in images if image.split == split])
         is_rotated = any(image.is_rotated for image in images)
         write_settings(folder / DESCRIPTION_FILE, output, export, splits, is_rotated=is_rotated)
-        title, notes = export.title, (*export.notes, *describe_lost_classes(export, items, images))
+        title, notes = export.title, (*export.notes, *describe_odd_classes(export, items, images))
         imported = Imported(title, images, tuple(names), problems, num_empty, unlabelled, background, notes)
         add_examples(folder, imported)
     return imported
 
 
-def describe_lost_classes(
+def describe_odd_classes(
     export: Export, items: Sequence[AnnotatedImage], images: Sequence[ImportedImage]
 ) -> Iterator[str]:
-    """A sentence about classes whose annotations cover no pixel.
+    """Sentences about classes of one name, and about those whose annotations cover no pixel.
 
     Raises:
         DataError: if no annotation covers one.
     """
+    repeated = [name for name, count in Counter(export.names).items() if count > 1]
+    if repeated:
+        yield f"Several classes are called {', '.join(repeated)}."
     annotated = {note.class_index for item in items for note in item.annotations if note.class_index >= 0}
     lost = sorted(annotated - {index for image in images for index in image.pixels})
     if not lost:

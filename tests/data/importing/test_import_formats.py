@@ -196,6 +196,12 @@ def test_coordinates_that_cover_no_pixel_are_reported_or_refused(tmp_path: Path)
         import_here(tmp_path / "e", tmp_path / "none")
 
 
+def test_classes_of_one_name_are_reported(tmp_path: Path) -> None:
+    categories = [{"id": number, "name": name} for number, name in ((3, "cat"), (90, "cat"))]
+    write_coco(tmp_path / "e", categories=categories)
+    assert "Several classes are called cat." in import_here(tmp_path / "e", tmp_path / "out").notes
+
+
 def test_a_file_that_coco_lists_as_two_images_is_refused(tmp_path: Path) -> None:
     file = write_coco(tmp_path / "e")
     content = json.loads(file.read_text())
