@@ -70,7 +70,7 @@ from semseg.storage.run_folders import (
     require_folder_path,
 )
 from semseg.storage.run_results import find_finished_job, job_overrides
-from semseg.system.process import announce_sweep, prepare_process
+from semseg.system.process import announce_sweep, is_sweep_job, prepare_process
 from semseg.system.text import escape_lines
 
 NO_HYDRA_RECORD = "hydra.output_subdir=null"  # the record is written here instead
@@ -144,7 +144,8 @@ def compose_run(overrides: list[str], *, is_repeated: bool = False) -> tuple[Dic
     refuse_unused_sizes(config, overrides)
     if not is_repeated:
         refuse_unread_keys(config.mode, overrides)
-        refuse_idle_keys(config, overrides)
+        if not is_sweep_job():  # others of its jobs may use them: -m optim=sgd,adamw optim.beta2=0.99
+            refuse_idle_keys(config, overrides)
     refuse_search_settings(composed)
     return composed, config
 

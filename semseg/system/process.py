@@ -131,6 +131,11 @@ def announce_sweep() -> None:
     os.environ[SWEEP_VARIABLE] = f"{socket.gethostname()} {os.getpid()} {get_start_time(os.getpid())}"
 
 
+def is_sweep_job() -> bool:
+    """Whether this process was started by a sweep, with words that all its jobs have."""
+    return SWEEP_VARIABLE in os.environ
+
+
 def is_sweep_gone() -> bool:
     """In a process of a launcher on this machine: whether its sweep has ended.
 

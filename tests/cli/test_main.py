@@ -73,6 +73,14 @@ def test_what_a_mode_cannot_use_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_job_of_a_sweep_may_have_words_that_are_for_other_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEMSEG_SWEEP", "elsewhere 1 2")
+    words = ["data=folder", "data.root=none", "data.num_classes=2", "optim=sgd", "optim.beta2=0.5"]
+    assert "has no effect" not in run_here(tmp_path, *words, code=1)
+
+
 @pytest.mark.slow
 def test_a_recipe_may_set_keys_that_a_mode_does_not_read(tmp_path: Path) -> None:
     """It serves several modes; and mode=rerun repeats what was accepted before."""
