@@ -49,7 +49,7 @@ def run_in_process(
     """
     given = list_words(overrides, keywords)
     other = next((word for word in given if word.lstrip("+").startswith("mode=")), None)
-    if other is not None:
+    if other is not None and other.partition("=")[2].strip("\"'") != mode:
         raise ConfigError(f"{other}: this call is mode={mode}. Leave it out.")
     words = [f"mode={mode}", *given]
     parsed = parse_overrides(words)

@@ -70,7 +70,7 @@ from semseg.storage.run_folders import (
     require_folder_path,
 )
 from semseg.storage.run_results import find_finished_job, job_overrides
-from semseg.system.process import announce_sweep, is_sweep_job, prepare_process
+from semseg.system.process import announce_sweep, is_supervised, is_sweep_job, prepare_process
 from semseg.system.text import escape_lines
 
 NO_HYDRA_RECORD = "hydra.output_subdir=null"  # the record is written here instead
@@ -142,7 +142,8 @@ def compose_run(overrides: list[str], *, is_repeated: bool = False) -> tuple[Dic
     composed = compose_with_hydra(overrides)
     config = check_config(drop_hydra_section(composed))
     refuse_unused_sizes(config, overrides)
-    if not is_repeated:
+    is_own_rank = is_supervised() and "LOCAL_RANK" in os.environ  # whose words the first process has checked
+    if not is_repeated and not is_own_rank:
         refuse_unread_keys(config.mode, overrides)
         if not is_sweep_job():  # others of its jobs may use them: -m optim=sgd,adamw optim.beta2=0.99
             refuse_idle_keys(config, overrides)

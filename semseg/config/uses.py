@@ -6,6 +6,7 @@ The schema says which values are valid; the rules here depend on what is done wi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 
 from semseg.config.fields import AUTO
@@ -106,42 +107,58 @@ def refuse_unread_keys(mode: str, overrides: Sequence[str]) -> None:
 def refuse_idle_keys(config: Config, overrides: Sequence[str]) -> None:
     """Refuse keys on the command line that other settings leave without effect. Those of files may serve other runs.
 
+    A run that resumes keeps its words, and debug=<name> changes what others mean.
+
     Raises:
-        ConfigError: with the setting that they need, or that replaces them.
+        ConfigError: with the setting that they are for, or that replaces them.
     """
-    if config.mode not in DATA_MODES:
+    given = dict.fromkeys(word.lstrip("+").partition("=")[0] for word in overrides)
+    if config.mode not in DATA_MODES or "debug" in given or is_resumed(config):
         return
     idle = dict(find_idle_data_keys(config.data))
     if config.mode in TRAINING_MODES:
-        idle |= find_idle_training_keys(config)
-    for word in overrides:
-        key, _, value = word.lstrip("+").partition("=")
-        if key in idle and value.lower() not in ("false", "null", "0"):
+        idle |= dict(find_idle_training_keys(config))
+    for key in given:
+        value = reduce(getattr, key.split("."), config) if key in idle else None
+        if value:  # neither null, false, 0 nor empty
             raise ConfigError(f"{key}={value}: has no effect. {idle[key]}")
+
+
+def is_resumed(config: Config) -> bool:
+    """Whether training may continue a run that has begun."""
+    return (
+        config.resume not in (None, "auto") or config.ckpt is not None or Path(config.run_dir, "checkpoints").exists()
+    )
 
 
 def find_idle_training_keys(config: Config) -> Iterator[tuple[str, str]]:
     """Every key of training that has no effect, with a sentence about what to do."""
     schedule, terms = config.schedule.name, config.loss.terms
     if schedule == "poly":
-        advice = "Use schedule=poly_warmup or schedule=cosine, which begin with lower rates."
+        advice = "It is for schedule=poly_warmup and schedule=cosine. Give one of them, or leave it out."
         yield from dict.fromkeys(("schedule.warmup_steps", "schedule.warmup_factor"), advice).items()
     if schedule == "cosine":
-        yield "schedule.power", "It is for schedule=poly and schedule=poly_warmup."
+        yield "schedule.power", "It is for schedule=poly and schedule=poly_warmup. Leave it out."
     else:
-        yield "schedule.min_factor", "Use schedule=cosine, which ends with this part of the rate."
+        yield "schedule.min_factor", "It is for schedule=cosine. Give that, or leave it out."
     if config.optim.name != "adamw":
-        yield "optim.beta2", "Use optim=adamw."
+        yield "optim.beta2", "It is for optim=adamw. Leave it out."
     if config.ema.decay is None:
-        yield "ema.start_step", "Set ema.decay, such as ema.decay=0.999."
+        yield "ema.start_step", "There is no average without ema.decay. Give that, or leave it out."
     if not terms.ohem:
-        yield from dict.fromkeys(("loss.ohem_threshold", "loss.ohem_min_kept"), "Use loss=ohem.").items()
+        advice = "It is for loss=ohem. Give that, or leave it out."
+        yield from dict.fromkeys(("loss.ohem_threshold", "loss.ohem_min_kept"), advice).items()
     if not terms.focal:
-        yield "loss.focal_gamma", "Use loss=focal."
+        yield "loss.focal_gamma", "It is for loss=focal. Give that, or leave it out."
 
 
 def find_idle_data_keys(data: DataConfig) -> Iterator[tuple[str, str]]:
-    """Every key that names images and is not read, because another one names them; with a sentence about what to do."""
+    """Every key that names images and is not read, because another one names them; with a sentence about what to do.
+
+    None with data.mix, whose parts have the keys of the main data set.
+    """
+    if data.mix:
+        return
     splits: dict[str, SplitConfig] = {split: getattr(data, split) for split in ("train", "val", "test")}
     if data.images:
         yield "data.train.list", f"data.images={data.images} names the images. Set it to null to use a list."
@@ -152,8 +169,8 @@ def find_idle_data_keys(data: DataConfig) -> Iterator[tuple[str, str]]:
             advice = f"data.{split}.list={files.list} names the images. Set it to null to use folders."
             yield from dict.fromkeys(keys, advice).items()
         elif not files.images and not files.stems:
-            yield keys[1], f"Give data.{split}.images=<folder> too."
-    if not data.images and all(files.list or not files.images for files in splits.values()):
+            yield keys[1], f"It needs data.{split}.images=<folder>."
+    if not data.images and not data.has_bands and all(files.list or not files.images for files in splits.values()):
         for key in ("data.image_suffix", "data.mask_suffix"):
             yield key, "A list names images and masks by their whole names."
     if data.fold is None and (data.val.list or data.val.images or data.val.stems):

@@ -209,12 +209,7 @@ class DataSource:
         """
         files = self._files_to_read(split)
         records, problems = separate_problems(self._read(split, files))
-        try:
-            records = self._select(split, files, records, is_survey=True)
-        except DataError:
-            if not problems:
-                raise
-            records = records if split == "train" else []  # too few to be split: the problems say why
+        records = self._select(split, files, records, is_survey=True, may_be_few=bool(problems))
         if not records and not problems:
             raise self._empty_split_error(split)
         return records, [problem.message for problem in problems]
@@ -295,16 +290,43 @@ class DataSource:
         images, masks = self._resolve(files.images), self._resolve(files.masks)
         return read_folder_pairs(images, masks, naming=naming, hint=hint, unused=self._unused.get(split))
 
-    def _select(self, split: str, files: SplitConfig, records: Sequence[Record], *, is_survey: bool) -> list[Record]:
-        """The records of `split` among those of its files, with the orientation of their labels."""
+    def _select(
+        self,
+        split: str,
+        files: SplitConfig,
+        records: Sequence[Record],
+        *,
+        is_survey: bool,
+        may_be_few: bool = False,
+    ) -> list[Record]:
+        """The records of `split` among those of its files, with the orientation of their labels.
+
+        With `may_be_few`, all of those that cannot be split into train and val belong to train.
+        """
+        if split == "train":
+            records = self._without_stems_of_val(files, records)
         records = self._resolve_orientations(split, files, records, is_survey=is_survey)
         is_cut = (self.config.val_fraction > 0 or self._has_fold) and not self._is_configured("val")
         if is_cut and split in ("train", "val"):
-            kept, held_out = self._cut(records)
+            try:
+                kept, held_out = self._cut(records)
+            except DataError:
+                if not may_be_few:
+                    raise
+                kept, held_out = list(records), []
             if split == "val":
                 self.orientations[split] = Orientations()  # train reports them
             records = held_out if split == "val" else kept
         return records[: self.config.limit]
+
+    def _without_stems_of_val(self, files: SplitConfig, records: Sequence[Record]) -> Sequence[Record]:
+        """The records of train without those that data.val.stems takes from all of its files."""
+        val: SplitConfig = self.config.val
+        if not val.stems or val.list or val.images or files.stems or self._has_fold:
+            return records
+        held_out = separate_problems(self._read("val", self._split_files("val")))[0]
+        names = {record.image for record in held_out}
+        return [record for record in records if record.image not in names]
 
     def _cut(self, records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
         """The records of train and of val, both of which are read from the files of train."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import re
 import shlex
 import shutil
 from collections import Counter
@@ -203,13 +205,13 @@ def find_resume_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     """
     if resume is None:
         return None
-    if resume != "auto":
+    folder = run_dir / CHECKPOINT_FOLDER
+    last = folder / "last.ckpt"
+    if resume != "auto" and not (is_requeued() and last.is_file()):
         path = Path(resume).expanduser()
         if not path.is_file():
             raise CheckpointError(f"resume={resume}: there is no such file.")
         return path
-    folder = run_dir / CHECKPOINT_FOLDER
-    last = folder / "last.ckpt"
     if last.is_file() and find_damage(last) is None:
         return last
     newest = find_newest_intact(folder)
@@ -224,9 +226,9 @@ def find_resume_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     return newest.path
 
 
-def prepare_checkpoint_folder(state: RunState, folder: Path, *, may_go_back: bool) -> None:
+def prepare_checkpoint_folder(state: RunState, folder: Path, resume: str | None) -> None:
     """Set aside what does not belong to a run that resumes from `state`, and add its best checkpoint."""
-    if may_go_back:
+    if resume != "auto" and not is_requeued():
         set_aside_checkpoints(state, folder)
     copy_best_checkpoint(state, folder)
 
@@ -234,23 +236,34 @@ def prepare_checkpoint_folder(state: RunState, folder: Path, *, may_go_back: boo
 def set_aside_checkpoints(state: RunState, folder: Path) -> None:
     """Rename the checkpoints of later steps than that of `state`, which a run that goes back in its folder discards.
 
-    Otherwise, they would count as its best one, and as its newest.
+    Otherwise, they would count as its best one, and as its newest, which is the one of `state` now.
     """
-    for path in (folder / "best.ckpt", *sorted(folder.glob("step_*.ckpt"))):
-        if not path.is_file() or find_damage(path) is not None:
-            continue
-        step = read_checkpoint(path).step
-        if step > state.step:
-            names = (f"{path.name}.discarded{number or ''}" for number in itertools.count())
-            target = next(folder / name for name in names if not (folder / name).exists())
-            path.rename(target)
-            print_once(f"{path}: of step {step}, which is discarded; renamed to {target.name}")
+    later = [path for path in (folder / "last.ckpt", folder / "best.ckpt") if has_later_step(path, state.step)]
+    later += [path for path in sorted(folder.glob("step_*.ckpt")) if int(path.stem.partition("_")[2]) > state.step]
+    for path in later:
+        names = (f"{path.name}.discarded{number or ''}" for number in itertools.count())
+        target = next(folder / name for name in names if not (folder / name).exists())
+        path.rename(target)
+        print_once(f"{path}: is of a later step, which is discarded; renamed to {target.name}")
+    if later:
+        with atomic_write(folder / "last.ckpt") as temporary:
+            shutil.copyfile(state.path, temporary)
+
+
+def has_later_step(path: Path, step: int) -> bool:
+    """Whether a file is an intact checkpoint of a later step."""
+    return path.is_file() and find_damage(path) is None and read_checkpoint(path).step > step
+
+
+def is_requeued() -> bool:
+    """Whether SLURM runs the command line again, of which `resume=<file>` was meant for the first time only."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
 def copy_best_checkpoint(state: RunState, folder: Path) -> None:
     """Copy best.ckpt from beside the resumed checkpoint, if the run has another folder now."""
     best, target = state.path.parent / "best.ckpt", folder / "best.ckpt"
-    if target.exists() or find_damage(best) is not None or read_checkpoint(best).step > state.step:
+    if target.exists() or find_damage(best) is not None or has_later_step(best, state.step):
         return  # a best.ckpt of a later step is one that this run has not reached yet
     with atomic_write(target) as temporary:
         shutil.copyfile(best, temporary)
@@ -337,7 +350,8 @@ def find_own_loss(net: SegmentationNetwork, config: Config, overrides: list[str]
     """
     if not net.has_own_loss:
         return ""
-    given = next((word for word in overrides if word.lstrip("+").partition("=")[0].split(".")[0] == "loss"), None)
+    words = [word for word in overrides if re.match(r"\+*loss[.=]", word)]
+    given = next((word for word in words if word != "loss=cross_entropy"), None)
     kind = "classes and masks, matched to each other"
     if given is not None and config.loss != LossConfig():
         raise ConfigError(
@@ -390,7 +404,7 @@ def train_network(start: Start, overrides: list[str], source: DataSource) -> flo
         for line in check_same_conditions(state, plain, data.run_conditions(), force=config.resume_force):
             print_once(line)
         if trainer.is_global_zero:
-            prepare_checkpoint_folder(state, run_dir / CHECKPOINT_FOLDER, may_go_back=config.resume != "auto")
+            prepare_checkpoint_folder(state, run_dir / CHECKPOINT_FOLDER, config.resume)
     console = Console(quiet=not trainer.is_global_zero)
     log_settings(trainer.loggers, plain)
     loaded = None
@@ -401,7 +415,7 @@ def train_network(start: Start, overrides: list[str], source: DataSource) -> flo
         if config.model.convention == "auto":
             net.convention = inherit_convention(start.network.convention, source.bands)
     if trainer.is_global_zero:
-        write_settings(run_dir, plain)
+        write_config(run_dir, plain)
         cost = measure_cost(deepcopy(net).to("meta"))
         write_cost(run_dir / "model.txt", cost)
         if config.verbose:
@@ -427,7 +441,7 @@ def train_network(start: Start, overrides: list[str], source: DataSource) -> flo
     return result.score
 
 
-def write_settings(run_dir: Path, config: dict[str, Any]) -> None:
+def write_config(run_dir: Path, config: dict[str, Any]) -> None:
     """Write the configuration of a run that begins or resumes, and remove the result of an earlier end."""
     (run_dir / RESULT_FILE).unlink(missing_ok=True)
     with atomic_write(run_dir / "config.yaml") as temporary:

@@ -160,8 +160,8 @@ class PredictionResult:
         Raises:
             ArgumentError: if `opacity` is not from 0 (only the picture) to 1 (only the colours).
         """
-        if not isinstance(opacity, int | float) or not 0 <= opacity <= 1:
-            raise ArgumentError(f"opacity={opacity!r}: must be a number from 0 to 1.")
+        if not isinstance(opacity, int | float) or isinstance(opacity, bool) or not 0 <= opacity <= 1:
+            raise ArgumentError(f"opacity={opacity!r}: must be from 0 to 1.")
         blended = draw_overlay(self.image, self.ids, self.classes, opacity)
         return add_legend(blended, self.ids, self.classes) if legend else blended
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,7 +25,7 @@ DECAYING = (
 )  # fmt: skip
 # The first numbered part of a parameter's name, and the names that networks of libraries give to lists of blocks:
 # model.blocks.3.attn.qkv.weight, stages_0.blocks.1.norm.bias, encoder.layer.11.output.dense.weight, trunk.block2.0.a.
-BLOCK = re.compile(r"(?:[a-z]\w*\.)*?_?(?P<name>[a-z]\w*?)[._]?(?P<number>\d+)\.", re.IGNORECASE)
+BLOCK = re.compile(r"(?:[a-z]\w*\.)*?_?(?P<name>[a-z]\w*?)(?:[._]|(?<=block))(?P<number>\d+)\.", re.IGNORECASE)
 # Twins has embeddings and a position block beside each stage of blocks.
 BLOCK_NAMES = ("blocks", "block", "layers", "layer", "stages", "patch_embeds", "pos_block")
 
@@ -60,17 +61,16 @@ def parameter_groups(
     With `layer_decay` the encoder has a pair for each of its stages: the last one, called encoder, at the encoder's
     rate, the one before it, encoder_-1, at layer_decay times that, and so on.
 
-    Raises:
-        ConfigError: for `layer_decay` with an encoder whose stages are not known.
+    An encoder whose stages are not known has one rate, which is a warning.
     """
     encoder_rate = config.lr if config.lr_encoder is None else config.lr_encoder
     decoder_rate = config.lr if config.lr_decoder is None else config.lr_decoder
     backbone = list(net.backbone.parameters())
     stages = list_stages(net, net.backbone) if config.layer_decay < 1 else [backbone]
     if config.layer_decay < 1 and len(stages) == 1:
-        raise ConfigError(
-            f"optim.layer_decay={config.layer_decay}: has no effect, because no stages of this encoder are known. "
-            "Leave it out; optim.lr_encoder sets the rate of the whole encoder."
+        rank_zero_warn(
+            f"optim.layer_decay={config.layer_decay} has no effect, because no stages of this encoder are known. "
+            "optim.lr_encoder sets the rate of the whole encoder."
         )
     in_backbone = {id(parameter) for parameter in backbone}
     rest = [parameter for parameter in net.parameters() if id(parameter) not in in_backbone]

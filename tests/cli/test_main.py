@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from helpers.command_line import RUN, TINY, TINY_NETWORK, run, run_here
-from semseg.config.overrides import parse_device_indices, quote_override
+from semseg.cli.main import compose_run
+from semseg.config.overrides import parse_device_indices, parse_overrides, quote_override
+from semseg.errors import ConfigError
 
 
 @pytest.mark.slow
@@ -39,16 +41,13 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
             [*EXPORT, "predict.threshold=0.1"],
             "predict.threshold=0.1: has no effect with mode=export. An exported file does not",
         ),
-        (
-            ["schedule.warmup_steps=9"],
-            "schedule.warmup_steps=9: has no effect. Use schedule=poly_warmup or schedule=cos",
-        ),
-        (["schedule.min_factor=0.5"], "schedule.min_factor=0.5: has no effect. Use schedule=cosine"),
-        (["schedule=cosine", "schedule.power=1"], "schedule.power=1: has no effect. It is for schedule=poly"),
-        (["optim.beta2=0.5"], "optim.beta2=0.5: has no effect. Use optim=adamw."),
-        (["ema.start_step=9"], "ema.start_step=9: has no effect. Set ema.decay"),
-        (["loss.focal_gamma=3"], "loss.focal_gamma=3: has no effect. Use loss=focal."),
-        (["loss.ohem_min_kept=1"], "loss.ohem_min_kept=1: has no effect. Use loss=ohem."),
+        (["schedule.warmup_steps=9"], "schedule.warmup_steps=9: has no effect. It is for schedule=poly_warmup and"),
+        (["schedule.min_factor=0.5"], "schedule.min_factor=0.5: has no effect. It is for schedule=cosine."),
+        (["schedule=cosine", "schedule.power=1"], "schedule.power=1.0: has no effect. It is for schedule=poly"),
+        (["optim.beta2=0.5"], "optim.beta2=0.5: has no effect. It is for optim=adamw."),
+        (["ema.start_step=9"], "ema.start_step=9: has no effect. There is no average without ema.decay."),
+        (["loss.focal_gamma=3"], "loss.focal_gamma=3.0: has no effect. It is for loss=focal."),
+        (["loss.ohem_min_kept=1"], "loss.ohem_min_kept=1.0: has no effect. It is for loss=ohem."),
         ([*LISTED, "data.train.stems=s.txt"], "data.train.stems=s.txt: has no effect. data.train.list=a.csv names the"),
         ([*LISTED, "data.train.masks=m"], "data.train.masks=m: has no effect. data.train.list=a.csv names the images."),
         ([*LISTED, "data.mask_suffix=_x"], "data.mask_suffix=_x: has no effect. A list names images and masks"),
@@ -56,7 +55,7 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
             [*LISTED, "data.images=i", "data.masks=m"],
             "data.train.list=a.csv: has no effect. data.images=i names the images.",
         ),
-        ([*LISTED, "data.val.masks=m"], "data.val.masks=m: has no effect. Give data.val.images=<folder> too."),
+        ([*LISTED, "data.val.masks=m"], "data.val.masks=m: has no effect. It needs data.val.images=<folder>."),
         (
             [*LISTED, "data.val.stems=s.txt", "data.val_fraction=0.3"],
             "data.val_fraction=0.3: has no effect. data.val.stems=s.txt names the images of val.",
@@ -73,12 +72,39 @@ def test_what_a_mode_cannot_use_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_job_of_a_sweep_may_have_words_that_are_for_other_jobs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.mask_suffix=_ids", "data.mix=[{images: i, masks: m, share: 0.5}]"],
+        ["data.image_suffix=_B4", "data.bands=[red,nir]", "data.band_files={nir: _B8}", "data.value_range=[0,1]"],
+        ["data.val.images=i", "data.val.masks=m", "data.val_fraction=0.0"],
+        ["data.train.stems=''", "data.train.images=null", "schedule.min_factor=0.0"],
+        ["debug=overfit", "data.val_fraction=0.2"],
+        ["optim.beta2=0.5", "resume=old.ckpt"],
+        ["optim.beta2=0.5", "run_dir=begun"],
+        ["mode=eval", "ckpt=x", "optim.beta2=0.5"],
+    ],
+)
+def test_words_that_have_an_effect_or_belong_to_a_run_are_not_refused(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SEMSEG_SWEEP", "elsewhere 1 2")
-    words = ["data=folder", "data.root=none", "data.num_classes=2", "optim=sgd", "optim.beta2=0.5"]
-    assert "has no effect" not in run_here(tmp_path, *words, code=1)
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    compose_run(parse_overrides([*LISTED, *words]))
+
+
+def test_a_job_of_a_sweep_and_a_rank_may_have_words_that_are_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = parse_overrides([*LISTED, "optim=sgd", "optim.beta2=0.5"])
+    with pytest.raises(ConfigError, match=r"optim\.beta2=0\.5: has no effect"):
+        compose_run(words)
+    with monkeypatch.context() as patch:
+        patch.setenv("SEMSEG_SWEEP", "elsewhere 1 2")
+        compose_run(words)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of mode=rerun on two devices
+    with pytest.raises(ConfigError, match=r"optim\.beta2=0\.5: has no effect"):  # torchrun's
+        compose_run(words)
+    monkeypatch.setattr("semseg.cli.main.is_supervised", lambda: True)
+    compose_run(words)
 
 
 @pytest.mark.slow

@@ -227,6 +227,7 @@ def test_the_stems_of_val_are_looked_for_in_the_folders_of_train(tmp_path: Path)
     words = ["data.train.stems=train.txt", "data.val.stems=val.txt"]
     assert set(pairs(tmp_path, *words)) == {"images/a.jpg", "images/b.jpg"}
     assert set(pairs(tmp_path, *words, split="val")) == {"images/c.jpg"}
+    assert set(pairs(tmp_path, *words[1:])) == {"images/a.jpg", "images/b.jpg"}
 
 
 # ---- archives of other systems

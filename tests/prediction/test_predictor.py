@@ -186,9 +186,10 @@ def test_i1_at_native_resolution_every_combination_of_settings_gives_a_map_and_i
 
 
 def test_wrong_arguments_of_a_result_are_refused(net: Predictor, tmp_path: Path) -> None:
-    result, opacity = net.predict(stripes()), "x"
-    with pytest.raises(ArgumentError, match="opacity='x': must be a number from 0 to 1"):
-        result.overlay(opacity)  # pyright: ignore[reportArgumentType]
+    result = net.predict(stripes())
+    for opacity in ("x", True, 1.5):
+        with pytest.raises(ArgumentError, match=f"opacity={opacity!r}: must be from 0 to 1"):
+            result.overlay(opacity)  # pyright: ignore[reportArgumentType]
     for name in ("", "../x", "/x", "a/../../x"):
         with pytest.raises(ArgumentError, match="must be the name of a file in the folder"):
             result.save(tmp_path / "out", name=name)

@@ -166,12 +166,13 @@ def test_stages_of_networks_that_number_their_parts_otherwise(
     assert not any(name.startswith(last) for stage in stages[:-1] for name in stage)
 
 
-def test_layer_decay_is_refused_where_no_stages_are_known() -> None:
+def test_layer_decay_warns_where_no_stages_are_known() -> None:
     pytest.importorskip("timm")
     with torch.device("meta"):
         net = build_segmenter("timm", "c1", 5, {"name": "vgg11_bn"}, {})
-    with pytest.raises(ConfigError, match=r"optim\.layer_decay=0\.5: has no effect, because no stages of this encoder"):
-        parameter_groups(net, OptimConfig(layer_decay=0.5))
+    with pytest.warns(UserWarning, match=r"optim\.layer_decay=0\.5 has no effect, because no stages of this encoder"):
+        groups = parameter_groups(net, OptimConfig(lr=0.1, layer_decay=0.5))
+    assert {group["lr"] for group in groups} == {0.1}
 
 
 def test_a_vision_transformer_has_a_stage_per_block_and_its_tokens_are_in_the_first() -> None:

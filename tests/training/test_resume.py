@@ -20,7 +20,7 @@ from semseg.checkpoints.format import read_checkpoint, write_ckpt
 from semseg.checkpoints.network import build_network
 from semseg.config.schema import Config, config_to_plain
 from semseg.data.sources import DataSource
-from semseg.errors import CheckpointError, ConfigError
+from semseg.errors import CheckpointError, ConfigError, DataError
 from semseg.modes import train
 from semseg.modes.train import Start, resolve_start
 from semseg.nets.registry import ENCODERS, Constructor
@@ -536,11 +536,31 @@ def test_a18_a_run_that_goes_back_does_not_call_a_checkpoint_of_discarded_steps_
     shutil.copy(folder / "last.ckpt", best)  # of step 4, whatever its score was
     capsys.readouterr()
     back = ["trainer.max_steps=3", f"resume={folder}/step_00000001.ckpt", "resume_force=true"]
-    assert trained(run_of(root, tmp_path, *words, *back)) is not None
-    assert "best.ckpt: of step 4, which is discarded; renamed to best.ckpt.discarded" in capsys.readouterr().out
-    assert read_checkpoint(best).step <= 3
+    with patch.object(train, "fit_network", side_effect=DataError("an image is broken")), pytest.raises(DataError):
+        trained(run_of(root, tmp_path, *words, *back))
+    assert (
+        "best.ckpt: is of a later step, which is discarded; renamed to best.ckpt.discarded" in capsys.readouterr().out
+    )
+    assert read_checkpoint(folder / "last.ckpt").step == 1 and not best.exists()
+    assert trained(run_of(root, tmp_path, *words, "trainer.max_steps=3", "resume_force=true")) is not None  # from there
+    assert read_checkpoint(folder / "last.ckpt").step == 3 and read_checkpoint(best).step <= 3
     names = {path.name for path in folder.iterdir()}
-    assert {"best.ckpt.discarded", "step_00000003.ckpt.discarded"} <= names
+    assert {"best.ckpt.discarded", "last.ckpt.discarded", "step_00000003.ckpt.discarded"} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.reliability
+def test_a18_a_job_that_slurm_runs_again_resumes_from_its_own_checkpoint(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved_run(root, tmp_path)
+    first = shutil.copy(path, tmp_path / "first.ckpt")
+    source = DataSource(run_of(root, tmp_path).data)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    start = resolve_start(run_of(root, path.parent.parent, f"resume={first}"), [], source)
+    assert start.state is not None and start.state.path == path
+    start = resolve_start(run_of(root, tmp_path / "new", f"resume={first}"), [], source)
+    assert start.state is not None and start.state.path == Path(first)
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ class CocoReader:
                 seen.add(number)
                 image = self.read_image(entry, name, by_image.get(number, []), origin)
                 if paths.setdefault(image.path, number) != number:
-                    raise EntryError(f"is {image.path}, as image {paths[image.path]} is. Join the two")
+                    raise EntryError(f"has the file of image {paths[image.path]}, {image.path}. Merge the two")
                 yield image
             except EntryError as error:
                 yield Problem(f"{origin}: {error}.")

@@ -170,8 +170,9 @@ class LabelStudioReader:
         Raises:
             EntryError: if it, or one of its regions, cannot be read.
         """
-        targets = {result.get("to_name") for result in task.results if isinstance(result, dict)}
-        data = get(task.content, "data", dict)  # may have a preview beside the image that is annotated
+        # A task may have a preview, too. The key of the image is often, not always, the name of its tag.
+        targets = {str(result.get("to_name")) for result in task.results if isinstance(result, dict)}
+        data = get(task.content, "data", dict)
         path = self.find_image({key: data[key] for key in sorted(data, key=lambda key: key not in targets)})
         by_id = {
             result["id"]: label

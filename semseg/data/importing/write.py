@@ -87,14 +87,16 @@ def write_export(
     writer = FolderWriter(export, options, data.max_pixels, background)
     with create_folder(output, "output") as folder:
         images: list[ImportedImage] = []
+        written: list[AnnotatedImage] = []
         num_empty = 0
         with ThreadPoolExecutor(count_processors()) as pool:
             jobs = [pool.submit(writer.write_image, folder, *job) for job in writer.name_files(items)]
             try:
-                for job in track(jobs, len(jobs)):
+                for item, job in zip(items, track(jobs, len(jobs)), strict=True):
                     result = job.result()
                     if isinstance(result, ImportedImage):
                         images.append(result)
+                        written.append(item)
                     elif result:
                         problems.append(result)
                     else:
@@ -120,7 +122,7 @@ def write_export(
             write_list(folder / f"{split}.csv", [image for image in images if image.split == split])
         is_rotated = any(image.is_rotated for image in images)
         write_settings(folder / DESCRIPTION_FILE, output, export, splits, is_rotated=is_rotated)
-        title, notes = export.title, (*export.notes, *describe_odd_classes(export, items, images))
+        title, notes = export.title, (*export.notes, *describe_odd_classes(export, written, images))
         imported = Imported(title, images, tuple(names), problems, num_empty, unlabelled, background, notes)
         add_examples(folder, imported)
     return imported
@@ -129,10 +131,13 @@ def write_export(
 def describe_odd_classes(
     export: Export, items: Sequence[AnnotatedImage], images: Sequence[ImportedImage]
 ) -> Iterator[str]:
-    """Sentences about classes of one name, and about those whose annotations cover no pixel.
+    """Sentences about classes of one name, and about those of whose annotations no pixel is left.
+
+    Args:
+        items: those of `images`.
 
     Raises:
-        DataError: if no annotation covers one.
+        DataError: if no annotation covers a pixel.
     """
     repeated = [name for name, count in Counter(export.names).items() if count > 1]
     if repeated:
@@ -141,10 +146,16 @@ def describe_odd_classes(
     lost = sorted(annotated - {index for image in images for index in image.pixels})
     if not lost:
         return
-    reason = "their coordinates may be fractions of the image, or those of another size"
     if len(lost) == len(annotated):
-        raise DataError(f"{export.title}: no annotation covers a pixel of its image: {reason}. Export them in pixels.")
-    yield f"No pixel is covered by the annotations of {', '.join(export.names[index] for index in lost)}: {reason}."
+        raise DataError(
+            f"{export.title}: no annotation covers a pixel of its image: their coordinates may be fractions of the "
+            "image, or those of another size. Export them in pixels."
+        )
+    listed = ", ".join(export.names[index] for index in lost)
+    yield (
+        f"No pixel is left of the annotations of {listed}: others hide them, or their coordinates are fractions or "
+        "outside of the image."
+    )
 
 
 def find_background(names: Sequence[str]) -> int:

@@ -188,7 +188,7 @@ def test_coordinates_that_cover_no_pixel_are_reported_or_refused(tmp_path: Path)
             entry["segmentation"] = [[0.1, 0.1, 0.2, 0.1, 0.2, 0.2]]  # fractions
     put(file, content)
     notes = import_here(tmp_path / "e", tmp_path / "one").notes
-    assert "No pixel is covered by the annotations of dog: their coordinates may be fractions" in " ".join(notes)
+    assert "No pixel is left of the annotations of dog: others hide them, or their coordinates" in " ".join(notes)
     for entry in content["annotations"]:
         entry["segmentation"] = [[0.1, 0.1, 0.2, 0.1, 0.2, 0.2]]
     put(file, content)
@@ -207,7 +207,7 @@ def test_a_file_that_coco_lists_as_two_images_is_refused(tmp_path: Path) -> None
     content = json.loads(file.read_text())
     content["images"].append(content["images"][0] | {"id": 77})
     put(file, content)
-    with pytest.raises(DataError, match=r"image 77: is .*a\.jpg, as image 1 is\. Join the two"):
+    with pytest.raises(DataError, match=r"image 77: has the file of image 1, .*a\.jpg\. Merge the two"):
         import_here(tmp_path / "e", tmp_path / "out")
 
 
