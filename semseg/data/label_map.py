@@ -33,8 +33,8 @@ class ColourIds:
         ids: K raw ids.
         unscored: colours that are not scored; a class of the same colour takes precedence.
         always: whether grey images are colour-coded as well; if not, their channels hold ids.
-        are_given: whether the user chose the colours. Then an RGB image of greys that all have a meaning is
-            colour-coded too: in a data set of colours, an image of background alone is black.
+        codes_grey: whether an RGB image of greys that all have a meaning is colour-coded, too. That is so in a data set
+            of colours, where an image of background alone may be black.
 
     Raises:
         ConfigError: if two classes have the same colour.
@@ -47,7 +47,7 @@ class ColourIds:
         unscored: Sequence[Colour],
         *,
         always: bool,
-        are_given: bool = False,
+        codes_grey: bool = False,
     ) -> None:
         id_of = {_pack(colour): UNSCORED_ID for colour in unscored}
         classes = {_pack(colour): raw_id for colour, raw_id in zip(palette, ids, strict=True)}
@@ -58,14 +58,14 @@ class ColourIds:
                 "distinguish them."
             )
         id_of |= classes
-        self.always, self.are_given = always, are_given
+        self.always, self.codes_grey = always, codes_grey
         self._colours = np.array(sorted(id_of), np.uint32)
         self._ids = np.array([id_of[int(colour)] for colour in self._colours], np.uint16)
-        self.fingerprint = crc32(self._colours.tobytes() + self._ids.tobytes() + bytes([always, are_given]))
+        self.fingerprint = crc32(self._colours.tobytes() + self._ids.tobytes() + bytes([always, codes_grey]))
 
     def explains_grey(self, pixels: NDArray[np.uint8]) -> bool:
         """Whether RGB pixels (H, W, 3) that are all grey are colours of the table, and not ids."""
-        return self.are_given and bool(np.isin(np.unique(pixels[..., 0]) * np.uint32(0x010101), self._colours).all())
+        return self.codes_grey and bool(np.isin(np.unique(pixels[..., 0]) * np.uint32(0x010101), self._colours).all())
 
     def __call__(self, pixels: NDArray[np.uint8], path: str | Path) -> NDArray[np.uint16]:
         """(H, W, 3) RGB to raw ids (H, W).

@@ -91,6 +91,21 @@ def read_label(
     return _undo_stretch(raw, image, header)
 
 
+def has_colours(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> bool:
+    """Whether a label is an RGB file of 8 bits with another colour than greys; False if it cannot be read."""
+    try:
+        data = read_image_bytes(path)
+        if data.startswith(NPY_START):
+            return False
+        image, header = open_checked(path, data, max_pixels)
+        if image.mode not in ("RGB", "RGBA") or header.bits > 8:
+            return False
+        with pillow_without_limit, silence_decoder(image):
+            return not _is_grey(np.asarray(image))
+    except Exception:  # reading it for training says why
+        return False
+
+
 def _read_array(path: str | Path, data: bytes, max_pixels: int) -> NDArray[np.integer]:
     """The ids in a NumPy file."""
     _, header = open_any(path, data, max_pixels)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from semseg.data.folds import assign_folds, name_group
 from semseg.data.header_cache import find_pixel_type, readable_headers
 from semseg.data.headers import Header
 from semseg.data.label_map import IGNORED, ColourIds, LabelMap
+from semseg.data.labels import has_colours
 from semseg.data.list_files import match_split, read_odgt_list, read_table_list
 from semseg.data.orientation import (
     Evidence,
@@ -26,7 +28,6 @@ from semseg.data.orientation import (
     labels_are_upright,
     set_label_orientation,
 )
-from semseg.data.palette import generated_palette
 from semseg.data.records import (
     Problem,
     Record,
@@ -43,6 +44,7 @@ from semseg.storage.ranks import print_once
 
 # Overrides with which the paths of lists and folders are relative to the working directory, as data.images is.
 ROOT_OF_LISTS = {"data.images": "null", "data.masks": "null", "data.root": "."}
+NUM_LOOKED_AT = 64  # masks of a split, to see whether they are coded in colours
 MIN_CLASSES = 2  # of a network
 MAX_LISTED_CLASSES = 20  # in messages
 MAX_NAMED_PROBLEMS = 20  # of a split, with data.on_bad=skip
@@ -82,7 +84,7 @@ class DataSource:
                 f"data.classes={config.classes}: names one class, and a network needs at least {MIN_CLASSES}. Add that "
                 "of the other pixels, such as background."
             )
-        self.label_map = make_label_map(config, self.classes)
+        make_label_map(config, self.classes)  # whose settings are checked now
         self.bands = band_options(config)  # None: images are 8-bit RGB
         self._pixel_types: dict[str, str] = {}  # by split
         self.orientations: dict[str, Orientations] = {}  # by split, for splits that were read
@@ -90,6 +92,25 @@ class DataSource:
         self._training_records: list[Record] = []  # with those of data.mix, once they were read
         self._parts: list[MixedSource] | None = None  # data.mix, once it was opened
         self._unused: dict[str, store.UnusedFiles] = {}
+
+    @cached_property
+    def label_map(self) -> LabelMap:
+        """The meaning of the ids, or the colours, of mask files; looks at some of them where both are possible."""
+        return make_label_map(self.config, self.classes, self._has_coloured_masks)
+
+    def _has_coloured_masks(self) -> bool:
+        """Whether one of some masks of the splits that were read, or else of the first one, has colours."""
+        read = list(self._records.values())
+        if not read:
+            split = next((split for split in ("train", "val", "test") if self._is_configured(split)), None)
+            with suppress(DataError, ConfigError):  # raised where the records are needed
+                read = [] if split is None else [separate_problems(self._read(split, self._split_files(split)))[0]]
+        for records in read:
+            masks = [record.label for record in records if record.label]
+            spread = masks[:: -(-len(masks) // NUM_LOOKED_AT) or 1]
+            if any(has_colours(mask, max_pixels=self.config.max_pixels) for mask in spread):
+                return True
+        return False
 
     def records(self, split: str) -> list[Record]:
         """Records of "train", "val" or "test"; read on the first call.
@@ -585,8 +606,13 @@ def load_class_table(config: DataConfig, root: Path) -> ClassTable:
     return table
 
 
-def make_label_map(config: DataConfig, classes: ClassTable) -> LabelMap:
+def make_label_map(
+    config: DataConfig, classes: ClassTable, find_colours: Callable[[], bool] = lambda: False
+) -> LabelMap:
     """The meaning of the ids, or the colours, of mask files.
+
+    Args:
+        find_colours: whether masks of the data set are coded in colours; called where that is possible.
 
     Raises:
         ConfigError: if the configuration contradicts itself.
@@ -601,6 +627,6 @@ def make_label_map(config: DataConfig, classes: ClassTable) -> LabelMap:
     if not always and (config.mask_type == "ids" or not has_file or not has_distinct_colours):
         return plain
     unscored = [(red, green, blue) for red, green, blue in config.ignore_colors]
-    are_given = classes.palette != generated_palette(classes.num_classes)
-    colours = ColourIds(classes.palette, plain.class_ids, unscored, always=always, are_given=are_given)
+    codes_grey = always or find_colours()
+    colours = ColourIds(classes.palette, plain.class_ids, unscored, always=always, codes_grey=codes_grey)
     return LabelMap(classes.num_classes, config.first_id, config.ignore, ids, colours)

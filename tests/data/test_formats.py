@@ -111,22 +111,21 @@ def test_a_grey_colour_file_holds_ids_unless_the_type_is_set(coloured: Path) -> 
 
 
 @pytest.mark.parametrize(("background", "row"), [("0,0,0", [0] * 12), ("9,9,9", [-1] * 12)])
+@pytest.mark.parametrize("words", [[], ["data.first_id=0", "data.ignore=[255]"]])
 def test_a_black_mask_of_a_data_set_in_colours_is_read_as_the_others_are(
-    coloured: Path, background: str, row: list[int]
+    coloured: Path, background: str, row: list[int], words: list[str]
 ) -> None:
     (coloured / "classes.csv").write_text(f"index,name,R,G,B\n0,background,{background}\n1,tree,10,200,10\n")
-    (coloured / "one.txt").write_text("a\n")
-    words = [*COLOURED, "data.train.stems=one.txt"]
-    mixed, black = colours((0, 0, 0), GREEN), colours((0, 0, 0), (0, 0, 0))
-    for ids_words in ([], ["data.first_id=0", "data.ignore=[255]"]):
-        save(coloured / "masks" / "a.png", mixed)
-        assert labels(source(coloured, *words, *ids_words)) == [row[:6] + [1] * 6]
-        save(coloured / "masks" / "a.png", black)
-        assert labels(source(coloured, *words, *ids_words)) == [row]
-    (coloured / "classes.txt").write_text("background\ntree\n")  # its colours are ours: black is id 0
-    names = [word for word in words if "classes" not in word]
-    found = source(coloured, *names, "data.classes=classes.txt", "data.first_id=0", "data.ignore=[255]")
-    assert labels(found) == [[0] * 12]
+    save(coloured / "masks" / "a.png", colours((0, 0, 0), (0, 0, 0)))
+    save(coloured / "masks" / "b.png", colours((0, 0, 0), GREEN))
+    assert labels(source(coloured, *COLOURED, *words)) == [row, row[:6] + [1] * 6]
+
+
+def test_a_black_mask_of_a_data_set_of_ids_in_rgb_files_is_id_0(coloured: Path) -> None:
+    save(coloured / "masks" / "a.png", colours((0, 0, 0), (0, 0, 0)))
+    save(coloured / "masks" / "b.png", colours((0, 0, 0), (1, 1, 1)))
+    words = ["data.first_id=0", "data.ignore=[255]"]
+    assert labels(source(coloured, *COLOURED, *words)) == [[0] * 12, [0] * 6 + [1] * 6]
 
 
 def test_palette_files_give_ids_or_by_option_colours(coloured: Path) -> None:
