@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from semseg.config.schema import DataConfig
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size, canvas_size
-from semseg.data.label_map import IGNORED, LabelMap
+from semseg.data.label_map import IGNORED, UNSCORED_ID, LabelMap
 from semseg.data.overlap import Overlap
 from semseg.data.palette import Colour
 from semseg.data.plan import SubBatch, TrainPlan
@@ -168,7 +168,8 @@ def diagnose(
     for advice in (check_sizes(splits[0], data), check_splits(splits, data)):
         notices += advice.notices
         suggestions |= advice.suggestions
-    summaries = [summarise_split(split, class_of) for split in splits]
+    hidden = () if configured.label_map.colours is None else (UNSCORED_ID,)  # of colours that are not scored
+    summaries = [summarise_split(split, class_of, hidden) for split in splits]
     return Diagnosis(sort_notices(notices), summaries, rows, suggestions)
 
 
@@ -562,8 +563,8 @@ def padding_fraction(
 # ---- summaries
 
 
-def summarise_split(split: ScannedSplit, class_of: ClassOf | None) -> SplitSummary:
-    """The numbers of one split."""
+def summarise_split(split: ScannedSplit, class_of: ClassOf | None, hidden: Sequence[int] = ()) -> SplitSummary:
+    """The numbers of one split, without ids of ours, `hidden`, that stand in no file."""
     seen = [facts for facts in split.findings if facts.height]
     pixels = sum_ids([split])
     ignored = sum(count for raw, count in pixels.items() if class_of and class_of(raw) == IGNORED)
@@ -577,7 +578,7 @@ def summarise_split(split: ScannedSplit, class_of: ClassOf | None) -> SplitSumma
         summarise_values([facts.width / facts.height for facts in seen]),
         dict(Counter(facts.image_kind for facts in split.findings if facts.image_kind).most_common()),
         dict(Counter(facts.mask_kind for facts in split.findings if facts.mask_kind).most_common()),
-        dict(sorted(pixels.items())),
+        {raw: count for raw, count in sorted(pixels.items()) if raw not in hidden},
         ignored / pixels.total() if pixels else 0.0,
     )
 

@@ -101,6 +101,17 @@ def test_masks_that_no_image_matches_are_what_is_reported(tmp_path: Path) -> Non
     assert "cannot be split" not in of_level(found, "error")
 
 
+def test_colours_that_are_not_scored_have_no_id_in_the_report(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    colours = np.array([(0, 0, 0), (0, 0, 250), (0, 250, 0)], np.uint8)  # BGR
+    for index in range(6):
+        put(root, str(index), colours[stripes(0, 1, 2)])
+    (root / "classes.csv").write_text("index,name,R,G,B\n0,a,250,0,0\n1,b,0,250,0\n")
+    found = check(root, "data.classes=classes.csv", "data.short_edges=[60]")
+    assert [set(split["ids"]) for split in found["splits"]] == [{"1", "2"}] * 2
+    assert found["splits"][0]["ignored"] == pytest.approx(1 / 3)
+
+
 def test_classes_of_one_name_are_a_warning(tmp_path: Path) -> None:
     root = good_folder(tmp_path / "data")
     (root / "classes.txt").write_text("road\ntree\nroad\n")
