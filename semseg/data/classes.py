@@ -155,7 +155,7 @@ def _sort_rows(rows: Sequence[Any]) -> list[Any]:
         ValueError: for indices that are not 0, 1, ... or 1, 2, ..., and for an id that stands twice.
     """
     key = next((key for key in ("index", "id") if any(isinstance(row, dict) and key in row for row in rows)), None)
-    numbers = [row.get(key) if isinstance(row, dict) else None for row in rows]
+    numbers: list[Any] = [row.get(key) if isinstance(row, dict) else None for row in rows]
     are_integers = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
     if key is None or (key == "id" and not are_integers):  # an id may be any text
         return list(rows)

@@ -87,7 +87,7 @@ def convert_to_bands(
         raise ArgumentError(str(error)) from None
     lacks = find_empty(array, None)
     filled = array if lacks is None else np.where(lacks, bands.fill_values(array.dtype), array)
-    is_valid = None if lacks is None else ~lacks.all(axis=2)
+    is_valid = None if lacks is None else np.asarray(~lacks.all(axis=2))
     return np.array(filled, array.dtype.newbyteorder("="), order="C"), is_valid
 
 

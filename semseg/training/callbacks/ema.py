@@ -84,7 +84,8 @@ def list_values(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
     Those are no quantities that an average exists of: indices, counts, and settings that depend on the step.
     """
-    averaged, copied = list(module.parameters()), []
+    averaged: list[Tensor] = list(module.parameters())
+    copied: list[Tensor] = []
     for name, buffer in module.named_buffers():
         is_statistic = name.rpartition(".")[2] in ("running_mean", "running_var")
         (averaged if is_statistic else copied).append(buffer)
