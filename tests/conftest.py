@@ -18,7 +18,7 @@ import pytest
 from helpers.browser import shared_browser
 from helpers.fork_server import SERVER_ADDRESS, skip_sync, start_server
 from helpers.reference import SHARED
-from semseg.system.process import STOP_SIGNALS
+from semseg.system.process import STOP_SIGNALS, SWEEP_VARIABLE
 
 CACHE_VARIABLE = "XDG_CACHE_HOME"
 caches = ExitStack()
@@ -30,6 +30,13 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the real images of ../shared, which are not part of the repository")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def forget_sweep() -> Iterator[None]:
+    """What a test announces to the jobs of a sweep is not in the environment of the next one."""
+    yield
+    os.environ.pop(SWEEP_VARIABLE, None)
 
 
 @pytest.fixture
