@@ -238,7 +238,7 @@ def set_aside_checkpoints(state: RunState, folder: Path) -> None:
 
     Otherwise, they would count as its best one, and as its newest, which is the one of `state` now.
     """
-    later = [path for path in (folder / "last.ckpt", folder / "best.ckpt") if has_later_step(path, state.step)]
+    later = [path for path in (folder / "last.ckpt", folder / "best.ckpt") if (read_step(path) or 0) > state.step]
     later += [path for path in sorted(folder.glob("step_*.ckpt")) if int(path.stem.partition("_")[2]) > state.step]
     for path in later:
         names = (f"{path.name}.discarded{number or ''}" for number in itertools.count())
@@ -250,20 +250,21 @@ def set_aside_checkpoints(state: RunState, folder: Path) -> None:
             shutil.copyfile(state.path, temporary)
 
 
-def has_later_step(path: Path, step: int) -> bool:
-    """Whether a file is an intact checkpoint of a later step."""
-    return path.is_file() and find_damage(path) is None and read_checkpoint(path).step > step
+def read_step(path: Path) -> int | None:
+    """The step of a checkpoint; None if there is none, or it is damaged."""
+    return read_checkpoint(path).step if path.is_file() and find_damage(path) is None else None
 
 
 def is_requeued() -> bool:
-    """Whether SLURM runs the command line again, of which `resume=<file>` was meant for the first time only."""
+    """Whether SLURM runs the command line again, of which `resume=<file>` is for the first time only."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
 def copy_best_checkpoint(state: RunState, folder: Path) -> None:
     """Copy best.ckpt from beside the resumed checkpoint, if the run has another folder now."""
     best, target = state.path.parent / "best.ckpt", folder / "best.ckpt"
-    if target.exists() or find_damage(best) is not None or has_later_step(best, state.step):
+    step = None if target.exists() else read_step(best)
+    if step is None or step > state.step:
         return  # a best.ckpt of a later step is one that this run has not reached yet
     with atomic_write(target) as temporary:
         shutil.copyfile(best, temporary)

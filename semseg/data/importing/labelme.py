@@ -64,7 +64,7 @@ def find_labelme_files(files: Sequence[Path]) -> list[Path]:
 
 
 def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options: ImportConfig) -> Export:
-    """All files of LabelMe; the classes are those of labels.txt, or the labels that occur, sorted.
+    """All files of LabelMe; the classes are those of labels.txt if it has all labels, or the labels that occur, sorted.
 
     Raises:
         DataError: if no file has a label.
@@ -82,7 +82,8 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
             items.append(Problem(f"{path}: a shape {error}."))
         except DataError as error:
             items.append(Problem(str(error)))
-    names = list_names(root, labels - set(SPECIAL_LABELS))
+    listed, labels = read_labels_file(root), labels - set(SPECIAL_LABELS)
+    names = listed if labels <= set(listed) else sorted(labels)
     if not names and contents:
         raise DataError(f"{root}: no file of LabelMe in it has a shape with a label. Annotate the images first.")
     reader = LabelMeReader(root, names, finder, options)
@@ -91,17 +92,11 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
             items.append(reader.read_file(file))
         except EntryError as error:
             items.append(Problem(f"{file.path}: {error}."))
-    notes = [*reader.describe(), *describe_unlisted(root, labels)]
+    notes = [*reader.describe(), *describe_unlisted(listed, labels)]
     num_images = sum(1 for item in items if isinstance(item, AnnotatedImage) and item.content is None)
     if num_left := finder.count - num_images:
         notes.append(f"{num_left} images have no JSON file and are left out.")
     return Export("LabelMe", tuple(names), None, items, tuple(notes))
-
-
-def list_names(root: Path, labels: set[str]) -> list[str]:
-    """The classes in the order of labels.txt, if there is one with all of them; else sorted."""
-    listed = read_labels_file(root)
-    return listed if labels <= set(listed) else sorted(labels)
 
 
 def read_labels_file(root: Path) -> list[str]:
@@ -111,10 +106,9 @@ def read_labels_file(root: Path) -> list[str]:
     return [name for name in dict.fromkeys(listed) if name and name not in SPECIAL_LABELS]
 
 
-def describe_unlisted(root: Path, labels: set[str]) -> Iterator[str]:
+def describe_unlisted(listed: list[str], labels: set[str]) -> Iterator[str]:
     """A sentence about labels that labels.txt lacks."""
-    listed = read_labels_file(root)
-    unlisted = sorted(labels - set(listed) - set(SPECIAL_LABELS))
+    unlisted = sorted(labels - set(listed))
     if listed and unlisted:
         yield f"{LABELS_FILE} does not list {', '.join(unlisted)}, so that the classes are in alphabetical order."
 

@@ -557,14 +557,19 @@ def test_settings_without_an_effect_are_refused(load: Callable[..., Transformers
         choose_crop(DataConfig(), AugmentConfig(crop=[32, 32]), size)
 
 
+SCENES_AS_FOLDER = [
+    "data=folder", "data.root=scenes", "data.train.images=images/training", "data.train.masks=annotations/training",
+    "data.num_classes=12",
+]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_the_recipe_of_a_check_has_no_crops_for_a_network_of_one_size(
     tmp_path: Path, folder: Callable[[str], Path]
 ) -> None:
     make_scenes(tmp_path / "scenes", num_train=4, num_val=1, seed=1)
-    words = ["data=folder", "data.root=scenes", "data.train.images=images/training", "data.num_classes=12"]
     network = ["model=transformers", f"model.name={folder('eomt')}", "model.encoder.weights=none", "trainer=cpu"]
-    run_here(tmp_path, "mode=check", *words, "data.train.masks=annotations/training", *network, "output=recipe.yaml")
+    run_here(tmp_path, "mode=check", *SCENES_AS_FOLDER, *network, "output=recipe.yaml")
     config = load_config([f"experiment={tmp_path / 'recipe.yaml'}", *network])[0]
     assert (config.augment.scale, config.augment.crop, config.data.crop) == ([0.5, 2.0], None, None)
 
@@ -574,8 +579,7 @@ def test_a_network_with_a_loss_of_its_own_trains_on_a_folder_and_is_evaluated_on
     tmp_path: Path, folder: Callable[[str], Path]
 ) -> None:
     make_scenes(tmp_path / "scenes", num_train=4, num_val=2, seed=1)
-    data = ["data=folder", "data.root=scenes", "data.train.images=images/training", "data.num_classes=12"]
-    data += ["data.train.masks=annotations/training", "trainer=cpu", "data.num_workers=0", "eval.scales=[64]"]
+    data = [*SCENES_AS_FOLDER, "trainer=cpu", "data.num_workers=0", "eval.scales=[64]"]
     network = ["model=transformers", f"model.name={folder('eomt')}", "model.encoder.weights=none"]
     printed = run_here(tmp_path, *data, *network, "data.short_edges=[64]", "trainer.max_steps=1", "run_dir=run")
     assert "the network's own: classes and masks" in printed
