@@ -39,6 +39,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import cv2
@@ -58,6 +59,7 @@ COLUMNS = (
 )  # fmt: skip
 KEY = ("data", "split", "side", "encoder", "minutes", "seed")  # of a row
 TIMED_STEPS = (10, 60)  # of the runs that find the time of a step
+TIMED_ROUNDS = 3  # of these runs; the median counts
 TOY_STEPS = 2
 # Overrides that cost next to no time.
 FREE_WORDS = ("optim", "schedule", "ema.", "seed=", "data.oversample", "loss", "augment=none", "augment=color")
@@ -357,15 +359,16 @@ def training_words(recipe: Sequence[str], steps: int, run_dir: Path) -> list[str
 
 
 def count_affordable_steps(recipe: Sequence[str], options: argparse.Namespace) -> int:
-    """The number of steps that take the minutes, by two short runs of the same words, kept in the folder of work.
+    """The number of steps that take the minutes, by short runs of the same words, kept in the folder of work.
 
     Words that do not change the time of a step share their runs.
     """
 
     def measure() -> list[float]:
-        few, more = (time_steps(recipe, steps, options.work) for steps in TIMED_STEPS)
-        step_s = (more - few) / (TIMED_STEPS[1] - TIMED_STEPS[0])
-        return [few - TIMED_STEPS[0] * step_s, step_s]
+        few, more = TIMED_STEPS
+        rounds = [[time_steps(recipe, steps, options.work) for steps in TIMED_STEPS] for _ in range(TIMED_ROUNDS)]
+        step_s = median(end - start for start, end in rounds) / (more - few)
+        return [median(start for start, _ in rounds) - few * step_s, step_s]
 
     start_s, step_s = recall_numbers(options.work / f"step-{name_costs(recipe)}.json", measure)
     return max(1, round((60 * options.minutes - start_s) / step_s))
@@ -374,14 +377,18 @@ def count_affordable_steps(recipe: Sequence[str], options: argparse.Namespace) -
 def compare_steps(base: Sequence[str], recipe: Sequence[str], options: argparse.Namespace) -> float:
     """The time of a step of a recipe as a multiple of that of `base`, from short runs of both in turn.
 
-    What else the machine does changes the time of a step by tens of percent within minutes, but hardly this number.
+    What else the machine does changes the time of a step by tens of percent within minutes, but hardly the median of
+    several such numbers.
     """
     if name_costs(base) == name_costs(recipe):
         return 1.0
 
     def measure() -> list[float]:
-        few, more = ([time_steps(words, steps, options.work) for words in (base, recipe)] for steps in TIMED_STEPS)
-        return [(more[1] - few[1]) / (more[0] - few[0])]
+        ratios = []
+        for _ in range(TIMED_ROUNDS):
+            few, more = ([time_steps(words, steps, options.work) for words in (base, recipe)] for steps in TIMED_STEPS)
+            ratios.append((more[1] - few[1]) / (more[0] - few[0]))
+        return [median(ratios)]
 
     (ratio,) = recall_numbers(options.work / f"ratio-{name_costs(recipe)}.json", measure)
     return ratio

@@ -286,6 +286,18 @@ def test_steps_are_compared_without_the_start_of_their_programs(
     assert accuracy.compare_steps(["fast"], ["slow"], argparse.Namespace(work=tmp_path)) == 3
 
 
+def test_one_disturbed_program_does_not_change_the_time_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy = import_benchmark(monkeypatch, "accuracy")
+    calls = iter(range(100))
+    monkeypatch.setattr(accuracy, "time_steps", lambda recipe, steps, work: 10 + 0.5 * steps + 20 * (next(calls) == 3))
+    options = argparse.Namespace(minutes=1.0, work=tmp_path)
+    assert accuracy.compare_steps(["one"], ["other"], options) == 1
+    calls = iter([3, *range(50, 60)])
+    assert accuracy.count_affordable_steps(["optim.lr=1"], options) == 100
+
+
 @pytest.mark.long
 def test_ways_to_predict_on_a_cpu_are_timed_and_compute_the_same(tmp_path: Path) -> None:
     words = ["--model", "resnet18_dilated8_c1_deepsup", "--height", "64", "--width", "96", "--rounds", "1"]
