@@ -43,6 +43,8 @@ from semseg.system.processors import choose_num_workers
 from semseg.system.shared_memory import get_free_shared_memory
 from semseg.training.resume import RunConditions, count_run_steps, digest_records, limit_batches
 
+MANY_CLASSES = 32  # of the label of an image, for measurements of memory: few images have more
+
 
 class LargestSubBatch(NamedTuple):
     """Sizes of the largest sub-batch that the plan can produce."""
@@ -329,11 +331,18 @@ class SegmentationData(pl.LightningDataModule):
     # ---- sizes
 
     def largest_batch(self) -> Batch:
-        """A black sub-batch as large as the plan can produce."""
+        """A black sub-batch as large as the plan can produce, with MANY_CLASSES in each label.
+
+        Lovasz sorts the pixels once for each class of a sub-batch, and mask classification makes a mask for each class
+        of an image.
+        """
         count, canvas, label, _ = self._largest_sub_batch()
+        num_classes = self.source.classes.num_classes
+        pixels = torch.arange(math.prod(label)) % min(num_classes, MANY_CLASSES)
+        classes = (pixels + MANY_CLASSES * torch.arange(count)[:, None]) % num_classes
         return Batch(
             torch.zeros(count, self.num_bands, *canvas, dtype=self._pixel_type("train")),
-            torch.zeros(count, *label, dtype=torch.int64),
+            classes.view(count, *label),
             torch.tensor([canvas] * count),
             ["the largest possible sub-batch"],
         )

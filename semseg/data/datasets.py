@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from semseg.data.augment import Augmentation, mix_samples
+from semseg.data.augment import Augmentation, crop_size, mix_samples
 from semseg.data.bands import BandOptions
 from semseg.data.batch import Batch, EvalSample, Sample
 from semseg.data.crops import CropPlan, cut_size
@@ -125,8 +125,10 @@ class TrainDataset(Dataset[Batch]):
         return self.collate(samples, self.options.size_divisor, self.label_stride)._replace(bad=tuple(bad))
 
     def _blank_sample(self, record: Record, short_edge: int) -> Sample:
-        """A black image of the size that the record would have, with all pixels ignored."""
+        """A black image of the size that the record would have unscaled, with all pixels ignored."""
         size, bands = self._training_size(record.size, short_edge), self.options.bands
+        if self.augmentation is not None and self.augmentation.config.crop is not None:
+            size = crop_size(size, self.augmentation.config.crop)
         if self.crops is not None:
             size = Size(*(cut_size(*sides, factor=1.0)[1] for sides in zip(record.size, self.crops.crop, strict=True)))
         label = subsample_label(np.full(size, IGNORED, np.int16), self.label_stride)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from semseg.data.geometry import Size
 from semseg.data.headers import Header, HeaderError, header_of, open_image, read_raster_header
 from semseg.errors import DataError
 from semseg.storage.atomic import atomic_write
+from semseg.storage.cache import default_cache_folder
 
 _NUM_THREADS = 8  # readers of headers
 
@@ -111,12 +111,10 @@ def cache_file(kind: str, folder: Path, cache_dir: str | Path | None) -> Path:
     """The file that caches facts about the files below `folder`.
 
     Args:
-        cache_dir: None: $XDG_CACHE_HOME/semseg, or ~/.cache/semseg.
+        cache_dir: None: `default_cache_folder`.
     """
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "semseg"
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return Path(cache_dir) / f"{kind}-{name}.json"
+    return Path(cache_dir or default_cache_folder()) / f"{kind}-{name}.json"
 
 
 def load_cache(cache: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,6 +25,7 @@ from semseg.config.schema import ARCHITECTURE_KEYS, Config, list_checkpoints
 from semseg.data.batch import Batch
 from semseg.data.sources import DataSource, require_masks
 from semseg.errors import CheckpointError
+from semseg.evaluation.thresholds import compute_curve, find_best
 from semseg.lit_module import SegmentationModule
 from semseg.modes.eval import open_source
 from semseg.nets.interfaces import SegmentationNetwork
@@ -37,6 +39,13 @@ from semseg.system.text import escape_lines, format_quantity
 AVERAGE_FILE, SCORES_FILE = "average.ckpt", "average.json"  # in the run folder
 NUM_IMAGES = 1000  # of train, at most, on which normalisation statistics are measured again
 FREE_KEYS = ("weights", "frozen")  # of model.encoder: how a network was trained, not which one it is
+
+
+class SplitScore(NamedTuple):
+    """What a network reaches on a split."""
+
+    mean_iou: float | None
+    threshold: float | None  # two classes: of the highest F1 score
 
 
 def run(config: Config, overrides: list[str]) -> float | None:
@@ -54,18 +63,19 @@ def run(config: Config, overrides: list[str]) -> float | None:
     source = open_source(config.data, members[0])
     require_masks(config.eval.split, source.records(config.eval.split))
     source.training_records()
-    scores = []
+    scores: list[float | None] = []
     for member in members:
         net = restore_network(member)
         refuse_nonfinite_weights(net.state_dict(), member.source)
-        scores.append(score_on_split(net, config, source))
+        scores.append(score_on_split(net, config, source).mean_iou)
         print_once(f"{relative_to_cwd(Path(member.source))}: mean IoU {format_percent(scores[-1])}")
     weights = average_weights([member.weights for member in members])
     averaged = members[0]._replace(weights=weights, epoch=0, step=0)
     net = restore_network(averaged)
     num_images = measure_statistics(net, config, source)
-    averaged = averaged._replace(weights={name: value.cpu() for name, value in net.state_dict().items()})
-    score = score_on_split(net, config, source)
+    score, threshold = score_on_split(net, config, source)
+    weights = {name: value.cpu() for name, value in net.state_dict().items()}
+    averaged = averaged._replace(weights=weights, threshold=threshold)
     best = max((one for one in scores if one is not None), default=None)
     is_better = score is not None and (best is None or score > best)
     print_scores(members, scores, score, num_images)
@@ -130,13 +140,15 @@ def average_weights(weights: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def score_on_split(net: SegmentationNetwork, config: Config, source: DataSource) -> float | None:
-    """The mean IoU of a network on eval.split, as mode=eval scores it."""
+def score_on_split(net: SegmentationNetwork, config: Config, source: DataSource) -> SplitScore:
+    """Score a network on eval.split, as mode=eval does."""
     trainer = build_trainer(replace(config, mode="eval"), source)
     module = build_module(config, net.eval(), source.classes)
     trainer.test(module, datamodule=build_data(config, source, net), verbose=False)
-    assert module.scores is not None, "the test loop ends with scores"
-    return module.scores.mean_iou
+    assert module.scores is not None and module.evaluation is not None, "the test loop ends with scores"
+    counts = module.evaluation.thresholds
+    best = None if counts is None else find_best(compute_curve(counts))
+    return SplitScore(module.scores.mean_iou, None if best is None else best.threshold)
 
 
 @torch.no_grad()

@@ -122,7 +122,7 @@ def run(config: Config, overrides: list[str]) -> None:
     evaluating = time_evaluation(config, source, net) if source.has(config.eval.split) else None
     if not trainer.is_global_zero:
         return
-    figures = BenchResult(loading, stepping, evaluating, give_advice(config, loading, stepping, trainer.world_size))
+    figures = BenchResult(loading, stepping, evaluating, give_advice(config, loading, stepping, trainer.num_devices))
     console = Console(soft_wrap=True, highlight=False)
     console.print(figures_table(figures, config))
     for line in figures.advice:
@@ -179,12 +179,12 @@ def time_evaluation(config: Config, source: DataSource, net: SegmentationNetwork
     return module.evaluation.speed
 
 
-def give_advice(config: Config, loading: LoadingSpeed, stepping: TrainingSpeed, world_size: int) -> list[str]:
+def give_advice(config: Config, loading: LoadingSpeed, stepping: TrainingSpeed, ranks_here: int) -> list[str]:
     """What limits training, and the settings to change, the most promising first."""
     needed = config.data.batch_size / stepping.step_s  # images per second that one device can process
     speeds = f"one device can process {needed:.1f} images/s, its loader alone delivers {loading.images_per_s:.1f}"
     if stepping.waiting_fraction > MAX_WAITING:
-        keys = settings_for_loading(config, loading, needed, world_size)
+        keys = settings_for_loading(config, loading, needed, ranks_here)
         bottleneck = "Loading"
     else:
         keys = settings_for_network(config, stepping)
@@ -199,9 +199,9 @@ def give_advice(config: Config, loading: LoadingSpeed, stepping: TrainingSpeed, 
     return advice
 
 
-def settings_for_loading(config: Config, loading: LoadingSpeed, needed: float, world_size: int) -> list[str]:
+def settings_for_loading(config: Config, loading: LoadingSpeed, needed: float, ranks_here: int) -> list[str]:
     """Settings that load images faster."""
-    cores = count_processors() // world_size
+    cores = max(1, count_processors() // ranks_here)
     needed_workers = math.ceil(max(1, loading.workers) * needed / loading.images_per_s)
     keys = [f"data.num_workers={min(needed_workers, cores)}"] if loading.workers < min(needed_workers, cores) else []
     if config.data.decode == "exact":

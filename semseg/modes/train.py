@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import Strategy
 from rich.console import Console
 
 from semseg.build import build_data, build_module, build_trainer, create_predictor, find_network
@@ -594,7 +595,7 @@ def best_result(trainer: pl.Trainer) -> RunResult:
 
 def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: Console, result: RunResult) -> None:
     """Run the follow-ups of training, then print paths and commands. On rank 0 only; the others return."""
-    is_first = trainer.is_global_zero
+    is_first, memory = trainer.is_global_zero, measure_peak_memory(trainer.strategy)
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -614,8 +615,17 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
             folders[mode] = folder
     finally:  # the network is there, whatever became of its evaluation
         command = resume_command(config, overrides, *overrides_to_continue(config.trainer, config.callbacks, trainer))
-        for line in closing_lines(config, checkpoint, result, folders, command):
+        for line in closing_lines(config, checkpoint, result, folders, memory=memory, command=command):
             console.print(line, soft_wrap=True, highlight=False, markup=False)  # commands must survive copying
+
+
+def measure_peak_memory(strategy: Strategy) -> int | None:
+    """The most bytes that were allocated on the GPU of a rank; None without GPUs. To be called on every rank."""
+    device = strategy.root_device
+    if device.type != "cuda":
+        return None
+    peak = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+    return int(strategy.reduce(peak, reduce_op="max"))
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
@@ -660,19 +670,26 @@ def overrides_to_continue(limits: TrainerConfig, callbacks: Mapping[str, Any], t
 
 
 def closing_lines(
-    config: Config, checkpoint: Path, result: RunResult, folders: Mapping[str, Path], command: str
+    config: Config,
+    checkpoint: Path,
+    result: RunResult,
+    folders: Mapping[str, Path],
+    *,
+    memory: int | None,
+    command: str,
 ) -> list[str]:
     """The best score, the paths of the results, and the commands that use them.
 
     Args:
         folders: those of the follow-ups, by mode.
+        memory: of the GPU with the highest peak, in bytes; None: there was no GPU.
         command: the command that continues training.
     """
     run_dir, ckpt = (shlex.quote(str(relative_to_cwd(path))) for path in (Path(config.run_dir), checkpoint))
     name = "mean IoU" if result.monitor == CheckpointConfig.monitor else result.monitor
     lines = [] if result.score is None else [f"{f'best {name}':15} {result.score:.4f} on the validation images"]
-    if torch.cuda.is_available():
-        lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    if memory is not None:
+        lines.append(f"peak GPU memory {memory / 2**30:.2f} GiB")
     lines += [f"checkpoint      {ckpt}", f"log             {run_dir}/logs"]
     if (Path(config.run_dir) / REPORT_FILE).is_file():  # which the first validation writes
         lines.append(f"report          {run_dir}/{REPORT_FILE}")

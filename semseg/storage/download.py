@@ -7,7 +7,6 @@ and <name>.part with <name>.part.json (an incomplete download, see transfer.py).
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 from semseg.config.schema import DownloadConfig
 from semseg.errors import ConfigError, DownloadError
 from semseg.storage.atomic import atomic_write
+from semseg.storage.cache import default_cache_folder
 from semseg.storage.ranks import print_once
 from semseg.storage.transfer import RefusedError, download_file, hide_secrets, is_http, source_path
 
@@ -69,9 +69,8 @@ def fetch_file(url: str, config: DownloadConfig, *, folder: str = "", digest: st
 
 
 def cache_folder(config: DownloadConfig) -> Path:
-    """Where downloaded files are kept: download.cache, $SEMSEG_CACHE, $XDG_CACHE_HOME/semseg or ~/.cache/semseg."""
-    folder = config.cache or os.environ.get("SEMSEG_CACHE")
-    return Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "semseg").expanduser()
+    """Where downloaded files are kept: download.cache, or else `default_cache_folder`."""
+    return Path(config.cache).expanduser() if config.cache else default_cache_folder()
 
 
 def parse_file_name(url: str) -> str:

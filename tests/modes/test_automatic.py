@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from semseg.nets.registry import ENCODERS, build_segmenter
 from semseg.system import processors
 from semseg.training.callbacks import waiting
 from semseg.training.callbacks.out_of_memory import OutOfMemory
-from semseg.training.callbacks.waiting import Waiting
+from semseg.training.callbacks.waiting import RecordWaiting, Waiting, WaitingRecord
 
 AUTOMATIC = ["data.batch_size=auto", "data.num_workers=auto", "model.channels_last=auto", "optim.lr=auto"]
 WORDS = [*(word for word in TINY if "batch_size" not in word and "num_workers" not in word), *TINY_NETWORK, *AUTOMATIC]
@@ -225,6 +226,25 @@ def test_workers_are_added_for_the_waiting_of_the_run_before(
     assert choose()[0] == 3
     record.path.write_text(json.dumps({record.key: {"num_workers": -1, "fraction": "x"}}))
     assert choose()[0] == 4  # a damaged record counts as none
+
+
+def test_a_checkpoint_that_is_written_is_not_waiting_for_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "NUM_WARM_UP", 1)
+    monkeypatch.setattr(waiting, "NUM_TIMED", 2)
+    clock = iter(range(100))
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: next(clock))
+    record = WaitingRecord(tmp_path, tmp_path, {})
+    callback = RecordWaiting(record)
+    trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=SimpleNamespace(num_train_workers=1))
+    module: Any = SimpleNamespace(device=torch.device("cpu"))
+    batch: Any = None
+    for _ in range(3):  # a second each for the images and the step
+        callback.on_train_batch_start(trainer, module, batch, 0)
+        callback.on_train_batch_end(trainer, module, None, batch, 0)
+        callback.on_save_checkpoint(trainer, module, {})
+    assert record.read() == Waiting(1, 0.0)
 
 
 # ---- the layout

@@ -17,7 +17,7 @@ from semseg.checkpoints.format import read_checkpoint
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.errors import CheckpointError
 from semseg.modes import average
-from semseg.modes.average import average_weights, measure_statistics, refuse_other_network
+from semseg.modes.average import SplitScore, average_weights, measure_statistics, refuse_other_network
 from semseg.nets.registry import ENCODERS
 
 QUICK = ["eval.scales=[32]", "data.num_workers=0", "trainer.accelerator=cpu"]
@@ -32,6 +32,11 @@ def tiny_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoints a.ckpt and b.ckpt of networks with random weights, and their data."""
     return write_random_checkpoints(tmp_path_factory.mktemp("average"))
+
+
+def scored(*ious: float) -> list[SplitScore]:
+    """Scores of networks, with a threshold of its own for each."""
+    return [SplitScore(iou, iou / 2) for iou in ious]
 
 
 def test_weights_are_the_mean_and_counts_those_of_the_first() -> None:
@@ -65,16 +70,17 @@ def test_statistics_that_training_leaves_alone_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_average_is_kept_only_if_it_is_better_than_the_best(folder: Path) -> None:
-    with patch.object(average, "score_on_split", side_effect=[0.2, 0.5, 0.5]):
+    with patch.object(average, "score_on_split", side_effect=scored(0.2, 0.5, 0.5)):
         printed = run_here(folder, "mode=average", "ckpt=[a.ckpt,b.ckpt]", *QUICK, "run_dir=worse")
     assert "not better than the best of them: not kept" in printed
     assert not (folder / "worse" / "average.ckpt").exists()
     content = json.loads((folder / "worse" / "average.json").read_text())
     assert [row["mean_iou"] for row in content["networks"]] == [0.2, 0.5] and content["is_kept"] is False
-    with patch.object(average, "score_on_split", side_effect=[0.2, 0.5, 0.6]):
+    with patch.object(average, "score_on_split", side_effect=scored(0.2, 0.5, 0.6)):
         run_here(folder, "mode=average", "ckpt=[a.ckpt,b.ckpt]", *QUICK, "run_dir=better")
     found = read_checkpoint(folder / "better" / "average.ckpt")
     ends = [read_checkpoint(folder / f"{name}.ckpt").weights for name in "ab"]
+    assert found.threshold == 0.3  # its own, not that of the first network
     name = "encoder.fine.0.0.weight"
     assert torch.allclose(found.weights[name], (ends[0][name] + ends[1][name]) / 2)
     statistics = "encoder.fine.0.1.running_mean"

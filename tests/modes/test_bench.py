@@ -33,14 +33,14 @@ def test_it_times_reading_training_and_evaluation_and_leaves_figures_alone(tmp_p
 def test_the_bottleneck_is_named_with_keys_that_are_not_set_yet() -> None:
     config = configured("mode=bench", "data=scenes", "data.decode=exact", "augment=color", "data.batch_size=2")
     slow_loader, fast_loader = LoadingSpeed(2.0, 0.05, 0), LoadingSpeed(500.0, 0.4, 1)
-    [line] = give_advice(config, slow_loader, TrainingSpeed(1.0, 0.1, 0.9, 0), world_size=1)
+    [line] = give_advice(config, slow_loader, TrainingSpeed(1.0, 0.1, 0.9, 0), ranks_here=1)
     assert "Loading is the bottleneck: 90% of the time" in line
     assert "20.0 images/s, its loader alone delivers 2.0" in line
     assert "data.decode=fast" in line and "augment=none" in line and "channels_last" not in line
-    line, padding = give_advice(config, fast_loader, TrainingSpeed(2.0, 1.0, 0.01, 0), world_size=1)
+    line, padding = give_advice(config, fast_loader, TrainingSpeed(2.0, 1.0, 0.01, 0), ranks_here=1)
     assert "The network is the bottleneck" in line and "model.channels_last=true" in line and "decode" not in line
     assert padding.startswith("40% of the pixels are padding")
     faster = configured("mode=bench", "data=scenes", "model.channels_last=true", "model.compile=true")
-    line, _ = give_advice(faster, fast_loader, TrainingSpeed(2.0, 1.0, 0.01, 0), world_size=1)
+    line, _ = give_advice(faster, fast_loader, TrainingSpeed(2.0, 1.0, 0.01, 0), ranks_here=1)
     assert "channels_last" not in line and "compile" not in line
     assert ("bf16-mixed" in line) == torch.cuda.is_available()

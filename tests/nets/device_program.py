@@ -197,6 +197,7 @@ def find_in_callbacks() -> set[str]:
     module, trainer = nn.Module(), SimpleNamespace(global_step=0, world_size=1, global_rank=0)
     module.net = net
     module.device = torch.device(DEVICE)  # pyright: ignore[reportAttributeAccessIssue]
+    module.step_metrics = [torch.zeros(2)]  # pyright: ignore[reportAttributeAccessIssue]
     label = torch.zeros(2, 16, 20, dtype=LABEL_TYPE)
     batch = Batch(torch.zeros(2, 3, 64, 80, dtype=torch.uint8), label, torch.zeros(2, 2).long(), ["a.jpg", "b.jpg"])
     vote = StepVote()

@@ -20,6 +20,7 @@ import requests
 from helpers.local_server import Answer, Handler, LocalServer, body, local_server, status, until
 from semseg.config.groups import CONFIG_DIR
 from semseg.config.schema import DownloadConfig
+from semseg.data.header_cache import cache_file
 from semseg.errors import ConfigError, DownloadError
 from semseg.storage.download import cache_folder, fetch_file
 from semseg.storage.transfer import RefusedError, SafeSession, TransientError, classify_error
@@ -79,6 +80,7 @@ def test_the_cache_is_where_the_first_of_four_places_says(monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
     assert cache_folder(DownloadConfig(cache="/c")) == Path("/c")
     assert cache_folder(DownloadConfig()) == Path("/a")
+    assert cache_file("sizes", Path("/data"), None).parent == Path("/a")
     monkeypatch.delenv("SEMSEG_CACHE")
     assert cache_folder(DownloadConfig()) == Path("/b/semseg")
     monkeypatch.delenv("XDG_CACHE_HOME")

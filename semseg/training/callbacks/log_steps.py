@@ -94,7 +94,7 @@ class LogSteps(Callback):
         counts = collect_counts(trainer)
         # For callbacks that monitor them.
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in {**means, **counts}.items()})
-        values = {**means, **counts, **self._rates, **self._cost(), "epoch": trainer.current_epoch}
+        values = {**means, **counts, **self._rates, **self._cost(trainer), "epoch": trainer.current_epoch}
         for logger in trainer.loggers:
             logger.log_metrics(values, trainer.global_step - 1)
         for seconds in self._seconds.values():
@@ -105,10 +105,10 @@ class LogSteps(Callback):
         self._seconds[name].append(now - self._lap_start)
         self._lap_start = now
 
-    def _cost(self) -> dict[str, float]:
+    def _cost(self, trainer: pl.Trainer) -> dict[str, float]:
         """Times and, on a GPU, memory."""
         cost = {name: sum(seconds) / max(len(seconds), 1) for name, seconds in self._seconds.items()}
-        if torch.cuda.is_available():
+        if trainer.strategy.root_device.type == "cuda":
             cost["memory"] = torch.cuda.max_memory_allocated() / 2**30
         return cost
 

@@ -97,7 +97,9 @@ class NonFiniteGuard(Callback):
         self._batches.append(batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        self._losses.append(loss.detach())
+        # A gradient scaler and the accumulation of gradients have multiplied the one to differentiate.
+        unscaled, loss = pl_module.step_metrics[-1][0], loss.detach()
+        self._losses.append(torch.where(loss.isfinite(), unscaled.to(loss), loss))
         self._seeds.append(torch.initial_seed())  # that of SeedEveryStep
 
     def on_before_optimizer_step(

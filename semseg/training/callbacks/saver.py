@@ -34,10 +34,11 @@ def count_common_batches(groups: int, world_size: int, limit: float | None) -> i
     Args:
         limit: trainer.limit_val_batches: a number of batches, or as a float a fraction of those of each rank.
 
-    >>> count_common_batches(7, world_size=2, limit=1.0), count_common_batches(7, world_size=2, limit=0.5)
-    (3, 1)
+    >>> [count_common_batches(7, world_size=2, limit=limit) for limit in (None, 1.0, 0.5, 2)]
+    [3, 3, 1, 2]
     """
-    return int(groups // world_size * (limit if isinstance(limit, float) else 1))
+    number = groups // world_size
+    return number if limit is None else min(number, limit) if isinstance(limit, int) else int(number * limit)
 
 
 def is_validated(trainer: pl.Trainer) -> bool:

@@ -64,6 +64,7 @@ class RecordWaiting(Callback):
         self.record = record
         self._num_steps = 0
         self._waiting_s = self._step_s = self._lap_start = 0.0
+        self._has_saved = False  # since the last step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._lap_start = time.monotonic()  # a validation is not waiting for images
@@ -71,7 +72,15 @@ class RecordWaiting(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        self._waiting_s += self._lap()
+        seconds = self._lap()
+        if not self._has_saved:
+            self._waiting_s += seconds
+        self._has_saved = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._has_saved = True  # which took part of the time before the next step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -23,8 +23,9 @@ from helpers.in_process import TINY_RUN, configured, fit
 from semseg import datamodule
 from semseg.build import build_data
 from semseg.collate import collate
-from semseg.config.schema import Config
+from semseg.config.schema import AugmentConfig, Config
 from semseg.data import loaders
+from semseg.data.augment import Augmentation
 from semseg.data.datasets import EvalDataset, ReadOptions, TrainDataset
 from semseg.data.loaders import WatchedLoader
 from semseg.data.overlap import find_overlap
@@ -104,6 +105,14 @@ def test_c1_a_sub_batch_of_broken_images_scores_nothing_and_has_their_size(drawn
     assert len(batch.bad) == 2
     assert int(batch.image.max()) == 0 and (batch.label == -1).all()
     assert min(batch.size[0].tolist()) == 32
+
+
+@pytest.mark.slow
+def test_c1_a_sub_batch_of_broken_images_is_not_larger_than_a_crop(drawn: Path) -> None:
+    data = train_set(drawn, skip_bad=True)
+    data.augmentation = Augmentation(AugmentConfig(crop=[24, 16]), seed=0)
+    batch = data[SubBatch(0, (2,), 32, (False,))]
+    assert len(batch.bad) == 1 and batch.size.tolist() == [[24, 16]]
 
 
 @pytest.mark.slow
@@ -252,6 +261,8 @@ def test_c17_without_the_shared_memory_that_workers_need_there_are_none(
     config = run_words(drawn, tmp_path, "data.num_workers=2")
     data = build_data(config, DataSource(config.data), build_segmenter("resnet18", "c1", 8))
     batch = data.largest_batch()
+    # What a loss needs may grow with the number of classes.
+    assert {len(label.unique()) for label in batch.label} == {data.source.classes.num_classes}
     needed = 2 * 2 * (batch.image.nbytes + batch.label.nbytes)  # two workers, two sub-batches each
     monkeypatch.setattr(datamodule, "get_free_shared_memory", lambda: needed)
     assert data.train_dataloader().num_workers == 2

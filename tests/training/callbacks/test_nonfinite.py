@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -105,6 +107,15 @@ def test_d2_a_nan_score_is_never_the_best(root: Path, tmp_path: Path, monkeypatc
     run.fit()
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["epoch"] == 1
+
+
+def test_the_loss_that_is_reported_is_neither_scaled_nor_divided(tmp_path: Path) -> None:
+    guard = NonFiniteGuard(tmp_path, 0, "32-true")
+    module: Any = SimpleNamespace(step_metrics=[torch.tensor([3.0, 0.5])])
+    trainer: Any = None
+    for loss in (1.5 * 2**16, float("inf")):
+        guard.on_before_backward(trainer, module, torch.tensor(loss))
+    assert torch.stack(guard._losses).tolist() == [3.0, float("inf")]
 
 
 def test_the_first_layer_that_goes_wrong_is_named() -> None:
