@@ -99,7 +99,7 @@ def open_network(config: Config, overrides: list[str]) -> tuple[SavedNetwork, Co
     Raises:
         SemsegError: if there is no such network, or the command line contradicts it.
     """
-    assert config.ckpt is not None, "config.check asks for ckpt"
+    assert config.ckpt is not None, "find_mode_problems asks for ckpt"
     saved = find_networks(config, overrides)
     is_published = bool(saved.note) and not saved.config.model.library
     kept = [word for word in overrides if not (is_published and word.partition("=")[0] in PUBLISHED_FREE_KEYS)]

@@ -54,7 +54,7 @@ from semseg.training.step_means import TRAIN_METRICS
 from semseg.training.training_state import METRICS_KEY
 from semseg.training.unused import compute_probe_loss, freeze_unused, summarise_modules
 
-HALF_PRECISIONS = ("bf16-true", "16-true")  # weights and buffers alike
+HALF_PRECISION = "bf16-true"  # weights and buffers alike
 
 
 class SegmentationModule(pl.LightningModule):
@@ -503,7 +503,7 @@ class SegmentationModule(pl.LightningModule):
 def check_precision(precision: str, net: SegmentationNetwork) -> None:
     """Raises a ConfigError if running statistics would be rounded to half precision after every step."""
     moving = [layer for layer in net.modules() if isinstance(layer, _BatchNorm) and layer.training]
-    if precision in HALF_PRECISIONS and moving:
+    if precision == HALF_PRECISION and moving:
         raise ConfigError(
             f"trainer.precision={precision}: the statistics of batch normalisation would be kept in half "
             "precision, where they stop moving. Use trainer.precision=bf16-mixed, or model.freeze_bn=true."

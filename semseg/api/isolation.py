@@ -23,7 +23,8 @@ def keep_process_state(words: Sequence[str]) -> Iterator[None]:
     """Within this context, `words` are the command line; afterwards the process is as before.
 
     That covers the environment, random states (Python, NumPy, torch), the settings of torch, signal handlers, levels of
-    loggers, and filters of warnings.
+    loggers, and filters of warnings. It does not cover rules of torch.compile (see `compile_network`) and the threads
+    of OpenCV, which end when images are first read.
     """
     with ExitStack() as stack:
         stack.enter_context(keep_interpreter_state(words))

@@ -26,7 +26,7 @@ def join_networks(members: Sequence[SavedNetwork]) -> SavedNetwork:
                 f"{first.source} and {other.source} cannot be averaged: {problem} Give networks that were trained for "
                 "the same classes with the same preprocessing."
             )
-    # Explicit divisors are those of the members, see restore_ensemble.
+    # Explicit divisors are those of the members, see build_ensemble.
     model = replace(first.config.model, size_divisor=None, label_stride=None)
     return first._replace(
         source=", ".join(member.source for member in members),

@@ -23,7 +23,7 @@ def run(config: Config, overrides: list[str]) -> None:
     Raises:
         SemsegError: for any error that the user can fix; nothing is written then.
     """
-    assert config.ckpt is not None and config.output is not None, "config.check asks for both"
+    assert config.ckpt is not None and config.output is not None, "find_mode_problems asks for both"
     saved = find_network(config.ckpt, config, overrides)
     print_once(saved.note)
     restore_network(saved)  # reports weights that do not fit their description before anything is written

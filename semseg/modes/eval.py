@@ -137,7 +137,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
             list_this_command(),
             describe_device(trainer),
             compute_data_fingerprint(source.records(split), source.root),
-            saved.origin,
+            [member.origin for member in saved.members or (saved,)],
         ),
     )
     write_evaluation_page(folder / "report.html", report)
@@ -200,7 +200,7 @@ def describe_settings(
     sources = [str(file.absolute()) if file.is_file() else str(file) for file in files]
     entries = {
         "checkpoint": ", ".join(sources) if saved.members else (sources[0] if files[0].is_file() else saved.source),
-        "step": saved.step,
+        "step": None if saved.members else saved.step,
         "data": source.config.name,
         "root": str(source.root.absolute()),
         "split": settings.split,
@@ -212,7 +212,7 @@ def describe_settings(
         **describe_reading(source.config),
     }
     if saved.members:
-        entries["checkpoints"] = sources
+        entries |= {"checkpoints": sources, "steps": [member.step for member in saved.members]}
     if not saved.note and not saved.members:  # files of other programs do not say how they were trained
         entries["trained_with"] = mask_secrets(config_to_plain(saved.config))
     return entries | {"boundary_ratio": settings.boundary_ratio} if settings.boundary_iou else entries

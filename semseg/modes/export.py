@@ -32,7 +32,7 @@ def run(config: Config, overrides: list[str]) -> None:
     """
     assert config.output, "check_config requires it"
     require_export_extra()
-    from semseg.export.onnx import EXPORT_WRITERS  # noqa: PLC0415 - the packages of an extra
+    from semseg.export.onnx import EXPORT_WRITERS, ONNX_SIZES  # noqa: PLC0415 - the packages of an extra
     from semseg.export.onnx_runtime import build_description, read_exported  # noqa: PLC0415
 
     output = Path(config.output).expanduser()
@@ -56,7 +56,7 @@ def run(config: Config, overrides: list[str]) -> None:
     with atomic_write(output) as temporary:
         write = EXPORT_WRITERS[EXPORT_SUFFIXES[output.suffix]]
         deviation = write(temporary, net, build_description(saved, net, options.quantize))
-        compared = "5 sizes" if net.image_size is None else "its one size"
+        compared = f"{len(ONNX_SIZES)} sizes" if net.image_size is None else "its one size"
         print(
             f"compared at {compared}: the largest difference is {deviation.largest:.2g}, "
             f"the largest logit {deviation.scale:.2g}"

@@ -31,7 +31,7 @@ def run(config: Config, overrides: list[str]) -> None:
     Raises:
         SemsegError: for any error that the user can fix; `output` does not exist then.
     """
-    assert config.input and config.output, "config.check asks for both"
+    assert config.input and config.output, "find_mode_problems asks for both"
     source, output = store.resolve_path(config.input), Path(config.output).expanduser()
     if output.resolve().is_relative_to(source.resolve()) and source.is_dir():
         raise ConfigError(f"output={config.output}: lies in the export. Give a folder outside of {config.input}.")

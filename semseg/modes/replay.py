@@ -32,7 +32,7 @@ def run(config: Config, overrides: list[str]) -> None:
     Raises:
         SemsegError: for anything the user can fix.
     """
-    assert config.input is not None, "config.check asks for it"
+    assert config.input is not None, "find_mode_problems asks for it"
     path = Path(config.input).expanduser()
     step, batches, seeds = read_batches(path)
     saved, config = open_network(config, overrides)

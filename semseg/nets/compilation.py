@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,8 @@ def compile_network(net: SegmentationNetwork, backend: str | Callable[..., Any] 
 
     Numbers with a fraction (the epsilons and momenta of normalisation) become constants of the graph, in this whole
     process. With dynamic=True they would be inputs like the sizes; no operator takes them as such, which PyTorch finds
-    out at the end of its tracing, and then it traces the network a second time.
+    out at the end of its tracing, and then it traces the network a second time. Two more rules of PyTorch's tracing
+    change in this process: see `simplify_padding` and `skip_contiguity_checks`.
 
     Args:
         backend: of torch.compile.
@@ -27,8 +29,12 @@ def compile_network(net: SegmentationNetwork, backend: str | Callable[..., Any] 
     from torch._dynamo import config  # noqa: PLC0415 - it takes a second
 
     config.specialize_float = True
-    simplify_padding()
-    skip_contiguity_checks()
+    for change_rule in (simplify_padding, skip_contiguity_checks):
+        try:
+            change_rule()
+        except (ImportError, AttributeError) as error:  # parts of PyTorch that another version may not have
+            message = f"compilation takes longer, because PyTorch {torch.__version__} differs from the one expected"
+            warnings.warn(f"model.compile: {message} ({error}).", stacklevel=2)
     net.compile(dynamic=True, backend=backend)
 
 

@@ -98,7 +98,7 @@ def is_path_list(source: str) -> bool:
 
 
 def input_suffixes() -> frozenset[str]:
-    """Return the suffixes of inputs. NOT_READ is included: predicting such a file fails and reports the reason."""
+    """The suffixes of inputs, with UNREADABLE_SUFFIXES: predicting such a file fails and reports the reason."""
     return IMAGE_SUFFIXES | UNREADABLE_SUFFIXES | VIDEO_SUFFIXES
 
 

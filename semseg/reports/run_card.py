@@ -11,7 +11,7 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -58,7 +58,7 @@ def build_run_card(
     command: Sequence[str],
     device: str,
     data: Fingerprint | None = None,
-    origin: WeightsOrigin | None = None,
+    origins: Iterable[WeightsOrigin | None] = (),
 ) -> RunCard:
     """Build the card of the run in this process.
 
@@ -66,7 +66,7 @@ def build_run_card(
         config: the configuration of the run as plain data.
         command: the arguments of the command line: ["python", "run.py", "mode=eval", ...].
         device: its name, such as "cpu" or the name of a GPU.
-        origin: of the weights that the network started from.
+        origins: of the weights that the network, or the networks of an ensemble, started from.
     """
     return RunCard(
         command=shlex.join(mask_argument(argument) for argument in command),
@@ -76,7 +76,7 @@ def build_run_card(
         device=device,
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z"),
         data=data,
-        weights=LOGIN_IN_URL.sub(MASK, str(origin)) if origin else "",
+        weights=LOGIN_IN_URL.sub(MASK, "; ".join(dict.fromkeys(str(origin) for origin in origins if origin))),
     )
 
 

@@ -106,6 +106,7 @@ def test_an_evaluation_averages_networks_and_subsets_of_scales(folder: Path) -> 
     for key in ("confusion", "classes", "subsets"):
         assert twice.get(key) == alone.get(key)  # the mean of a network with itself
     assert twice["checkpoints"] == [str(folder / "a.ckpt")] * 2
+    assert twice["steps"] == [alone["step"]] * 2 and twice["step"] is None
     assert "checkpoint a.ckpt, a.ckpt" in printed
     assert "mean of 2 x tiny + c1 on scenes" in (folder / "twice" / "report.html").read_text()
     both, _ = evaluate(folder, "[a.ckpt,b.ckpt]", "both")

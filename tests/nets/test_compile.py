@@ -23,6 +23,7 @@ from semseg.checkpoints.network import build_network
 from semseg.config.schema import ModelConfig
 from semseg.data.geometry import Size, canvas_size, scaled_size
 from semseg.data.plan import TrainPlan
+from semseg.nets import compilation
 from semseg.nets.compilation import compile_network, simplify_padding
 from semseg.nets.decoders.c1 import C1
 from semseg.nets.encoders import hrnet, torchvision
@@ -211,6 +212,14 @@ IN_EVERY_RUN = ("windows",)
 )
 def test_every_kind_of_encoder_and_decoder_is_compiled_a_few_times(kind: str) -> None:
     assert_few_graphs(ENCODER_KINDS[kind](), max_graphs=1 if kind in IN_EVERY_RUN else MAX_GRAPHS)
+
+
+def test_a_version_of_pytorch_without_the_rules_that_are_changed_compiles_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compilation, "skip_contiguity_checks", lambda: torch.no_such_part)
+    with pytest.warns(UserWarning, match=r"model\.compile: compilation takes longer.*no_such_part"):
+        compile_network(window_segmenter(), backend="eager")
 
 
 @pytest.mark.parametrize("remainder", [Mod, PythonMod])

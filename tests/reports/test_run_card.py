@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from semseg.config.origin import WeightsOrigin
 from semseg.config.schema import Config, LossConfig, config_to_plain
 from semseg.data.geometry import Size
 from semseg.data.records import Record
@@ -40,6 +41,13 @@ def test_the_card_holds_a_command_that_can_be_pasted_and_no_environment(monkeypa
     assert "ckpt: my run/best.ckpt" in card.config
     assert "hunter2" not in str(card) and "do-not-store" not in str(card)
     assert card.versions["torch"] == torch.__version__.partition("+")[0] or card.versions["torch"] == torch.__version__
+
+
+def test_the_card_names_the_initial_weights_of_every_network_once() -> None:
+    first, second = WeightsOrigin("a/b", "apache-2.0"), WeightsOrigin("c/d", "other")
+    card = build_run_card({}, [], "cpu", origins=[first, None, second, first])
+    assert card.weights == f"{first}; {second}"
+    assert build_run_card({}, [], "cpu", origins=[None]).weights == ""
 
 
 def test_the_git_state_names_commit_and_changes_of_the_tracking_checkout_only(tmp_path: Path) -> None:

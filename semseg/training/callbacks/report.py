@@ -136,5 +136,6 @@ class WriteReport(ValidationImages):
     def _describe_run(self, trainer: pl.Trainer) -> RunCard:
         if self._card is None:  # once, because it asks git
             net: Any = trainer.lightning_module.net
-            self._card = build_run_card(self.config, list_this_command(), describe_device(trainer), origin=net.origin)
+            device = describe_device(trainer)
+            self._card = build_run_card(self.config, list_this_command(), device, origins=[net.origin])
         return self._card
