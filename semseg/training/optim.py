@@ -28,6 +28,7 @@ DECAYING = (
 BLOCK = re.compile(r"(?:[a-z]\w*\.)*?_?(?P<name>[a-z]\w*?)(?:[._]|(?<=block))(?P<number>\d+)\.", re.IGNORECASE)
 # Twins has embeddings and a position block beside each stage of blocks.
 BLOCK_NAMES = ("blocks", "block", "layers", "layer", "stages", "patch_embeds", "pos_block")
+STEM_PART = re.compile(r"(?:stem|patch_embed)_\d+")  # timm makes children of the parts of a stem
 
 
 def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -127,10 +128,14 @@ def list_child_stages(module: nn.Module) -> list[list[nn.Parameter]]:
     """The parameters of a module by child, from its input on; the single layers before the first block are one stage.
 
     A single child is replaced by its own children, because adapters wrap their network in that way. Parameters of the
-    module itself are in the first stage. If all children are numbered, and each number has the same kinds of them
-    (patch_embed1, block1, norm1, patch_embed2, ...), those of a number are a stage.
+    module itself are in the first stage. Numbered parts of a stem are one child. If all children are numbered, and each
+    number has the same kinds of them (patch_embed1, block1, norm1, patch_embed2, ...), those of a number are a stage.
     """
     named = {name: child for name, child in module.named_children() if next(child.parameters(), None) is not None}
+    stem = [child for name, child in named.items() if STEM_PART.fullmatch(name)]
+    if stem:
+        others = {name: child for name, child in named.items() if not STEM_PART.fullmatch(name)}
+        named = {"stem": nn.ModuleList(stem), **others}
     children, own = list(named.values()), list(module.parameters(recurse=False))
     kinds: dict[int, dict[str, nn.Module]] = {}  # number -> kind -> child
     for name, child in named.items():

@@ -145,6 +145,8 @@ def test_layer_decay_slows_the_encoder_stage_by_stage_towards_its_input(
         ("smp", "mit_b0", ("patch_embed1", "block1", "norm1"), ("patch_embed4", "block4", "norm4")),
         ("timm", "twins_pcpvt_small", ("patch_embeds.0", "blocks.0", "pos_block.0"), ("patch_embeds.3", "blocks.3")),
         ("torchvision", "regnet_y_400mf", ("stem",), ("trunk_output.block4", "fc")),
+        ("timm features", "ese_vovnet19b_slim", ("stem_0", "stem_1", "stem_2"), ("stages_3",)),
+        ("timm features", "nextvit_small", ("stem_0", "stem_1", "stem_2", "stem_3"), ("stages_3",)),
     ],
 )
 def test_stages_of_networks_that_number_their_parts_otherwise(
@@ -153,14 +155,15 @@ def test_stages_of_networks_that_number_their_parts_otherwise(
     encoder: Any
     if library == "smp":
         encoder = pytest.importorskip("segmentation_models_pytorch").encoders.get_encoder(name, weights=None)
-    elif library == "timm":
-        encoder = pytest.importorskip("timm").create_model(name)
+    elif library.startswith("timm"):
+        with torch.device("meta"):
+            encoder = pytest.importorskip("timm").create_model(name, features_only="features" in library)
     else:
         encoder = torchvision.models.get_model(name, weights=None)
     names = {id(parameter): name for name, parameter in encoder.named_parameters()}
     stages = [[names[id(parameter)] for parameter in stage] for stage in list_stages(encoder, encoder)]
     assert sorted(names.values()) == sorted(name for stage in stages for name in stage)
-    assert len(stages) == (5 if library == "torchvision" else 4)
+    assert len(stages) == (5 if library in ("torchvision", "timm features") else 4)
     assert all(any(name.startswith(part) for name in stages[0]) for part in first)
     assert all(any(name.startswith(part) for name in stages[-1]) for part in last)
     assert not any(name.startswith(last) for stage in stages[:-1] for name in stage)
