@@ -55,8 +55,7 @@ class PixelNetwork(nn.Module):
         self.net = net
 
     def forward(self, image: Tensor) -> Tensor:
-        pixels = image.clone()  # because normalise changes float images in place
-        return self.net(normalise(pixels, self.net.convention)).main
+        return self.net(normalise(image, self.net.convention)).main
 
 
 def write_onnx(path: Path, net: SegmentationNetwork, entry: dict[str, Any]) -> Deviation:

@@ -15,7 +15,7 @@ def normalise(image: Tensor, convention: Preprocessing, size: Tensor | None = No
 
     Args:
         image: (N, 3, H, W) uint8 RGB, or (N, bands, H, W) of uint8, uint16, int16 or float32; its memory format is
-            kept. A float32 tensor of RGB may be changed.
+            kept.
         convention: channel order, ranges, scale, mean and standard deviation.
         size: (N, 2) valid height and width of each image; pixels outside of it become exactly 0.
 
@@ -23,7 +23,8 @@ def normalise(image: Tensor, convention: Preprocessing, size: Tensor | None = No
         (N, bands, H, W) float32.
     """
     values = to_bytes_range(image, convention) if convention.ranges else image
-    pixels = (values.flip(1) if convention.channel_order == "bgr" else values).float()
+    ordered = values.flip(1) if convention.channel_order == "bgr" else values
+    pixels = ordered.to(torch.float32, copy=ordered is image)
     mean, std = (create_channel_values(values, pixels) for values in (convention.mean, convention.std))
     pixels = pixels.mul_(convention.scale).sub_(mean).div_(std)
     if size is not None:

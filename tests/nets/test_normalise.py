@@ -35,10 +35,12 @@ def test_channels_last_is_kept() -> None:
         assert normalise(image, convention).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_image_itself_is_left_alone() -> None:
-    image = torch.randint(0, 256, (1, 3, 4, 6), dtype=torch.uint8)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("convention", PREPROCESSING)
+def test_the_image_itself_is_left_alone(convention: str, dtype: torch.dtype) -> None:
+    image = torch.randint(0, 256, (1, 3, 4, 6), dtype=torch.uint8).to(dtype)
     before = image.clone()
-    normalise(image, PREPROCESSING["rgb_mean_std"], torch.tensor([[2, 2]]))
+    normalise(image, PREPROCESSING[convention], torch.tensor([[2, 2]]))
     assert torch.equal(image, before)
 
 
