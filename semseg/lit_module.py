@@ -545,11 +545,11 @@ def merge_subsets(
         memory_limit_mb: for the probabilities; see `merge_scales`.
         label: (H, W) class indices, whose probabilities the first prediction gets too.
     """
-    maps = [[one for edge in subset for one in logits[edge]] for subset in subsets]
+    maps = [[view for edge in subset for view in logits[edge]] for subset in subsets]
     labels = [label, *[None] * (len(maps) - 1)]
     return [
-        merge_scales(one, size, memory_limit_mb=memory_limit_mb, label=given)
-        for one, given in zip(maps, labels, strict=True)
+        merge_scales(views, size, memory_limit_mb=memory_limit_mb, label=given)
+        for views, given in zip(maps, labels, strict=True)
     ]
 
 

@@ -64,7 +64,9 @@ def describe_differences(members: Sequence[SavedNetwork]) -> str:
         "data.max_long_edge": [member.config.data.max_long_edge for member in members],
     }
     used = {"eval.scales": first.eval.scales, "data.max_long_edge": first.data.max_long_edge}
-    differing = [f"{key}={used[key]}" for key, values in settings.items() if any(one != used[key] for one in values)]
+    differing = [
+        f"{key}={used[key]}" for key, values in settings.items() if any(value != used[key] for value in values)
+    ]
     return f"the networks were trained with different settings; used are {', '.join(differing)}" if differing else ""
 
 

@@ -48,7 +48,7 @@ class Preprocessing(NamedTuple):
         del plain["bands"], plain["ranges"]
         if self.takes_pictures:
             return plain
-        return plain | {"bands": list(self.bands), "ranges": [list(one) for one in self.ranges]}
+        return plain | {"bands": list(self.bands), "ranges": [list(ends) for ends in self.ranges]}
 
     @classmethod
     def from_plain(cls, plain: Any) -> Preprocessing:
@@ -87,7 +87,7 @@ def _read_ranges(ranges: Any, num_bands: int) -> tuple[BandRange, ...]:
     """Raises a ValueError unless there is a range for each band, or none at all."""
     if not isinstance(ranges, list | tuple) or len(ranges) not in (0, num_bands):
         raise ValueError("ranges of the preprocessing must have one for each band")
-    if not all(isinstance(one, list | tuple) and len(one) == 2 and is_range(*one) for one in ranges):
+    if not all(isinstance(ends, list | tuple) and len(ends) == 2 and is_range(*ends) for ends in ranges):
         raise ValueError("ranges of the preprocessing are out of range")
     return tuple(BandRange(float(low), float(high)) for low, high in ranges)
 

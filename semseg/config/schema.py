@@ -407,7 +407,9 @@ class DataConfig:
             )
         for key, values, low in (("band_mean", self.band_mean, -math.inf), ("band_std", self.band_std, 0.0)):
             numbers = [value for value in values or [] if value is not None]
-            if values is not None and (len(values) != len(names) or not all(low < one < math.inf for one in numbers)):
+            if values is not None and (
+                len(values) != len(names) or not all(low < number < math.inf for number in numbers)
+            ):
                 above = " above 0" if low == 0 else ""
                 yield f"data.{key}={values}: must be a number{above} or null for each of {listed}."
             elif values is not None and not self.has_bands:

@@ -253,7 +253,7 @@ def mix_samples(samples: Sequence[Sample], share: float, label_stride: int, seed
         image, label = np.array(sample.image), sample.label.copy()
         rows, columns = (slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
         label[rows, columns] = other.label[rows, columns]
-        rows, columns = (slice(one.start * label_stride, one.stop * label_stride) for one in (rows, columns))
+        rows, columns = (slice(part.start * label_stride, part.stop * label_stride) for part in (rows, columns))
         image[rows, columns] = other.image[rows, columns]
         mixed.append(Sample(image, label, sample.path))
     return mixed

@@ -190,10 +190,10 @@ def find_empty(pixels: NDArray, nodata: float | None) -> NDArray[np.bool_] | Non
 
 def join_missing(missing: list[NDArray | None], shapes: list[tuple[int, ...]]) -> NDArray | None:
     """The results of `find_empty` for the parts of an image, one behind the other."""
-    if all(one is None for one in missing):
+    if all(mask is None for mask in missing):
         return None
     return np.concatenate(
-        [np.zeros(shape, bool) if one is None else one for one, shape in zip(missing, shapes, strict=True)], axis=2
+        [np.zeros(shape, bool) if mask is None else mask for mask, shape in zip(missing, shapes, strict=True)], axis=2
     )
 
 

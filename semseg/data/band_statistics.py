@@ -107,7 +107,7 @@ def measure_bands(
     if options.dtype == "uint8":
         lows, highs = [0.0] * len(lows), [255.0] * len(highs)
     for band in colours:
-        lows[band], highs[band] = min(lows[one] for one in colours), max(highs[one] for one in colours)
+        lows[band], highs[band] = min(lows[colour] for colour in colours), max(highs[colour] for colour in colours)
     ranges = tuple(widen_range(low, high) for low, high in zip(lows, highs, strict=True))
     clipped = np.clip(values, [low for low, _ in ranges], [high for _, high in ranges]).astype(np.float64)
     means = np.nanmean(clipped, axis=0)

@@ -76,7 +76,9 @@ class BandWindows:
     def may_lack_values(self) -> bool:
         """Whether pixels may have no value: NaN, nodata, or alpha."""
         layouts = [file.layout for file in self.files] if self.options is not None else []
-        return any(one.nodata is not None or one.has_alpha or np.dtype(one.dtype).kind == "f" for one in layouts)
+        return any(
+            layout.nodata is not None or layout.has_alpha or np.dtype(layout.dtype).kind == "f" for layout in layouts
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -105,10 +105,10 @@ class ForegroundIndex:
     """
 
     def __init__(self, labels: Sequence[LabelClasses]) -> None:
-        self.classes = np.concatenate([NO_CLASSES.classes, *(one.classes for one in labels)])
-        self.counts = np.concatenate([NO_CLASSES.counts, *(one.counts for one in labels)])
-        self.positions = np.concatenate([NO_CLASSES.positions, *(one.positions for one in labels)])
-        self.label_starts = np.cumsum([0, *(len(one.classes) for one in labels)])  # (R + 1) of the entries
+        self.classes = np.concatenate([NO_CLASSES.classes, *(label.classes for label in labels)])
+        self.counts = np.concatenate([NO_CLASSES.counts, *(label.counts for label in labels)])
+        self.positions = np.concatenate([NO_CLASSES.positions, *(label.positions for label in labels)])
+        self.label_starts = np.cumsum([0, *(len(label.classes) for label in labels)])  # (R + 1) of the entries
         self.position_starts = np.concatenate([[0], np.cumsum(np.minimum(self.counts, MAX_POSITIONS))])  # (E + 1)
         totals = np.bincount(self.classes, self.counts)
         self.rarity = 1 / np.sqrt(np.maximum(totals, 1))  # (K) by which a class of a label is drawn
@@ -195,10 +195,10 @@ def save_labels(cache: Path, labels: dict[str, LabelClasses]) -> None:
     arrays = {
         "format": np.array([INDEX_FORMAT], np.int64),
         "keys": np.frombuffer(json.dumps(list(labels)).encode(), np.uint8),
-        "entries": np.array([len(one.classes) for one in labels.values()], np.int64),
-        "pixels": np.array([len(one.positions) for one in labels.values()], np.int64),
+        "entries": np.array([len(label.classes) for label in labels.values()], np.int64),
+        "pixels": np.array([len(label.positions) for label in labels.values()], np.int64),
         **{
-            name: np.concatenate([getattr(NO_CLASSES, name), *(getattr(one, name) for one in labels.values())])
+            name: np.concatenate([getattr(NO_CLASSES, name), *(getattr(label, name) for label in labels.values())])
             for name in LabelClasses._fields
         },
     }

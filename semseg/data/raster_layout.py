@@ -113,7 +113,7 @@ def _read_tiff(file: BinaryIO, start: int, *, wants_picture: bool = False) -> Ra
         return None
     if layout is None:
         return None
-    pages = sum(not _number(one, 254, 0) & _REDUCED_OR_MASK for one in directories)
+    pages = sum(not _number(directory, 254, 0) & _REDUCED_OR_MASK for directory in directories)
     depth = _number(tags, 32997, 1)  # ImageDepth: slices in one directory
     return layout._replace(num_pages=max(1, pages) * max(1, depth))
 

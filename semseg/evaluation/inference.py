@@ -118,7 +118,9 @@ def batch_logits(
     if len(members) > 1:
         options = {"flip": flip, "window": window, "stride": stride}
         by_member = [batch_logits(member, images, convention, **options) for member in members]
-        return [[one for scale in zip(*lists, strict=True) for one in scale] for lists in zip(*by_member, strict=True)]
+        return [
+            [logits for scale in zip(*lists, strict=True) for logits in scale] for lists in zip(*by_member, strict=True)
+        ]
     weights = next(net.parameters(), torch.empty(0))  # float32 unless trainer.precision is one of *-true
     # Convolutions on the CPU are 10 % faster in channels_last, and merge_scales reads logits in this layout.
     layout = torch.channels_last if weights.device.type == "cpu" else torch.preserve_format
@@ -130,7 +132,7 @@ def batch_logits(
             maps = [run_in_windows(net, image, window, stride)]
             if flip:
                 maps.append(run_in_windows(net, image.flip(-1), window, stride).flip(-1))
-            logits = torch.stack([one.permute(0, 2, 3, 1) for one in maps], dim=1)  # (N, M, h, w, K)
+            logits = torch.stack([output.permute(0, 2, 3, 1) for output in maps], dim=1)  # (N, M, h, w, K)
             for member, logits_of_member in zip(members, logits, strict=True):
                 found[member].append(logits_of_member)
     return found
@@ -206,18 +208,18 @@ def merge_scales(
         label: (height, width) int64 class indices, whose probabilities the class map gets too; 0 where it is -1.
     """
     height, width = out_size
-    maps = [UpsampledMap(one, out_size) for scale in logits for one in scale]
+    maps = [UpsampledMap(view, out_size) for scale in logits for view in scale]
     num_classes, like = logits[0].shape[-1], logits[0]
     ids = torch.empty(out_size, dtype=torch.int16, device=like.device)
     confidence = torch.empty(out_size, dtype=like.dtype, device=like.device)
     label_confidence = None if label is None else torch.empty_like(confidence)
-    max_width = max(width, *(one.logits.shape[1] for one in maps))
+    max_width = max(width, *(view.logits.shape[1] for view in maps))
     step = band_height(max_width * num_classes * like.element_size(), memory_limit_mb, like.device)
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))
         total = maps[0].rows(rows).softmax(-1)  # (n, width, K)
-        for one in maps[1:]:
-            total += one.rows(rows).softmax(-1)
+        for view in maps[1:]:
+            total += view.rows(rows).softmax(-1)
         total /= len(maps)
         confidence[rows], ids[rows] = total.max(-1)
         if label is not None and label_confidence is not None:

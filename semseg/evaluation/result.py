@@ -164,7 +164,7 @@ def build_result(
         root: the data set's; images are named by their paths below it.
         subsets: eval.also_scales, whose counts follow those of eval.scales.
     """
-    matrix, *subset_matrices = (one.matrix.cpu() for one in counts.counts)
+    matrix, *subset_matrices = (scale_counts.matrix.cpu() for scale_counts in counts.counts)
     images = [
         ImageScore(
             relative_name(image.path, root),

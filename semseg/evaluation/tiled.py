@@ -237,7 +237,7 @@ def run_windows(
         maps.append(to_full_precision(member(image).main))
         if flip:
             maps.append(to_full_precision(member(image.flip(-1)).main).flip(-1))
-    if len({one.shape for one in maps}) > 1:
+    if len({logits.shape for logits in maps}) > 1:
         raise ConfigError(
             "these networks have logits at different strides, which windows at native resolution do not average. Use "
             "networks of one stride."
@@ -291,10 +291,10 @@ class UpsampledRows:
         """The mean probabilities (n, width, K) of output rows."""
         first, second, weight = (values[rows] for values in self.vertical)
         vertical = LinearInterpolation(first - self.first, second - self.first, weight)
-        maps = (interpolate_axis(interpolate_axis(one, 0, vertical), 1, self.horizontal) for one in self.logits)
+        maps = (interpolate_axis(interpolate_axis(logits, 0, vertical), 1, self.horizontal) for logits in self.logits)
         total = next(maps).softmax(-1)
-        for one in maps:
-            total += one.softmax(-1)
+        for logits in maps:
+            total += logits.softmax(-1)
         return total.div_(len(self.logits))
 
 

@@ -359,21 +359,21 @@ def add_class_map(graph: GraphBuilder, maps: Sequence[UpsampledLogits], label_id
     row = GraphBuilder("row_")
     inputs: list[onnx.ValueInfoProto] = []
     probabilities: list[str] = []
-    for one in maps:
-        taps = Taps(*(row.create_name() for _ in one.vertical))  # of this row
+    for view in maps:
+        taps = Taps(*(row.create_name() for _ in view.vertical))  # of this row
         kinds = (TensorProto.INT64, TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT)
         inputs += [helper.make_tensor_value_info(name, kind, []) for name, kind in zip(taps, kinds, strict=True)]
-        narrow = row.add("Add", *add_weighted_neighbours(row, one.logits, taps, axis=0))  # (w, K)
-        wide = row.add("Add", *add_weighted_neighbours(row, narrow, one.horizontal, axis=0))  # (W, K)
+        narrow = row.add("Add", *add_weighted_neighbours(row, view.logits, taps, axis=0))  # (w, K)
+        wide = row.add("Add", *add_weighted_neighbours(row, narrow, view.horizontal, axis=0))  # (W, K)
         probabilities.append(row.add("Softmax", wide, axis=-1))
     total = probabilities[0]
-    for one in probabilities[1:]:
-        total = row.add("Add", total, one)
+    for summand in probabilities[1:]:
+        total = row.add("Add", total, summand)
     index = row.add("ArgMax", row.add("Div", total, np.float32(len(maps))), axis=-1, keepdims=0)
     ids = row.add("Gather", label_ids, index)
     output = helper.make_tensor_value_info(ids, helper.np_dtype_to_tensor_dtype(label_ids.dtype), ["W"])
     body = helper.make_graph(row.nodes, "row", inputs, [output], row.constants)
-    scanned = [name for one in maps for name in one.vertical]
+    scanned = [name for view in maps for name in view.vertical]
     graph.nodes.append(
         helper.make_node("Scan", scanned, [IDS_NAME], body=body, num_scan_inputs=len(scanned), name="rows")
     )

@@ -76,7 +76,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     score, threshold = score_on_split(net, config, source)
     weights = {name: value.cpu() for name, value in net.state_dict().items()}
     averaged = averaged._replace(weights=weights, threshold=threshold)
-    best = max((one for one in scores if one is not None), default=None)
+    best = max((iou for iou in scores if iou is not None), default=None)
     is_better = score is not None and (best is None or score > best)
     print_scores(members, scores, score, num_images)
     folder = Path(config.run_dir)
@@ -84,7 +84,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
         write_ckpt(folder / AVERAGE_FILE, averaged)
     content = {
         "networks": [
-            {"file": member.source, "mean_iou": one} for member, one in zip(members, scores, strict=True)
+            {"file": member.source, "mean_iou": iou} for member, iou in zip(members, scores, strict=True)
         ],
         "mean_iou": score, "images": num_images, "split": config.eval.split, "is_kept": is_better,
     }  # fmt: skip
@@ -133,7 +133,7 @@ def average_weights(weights: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of each floating-point tensor, summed in float64; counts are those of the first network."""
     first = weights[0]
     return {
-        name: torch.stack([one[name].double() for one in weights]).mean(0).to(value.dtype)
+        name: torch.stack([member[name].double() for member in weights]).mean(0).to(value.dtype)
         if value.is_floating_point()
         else value.clone()
         for name, value in first.items()
@@ -205,8 +205,8 @@ def print_scores(
     table = Table()
     table.add_column("weights")
     table.add_column("mean IoU", justify="right")
-    for member, one in zip(members, scores, strict=True):
-        table.add_row(Text(str(relative_to_cwd(Path(member.source)))), format_percent(one))
+    for member, iou in zip(members, scores, strict=True):
+        table.add_row(Text(str(relative_to_cwd(Path(member.source)))), format_percent(iou))
     measured = f", statistics of {format_quantity(num_images, 'image')}" if num_images else ""
     table.add_row(Text(f"their mean{measured}"), format_percent(score))
     Console().print(table)

@@ -174,7 +174,7 @@ def print_quantisation_loss(
             )
         layout = choose_evaluation_layout(config, net)
         before, after = (
-            score_network(one, dataset, count, config.eval, rule, layout=layout) for one in (net, quantized)
+            score_network(network, dataset, count, config.eval, rule, layout=layout) for network in (net, quantized)
         )
     except DataError as error:
         _log.warning("the loss by quantisation was not measured: %s", error)

@@ -35,8 +35,8 @@ def normalise(image: Tensor, convention: Preprocessing, size: Tensor | None = No
 def to_bytes_range(image: Tensor, convention: Preprocessing) -> Tensor:
     """(N, bands, H, W) of any pixel type to float32 from 0 to 255, which are the ends of the range of each band."""
     pixels = image.float()
-    low = create_channel_values([one.low for one in convention.ranges], pixels)
-    span = create_channel_values([one.high - one.low for one in convention.ranges], pixels)
+    low = create_channel_values([ends.low for ends in convention.ranges], pixels)
+    span = create_channel_values([ends.high - ends.low for ends in convention.ranges], pixels)
     shifted = pixels - low if pixels is image else pixels.sub_(low)  # a batch of float32 stays as it is
     return shifted.div_(span).mul_(255).clamp_(0, 255)
 

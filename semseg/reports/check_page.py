@@ -99,7 +99,7 @@ def draw_image_histograms(splits: Sequence[ScannedSplit]) -> list[tuple[str, Mar
     charts = []
     for title, unit, measure in measures:
         # A mask without ids could not be read.
-        groups = {name: [value for one in found if (value := measure(one))] for name, found in readable.items()}
+        groups = {name: [value for image in found if (value := measure(image))] for name, found in readable.items()}
         if len({value for values in groups.values() for value in values}) > 1:
             charts.append((title, draw_distribution(groups, f"histogram: {title.lower()}", unit, unit)))
     return charts

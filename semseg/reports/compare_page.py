@@ -120,7 +120,9 @@ def class_table(comparison: Comparison) -> ClassTable:
 def draw_intervals(rows: Sequence[ScoreRow]) -> dict[ScoreRow, Markup]:
     """Draw the intervals of the rows of a comparison of two runs, all on one axis; empty for more runs."""
     differences = {row: row.judged_differences[0] for row in rows if len(row.values) == 2}
-    bounds = chain.from_iterable(one.interval for one in differences.values() if one.interval is not None)
+    bounds = chain.from_iterable(
+        difference.interval for difference in differences.values() if difference.interval is not None
+    )
     extent = max(map(abs, bounds), default=0.0) or 1.0
     return {
         row: draw_interval(difference, extent)

@@ -116,8 +116,8 @@ def report_folds(run_dir: Path, folds: Sequence[Fold], num_folds: int, command: 
     content = {
         "folds": list(scores.numbers),
         "num_folds": num_folds,
-        "scores": {one.name: summarise_spread(one) for one in scores.totals},
-        "iou": {one.name: summarise_spread(one) for one in scores.classes},
+        "scores": {total.name: summarise_spread(total) for total in scores.totals},
+        "iou": {row.name: summarise_spread(row) for row in scores.classes},
     }
     with atomic_write(run_dir / "crossval.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -84,7 +84,7 @@ def find_differing_images(runs: Sequence[ComparedRun], max_images: int) -> list[
 def load_maps(tables: Sequence[MapTable], file: str) -> DifferingImage | None:
     """Load the maps of an image from all runs; None if they differ in size, or no pixel is scored."""
     maps = [table.decode(file) for table in tables]
-    label, predictions = maps[0].label, tuple(one.prediction for one in maps)
+    label, predictions = maps[0].label, tuple(evaluated.prediction for evaluated in maps)
     is_scored = label >= 0
     if any(prediction.shape != label.shape for prediction in predictions) or not is_scored.any():
         return None

@@ -70,7 +70,7 @@ def read_photograph(path: Path, data: DataConfig, shape: tuple[int, int]) -> Pix
         pixels, orientation = decode_pixels(path, content, image, header, factor), header.orientation
     height, width = shape
     views = [apply_orientation(pixels, orientation), pixels]
-    view = min(views, key=lambda one: abs(math.log(one.shape[1] * height / (one.shape[0] * width))))
+    view = min(views, key=lambda candidate: abs(math.log(candidate.shape[1] * height / (candidate.shape[0] * width))))
     picture = Image.fromarray(draw_photograph(view, bands, data))
     return np.asarray(picture.resize((width, height), Image.Resampling.BOX))
 

@@ -157,7 +157,7 @@ def draw_parameter_charts(ranking: Ranking) -> list[ParameterChart]:
 def choose_groups(columns: dict[str, list[str]], scores: Sequence[float]) -> Groups | None:
     """Group the jobs by the parameter that explains most of the variation of the scores; None without parameters."""
     groups = [group_values(key, values) for key, values in columns.items()]
-    return max(groups, key=lambda one: explained_variation(one, scores), default=None)
+    return max(groups, key=lambda group: explained_variation(group, scores), default=None)
 
 
 def group_values(key: str, values: Sequence[str]) -> Groups:

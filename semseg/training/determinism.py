@@ -69,7 +69,7 @@ def check_determinism(net: nn.Module, run: Callable[[], object], title: str, enc
     first = {operation: module for module, operation in reversed(found)}
     listed = ", ".join(f"{operation} (in {module or 'the loss'})" for operation, module in first.items())
     freezable = {name for name, module in net.named_modules() if module in set(encoder.modules())}
-    is_in_encoder = all(one.module in freezable for one in found)
+    is_in_encoder = all(refusal.module in freezable for refusal in found)
     freezing = "freeze the encoder (model.encoder.frozen=true), " if is_in_encoder else ""
     raise ConfigError(
         f"trainer.deterministic=true: PyTorch cannot train {title} so on a GPU, because it has no deterministic "
@@ -122,7 +122,9 @@ class OperationLog(TorchDispatchMode):
 
 def name_refused(name: str, inputs: tuple[Any, ...]) -> str | None:
     """What to call an operation that CUDA refuses with these inputs; None if it does not."""
-    if name in REFUSED_GRADIENTS and any(isinstance(one, Tensor) and one.requires_grad for one in tree_leaves(inputs)):
+    if name in REFUSED_GRADIENTS and any(
+        isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(inputs)
+    ):
         return REFUSED_GRADIENTS[name]
     if name == NLL_LOSS and inputs[NLL_LOSS_REDUCTION] != NO_REDUCTION:
         return "nll_loss of images with a sum or mean"

@@ -56,7 +56,7 @@ class BandedLogits:
         """The sums of a function over all bands, with a gradient."""
         total: tuple[Tensor, ...] = ()
         for band in self._bands():
-            parts = [one[:, band.rows] for one in maps]
+            parts = [values[:, band.rows] for values in maps]
             sums = checkpoint(
                 self._apply, function, band, self.logits[:, :, band.source], *parts,
                 use_reentrant=False, preserve_rng_state=False,
@@ -69,7 +69,7 @@ class BandedLogits:
     def map(self, function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
         """The results (N, n, W) of a function of every band as one map (N, H, W), without a gradient."""
         results = [
-            self._apply(function, band, self.logits[:, :, band.source], *(one[:, band.rows] for one in maps))
+            self._apply(function, band, self.logits[:, :, band.source], *(values[:, band.rows] for values in maps))
             for band in self._bands()
         ]
         return torch.cat(results, dim=1)

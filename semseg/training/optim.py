@@ -141,7 +141,7 @@ def list_child_stages(module: nn.Module) -> list[list[nn.Parameter]]:
     for name, child in named.items():
         kind = name.rstrip("0123456789")
         kinds.setdefault(int(name[len(kind) :] or -1), {})[kind] = child
-    if -1 not in kinds and 1 < len(kinds) < len(children) and len({frozenset(one) for one in kinds.values()}) == 1:
+    if -1 not in kinds and 1 < len(kinds) < len(children) and len({frozenset(parts) for parts in kinds.values()}) == 1:
         stages = [list(nn.ModuleList(kinds[number].values()).parameters()) for number in sorted(kinds)]
     elif len(children) == 1 and next(children[0].children(), None) is not None:
         stages = list_child_stages(children[0])

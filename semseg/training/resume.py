@@ -518,7 +518,7 @@ def check_same_conditions(
     before = state.conditions
     if before is None:  # a checkpoint of the first release: only its settings are known
         keys = ("trainer.devices", "trainer.num_nodes", "trainer.limit_train_batches")
-        saved, given = (dict(iterate_leaves(one)) for one in (state.config, config))
+        saved, given = (dict(iterate_leaves(plain)) for plain in (state.config, config))
         rows = [format_difference(key, saved.get(key), given.get(key)) for key in keys]
     else:
         rows = [

@@ -224,7 +224,8 @@ class MaskClassifier(TransformersNetwork):
             given.update(prepare_for_loss(given, index))
             if given.get("auxiliary_predictions"):
                 given["auxiliary_predictions"] = [
-                    {**one, **prepare_for_loss(one, index)} for one in given["auxiliary_predictions"]
+                    {**prediction, **prepare_for_loss(prediction, index)}
+                    for prediction in given["auxiliary_predictions"]
                 ]
             return call.args, call.kwargs
 
@@ -279,8 +280,8 @@ def take(masks: Tensor, index: Tensor) -> Tensor:
 
 def split_classes(label: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """By image: the masks (n, h, w) float32 of its classes, and these classes (n) int64; n may be 0."""
-    classes = [one[one != IGNORED].unique() for one in label]
-    masks = [(one == found[:, None, None]).float() for one, found in zip(label, classes, strict=True)]
+    classes = [ids[ids != IGNORED].unique() for ids in label]
+    masks = [(ids == found[:, None, None]).float() for ids, found in zip(label, classes, strict=True)]
     return masks, classes
 
 

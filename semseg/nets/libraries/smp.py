@@ -222,7 +222,7 @@ def find_key_problems(keys: NetworkKeys) -> Iterator[str]:
             "such as tu-vit_base_patch16_224."
         )
     elif name not in known:
-        nearest = find_nearest(name, [*known, *(f"{TIMM_PREFIX}{one}" for one in timm.list_models())])
+        nearest = find_nearest(name, [*known, *(f"{TIMM_PREFIX}{model}" for model in timm.list_models())])
         hint = f" Did you mean {nearest}?" if nearest else ""
         yield (
             f"model.encoder.name={name}: smp has no such encoder.{hint} It has {', '.join(known[:6])}, ... and "
@@ -260,7 +260,7 @@ def find_wrong_kind(value: Any, default: Any) -> str | None:
     """What a value must be, if it is not of the kind of its default; options without one are left to smp."""
     if isinstance(default, tuple):
         is_list = isinstance(value, list | tuple) and len(value) == len(default)
-        is_right = is_list and all(type(one) is int and one > 0 for one in value)
+        is_right = is_list and all(type(number) is int and number > 0 for number in value)
         return None if is_right else f"a list of {len(default)} whole numbers above 0"
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"

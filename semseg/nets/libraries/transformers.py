@@ -126,7 +126,7 @@ def run_beit(model: Any, image: Tensor, wants_aux: bool) -> Logits:
 def run_data2vec(model: Any, image: Tensor, wants_aux: bool) -> Logits:
     states = model.data2vec_vision(image, output_hidden_states=True, return_dict=True).hidden_states
     necks = (model.fpn1, model.fpn2, model.fpn3, model.fpn4)
-    maps = [neck(one) for neck, one in zip(necks, arrange_patches(model, states, image), strict=True)]
+    maps = [neck(features) for neck, features in zip(necks, arrange_patches(model, states, image), strict=True)]
     return Logits(model.decode_head(maps), run_auxiliary(model, maps, wants_aux))
 
 
@@ -134,7 +134,7 @@ def arrange_patches(model: Any, states: Any, image: Tensor) -> list[Tensor]:
     """The tokens of the patches (N, 1 + h * w, C) of the layers that the head reads as maps (N, C, h, w)."""
     height, width = (side // model.config.patch_size for side in image.shape[-2:])
     chosen = [states[index - 1] for index in sorted(model.config.out_indices)]
-    return [one[:, 1:].transpose(1, 2).reshape(len(one), -1, height, width) for one in chosen]
+    return [tokens[:, 1:].transpose(1, 2).reshape(len(tokens), -1, height, width) for tokens in chosen]
 
 
 def run_auxiliary(model: Any, maps: Any, wants_aux: bool) -> Tensor | None:

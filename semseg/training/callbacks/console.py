@@ -246,7 +246,7 @@ class ReportValidation(Callback):
         scores = pl_module.scores
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         best, score = self.best, scores.mean_iou
-        self.best = max((one for one in (best, score) if one is not None), default=None)
+        self.best = max((value for value in (best, score) if value is not None), default=None)
         if not trainer.is_global_zero:
             return
         if sys.stdout.isatty():
