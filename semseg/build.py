@@ -42,8 +42,7 @@ from semseg.config.schema import (
 from semseg.data.classes import ClassTable
 from semseg.data.crops import NATIVE, choose_crop
 from semseg.data.label_cache import prepare_automatic_cache
-from semseg.data.label_map import LabelMap
-from semseg.data.sources import DataSource, load_class_table, make_label_map
+from semseg.data.sources import DataSource, load_class_table, make_output_label_map
 from semseg.data.store import resolve_path
 from semseg.datamodule import SegmentationData
 from semseg.errors import ArgumentError, ConfigError, install_command
@@ -268,12 +267,10 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
         options.min_confidence,
         config.eval.batch_size,
     )
-    is_ade20k = options.format == "ade20k"  # classes are 1 to K, whatever the data set
-    ids = LabelMap(saved.classes.num_classes) if is_ade20k else make_label_map(config.data, saved.classes)
     predictor = Predictor(
         net,
         saved.classes,
-        ids,
+        make_output_label_map(config.data, saved.classes, options.format),
         settings,
         name=saved.title,
         source=str(saved.source),

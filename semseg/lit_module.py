@@ -35,7 +35,7 @@ from semseg.evaluation.inference import ClassMap, batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.evaluation.own_scores import ImageMeans, check_measures, score_image, score_split
 from semseg.evaluation.thresholds import ThresholdCounts, compute_curve, count_probabilities, find_best
-from semseg.evaluation.tiled import ArraySink, LabelSink, WindowLayout, predict_by_windows
+from semseg.evaluation.tiled import ArraySink, WindowLayout, predict_by_windows
 from semseg.evaluation.window_counts import CountingSink, WindowCounts
 from semseg.nets.compilation import compile_network
 from semseg.nets.interfaces import Logits, SegmentationNetwork
@@ -391,12 +391,14 @@ class SegmentationModule(pl.LightningModule):
     def predict_in_windows(self, sample: EvalSample, layout: WindowLayout, *, with_labels: bool = False) -> ClassMap:
         """The prediction for an image at its own resolution, on the device of the network."""
         (pixels,) = sample.scales
-        sink = LabelSink(sample.label.cpu()) if with_labels else ArraySink(Size(*pixels.shape[1:]))
-        self.predict_windows(pixels, layout, sink)
+        sink = ArraySink(Size(*pixels.shape[1:]))
+        self.predict_windows(pixels, layout, sink, sample.label if with_labels else None)
         return sink.to_class_map(self.device)
 
-    def predict_windows(self, image: WindowReader | Tensor, layout: WindowLayout, sink: RowSink) -> None:
-        """Hand the rows of the prediction for an image to `sink`, with the keys of `eval`."""
+    def predict_windows(
+        self, image: WindowReader | Tensor, layout: WindowLayout, sink: RowSink, label: Tensor | None = None
+    ) -> None:
+        """Hand the rows of the prediction for an image to `sink`, with the keys of `eval`; see `predict_by_windows`."""
         options = self.eval_config
         predict_by_windows(
             self.net,
@@ -404,6 +406,7 @@ class SegmentationModule(pl.LightningModule):
             self.net.convention,
             layout,
             sink,
+            label=label,
             flip=options.flip,
             batch_size=options.batch_size,
             memory_limit_mb=options.memory_limit_mb,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from semseg.config.overrides import RECORD_FOLDER
 from semseg.reports.curves import read_metrics_log
 from semseg.storage.run_folders import METRICS_FILE, find_in_run
+from semseg.storage.run_results import read_result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +29,7 @@ CHECK_FILE = "check.json"
 NUM_SHOWN = 4  # pictures of a prediction in a notebook
 PICTURE_SUFFIXES = ("_overlay.png", "_panel.png", "_color.png")  # in the order in which a notebook prefers them
 
+TEXT_COLUMNS = ("file", "label", "predicted")  # of tables, whose names may look like numbers
 TableRow = Mapping[str, Any]
 
 
@@ -94,8 +96,9 @@ class TrainingRun(RunFolder):
     @property
     def evaluation(self) -> Evaluation | None:
         """The evaluation that followed training (after_training=[eval]); None without one."""
-        folder = self.folder / "eval"
-        return Evaluation(folder) if (folder / METRICS_FILE).is_file() else None
+        result = read_result(self.folder)
+        name = None if result is None else dict(result.follow_ups).get("eval")
+        return Evaluation(self.folder / name) if name and (self.folder / name / METRICS_FILE).is_file() else None
 
 
 @dataclass(frozen=True)
@@ -197,17 +200,20 @@ def read_table(path: Path) -> pd.DataFrame | list[TableRow]:
     if not path.is_file():
         return tabulate_rows([])
     with path.open(newline="", encoding="utf-8") as file:
-        return tabulate_rows([{name: parse_cell(text) for name, text in row.items()} for row in csv.DictReader(file)])
+        rows = list(csv.DictReader(file))
+    return tabulate_rows(
+        [{name: text if name in TEXT_COLUMNS else parse_cell(text) for name, text in row.items()} for row in rows]
+    )
 
 
-def parse_cell(text: str) -> float | str | None:
+def parse_cell(text: str) -> int | float | str | None:
     """The value of a cell of a CSV file: a number, text, or None if it is empty."""
-    if not text:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text or None
 
 
 def embed_picture(path: Path) -> str:

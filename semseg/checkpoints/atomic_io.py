@@ -24,7 +24,7 @@ from torch import Tensor
 
 from semseg.checkpoints.format import find_packed_entry, first_line, load_plain
 from semseg.errors import CheckpointError
-from semseg.storage.atomic import DISK_FULL, TEMPORARY_NAME, atomic_write
+from semseg.storage.atomic import DISK_FULL, TEMPORARY_NAME, atomic_write, describe_room
 from semseg.system.text import escape_lines, shorten_repr
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
@@ -102,13 +102,17 @@ class BestCheckpoint(ModelCheckpoint):
     ) -> None:
         names = ("current_score", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score")
         before, models = {name: getattr(self, name) for name in names}, dict(self.best_k_models)
+        has_failed = False
         try:
             super()._update_best_and_save(current, trainer, monitor_candidates)
         except CheckpointError as error:
             if not self.continue_on_error:
                 raise
-            self.__dict__.update(before, best_k_models=models)
+            has_failed = True
             report_failed_save(trainer, error)
+        # Only the first rank writes. All must agree on the best: whether they communicate next depends on it.
+        if self.continue_on_error and trainer.strategy.broadcast(has_failed):
+            self.__dict__.update(before, best_k_models=models)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state, also of a run folder that was moved, copied or is resumed in another one.
@@ -276,5 +280,5 @@ def _describe_save_error(error: OSError, target: Path, checkpoint: dict[str, Any
     return (
         f"{target}: the checkpoint cannot be written ({error.strerror}). It needs {needed} bytes "
         f"({needed / 1e6:.1f} MB) in addition to the previous file, and {free} ({free / 1e6:.1f} MB) are free. "
-        "The previous file is untouched. Free some space or raise the quota, then continue with resume=auto."
+        f"The previous file is untouched. {describe_room(error)}, then continue with resume=auto."
     )

@@ -54,7 +54,6 @@ LAUNCHERS = (
     ("mpirun", "PMI_RANK", ("PMI_SIZE",), ()),
 )
 PARALLEL_MODES = ("train", "eval", "bench")
-SCRIPT_STRATEGIES = ("ddp", "auto")  # prefixes of strategies whose ranks run the script again
 
 
 class RankFailure(NamedTuple):
@@ -70,8 +69,7 @@ def count_processes(config: Config) -> int:
     """Processes to start on this machine; 1 if none needs supervision."""
     trainer = config.trainer
     is_external = any(name in os.environ for name in LAUNCHER_VARIABLES)
-    is_single = config.mode not in PARALLEL_MODES or not trainer.strategy.startswith(SCRIPT_STRATEGIES)
-    if is_external or is_single or trainer.strategy.endswith(("spawn", "fork", "notebook")):
+    if is_external or config.mode not in PARALLEL_MODES:
         return 1
     return count_devices(trainer)
 
@@ -87,18 +85,23 @@ def count_devices(trainer: TrainerConfig) -> int:
 def check_world_size(config: Config) -> None:
     """Refuse a configuration that does not match the number of processes started by torchrun, srun or mpirun.
 
-    Otherwise each process would be a separate run in the same folder, or would wait for ranks that do not exist.
+    Otherwise each process would be a separate run in the same folder, or would wait for ranks that do not exist. Only
+    these launchers start processes on several machines.
 
     Raises:
         ConfigError: with the keys to set.
     """
-    found = _find_launcher()
+    found, trainer = _find_launcher(), config.trainer
     if found is None:
+        if trainer.num_nodes > 1 and config.mode in PARALLEL_MODES and not is_supervised():
+            raise ConfigError(
+                f"trainer.num_nodes={trainer.num_nodes}: start the processes of all machines with torchrun or srun, as "
+                "in docs/distributed.md."
+            )
         return
     launcher, world_size, nodes = found
     if config.mode not in PARALLEL_MODES:
         return refuse_launcher(f"mode={config.mode}")
-    trainer = config.trainer
     num_ranks = count_devices(trainer) * trainer.num_nodes
     if num_ranks != world_size:
         raise ConfigError(

@@ -69,6 +69,8 @@ MONITORED_METRICS = (
 )  # what callbacks can watch
 SYNCBN_NAMES = ("reduce", "native", "off")
 SYNCBN_CONVENTIONS = ("torch", "published")
+# Those in which every device has the whole network, as averages, statistics and checkpoints need.
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "64")
 DEFAULT_RUN_DIR = "${runs_dir}/${now:%Y-%m-%d_%H-%M-%S}_${mode}"
 ZOO_PREFIX = "zoo:"  # marks the name of a published network in ckpt and init_from
@@ -658,7 +660,7 @@ class TrainerConfig:
     num_nodes: int = number_field(1, low=1)
     """Machines."""
     strategy: str = "auto"
-    """How devices work together: auto, ddp, ..."""
+    """How devices work together: ddp, ddp_find_unused_parameters_true; auto: ddp for several."""
     precision: str = choice_field("32-true", PRECISIONS)
     """Number format of the network."""
     max_epochs: int = number_field(20, low=1)
@@ -698,13 +700,8 @@ class TrainerConfig:
     log_images: int = number_field(4, low=0)
     """Ours: the first validation images that each validation logs as panels and shows in report.html; 0: none."""
 
-    @property
-    def replicates_weights(self) -> bool:
-        """Whether every device has the whole network."""
-        return self.strategy.startswith(("auto", "ddp"))
-
     def find_problems(self) -> Iterator[str]:
-        """A sentence for every invalid value of the keys that have several types, and for FSDP."""
+        """A sentence for every invalid value of the keys that have several types."""
         devices = self.devices
         is_valid = (
             devices in ("auto", -1)
@@ -715,7 +712,7 @@ class TrainerConfig:
             yield (
                 f"trainer.devices={devices}: must be a count of at least 1, a list such as [0,2], a range 0-3, or auto."
             )
-        if self.strategy.lower().startswith("fsdp"):
+        if self.strategy not in STRATEGIES:
             yield (
                 f"trainer.strategy={self.strategy}: not supported, because averages, statistics and checkpoints need "
                 "all weights on every device. Use trainer.strategy=ddp."
@@ -833,6 +830,8 @@ class PredictConfig:
         is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         if threshold not in (None, "auto") and not (is_number and 0 <= threshold <= 1):
             yield f"predict.threshold={threshold}: must be a probability from 0 to 1, auto, or null."
+        if not self.save:
+            yield f"predict.save=[]: nothing would be written. Give at least one of {', '.join(PREDICT_OUTPUTS)}."
         for output in self.save:
             if output not in PREDICT_OUTPUTS:
                 yield format_wrong_choice("predict.save", output, PREDICT_OUTPUTS)
@@ -1012,11 +1011,6 @@ class Config:
             yield f"eval.also_scales={self.eval.also_scales}: data.resize=native has one scale. Leave it out."
         if self.quiet and self.verbose:
             yield "quiet=true and verbose=true contradict each other. Remove one of them."
-        if self.ema.decay is not None and not self.trainer.replicates_weights:
-            yield (
-                f"ema.decay={self.ema.decay}: the average needs all weights on every device, which "
-                f"trainer.strategy={self.trainer.strategy} does not guarantee. Use trainer.strategy=ddp."
-            )
         if not is_checkpoint(self.ckpt):
             yield f"ckpt={self.ckpt}: must be text, or a list of at least two networks: ckpt=[<file>,<file>]."
         for mode in self.after_training:

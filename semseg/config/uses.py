@@ -34,8 +34,17 @@ PREDICTION_ADVICE = {f"eval.{key}": f"Use predict.{key}." for key in VIEW_KEYS} 
 }
 # Keys that a mode does not read, and what to do.
 UNREAD_KEYS = {
-    "eval": {f"predict.{key}": f"Use eval.{key}." for key in (*VIEW_KEYS, "scales")},
-    "predict": PREDICTION_ADVICE,
+    "eval": {f"predict.{key}": f"Use eval.{key}." for key in (*VIEW_KEYS, "scales")}
+    | {
+        "predict.threshold": "Scores are those of the most probable class; precision_recall.csv has other thresholds.",
+        "predict.min_confidence": "Every pixel has a class in the scores. Leave it out.",
+        "predict.save": "It is for mode=predict. Leave it out.",
+        "predict.format": "It is for mode=predict. Leave it out.",
+        "input": "It scores a data set: data.root=<folder> names another one.",
+        "output": "The results are written to run_dir=<folder>.",
+        "trainer.limit_val_batches": "data.limit=<number> scores the first images only.",
+    },
+    "predict": PREDICTION_ADVICE | {"output": "The predictions are written to run_dir=<folder>."},
     "serve": PREDICTION_ADVICE,
     "export": {"predict.threshold": "An exported file does not apply it: give it where the file is used."},
 }
@@ -145,6 +154,15 @@ def find_idle_training_keys(config: Config) -> Iterator[tuple[str, str]]:
         yield "optim.beta2", "It is for optim=adamw. Leave it out."
     if config.ema.decay is None:
         yield "ema.start_step", "There is no average without ema.decay. Give that, or leave it out."
+    if config.model.encoder.get("frozen"):
+        advice = "model.encoder.frozen=true leaves the encoder as it is. Leave it out."
+        yield from dict.fromkeys(("optim.lr_encoder", "optim.layer_decay"), advice).items()
+    if config.optim.lr != AUTO:
+        yield "optim.lr_images", "It is for optim.lr=auto. Give that, or leave it out."
+    if not config.augment.blur:
+        yield "augment.blur_sigma", "It is for augment.blur. Give that, or leave it out."
+    if config.checkpoint.every_n_steps is None and config.checkpoint.every_n_minutes is None:
+        yield "checkpoint.keep", "It is for checkpoint.every_n_steps or every_n_minutes. Give one of them."
     if not terms.ohem:
         advice = "It is for loss=ohem. Give that, or leave it out."
         yield from dict.fromkeys(("loss.ohem_threshold", "loss.ohem_min_kept"), advice).items()
@@ -159,6 +177,8 @@ def find_idle_data_keys(data: DataConfig) -> Iterator[tuple[str, str]]:
     """
     if data.mix:
         return
+    if data.on_bad != "skip":
+        yield "data.max_bad", "It is for data.on_bad=skip. Give that, or leave it out."
     splits: dict[str, SplitConfig] = {split: getattr(data, split) for split in ("train", "val", "test")}
     if data.images:
         yield "data.train.list", f"data.images={data.images} names the images. Set it to null to use a list."
@@ -305,5 +325,9 @@ def find_export_problems(config: Config) -> Iterator[str]:
         yield f"export.quantize={config.export.quantize}: applies to {ONNX} files only."
     if config.export.preprocessing and written == "torch_export":
         yield f"export.preprocessing=true: applies to {ONNX} files only."
+    if config.export.preprocessing and config.export.quantize == "none":  # otherwise both networks are evaluated
+        for key, use in (("flip", "Use predict.flip"), ("window", "Leave it out"), ("stride", "Leave it out")):
+            if value := getattr(config.eval, key):
+                yield f"eval.{key}={value}: has no effect with export.preprocessing=true. {use}."
     if config.export.preprocessing and config.predict.window is not None:
         yield f"predict.window={config.predict.window}: windows cannot be exported with export.preprocessing=true."

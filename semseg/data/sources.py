@@ -209,7 +209,7 @@ class DataSource:
         if split == "train":
             for part in self.parts:
                 part.require_paths()
-        files, hint = self._files_to_read(split), self.config.hint
+        files, hint = self._files_to_read(split), self._hint_for(split)
         if files.list:
             require_path(store.is_folder(self.root), "data folder", self.root, hint)
             require_path(store.is_file(self._resolve(files.list)), "list of images", self._resolve(files.list), hint)
@@ -282,6 +282,10 @@ class DataSource:
             return replace(files, images=train.images, masks=files.masks or train.masks)
         return files
 
+    def _hint_for(self, split: str) -> str:
+        """data.hint, which names the keys of train where files are missing, with those of a split."""
+        return self.config.hint.replace("data.train.", f"data.{split}.")
+
     def _files_to_read(self, split: str) -> SplitConfig:
         """Lists and folders that `split` is read from; those of train if it is cut from train.
 
@@ -296,7 +300,7 @@ class DataSource:
         return self._split_files(split)
 
     def _read(self, split: str, files: SplitConfig) -> Iterator[Record | Problem]:
-        hint = self.config.hint
+        hint = self._hint_for(split)
         if files.list and is_table_list(files.list):
             return read_table_list(self._resolve(files.list), self.root, split, hint=hint)
         if files.list:
@@ -604,6 +608,11 @@ def load_class_table(config: DataConfig, root: Path) -> ClassTable:
             "Set one of them to null."
         )
     return table
+
+
+def make_output_label_map(config: DataConfig, classes: ClassTable, output_format: str) -> LabelMap:
+    """The meaning of the ids in predictions: those of the label files, or 1 to K with predict.format=ade20k."""
+    return LabelMap(classes.num_classes) if output_format == "ade20k" else make_label_map(config, classes)
 
 
 def make_label_map(

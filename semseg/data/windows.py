@@ -157,6 +157,7 @@ class FinishedRows(NamedTuple):
     ids: NDArray[np.int16]  # (n, width) class index
     confidence: NDArray[np.floating]  # (n, width) the probability of that class
     probabilities: NDArray[np.floating] | None  # (K, n, width) of all classes, if the sink takes them
+    label_confidence: NDArray[np.floating] | None = None  # (n, width) of the classes in a label, if there is one
 
 
 class RowSink(Protocol):

@@ -40,12 +40,16 @@ def confusion_counts(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
     narrow = torch.int16 if num_cells <= 2**15 else torch.int32
     # An extra row counts the pixels that are not scored, which saves a mask and a copy.
     cell = torch.add(prediction.to(narrow), label.to(narrow), alpha=num_classes).add_(num_classes)
-    if cell.device.type == "cpu":
-        counts = torch.bincount(cell.flatten(), minlength=num_cells)
-    else:  # the same counts; bincount asks the device for the largest value and waits for the answer
-        ones = cell.new_ones(1, dtype=torch.int64).expand(cell.numel())
-        counts = ones.new_zeros(num_cells).scatter_add_(0, cell.flatten().long(), ones)
-    return counts.view(num_classes + 1, num_classes)[1:]
+    return count_values(cell, num_cells).view(num_classes + 1, num_classes)[1:]
+
+
+def count_values(values: Tensor, num_values: int) -> Tensor:
+    """How often each of the integers 0..num_values-1 occurs in a tensor that holds no others: (num_values) int64."""
+    if values.device.type == "cpu":
+        return torch.bincount(values.flatten(), minlength=num_values)
+    # The same counts; bincount asks the device for the largest value and waits for the answer.
+    ones = values.new_ones(1, dtype=torch.int64).expand(values.numel())
+    return ones.new_zeros(num_values).scatter_add_(0, values.flatten().long(), ones)
 
 
 class Counts(NamedTuple):

@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from semseg.data.label_map import IGNORED
 from semseg.data.windows import FinishedRows, RowSink
 from semseg.evaluation.inference import ClassMap
+from semseg.evaluation.metrics import count_values
 
 NUM_THRESHOLDS = 1000
 POSITIVE = 1  # index of the class that the threshold is for
@@ -59,10 +60,11 @@ def count_probabilities(prediction: ClassMap, label: Tensor) -> Tensor:
         prediction: of two classes.
         label: (H, W) 0, 1, or -1 for pixels that are not scored.
     """
-    scored = label != IGNORED
-    bins = (positive_probability(prediction.ids, prediction.confidence)[scored] * NUM_THRESHOLDS).long()
-    bins = bins.clamp(0, NUM_THRESHOLDS - 1) + NUM_THRESHOLDS * label[scored].long()
-    return torch.bincount(bins, minlength=2 * NUM_THRESHOLDS).view(2, NUM_THRESHOLDS)
+    bins = (positive_probability(prediction.ids, prediction.confidence) * NUM_THRESHOLDS).long()
+    bins = bins.clamp_(0, NUM_THRESHOLDS - 1) + NUM_THRESHOLDS * label.long()
+    unscored = 2 * NUM_THRESHOLDS  # one more value
+    counts = count_values(bins.masked_fill_(label == IGNORED, unscored), unscored + 1)
+    return counts[:unscored].view(2, NUM_THRESHOLDS)
 
 
 def positive_probability(ids: Tensor, confidence: Tensor) -> Tensor:

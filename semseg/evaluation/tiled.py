@@ -86,6 +86,7 @@ def predict_by_windows(
     layout: WindowLayout,
     sink: RowSink,
     *,
+    label: Tensor | None = None,
     flip: bool = False,
     batch_size: int = 1,
     memory_limit_mb: int = 1024,
@@ -95,6 +96,7 @@ def predict_by_windows(
     Args:
         net: in eval mode.
         image: a reader, or pixels (C, H, W) on any device.
+        label: (H, W) int64 class indices, whose probabilities the sink gets too; 0 where it is -1.
         flip: average with the mirrored windows: the mean of the probabilities.
         batch_size: windows that go through the network together.
         memory_limit_mb: of the upsampled rows that exist at once; it never changes the result.
@@ -105,7 +107,7 @@ def predict_by_windows(
     for logits in blend_windows(net, source, convention, layout, flip=flip, batch_size=batch_size):
         if rows is None:
             rows = UpsampledRows(size, pad_to_windows(net, size, layout), logits, memory_limit_mb)
-        for finished in rows.add(logits, with_probabilities=sink.takes_probabilities):
+        for finished in rows.add(logits, with_probabilities=sink.takes_probabilities, label=label):
             sink.write_rows(finished)
 
 
@@ -229,7 +231,8 @@ def run_windows(
     pixels = torch.zeros(shape, dtype=parts[0].dtype, device=parts[0].device)
     for canvas, part in zip(pixels, parts, strict=True):
         canvas[:, : part.shape[1], : part.shape[2]] = part
-    sizes = torch.tensor([part.shape[1:] for part in parts])
+    is_padded = any(part.shape[1:] != pixels.shape[2:] for part in parts)
+    sizes = torch.tensor([part.shape[1:] for part in parts]) if is_padded else None
     pixels = pixels.to(weights.device, non_blocking=True)
     image = normalise(pixels, convention, sizes).to(weights.dtype, memory_format=layout)
     maps = []
@@ -265,8 +268,12 @@ class UpsampledRows:
         self.logits = like[:, :0]  # (M, n, w, K) rows of logits from `first` on
         self.first = self.next = 0  # row of logits, output row
 
-    def add(self, logits: Tensor, *, with_probabilities: bool) -> Iterator[FinishedRows]:
-        """Take the next rows of logits (M, n, w, K); yields the output rows that they complete."""
+    def add(self, logits: Tensor, *, with_probabilities: bool, label: Tensor | None = None) -> Iterator[FinishedRows]:
+        """Take the next rows of logits (M, n, w, K); yields the output rows that they complete.
+
+        Args:
+            label: that of the image; see `predict_by_windows`.
+        """
         self.logits = torch.cat([self.logits, logits], dim=1)
         available = self.first + self.logits.shape[1]
         end = min(bisect_left(self.last_read, available), self.size.height)
@@ -274,13 +281,17 @@ class UpsampledRows:
         row_bytes = max(self.size.width, like.shape[2]) * num_classes * like.element_size()
         step = band_height(row_bytes, self.memory_limit_mb, like.device)
         for top in range(self.next, end, step):
-            total = self._probabilities(slice(top, min(top + step, end)))
+            rows = slice(top, min(top + step, end))
+            total = self._probabilities(rows)
             confidence, ids = total.max(-1)
+            # On the device: the probabilities of all classes may be gigabytes.
+            of_label = None if label is None else select_classes(total, label[rows].to(total.device))
             yield FinishedRows(
                 top,
                 ids.to("cpu", torch.int16).numpy(),
                 confidence.cpu().numpy(),
                 total.permute(2, 0, 1).cpu().numpy() if with_probabilities else None,
+                None if of_label is None else of_label.cpu().numpy(),
             )
         self.next = max(self.next, end)
         needed = int(self.vertical.first[self.next]) if self.next < len(self.last_read) else available
@@ -310,6 +321,7 @@ class ArraySink:
         self.ids = np.empty(size, np.int16)
         self.confidence: NDArray[np.floating] = np.empty(size, np.float32)
         self.probabilities = probabilities
+        self.label_confidence: NDArray[np.floating] | None = None  # (height, width), if a label was given
 
     @property
     def takes_probabilities(self) -> bool:
@@ -325,36 +337,12 @@ class ArraySink:
         if self.probabilities is not None:
             assert rows.probabilities is not None, "this sink takes them"
             self.probabilities[:, place] = rows.probabilities
+        if rows.label_confidence is not None:
+            if self.label_confidence is None:
+                self.label_confidence = np.empty(self.ids.shape, rows.label_confidence.dtype)
+            self.label_confidence[place] = rows.label_confidence
 
     def to_class_map(self, device: torch.device) -> ClassMap:
         """What was predicted, on `device`."""
-        return ClassMap(torch.from_numpy(self.ids).to(device), torch.from_numpy(self.confidence).to(device))
-
-
-class LabelSink(ArraySink):
-    """A sink that keeps the probability of the class in the label, too.
-
-    Args:
-        label: (H, W) int64 class indices on the CPU, -1 = not scored.
-    """
-
-    def __init__(self, label: Tensor) -> None:
-        super().__init__(Size(*label.shape))
-        self.label = label
-        self.label_confidence = torch.zeros(label.shape)
-
-    @property
-    def takes_probabilities(self) -> bool:
-        """Always: that of the label is one of them."""
-        return True
-
-    def write_rows(self, rows: FinishedRows) -> None:
-        """Keep the next rows."""
-        super().write_rows(rows)
-        assert rows.probabilities is not None, "this sink takes them"
-        place, total = slice(rows.top, rows.top + len(rows.ids)), torch.from_numpy(rows.probabilities)
-        self.label_confidence[place] = select_classes(total.permute(1, 2, 0), self.label[place])
-
-    def to_class_map(self, device: torch.device) -> ClassMap:
-        """What was predicted, on `device`."""
-        return super().to_class_map(device)._replace(label_confidence=self.label_confidence.to(device))
+        of_label = None if self.label_confidence is None else torch.from_numpy(self.label_confidence).to(device)
+        return ClassMap(torch.from_numpy(self.ids).to(device), torch.from_numpy(self.confidence).to(device), of_label)

@@ -32,7 +32,7 @@ from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import config_to_plain
 from semseg.data.crops import NATIVE, choose_crop
 from semseg.data.geometry import Size
-from semseg.data.sources import make_label_map
+from semseg.data.sources import make_output_label_map
 from semseg.errors import CheckpointError, SemsegError
 from semseg.evaluation.tiled import choose_layout
 from semseg.nets.interfaces import Decoder, Encoder, Logits, SegmentationNetwork
@@ -62,7 +62,7 @@ def build_description(saved: SavedNetwork, net: SegmentationNetwork, quantized: 
     Args:
         quantized: the value of export.quantize.
     """
-    ids = make_label_map(saved.config.data, saved.classes)
+    ids = make_output_label_map(saved.config.data, saved.classes, saved.config.predict.format)
     entry = describe_network(
         config_to_plain(saved.config), saved.classes, net.convention, saved.origin, saved.threshold
     )

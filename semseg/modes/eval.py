@@ -153,12 +153,20 @@ def open_source(config: DataConfig, saved: SavedNetwork) -> DataSource:
     """The data set, which must have as many classes as the network.
 
     Raises:
-        ConfigError: if it has not.
+        ConfigError: if it has not, or if it has the same classes in another order.
     """
     source = DataSource(config)
+    names, trained = source.classes.names, saved.classes.names
     if source.classes.num_classes != saved.classes.num_classes:
         raise ConfigError(format_other_classes(config, source.classes.num_classes, saved))
-    if source.classes.names != saved.classes.names:
+    if names != trained and sorted(names) == sorted(trained):
+        index = next(index for index, pair in enumerate(zip(names, trained, strict=True)) if pair[0] != pair[1])
+        raise ConfigError(
+            f"data.classes={config.classes}: has the classes of {saved.source} in another order: class {index} is "
+            f"{names[index]} here and {trained[index]} there. Give the order of the network; data.map says which class "
+            "an id of the labels is."
+        )
+    if names != trained:
         _log.warning(
             "class names of data=%s differ from those in %s: is this the same task?",
             config.name,

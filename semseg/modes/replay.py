@@ -57,7 +57,7 @@ def run(config: Config, overrides: list[str]) -> None:
             if value.grad is not None and not value.grad.isfinite().all()
         ]
         console.print(Text(escape_unprintable(f"images {', '.join(batch.paths)}")))
-        console.print(f"loss {float(loss.total):g}, {int(loss.scored)} scored pixels")
+        console.print(f"loss {loss.total.item():g}, {int(loss.scored)} scored pixels")
         if layers:
             console.print(f"the first layer to give NaN or infinity: {layers[0].name} ({layers[0].kind})")
         console.print(

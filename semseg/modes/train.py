@@ -53,6 +53,7 @@ from semseg.data.label_windows import LabelWindows, open_label
 from semseg.data.overlap import find_overlap
 from semseg.data.pairs import name_origin
 from semseg.data.sources import DataSource, describe_split_folders, require_masks
+from semseg.data.store import UnusedFiles
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, ConfigError, DataError
 from semseg.lit_module import SegmentationModule
@@ -62,6 +63,7 @@ from semseg.modes.predict import predict_inputs
 from semseg.nets.bands import inherit_convention
 from semseg.nets.cost import measure_cost, write_cost
 from semseg.nets.interfaces import SegmentationNetwork
+from semseg.prediction.inputs import find_inputs
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import entry_command, format_command, relative_to_cwd, shorten_overrides
 from semseg.storage.ranks import is_first_rank, print_once
@@ -107,13 +109,22 @@ def run(config: Config, overrides: list[str]) -> float | None:
     if config.data.value_range == AUTO_RANGE:
         config = replace(config, data=measure_range(source))
         source = DataSource(config.data)
-    with lock_run_folder(Path(config.run_dir)):
+    run_dir = Path(config.run_dir)
+    if "predict" in config.after_training and config.input not in (
+        None,
+        "-",
+    ):  # what is missing is reported now, not after training
+        find_inputs(config.input, choose_follow_up_folder(run_dir, "predict"), unused=UnusedFiles())
+    with lock_run_folder(run_dir):
         start = resolve_start(config, overrides, source)
         end = None if start.state is None else start.state.describe_end(start.config.trainer)
         if end is not None:
             print_once(end)
-            result = read_result(Path(config.run_dir))
+            result = read_result(run_dir)
             if result is not None:
+                checkpoint = find_best_checkpoint(run_dir)
+                if is_first_rank() and checkpoint is not None:
+                    run_follow_ups(start.config, checkpoint, result, {})
                 return result.score
             # Killed after its last step, before it finished: fit takes no step, and the rest follows.
         return train_network(start, overrides, source)
@@ -563,11 +574,13 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
     if limits.accumulate_grad_batches > 1:
         parts.append(f"x {limits.accumulate_grad_batches} accumulated")
     steps = math.ceil(conditions.batches_per_epoch / limits.accumulate_grad_batches)
+    warm_up = config.schedule.warmup_steps if config.schedule.name != "poly" else 0
+    unreached = f", all of them warm-up (schedule.warmup_steps={warm_up})" if warm_up >= conditions.total_steps else ""
     workers = choose_num_workers(sizes.num_workers, trainer.num_devices)
     return {
         "batch": f"{' '.join(parts)}, {view}, "
         f"padded to multiples of {data.size_divisor}, labels at 1/{data.label_stride}",
-        "training": f"{format_quantity(conditions.total_steps, 'step')}, {steps} an epoch"
+        "training": f"{format_quantity(conditions.total_steps, 'step')}, {steps} an epoch{unreached}"
         f", {config.optim.name} with lr {config.optim.lr:g}, {config.loss.terms.formula}"
         f", {limits.precision} on {conditions.accelerator}, {format_quantity(workers, 'worker')}",
     }
@@ -603,16 +616,13 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
         return
     run_dir = Path(config.run_dir)
     write_result(run_dir, result)
-    checkpoint = next((path for path in checkpoint_paths(run_dir) if path.is_file()), None)
+    checkpoint = find_best_checkpoint(run_dir)
     if checkpoint is None:
         console.print("no checkpoint was written")
         return
     folders: dict[str, Path] = {}
     try:
-        for mode in config.after_training:
-            folder = choose_follow_up_folder(run_dir, mode)
-            run_follow_up(mode, config, checkpoint, folder)
-            folders[mode] = folder
+        run_follow_ups(config, checkpoint, result, folders)
     finally:  # the network is there, whatever became of its evaluation
         command = resume_command(config, overrides, *overrides_to_continue(config.trainer, config.callbacks, trainer))
         for line in closing_lines(config, checkpoint, result, folders, memory=memory, command=command):
@@ -628,9 +638,30 @@ def measure_peak_memory(strategy: Strategy) -> int | None:
     return int(strategy.reduce(peak, reduce_op="max"))
 
 
+def find_best_checkpoint(run_dir: Path) -> Path | None:
+    """best.ckpt, or last.ckpt without validation; None if there is neither."""
+    return next((path for path in checkpoint_paths(run_dir) if path.is_file()), None)
+
+
 def checkpoint_paths(run_dir: Path) -> list[Path]:
     """The paths of the checkpoints of a run, the best one first."""
     return [run_dir / CHECKPOINT_FOLDER / name for name in ("best.ckpt", "last.ckpt")]
+
+
+def run_follow_ups(config: Config, checkpoint: Path, result: RunResult, folders: dict[str, Path]) -> None:
+    """Run the modes of after_training that `result` does not name, and add each to the result once it is complete.
+
+    Args:
+        result: that of the run, as it was written.
+        folders: gets the folder of each, by mode.
+    """
+    run_dir, done = Path(config.run_dir), dict(result.follow_ups)
+    for mode in config.after_training:
+        if mode not in done:
+            folder = choose_follow_up_folder(run_dir, mode)
+            run_follow_up(mode, config, checkpoint, folder)
+            folders[mode], done[mode] = folder, folder.name
+            write_result(run_dir, result._replace(follow_ups=tuple(done.items())))
 
 
 def run_follow_up(mode: str, config: Config, checkpoint: Path, folder: Path) -> None:

@@ -42,12 +42,13 @@ from semseg.data.bands import BandOptions
 from semseg.data.classes import ClassTable
 from semseg.data.images import decode_image
 from semseg.data.label_map import LabelMap
-from semseg.data.raster_layout import TIFF_STARTS
 from semseg.errors import ConfigError, SemsegError
 from semseg.reports.draw import class_shares
 from semseg.reports.templates import format_css_colour
 from semseg.serving.connections import MIN_BYTES_PER_SECOND, STALE_SECONDS, Connection, client_limit
 
+# The starts of JPEG, PNG, GIF, BMP and WebP files, which all browsers show.
+BROWSER_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")
 FORM_FIELD = "image"  # name of the file in the uploaded form
 UPLOAD_SECONDS = 60.0  # for an upload to arrive in full
 STALL_SECONDS = 10.0  # that an upload may be behind MIN_BYTES_PER_SECOND
@@ -443,7 +444,7 @@ def predict_upload(served: ServedNetwork, upload: Upload, max_pixels: int) -> Pr
     else:
         read = decode_bands(data, upload.name, served.bands, max_pixels, key=key, naming=SEND_OTHER_BANDS)
         image = read.turn_upright().pixels
-    is_shown_by_browsers = served.bands is None and not data.startswith(TIFF_STARTS)
+    is_shown_by_browsers = served.bands is None and data.startswith(BROWSER_STARTS)
     picture = None if is_shown_by_browsers else encode_picture(served.draw(image))
     ids = served.predict(image)
     present = [

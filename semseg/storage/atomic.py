@@ -59,8 +59,13 @@ def describe_write_error(error: OSError, folder: Path) -> str | None:
     if error.errno not in UNWRITABLE or (error.filename is None and error.errno not in DISK_FULL):
         return None
     path = str(folder) if error.filename is None else os.fsdecode(error.filename)
-    way_out = "Free some space or raise the quota" if error.errno in DISK_FULL else "Check the path and its permissions"
+    way_out = describe_room(error) if error.errno in DISK_FULL else "Check the path and its permissions"
     return f"{path}: cannot be written ({error.strerror}). {way_out}, then run the same command again."
+
+
+def describe_room(error: OSError) -> str:
+    """What to do about a full disk, a quota, or a file larger than a file system or `ulimit -f` allows."""
+    return f"Free some space or raise the quota{' or the limit of file sizes' if error.errno == errno.EFBIG else ''}"
 
 
 @contextmanager

@@ -32,6 +32,7 @@ class RunResult(NamedTuple):
     score: float | None = None  # None: nothing was scored
     monitor: str = "score"  # name of the score
     mode: str = "max"  # which is better: max or min
+    follow_ups: tuple[tuple[str, str], ...] = ()  # mode and folder of what followed training, by after_training
 
 
 class Job(NamedTuple):
@@ -73,8 +74,11 @@ OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
 def write_result(run_dir: Path, result: RunResult) -> None:
     """Write the result of a run to its folder."""
+    content = result._asdict() | {"follow_ups": dict(result.follow_ups)}
+    if not result.follow_ups:
+        del content["follow_ups"]
     with atomic_write(run_dir / RESULT_FILE) as temporary:
-        temporary.write_text(json.dumps(result._asdict()) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def read_result(run_dir: Path) -> RunResult | None:
@@ -86,7 +90,9 @@ def read_result(run_dir: Path) -> RunResult | None:
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         score = None
     mode = "min" if content.get("mode") == "min" else "max"
-    return RunResult(score, escape_unprintable(content.get("monitor", "score")), mode)
+    found = content.get("follow_ups")
+    follow_ups = tuple((str(key), str(name)) for key, name in found.items()) if isinstance(found, dict) else ()
+    return RunResult(score, escape_unprintable(content.get("monitor", "score")), mode, follow_ups)
 
 
 def read_job(folder: Path) -> Job | None:

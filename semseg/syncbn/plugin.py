@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins import LayerSync, TorchSyncBatchNorm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from semseg.errors import ConfigError, check_choice
 from semseg.syncbn.layer import CONVENTIONS, PUBLISHED_MOMENTUM, convert_batch_norms, revert_batch_norms
@@ -45,6 +46,26 @@ class ReducedBatchNorm(LayerSync):
 
     def revert(self, model: nn.Module) -> nn.Module:
         return revert_batch_norms(model)
+
+
+class NativeBatchNorm(TorchSyncBatchNorm):
+    """torch.nn.SyncBatchNorm in place of the layers of batch normalisation.
+
+    Raises:
+        ConfigError: for a network whose layers have parts that torch.nn.SyncBatchNorm would not call, such as the
+            activation in timm's BatchNormAct2d.
+    """
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+        others = [layer for layer in layers if next(layer.children(), None) is not None]
+        if others:
+            name = type(others[0]).__name__
+            raise ConfigError(
+                f"syncbn=native: of {len(others)} layers {name} of this network, which have an activation, "
+                "torch.nn.SyncBatchNorm would keep the normalisation only. Use syncbn=reduce."
+            )
+        return super().apply(model)
 
 
 def create_node_group() -> dist.ProcessGroup | None:
@@ -80,7 +101,7 @@ def _build_native(convention: str, accelerator: str, group: str) -> LayerSync:
             f"syncbn=native supports only syncbn.convention=torch and syncbn.group=world, not {convention}, {group}. "
             "Use syncbn=reduce."
         )
-    return TorchSyncBatchNorm()
+    return NativeBatchNorm()
 
 
 def _build_none(convention: str, accelerator: str, group: str) -> None:

@@ -67,8 +67,8 @@ def create_trainer(
     accelerator = choose_accelerator(settings.accelerator)
     check_gpu_numbers(settings)
     refuse_double_precision(settings.precision, accelerator)
-    if isinstance(settings.devices, list) and accelerator == "cpu":
-        options["devices"] = len(settings.devices)  # Lightning's CPU accelerator takes a count only
+    if accelerator == "cpu":
+        options["devices"] = count_ranks_here(settings, accelerator)  # Lightning's CPU accelerator takes a count only
     if not has_val:
         options["limit_val_batches"] = 0
     options["strategy"] = create_strategy(settings, syncbn, accelerator)
@@ -101,14 +101,15 @@ def create_strategy(settings: TrainerConfig, syncbn: SyncBNConfig, accelerator: 
     Gradients are views of the buckets that are exchanged, which saves as much memory as the weights take. Buffers are
     equal on all ranks already if syncbn reduces over all of them; by default DDP sends them from rank 0 at every step.
     """
-    is_parallel = settings.strategy == "ddp" or (settings.strategy == "auto" and has_several(settings, accelerator))
-    if not is_parallel:
+    if settings.strategy == "auto" and not has_several(settings, accelerator):
         return settings.strategy
     sends_buffers = syncbn.name == "off" or syncbn.group == "node"
     # The first name replaces the second one from PyTorch 2.13 on.
     names = ("forward_sync_buffers", "broadcast_buffers")
     name = next(name for name in names if name in inspect.signature(DistributedDataParallel).parameters)
     options: dict[str, Any] = {"gradient_as_bucket_view": True, name: sends_buffers}
+    if settings.strategy != "auto" and settings.strategy.endswith("find_unused_parameters_true"):
+        options["find_unused_parameters"] = True
     return DDPStrategy(**options)
 
 

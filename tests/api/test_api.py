@@ -32,6 +32,7 @@ from semseg.config.overrides import parse_overrides
 from semseg.config.schema import Config
 from semseg.errors import ArgumentError, ConfigError, SemsegError
 from semseg.nets.registry import ENCODERS
+from semseg.storage.run_results import RunResult, write_result
 
 QUIET = {"quiet": True, "trainer__enable_progress_bar": False}
 RUN = [*TINY, *TINY_NETWORK, "after_training=[eval]"]
@@ -99,6 +100,27 @@ def test_a_run_has_its_score_checkpoints_values_and_page(trained: TrainingRun) -
     assert trained.evaluation is not None and trained.evaluation.mean_iou is not None
 
 
+def test_the_evaluation_of_a_run_is_the_one_that_followed_its_training(tmp_path: Path) -> None:
+    for name in ("eval", "eval-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text("{}")
+    run = TrainingRun(tmp_path, 0.5)
+    assert run.evaluation is None
+    write_result(tmp_path, RunResult(0.5, follow_ups=(("eval", "eval-2"),)))
+    assert run.evaluation is not None and run.evaluation.folder == tmp_path / "eval-2"
+
+
+def test_names_in_tables_stay_text_and_counts_are_whole_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "tabulate_rows", list)
+    path = tmp_path / "label_errors.csv"
+    path.write_text("rank,file,label,predicted,score,margin\n1,2,007,nan,0.5,\n")
+    (row,) = results.read_table(path)
+    assert row == {"rank": 1, "file": "2", "label": "007", "predicted": "nan", "score": 0.5, "margin": None}
+    assert type(row["rank"]) is int
+
+
 @pytest.mark.slow
 def test_tables_are_data_frames_where_pandas_is_installed(trained: TrainingRun) -> None:
     pd = pytest.importorskip("pandas")
@@ -106,7 +128,10 @@ def test_tables_are_data_frames_where_pandas_is_installed(trained: TrainingRun) 
     assert evaluation is not None
     assert isinstance(history, pd.DataFrame) and history["val/miou"].notna().any()
     assert list(evaluation.classes["name"]) == [row["name"] for row in evaluation.scores["classes"]]
-    assert evaluation.images["height"].dtype == float and len(evaluation.images) == evaluation.scores["images"]
+    assert (
+        pd.api.types.is_integer_dtype(evaluation.images["height"])
+        and len(evaluation.images) == evaluation.scores["images"]
+    )
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,28 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
         (
             [*EXPORT, "predict.threshold=0.1"],
             "predict.threshold=0.1: has no effect with mode=export. An exported file does not",
+        ),
+        (
+            ["mode=eval", "ckpt=x", "predict.threshold=0.3"],
+            "predict.threshold=0.3: has no effect with mode=eval. Scores are those of the most probable class",
+        ),
+        (["mode=eval", "ckpt=x", "input=a"], "input=a: has no effect with mode=eval. It scores a data set: data.root"),
+        ([*PREDICT, "output=b"], "output=b: has no effect with mode=predict. The predictions are written to run_dir="),
+        (
+            [*EXPORT, "export.preprocessing=true", "eval.flip=true"],
+            "eval.flip=True: has no effect with export.preprocessing=true. Use predict.flip.",
+        ),
+        ([*PREDICT, "predict.save=[]"], "predict.save=[]: nothing would be written. Give at least one of ids,"),
+        (
+            ["model.encoder.frozen=true", "optim.lr_encoder=0.1"],
+            "optim.lr_encoder=0.1: has no effect. model.encoder.frozen=true leaves the encoder as it is.",
+        ),
+        (["optim.lr_images=8"], "optim.lr_images=8: has no effect. It is for optim.lr=auto."),
+        (["data.max_bad=0.1"], "data.max_bad=0.1: has no effect. It is for data.on_bad=skip."),
+        (["augment.blur_sigma=[1,2]"], "augment.blur_sigma=[1.0, 2.0]: has no effect. It is for augment.blur."),
+        (
+            ["checkpoint.keep=2", "checkpoint.every_n_minutes=null"],
+            "checkpoint.keep=2: has no effect. It is for checkpoint.every_n_steps or every_n_minutes.",
         ),
         (["schedule.warmup_steps=9"], "schedule.warmup_steps=9: has no effect. It is for schedule=poly_warmup and"),
         (["schedule.min_factor=0.5"], "schedule.min_factor=0.5: has no effect. It is for schedule=cosine."),
@@ -146,12 +169,26 @@ def test_initial_weights_that_do_not_exist_are_named_by_their_key(tmp_path: Path
 
 @pytest.mark.slow
 def test_a_run_that_is_never_validated_says_so_and_names_no_report(tmp_path: Path) -> None:
-    """Its follow-up fails, and its last lines are there all the same."""
-    words = [*TINY, *TINY_NETWORK, "run_dir=run", "after_training=[predict]", "input=nowhere"]
-    printed = run_here(tmp_path, *words, "trainer.max_steps=1", code=1)
+    """Its follow-up fails, and its last lines are there all the same; the same command runs it once it can."""
+    words = [*TINY, *TINY_NETWORK, "run_dir=run", "after_training=[predict]", "input=photo.png", "trainer.max_steps=1"]
+    words += ["schedule=poly_warmup", "schedule.warmup_steps=3"]
+    printed = run_here(tmp_path, *words, code=1)
+    assert printed.rstrip().endswith("error: input=photo.png: there is no such file or folder.")
+    assert not (tmp_path / "run").exists()  # before anything else
+    (tmp_path / "photo.png").write_bytes(b"no image")
+    printed = run_here(tmp_path, *words, code=1)
+    assert "training    1 step, 2 an epoch, all of them warm-up (schedule.warmup_steps=3), sgd" in printed
     assert "validation  none, because the run ends at step 1 and the first would be after step 2" in printed
     assert "to continue     " in printed and "report   " not in printed and not (tmp_path / "run/report.html").exists()
-    assert printed.rstrip().endswith("error: input=nowhere: there is no such file or folder.")
+    assert printed.rstrip().endswith(
+        "1 file could not be read, see above; 0 of 1 files predicted, written to run/predict."
+    )
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
+    for is_done in (False, True):
+        printed = run_here(tmp_path, *words)
+        assert "already finished" in printed and ("1 of 1 files predicted" in printed) != is_done
+    assert (tmp_path / "run" / "predict" / "photo_ids.png").is_file()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["follow_ups"] == {"predict": "predict"}
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def test_a_signal_to_the_supervisor_ends_all(tmp_path: Path, number: signal.Sign
         (["trainer.devices=[0,2,3]"], 3),
         (["trainer=ddp_cpu"], 2),
         (["trainer.devices=auto", "trainer.accelerator=cpu"], 1),
-        (["trainer.devices=2", "trainer.strategy=ddp_spawn"], 1),  # Lightning starts those itself
+        (["trainer.devices=2", "trainer.strategy=ddp_find_unused_parameters_true"], 2),
         (["mode=predict", "ckpt=x", "input=y", "trainer.devices=2"], 1),
     ],
 )
@@ -179,6 +179,8 @@ REFUSED = "has started 4 processes, but trainer.devices={} on trainer.num_nodes=
         ),
         (SRUN, ["mode=predict", "ckpt=x", "input=y"], None),
         ({}, ["trainer.devices=2"], None),
+        ({}, ["trainer.num_nodes=2"], "trainer.num_nodes=2: start the processes of all machines with torchrun or srun"),
+        (SRUN | {"SLURM_JOB_NAME": "bash"}, ["trainer.num_nodes=2"], "trainer.num_nodes=2: start the processes of all"),
     ],
 )
 def test_e11_the_number_of_processes_is_that_of_the_configuration(

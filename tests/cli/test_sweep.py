@@ -416,6 +416,12 @@ def test_optuna_receives_scores_and_failures_and_continues_a_search(stub: Stub, 
     best = OmegaConf.to_container(OmegaConf.load(tmp_path / "x" / "optimization_results.yaml"))
     assert isinstance(best, dict)
     assert best["best_params"]["optim.lr"] == min(map(float, stub.rates))
+    lowest = ["-m", "hparams_search=optuna", "sweep_dir=y", "checkpoint.mode=min", "hydra.sweeper.n_trials=2"]
+    del stub.rates[:]
+    assert start(*lowest) == 0
+    best = OmegaConf.to_container(OmegaConf.load(tmp_path / "y" / "optimization_results.yaml"))
+    assert isinstance(best, dict)
+    assert best["best_params"]["optim.lr"] == max(map(float, stub.rates))  # of the lowest score
 
 
 @pytest.mark.slow

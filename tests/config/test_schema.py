@@ -96,6 +96,8 @@ def test_every_key_of_the_schema_can_be_set_on_the_command_line() -> None:
         ("trainer.precision=bf17", "trainer.precision=bf17"),
         ("trainer.strategy=fsdp", "Use trainer.strategy=ddp."),
         ("trainer.strategy=fsdp_cpu_offload", "Use trainer.strategy=ddp."),
+        ("trainer.strategy=deepspeed", "Use trainer.strategy=ddp."),
+        ("trainer.strategy=ddp_spawn", "Use trainer.strategy=ddp."),
         ("+lrr=3", "There is no key 'lrr'"),
         ("+optim.lrr=3", "Did you mean optim.lr?"),
         ("predict.save=[idz]", "Did you mean predict.save=ids?"),

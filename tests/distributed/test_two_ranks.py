@@ -108,3 +108,10 @@ def test_a_step_exchanges_its_gradients_and_one_vote_and_a_logged_step_the_means
 def test_the_page_of_a_run_on_two_ranks_has_the_scores_of_all_images(runs: Runs) -> None:
     page = (runs.folder / "whole" / "report.html").read_text()
     assert "Scores of 2 images" in page and page.count("data:image/") == 4  # rank 0 has one of the images
+
+
+def test_b10_ranks_agree_on_what_could_not_be_written(runs: Runs) -> None:
+    first, second = (rank["full disk"] for rank in runs.ranks)
+    assert first == second and first[0] >= 0
+    assert (runs.folder / "full_disk" / "checkpoints" / "best.ckpt").is_file()
+    assert end_of(runs.folder / "full_disk")["epoch"] == 2

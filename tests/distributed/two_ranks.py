@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -11,15 +12,18 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, EarlyStopping
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch.profiler import ProfilerActivity, profile
 
 from helpers.in_process import TINY_RUN, configured, fit
+from semseg.checkpoints import atomic_io
 from semseg.config.schema import Config
 from semseg.data.batch import Batch
 from semseg.training.callbacks.stop import StoppedError
+from semseg.training.loggers.csv import CSVLog
 
 # Five images in sub-batches of two on two ranks; two epochs of three steps of two sub-batches a rank. Step 2 is inside
 # an interval of the log.
@@ -65,6 +69,16 @@ EXCHANGED = [
     *TINY_RUN, "trainer.devices=2", "trainer.strategy=ddp", "data.steps_per_epoch=8", "trainer.max_epochs=1",
     "model.freeze_bn=true", "data.on_bad=skip", "trainer.log_every_n_steps=4", "data.val.list=null",
 ]  # fmt: skip
+
+
+class BestScores(Callback):
+    """Notes at the end what this rank holds for the best score."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        best = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]  # pyright: ignore[reportAttributeAccessIssue]
+        self.scores = [
+            -1.0 if callback.best_model_score is None else float(callback.best_model_score) for callback in best
+        ]
 
 
 class StopAt(Callback):
@@ -148,6 +162,29 @@ def count_collectives(root: str, folder: Path) -> dict[str, tuple[list[Counter[s
     return counted
 
 
+def train_on_full_disk(rank: int, root: str, folder: Path) -> list[float]:
+    """The best score that this rank holds after three epochs; rank 0 cannot write the log and best.ckpt at first."""
+    fails = {"log": True, "best": True} if rank == 0 else dict[str, bool]()
+    write_log, write = CSVLog.write, atomic_io._write_verified
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.csv")
+
+    def write_log_at_last(log: CSVLog) -> None:
+        if fails.pop("log", False):
+            raise full
+        write_log(log)
+
+    def write_at_last(target: Path, checkpoint: dict[str, Any]) -> None:
+        if target.name == "best.ckpt" and fails.pop("best", False):
+            raise full
+        write(target, checkpoint)
+
+    best = BestScores()
+    words = [*TWO_STEPS, "trainer.max_epochs=3", "checkpoint.on_error=warn"]
+    with patch.object(CSVLog, "write", write_log_at_last), patch.object(atomic_io, "_write_verified", write_at_last):
+        fit(run_of(words, root, folder / "full_disk"), best)
+    return best.scores
+
+
 def end_with_unused_parts(root: str, folder: Path) -> dict[str, Any]:
     """Weights of this rank after two steps of the networks in UNUSED, and the names of what was frozen."""
     ends = {}
@@ -171,7 +208,8 @@ def stop_and_resume(rank: int, world: int, *, root: str, folder: str) -> dict[st
 
     The entry "stopped" holds the steps at which this rank was stopped, "seen" the sub-batches of `two`,
     "unused" what `end_with_unused_parts` gives, "logged" the sub-batches of the run
-    `logged` and the best loss of its early stopping, and "collectives" what `count_collectives` gives.
+    `logged` and the best loss of its early stopping, "collectives" what `count_collectives` gives, and "full disk" what
+    `train_on_full_disk` gives.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -192,5 +230,5 @@ def stop_and_resume(rank: int, world: int, *, root: str, folder: str) -> dict[st
     return {
         "stopped": stopped, "seen": watch.seen, "unused": unused,
         "logged": {"seen": logged.seen, "best": best.value},
-        "collectives": count_collectives(root, Path(folder)),
+        "collectives": count_collectives(root, Path(folder)), "full disk": train_on_full_disk(rank, root, Path(folder)),
     }  # fmt: skip

@@ -34,7 +34,7 @@ from semseg.evaluation.label_errors import (
 )
 from semseg.evaluation.metrics import Counts
 from semseg.evaluation.result import build_result
-from semseg.evaluation.tiled import ArraySink, LabelSink, WindowLayout, predict_by_windows
+from semseg.evaluation.tiled import ArraySink, WindowLayout, predict_by_windows
 from semseg.modes.eval import describe_label_errors
 from semseg.nets.ensemble import Ensemble
 from semseg.nets.registry import ENCODERS
@@ -162,10 +162,12 @@ def test_windows_at_native_resolution_keep_it_too(num_members: int) -> None:
     net = members[0] if num_members == 1 else Ensemble(members, [8, 8])
     image = torch.randint(0, 256, (3, 70, 50), dtype=torch.uint8)
     label = torch.randint(-1, 5, (70, 50))
-    whole, sink = ArraySink(Size(70, 50), np.empty((5, 70, 50), np.float32)), LabelSink(label)
-    for one in (whole, sink):
-        predict_by_windows(net, image, PREPROCESSING["rgb_mean_std"], WindowLayout(32, 24, 8), one, flip=True)
+    whole, sink = ArraySink(Size(70, 50), np.empty((5, 70, 50), np.float32)), ArraySink(Size(70, 50))
+    options: dict[str, Any] = {"convention": PREPROCESSING["rgb_mean_std"], "layout": WindowLayout(32, 24, 8)}
+    predict_by_windows(net, image, sink=whole, flip=True, **options)
+    predict_by_windows(net, image, sink=sink, label=label, flip=True, **options)
     class_map = sink.to_class_map(torch.device("cpu"))
+    assert sink.probabilities is None and whole.label_confidence is None
     probabilities = torch.from_numpy(np.asarray(whole.probabilities))
     expected = probabilities.gather(0, label.clamp(min=0)[None])[0].masked_fill(label < 0, 0)
     assert torch.equal(class_map.label_confidence, expected) and np.array_equal(class_map.ids, whole.ids)  # pyright: ignore[reportArgumentType]

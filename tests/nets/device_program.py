@@ -27,8 +27,9 @@ from semseg.config.load import load_config
 from semseg.config.schema import LossConfig
 from semseg.data.batch import LABEL_TYPE, Batch
 from semseg.datamodule import widen_labels
-from semseg.evaluation.inference import batch_logits, merge_scales
+from semseg.evaluation.inference import ClassMap, batch_logits, merge_scales
 from semseg.evaluation.metrics import confusion_counts
+from semseg.evaluation.thresholds import count_probabilities
 from semseg.nets.interfaces import Logits
 from semseg.nets.normalise import normalise
 from semseg.nets.precision import choose_widest_float
@@ -104,6 +105,14 @@ def build_model(name: str) -> Segmenter:
         net = build_network(config.model, NUM_CLASSES)
     fill_meta_tensors(net)
     return net
+
+
+def find_in_thresholds() -> set[str]:
+    """Findings of the counts by threshold, which two classes have in every evaluation."""
+    ids, confidence = torch.zeros(6, 8, dtype=torch.int16), torch.zeros(6, 8)
+    with collect_findings() as copies:
+        count_probabilities(ClassMap(ids, confidence), torch.zeros(6, 8, dtype=torch.int64))
+    return copies.found
 
 
 def find_in_decoders(encoder: str) -> set[str]:
@@ -232,6 +241,7 @@ def list_cases() -> dict[str, Callable[[], set[str]]]:
         cases[f"step of the loss {name}"] = lambda name=name: find_in_loss(name)
         if LOSSES[name] in ROW_TERMS:
             cases[f"step of the loss {name}, in bands"] = lambda name=name: find_in_loss(name, stride=4)
+    cases["thresholds of two classes"] = find_in_thresholds
     cases["step of the moving average"] = find_in_average
     cases["callbacks of a step"] = find_in_callbacks
     for name in sorted(ENCODERS.keys() - {"torchvision", "timm", "tiny"} - left_out):

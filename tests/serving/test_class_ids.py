@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -20,15 +21,17 @@ from helpers.in_process import configured
 from semseg.build import open_predictor, restore_network
 from semseg.checkpoints.format import FORMAT_KEY, describe_network, read_checkpoint
 from semseg.checkpoints.network import build_network
-from semseg.config.schema import config_to_plain
+from semseg.config.schema import PredictConfig, config_to_plain
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
+from semseg.errors import ConfigError
 from semseg.evaluation.evaluator import Speed, SplitCounts
 from semseg.evaluation.metrics import Counts
 from semseg.evaluation.result import build_result
 from semseg.evaluation.result_files import write_result_files
 from semseg.export.onnx_runtime import build_description
 from semseg.modes import check
+from semseg.modes.eval import open_source
 from semseg.prediction import predictor
 from semseg.prediction.outputs import write_classes
 from semseg.prediction.predictor import Predictor
@@ -193,10 +196,23 @@ def test_j3_an_evaluation_names_its_classes_by_the_ids(folder: Path) -> None:
     assert compare_runs(read_evaluations([str(found), str(folder / "again")])).class_ids == IDS
 
 
+def test_classes_in_another_order_than_those_of_the_network_are_not_scored(folder: Path) -> None:
+    saved = read_checkpoint(folder / "net.ckpt")
+    names = list(saved.classes.names)
+    table = folder / "reversed.txt"
+    table.write_text("".join(f"{name}\n" for name in reversed(names)))
+    data = replace(saved.config.data, classes=str(table), num_classes=None)
+    message = f"reversed.txt: has the classes of .* in another order: class 0 is {names[-1]} here and {names[0]} there"
+    with pytest.raises(ConfigError, match=message):
+        open_source(data, saved)
+
+
 def test_j3_an_exported_file_stores_the_ids(folder: Path) -> None:
     saved = read_checkpoint(folder / "net.ckpt")
     about = build_description(saved, restore_network(saved))
     assert about["label_ids"] == IDS and about["ignored_ids"] == [0, 255]
+    plain = saved._replace(config=replace(saved.config, predict=PredictConfig(format="ade20k")))
+    assert build_description(plain, restore_network(saved))["label_ids"] == list(range(1, len(IDS) + 1))
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from semseg.modes.convert import save_state_dict
 from semseg.prediction.outputs import array_on_disk, save_png
 from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.storage.run_results import Job, RunResult, write_job, write_result
-from semseg.training.loggers.csv import CSVLog, RowFile
+from semseg.training.loggers.csv import RowFile
 
 NOISE = torch.rand(3, 64, 64)
 
@@ -129,12 +129,14 @@ def test_b10_on_error_warn_trains_on_without_best_last_log_and_panels(
         written.append((path.name.split(".")[1], checkpoint["epoch"]))
         write(path, checkpoint)
 
-    def save_if_there_is_room(self: CSVLog) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics.path))
+    def write_log_if_there_is_room(file: RowFile) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.path))
 
     scores = iter([0.2, 0.4, 0.3])  # better than the best that could be saved, though not than the one in between
     with (
         patch.object(atomic_io, "_stream_checkpoint", write_if_there_is_room),
+        patch.object(RowFile, "save", write_log_if_there_is_room),
+        pytest.warns(UserWarning, match=r"metrics\.csv: cannot be written"),  # at the end, once more
         patch("semseg.lit_module.scores_from", rising(scores)),
     ):
         content = fit(configured(*words, "checkpoint.on_error=warn"))
@@ -144,6 +146,7 @@ def test_b10_on_error_warn_trains_on_without_best_last_log_and_panels(
     assert float(state["best_model_score"]) == pytest.approx(0.3)
     errors = capfd.readouterr().err
     assert "best.ckpt: the checkpoint cannot be written" in errors and "last.ckpt: the" in errors
+    assert "metrics.csv: cannot be written" in errors and not (tmp_path / "run" / "logs" / "metrics.csv").exists()
 
 
 def rising(scores: Iterator[float]) -> Callable[..., Any]:

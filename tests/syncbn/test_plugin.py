@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from pytorch_lightning.plugins import TorchSyncBatchNorm
 from torch import nn
 
 from semseg.errors import ConfigError
+from semseg.nets.registry import build_segmenter
 from semseg.syncbn.layer import SyncBatchNorm2d
 from semseg.syncbn.plugin import LAYER_SYNC_BUILDERS, ReducedBatchNorm, build_layer_sync
 
@@ -56,3 +58,14 @@ def test_a_node_is_the_ranks_of_one_host_and_node_number() -> None:
     from lightning_ranks import under_ddp
 
     assert [rank["node sizes"] for rank in under_ddp()] == [[2, 1], [2, 1]]
+
+
+def test_native_refuses_layers_with_an_activation_which_it_would_leave_out() -> None:
+    plugin = build_layer_sync("native", accelerator="gpu")
+    assert plugin is not None
+    with torch.device("meta"):
+        net = build_segmenter("timm", "c1", 5, {"name": "regnety_002"}, {})
+        plain = build_segmenter("resnet18", "c1", 5)
+    with pytest.raises(ConfigError, match=r"syncbn=native: of \d+ layers BatchNormAct2d .* Use syncbn=reduce"):
+        plugin.apply(net)
+    assert any(isinstance(layer, nn.SyncBatchNorm) for layer in plugin.apply(plain).modules())

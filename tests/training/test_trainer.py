@@ -43,9 +43,11 @@ def test_the_automatic_strategy_is_ddp_for_several_devices(devices: Any, num_nod
     assert isinstance(create_strategy(settings, SyncBNConfig(), "cpu"), DDPStrategy) == is_parallel
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_find_unused_parameters_true"])
-def test_other_strategies_are_those_of_lightning(strategy: str) -> None:
-    assert create_strategy(TrainerConfig(strategy=strategy, devices=2), SyncBNConfig(), "cpu") == strategy
+def test_ddp_looks_for_unused_parameters_only_if_it_is_asked_to() -> None:
+    settings = TrainerConfig(strategy="ddp_find_unused_parameters_true", devices=2)
+    strategy = create_strategy(settings, SyncBNConfig(), "cpu")
+    assert isinstance(strategy, DDPStrategy)
+    assert strategy._ddp_kwargs == {"gradient_as_bucket_view": True, BUFFERS: False, "find_unused_parameters": True}
 
 
 def test_lightning_does_not_exchange_sigterm_over_the_device(tmp_path: Path) -> None:
@@ -70,3 +72,11 @@ def test_networks_with_linear_layers_keep_their_memory_layout() -> None:
     assert is_convolutional(build_segmenter("resnet18", "upernet", 3))
     with torch.device("meta"):
         assert not is_convolutional(build_segmenter("torchvision", "c1", 3, {"name": "swin_t"}))
+
+
+def test_all_devices_of_a_cpu_are_one(tmp_path: Path) -> None:
+    settings = TrainerConfig(accelerator="cpu", devices=-1)
+    trainer = create_trainer(
+        settings, SyncBNConfig(), tmp_path, callbacks=[], loggers=[], has_val=False, is_training=False
+    )
+    assert trainer.num_devices == 1

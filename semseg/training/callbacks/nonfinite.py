@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from semseg.data.batch import Batch
 from semseg.errors import SemsegError
 from semseg.storage.atomic import atomic_write
-from semseg.storage.commands import entry_command
+from semseg.storage.commands import format_command
+from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.training.callbacks.votes import StepVote
 
 NONFINITE_FOLDER = "nonfinite"  # in the run folder
@@ -98,7 +99,7 @@ class NonFiniteGuard(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         # A gradient scaler and the accumulation of gradients have multiplied the one to differentiate.
-        unscaled, loss = pl_module.step_metrics[-1][0], loss.detach()
+        unscaled, loss = pl_module.step_metrics[-1][0], loss.detach()  # pyright: ignore[reportIndexIssue]
         self._losses.append(torch.where(loss.isfinite(), unscaled.to(loss), loss))
         self._seeds.append(torch.initial_seed())  # that of SeedEveryStep
 
@@ -169,7 +170,9 @@ class NonFiniteGuard(Callback):
         else:
             message = f"step {step.number}: the loss or the gradient of another rank is NaN or infinite."
         if self.skipped > self.max_skipped:
-            command = f"{entry_command()} mode=replay ckpt=last input={path}"
+            last = self.folder.parent / CHECKPOINT_FOLDER / "last.ckpt"
+            ckpt = f"ckpt={last}" if last.is_file() else "ckpt=<checkpoint>"
+            command = format_command(["mode=replay", ckpt, f"input={path}"])
             raise NonFiniteError(f"{message} The sub-batch is saved: {command}")
         rank_zero_warn(f"{message} The step is skipped ({self.skipped} of {self.max_skipped}).")
         return True

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from semseg.data.batch import Batch, EvalSample
@@ -86,7 +87,11 @@ class ProbeMemory(Callback):
         batch = batch._replace(**{
             name: value.to(pl_module.device) for name, value in batch._asdict().items() if isinstance(value, Tensor)
         })  # fmt: skip
-        with report_out_of_memory(batch), trainer.precision_plugin.forward_context():
+        model = trainer.strategy.model
+        # A compiled network is split into the parts whose gradients DDP exchanges together only inside of its forward
+        # pass, and the graphs of this first pass are those of all others.
+        ddp_forward = model._inside_ddp_forward() if isinstance(model, DistributedDataParallel) else nullcontext()
+        with report_out_of_memory(batch), trainer.precision_plugin.forward_context(), ddp_forward:
             # Gradients, the buckets of DDP and the moving average are there already, or are created by the run.
             missing = sum(map(count_missing_state_bytes, trainer.optimizers))
             reserved = torch.empty(missing, dtype=torch.uint8, device=pl_module.device)

@@ -21,8 +21,10 @@ from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.storage.commands import relative_to_cwd
 from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.system.process import STOP_SIGNALS
+from semseg.system.text import escape_lines
 from semseg.training.callbacks.stop import StoppedError, StopSignals
 from semseg.training.callbacks.votes import HostVotes, Question, StepVote
+from semseg.training.loggers.csv import CSVLog
 from semseg.training.step_means import is_step_complete
 
 LAST = "last.ckpt"
@@ -126,21 +128,33 @@ class Saver(Checkpoint):
         self.signals.restore()
 
     def save(self, trainer: pl.Trainer) -> bool:
-        """Write last.ckpt, and the log up to the same step; returns whether that succeeded."""
+        """Write the log and last.ckpt; returns whether last.ckpt was written."""
         try:
-            for logger in trainer.loggers:
-                logger.save()
+            self.save_log(trainer)
             trainer.save_checkpoint(self.folder / LAST)
-        except (CheckpointError, OSError) as error:
-            message = describe_write_error(error, self.folder) if isinstance(error, OSError) else str(error)
-            if self.config.on_error != "warn" or message is None:
+        except CheckpointError as error:
+            if self.config.on_error != "warn":
                 raise
-            report_failed_save(trainer, CheckpointError(message))
+            report_failed_save(trainer, error)
             return False
         finally:
             self._last_save = time.monotonic()
             self._saved_step, self._heard_due = trainer.global_step, False
         return True
+
+    def save_log(self, trainer: pl.Trainer) -> None:
+        """Write the log; if it cannot be written, only warn with `on_error`.
+
+        The rank that writes it goes on to the checkpoint, in which all ranks communicate.
+        """
+        try:
+            for logger in trainer.loggers:
+                logger.write() if isinstance(logger, CSVLog) else logger.save()
+        except OSError as error:
+            message = describe_write_error(error, self.folder)
+            if self.config.on_error != "warn" or message is None:
+                raise
+            print(f"warning: {escape_lines(message)}", file=sys.stderr, flush=True)
 
     def keep_copy(self, trainer: pl.Trainer, step: int) -> None:
         """Keep the checkpoint just written under the name of its step, and delete the oldest of these."""

@@ -66,10 +66,7 @@ class CSVLog(Logger):
         self.metrics.add(int(step or 0), {name: metrics[name] for name in metrics if name not in measured})
         self.speed.add(int(step or 0), measured)
         if time.monotonic() - self._saved_at >= FLUSH_SECONDS:
-            with contextlib.suppress(
-                OSError
-            ):  # the rows are kept; the next checkpoint, or the end of the run, reports it
-                self.save()
+            self.save()
 
     @rank_zero_only
     def log_picture(self, name: str, pixels: Pixels, step: int) -> None:
@@ -95,6 +92,12 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def save(self) -> None:
+        """Write both files if they can be written; otherwise the next checkpoint, or the end of the run, reports it."""
+        with contextlib.suppress(OSError):
+            self.write()
+
+    @rank_zero_only
+    def write(self) -> None:
         """Write both files.
 
         Raises:
@@ -106,7 +109,14 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        """Write both files; what cannot be written is a warning, because the run itself is complete."""
+        try:
+            self.write()
+        except OSError as error:
+            message = describe_write_error(error, self.folder)
+            if message is None:
+                raise
+            warnings.warn(message, stacklevel=1)
 
 
 class RowFile:

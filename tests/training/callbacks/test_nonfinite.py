@@ -86,10 +86,12 @@ def test_d1_a_bad_step_of_a_fused_optimiser_is_reported_before_a_checkpoint_is_w
 ) -> None:
     spoil_steps(monkeypatch, {step})
     run = prepare_run(root, tmp_path, "optim.fused=true", "checkpoint.every_n_steps=2", "data.steps_per_epoch=4")
-    with pytest.raises(NonFiniteError, match=f"step {step}"):
+    with pytest.raises(NonFiniteError, match=f"step {step}") as caught:
         run.fit()
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert last.is_file() == (step == 4)
+    named = f"ckpt={last}" if step == 4 else "'ckpt=<checkpoint>'"  # not that of another run
+    assert f" mode=replay {named} input={tmp_path}/nonfinite/step_{step}_rank_0.pt" in str(caught.value)
     if step == 4:
         assert torch.load(last, weights_only=True)["global_step"] == 2
 

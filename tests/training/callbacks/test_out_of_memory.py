@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from helpers.in_process import prepare_run
 from semseg.config.schema import OptimConfig
@@ -17,8 +21,9 @@ from semseg.data.batch import Batch
 from semseg.errors import SemsegError
 from semseg.lit_module import SegmentationModule
 from semseg.nets.registry import build_segmenter
+from semseg.training.callbacks import out_of_memory
 from semseg.training.callbacks.ema import MovingAverage
-from semseg.training.callbacks.out_of_memory import OutOfMemory, count_missing_state_bytes
+from semseg.training.callbacks.out_of_memory import OutOfMemory, ProbeMemory, count_missing_state_bytes
 from semseg.training.losses import Loss
 from semseg.training.optim import build_optimizer
 
@@ -91,6 +96,27 @@ def test_the_largest_sub_batch_is_tried_before_the_first_step(
     with pytest.raises(OutOfMemory, match="the largest possible sub-batch"):
         prepare_run(root, tmp_path, "trainer.probe_memory=always").fit()
     assert len(tried) == 1
+
+
+def test_ddp_knows_of_the_first_pass_so_that_a_compiled_network_is_split_for_its_buckets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Splitting happens where DDP is the active module; the graphs of the first pass are those of all others."""
+    active: list[object] = []
+    model = DistributedDataParallel.__new__(DistributedDataParallel)
+    monkeypatch.setattr(
+        out_of_memory, "run_without_trace", lambda *_: active.append(DistributedDataParallel._active_ddp_module)
+    )
+    batch = Batch(torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8), torch.zeros(1, 2), [])
+    trainer: Any = SimpleNamespace(
+        datamodule=SimpleNamespace(largest_batch=lambda: batch),
+        strategy=SimpleNamespace(model=model),
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+        optimizers=[],
+    )
+    module: Any = SimpleNamespace(device=torch.device("cpu"))
+    ProbeMemory("always").on_train_start(trainer, module)
+    assert active == [model] and DistributedDataParallel._active_ddp_module is None
 
 
 @pytest.mark.slow
