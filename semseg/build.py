@@ -70,7 +70,7 @@ from semseg.training.callbacks.nonfinite import NonFiniteGuard
 from semseg.training.callbacks.out_of_memory import ProbeMemory
 from semseg.training.callbacks.panels import LogPanels
 from semseg.training.callbacks.report import WriteReport
-from semseg.training.callbacks.votes import StepVote
+from semseg.training.callbacks.step_reduction import StepReduction
 from semseg.training.callbacks.waiting import RecordWaiting, WaitingRecord
 from semseg.training.resume import DropRepeatedSteps, SeedEveryStep
 from semseg.training.trainer import (
@@ -498,13 +498,13 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
 
 def training_callbacks(config: Config, source: DataSource) -> list[Callback]:
     """Our callbacks of a training run, in the order in which Lightning calls them."""
-    run_dir, trainer, vote = Path(config.run_dir), config.trainer, StepVote()
+    run_dir, trainer, reduction = Path(config.run_dir), config.trainer, StepReduction()
     callbacks: list[Callback] = [
         CheckRestoredState(),
         ProbeMemory(trainer.probe_memory),
         SeedEveryStep(config.seed),
         DropRepeatedSteps(trainer.max_steps),
-        NonFiniteGuard(run_dir, trainer.max_nonfinite_steps, trainer.precision, vote),
+        NonFiniteGuard(run_dir, trainer.max_nonfinite_steps, trainer.precision, reduction),
         LogSteps(),
         WarnAboutLabels(source.classes.names),
         ReportValidation(),
@@ -515,5 +515,5 @@ def training_callbacks(config: Config, source: DataSource) -> list[Callback]:
         callbacks.append(MovingAverage(config.ema.decay, config.ema.start_step))
     callbacks.append(RecordWaiting(locate_waiting_record(config, source.root)))
     if config.data.on_bad == "skip":
-        callbacks.append(CountBadImages(config.data.batch_size, config.data.max_bad, vote))
-    return callbacks + checkpoint_callbacks(run_dir, config.checkpoint, vote, has_val=source.has("val"))
+        callbacks.append(CountBadImages(config.data.batch_size, config.data.max_bad, reduction))
+    return callbacks + checkpoint_callbacks(run_dir, config.checkpoint, reduction, has_val=source.has("val"))

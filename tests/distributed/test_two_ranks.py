@@ -94,14 +94,14 @@ def test_d9_the_logged_loss_is_the_mean_of_the_ranks_over_all_sub_batches_of_the
 
 
 @pytest.mark.parametrize(("fused", "last"), [("true", 7), ("false", 6)])
-def test_a_step_exchanges_its_gradients_and_one_vote_and_a_logged_step_the_means(
+def test_a_step_exchanges_its_gradients_and_one_reduction_and_a_logged_step_the_means(
     runs: Runs, fused: str, last: int
 ) -> None:
-    """The vote of a fused optimiser, and with it the signal in step 6, is read one step later."""
+    """The reduction of a fused optimiser, and with it the signal in step 6, is read one step later."""
     for rank in runs.ranks:
         steps, end = rank["collectives"][fused]
         assert end.startswith(f"stopped by SIGTERM at step {last}; ") and len(steps) == last
-        assert steps[2] == steps[4] == {"gloo:all_reduce": 2}  # one bucket of gradients, and the vote
+        assert steps[2] == steps[4] == {"gloo:all_reduce": 2}  # one bucket of gradients, and the sums of the callbacks
         assert steps[3]["gloo:all_reduce"] == 3
 
 

@@ -39,7 +39,7 @@ from semseg.training import logit_bands
 from semseg.training.callbacks.ema import update_average
 from semseg.training.callbacks.label_warnings import count_label_pixels
 from semseg.training.callbacks.nonfinite import NonFiniteGuard
-from semseg.training.callbacks.votes import Question, StepVote
+from semseg.training.callbacks.step_reduction import StepReduction, Summands
 from semseg.training.logit_bands import BandedLogits
 from semseg.training.losses import LOSSES, ROW_TERMS, build_term, segmentation_loss
 from semseg.training.step_means import IntervalMean, LastSteps
@@ -198,7 +198,7 @@ def find_in_average() -> set[str]:
 
 
 def find_in_callbacks() -> set[str]:
-    """Findings of what surrounds a step: wide labels, the guard with its vote, and the values that are logged."""
+    """Findings of what surrounds a step: wide labels, the guard with its reduction, and the values that are logged."""
     net = build_segmenter("resnet18", "c1", NUM_CLASSES)
     weights = list(net.parameters())
     for weight in weights:
@@ -209,9 +209,9 @@ def find_in_callbacks() -> set[str]:
     module.step_metrics = [torch.zeros(2)]  # pyright: ignore[reportAttributeAccessIssue]
     label = torch.zeros(2, 16, 20, dtype=LABEL_TYPE)
     batch = Batch(torch.zeros(2, 3, 64, 80, dtype=torch.uint8), label, torch.zeros(2, 2).long(), ["a.jpg", "b.jpg"])
-    vote = StepVote()
-    vote.ask(Question(2, lambda: [0, 3], lambda step, sums: None))
-    guard = NonFiniteGuard(Path(), 1, "bf16-mixed", vote)
+    reduction = StepReduction()
+    reduction.register(Summands(2, lambda: [0, 3], lambda step, sums: None))
+    guard = NonFiniteGuard(Path(), 1, "bf16-mixed", reduction)
     optimizer: Any = SimpleNamespace(param_groups=[{"lr": 0.1}], defaults={"fused": True})
     mean = IntervalMean()
     with collect_findings() as copies:

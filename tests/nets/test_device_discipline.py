@@ -46,7 +46,7 @@ def test_no_training_step_waits_for_the_device(findings: dict[str, list[str]]) -
 def test_what_surrounds_a_step_waits_for_nothing_and_sends_one_row_of_numbers_to_the_host(
     findings: dict[str, list[str]],
 ) -> None:
-    """Wide labels, the guard against NaN with the vote of all ranks, clipping, and the values of the log."""
+    """Wide labels, the guard against NaN with the sums over all ranks, clipping, and the values of the log."""
     assert findings["callbacks of a step"] == ["gpu to cpu in training/callbacks/nonfinite.py:copy_to_host"]
 
 

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from semseg.data.batch import Batch
 from semseg.data.records import check_bad_fraction
 from semseg.system.text import escape_lines
-from semseg.training.callbacks.votes import Question, StepVote
+from semseg.training.callbacks.step_reduction import StepReduction, Summands
 
 LEFT_OUT_COUNT = "data/left_out"  # in the log
 
@@ -33,18 +33,18 @@ class CountBadImages(Callback):
     Args:
         batch_size: images of a sub-batch, per device.
         max_bad: the largest fraction of images that may be left out.
-        vote: exchanges the counts of a step.
+        reduction: sums the counts of a step over the ranks.
     """
 
-    def __init__(self, batch_size: int, max_bad: float, vote: StepVote) -> None:
+    def __init__(self, batch_size: int, max_bad: float, reduction: StepReduction) -> None:
         self.batch_size, self.max_bad = batch_size, max_bad
         self.seen = self.left_out = 0
         self._here = [0, 0]  # left out and seen by this rank since the last step of the optimiser
-        self._vote = vote
-        vote.ask(Question(2, self._take_counts, self._add_counts))
+        self._reduction = reduction
+        reduction.register(Summands(2, self._take_counts, self._add_counts))
 
     def state_dict(self) -> dict[str, Any]:
-        self._vote.read()
+        self._reduction.flush()
         return {"seen": self.seen, "left_out": self.left_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class CountBadImages(Callback):
         self._here = [left_out + len(batch.bad), seen + self.batch_size]
 
     def read_counts(self) -> dict[str, int]:
-        self._vote.read()
+        self._reduction.flush()
         return {LEFT_OUT_COUNT: self.left_out}
 
     def _take_counts(self) -> list[int]:

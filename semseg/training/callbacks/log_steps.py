@@ -17,14 +17,16 @@ from semseg.data.batch import Batch
 from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.system.process import handle_stop_signals
 from semseg.training.callbacks.saver import Saver
-from semseg.training.callbacks.votes import KeepsCounts, StepVote
+from semseg.training.callbacks.step_reduction import KeepsCounts, StepReduction
 from semseg.training.step_means import IntervalMean, StepSums, compute_means, get_step_mean, is_step_complete
 from semseg.training.training_state import SUMS_KEY
 
 
-def checkpoint_callbacks(run_dir: Path, config: CheckpointConfig, vote: StepVote, *, has_val: bool) -> list[Callback]:
+def checkpoint_callbacks(
+    run_dir: Path, config: CheckpointConfig, reduction: StepReduction, *, has_val: bool
+) -> list[Callback]:
     """The callbacks that write best.ckpt, if there is validation, and last.ckpt, which holds the best score as well."""
-    last = Saver(run_dir, config, vote)
+    last = Saver(run_dir, config, reduction)
     if not has_val:
         return [last]
     best = BestCheckpoint(

@@ -23,7 +23,7 @@ from semseg.errors import SemsegError
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import format_command
 from semseg.storage.run_folders import CHECKPOINT_FOLDER
-from semseg.training.callbacks.votes import StepVote
+from semseg.training.callbacks.step_reduction import StepReduction
 
 NONFINITE_FOLDER = "nonfinite"  # in the run folder
 OVERFLOWS = "amp/overflows"  # in the log
@@ -40,7 +40,7 @@ class Step(NamedTuple):
     batches: list[Batch]  # this rank's
     seeds: list[int]  # of torch's generators before each of them, which decide dropout
     rates: list[float]  # the learning rate of each part of the network
-    values: Tensor  # on the host: the sums of the vote, bad on this rank, gradient norm, losses of the sub-batches
+    values: Tensor  # on the host: the sums over the ranks, bad on this rank, gradient norm, losses of the sub-batches
     is_copied: torch.Event | None  # recorded when `values` are there; None: they are
 
 
@@ -58,13 +58,13 @@ class NonFiniteGuard(Callback):
         run_dir: the folder of the run.
         max_skipped: trainer.max_nonfinite_steps.
         precision: trainer.precision.
-        vote: what other callbacks ask all ranks at every step.
+        reduction: sums integers of other callbacks over the ranks at every step.
 
     Raises:
         NonFiniteError: names the step, its files, learning rates and gradient norm, and the saved sub-batch.
     """
 
-    def __init__(self, run_dir: Path, max_skipped: int, precision: str, vote: StepVote | None = None) -> None:
+    def __init__(self, run_dir: Path, max_skipped: int, precision: str, reduction: StepReduction | None = None) -> None:
         self.folder = run_dir / NONFINITE_FOLDER
         self.max_skipped = max_skipped
         # A gradient scaler looks for infinite gradients of half precision itself, and skips them routinely.
@@ -77,8 +77,8 @@ class NonFiniteGuard(Callback):
         self._losses: list[Tensor] = []
         self._statistics: dict[str, Tensor] = {}
         self._unread: Step | None = None
-        self._vote = vote or StepVote()
-        self._vote.read = self.read_last_step
+        self._reduction = reduction or StepReduction()
+        self._reduction.flush = self.read_last_step
 
     def state_dict(self) -> dict[str, Any]:
         self.read_last_step()  # a checkpoint counts all steps before it, and holds no statistics of a bad one
@@ -111,7 +111,7 @@ class NonFiniteGuard(Callback):
         norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
         losses = torch.stack(self._losses).to(norm)
         is_bad_here = ~losses.isfinite().all() | ~(torch.ones_like(norm) if self.has_scaler else norm).isfinite()
-        sums = torch.cat([is_bad_here.float().view(1), self._vote.collect(is_bad_here.float())])
+        sums = torch.cat([is_bad_here.float().view(1), self._reduction.collect(is_bad_here.float())])
         if self._world_size > 1:  # ranks agree on the device, which is not waited for
             dist.all_reduce(sums)
         is_bad = (sums[0] > 0).float()  # fused kernels compare it with 1
@@ -157,8 +157,8 @@ class NonFiniteGuard(Callback):
         if step.is_copied is not None:
             step.is_copied.synchronize()
         num_bad, *values = step.values.tolist()
-        sums, (is_bad_here, norm, *losses) = values[: self._vote.num_answers], values[self._vote.num_answers :]
-        self._vote.announce(step.number, sums)
+        sums, (is_bad_here, norm, *losses) = values[: self._reduction.length], values[self._reduction.length :]
+        self._reduction.dispatch(step.number, sums)
         if not num_bad:
             if not math.isfinite(norm):
                 self.count_overflow(step.number)

@@ -22,8 +22,8 @@ from semseg.storage.commands import relative_to_cwd
 from semseg.storage.run_folders import CHECKPOINT_FOLDER
 from semseg.system.process import STOP_SIGNALS
 from semseg.system.text import escape_lines
+from semseg.training.callbacks.step_reduction import HostReduction, StepReduction, Summands
 from semseg.training.callbacks.stop import StoppedError, StopSignals
-from semseg.training.callbacks.votes import HostVotes, Question, StepVote
 from semseg.training.loggers.csv import CSVLog
 from semseg.training.step_means import is_step_complete
 
@@ -61,22 +61,22 @@ class Saver(Checkpoint):
         CheckpointError: if it cannot be written, unless `on_error` is "warn".
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, vote: StepVote) -> None:
+    def __init__(self, run_dir: Path, config: CheckpointConfig, reduction: StepReduction) -> None:
         self.folder = run_dir / CHECKPOINT_FOLDER
         self.config = config
         self.signals = StopSignals()
         self._last_save = time.monotonic()
         self._saved_step = 0
-        # With several ranks, what all of them have heard by now: on a GPU of the step before.
+        # With several ranks, what the sums have shown by now: on a GPU those of the step before.
         self._has_others = False
-        self._heard_signal = 0
-        self._heard_due = False
-        self._host_votes: HostVotes | None = None
-        vote.ask(Question(1 + len(STOP_SIGNALS), self._give_answers, self._hear_sums))
+        self._agreed_signal = 0
+        self._agreed_due = False
+        self._host_reduction: HostReduction | None = None
+        reduction.register(Summands(1 + len(STOP_SIGNALS), self._list_flags, self._read_sums))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._has_others = trainer.world_size > 1
-        self._host_votes = HostVotes(trainer.world_size)
+        self._host_reduction = HostReduction(trainer.world_size)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signals.install()  # now, because Lightning sets its own while it starts
@@ -92,7 +92,7 @@ class Saver(Checkpoint):
             return  # on_train_epoch_end comes next, after callbacks that judge the epoch
         signal_number, is_due = self.signals.received or 0, self._is_due()
         if self._has_others:
-            signal_number, is_due = self._heard_signal, self._heard_due
+            signal_number, is_due = self._agreed_signal, self._agreed_due
         step = trainer.global_step
         is_periodic = bool(self.config.every_n_steps) and step % (self.config.every_n_steps or 1) == 0
         is_end = step == trainer.max_steps  # may be inside an epoch
@@ -111,16 +111,16 @@ class Saver(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        # Some ranks have more batches than others, and all must vote. The state is in last.ckpt already.
+        # Some ranks have more batches than others, and all must take part. The state is in last.ckpt already.
         groups = len(trainer.datamodule.eval_groups("val"))  # pyright: ignore[reportAttributeAccessIssue]
         num_common = count_common_batches(groups, trainer.world_size, trainer.limit_val_batches)
         if not trainer.sanity_checking and batch_idx < num_common:
-            self._stop_if(self._vote_on_signal(), trainer)
+            self._stop_if(self._agree_on_signal(), trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # ended by trainer.max_steps: on_train_batch_end has saved it
-        signal_number = self._vote_on_signal()
+        signal_number = self._agree_on_signal()
         self.save(trainer)
         self._stop_if(signal_number, trainer)
 
@@ -139,7 +139,7 @@ class Saver(Checkpoint):
             return False
         finally:
             self._last_save = time.monotonic()
-            self._saved_step, self._heard_due = trainer.global_step, False
+            self._saved_step, self._agreed_due = trainer.global_step, False
         return True
 
     def save_log(self, trainer: pl.Trainer) -> None:
@@ -180,21 +180,21 @@ class Saver(Checkpoint):
         minutes = self.config.every_n_minutes
         return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
-    def _give_answers(self) -> list[int]:
+    def _list_flags(self) -> list[int]:
         """Whether a checkpoint is due on this rank, and which signal it has received."""
         return [int(self._is_due()), *(int(number == self.signals.received) for number in STOP_SIGNALS)]
 
-    def _hear_sums(self, step: int, sums: list[int]) -> None:
+    def _read_sums(self, step: int, sums: list[int]) -> None:
         due, *counts = sums
         received = [int(number) for number, count in zip(STOP_SIGNALS, counts, strict=True) if count]
-        self._heard_signal = max([self._heard_signal, *received])
+        self._agreed_signal = max([self._agreed_signal, *received])
         if due and step > self._saved_step:  # otherwise the checkpoint has been written since
-            self._heard_due = True
+            self._agreed_due = True
 
-    def _vote_on_signal(self) -> int:
+    def _agree_on_signal(self) -> int:
         """The signal that any rank has received, 0 if none has; outside of training steps."""
-        assert self._host_votes is not None, "on_fit_start comes first"
-        return self._host_votes.maximum(max(int(self.signals.received or 0), self._heard_signal))
+        assert self._host_reduction is not None, "on_fit_start comes first"
+        return self._host_reduction.find_maximum(max(int(self.signals.received or 0), self._agreed_signal))
 
     def _stop_if(self, number: int, trainer: pl.Trainer) -> None:
         if not number:
