@@ -110,10 +110,8 @@ def run(config: Config, overrides: list[str]) -> float | None:
         config = replace(config, data=measure_range(source))
         source = DataSource(config.data)
     run_dir = Path(config.run_dir)
-    if "predict" in config.after_training and config.input not in (
-        None,
-        "-",
-    ):  # what is missing is reported now, not after training
+    if "predict" in config.after_training and config.input and config.input != "-":
+        # What is missing is reported now, not after training.
         find_inputs(config.input, choose_follow_up_folder(run_dir, "predict"), unused=UnusedFiles())
     with lock_run_folder(run_dir):
         start = resolve_start(config, overrides, source)
