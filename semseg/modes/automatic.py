@@ -253,9 +253,12 @@ class Chooser:
 
     def make_largest_image(self) -> Batch:
         """A black sub-batch of one image as large as the plan can produce."""
-        self.source.config = replace(self.config.data, batch_size=1)
-        config = replace(self.config, data=self.source.config)
-        return build_data(config, self.source, self.build_shapes()).largest_batch()
+        before, self.source.config = self.source.config, replace(self.config.data, batch_size=1)
+        try:
+            config = replace(self.config, data=self.source.config)
+            return build_data(config, self.source, self.build_shapes()).largest_batch()
+        finally:
+            self.source.config = before
 
     # ---- memory
 
