@@ -112,7 +112,7 @@ class SegmentationModule(pl.LightningModule):
         self.threshold_counts = ThresholdCounts() if len(classes.names) == 2 else None
         self.threshold: float | None = None  # two classes: the best one of the last validation
         check_measures(len(classes.names))
-        self.image_means = ImageMeans()  # scores that programs add
+        self.image_means = ImageMeans()  # of custom scores
         self.num_unreadable = 0  # images of this rank in the current evaluation
         self.scores: Scores | None = None  # those of the last validation or test
         self.counts: Counts | None = None  # those of the last validation

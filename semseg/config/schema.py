@@ -481,7 +481,7 @@ class AugmentConfig:
     crop: list[int] | None = None
     """The same as data.crop, for recipes of augmentation; null: data.crop decides."""
     own: dict[str, Any] = open_field()
-    """Those that programs add, by name: a number, true, or a mapping of options; 0, false, null: left out."""
+    """Custom transforms by name: a number, true, or a mapping of options; 0, false, null: left out."""
 
     @property
     def is_on(self) -> bool:
@@ -567,7 +567,7 @@ class LossTermsConfig:
     lovasz: float = number_field(0.0, low=0)
     """Lovasz softmax loss."""
     own: dict[str, Any] = open_field()
-    """Those that programs add, by name: the weight, or a mapping of `factor` and options."""
+    """Custom terms by name: the weight, or a mapping of `factor` and options."""
 
     @property
     def factors(self) -> dict[str, float]:

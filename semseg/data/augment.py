@@ -30,7 +30,7 @@ from semseg.errors import ConfigError, check_choice
 AUGMENT_STREAM = 3  # random stream; plan.py defines the others
 BLUR_RADIUS = 4.0  # radius of the kernel in standard deviations
 
-# Transforms that programs add, by name: functions of
+# Custom transforms by name: functions of
 #     image (3, H, W), uint8 RGB (or bands, in the type of the files), label (H, W), int64, -1 = not scored, and a
 #     torch.Generator
 # that return the changed image and label, of the same shapes and types. The value of augment.<name> is the fourth
@@ -85,7 +85,7 @@ def describe_tensor(value: object) -> str:
 
 
 def build_own_transforms(config: AugmentConfig) -> list[OwnTransform]:
-    """The transforms that programs add, in the order of the configuration.
+    """The custom transforms, in the order of the configuration.
 
     Raises:
         ConfigError: if one is not in AUGMENTATIONS, or does not take its options.
@@ -107,7 +107,7 @@ def build_own_transforms(config: AugmentConfig) -> list[OwnTransform]:
 
 
 class Augmentation:
-    """Random changes of one training image: turns, colour, blur, rotation, erasing, those that programs add, the crop.
+    """Random changes of one training image: turns, colour, blur, rotation, erasing, custom transforms, the crop.
 
     Args:
         config: which transforms to apply, and their strength.
@@ -206,7 +206,7 @@ class Augmentation:
     def _apply_own(
         self, pixels: torch.Tensor, mask: torch.Tensor, number: int, position: int
     ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        """Apply the transforms that programs add; they do not change what ours draw."""
+        """Apply the custom transforms; they do not change what ours draw."""
         image, label = pixels.as_subclass(torch.Tensor).contiguous(), mask[0].as_subclass(torch.Tensor).long()
         with torch.random.fork_rng(devices=[]):
             for index, transform in enumerate(self.own):

@@ -48,7 +48,7 @@ class ImageRecord(NamedTuple):
     seconds: float  # network and scoring
     class_counts: NDArray[np.signedinteger]  # (3, K), see bootstrap.class_counts
     maps: ClassMaps | None  # small label and prediction; None for images after the first MAX_MAPS
-    own: Mapping[str, float | None] = NO_SCORES  # scores that programs add, by name
+    own: Mapping[str, float | None] = NO_SCORES  # custom scores by name
 
 
 class UnreadableImage(NamedTuple):

@@ -57,7 +57,7 @@ class Counts(NamedTuple):
 
     matrix: Tensor  # (num_classes, num_classes) int64; rows are labels
     images: int
-    own: tuple[OwnScore, ...] = ()  # scores that programs add
+    own: tuple[OwnScore, ...] = ()  # custom scores
 
 
 class ConfusionMatrix(Metric):
@@ -124,7 +124,7 @@ class Scores(NamedTuple):
     num_averaged: int  # number of classes that mean_iou is the mean of
     absent: list[int]  # classes that the rule treats as absent
     rule: str
-    own: tuple[OwnScore, ...] = ()  # scores that programs add
+    own: tuple[OwnScore, ...] = ()  # custom scores
 
     @property
     def pixel_fractions(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""Stage 7: scores that programs add. They stand beside ours in the log, tables, files and pages."""
+"""Stage 7: custom scores, which programs register. They stand beside ours in the log, tables, files and pages."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class ImageMeans(Metric):
 
 
 def score_image(prediction: Tensor, label: Tensor) -> dict[str, float | None]:
-    """The scores of IMAGE_METRICS for one image; empty if programs add none.
+    """The scores of IMAGE_METRICS for one image; empty without custom ones.
 
     Args:
         prediction: (H, W) class indices, any integer type and device.
@@ -101,7 +101,7 @@ def score_image(prediction: Tensor, label: Tensor) -> dict[str, float | None]:
 
 
 def score_split(matrix: Tensor, image_means: Mapping[str, float | None]) -> tuple[OwnScore, ...]:
-    """All scores that programs add.
+    """All custom scores.
 
     Args:
         matrix: (K, K) int64, rows are labels.

@@ -55,7 +55,7 @@ class ClassScore(NamedTuple):
     boundary_iou: float | None  # None too if eval.boundary_iou=false
     pixels: int  # by the labels
     fraction: float  # fraction of all scored pixels, by the labels
-    own: Mapping[str, float | None] = NO_SCORES  # scores that programs add, by name
+    own: Mapping[str, float | None] = NO_SCORES  # custom scores by name
 
 
 class ImageScore(NamedTuple):
@@ -69,7 +69,7 @@ class ImageScore(NamedTuple):
     width: int = 0
     class_counts: NDArray[np.signedinteger] | None = None  # (3, K), see bootstrap.class_counts
     maps: ClassMaps | None = None  # small label and prediction
-    own: Mapping[str, float | None] = NO_SCORES  # scores that programs add, by name
+    own: Mapping[str, float | None] = NO_SCORES  # custom scores by name
 
 
 class SubsetScores(NamedTuple):

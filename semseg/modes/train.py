@@ -201,7 +201,7 @@ def chooses_network(overrides: list[str]) -> bool:
 
 
 def adopt_network(model: ModelConfig, network: ModelConfig) -> ModelConfig:
-    """`model` with the architecture of `network`; how it is trained stays."""
+    """`model` with the architecture of `network`, and its own settings of training."""
     frozen = {"frozen": model.encoder.get("frozen", False)}
     chosen = {key: getattr(network, key) for key in ARCHITECTURE_KEYS}
     return replace(model, **chosen, encoder=network.encoder | frozen)

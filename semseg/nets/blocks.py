@@ -85,7 +85,7 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 
 
 def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` in another type; the tensor itself if it has it, of which exported graphs then know nothing."""
+    """`values` in another type; the tensor itself if it has that type, so that exported graphs have no cast."""
     return values if values.dtype == dtype else values.to(dtype)
 
 

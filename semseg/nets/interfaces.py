@@ -197,7 +197,7 @@ class Encoder(nn.Module, ABC):
 
     @property
     def size_divisor(self) -> int:
-        """Height and width of an image must be multiples of it, so that the deepest map has whole pixels."""
+        """The stride of the deepest map: images are padded to multiples of it, so that no map has part of a pixel."""
         return max(self.strides)
 
     @abstractmethod

@@ -221,7 +221,7 @@ def score_common_images(
         tuple(
             row._replace(values=tuple(finite_or_none(score.headline[keys[row.name]][0]) for score in scores))
             for row in headline
-            if row.name in keys  # the counts do not give the scores that programs add
+            if row.name in keys  # the counts do not give custom scores
         ),
         tuple(
             row._replace(values=tuple(finite_or_none(score.iou[0, index]) for score in scores))
@@ -279,7 +279,7 @@ def describe_class_difference(base: str, base_names: list[str], other: str, othe
 
 
 def build_headline_rows(runs: Sequence[ComparedRun]) -> tuple[ScoreRow, ...]:
-    """Return the headline scores that all runs have, with the fractions among the scores that programs add."""
+    """Return the headline scores that all runs have, with the fractions among custom scores."""
     ours = [
         ScoreRow(name, tuple(run.metrics[key] for run in runs))
         for key, name in HEADLINE_NAMES.items()

@@ -146,7 +146,7 @@ class ScoreTables(NamedTuple):
     rows: list[ClassRow]  # the classes with a score, the largest first
     absent: list[ClassScore]  # the others
     has_boundary: bool
-    own: list[OwnScore]  # scores of classes that programs add
+    own: list[OwnScore]  # custom scores of classes
     heat: Markup | None  # None if no classes were confused
     rankings: list[tuple[str, str, list[ConfusedPair]]]  # key, name, the first pairs of the order
 

@@ -78,7 +78,7 @@ class BandedLogits:
         height = self.shape[2]
         for top in range(0, height, self.num_rows):
             bottom = min(top + self.num_rows, height)
-            # A row more on each side, because the device may round its positions otherwise: it is not waited for.
+            # One more row on each side: the device may round positions differently, and asking it would wait for it.
             source = slice(max(0, self._source_row(top) - 1), self._source_row(bottom - 1) + 3)
             yield Band(slice(top, bottom), source)
 

@@ -160,7 +160,7 @@ def _lovasz_of_class(probability: Tensor, is_class: Tensor) -> Tensor:
     return (errors * torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])).sum()
 
 
-# The terms by name, ours and those that programs add: functions of
+# The terms by name, ours and custom ones: functions of
 #     logits (N, K, h, w), float32 or wider, and label (N, h, w), int64, -1 = not scored
 # that return one number with a gradient. Ours, apart from lovasz, take BandedLogits as well (ROW_TERMS), others get all
 # logits at the resolution of the label. They are called for the main and for the auxiliary logits. Parameters called

@@ -1,4 +1,4 @@
-"""Batch normalisation of one value per channel, which has no variance: said in one line."""
+"""Reports batch normalisation of a single value per channel, which has no variance, as one clear error."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from semseg.system.text import format_quantity
 from semseg.training.loggers.external import logger_error, require_logger_package
 
 Created = TypeVar("Created")
-# Classes that programs add, by name. A section callbacks.<name> or logger.<name> without `_target_` holds arguments.
+# Custom classes by name. A section callbacks.<name> or logger.<name> without `_target_` holds arguments.
 CALLBACKS: dict[str, Callable[..., Callback]] = {}
 LOGGERS: dict[str, Callable[..., Logger]] = {}
 announce_table("callbacks", CALLBACKS)

@@ -30,7 +30,7 @@ from semseg.training.step_means import LastSteps, get_step_mean, is_step_complet
 
 REST_WIDTH = 95  # characters of a progress bar beside the bar itself, with the accuracy
 MIN_BAR_WIDTH, MAX_BAR_WIDTH = 4, 20
-READ_SECONDS = 0.5  # between readings of the loss, for which the host waits for the device
+READ_SECONDS = 0.5  # between readings of the loss; each waits for the device
 NUM_WEAKEST = 5  # classes named after every validation
 OTHER_SECTIONS = ("predict", "serve", "export", "check", "bench", "download")  # sections that training does not read
 

@@ -112,7 +112,7 @@ class NonFiniteGuard(Callback):
         losses = torch.stack(self._losses).to(norm)
         is_bad_here = ~losses.isfinite().all() | ~(torch.ones_like(norm) if self.has_scaler else norm).isfinite()
         sums = torch.cat([is_bad_here.float().view(1), self._reduction.collect(is_bad_here.float())])
-        if self._world_size > 1:  # ranks agree on the device, which is not waited for
+        if self._world_size > 1:  # ranks agree on the device, without waiting for it
             dist.all_reduce(sums)
         is_bad = (sums[0] > 0).float()  # fused kernels compare it with 1
         values = torch.cat([sums.to(norm), torch.stack([is_bad_here.to(norm), norm]), losses])
