@@ -56,6 +56,7 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.pop("SEMSEG_CACHE", None)  # which comes before it
     if CACHE_VARIABLE not in os.environ:  # what runs keep for the next ones; the processes of pytest-xdist inherit it
         os.environ[CACHE_VARIABLE] = caches.enter_context(TemporaryDirectory())
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):

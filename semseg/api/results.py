@@ -206,14 +206,16 @@ def read_table(path: Path) -> pd.DataFrame | list[TableRow]:
     )
 
 
-def parse_cell(text: str) -> int | float | str | None:
+def parse_cell(text: str | None) -> int | float | str | None:
     """The value of a cell of a CSV file: a number, text, or None if it is empty."""
+    if not text:
+        return None
     for convert in (int, float):
         try:
             return convert(text)
         except ValueError:
             continue
-    return text or None
+    return text
 
 
 def embed_picture(path: Path) -> str:

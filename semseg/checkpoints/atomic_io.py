@@ -100,7 +100,10 @@ class BestCheckpoint(ModelCheckpoint):
     def _update_best_and_save(
         self, current: Tensor, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]
     ) -> None:
-        names = ("current_score", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score")
+        names = (
+            "current_score", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score",
+            "_last_global_step_saved", "_last_checkpoint_saved",
+        )  # fmt: skip
         before, models = {name: getattr(self, name) for name in names}, dict(self.best_k_models)
         has_failed = False
         try:

@@ -23,7 +23,7 @@ from torch import Tensor
 from semseg.config.hints import REMOVED_KEYS
 from semseg.config.origin import WeightsOrigin
 from semseg.config.preprocessing import Preprocessing
-from semseg.config.schema import Config, config_to_plain
+from semseg.config.schema import STRATEGIES, Config, PredictConfig, config_to_plain
 from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
@@ -262,6 +262,10 @@ def update_saved_config(config: DictConfig, weights: Collection[str]) -> DictCon
         section = OmegaConf.select(config, key.removesuffix(f".{name}"))
         if isinstance(section, DictConfig):
             section.pop(name, None)
+    if OmegaConf.select(config, "trainer.strategy") not in STRATEGIES:
+        OmegaConf.update(config, "trainer.strategy", "auto")
+    if OmegaConf.select(config, "predict.save") == []:
+        OmegaConf.update(config, "predict.save", PredictConfig().save)
     loggers = OmegaConf.select(config, "logger")
     for section in loggers.values() if isinstance(loggers, DictConfig) else ():
         target = str(section.get("_target_")) if isinstance(section, DictConfig) else ""

@@ -93,7 +93,8 @@ def check_world_size(config: Config) -> None:
     """
     found, trainer = _find_launcher(), config.trainer
     if found is None:
-        if trainer.num_nodes > 1 and config.mode in PARALLEL_MODES and not is_supervised():
+        is_rank = is_supervised() and "LOCAL_RANK" in os.environ
+        if trainer.num_nodes > 1 and config.mode in (*PARALLEL_MODES, "crossval") and not is_rank:
             raise ConfigError(
                 f"trainer.num_nodes={trainer.num_nodes}: start the processes of all machines with torchrun or srun, as "
                 "in docs/distributed.md."

@@ -714,8 +714,8 @@ class TrainerConfig:
             )
         if self.strategy not in STRATEGIES:
             yield (
-                f"trainer.strategy={self.strategy}: not supported, because averages, statistics and checkpoints need "
-                "all weights on every device. Use trainer.strategy=ddp."
+                f"trainer.strategy={self.strategy}: must be one of {', '.join(STRATEGIES)}: averages, statistics and "
+                "checkpoints need all weights in a process for each device. Use trainer.strategy=ddp."
             )
         for key, lowest in (("limit_train_batches", 1), ("limit_val_batches", 0)):
             value = getattr(self, key)

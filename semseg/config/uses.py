@@ -39,7 +39,7 @@ UNREAD_KEYS = {
         "predict.threshold": "Scores are those of the most probable class; precision_recall.csv has other thresholds.",
         "predict.min_confidence": "Every pixel has a class in the scores. Leave it out.",
         "predict.save": "It is for mode=predict. Leave it out.",
-        "predict.format": "It is for mode=predict. Leave it out.",
+        "predict.format": "It is for predictions. Leave it out.",
         "input": "It scores a data set: data.root=<folder> names another one.",
         "output": "The results are written to run_dir=<folder>.",
         "trainer.limit_val_batches": "data.limit=<number> scores the first images only.",
@@ -325,9 +325,5 @@ def find_export_problems(config: Config) -> Iterator[str]:
         yield f"export.quantize={config.export.quantize}: applies to {ONNX} files only."
     if config.export.preprocessing and written == "torch_export":
         yield f"export.preprocessing=true: applies to {ONNX} files only."
-    if config.export.preprocessing and config.export.quantize == "none":  # otherwise both networks are evaluated
-        for key, use in (("flip", "Use predict.flip"), ("window", "Leave it out"), ("stride", "Leave it out")):
-            if value := getattr(config.eval, key):
-                yield f"eval.{key}={value}: has no effect with export.preprocessing=true. {use}."
     if config.export.preprocessing and config.predict.window is not None:
         yield f"predict.window={config.predict.window}: windows cannot be exported with export.preprocessing=true."

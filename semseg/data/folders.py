@@ -79,7 +79,7 @@ def read_folder_pairs(
     `images/a/b.jpg` belongs to `masks/a/b.png`, whatever the Unicode form of the names. Links to folders are followed;
     hidden files are skipped. If both folders are the same, or one contains the other, files that end with
     `naming.mask_suffix` are masks and the others images; without suffixes a.png is the mask of a.jpg. Sizes come from
-    the file headers, which are cached in `cache_dir` (default: `default_cache_folder`) by path, time and length of the
+    the file headers, which are cached in `cache_dir` (default: `writable_cache_folder`) by path, time and length of the
     file. If the EXIF orientation of an image exchanges height and width, its size is the one at which it will be read:
     that of its mask, or upright if there are no masks.
 

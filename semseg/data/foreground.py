@@ -144,7 +144,7 @@ def build_foreground_index(
 
     Args:
         folder: of the data set; it names the cache file.
-        cache_dir: None: `default_cache_folder`.
+        cache_dir: None: `writable_cache_folder`.
     """
     cache = cache_file("foreground", folder, cache_dir).with_suffix(".safetensors")
     cached = load_labels(cache)

@@ -15,7 +15,7 @@ from semseg.data.geometry import Size
 from semseg.data.headers import Header, HeaderError, header_of, open_image, read_raster_header
 from semseg.errors import DataError
 from semseg.storage.atomic import atomic_write
-from semseg.storage.cache import default_cache_folder
+from semseg.storage.cache import writable_cache_folder
 
 _NUM_THREADS = 8  # readers of headers
 
@@ -111,10 +111,10 @@ def cache_file(kind: str, folder: Path, cache_dir: str | Path | None) -> Path:
     """The file that caches facts about the files below `folder`.
 
     Args:
-        cache_dir: None: `default_cache_folder`.
+        cache_dir: None: `writable_cache_folder`.
     """
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return Path(cache_dir or default_cache_folder()) / f"{kind}-{name}.json"
+    return Path(cache_dir or writable_cache_folder()) / f"{kind}-{name}.json"
 
 
 def load_cache(cache: Path) -> dict[str, Any]:

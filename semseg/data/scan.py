@@ -83,7 +83,7 @@ def scan_pairs(
         colours: decodes colour-coded masks.
         bands: of the images; None: they are 8-bit RGB.
         is_native: whether large images are read by window, which data.max_pixels does not limit.
-        cache_dir: None: `default_cache_folder`.
+        cache_dir: None: `writable_cache_folder`.
         num_threads: None: one per processor.
     """
     cache = cache_file("masks", folder, cache_dir)

@@ -283,8 +283,8 @@ class DataSource:
         return files
 
     def _hint_for(self, split: str) -> str:
-        """data.hint, which names the keys of train where files are missing, with those of a split."""
-        return self.config.hint.replace("data.train.", f"data.{split}.")
+        """data.hint, which names the keys of train where files are missing, with those of a split that has its own."""
+        return self.config.hint.replace("data.train.", f"data.{split if self._is_configured(split) else 'train'}.")
 
     def _files_to_read(self, split: str) -> SplitConfig:
         """Lists and folders that `split` is read from; those of train if it is cut from train.

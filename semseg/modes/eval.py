@@ -162,9 +162,9 @@ def open_source(config: DataConfig, saved: SavedNetwork) -> DataSource:
     if names != trained and sorted(names) == sorted(trained):
         index = next(index for index, pair in enumerate(zip(names, trained, strict=True)) if pair[0] != pair[1])
         raise ConfigError(
-            f"data.classes={config.classes}: has the classes of {saved.source} in another order: class {index} is "
-            f"{names[index]} here and {trained[index]} there. Give the order of the network; data.map says which class "
-            "an id of the labels is."
+            f"data.classes: the classes of data={config.name} are those of {saved.source} in another order: class "
+            f"{index} is {names[index]} here and {trained[index]} there. Give the order of the network; data.map says "
+            "which class an id of the labels is."
         )
     if names != trained:
         _log.warning(

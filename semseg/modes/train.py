@@ -110,9 +110,6 @@ def run(config: Config, overrides: list[str]) -> float | None:
         config = replace(config, data=measure_range(source))
         source = DataSource(config.data)
     run_dir = Path(config.run_dir)
-    if "predict" in config.after_training and config.input and config.input != "-":
-        # What is missing is reported now, not after training.
-        find_inputs(config.input, choose_follow_up_folder(run_dir, "predict"), unused=UnusedFiles())
     with lock_run_folder(run_dir):
         start = resolve_start(config, overrides, source)
         end = None if start.state is None else start.state.describe_end(start.config.trainer)
@@ -125,6 +122,9 @@ def run(config: Config, overrides: list[str]) -> float | None:
                     run_follow_ups(start.config, checkpoint, result, {})
                 return result.score
             # Killed after its last step, before it finished: fit takes no step, and the rest follows.
+        if "predict" in config.after_training and config.input and config.input != "-":
+            # What is missing is reported now, not after training.
+            find_inputs(config.input, choose_follow_up_folder(run_dir, "predict"), unused=UnusedFiles())
         return train_network(start, overrides, source)
 
 
@@ -573,12 +573,12 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
         parts.append(f"x {limits.accumulate_grad_batches} accumulated")
     steps = math.ceil(conditions.batches_per_epoch / limits.accumulate_grad_batches)
     warm_up = config.schedule.warmup_steps if config.schedule.name != "poly" else 0
-    unreached = f", all of them warm-up (schedule.warmup_steps={warm_up})" if warm_up >= conditions.total_steps else ""
+    unreached = f" (all of them warm-up: schedule.warmup_steps={warm_up})" if warm_up >= conditions.total_steps else ""
     workers = choose_num_workers(sizes.num_workers, trainer.num_devices)
     return {
         "batch": f"{' '.join(parts)}, {view}, "
         f"padded to multiples of {data.size_divisor}, labels at 1/{data.label_stride}",
-        "training": f"{format_quantity(conditions.total_steps, 'step')}, {steps} an epoch{unreached}"
+        "training": f"{format_quantity(conditions.total_steps, 'step')}{unreached}, {steps} an epoch"
         f", {config.optim.name} with lr {config.optim.lr:g}, {config.loss.terms.formula}"
         f", {limits.precision} on {conditions.accelerator}, {format_quantity(workers, 'worker')}",
     }

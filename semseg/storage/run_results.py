@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from semseg.config.overrides import RECORD_FOLDER
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import shorten_overrides
+from semseg.storage.run_folders import METRICS_FILE
 from semseg.system.text import escape_unprintable
 
 RESULT_FILE = "result.json"  # written when a run completes: the score and its name
@@ -91,8 +93,18 @@ def read_result(run_dir: Path) -> RunResult | None:
         score = None
     mode = "min" if content.get("mode") == "min" else "max"
     found = content.get("follow_ups")
-    follow_ups = tuple((str(key), str(name)) for key, name in found.items()) if isinstance(found, dict) else ()
+    if not isinstance(found, dict):
+        found = {"eval": "eval"} if has_earlier_evaluation(run_dir) else {}
+    follow_ups = tuple((str(key), str(name)) for key, name in found.items())
     return RunResult(score, escape_unprintable(content.get("monitor", "score")), mode, follow_ups)
+
+
+def has_earlier_evaluation(run_dir: Path) -> bool:
+    """Whether an evaluation followed the training of a run of an earlier version, whose result does not say so."""
+    folder = run_dir / "eval"
+    scores, result = folder / METRICS_FILE, run_dir / RESULT_FILE
+    is_ours = scores.is_file() and not (folder / RECORD_FOLDER).exists()  # that of a command has a record
+    return is_ours and scores.stat().st_mtime_ns >= result.stat().st_mtime_ns
 
 
 def read_job(folder: Path) -> Job | None:

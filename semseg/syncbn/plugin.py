@@ -58,12 +58,11 @@ class NativeBatchNorm(TorchSyncBatchNorm):
 
     def apply(self, model: nn.Module) -> nn.Module:
         layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-        others = [layer for layer in layers if next(layer.children(), None) is not None]
+        others = [layer for layer in layers if any(not isinstance(part, nn.Identity) for part in layer.children())]
         if others:
-            name = type(others[0]).__name__
             raise ConfigError(
-                f"syncbn=native: of {len(others)} layers {name} of this network, which have an activation, "
-                "torch.nn.SyncBatchNorm would keep the normalisation only. Use syncbn=reduce."
+                f"syncbn=native: torch.nn.SyncBatchNorm would leave out the activation in {len(others)} layers "
+                f"({type(others[0]).__name__}) of this network. Use syncbn=reduce."
             )
         return super().apply(model)
 

@@ -106,6 +106,11 @@ def test_the_evaluation_of_a_run_is_the_one_that_followed_its_training(tmp_path:
         (tmp_path / name / "metrics.json").write_text("{}")
     run = TrainingRun(tmp_path, 0.5)
     assert run.evaluation is None
+    os.utime(tmp_path / "eval" / "metrics.json", (1, 1))
+    write_result(tmp_path, RunResult(0.5))
+    assert run.evaluation is None  # a command of its own has evaluated the run, before
+    (tmp_path / "eval" / "metrics.json").write_text("{}")
+    assert run.evaluation is not None and run.evaluation.folder == tmp_path / "eval"  # as of earlier versions
     write_result(tmp_path, RunResult(0.5, follow_ups=(("eval", "eval-2"),)))
     assert run.evaluation is not None and run.evaluation.folder == tmp_path / "eval-2"
 

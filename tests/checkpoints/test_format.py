@@ -11,7 +11,7 @@ from semseg.build import restore_network
 from semseg.checkpoints.format import FORMAT_KEY, describe_network, read_checkpoint
 from semseg.checkpoints.network import build_network
 from semseg.config.inherit import inherit_config
-from semseg.config.schema import config_to_plain
+from semseg.config.schema import PredictConfig, config_to_plain
 from semseg.data.classes import ClassTable
 from semseg.errors import CheckpointError, ConfigError
 from semseg.storage.run_folders import find_checkpoint
@@ -46,6 +46,17 @@ def test_a_network_comes_back_from_its_file_alone(saved_file: Path) -> None:
     net = restore_network(saved)
     assert not net.training
     assert all(torch.equal(value, saved.weights[name]) for name, value in net.state_dict().items())
+
+
+def test_settings_that_earlier_versions_took_do_not_keep_a_network_from_being_read(
+    saved_file: Path, tmp_path: Path
+) -> None:
+    content = torch.load(saved_file, weights_only=True)
+    content["semseg"]["config"]["trainer"]["strategy"] = "ddp_spawn"
+    content["semseg"]["config"]["predict"]["save"] = []
+    torch.save(content, tmp_path / "old.ckpt")
+    config = read_checkpoint(tmp_path / "old.ckpt").config
+    assert config.trainer.strategy == "auto" and config.predict.save == PredictConfig().save
 
 
 def test_a_run_folder_means_its_best_checkpoint(saved_file: Path) -> None:

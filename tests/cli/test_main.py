@@ -48,10 +48,6 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
         ),
         (["mode=eval", "ckpt=x", "input=a"], "input=a: has no effect with mode=eval. It scores a data set: data.root"),
         ([*PREDICT, "output=b"], "output=b: has no effect with mode=predict. The predictions are written to run_dir="),
-        (
-            [*EXPORT, "export.preprocessing=true", "eval.flip=true"],
-            "eval.flip=True: has no effect with export.preprocessing=true. Use predict.flip.",
-        ),
         ([*PREDICT, "predict.save=[]"], "predict.save=[]: nothing would be written. Give at least one of ids,"),
         (
             ["model.encoder.frozen=true", "optim.lr_encoder=0.1"],
@@ -177,7 +173,7 @@ def test_a_run_that_is_never_validated_says_so_and_names_no_report(tmp_path: Pat
     assert not (tmp_path / "run").exists()  # before anything else
     (tmp_path / "photo.png").write_bytes(b"no image")
     printed = run_here(tmp_path, *words, code=1)
-    assert "training    1 step, 2 an epoch, all of them warm-up (schedule.warmup_steps=3), sgd" in printed
+    assert "training    1 step (all of them warm-up: schedule.warmup_steps=3), 2 an epoch, sgd" in printed
     assert "validation  none, because the run ends at step 1 and the first would be after step 2" in printed
     assert "to continue     " in printed and "report   " not in printed and not (tmp_path / "run/report.html").exists()
     assert printed.rstrip().endswith(

@@ -180,6 +180,11 @@ REFUSED = "has started 4 processes, but trainer.devices={} on trainer.num_nodes=
         (SRUN, ["mode=predict", "ckpt=x", "input=y"], None),
         ({}, ["trainer.devices=2"], None),
         ({}, ["trainer.num_nodes=2"], "trainer.num_nodes=2: start the processes of all machines with torchrun or srun"),
+        (
+            {},
+            ["mode=crossval", "data.folds=3", "trainer.num_nodes=2"],
+            "trainer.num_nodes=2: start the processes of all",
+        ),
         (SRUN | {"SLURM_JOB_NAME": "bash"}, ["trainer.num_nodes=2"], "trainer.num_nodes=2: start the processes of all"),
     ],
 )

@@ -303,6 +303,17 @@ def test_c34_a_missing_folder_is_reported_with_what_exists_instead(tmp_path: Pat
     draw(tmp_path / "photos/a.jpg", tmp_path / "labels/a.png")
     with pytest.raises(DataError, match=r"folder of images not found.* In .* there are: labels, photos\."):
         source(tmp_path).records("train")
+    for split, named in (("train", "train"), ("test", "test")):
+        data = configured(
+            "data=folder", f"data.root={tmp_path}", "data.num_classes=2", f"data.{split}.images=gone"
+        ).data
+        with pytest.raises(
+            DataError, match=rf"folder of images not found.* data\.{named}\.images and data\.{named}\.masks"
+        ):
+            DataSource(data).require_paths(split)
+    gone = configured("data=folder", "data.root=gone", "data.num_classes=2").data
+    with pytest.raises(DataError, match=r"data\.train\.images and data\.train\.masks"):
+        DataSource(gone).records("val")  # which are cut from those of train
     (tmp_path / "set.tar").touch()
     with pytest.raises(DataError, match=r"set\.tar is a file; of archives, only whole \.zip files are read in place"):
         source(tmp_path / "set.tar").records("train")

@@ -240,11 +240,32 @@ def test_a_checkpoint_that_is_written_is_not_waiting_for_images(
     trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=SimpleNamespace(num_train_workers=1))
     module: Any = SimpleNamespace(device=torch.device("cpu"))
     batch: Any = None
-    for _ in range(3):  # a second each for the images and the step
+    for number in range(3):  # a second each for the images and the step
+        callback.on_train_batch_start(trainer, module, batch, 0)
+        callback.on_train_batch_end(trainer, module, None, batch, 0)
+        if number == 1:
+            callback.on_save_checkpoint(trainer, module, {})
+    assert record.read() == Waiting(1, 1 / 3)  # of the second step
+
+
+def test_the_first_images_of_an_epoch_are_waited_for_although_a_checkpoint_was_written_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "NUM_WARM_UP", 0)
+    monkeypatch.setattr(waiting, "NUM_TIMED", 2)
+    clock = iter(range(100))
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: next(clock))
+    record = WaitingRecord(tmp_path, tmp_path, {})
+    callback = RecordWaiting(record)
+    trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=SimpleNamespace(num_train_workers=1))
+    module: Any = SimpleNamespace(device=torch.device("cpu"))
+    batch: Any = None
+    for _ in range(2):  # epochs of one step
+        callback.on_train_epoch_start(trainer, module)
         callback.on_train_batch_start(trainer, module, batch, 0)
         callback.on_train_batch_end(trainer, module, None, batch, 0)
         callback.on_save_checkpoint(trainer, module, {})
-    assert record.read() == Waiting(1, 0.0)
+    assert record.read() == Waiting(1, 0.5)
 
 
 # ---- the layout

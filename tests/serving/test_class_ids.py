@@ -202,7 +202,7 @@ def test_classes_in_another_order_than_those_of_the_network_are_not_scored(folde
     table = folder / "reversed.txt"
     table.write_text("".join(f"{name}\n" for name in reversed(names)))
     data = replace(saved.config.data, classes=str(table), num_classes=None)
-    message = f"reversed.txt: has the classes of .* in another order: class 0 is {names[-1]} here and {names[0]} there"
+    message = f"are those of .* in another order: class 0 is {names[-1]} here and {names[0]} there"
     with pytest.raises(ConfigError, match=message):
         open_source(data, saved)
 

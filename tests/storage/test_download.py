@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import shutil
 import socket
@@ -81,6 +82,9 @@ def test_the_cache_is_where_the_first_of_four_places_says(monkeypatch: pytest.Mo
     assert cache_folder(DownloadConfig(cache="/c")) == Path("/c")
     assert cache_folder(DownloadConfig()) == Path("/a")
     assert cache_file("sizes", Path("/data"), None).parent == Path("/a")
+    monkeypatch.setenv("SEMSEG_CACHE", "/")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert cache_file("sizes", Path("/data"), None).parent == Path("/b/semseg")  # what is kept must be written
     monkeypatch.delenv("SEMSEG_CACHE")
     assert cache_folder(DownloadConfig()) == Path("/b/semseg")
     monkeypatch.delenv("XDG_CACHE_HOME")

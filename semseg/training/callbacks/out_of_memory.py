@@ -10,7 +10,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from semseg.data.batch import Batch, EvalSample
@@ -87,10 +86,10 @@ class ProbeMemory(Callback):
         batch = batch._replace(**{
             name: value.to(pl_module.device) for name, value in batch._asdict().items() if isinstance(value, Tensor)
         })  # fmt: skip
-        model = trainer.strategy.model
         # A compiled network is split into the parts whose gradients DDP exchanges together only inside of its forward
-        # pass, and the graphs of this first pass are those of all others.
-        ddp_forward = model._inside_ddp_forward() if isinstance(model, DistributedDataParallel) else nullcontext()
+        # pass, and the graphs of this first pass are those of all others. (A private part of PyTorch: without it, the
+        # exchange does not overlap the backward pass.)
+        ddp_forward = getattr(trainer.strategy.model, "_inside_ddp_forward", nullcontext)()
         with report_out_of_memory(batch), trainer.precision_plugin.forward_context(), ddp_forward:
             # Gradients, the buckets of DDP and the moving average are there already, or are created by the run.
             missing = sum(map(count_missing_state_bytes, trainer.optimizers))

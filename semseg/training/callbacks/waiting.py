@@ -67,7 +67,8 @@ class RecordWaiting(Callback):
         self._has_saved = False  # since the last step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._lap_start = time.monotonic()  # a validation is not waiting for images
+        self._lap_start = time.monotonic()  # neither a validation nor the checkpoints after it are waiting for images
+        self._has_saved = False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
