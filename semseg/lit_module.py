@@ -107,7 +107,6 @@ class SegmentationModule(pl.LightningModule):
                 "host. Leave it out."
             )
         self.terms = build_terms(loss_config, len(classes.names))
-        self.loss_function = partial(segmentation_loss, deepsup_weight=model_config.deepsup_weight, terms=self.terms)
         self.confusion = ConfusionMatrix(len(classes.names))
         self.threshold_counts = ThresholdCounts() if len(classes.names) == 2 else None
         self.threshold: float | None = None  # two classes: the best one of the last validation
@@ -148,12 +147,12 @@ class SegmentationModule(pl.LightningModule):
 
     def compute_total(self, logits: Logits, label: Tensor) -> Tensor:
         """The loss that is minimised, of one sub-batch."""
-        return self.loss_function(logits, label).total
+        return segmentation_loss(logits, label, self.model_config.deepsup_weight, terms=self.terms).total
 
     def prepare_training(self, world_size: int = 1) -> None:
         """Set the modes and the normalisation of the layers, and move the loss to the device of the network."""
         self.train()  # Lightning keeps the modes as they are, and freeze_bn sets some
-        self.loss_function.keywords["terms"] = move_terms(self.terms, self.device)
+        self.terms = move_terms(self.terms, self.device)
         # With several ranks the LayerSync plugin does this; with one Lightning never calls it.
         syncbn = self.syncbn_config
         if world_size == 1 and (syncbn.name, syncbn.convention) == ("reduce", "published"):
@@ -197,7 +196,8 @@ class SegmentationModule(pl.LightningModule):
         own = self.net.compute_own_loss(image, batch.label)
         if own is not None:
             return Loss(own[0], *count_correct(own[1].main, batch.label))
-        return self.loss_function(self.net(image), batch.label, average=average)
+        logits, weight = self.net(image), self.model_config.deepsup_weight
+        return segmentation_loss(logits, batch.label, weight, average, self.terms)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.batch, self.batch_idx = batch, batch_idx

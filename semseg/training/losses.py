@@ -182,6 +182,7 @@ class NamedTerm(NamedTuple):
     name: str
     function: Callable[..., Tensor]
     options: dict[str, Any]
+    takes_average: bool = True  # whether the function has the parameter `average`
 
     def __call__(self, logits: LogitsOfLabel, label: Tensor, average: str) -> Tensor:
         """The term of logits (N, K, h, w) and label (N, h, w).
@@ -189,7 +190,7 @@ class NamedTerm(NamedTuple):
         Raises:
             ConfigError: if the function returns anything but one number.
         """
-        given = {"average": average} if "average" in inspect.signature(self.function).parameters else {}
+        given = {"average": average} if self.takes_average else {}
         logits = logits if self.function in ROW_TERMS else as_tensor(logits)
         value = self.function(logits, label, **self.options, **given)
         if not isinstance(value, Tensor) or value.ndim:
@@ -237,11 +238,12 @@ def build_term(name: str, config: LossConfig, weights: Tensor | None) -> NamedTe
     options = dict(collect_options(name, config))
     if "weights" in signature.parameters:
         options["weights"] = weights
+    takes_average = "average" in signature.parameters
     try:
-        signature.bind(*2 * [None], **options, **({"average": ""} if "average" in signature.parameters else {}))
+        signature.bind(*2 * [None], **options, **({"average": ""} if takes_average else {}))
     except TypeError as error:
         raise ConfigError(f"loss.terms.{name}: its function {signature} does not fit: {error}.") from None
-    return NamedTerm(name, function, options)
+    return NamedTerm(name, function, options, takes_average)
 
 
 def collect_options(name: str, config: LossConfig) -> Iterator[tuple[str, Any]]:
