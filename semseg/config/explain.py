@@ -28,9 +28,18 @@ UNKNOWN_KEY_PATTERNS = (
 
 def explain_hydra_error(error: Exception, overrides: list[str]) -> str:
     """Hydra's error in at most three lines: the mistake, the nearest name, valid names."""
-    text = str(error)
     if isinstance(error, OverrideParseException):
         return explain_grammar_error(error.override)
+    while not str(error) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    text = str(error)
+    several = re.search(r"Ambiguous value for argument '([^']+)'", text)
+    if several:
+        key, _, values = several[1].partition("=")
+        return (
+            f"{several[1]}: has several values. A list has brackets: {key}=[{values}]. A sweep over them is for the "
+            f"command line: -m {several[1]}"
+        )
     missing = re.search(r"Could not (?:find|load) '([^']+)'", text)  # load: an item of a list
     if missing:
         group, _, option = missing[1].rpartition("/")
@@ -40,8 +49,6 @@ def explain_hydra_error(error: Exception, overrides: list[str]) -> str:
         return explain_key(key[1], overrides)
     if isinstance(error, OmegaConfBaseException):
         return explain_omegaconf_error(error, OmegaConf.create())
-    if not text and isinstance(error.__cause__, Exception):
-        return explain_hydra_error(error.__cause__, overrides)
     return " ".join(line.strip() for line in text.splitlines() if line.strip())[:400]
 
 

@@ -197,6 +197,7 @@ def test_a_run_that_is_never_validated_says_so_and_names_no_report(tmp_path: Pat
         (["mode=evl"], "mode=eval?"),
         (["model.encoder.weigths=x"], "model.encoder.weights?"),
         (["optim.lr=abc"], "optim.lr=abc"),
+        (["seed=1,2"], "seed=1,2: has several values. A list has brackets: seed=[1,2]. A sweep over them is for the"),
         (["optim.lr"], "key=value"),
         (["data.name=a=b"], "'data.name=\"a=b\"'"),
         (["mode=eval"], "ckpt="),
