@@ -34,7 +34,7 @@ from semseg.evaluation.evaluator import NO_SCORES, Evaluator, SplitCounts
 from semseg.evaluation.inference import ClassMap, batch_logits, merge_scales
 from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
 from semseg.evaluation.own_scores import ImageMeans, check_measures, score_image, score_split
-from semseg.evaluation.thresholds import ThresholdCounts, compute_curve, count_probabilities, find_best
+from semseg.evaluation.thresholds import ThresholdCounts, count_probabilities, find_best_threshold
 from semseg.evaluation.tiled import ArraySink, WindowLayout, predict_by_windows
 from semseg.evaluation.window_counts import CountingSink, WindowCounts
 from semseg.nets.compilation import compile_network
@@ -421,10 +421,9 @@ class SegmentationModule(pl.LightningModule):
         return counts
 
     def on_validation_epoch_end(self) -> None:
-        thresholds = self.take_threshold_counts()
-        best = None if thresholds is None else find_best(compute_curve(thresholds))
-        if best is not None and not self.trainer.sanity_checking:
-            self.threshold = best.threshold
+        threshold = find_best_threshold(self.take_threshold_counts())
+        if threshold is not None and not self.trainer.sanity_checking:
+            self.threshold = threshold
         counts = self.confusion.compute()
         self.counts = counts._replace(own=score_split(counts.matrix, self.image_means.compute()))
         self.log_scores(self.counts, "val")

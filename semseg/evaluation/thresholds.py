@@ -107,6 +107,12 @@ def find_best(curve: Sequence[ThresholdScore]) -> ThresholdScore | None:
     return max(scored, key=lambda row: (row.f1, -abs(row.threshold - 0.5)), default=None)
 
 
+def find_best_threshold(counts: NDArray[np.int64] | None) -> float | None:
+    """The threshold of `find_best` by the counts (2, NUM_THRESHOLDS) of two classes; None for more classes (None)."""
+    best = None if counts is None else find_best(compute_curve(counts))
+    return None if best is None else best.threshold
+
+
 class ThresholdSink:
     """Hands rows on to another sink with the classes of a threshold."""
 

@@ -25,7 +25,7 @@ from semseg.config.schema import ARCHITECTURE_KEYS, Config, list_checkpoints
 from semseg.data.batch import Batch
 from semseg.data.sources import DataSource, require_masks
 from semseg.errors import CheckpointError
-from semseg.evaluation.thresholds import compute_curve, find_best
+from semseg.evaluation.thresholds import find_best_threshold
 from semseg.lit_module import SegmentationModule
 from semseg.modes.eval import open_source
 from semseg.nets.interfaces import SegmentationNetwork
@@ -146,9 +146,7 @@ def score_on_split(net: SegmentationNetwork, config: Config, source: DataSource)
     module = build_module(config, net.eval(), source.classes)
     trainer.test(module, datamodule=build_data(config, source, net), verbose=False)
     assert module.scores is not None and module.evaluation is not None, "the test loop ends with scores"
-    counts = module.evaluation.thresholds
-    best = None if counts is None else find_best(compute_curve(counts))
-    return SplitScore(module.scores.mean_iou, None if best is None else best.threshold)
+    return SplitScore(module.scores.mean_iou, find_best_threshold(module.evaluation.thresholds))
 
 
 @torch.no_grad()

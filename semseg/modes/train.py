@@ -638,12 +638,8 @@ def measure_peak_memory(strategy: Strategy) -> int | None:
 
 def find_best_checkpoint(run_dir: Path) -> Path | None:
     """best.ckpt, or last.ckpt without validation; None if there is neither."""
-    return next((path for path in checkpoint_paths(run_dir) if path.is_file()), None)
-
-
-def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """The paths of the checkpoints of a run, the best one first."""
-    return [run_dir / CHECKPOINT_FOLDER / name for name in ("best.ckpt", "last.ckpt")]
+    paths = [run_dir / CHECKPOINT_FOLDER / name for name in ("best.ckpt", "last.ckpt")]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def run_follow_ups(config: Config, checkpoint: Path, result: RunResult, folders: dict[str, Path]) -> None:

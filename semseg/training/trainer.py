@@ -108,7 +108,7 @@ def create_strategy(settings: TrainerConfig, syncbn: SyncBNConfig, accelerator: 
     names = ("forward_sync_buffers", "broadcast_buffers")
     name = next(name for name in names if name in inspect.signature(DistributedDataParallel).parameters)
     options: dict[str, Any] = {"gradient_as_bucket_view": True, name: sends_buffers}
-    if settings.strategy != "auto" and settings.strategy.endswith("find_unused_parameters_true"):
+    if settings.strategy == "ddp_find_unused_parameters_true":
         options["find_unused_parameters"] = True
     return DDPStrategy(**options)
 

@@ -228,44 +228,44 @@ def test_workers_are_added_for_the_waiting_of_the_run_before(
     assert choose()[0] == 4  # a damaged record counts as none
 
 
+class TimedRun:
+    """Steps of two seconds: one of waiting for the images, one of computing them."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, num_warm_up: int) -> None:
+        clock = iter(range(100))
+        monkeypatch.setattr(waiting.time, "monotonic", lambda: next(clock))
+        monkeypatch.setattr(waiting, "NUM_WARM_UP", num_warm_up)
+        monkeypatch.setattr(waiting, "NUM_TIMED", 2)
+        self.record = WaitingRecord(folder, folder, {})
+        self.callback = RecordWaiting(self.record)
+        self.trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=SimpleNamespace(num_train_workers=1))
+        self.module: Any = SimpleNamespace(device=torch.device("cpu"))
+
+    def take_step(self, *, saves: bool) -> None:
+        batch: Any = None
+        self.callback.on_train_batch_start(self.trainer, self.module, batch, 0)
+        self.callback.on_train_batch_end(self.trainer, self.module, None, batch, 0)
+        if saves:
+            self.callback.on_save_checkpoint(self.trainer, self.module, {})
+
+
 def test_a_checkpoint_that_is_written_is_not_waiting_for_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "NUM_WARM_UP", 1)
-    monkeypatch.setattr(waiting, "NUM_TIMED", 2)
-    clock = iter(range(100))
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: next(clock))
-    record = WaitingRecord(tmp_path, tmp_path, {})
-    callback = RecordWaiting(record)
-    trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=SimpleNamespace(num_train_workers=1))
-    module: Any = SimpleNamespace(device=torch.device("cpu"))
-    batch: Any = None
-    for number in range(3):  # a second each for the images and the step
-        callback.on_train_batch_start(trainer, module, batch, 0)
-        callback.on_train_batch_end(trainer, module, None, batch, 0)
-        if number == 1:
-            callback.on_save_checkpoint(trainer, module, {})
-    assert record.read() == Waiting(1, 1 / 3)  # of the second step
+    run = TimedRun(tmp_path, monkeypatch, num_warm_up=1)
+    for number in range(3):
+        run.take_step(saves=number == 1)
+    assert run.record.read() == Waiting(1, 1 / 3)  # of the second step
 
 
 def test_the_first_images_of_an_epoch_are_waited_for_although_a_checkpoint_was_written_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "NUM_WARM_UP", 0)
-    monkeypatch.setattr(waiting, "NUM_TIMED", 2)
-    clock = iter(range(100))
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: next(clock))
-    record = WaitingRecord(tmp_path, tmp_path, {})
-    callback = RecordWaiting(record)
-    trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=SimpleNamespace(num_train_workers=1))
-    module: Any = SimpleNamespace(device=torch.device("cpu"))
-    batch: Any = None
+    run = TimedRun(tmp_path, monkeypatch, num_warm_up=0)
     for _ in range(2):  # epochs of one step
-        callback.on_train_epoch_start(trainer, module)
-        callback.on_train_batch_start(trainer, module, batch, 0)
-        callback.on_train_batch_end(trainer, module, None, batch, 0)
-        callback.on_save_checkpoint(trainer, module, {})
-    assert record.read() == Waiting(1, 0.5)
+        run.callback.on_train_epoch_start(run.trainer, run.module)
+        run.take_step(saves=True)
+    assert run.record.read() == Waiting(1, 0.5)
 
 
 # ---- the layout

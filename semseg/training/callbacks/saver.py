@@ -145,16 +145,13 @@ class Saver(Checkpoint):
     def save_log(self, trainer: pl.Trainer) -> None:
         """Write the log; if it cannot be written, only warn with `on_error`.
 
-        The rank that writes it goes on to the checkpoint, in which all ranks communicate.
+        The rank that writes it must reach the checkpoint, in which all ranks communicate.
         """
         try:
             for logger in trainer.loggers:
                 logger.write() if isinstance(logger, CSVLog) else logger.save()
         except OSError as error:
-            message = describe_write_error(error, self.folder)
-            if self.config.on_error != "warn" or message is None:
-                raise
-            print(f"warning: {escape_lines(message)}", file=sys.stderr, flush=True)
+            self._warn_or_raise(error)
 
     def keep_copy(self, trainer: pl.Trainer, step: int) -> None:
         """Keep the checkpoint just written under the name of its step, and delete the oldest of these."""
@@ -169,12 +166,16 @@ class Saver(Checkpoint):
                 with atomic_write(kept) as temporary:
                     shutil.copyfile(self.folder / LAST, temporary)
             except OSError as error:
-                message = describe_write_error(error, self.folder)
-                if self.config.on_error != "warn" or message is None:
-                    raise
-                print(f"warning: {message}", file=sys.stderr, flush=True)
+                self._warn_or_raise(error)
         for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.config.keep]:
             old.unlink()
+
+    def _warn_or_raise(self, error: OSError) -> None:
+        """Print a warning about a file that cannot be written, if `on_error` says so; otherwise raise the error."""
+        message = describe_write_error(error, self.folder)
+        if self.config.on_error != "warn" or message is None:
+            raise error
+        print(f"warning: {escape_lines(message)}", file=sys.stderr, flush=True)
 
     def _is_due(self) -> bool:
         minutes = self.config.every_n_minutes
