@@ -122,9 +122,11 @@ def refuse_idle_keys(config: Config, overrides: Sequence[str]) -> None:
         ConfigError: with the setting that they are for, or that replaces them.
     """
     given = dict.fromkeys(word.lstrip("+").partition("=")[0] for word in overrides)
-    if config.mode not in DATA_MODES or "debug" in given or is_resumed(config):
+    if config.mode in DATA_MODES and ("debug" in given or is_resumed(config)):
         return
-    idle = dict(find_idle_data_keys(config.data))
+    idle = dict(find_idle_output_keys(config))
+    if config.mode in DATA_MODES:
+        idle |= dict(find_idle_data_keys(config.data))
     if config.mode in TRAINING_MODES:
         idle |= dict(find_idle_training_keys(config))
     for key in given:
@@ -196,6 +198,27 @@ def find_idle_data_keys(data: DataConfig) -> Iterator[tuple[str, str]]:
     if data.fold is None and (data.val.list or data.val.images or data.val.stems):
         named = next(name for name in ("list", "images", "stems") if getattr(data.val, name))
         yield "data.val_fraction", f"data.val.{named}={getattr(data.val, named)} names the images of val."
+
+
+def find_idle_output_keys(config: Config) -> Iterator[tuple[str, str]]:
+    """Every key of mode=predict and mode=export that is for an output that is not chosen, with a sentence."""
+    if config.mode == "predict":
+        outputs_with_key = {
+            "predict.polygon_tolerance": ("coco", "label_studio"),
+            "predict.image_prefix": ("coco", "label_studio"),
+            "predict.format": ("ids", "coco"),
+        }
+        for key, outputs in outputs_with_key.items():
+            if not set(outputs) & set(config.predict.save):
+                yield (
+                    key,
+                    f"It is for predict.save=[{outputs[0]}] and [{outputs[1]}]. Give one of them, or leave it out.",
+                )
+    if config.mode == "export" and config.export.quantize != "static":
+        advice = "It is for export.quantize=static. Give that, or leave it out."
+        yield from dict.fromkeys(("export.calibration_split", "export.calibration_images"), advice).items()
+        if config.export.quantize == "none":
+            yield "export.score_images", "It is for export.quantize. Give that, or leave it out."
 
 
 def find_missing_keys(config: Config) -> Iterator[str]:

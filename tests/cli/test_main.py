@@ -53,6 +53,19 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
             ["model.encoder.frozen=true", "optim.lr_encoder=0.1"],
             "optim.lr_encoder=0.1: has no effect. model.encoder.frozen=true leaves the encoder as it is.",
         ),
+        (
+            [*PREDICT, "predict.image_prefix=/photos/"],
+            "predict.image_prefix=/photos/: has no effect. It is for predict.save=[coco] and [label_studio].",
+        ),
+        (
+            [*PREDICT, "predict.save=[panel]", "predict.format=ade20k"],
+            "predict.format=ade20k: has no effect. It is for predict.save=[ids] and [coco].",
+        ),
+        (
+            [*EXPORT, "export.quantize=dynamic", "export.calibration_images=8"],
+            "export.calibration_images=8: has no effect. It is for export.quantize=static.",
+        ),
+        ([*EXPORT, "export.score_images=8"], "export.score_images=8: has no effect. It is for export.quantize."),
         (["optim.lr_images=8"], "optim.lr_images=8: has no effect. It is for optim.lr=auto."),
         (["data.max_bad=0.1"], "data.max_bad=0.1: has no effect. It is for data.on_bad=skip."),
         (["augment.blur_sigma=[1,2]"], "augment.blur_sigma=[1.0, 2.0]: has no effect. It is for augment.blur."),
