@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from numpy.typing import NDArray
 from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
@@ -30,11 +28,12 @@ from semseg.data.geometry import Size
 from semseg.data.records import check_bad_fraction
 from semseg.data.windows import RowSink, WindowReader
 from semseg.errors import CheckpointError, ConfigError, DataError
-from semseg.evaluation.evaluator import NO_SCORES, Evaluator, SplitCounts
-from semseg.evaluation.inference import ClassMap, batch_logits, merge_scales
-from semseg.evaluation.metrics import ConfusionMatrix, Counts, Scores, confusion_counts, scores_from
-from semseg.evaluation.own_scores import ImageMeans, check_measures, score_image, score_split
-from semseg.evaluation.thresholds import ThresholdCounts, count_probabilities, find_best_threshold
+from semseg.evaluation.evaluator import Evaluator, SplitCounts
+from semseg.evaluation.inference import ClassMap, batch_logits, merge_subsets
+from semseg.evaluation.metrics import Counts, Scores, require_memory, scores_from
+from semseg.evaluation.own_scores import check_measures
+from semseg.evaluation.split_counter import SplitCounter
+from semseg.evaluation.thresholds import find_best_threshold
 from semseg.evaluation.tiled import ArraySink, WindowLayout, predict_by_windows
 from semseg.evaluation.window_counts import CountingSink, WindowCounts
 from semseg.nets.compilation import compile_network
@@ -107,12 +106,9 @@ class SegmentationModule(pl.LightningModule):
                 "host. Leave it out."
             )
         self.terms = build_terms(loss_config, len(classes.names))
-        self.confusion = ConfusionMatrix(len(classes.names))
-        self.threshold_counts = ThresholdCounts() if len(classes.names) == 2 else None
-        self.threshold: float | None = None  # two classes: the best one of the last validation
+        require_memory(len(classes.names))
         check_measures(len(classes.names))
-        self.image_means = ImageMeans()  # of custom scores
-        self.num_unreadable = 0  # images of this rank in the current evaluation
+        self.threshold: float | None = None  # two classes: the best one of the last validation
         self.scores: Scores | None = None  # those of the last validation or test
         self.counts: Counts | None = None  # those of the last validation
         self.evaluation: SplitCounts | None = None  # that of the last test
@@ -240,27 +236,14 @@ class SegmentationModule(pl.LightningModule):
 
     # ---- evaluation
 
-    def validation_step(self, samples: list[EvalSample], batch_idx: int) -> dict[str, Tensor]:
-        """Count the pixels of some images; returns the class indices (H, W) of each by its path, to be drawn.
+    def on_validation_start(self) -> None:
+        self.counter = SplitCounter(len(self.classes.names), self.device)
 
-        Of images that are read by window there are none.
-        """
-        others, counted = self.count_by_window(self.drop_duplicate_images(samples))
-        for _, counts in counted:
-            self.confusion.update(counts.matrix)
-            self.image_means.update(NO_SCORES)
-        readable = self.without_unreadable(others)
-        predictions = {}
-        for sample, (class_map,) in zip(readable, self.predict_maps(readable), strict=True):
-            prediction = class_map.ids
-            self.count_thresholds(class_map, sample)
-            self.confusion.update(confusion_counts(prediction, sample.label, self.confusion.num_classes))
-            self.image_means.update(score_image(prediction, sample.label))
-            predictions[sample.path] = prediction
-        return predictions
+    def validation_step(self, samples: list[EvalSample], batch_idx: int) -> dict[str, Tensor]:
+        return self.score_images(samples, self.counter)
 
     def on_test_start(self) -> None:
-        self.evaluator = Evaluator(self.eval_config, self.confusion.num_classes, self.device)
+        self.evaluator = Evaluator(self.eval_config, len(self.classes.names), self.device)
 
     def on_test_batch_start(self, batch: list[EvalSample], batch_idx: int, dataloader_idx: int = 0) -> None:
         if batch_idx:
@@ -269,27 +252,27 @@ class SegmentationModule(pl.LightningModule):
             self.evaluator.stopwatch.restart()  # the first wait is the start of the workers
 
     def test_step(self, samples: list[EvalSample], batch_idx: int) -> dict[str, Tensor]:
-        """Score some images; returns what `validation_step` does."""
-        samples, counted = self.count_by_window(self.drop_duplicate_images(samples))
-        for sample, counts in counted:
-            self.evaluator.add_counted(sample, counts)
-        readable = self.without_unreadable(samples)
-        with_labels = self.eval_config.label_errors
-        class_maps = self.predict_maps(readable, self.eval_config.also_scales, with_labels=with_labels)
-        for sample, (class_map, *_) in zip(readable, class_maps, strict=True):
-            self.count_thresholds(class_map, sample)
-        predictions = [[class_map.ids for class_map in maps] for maps in class_maps]
-        self.evaluator.add(readable, predictions)
-        if with_labels:
-            for sample, (class_map, *_) in zip(readable, class_maps, strict=True):
-                self.evaluator.find_label_errors(sample, class_map)
-        for sample in samples:
-            if sample.bad:
-                self.evaluator.record_unreadable(sample)
-        return {sample.path: maps[0] for sample, maps in zip(readable, predictions, strict=True)}
+        return self.score_images(samples, self.evaluator)
 
     def on_test_batch_end(self, outputs: Any, batch: list[EvalSample], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.evaluator.stopwatch.restart()  # drawing, and looking for label errors, are not part of the measured speed
+
+    def score_images(self, samples: list[EvalSample], counter: SplitCounter) -> dict[str, Tensor]:
+        """Predict and count some images; returns the class indices (H, W) of each by its path, to be drawn.
+
+        Of images that are read by window there are none.
+        """
+        samples, counted = self.count_by_window(self.drop_duplicate_images(samples))
+        for sample, counts in counted:
+            counter.add_counted(sample, counts)
+        readable = [sample for sample in samples if not sample.bad]
+        predictions = self.predict(readable, counter.subsets, with_labels=counter.takes_label_confidence)
+        counter.add(readable, predictions)
+        for sample in samples:
+            if sample.bad:
+                report_bad_image(sample.bad)
+                counter.add_unreadable(sample)
+        return {sample.path: class_map.ids for sample, (class_map, *_) in zip(readable, predictions, strict=True)}
 
     def drop_duplicate_images(self, samples: list[EvalSample]) -> list[EvalSample]:
         """`samples`, or none on a rank that received the first image of the split as a placeholder.
@@ -298,14 +281,6 @@ class SegmentationModule(pl.LightningModule):
         """
         is_placeholder = samples[0].position == 0 and not self.trainer.is_global_zero
         return [] if is_placeholder else samples
-
-    def without_unreadable(self, samples: Sequence[EvalSample]) -> list[EvalSample]:
-        """The samples that could be read; the others are counted and reported."""
-        for sample in samples:
-            self.num_unreadable += bool(sample.bad)
-            if sample.bad:
-                report_bad_image(sample.bad)
-        return [sample for sample in samples if not sample.bad]
 
     def count_by_window(
         self, samples: Sequence[EvalSample]
@@ -327,8 +302,6 @@ class SegmentationModule(pl.LightningModule):
                     raise
                 others.append(sample._replace(bad=str(error)))
                 continue
-            if self.threshold_counts is not None and counts.thresholds is not None:
-                self.threshold_counts.update(counts.thresholds)
             counted.append((sample, counts))
         return others, counted
 
@@ -341,7 +314,7 @@ class SegmentationModule(pl.LightningModule):
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         assert self.window_layout is not None, "images are read by window at native resolution"
         with report_out_of_memory_in_evaluation([sample]), data.open_pair(self.stage, sample.position) as pair:
-            sink = CountingSink(pair, self.confusion.num_classes, self.device)
+            sink = CountingSink(pair, len(self.classes.names), self.device)
             self.predict_windows(pair.image, self.window_layout, sink)
             return sink.finish()
 
@@ -350,19 +323,14 @@ class SegmentationModule(pl.LightningModule):
         """The stage whose images are evaluated: "val" or "test"."""
         return "test" if self.trainer.testing else "val"
 
-    def count_thresholds(self, class_map: ClassMap, sample: EvalSample) -> None:
-        """Count the probabilities of an image by its labels, for networks of two classes."""
-        if self.threshold_counts is not None:
-            self.threshold_counts.update(count_probabilities(class_map, sample.label))
-
-    def predict(self, samples: Sequence[EvalSample], subsets: Sequence[Sequence[int]] = ()) -> list[list[Tensor]]:
-        """Per image: class indices (H, W) at label resolution, for all of eval.scales and then for each subset."""
-        return [[class_map.ids for class_map in maps] for maps in self.predict_maps(samples, subsets)]
-
-    def predict_maps(
+    def predict(
         self, samples: Sequence[EvalSample], subsets: Sequence[Sequence[int]] = (), *, with_labels: bool = False
     ) -> list[list[ClassMap]]:
-        """As `predict`, with the probability of the predicted class, and that of the label for all of eval.scales."""
+        """Per image: the class map (H, W) at label resolution, for all of eval.scales and then for each subset.
+
+        Args:
+            with_labels: the first class map gets the probabilities of the classes in the label.
+        """
         options = self.eval_config
         with report_out_of_memory_in_evaluation(samples):
             if self.window_layout is not None:
@@ -379,9 +347,10 @@ class SegmentationModule(pl.LightningModule):
             )
             return [
                 merge_subsets(
-                    dict(zip(options.scales, split_evenly(maps, len(options.scales)), strict=True)),
-                    (options.scales, *subsets),
-                    size=(sample.label.shape[0], sample.label.shape[1]),
+                    maps,
+                    options.scales,
+                    subsets,
+                    (sample.label.shape[0], sample.label.shape[1]),
                     memory_limit_mb=options.memory_limit_mb,
                     label=sample.label if with_labels else None,
                 )
@@ -412,33 +381,25 @@ class SegmentationModule(pl.LightningModule):
             memory_limit_mb=options.memory_limit_mb,
         )
 
-    def take_threshold_counts(self) -> NDArray[np.int64] | None:
-        """The counts of all ranks by threshold, (2, NUM_THRESHOLDS), and start again; None for more classes."""
-        if self.threshold_counts is None:
-            return None
-        counts = self.threshold_counts.compute().cpu().numpy()
-        self.threshold_counts.reset()
-        return counts
-
     def on_validation_epoch_end(self) -> None:
-        threshold = find_best_threshold(self.take_threshold_counts())
+        threshold = find_best_threshold(self.counter.sum_threshold_counts())
         if threshold is not None and not self.trainer.sanity_checking:
             self.threshold = threshold
-        counts = self.confusion.compute()
-        self.counts = counts._replace(own=score_split(counts.matrix, self.image_means.compute()))
-        self.log_scores(self.counts, "val")
-        self.confusion.reset()
-        self.image_means.reset()
+        self.counts = self.counter.sum_counts()
+        self.log_scores(self.counts, self.counter.num_unreadable, "val")
 
     def on_test_epoch_end(self) -> None:
-        self.evaluation = self.evaluator.result()._replace(thresholds=self.take_threshold_counts())
-        self.log_scores(self.evaluation.counts[0], "test")
+        self.evaluation = self.evaluator.result()
+        self.log_scores(self.evaluation.counts[0], self.evaluator.num_unreadable, "test")
 
-    def log_scores(self, counts: Counts, stage: str) -> None:
-        """Log the scores of the images of all ranks, the same numbers on every rank."""
-        on_this_rank = torch.tensor(self.num_unreadable, device=self.device)
+    def log_scores(self, counts: Counts, unreadable_here: int, stage: str) -> None:
+        """Log the scores of the images of all ranks, the same numbers on every rank.
+
+        Args:
+            unreadable_here: images of this rank that could not be read.
+        """
+        on_this_rank = torch.tensor(unreadable_here, device=self.device)
         num_unreadable = int(self.trainer.strategy.reduce(on_this_rank, reduce_op="sum"))
-        self.num_unreadable = 0
         self.check_image_count(counts.images + num_unreadable, stage)
         check_bad_fraction(num_unreadable, counts.images + num_unreadable, self.max_bad)
         self.scores = scores_from(counts.matrix, self.miou_rule)._replace(own=counts.own)
@@ -522,37 +483,6 @@ def loss_factor(batch_idx: int, num_batches: int, accumulate: int) -> float:
     (1.0, 2.0)
     """
     return accumulate / min(accumulate, num_batches - batch_idx // accumulate * accumulate)
-
-
-def split_evenly(items: Sequence[Tensor], num_parts: int) -> list[list[Tensor]]:
-    """`num_parts` lists of equal lengths: the logits of an image by scale, of which an ensemble has several."""
-    length = len(items) // num_parts
-    return [list(items[start : start + length]) for start in range(0, len(items), length)]
-
-
-def merge_subsets(
-    logits: dict[int, list[Tensor]],
-    subsets: Sequence[Sequence[int]],
-    *,
-    size: tuple[int, int],
-    memory_limit_mb: int,
-    label: Tensor | None = None,
-) -> list[ClassMap]:
-    """The prediction for an image for each subset of its scales.
-
-    Args:
-        logits: (M, h, w, K) of every network, by scale.
-        subsets: scales that are averaged.
-        size: (H, W) in pixels.
-        memory_limit_mb: for the probabilities; see `merge_scales`.
-        label: (H, W) class indices, whose probabilities the first prediction gets too.
-    """
-    maps = [[view for edge in subset for view in logits[edge]] for subset in subsets]
-    labels = [label, *[None] * (len(maps) - 1)]
-    return [
-        merge_scales(views, size, memory_limit_mb=memory_limit_mb, label=given)
-        for views, given in zip(maps, labels, strict=True)
-    ]
 
 
 @rank_zero_only

@@ -28,11 +28,11 @@ from semseg.evaluation.metrics import (
     confusion_counts,
     scores_from,
 )
-from semseg.evaluation.own_scores import ImageMeans, score_image, score_split
+from semseg.evaluation.own_scores import NO_SCORES
+from semseg.evaluation.split_counter import CountedImage, SplitCounter
 from semseg.evaluation.window_counts import WindowCounts, plan_shrinking
 from semseg.nets.gpu import wait_for_device
 
-NO_SCORES: Mapping[str, float | None] = {}
 STAGES = ("reading", "network", "scoring")  # reading: waiting for the loader
 
 
@@ -106,8 +106,8 @@ class Stopwatch:
         return time.perf_counter()
 
 
-class Evaluator:
-    """Scores the images of one rank, and combines all ranks at the end.
+class Evaluator(SplitCounter):
+    """Scores the images of one rank with a record of each, and combines all ranks at the end.
 
     Args:
         config: which subsets of the scales to score, and what else to count.
@@ -115,59 +115,48 @@ class Evaluator:
     """
 
     def __init__(self, config: EvalConfig, num_classes: int, device: torch.device) -> None:
+        super().__init__(num_classes, device)
         self.config = config
-        self.num_classes = num_classes
-        num_matrices = 1 + len(config.also_scales)
-        self.confusions = [ConfusionMatrix(num_classes).to(device) for _ in range(num_matrices)]
+        self.subsets, self.takes_label_confidence = config.also_scales, config.label_errors
+        self.subset_confusions = [ConfusionMatrix(num_classes).to(device) for _ in self.subsets]
         self.boundary = BoundaryIoU(num_classes).to(device) if config.boundary_iou else None
-        self.image_means = ImageMeans().to(device)
         self.images: list[ImageRecord] = []
         self.unreadable: list[UnreadableImage] = []
         self.label_errors = LabelErrorList()
         self.stopwatch = Stopwatch(device)
 
-    def add(self, samples: Sequence[EvalSample], predictions: Sequence[Sequence[Tensor]]) -> None:
-        """Score images right after they were predicted together.
-
-        Args:
-            predictions: for each image the class maps (H, W) of eval.scales and of each subset in eval.also_scales.
-        """
+    def add(self, samples: Sequence[EvalSample], predictions: Sequence[Sequence[ClassMap]]) -> None:
+        """Score images right after they were predicted together; what follows the scores is not timed."""
         network_seconds = self.stopwatch.lap("network") / max(1, len(samples))
         for sample, class_maps in zip(samples, predictions, strict=True):
             self._score_image(sample, class_maps, network_seconds)
+        if self.takes_label_confidence:
+            for sample, (class_map, *_) in zip(samples, predictions, strict=True):
+                self._find_label_errors(sample, class_map)
 
-    def _score_image(self, sample: EvalSample, class_maps: Sequence[Tensor], network_seconds: float) -> None:
+    def _score_image(self, sample: EvalSample, class_maps: Sequence[ClassMap], network_seconds: float) -> None:
         """Score one image, for which the network took `network_seconds`."""
-        matrices = [confusion_counts(class_map, sample.label, self.num_classes) for class_map in class_maps]
-        for confusion, matrix in zip(self.confusions, matrices, strict=True):
-            confusion.update(matrix)
+        class_map, *others = class_maps
+        counts = self.count_image(sample, class_map)
+        for confusion, other in zip(self.subset_confusions, others, strict=True):
+            confusion.update(confusion_counts(other.ids, sample.label, self.num_classes))
         if self.boundary is not None:
             ratio = self.config.boundary_ratio
-            self.boundary.update(boundary_counts(class_maps[0], sample.label, self.num_classes, ratio))
-        own = score_image(class_maps[0], sample.label)
-        self.image_means.update(own)
-        maps = shrink_maps(sample.label, class_maps[0]) if sample.position < MAX_MAPS else None
-        self._record_image(sample, Size(*sample.label.shape), matrices[0], maps, network_seconds, own)
+            self.boundary.update(boundary_counts(class_map.ids, sample.label, self.num_classes, ratio))
+        maps = shrink_maps(sample.label, class_map.ids) if sample.position < MAX_MAPS else None
+        self._record_image(sample, Size(*sample.label.shape), counts, maps, network_seconds)
 
     def add_counted(self, sample: EvalSample, counts: WindowCounts) -> None:
         """Score an image right after it was read, predicted and counted by window."""
         network_seconds = self.stopwatch.lap("network")
-        (confusion,) = self.confusions  # eval.also_scales has no meaning at native resolution
-        confusion.update(counts.matrix)
-        self.image_means.update(NO_SCORES)
+        super().add_counted(sample, counts)
         maps = counts.maps if sample.position < MAX_MAPS else None
-        self._record_image(sample, counts.size, counts.matrix, maps, network_seconds, NO_SCORES)
+        self._record_image(sample, counts.size, CountedImage(counts.matrix, NO_SCORES), maps, network_seconds)
 
-    def _record_image(  # noqa: PLR0917 - what is kept of an image
-        self,
-        sample: EvalSample,
-        size: Size,
-        matrix: Tensor,
-        maps: ClassMaps | None,
-        network_seconds: float,
-        own: Mapping[str, float | None],
+    def _record_image(
+        self, sample: EvalSample, size: Size, counts: CountedImage, maps: ClassMaps | None, network_seconds: float
     ) -> None:
-        matrix = matrix.cpu()
+        matrix = counts.matrix.cpu()
         scores = scores_from(matrix, "present")
         self.images.append(
             ImageRecord(
@@ -180,11 +169,11 @@ class Evaluator:
                 seconds=network_seconds + self.stopwatch.lap("scoring"),
                 class_counts=class_counts(matrix),
                 maps=maps,
-                own=own,
+                own=counts.own,
             )
         )
 
-    def find_label_errors(self, sample: EvalSample, prediction: ClassMap) -> None:
+    def _find_label_errors(self, sample: EvalSample, prediction: ClassMap) -> None:
         """Look for regions of an image whose label may be wrong.
 
         Args:
@@ -202,8 +191,9 @@ class Evaluator:
         )
         self.label_errors.add(found)
 
-    def record_unreadable(self, sample: EvalSample) -> None:
+    def add_unreadable(self, sample: EvalSample) -> None:
         """Record an image that could not be read."""
+        super().add_unreadable(sample)
         self.unreadable.append(UnreadableImage(sample.position, sample.path, sample.bad))
 
     def result(self) -> SplitCounts:
@@ -212,14 +202,13 @@ class Evaluator:
         ranks = gather_records(local)
         images = sorted((image for rank in ranks for image in rank.images), key=lambda image: image.position)
         unreadable = sorted((image for rank in ranks for image in rank.unreadable), key=lambda image: image.position)
-        counts, *others = [confusion.compute() for confusion in self.confusions]
-        own = score_split(counts.matrix, self.image_means.compute())
         return SplitCounts(
-            counts=[counts._replace(own=own), *others],
+            counts=[self.sum_counts(), *(confusion.compute() for confusion in self.subset_confusions)],
             boundary=None if self.boundary is None else self.boundary.compute(),
             images=images,
             speed=speed_of(len(images), [rank.seconds for rank in ranks]),
             unreadable=unreadable,
+            thresholds=self.sum_threshold_counts(),
             label_errors=merge_label_errors([rank.label_errors for rank in ranks])
             if self.config.label_errors
             else None,

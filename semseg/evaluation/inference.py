@@ -230,6 +230,36 @@ def merge_scales(
     return ClassMap(ids, confidence, label_confidence)
 
 
+def merge_subsets(
+    logits: Sequence[Tensor],
+    scales: Sequence[int],
+    subsets: Sequence[Sequence[int]],
+    out_size: tuple[int, int],
+    *,
+    memory_limit_mb: int = 1024,
+    label: Tensor | None = None,
+) -> list[ClassMap]:
+    """`merge_scales` for an image at all scales, and for subsets of them.
+
+    Args:
+        logits: of every scale, as from `batch_logits`; an ensemble has several tensors for each.
+        scales: short edges, in the order of the logits.
+        subsets: some of `scales` each.
+        label: the first class map, that of all scales, gets its probabilities.
+    """
+    per_scale = len(logits) // len(scales)
+    by_scale = {edge: logits[index * per_scale : (index + 1) * per_scale] for index, edge in enumerate(scales)}
+    return [
+        merge_scales(
+            [views for edge in subset for views in by_scale[edge]],
+            out_size,
+            memory_limit_mb=memory_limit_mb,
+            label=label if number == 0 else None,
+        )
+        for number, subset in enumerate((scales, *subsets))
+    ]
+
+
 def select_classes(probabilities: Tensor, label: Tensor) -> Tensor:
     """The probabilities (n, width) of the classes in a label (n, width), of all (n, width, K); 0 where it is -1."""
     found = probabilities.gather(-1, label.clamp(min=0)[..., None])[..., 0]

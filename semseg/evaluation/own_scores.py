@@ -15,6 +15,7 @@ from semseg.config.tables import METRICS_SECTION, announce_table, list_own_names
 from semseg.errors import ConfigError
 from semseg.nets.precision import choose_widest_float
 
+NO_SCORES: Mapping[str, float | None] = {}  # of an image, without custom scores
 FRACTION = "%"  # the unit of scores from 0 to 1, which tables and pages show in percent
 
 

@@ -14,11 +14,11 @@ from semseg.config.schema import MIOU_RULES
 from semseg.data.classes import ClassTable
 from semseg.data.palette import Colour
 from semseg.evaluation.bootstrap import ConfidenceIntervals
-from semseg.evaluation.evaluator import NO_SCORES, Speed, SplitCounts, UnreadableImage
+from semseg.evaluation.evaluator import Speed, SplitCounts, UnreadableImage
 from semseg.evaluation.image_files import ClassMaps
 from semseg.evaluation.label_errors import LabelError
 from semseg.evaluation.metrics import BoundaryCounts, Scores, scores_from
-from semseg.evaluation.own_scores import FRACTION
+from semseg.evaluation.own_scores import FRACTION, NO_SCORES
 from semseg.evaluation.thresholds import ThresholdScore, compute_curve, find_best
 
 

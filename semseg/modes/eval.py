@@ -294,12 +294,12 @@ def predict_examples(
                 yield example
             continue
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            ((prediction,),) = module.predict([module.transfer_batch_to_device(sample, device, 0)])
+            ((class_map,),) = module.predict([module.transfer_batch_to_device(sample, device, 0)])
         record = dataset.records[position]
         image = read_shown(record, dataset.label_map, data.data_config)
         label = sample.label.numpy()
         yield encode_example(
-            group, result.images[index], image, label, prediction.cpu().numpy(), classes=result.classes
+            group, result.images[index], image, label, class_map.ids.cpu().numpy(), classes=result.classes
         )
 
 

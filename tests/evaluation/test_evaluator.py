@@ -19,6 +19,10 @@ RIGHT = torch.tensor([[0, 0, 1, 1], [0, 0, 2, 2]])
 WRONG = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 1]])  # 3 of the 6 scored pixels are right
 
 
+def predicted(ids: torch.Tensor) -> ClassMap:
+    return ClassMap(ids, torch.ones(ids.shape))
+
+
 def sample(index: int, label: torch.Tensor = LABEL) -> EvalSample:
     return EvalSample([], label, torch.tensor(label.shape), f"images/{index}.jpg", index)
 
@@ -29,8 +33,8 @@ def evaluator(**settings: object) -> Evaluator:
 
 def test_each_subset_of_the_scales_is_counted_separately() -> None:
     counting = evaluator(also_scales=[[450]])
-    counting.add([sample(0)], [[RIGHT, WRONG]])
-    counting.add([sample(1)], [[RIGHT, RIGHT]])
+    counting.add([sample(0)], [[predicted(RIGHT), predicted(WRONG)]])
+    counting.add([sample(1)], [[predicted(RIGHT)] * 2])
     all_scales, one_scale = counting.result().counts
     assert all_scales.images == one_scale.images == 2
     assert torch.equal(all_scales.matrix, 2 * confusion_counts(RIGHT, LABEL, 3))
@@ -39,7 +43,7 @@ def test_each_subset_of_the_scales_is_counted_separately() -> None:
 
 def test_an_image_is_scored_over_the_classes_it_has() -> None:
     counting = evaluator()
-    counting.add([sample(0)], [[WRONG]])
+    counting.add([sample(0)], [[predicted(WRONG)]])
     (image,) = counting.result().images
     assert image.pixel_accuracy == 3 / 6
     assert image.mean_iou == pytest.approx((2 / 4 + 1 / 3 + 0) / 3)  # classes 0, 1, 2
@@ -50,7 +54,7 @@ def test_an_image_is_scored_over_the_classes_it_has() -> None:
 
 def test_an_image_without_a_scored_pixel_has_no_score() -> None:
     counting = evaluator()
-    counting.add([sample(0, torch.full_like(LABEL, -1))], [[RIGHT]])
+    counting.add([sample(0, torch.full_like(LABEL, -1))], [[predicted(RIGHT)]])
     (image,) = counting.result().images
     assert image.pixel_accuracy is None and image.mean_iou is None
 
@@ -58,14 +62,14 @@ def test_an_image_without_a_scored_pixel_has_no_score() -> None:
 def test_images_are_returned_in_the_order_of_the_split() -> None:
     counting = evaluator()
     for index in (2, 0, 1):
-        counting.add([sample(index)], [[RIGHT]])
+        counting.add([sample(index)], [[predicted(RIGHT)]])
     assert [image.position for image in counting.result().images] == [0, 1, 2]
 
 
 def test_boundaries_are_counted_only_if_requested() -> None:
     assert evaluator().result().boundary is None
     counting = evaluator(boundary_iou=True, boundary_ratio=0.5)
-    counting.add([sample(0)], [[WRONG]])
+    counting.add([sample(0)], [[predicted(WRONG)]])
     boundary = counting.result().boundary
     expected = boundary_counts(WRONG, LABEL, 3, 0.5)
     assert boundary is not None
@@ -79,7 +83,7 @@ def test_regions_whose_label_may_be_wrong_are_listed_only_if_requested() -> None
     ids[10:20, 10:20] = 2
     sure, given = torch.full((40, 40), 0.8), torch.full((40, 40), 0.1)
     for index in (0, 1):
-        counting.find_label_errors(sample(index, label), ClassMap(ids, sure, given))
+        counting.add([sample(index, label)], [[ClassMap(ids, sure, given)]])
     errors = counting.result().label_errors
     assert errors is not None and [(error.file, error.predicted) for error in errors] == [
         ("images/0.jpg", 2), ("images/1.jpg", 2)
@@ -91,7 +95,7 @@ def test_time_is_split_by_stage_and_drawing_is_not_counted(monkeypatch: pytest.M
     monkeypatch.setattr(semseg.evaluation.evaluator.time, "perf_counter", lambda: next(clock))
     counting = evaluator()
     counting.stopwatch.lap("reading")
-    counting.add([sample(0)], [[RIGHT]])  # 10 s of network, 100 s of scoring
+    counting.add([sample(0)], [[predicted(RIGHT)]])  # 10 s of network, 100 s of scoring
     counting.stopwatch.restart()
     counting.stopwatch.lap("reading")
     result = counting.result()
@@ -103,7 +107,9 @@ def test_images_predicted_together_share_the_time_of_the_network(monkeypatch: py
     clock = itertools.accumulate([0, 10, 100, 1000])  # seconds between two readings
     monkeypatch.setattr(semseg.evaluation.evaluator.time, "perf_counter", lambda: next(clock))
     counting = evaluator()
-    counting.add([sample(0), sample(1)], [[RIGHT], [WRONG]])  # 10 s of network, 100 s and 1000 s of scoring
+    counting.add(
+        [sample(0), sample(1)], [[predicted(RIGHT)], [predicted(WRONG)]]
+    )  # 10 s of network, 100 s and 1000 s of scoring
     result = counting.result()
     assert [(image.seconds, image.pixel_accuracy) for image in result.images] == [(105, 1), (1005, 3 / 6)]
     assert result.speed.seconds_per_image == {"reading": 0, "network": 5, "scoring": 550}

@@ -23,6 +23,7 @@ from semseg.data.batch import EvalSample
 from semseg.data.classes import ClassTable
 from semseg.errors import ConfigError
 from semseg.evaluation.evaluator import Evaluator
+from semseg.evaluation.inference import ClassMap
 from semseg.evaluation.own_scores import (
     IMAGE_METRICS,
     METRICS,
@@ -104,7 +105,7 @@ def result_of(*predictions: Tensor) -> EvaluationResult:
     label = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])
     for position, prediction in enumerate(predictions):
         sample = EvalSample([], label, torch.tensor([2, 4]), f"/data/{position}.png", position)
-        evaluator.add([sample], [[prediction]])
+        evaluator.add([sample], [[ClassMap(prediction, torch.ones(prediction.shape))]])
     classes = ClassTable(["sky", "road", "car"], [(0, 0, 0), (1, 1, 1), (2, 2, 2)])
     return build_result(evaluator.result(), classes, [0, 1, 2], rule="present", root=Path("/data"))
 

@@ -144,5 +144,5 @@ def test_an_image_larger_than_a_crop_is_validated_whole(root: Path, tmp_path: Pa
     sample = dataset[0]
     assert [tuple(scale.shape[1:]) for scale in sample.scales] == [tuple(sample.size.tolist())]
     run.module.eval()
-    ((ids,),) = run.module.predict([sample])
-    assert ids.shape == sample.label.shape
+    ((class_map,),) = run.module.predict([sample])
+    assert class_map.ids.shape == sample.label.shape
