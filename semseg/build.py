@@ -27,6 +27,7 @@ from semseg.checkpoints.network import load_network
 from semseg.checkpoints.published import PUBLISHED_FREE_KEYS, PublishedFiles, find_published_files, read_published
 from semseg.config.fields import AUTO
 from semseg.config.inherit import inherit_config
+from semseg.config.override_keys import override_key
 from semseg.config.schema import (
     FINE_STRIDE,
     HUB_PREFIX,
@@ -101,7 +102,7 @@ def open_network(config: Config, overrides: list[str]) -> tuple[SavedNetwork, Co
     assert config.ckpt is not None, "find_mode_problems asks for ckpt"
     saved = find_networks(config, overrides)
     is_published = bool(saved.note) and not saved.config.model.library
-    kept = [word for word in overrides if not (is_published and word.partition("=")[0] in PUBLISHED_FREE_KEYS)]
+    kept = [word for word in overrides if not (is_published and override_key(word) in PUBLISHED_FREE_KEYS)]
     return saved, inherit_config(saved.config, config, kept)
 
 

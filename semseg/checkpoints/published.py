@@ -24,6 +24,7 @@ from torch import Tensor
 from semseg.checkpoints.format import SavedNetwork, load_weights
 from semseg.checkpoints.initialise import drop_old_buffers, find_differences
 from semseg.checkpoints.zoo import RELEASES, Release, release_of_folder
+from semseg.config.override_keys import list_given_keys
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import Config, ModelConfig
 from semseg.data.classes import ClassTable, built_in_classes
@@ -139,7 +140,7 @@ def read_published(
         CheckpointError: if a file is missing, damaged, or of an unknown architecture.
     """
     found = identify(files, release)
-    overridden = {override.partition("=")[0] for override in overrides}
+    overridden = list_given_keys(overrides)
     encoder: dict[str, Any] = {"name": found.encoder, "weights": "none", "frozen": False}
     if found.has_output_stride:
         is_given = "model.encoder.output_stride" in overridden

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from semseg.config.groups import CONFIG_DIR, list_groups
+from semseg.config.override_keys import list_given_keys
 from semseg.config.schema import flatten_sections
+from semseg.data.crops import NATIVE
 from semseg.data.geometry import Size
 from semseg.errors import ConfigError
 from semseg.storage.atomic import atomic_write
@@ -26,6 +28,7 @@ SCALE, CROP_SHARE = (0.5, 2.0), 320 / 360  # of images that are resized; of the 
 MIN_OBJECT = 8  # pixels a side: smaller objects hardly show in logits of every fourth pixel
 NATIVE_CROP = 512
 SAME_SETTING = {"data.crop", "augment.crop"}
+OF_RUNS = ("run_dir", "input", "after_training")  # keys of a base recipe that are not about training
 BATCH_SIZES = (16, 8, 4, 2, 1)
 MAX_CPU_BATCH = 4
 CPU_IMAGES, GPU_IMAGES = 8000, 80_000  # training images in all passes of a run
@@ -51,7 +54,7 @@ class DataFacts(NamedTuple):
     shares: Sequence[float]  # of each class, in the scored pixels
     object_sides: Mapping[str, float]  # class -> median side of its objects in pixels, where there are enough
     has_three_bands: bool = True
-    is_native: bool = False  # data.resize=native was given
+    given_resize: str | None = None  # data.resize, if it was given
 
 
 class Machine(NamedTuple):
@@ -79,7 +82,7 @@ def choose_settings(
     """
     choices = choose_resolution(facts, machine)
     chosen = {choice.key: choice.value for choice in choices}
-    crop = Size(*chosen["data.crop" if chosen["data.resize"] == "native" else "augment.crop"])
+    crop = Size(*chosen["data.crop" if chosen["data.resize"] == NATIVE else "augment.crop"])
     batch = choose_batch(len(facts.sizes), crop, machine, estimate_memory)
     choices += [batch, *choose_length(len(facts.sizes), batch.value, machine)]
     factor = math.sqrt(batch.value / MAX_CPU_BATCH)
@@ -87,7 +90,7 @@ def choose_settings(
     if batch.value != MAX_CPU_BATCH:
         rule = f"that of {MAX_CPU_BATCH} images, times the square root of {batch.value} / {MAX_CPU_BATCH} (AdamW)"
     choices += [Choice(key, float(f"{rate * factor:.3g}"), rule) for key, rate in rates.items()]
-    choices.append(choose_augmentation(facts, is_native=chosen["data.resize"] == "native"))
+    choices.append(choose_augmentation(facts, is_native=chosen["data.resize"] == NATIVE))
     return choices if machine.has_timm else [*choices, *WITHOUT_TIMM]
 
 
@@ -97,13 +100,14 @@ def choose_resolution(facts: DataFacts, machine: Machine) -> list[Choice]:
     limit = GPU_EDGE if machine.has_gpu else CPU_EDGE
     edge = max(8, 8 * round(min(short, limit) / 8))
     name, side = min(facts.object_sides.items(), key=lambda item: item[1], default=("", math.inf))
-    if facts.is_native or (side * edge / short < MIN_OBJECT and edge < 0.75 * short):
+    has_small_objects = side * edge / short < MIN_OBJECT and edge < 0.75 * short
+    if facts.given_resize == NATIVE or (facts.given_resize is None and has_small_objects):
         crop = [min(NATIVE_CROP, 32 * math.ceil(min(size[axis] for size in facts.sizes) / 32)) for axis in (0, 1)]
         seen = f"{side * edge / short:.1f} pixels a side"
         reason = f"at a short edge of {edge}, half of the objects of {name} would have less than {seen}"
-        reason = "as it was given" if facts.is_native else reason
+        reason = "as it was given" if facts.given_resize else reason
         return [
-            Choice("data.resize", "native", reason),
+            Choice("data.resize", NATIVE, reason),
             Choice("data.crop", crop, "pixels of the crops of training, and of the windows of evaluation"),
             Choice("data.crop_foreground", 0.33, "a third of the crops is centred on an object, rare classes first"),
         ]
@@ -175,7 +179,7 @@ def make_recipe(
         base: the content of the recipe that gives all other values.
         given: overrides of the user; what they set is left out of the recipe, so that it does not contradict them.
     """
-    keys = [word.partition("=")[0].lstrip("+~") for word in given]
+    keys = list_given_keys(given)
 
     def is_given(key: str) -> bool:
         return any(overrides_key(given_key, key) or {given_key, key} == SAME_SETTING for given_key in keys)
@@ -184,17 +188,19 @@ def make_recipe(
     content: dict[str, Any] = {"data": dict(data)}
     reasons = {choice.key: choice.reason for choice in choices}
     for entry in base.get("defaults", []):
-        groups |= {str(key).removeprefix("override ").lstrip("/"): value for key, value in entry.items()}
-    replaced = ("defaults", "augment.scale", "augment.crop")  # chosen with the resolution, or by a preset
+        if isinstance(entry, Mapping):  # not _self_
+            groups |= {str(key).removeprefix("override ").lstrip("/"): value for key, value in entry.items()}
+    groups["data"] = "folder"  # which `data` is described by
+    replaced = ("defaults", "augment.scale", "augment.crop", *OF_RUNS)  # chosen with the resolution, or by a preset
     values = {key: value for key, value in flatten_sections(base) if key not in replaced and not is_given(key)}
     values |= {choice.key: choice.value for choice in choices if not is_given(choice.key)}
     for key, value in values.items():
         if key in list_groups():
             groups[key] = value
         else:
-            section, *inner, last = key.split(".")
-            target = content.setdefault(section, {})
-            for name in inner:
+            *sections, last = key.split(".")
+            target = content
+            for name in sections:
                 target = target.setdefault(name, {})
             target[last] = value
     defaults = [{f"override /{key}": value} for key, value in groups.items() if key == "data" or not is_given(key)]
@@ -234,11 +240,14 @@ def write_lines(
         yield add_reason(f"{indent}{name}: {text.strip()[1:-1]}", reasons.get(key))
 
 
-def write_recipe(file: Path, content: Mapping[str, Any], reasons: Mapping[str, str], command: str) -> None:
+def write_recipe(
+    file: Path, content: Mapping[str, Any], reasons: Mapping[str, str], command: str, base: str = BASE_RECIPE
+) -> None:
     """Write a recipe, unless the file has it already.
 
     Args:
         command: the one that trains with it.
+        base: the experiment that gives what the data do not decide.
 
     Raises:
         ConfigError: if the file exists and has another content, which is kept.
@@ -248,7 +257,7 @@ def write_recipe(file: Path, content: Mapping[str, Any], reasons: Mapping[str, s
             raise ConfigError(f"output={file}: exists with another content. Remove it, or give another name.")
         return
     with atomic_write(file) as temporary:
-        temporary.write_text(format_recipe(content, reasons, file, command), encoding="utf-8")
+        temporary.write_text(format_recipe(content, reasons, file, command, base), encoding="utf-8")
 
 
 def read_content(file: Path) -> Any:
@@ -274,16 +283,13 @@ def read_base_recipe(experiment: str = BASE_RECIPE) -> dict[str, Any]:
     return yaml.safe_load((CONFIG_DIR / "experiment" / f"{experiment}.yaml" if is_option else path).read_text("utf-8"))
 
 
-def format_recipe(content: Mapping[str, Any], reasons: Mapping[str, str], file: Path, command: str) -> str:
-    """The text of a recipe.
-
-    Args:
-        command: the one that trains with it.
-    """
+def format_recipe(content: Mapping[str, Any], reasons: Mapping[str, str], file: Path, command: str, base: str) -> str:
+    """The text of a recipe; see `write_recipe`."""
+    source = f"experiment={base}{' (docs/results.md)' if base == BASE_RECIPE else ''}"
     head = [
         "# @package _global_",
         f"# A recipe that mode=check chose for a data set and a machine: {command}",
         f"# data={file.name} uses its data set alone. Relative paths start at the folder of this file.",
-        f"# Values without a comment are those of experiment={BASE_RECIPE} (docs/results.md), unless they were given.",
+        f"# Values without a comment are those of {source}, unless they were given.",
     ]
     return "\n".join([*head, *write_lines(content, reasons)]) + "\n"

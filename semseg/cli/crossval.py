@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from semseg.cli.sweep import run_job
+from semseg.config.override_keys import override_key
 from semseg.config.overrides import quote_value, record_overrides
 from semseg.config.schema import Config
 from semseg.data.folds import assign_folds, name_group
@@ -42,7 +43,7 @@ def run_folds(config: Config, overrides: list[str], run_dir: Path) -> int:
     for path, text in record_overrides(overrides).items():
         with atomic_write(run_dir / ".hydra" / path, durable=False) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    kept = [word for word in overrides if word.lstrip("+~").partition("=")[0] not in OWN_KEYS]
+    kept = [word for word in overrides if override_key(word) not in OWN_KEYS]
     after = list(dict.fromkeys(["eval", *config.after_training]))
     command = format_command([*kept, "mode=crossval", f"run_dir={relative_to_cwd(run_dir)}"])
     announce_sweep()

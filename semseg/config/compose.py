@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from semseg.config.choice_files import is_choice_file, register_choice_files
 from semseg.config.groups import CONFIG_DIR, list_groups, list_options
 from semseg.config.hints import explain_unknown_key
+from semseg.config.override_keys import split_override
 from semseg.config.tables import list_own_keys
 from semseg.errors import ConfigError, find_nearest, install_command
 
@@ -93,7 +94,7 @@ def read_unresolved(node: DictConfig, key: str) -> str:
 def find_group_problems(overrides: list[str]) -> Iterator[str]:
     """A sentence for every group whose value is not one of its options."""
     for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
+        key, value = split_override(override)
         if key in list_groups() and value not in list_options(key) and not is_choice_file(key, value):
             yield explain_option(key, value, [])
 

@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from semseg.config.fields import key_of
+from semseg.config.override_keys import list_given_keys
 from semseg.config.schema import Config
 from semseg.config.uses import refuse_unused_sizes
 from semseg.config.validate import check_values
@@ -26,7 +27,7 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
     Raises:
         ConfigError: if the command line requests another network, or sizes that this one does not use.
     """
-    keys = [word.lstrip("+").partition("=")[0] for word in overrides]
+    keys = list_given_keys(overrides)
     for key in keys:
         if key.partition(".")[0].partition("/")[0] == "model" and key not in FREE_MODEL_KEYS:
             raise ConfigError(f"{key}: the network comes from ckpt, so it cannot be set here.")

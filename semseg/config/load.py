@@ -13,6 +13,7 @@ from semseg.config.compose import compose_config
 from semseg.config.explain import explain_hydra_error
 from semseg.config.fields import key_of
 from semseg.config.groups import list_groups
+from semseg.config.override_keys import override_key
 from semseg.config.overrides import parse_overrides, quote_value
 from semseg.config.schema import Config, list_keys
 from semseg.config.uses import (
@@ -78,7 +79,7 @@ def load_prediction_config(
     for override in overrides:
         if not isinstance(override, str):
             raise ArgumentError(f"{override!r}: an override is text, semseg.load(ckpt, 'predict.flip=true').")
-        key = override.lstrip("+~").partition("=")[0]
+        key = override_key(override)
         section, _, name = key.replace("/", ".").partition(".")
         if section in known and section not in PREDICTION_SECTIONS:
             raise ConfigError(

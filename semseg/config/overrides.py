@@ -12,6 +12,7 @@ import yaml
 from semseg.config.choice_files import is_choice_file, read_choice_file, resolve_choice
 from semseg.config.groups import list_groups
 from semseg.config.hints import REMOVED_KEYS
+from semseg.config.override_keys import override_key
 from semseg.config.tables import is_own_key
 from semseg.errors import ConfigError
 
@@ -104,7 +105,7 @@ def expand_rerun(arguments: list[str]) -> list[str]:
     kept = [
         override.replace(f"={RECORD_FOLDER}/", f"={record}/", 1)
         for override in read_saved_overrides(saved)
-        if override.lstrip("+~").partition("=")[0] not in ignored
+        if override_key(override) not in ignored
     ]
     return kept + [word for word in arguments if word != "mode=rerun" and not word.startswith("run=")]
 

@@ -10,6 +10,7 @@ from functools import reduce
 from pathlib import Path
 
 from semseg.config.fields import AUTO
+from semseg.config.override_keys import list_given_keys, split_override
 from semseg.config.schema import (
     EXPORT_SUFFIXES,
     EXPORTED_NETWORK_MODES,
@@ -92,7 +93,7 @@ def refuse_unused_sizes(config: Config, overrides: Sequence[str]) -> None:
     if config.data.resize != "native":
         return
     for word in overrides:
-        key, _, value = word.lstrip("+").partition("=")
+        key, value = split_override(word)
         if key in SIZE_KEYS:
             raise ConfigError(
                 f"{key}={value}: has no effect with data.resize=native, which takes pixels as they are. Leave it out; "
@@ -108,7 +109,7 @@ def refuse_unread_keys(mode: str, overrides: Sequence[str]) -> None:
     """
     unread = UNREAD_KEYS.get(mode, {})
     for word in overrides:
-        key, _, value = word.lstrip("+").partition("=")
+        key, value = split_override(word)
         if key in unread and value.lower() not in ("false", "null"):
             raise ConfigError(f"{key}={value}: has no effect with mode={mode}. {unread[key]}")
 
@@ -121,7 +122,7 @@ def refuse_idle_keys(config: Config, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: with the setting that they are for, or that replaces them.
     """
-    given = dict.fromkeys(word.lstrip("+").partition("=")[0] for word in overrides)
+    given = list_given_keys(overrides)
     if config.mode in DATA_MODES and ("debug" in given or is_resumed(config)):
         return
     idle = dict(find_idle_output_keys(config))

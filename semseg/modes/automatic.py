@@ -24,6 +24,7 @@ from semseg.build import build_data, build_module, choose_device, locate_waiting
 from semseg.checkpoints.network import build_network, without_weights
 from semseg.config.compose import compose_config
 from semseg.config.fields import AUTO
+from semseg.config.override_keys import list_given_keys, override_key
 from semseg.config.schema import Config
 from semseg.data.batch import Batch
 from semseg.data.geometry import Size
@@ -136,11 +137,6 @@ def keep_choice(key: str, saved: dict[str, Any], overrides: list[str]) -> Automa
         name: value for name in further if name not in given and (value := OmegaConf.select(plain, name)) is not None
     }
     return AutomaticChoice(key, OmegaConf.select(plain, key), "as the run was started", kept)
-
-
-def list_given_keys(overrides: list[str]) -> set[str]:
-    """The keys that the command line sets."""
-    return {word.lstrip("+~").partition("=")[0] for word in overrides}
 
 
 class Chooser:
@@ -403,7 +399,7 @@ def choose_rate(config: Config, overrides: list[str], world_size: int) -> Automa
 
 def read_recipe_rate(overrides: list[str], optimizer: str) -> float:
     """The rate that the files of a command line say, without its own optim.lr; if it is auto, that of the optimiser."""
-    words = [word for word in overrides if word.lstrip("+~").partition("=")[0] != "optim.lr"]
+    words = [word for word in overrides if override_key(word) != "optim.lr"]
     rate = compose_config(words).optim.lr
     if rate == AUTO:
         rate = compose_config([f"optim={optimizer}"]).optim.lr

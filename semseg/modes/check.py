@@ -54,6 +54,7 @@ from semseg.checks.recipe import (
     write_recipe,
 )
 from semseg.config.load import load_config
+from semseg.config.override_keys import list_given_keys, override_key, split_override
 from semseg.config.schema import FINE_STRIDE, SPLITS, Config, DataConfig, flatten_sections
 from semseg.data.bands import BandOptions, band_options
 from semseg.data.classes import ClassTable
@@ -137,8 +138,9 @@ def run(config: Config, overrides: list[str]) -> None:
     if is_ready:
         if output is not None:
             facts = collect_facts(config.data, diagnosis, splits[0], label_map, classes)
+            base = find_base_recipe(overrides)
             content, reasons = choose_recipe(config, overrides, diagnosis, facts, output)
-            write_recipe(output, content, reasons, report.command)
+            write_recipe(output, content, reasons, report.command, base or BASE_RECIPE)
             print(escape_lines(f"written to {relative_to_cwd(output)}: the data set, and settings with their reasons"))
         print(next_step)
         return
@@ -399,8 +401,7 @@ def leave_out_data(overrides: Sequence[str]) -> list[str]:
     return [
         word
         for word in overrides
-        if not word.startswith((*OWN_WORDS, "experiment="))
-        and word.partition("=")[0].partition(".")[0].lstrip("+~") != "data"
+        if not word.startswith((*OWN_WORDS, "experiment=")) and override_key(word).partition(".")[0] != "data"
     ]
 
 
@@ -412,11 +413,7 @@ def check_command(overrides: Sequence[str], diagnosis: Diagnosis) -> str:
 
 def apply_suggestions(overrides: Sequence[str], suggestions: dict[str, str]) -> list[str]:
     """The overrides of a run on the checked data set, with suggestions in place of those with the same keys."""
-    kept = [
-        word
-        for word in overrides
-        if not word.startswith(OWN_WORDS) and word.partition("=")[0].lstrip("+~") not in suggestions
-    ]
+    kept = [word for word in overrides if not word.startswith(OWN_WORDS) and override_key(word) not in suggestions]
     return [*kept, *(f"{key}={value}" for key, value in suggestions.items())]
 
 
@@ -434,7 +431,13 @@ def collect_facts(
     objects = summarise_objects(train, label_map.class_index, classes.names, view_of(data, FINE_STRIDE))
     sides = {each.name: each.median_side for each in objects if each.num_objects >= MIN_OBJECTS}
     shares = [row.share for row in diagnosis.classes]
-    return DataFacts(sizes, shares, sides, len(data.band_names) == 3, data.resize == NATIVE)
+    return DataFacts(sizes, shares, sides, len(data.band_names) == 3)
+
+
+def find_base_recipe(overrides: Sequence[str]) -> str | None:
+    """The experiment of the command line, on which its recipe is based; None: that of a recipe by default."""
+    chosen = [value for key, value in map(split_override, overrides) if key == "experiment"]
+    return chosen[-1].strip("\"'") if chosen else None
 
 
 def choose_recipe(
@@ -443,10 +446,10 @@ def choose_recipe(
     """The content of `output`, and the reason of each of its settings by key."""
     data = describe_checked_data(overrides, diagnosis.suggestions, output)
     others = leave_out_data(overrides)
-    chosen = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
-    own = read_base_recipe(*chosen[-1:])
-    is_network_given = any(word.lstrip("+~").startswith("model") for word in others)
-    recipe_words = [] if is_network_given else [f"experiment={(chosen or [BASE_RECIPE])[-1]}"]
+    chosen = find_base_recipe(overrides)
+    base = read_base_recipe(chosen or BASE_RECIPE)
+    is_network_given = any(key.startswith("model") for key in list_given_keys(others))
+    recipe_words = [] if is_network_given else [f"experiment={chosen or BASE_RECIPE}"]
     network = load_config([*recipe_words, "data=folder", "data.num_classes=2", *others])[0]
     net = build_shapes(network, len(diagnosis.classes))
 
@@ -454,12 +457,16 @@ def choose_recipe(
         canvas = net.image_size or canvas_size([size], net.size_divisor)
         return estimate_step_memory(net, canvas, batch_size).with_momentum
 
-    rates = {key: value for key, value in flatten_sections(own) if key.startswith("optim.lr") and not chosen}
+    given = list_given_keys(overrides)
+    if config.data.resize == NATIVE or "data.resize" in given:
+        facts = facts._replace(given_resize=config.data.resize)
+    rates = {key: value for key, value in flatten_sections(base) if key.startswith("optim.lr") and not chosen}
     choices = choose_settings(facts, measure_machine(config), rates, estimate_memory)
     if net.image_size is not None:  # the network's size is that of the crops
         choices = [choice for choice in choices if choice.key not in ("data.crop", "augment.crop")]
-    given = [key for key, _ in flatten_sections({"data": data}) if key not in diagnosis.suggestions]
-    recipe, reasons = make_recipe(choices, {"name": output.stem, **data}, own, [*given, *others])
+    described = dict(flatten_sections({"data": data}))
+    given_data = [key for key in (*described, *given) if key.startswith("data.") and key not in diagnosis.suggestions]
+    recipe, reasons = make_recipe(choices, {"name": output.stem, **data}, base, [*given_data, *others])
     return recipe, dict.fromkeys(diagnosis.suggestions, "suggested by the check of all files") | reasons
 
 

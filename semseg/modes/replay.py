@@ -14,6 +14,7 @@ from torch import Tensor
 
 from semseg.build import build_module, choose_device, open_network, restore_network
 from semseg.checkpoints.format import NET_PREFIX, SAFETENSORS, TRAINED_WEIGHTS, is_dense_tensor, load_plain
+from semseg.config.override_keys import list_given_keys
 from semseg.config.schema import Config
 from semseg.data.batch import Batch
 from semseg.errors import CheckpointError
@@ -70,7 +71,7 @@ def restore_training(saved: Config, config: Config, overrides: Sequence[str]) ->
 
     A compiled network has no layers that can be watched.
     """
-    keys = {word.lstrip("+").partition("=")[0] for word in overrides}
+    keys = list_given_keys(overrides)
     is_given = any(key.partition(".")[0] == "loss" for key in keys)
     precision = config.trainer.precision if "trainer.precision" in keys else saved.trainer.precision
     return replace(

@@ -35,6 +35,7 @@ from semseg.checkpoints.from_hub import is_on_hub
 from semseg.checkpoints.initialise import LoadReport, initialise_from
 from semseg.checkpoints.network import build_network, check_network, report_one_size, without_weights
 from semseg.checkpoints.published import find_published_files
+from semseg.config.override_keys import list_given_keys, override_key
 from semseg.config.schema import (
     ARCHITECTURE_KEYS,
     AUTO_RANGE,
@@ -738,6 +739,6 @@ def describe_last_checkpoint(config: Config, overrides: list[str]) -> str | None
 def resume_command(config: Config, overrides: list[str], *further: str) -> str:
     """The command that resumes this run, with `further` overrides in place of those with the same keys."""
     last = [f"run_dir={relative_to_cwd(Path(config.run_dir))}", "resume=auto", *further]
-    replaced = {word.partition("=")[0] for word in last}
-    kept = [word for word in overrides if word.partition("=")[0] not in replaced]
+    replaced = list_given_keys(last)
+    kept = [word for word in overrides if override_key(word) not in replaced]
     return format_command([*kept, *last])

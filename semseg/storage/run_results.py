@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from semseg.config.override_keys import override_key, split_override
 from semseg.config.overrides import RECORD_FOLDER
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import shorten_overrides
@@ -58,7 +59,7 @@ def job_overrides(overrides: Iterable[str]) -> list[str]:
     >>> job_overrides(["hparams_search=grid", "optim.lr=0.1"])
     ['optim.lr=0.1']
     """
-    return [word for word in overrides if word.partition("=")[0] != "hparams_search"]
+    return [word for word in overrides if override_key(word) != "hparams_search"]
 
 
 def job_name(overrides: Iterable[str]) -> str:
@@ -183,8 +184,8 @@ def parse_settings(job: Job) -> dict[str, str]:
     >>> parse_settings(Job(Path("x"), ("+a.b=1", "model/encoder='resnet18'")))
     {'a.b': '1', 'model/encoder': 'resnet18'}
     """
-    pairs = (override.lstrip("+~").partition("=") for override in shorten_overrides(job.overrides))
-    return {key: value.strip("\"'") for key, _, value in pairs}
+    pairs = map(split_override, shorten_overrides(job.overrides))
+    return {key: value.strip("\"'") for key, value in pairs}
 
 
 def varying_keys(jobs: Sequence[Job]) -> tuple[str, ...]:

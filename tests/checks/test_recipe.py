@@ -16,6 +16,7 @@ from semseg.checks.recipe import (
     read_base_recipe,
     write_recipe,
 )
+from semseg.config.groups import CONFIG_DIR
 from semseg.config.load import load_config
 from semseg.data.geometry import Size
 from semseg.errors import ConfigError
@@ -66,10 +67,13 @@ def test_small_objects_in_large_images_keep_their_pixels() -> None:
 
 
 def test_the_resolution_and_the_crop_that_were_given_are_kept(tmp_path: Path) -> None:
-    choices = choose_settings(STREET._replace(is_native=True), CPU, {}, memory)
+    choices = choose_settings(STREET._replace(given_resize="native"), CPU, {}, memory)
     content, reasons = make_recipe(choices, {"root": "photos", "resize": "native"}, read_base_recipe(), ["data.resize"])
     assert reasons["data.resize"] == "as it was given"
     assert content["data"]["crop"] == [384, 480] and "short_edges" not in content["data"] and "augment" not in content
+    resized = choose_settings(DEFECTS._replace(given_resize="short_edge"), CPU, {}, memory)
+    assert {choice.key for choice in resized} >= {"data.short_edges", "augment.crop"}
+    assert "data.crop" not in {choice.key for choice in resized}
     for given in ("data.crop", "augment.crop"):
         for facts in (STREET, DEFECTS):
             content, _ = make_recipe(choose_settings(facts, CPU, {}, memory), {}, read_base_recipe(), [given])
@@ -108,6 +112,27 @@ def test_the_file_trains_what_was_chosen_and_is_a_data_set_too(
     write_recipe(file, content, reasons, "")  # the same content
     with pytest.raises(ConfigError, match="exists with another content"):
         write_recipe(file, {**content, "seed": 1}, reasons, "")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIG_DIR / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_can_be_the_base(path: Path, tmp_path: Path) -> None:
+    choices = choose_settings(STREET, CPU, {}, memory)
+    data = {"name": "a", "root": "photos", "num_classes": 3}
+    content, reasons = make_recipe(choices, data, read_base_recipe(path.stem), [])
+    file = tmp_path / "a.yaml"
+    write_recipe(file, content, reasons, "python run.py experiment=a.yaml", path.stem)
+    assert f"are those of experiment={path.stem}" in file.read_text()
+    config = load_config([f"experiment={file}"])[0]
+    assert (config.data.root, config.data.num_classes) == (str(tmp_path / "photos"), 3)
+    assert config.run_dir.endswith("_train") and (config.after_training, config.input) == ([], None)
+    assert config.optim.lr == load_config([f"experiment={path.stem}", "data=folder", "data.num_classes=3"])[0].optim.lr
+
+
+def test_a_file_with_its_own_values_first_can_be_the_base(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("# @package _global_\ndefaults:\n  - _self_\n  - override /optim: adamw\nseed: 3\n")
+    content, _ = make_recipe(choose_settings(STREET, CPU, {}, memory), {}, read_base_recipe(str(file)), [])
+    assert content["seed"] == 3 and {"override /optim": "adamw"} in content["defaults"]
 
 
 def test_what_the_user_set_is_left_to_the_command_line() -> None:

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from semseg.config.override_keys import list_given_keys
 from semseg.config.schema import flatten_sections
 from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
@@ -50,7 +51,7 @@ def build_config_tree(config: dict[str, Any], overrides: Sequence[str]) -> Tree:
         config: the configuration of the run as plain data.
         overrides: the overrides of the command line, which are listed at the end.
     """
-    given = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    given = list_given_keys(overrides)
     sections: dict[str, dict[str, Any]] = {"": {}}
     for key, value in flatten_sections(config):
         section, _, name = key.partition(".")
