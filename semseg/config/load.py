@@ -31,9 +31,9 @@ PREDICTION_SECTIONS = ("data", "download", "eval", "experiment", "model", "predi
 PREDICTION_KEYS = {
     "data": (
         "name", "root", "classes", "num_classes", "first_id", "ignore", "map", "mask_type", "ignore_colors",
-        "max_long_edge", "max_pixels", "resize", "crop",
+        "max_long_edge", "max_pixels", "resize", "crop", "bands", "band_files", "value_range", "show_bands",
     ),
-    "eval": ("scales",),
+    "eval": ("scales", "batch_size"),
     "predict": ("format", "scales", "flip", "window", "stride", "memory_limit_mb", "threshold", "min_confidence"),
     "trainer": ("accelerator", "devices", "precision"),
 }  # fmt: skip

@@ -653,8 +653,8 @@ class SyncBNConfig:
 class TrainerConfig:
     """Lightning's Trainer, with its own names: https://lightning.ai/docs/pytorch/stable/common/trainer.html"""
 
-    accelerator: str = "auto"
-    """auto, cpu, gpu, ..."""
+    accelerator: str = choice_field("auto", ("auto", "cpu", "gpu", "cuda", "mps"))
+    """gpu: of any kind; auto: one if there is one."""
     devices: Any = free_field(1, "a count, a list or auto")
     """A count, a list of indices ([0,2] or 0-3), or auto (all)."""
     num_nodes: int = number_field(1, low=1)
@@ -723,7 +723,7 @@ class TrainerConfig:
             if value is not None and not is_fraction and not is_int_between(value, low=lowest, high=MAX_INT):
                 yield f"trainer.{key}={value}: must be null, a count of at least {lowest}, or a fraction up to 1.0."
         if self.max_steps == 0:
-            yield "trainer.max_steps=0: must be at least 1, or -1 for no limit."
+            yield "trainer.max_steps=0: there is nothing to train. Set at least 1, or -1 for no limit."
         if not isinstance(self.fast_dev_run, bool) and not is_int_between(self.fast_dev_run, low=1, high=MAX_INT):
             yield f"trainer.fast_dev_run={self.fast_dev_run}: must be true, false, or a number of steps."
 

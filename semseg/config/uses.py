@@ -44,9 +44,17 @@ UNREAD_KEYS = {
         "input": "It scores a data set: data.root=<folder> names another one.",
         "output": "The results are written to run_dir=<folder>.",
         "trainer.limit_val_batches": "data.limit=<number> scores the first images only.",
+        "trainer.fast_dev_run": "data.limit=<number> scores the first images only.",
     },
     "predict": PREDICTION_ADVICE | {"output": "The predictions are written to run_dir=<folder>."},
     "serve": PREDICTION_ADVICE,
+    "bench": dict.fromkeys(
+        ("trainer.fast_dev_run", "trainer.limit_train_batches"), "bench.steps is the number of steps that are timed."
+    ),
+    "average": {
+        "trainer.fast_dev_run": "All images of eval.split are scored. Leave it out.",
+        "data.on_bad": "An image that cannot be read ends it. Leave it out.",
+    },
     "export": {"predict.threshold": "An exported file does not apply it: give it where the file is used."},
 }
 # Modes that cannot work without a network.
@@ -155,6 +163,9 @@ def find_idle_training_keys(config: Config) -> Iterator[tuple[str, str]]:
         yield "schedule.min_factor", "It is for schedule=cosine. Give that, or leave it out."
     if config.optim.name != "adamw":
         yield "optim.beta2", "It is for optim=adamw. Leave it out."
+    if config.syncbn.name == "off":
+        advice = "It is for syncbn=reduce. Give that, or leave it out."
+        yield from dict.fromkeys(("syncbn.convention", "syncbn.group"), advice).items()
     if config.ema.decay is None:
         yield "ema.start_step", "There is no average without ema.decay. Give that, or leave it out."
     if config.model.encoder.get("frozen"):
@@ -260,9 +271,8 @@ def find_training_problems(config: Config) -> Iterator[str]:
             f"data.folds={config.data.folds}: is for mode=crossval, which trains on every fold. For one of them give "
             "data.fold=<0 to folds - 1>."
         )
-    for key in ("limit_train_batches", "max_steps"):
-        if getattr(config.trainer, key) == 0:
-            yield f"trainer.{key}=0: there is nothing to train. Remove it, or set at least 1."
+    if config.trainer.limit_train_batches == 0:
+        yield "trainer.limit_train_batches=0: there is nothing to train. Remove it, or set at least 1."
 
 
 def find_fold_problems(config: Config) -> Iterator[str]:

@@ -243,6 +243,16 @@ class LabelMap:
         """
         return self._raw[index]
 
+    def ignore_missing(self, index: NDArray[np.integer], is_valid: NDArray[np.bool_] | None) -> None:
+        """Give pixels of a prediction that have no values no class, in place, if there is an ignored id for them.
+
+        Args:
+            index: (H, W) class indices.
+            is_valid: (H, W) where the image has values; None: everywhere.
+        """
+        if is_valid is not None and self.ignored_ids:
+            index[~is_valid] = IGNORED
+
     @property
     def class_ids(self) -> list[int]:
         """The raw id of each class, by class index, as `to_raw` returns it.

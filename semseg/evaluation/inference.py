@@ -26,6 +26,7 @@ from semseg.data.plan import group_by_shape
 from semseg.data.windows import window_starts
 from semseg.errors import ConfigError
 from semseg.nets.ensemble import list_members
+from semseg.nets.gpu import copies_without_waiting
 from semseg.nets.normalise import normalise
 
 BYTES_PER_MB = 2**20
@@ -124,10 +125,11 @@ def batch_logits(
     weights = next(net.parameters(), torch.empty(0))  # float32 unless trainer.precision is one of *-true
     # Convolutions on the CPU are 10 % faster in channels_last, and merge_scales reads logits in this layout.
     layout = torch.channels_last if weights.device.type == "cpu" else torch.preserve_format
+    is_async = copies_without_waiting(weights.device)
     found: list[list[Tensor]] = [[] for _ in images]
     for scale in zip(*images, strict=True):  # all images at one scale
         for members in group_by_shape([pixels.shape for pixels in scale], max_members=len(images)):
-            stacked = torch.stack([scale[member].to(weights.device, non_blocking=True) for member in members])
+            stacked = torch.stack([scale[member].to(weights.device, non_blocking=is_async) for member in members])
             image = normalise(stacked, convention).to(weights.dtype, memory_format=layout)  # (N, 3, H, W)
             maps = [run_in_windows(net, image, window, stride)]
             if flip:

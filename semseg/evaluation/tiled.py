@@ -40,6 +40,7 @@ from semseg.evaluation.inference import (
     to_full_precision,
 )
 from semseg.nets.ensemble import list_members
+from semseg.nets.gpu import copies_without_waiting
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.normalise import normalise
 
@@ -233,7 +234,7 @@ def run_windows(
         canvas[:, : part.shape[1], : part.shape[2]] = part
     is_padded = any(part.shape[1:] != pixels.shape[2:] for part in parts)
     sizes = torch.tensor([part.shape[1:] for part in parts]) if is_padded else None
-    pixels = pixels.to(weights.device, non_blocking=True)
+    pixels = pixels.to(weights.device, non_blocking=copies_without_waiting(weights.device))
     image = normalise(pixels, convention, sizes).to(weights.dtype, memory_format=layout)
     maps = []
     for member in list_members(net):

@@ -35,6 +35,7 @@ from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import entry_command, relative_to_cwd
 from semseg.storage.ranks import print_once
 from semseg.system.text import escape_lines, format_quantity
+from semseg.training.trainer import use_one_device
 
 AVERAGE_FILE, SCORES_FILE = "average.ckpt", "average.json"  # in the run folder
 NUM_IMAGES = 1000  # of train, at most, on which normalisation statistics are measured again
@@ -59,7 +60,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     for other in members[1:]:
         refuse_other_network(members[0], other)
     config = inherit_config(members[0].config, config, overrides)
-    config = replace(config, data=replace(config.data, on_bad="error"))
+    config = replace(config, data=replace(config.data, on_bad="error"), trainer=use_one_device(config.trainer))
     source = open_source(config.data, members[0])
     require_masks(config.eval.split, source.records(config.eval.split))
     source.training_records()
@@ -73,8 +74,9 @@ def run(config: Config, overrides: list[str]) -> float | None:
     averaged = members[0]._replace(weights=weights, epoch=0, step=0)
     net = restore_network(averaged)
     num_images = measure_statistics(net, config, source)
+    # Before the evaluation, in which trainer.precision may change the type of the network.
+    weights = {name: value.to("cpu", copy=True) for name, value in net.state_dict().items()}
     score, threshold = score_on_split(net, config, source)
-    weights = {name: value.cpu() for name, value in net.state_dict().items()}
     averaged = averaged._replace(weights=weights, threshold=threshold)
     best = max((iou for iou in scores if iou is not None), default=None)
     is_better = score is not None and (best is None or score > best)

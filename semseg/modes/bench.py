@@ -117,6 +117,7 @@ def run(config: Config, overrides: list[str]) -> None:
         raise DataError(f"data.train has {len(source.training_records())} images, fewer than one step takes.")
     net = build_network(without_weights(config.model), source.classes.num_classes, config.download, source.bands)
     data = build_data(config, source, net)
+    data.trainer = trainer  # whose ranks share the images and the processors
     loading = time_loader(data, config.bench)
     stepping = time_steps(trainer, build_module(config, net, source.classes), data, config)
     evaluating = time_evaluation(config, source, net) if source.has(config.eval.split) else None
@@ -134,7 +135,7 @@ def run(config: Config, overrides: list[str]) -> None:
 
 
 def time_loader(data: SegmentationData, config: BenchConfig) -> LoadingSpeed:
-    """Time the loader of rank 0 alone, with its workers, and measure its padding."""
+    """Time the loader of this rank alone, with its workers, and measure its padding."""
     loader = data.train_dataloader()
     stream = iter(loader.loader_from(0))
     for _ in itertools.islice(stream, config.warmup):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from semseg.config.schema import Config
 from semseg.data import shared_slots
-from semseg.errors import DataError, SemsegError
+from semseg.errors import DataError, SemsegError, install_command
 from semseg.nets.registry import build_segmenter
 from semseg.prediction.video import VideoWriters, read_frames
 from semseg.system.memory import get_total_memory
@@ -33,8 +33,8 @@ CORE_PACKAGES = (
     "pillow",
 )  # fmt: skip
 EXTRA_PACKAGES = {
-    "tb": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny", "timm": "timm",
-    "smp": "segmentation-models-pytorch", "transformers": "transformers", "demo": "fastapi",
+    "tb": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny", "tiff": "imagecodecs", "geo": "rasterio",
+    "timm": "timm", "smp": "segmentation-models-pytorch", "transformers": "transformers", "demo": "fastapi",
     "export": "onnxruntime", "joblib": "hydra-joblib-launcher", "slurm": "hydra-submitit-launcher",
     "optuna": "hydra-optuna-sweeper",
 }  # fmt: skip
@@ -115,7 +115,7 @@ def check_extras() -> CheckResult:
     """The optional packages that are installed."""
     installed = [extra for extra, package in EXTRA_PACKAGES.items() if is_installed(package)]
     missing = [extra for extra in EXTRA_PACKAGES if extra not in installed]
-    hint = f"; not installed: {', '.join(missing)} (pip install --editable '.[<extra>]')" if missing else ""
+    hint = f"; not installed: {', '.join(missing)} ({install_command('<extra>')})" if missing else ""
     return CheckResult(OK, "extras", f"{', '.join(installed) or 'none'}{hint}")
 
 

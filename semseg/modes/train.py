@@ -89,6 +89,7 @@ from semseg.training.resume import (
     removal_override,
 )
 from semseg.training.start_summary import LABEL_WIDTH, abbreviate_path, format_start, shorten_list
+from semseg.training.trainer import use_one_device
 from semseg.training.training_state import report_restore_errors
 
 PIPE_WIDTH = 120  # characters of a line where there is no terminal
@@ -661,10 +662,8 @@ def run_follow_ups(config: Config, checkpoint: Path, result: RunResult, folders:
 
 def run_follow_up(mode: str, config: Config, checkpoint: Path, folder: Path) -> None:
     """Evaluate the checkpoint or predict with it, in a folder of its own below the run folder."""
-    devices = config.trainer.devices
-    first = devices[:1] if isinstance(devices, list) else 1
-    one_device = replace(config.trainer, devices=first, num_nodes=1, strategy="auto")
-    after = replace(config, mode=mode, ckpt=str(checkpoint), run_dir=str(folder), trainer=one_device)
+    trainer = use_one_device(config.trainer)
+    after = replace(config, mode=mode, ckpt=str(checkpoint), run_dir=str(folder), trainer=trainer)
     saved = read_checkpoint(checkpoint)
     if mode == "eval":
         evaluate_network(saved, after)

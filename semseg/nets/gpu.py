@@ -21,6 +21,11 @@ def configure_gpu() -> None:
     torch.set_float32_matmul_precision("high")
 
 
+def copies_without_waiting(device: torch.device) -> bool:
+    """Whether a copy to or from a device may be left unfinished: on Apple's GPUs, the values would be wrong."""
+    return device.type == "cuda"
+
+
 def wait_for_device(device: torch.device) -> None:
     """Wait until a GPU has done its work, so that a clock times the work and not its launch."""
     if device.type in ("cuda", "mps"):

@@ -439,14 +439,16 @@ def predict_upload(served: ServedNetwork, upload: Upload, max_pixels: int) -> Pr
         DataError: if the upload is not an image, is broken, or has more than `max_pixels`.
     """
     data, key = upload.file.read(), "serve.max_pixels"
+    is_valid = None
     if served.bands is None:
         image = decode_image(data, upload.name, upright=True, max_pixels=max_pixels, key=key)
     else:
         read = decode_bands(data, upload.name, served.bands, max_pixels, key=key, naming=SEND_OTHER_BANDS)
-        image = read.turn_upright().pixels
+        image, is_valid, *_ = read.turn_upright()
     is_shown_by_browsers = served.bands is None and data.startswith(BROWSER_STARTS)
     picture = None if is_shown_by_browsers else encode_picture(served.draw(image))
     ids = served.predict(image)
+    served.label_map.ignore_missing(ids, is_valid)
     present = [
         PresentClass(share=share.share, **describe_class(served, share.class_index).model_dump())
         for share in class_shares(ids, served.classes)

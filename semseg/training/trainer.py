@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -150,6 +151,12 @@ def choose_accelerator(name: str) -> str:
     if name in ("gpu", "cuda") and not has_cuda:
         raise ConfigError(f"trainer.accelerator={name}: PyTorch sees no GPU here. Use trainer=cpu.")
     return "gpu" if name == "cuda" else name
+
+
+def use_one_device(settings: TrainerConfig) -> TrainerConfig:
+    """The settings for one process on the first of trainer.devices."""
+    first = settings.devices[:1] if isinstance(settings.devices, list) else 1
+    return replace(settings, devices=first, num_nodes=1, strategy="auto")
 
 
 def refuse_double_precision(precision: str, accelerator: str) -> None:

@@ -103,7 +103,7 @@ def test_the_release_follows_a_rule_that_is_reported(tmp_path: Path, folder: str
 @pytest.mark.slow
 def test_what_the_files_lack_can_be_overridden(tmp_path: Path) -> None:
     write_files(tmp_path, *TWO_CLASSES)
-    saved = read(tmp_path, "model.convention=bgr_mean", "model.encoder.output_stride=16")
+    saved = read(tmp_path, "++model.convention=bgr_mean", "model.encoder.output_stride=16")
     assert saved.convention == PREPROCESSING["bgr_mean"]
     assert restore_network(saved).encoder.strides == (4, 8, 16, 16)
 

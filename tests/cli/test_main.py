@@ -66,6 +66,16 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
             "export.calibration_images=8: has no effect. It is for export.quantize=static.",
         ),
         ([*EXPORT, "export.score_images=8"], "export.score_images=8: has no effect. It is for export.quantize."),
+        (
+            ["mode=eval", "ckpt=x", "trainer.fast_dev_run=true"],
+            "trainer.fast_dev_run=true: has no effect with mode=eval. data.limit=<number> scores the first images",
+        ),
+        (
+            ["mode=bench", "trainer.limit_train_batches=2"],
+            "trainer.limit_train_batches=2: has no effect with mode=bench. bench.steps is the number of steps",
+        ),
+        (["syncbn=off", "syncbn.group=node"], "syncbn.group=node: has no effect. It is for syncbn=reduce."),
+        (["trainer.accelerator=tpux"], "trainer.accelerator=tpux: not known. Valid: auto, cpu, gpu, cuda, mps."),
         (["optim.lr_images=8"], "optim.lr_images=8: has no effect. It is for optim.lr=auto."),
         (["data.max_bad=0.1"], "data.max_bad=0.1: has no effect. It is for data.on_bad=skip."),
         (["augment.blur_sigma=[1,2]"], "augment.blur_sigma=[1.0, 2.0]: has no effect. It is for augment.blur."),

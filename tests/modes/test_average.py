@@ -76,12 +76,19 @@ def test_the_average_is_kept_only_if_it_is_better_than_the_best(folder: Path) ->
     assert not (folder / "worse" / "average.ckpt").exists()
     content = json.loads((folder / "worse" / "average.json").read_text())
     assert [row["mean_iou"] for row in content["networks"]] == [0.2, 0.5] and content["is_kept"] is False
-    with patch.object(average, "score_on_split", side_effect=scored(0.2, 0.5, 0.6)):
+    scores = iter(scored(0.2, 0.5, 0.6))
+
+    def score_in_double(net: nn.Module, *_: object) -> SplitScore:  # as with trainer.precision=64-true
+        net.double()
+        return next(scores)
+
+    with patch.object(average, "score_on_split", side_effect=score_in_double):
         run_here(folder, "mode=average", "ckpt=[a.ckpt,b.ckpt]", *QUICK, "run_dir=better")
     found = read_checkpoint(folder / "better" / "average.ckpt")
     ends = [read_checkpoint(folder / f"{name}.ckpt").weights for name in "ab"]
     assert found.threshold == 0.3  # its own, not that of the first network
     name = "encoder.fine.0.0.weight"
+    assert found.weights[name].dtype == torch.float32
     assert torch.allclose(found.weights[name], (ends[0][name] + ends[1][name]) / 2)
     statistics = "encoder.fine.0.1.running_mean"
     assert not torch.allclose(found.weights[statistics], (ends[0][statistics] + ends[1][statistics]) / 2)
@@ -89,7 +96,7 @@ def test_the_average_is_kept_only_if_it_is_better_than_the_best(folder: Path) ->
 
 @pytest.mark.slow
 def test_the_networks_and_their_average_are_scored(folder: Path) -> None:
-    printed = run_here(folder, "mode=average", "ckpt=[a.ckpt,a.ckpt]", *QUICK, "run_dir=scored")
+    printed = run_here(folder, "mode=average", "ckpt=[a.ckpt,a.ckpt]", *QUICK, "trainer.devices=2", "run_dir=scored")
     assert printed.count("a.ckpt: mean IoU") == 2 and "their mean, statistics of 4 images" in printed
     content = json.loads((folder / "scored" / "average.json").read_text())
     assert content["networks"][0]["mean_iou"] == content["networks"][1]["mean_iou"] is not None

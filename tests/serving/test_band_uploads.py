@@ -88,6 +88,14 @@ def test_four_bands_of_16_bits_are_predicted_and_shown_stretched(tmp_path: Path,
     assert shown[:, 13:].min() > 240 and shown[:, :11].max() < 120  # near infrared, stretched
 
 
+def test_pixels_without_values_have_no_class(tmp_path: Path) -> None:
+    values = scene().astype(np.float32)
+    values[:, :8] = np.nan
+    answer = send(as_npy(values), "a.npy").json()
+    assert np.asarray(mask_of(answer)).tolist() == [[0] * 8 + [1] * 4 + [2] * 4] * 12
+    assert [entry["share"] for entry in answer["classes"]] == [0.25, 0.25]
+
+
 @pytest.mark.parametrize(
     ("data", "name", "message"),
     [

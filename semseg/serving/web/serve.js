@@ -212,7 +212,8 @@ function drawOverlay() {
     pixels.data[target] = (colour >> 16) * brightness;
     pixels.data[target + 1] = ((colour >> 8) & 255) * brightness;
     pixels.data[target + 2] = (colour & 255) * brightness;
-    pixels.data[target + 3] = highlightedId === null || highlightedId === id ? 255 : FAINT_OPACITY;
+    const opacity = highlightedId === null || highlightedId === id ? 255 : FAINT_OPACITY;
+    pixels.data[target + 3] = colour === undefined ? 0 : opacity; // pixels without values have no class
   }
   byId("overlay").width = width;
   byId("overlay").height = height;
@@ -242,7 +243,7 @@ function showClassName(event) {
   const row = toIndex(y / box.height, result.height);
   const id = result.ids[row * result.width + toIndex(x / box.width, result.width)];
   const tip = byId("tip");
-  tip.textContent = result.classes.find((entry) => entry.id === id).name;
+  tip.textContent = result.classes.find((entry) => entry.id === id)?.name ?? "no class";
   tip.hidden = false;
   tip.classList.toggle("below", y < 48);
   const half = tip.offsetWidth / 2;

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from semseg.data.batch import Batch
 from semseg.errors import SemsegError
+from semseg.nets.gpu import copies_without_waiting
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import format_command
 from semseg.storage.run_folders import CHECKPOINT_FOLDER
@@ -198,8 +199,9 @@ class NonFiniteGuard(Callback):
 
 def copy_to_host(values: Tensor) -> tuple[Tensor, torch.Event | None]:
     """A copy on the host that may be incomplete, and the event after which it is complete; None: it is."""
-    copy = values.to("cpu", non_blocking=True)
-    if values.device.type != "cuda":
+    is_async = copies_without_waiting(values.device)
+    copy = values.to("cpu", non_blocking=is_async)
+    if not is_async:
         return copy, None
     event = torch.Event(device=values.device)
     event.record()
