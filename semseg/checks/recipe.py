@@ -77,7 +77,7 @@ def choose_settings(
     """Choose what the size and the number of the images decide.
 
     Args:
-        rates: learning rates of the base recipe by key, for batches of MAX_CPU_BATCH images.
+        rates: learning rates of the base recipe by key, for batches of MAX_CPU_BATCH images; empty: they are kept.
         estimate_memory: of one training step with the network of the recipe.
     """
     choices = choose_resolution(facts, machine)
@@ -90,6 +90,8 @@ def choose_settings(
     if batch.value != MAX_CPU_BATCH:
         rule = f"that of {MAX_CPU_BATCH} images, times the square root of {batch.value} / {MAX_CPU_BATCH} (AdamW)"
     choices += [Choice(key, float(f"{rate * factor:.3g}"), rule) for key, rate in rates.items()]
+    if rates:
+        choices.append(Choice("optim.lr_images", batch.value, "the images of a step that these rates are for"))
     choices.append(choose_augmentation(facts, is_native=chosen["data.resize"] == NATIVE))
     return choices if machine.has_timm else [*choices, *WITHOUT_TIMM]
 
@@ -187,10 +189,7 @@ def make_recipe(
     groups: dict[str, Any] = {"data": "folder"}
     content: dict[str, Any] = {"data": dict(data)}
     reasons = {choice.key: choice.reason for choice in choices}
-    for entry in base.get("defaults", []):
-        if isinstance(entry, Mapping):  # not _self_
-            groups |= {str(key).removeprefix("override ").lstrip("/"): value for key, value in entry.items()}
-    groups["data"] = "folder"  # which `data` is described by
+    groups |= list_chosen_options(base) | {"data": "folder"}  # which `data` is described by
     replaced = ("defaults", "augment.scale", "augment.crop", *OF_RUNS)  # chosen with the resolution, or by a preset
     values = {key: value for key, value in flatten_sections(base) if key not in replaced and not is_given(key)}
     values |= {choice.key: choice.value for choice in choices if not is_given(choice.key)}
@@ -205,6 +204,16 @@ def make_recipe(
             target[last] = value
     defaults = [{f"override /{key}": value} for key, value in groups.items() if key == "data" or not is_given(key)]
     return {"defaults": defaults, **content}, reasons
+
+
+def list_chosen_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a recipe chooses, by group.
+
+    >>> list_chosen_options({"defaults": ["_self_", {"override /optim": "adamw"}]})
+    {'optim': 'adamw'}
+    """
+    entries = [entry for entry in recipe.get("defaults", []) if isinstance(entry, Mapping)]
+    return {str(key).removeprefix("override ").lstrip("/"): value for entry in entries for key, value in entry.items()}
 
 
 def overrides_key(given: str, key: str) -> bool:
@@ -272,8 +281,8 @@ def add_reason(line: str, reason: str | None) -> str:
     return f"{line:<40}  # {reason}" if reason else line
 
 
-def read_base_recipe(experiment: str = BASE_RECIPE) -> dict[str, Any]:
-    """The recipe that gives what the data do not decide, as plain data.
+def read_recipe(experiment: str = BASE_RECIPE) -> dict[str, Any]:
+    """A recipe as plain data; by default the one that gives what the data do not decide.
 
     Args:
         experiment: an option of that group, or a file.

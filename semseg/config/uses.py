@@ -47,7 +47,12 @@ UNREAD_KEYS = {
         "trainer.fast_dev_run": "data.limit=<number> scores the first images only.",
     },
     "predict": PREDICTION_ADVICE | {"output": "The predictions are written to run_dir=<folder>."},
-    "serve": PREDICTION_ADVICE,
+    "serve": PREDICTION_ADVICE
+    | {
+        f"predict.{key}": "It is for the files of mode=predict. Leave it out."
+        for key in ("save", "image_prefix", "polygon_tolerance")
+    }
+    | {"input": "Images are sent to the page.", "output": "The page shows the results."},
     "bench": dict.fromkeys(
         ("trainer.fast_dev_run", "trainer.limit_train_batches"), "bench.steps is the number of steps that are timed."
     ),
@@ -195,6 +200,7 @@ def find_idle_data_keys(data: DataConfig) -> Iterator[tuple[str, str]]:
         yield "data.max_bad", "It is for data.on_bad=skip. Give that, or leave it out."
     splits: dict[str, SplitConfig] = {split: getattr(data, split) for split in ("train", "val", "test")}
     if data.images:
+        yield "data.root", "With data.images, paths start at the working directory. Leave it out."
         yield "data.train.list", f"data.images={data.images} names the images. Set it to null to use a list."
         splits.pop("train")
     for split, files in splits.items():

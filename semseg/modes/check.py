@@ -50,12 +50,13 @@ from semseg.checks.recipe import (
     Machine,
     choose_settings,
     make_recipe,
-    read_base_recipe,
+    read_recipe,
     write_recipe,
 )
 from semseg.config.load import load_config
 from semseg.config.override_keys import list_given_keys, override_key, split_override
 from semseg.config.schema import FINE_STRIDE, SPLITS, Config, DataConfig, flatten_sections
+from semseg.config.uses import find_idle_data_keys
 from semseg.data.bands import BandOptions, band_options
 from semseg.data.classes import ClassTable
 from semseg.data.crops import NATIVE, choose_crop
@@ -83,6 +84,8 @@ from semseg.system.memory import get_total_memory
 from semseg.system.text import escape_lines, escape_unprintable, format_quantity
 
 ASSUMED_MEMORY = 8 * 2**30  # bytes, of a machine that does not say how much it has
+PLACE_KEYS = ("data.images", "data.masks")  # which lists cannot stand beside
+RECIPE_RATES = ("optim.lr", "optim.lr_encoder")
 NUM_PLANNED = 500  # sub-batches whose padding is measured
 OWN_WORDS = ("mode=", "check.", "run_dir=", "output=")  # beginnings of overrides that are for the check alone
 MAX_CLASS_ROWS = 20  # rows on the console; the files have all classes
@@ -412,9 +415,17 @@ def check_command(overrides: Sequence[str], diagnosis: Diagnosis) -> str:
 
 
 def apply_suggestions(overrides: Sequence[str], suggestions: dict[str, str]) -> list[str]:
-    """The overrides of a run on the checked data set, with suggestions in place of those with the same keys."""
+    """The overrides of a run on the checked data set, with suggestions in place of those with the same keys.
+
+    Lists take the place of folders, and of all else that says where images are.
+    """
     kept = [word for word in overrides if not word.startswith(OWN_WORDS) and override_key(word) not in suggestions]
-    return [*kept, *(f"{key}={value}" for key, value in suggestions.items())]
+    suggested = [f"{key}={value}" for key, value in suggestions.items()]
+    if "data.train.list" in suggestions:
+        kept = [word for word in kept if override_key(word) not in PLACE_KEYS]
+        idle = dict(find_idle_data_keys(load_config([*kept, *suggested])[0].data))
+        kept = [word for word in kept if override_key(word) not in idle]
+    return [*kept, *suggested]
 
 
 def describe_checked_data(overrides: Sequence[str], suggestions: dict[str, str], output: Path) -> dict[str, Any]:
@@ -447,7 +458,7 @@ def choose_recipe(
     data = describe_checked_data(overrides, diagnosis.suggestions, output)
     others = leave_out_data(overrides)
     chosen = find_base_recipe(overrides)
-    base = read_base_recipe(chosen or BASE_RECIPE)
+    base = read_recipe(chosen or BASE_RECIPE)
     is_network_given = any(key.startswith("model") for key in list_given_keys(others))
     recipe_words = [] if is_network_given else [f"experiment={chosen or BASE_RECIPE}"]
     network = load_config([*recipe_words, "data=folder", "data.num_classes=2", *others])[0]
@@ -460,7 +471,7 @@ def choose_recipe(
     given = list_given_keys(overrides)
     if config.data.resize == NATIVE or "data.resize" in given:
         facts = facts._replace(given_resize=config.data.resize)
-    rates = {key: value for key, value in flatten_sections(base) if key.startswith("optim.lr") and not chosen}
+    rates = {key: value for key, value in flatten_sections(base) if key in RECIPE_RATES and not chosen}
     choices = choose_settings(facts, measure_machine(config), rates, estimate_memory)
     if net.image_size is not None:  # the network's size is that of the crops
         choices = [choice for choice in choices if choice.key not in ("data.crop", "augment.crop")]

@@ -35,7 +35,8 @@ from semseg.checkpoints.from_hub import is_on_hub
 from semseg.checkpoints.initialise import LoadReport, initialise_from
 from semseg.checkpoints.network import build_network, check_network, report_one_size, without_weights
 from semseg.checkpoints.published import find_published_files
-from semseg.config.override_keys import list_given_keys, override_key
+from semseg.checks.recipe import list_chosen_options, read_recipe
+from semseg.config.override_keys import list_given_keys, override_key, split_override
 from semseg.config.schema import (
     ARCHITECTURE_KEYS,
     AUTO_RANGE,
@@ -47,6 +48,7 @@ from semseg.config.schema import (
     ModelConfig,
     TrainerConfig,
     config_to_plain,
+    flatten_sections,
 )
 from semseg.data.band_statistics import measure_bands
 from semseg.data.classes import ClassTable
@@ -193,12 +195,18 @@ def is_trained_elsewhere(ckpt: str) -> bool:
 
 
 def chooses_network(overrides: list[str]) -> bool:
-    """Whether the command line chooses the network to train."""
-    words = [word.lstrip("+") for word in overrides]
+    """Whether the command line chooses the network to train, itself or by a recipe."""
+    settings: dict[str, Any] = {}
+    for key, value in map(split_override, overrides):
+        if key == "experiment" and value not in ("", "null"):
+            recipe = read_recipe(value.strip("\"'"))
+            settings |= list_chosen_options(recipe) | dict(flatten_sections(recipe))
+        else:
+            settings[key] = value
+    whatever_it_is = {"model.encoder.frozen": settings.get("model.encoder.frozen"), "model.encoder.weights": "none"}
     return any(
-        word.startswith(("model=", "experiment=", *NETWORK_KEYS))
-        and not word.startswith(("model.encoder.frozen=", "model.encoder.weights=none"))  # whatever the network is
-        for word in words
+        key == "model" or (key.startswith(NETWORK_KEYS) and (key, value) not in whatever_it_is.items())
+        for key, value in settings.items()
     )
 
 

@@ -12,9 +12,11 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from semseg.config.overrides import RECORD_FOLDER
 from semseg.data import store
 from semseg.data.folders import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
 from semseg.data.store import UnusedFiles
@@ -22,7 +24,7 @@ from semseg.errors import ConfigError, DataError
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 LIST_SUFFIXES = frozenset({".lst", ".txt"})
-IN_RUN_FOLDER = "in the run folder"  # why a file is not used
+IN_RUN_FOLDER, OF_OTHER_RUN = "in the run folder", "in the folder of another run"  # why a file is not used
 RUN_FILES = (".hydra", "config.yaml", "classes.json")  # one of them is in the folder of every run
 AS_PATH_LIST = "This file was read as a list of paths, one on each line."
 
@@ -107,13 +109,19 @@ def resolves_below(path: Path, folder: Path) -> bool:
 
 
 def select_inputs(paths: Iterable[Path], folder: Path | None, run_dir: Path, unused: UnusedFiles) -> list[Path]:
-    """Select images and videos; other files, and files in `run_dir` unless `folder` is in it, are added to `unused`."""
+    """Select images and videos; other files, and those of runs below `folder`, are added to `unused`.
+
+    The files of `run_dir` are not selected for patterns (`folder` is None) either, unless `folder` is in it.
+    """
     selected = []
+    is_run = cache(lambda parent: (parent / RECORD_FOLDER).is_dir())
     for path in paths:
         if path.suffix.lower() not in input_suffixes():
             unused.add(path.suffix.lower() or "without suffix", path)
         elif resolves_below(path, run_dir) and not (folder and resolves_below(folder, run_dir)):
             unused.add(IN_RUN_FOLDER, path)
+        elif folder and any(is_run(parent) for parent in path.parents if folder in parent.parents):
+            unused.add(OF_OTHER_RUN, path)
         else:
             selected.append(path)
     return selected

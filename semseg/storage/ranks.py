@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from semseg.system.text import escape_lines
 
@@ -21,6 +22,6 @@ def is_first_rank_of_machine() -> bool:
 
 
 def print_once(line: str | None) -> None:
-    """Print a line on the first rank only; nothing if there is none."""
+    """Print a line, if there is one, on the first rank only. Warnings go to standard error, which quiet=true keeps."""
     if line and is_first_rank():
-        print(escape_lines(line), flush=True)
+        print(escape_lines(line), file=sys.stderr if line.startswith("warning: ") else sys.stdout, flush=True)

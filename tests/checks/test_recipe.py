@@ -13,7 +13,7 @@ from semseg.checks.recipe import (
     Machine,
     choose_settings,
     make_recipe,
-    read_base_recipe,
+    read_recipe,
     write_recipe,
 )
 from semseg.config.groups import CONFIG_DIR
@@ -68,7 +68,7 @@ def test_small_objects_in_large_images_keep_their_pixels() -> None:
 
 def test_the_resolution_and_the_crop_that_were_given_are_kept(tmp_path: Path) -> None:
     choices = choose_settings(STREET._replace(given_resize="native"), CPU, {}, memory)
-    content, reasons = make_recipe(choices, {"root": "photos", "resize": "native"}, read_base_recipe(), ["data.resize"])
+    content, reasons = make_recipe(choices, {"root": "photos", "resize": "native"}, read_recipe(), ["data.resize"])
     assert reasons["data.resize"] == "as it was given"
     assert content["data"]["crop"] == [384, 480] and "short_edges" not in content["data"] and "augment" not in content
     resized = choose_settings(DEFECTS._replace(given_resize="short_edge"), CPU, {}, memory)
@@ -76,12 +76,12 @@ def test_the_resolution_and_the_crop_that_were_given_are_kept(tmp_path: Path) ->
     assert "data.crop" not in {choice.key for choice in resized}
     for given in ("data.crop", "augment.crop"):
         for facts in (STREET, DEFECTS):
-            content, _ = make_recipe(choose_settings(facts, CPU, {}, memory), {}, read_base_recipe(), [given])
+            content, _ = make_recipe(choose_settings(facts, CPU, {}, memory), {}, read_recipe(), [given])
             assert "crop" not in content["data"] and "crop" not in content.get("augment", {})
 
 
 def test_crops_at_native_resolution_keep_the_size_of_objects() -> None:
-    content, _ = make_recipe(choose_settings(DEFECTS, CPU, {}, memory), {"root": "photos"}, read_base_recipe(), [])
+    content, _ = make_recipe(choose_settings(DEFECTS, CPU, {}, memory), {"root": "photos"}, read_recipe(), [])
     assert "augment" not in content  # the preset alone
 
 
@@ -93,7 +93,7 @@ def test_without_timm_the_encoder_is_one_of_torchvision() -> None:
 @pytest.fixture
 def recipe() -> tuple[dict[str, Any], dict[str, str]]:
     choices = choose_settings(STREET, CPU, {"optim.lr": 0.003}, memory)
-    return make_recipe(choices, {"name": "a", "root": "photos", "num_classes": 3}, read_base_recipe(), [])
+    return make_recipe(choices, {"name": "a", "root": "photos", "num_classes": 3}, read_recipe(), [])
 
 
 def test_the_file_trains_what_was_chosen_and_is_a_data_set_too(
@@ -118,7 +118,7 @@ def test_the_file_trains_what_was_chosen_and_is_a_data_set_too(
 def test_every_experiment_can_be_the_base(path: Path, tmp_path: Path) -> None:
     choices = choose_settings(STREET, CPU, {}, memory)
     data = {"name": "a", "root": "photos", "num_classes": 3}
-    content, reasons = make_recipe(choices, data, read_base_recipe(path.stem), [])
+    content, reasons = make_recipe(choices, data, read_recipe(path.stem), [])
     file = tmp_path / "a.yaml"
     write_recipe(file, content, reasons, "python run.py experiment=a.yaml", path.stem)
     assert f"are those of experiment={path.stem}" in file.read_text()
@@ -131,14 +131,14 @@ def test_every_experiment_can_be_the_base(path: Path, tmp_path: Path) -> None:
 def test_a_file_with_its_own_values_first_can_be_the_base(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("# @package _global_\ndefaults:\n  - _self_\n  - override /optim: adamw\nseed: 3\n")
-    content, _ = make_recipe(choose_settings(STREET, CPU, {}, memory), {}, read_base_recipe(str(file)), [])
+    content, _ = make_recipe(choose_settings(STREET, CPU, {}, memory), {}, read_recipe(str(file)), [])
     assert content["seed"] == 3 and {"override /optim": "adamw"} in content["defaults"]
 
 
 def test_what_the_user_set_is_left_to_the_command_line() -> None:
     choices = choose_settings(STREET, CPU, {"optim.lr": 0.003}, memory)
     given = ["model=upernet50", "trainer.max_epochs=3", "augment=none", "data.batch_size=2"]
-    content, _ = make_recipe(choices, {"root": "photos", "batch_size": 2}, read_base_recipe(), given)
+    content, _ = make_recipe(choices, {"root": "photos", "batch_size": 2}, read_recipe(), given)
     groups = [next(iter(entry)).removeprefix("override /") for entry in content["defaults"]]
     assert groups == ["data", "optim", "schedule", "loss"]
     assert content["model"] == {"channels_last": True}

@@ -74,6 +74,14 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
             ["mode=bench", "trainer.limit_train_batches=2"],
             "trainer.limit_train_batches=2: has no effect with mode=bench. bench.steps is the number of steps",
         ),
+        (
+            ["mode=serve", "ckpt=x", "predict.save=[ids]"],
+            "predict.save=[ids]: has no effect with mode=serve. It is for the files of mode=predict.",
+        ),
+        (
+            ["data=folder", "data.num_classes=2", "data.images=i", "data.masks=m", "data.root=r"],
+            "data.root=r: has no effect. With data.images, paths start at the working directory.",
+        ),
         (["syncbn=off", "syncbn.group=node"], "syncbn.group=node: has no effect. It is for syncbn=reduce."),
         (["trainer.accelerator=tpux"], "trainer.accelerator=tpux: not known. Valid: auto, cpu, gpu, cuda, mps."),
         (["optim.lr_images=8"], "optim.lr_images=8: has no effect. It is for optim.lr=auto."),

@@ -24,6 +24,7 @@ from helpers.in_process import configured
 from semseg.checks.dataset import ScannedSplit, check_reading
 from semseg.checks.description import describe_data_set
 from semseg.config.load import load_config
+from semseg.config.uses import refuse_idle_keys
 from semseg.data.geometry import Size
 from semseg.data.labels import read_label
 from semseg.data.records import Record
@@ -71,6 +72,25 @@ def check(root: Path, *words: str) -> dict[str, Any]:
     except DataError as error:
         assert "not ready" in str(error)
     return json.loads((out / "check.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [
+            "data.train.images=images/training",
+            "data.train.masks=masks",
+            "data.val_fraction=0.3",
+            "data.mask_suffix=_ids",
+        ],
+        ["data.images=photos", "data.masks=masks"],
+    ],
+)
+def test_lists_take_the_place_of_folders_in_the_suggested_command(given: list[str]) -> None:
+    lists = {"data.train.list": "train.odgt", "data.val.list": "val.odgt"}
+    words = mode.apply_suggestions(["mode=check", "data=folder", "data.num_classes=2", *given], lists)
+    assert words == ["data=folder", "data.num_classes=2", "data.train.list=train.odgt", "data.val.list=val.odgt"]
+    refuse_idle_keys(load_config(words)[0], words)
 
 
 def of_level(found: dict[str, Any], level: str) -> str:

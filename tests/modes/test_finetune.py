@@ -10,7 +10,9 @@ import pytest
 from helpers.command_line import TINY, run_here
 from helpers.in_process import configured
 from helpers.published_files import write_files
+from semseg.modes.train import chooses_network
 
+MINE = "# @package _global_\noptim: {lr: 0.002}\nmodel: {label_stride: 2}\n"  # a recipe without a network
 SMALL = [word for word in TINY if not word.startswith(("model", "~model"))]
 
 
@@ -33,3 +35,21 @@ def test_a_published_network_learns_other_classes(recipe: str, tmp_path: Path) -
         assert float(first["lr/encoder"]) == pytest.approx(decoder / 10)
     else:
         assert "lr/encoder" not in first
+
+
+@pytest.mark.parametrize(
+    ("words", "is_chosen"),
+    [
+        (["experiment=mine.yaml"], False),
+        (["experiment=null", "model.encoder.frozen=true", "model.encoder.weights=none"], False),
+        (["experiment=own_data"], True),  # an encoder and a decoder
+        (["experiment=published_upernet50"], True),
+        (["++model.encoder.output_stride=8"], True),
+    ],
+)
+def test_init_from_brings_its_network_unless_the_words_or_their_recipe_choose_one(
+    words: list[str], is_chosen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(MINE, encoding="utf-8")
+    assert chooses_network(words) == is_chosen

@@ -55,6 +55,14 @@ def test_paths_of_a_list_need_not_exist(folder: Path) -> None:
     assert outputs_of("-", stdin="nowhere/x.jpg\n") == {"x": "nowhere/x.jpg"}  # reading it reports the error
 
 
+def test_outputs_of_other_runs_below_a_folder_are_not_inputs(folder: Path) -> None:
+    before = outputs_of("photos")
+    (folder / "photos/runs/first/.hydra").mkdir(parents=True)
+    (folder / "photos/runs/first/a_panel.png").touch()
+    assert outputs_of("photos") == before
+    assert outputs_of("photos/runs/first") == {"a_panel": "photos/runs/first/a_panel.png"}  # named itself
+
+
 def test_earlier_outputs_are_not_inputs(folder: Path) -> None:
     (folder / "photos/out/sub").mkdir(parents=True)
     (folder / "photos/out/sub/a_ids.png").touch()

@@ -312,7 +312,7 @@ def test_c18_training_says_so(drawn: Path, tmp_path: Path, capsys: pytest.Captur
     (drawn / "both.odgt").write_text("\n".join(list_file.read_text().splitlines()[:2]))
     config = run_words(drawn, tmp_path, "data.val.list=both.odgt", "data.batch_size=1")
     train.check_records(DataSource(config.data), 1)
-    assert "2 validation images are training images too" in capsys.readouterr().out
+    assert "2 validation images are training images too" in capsys.readouterr().err
 
 
 @pytest.mark.slow
