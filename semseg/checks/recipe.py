@@ -161,7 +161,7 @@ def choose_augmentation(facts: DataFacts, *, is_native: bool) -> Choice:
     names = {path.stem for path in (CONFIG_DIR / "augment").glob("*.yaml")}
     is_defect = len(facts.shares) == 2 and min(facts.shares) < TINY_SHARE
     if is_native and not facts.has_three_bands and "aerial" in names:
-        return Choice("augment", "aerial", "images of more than three bands have no upright direction")
+        return Choice("augment", "aerial", "images of other bands than three are mostly taken from above")
     if is_native and is_defect and "defects" in names:
         return Choice("augment", "defects", f"the rarer of two classes has {min(facts.shares):.2%} of the pixels")
     return Choice("augment", "color", "cameras and light vary; photographs are mirrored, not turned")
@@ -298,7 +298,7 @@ def format_recipe(content: Mapping[str, Any], reasons: Mapping[str, str], file: 
     head = [
         "# @package _global_",
         f"# A recipe that mode=check chose for a data set and a machine: {command}",
-        f"# data={file.name} uses its data set alone. Relative paths start at the folder of this file.",
+        f"# data={file.name} uses its section data alone. Relative paths start at the folder of this file.",
         f"# Values without a comment are those of {source}, unless they were given.",
     ]
     return "\n".join([*head, *write_lines(content, reasons)]) + "\n"

@@ -294,7 +294,7 @@ class DataConfig:
     make: ScenesConfig | None = None
     archive: ArchiveConfig | None = None
     classes: str | None = None
-    """Built-in classes (ade20k, camvid, cityscapes, cocostuff, voc2012), or a CSV file with index,name,R,G,B."""
+    """Built-in classes (ade20k, camvid, cityscapes, cocostuff, voc2012), or a CSV, JSON or text file (docs/data.md)."""
     num_classes: int | None = number_field(None, low=2)
     """Number of classes; null: as many as `classes` has."""
     first_id: int = number_field(1, low=0)
@@ -304,7 +304,7 @@ class DataConfig:
     map: Any = free_field(None, "a mapping or null")
     """Class index of each label value, null: ignored; used instead of first_id: {7: 0, 8: 1, 255: null}."""
     mask_type: str = choice_field("auto", MASK_TYPES)
-    """What masks hold; auto: a colour image holds the colours of `classes` if that is a CSV file."""
+    """What masks hold; auto: a colour image holds the colours of `classes` if that is a file."""
     label_orientation: str = choice_field("auto", LABEL_ORIENTATIONS)
     """Labels of photographs with an EXIF rotation: on the stored pixels, or upright; auto: as their sizes show."""
     ignore_colors: list[list[int]] = field(default_factory=lambda: [[0, 0, 0]])
@@ -327,7 +327,7 @@ class DataConfig:
     batch_size: Any = auto_field(2, int, low=1)
     """Images per device and step; auto: as many as fit into the memory of the device."""
     steps_per_epoch: int | None = number_field(5000, low=1)
-    """Steps of an epoch; null: one pass over the records."""
+    """Sub-batches of an epoch on every device; null: one pass over the records."""
     limit: int | None = number_field(None, low=1)
     """Use only so many records of each split, the first ones."""
     flip: bool = True
@@ -347,7 +347,7 @@ class DataConfig:
     on_bad: str = choice_field("error", ON_BAD_CHOICES)
     """A file that is missing, damaged or does not fit; error: stop the run; skip: leave out the image."""
     max_bad: float = number_field(0.01, low=0, high=1)
-    """Largest fraction of images that may be left out; the run stops beyond it."""
+    """Largest fraction that may be left out of the images read so far, or of 100; the run stops beyond it."""
     max_pixels: int = number_field(2**27, low=1)
     """Largest image in pixels; larger ones are refused by their header."""
     hint: str = ""
@@ -470,8 +470,8 @@ class AugmentConfig:
     rotation: float = number_field(0.0, low=0, high=180)
     """Largest rotation in degrees, in both directions; the corners are black and ignored."""
     quarter_turns: bool = False
-    """Turn by 0, 90, 180 or 270 degrees, at random; images that are not square by 0 or 180. With data.flip an image has
-    all eight orientations."""
+    """Turn by 0, 90, 180 or 270 degrees, at random; images that are not square by 0 or 180. With data.flip a square
+    image has all eight orientations."""
     erasing: float = number_field(0.0, low=0, high=1)
     """Probability of erasing a rectangle of 2 to 33 % of the image: filled with the mean, and ignored."""
     cutmix: float = number_field(0.0, low=0, high=1)
@@ -664,7 +664,7 @@ class TrainerConfig:
     precision: str = choice_field("32-true", PRECISIONS)
     """Number format of the network."""
     max_epochs: int = number_field(20, low=1)
-    """Epochs of a run, each of data.steps_per_epoch steps."""
+    """Epochs of a run, each of data.steps_per_epoch sub-batches on every device."""
     max_steps: int = number_field(-1, low=-1)
     """Steps of a run; -1: as many as max_epochs has."""
     accumulate_grad_batches: int = number_field(1, low=1)
@@ -674,7 +674,7 @@ class TrainerConfig:
     check_val_every_n_epoch: int = number_field(1, low=1)
     """Epochs between validations."""
     limit_train_batches: Any = free_field(None, "a count, a fraction or null")
-    """Use only part of each epoch: a number of steps (10), or a fraction (0.5)."""
+    """Use only part of each epoch: a number of sub-batches (10), or a fraction (0.5)."""
     limit_val_batches: Any = free_field(None, "a count, a fraction or null")
     """Use only part of each validation: a number of steps (10), or a fraction (0.5)."""
     num_sanity_val_steps: int = number_field(0, low=-1)
@@ -802,7 +802,7 @@ class PredictConfig:
     save: list[str] = field(default_factory=lambda: ["ids", "panel"])
     """Any of ids, color, overlay, panel, probabilities, coco, label_studio; docs/prediction.md shows them."""
     format: str = choice_field("dataset", PREDICT_FORMATS)
-    """Numbers in ids; dataset: those of the data set's label files; ade20k: 1 .. K, with 0 unused."""
+    """Numbers in ids; dataset: those of the data set's label files; ade20k: 1 .. K; 0: pixels without a class."""
     scales: list[int] | None = None
     """Short edges in pixels; null: eval.scales."""
     flip: bool = False
@@ -920,7 +920,7 @@ class DownloadConfig:
     cache: str | None = None
     """Folder of downloaded files; null: $SEMSEG_CACHE, else $XDG_CACHE_HOME/semseg, else ~/.cache/semseg."""
     mirrors: dict[str, list[str]] = field(default_factory=dict)
-    """Start of an address, and others to try after it: {"http://a.org/x": ["https://b.org/y"]}."""
+    """Start of an address, without http://, and others to try after it: {a.org/x:["https://b.org/y"]}."""
     offline: bool = False
     """Use files of the cache only; open no connection."""
     timeout_s: float = number_field(30.0, above=0)
@@ -953,7 +953,8 @@ class Config:
     files or of transformers, or <encoder file>,<decoder file>; a list: their mean. For modes that use one, and
     download; train resumes it."""
     init_from: str | None = None
-    """train: a network whose weights a new run starts from; its architecture too, unless model=<name> is set."""
+    """train: a network whose weights a new run starts from; its architecture too, unless the command line or
+    its experiment sets one."""
     output: str | None = None
     """convert: file.ckpt, file.safetensors, or a folder for encoder_ and decoder_ files; export: a file; check: a .yaml
     file for the checked data set, which data=<file> reads; import: a new folder."""
