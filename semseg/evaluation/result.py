@@ -72,6 +72,9 @@ class ImageScore(NamedTuple):
     own: Mapping[str, float | None] = NO_SCORES  # custom scores by name
 
 
+COPIED_FIELDS = [name for name in ImageScore._fields if name != "file"]  # of an ImageRecord
+
+
 class SubsetScores(NamedTuple):
     """The scores of a subset of the scales (eval.also_scales)."""
 
@@ -166,17 +169,7 @@ def build_result(
     """
     matrix, *subset_matrices = (scale_counts.matrix.cpu() for scale_counts in counts.counts)
     images = [
-        ImageScore(
-            relative_name(image.path, root),
-            image.pixel_accuracy,
-            image.mean_iou,
-            image.seconds,
-            image.height,
-            image.width,
-            image.class_counts,
-            image.maps,
-            image.own,
-        )
+        ImageScore(file=relative_name(image.path, root), **{name: getattr(image, name) for name in COPIED_FIELDS})
         for image in counts.images
     ]
     return EvaluationResult(

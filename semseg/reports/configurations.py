@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from semseg.config.schema import flatten_sections
 from semseg.reports.curves import run_folder_of_checkpoint
 
 NOT_SET = "not set"
@@ -79,27 +80,15 @@ def compare_configurations(
     >>> compare_configurations([{"optim": {"lr": 0.1}, "seed": 1}, {"optim": {"lr": 0.2}, "seed": 1}])
     [KeyDifference(key='optim.lr', values=('0.1', '0.2'), is_minor=False)]
     """
-    given = dict(flatten_configuration(defaults or {}))
-    tables = [None if config is None else {**given, **dict(flatten_configuration(config))} for config in configurations]
-    keys = dict.fromkeys(key for table in tables if table is not None for key in table)
+    given = dict(flatten_sections(defaults or {}))
+    tables = [None if config is None else {**given, **dict(flatten_sections(config))} for config in configurations]
+    keys = dict.fromkeys(key for table in tables if table is not None for key in table if not has_prefix(key, LEFT_OUT))
     differences = []
     for key in keys:
         values = [format_override(key, table) for table in tables]
         if len({value for value, table in zip(values, tables, strict=True) if table is not None}) > 1:
             differences.append(KeyDifference(key, tuple(values), has_prefix(key, MINOR)))
     return sorted(differences, key=lambda difference: difference.is_minor)
-
-
-def flatten_configuration(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of nested mappings with its whole key, without the keys that are LEFT_OUT."""
-    for name, value in node.items():
-        key = f"{prefix}{name}"
-        if has_prefix(key, LEFT_OUT):
-            continue
-        if isinstance(value, Mapping) and value:
-            yield from flatten_configuration(value, f"{key}.")
-        else:
-            yield key, value
 
 
 def has_prefix(key: str, prefixes: set[str]) -> bool:

@@ -22,7 +22,7 @@ from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from semseg.checkpoints.format import FORMAT_KEY, first_line, load_plain, parse_checkpoint
 from semseg.config.hints import EXTENDING
-from semseg.config.schema import ScheduleConfig, TrainerConfig, config_to_plain
+from semseg.config.schema import ScheduleConfig, TrainerConfig, config_to_plain, flatten_sections
 from semseg.config.tables import is_missing_key
 from semseg.config.validate import iterate_leaves
 from semseg.data.batch import Batch
@@ -276,10 +276,10 @@ class RunConditions(NamedTuple):
 
 
 def limit_batches(batches: int, limit: float | None) -> int:
-    """Batches of an epoch under trainer.limit_train_batches: a number, or as a float a fraction.
+    """Batches under trainer.limit_train_batches or limit_val_batches: a number, or as a float a fraction.
 
-    >>> limit_batches(9, None), limit_batches(9, 4), limit_batches(9, 0.5)
-    (9, 4, 4)
+    >>> limit_batches(9, None), limit_batches(9, 4), limit_batches(9, 0.5), limit_batches(9, 1.0)
+    (9, 4, 4, 9)
     """
     if limit is None:
         return batches
@@ -443,27 +443,12 @@ def find_differing_keys(
         is_compared: whether a key counts; None: those that decide the steps.
     """
     is_compared = is_compared or decides_steps
-    before, after = (list_settings(config) for config in (saved, given))
+    before, after = (dict(flatten_sections(config)) for config in (saved, given))
     return {
         key: (before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
         if is_compared(key) and before.get(key) != after.get(key)
     }
-
-
-def list_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings of a plain configuration by dotted key; a list is one setting.
-
-    >>> list_settings({"loss": {"name": "ce", "class_weights": [1.0, 2.0]}})
-    {'loss.name': 'ce', 'loss.class_weights': [1.0, 2.0]}
-    """
-    settings: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            settings |= list_settings(value, f"{prefix}{key}.")
-        else:
-            settings[f"{prefix}{key}"] = value
-    return settings
 
 
 def decides_steps(key: str) -> bool:

@@ -25,22 +25,10 @@ from semseg.system.text import escape_lines
 from semseg.training.callbacks.step_reduction import HostReduction, StepReduction, Summands
 from semseg.training.callbacks.stop import StoppedError, StopSignals
 from semseg.training.loggers.csv import CSVLog
+from semseg.training.resume import limit_batches
 from semseg.training.step_means import is_step_complete
 
 LAST = "last.ckpt"
-
-
-def count_common_batches(groups: int, world_size: int, limit: float | None) -> int:
-    """The number of validation batches that every rank has, of `groups` batches over all ranks.
-
-    Args:
-        limit: trainer.limit_val_batches: a number of batches, or as a float a fraction of those of each rank.
-
-    >>> [count_common_batches(7, world_size=2, limit=limit) for limit in (None, 1.0, 0.5, 2)]
-    [3, 3, 1, 2]
-    """
-    number = groups // world_size
-    return number if limit is None else min(number, limit) if isinstance(limit, int) else int(number * limit)
 
 
 def is_validated(trainer: pl.Trainer) -> bool:
@@ -113,7 +101,7 @@ class Saver(Checkpoint):
     ) -> None:
         # Some ranks have more batches than others, and all must take part. The state is in last.ckpt already.
         groups = len(trainer.datamodule.eval_groups("val"))  # pyright: ignore[reportAttributeAccessIssue]
-        num_common = count_common_batches(groups, trainer.world_size, trainer.limit_val_batches)
+        num_common = limit_batches(groups // trainer.world_size, trainer.limit_val_batches)
         if not trainer.sanity_checking and batch_idx < num_common:
             self._stop_if(self._agree_on_signal(), trainer)
 
