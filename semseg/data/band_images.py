@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from semseg.config.preprocessing import RGB
 from semseg.data.bands import BandFile, BandOptions, describe_bands
+from semseg.data.geometry import Size
 from semseg.data.headers import Header
 from semseg.data.images import (
     DATA_SET_ADVICE,
@@ -59,6 +60,19 @@ class FileBands(NamedTuple):
     alpha: NDArray | None  # (H, W) alpha, if the file has it
     nodata: float | None
     header: Header
+
+    @property
+    def place(self) -> PixelPlace:
+        """Where its pixels lie."""
+        return PixelPlace(self.header.stored, self.pixels.dtype.name, self.header.orientation)
+
+
+class PixelPlace(NamedTuple):
+    """What the files of an image have in common."""
+
+    stored: Size
+    dtype: str  # NumPy's name
+    orientation: int = 1
 
 
 def read_bands(
@@ -117,39 +131,51 @@ def join_files(
     naming: str = NAMING_ADVICE,
 ) -> BandImage:
     """The bands of all files of an image, given as names and contents; see `read_bands`."""
-    parts: list[NDArray] = []
-    missing: list[NDArray | None] = []
-    alphas: list[NDArray] = []
-    first: FileBands | None = None
+    reads: list[FileBands] = []
     path: str | Path = ""
     for file, (member, data) in zip(options.files, members, strict=True):
         path = path or member
         read = split_alpha(member, decode_file_bands(member, data, max_pixels, key), file, naming)
         options.check_type(read.pixels.dtype, member)
-        if first is None:
-            first = read
-        elif (read.header.stored, read.header.orientation) != (first.header.stored, first.header.orientation):
-            raise DataError(
-                f"{member}: is {read.header.stored}, {path} is {first.header.stored} (height x width). The bands of an "
-                "image must lie on the same pixels."
-            )
-        elif read.pixels.dtype != first.pixels.dtype:
-            raise DataError(
-                f"{member}: holds {read.pixels.dtype} values, {path} {first.pixels.dtype} ones. Save the bands of an "
-                "image in one type."
-            )
+        reads.append(read)
+        check_same_pixels(member, read.place, path, reads[0].place)
+    return join_bands(reads, options, reads[0].header)
+
+
+def check_same_pixels(member: str | Path, found: PixelPlace, path: str | Path, first: PixelPlace) -> None:
+    """Check that a file of an image has its bands on the same pixels and in the same type as the first one.
+
+    Raises:
+        DataError: with both files.
+    """
+    if (found.stored, found.orientation) != (first.stored, first.orientation):
+        raise DataError(
+            f"{member}: is {found.stored}, {path} is {first.stored} (height x width). The bands of an image must lie "
+            "on the same pixels."
+        )
+    if found.dtype != first.dtype:
+        raise DataError(
+            f"{member}: holds {found.dtype} values, {path} {first.dtype} ones. Save the bands of an image in one type."
+        )
+
+
+def join_bands(reads: Iterable[FileBands], options: BandOptions, header: Header) -> BandImage:
+    """The image, or a window of it, from what was read of each of its files."""
+    parts: list[NDArray] = []
+    missing: list[NDArray | None] = []
+    alphas: list[NDArray] = []
+    for file, read in zip(options.files, reads, strict=True):
         used = [index for index, name in enumerate(file.names) if name is not None]
         parts.append(read.pixels[..., used])
         missing.append(find_empty(parts[-1], read.nodata))
         if read.alpha is not None:
             alphas.append(read.alpha)
-    assert first is not None, "there is a file"
     pixels = np.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
     lacks = join_missing(missing, [part.shape for part in parts])
     if options.order != list(range(len(options.names))):
         pixels = pixels[..., options.order]
         lacks = None if lacks is None else lacks[..., options.order]
-    return fill_missing(np.ascontiguousarray(pixels), lacks, alphas, options, first.header)
+    return fill_missing(np.ascontiguousarray(pixels), lacks, alphas, options, header)
 
 
 def fill_missing(

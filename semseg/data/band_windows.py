@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from semseg.data.band_images import (
     BandImage,
     FileBands,
+    PixelPlace,
     check_header,
-    fill_missing,
+    check_same_pixels,
     find_band_file,
-    find_empty,
-    join_missing,
+    join_bands,
     split_alpha,
 )
 from semseg.data.bands import BandOptions
@@ -111,21 +111,13 @@ class BandWindows:
         if self.options is None:
             pixels = self.files[0].read(window)
             return BandImage(np.ascontiguousarray(np.broadcast_to(pixels, (height, width, 3))), None, header)
-        parts, missing, alphas = [], [], []
+        reads = []
         for file, names in zip(self.files, self.options.files, strict=True):
             layout, pixels = file.layout, file.read(window)
             alpha = pixels[..., -1] if layout.has_alpha else None
             given = FileBands(pixels[..., :-1] if layout.has_alpha else pixels, alpha, layout.nodata, header)
-            read = split_alpha(self.path, given, names)
-            used = [index for index, name in enumerate(names.names) if name is not None]
-            parts.append(read.pixels[..., used])
-            missing.append(find_empty(parts[-1], read.nodata))
-            if read.alpha is not None:
-                alphas.append(read.alpha)
-        lacks = join_missing(missing, [part.shape for part in parts])
-        pixels = np.concatenate(parts, axis=2)[..., self.options.order]
-        lacks = None if lacks is None else lacks[..., self.options.order]
-        return fill_missing(np.ascontiguousarray(pixels), lacks, alphas, self.options, header)
+            reads.append(split_alpha(self.path, given, names))
+        return join_bands(reads, self.options, header)
 
 
 def open_windows(path: str | Path, bands: BandOptions | None = None) -> BandWindows | None:
@@ -152,17 +144,9 @@ def open_windows(path: str | Path, bands: BandOptions | None = None) -> BandWind
                 return None
             opened.callback(file.close)
             check_header(member, Header("", file.layout.size, raster=file.layout), band_file, bands)
-            if files and file.layout.size != files[0].layout.size:
-                raise DataError(
-                    f"{member}: is {file.layout.size}, {path} is {files[0].layout.size} (height x width). The bands of "
-                    "an image must lie on the same pixels."
-                )
-            if files and file.layout.dtype != files[0].layout.dtype:
-                raise DataError(
-                    f"{member}: holds {file.layout.dtype} values, {path} {files[0].layout.dtype} ones. Save the bands "
-                    "of an image in one type."
-                )
             files.append(file)
+            own, first = (PixelPlace(each.layout.size, each.layout.dtype) for each in (file, files[0]))
+            check_same_pixels(member, own, path, first)
         opened.pop_all()
     return BandWindows(path, files, bands)
 
