@@ -31,7 +31,11 @@ SIZE_KEYS = ("data.short_edges", "data.max_long_edge", "eval.scales", "eval.also
 # Keys that `eval` and `predict` both have, apart from eval.scales, which is the default of predict.scales.
 VIEW_KEYS = ("flip", "window", "stride", "memory_limit_mb")
 PREDICTION_ADVICE = {f"eval.{key}": f"Use predict.{key}." for key in VIEW_KEYS} | {
-    "model.compile": "It is for training and mode=eval. Leave it out."
+    "model.compile": "It is for training and mode=eval. Leave it out.",
+    "data.limit": "It is for data sets. Leave it out.",
+    "eval.visualize": "It is for mode=eval. Leave it out.",
+    "eval.label_errors": "It is for mode=eval. Leave it out.",
+    "eval.boundary_iou": "It is for mode=eval. Leave it out.",
 }
 # Keys that a mode does not read, and what to do.
 UNREAD_KEYS = {
@@ -57,10 +61,16 @@ UNREAD_KEYS = {
         ("trainer.fast_dev_run", "trainer.limit_train_batches"), "bench.steps is the number of steps that are timed."
     ),
     "average": {
+        "output": "The network is written to run_dir=<folder>.",
         "trainer.fast_dev_run": "All images of eval.split are scored. Leave it out.",
         "data.on_bad": "An image that cannot be read ends it. Leave it out.",
     },
-    "export": {"predict.threshold": "An exported file does not apply it: give it where the file is used."},
+    "export": {
+        f"predict.{key}": "An exported file does not apply it: give it where the file is used."
+        for key in ("threshold", "min_confidence", "window", "stride")
+    },
+    "compare": {"output": "The page is written to run_dir=<folder>."},
+    "train": {"output": "All files are written to run_dir=<folder>."},
 }
 # Modes that cannot work without a network.
 NETWORK_MODES = ("eval", "predict", "convert", "replay", "serve", "export")
@@ -289,6 +299,8 @@ def find_fold_problems(config: Config) -> Iterator[str]:
         yield "mode=crossval needs data.folds=<number of folds>, such as 5."
     if config.data.fold is not None:
         yield f"data.fold={config.data.fold}: mode=crossval trains on every fold. Leave it out."
+    if config.eval.split != "val":
+        yield f"eval.split={config.eval.split}: mode=crossval scores every network on its fold. Leave it out."
     if config.ckpt is not None:
         yield f"ckpt={config.ckpt}: mode=crossval trains new networks. Use init_from to start from weights."
 

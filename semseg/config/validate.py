@@ -180,7 +180,7 @@ def explain_omegaconf_error(error: OmegaConfBaseException, composed: DictConfig)
     key = "run_dir" if key == "hydra.run.dir" else key
     if isinstance(error, ConfigKeyError):
         return explain_unknown_key(key, list_keys())
-    value = find_value(OmegaConf.to_container(composed, resolve=False), key)
+    value = find_value(OmegaConf.to_container(composed, resolve=False), re.sub(r"\[(\d+)\]", r".\1", key))
     reason = str(error.msg or error).splitlines()[0].rstrip(".")
     reason = reason.removeprefix("ConfigError raised while resolving interpolation: ")
     for pattern, rule in TYPE_RULES.items():

@@ -20,6 +20,7 @@ from semseg.errors import DataError, describe_reason
 from semseg.system.text import escape_unprintable, shorten_repr
 
 BACKGROUND = "background"
+COLOURLESS_LINE = re.compile(r".+:\s*:[^:]*:[^:]*")  # of CVAT's labelmap.txt, without a colour
 LABEL_MAP_LINE = re.compile(r".+:\s*\d{1,3}\s*,\s*\d{1,3}\s*,\s*\d{1,3}\s*:[^:]*:[^:]*")
 
 
@@ -65,7 +66,7 @@ class ClassTable(NamedTuple):
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: the class table cannot be read ({describe_reason(error)}).") from error
         has_semicolons = ";" in "".join(lines[:1]) and "," not in lines[0]  # as spreadsheets write it in many countries
-        rows = csv.DictReader(lines, delimiter=";" if has_semicolons else ",")
+        rows = csv.DictReader(lines, delimiter=";" if has_semicolons else ",", skipinitialspace=True)
         try:
             missing = {"index", "name", "R", "G", "B"} - set(rows.fieldnames or ())
             if missing:
@@ -132,20 +133,35 @@ class ClassTable(NamedTuple):
                 lines = [line for each in text.splitlines() if (line := each.strip()) and not line.startswith("#")]
                 if lines and all(map(LABEL_MAP_LINE.fullmatch, lines)):
                     return _from_label_map(lines)
+                if lines and all(map(COLOURLESS_LINE.fullmatch, lines)):
+                    lines = [line.rsplit(":", 3)[0] for line in lines]
                 names = [_unquote(line) for line in lines]
                 return cls.from_names(_require_entries(names))
             content = json.loads(text)
+            if isinstance(content, dict) and "classes" not in content:
+                raise ValueError("it is neither a list of classes, nor an object with that list under `classes`")
             rows = _sort_rows(_require_entries(content["classes"] if isinstance(content, dict) else content))
-            names = [str(row["name"]) for row in rows]
-            has_colours = {"color" in row for row in rows}
+            names, colours = zip(*map(_parse_entry, rows), strict=True)
+            has_colours = {colour is not None for colour in colours}
             if has_colours == {False}:
                 return cls.from_names(names)
             if len(has_colours) > 1:
                 raise ValueError("some classes have a color, and some have none")
-            return cls(tuple(map(escape_unprintable, names)), tuple(_parse_colour(row["color"]) for row in rows))
+            return cls(tuple(map(escape_unprintable, names)), tuple(map(_parse_colour, colours)))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
             raise DataError(f"{path}: the class table cannot be read ({kind}{describe_reason(error)}).") from error
+
+
+def find_moved_class(names: Sequence[str], trained: Sequence[str]) -> int | None:
+    """The index of the first class that another one has the place of, if the same classes are in another order.
+
+    >>> find_moved_class(["sky", "road", "car"], ["sky", "car", "road"]), find_moved_class(["sky"], ["road"])
+    (1, None)
+    """
+    if sorted(names) != sorted(trained):
+        return None
+    return next((index for index, pair in enumerate(zip(names, trained, strict=True)) if pair[0] != pair[1]), None)
 
 
 def _sort_rows(rows: Sequence[Any]) -> list[Any]:
@@ -184,6 +200,13 @@ def _require_entries(rows: list[Any]) -> list[Any]:
     if not isinstance(rows, list) or not rows:
         raise ValueError("it lists no classes")
     return rows
+
+
+def _parse_entry(row: Any) -> tuple[str, Any]:
+    """The name and the numbers of the colour, if any, of an entry of a JSON table."""
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str | int | float):
+        raise ValueError(f'a class is {{"name": "sky", "color": [0, 0, 255]}}, got {shorten_repr(row)}')
+    return str(row["name"]), row.get("color", row.get("colour"))
 
 
 def _parse_colour(numbers: Any) -> Colour:

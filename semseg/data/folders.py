@@ -208,7 +208,11 @@ def _is_mask(path: Path, naming: Naming, *, has_photo: bool) -> bool:
 def _select_stems(files: dict[str, str], stems_file: Path, folder: Path) -> Iterator[str | Problem]:
     """The stems of `files` that a list names, in its order; a suffix and backslashes of Windows do not matter."""
     by_form = {unicodedata.normalize("NFC", stem): stem for stem in files}
-    for number, line in enumerate(io.StringIO(store.read_text(stems_file)), start=1):
+    try:
+        text = store.read_text(stems_file)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{stems_file}: not UTF-8 text (byte {error.start}). Save the list as UTF-8.") from None
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         name = line.strip()
         path = name.replace("\\", "/")
         spellings = (name, path, os.path.splitext(path)[0])  # noqa: PTH122

@@ -154,8 +154,20 @@ class LabelMap:
         return table
 
     def _mapped_table(self, ids: Mapping[int, int | None]) -> NDArray[np.int16]:
-        """The table for an explicit mapping."""
+        """The table for an explicit mapping.
+
+        The id 0, which data sets ignore by default, may be a class all the same.
+        """
         table = np.full(_MAX_ID + 1, _UNKNOWN, np.int16)
+        outside = [raw_id for raw_id in self.ignore if not 0 <= raw_id <= _MAX_ID]
+        if outside:
+            raise ConfigError(f"data.ignore: {_join_first(outside)} is out of range: raw ids are 0 to {_MAX_ID}.")
+        conflicting = [raw_id for raw_id in self.ignore if raw_id and ids.get(raw_id) is not None]
+        if conflicting:
+            raise ConfigError(
+                f"data.ignore contains {_join_first(conflicting)}, which data.map makes a class. Remove it from one of "
+                "them."
+            )
         unscored = [raw_id for raw_id, index in ids.items() if index is None]
         table[[*self.ignore, *unscored]] = IGNORED
         for raw_id, index in ids.items():

@@ -71,7 +71,7 @@ def read_odgt_list(list_file: str | Path, root: str | Path, *, hint: str = "") -
     _require_list(list_file, root, hint)
     base = os.path.normpath(root.absolute())
     is_empty = True
-    for number, line in enumerate(store.read_file(list_file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, line in enumerate(store.read_file(list_file).removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith(b"#"):
             continue
         is_empty = False
@@ -94,9 +94,9 @@ def _parse_odgt_line(line: bytes, base: str, where: str) -> Record:
         entry = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: the line is not UTF-8 text (byte {error.start}). Save the list as UTF-8.") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: not one JSON object ({error.msg}, column {error.colno}). Each line is a separate object, "
+            f"{where}: not one JSON object ({_describe_json_error(error)}). Each line is a separate object, "
             'without a comma after it: {"fpath_img": "a.jpg", "fpath_segm": "a.png", "width": 640, "height": 480}.'
         ) from None
     if not isinstance(entry, dict):
@@ -107,6 +107,12 @@ def _parse_odgt_line(line: bytes, base: str, where: str) -> Record:
     size = Size(_parse_length(entry, "height", where), _parse_length(entry, "width", where))
     label = None if entry["fpath_segm"] is None else _parse_path(entry, "fpath_segm", base, where)
     return Record(_parse_path(entry, "fpath_img", base, where), label, size, where)
+
+
+def _describe_json_error(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
 
 
 def _parse_length(entry: dict[str, object], key: str, where: str) -> int:
@@ -198,6 +204,15 @@ def read_table_list(
             yield record_from_headers(image, mask, origin, headers[image], mask_headers.get(mask or ""))
 
 
+def find_row_splits(list_file: Path) -> set[str]:
+    """The splits that rows of a table name; empty without a column for them, or if the list cannot be read."""
+    try:
+        rows, _ = separate_problems(_read_rows(list_file))
+    except (DataError, OSError):
+        return set()
+    return {match_split(str(value)) for row in rows if (value := row.values.get("split"))} - {""}
+
+
 def _parse_split(value: object, where: str) -> str:
     """The split that a row names; empty if it names none.
 
@@ -227,13 +242,18 @@ def _read_rows(list_file: Path) -> Iterator[_TableRow | Problem]:
         text = store.read_text(list_file)
     except UnicodeDecodeError as error:
         raise DataError(f"{list_file}: not UTF-8 text (byte {error.start}). Save the list as UTF-8.") from None
-    yield from (
-        _read_json_rows(text, list_file) if list_file.suffix.lower() == ".jsonl" else _read_csv_rows(text, list_file)
-    )
+    try:
+        yield from (
+            _read_json_rows(text, list_file)
+            if list_file.suffix.lower() == ".jsonl"
+            else _read_csv_rows(text, list_file)
+        )
+    except csv.Error as error:
+        raise DataError(f"{list_file}: not a table of comma-separated values ({error}).") from None
 
 
 def _read_json_rows(text: str, list_file: Path) -> Iterator[_TableRow | Problem]:
-    for number, line in enumerate(io.StringIO(text), start=1):
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
@@ -246,8 +266,8 @@ def _read_json_rows(text: str, list_file: Path) -> Iterator[_TableRow | Problem]
 def _parse_json_row(line: str, where: str) -> dict[str, object]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not one JSON object ({error.msg}, column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not one JSON object ({_describe_json_error(error)}).") from None
     columns = _match_columns([key for key in row if isinstance(key, str)], where) if isinstance(row, dict) else {}
     if "image" not in columns:
         raise DataError(f'{where}: a line must be an object like {{"image": "a.jpg", "mask": "a.png"}}.')
@@ -256,7 +276,7 @@ def _parse_json_row(line: str, where: str) -> dict[str, object]:
 
 def _read_csv_rows(text: str, list_file: Path) -> Iterator[_TableRow | Problem]:
     # Comments become blank lines, so that line numbers stay right.
-    lines = ["\n" if line.startswith(("#", "sep=")) else line for line in io.StringIO(text)]
+    lines = ["\n" if line.startswith(("#", "sep=")) else line for line in io.StringIO(text, newline=None)]
     first = next((number for number, line in enumerate(lines) if line.strip()), 0)
     header = lines[first] if lines else ""
     columns: dict[str, str] = {}

@@ -20,7 +20,7 @@ from semseg.data.header_cache import find_pixel_type, readable_headers
 from semseg.data.headers import Header
 from semseg.data.label_map import IGNORED, ColourIds, LabelMap
 from semseg.data.labels import has_colours
-from semseg.data.list_files import match_split, read_odgt_list, read_table_list
+from semseg.data.list_files import find_row_splits, match_split, read_odgt_list, read_table_list
 from semseg.data.orientation import (
     Evidence,
     collect_evidence,
@@ -246,12 +246,18 @@ class DataSource:
         names = unused.describe(self.root)
         return f"{split}: {unused.count} files or folders below {self.root} are not used: {names}."
 
-    def find_split_folders(self) -> dict[str, str]:
-        """Overrides that use the folders of splits found side by side in the images of train; empty if there are none.
+    def find_named_splits(self) -> dict[str, str]:
+        """Overrides that use the splits which folders below the images of train, or rows of its list, are named after.
 
-        They are searched where train is a folder and val has no folder: val would be cut from all of them.
+        They are searched where val has neither folder nor list: val would be cut from all folders, and the rows of
+        other splits would not be used. Empty if there are none.
         """
         train, val = self._split_files("train"), self._split_files("val")
+        is_val_given = self._has_fold or val.list or val.images or val.stems
+        if train.list and is_table_list(train.list) and not is_val_given:
+            others = find_row_splits(self._resolve(train.list)) - {"train"}
+            used = [split for split in SPLITS if split in others and not self._is_configured(split)]
+            return {f"data.{split}.list": train.list for split in used} if "val" in others else {}
         if self._has_fold or train.list or train.stems or val.list or val.images or not (train.images and train.masks):
             return {}
         names = store.list_folder(self._resolve(train.images), store.UnusedFiles())
@@ -302,7 +308,8 @@ class DataSource:
     def _read(self, split: str, files: SplitConfig) -> Iterator[Record | Problem]:
         hint = self._hint_for(split)
         if files.list and is_table_list(files.list):
-            return read_table_list(self._resolve(files.list), self.root, split, hint=hint)
+            named = split if self._is_configured(split) else "train"  # from whose rows val is cut
+            return read_table_list(self._resolve(files.list), self.root, named, hint=hint)
         if files.list:
             return read_odgt_list(self._resolve(files.list), self.root, hint=hint)
         if not (files.images and files.masks):
@@ -569,9 +576,11 @@ def require_masks(split: str, records: Sequence[Record]) -> None:
         )
 
 
-def describe_split_folders(keys: dict[str, str]) -> str:
-    """A sentence about the result of `DataSource.find_split_folders`."""
+def describe_named_splits(keys: dict[str, str]) -> str:
+    """A sentence about the result of `DataSource.find_named_splits`."""
     overrides = " ".join(f"{key}={value}" for key, value in keys.items())
+    if "data.val.list" in keys:
+        return f"the list of train has rows of other splits, which are not used. To use them: {overrides}"
     return (
         "the images of train lie in folders named after several splits, and train uses all of them. To use each folder "
         f"for its split: {overrides}"

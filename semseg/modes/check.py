@@ -71,7 +71,7 @@ from semseg.data.pairs import read_pair, read_shown
 from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
 from semseg.data.scan import find_first_pixel, scan_pairs
-from semseg.data.sources import ROOT_OF_LISTS, DataSource, describe_split_folders, name_part
+from semseg.data.sources import ROOT_OF_LISTS, DataSource, describe_named_splits, name_part
 from semseg.data.training_size import TrainingSizes
 from semseg.errors import DataError, ReportedError
 from semseg.nets.interfaces import SegmentationNetwork
@@ -111,8 +111,8 @@ def run(config: Config, overrides: list[str]) -> None:
     source, configured = open_data(config.data)
     splits = [scan_split(source, split) for split in SPLITS if source.has(split)]
     diagnosis = diagnose(splits, config.data, configured, find_shared_images(splits), partial(find_pixel, source))
-    if keys := source.find_split_folders():
-        diagnosis.notices[:] = sort_notices([*diagnosis.notices, Notice(WARNING, describe_split_folders(keys))])
+    if keys := source.find_named_splits():
+        diagnosis.notices[:] = sort_notices([*diagnosis.notices, Notice(WARNING, describe_named_splits(keys))])
         diagnosis.suggestions.update(keys)
     has_pairs = bool(splits[0].usable_pairs)
     net = build_shapes(config, source.classes.num_classes, source.bands) if has_pairs else None
@@ -421,8 +421,8 @@ def apply_suggestions(overrides: Sequence[str], suggestions: dict[str, str]) -> 
     """
     kept = [word for word in overrides if not word.startswith(OWN_WORDS) and override_key(word) not in suggestions]
     suggested = [f"{key}={value}" for key, value in suggestions.items()]
-    if "data.train.list" in suggestions:
-        kept = [word for word in kept if override_key(word) not in PLACE_KEYS]
+    if any(key.endswith(".list") for key in suggestions):
+        kept = [word for word in kept if "data.train.list" not in suggestions or override_key(word) not in PLACE_KEYS]
         idle = dict(find_idle_data_keys(load_config([*kept, *suggested])[0].data))
         kept = [word for word in kept if override_key(word) not in idle]
     return [*kept, *suggested]

@@ -27,7 +27,7 @@ from semseg.build import (
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
 from semseg.data.batch import EvalSample
-from semseg.data.classes import ClassTable
+from semseg.data.classes import ClassTable, find_moved_class
 from semseg.data.datasets import EvalDataset
 from semseg.data.geometry import Size
 from semseg.data.open_pairs import open_pair
@@ -159,8 +159,8 @@ def open_source(config: DataConfig, saved: SavedNetwork) -> DataSource:
     names, trained = source.classes.names, saved.classes.names
     if source.classes.num_classes != saved.classes.num_classes:
         raise ConfigError(format_other_classes(config, source.classes.num_classes, saved))
-    if names != trained and sorted(names) == sorted(trained):
-        index = next(index for index, pair in enumerate(zip(names, trained, strict=True)) if pair[0] != pair[1])
+    index = find_moved_class(names, trained)
+    if index is not None:
         raise ConfigError(
             f"data.classes: the classes of data={config.name} are those of {saved.source} in another order: class "
             f"{index} is {names[index]} here and {trained[index]} there. Give the order of the network; data.map says "

@@ -55,7 +55,7 @@ from semseg.data.classes import ClassTable
 from semseg.data.label_windows import LabelWindows, open_label
 from semseg.data.overlap import find_overlap
 from semseg.data.pairs import name_origin
-from semseg.data.sources import DataSource, describe_split_folders, require_masks
+from semseg.data.sources import DataSource, describe_named_splits, require_masks
 from semseg.data.store import UnusedFiles
 from semseg.datamodule import SegmentationData
 from semseg.errors import CheckpointError, ConfigError, DataError
@@ -184,8 +184,15 @@ def resolve_start(config: Config, overrides: list[str], source: DataSource) -> S
         library = {"config": saved.get("config", {}), "revision": config.model.revision or saved.get("revision")}
         config = replace(config, model=replace(config.model, **library))
     config, choices = choose_automatic(config, overrides, source, state.config)
-    num_classes, force = source.classes.num_classes, config.resume_force
-    print_once(check_same_run(state, config_to_plain(config), num_classes=num_classes, force=force))
+    print_once(
+        check_same_run(
+            state,
+            config_to_plain(config),
+            classes=source.classes,
+            decodes_colours=source.label_map.colours is not None,
+            force=config.resume_force,
+        )
+    )
     return Start(config, state=state, choices=choices)
 
 
@@ -337,8 +344,8 @@ def check_records(source: DataSource, world_size: int) -> None:
     if source.has("val"):
         require_masks("val", source.records("val"))
         print_once(source.describe_unused("val"))
-    if keys := source.find_split_folders():
-        print_once(f"warning: {describe_split_folders(keys)}")
+    if keys := source.find_named_splits():
+        print_once(f"warning: {describe_named_splits(keys)}")
     common = find_overlap(records, source.records("val")) if source.has("val") else None
     if common is not None:
         print_once(f"warning: {common}")

@@ -77,7 +77,7 @@ def find_inputs(
         known = ", ".join(sorted(input_suffixes()))
         kind = f" {AS_PATH_LIST}" if is_path_list(source) else ""
         raise DataError(f"input={source}: there are no images or videos (suffixes: {known}).{kind}{ignored}")
-    files = list(dict.fromkeys(files))
+    files = list({os.path.abspath(file): file for file in reversed(files)}.values())[::-1]  # noqa: PTH100 - of lists
     inputs = [Input(file, target) for file, target in zip(files, choose_output_paths(files, base), strict=True)]
     if holds_inputs(run_dir, inputs, unused):
         raise ConfigError(f"run_dir={run_dir}: holds inputs, which outputs could overwrite. Set another folder.")

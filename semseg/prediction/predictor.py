@@ -5,6 +5,7 @@ mode=predict, mode=serve and the Python API use it. No Lightning.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -27,7 +28,7 @@ from semseg.data.geometry import Size
 from semseg.data.images import MAX_PIXELS
 from semseg.data.label_map import LabelMap
 from semseg.data.windows import RowSink, WindowReader
-from semseg.errors import ArgumentError, ConfigError, find_nearest
+from semseg.errors import ArgumentError, ConfigError, DataError, find_nearest
 from semseg.evaluation.inference import predict_class_map
 from semseg.evaluation.thresholds import ThresholdSink, apply_threshold
 from semseg.evaluation.tiled import ArraySink, choose_layout, predict_by_windows
@@ -190,11 +191,16 @@ class PredictionResult:
             ArgumentError: for another output, for probabilities that were not requested, if `folder` is a file, and if
                 `name` is empty or leads out of the folder. Nothing is written then.
         """
-        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ArgumentError(f"name={name!r}: must be the name of a file in the folder.")
         if Path(folder).is_file():
             raise ArgumentError(f"folder={folder}: is a file, and must be a folder.")
-        return write_outputs(self, Path(folder) / name, [outputs] if isinstance(outputs, str) else outputs)
+        try:
+            return write_outputs(self, Path(folder) / name, [outputs] if isinstance(outputs, str) else outputs)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise ArgumentError(f"name={name!r:.80}: is too long for a file.") from None
 
 
 class Predictor:
@@ -260,6 +266,12 @@ class Predictor:
             image, is_valid = convert_to_pixels(picture, max_pixels), read_whole_mask(picture)
         else:
             image, is_valid = convert_to_bands(picture, self.bands, max_pixels)
+        height, width = image.shape[:2]
+        if height * width > max_pixels:  # an array; files are not even decoded
+            raise DataError(
+                f"the picture has {height} x {width} pixels, more than the limit max_pixels={max_pixels}. Resize it, "
+                "or raise the limit."
+            )
         shape = (self.classes.num_classes, *image.shape[:2])
         array = np.empty(shape, np.float16) if probabilities else None
         ids = self.predict_class_map(image.shape[:2], self.resize(image, **settings), array, **settings)

@@ -28,6 +28,8 @@ def create_folder(path: Path, key: str) -> Iterator[Path]:
     path = path.resolve()  # the hidden folder has to be on the disk that a link points to
     hidden, lock_file = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.lock")
     with name_file_in_errors(path):
+        if (taken := next((parent for parent in path.parents if parent.is_file()), None)) is not None:
+            raise ConfigError(f"{key}={path}: {taken} is a file. Give another {key}.")
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(lock_file, timeout=0)
         try:

@@ -26,7 +26,7 @@ from semseg.config.schema import ScheduleConfig, TrainerConfig, config_to_plain,
 from semseg.config.tables import is_missing_key
 from semseg.config.validate import iterate_leaves
 from semseg.data.batch import Batch
-from semseg.data.classes import ClassTable
+from semseg.data.classes import ClassTable, find_moved_class
 from semseg.data.overlap import file_length
 from semseg.data.records import Record
 from semseg.data.seeding import number_for
@@ -422,12 +422,14 @@ CHANGEABLE_KEYS = (
     "model.name", "model.config", "model.channels_last", "model.winograd", "model.compile", "model.encoder.weights",
     "optim.fused", "optim.lr_images",
 )  # fmt: skip
+# Keys that decide which checkpoint is the best; with others, the next one would replace it.
+BEST_KEYS = ("checkpoint.monitor", "checkpoint.mode")
 # Keys that decide how validation scores a network.
 SCORE_KEYS = ("eval.scales", "eval.flip", "eval.window", "eval.stride", "data.miou_rule")
 # Keys that decide which weights and which state of the optimiser a checkpoint holds.
 FIXED_KEYS = (
     "model.library", "model.arch", "model.options", "model.encoder.name", "model.encoder.library",
-    "model.encoder.frozen", "model.decoder.", "data.num_classes",
+    "model.encoder.frozen", "model.decoder.", "data.num_classes", "data.classes.order",
     "optim.name", "optim.layer_decay",
 )  # fmt: skip
 NEW_RUN_ADVICE = "For a new run give another run_dir, with init_from=<checkpoint> to start from these weights"
@@ -461,11 +463,20 @@ def decides_steps(key: str) -> bool:
     return (key.partition(".")[0] in STEP_SECTIONS and not is_free) or key in STEP_TRAINER_KEYS
 
 
-def check_same_run(state: RunState, config: dict[str, Any], *, num_classes: int, force: bool = False) -> str | None:
+def check_same_run(
+    state: RunState,
+    config: dict[str, Any],
+    *,
+    classes: ClassTable,
+    decodes_colours: bool = False,
+    force: bool = False,
+) -> str | None:
     """None if the settings are those of the run so far; a report of the differences if `force` allows them.
 
     Args:
         config: the configuration of the run that is about to resume as plain data.
+        classes: those of its data set.
+        decodes_colours: whether its masks hold the colours of the classes.
         force: resume_force.
 
     Raises:
@@ -477,8 +488,16 @@ def check_same_run(state: RunState, config: dict[str, Any], *, num_classes: int,
         + (f" (added by a program, which can resume the run: {EXTENDING})" if is_missing_key(key) else "")
         for key, (before, after) in find_differing_keys(state.config, config).items()
     }
-    if num_classes != state.num_classes:
-        rows["data.num_classes"] = f"data.num_classes: {state.num_classes} in the checkpoint, {num_classes} now"
+    for key, values in find_differing_keys(state.config, config, BEST_KEYS.__contains__).items():
+        rows[key] = f"{format_difference(key, *values)}. The next validation would replace best.ckpt"
+    if classes.num_classes != state.num_classes:
+        rows["data.num_classes"] = f"data.num_classes: {state.num_classes} in the checkpoint, {classes.num_classes} now"
+    moved = find_moved_class(classes.names, state.classes.names)
+    if moved is not None:
+        before, after = (table.names[moved] for table in (state.classes, classes))
+        rows["data.classes.order"] = f"data.classes: class {moved} is {before} in the checkpoint, {after} now"
+    elif decodes_colours and classes.palette != state.classes.palette:
+        rows["data.classes.colours"] = "data.classes: other colours, by which masks are read, than in the checkpoint"
     if any(key.startswith(FIXED_KEYS) for key in rows):
         listed = "\n  ".join(rows.values())
         raise ConfigError(

@@ -107,3 +107,24 @@ def test_a_table_of_one_class_is_refused_before_anything_is_trained(tmp_path: Pa
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=rf"data.classes={name}: names one class, and a network needs at least 2"):
         DataSource(DataConfig(root=str(tmp_path), classes=name))
+
+
+def test_tables_of_json_need_names_and_take_both_spellings_of_colour(tmp_path: Path) -> None:
+    path = tmp_path / "classes.json"
+    path.write_text('[{"name": "a", "colour": [1, 2, 3]}, {"name": "b", "color": [4, 5, 6]}]')
+    assert ClassTable.from_file(path).palette == ((1, 2, 3), (4, 5, 6))
+    for text, message in (
+        ('["a", "b"]', r'a class is \{"name": "sky", .*got \'a\''),
+        ('[{"name": null}, {"name": "b"}]', "a class is "),
+        ('{"0": "a"}', "neither a list of classes, nor an object with that list under `classes`"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            ClassTable.from_file(path)
+
+
+def test_headers_may_have_blanks_and_label_maps_of_cvat_no_colours(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("index, name, R, G, B\n0, sky, 1, 2, 3\n1, road, 4, 5, 6\n")
+    assert ClassTable.from_file(tmp_path / "a.csv").names == ("sky", "road")
+    (tmp_path / "labelmap.txt").write_text("# label:color_rgb:parts:actions\ncat:::\ndog: small:::\n")
+    assert ClassTable.from_file(tmp_path / "labelmap.txt").names == ("cat", "dog: small")

@@ -374,13 +374,49 @@ def test_c36_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
         source(tmp_path, "data.train.list=all.jsonl").records("train")
 
 
+def test_val_is_cut_from_the_rows_of_train_and_rows_of_other_splits_are_reported(tmp_path: Path) -> None:
+    draw_pairs(tmp_path, *map(str, range(12)))
+    rows = [f"images/{number}.jpg,masks/{number}.png,{'train' if number < 8 else 'val'}" for number in range(12)]
+    (tmp_path / "all.csv").write_text("\n".join(["image,mask,split", *rows]))
+    cut = source(tmp_path, "data.train.list=all.csv")
+    cut.config.val_fraction = 0.4
+    found = [{Path(record.image).name for record in cut.records(split)} for split in ("train", "val")]
+    assert found[0] | found[1] == {f"{number}.jpg" for number in range(8)} and not found[0] & found[1]
+    assert cut.find_named_splits() == {"data.val.list": "all.csv"}
+    assert not source(tmp_path, "data.train.list=all.csv", "data.val.list=all.csv").find_named_splits()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"image,mask\n" + b"x" * 200_000 + b",y\n", r"a\.csv: not a table of comma-separated values \("),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not one JSON object \(nested too deeply\)"),
+        ("a.odgt", b"[" * 100_000, r"a\.odgt:1: not one JSON object \(nested too deeply\)"),
+        ("a.odgt", b'{"width": 1' + b"0" * 5000 + b"}", r"a\.odgt:1: not one JSON object \(a number is too long\)"),
+    ],
+)
+def test_lists_that_are_none_are_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        source(tmp_path, f"data.train.list={name}").records("train")
+
+
+def test_lists_may_have_the_line_ends_of_old_spreadsheets_and_stems_must_be_utf8(tmp_path: Path) -> None:
+    draw_pairs(tmp_path, "0", "1")
+    (tmp_path / "all.csv").write_bytes(b"image,mask\rimages/0.jpg,masks/0.png\rimages/1.jpg,masks/1.png\r")
+    assert len(pairs(tmp_path, "data.train.list=all.csv")) == 2
+    (tmp_path / "stems.txt").write_bytes("0\n1\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"stems\.txt: not UTF-8 text \(byte 0\)\. Save the list as UTF-8"):
+        source(tmp_path, "data.train.stems=stems.txt").records("train")
+
+
 def test_c36_folders_of_splits_are_reported_with_the_keys_that_use_them(tmp_path: Path) -> None:
     draw_pairs(tmp_path, "Train/0", "valid/1")
-    assert source(tmp_path).find_split_folders() == {
+    assert source(tmp_path).find_named_splits() == {
         "data.train.images": "images/Train", "data.train.masks": "masks/Train",
         "data.val.images": "images/valid", "data.val.masks": "masks/valid",
     }  # fmt: skip
-    assert not source(tmp_path, "data.val.images=images/valid", "data.val.masks=masks/valid").find_split_folders()
+    assert not source(tmp_path, "data.val.images=images/valid", "data.val.masks=masks/valid").find_named_splits()
 
 
 def test_c37_validation_without_masks_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -60,3 +60,17 @@ def test_checking_ids_refuses_what_translating_refuses() -> None:
     for unknown in ([4, 5], [0, 3, 255], [8], [-1, 5], [70000, 5]):
         with pytest.raises(DataError, match="label ids"):
             label_map.check_ids(np.array([unknown], np.int32), "a.png")
+
+
+@pytest.mark.parametrize(
+    ("ignore", "message"),
+    [
+        ([3], r"data\.ignore contains 3, which data\.map makes a class"),
+        ([-1], r"data\.ignore: -1 is out of range: raw ids are 0 to 65535"),
+        ([70000], r"data\.ignore: 70000 is out of range"),
+    ],
+)
+def test_ignored_ids_beside_a_map_must_be_others_and_in_range(ignore: list[int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LabelMap(3, ids={1: 0, 2: 1, 3: 2}, ignore=ignore)
+    LabelMap(2, ids={0: 0, 1: 1})  # 0 is ignored by default, and may be a class

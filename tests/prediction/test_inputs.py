@@ -46,6 +46,11 @@ def test_a_file_a_pattern_a_list_and_standard_input(folder: Path) -> None:
     assert outputs_of("-", stdin="photos/b.PNG\nphotos/a.jpg\n") == {"b": "photos/b.PNG", "a": "photos/a.jpg"}
 
 
+def test_a_photograph_that_a_list_spells_in_several_ways_is_predicted_once(folder: Path) -> None:
+    lines = ["photos/a.jpg", "./photos/a.jpg", "photos/sub/../a.jpg", str(folder / "photos/a.jpg")]
+    assert list(outputs_of("-", stdin="\n".join(lines)).values()) == ["photos/a.jpg"]
+
+
 def test_a_file_with_the_characters_of_a_pattern_in_its_name_is_a_file(folder: Path) -> None:
     (folder / "photo[1].jpg").touch()
     assert outputs_of("photo[1].jpg") == {"photo[1]": "photo[1].jpg"}

@@ -233,6 +233,16 @@ def test_i1_settings_out_of_their_range_are_rejected(net: Predictor, settings: d
         net.predict(stripes(), **settings)  # pyright: ignore[reportArgumentType]
 
 
+def test_arrays_and_names_have_limits_too(net: Predictor, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the picture has 16 x 24 pixels, more than the limit max_pixels=100"):
+        net.predict(stripes(), max_pixels=100)
+    result = net.predict(stripes())
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(ArgumentError, match="name="):
+            result.save(tmp_path, name=name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_shares_and_probabilities(net: Predictor) -> None:
     result = net.predict(stripes(), probabilities=True)
     assert [(share.name, share.share) for share in result.shares()] == [(name, 1 / 3) for name in CLASSES.names]

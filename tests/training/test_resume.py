@@ -19,6 +19,7 @@ from semseg.checkpoints.atomic_io import AtomicCheckpointIO
 from semseg.checkpoints.format import read_checkpoint, write_ckpt
 from semseg.checkpoints.network import build_network
 from semseg.config.schema import Config, config_to_plain
+from semseg.data.classes import ClassTable
 from semseg.data.sources import DataSource
 from semseg.errors import CheckpointError, ConfigError, DataError
 from semseg.modes import train
@@ -219,16 +220,16 @@ def test_a11_settings_that_decide_the_steps_must_be_those_of_the_checkpoint(root
     assert (state.position, state.step) == (Position(epochs=1), 3)
     changed = ("data.name=other", "data.num_workers=2", "trainer.max_epochs=7", "eval.scales=[48]")
     same = run_of(root, tmp_path / "elsewhere", *changed)
-    assert check_same_run(state, config_to_plain(same), num_classes=state.num_classes) is None
+    assert check_same_run(state, config_to_plain(same), classes=state.classes) is None
     other = run_of(root, tmp_path, "seed=7", "data.short_edges=[32]", "data.batch_size=1")
     with pytest.raises(ConfigError) as caught:
-        check_same_run(state, config_to_plain(other), num_classes=state.num_classes)
+        check_same_run(state, config_to_plain(other), classes=state.classes)
     message = str(caught.value)
     assert "seed: 304 in the checkpoint, 7 now" in message and "data.batch_size: 2 in the checkpoint, 1 now" in message
     assert message.count("data.short_edges") == 1  # a list is one line
     assert "give another run_dir" in message  # init_from alone would resume the same run
     assert "data.short_edges" in message and "resume_force=true" in message and "data.root" not in message
-    report = check_same_run(state, config_to_plain(other), num_classes=state.num_classes, force=True)
+    report = check_same_run(state, config_to_plain(other), classes=state.classes, force=True)
     assert "seed: 304" in str(report)
 
 
@@ -565,11 +566,29 @@ def test_a18_a_job_that_slurm_runs_again_resumes_from_its_own_checkpoint(
 
 @pytest.mark.slow
 @pytest.mark.reliability
+def test_a_run_resumes_neither_with_permuted_classes_nor_with_another_best(root: Path, tmp_path: Path) -> None:
+    state = read_state(saved_run(root, tmp_path), run_of(root, tmp_path))
+    config, classes = config_to_plain(run_of(root, tmp_path)), state.classes
+    swapped = ClassTable((classes.names[1], classes.names[0], *classes.names[2:]), classes.palette)
+    with pytest.raises(ConfigError, match=rf"data\.classes: class 0 is {classes.names[0]} in the checkpoint, "):
+        check_same_run(state, config, classes=swapped, force=True)
+    recoloured = ClassTable(classes.names, tuple(reversed(classes.palette)))
+    assert check_same_run(state, config, classes=recoloured) is None  # masks of ids
+    with pytest.raises(ConfigError, match=r"data\.classes: other colours, by which masks are read"):
+        check_same_run(state, config, classes=recoloured, decodes_colours=True)
+    other = config_to_plain(run_of(root, tmp_path, "checkpoint.monitor=val/pixel_accuracy"))
+    with pytest.raises(ConfigError, match=r"checkpoint\.monitor: val/miou in the checkpoint, .* replace best\.ckpt"):
+        check_same_run(state, other, classes=classes)
+    assert "val/pixel_accuracy now" in str(check_same_run(state, other, classes=classes, force=True))
+
+
+@pytest.mark.slow
+@pytest.mark.reliability
 def test_a16_what_weights_belong_to_cannot_be_forced(root: Path, tmp_path: Path) -> None:
     state, _, _ = stopped_run(root, tmp_path)
     other = config_to_plain(run_of(root, tmp_path, "optim=adamw"))
     with pytest.raises(ConfigError, match=r"optim\.name: sgd in the checkpoint, adamw now"):
-        check_same_run(state, other, num_classes=state.num_classes, force=True)
+        check_same_run(state, other, classes=state.classes, force=True)
 
 
 @pytest.mark.slow

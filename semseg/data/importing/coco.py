@@ -70,7 +70,7 @@ def read_coco(root: Path, files: list[Path], finder: ImageFinder, options: Impor
     for path, content in contents.items():
         for category in read_categories(path, content):
             if category.parent != category.name:  # a class of COCO may be called as its group: person
-                parents.add(category.parent)
+                parents.update({category.parent} - {""})
             if categories.setdefault(category.id, category.name) != category.name:
                 raise DataError(
                     f"{path}: category {category.id} is {category.name!r} here and {categories[category.id]!r} in "
@@ -227,7 +227,7 @@ class CocoReader:
         category = get(entry, "category_id", int)
         if category not in self.index_of:
             raise EntryError(f"has category_id {category}, which is no category")
-        is_crowd = bool(get_or(entry, "iscrowd", int, 0))
+        is_crowd = entry.get("iscrowd") is True or bool(entry.get("iscrowd") and get(entry, "iscrowd", int))
         self.num_crowds += is_crowd
         return IGNORED if is_crowd and self.options.crowd == "ignore" else self.index_of[category]
 

@@ -49,6 +49,7 @@ from semseg.errors import DataError
 KEYS = (b'"shapes"', b'"imagePath"')
 SPECIAL_LABELS = {"_background_": UNLABELLED, "__ignore__": IGNORED}
 LABELS_FILE = "labels.txt"
+MIN_RADIUS = 0.75  # pixels; a smaller disc around the corner of a pixel holds the centre of none
 
 
 class LabelMeFile(NamedTuple):
@@ -75,7 +76,10 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
     for path in files:
         try:
             content = read_json_file(path)
-            labels |= {get(shape, "label", str).strip() for shape in get(content, "shapes", list)}
+            named = {get(shape, "label", str).strip() for shape in get(content, "shapes", list)}
+            if "" in named:
+                raise EntryError("has an empty label")
+            labels |= named
             content["imageData"] = bool(content.get("imageData"))  # all of them would fill the memory
             contents.append(LabelMeFile(path, content))
         except EntryError as error:
@@ -93,7 +97,7 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
         except EntryError as error:
             items.append(Problem(f"{file.path}: {error}."))
     notes = [*reader.describe(), *describe_unlisted(listed, labels)]
-    num_images = sum(1 for item in items if isinstance(item, AnnotatedImage) and item.content is None)
+    num_images = len({item.path for item in items if isinstance(item, AnnotatedImage) and item.content is None})
     if num_left := finder.count - num_images:
         notes.append(f"{num_left} images have no JSON file and are left out.")
     return Export("LabelMe", tuple(names), None, items, tuple(notes))
@@ -183,11 +187,13 @@ class LabelMeReader:
             raise EntryError(f"has shape_type {kind!r:.40}, which is not known")
         if len(points) < needed:
             raise EntryError(f"is a {kind} with {len(points)} points, at least {needed} are needed")
+        if kind == "rectangle" and len(points) not in (2, 4):
+            raise EntryError(f"is a rectangle with {len(points)} points, which are two opposite corners, or all four")
         if not np.isfinite(points).all():
             raise EntryError("has a coordinate that is not finite")
         (x, y), (x2, y2) = points[0].tolist(), points[min(1, len(points) - 1)].tolist()
         radius = self.options.line_width / 2
-        if kind in ("polygon", "oriented_rectangle"):
+        if kind in ("polygon", "oriented_rectangle") or (kind == "rectangle" and len(points) == 4):
             yield Polygon((points,))
         elif kind == "rectangle":
             yield Polygon((make_ring([x, y, x2, y, x2, y2, x, y2]),))
@@ -200,7 +206,8 @@ class LabelMeReader:
             yield Bitmap(round(min(y, y2)), round(min(x, x2)), partial(decode_mask, data, box))
         else:
             self.num_lines += 1
-            yield from (Ellipse(left, top, radius, radius) for left, top in points.tolist())
+            disc = max(radius, MIN_RADIUS)
+            yield from (Ellipse(left, top, disc, disc) for left, top in points.tolist())
             if kind in ("line", "linestrip"):
                 for start, end in itertools.pairwise(points):
                     if (start != end).any():

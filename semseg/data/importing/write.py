@@ -24,12 +24,12 @@ from semseg.data.importing.draw import Drawing, draw_label
 from semseg.data.importing.model import IGNORED, UNLABELLED, AnnotatedImage, Export
 from semseg.data.label_map import MAX_CLASSES
 from semseg.data.palette import Colour, generated_palette
-from semseg.data.records import separate_problems
+from semseg.data.records import Problem, separate_problems
 from semseg.errors import ConfigError, DataError
 from semseg.storage.atomic import name_file_in_errors
 from semseg.storage.new_folder import create_folder
 from semseg.system.processors import count_processors
-from semseg.system.text import escape_csv_cell, escape_unprintable
+from semseg.system.text import escape_csv_cell, escape_unprintable, format_quantity
 
 NOT_SCORED = 0  # id in the masks; class index i has the id i + 1
 MAX_SHOWN = 5  # problems in a message
@@ -80,7 +80,8 @@ def write_export(
         ConfigError: if the folder exists, or there are too many or too few classes.
     """
     items, found = separate_problems(export.items)
-    problems = [problem.message for problem in found]
+    items, repeated, repeated_notes = drop_repeated_images(items)
+    problems = [problem.message for problem in (*found, *repeated)]
     background = find_background(export.names) if options.unlabelled == "background" else None
     if len(export.names) + (background is not None) > MAX_CLASSES:
         raise DataError(f"{export.title}: has {len(export.names)} classes; at most {MAX_CLASSES} are possible.")
@@ -122,10 +123,35 @@ def write_export(
             write_list(folder / f"{split}.csv", [image for image in images if image.split == split])
         is_rotated = any(image.is_rotated for image in images)
         write_settings(folder / DESCRIPTION_FILE, output, export, splits, is_rotated=is_rotated)
-        title, notes = export.title, (*export.notes, *describe_odd_classes(export, written, images))
+        odd = describe_odd_classes(export, written, images)
+        title, notes = export.title, (*export.notes, *repeated_notes, *odd)
         imported = Imported(title, images, tuple(names), problems, num_empty, unlabelled, background, notes)
         add_examples(folder, imported)
     return imported
+
+
+def drop_repeated_images(items: Sequence[AnnotatedImage]) -> tuple[list[AnnotatedImage], list[Problem], list[str]]:
+    """Each image once, problems for images that are annotated twice, and a note about those that are only listed twice.
+
+    An image of several splits belongs to the one that names it first.
+    """
+    first_of: dict[str, AnnotatedImage] = {}
+    kept, problems, listed_again = [], list[Problem](), list[AnnotatedImage]()
+    for item in items:
+        first = item if item.content is not None else first_of.setdefault(item.path, item)
+        if first is item:
+            kept.append(item)
+        elif item.origin == first.origin or item.split != first.split:
+            listed_again.append(item)
+        else:
+            problems.append(
+                Problem(f"{item.origin}: annotates {item.path}, as {first.origin} does. Remove one of them.")
+            )
+    if not listed_again:
+        return kept, problems, []
+    count = format_quantity(len(listed_again), "image")
+    note = f"{count}, such as {listed_again[0].path}, listed again: each is in the split that names it first."
+    return kept, problems, [note]
 
 
 def describe_odd_classes(

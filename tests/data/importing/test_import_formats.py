@@ -211,6 +211,27 @@ def test_a_file_that_coco_lists_as_two_images_is_refused(tmp_path: Path) -> None
         import_here(tmp_path / "e", tmp_path / "out")
 
 
+def test_an_image_of_two_splits_is_in_the_first_one_and_a_note_says_so(tmp_path: Path) -> None:
+    file = write_coco(tmp_path / "e")
+    content = json.loads(file.read_text())
+    for name in ("instances_train2017.json", "instances_val2017.json"):
+        put(file.with_name(name), content)
+    file.unlink()
+    imported = import_here(tmp_path / "e", tmp_path / "out")
+    assert {image.split for image in imported.images} == {"train"} and len(imported.images) == len(NAMES)
+    assert f"{len(NAMES)} images, such as" in " ".join(imported.notes)
+    assert "listed again: each is in the split that names it first." in " ".join(imported.notes)
+
+
+def test_coco_crowds_may_be_booleans(tmp_path: Path) -> None:
+    file = write_coco(tmp_path / "e")
+    content = json.loads(file.read_text())
+    for entry in content["annotations"]:
+        entry["iscrowd"] = False
+    put(file, content)
+    assert len(import_here(tmp_path / "e", tmp_path / "out").images) == len(NAMES)
+
+
 def test_a_class_of_coco_may_be_its_own_group(tmp_path: Path) -> None:
     categories = [{"id": 1, "name": "person", "supercategory": "person"}]
     categories += [
@@ -557,9 +578,26 @@ def test_labels_txt_gives_the_order_and_images_without_a_file_are_counted(tmp_pa
     assert imported.notes == ("1 images have no JSON file and are left out.",)
 
 
+def test_an_image_that_two_files_of_labelme_annotate_is_refused(tmp_path: Path) -> None:
+    write_labelme(tmp_path / "e")
+    put(tmp_path / "e" / "b_again.json", labelme_content("a", [labelme_shape("dog", corners(CAT))]))
+    with pytest.raises(DataError, match=r"b_again\.json: annotates .*a\.jpg, as .*a\.json does\. Remove one"):
+        import_here(tmp_path / "e", tmp_path / "out")
+
+
+def test_labelme_rectangles_may_have_four_corners_and_thin_points_have_pixels(tmp_path: Path) -> None:
+    box = labelme_shape("cat", [[10, 10], [30, 10], [30, 30], [10, 30]], "rectangle")
+    mask = labelme_mask(tmp_path / "box", box)
+    assert (mask[10:30, 10:30] == mask[15, 15]).all() and (mask == mask[15, 15]).sum() == 400
+    point = labelme_mask(tmp_path / "point", labelme_shape("cat", [[30, 20]], "point"), words=("import.line_width=1",))
+    assert 0 < (point == point[20, 30]).sum() < 9
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
+        (labelme_shape("cat", [[1, 2], [3, 4], [5, 6]], "rectangle"), "shape 1: is a rectangle with 3 points, which"),
+        (labelme_shape(" ", [[1, 2], [3, 4], [5, 6]]), "a shape has an empty label"),
         (labelme_shape("cat", [[1, 2]]), "shape 1: is a polygon with 1 points, at least 3 are needed"),
         (labelme_shape("cat", [[1, 2], [3, 4]], "star"), "shape 1: has shape_type 'star', which is not known"),
         (labelme_shape("cat", [[1, 2], [3, 4]], "mask", mask="????"), "shape 1: mask: "),
