@@ -487,7 +487,7 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
         bar = BarProgress(config.data.batch_size if is_training else 0, config.eval.batch_size)
         callbacks.append(bar if sys.stdout.isatty() else LineProgress())
     return create_trainer(
-        config.trainer,
+        config.trainer if is_training else replace(config.trainer, fast_dev_run=False),  # it would score one batch
         config.syncbn,
         Path(config.run_dir),
         callbacks=callbacks + (create_callbacks(config.callbacks, has_val=has_val) if is_training else []),

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
+from semseg.config.choice_files import is_choice_file
 from semseg.config.groups import CONFIG_DIR, list_groups
 from semseg.config.override_keys import list_given_keys
 from semseg.config.schema import flatten_sections
@@ -55,6 +57,7 @@ class DataFacts(NamedTuple):
     object_sides: Mapping[str, float]  # class -> median side of its objects in pixels, where there are enough
     has_three_bands: bool = True
     given_resize: str | None = None  # data.resize, if it was given
+    given_edge: int | None = None  # the largest of data.short_edges, if they were given
 
 
 class Machine(NamedTuple):
@@ -90,7 +93,7 @@ def choose_settings(
     if batch.value != MAX_CPU_BATCH:
         rule = f"that of {MAX_CPU_BATCH} images, times the square root of {batch.value} / {MAX_CPU_BATCH} (AdamW)"
     choices += [Choice(key, float(f"{rate * factor:.3g}"), rule) for key, rate in rates.items()]
-    if rates:
+    if "optim.lr" in rates:
         choices.append(Choice("optim.lr_images", batch.value, "the images of a step that these rates are for"))
     choices.append(choose_augmentation(facts, is_native=chosen["data.resize"] == NATIVE))
     return choices if machine.has_timm else [*choices, *WITHOUT_TIMM]
@@ -100,7 +103,7 @@ def choose_resolution(facts: DataFacts, machine: Machine) -> list[Choice]:
     """Choose whether images are resized, and to which edges."""
     short = statistics.median(min(size) for size in facts.sizes)
     limit = GPU_EDGE if machine.has_gpu else CPU_EDGE
-    edge = max(8, 8 * round(min(short, limit) / 8))
+    edge = facts.given_edge or max(8, 8 * round(min(short, limit) / 8))
     name, side = min(facts.object_sides.items(), key=lambda item: item[1], default=("", math.inf))
     has_small_objects = side * edge / short < MIN_OBJECT and edge < 0.75 * short
     if facts.given_resize == NATIVE or (facts.given_resize is None and has_small_objects):
@@ -282,14 +285,26 @@ def add_reason(line: str, reason: str | None) -> str:
 
 
 def read_recipe(experiment: str = BASE_RECIPE) -> dict[str, Any]:
-    """A recipe as plain data; by default the one that gives what the data do not decide.
+    """A recipe as plain data, with those that it starts from; by default what the data do not decide is taken from it.
 
     Args:
         experiment: an option of that group, or a file.
     """
-    path = Path(experiment).expanduser()
-    is_option = path.suffix not in (".yaml", ".yml")
-    return yaml.safe_load((CONFIG_DIR / "experiment" / f"{experiment}.yaml" if is_option else path).read_text("utf-8"))
+    name = experiment.strip("[]")
+    is_file = is_choice_file("experiment", name)
+    path = Path(name).expanduser() if is_file else CONFIG_DIR / "experiment" / f"{name}.yaml"
+    content: Any = OmegaConf.to_container(OmegaConf.load(path)) or {}
+    defaults: list[Any] = []
+    merged = DictConfig({})
+    for entry in content.pop("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":  # another recipe
+            base = read_recipe(entry)
+            defaults += base.pop("defaults")
+            merged.merge_with(base)
+        else:
+            defaults.append(entry)
+    merged.merge_with(content)
+    return {"defaults": defaults, **OmegaConf.to_container(merged)}  # pyright: ignore[reportReturnType, reportCallIssue]
 
 
 def format_recipe(content: Mapping[str, Any], reasons: Mapping[str, str], file: Path, command: str, base: str) -> str:

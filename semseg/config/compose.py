@@ -95,7 +95,9 @@ def find_group_problems(overrides: list[str]) -> Iterator[str]:
     """A sentence for every group whose value is not one of its options."""
     for override in overrides:
         key, value = split_override(override)
-        if key in list_groups() and value not in list_options(key) and not is_choice_file(key, value):
+        if override.startswith("~") or key not in list_groups():
+            continue
+        if value not in list_options(key) and not is_choice_file(key, value):
             yield explain_option(key, value, [])
 
 

@@ -21,5 +21,5 @@ def override_key(word: str) -> str:
 
 
 def list_given_keys(overrides: Iterable[str]) -> dict[str, None]:
-    """The keys of some overrides, each once, in their order."""
-    return dict.fromkeys(map(override_key, overrides))
+    """The keys that some overrides set, each once, in their order; not those that they remove (~key)."""
+    return dict.fromkeys(override_key(word) for word in overrides if not word.startswith("~"))

@@ -133,7 +133,7 @@ def refuse_unread_keys(mode: str, overrides: Sequence[str]) -> None:
     unread = UNREAD_KEYS.get(mode, {})
     for word in overrides:
         key, value = split_override(word)
-        if key in unread and value.lower() not in ("false", "null"):
+        if key in unread and value.lower() not in ("", "false", "null", "error"):
             raise ConfigError(f"{key}={value}: has no effect with mode={mode}. {unread[key]}")
 
 
@@ -230,18 +230,9 @@ def find_idle_data_keys(data: DataConfig) -> Iterator[tuple[str, str]]:
 
 def find_idle_output_keys(config: Config) -> Iterator[tuple[str, str]]:
     """Every key of mode=predict and mode=export that is for an output that is not chosen, with a sentence."""
-    if config.mode == "predict":
-        outputs_with_key = {
-            "predict.polygon_tolerance": ("coco", "label_studio"),
-            "predict.image_prefix": ("coco", "label_studio"),
-            "predict.format": ("ids", "coco"),
-        }
-        for key, outputs in outputs_with_key.items():
-            if not set(outputs) & set(config.predict.save):
-                yield (
-                    key,
-                    f"It is for predict.save=[{outputs[0]}] and [{outputs[1]}]. Give one of them, or leave it out.",
-                )
+    if config.mode == "predict" and not {"coco", "label_studio"} & set(config.predict.save):
+        advice = "It is for predict.save=[coco] and [label_studio]. Give one of them, or leave it out."
+        yield from dict.fromkeys(("predict.polygon_tolerance", "predict.image_prefix"), advice).items()
     if config.mode == "export" and config.export.quantize != "static":
         advice = "It is for export.quantize=static. Give that, or leave it out."
         yield from dict.fromkeys(("export.calibration_split", "export.calibration_images"), advice).items()
@@ -355,7 +346,7 @@ def find_confidence_problems(config: Config) -> Iterator[str]:
     if given is None:
         return
     if config.mode == "serve":
-        yield f"predict.min_confidence={given}: mode=serve shows the class of every pixel. Use mode=predict."
+        yield f"predict.min_confidence={given}: mode=serve shows the most probable class everywhere. Use mode=predict."
     if config.mode == "export" and config.export.preprocessing:
         yield (
             f"predict.min_confidence={given}: a file with export.preprocessing=true gives the class of every pixel. "

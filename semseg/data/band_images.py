@@ -133,13 +133,21 @@ def join_files(
     """The bands of all files of an image, given as names and contents; see `read_bands`."""
     reads: list[FileBands] = []
     path: str | Path = ""
+    first: PixelPlace | None = None
     for file, (member, data) in zip(options.files, members, strict=True):
         path = path or member
         read = split_alpha(member, decode_file_bands(member, data, max_pixels, key), file, naming)
         options.check_type(read.pixels.dtype, member)
-        reads.append(read)
-        check_same_pixels(member, read.place, path, reads[0].place)
+        first = first or read.place
+        check_same_pixels(member, read.place, path, first)
+        reads.append(select_used(read, file))
     return join_bands(reads, options, reads[0].header)
+
+
+def select_used(read: FileBands, file: BandFile) -> FileBands:
+    """The bands of a file that have a name, without the memory of the others."""
+    used = [index for index, name in enumerate(file.names) if name is not None]
+    return read if len(used) == read.pixels.shape[-1] else read._replace(pixels=read.pixels[..., used])
 
 
 def check_same_pixels(member: str | Path, found: PixelPlace, path: str | Path, first: PixelPlace) -> None:
@@ -160,13 +168,12 @@ def check_same_pixels(member: str | Path, found: PixelPlace, path: str | Path, f
 
 
 def join_bands(reads: Iterable[FileBands], options: BandOptions, header: Header) -> BandImage:
-    """The image, or a window of it, from what was read of each of its files."""
+    """The image, or a window of it, from the used bands of each of its files."""
     parts: list[NDArray] = []
     missing: list[NDArray | None] = []
     alphas: list[NDArray] = []
-    for file, read in zip(options.files, reads, strict=True):
-        used = [index for index, name in enumerate(file.names) if name is not None]
-        parts.append(read.pixels[..., used])
+    for read in reads:
+        parts.append(read.pixels)
         missing.append(find_empty(parts[-1], read.nodata))
         if read.alpha is not None:
             alphas.append(read.alpha)

@@ -23,6 +23,7 @@ from semseg.data.band_images import (
     check_same_pixels,
     find_band_file,
     join_bands,
+    select_used,
     split_alpha,
 )
 from semseg.data.bands import BandOptions
@@ -116,7 +117,7 @@ class BandWindows:
             layout, pixels = file.layout, file.read(window)
             alpha = pixels[..., -1] if layout.has_alpha else None
             given = FileBands(pixels[..., :-1] if layout.has_alpha else pixels, alpha, layout.nodata, header)
-            reads.append(split_alpha(self.path, given, names))
+            reads.append(select_used(split_alpha(self.path, given, names), names))
         return join_bands(reads, self.options, header)
 
 

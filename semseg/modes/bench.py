@@ -106,7 +106,8 @@ def run(config: Config, overrides: list[str]) -> None:
         DataError: if there are fewer images than one step takes.
     """
     steps = config.bench.warmup + config.bench.steps
-    trainer_config = replace(config.trainer, max_steps=steps, max_epochs=1, limit_val_batches=0)
+    limits = {"max_steps": steps, "max_epochs": 1, "limit_train_batches": None, "limit_val_batches": 0}
+    trainer_config = replace(config.trainer, **limits)
     config = replace(config, trainer=trainer_config, data=replace(config.data, steps_per_epoch=steps))
     source = DataSource(config.data)
     config, choices = choose_automatic(config, overrides, source)

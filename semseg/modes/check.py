@@ -49,6 +49,7 @@ from semseg.checks.recipe import (
     DataFacts,
     Machine,
     choose_settings,
+    list_chosen_options,
     make_recipe,
     read_recipe,
     write_recipe,
@@ -423,14 +424,15 @@ def apply_suggestions(overrides: Sequence[str], suggestions: dict[str, str]) -> 
     suggested = [f"{key}={value}" for key, value in suggestions.items()]
     if any(key.endswith(".list") for key in suggestions):
         kept = [word for word in kept if "data.train.list" not in suggestions or override_key(word) not in PLACE_KEYS]
-        idle = dict(find_idle_data_keys(load_config([*kept, *suggested])[0].data))
+        idle = dict(find_idle_data_keys(load_config(["mode=check", *kept, *suggested])[0].data))
         kept = [word for word in kept if override_key(word) not in idle]
     return [*kept, *suggested]
 
 
 def describe_checked_data(overrides: Sequence[str], suggestions: dict[str, str], output: Path) -> dict[str, Any]:
     """The section `data` of the recipe: the data set with all suggestions."""
-    data, base = (load_config(words)[0].data for words in (apply_suggestions(overrides, suggestions), ["data=folder"]))
+    words = ["mode=check", *apply_suggestions(overrides, suggestions)]
+    data, base = (load_config(each)[0].data for each in (words, ["data=folder"]))
     return describe_data_set(data if data.name != base.name else replace(data, name=output.stem), base, output)
 
 
@@ -471,12 +473,20 @@ def choose_recipe(
     given = list_given_keys(overrides)
     if config.data.resize == NATIVE or "data.resize" in given:
         facts = facts._replace(given_resize=config.data.resize)
-    rates = {key: value for key, value in flatten_sections(base) if key in RECIPE_RATES and not chosen}
-    choices = choose_settings(facts, measure_machine(config), rates, estimate_memory)
-    if net.image_size is not None:  # the network's size is that of the crops
-        choices = [choice for choice in choices if choice.key not in ("data.crop", "augment.crop")]
     described = dict(flatten_sections({"data": data}))
     given_data = [key for key in (*described, *given) if key.startswith("data.") and key not in diagnosis.suggestions]
+    if "data.short_edges" in given_data:
+        facts = facts._replace(given_edge=max(config.data.short_edges))
+    rates = {key: value for key, value in flatten_sections(base) if key in RECIPE_RATES and not chosen}
+    others = [word for word in others if word != "optim.lr=auto"]  # which is computed from the rate of the recipe
+    if "optim.lr" in list_given_keys(others):
+        rates.pop("optim.lr", None)
+    machine = measure_machine(config)
+    if list_chosen_options(base).get("model/encoder") != "timm":
+        machine = machine._replace(has_timm=True)  # nothing has to take its place
+    choices = choose_settings(facts, machine, rates, estimate_memory)
+    if net.image_size is not None:  # the network's size is that of the crops
+        choices = [choice for choice in choices if choice.key not in ("data.crop", "augment.crop")]
     recipe, reasons = make_recipe(choices, {"name": output.stem, **data}, base, [*given_data, *others])
     return recipe, dict.fromkeys(diagnosis.suggestions, "suggested by the check of all files") | reasons
 

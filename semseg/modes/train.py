@@ -36,7 +36,7 @@ from semseg.checkpoints.initialise import LoadReport, initialise_from
 from semseg.checkpoints.network import build_network, check_network, report_one_size, without_weights
 from semseg.checkpoints.published import find_published_files
 from semseg.checks.recipe import list_chosen_options, read_recipe
-from semseg.config.override_keys import list_given_keys, override_key, split_override
+from semseg.config.override_keys import split_override
 from semseg.config.schema import (
     ARCHITECTURE_KEYS,
     AUTO_RANGE,
@@ -753,6 +753,6 @@ def describe_last_checkpoint(config: Config, overrides: list[str]) -> str | None
 def resume_command(config: Config, overrides: list[str], *further: str) -> str:
     """The command that resumes this run, with `further` overrides in place of those with the same keys."""
     last = [f"run_dir={relative_to_cwd(Path(config.run_dir))}", "resume=auto", *further]
-    replaced = list_given_keys(last)
-    kept = [word for word in overrides if override_key(word) not in replaced]
+    replaced = {word.partition("=")[0] for word in last}  # with their signs: ~a goes behind +a=1, and not in its place
+    kept = [word for word in overrides if word.partition("=")[0] not in replaced]
     return format_command([*kept, *last])

@@ -489,6 +489,8 @@ def check_same_run(
         for key, (before, after) in find_differing_keys(state.config, config).items()
     }
     for key, values in find_differing_keys(state.config, config, BEST_KEYS.__contains__).items():
+        if values[0] is None:  # of a version without the key
+            continue
         rows[key] = f"{format_difference(key, *values)}. The next validation would replace best.ckpt"
     if classes.num_classes != state.num_classes:
         rows["data.num_classes"] = f"data.num_classes: {state.num_classes} in the checkpoint, {classes.num_classes} now"

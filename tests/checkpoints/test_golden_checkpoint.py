@@ -37,7 +37,7 @@ def test_a12_a_checkpoint_of_an_earlier_release_resumes_with_the_same_losses(pat
     shutil.copyfile(path, last)
     state = read_state(last, config)
     assert state.position == Position(epochs=1) and state.conditions is None
-    assert check_same_run(state, config_to_plain(config), num_classes=state.num_classes) is None
+    assert check_same_run(state, config_to_plain(config), classes=state.classes) is None
     end = fit(config, resume=last)
     assert end["global_step"] == 6
     expected = json.loads(path.with_suffix(".json").read_text())
@@ -52,7 +52,7 @@ def test_a12_a_run_without_data_decode_resumes_with_exact_decoding(tmp_path: Pat
     assert read_checkpoint(path).config.data.decode == "exact"
     state = read_state(path, run_of(tmp_path))
     with pytest.raises(ConfigError, match=r"data\.decode: exact in the checkpoint, fast now"):
-        check_same_run(state, config_to_plain(run_of(tmp_path, "data.decode=fast")), num_classes=state.num_classes)
+        check_same_run(state, config_to_plain(run_of(tmp_path, "data.decode=fast")), classes=state.classes)
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_a12_a_checkpoint_with_a_key_that_is_gone_is_resumed_and_evaluated(
     torch.save(content, last)
     config = run_of(tmp_path, "model.label_stride=null")  # as resolve_start sets it for such checkpoints
     state = read_state(last, config)
-    assert check_same_run(state, config_to_plain(config), num_classes=state.num_classes) is None
+    assert check_same_run(state, config_to_plain(config), classes=state.classes) is None
     assert fit(config, resume=last)["global_step"] == 6
     assert "on_oom" not in torch.load(last, weights_only=True)[FORMAT_KEY]["config"]["trainer"]
     torch.save(content, last)

@@ -12,6 +12,7 @@ from semseg.checks.recipe import (
     DataFacts,
     Machine,
     choose_settings,
+    list_chosen_options,
     make_recipe,
     read_recipe,
     write_recipe,
@@ -126,6 +127,22 @@ def test_every_experiment_can_be_the_base(path: Path, tmp_path: Path) -> None:
     assert (config.data.root, config.data.num_classes) == (str(tmp_path / "photos"), 3)
     assert config.run_dir.endswith("_train") and (config.after_training, config.input) == ([], None)
     assert config.optim.lr == load_config([f"experiment={path.stem}", "data=folder", "data.num_classes=3"])[0].optim.lr
+
+
+def test_recipes_may_start_from_another_one_or_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "mine.YAML").write_text("# @package _global_\ndefaults: [own_data, _self_]\noptim: {lr: 1e-4}\n")
+    recipe = read_recipe(str(tmp_path / "mine.YAML"))
+    assert list_chosen_options(recipe)["model/encoder"] == "timm" and recipe["model"]["label_stride"] == 2
+    assert (recipe["optim"]["lr"], recipe["optim"]["lr_encoder"]) == (1e-4, 0.0005)
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert read_recipe(str(tmp_path / "empty.yaml")) == {"defaults": []}
+    assert read_recipe("[own_data]") == read_recipe("own_data")
+
+
+def test_short_edges_that_were_given_decide_the_crop_and_the_scale_of_evaluation() -> None:
+    chosen = {choice.key: choice.value for choice in choose_settings(STREET._replace(given_edge=512), CPU, {}, memory)}
+    assert (chosen["eval.scales"], chosen["augment.crop"]) == ([512], [448, 448])
+    assert "optim.lr_images" not in chosen
 
 
 def test_a_file_with_its_own_values_first_can_be_the_base(tmp_path: Path) -> None:

@@ -58,10 +58,6 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
             "predict.image_prefix=/photos/: has no effect. It is for predict.save=[coco] and [label_studio].",
         ),
         (
-            [*PREDICT, "predict.save=[panel]", "predict.format=ade20k"],
-            "predict.format=ade20k: has no effect. It is for predict.save=[ids] and [coco].",
-        ),
-        (
             [*EXPORT, "export.quantize=dynamic", "export.calibration_images=8"],
             "export.calibration_images=8: has no effect. It is for export.quantize=static.",
         ),

@@ -91,6 +91,8 @@ def test_lists_take_the_place_of_folders_in_the_suggested_command(given: list[st
     words = mode.apply_suggestions(["mode=check", "data=folder", "data.num_classes=2", *given], lists)
     assert words == ["data=folder", "data.num_classes=2", "data.train.list=train.odgt", "data.val.list=val.odgt"]
     refuse_idle_keys(load_config(words)[0], words)
+    folds = mode.apply_suggestions(["mode=check", "data=folder", "data.num_classes=2", "data.folds=3"], lists)
+    assert "data.folds=3" in folds  # which mode=check accepts, and mode=train does not
 
 
 def of_level(found: dict[str, Any], level: str) -> str:

@@ -117,7 +117,7 @@ def test_without_an_ignored_id_and_where_every_pixel_needs_a_class_it_is_refused
     with pytest.raises(ConfigError, match="min_confidence=2: must be a probability"):
         predictor.predict(stripes(), min_confidence=2)
     for words, message in (
-        (["mode=serve"], "mode=serve shows the class of every pixel"),
+        (["mode=serve"], "mode=serve shows the most probable class everywhere"),
         (["mode=export", "output=a.onnx", "export.preprocessing=true"], "gives the class of every pixel"),
         (["mode=predict", "input=x", "predict.min_confidence=1.1"], "predict.min_confidence=1.1: must be at least 0"),
     ):
