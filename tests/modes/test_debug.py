@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.in_process import TINY_RUN, configured, fit, logged_losses
+from semseg.build import build_trainer
 from semseg.config.schema import Config
 from semseg.data.sources import DataSource
 
@@ -54,3 +55,10 @@ def test_fast_takes_one_step_and_logs_nothing(root: Path, tmp_path: Path) -> Non
 def test_profile_tells_where_the_time_went(root: Path, tmp_path: Path) -> None:
     fit(debugged("profile", root, tmp_path, "data.steps_per_epoch=2"))
     assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
+
+
+def test_a_fast_run_is_one_of_training_and_evaluates_all_images(tmp_path: Path) -> None:
+    for mode, is_fast in (("train", True), ("eval", False)):
+        words = [f"mode={mode}", "debug=fast", *TINY_RUN, f"data.root={tmp_path}", f"run_dir={tmp_path}"]
+        config = configured(*words, *(["ckpt=x"] if mode == "eval" else []))
+        assert bool(build_trainer(config, DataSource(config.data)).fast_dev_run) == is_fast  # pyright: ignore[reportAttributeAccessIssue]

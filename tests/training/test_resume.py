@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import signal
 from dataclasses import replace
@@ -377,6 +378,16 @@ def test_a15_after_early_stopping_more_epochs_change_nothing_but_more_patience_o
     assert len(steps_logged(tmp_path)) == 9  # one more validation without a better score
     trained(run_of(root, tmp_path, *PATIENCE, "~callbacks.early_stopping", "trainer.max_epochs=5"))
     assert len(steps_logged(tmp_path)) == 15
+
+
+@pytest.mark.reliability
+def test_a15_the_command_to_continue_removes_what_a_word_has_added_behind_it(root: Path, tmp_path: Path) -> None:
+    added = "+callbacks.stop={_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val/miou}"
+    words = [added, "trainer.max_epochs=2"]
+    command = shlex.split(
+        train.resume_command(run_of(root, tmp_path), words, "~callbacks.stop", "trainer.max_epochs=4")
+    )
+    assert command.index(added) < command.index("~callbacks.stop") and "trainer.max_epochs=2" not in command
 
 
 @pytest.mark.reliability
