@@ -285,7 +285,7 @@ def add_reason(line: str, reason: str | None) -> str:
 
 
 def read_recipe(experiment: str = BASE_RECIPE) -> dict[str, Any]:
-    """A recipe as plain data, with those that it starts from; by default what the data do not decide is taken from it.
+    """A recipe as plain data, together with those that it starts from. The default gives what the data do not decide.
 
     Args:
         experiment: an option of that group, or a file.
@@ -304,7 +304,8 @@ def read_recipe(experiment: str = BASE_RECIPE) -> dict[str, Any]:
         else:
             defaults.append(entry)
     merged.merge_with(content)
-    return {"defaults": defaults, **OmegaConf.to_container(merged)}  # pyright: ignore[reportReturnType, reportCallIssue]
+    values: Any = OmegaConf.to_container(merged)
+    return {"defaults": defaults, **values}
 
 
 def format_recipe(content: Mapping[str, Any], reasons: Mapping[str, str], file: Path, command: str, base: str) -> str:
