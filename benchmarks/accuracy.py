@@ -20,7 +20,7 @@ albumentations is installed without what it names, because that includes another
 the one of semseg.
 
 Each run adds a row to the table (--table); a side that has a row for its settings is skipped, so that an interrupted
-command can be repeated.
+command can be repeated. After Ctrl-C, a training of ours continues at its step, and its CPU time so far counts.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -58,6 +59,8 @@ COLUMNS = (
     "steps", "images", "images_per_cpu_s", "peak_memory_mb", "miou", "miou_torchmetrics", "pixel_accuracy", "iou",
 )  # fmt: skip
 KEY = ("data", "split", "side", "encoder", "minutes", "seed")  # of a row
+SPENT_FILE = "spent.json"  # in the folder of a run that was stopped: its usage so far
+STOPPED_CODES = (130, 143)  # of run.py after Ctrl-C and SIGTERM
 TIMED_STEPS = (10, 60)  # of the runs that find the time of a step
 TIMED_ROUNDS = 3  # of these runs; the median counts
 TOY_STEPS = 2
@@ -66,11 +69,15 @@ FREE_WORDS = ("optim", "schedule", "ema.", "seed=", "data.oversample", "loss", "
 
 
 class Usage(NamedTuple):
-    """What a process used."""
+    """What a process used, or several that continued a run."""
 
     cpu_s: float  # user and system time of all its threads and children
     wall_s: float
     peak_mb: float  # resident memory
+
+    def add(self, other: Usage) -> Usage:
+        """What both used, one after the other."""
+        return Usage(self.cpu_s + other.cpu_s, self.wall_s + other.wall_s, max(self.peak_mb, other.peak_mb))
 
 
 class Trained(NamedTuple):
@@ -149,9 +156,9 @@ def measure_side(side: str, options: argparse.Namespace) -> None:
         print(f"{side}: has a row for {key}")
         return
     folder = options.work / "-".join(key.values())
-    if folder.exists():
-        shutil.rmtree(folder)  # of a run that was interrupted: its CPU time is not known
-    folder.mkdir(parents=True)
+    if folder.exists() and not (folder / SPENT_FILE).exists():
+        shutil.rmtree(folder)  # of a run that was killed: its CPU time is not known
+    folder.mkdir(parents=True, exist_ok=True)
     row = score_run(SIDES[side](side, folder, options), options.data, options.split)
     append_row(options.table, COLUMNS, key | row)
     print(f"{side}: {summarise_row(row)}", flush=True)
@@ -266,17 +273,30 @@ def score_predictions(
 # ---- processes
 
 
-def run_measured(words: Sequence[str], log: Path) -> Usage:
-    """Run a program of Python with one thread, its output written to `log`; ends this one if it fails."""
+def run_measured(words: Sequence[str], log: Path, spent: Path | None = None) -> Usage:
+    """Run a program of Python with one thread, its output written to `log`; ends this one if it fails.
+
+    Args:
+        spent: keeps what was used if the program is stopped by Ctrl-C or SIGTERM, with a checkpoint; what the parts of
+            a run before this one used is added to the result.
+    """
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1")
+    before = Usage(*json.loads(spent.read_text())) if spent is not None and spent.exists() else Usage(0.0, 0.0, 0.0)
     started = time.monotonic()
-    with log.open("w") as output:
+    with log.open("a") as output:
         process = subprocess.Popen([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT, env=environment)
-        _, status, used = os.wait4(process.pid, 0)
+        try:
+            _, status, used = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:  # the program has received it too
+            _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
+    usage = before.add(Usage(used.ru_utime + used.ru_stime, time.monotonic() - started, used.ru_maxrss / 2**10))
+    if process.returncode in STOPPED_CODES and spent is not None:
+        spent.write_text(json.dumps(usage))
+        sys.exit(f"stopped after {usage.cpu_s / 60:.1f} CPU minutes; the same command continues the run.")
     if process.returncode:
         sys.exit(f"{' '.join(words)}: exit code {process.returncode}; the end of {log}:\n{log.read_text()[-3000:]}")
-    return Usage(used.ru_utime + used.ru_stime, time.monotonic() - started, used.ru_maxrss / 2**10)
+    return usage
 
 
 # ---- ours
@@ -336,10 +356,12 @@ def train_ours(side: str, folder: Path, options: argparse.Namespace) -> Trained:
 
 def train_recipe(recipe: Sequence[str], folder: Path, options: argparse.Namespace, steps: int | None = None) -> Trained:
     """Train with these overrides for the minutes, or so many steps, and predict the split."""
-    if steps is None:
-        steps = TOY_STEPS if options.toy else count_affordable_steps(recipe, options)
     run_dir = folder / "run"
-    usage = run_measured(training_words(recipe, steps, run_dir), folder / "train.log")
+    if (folder / SPENT_FILE).exists():
+        steps = read_run_config(run_dir)["trainer"]["max_steps"]
+    elif steps is None:
+        steps = TOY_STEPS if options.toy else count_affordable_steps(recipe, options)
+    usage = run_measured(training_words(recipe, steps, run_dir), folder / "train.log", folder / SPENT_FILE)
     images = folder / "images.txt"
     images.write_text("".join(f"{image}\n" for image, _ in list_pairs(options.data, options.split)))
     # fmt: off
@@ -417,11 +439,14 @@ def recall_numbers(file: Path, measure: Callable[[], list[float]]) -> list[float
 
 
 def read_batch_size(run_dir: Path) -> int:
-    """Images of a step on all devices, from the configuration that the run has written."""
-    from omegaconf import OmegaConf
+    """Images of a step on all devices."""
+    config = read_run_config(run_dir)
+    return int(config["data"]["batch_size"]) * int(config["trainer"]["devices"])
 
-    config = OmegaConf.load(run_dir / "config.yaml")
-    return int(config.data.batch_size) * int(config.trainer.devices)
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """The configuration that a run has written."""
+    return yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
 
 
 # ---- the others

@@ -145,7 +145,7 @@ def test_the_recipe_of_the_check_and_the_defaults_each_add_a_row(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     program, accuracy = import_benchmark(monkeypatch, "checked_recipe"), import_benchmark(monkeypatch, "accuracy")
-    monkeypatch.setattr(accuracy, "run_measured", lambda words, log: run_in_this_process(accuracy, words))
+    monkeypatch.setattr(accuracy, "run_measured", lambda words, *_: run_in_this_process(accuracy, words))
     words = ["--defects", "--toy", "--encoder", "mobilenetv3_small_050", "--weights", "none", "--table", "rows.csv"]
     for _ in range(2):
         monkeypatch.setattr("sys.argv", ["checked_recipe.py", *words])
@@ -216,7 +216,7 @@ def run_twice(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: l
     """The rows that a program adds when it is called twice, without processes of its own."""
     monkeypatch.chdir(folder)
     program, accuracy = import_benchmark(monkeypatch, name), import_benchmark(monkeypatch, "accuracy")
-    monkeypatch.setattr(accuracy, "run_measured", lambda words, log: run_in_this_process(accuracy, words))
+    monkeypatch.setattr(accuracy, "run_measured", lambda words, *_: run_in_this_process(accuracy, words))
     for _ in range(2):
         monkeypatch.setattr("sys.argv", [f"{name}.py", *words])
         program.main()
@@ -263,6 +263,12 @@ def test_the_cpu_time_of_a_program_is_its_own_and_a_failure_ends_the_measurement
     assert usage.peak_mb > 1
     with pytest.raises(SystemExit, match=r"(?s)exit code 3.*no such road"):
         accuracy.run_measured(["-S", "-c", "print('no such road'); raise SystemExit(3)"], tmp_path / "log")
+    spent = tmp_path / accuracy.SPENT_FILE
+    with pytest.raises(SystemExit, match="the same command continues the run"):
+        accuracy.run_measured(["-S", "-c", "raise SystemExit(143)"], tmp_path / "log", spent)
+    first = accuracy.Usage(*json.loads(spent.read_text()))
+    spent.write_text(json.dumps(first._replace(cpu_s=100.0)))
+    assert accuracy.run_measured(["-S", "-c", "pass"], tmp_path / "log", spent).cpu_s > 100
 
 
 def test_the_steps_of_a_run_are_those_that_fit_into_its_minutes(
