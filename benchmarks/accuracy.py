@@ -161,6 +161,7 @@ def measure_side(side: str, options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     row = score_run(SIDES[side](side, folder, options), options.data, options.split)
     append_row(options.table, COLUMNS, key | row)
+    (folder / SPENT_FILE).unlink(missing_ok=True)  # the run is complete: another table has it measured again
     print(f"{side}: {summarise_row(row)}", flush=True)
 
 

@@ -37,7 +37,7 @@ PREDICTION_ADVICE = {f"eval.{key}": f"Use predict.{key}." for key in VIEW_KEYS} 
     "eval.label_errors": "It is for mode=eval. Leave it out.",
     "eval.boundary_iou": "It is for mode=eval. Leave it out.",
 }
-# Keys that a mode does not read, and what to do.
+# Keys, or values of them (key=value), that a mode does not read, and what to do.
 UNREAD_KEYS = {
     "eval": {f"predict.{key}": f"Use eval.{key}." for key in (*VIEW_KEYS, "scales")}
     | {
@@ -63,7 +63,7 @@ UNREAD_KEYS = {
     "average": {
         "output": "The network is written to run_dir=<folder>.",
         "trainer.fast_dev_run": "All images of eval.split are scored. Leave it out.",
-        "data.on_bad": "An image that cannot be read ends it. Leave it out.",
+        "data.on_bad=skip": "An image that cannot be read ends it. Leave it out.",
     },
     "export": {
         f"predict.{key}": "An exported file does not apply it: give it where the file is used."
@@ -133,8 +133,10 @@ def refuse_unread_keys(mode: str, overrides: Sequence[str]) -> None:
     unread = UNREAD_KEYS.get(mode, {})
     for word in overrides:
         key, value = split_override(word)
-        if key in unread and value.lower() not in ("", "false", "null", "error"):
-            raise ConfigError(f"{key}={value}: has no effect with mode={mode}. {unread[key]}")
+        is_off = value.lower() in ("", "false", "null")
+        advice = unread.get(f"{key}={value}") or (None if is_off else unread.get(key))
+        if advice:
+            raise ConfigError(f"{key}={value}: has no effect with mode={mode}. {advice}")
 
 
 def refuse_idle_keys(config: Config, overrides: Sequence[str]) -> None:

@@ -84,6 +84,11 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
         ),
         ([*EXPORT, "predict.min_confidence=0.9"], "predict.min_confidence=0.9: has no effect with mode=export. An"),
         ([*PREDICT, "data.limit=2"], "data.limit=2: has no effect with mode=predict. It is for data sets."),
+        (
+            ["mode=average", "ckpt=[a,b]", "data.on_bad=skip"],
+            "data.on_bad=skip: has no effect with mode=average. An image that cannot be read ends it.",
+        ),
+        ([*PREDICT, "output=error"], "output=error: has no effect with mode=predict. The predictions are written to"),
         (["output=x.ckpt"], "output=x.ckpt: has no effect with mode=train. All files are written to run_dir="),
         (["data.short_edges=[64.5]"], "data.short_edges[0]=64.5: must be a whole number."),
         (["syncbn=off", "syncbn.group=node"], "syncbn.group=node: has no effect. It is for syncbn=reduce."),
