@@ -170,7 +170,7 @@ def is_resumed(config: Config) -> bool:
 
 def find_idle_training_keys(config: Config) -> Iterator[tuple[str, str]]:
     """Every key of training that has no effect, with a sentence about what to do."""
-    schedule, terms = config.schedule.name, config.loss.terms
+    schedule = config.schedule.name
     if schedule == "poly":
         advice = "It is for schedule=poly_warmup and schedule=cosine. Give one of them, or leave it out."
         yield from dict.fromkeys(("schedule.warmup_steps", "schedule.warmup_factor"), advice).items()
@@ -194,6 +194,14 @@ def find_idle_training_keys(config: Config) -> Iterator[tuple[str, str]]:
         yield "augment.blur_sigma", "It is for augment.blur. Give that, or leave it out."
     if config.checkpoint.every_n_steps is None and config.checkpoint.every_n_minutes is None:
         yield "checkpoint.keep", "It is for checkpoint.every_n_steps or every_n_minutes. Give one of them."
+    yield from find_idle_loss_keys(config)
+
+
+def find_idle_loss_keys(config: Config) -> Iterator[tuple[str, str]]:
+    """Every key of the loss that has no effect, with a sentence about what to do."""
+    terms = config.loss.terms
+    if config.model.decoder.get("deep_supervision") is False:
+        yield "model.deepsup_weight", "It is for model.decoder.deep_supervision=true. Give that, or leave it out."
     if not terms.ohem:
         advice = "It is for loss=ohem. Give that, or leave it out."
         yield from dict.fromkeys(("loss.ohem_threshold", "loss.ohem_min_kept"), advice).items()

@@ -105,6 +105,7 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
         (["schedule=cosine", "schedule.power=1"], "schedule.power=1.0: has no effect. It is for schedule=poly"),
         (["optim.beta2=0.5"], "optim.beta2=0.5: has no effect. It is for optim=adamw."),
         (["ema.start_step=9"], "ema.start_step=9: has no effect. There is no average without ema.decay."),
+        (["model/decoder=ppm", "model.deepsup_weight=1"], "model.deepsup_weight=1.0: has no effect. It is for model."),
         (["loss.focal_gamma=3"], "loss.focal_gamma=3.0: has no effect. It is for loss=focal."),
         (["loss.ohem_min_kept=1"], "loss.ohem_min_kept=1.0: has no effect. It is for loss=ohem."),
         ([*LISTED, "data.train.stems=s.txt"], "data.train.stems=s.txt: has no effect. data.train.list=a.csv names the"),
