@@ -13,6 +13,7 @@ import base64
 import io
 import ipaddress
 import socket
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,9 @@ from semseg.data.bands import BandOptions
 from semseg.data.classes import ClassTable
 from semseg.data.images import decode_image
 from semseg.data.label_map import LabelMap
+from semseg.data.raster_layout import has_geo_tags
 from semseg.errors import ConfigError, SemsegError
+from semseg.prediction.geotiff import read_whole_mask
 from semseg.reports.draw import class_shares
 from semseg.reports.templates import format_css_colour
 from semseg.serving.connections import MIN_BYTES_PER_SECOND, STALE_SECONDS, Connection, client_limit
@@ -439,9 +442,9 @@ def predict_upload(served: ServedNetwork, upload: Upload, max_pixels: int) -> Pr
         DataError: if the upload is not an image, is broken, or has more than `max_pixels`.
     """
     data, key = upload.file.read(), "serve.max_pixels"
-    is_valid = None
     if served.bands is None:
         image = decode_image(data, upload.name, upright=True, max_pixels=max_pixels, key=key)
+        is_valid = read_uploaded_mask(data)
     else:
         read = decode_bands(data, upload.name, served.bands, max_pixels, key=key, naming=SEND_OTHER_BANDS)
         image, is_valid, *_ = read.turn_upright()
@@ -455,6 +458,20 @@ def predict_upload(served: ServedNetwork, upload: Upload, max_pixels: int) -> Pr
     ]
     mask = base64.b64encode(encode_mask(ids, served.label_map)).decode()
     return PredictResponse(height=ids.shape[0], width=ids.shape[1], classes=present, mask=mask, picture=picture)
+
+
+def read_uploaded_mask(data: bytes) -> NDArray[np.bool_] | None:
+    """(H, W) where an uploaded picture has values, if it is a GeoTIFF; None: everywhere.
+
+    Raises:
+        DataError: if GDAL cannot read the mask.
+    """
+    if not has_geo_tags(io.BytesIO(data)):
+        return None
+    with tempfile.TemporaryDirectory() as folder:  # GDAL reads files
+        file = Path(folder, "upload.tif")
+        file.write_bytes(data)
+        return read_whole_mask(file)
 
 
 def describe_class(served: ServedNetwork, index: int) -> NetworkClass:

@@ -96,6 +96,20 @@ def test_pixels_without_values_have_no_class(tmp_path: Path) -> None:
     assert [entry["share"] for entry in answer["classes"]] == [0.25, 0.25]
 
 
+def test_pixels_of_a_geotiff_of_colours_without_values_have_no_class(tmp_path: Path) -> None:
+    pixels = np.asarray(half_bright()).transpose(2, 0, 1)
+    _, height, width = pixels.shape
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", height=height, width=width, count=3, dtype="uint8", nodata=0,
+        crs="EPSG:32632", transform=rasterio.transform.from_origin(4e5, 5e6, 10, 10),
+    ) as file:  # fmt: skip
+        file.write(pixels)
+    answer = client().post("/predict", files={"image": ("a.tif", (tmp_path / "a.tif").read_bytes())}).json()
+    mask, is_dark = np.asarray(mask_of(answer)), (pixels == 0).all(axis=0)
+    assert is_dark.any() and not is_dark.all()
+    assert (mask[is_dark] == 0).all() and (mask[~is_dark] != 0).all()
+
+
 @pytest.mark.parametrize(
     ("data", "name", "message"),
     [
