@@ -10,7 +10,7 @@ import pytest
 from helpers.command_line import TINY, run_here
 from helpers.in_process import configured
 from helpers.published_files import write_files
-from semseg.modes.train import chooses_network
+from semseg.modes.train_start import chooses_network
 
 MINE = "# @package _global_\noptim: {lr: 0.002}\nmodel: {label_stride: 2}\n"  # a recipe without a network
 SMALL = [word for word in TINY if not word.startswith(("model", "~model"))]

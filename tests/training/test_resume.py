@@ -24,7 +24,8 @@ from semseg.data.classes import ClassTable
 from semseg.data.sources import DataSource
 from semseg.errors import CheckpointError, ConfigError, DataError
 from semseg.modes import train
-from semseg.modes.train import Start, resolve_start
+from semseg.modes.train_end import resume_command
+from semseg.modes.train_start import Start, resolve_start
 from semseg.nets.registry import ENCODERS, Constructor
 from semseg.system.process import StopRequest
 from semseg.training.callbacks.saver import Saver
@@ -384,9 +385,7 @@ def test_a15_after_early_stopping_more_epochs_change_nothing_but_more_patience_o
 def test_a15_the_command_to_continue_removes_what_a_word_has_added_behind_it(root: Path, tmp_path: Path) -> None:
     added = "+callbacks.stop={_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val/miou}"
     words = [added, "trainer.max_epochs=2"]
-    command = shlex.split(
-        train.resume_command(run_of(root, tmp_path), words, "~callbacks.stop", "trainer.max_epochs=4")
-    )
+    command = shlex.split(resume_command(run_of(root, tmp_path), words, "~callbacks.stop", "trainer.max_epochs=4"))
     assert command.index(added) < command.index("~callbacks.stop") and "trainer.max_epochs=2" not in command
 
 

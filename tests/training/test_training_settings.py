@@ -16,7 +16,7 @@ from helpers.in_process import TINY_RUN, assert_equal, configured, fit, logged_l
 from semseg.config.schema import Config
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError
-from semseg.modes.train import resolve_start
+from semseg.modes.train_start import resolve_start
 
 # One epoch of three steps of two images.
 RUN = [

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from helpers.in_process import prepare_run
-from semseg.modes.train import lock_run_folder
+from semseg.modes.train_start import lock_run_folder
 from semseg.storage.atomic import temporary_path
 from semseg.training.callbacks.report import REPORT_FILE
 
