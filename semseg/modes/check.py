@@ -7,19 +7,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from os.path import relpath
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from rich.text import Text
 
 from semseg.build import choose_label_stride
-from semseg.checkpoints.network import build_network, without_weights
 from semseg.checks.bands import advise_on_bands
 from semseg.checks.dataset import (
     ERROR,
@@ -31,38 +25,23 @@ from semseg.checks.dataset import (
     Diagnosis,
     Notice,
     ScannedSplit,
-    SplitSummary,
-    Spread,
     check_files,
     check_reading,
     diagnose,
-    format_ranges,
     join_first,
     padding_fraction,
     sort_notices,
     with_zero_unlabelled,
 )
-from semseg.checks.description import describe_data_set
-from semseg.checks.objects import MIN_OBJECTS, check_objects, summarise_objects, view_of
-from semseg.checks.recipe import (
-    BASE_RECIPE,
-    DataFacts,
-    Machine,
-    choose_settings,
-    list_chosen_options,
-    make_recipe,
-    read_recipe,
-    write_recipe,
-)
+from semseg.checks.objects import check_objects
+from semseg.checks.recipe import BASE_RECIPE, write_recipe
 from semseg.config.load import load_config
-from semseg.config.override_keys import list_given_keys, override_key, split_override
-from semseg.config.schema import FINE_STRIDE, SPLITS, Config, DataConfig, flatten_sections
-from semseg.config.uses import find_idle_data_keys
-from semseg.data.bands import BandOptions, band_options
+from semseg.config.schema import SPLITS, Config, DataConfig
+from semseg.data.bands import band_options
 from semseg.data.classes import ClassTable
 from semseg.data.crops import NATIVE, choose_crop
 from semseg.data.foreground import build_foreground_index
-from semseg.data.geometry import Size, canvas_size
+from semseg.data.geometry import Size
 from semseg.data.header_cache import find_pixel_type
 from semseg.data.importing.formats import FoundExport
 from semseg.data.importing.recognise import name_output, recognise_exports, recognise_masks_beside
@@ -75,21 +54,23 @@ from semseg.data.scan import find_first_pixel, scan_pairs
 from semseg.data.sources import ROOT_OF_LISTS, DataSource, describe_named_splits, name_part
 from semseg.data.training_size import TrainingSizes
 from semseg.errors import DataError, ReportedError
+from semseg.modes.check_recipe import (
+    build_shapes,
+    check_command,
+    choose_recipe,
+    collect_facts,
+    find_base_recipe,
+    training_command,
+)
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.step_memory import estimate_step_memory
-from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary, write_check_page
-from semseg.reports.draw import format_share
+from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary
+from semseg.reports.check_report import print_check_report, write_check_report
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import format_command, relative_to_cwd
-from semseg.system.memory import get_total_memory
-from semseg.system.text import escape_lines, escape_unprintable, format_quantity
+from semseg.system.text import escape_lines, format_quantity
 
-ASSUMED_MEMORY = 8 * 2**30  # bytes, of a machine that does not say how much it has
-PLACE_KEYS = ("data.images", "data.masks")  # which lists cannot stand beside
-RECIPE_RATES = ("optim.lr", "optim.lr_encoder")
 NUM_PLANNED = 500  # sub-batches whose padding is measured
-OWN_WORDS = ("mode=", "check.", "run_dir=", "output=")  # beginnings of overrides that are for the check alone
-MAX_CLASS_ROWS = 20  # rows on the console; the files have all classes
 
 
 def run(config: Config, overrides: list[str]) -> None:
@@ -136,8 +117,8 @@ def run(config: Config, overrides: list[str]) -> None:
         training_command(overrides, diagnosis.suggestions, output) if is_ready else check_command(overrides, diagnosis),
         f"{purpose} as suggested" if diagnosis.suggestions else purpose,
     )
-    files = write_report(folder, report)
-    print_report(report, files)
+    files = write_check_report(folder, report)
+    print_check_report(report, files)
     next_step = escape_lines(f"{report.purpose}: {report.command}")
     if is_ready:
         if output is not None:
@@ -237,12 +218,6 @@ def find_pixel(source: DataSource, record: Record, raw_id: int) -> tuple[int, in
     """(row, column) of the first pixel of an id in the mask of a record."""
     colours, limit = source.label_map.colours, source.config.max_pixels
     return find_first_pixel(record.label or "", raw_id, colours, limit)
-
-
-def build_shapes(config: Config, num_classes: int, bands: BandOptions | None = None) -> SegmentationNetwork:
-    """The network without the content of its weights, in training mode."""
-    with torch.device("meta"):
-        return build_network(without_weights(config.model), num_classes, config.download, bands).train()
 
 
 def summarise_plan(config: Config, train: ScannedSplit, net: SegmentationNetwork | None) -> PlanSummary | None:
@@ -390,198 +365,3 @@ def odgt_entry(record: Record, height: int, width: int, root: Path) -> dict[str,
     """The entry of an odgt list for one record."""
     image, label = (relpath(path, root) for path in (record.image, record.label or ""))
     return {"fpath_img": image, "fpath_segm": label, "width": width, "height": height}
-
-
-def training_command(overrides: Sequence[str], suggestions: dict[str, str], output: Path | None) -> str:
-    """The command that trains with all suggestions; what `output` holds is left out if it is given."""
-    words = apply_suggestions(overrides, suggestions)
-    if output is not None:
-        words = [f"experiment={relative_to_cwd(output)}", *leave_out_data(overrides)]
-    return format_command(words)
-
-
-def leave_out_data(overrides: Sequence[str]) -> list[str]:
-    """The overrides that are neither about the data set nor for the check alone."""
-    return [
-        word
-        for word in overrides
-        if not word.startswith((*OWN_WORDS, "experiment=")) and override_key(word).partition(".")[0] != "data"
-    ]
-
-
-def check_command(overrides: Sequence[str], diagnosis: Diagnosis) -> str:
-    """The command that checks again, with all suggestions."""
-    own = [word for word in overrides if word.startswith(OWN_WORDS) and not word.startswith("mode=")]
-    return format_command(["mode=check", *apply_suggestions(overrides, diagnosis.suggestions), *own])
-
-
-def apply_suggestions(overrides: Sequence[str], suggestions: dict[str, str]) -> list[str]:
-    """The overrides of a run on the checked data set, with suggestions in place of those with the same keys.
-
-    Lists take the place of folders, and of all else that says where images are.
-    """
-    kept = [word for word in overrides if not word.startswith(OWN_WORDS) and override_key(word) not in suggestions]
-    suggested = [f"{key}={value}" for key, value in suggestions.items()]
-    if any(key.endswith(".list") for key in suggestions):
-        kept = [word for word in kept if "data.train.list" not in suggestions or override_key(word) not in PLACE_KEYS]
-        idle = dict(find_idle_data_keys(load_config(["mode=check", *kept, *suggested])[0].data))
-        kept = [word for word in kept if override_key(word) not in idle]
-    return [*kept, *suggested]
-
-
-def describe_checked_data(overrides: Sequence[str], suggestions: dict[str, str], output: Path) -> dict[str, Any]:
-    """The section `data` of the recipe: the data set with all suggestions."""
-    words = ["mode=check", *apply_suggestions(overrides, suggestions)]
-    data, base = (load_config(each)[0].data for each in (words, ["data=folder"]))
-    return describe_data_set(data if data.name != base.name else replace(data, name=output.stem), base, output)
-
-
-def collect_facts(
-    data: DataConfig, diagnosis: Diagnosis, train: ScannedSplit, label_map: LabelMap, classes: ClassTable
-) -> DataFacts:
-    """What a recipe is chosen by."""
-    sizes = [Size(facts.height, facts.width) for _, facts in train.usable_pairs]
-    objects = summarise_objects(train, label_map.class_index, classes.names, view_of(data, FINE_STRIDE))
-    sides = {each.name: each.median_side for each in objects if each.num_objects >= MIN_OBJECTS}
-    shares = [row.share for row in diagnosis.classes]
-    return DataFacts(sizes, shares, sides, len(data.band_names) == 3)
-
-
-def find_base_recipe(overrides: Sequence[str]) -> str | None:
-    """The experiment of the command line, on which its recipe is based; None: that of a recipe by default."""
-    chosen = [value for key, value in map(split_override, overrides) if key == "experiment"]
-    return chosen[-1].strip("\"'") if chosen else None
-
-
-def choose_recipe(
-    config: Config, overrides: Sequence[str], diagnosis: Diagnosis, facts: DataFacts, output: Path
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The content of `output`, and the reason of each of its settings by key."""
-    data = describe_checked_data(overrides, diagnosis.suggestions, output)
-    others = leave_out_data(overrides)
-    chosen = find_base_recipe(overrides)
-    base = read_recipe(chosen or BASE_RECIPE)
-    is_network_given = any(key.startswith("model") for key in list_given_keys(others))
-    recipe_words = [] if is_network_given else [f"experiment={chosen or BASE_RECIPE}"]
-    network = load_config([*recipe_words, "data=folder", "data.num_classes=2", *others])[0]
-    net = build_shapes(network, len(diagnosis.classes))
-
-    def estimate_memory(size: Size, batch_size: int) -> int:
-        canvas = net.image_size or canvas_size([size], net.size_divisor)
-        return estimate_step_memory(net, canvas, batch_size).with_momentum
-
-    given = list_given_keys(overrides)
-    if config.data.resize == NATIVE or "data.resize" in given:
-        facts = facts._replace(given_resize=config.data.resize)
-    described = dict(flatten_sections({"data": data}))
-    given_data = [key for key in (*described, *given) if key.startswith("data.") and key not in diagnosis.suggestions]
-    if "data.short_edges" in given_data:
-        facts = facts._replace(given_edge=max(config.data.short_edges))
-    rates = {key: value for key, value in flatten_sections(base) if key in RECIPE_RATES and not chosen}
-    others = [word for word in others if word != "optim.lr=auto"]  # which is computed from the rate of the recipe
-    if "optim.lr" in list_given_keys(others):
-        rates.pop("optim.lr", None)
-    machine = measure_machine(config)
-    if list_chosen_options(base).get("model/encoder") != "timm":
-        machine = machine._replace(has_timm=True)  # nothing has to take its place
-    choices = choose_settings(facts, machine, rates, estimate_memory)
-    if net.image_size is not None:  # the network's size is that of the crops
-        choices = [choice for choice in choices if choice.key not in ("data.crop", "augment.crop")]
-    recipe, reasons = make_recipe(choices, {"name": output.stem, **data}, base, [*given_data, *others])
-    return recipe, dict.fromkeys(diagnosis.suggestions, "suggested by the check of all files") | reasons
-
-
-def measure_machine(config: Config) -> Machine:
-    """The device that trains with this configuration, and its memory."""
-    has_timm = find_spec("timm") is not None
-    if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda"):
-        return Machine(True, torch.cuda.get_device_properties(0).total_memory, has_timm)
-    return Machine(False, get_total_memory() or ASSUMED_MEMORY, has_timm)
-
-
-def write_report(folder: Path, report: CheckReport) -> list[Path]:
-    """Write check.json and check.html, and return their paths."""
-    content, page = folder / "check.json", folder / "check.html"
-    with atomic_write(content) as temporary:
-        temporary.write_text(json.dumps(report_to_json(report), indent=1) + "\n", encoding="utf-8")
-    write_check_page(page, report)
-    return [content, page]
-
-
-def report_to_json(report: CheckReport) -> dict[str, Any]:
-    """The content of check.json."""
-    diagnosis = report.diagnosis
-    return {
-        "verdict": diagnosis.verdict,
-        "notices": [notice._asdict() for notice in diagnosis.notices],
-        "splits": [split_to_json(split) for split in diagnosis.splits],
-        "classes": [row._asdict() for row in diagnosis.classes],
-        "class_weights": diagnosis.class_weights,
-        "plan": report.plan._asdict() if report.plan else None,
-        "suggestions": diagnosis.suggestions,
-        "command": report.command,
-    }
-
-
-def split_to_json(split: SplitSummary) -> dict[str, Any]:
-    """The entry of a split in check.json."""
-    spreads = {name: getattr(split, name)._asdict() for name in ("heights", "widths", "aspects")}
-    return split._asdict() | spreads
-
-
-# ---- console
-
-
-def print_report(report: CheckReport, files: Sequence[Path]) -> None:
-    """Print the tables, the notices and the verdict."""
-    diagnosis, console = report.diagnosis, Console(soft_wrap=True, highlight=False)
-    console.print(render_splits(diagnosis.splits))
-    if diagnosis.classes:
-        console.print(render_classes(diagnosis))
-    if report.plan:
-        console.print(Text(escape_lines(report.plan.describe())))
-    for notice in diagnosis.notices:
-        style = {"error": "bold red", "warning": "yellow"}.get(notice.level, "")
-        console.print(Text(f"{notice.level}: ", style), Text(escape_lines(notice.text)), sep="")
-    console.print(Text(f"\n{escape_lines(diagnosis.verdict)}", "bold"))
-    console.print(Text(escape_lines(f"written to {', '.join(str(relative_to_cwd(file)) for file in files)}")))
-
-
-def render_splits(splits: Sequence[SplitSummary]) -> Table:
-    """A table with one row for each split."""
-    table = Table()
-    for name in ("split", "pairs", "wrong", "height", "width", "images", "masks", "ids", "ignored"):
-        table.add_column(name, justify="right" if name in ("pairs", "wrong", "ignored") else "left")
-    for split in splits:
-        ids = format_ranges(list(split.ids))
-        row = [
-            split.name,
-            str(split.pairs),
-            str(split.wrong),
-            format_spread(split.heights),
-            format_spread(split.widths),
-        ]
-        row += [", ".join(split.image_kinds), ", ".join(split.mask_kinds), ids, format_share(split.ignored)]
-        table.add_row(*(Text(escape_unprintable(text)) for text in row))
-    return table
-
-
-def render_classes(diagnosis: Diagnosis) -> Table:
-    """A table of the classes; of many, the most frequent and the rarest."""
-    names = [split.name for split in diagnosis.splits]
-    table = Table("class", *(f"{name}: pixels, images" for name in names), "weight")
-    rows = sorted(diagnosis.classes, key=lambda row: -row.share)
-    listed = rows if len(rows) <= MAX_CLASS_ROWS else rows[: MAX_CLASS_ROWS // 2] + rows[-MAX_CLASS_ROWS // 2 :]
-    totals = {name: sum(row.pixels[name] for row in rows) or 1 for name in names}
-    for row in listed:
-        counts = [f"{format_share(row.pixels[name] / totals[name])}, {row.images[name]}" for name in names]
-        table.add_row(*(Text(escape_unprintable(text)) for text in (row.name, *counts, f"{row.weight:g}")))
-    if len(listed) < len(rows):
-        table.caption = f"the most frequent and the rarest of {len(rows)} classes; all are in check.json"
-    return table
-
-
-def format_spread(spread: Spread) -> str:
-    """Smallest, median and largest value."""
-    low, median, high = spread
-    return f"{low:g}" if low == high else f"{low:g} .. {median:g} .. {high:g}"

@@ -31,6 +31,7 @@ from semseg.data.records import Record
 from semseg.data.scan import PairFacts, scan_pairs
 from semseg.errors import DataError
 from semseg.modes import check as mode
+from semseg.modes.check_recipe import apply_suggestions
 from semseg.nets.registry import build_segmenter
 from semseg.nets.step_memory import estimate_step_memory
 
@@ -88,10 +89,10 @@ def check(root: Path, *words: str) -> dict[str, Any]:
 )
 def test_lists_take_the_place_of_folders_in_the_suggested_command(given: list[str]) -> None:
     lists = {"data.train.list": "train.odgt", "data.val.list": "val.odgt"}
-    words = mode.apply_suggestions(["mode=check", "data=folder", "data.num_classes=2", *given], lists)
+    words = apply_suggestions(["mode=check", "data=folder", "data.num_classes=2", *given], lists)
     assert words == ["data=folder", "data.num_classes=2", "data.train.list=train.odgt", "data.val.list=val.odgt"]
     refuse_idle_keys(load_config(words)[0], words)
-    folds = mode.apply_suggestions(["mode=check", "data=folder", "data.num_classes=2", "data.folds=3"], lists)
+    folds = apply_suggestions(["mode=check", "data=folder", "data.num_classes=2", "data.folds=3"], lists)
     assert "data.folds=3" in folds  # which mode=check accepts, and mode=train does not
 
 
