@@ -56,7 +56,7 @@ from semseg.storage.run_results import RESULT_FILE, read_result
 from semseg.system.process import StopRequest
 from semseg.training.callbacks.stop import StoppedError, requeue
 from semseg.training.loggers.external import log_settings
-from semseg.training.resume import check_same_conditions
+from semseg.training.same_run import check_same_conditions
 from semseg.training.start_summary import LABEL_WIDTH, format_start
 from semseg.training.training_state import report_restore_errors
 

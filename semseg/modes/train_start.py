@@ -27,7 +27,8 @@ from semseg.storage.ranks import is_first_rank, print_once
 from semseg.storage.run_folders import CHECKPOINT_FOLDER, find_checkpoint
 from semseg.storage.run_lock import hold_run_folder
 from semseg.training.losses import build_terms, read_class_weights
-from semseg.training.resume import RunState, check_same_run, read_run_state
+from semseg.training.resume import RunState, read_run_state
+from semseg.training.same_run import check_same_run
 
 # Prefixes of overrides that choose the network.
 NETWORK_KEYS = (

@@ -17,7 +17,8 @@ from semseg.config.schema import ALLOWED_TARGETS, config_to_plain
 from semseg.errors import ConfigError
 from semseg.modes import eval as evaluate
 from semseg.nets.registry import ENCODERS, Constructor
-from semseg.training.resume import Position, check_same_run
+from semseg.training.resume import Position
+from semseg.training.same_run import check_same_run
 
 CHECKPOINTS = sorted((GOLDEN / "checkpoint").glob("*.ckpt"))
 

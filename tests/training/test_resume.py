@@ -30,13 +30,8 @@ from semseg.nets.registry import ENCODERS, Constructor
 from semseg.system.process import StopRequest
 from semseg.training.callbacks.saver import Saver
 from semseg.training.loggers.csv import read_rows
-from semseg.training.resume import (
-    Position,
-    RunConditions,
-    RunState,
-    check_same_conditions,
-    check_same_run,
-)
+from semseg.training.resume import Position, RunConditions, RunState
+from semseg.training.same_run import check_same_conditions, check_same_run
 
 # Five images in sub-batches of two, two epochs of three steps: every epoch ends in the middle of a pass.
 RUN = [
