@@ -39,6 +39,7 @@ from semseg.evaluation.window_counts import CountingSink, WindowCounts
 from semseg.nets.compilation import compile_network
 from semseg.nets.interfaces import Logits, SegmentationNetwork
 from semseg.nets.normalise import normalise
+from semseg.nets.precision import choose_weight_type
 from semseg.nets.segmenter import is_convolutional
 from semseg.syncbn.layer import convert_batch_norms, revert_batch_norms
 from semseg.training.callbacks.bad_images import report_bad_image
@@ -124,6 +125,9 @@ class SegmentationModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Before training: refuse a precision in which statistics do not move, and freeze unused parameters.
 
+        A network of trainer.precision=64-true gets its type here: Lightning gives it only after a checkpoint is loaded,
+        which would round the weights of a run that resumes.
+
         Lightning gives the network to DistributedDataParallel next, which needs to know what is trainable.
 
         Raises:
@@ -140,6 +144,8 @@ class SegmentationModule(pl.LightningModule):
         if torch.are_deterministic_algorithms_enabled() and self.trainer.strategy.root_device.type == "cuda":
             probe = partial(compute_probe_loss, self.net, self.compute_total)
             check_determinism(self.net, probe, self.model_config.title, self.net.backbone)
+        if choose_weight_type(str(self.trainer.precision)) == torch.float64:
+            self.double()
 
     def compute_total(self, logits: Logits, label: Tensor) -> Tensor:
         """The loss that is minimised, of one sub-batch."""

@@ -468,6 +468,8 @@ def median_frequency_weights(images: Sequence[dict[int, int]], num_classes: int)
 
     >>> median_frequency_weights([{0: 90, 1: 10}, {0: 100}], 3)
     [0.5526, 5.25, 1.0]
+    >>> median_frequency_weights([{0: 12_000_000, 1: 300, 2: 200}], 3)
+    [2.5e-05, 1.0, 1.5]
     """
     class_pixels, image_pixels = [0] * num_classes, [0] * num_classes
     for counts in images:
@@ -478,7 +480,8 @@ def median_frequency_weights(images: Sequence[dict[int, int]], num_classes: int)
     frequencies = [pixels / total if total else 0.0 for pixels, total in zip(class_pixels, image_pixels, strict=True)]
     present = [frequency for frequency in frequencies if frequency]
     median = statistics.median(present) if present else 1.0
-    return [round(median / frequency, 4) if frequency else 1.0 for frequency in frequencies]
+    # Rounded to significant digits: beside tiny classes, the weight of the background is far below 1, and not 0.
+    return [float(f"{median / frequency:.4g}") if frequency else 1.0 for frequency in frequencies]
 
 
 def check_classes(rows: Sequence[ClassSummary], splits: Sequence[str]) -> Iterator[Notice]:

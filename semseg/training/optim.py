@@ -29,6 +29,7 @@ BLOCK = re.compile(r"(?:[a-z]\w*\.)*?_?(?P<name>[a-z]\w*?)(?:[._]|(?<=block))(?P
 # Twins has embeddings and a position block beside each stage of blocks.
 BLOCK_NAMES = ("blocks", "block", "layers", "layer", "stages", "patch_embeds", "pos_block")
 STEM_PART = re.compile(r"(?:stem|patch_embed)_\d+")  # timm makes children of the parts of a stem
+TRANSITION = re.compile(r"transition\d+")  # of HRNet and DenseNet
 
 
 def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -127,9 +128,10 @@ def list_stages(net: nn.Module, backbone: nn.Module) -> list[list[nn.Parameter]]
 def list_child_stages(module: nn.Module) -> list[list[nn.Parameter]]:
     """The parameters of a module by child, from its input on; the single layers before the first block are one stage.
 
-    A single child is replaced by its own children, because adapters wrap their network in that way. Parameters of the
-    module itself are in the first stage. Numbered parts of a stem are one child. If all children are numbered, and each
-    number has the same kinds of them (patch_embed1, block1, norm1, patch_embed2, ...), those of a number are a stage.
+    What halves the resolution between two stages (`is_transition`) belongs to the one behind it. A single child is
+    replaced by its own children, because adapters wrap their network in that way. Parameters of the module itself are
+    in the first stage. Numbered parts of a stem are one child. If all children are numbered, and each number has the
+    same kinds of them (patch_embed1, block1, norm1, patch_embed2, ...), those of a number are a stage.
     """
     named = {name: child for name, child in module.named_children() if next(child.parameters(), None) is not None}
     stem = [child for name, child in named.items() if STEM_PART.fullmatch(name)]
@@ -146,14 +148,23 @@ def list_child_stages(module: nn.Module) -> list[list[nn.Parameter]]:
     elif len(children) == 1 and next(children[0].children(), None) is not None:
         stages = list_child_stages(children[0])
     else:
-        stages = []
-        for child in children:
+        stages, ahead = [], []
+        for name, child in named.items():
             is_layer = next(child.children(), None) is None
             if is_layer and stages:
-                stages[-1] += child.parameters()
+                (ahead or stages[-1]).extend(child.parameters())
+            elif stages and is_transition(name, child):
+                ahead += child.parameters()
             else:
-                stages.append(list(child.parameters()))
+                stages.append([*ahead, *child.parameters()])
+                ahead = []
+        stages += [ahead] if ahead else []  # with no stage behind it
     return [own + stages[0], *stages[1:]] if stages else [own]
+
+
+def is_transition(name: str, child: nn.Module) -> bool:
+    """Whether a child of a network is no stage, but single layers between two: a convolution and its norm, ..."""
+    return bool(TRANSITION.fullmatch(name)) or all(next(part.children(), None) is None for part in child.children())
 
 
 def build_optimizer(

@@ -112,9 +112,11 @@ def test_adamw_takes_its_own_settings() -> None:
     [
         ("resnet18", None, 5),
         ("mobilenetv2", None, 18),
-        ("hrnetv2", None, 8),
+        ("hrnetv2", None, 5),
         ("torchvision", "resnet18", 5),
-        ("torchvision", "convnext_tiny", 8),
+        ("torchvision", "convnext_tiny", 5),  # layers that halve the resolution belong to the stage behind them
+        ("torchvision", "swin_t", 5),
+        ("torchvision", "efficientnet_b0", 9),
         ("timm", "test_convnext", 5),
         ("timm", "test_efficientnet", 6),  # five lists of blocks in one module
         ("timm", "test_vit", 7),
@@ -136,6 +138,23 @@ def test_layer_decay_slows_the_encoder_stage_by_stage_towards_its_input(
     assert sorted(named) == sorted(id(parameter) for parameter in net.parameters())
     stem = [parameter for group in groups if group["lr"] == min(rates.values()) for parameter in group["params"]]
     assert any(parameter is next(net.encoder.parameters()) for parameter in stem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("torchvision_name", "timm_name"),
+    [("swin_t", "swin_tiny_patch4_window7_224"), ("convnext_tiny", "convnext_tiny")],
+)
+def test_layer_decay_is_the_same_for_a_network_of_torchvision_and_of_timm(
+    torchvision_name: str, timm_name: str
+) -> None:
+    config, rates = OptimConfig(lr=1, layer_decay=0.7), []
+    for encoder, name in (("torchvision", torchvision_name), ("timm", timm_name)):
+        pytest.importorskip(encoder)
+        with torch.device("meta"):
+            net = build_segmenter(encoder, "c1", 5, {"name": name}, {})
+        rates.append(sorted({round(group["lr"], 6) for group in parameter_groups(net, config)}))
+    assert rates[0] == rates[1] == [0.2401, 0.343, 0.49, 0.7, 1]
 
 
 @pytest.mark.slow

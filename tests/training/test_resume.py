@@ -89,11 +89,12 @@ def test_a1_resuming_from_every_checkpoint_gives_the_run_that_never_stopped(
 
 @pytest.mark.slow
 @pytest.mark.reliability
-def test_a1_the_moving_average_and_a_fused_optimiser_are_resumed_exactly_too(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("word", ["optim.fused=true", "trainer.precision=64-true"])
+def test_a1_the_moving_average_a_fused_optimiser_and_64_bits_are_resumed_exactly_too(
+    word: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
-    config = run_of(root, run_dir, "ema.decay=0.8", "ema.start_step=1", "optim.fused=true")
+    config = run_of(root, run_dir, "ema.decay=0.8", "ema.start_step=1", word)
     with monkeypatch.context() as patched:
         copies = copies_of_every_save(patched, tmp_path / "copies")
         whole = fit(config)

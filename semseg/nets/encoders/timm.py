@@ -407,7 +407,7 @@ class MatrixResampling(TorchFunctionMode):
 def resample(features: Tensor, size: Sequence[int], mode: str) -> Tensor:
     """F.interpolate(features, size, mode=mode, antialias=True) of (N, C, h, w), as a matrix product for each axis.
 
-    As interpolation, it is not rounded under autocast.
+    As interpolation, it is not rounded under autocast. On a GPU, its products are in TF32, as those of other layers.
     """
     rows, columns = (
         resampling_matrix(length, out_length, mode, features)

@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from semseg.checkpoints.format import TRAINED_WEIGHTS
+from semseg.nets.precision import choose_weight_type
 
 
 class MovingAverage(EMAWeightAveraging):
@@ -28,6 +29,11 @@ class MovingAverage(EMAWeightAveraging):
         super().__init__(decay=decay, use_buffers=True)
         self.decay, self.start_step = decay, start_step
         self._is_swapped = False  # whether the network holds the average, during a validation
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None and choose_weight_type(str(trainer.precision)) == torch.float64:
+            self._average_model.double()  # before a checkpoint is loaded into it
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning copies the network before it has its device and type: slow, and it would round 64-bit weights.

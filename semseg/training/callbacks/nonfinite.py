@@ -28,6 +28,8 @@ from semseg.training.callbacks.step_reduction import StepReduction
 
 NONFINITE_FOLDER = "nonfinite"  # in the run folder
 OVERFLOWS = "amp/overflows"  # in the log
+# After as many, the factor of the gradient scaler has fallen from 2**16 to 2**-24: the gradients are not too large.
+MAX_OVERFLOWS_IN_A_ROW = 40
 
 
 class NonFiniteError(SemsegError):
@@ -72,6 +74,7 @@ class NonFiniteGuard(Callback):
         self.has_scaler = precision == "16-mixed"
         self.skipped = 0
         self.overflows = 0  # steps that the gradient scaler skipped
+        self._overflows_in_a_row = 0
         self._rank = self._world_size = 0
         self._batches: list[Batch] = []  # since the last step of the optimiser
         self._seeds: list[int] = []
@@ -161,9 +164,12 @@ class NonFiniteGuard(Callback):
         sums, (is_bad_here, norm, *losses) = values[: self._reduction.length], values[self._reduction.length :]
         self._reduction.dispatch(step.number, sums)
         if not num_bad:
-            if not math.isfinite(norm):
-                self.count_overflow(step.number)
-            return False
+            self._overflows_in_a_row = 0 if math.isfinite(norm) else self._overflows_in_a_row + 1
+            if self._overflows_in_a_row <= MAX_OVERFLOWS_IN_A_ROW:
+                if self._overflows_in_a_row:
+                    self.count_overflow(step.number)
+                return False
+            is_bad_here = True  # whatever the scale is
         self.skipped += 1
         path = self.save_batches(step)
         if is_bad_here:

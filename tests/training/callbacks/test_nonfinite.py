@@ -177,6 +177,15 @@ def test_overflows_of_a_gradient_scaler_are_counted_and_left_to_it(root: Path, t
                 guard.on_before_optimizer_step(run.trainer, run.module, optimizer)
     assert guard.read_counts() == {"amp/overflows": 2} and guard.state_dict() == {"skipped": 0, "overflows": 2}
     assert all(weight.grad is not None for weight in run.net.parameters())
+    # A gradient that stays infinite, however small the scale is, is not the scale's fault.
+    for weight in run.net.parameters():
+        weight.grad = torch.full_like(weight, float("nan"))
+    for _ in range(38):
+        guard._losses.append(torch.tensor(1.0))
+        guard.on_before_optimizer_step(run.trainer, run.module, optimizer)
+    guard._losses.append(torch.tensor(1.0))
+    with pytest.raises(NonFiniteError, match="the loss is 1 and the gradient norm nan"):
+        guard.on_before_optimizer_step(run.trainer, run.module, optimizer)
     guard._losses.append(torch.tensor(float("nan")))
     with pytest.raises(NonFiniteError):
         guard.on_before_optimizer_step(run.trainer, run.module, optimizer)
