@@ -22,6 +22,7 @@ MAX_CLASSES = 2**15 - 1  # class indices are kept as int16
 _UNKNOWN = -2
 _MAX_ID = 2**16 - 1
 UNSCORED_ID = _MAX_ID  # the raw id of colours that are not scored
+MISSING_ID = 255  # of pixels without a class in predictions, if the data set ignores no id
 _MAX_LISTED = 6  # classes at each end of a shortened list
 
 
@@ -128,7 +129,7 @@ class LabelMap:
         raw_ids = np.flatnonzero(table >= 0)[::-1]
         self._raw = np.zeros(self.num_classes + 1, np.uint16)  # the last one, at -1, is for pixels that are not scored
         self._raw[table[raw_ids]] = raw_ids  # the lowest id of each class is written last
-        self._raw[IGNORED] = next(iter(self.ignored_ids), 0)
+        self._raw[IGNORED] = next(iter(self.ignored_ids), MISSING_ID if table[MISSING_ID] < 0 else _MAX_ID)
 
     def _consecutive_table(self) -> NDArray[np.int16]:
         """The table for consecutive ids from `first_id`."""
@@ -248,22 +249,15 @@ class LabelMap:
     def to_raw(self, index: NDArray[np.integer]) -> NDArray[np.uint16]:
         """Class indices to raw ids, for files that other programs read; -1, not scored, to the first of `ignored_ids`.
 
-        If several ids map to one class, the smallest of them is used. Without ignored ids -1 must not occur.
+        If several ids map to one class, the smallest of them is used. Without ignored ids, -1 becomes 255, or 65535 if
+        255 is a class.
 
-        >>> LabelMap(2, first_id=1, ignore=[255]).to_raw(np.array([0, 1, -1])).tolist()
-        [1, 2, 255]
+        >>> LabelMap(2, first_id=1, ignore=[0]).to_raw(np.array([0, 1, -1])).tolist()
+        [1, 2, 0]
+        >>> LabelMap(2, first_id=0, ignore=[]).to_raw(np.array([0, 1, -1])).tolist()
+        [0, 1, 255]
         """
         return self._raw[index]
-
-    def ignore_missing(self, index: NDArray[np.integer], is_valid: NDArray[np.bool_] | None) -> None:
-        """Give pixels of a prediction that have no values no class, in place, if there is an ignored id for them.
-
-        Args:
-            index: (H, W) class indices.
-            is_valid: (H, W) where the image has values; None: everywhere.
-        """
-        if is_valid is not None and self.ignored_ids:
-            index[~is_valid] = IGNORED
 
     @property
     def class_ids(self) -> list[int]:
@@ -302,6 +296,17 @@ class LabelMap:
             "Raise data.num_classes, set data.first_id to the raw id of the first class, "
             "or add the ids that should not be scored to data.ignore."
         )
+
+
+def ignore_missing(index: NDArray[np.integer], is_valid: NDArray[np.bool_] | None) -> None:
+    """Give pixels of a prediction that have no values no class, in place.
+
+    Args:
+        index: (H, W) class indices.
+        is_valid: (H, W) where the image has values; None: everywhere.
+    """
+    if is_valid is not None:
+        index[~is_valid] = IGNORED
 
 
 def _join_first(numbers: Sequence[int]) -> str:

@@ -23,7 +23,7 @@ from semseg.data.band_windows import BandWindows, open_windows
 from semseg.data.bands import BandOptions, draw_bands, measure_stretches
 from semseg.data.folders import Naming
 from semseg.data.geometry import Size
-from semseg.data.label_map import LabelMap
+from semseg.data.label_map import LabelMap, ignore_missing
 from semseg.data.loaders import WatchedLoader
 from semseg.data.store import UnusedFiles
 from semseg.data.windows import spread_windows
@@ -210,7 +210,7 @@ class PredictionJob:
             is_valid = None if loaded.is_valid is None else loaded.is_valid.numpy()
             if predictor.bands is None:
                 is_valid = read_whole_mask(item.path)
-            predictor.label_map.ignore_missing(ids, is_valid)
+            ignore_missing(ids, is_valid)
             result = PredictionResult(pixels, ids, predictor.classes, predictor.label_map, probabilities)
             write_outputs(result, target, self.outputs)
             if reference is not None:

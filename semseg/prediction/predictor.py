@@ -26,7 +26,7 @@ from semseg.data.classes import ClassTable
 from semseg.data.datasets import resize_to_scales
 from semseg.data.geometry import Size
 from semseg.data.images import MAX_PIXELS
-from semseg.data.label_map import LabelMap
+from semseg.data.label_map import LabelMap, ignore_missing
 from semseg.data.windows import RowSink, WindowReader
 from semseg.errors import ArgumentError, ConfigError, DataError, find_nearest
 from semseg.evaluation.inference import predict_class_map
@@ -275,7 +275,7 @@ class Predictor:
         shape = (self.classes.num_classes, *image.shape[:2])
         array = np.empty(shape, np.float16) if probabilities else None
         ids = self.predict_class_map(image.shape[:2], self.resize(image, **settings), array, **settings)
-        self.label_map.ignore_missing(ids, is_valid)
+        ignore_missing(ids, is_valid)
         return PredictionResult(self.draw(image), ids, self.classes, self.label_map, array)
 
     def draw(self, image: NDArray) -> Pixels:

@@ -42,7 +42,7 @@ from semseg.data.band_images import decode_bands
 from semseg.data.bands import BandOptions
 from semseg.data.classes import ClassTable
 from semseg.data.images import decode_image
-from semseg.data.label_map import LabelMap
+from semseg.data.label_map import LabelMap, ignore_missing
 from semseg.data.raster_layout import has_geo_tags
 from semseg.errors import ConfigError, SemsegError
 from semseg.prediction.geotiff import read_whole_mask
@@ -451,7 +451,7 @@ def predict_upload(served: ServedNetwork, upload: Upload, max_pixels: int) -> Pr
     is_shown_by_browsers = served.bands is None and data.startswith(BROWSER_STARTS)
     picture = None if is_shown_by_browsers else encode_picture(served.draw(image))
     ids = served.predict(image)
-    served.label_map.ignore_missing(ids, is_valid)
+    ignore_missing(ids, is_valid)
     present = [
         PresentClass(share=share.share, **describe_class(served, share.class_index).model_dump())
         for share in class_shares(ids, served.classes)

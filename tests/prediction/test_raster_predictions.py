@@ -27,10 +27,9 @@ SQUARE = 700  # pixels: side of the parts of a huge raster that have values
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `run` is a network of four bands at native resolution, whose labels ignore 255."""
+    """Where `run` is a network of four bands at native resolution, whose labels ignore no id."""
     folder = draw_rasters(tmp_path_factory.mktemp("rasters"))
-    words = ["data.ignore=[255]", f"data.root={folder}", "data.label_cache=null", "run_dir=run"]
-    run_here(folder, *(word for word in NATIVE_BANDS if word != "data.ignore=[]"), *words)
+    run_here(folder, *NATIVE_BANDS, f"data.root={folder}", "data.label_cache=null", "run_dir=run")
     return folder
 
 
