@@ -41,7 +41,8 @@ def estimate_step_memory(net: SegmentationNetwork, canvas: Size, batch_size: int
         saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
+    num_images = max(2, batch_size)  # batch normalisation refuses a single value, which a small image may have
     with torch.enable_grad(), saved_tensors_hooks(save, lambda tensor: tensor):
-        net(torch.empty(batch_size, net.convention.num_bands, *canvas, device="meta"))
-    activations = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in weight_storages)
-    return StepMemory(activations, sum(tensor.nbytes for tensor in weights))
+        net(torch.empty(num_images, net.convention.num_bands, *canvas, device="meta"))
+    num_bytes = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in weight_storages)
+    return StepMemory(num_bytes * batch_size // num_images, sum(tensor.nbytes for tensor in weights))

@@ -88,6 +88,10 @@ def read_coco(root: Path, files: list[Path], finder: ImageFinder, options: Impor
         reader = CocoReader(path, contents[path], split=split, index_of=index_of, finder=finder, options=options)
         items += reader.read_images()
         notes += reader.describe()
+    has_masks = any(isinstance(item, AnnotatedImage) and item.mask is not None for item in items)  # images, too
+    num_read = len({item.path for item in items if isinstance(item, AnnotatedImage)})
+    if not has_masks and finder.count > num_read:
+        notes.append(f"{finder.count - num_read} images are in no COCO file, or wrong there, and are left out.")
     names = tuple(categories[number] for number in sorted(categories))
     return Export("COCO", names, None, items, tuple(notes), smaller_on_top=True)
 
@@ -177,6 +181,8 @@ class CocoReader:
                 )
                 continue
             by_image[owner].append(entry)
+        names = (entry.get("file_name") for entry in self.images if isinstance(entry, dict))
+        self.finder.expect(name for name in names if isinstance(name, str))
         seen, paths = set[Any](), dict[str, Any]()
         for position, entry in enumerate(self.images):
             origin = f"{self.path}: image {describe_entry(entry, 'id', position)}"

@@ -184,34 +184,49 @@ class ImageFinder:
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         self._by_case: dict[str, list[Path]] = defaultdict(list)
         self._by_stem: dict[str, list[Path]] = defaultdict(list)
+        self._expected: dict[str, set[tuple[str, ...]]] = defaultdict(set)  # names of the export by their last part
         for path in store.list_files_below(self.folder, self.unused):
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 name = _compose(path.name)
                 self._by_name[name].append(path)
                 self._by_case[name.casefold()].append(path)
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Note all names of an export, so that `find` does not take the image of one for that of another."""
+        for name in names:
+            if parts := _split_name(name):
+                self._expected[parts[-1]].add(parts)
+
     def find(self, name: str, split: str = "") -> Path:
         """The image file that an export calls `name`, which may be a path of another machine.
 
-        Of several files of that name, the one whose folders agree best is taken, then the one in a folder of the split.
+        Of several files of that name, the one whose folders agree best is taken, then the one in a folder of the split,
+        then the one above all others. Folders that no file agrees with are ignored, unless another name of the export
+        (`expect`) agrees better with the only file of that name.
 
         Raises:
             EntryError: if there is none, or several agree equally well.
         """
-        parts = [_compose(part) for part in PurePosixPath(name.replace("\\", "/")).parts]
-        parts = [part for part in parts if part not in ("", ".", "..", "/")]
+        parts = _split_name(name)
         if not parts:
             raise EntryError(f"{name!r} names no image file")
         found = self._by_name.get(parts[-1], [])
         if not found:
             self._refuse_missing(name, parts[-1])
         if len(found) > 1:
-            found = _keep_best(found, lambda path: _count_common_end([_compose(part) for part in path.parts], parts))
+            found = _keep_best(found, lambda path: _count_common_end(_compose_parts(path), parts))
         if len(found) > 1 and split:
             found = _keep_best(found, lambda path: int(find_split(*path.relative_to(self.folder).parts[:-1]) == split))
+        found = _keep_uppermost(found)
         if len(found) > 1:
             listed = " and ".join(str(path) for path in found[:2])
             raise EntryError(f"{name!r} may be {listed}. Set import.images to the folder with the right one")
+        own = _compose_parts(found[0])
+        common, other = max(
+            (_count_common_end(own, each), each) for each in {parts, *self._expected.get(parts[-1], ())}
+        )
+        if common > _count_common_end(own, parts):
+            raise EntryError(f"there is no image {name} below {self.folder}: {found[0]} is {'/'.join(other)}")
         return found[0]
 
     def find_stem(self, stem: str, without: Sequence[str]) -> list[Path]:
@@ -220,11 +235,7 @@ class ImageFinder:
         Args:
             without: patterns of the names of folders of masks, whose files are not images.
         """
-        if not self._by_stem:
-            for path in (path for paths in self._by_name.values() for path in paths):
-                folders = path.relative_to(self.folder).parts[:-1]
-                if not any(fnmatchcase(folder, pattern) for folder in folders for pattern in without):
-                    self._by_stem[_compose(path.stem)].append(path)
+        self._index_stems(without)
         parts = [_compose(part) for part in PurePosixPath(stem).parts]
         found = self._by_stem.get(parts[-1], [])
         if not found:
@@ -242,7 +253,19 @@ class ImageFinder:
         if len(found) > 1:
             names = {path: [_compose(part) for part in path.with_suffix("").parts] for path in found}
             found = _keep_best(found, lambda path: _count_common_end(names[path], parts))
-        return found
+        return _keep_uppermost(found)
+
+    def count_stems(self, without: Sequence[str]) -> int:
+        """The number of image files that `find_stem` chooses from."""
+        self._index_stems(without)
+        return sum(map(len, self._by_stem.values()))
+
+    def _index_stems(self, without: Sequence[str]) -> None:
+        if not self._by_stem:
+            for path in (path for paths in self._by_name.values() for path in paths):
+                folders = path.relative_to(self.folder).parts[:-1]
+                if not any(fnmatchcase(folder, pattern) for folder in folders for pattern in without):
+                    self._by_stem[_compose(path.stem)].append(path)
 
     def has(self, path: Path) -> bool:
         """Whether a path is one of the images."""
@@ -269,6 +292,25 @@ class ImageFinder:
 
 def _compose(name: str) -> str:
     return unicodedata.normalize("NFC", name)
+
+
+def _compose_parts(path: Path) -> list[str]:
+    return [_compose(part) for part in path.parts]
+
+
+def _split_name(name: str) -> tuple[str, ...]:
+    """The parts of a name, which may be a path of another system; none if it names nothing."""
+    parts = (_compose(part) for part in PurePosixPath(name.replace("\\", "/")).parts)
+    return tuple(part for part in parts if part not in ("", ".", "..", "/"))
+
+
+def _keep_uppermost(paths: list[Path]) -> list[Path]:
+    """The path in whose folder all others are further below; all paths if there is none."""
+    for path in paths:
+        others = [other for other in paths if other != path]
+        if all(other.parent != path.parent and other.is_relative_to(path.parent) for other in others):
+            return [path]
+    return paths
 
 
 def _keep_best(paths: list[Path], rate: Any) -> list[Path]:

@@ -40,6 +40,7 @@ from semseg.errors import DataError
 
 UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-")  # before the names of uploaded files
 REGIONS = ("polygon", "brush", "rectangle", "ellipse")
+POINTS = ("keypoint",)  # without an area
 NUM_ELLIPSE_POINTS = 720
 
 
@@ -134,6 +135,7 @@ class LabelStudioReader:
         content = read_json_file(path)
         if not isinstance(content, list):
             raise DataError(f"{path}: must be a list of tasks. Export it from Label Studio as JSON.")
+        self.finder.expect(list_image_names(content))
         for position, task in enumerate(content):
             origin = f"{path}: task {describe_entry(task, 'id', position)}"
             if isinstance(task, dict) and not {"annotations", "completions"} & set(task):
@@ -187,6 +189,7 @@ class LabelStudioReader:
                 kind = get(result, "type", str).removesuffix("labels")
                 label = find_label(result, by_id)
                 if label is None:
+                    self.refuse_other_region(kind, result)
                     self.num_other += kind != ""
                     continue
                 own = Size(get(result, "original_height", int), get(result, "original_width", int))
@@ -202,6 +205,16 @@ class LabelStudioReader:
                 raise EntryError(f"{name}: {error}") from None
             annotations.append(Annotation(index_of[label], (shape,), name))
         return AnnotatedImage(str(path), self.finder.relative(path), split, size, task.origin, tuple(annotations))
+
+    def refuse_other_region(self, kind: str, result: Any) -> None:
+        """Refuse a labelled area of a kind that cannot be read, which would become background.
+
+        Raises:
+            EntryError: naming the kind.
+        """
+        if kind not in (*REGIONS, *POINTS) and find_first(result, f"{kind}labels"):
+            kinds = ", ".join(f"{each}labels" for each in REGIONS)
+            raise EntryError(f"is of the type {kind}labels, which cannot be read. Draw it again as one of {kinds}")
 
     def find_image(self, data: dict[str, Any]) -> Path:
         """The image of a task, with or without the eight digits that Label Studio puts before uploaded names.
@@ -237,13 +250,22 @@ class LabelStudioReader:
         if self.num_labels:
             yield f"{self.num_labels} regions have several labels: the first one is used."
         if self.num_other:
-            yield f"{self.num_other} results are no regions with a label and are left out."
+            yield f"{self.num_other} results are no areas with a label and are left out."
 
 
 def describe_time(annotation: Any) -> str:
     """When an annotation was changed, as text that sorts by time."""
     times = [annotation.get(key) for key in ("updated_at", "created_at")] if isinstance(annotation, dict) else []
     return next((time for time in times if isinstance(time, str)), "")
+
+
+def list_image_names(tasks: Sequence[Any]) -> Iterator[str]:
+    """The paths of images in the data of all tasks."""
+    for task in tasks:
+        data = task.get("data") if isinstance(task, dict) else None
+        for value in data.values() if isinstance(data, dict) else ():
+            if isinstance(value, str) and (name := find_image_name(value)):
+                yield name
 
 
 def find_image_name(value: str) -> str | None:

@@ -158,7 +158,8 @@ class LabelMeReader:
         """
         given = get(content, "imagePath", str)
         name = given.replace("\\", "/").rpartition("/")[2]
-        beside = path.with_name(name) if name and "\0" not in name else path
+        is_name = name not in ("", ".", "..") and "\0" not in name
+        beside = path.with_name(name) if is_name else path
         try:
             found = beside if self.finder.has(beside) else self.finder.find(given, image.split)
         except EntryError as error:

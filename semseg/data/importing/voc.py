@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from semseg.config.schema import ImportConfig
 from semseg.data import store
 from semseg.data.classes import built_in_classes
+from semseg.data.folders import IMAGE_SUFFIXES
 from semseg.data.images import check_png, open_checked, read_image, read_image_bytes
 from semseg.data.importing.files import EntryError, ImageFinder, find_split, read_text_lines
 from semseg.data.importing.model import IGNORED, UNLABELLED, AnnotatedImage, Export, MaskFile
@@ -27,6 +28,7 @@ WHITE: Colour = (255, 255, 255)
 BORDER: Colour = (224, 224, 192)  # the border of objects in Pascal VOC, index 255
 GREY_MODES = ("1", "L", "I", "I;16", "I;16B")  # of Pillow
 MASK_SUFFIXES = (".png", ".PNG")
+MASK_FOLDERS = (f"{MASK_FOLDER}*", "SegmentationObject*")  # whose files are not images
 
 
 class LabelMapRow(NamedTuple):
@@ -56,12 +58,16 @@ def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
         rows = [LabelMapRow(*row) for row in zip(table.names, table.palette, strict=True)]
         notes.append(f"There is no {LABEL_MAP}: the classes and colours of Pascal VOC 2012 are used.")
     splits = read_splits(root / LISTS)
-    masks = [path for path in store.list_files_below(root / MASK_FOLDER) if path.suffix in MASK_SUFFIXES]
+    files = [path for path in store.list_files_below(root / MASK_FOLDER) if path.suffix.lower() in IMAGE_SUFFIXES]
+    masks = [path for path in files if path.suffix in MASK_SUFFIXES]
     if not masks:
         raise DataError(f"{root / MASK_FOLDER}: there is no PNG file. Export the masks again.")
     read = partial(decode_colours, tuple(rows))
-    items: list[AnnotatedImage | Problem] = []
-    seen = set[str]()
+    others = [path for path in files if path.suffix not in MASK_SUFFIXES]
+    items: list[AnnotatedImage | Problem] = [
+        Problem(f"{path}: masks are PNG files, so that all colours are exact. Export it again.") for path in others
+    ]
+    seen, num_missing = set[str](), 0
     for path in masks:
         stem = path.relative_to(root / MASK_FOLDER).with_suffix("").as_posix()
         seen.add(stem)
@@ -71,6 +77,7 @@ def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
             image = find_image(stem, finder)
         except EntryError as error:
             items.append(Problem(f"{path}: {error}."))
+            num_missing += 1
             continue
         items.append(
             AnnotatedImage(
@@ -85,6 +92,9 @@ def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
     items += [Problem(f"{root / LISTS}: lists {stem}, which has no mask.") for stem in splits if stem not in seen]
     if splits and (num_unlisted := len(seen - set(splits))):
         notes.append(f"{num_unlisted} masks are in no list of {LISTS.as_posix()} and left out.")
+    num_left = finder.count_stems(MASK_FOLDERS) - (len(seen) - num_missing)
+    if num_left > 0:
+        notes.append(f"{num_left} images have no mask and are left out.")
     palette = tuple(row.colour for row in rows)
     return Export("masks of CVAT or Pascal VOC", tuple(row.name for row in rows), palette, items, tuple(notes))
 
@@ -95,7 +105,7 @@ def find_image(stem: str, finder: ImageFinder) -> Path:
     Raises:
         EntryError: if there is none, or there are several.
     """
-    found = finder.find_stem(stem, without=("SegmentationClass*", "SegmentationObject*"))
+    found = finder.find_stem(stem, without=MASK_FOLDERS)
     if not found:
         raise EntryError(
             f"there is no image {stem} below {finder.folder}. CVAT exports images only with 'Save images': "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,7 @@ class YoloReader:
         self.missing: list[str] = []  # entries of `test` that do not exist
         self.last = file  # image that was read
         self.labels: dict[str, list[Path]] | None = None  # by stem, for images that are not in the export
+        self.used: set[Path] = set()  # label files of images
 
     # ---- images
 
@@ -147,8 +148,9 @@ class YoloReader:
             if not found:
                 raise DataError(f"{self.file}: {split}: there is no image in {path}.")
             return found
-        images = []
-        for number, line in enumerate(read_text_lines(path), start=1):
+        images, lines = [], read_text_lines(path)
+        self.finder.expect(line.strip() for line in lines)
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
@@ -164,13 +166,14 @@ class YoloReader:
         Roboflow writes ../train/images, to the YAML file without the dots.
         """
         folder, plain = self.file.parent, PurePosixPath(entry.replace("\\", "/"))
+        is_absolute = plain.is_absolute() or PureWindowsPath(entry).is_absolute()
         parts = [part for part in plain.parts if part not in ("..", ".", "/")]
         bases = list(dict.fromkeys([self.finder.folder, folder]))
         if isinstance(base, str):
             named = [part for part in PurePosixPath(base.replace("\\", "/")).parts if part not in ("..", ".", "/")]
             bases[:0] = [folder.joinpath(*named[start:]) for start in range(len(named))]
         for candidate in bases:
-            for start in range(len(parts) if plain.is_absolute() else 1):
+            for start in range(len(parts) if is_absolute else 1):
                 path = candidate.joinpath(*parts[start:])
                 if store.is_folder(path) or store.is_file(path):
                     return path
@@ -197,6 +200,7 @@ class YoloReader:
                 return Problem(f"{path}: its label file is called {similar}: upper and lower case differ. Rename one.")
             self.num_unlabelled += 1
             return image
+        self.used.add(label)
         try:
             annotations = tuple(self.read_label(label))
         except (EntryError, DataError) as error:
@@ -264,8 +268,16 @@ class YoloReader:
             raise EntryError(f"has {len(numbers)} coordinates, a polygon has an even number of at least 6")
         return [class_index, *numbers]
 
+    def count_unused_labels(self) -> int:
+        """The number of label files, in folders `labels` of images that were read, that belong to none of them."""
+        folders = {label.parent for label in self.used if "labels" in label.parts}
+        files = (each for folder in folders for each in store.list_files_below(folder))
+        return sum(each.suffix.lower() == ".txt" and each not in self.used and each.parent in folders for each in files)
+
     def describe(self) -> Iterator[str]:
         """Sentences about what was decided."""
+        if num_unused := self.count_unused_labels():
+            yield f"{num_unused} label files have no image and are left out."
         for entry in self.missing:
             yield f"There is no {entry}: its test images are left out."
         if self.num_boxes:
