@@ -345,7 +345,24 @@ def check_unknown_ids(
     unknown_ids = {raw for raw in sum_ids(splits) if class_of(raw) is None}
     if not unknown_ids:
         return Advice(notices, {})
+    if further := find_further_ids(unknown_ids, data, num_classes):
+        ids = join_first(further)
+        notices.append(
+            Notice(NOTE, f"data.classes has {num_classes} classes. If {ids} are classes too, add them there.")
+        )
+        unknown_ids -= set(further)
+        if not unknown_ids:
+            return Advice(notices, {})
     return Advice(notices, suggest_settings(unknown_ids, sum_ids(splits), data, num_classes))
+
+
+def find_further_ids(unknown_ids: set[int], data: DataConfig, num_classes: int) -> list[int]:
+    """The unknown ids that continue those of a class table, which may lack classes; none without a table."""
+    further: list[int] = []
+    if data.classes is not None and data.map is None:
+        while (next_id := data.first_id + num_classes + len(further)) in unknown_ids - {VOID}:
+            further.append(next_id)
+    return further
 
 
 def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConfig, num_classes: int) -> dict[str, str]:

@@ -80,6 +80,8 @@ def explain_grammar_error(override: str) -> str:
         return f"{shorten_override(override) if len(override) > 200 else repr(override)} is not of the form key=value."
     if len(override) > 200:
         return f"cannot read {shorten_override(override)}. Quote the value."
+    if value.startswith("[") and value.endswith("]"):
+        return f'cannot read {override!r}. Quote each part of the list: \'{key}=["...","..."]\''
     quoted = value.strip("\"'")
     return f"cannot read {override!r}. Quote the value: '{key}=\"{quoted}\"'"
 

@@ -187,7 +187,7 @@ def quote_override(argument: str, *, sweep: bool = False) -> str:
         return f"{key}{equals}{quote_devices(value, sweep=sweep)}"
     if equals and key in list_groups():
         return f"{key}={quote_choices(key, value, sweep=sweep)}"
-    if key == "ckpt" and re.fullmatch(r"\[[^\[\]\"'{}$]*\]", value):
+    if key in ("ckpt", "runs") and re.fullmatch(r"\[[^\[\]\"'{}$]*\]", value):
         value = quote_list(value)
     elif key == "data.group" and value not in ("", "null") and value[0] not in "\"'":
         value = quote_value(value)  # a regular expression

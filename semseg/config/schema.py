@@ -792,7 +792,8 @@ class EvalConfig:
         yield from find_view_problems("eval.", self.scales, self.window, self.stride)
         for subset in self.also_scales:
             if not subset or not set(subset) <= set(self.scales):
-                yield f"eval.also_scales: {subset} must be a subset of eval.scales={self.scales}, such as [[450]]."
+                example = [self.scales[:1]]
+                yield f"eval.also_scales: {subset} must be a subset of eval.scales={self.scales}, such as {example}."
 
 
 @dataclass

@@ -5,6 +5,7 @@ The schema says which values are valid; the rules here depend on what is done wi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -75,6 +76,7 @@ UNREAD_KEYS = {
 # Modes that cannot work without a network.
 NETWORK_MODES = ("eval", "predict", "convert", "replay", "serve", "export")
 
+INHERITING_MODES = ("eval", "predict", "serve", "export", "replay", "average")  # modes with the settings of the run
 SEVERAL_NETWORKS_MODES = ("eval", "predict", "serve", "average")  # modes that average networks
 TRAINING_MODES = ("train", "crossval")
 DATA_MODES = (*TRAINING_MODES, "bench", "check")  # modes whose data set is that of the command line
@@ -91,6 +93,9 @@ def find_mode_problems(config: Config) -> Iterator[str]:
             f"mode={config.mode} takes one."
         )
         return
+    repeated = [file for file, count in Counter(list_checkpoints(config.ckpt)).items() if count > 1]
+    if repeated:
+        yield f"ckpt={config.ckpt}: {repeated[0]} is listed twice. Remove one of them."
     yield from find_missing_keys(config)
     yield from find_training_problems(config)
     yield from find_fold_problems(config)
@@ -278,6 +283,11 @@ def find_missing_keys(config: Config) -> Iterator[str]:
 
 def find_training_problems(config: Config) -> Iterator[str]:
     """A sentence for every contradiction about where a run starts, and for a run without steps."""
+    if config.mode in TRAINING_MODES and config.input and "predict" not in config.after_training:
+        yield (
+            f"input={config.input}: has no effect with mode={config.mode}. Give mode=predict, or "
+            "after_training=[predict] to predict after training."
+        )
     if config.mode != "train":
         return
     starts = [key for key in ("ckpt", "resume", "init_from") if getattr(config, key) not in (None, "auto")]

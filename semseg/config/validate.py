@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from functools import cache, reduce
@@ -27,7 +27,7 @@ from semseg.config.schema import (
     list_keys,
 )
 from semseg.config.tables import list_own_keys, list_own_names, list_own_scores
-from semseg.config.uses import find_mode_problems
+from semseg.config.uses import INHERITING_MODES, find_mode_problems
 from semseg.errors import ConfigError
 
 
@@ -84,7 +84,9 @@ def check_values(
     raise_first(find_interpolation_problems(config))  # alone, because the other sentences quote values
     if not is_saved:
         raise_first(find_own_key_problems(config))
-    problems = [*find_range_problems(config), *find_target_problems(config), *find_cross_problems(config)]
+    is_inherited = find_use_problems is not None and config.ckpt is not None and config.mode in INHERITING_MODES
+    replaced = ("data", "eval") if is_inherited else ()  # which are checked with the values of the run
+    problems = [*find_range_problems(config), *find_target_problems(config), *find_cross_problems(config, replaced)]
     problems += find_mix_problems(config.data)
     if find_use_problems is not None:
         problems += find_use_problems(config)
@@ -309,13 +311,17 @@ def find_instantiate_keys(node: Any, prefix: str = "") -> Iterator[str]:
         yield from find_instantiate_keys(value, path)
 
 
-def find_cross_problems(section: Any) -> Iterator[str]:
-    """A sentence for every contradiction that a section, or one inside it, finds between its keys."""
+def find_cross_problems(section: Any, without: Collection[str] = ()) -> Iterator[str]:
+    """A sentence for every contradiction that a section, or one inside it, finds between its keys.
+
+    Args:
+        without: sections inside it that are left out.
+    """
     if hasattr(section, "find_problems"):
         yield from section.find_problems()
     for item in fields(section):
         value = getattr(section, item.name)
-        if is_dataclass(value):
+        if is_dataclass(value) and item.name not in without:
             yield from find_cross_problems(value)
 
 

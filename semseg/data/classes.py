@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semseg.data.label_map import MAX_CLASSES
+from semseg.data.list_files import SEPARATORS
 from semseg.data.palette import Colour, generated_palette
 from semseg.data.store import read_text
 from semseg.errors import DataError, describe_reason
 from semseg.system.text import escape_unprintable, shorten_repr
 
 BACKGROUND = "background"
+CLASS_COLUMNS = {"index": "index", "name": "name", "r": "R", "g": "G", "b": "B"}  # in lower case -> of a class table
 COLOURLESS_LINE = re.compile(r".+:\s*:[^:]*:[^:]*")  # of CVAT's labelmap.txt, without a colour
 LABEL_MAP_LINE = re.compile(r".+:\s*\d{1,3}\s*,\s*\d{1,3}\s*,\s*\d{1,3}\s*:[^:]*:[^:]*")
 
@@ -53,7 +55,10 @@ class ClassTable(NamedTuple):
 
     @classmethod
     def from_csv(cls, path: str | Path) -> ClassTable:
-        """A table with header `index,name,R,G,B` and one row for each class, in any order of rows.
+        """A table with header `index,name,R,G,B` and one row for each class, in any order of rows and columns.
+
+        Semicolons or tabs may separate the columns; a line sep=; before the header and empty rows are skipped, as
+        spreadsheets write them.
 
         Indices must have no gaps. The first may be 0 or 1, which implies nothing about raw ids.
 
@@ -63,19 +68,30 @@ class ClassTable(NamedTuple):
         path = Path(path)
         try:
             lines = read_text(path).splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            advice = "Save it as CSV in UTF-8, not as a workbook or in the encoding of a region"
+            raise DataError(f"{path}: the class table is not UTF-8 text (byte {error.start}). {advice}.") from None
+        except OSError as error:
             raise DataError(f"{path}: the class table cannot be read ({describe_reason(error)}).") from error
-        has_semicolons = ";" in "".join(lines[:1]) and "," not in lines[0]  # as spreadsheets write it in many countries
-        rows = csv.DictReader(lines, delimiter=";" if has_semicolons else ",", skipinitialspace=True)
+        first = next((number for number, line in enumerate(lines) if not line.lower().startswith("sep=")), 0)
+        header = lines[first].lower().replace('"', "") if lines else ""
+        delimiter = max(SEPARATORS, key=header.count)
+        names = [CLASS_COLUMNS.get(name.strip(), name.strip()) for name in header.split(delimiter)]
+        rows = csv.DictReader(lines[first + 1 :], names, delimiter=delimiter, skipinitialspace=True)
         try:
-            missing = {"index", "name", "R", "G", "B"} - set(rows.fieldnames or ())
+            missing = set(CLASS_COLUMNS.values()) - set(names)
             if missing:
                 raise DataError(
-                    f"{path}:1: columns {', '.join(sorted(missing))} are missing. The header must be index,name,R,G,B."
+                    f"{path}:{first + 1}: columns {', '.join(sorted(missing))} are missing. The header must be "
+                    "index,name,R,G,B."
                 )
-            entries = sorted(_parse_row(row, f"{path}:{rows.line_num}") for row in rows)
+            entries = sorted(
+                _parse_row(row, f"{path}:{rows.line_num + first + 1}")
+                for row in rows
+                if any(map(str.strip, filter(None, map(row.get, names))))
+            )
         except csv.Error as error:  # a field that is too long
-            raise DataError(f"{path}:{rows.line_num}: the line is not valid CSV ({error}).") from None
+            raise DataError(f"{path}:{rows.line_num + first + 1}: the line is not valid CSV ({error}).") from None
         indices = [index for index, _, _ in entries]
         if not entries or indices[0] not in (0, 1) or indices != list(range(indices[0], indices[0] + len(entries))):
             raise DataError(

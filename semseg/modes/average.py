@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,8 @@ def run(config: Config, overrides: list[str]) -> float | None:
     with atomic_write(folder / SCORES_FILE) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     file = relative_to_cwd(folder / AVERAGE_FILE)
-    kept = f"better than each of them: written to {file}\nto predict: {entry_command()} mode=predict ckpt={file}"
+    command = f"{entry_command()} mode=predict {shlex.quote(f'ckpt={file}')} input=<image or folder>"
+    kept = f"better than each of them: written to {file}\nto predict: {command}"
     print(escape_lines(kept if is_better else "not better than the best of them: not kept"))
     return score
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -189,6 +190,10 @@ class PredictionJob:
                     self.predict_image(item, loaded)
             except DataError as error:
                 failure = str(error)
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                failure = f"{item.path}: its name is too long for the names of the outputs. Shorten it."
             on_progress(done)
             yield failure
         videos = [item for item in inputs if item.is_video]

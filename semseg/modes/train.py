@@ -30,6 +30,7 @@ from semseg.lit_module import SegmentationModule
 from semseg.modes.automatic import choose_automatic
 from semseg.modes.train_end import (
     best_result,
+    describe_earlier_prediction,
     describe_last_checkpoint,
     find_best_checkpoint,
     finish,
@@ -86,6 +87,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
                 checkpoint = find_best_checkpoint(run_dir)
                 if is_first_rank() and checkpoint is not None:
                     run_follow_ups(start.config, checkpoint, result, {})
+                    print_once(describe_earlier_prediction(start.config, checkpoint, result))
                 return result.score
             # Killed after its last step, before it finished: fit takes no step, and the rest follows.
         if "predict" in config.after_training and config.input and config.input != "-":

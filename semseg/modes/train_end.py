@@ -18,9 +18,11 @@ from rich.console import Console
 
 from semseg.build import create_predictor
 from semseg.checkpoints.format import read_checkpoint
+from semseg.config.override_keys import override_key
 from semseg.config.schema import CheckpointConfig, Config, TrainerConfig
 from semseg.modes.eval import evaluate_network
 from semseg.modes.predict import predict_inputs
+from semseg.modes.train_start import is_trained_elsewhere
 from semseg.storage.commands import entry_command, format_command, relative_to_cwd
 from semseg.storage.run_folders import CHECKPOINT_FOLDER, choose_follow_up_folder
 from semseg.storage.run_results import RunResult, write_result
@@ -89,6 +91,15 @@ def run_follow_ups(config: Config, checkpoint: Path, result: RunResult, folders:
             run_follow_up(mode, config, checkpoint, folder)
             folders[mode], done[mode] = folder, folder.name
             write_result(run_dir, result._replace(follow_ups=tuple(done.items())))
+
+
+def describe_earlier_prediction(config: Config, checkpoint: Path, result: RunResult) -> str | None:
+    """Where the predictions of after_training=[predict] are, if they were made before, and how to predict others."""
+    folder = dict(result.follow_ups).get("predict")
+    if "predict" not in config.after_training or folder is None:
+        return None
+    command = format_command(["mode=predict", f"ckpt={relative_to_cwd(checkpoint)}", f"input={config.input}"])
+    return f"predictions were written to {relative_to_cwd(Path(config.run_dir, folder))}; for other images: {command}"
 
 
 def run_follow_up(mode: str, config: Config, checkpoint: Path, folder: Path) -> None:
@@ -167,8 +178,12 @@ def describe_last_checkpoint(config: Config, overrides: list[str]) -> str | None
 
 
 def resume_command(config: Config, overrides: list[str], *further: str) -> str:
-    """The command that resumes this run, with `further` overrides in place of those with the same keys."""
+    """The command that resumes this run, with `further` overrides in place of those with the same keys.
+
+    Without ckpt=<checkpoint>, from which the run resumed at first, and which would take it back there.
+    """
     last = [f"run_dir={relative_to_cwd(Path(config.run_dir))}", "resume=auto", *further]
     replaced = {word.partition("=")[0] for word in last}  # with their signs: ~a goes behind +a=1, and not in its place
-    kept = [word for word in overrides if word.partition("=")[0] not in replaced]
+    words = [word for word in overrides if override_key(word) != "ckpt" or is_trained_elsewhere(word.partition("=")[2])]
+    kept = [word for word in words if word.partition("=")[0] not in replaced]
     return format_command([*kept, *last])

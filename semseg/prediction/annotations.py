@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
+from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
 import cv2
@@ -20,6 +21,7 @@ from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
 from semseg.data.regions import Patch, encode_patch_runs, encode_text, trace_rings
 from semseg.storage.atomic import atomic_write
+from semseg.storage.ranks import print_once
 
 COCO_FILE, LABEL_STUDIO_FILE, LABEL_STUDIO_CONFIG = "coco.json", "label_studio.json", "label_studio.xml"
 DEFAULT_TOLERANCE = 1.0  # pixels
@@ -131,11 +133,16 @@ class LabelStudioFile:
         regions = find_regions(ids, self.classes, self.settings.tolerance)
         results = [self.describe(region, size, f"r{number}") for number, region in enumerate(regions, start=1)]
         task = {
-            "data": {"image": self.settings.prefix + name},
+            "data": {"image": self.address(name)},
             "predictions": [{"model_version": "semseg", "result": results}],
         }
         self.file.write(f"{',' if self.count else ''}\n{json.dumps(task, ensure_ascii=False)}")
         self.count += 1
+
+    def address(self, name: str) -> str:
+        """Where Label Studio finds an image: its name behind the prefix, encoded if that makes an address of it."""
+        prefix = self.settings.prefix
+        return prefix + (quote(name) if "://" in prefix or "?" in prefix else name)
 
     def describe(self, region: Region, size: Size, name: str) -> dict[str, Any]:
         """The result for a region: a polygon in percent, or a brush where it has holes."""
@@ -188,6 +195,8 @@ class AnnotationFiles:
         with ExitStack() as stack:
             for output in self.outputs:
                 name, create = ANNOTATION_FILES[output]
+                if (self.folder / name).exists():
+                    print_once(f"{self.folder / name}: is replaced by that of this prediction")
                 temporary = stack.enter_context(atomic_write(self.folder / name))
                 file = stack.enter_context(temporary.open("w", encoding="utf-8"))
                 self._writers.append(create(file, self.classes, self.label_map, self.settings))

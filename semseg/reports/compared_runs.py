@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from semseg.config.schema import MIOU_RULES
 from semseg.errors import ConfigError, DataError, describe_reason
 from semseg.evaluation.image_files import COUNTS_FILE, ImageCounts, read_image_counts
 from semseg.storage.commands import entry_command
-from semseg.storage.run_folders import METRICS_FILE, find_newest_evaluation
+from semseg.storage.run_folders import CHECKPOINT_FOLDER, METRICS_FILE, find_newest_evaluation
 from semseg.storage.run_results import rank_jobs, read_job
 from semseg.system.text import escape_unprintable, shorten_repr
 
@@ -94,9 +95,10 @@ def find_evaluation_folder(folder: str) -> Path:
     if found is None and not path.exists():
         raise ConfigError(f"runs: {folder}: there is no such folder.")
     if found is None:
+        network = path.parent if (path.parent / CHECKPOINT_FOLDER).is_dir() else folder
         raise ConfigError(
             f"runs: {folder} holds no evaluation (neither {METRICS_FILE} nor eval/{METRICS_FILE}). "
-            f"Evaluate it first: {entry_command()} mode=eval ckpt={folder}"
+            f"Evaluate it first: {entry_command()} mode=eval {shlex.quote(f'ckpt={network}')}"
         )
     return found
 

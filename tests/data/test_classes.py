@@ -82,6 +82,32 @@ def test_a_table_with_semicolons_is_read_as_spreadsheets_write_it(tmp_path: Path
     assert table.names == ("a, b", "c") and table.palette == ((1, 2, 3), (4, 5, 6))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "index\tname\tR\tG\tB\n0\ta, b\t1\t2\t3\n1\tc\t4\t5\t6\n",
+        "Index;Name;r;g;b\n0;a, b;1;2;3\n1;c;4;5;6\n;;;;\n",
+        "sep=;\nindex;name;R;G;B\n0;a, b;1;2;3\n1;c;4;5;6\n",
+        '"index","name","R","G","B"\n"0","a, b","1","2","3"\n,,,,\n"1","c","4","5","6"\n',
+    ],
+)
+def test_a_table_of_a_spreadsheet_may_have_tabs_capitals_a_line_sep_and_empty_rows(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    table = ClassTable.from_file(tmp_path / "t.csv")
+    assert table.names == ("a, b", "c") and table.palette == ((1, 2, 3), (4, 5, 6))
+    *_, last = (line for line in text.splitlines() if "4" in line)
+    (tmp_path / "t.csv").write_text(text + last.replace("4", "x"))
+    with pytest.raises(DataError, match=rf"t\.csv:{len(text.splitlines()) + 1}: index, R, G and B must be integers"):
+        ClassTable.from_file(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_table_in_another_encoding_is_to_be_saved_in_utf_8(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "t.csv").write_text("index,name,R,G,B\n0,K\u00e4se,1,2,3\n", encoding=encoding)
+    with pytest.raises(DataError, match=r"t\.csv: the class table is not UTF-8 text \(byte \d+\)\. Save it as CSV in"):
+        ClassTable.from_file(tmp_path / "t.csv")
+
+
 def test_the_numbers_of_a_json_table_decide_the_order_of_its_classes(tmp_path: Path) -> None:
     for key, numbers in (("index", (2, 0, 1)), ("index", (3, 1, 2)), ("id", (30, 10, 20))):
         rows = [{key: number, "name": name} for number, name in zip(numbers, "cab", strict=True)]

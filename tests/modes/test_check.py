@@ -181,6 +181,14 @@ def test_the_suggestion_for_an_unknown_id_keeps_the_class_table(
     assert again["verdict"].startswith("READY")
 
 
+def test_classes_that_a_table_lacks_are_not_suggested_to_be_ignored(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data", ids=(1, 2, 3, 4))
+    (root / "classes.txt").write_text("sky\nroad\n")
+    found = check(root, "data.classes=classes.txt", "data.short_edges=[60]")
+    assert found["verdict"] == "NOT READY" and found["suggestions"] == {}
+    assert "data.classes has 2 classes. If 3, 4 are classes too, add them there." in of_level(found, "note")
+
+
 def test_an_unknown_id_is_shown_with_file_and_pixel(tmp_path: Path) -> None:
     root = good_folder(tmp_path / "data")
     mask = stripes(1, 2, 3)

@@ -258,6 +258,11 @@ def test_an_evaluation_explains_itself(folder: Path) -> None:
         (["mode=eval", "ckpt=nowhere.ckpt"], 1, "nowhere.ckpt"),
         (["mode=predict", "ckpt=run", "input=nowhere"], 1, "input=nowhere"),
         (["mode=eval", "ckpt=run", "data=ade20k", "data.root=scenes"], 2, "has 150 classes, but"),
+        (
+            ["mode=eval", "ckpt=run", "eval.also_scales=[[33]]"],
+            2,
+            "[33] must be a subset of eval.scales=[48], such as [[48",
+        ),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, words: list[str], code: int, expected: str) -> None:

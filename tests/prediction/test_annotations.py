@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 
 from helpers.exports import import_here, masks_of, photo, put
 from semseg.data.classes import ClassTable
+from semseg.data.importing.label_studio import find_image_name
 from semseg.data.label_map import LabelMap
 from semseg.prediction import annotations
 from semseg.prediction.annotations import AnnotationFiles, AnnotationSettings
@@ -99,8 +100,10 @@ def test_label_studio_gets_its_labelling_interface_and_the_prefix_of_images(tmp_
     settings = AnnotationSettings(1.0, "/data/local-files/?d=")
     with AnnotationFiles(tmp_path, ["label_studio"], CLASSES, LabelMap(3), settings) as files:
         files.add("sub/a.jpg", class_map(0))
-    (task,) = json.loads((tmp_path / "label_studio.json").read_text())
+        files.add("a&b #1%20.jpg", class_map(0))
+    task, other = json.loads((tmp_path / "label_studio.json").read_text())
     assert task["data"]["image"] == "/data/local-files/?d=sub/a.jpg"
+    assert find_image_name(other["data"]["image"]) == "a&b #1%20.jpg"
     tree = ElementTree.parse(tmp_path / "label_studio.xml")
     labels = {label.get("value"): label.get("background") for label in tree.iter("Label")}
     assert labels == {"cat": "#fa3253", "dog <b>": "#33ddff"}

@@ -385,6 +385,14 @@ def test_a15_the_command_to_continue_removes_what_a_word_has_added_behind_it(roo
     assert command.index(added) < command.index("~callbacks.stop") and "trainer.max_epochs=2" not in command
 
 
+def test_a15_the_command_to_continue_does_not_go_back_to_the_checkpoint_that_the_run_resumed_from(
+    root: Path, tmp_path: Path
+) -> None:
+    config = run_of(root, tmp_path)
+    assert "ckpt=" not in resume_command(config, ["ckpt=runs/a", "seed=2"])
+    assert "ckpt=zoo:upernet50" in resume_command(config, ["ckpt=zoo:upernet50"])  # which names the network
+
+
 @pytest.mark.reliability
 def test_a15_the_command_to_continue_raises_the_limit_that_ended_the_run(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -207,7 +207,8 @@ class CocoReader:
             EntryError: if it, or one of its annotations, cannot be read.
         """
         path = self.finder.find(name, self.split)
-        size = Size(get(entry, "height", int), get(entry, "width", int)) if "height" in entry else None
+        is_sized = entry.get("height") is not None
+        size = Size(get(entry, "height", int), get(entry, "width", int)) if is_sized else None
         image = AnnotatedImage(str(path), self.finder.relative(path), self.split, size, origin)
         if any(isinstance(each, dict) and "segments_info" in each for each in annotations):
             return image._replace(mask=self.read_segments(annotations))

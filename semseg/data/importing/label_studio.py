@@ -139,6 +139,11 @@ class LabelStudioReader:
         for position, task in enumerate(content):
             origin = f"{path}: task {describe_entry(task, 'id', position)}"
             if isinstance(task, dict) and not {"annotations", "completions"} & set(task):
+                if "predictions" in task:
+                    raise DataError(
+                        f"{origin}: has predictions only, which nobody has accepted. Accept them in Label Studio, and "
+                        "export its annotations as JSON."
+                    )
                 raise DataError(
                     f"{origin}: has no annotations: this may be JSON-MIN. Export it from Label Studio as JSON."
                 )

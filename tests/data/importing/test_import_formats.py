@@ -702,6 +702,13 @@ def test_json_min_is_recognised_and_refused(tmp_path: Path) -> None:
         import_here(tmp_path / "e", tmp_path / "out")
 
 
+def test_predictions_that_nobody_has_accepted_are_refused(tmp_path: Path) -> None:
+    tasks = [{"data": {"image": "a.jpg"}, "predictions": [{"result": [{"original_width": 64}]}]}]
+    put(tmp_path / "e/tasks.json", tasks)
+    with pytest.raises(DataError, match=r"task number 1: has predictions only, which nobody has accepted"):
+        import_here(tmp_path / "e", tmp_path / "out")
+
+
 # ---- Roboflow
 
 
