@@ -5,7 +5,6 @@ The schema says which values are valid; the rules here depend on what is done wi
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -93,9 +92,6 @@ def find_mode_problems(config: Config) -> Iterator[str]:
             f"mode={config.mode} takes one."
         )
         return
-    repeated = [file for file, count in Counter(list_checkpoints(config.ckpt)).items() if count > 1]
-    if repeated:
-        yield f"ckpt={config.ckpt}: {repeated[0]} is listed twice. Remove one of them."
     yield from find_missing_keys(config)
     yield from find_training_problems(config)
     yield from find_fold_problems(config)
@@ -153,6 +149,11 @@ def refuse_idle_keys(config: Config, overrides: Sequence[str]) -> None:
         ConfigError: with the setting that they are for, or that replaces them.
     """
     given = list_given_keys(overrides)
+    if config.mode in TRAINING_MODES and config.input and "input" in given and "predict" not in config.after_training:
+        raise ConfigError(
+            f"input={config.input}: has no effect with mode={config.mode}. Give mode=predict, or "
+            "after_training=[predict] to predict after training."
+        )
     if config.mode in DATA_MODES and ("debug" in given or is_resumed(config)):
         return
     idle = dict(find_idle_output_keys(config))
@@ -283,11 +284,6 @@ def find_missing_keys(config: Config) -> Iterator[str]:
 
 def find_training_problems(config: Config) -> Iterator[str]:
     """A sentence for every contradiction about where a run starts, and for a run without steps."""
-    if config.mode in TRAINING_MODES and config.input and "predict" not in config.after_training:
-        yield (
-            f"input={config.input}: has no effect with mode={config.mode}. Give mode=predict, or "
-            "after_training=[predict] to predict after training."
-        )
     if config.mode != "train":
         return
     starts = [key for key in ("ckpt", "resume", "init_from") if getattr(config, key) not in (None, "auto")]

@@ -122,7 +122,6 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
         ),
         (["after_training=[eval,predict]"], "after_training=[predict] needs input="),
         (["ckpt=runs/a", "input=photos"], "input=photos: has no effect with mode=train. Give mode=predict, or after_"),
-        (["mode=average", "ckpt=[a,a]"], "ckpt=['a', 'a']: a is listed twice. Remove one of them."),
         (["run_dir=[a,b]"], "run_dir: must be text, not a list."),
         (["mode=predict", "ckpt=x", "input=[a,b]"], "input=['a', 'b']: must be text, not a list: a folder, a pattern"),
     ],

@@ -21,7 +21,7 @@ from semseg import build
 from semseg.checkpoints.format import SavedNetwork
 from semseg.config.schema import Config, SyncBNConfig, TrainerConfig
 from semseg.errors import ConfigError
-from semseg.modes import bench, train
+from semseg.modes import bench, train_end
 from semseg.training.trainer import check_gpu_numbers, create_trainer
 
 NUM_GPUS = 4
@@ -116,12 +116,12 @@ def test_follow_ups_of_training_use_its_first_gpu(
     config = replace(gpu_config, run_dir=str(tmp_path), trainer=replace(gpu_config.trainer, devices=devices))
     given: list[Config] = []
     with (
-        patch.object(train, "read_checkpoint", return_value=None),
-        patch.object(train, "evaluate_network", lambda saved, config: given.append(config)),
-        patch.object(train, "create_predictor", lambda saved, config: given.append(config)),
-        patch.object(train, "predict_inputs"),
+        patch.object(train_end, "read_checkpoint", return_value=None),
+        patch.object(train_end, "evaluate_network", lambda saved, config: given.append(config)),
+        patch.object(train_end, "create_predictor", lambda saved, config: given.append(config)),
+        patch.object(train_end, "predict_inputs"),
     ):
-        train.run_follow_up(mode, config, tmp_path / "last.ckpt", tmp_path / mode)
+        train_end.run_follow_up(mode, config, tmp_path / "last.ckpt", tmp_path / mode)
     (after,) = given
     assert (after.trainer.devices, after.trainer.num_nodes, after.trainer.strategy) == (first, 1, "auto")
 

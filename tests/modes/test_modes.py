@@ -261,7 +261,7 @@ def test_an_evaluation_explains_itself(folder: Path) -> None:
         (
             ["mode=eval", "ckpt=run", "eval.also_scales=[[33]]"],
             2,
-            "[33] must be a subset of eval.scales=[48], such as [[48",
+            "[33] must be a subset of eval.scales=[64]",
         ),
     ],
 )

@@ -40,7 +40,7 @@ from semseg.errors import DataError
 
 UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-")  # before the names of uploaded files
 REGIONS = ("polygon", "brush", "rectangle", "ellipse")
-POINTS = ("keypoint",)  # without an area
+SHAPES_WITHOUT_AREA = ("keypoint",)  # without an area
 NUM_ELLIPSE_POINTS = 720
 
 
@@ -217,7 +217,7 @@ class LabelStudioReader:
         Raises:
             EntryError: naming the kind.
         """
-        if kind not in (*REGIONS, *POINTS) and find_first(result, f"{kind}labels"):
+        if kind not in (*REGIONS, *SHAPES_WITHOUT_AREA) and find_first(result, f"{kind}labels"):
             kinds = ", ".join(f"{each}labels" for each in REGIONS)
             raise EntryError(f"is of the type {kind}labels, which cannot be read. Draw it again as one of {kinds}")
 
