@@ -178,7 +178,7 @@ def require_export_extra() -> None:
     """
     missing = [name for name in EXPORT_EXTRA if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"ONNX files need {', '.join(missing)}: {install_command('export')}")
+        raise ConfigError(f"exported networks need {', '.join(missing)}: {install_command('export')}")
 
 
 def restore_network(saved: SavedNetwork) -> SegmentationNetwork:

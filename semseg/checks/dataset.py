@@ -233,12 +233,14 @@ def check_reading(split: ScannedSplit) -> Iterator[Notice]:
         dark = [(record, facts) for record, facts in seen if facts.largest < limit * white]
         if dark:
             largest = max(facts.largest for _, facts in dark)
-            counted = f"{len(dark)} of {len(seen)} 16-bit images" if bits == 16 else f"{len(dark)} 8-bit images"
-            text = (
-                f"{split.name}: {counted} use a fraction of their range: the largest value is {largest} of {white} "
-                f"({largest / white:.1%}), which is read as {largest * 255 // white} of 255. Scale them to the full "
-                "range."
-            )
+            counted = f"{len(dark)} of {len(seen)} {bits}-bit images"
+            text = f"{split.name}: {counted} are black."
+            if largest:
+                text = (
+                    f"{split.name}: {counted} use a fraction of their range: the largest value is {largest} of {white} "
+                    f"({largest / white:.1%}), which is read as {largest * 255 // white} of 255. Scale them to the "
+                    "full range."
+                )
             yield Notice(WARNING, text, first_images(record for record, _ in dark))
 
 

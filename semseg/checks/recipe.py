@@ -126,7 +126,7 @@ def choose_resolution(facts: DataFacts, machine: Machine) -> list[Choice]:
         Choice("data.max_long_edge", 8 * math.ceil(edge * aspect / 8), "for 95 % of the images no limit"),
         Choice("eval.scales", [edge], "that of training"),
         Choice("augment.scale", list(SCALE), "of every image, in addition to the short edge"),
-        Choice("augment.crop", [crop, crop], f"pixels, about {CROP_SHARE:.0%} of the short edge; as measured"),
+        Choice("augment.crop", [crop, crop], f"pixels, {crop / edge:.0%} of the short edge; as measured"),
     ]
 
 

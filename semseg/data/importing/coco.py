@@ -73,8 +73,8 @@ def read_coco(root: Path, files: list[Path], finder: ImageFinder, options: Impor
                 parents.update({category.parent} - {""})
             if categories.setdefault(category.id, category.name) != category.name:
                 raise DataError(
-                    f"{path}: category {category.id} is {category.name!r} here and {categories[category.id]!r} in "
-                    "another file. Import the files one by one: input=<file>."
+                    f"{path}: category {category.id} is {category.name!r} and {categories[category.id]!r}, here or in "
+                    "another file. Correct it, or import the files one by one: input=<file>."
                 )
     notes: list[str] = []
     used = set[Any]().union(*map(find_used_categories, contents.values()))

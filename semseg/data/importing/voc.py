@@ -193,6 +193,8 @@ def read_splits(folder: Path) -> dict[str, str]:
             stem = line.strip().replace("\\", "/")
             if stem:
                 parts = [part for part in PurePosixPath(stem).parts if part not in ("..", ".", "/")]
+                if PurePosixPath(stem).suffix.lower() in IMAGE_SUFFIXES:  # lists name stems; some tools write files
+                    parts[-1] = PurePosixPath(parts[-1]).stem
                 splits.setdefault("/".join(parts), named[path])
     return splits
 

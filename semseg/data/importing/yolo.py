@@ -254,9 +254,11 @@ class YoloReader:
         """
         words = line.split()
         try:
-            class_index, numbers = int(words[0]), [float(word) for word in words[1:]]
+            class_index, *numbers = map(float, words)
         except (ValueError, OverflowError):
             raise EntryError("must be a class and numbers") from None
+        if not class_index.is_integer():
+            raise EntryError(f"has class {class_index:g}, which is no whole number")
         if not 0 <= class_index < len(self.names):
             raise EntryError(f"has class {class_index:.0f}, but there are {len(self.names)} names")
         if not all(-SLACK <= number <= 1 + SLACK for number in numbers):
