@@ -14,7 +14,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from semseg.data.decoders import pillow_without_limit
 from semseg.data.geometry import Size
-from semseg.data.raster_layout import TIFF_STARTS, LayoutError, RasterLayout, read_layout
+from semseg.data.raster_layout import TIFF_STARTS, LayoutError, RasterLayout, read_layout, read_picture_layout
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")  # as Pillow names them
 SUPPORTED = "Supported are JPEG, PNG, WebP, BMP, TIFF, GIF, JPEG 2000, AVIF and PPM"
@@ -101,10 +101,21 @@ def header_of(image: Image.Image, file: BinaryIO) -> Header:
         size = Size(image.tag_v2.get(257, size.height), image.tag_v2.get(256, size.width))
     is_jpeg = image.format in ("JPEG", "MPO")  # images that cameras append to a photo are not frames
     has_frames = bool(getattr(image, "is_animated", False)) and not is_jpeg
+    if has_frames and image.format == "TIFF":
+        has_frames = _has_full_pages(file)
     kind = f"{'JPEG' if is_jpeg else image.format} {image.mode}"
     bits = _bits(image, file)
     white = _ppm_white(image) if image.format == "PPM" else 2**bits - 1 if image.mode == "L" and bits < 8 else 0
     return Header(kind, size, orientation, bits, white, has_frames, _lossy_codec(image, file))
+
+
+def _has_full_pages(file: BinaryIO) -> bool:
+    """Whether a TIFF of several pages has images behind the first that are neither smaller copies nor masks of it."""
+    position = file.tell()
+    file.seek(0)
+    layout = read_picture_layout(file)
+    file.seek(position)
+    return layout is None or layout.num_pages > 1
 
 
 # ---- orientation

@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -396,6 +397,14 @@ def test_c25_of_several_frames_the_first_is_read_with_a_warning(
             pixels = read(tmp_path / "a")
         if not (kind == "GIF" and read is read_label):  # whose ids are places in its palette
             assert np.abs(pixels.astype(int) - 20).max() <= (2 if kind == "AVIF" else 0)
+
+
+def test_overviews_and_masks_of_a_tiff_are_no_frames(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(photo(), photometric="rgb")
+        file.write(photo()[::2, ::2].copy(), photometric="rgb", subfiletype=1)
+        file.write(np.ones((20, 30), np.bool_), subfiletype=4)
+    assert np.array_equal(read_image(tmp_path / "a.tif"), photo()) and not recwarn
 
 
 def test_a_photo_with_a_second_picture_behind_it_is_a_jpeg(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
