@@ -18,7 +18,10 @@ __version__ = "0.1.0"
 
 
 def load(
-    ckpt: str | Path | Sequence[str | Path], *overrides: str, device: str | int | torch.device | None = None
+    ckpt: str | Path | Sequence[str | Path],
+    *overrides: str,
+    device: str | int | torch.device | None = None,
+    **keywords: Any,
 ) -> Predictor:
     """Load a network to predict pictures: `semseg.load("runs/a/checkpoints/best.ckpt").predict("photo.jpg")`.
 
@@ -28,13 +31,15 @@ def load(
         overrides: arguments as on the command line that change predictions, such as "predict.scales=[300,450]" or
             "predict.flip=true".
         device: the device to run on, as PyTorch names it; None means the GPU if there is one.
+        keywords: overrides by key: `predict__flip=True`; see `train`.
 
     Raises:
         SemsegError: if there is no such network or device, it is damaged, or an override is invalid.
     """
+    from semseg.api.keywords import list_words  # noqa: PLC0415
     from semseg.config.load import load_prediction_config  # noqa: PLC0415 - fails before torch is imported
 
-    loaded = load_prediction_config(ckpt, overrides)
+    loaded = load_prediction_config(ckpt, [*overrides, *list_words([], keywords)])
     from semseg.build import open_predictor  # noqa: PLC0415
 
     return open_predictor(*loaded, device=device)

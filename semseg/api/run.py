@@ -18,6 +18,7 @@ from semseg.config.explain import explain_hydra_error
 from semseg.config.overrides import parse_overrides
 from semseg.config.schema import Config
 from semseg.errors import ConfigError, DataError, SemsegError
+from semseg.storage.atomic import describe_write_error
 from semseg.storage.commands import entry_script
 from semseg.storage.ranks import is_first_rank
 from semseg.storage.run_results import read_result
@@ -67,6 +68,11 @@ def run_in_process(
             config.run_dir = str(folder)
             record = collect_run_record(composed, composed.hydra, folder) if is_first_rank() else {}
             return FinishedRun(folder, run_mode(config, parsed, record))
+    except OSError as error:
+        message = describe_write_error(error, Path(config.run_dir))
+        if message is None:
+            raise
+        raise SemsegError(message) from error
     except SystemExit as leaving:  # by Lightning, after a second Ctrl-C; it would end the caller's program
         raise KeyboardInterrupt from leaving
 

@@ -54,13 +54,13 @@ from semseg.config.overrides import (
     select_overrides,
 )
 from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, Config
-from semseg.config.uses import refuse_idle_keys, refuse_unread_keys, refuse_unused_sizes
+from semseg.config.uses import describe_training_words, refuse_idle_keys, refuse_unread_keys, refuse_unused_sizes
 from semseg.config.validate import check_config
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, ReportedError, SemsegError
 from semseg.storage import run_lock
 from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.storage.commands import entry_script, format_command, relative_to_cwd, remember_program
-from semseg.storage.ranks import is_first_rank, is_first_rank_of_machine
+from semseg.storage.ranks import is_first_rank, is_first_rank_of_machine, print_once
 from semseg.storage.run_folders import (
     claim_folder,
     find_checkpoint,
@@ -421,6 +421,7 @@ def run_mode(config: Config, overrides: list[str], record: dict[Path, str]) -> f
             run_lock.on_folder_taken = partial(write_run_record, record)
         else:
             write_run_record(record)
+        print_once(describe_training_words(config.mode, overrides))
         return mode.run(config, overrides)
 
 

@@ -10,7 +10,7 @@ from functools import reduce
 from pathlib import Path
 
 from semseg.config.fields import AUTO
-from semseg.config.override_keys import list_given_keys, split_override
+from semseg.config.override_keys import list_given_keys, override_key, split_override
 from semseg.config.schema import (
     EXPORT_SUFFIXES,
     EXPORTED_NETWORK_MODES,
@@ -78,6 +78,11 @@ NETWORK_MODES = ("eval", "predict", "convert", "replay", "serve", "export")
 INHERITING_MODES = ("eval", "predict", "serve", "export", "replay", "average")  # modes with the settings of the run
 SEVERAL_NETWORKS_MODES = ("eval", "predict", "serve", "average")  # modes that average networks
 TRAINING_MODES = ("train", "crossval")
+USING_MODES = ("eval", "predict", "serve", "export", "convert")  # modes that take a network as it was trained
+TRAINING_SECTIONS = (
+    "optim", "schedule", "loss", "augment", "syncbn", "ema", "checkpoint", "callbacks", "logger",
+    "after_training", "init_from", "resume", "resume_force",
+)  # fmt: skip
 DATA_MODES = (*TRAINING_MODES, "bench", "check")  # modes whose data set is that of the command line
 BATCH_MODES = ("check", "average")  # modes that use data.batch_size, and do not choose it
 
@@ -138,6 +143,18 @@ def refuse_unread_keys(mode: str, overrides: Sequence[str]) -> None:
         advice = unread.get(f"{key}={value}") or (None if is_off else unread.get(key))
         if advice:
             raise ConfigError(f"{key}={value}: has no effect with mode={mode}. {advice}")
+
+
+def describe_training_words(mode: str, overrides: Sequence[str]) -> str | None:
+    """A sentence that names the overrides which only training reads; None if there are none, or `mode` trains.
+
+    They are no errors, because the command line of a run is often given again with mode=eval.
+    """
+    if mode not in USING_MODES:
+        return None
+    words = [word for word in overrides if override_key(word).replace("/", ".").split(".")[0] in TRAINING_SECTIONS]
+    verb = "have" if len(words) > 1 else "has"
+    return f"{', '.join(words)}: {verb} no effect with mode={mode}, which trains nothing" if words else None
 
 
 def refuse_idle_keys(config: Config, overrides: Sequence[str]) -> None:

@@ -39,6 +39,7 @@ from semseg.prediction.geotiff import read_whole_mask
 from semseg.prediction.outputs import write_outputs
 from semseg.prediction.pictures import Picture, convert_to_bands, convert_to_pixels
 from semseg.reports.draw import ClassShare, Pixels, add_legend, class_shares, draw_overlay, format_share
+from semseg.storage.atomic import describe_write_error
 
 NOTEBOOK_EDGE = 1024  # pixels: the largest edge of a prediction in a notebook
 NUM_SHARES = 3  # classes in the short form of a prediction
@@ -190,6 +191,7 @@ class PredictionResult:
         Raises:
             ArgumentError: for another output, for probabilities that were not requested, if `folder` is a file, and if
                 `name` is empty or leads out of the folder. Nothing is written then.
+            DataError: if the files cannot be written.
         """
         if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ArgumentError(f"name={name!r}: must be the name of a file in the folder.")
@@ -198,9 +200,12 @@ class PredictionResult:
         try:
             return write_outputs(self, Path(folder) / name, [outputs] if isinstance(outputs, str) else outputs)
         except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
+            if error.errno == errno.ENAMETOOLONG:
+                raise ArgumentError(f"name={name!r:.80}: is too long for a file.") from None
+            message = describe_write_error(error, Path(folder))
+            if message is None:
                 raise
-            raise ArgumentError(f"name={name!r:.80}: is too long for a file.") from None
+            raise DataError(message) from error
 
 
 class Predictor:

@@ -18,7 +18,9 @@ TEMPORARY_NAME = re.compile(r"\..+\.([0-9a-f]{32}|\d+(@.+)?)\.tmp")
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Reasons why a file cannot be written that the user can remove.
-UNWRITABLE = (*DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
+UNWRITABLE = (
+    *DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR
+)  # fmt: skip
 MIN_FREE_BYTES = 65536  # a disk with less is full
 
 

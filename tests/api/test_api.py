@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -30,7 +31,7 @@ from semseg.cli.main import compose_run
 from semseg.config.groups import CONFIG_DIR
 from semseg.config.overrides import parse_overrides
 from semseg.config.schema import Config
-from semseg.errors import ArgumentError, ConfigError, SemsegError
+from semseg.errors import ArgumentError, ConfigError, DataError, SemsegError
 from semseg.nets.registry import ENCODERS
 from semseg.storage.run_results import RunResult, write_result
 
@@ -154,6 +155,30 @@ def test_a_network_is_evaluated_and_predicts(trained: TrainingRun, tmp_path: Pat
     assert [path.name for path in predicted.files] == ["a_ids.png", "a_panel.png"]
     shown = predicted._repr_html_()
     assert shown is not None and shown.startswith('<img src="data:image/png;base64,') and 'alt="a_panel.png"' in shown
+
+
+@pytest.mark.slow
+def test_load_takes_keywords_and_a_result_says_where_it_cannot_be_written(
+    trained: TrainingRun, tmp_path: Path
+) -> None:
+    assert trained.ckpt is not None
+    net = semseg.load(trained.ckpt, device="cpu", predict__scales=[48], predict={"flip": True})
+    assert net.settings.scales == [48] and net.settings.flip
+    with pytest.raises(ConfigError, match="does not change predictions"):
+        semseg.load(trained.ckpt, optim__lr=0.1)
+    result = net.predict(np.zeros((40, 60, 3), np.uint8))
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        result.save(tmp_path / "file" / "folder")
+
+
+def test_a_full_disk_is_an_error_of_the_package(tmp_path: Path) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        patch("semseg.api.run.run_mode", side_effect=error),
+        pytest.raises(SemsegError, match=r"run: cannot be written \(No space left on device\)\. Free some space"),
+    ):
+        semseg.check(data="folder", run_dir=tmp_path / "run")
 
 
 @pytest.mark.slow

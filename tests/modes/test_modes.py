@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def evaluated(folder: Path) -> str:
     """What the evaluation of `run` prints; its files are in `scores`."""
-    return run(folder, "mode=eval", "ckpt=run", "run_dir=scores")
+    return run(folder, "mode=eval", "ckpt=run", "run_dir=scores", "optim.lr=0.1", "schedule=cosine")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,11 @@ def test_evaluation_writes_the_scores_it_prints(folder: Path, evaluated: str) ->
     )
     rows = list(csv.DictReader((folder / "scores" / "per_class.csv").open()))
     assert [row["name"] for row in rows] == [entry["name"] for entry in metrics["classes"]]
+
+
+@pytest.mark.slow
+def test_an_evaluation_names_the_words_that_only_training_reads(evaluated: str) -> None:
+    assert "optim.lr=0.1, schedule=cosine: have no effect with mode=eval, which trains nothing\n" in evaluated
 
 
 @pytest.mark.slow
