@@ -6,6 +6,7 @@ configuration does not define it yet, `suggest_ids` infers it from the ids in th
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ MAX_IGNORED_FRACTION = 0.9  # a mask with a larger fraction of ignored pixels is
 MAX_SINGLE_CLASS_FRACTION = 0.2  # a split with a larger fraction of one-class masks is reported
 RARE_FRACTION = 0.001  # classes with a smaller fraction of the training pixels are reported
 MAX_STRAY_FRACTION = 0.001  # of all pixels: unknown ids that are more likely mistakes than classes
+MIN_GREY_GAP, MIN_GREY_LEVEL = 16, 100  # between two grey levels, and of the lightest one; see `map_grey_levels`
 VOID = 255  # the id that most tools write for unlabelled pixels
 DARK = 0.25  # fraction of white: a 16-bit image with all values below is reported
 DARK_IF_ALL = 0.5  # instead of DARK, if it holds for all 16-bit images: they probably have fewer bits
@@ -276,6 +278,8 @@ def describe_unexplained_ids(ids: Sequence[int]) -> str:
     if not ids:
         return "data.num_classes is not set, and no mask shows the ids."
     message = f"data.num_classes is not set. Found ids {format_ranges(ids)}."
+    if map_grey_levels(ids):
+        return f"{message} They look like grey levels. In data.map, give null to one that is no class."
     if 0 not in ids or not class_ids or class_ids[-1] < 2:
         return message
     return f"{message} If 0 means unlabelled, set only data.num_classes={class_ids[-1]}."
@@ -307,8 +311,13 @@ def suggest_ids(pixels: Counter[int]) -> dict[str, str]:
     ids = sorted(pixels)
     if not ids:
         return {}
-    if set(ids) == {0, VOID}:  # black and white
-        return {"data.num_classes": "2", "data.first_id": "0", "data.ignore": "[]", "data.map": "{0:0,255:1}"}
+    if levels := map_grey_levels(ids):
+        drawn = ",".join(f"{level}:{'null' if index is None else index}" for level, index in levels.items())
+        num_classes = sum(index is not None for index in levels.values())
+        return {
+            "data.num_classes": str(num_classes), "data.first_id": "0", "data.ignore": "[]",
+            "data.map": f"{{{drawn}}}",
+        }  # fmt: skip
     class_ids = [raw_id for raw_id in ids if raw_id != VOID] or ids
     first = 0 if class_ids[0] == 0 else 1
     ignored = [str(raw_id) for raw_id in ids if raw_id not in class_ids]
@@ -319,6 +328,25 @@ def suggest_ids(pixels: Counter[int]) -> dict[str, str]:
         "data.first_id": str(first),
         "data.ignore": f"[{','.join(ignored)}]",
     }
+
+
+def map_grey_levels(ids: Sequence[int]) -> dict[int, int | None]:
+    """A class for each id, in their order, if ids are grey levels: few and far apart; empty if they number classes.
+
+    255 is a class where the levels are evenly spaced up to it (black, grey and white), and else of no class.
+
+    >>> map_grey_levels([0, 128, 255]), map_grey_levels([0, 100, 150, 255]), map_grey_levels([0, 15, 255])
+    ({0: 0, 128: 1, 255: 2}, {0: 0, 100: 1, 150: 2, 255: None}, {})
+    """
+    gaps = [after - before for before, after in itertools.pairwise(ids)]
+    if not gaps or min(gaps) < MIN_GREY_GAP or ids[0] != 0 or ids[-1] > VOID:
+        return {}
+    is_even = max(gaps) - min(gaps) <= 2 and ids[-1] == VOID  # levels are rounded
+    class_ids = [raw_id for raw_id in ids if is_even or raw_id != VOID]
+    if class_ids[-1] < MIN_GREY_LEVEL:
+        return {}
+    classes: dict[int, int | None] = {raw_id: index for index, raw_id in enumerate(class_ids)}
+    return classes if is_even else classes | dict.fromkeys(set(ids) - set(class_ids))
 
 
 def check_unknown_ids(

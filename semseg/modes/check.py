@@ -320,10 +320,20 @@ def resolve_classes(data: DataConfig, source: DataSource, diagnosis: Diagnosis) 
         num_classes=int(advice["data.num_classes"]),
         first_id=int(advice["data.first_id"]),
         ignore=json.loads(advice["data.ignore"]),
-        map={"0": 0, "255": 1} if "data.map" in advice else None,
+        map=parse_map(advice["data.map"]) if "data.map" in advice else None,
     )
     suggested = DataSource(completed)
     return suggested.label_map, suggested.classes
+
+
+def parse_map(text: str) -> dict[str, int | None]:
+    """The value of data.map that `suggest_ids` gives.
+
+    >>> parse_map("{0:0,200:1,255:null}")
+    {'0': 0, '200': 1, '255': None}
+    """
+    items = [item.split(":") for item in text.strip("{}").split(",")]
+    return {raw_id: None if index == "null" else int(index) for raw_id, index in items}
 
 
 def sample_pairs(

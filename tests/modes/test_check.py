@@ -181,6 +181,15 @@ def test_the_suggestion_for_an_unknown_id_keeps_the_class_table(
     assert again["verdict"].startswith("READY")
 
 
+def test_grey_levels_become_classes_by_a_map(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data", ids=(0, 128, 255))
+    found = check(root, "data.short_edges=[60]")
+    assert "Found ids 0, 128, 255. They look like grey levels. In data.map, give null" in of_level(found, "error")
+    assert found["suggestions"]["data.map"] == "{0:0,128:1,255:2}" and found["suggestions"]["data.num_classes"] == "3"
+    again = check(root, *shlex.split(found["command"])[4:])
+    assert again["verdict"].startswith("READY")
+
+
 def test_classes_that_a_table_lacks_are_not_suggested_to_be_ignored(tmp_path: Path) -> None:
     root = good_folder(tmp_path / "data", ids=(1, 2, 3, 4))
     (root / "classes.txt").write_text("sky\nroad\n")
