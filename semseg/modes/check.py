@@ -131,9 +131,7 @@ def run(config: Config, overrides: list[str]) -> None:
         return
     if output is not None:
         print(escape_lines(f"nothing is written to {relative_to_cwd(output)} before the data set is ready"))
-    if configured is None and (others := with_zero_unlabelled(diagnosis.suggestions)):
-        command = check_command(overrides, diagnosis._replace(suggestions=others))
-        print(escape_lines(f"to check with 0 as unlabelled: {command}"))
+    print_other_checks(config, overrides, diagnosis, splits)
     print(next_step)
     error = DataError if config.quiet else ReportedError
     raise error(f"the data set is not ready for training: see {relative_to_cwd(files[-1])}.")
@@ -302,6 +300,19 @@ def check_mix(
             f"{part.key}: {format_quantity(len(scanned.usable_pairs), 'pair')} for {part.share:.0%} of the training "
             f"images, with {len(names)} of {source.classes.num_classes} classes: {join_first(names)}.",
         )
+
+
+def print_other_checks(
+    config: Config, overrides: Sequence[str], diagnosis: Diagnosis, splits: Sequence[ScannedSplit]
+) -> None:
+    """Print the commands that would mend a data set in another way than the one that is suggested."""
+    if not diagnosis.classes and (others := with_zero_unlabelled(diagnosis.suggestions)):
+        command = check_command(overrides, diagnosis._replace(suggestions=others))
+        print(escape_lines(f"to check with 0 as unlabelled: {command}"))
+    has_unusable = any(split.problems or len(split.usable_pairs) < len(split.records) for split in splits)
+    if has_unusable and splits[0].usable_pairs and config.check.fix == "none":
+        command = check_command([*overrides, "check.fix=list"], diagnosis)
+        print(escape_lines(f"to leave out what cannot be used: {command}"))
 
 
 def find_shared_images(splits: Sequence[ScannedSplit]) -> Overlap | None:

@@ -158,9 +158,7 @@ def test_a_network_is_evaluated_and_predicts(trained: TrainingRun, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_load_takes_keywords_and_a_result_says_where_it_cannot_be_written(
-    trained: TrainingRun, tmp_path: Path
-) -> None:
+def test_load_takes_keywords_and_a_result_says_where_it_cannot_be_written(trained: TrainingRun, tmp_path: Path) -> None:
     assert trained.ckpt is not None
     net = semseg.load(trained.ckpt, device="cpu", predict__scales=[48], predict={"flip": True})
     assert net.settings.scales == [48] and net.settings.flip

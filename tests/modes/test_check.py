@@ -229,6 +229,18 @@ def test_255_that_is_not_ignored_and_masks_that_start_at_0_are_recognised(tmp_pa
     assert shifted["suggestions"]["data.first_id"] == "0"
 
 
+def test_the_command_that_leaves_out_broken_files_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = good_folder(tmp_path / "data")
+    (root / "images" / "broken.jpg").write_text("x")
+    check(root, "data.num_classes=3")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("to leave out what cannot")]
+    found = check(root, *shlex.split(line.partition(": ")[2])[5:])
+    again = check(root, *shlex.split(found["command"])[4:])
+    assert again["verdict"].startswith("READY")
+
+
 @pytest.mark.slow
 def test_everything_that_is_wrong_with_files_is_listed_and_a_clean_list_leaves_it_out(tmp_path: Path) -> None:
     root = good_folder(tmp_path / "data")
