@@ -79,9 +79,10 @@ INHERITING_MODES = ("eval", "predict", "serve", "export", "replay", "average")  
 SEVERAL_NETWORKS_MODES = ("eval", "predict", "serve", "average")  # modes that average networks
 TRAINING_MODES = ("train", "crossval")
 USING_MODES = ("eval", "predict", "serve", "export", "convert")  # modes that take a network as it was trained
-TRAINING_SECTIONS = (
+TRAINING_KEYS = (  # keys and sections that only training reads
     "optim", "schedule", "loss", "augment", "syncbn", "ema", "checkpoint", "callbacks", "logger",
     "after_training", "init_from", "resume", "resume_force",
+    "data.batch_size", "data.short_edges", "data.steps_per_epoch", "data.oversample",
 )  # fmt: skip
 DATA_MODES = (*TRAINING_MODES, "bench", "check")  # modes whose data set is that of the command line
 BATCH_MODES = ("check", "average")  # modes that use data.batch_size, and do not choose it
@@ -152,7 +153,8 @@ def describe_training_words(mode: str, overrides: Sequence[str]) -> str | None:
     """
     if mode not in USING_MODES:
         return None
-    words = [word for word in overrides if override_key(word).replace("/", ".").split(".")[0] in TRAINING_SECTIONS]
+    keys = {word: override_key(word).replace("/", ".") for word in overrides}
+    words = [word for word, key in keys.items() if key in TRAINING_KEYS or key.partition(".")[0] in TRAINING_KEYS]
     verb = "have" if len(words) > 1 else "has"
     return f"{', '.join(words)}: {verb} no effect with mode={mode}, which trains nothing" if words else None
 
