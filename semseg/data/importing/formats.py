@@ -157,7 +157,9 @@ def choose_export(path: Path, name: str) -> FoundExport:
         return chosen[0]
     if not found:
         known = "; ".join(f"{each.title}: {each.holds}" for each in TOOL_FORMATS.values())
-        raise DataError(f"input={path}: no format of an annotation tool is recognised. Known are {known}.")
+        archive = next(iter(sorted(path.glob(f"*{store.ARCHIVE_SUFFIX}"))), None)
+        packed = f" To read {archive.name} in it, give input={archive}." if archive is not None else ""
+        raise DataError(f"input={path}: no format of an annotation tool is recognised.{packed} Known are {known}.")
     if len(found) > 1:
         titles = " and ".join(each.title for each in found)
         choices = " or ".join(f"import.format={each.format}" for each in found)
