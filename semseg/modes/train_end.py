@@ -22,7 +22,6 @@ from semseg.config.override_keys import override_key
 from semseg.config.schema import CheckpointConfig, Config, TrainerConfig
 from semseg.modes.eval import evaluate_network
 from semseg.modes.predict import predict_inputs
-from semseg.modes.train_start import is_trained_elsewhere
 from semseg.storage.commands import entry_command, format_command, relative_to_cwd
 from semseg.storage.run_folders import CHECKPOINT_FOLDER, choose_follow_up_folder
 from semseg.storage.run_results import RunResult, write_result
@@ -181,9 +180,13 @@ def resume_command(config: Config, overrides: list[str], *further: str) -> str:
     """The command that resumes this run, with `further` overrides in place of those with the same keys.
 
     Without ckpt=<checkpoint>, from which the run resumed at first, and which would take it back there.
+
+    Args:
+        config: as `resolve_start` gives it.
     """
     last = [f"run_dir={relative_to_cwd(Path(config.run_dir))}", "resume=auto", *further]
     replaced = {word.partition("=")[0] for word in last}  # with their signs: ~a goes behind +a=1, and not in its place
-    words = [word for word in overrides if override_key(word) != "ckpt" or is_trained_elsewhere(word.partition("=")[2])]
+    is_dropped = config.init_from is None  # else the network was trained elsewhere, and ckpt=<network> says which it is
+    words = [word for word in overrides if not (is_dropped and override_key(word) == "ckpt")]
     kept = [word for word in words if word.partition("=")[0] not in replaced]
     return format_command([*kept, *last])

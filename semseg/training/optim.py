@@ -29,7 +29,8 @@ BLOCK = re.compile(r"(?:[a-z]\w*\.)*?_?(?P<name>[a-z]\w*?)(?:[._]|(?<=block))(?P
 # Twins has embeddings and a position block beside each stage of blocks.
 BLOCK_NAMES = ("blocks", "block", "layers", "layer", "stages", "patch_embeds", "pos_block")
 STEM_PART = re.compile(r"(?:stem|patch_embed)_\d+")  # timm makes children of the parts of a stem
-TRANSITION = re.compile(r"transition\d+")  # of HRNet and DenseNet
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
+TRANSITION = re.compile(r"(?:features_)?transition\d+")  # of HRNet and DenseNet
 
 
 def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -163,8 +164,15 @@ def list_child_stages(module: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def is_transition(name: str, child: nn.Module) -> bool:
-    """Whether a child of a network is no stage, but single layers between two: a convolution and its norm, ..."""
-    return bool(TRANSITION.fullmatch(name)) or all(next(part.children(), None) is None for part in child.children())
+    """Whether a child of a network is no stage, but what halves the resolution between two.
+
+    By its name, or because it is a norm and then a convolution (ConvNeXt), or a norm and a linear layer (Swin). Stages
+    begin with a convolution.
+    """
+    parts = list(child.children())
+    is_pair = len(parts) == 2 and any(isinstance(part, NORMS) for part in parts)
+    is_before_layer = is_pair and (isinstance(parts[1], nn.Conv2d) or isinstance(parts[0], nn.Linear))
+    return is_before_layer or bool(TRANSITION.fullmatch(name))
 
 
 def build_optimizer(

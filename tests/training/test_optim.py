@@ -157,6 +157,19 @@ def test_layer_decay_is_the_same_for_a_network_of_torchvision_and_of_timm(
     assert rates[0] == rates[1] == [0.2401, 0.343, 0.49, 0.7, 1]
 
 
+def test_stages_without_blocks_are_stages_and_no_transitions() -> None:
+    def layers(*channels: int) -> nn.Sequential:
+        convolution = nn.Conv2d(*channels, 3, stride=2)
+        return nn.Sequential(convolution, nn.BatchNorm2d(channels[1]), nn.ReLU())
+
+    encoder = nn.ModuleDict({f"stage{number}": layers(*sides) for number, sides in enumerate(((3, 4), (4, 4), (4, 8)))})
+    assert [len(stage) for stage in list_stages(encoder, encoder)] == [4, 4, 4]
+    encoder = nn.ModuleDict(
+        {"features_block1": layers(3, 4), "features_transition1": layers(4, 4), "features_block2": layers(4, 8)}
+    )
+    assert [len(stage) for stage in list_stages(encoder, encoder)] == [4, 8]  # as timm names the parts of DenseNet
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "name", "first", "last"),

@@ -390,7 +390,8 @@ def test_a15_the_command_to_continue_does_not_go_back_to_the_checkpoint_that_the
 ) -> None:
     config = run_of(root, tmp_path)
     assert "ckpt=" not in resume_command(config, ["ckpt=runs/a", "seed=2"])
-    assert "ckpt=zoo:upernet50" in resume_command(config, ["ckpt=zoo:upernet50"])  # which names the network
+    published = replace(config, init_from="a.pth,b.pth")  # as resolve_start gives it for ckpt=a.pth,b.pth
+    assert "'ckpt=\"a.pth,b.pth\"'" in resume_command(published, ['ckpt="a.pth,b.pth"'])  # which names the network
 
 
 @pytest.mark.reliability
