@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +145,8 @@ def test_keys_of_the_section_import_are_named_as_they_are_written(tmp_path: Path
     put(tmp_path / "photos" / "a.jpg", photo("a"))
     shown = run_here(tmp_path, "mode=import", "input=photos", "output=b", code=1)
     assert "no format of an annotation tool is recognised. Known are COCO JSON" in shown
-    (tmp_path / "photos" / "export.zip").touch()
+    with zipfile.ZipFile(tmp_path / "photos" / "export.zip", "w") as archive:
+        archive.writestr("a.txt", "")
     shown = run_here(tmp_path, "mode=import", "input=photos", "output=b", code=1)
     assert "To read export.zip in it, give input=photos/export.zip." in shown
     shown = run_here(tmp_path, "mode=import", "input=photos", "output=photos/b", code=2)

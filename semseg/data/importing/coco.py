@@ -84,8 +84,11 @@ def read_coco(root: Path, files: list[Path], finder: ImageFinder, options: Impor
             del categories[number]
     index_of = {number: index for index, number in enumerate(sorted(categories))}
     items: list[AnnotatedImage | Problem] = []
-    for path, split in splits.items():
-        reader = CocoReader(path, contents[path], split=split, index_of=index_of, finder=finder, options=options)
+    readers = [
+        CocoReader(path, contents[path], split=split, index_of=index_of, finder=finder, options=options)
+        for path, split in splits.items()
+    ]  # all, before the first image is looked for: each notes the names of its images
+    for reader in readers:
         items += reader.read_images()
         notes += reader.describe()
     has_masks = any(isinstance(item, AnnotatedImage) and item.mask is not None for item in items)  # images, too
@@ -165,6 +168,8 @@ class CocoReader:
             self.images, self.annotations = get(content, "images", list), get(content, "annotations", list)
         except EntryError as error:
             raise DataError(f"{path}: {error}. Export it again.") from None
+        names = (entry.get("file_name") for entry in self.images if isinstance(entry, dict))
+        finder.expect(name for name in names if isinstance(name, str))
         self.num_crowds, self.num_boxes = 0, 0
         self.panoptic: ImageFinder | None = None
 
@@ -181,8 +186,6 @@ class CocoReader:
                 )
                 continue
             by_image[owner].append(entry)
-        names = (entry.get("file_name") for entry in self.images if isinstance(entry, dict))
-        self.finder.expect(name for name in names if isinstance(name, str))
         seen, paths = set[Any](), dict[str, Any]()
         for position, entry in enumerate(self.images):
             origin = f"{self.path}: image {describe_entry(entry, 'id', position)}"

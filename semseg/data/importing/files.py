@@ -221,12 +221,7 @@ class ImageFinder:
         if len(found) > 1:
             listed = " and ".join(str(path) for path in found[:2])
             raise EntryError(f"{name!r} may be {listed}. Set import.images to the folder with the right one")
-        own = _compose_parts(found[0])
-        common, other = max(
-            (_count_common_end(own, each), each) for each in {parts, *self._expected.get(parts[-1], ())}
-        )
-        if common > _count_common_end(own, parts):
-            raise EntryError(f"there is no image {name} below {self.folder}: {found[0]} is {'/'.join(other)}")
+        self._refuse_other(name, found[0], _compose_parts(found[0]))
         return found[0]
 
     def find_stem(self, stem: str, without: Sequence[str]) -> list[Path]:
@@ -234,6 +229,9 @@ class ImageFinder:
 
         Args:
             without: patterns of the names of folders of masks, whose files are not images.
+
+        Raises:
+            EntryError: if there is only one in another case, or that of another name of the export (`expect`).
         """
         self._index_stems(without)
         parts = [_compose(part) for part in PurePosixPath(stem).parts]
@@ -253,7 +251,10 @@ class ImageFinder:
         if len(found) > 1:
             names = {path: [_compose(part) for part in path.with_suffix("").parts] for path in found}
             found = _keep_best(found, lambda path: _count_common_end(names[path], parts))
-        return _keep_uppermost(found)
+        found = _keep_uppermost(found)
+        if len(found) == 1:
+            self._refuse_other(stem, found[0], _compose_parts(found[0].with_suffix("")))
+        return found
 
     def count_stems(self, without: Sequence[str]) -> int:
         """The number of image files that `find_stem` chooses from."""
@@ -279,6 +280,20 @@ class ImageFinder:
     def relative(self, path: Path) -> str:
         """The path of an image below the folder, with /."""
         return path.relative_to(self.folder).as_posix()
+
+    def _refuse_other(self, name: str, found: Path, own: Sequence[str]) -> None:
+        """Refuse a file, whose path has the parts `own`, if another name of the export agrees better with it.
+
+        Raises:
+            EntryError: with that name.
+        """
+        parts = _split_name(name)
+        expected = {parts, *self._expected.get(parts[-1], ())}
+        common, other = max((_count_common_end(own, each), each) for each in expected)
+        if common > _count_common_end(own, parts):
+            raise EntryError(
+                f"there is no image {name} below {self.folder}, and {found} is what the export calls {'/'.join(other)}"
+            )
 
     def _refuse_missing(self, name: str, last: str) -> None:
         similar = self._by_case.get(last.casefold())

@@ -135,7 +135,6 @@ class LabelStudioReader:
         content = read_json_file(path)
         if not isinstance(content, list):
             raise DataError(f"{path}: must be a list of tasks. Export it from Label Studio as JSON.")
-        self.finder.expect(list_image_names(content))
         for position, task in enumerate(content):
             origin = f"{path}: task {describe_entry(task, 'id', position)}"
             if isinstance(task, dict) and not {"annotations", "completions"} & set(task):
@@ -152,6 +151,8 @@ class LabelStudioReader:
             except EntryError as error:
                 yield Problem(f"{origin}: {error}.")
                 continue
+            data = task["data"] if isinstance(task.get("data"), dict) else {}
+            self.finder.expect([choose_image_name(data, results or []) or ""])
             if results is None:
                 self.num_open += 1
             else:
@@ -177,10 +178,7 @@ class LabelStudioReader:
         Raises:
             EntryError: if it, or one of its regions, cannot be read.
         """
-        # A task may have a preview, too. The key of the image is often, not always, the name of its tag.
-        targets = {str(result.get("to_name")) for result in task.results if isinstance(result, dict)}
-        data = get(task.content, "data", dict)
-        path = self.find_image({key: data[key] for key in sorted(data, key=lambda key: key not in targets)})
+        path = self.find_image(choose_image_name(get(task.content, "data", dict), task.results))
         by_id = {
             result["id"]: label
             for result in task.results
@@ -194,7 +192,7 @@ class LabelStudioReader:
                 kind = get(result, "type", str).removesuffix("labels")
                 label = find_label(result, by_id)
                 if label is None:
-                    self.refuse_other_region(kind, result)
+                    self.refuse_other_region(kind, result, by_id)
                     self.num_other += kind != ""
                     continue
                 own = Size(get(result, "original_height", int), get(result, "original_width", int))
@@ -211,24 +209,26 @@ class LabelStudioReader:
             annotations.append(Annotation(index_of[label], (shape,), name))
         return AnnotatedImage(str(path), self.finder.relative(path), split, size, task.origin, tuple(annotations))
 
-    def refuse_other_region(self, kind: str, result: Any) -> None:
+    def refuse_other_region(self, kind: str, result: Any, by_id: dict[Any, str]) -> None:
         """Refuse a labelled area of a kind that cannot be read, which would become background.
+
+        The size of the picture tells areas from labels of text and sound.
 
         Raises:
             EntryError: naming the kind.
         """
-        if kind not in (*REGIONS, *SHAPES_WITHOUT_AREA) and find_first(result, f"{kind}labels"):
+        if kind in ("", *REGIONS, *SHAPES_WITHOUT_AREA) or "original_width" not in result:
+            return
+        if find_first(result, f"{kind}labels") or result.get("id") in by_id:
             kinds = ", ".join(f"{each}labels" for each in REGIONS)
             raise EntryError(f"is of the type {kind}labels, which cannot be read. Draw it again as one of {kinds}")
 
-    def find_image(self, data: dict[str, Any]) -> Path:
+    def find_image(self, name: str | None) -> Path:
         """The image of a task, with or without the eight digits that Label Studio puts before uploaded names.
 
         Raises:
             EntryError: if there is none, or both names exist.
         """
-        named = (find_image_name(value) for value in data.values() if isinstance(value, str))
-        name = next((each for each in named if each), None)
         if name is None:
             raise EntryError("has no image in data")
         folder, _, last = name.rpartition("/")
@@ -264,13 +264,15 @@ def describe_time(annotation: Any) -> str:
     return next((time for time in times if isinstance(time, str)), "")
 
 
-def list_image_names(tasks: Sequence[Any]) -> Iterator[str]:
-    """The paths of images in the data of all tasks."""
-    for task in tasks:
-        data = task.get("data") if isinstance(task, dict) else None
-        for value in data.values() if isinstance(data, dict) else ():
-            if isinstance(value, str) and (name := find_image_name(value)):
-                yield name
+def choose_image_name(data: dict[str, Any], results: Sequence[Any]) -> str | None:
+    """The path of the image in the data of a task; None if there is none.
+
+    A task may have a preview, too. The key of the image is often, not always, the name of its tag.
+    """
+    targets = {str(result.get("to_name")) for result in results if isinstance(result, dict)}
+    values = (data[key] for key in sorted(data, key=lambda key: key not in targets))
+    named = (find_image_name(value) for value in values if isinstance(value, str))
+    return next((name for name in named if name), None)
 
 
 def find_image_name(value: str) -> str | None:

@@ -91,6 +91,7 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
     if not names and contents:
         raise DataError(f"{root}: no file of LabelMe in it has a shape with a label. Annotate the images first.")
     reader = LabelMeReader(root, names, finder, options)
+    finder.expect(map(reader.name_image, contents))
     for file in contents:
         try:
             items.append(reader.read_file(file))
@@ -150,6 +151,14 @@ class LabelMeReader:
         image = AnnotatedImage("", "", split, size, str(path), tuple(annotations))
         return self.find_image(path, content, image)
 
+    def name_image(self, file: LabelMeFile) -> str:
+        """What the export calls the image of a file: its path below the export if it lies beside, or imagePath."""
+        given = file.content.get("imagePath")
+        if not isinstance(given, str):
+            return ""
+        beside = find_beside(file.path, given)
+        return self.finder.relative(beside) if self.finder.has(beside) else given
+
     def find_image(self, path: Path, content: Any, image: AnnotatedImage) -> AnnotatedImage:
         """The image, with its file: beside the JSON file, elsewhere below the export, or inside the JSON file.
 
@@ -157,9 +166,7 @@ class LabelMeReader:
             EntryError: if there is none.
         """
         given = get(content, "imagePath", str)
-        name = given.replace("\\", "/").rpartition("/")[2]
-        is_name = name not in ("", ".", "..") and "\0" not in name
-        beside = path.with_name(name) if is_name else path
+        beside = find_beside(path, given)
         try:
             found = beside if self.finder.has(beside) else self.finder.find(given, image.split)
         except EntryError as error:
@@ -221,6 +228,12 @@ class LabelMeReader:
             yield f"{self.num_lines} lines and points are drawn {width:g} pixels wide (import.line_width)."
         if self.num_decoded:
             yield f"{self.num_decoded} images are not in the export and were taken out of its JSON files."
+
+
+def find_beside(path: Path, given: str) -> Path:
+    """Where the image that a JSON file calls `given` is if it lies beside it; the file itself if that is no name."""
+    name = given.replace("\\", "/").rpartition("/")[2]
+    return path.with_name(name) if name not in ("", ".", "..") and "\0" not in name else path
 
 
 def decode_base64(text: str, key: str) -> bytes:

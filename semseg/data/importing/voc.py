@@ -67,10 +67,10 @@ def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
     items: list[AnnotatedImage | Problem] = [
         Problem(f"{path}: masks are PNG files, so that all colours are exact. Export it again.") for path in others
     ]
-    seen, num_missing = set[str](), 0
-    for path in masks:
-        stem = path.relative_to(root / MASK_FOLDER).with_suffix("").as_posix()
-        seen.add(stem)
+    stems = {path: path.relative_to(root / MASK_FOLDER).with_suffix("").as_posix() for path in masks}
+    finder.expect(stems.values())
+    seen, num_missing = set(stems.values()), 0
+    for path, stem in stems.items():
         if splits and stem not in splits:
             continue
         try:

@@ -69,11 +69,12 @@ def read_yolo(root: Path, file: Path, finder: ImageFinder, options: ImportConfig
     masks_dir = content.get("masks_dir")
     items: list[AnnotatedImage | Problem] = []
     reader = YoloReader(file, names, masks_dir if isinstance(masks_dir, str) else None, finder, options)
-    for split in SPLITS:
-        entries = next((content[key] for key in SPLIT_NAMES[split] if content.get(key)), [])
-        for entry in entries if isinstance(entries, list) else [entries]:
-            for path in reader.list_images(split, str(entry), content.get("path")):
-                items.append(reader.read_image(path, split))
+    entries = [(split, entry) for split in SPLITS for entry in list_entries(content, split)]
+    for _, entry in entries:
+        reader.expect_images(entry, content.get("path"))
+    for split, entry in entries:
+        for path in reader.list_images(split, entry, content.get("path")):
+            items.append(reader.read_image(path, split))
     if not items:
         raise DataError(f"{file}: names no images: train, val and test are missing or empty.")
     if reader.num_unlabelled == len(items):
@@ -106,6 +107,12 @@ def read_names(file: Path, content: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def list_entries(content: dict[str, Any], split: str) -> list[str]:
+    """The folders and lists of a split."""
+    entries = next((content[key] for key in SPLIT_NAMES[split] if content.get(key)), [])
+    return [str(entry) for entry in (entries if isinstance(entries, list) else [entries])]
+
+
 class YoloReader:
     """Images and labels of a data set of YOLO.
 
@@ -125,6 +132,18 @@ class YoloReader:
         self.used: set[Path] = set()  # label files of images
 
     # ---- images
+
+    def expect_images(self, entry: str, base: Any) -> None:
+        """Note the names of the images of an entry, before any of them is looked for.
+
+        Raises:
+            DataError: if a list cannot be read.
+        """
+        path = self.resolve(entry, base)
+        if path is not None and store.is_folder(path):
+            self.finder.expect(str(each) for each in store.list_files_below(path))
+        elif path is not None:
+            self.finder.expect(line.strip() for line in read_text_lines(path))
 
     def list_images(self, split: str, entry: str, base: Any) -> list[Path]:
         """The images of an entry of `train`, `val` or `test`: a folder, or a list of files.
@@ -148,9 +167,8 @@ class YoloReader:
             if not found:
                 raise DataError(f"{self.file}: {split}: there is no image in {path}.")
             return found
-        images, lines = [], read_text_lines(path)
-        self.finder.expect(line.strip() for line in lines)
-        for number, line in enumerate(lines, start=1):
+        images = []
+        for number, line in enumerate(read_text_lines(path), start=1):
             if not line.strip():
                 continue
             try:
@@ -274,18 +292,23 @@ class YoloReader:
         """The number of label files, in folders `labels` of images that were read, that belong to none of them."""
         folders = {label.parent for label in self.used if "labels" in label.parts}
         files = (each for folder in folders for each in store.list_files_below(folder))
-        return sum(each.suffix.lower() == ".txt" and each not in self.used and each.parent in folders for each in files)
+        return sum(is_label(each) and each not in self.used and each.parent in folders for each in files)
 
     def describe(self) -> Iterator[str]:
         """Sentences about what was decided."""
         if num_unused := self.count_unused_labels():
-            yield f"{num_unused} label files have no image and are left out."
+            yield f"{num_unused} label files belong to no image that is read, and are left out."
         for entry in self.missing:
             yield f"There is no {entry}: its test images are left out."
         if self.num_boxes:
             yield f"{self.num_boxes} lines are boxes and drawn as rectangles."
         if self.num_unlabelled:
             yield f"{self.num_unlabelled} images have no label file, which means that they hold no object."
+
+
+def is_label(path: Path) -> bool:
+    """Whether a file is the label of an image, by its name; tools write the names of the classes beside them."""
+    return path.suffix.lower() == ".txt" and path.name != "classes.txt"
 
 
 def swap_folder(path: Path, name: str) -> Path:
