@@ -79,6 +79,7 @@ INHERITING_MODES = ("eval", "predict", "serve", "export", "replay", "average")  
 SEVERAL_NETWORKS_MODES = ("eval", "predict", "serve", "average")  # modes that average networks
 TRAINING_MODES = ("train", "crossval")
 USING_MODES = ("eval", "predict", "serve", "export", "convert")  # modes that take a network as it was trained
+PLAIN_DECODERS = ("linear", "segformer", "upernet", "upernet_lite")  # without an auxiliary classifier
 TRAINING_KEYS = (  # keys and sections that only training reads
     "optim", "schedule", "loss", "augment", "syncbn", "ema", "checkpoint", "callbacks", "logger",
     "after_training", "init_from", "resume", "resume_force",
@@ -168,13 +169,13 @@ def refuse_idle_keys(config: Config, overrides: Sequence[str]) -> None:
         ConfigError: with the setting that they are for, or that replaces them.
     """
     given = list_given_keys(overrides)
-    if config.mode in TRAINING_MODES and config.input and "input" in given and "predict" not in config.after_training:
+    if config.mode in DATA_MODES and ("debug" in given or is_resumed(config)):
+        return
+    if config.mode in DATA_MODES and config.input and "input" in given and "predict" not in config.after_training:
         raise ConfigError(
             f"input={config.input}: has no effect with mode={config.mode}. Give mode=predict, or "
             "after_training=[predict] to predict after training."
         )
-    if config.mode in DATA_MODES and ("debug" in given or is_resumed(config)):
-        return
     idle = dict(find_idle_output_keys(config))
     if config.mode in DATA_MODES:
         idle |= dict(find_idle_data_keys(config.data))
@@ -225,8 +226,13 @@ def find_idle_training_keys(config: Config) -> Iterator[tuple[str, str]]:
 def find_idle_loss_keys(config: Config) -> Iterator[tuple[str, str]]:
     """Every key of the loss that has no effect, with a sentence about what to do."""
     terms = config.loss.terms
-    if config.model.decoder.get("deep_supervision") is False:
-        yield "model.deepsup_weight", "It is for model.decoder.deep_supervision=true. Give that, or leave it out."
+    decoder = config.model.decoder
+    is_plain = decoder.get("name") in PLAIN_DECODERS or decoder.get("deep_supervision") is False
+    if is_plain or config.model.library == "smp":
+        yield (
+            "model.deepsup_weight",
+            "It is for decoders with deep supervision, such as ppm_deepsup. Leave it out.",
+        )
     if not terms.ohem:
         advice = "It is for loss=ohem. Give that, or leave it out."
         yield from dict.fromkeys(("loss.ohem_threshold", "loss.ohem_min_kept"), advice).items()

@@ -66,13 +66,7 @@ class ClassTable(NamedTuple):
             DataError: if the file or a column is missing, or a row is invalid, with the line number.
         """
         path = Path(path)
-        try:
-            lines = read_text(path).splitlines()
-        except UnicodeDecodeError as error:
-            advice = "Save it as CSV in UTF-8, not as a workbook or in the encoding of a region"
-            raise DataError(f"{path}: the class table is not UTF-8 text (byte {error.start}). {advice}.") from None
-        except OSError as error:
-            raise DataError(f"{path}: the class table cannot be read ({describe_reason(error)}).") from error
+        lines = _read_table(path).splitlines()
         first = next((number for number, line in enumerate(lines) if not line.lower().startswith("sep=")), 0)
         header = lines[first].lower().replace('"', "") if lines else ""
         delimiter = max(SEPARATORS, key=header.count)
@@ -143,8 +137,8 @@ class ClassTable(NamedTuple):
         path = Path(path)
         if path.suffix.lower() not in (".json", ".txt"):
             return cls.from_csv(path)
+        text = _read_table(path)
         try:
-            text = read_text(path)
             if path.suffix.lower() == ".txt":
                 lines = [line for each in text.splitlines() if (line := each.strip()) and not line.startswith("#")]
                 if lines and all(map(LABEL_MAP_LINE.fullmatch, lines)):
@@ -164,9 +158,24 @@ class ClassTable(NamedTuple):
             if len(has_colours) > 1:
                 raise ValueError("some classes have a color, and some have none")
             return cls(tuple(map(escape_unprintable, names)), tuple(map(_parse_colour, colours)))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-            raise DataError(f"{path}: the class table cannot be read ({kind}{describe_reason(error)}).") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {describe_reason(error)}"
+            raise DataError(f"{path}: the class table cannot be read ({reason}).") from error
+
+
+def _read_table(path: Path) -> str:
+    """The text of a class table.
+
+    Raises:
+        DataError: if it cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_text(path)
+    except UnicodeDecodeError as error:
+        advice = "Save it as text in UTF-8, not as a workbook or in the encoding of a region"
+        raise DataError(f"{path}: the class table is not UTF-8 text (byte {error.start}). {advice}.") from None
+    except OSError as error:
+        raise DataError(f"{path}: the class table cannot be read ({describe_reason(error)}).") from error
 
 
 def find_moved_class(names: Sequence[str], trained: Sequence[str]) -> int | None:

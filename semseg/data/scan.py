@@ -37,7 +37,7 @@ from semseg.errors import DataError
 from semseg.system.processors import count_processors
 
 MAX_COLOURS = 256  # a mask with more colours is taken for a photo
-CACHE_FORMAT = 4  # version of the cached rows
+CACHE_FORMAT = 5  # version of the cached rows
 NUM_MASKS_MEASURED = 400  # masks whose objects are measured
 NUM_SAMPLED = 64  # images whose pixels are read, in addition to all 16-bit images
 NUM_PROBES = 16  # of an image that is too large to be read whole, whose pixels are read

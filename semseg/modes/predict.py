@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -183,26 +183,17 @@ class PredictionJob:
         )
         for done, (item, loaded) in enumerate(zip(images, loader, strict=True), start=1):
             failure = loaded.failure
-            try:
-                if loaded.is_by_window:
-                    self.predict_windows(item)
-                elif not failure:
-                    self.predict_image(item, loaded)
-            except DataError as error:
-                failure = str(error)
-            except OSError as error:
-                if error.errno != errno.ENAMETOOLONG:
-                    raise
-                failure = f"{item.path}: its name is too long for the names of the outputs. Shorten it."
+            if loaded.is_by_window:
+                failure = describe_failure(item, self.predict_windows, item)
+            elif not failure:
+                failure = describe_failure(item, self.predict_image, item, loaded)
             on_progress(done)
             yield failure
         videos = [item for item in inputs if item.is_video]
         for done, item in enumerate(videos, start=len(images)):
-            failure = ""
-            try:
-                self.predict_video(item, lambda share, done=done: on_progress(done + share))
-            except DataError as error:
-                failure = str(error)
+            failure = describe_failure(
+                item, self.predict_video, item, lambda share, done=done: on_progress(done + share)
+            )
             on_progress(done + 1)
             yield failure
 
@@ -323,10 +314,23 @@ class PredictionJob:
         """Predict a frame of a video and write its outputs."""
         per_frame = [name for name in self.outputs if name not in FRAME_PICTURES]
         result = self.predictor.predict(frame.pixels, probabilities="probabilities" in per_frame)
-        write_outputs(result, target / f"{frame.number:06d}", per_frame)
         for name in self.outputs:
             if name in FRAME_PICTURES:
                 writers.add(name, FRAME_PICTURES[name](result), frame.rate)
+        write_outputs(result, target / f"{frame.number:06d}", per_frame)
+
+
+def describe_failure(item: Input, predict: Callable[..., object], *arguments: Any) -> str:
+    """Predict an input; returns the error that leaves out this one alone, or an empty string."""
+    try:
+        predict(*arguments)
+    except DataError as error:
+        return str(error)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return f"{item.path}: its name is too long for the names of the outputs. Shorten it."
+    return ""
 
 
 def choose_drawing(predictor: Predictor, reader: BandWindows) -> Callable[[NDArray], Pixels]:

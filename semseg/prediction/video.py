@@ -197,7 +197,7 @@ class VideoWriters:
             writer.release()
         try:
             for name in self._open if error is None else ():
-                self._finish(name, self.target.with_name(f"{self.target.name}_{name}.mp4"))
+                self._finish(name, self._final(name))
         finally:
             for name in self._open:
                 self._temporary(name).unlink(missing_ok=True)
@@ -218,7 +218,8 @@ class VideoWriters:
         """Add a picture (H, W, 3) RGB to video `name`; all pictures of a video have the same size.
 
         Raises:
-            DataError: if the video cannot be written.
+            DataError: if OpenCV cannot write the video.
+            OSError: if its name is too long.
         """
         # MPEG-4 requires even sides: in pictures with odd sides, the last row or column is repeated.
         bottom, right = picture.shape[0] % 2, picture.shape[1] % 2
@@ -226,12 +227,16 @@ class VideoWriters:
         if name not in self._open:
             path = self._temporary(name)
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._final(name).exists()  # an OSError for a name that is too long comes before all frames are predicted
             size = (even.shape[1], even.shape[0])
             self._open[name] = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*CODEC), rate, size)
             if not self._open[name].isOpened():
                 raise DataError(f"{path}: the video cannot be written ({CODEC}, {size[0]} x {size[1]}).")
         self._counts[name] = self._counts.get(name, 0) + 1
         self._open[name].write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))
+
+    def _final(self, name: str) -> Path:
+        return self.target.with_name(f"{self.target.name}_{name}.mp4")
 
     def _temporary(self, name: str) -> Path:
         return self.target.with_name(f".{self.target.name[:40]}_{name}.{self._token}.tmp.mp4")

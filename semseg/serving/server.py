@@ -44,7 +44,7 @@ from semseg.data.classes import ClassTable
 from semseg.data.images import decode_image
 from semseg.data.label_map import LabelMap, ignore_missing
 from semseg.data.raster_layout import has_geo_tags
-from semseg.errors import ConfigError, SemsegError
+from semseg.errors import ConfigError, DataError, SemsegError
 from semseg.prediction.geotiff import read_whole_mask
 from semseg.reports.draw import class_shares
 from semseg.reports.templates import format_css_colour
@@ -444,7 +444,7 @@ def predict_upload(served: ServedNetwork, upload: Upload, max_pixels: int) -> Pr
     data, key = upload.file.read(), "serve.max_pixels"
     if served.bands is None:
         image = decode_image(data, upload.name, upright=True, max_pixels=max_pixels, key=key)
-        is_valid = read_uploaded_mask(data)
+        is_valid = read_uploaded_mask(data, upload.name)
     else:
         read = decode_bands(data, upload.name, served.bands, max_pixels, key=key, naming=SEND_OTHER_BANDS)
         image, is_valid, *_ = read.turn_upright()
@@ -460,8 +460,11 @@ def predict_upload(served: ServedNetwork, upload: Upload, max_pixels: int) -> Pr
     return PredictResponse(height=ids.shape[0], width=ids.shape[1], classes=present, mask=mask, picture=picture)
 
 
-def read_uploaded_mask(data: bytes) -> NDArray[np.bool_] | None:
+def read_uploaded_mask(data: bytes, name: str) -> NDArray[np.bool_] | None:
     """(H, W) where an uploaded picture has values, if it is a GeoTIFF; None: everywhere.
+
+    Args:
+        name: of the upload, for errors.
 
     Raises:
         DataError: if GDAL cannot read the mask.
@@ -471,7 +474,10 @@ def read_uploaded_mask(data: bytes) -> NDArray[np.bool_] | None:
     with tempfile.TemporaryDirectory() as folder:  # GDAL reads files
         file = Path(folder, "upload.tif")
         file.write_bytes(data)
-        return read_whole_mask(file)
+        try:
+            return read_whole_mask(file)
+        except DataError as error:
+            raise DataError(str(error).replace(str(file), name)) from None
 
 
 def describe_class(served: ServedNetwork, index: int) -> NetworkClass:

@@ -102,10 +102,13 @@ def test_a_table_of_a_spreadsheet_may_have_tabs_capitals_a_line_sep_and_empty_ro
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
-def test_a_table_in_another_encoding_is_to_be_saved_in_utf_8(tmp_path: Path, encoding: str) -> None:
-    (tmp_path / "t.csv").write_text("index,name,R,G,B\n0,K\u00e4se,1,2,3\n", encoding=encoding)
-    with pytest.raises(DataError, match=r"t\.csv: the class table is not UTF-8 text \(byte \d+\)\. Save it as CSV in"):
-        ClassTable.from_file(tmp_path / "t.csv")
+@pytest.mark.parametrize("name", ["t.csv", "t.txt", "t.json"])
+def test_a_table_in_another_encoding_is_to_be_saved_in_utf_8(tmp_path: Path, name: str, encoding: str) -> None:
+    (tmp_path / name).write_text("index,name,R,G,B\n0,K\u00e4se,1,2,3\n", encoding=encoding)
+    with pytest.raises(
+        DataError, match=rf"{name}: the class table is not UTF-8 text \(byte \d+\)\. Save it as text in"
+    ):
+        ClassTable.from_file(tmp_path / name)
 
 
 def test_the_numbers_of_a_json_table_decide_the_order_of_its_classes(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -169,11 +170,14 @@ def test_prediction_of_a_folder_with_a_film_and_a_broken_file(folder: Path) -> N
     with VideoWriters(place / "film") as film:
         for level in (0, 255):
             film.add("of_two", np.full((32, 40, 3), level, np.uint8), 10)
+    shutil.copy(place / "a.png", place / f"{'n' * 248}.png")
+    shutil.copy(place / "film_of_two.mp4", place / f"{'n' * 246}.mp4")
     output = run_here(
         folder, "mode=predict", "ckpt=run", "input=mixed", "run_dir=mixed/out", "predict.format=ade20k",
         "predict.save=[ids,color,overlay,panel,probabilities]", code=1,
     )  # fmt: skip
-    assert "broken.jpg: is not an image" in output and "3 of 4 files predicted" in output
+    assert "broken.jpg: is not an image" in output and "3 of 6 files predicted" in output
+    assert output.count("its name is too long for the names of the outputs. Shorten it.") == 2
     of_image = {"ids.png", "color.png", "overlay.png", "panel.png", "probabilities.npz"}
     written = {path.relative_to(place / "out").as_posix() for path in (place / "out").rglob("*") if path.is_file()}
     expected = {f"{stem}_{kind}" for stem in ("a", "sub/a") for kind in of_image} | {"classes.json"}

@@ -6,6 +6,7 @@ import base64
 import io
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -19,6 +20,8 @@ from test_server import SERVED, client, encoded, half_bright, mask_of
 from semseg.config.preprocessing import BandRange
 from semseg.config.schema import ServeConfig
 from semseg.data.bands import BandFile, BandOptions, draw_bands
+from semseg.errors import DataError
+from semseg.serving.server import read_uploaded_mask
 
 FOUR = ("red", "green", "blue", "nir")
 OPTIONS = BandOptions((BandFile("", FOUR),), FOUR, (BandRange(0, 3000),) * 4, (1500.0,) * 4)
@@ -108,6 +111,17 @@ def test_pixels_of_a_geotiff_of_colours_without_values_have_no_class(tmp_path: P
     mask, is_dark = np.asarray(mask_of(answer)), (pixels == 0).all(axis=0)
     assert is_dark.any() and not is_dark.all()
     assert (mask[is_dark] == 0).all() and (mask[~is_dark] != 0).all()
+
+
+def test_a_damaged_mask_of_an_upload_is_reported_with_its_name(tmp_path: Path) -> None:
+    def fail(file: Path) -> None:
+        raise DataError(f"{file}: its mask cannot be read.")
+
+    with (
+        patch("semseg.serving.server.read_whole_mask", fail),
+        pytest.raises(DataError, match=r"^a\.tif: its mask cannot be read\.$"),
+    ):
+        read_uploaded_mask(as_geotiff(tmp_path), "a.tif")
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,7 @@ def test_the_image_of_another_name_of_coco_is_not_taken_for_one_that_is_missing(
     rename_coco_images(file, ["cam1/1.jpg", "cam2/1.jpg", "cam2/2.jpg"])
     move(tmp_path / "e/images", {"b.jpg": "cam2/1.jpg", "c.jpg": "cam2/2.jpg"})
     (tmp_path / "e/images/a.jpg").unlink()
-    message = (
-        r"image 1: there is no image cam1/1\.jpg below .*cam2/1\.jpg is what the export calls cam2/1\.jpg"
-    )
+    message = r"image 1: there is no image cam1/1\.jpg below .*cam2/1\.jpg is what the export calls cam2/1\.jpg"
     with pytest.raises(DataError, match=message):
         import_here(tmp_path / "e", tmp_path / "out")
     rename_coco_images(file, ["elsewhere/9.jpg", "elsewhere/1.jpg", "elsewhere/2.jpg"])  # folders of another machine
