@@ -149,6 +149,7 @@ def test_what_a_mode_cannot_use_is_refused_before_anything_is_written(
         ["data.val.images=i", "data.val.masks=m", "data.val_fraction=0.0"],
         ["data.train.stems=''", "data.train.images=null", "schedule.min_factor=0.0"],
         ["debug=overfit", "data.val_fraction=0.2"],
+        ["debug=fast", "input=photos"],
         ["optim.beta2=0.5", "resume=old.ckpt"],
         ["optim.beta2=0.5", "run_dir=begun"],
         ["mode=eval", "ckpt=x", "optim.beta2=0.5"],
