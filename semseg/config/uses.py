@@ -229,10 +229,7 @@ def find_idle_loss_keys(config: Config) -> Iterator[tuple[str, str]]:
     decoder = config.model.decoder
     is_plain = decoder.get("name") in PLAIN_DECODERS or decoder.get("deep_supervision") is False
     if is_plain or config.model.library == "smp":
-        yield (
-            "model.deepsup_weight",
-            "It is for decoders with deep supervision, such as ppm_deepsup. Leave it out.",
-        )
+        yield "model.deepsup_weight", "It is for decoders with deep supervision, such as ppm_deepsup. Leave it out."
     if not terms.ohem:
         advice = "It is for loss=ohem. Give that, or leave it out."
         yield from dict.fromkeys(("loss.ohem_threshold", "loss.ohem_min_kept"), advice).items()

@@ -141,7 +141,7 @@ class YoloReader:
         """
         path = self.resolve(entry, base)
         if path is not None and store.is_folder(path):
-            self.finder.expect(str(each) for each in store.list_files_below(path))
+            self.finder.expect(map(self.name_image, store.list_files_below(path)))
         elif path is not None:
             self.finder.expect(line.strip() for line in read_text_lines(path))
 

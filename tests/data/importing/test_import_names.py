@@ -83,6 +83,13 @@ def test_names_of_all_files_of_an_export_are_known_before_the_first_image_is_loo
     with pytest.raises(DataError, match=r"train\.txt:1: there is no image \./images/cam1/1\.jpg"):
         import_here(tmp_path / "yolo", tmp_path / "out")
 
+    put(tmp_path / "yolo/data.yaml", "names: [cat]\ntrain: train.txt\nval: images/cam2\n")
+    with pytest.raises(DataError, match=r"train\.txt:1: there is no image \./images/cam1/1\.jpg"):
+        import_here(tmp_path / "yolo", tmp_path / "out")
+    put(tmp_path / "yolo/train.txt", "../datasets/yolo/images/cam2/1.jpg\n")  # the same image in both splits
+    put(tmp_path / "yolo/labels/cam2/1.txt", "0 0 0 0 1 1 1\n")
+    assert len(import_here(tmp_path / "yolo", tmp_path / "yolo_out").images) == 1
+
     write_labelme(tmp_path / "labelme/cam1", ["1"])
     write_labelme(tmp_path / "labelme/cam2", ["1"])
     (tmp_path / "labelme/cam1/1.jpg").unlink()
