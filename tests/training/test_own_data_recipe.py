@@ -51,7 +51,7 @@ CHOSEN = "Dice, AdamW 0.003, encoder 0.0005"  # what the first rows led to
     [
         ("{} over cross entropy", "own_data", "10", "none", "cross entropy"),
         ("{} over strong", "own_data", "10", "none", "strong crops"),
-        ("({} over none)", "own_data_whole", "6", "none", "no colours"),
+        ("{} over none:", "own_data", "10", "none", "no colours"),
         ("{} over one size", "own_data", "10", "none", "one size"),
         ("{} over whole images;", "own_data", "10", "none", "whole images"),
         ("label_stride: 2 # {} over 4", "own_data", "10", "none", "label stride 4"),
@@ -61,7 +61,7 @@ CHOSEN = "Dice, AdamW 0.003, encoder 0.0005"  # what the first rows led to
         ("{} over SGD 0.05", "own_data", "10", "none", "SGD 0.05"),
         ("{} over SGD 0.02", "segformer", "3", CHOSEN, "Dice"),
         ("{} over AdamW 0.001 for both)", "segformer", "3", CHOSEN, "Dice, AdamW 0.001"),
-        ("({} over no warm-up)", "own_data_whole", "6", "none", "no warm-up"),
+        ("{} over no warm-up\n", "own_data", "10", "none", "no warm-up"),
         ("({} over 8)", "own_data_whole", "6", "none", "batch 8"),
         ("{} over no average", "own_data", "10", "none", "no EMA"),
     ],
