@@ -212,7 +212,7 @@ class LabelStudioReader:
     def refuse_other_region(self, kind: str, result: Any, by_id: dict[Any, str]) -> None:
         """Refuse a labelled area of a kind that cannot be read, which would become background.
 
-        The size of the picture tells areas from labels of text and sound.
+        Only areas have the size of the picture; labels of text and sound do not.
 
         Raises:
             EntryError: naming the kind.

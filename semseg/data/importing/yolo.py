@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -69,12 +69,13 @@ def read_yolo(root: Path, file: Path, finder: ImageFinder, options: ImportConfig
     masks_dir = content.get("masks_dir")
     items: list[AnnotatedImage | Problem] = []
     reader = YoloReader(file, names, masks_dir if isinstance(masks_dir, str) else None, finder, options)
-    entries = [(split, entry) for split in SPLITS for entry in list_entries(content, split)]
-    for _, entry in entries:
-        reader.expect_images(entry, content.get("path"))
-    for split, entry in entries:
-        for path in reader.list_images(split, entry, content.get("path")):
-            items.append(reader.read_image(path, split))
+    opened = [
+        (split, reader.open_entry(split, entry, content.get("path")))
+        for split in SPLITS
+        for entry in list_entries(content, split)
+    ]  # all, before the first image is looked for: each notes the names of its images
+    for split, entry in opened:
+        items += [reader.read_image(path, split) for path in reader.find_images(entry, split)]
     if not items:
         raise DataError(f"{file}: names no images: train, val and test are missing or empty.")
     if reader.num_unlabelled == len(items):
@@ -113,6 +114,14 @@ def list_entries(content: dict[str, Any], split: str) -> list[str]:
     return [str(entry) for entry in (entries if isinstance(entries, list) else [entries])]
 
 
+class Entry(NamedTuple):
+    """An entry of `train`, `val` or `test`, read: a folder of images, or a list of their names."""
+
+    path: Path | None  # None: there is no such folder or list
+    images: Sequence[Path] = ()  # of a folder
+    names: Sequence[str] = ()  # the lines of a list
+
+
 class YoloReader:
     """Images and labels of a data set of YOLO.
 
@@ -133,30 +142,18 @@ class YoloReader:
 
     # ---- images
 
-    def expect_images(self, entry: str, base: Any) -> None:
-        """Note the names of the images of an entry, before any of them is looked for.
-
-        Raises:
-            DataError: if a list cannot be read.
-        """
-        path = self.resolve(entry, base)
-        if path is not None and store.is_folder(path):
-            self.finder.expect(map(self.name_image, store.list_files_below(path)))
-        elif path is not None:
-            self.finder.expect(line.strip() for line in read_text_lines(path))
-
-    def list_images(self, split: str, entry: str, base: Any) -> list[Path]:
-        """The images of an entry of `train`, `val` or `test`: a folder, or a list of files.
+    def open_entry(self, split: str, entry: str, base: Any) -> Entry:
+        """Read an entry of `train`, `val` or `test`, and note the names of its images.
 
         Roboflow names a test split that it has not exported, too; so that one may be missing.
 
         Raises:
-            DataError: if it does not exist.
+            DataError: if it does not exist, cannot be read, or is a folder without an image.
         """
         path = self.resolve(entry, base)
         if path is None and split == "test":
             self.missing.append(entry)
-            return []
+            return Entry(None)
         if path is None:
             raise DataError(
                 f"{self.file}: {split}: there is no {entry} below {self.file.parent}. Correct it, relative to the "
@@ -166,15 +163,24 @@ class YoloReader:
             found = [each for each in store.list_files_below(path) if each.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
                 raise DataError(f"{self.file}: {split}: there is no image in {path}.")
-            return found
-        images = []
-        for number, line in enumerate(read_text_lines(path), start=1):
-            if not line.strip():
-                continue
+            self.finder.expect(map(self.name_image, found))
+            return Entry(path, images=found)
+        names = [line.strip() for line in read_text_lines(path)]
+        self.finder.expect(names)
+        return Entry(path, names=names)
+
+    def find_images(self, entry: Entry, split: str) -> list[Path]:
+        """The images of an entry.
+
+        Raises:
+            DataError: naming the line of a list whose image is not found.
+        """
+        images = list(entry.images)
+        for number, name in enumerate(entry.names, start=1):
             try:
-                images.append(self.finder.find(line.strip(), split))
+                images += [self.finder.find(name, split)] if name else []
             except EntryError as error:
-                raise DataError(f"{path}:{number}: {error}.") from None
+                raise DataError(f"{entry.path}:{number}: {error}.") from None
         return images
 
     def resolve(self, entry: str, base: Any) -> Path | None:
