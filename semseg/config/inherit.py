@@ -10,7 +10,7 @@ from typing import Any
 from semseg.config.fields import key_of
 from semseg.config.override_keys import list_given_keys
 from semseg.config.schema import Config
-from semseg.config.uses import refuse_unused_sizes
+from semseg.config.uses import refuse_unused_boundary_ratio, refuse_unused_sizes
 from semseg.config.validate import check_values
 from semseg.errors import ConfigError
 
@@ -25,7 +25,7 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
     command line (a whole group such as data=camvid, or single keys).
 
     Raises:
-        ConfigError: if the command line requests another network, or sizes that this one does not use.
+        ConfigError: if the command line requests another network, or sizes or a width of boundaries that are not used.
     """
     keys = list_given_keys(overrides)
     for key in keys:
@@ -51,6 +51,7 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
     merged.eval.bootstrap = given.eval.bootstrap  # checkpoints of older versions have 0 where nothing was chosen
     check_values(merged, None)  # the use of `given` has been checked
     refuse_unused_sizes(merged, overrides)
+    refuse_unused_boundary_ratio(merged, overrides)
     return merged
 
 

@@ -36,6 +36,7 @@ PREDICTION_ADVICE = {f"eval.{key}": f"Use predict.{key}." for key in VIEW_KEYS} 
     "eval.visualize": "It is for mode=eval. Leave it out.",
     "eval.label_errors": "It is for mode=eval. Leave it out.",
     "eval.boundary_iou": "It is for mode=eval. Leave it out.",
+    "eval.boundary_ratio": "It is for mode=eval. Leave it out.",
 }
 # Keys, or values of them (key=value), that a mode does not read, and what to do.
 UNREAD_KEYS = {
@@ -132,6 +133,19 @@ def refuse_unused_sizes(config: Config, overrides: Sequence[str]) -> None:
             )
 
 
+def refuse_unused_boundary_ratio(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse a width of boundaries on the command line where boundaries are not scored.
+
+    Raises:
+        ConfigError: if eval.boundary_iou=true is missing.
+    """
+    if "eval.boundary_ratio" in list_given_keys(overrides) and not config.eval.boundary_iou:
+        raise ConfigError(
+            f"eval.boundary_ratio={config.eval.boundary_ratio}: has no effect. It is for eval.boundary_iou=true. Give "
+            "that, or leave it out."
+        )
+
+
 def refuse_unread_keys(mode: str, overrides: Sequence[str]) -> None:
     """Refuse keys on the command line that a mode does not read, where users expect it. Those of files are for others.
 
@@ -181,6 +195,7 @@ def refuse_idle_keys(config: Config, overrides: Sequence[str]) -> None:
         idle |= dict(find_idle_data_keys(config.data))
     if config.mode in TRAINING_MODES:
         idle |= dict(find_idle_training_keys(config))
+        refuse_unused_boundary_ratio(config, overrides)  # other modes have the settings of a run
     for key in given:
         value = reduce(getattr, key.split("."), config) if key in idle else None
         if value:  # neither null, false, 0 nor empty

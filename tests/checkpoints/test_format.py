@@ -163,6 +163,14 @@ def test_settings_come_from_the_checkpoint_unless_given() -> None:
     assert inherit_config(saved, configured(*words), words).data.name == "camvid"
 
 
+def test_a_width_of_boundaries_is_for_runs_that_score_them() -> None:
+    words = ["mode=eval", "ckpt=x", "eval.boundary_ratio=0.1"]
+    with pytest.raises(ConfigError, match=r"^eval\.boundary_ratio=0\.1: has no effect\."):
+        inherit_config(configured(*SMALL), configured(*words), words)
+    inherited = inherit_config(configured(*SMALL, "eval.boundary_iou=true"), configured(*words), words)
+    assert (inherited.eval.boundary_iou, inherited.eval.boundary_ratio) == (True, 0.1)
+
+
 def test_another_network_cannot_be_asked_of_a_checkpoint() -> None:
     words = ["mode=eval", "ckpt=x", "model=upernet50"]
     saved = configured(*SMALL)

@@ -110,6 +110,10 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
             "model.deepsup_weight=1.0: has no effect. It is for decoders",
         ),
         (["model=upernet50", "model.deepsup_weight=1"], "model.deepsup_weight=1.0: has no effect. It is for decoders"),
+        (
+            ["eval.boundary_ratio=0.1"],
+            "eval.boundary_ratio=0.1: has no effect. It is for eval.boundary_iou=true.",
+        ),
         (["loss.focal_gamma=3"], "loss.focal_gamma=3.0: has no effect. It is for loss=focal."),
         (["loss.ohem_min_kept=1"], "loss.ohem_min_kept=1.0: has no effect. It is for loss=ohem."),
         ([*LISTED, "data.train.stems=s.txt"], "data.train.stems=s.txt: has no effect. data.train.list=a.csv names the"),

@@ -37,6 +37,7 @@ class Format(NamedTuple):
     find: Callable[[Listing], Found]  # empty if the export has another format
     read: Callable[[Path, Found, ImageFinder, ImportConfig], Export]
     holds: str  # for messages: what an export of this format has
+    options: tuple[str, ...] = ()  # fields of ImportConfig that it reads and some other formats do not
 
 
 def find_voc_folders(listing: Listing) -> Found:
@@ -56,18 +57,21 @@ TOOL_FORMATS = {
         lambda listing: find_coco_files(listing.files),
         read_coco,
         "a JSON file with images, annotations, categories",
+        options=("overlaps", "crowd", "boxes"),
     ),
     "label_studio": Format(
         "Label Studio JSON",
         lambda listing: find_label_studio_files(listing.files),
         read_label_studio,
         "a JSON file with a list of tasks",
+        options=("overlaps",),
     ),
     "labelme": Format(
         "LabelMe",
         lambda listing: find_labelme_files(listing.files),
         read_labelme,
         "JSON files with shapes and imagePath",
+        options=("overlaps", "line_width"),
     ),
     "roboflow": Format(
         "Roboflow, semantic segmentation",
@@ -86,6 +90,7 @@ TOOL_FORMATS = {
         lambda listing: [path for path in listing.files if path.suffix.lower() in YAML_SUFFIXES and is_yolo_file(path)],
         lambda root, found, finder, options: read_yolo(root, require_one(found), finder, options),
         "a YAML file with names and train",
+        options=("overlaps", "boxes"),
     ),
 }
 
@@ -105,12 +110,23 @@ class FoundExport(NamedTuple):
         """Read the annotations, and find their images.
 
         Raises:
+            ConfigError: if an option is for other formats, or its folder does not exist.
             DataError: if the export cannot be read at all; entries that cannot be read are its problems.
         """
+        self._refuse_other_options(options)
         images = None if options.images is None else store.resolve_path(options.images)
         if images is not None and not store.is_folder(images):
             raise ConfigError(f"import.images={options.images}: there is no such folder.")
         return TOOL_FORMATS[self.format].read(self.root, self.files, ImageFinder(self.root, images), options)
+
+    def _refuse_other_options(self, options: ImportConfig) -> None:
+        """Refuse options that differ from their default and that this format does not read."""
+        for name in sorted({name for each in TOOL_FORMATS.values() for name in each.options}):
+            value = getattr(options, name)
+            if name in TOOL_FORMATS[self.format].options or value == getattr(ImportConfig(), name):
+                continue
+            titles = [each.title for each in TOOL_FORMATS.values() if name in each.options]
+            raise ConfigError(f"import.{name}={value}: has no effect on {self.title}. It is for {', '.join(titles)}.")
 
 
 def list_export(path: Path) -> Listing:

@@ -193,6 +193,24 @@ def test_copies_of_one_photograph_are_on_one_side(tmp_path: Path) -> None:
 # ---- bad input
 
 
+@pytest.mark.parametrize(
+    ("name", "word", "tools"),
+    [
+        ("labelme", "import.crowd=ignore", "COCO JSON"),
+        ("voc", "import.boxes=draw", "COCO JSON, YOLO"),
+        ("coco", "import.line_width=3", "LabelMe"),
+        ("roboflow", "import.overlaps=order", "COCO JSON, Label Studio JSON, LabelMe, YOLO"),
+    ],
+)
+def test_an_option_for_other_formats_is_refused_unless_it_is_the_default(
+    name: str, word: str, tools: str, tmp_path: Path
+) -> None:
+    WRITERS[name](tmp_path / "e")
+    with pytest.raises(ConfigError, match=rf"^{word}(\.0)?: has no effect on .*\. It is for {tools}\.$"):
+        import_here(tmp_path / "e", tmp_path / "out", word)
+    import_here(tmp_path / "e", tmp_path / "out", "import.crowd=class", "import.boxes=refuse", "import.line_width=10")
+
+
 @pytest.mark.parametrize("name", list(WRITERS))
 def test_an_image_or_mask_of_another_size_is_named_in_every_format(name: str, tmp_path: Path) -> None:
     WRITERS[name](tmp_path / "e")
