@@ -69,6 +69,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/evaluation.py --reading 24 --scales 300
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/winograd.py
 	$(BIN)/python benchmarks/pointwise.py
+	$(BIN)/python benchmarks/inference_memory.py
+	$(BIN)/python benchmarks/syncbn.py
 	$(BIN)/python benchmarks/startup.py
 
 wheel:

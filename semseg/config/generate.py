@@ -112,7 +112,7 @@ def describe_type(kind: Any, item: Field[Any]) -> str:
         return "section"
     inner = [describe_type(part, item) for part in get_args(kind)]
     if get_origin(kind) is list:
-        return f"list of {inner[0]}"
+        return f"list of ({inner[0]})" if " or " in inner[0] else f"list of {inner[0]}"
     if get_origin(kind) is dict:
         return "mapping"
     names = {str: "text", type(None): "null"}

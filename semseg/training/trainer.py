@@ -136,7 +136,7 @@ def leave_sigterm_alone(trainer: pl.Trainer) -> None:
 
 
 def choose_accelerator(name: str) -> str:
-    """cpu, gpu (CUDA) or mps (a GPU of Apple) for trainer.accelerator, as `auto` and `gpu` resolve on this machine.
+    """cpu, gpu (CUDA) or mps (an Apple GPU) for trainer.accelerator, as `auto` and `gpu` resolve on this machine.
 
     Raises:
         ConfigError: if a GPU is requested and there is none.
