@@ -5,6 +5,7 @@ A pixel holds no value where the file says so (GDAL's nodata), where it is NaN o
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from semseg.config.preprocessing import RGB
 from semseg.data.bands import BandFile, BandOptions, describe_bands
+from semseg.data.folders import IMAGE_SUFFIXES
 from semseg.data.geometry import Size
 from semseg.data.headers import Header
 from semseg.data.images import (
@@ -29,6 +31,7 @@ from semseg.data.images import (
     read_image_bytes,
     size_of_pixels,
 )
+from semseg.data.raster_layout import read_picture_layout
 from semseg.data.rasters import as_bands, check_layout, read_raster
 from semseg.data.store import UnusedFiles, is_file, list_folder
 from semseg.errors import DataError
@@ -254,7 +257,16 @@ def decode_file_bands(path: str | Path, data: bytes, max_pixels: int, key: str =
     pixels = decode_pixels(path, data, image, header)
     is_grey = header.kind.endswith((" L", " 1", " LA"))
     alpha = decode_alpha(path, image, header)
-    return FileBands(pixels[..., :1] if is_grey else pixels, alpha, None, header)
+    nodata = _find_nodata(data) if is_grey or header.kind.endswith((" RGB", " RGBA")) else None
+    return FileBands(pixels[..., :1] if is_grey else pixels, alpha, nodata, header)
+
+
+def _find_nodata(data: bytes) -> float | None:
+    """GDAL's number of pixels without a value in a TIFF that is a picture, as its pixels are decoded."""
+    layout = read_picture_layout(io.BytesIO(data))
+    if layout is None or layout.nodata is None:
+        return None
+    return 255 - layout.nodata if layout.has_white_zero else layout.nodata
 
 
 def _read_png(path: str | Path, data: bytes, header: Header) -> FileBands:
@@ -356,6 +368,10 @@ def find_band_file(path: str | Path, options: BandOptions, file: BandFile) -> Pa
     found = main.with_name(f"{stem}{main.suffix}")
     if is_file(found):
         return found
+    alternatives = [found.with_name(f"{stem}{suffix}") for suffix in sorted(IMAGE_SUFFIXES)]
+    others = [path for path in alternatives if is_file(path)]
+    if len(others) == 1:
+        return others[0]
     names = list_folder(main.parent, UnusedFiles()) if os.path.isdir(main.parent) or main.parent.suffix else []  # noqa: PTH112
     others = [name for name in names if Path(name).stem == stem]
     if len(others) == 1:

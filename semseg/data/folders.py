@@ -180,14 +180,22 @@ def _find_images(folder: Path, unused: UnusedFiles) -> list[Path]:
             unused.add(f"{suffix}, which is not read: save as JPEG or PNG", path)
         else:
             unused.add(suffix or "without suffix", path)
+    return leave_out_arrays_beside_images(paths, unused)
+
+
+def leave_out_arrays_beside_images(paths: Sequence[Path], unused: UnusedFiles) -> list[Path]:
+    """The image files without arrays that lie beside an image of the same name: its features, logits or a cache of it.
+
+    Ultralytics writes such a cache, with red and blue exchanged.
+    """
     arrays = [path for path in paths if path.suffix.lower() == ARRAY_SUFFIX]
-    if arrays and len(arrays) < len(paths):  # features or logits that lie beside their images
-        pictures = {path.with_suffix("") for path in paths if path.suffix.lower() != ARRAY_SUFFIX}
-        beside = {path for path in arrays if path.with_suffix("") in pictures}
-        for path in sorted(beside):
-            unused.add(f"{ARRAY_SUFFIX} beside images of the same names", path)
-        paths = [path for path in paths if path not in beside]
-    return paths
+    if not arrays or len(arrays) == len(paths):
+        return list(paths)
+    pictures = {path.with_suffix("") for path in paths if path.suffix.lower() != ARRAY_SUFFIX}
+    beside = {path for path in arrays if path.with_suffix("") in pictures}
+    for path in sorted(beside):
+        unused.add(f"{ARRAY_SUFFIX} beside images of the same names", path)
+    return [path for path in paths if path not in beside]
 
 
 def _is_mask(path: Path, naming: Naming, *, has_photo: bool) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from semseg.data.records import COPY_MARK, Record
+from semseg.data.records import Record, name_photograph
 from semseg.errors import DataError
 
 
@@ -26,7 +25,7 @@ def name_group(path: str, root: str | Path, pattern: str | None) -> str:
     >>> name_group("/set/images/p07_a.png", "/set", r"p\\d+"), name_group("/set/p07/a.png", "/set", r"p(\\d+)")
     ('p07', '07')
     """
-    name = COPY_MARK.sub("", os.path.relpath(path, root).replace(os.sep, "/"))
+    name = name_photograph(path, root)
     if pattern is None:
         return name
     found = re.search(pattern, name)

@@ -43,7 +43,8 @@ def scan_headers(paths: Sequence[str], folder: Path, cache_dir: str | Path | Non
     rows = {path: cached[path] for path in stamps if path in cached and cached[path][:2] == stamps[path]}
     unread = [path for path in stamps if path not in rows]
     if unread:
-        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        pool = ThreadPoolExecutor(_NUM_THREADS)
+        try:
             for path, future in [(path, pool.submit(read_header_only, path)) for path in unread]:
                 try:
                     header = future.result()
@@ -51,7 +52,9 @@ def scan_headers(paths: Sequence[str], folder: Path, cache_dir: str | Path | Non
                     problems.append(str(error))
                 else:
                     rows[path] = [*stamps[path], *header.stored, header.orientation]
-        save_cache(cache, cached | rows)
+        finally:  # after Ctrl-C too, at once
+            pool.shutdown(cancel_futures=True)
+            save_cache(cache, cached | rows)
     return HeaderScan({path: _header_from_row(rows[path]) for path in paths if path in rows}, problems)
 
 

@@ -23,7 +23,7 @@ from safetensors.numpy import save as save_tensors
 
 from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
-from semseg.data.store import file_stamp
+from semseg.data.store import file_stamp, resolve_path
 from semseg.errors import ConfigError
 from semseg.storage.atomic import atomic_write
 
@@ -83,7 +83,7 @@ class LabelCache:
     """
 
     def __init__(self, folder: str | Path, label_map: LabelMap, max_bytes: int | None = None) -> None:
-        self.folder, self.label_map = Path(folder).expanduser(), label_map
+        self.folder, self.label_map = resolve_path(folder), label_map
         is_automatic = (self.folder.parent / TAG).is_file()
         self.max_bytes = MAX_AUTOMATIC_BYTES if max_bytes is None and is_automatic else max_bytes
         self._can_write, self._num_saved = True, 0

@@ -21,7 +21,7 @@ from semseg.data.store import UnusedFiles
 from semseg.errors import DataError
 
 T = TypeVar("T")
-COPY_MARK = re.compile(r"\.rf\.\w+\.\w+$", re.ASCII)  # that Roboflow appends to each augmented copy, with the suffix
+_COPY_MARK = re.compile(r"\.rf\.\w+\.\w+$", re.ASCII)  # that Roboflow appends to each augmented copy, with the suffix
 
 
 MIN_IMAGES = 100  # the fraction of bad images is taken of at least this many
@@ -124,7 +124,7 @@ def split_by_hash(
         raise ValueError(f"fraction must be above 0 and below 1, got {fraction}")
     if len(records) < 2:
         raise DataError(f"{root}: {len(records)} image cannot be split into training and validation: add images.")
-    names = [os.path.relpath(record.image, root) for record in records] if groups is None else groups
+    names = [name_photograph(record.image, root) for record in records] if groups is None else groups
     hashes = [_unit_hash(name) for name in names]
     if min(hashes) == max(hashes):
         what = "are copies of one photograph" if groups is None else "belong to one group (data.group)"
@@ -137,10 +137,22 @@ def split_by_hash(
     return kept, held_out
 
 
-def _unit_hash(path: str) -> float:
-    """A number in [0, 1) that depends only on a relative path; copies of a photograph have the same."""
-    plain = COPY_MARK.sub("", path.replace(os.sep, "/"))
-    digest = hashlib.sha256(plain.encode()).digest()
+def name_photograph(image: str, root: str | Path) -> str:
+    """The path of an image below `root`, with /; the same for copies of a photograph by Roboflow (a.rf.<digits>.jpg).
+
+    >>> name_photograph("/set/images/a.rf.22bb.jpg", "/set")
+    'images/a'
+    """
+    try:
+        path = os.path.relpath(image, root)
+    except ValueError:  # on another drive of Windows
+        path = os.path.abspath(image)  # noqa: PTH100 - one of text, not of a Path
+    return _COPY_MARK.sub("", path.replace(os.sep, "/"))
+
+
+def _unit_hash(name: str) -> float:
+    """A number in [0, 1) that depends only on a name."""
+    digest = hashlib.sha256(name.encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
 
 

@@ -108,7 +108,10 @@ def scan_pairs(
         try:
             for record, future in zip(records, futures, strict=True):
                 facts, stamps = future.result()
-                if stamps:
+                is_lasting = (
+                    not facts.problem or facts.colours
+                )  # other problems may be of the machine: a missing package
+                if stamps and is_lasting:
                     new_entries[_cache_key(record)] = [stamps, _to_row(facts)]
                 yield facts
         finally:
@@ -228,7 +231,7 @@ def scan_pair(
             raise DataError(
                 f"{record.image}: the list says {record.size} (height x width), the file is {image.stored}."
             )
-        if mask.kind.endswith((" RGB", " RGBA")) and not mask.lossy:
+        if colours is None and mask.kind.endswith((" RGB", " RGBA")) and not mask.lossy:
             facts = facts._replace(colours=count_colours(read_image(record.label, max_pixels=max_pixels)))
         raw = read_label(record.label, max_pixels=max_pixels, colours=colours)
         ids, objects = count_ids(raw), measure_objects(raw) if measures_objects else {}

@@ -13,14 +13,13 @@ import os
 import stat
 import unicodedata
 import zipfile
-import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from semseg.errors import DataError
-from semseg.storage.archive import decode_zip_name
+from semseg.storage.archive import READ_ERRORS, decode_zip_name
 
 ARCHIVE_SUFFIX = ".zip"
 MAX_BYTES = 2**30  # limit of one unpacked file, above any image: an archive of a few kB can announce terabytes
@@ -141,8 +140,9 @@ def read_file(path: str | Path) -> bytes:
         raise DataError(f"{path}: {entry.file_size} bytes when unpacked, which exceeds the limit of {MAX_BYTES}.")
     try:
         return archive.file.read(entry)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        # zipfile raises RuntimeError for encrypted files and NotImplementedError for unknown compression methods.
+    except (*READ_ERRORS, OSError) as error:
+        if not _is_damage(error):
+            raise
         raise DataError(f"{path}: cannot be unpacked ({error}). Create the archive again.") from error
 
 
@@ -333,12 +333,19 @@ def _open_archive(path: str) -> OpenArchive:
     return _open_cached(path, status.st_mtime_ns, status.st_size, os.getpid())
 
 
+def _is_damage(error: Exception) -> bool:
+    """Whether an error is about the content of an archive: also of bzip2, and of positions that no file has."""
+    return not isinstance(error, OSError) or error.errno in (None, errno.EINVAL)
+
+
 @lru_cache(maxsize=8)
 def _open_cached(path: str, _changed: int, _length: int, _process: int) -> OpenArchive:
     try:
         file = zipfile.ZipFile(path)  # stays open as long as it is in the cache
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{path}: is not a zip archive, or is truncated ({error}). Download it again.") from error
+    except (*READ_ERRORS, OSError) as error:
+        if not _is_damage(error):
+            raise
+        raise DataError(f"{path}: is not a zip archive, or is damaged ({error}). Download it again.") from error
     entries: dict[str, zipfile.ZipInfo] = {}
     unused: list[tuple[str, str]] = []
     for entry in file.infolist():

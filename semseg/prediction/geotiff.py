@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
+from semseg.data.header_cache import read_header_only
+from semseg.data.headers import Header
 from semseg.data.label_map import LabelMap
 from semseg.data.raster_layout import has_geo_tags, read_picture_layout
 from semseg.data.store import resolve_path
@@ -44,6 +46,33 @@ class GeoReference(NamedTuple):
     transform: Any  # rasterio's Affine
     gcps: tuple[Any, Any] = ((), None)  # ground control points and their CRS, in place of a transform
 
+    def turn_upright(self, header: Header) -> GeoReference:
+        """The same place for the pixels that are turned by the orientation tag of their file, which GDAL ignores."""
+        from rasterio.control import GroundControlPoint  # noqa: PLC0415 - an extra
+        from rasterio.transform import Affine  # noqa: PLC0415
+
+        to_stored = Affine(*_TO_STORED[header.orientation](header.stored.width, header.stored.height))
+        gcps, crs = self.gcps
+        turned = [
+            GroundControlPoint(row, column, gcp.x, gcp.y, gcp.z, gcp.id, gcp.info)
+            for gcp in gcps
+            for column, row in [~to_stored * (gcp.col, gcp.row)]
+        ]
+        return GeoReference(self.crs, self.transform * to_stored, (tuple(turned), crs))
+
+
+# Coefficients of (x, y, 1) upright -> stored, by the orientation of EXIF and TIFF and the stored width and height.
+_TO_STORED: Mapping[int, Callable[[int, int], tuple[int, int, int, int, int, int]]] = {
+    1: lambda width, height: (1, 0, 0, 0, 1, 0),
+    2: lambda width, height: (-1, 0, width, 0, 1, 0),
+    3: lambda width, height: (-1, 0, width, 0, -1, height),
+    4: lambda width, height: (1, 0, 0, 0, -1, height),
+    5: lambda width, height: (0, 1, 0, 1, 0, 0),
+    6: lambda width, height: (0, 1, 0, -1, 0, height),
+    7: lambda width, height: (0, -1, width, -1, 0, height),
+    8: lambda width, height: (0, -1, width, 1, 0, 0),
+}
+
 
 def has_rasterio() -> bool:
     """Whether the packages of semseg[geo] are installed."""
@@ -60,7 +89,7 @@ def is_georeferenced(path: Path) -> bool:
 
 
 def read_georeference(path: Path) -> GeoReference | None:
-    """Transform, CRS and control points of a GeoTIFF; None if it has none of them.
+    """Transform, CRS and control points of a GeoTIFF that is turned upright; None if it has none of them.
 
     Raises:
         DataError: if GDAL cannot open it.
@@ -70,8 +99,10 @@ def read_georeference(path: Path) -> GeoReference | None:
     with explain_damage(path, "georeference"), open_raster(path) as file:
         gcps, gcps_crs = file.gcps
         reference = GeoReference(file.crs, file.transform, (tuple(gcps), gcps_crs))
-    is_placed = reference.crs is not None or not reference.transform.is_identity or gcps
-    return reference if is_placed else None
+    if reference.crs is None and reference.transform.is_identity and not gcps:
+        return None
+    header = read_header_only(str(path))
+    return reference if header.orientation == 1 else reference.turn_upright(header)
 
 
 def may_have_mask(path: Path) -> bool:

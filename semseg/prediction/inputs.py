@@ -18,7 +18,7 @@ from typing import NamedTuple, TextIO
 
 from semseg.config.overrides import RECORD_FOLDER
 from semseg.data import store
-from semseg.data.folders import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
+from semseg.data.folders import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, leave_out_arrays_beside_images
 from semseg.data.store import UnusedFiles
 from semseg.errors import ConfigError, DataError
 
@@ -124,7 +124,7 @@ def select_inputs(paths: Iterable[Path], folder: Path | None, run_dir: Path, unu
             unused.add(OF_OTHER_RUN, path)
         else:
             selected.append(path)
-    return selected
+    return leave_out_arrays_beside_images(selected, unused)
 
 
 def expand_pattern(pattern: Path) -> list[Path]:
@@ -202,8 +202,8 @@ def parse_path_lines(lines: Iterable[str], source: str, folder: Path, unused: Un
 def choose_output_paths(files: list[Path], base: Path | None) -> list[Path]:
     """Choose an output path for each file: its path below the common folder, or below `base`; all are different.
 
-    Files that differ only in their suffix keep it: a.jpg and a.png become a_jpg and a_png. So does a video beside a
-    folder of its name, because its frames get a folder.
+    Files that differ only in their suffix, or in upper and lower case, keep it: a.jpg and A.png become a_jpg and A_png.
+    So does a video beside a folder of its name, because its frames get a folder.
 
     >>> files = [Path("x/a.jpg"), Path("x/a.png"), Path("x/y/a.jpg")]
     >>> [path.as_posix() for path in choose_output_paths(files, Path("x"))]
@@ -212,17 +212,19 @@ def choose_output_paths(files: list[Path], base: Path | None) -> list[Path]:
     absolute = [Path(os.path.abspath(file)) for file in files]  # noqa: PTH100 - without following links
     start = Path(os.path.abspath(base)) if base else Path(os.path.commonpath([file.parent for file in absolute]))  # noqa: PTH100
     relative = [file.relative_to(start) for file in absolute]
-    stems = Counter(path.with_suffix("") for path in relative)
-    folders = {folder for path in relative for folder in path.parents}
-    taken: set[Path] = set()
+    fold = cache(lambda path: str(path).casefold())  # as some file systems compare names
+    stems = Counter(fold(path.with_suffix("")) for path in relative)
+    folders = {fold(folder) for path in relative for folder in path.parents}
+    taken: set[str] = set()
     chosen = []
     for path in relative:
         is_video = path.suffix.lower() in VIDEO_SUFFIXES
-        is_unique = stems[path.with_suffix("")] == 1 and not (is_video and path.with_suffix("") in folders)
+        stem = fold(path.with_suffix(""))
+        is_unique = stems[stem] == 1 and not (is_video and stem in folders)
         free = preferred = path.with_suffix("") if is_unique else path.with_name(path.name.replace(".", "_"))
         number = 2
-        while free in taken or (is_video and free in folders):
+        while fold(free) in taken or (is_video and fold(free) in folders):
             free, number = preferred.with_name(f"{preferred.name}_{number}"), number + 1
-        taken.add(free)
+        taken.add(fold(free))
         chosen.append(free)
     return chosen

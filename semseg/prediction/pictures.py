@@ -63,8 +63,11 @@ def convert_to_bands(
         read = read_band_picture(picture, bands, max_pixels)
         return read.pixels, read.is_valid
     if isinstance(picture, Image.Image):
-        array = np.asarray(ImageOps.exif_transpose(picture))
+        upright = ImageOps.exif_transpose(picture)
+        is_array = upright.mode in ("L", "LA", "RGB", "RGBA", "I", "F") or upright.mode.startswith("I;16")
+        array = np.asarray(upright if is_array else upright.convert("L" if upright.mode == "1" else "RGB"))
     elif isinstance(picture, Tensor):
+        _refuse_type(str(picture.dtype).removeprefix("torch."))
         array = picture.detach().cpu().numpy()
         array = array.transpose(1, 2, 0) if array.ndim == 3 else array
     elif isinstance(picture, np.ndarray):
@@ -79,8 +82,7 @@ def convert_to_bands(
             f"a picture must be {order} with {count} bands, {', '.join(bands.names)}, not "
             f"{tuple(picture.shape) if isinstance(picture, Tensor) else array.shape}."
         )
-    if array.dtype.name not in PIXEL_TYPES:
-        raise ArgumentError(f"a picture must be one of {', '.join(PIXEL_TYPES)}, not {array.dtype}. Convert it.")
+    _refuse_type(array.dtype.name)
     try:
         bands.check_type(array.dtype, "the picture")
     except DataError as error:
@@ -89,6 +91,12 @@ def convert_to_bands(
     filled = array if lacks is None else np.where(lacks, bands.fill_values(array.dtype), array)
     is_valid = None if lacks is None else np.asarray(~lacks.all(axis=2))
     return np.array(filled, array.dtype.newbyteorder("="), order="C"), is_valid
+
+
+def _refuse_type(name: str) -> None:
+    """Refuse numbers of a type that no file of an image holds."""
+    if name not in PIXEL_TYPES:
+        raise ArgumentError(f"a picture must be one of {', '.join(PIXEL_TYPES)}, not {name}. Convert it.")
 
 
 def read_band_picture(

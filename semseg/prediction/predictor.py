@@ -193,7 +193,7 @@ class PredictionResult:
                 `name` is empty or leads out of the folder. Nothing is written then.
             DataError: if the files cannot be written.
         """
-        if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        if not Path(name).name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ArgumentError(f"name={name!r}: must be the name of a file in the folder.")
         if Path(folder).is_file():
             raise ArgumentError(f"folder={folder}: is a file, and must be a folder.")

@@ -533,8 +533,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        reason = str(error.strerror).partition(" (")[0]
+    except (OSError, UnicodeError) as error:  # the second for a..b, which is no name of a machine
+        reason = str(error.strerror if isinstance(error, OSError) else error).partition(" (")[0]
         raise ConfigError(
             f"serve.host={host} serve.port={port}: cannot bind to this address ({reason}). Set "
             "serve.host to an address of this machine, and serve.port to a free port (0 chooses one)."

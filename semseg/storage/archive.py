@@ -31,9 +31,9 @@ MAX_ENTRIES = 1_000_000
 MAX_RATIO = 200  # bytes unpacked for each byte of the archive
 MIN_SUSPICIOUS = 1 << 24  # bytes unpacked; below that any ratio is harmless
 COPY_BYTES = 1 << 20
-READ_ERRORS = (  # what damaged archives raise
+READ_ERRORS = (  # what damaged and encrypted archives raise
     zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
-    EOFError, OverflowError, UnicodeDecodeError, NotImplementedError,
+    EOFError, OverflowError, UnicodeDecodeError, NotImplementedError, RuntimeError,
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import imagecodecs
@@ -131,7 +132,12 @@ def test_bands_in_files_of_their_own_are_put_together_in_the_order_of_the_names(
     assert np.array_equal(read_bands(tmp_path / "a_B4.tif", chosen).pixels, pixels)
     windows = open_windows(tmp_path / "a_B4.tif", chosen)
     assert windows is not None and np.array_equal(windows.read(1, 2, 9, 8), pixels[1:10, 2:10])
-    (tmp_path / "a_B8.tif").rename(tmp_path / "a_b8.tif")
+    cv2.imwrite(str(tmp_path / "a_B8.png"), pixels[..., 0])
+    (tmp_path / "a_B8.tif").rename(tmp_path / "kept.tif")
+    with patch("semseg.data.band_images.list_folder", side_effect=AssertionError):  # slow in a large folder
+        assert np.array_equal(read_bands(tmp_path / "a_B4.tif", chosen).pixels, pixels)
+    (tmp_path / "a_B8.png").unlink()
+    (tmp_path / "kept.tif").rename(tmp_path / "a_b8.tif")
     with pytest.raises(
         DataError, match=r"a_B8\.tif: there is no such file, which holds nir .*There is a_b8\.tif, which"
     ):
@@ -288,6 +294,25 @@ def test_nodata_of_gdal_is_filled_and_not_scored(tmp_path: Path, kind: str, noda
     found = read_bands(tmp_path / "a.tif", options("vv", "vh"))
     assert found.is_valid is not None and not found.is_valid[:4].any() and found.is_valid[4:].all()
     assert (found.pixels[:4] == 7).all() and np.array_equal(found.pixels[4:], pixels[4:])
+
+
+@pytest.mark.parametrize(("photometric", "count"), [("minisblack", 1), ("miniswhite", 1), ("rgb", 3)])
+def test_nodata_of_a_picture_is_found_however_it_is_read(tmp_path: Path, photometric: str, count: int) -> None:
+    pixels = np.full((8, 8, count), 90, np.uint8)
+    pixels[:4] = 10
+    tifffile.imwrite(
+        tmp_path / "a.tif", pixels.squeeze(), photometric=photometric, extratags=[(42113, 2, 0, "10", True)]
+    )
+    chosen = options(*band_names(count))
+    whole = read_bands(tmp_path / "a.tif", chosen)
+    assert whole.is_valid is not None and np.array_equal(whole.is_valid, pixels[..., 0] != 10)
+    windows = open_windows(tmp_path / "a.tif", chosen)
+    if windows is None:  # of 0 as white: the file is read whole
+        return
+    with windows:
+        part = windows.read_image(0, 0, 8, 8)
+    assert part.is_valid is not None and np.array_equal(part.is_valid, whole.is_valid)
+    assert np.array_equal(part.pixels, whole.pixels)
 
 
 def test_nodata_that_the_type_cannot_hold_is_no_pixel(tmp_path: Path) -> None:

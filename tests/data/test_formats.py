@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -312,3 +313,24 @@ def test_images_and_masks_can_be_named_from_where_one_is(tmp_path: Path, monkeyp
     assert labels(data) == [[0] * 6 + [1] * 6]
     with pytest.raises(ConfigError, match="set both, or neither"):
         source(tmp_path, *words, "data.images=pictures")
+
+
+@pytest.mark.parametrize("cut", [["data.val_fraction=0.4"], ["data.folds=3", "data.fold=0"]])
+def test_images_named_from_where_one_is_have_one_split_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: list[str]
+) -> None:
+    for index in range(12):
+        image(tmp_path / "set" / "pictures" / f"{index}.png")
+        save(tmp_path / "set" / "labels" / f"{index}.png", ids(1, 2))
+    words = ["data=folder", "data.num_classes=2", *cut]
+    held_out = []
+    for folder in ("set", "set/pictures", "."):
+        monkeypatch.chdir(tmp_path / folder)
+        images, masks = (os.path.relpath(tmp_path / "set" / name) for name in ("pictures", "labels"))
+        held_out.append(
+            [
+                Path(record.image).name
+                for record in source(tmp_path, *words, f"data.images={images}", f"data.masks={masks}").records("val")
+            ]
+        )
+    assert held_out[0] == held_out[1] == held_out[2] != []

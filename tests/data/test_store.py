@@ -143,8 +143,32 @@ def test_a_broken_file_is_named(archive: Path) -> None:
 
 def test_a_truncated_archive_is_reported(archive: Path) -> None:
     archive.write_bytes(archive.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"Scenes\.ZIP: is not a zip archive, or is truncated"):
+    with pytest.raises(DataError, match=r"Scenes\.ZIP: is not a zip archive, or is damaged"):
         source(archive, *LISTS).records("train")
+
+
+def test_a_damaged_name_in_an_archive_is_reported(archive: Path) -> None:
+    content = archive.read_bytes()
+    name = "images/ä.png".encode()
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr("images/ä.png", b"")
+    content = bytearray(archive.read_bytes())
+    content[content.rfind(name) + 7] = 255
+    archive.write_bytes(content)
+    with pytest.raises(DataError, match=r"Scenes\.ZIP: is not a zip archive, or is damaged \('utf-8' codec"):
+        source(archive, *LISTS).records("train")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_damaged_data_is_named_whatever_its_compression(tmp_path: Path, method: int) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("a.bin", bytes(range(256)) * 8)
+    content = bytearray(path.read_bytes())
+    content[45:60] = bytes(value ^ 0x55 for value in content[45:60])
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.bin: cannot be unpacked"):
+        store.read_file(path / "a.bin")
 
 
 def test_what_unpacks_to_more_than_any_image_is_not_unpacked(

@@ -21,11 +21,12 @@ from PIL import Image
 from helpers.browser import evaluate_in_browser, needs_browser
 from helpers.command_line import run_here
 from helpers.in_process import configured
-from semseg.checks.dataset import ScannedSplit, check_reading
+from semseg.checks.dataset import ScannedSplit, check_files, check_reading
 from semseg.checks.description import describe_data_set
 from semseg.config.load import load_config
 from semseg.config.uses import refuse_idle_keys
 from semseg.data.geometry import Size
+from semseg.data.label_map import ColourIds
 from semseg.data.labels import read_label
 from semseg.data.records import Record
 from semseg.data.scan import PairFacts, scan_pairs
@@ -301,6 +302,31 @@ def test_a_second_scan_reads_what_is_new(tmp_path: Path, monkeypatch: pytest.Mon
         first[3].ids,
     ]
     assert read == ["02"]
+
+
+def test_a_problem_of_the_machine_is_gone_at_the_next_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = good_folder(tmp_path / "data", count=1)
+    record = Record(str(root / "images" / "00.jpg"), str(root / "masks" / "00.png"), Size(60, 80), "folder")
+    with monkeypatch.context() as broken:
+        broken.setattr("semseg.data.scan.read_label", raise_input_output_error)
+        assert "Input/output error" in next(iter(scan_pairs([record], root))).problem
+    assert next(iter(scan_pairs([record], root))).problem == ""
+
+
+def raise_input_output_error(path: str, **options: Any) -> NDArray[np.integer]:
+    raise DataError(f"{path}: cannot be read (Input/output error).")
+
+
+def test_a_colour_that_the_class_table_lacks_is_named_with_its_place(tmp_path: Path) -> None:
+    mask = np.zeros((60, 80, 3), np.uint8)
+    mask[7, 9] = (1, 2, 3)  # blue, green, red
+    put(tmp_path, "a", mask)
+    record = Record(str(tmp_path / "images/a.jpg"), str(tmp_path / "masks/a.png"), Size(60, 80), "folder")
+    colours = ColourIds(((0, 0, 0), (128, 0, 0)), (0, 1), [], always=False)
+    split = ScannedSplit("train", [record], list(scan_pairs([record], tmp_path, colours=colours)), [])
+    texts = [notice.text for notice in check_files(split)]
+    assert "a.png: the colour (3, 2, 1) at row 7, column 9 is not in data.classes" in texts[0]
+    assert not any("coded in" in text for text in texts)
 
 
 @pytest.mark.slow

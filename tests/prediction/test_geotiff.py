@@ -12,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import rasterio
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 from rasterio.control import GroundControlPoint
@@ -24,10 +25,12 @@ from semseg.data.band_windows import open_windows
 from semseg.data.bands import BandFile, BandOptions, draw_bands, measure_stretches
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
+from semseg.data.header_cache import read_header_only
 from semseg.data.label_map import LabelMap
 from semseg.data.windows import FinishedRows
 from semseg.errors import ConfigError, DataError
 from semseg.prediction.geotiff import (
+    GeoReference,
     GeoTiffSink,
     OverlaySink,
     SeveralSinks,
@@ -36,6 +39,7 @@ from semseg.prediction.geotiff import (
     read_georeference,
     write_geotiff,
 )
+from semseg.prediction.pictures import read_picture
 from semseg.reports.draw import draw_overlay
 
 pytestmark = pytest.mark.reliability
@@ -75,6 +79,24 @@ def test_control_points_are_copied(tmp_path: Path) -> None:
     with rasterio.open(tmp_path / "ids.tif") as file:
         found, crs = file.gcps
         assert [(point.row, point.x) for point in found] == [(0, 9), (0, 18), (9, 9)] and crs == "EPSG:4326"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_that_is_turned_upright_keeps_its_place(tmp_path: Path, orientation: int) -> None:
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[3, 7] = 255
+    east, north = TURNED * (7.5, 3.5)
+    place = (34264, 12, 16, (TURNED.a, TURNED.b, 0, TURNED.c, TURNED.d, TURNED.e, 0, TURNED.f, *[0.0] * 7, 1.0), True)
+    tags = [(274, 3, 1, orientation, True), place]
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", compression="deflate", extratags=tags)
+    points = (GroundControlPoint(3.5, 7.5, east, north),)
+    stored = GeoReference(None, TURNED, (points, None))
+    ((row, column, _),) = np.argwhere(read_picture(tmp_path / "a.tif").max(2, keepdims=True))
+    reference = read_georeference(tmp_path / "a.tif")
+    assert reference is not None
+    assert reference.transform * (column + 0.5, row + 0.5) == pytest.approx((east, north))
+    ((point,), _) = stored.turn_upright(read_header_only(str(tmp_path / "a.tif"))).gcps
+    assert (point.row, point.col, point.x, point.y) == pytest.approx((row + 0.5, column + 0.5, east, north))
 
 
 def test_a_file_without_crs_or_without_anything(tmp_path: Path) -> None:

@@ -124,6 +124,16 @@ def test_all_files_have_different_output_paths() -> None:
         "y/a",
         "b.tar",
     ]
+    differ_in_case = [Path(name) for name in ("a.jpg", "A.jpg", "B.png", "b.jpg")]
+    places = [place.as_posix() for place in choose_output_paths(differ_in_case, None)]
+    assert places == ["a_jpg", "A_jpg_2", "B_png", "b_jpg"]
+
+
+def test_an_array_beside_an_image_of_its_name_is_no_image(folder: Path) -> None:
+    names = set(outputs_of("photos"))
+    some = next(iter((folder / "photos").glob("*.jpg")))
+    some.with_suffix(".npy").touch()
+    assert set(outputs_of("photos")) == names
 
 
 @pytest.mark.reliability

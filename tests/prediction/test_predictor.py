@@ -237,7 +237,7 @@ def test_arrays_and_names_have_limits_too(net: Predictor, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="the picture has 16 x 24 pixels, more than the limit max_pixels=100"):
         net.predict(stripes(), max_pixels=100)
     result = net.predict(stripes())
-    for name in ("x" * 300, "a\0b"):
+    for name in ("x" * 300, "a\0b", ".", "./"):
         with pytest.raises(ArgumentError, match="name="):
             result.save(tmp_path, name=name)
     assert list(tmp_path.iterdir()) == []

@@ -419,6 +419,8 @@ def test_an_error_names_a_port_that_is_taken_and_a_foreign_host() -> None:
         ConfigError, match=r"^serve.host=192.0.2.1 serve.port=0: cannot bind .* address of this machine"
     ):
         listen("192.0.2.1", 0)
+    with pytest.raises(ConfigError, match=r"^serve.host=a..b serve.port=0: cannot bind to this address"):
+        listen("a..b", 0)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "0.0.0.0"])

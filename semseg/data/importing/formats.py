@@ -9,7 +9,7 @@ from typing import NamedTuple
 from semseg.config.schema import ImportConfig
 from semseg.data import store
 from semseg.data.importing.coco import find_coco_files, read_coco
-from semseg.data.importing.files import ImageFinder
+from semseg.data.importing.image_finder import ImageFinder
 from semseg.data.importing.label_studio import find_label_studio_files, read_label_studio
 from semseg.data.importing.labelme import find_labelme_files, read_labelme
 from semseg.data.importing.model import Export

@@ -17,7 +17,6 @@ from semseg.data.folders import IMAGE_SUFFIXES
 from semseg.data.geometry import Size
 from semseg.data.importing.files import (
     EntryError,
-    ImageFinder,
     describe_entry,
     find_split,
     get,
@@ -25,6 +24,7 @@ from semseg.data.importing.files import (
     list_json_files,
     read_json_file,
 )
+from semseg.data.importing.image_finder import ImageFinder
 from semseg.data.importing.model import (
     AnnotatedImage,
     Annotation,

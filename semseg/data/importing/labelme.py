@@ -22,7 +22,6 @@ from semseg.data.headers import HeaderError, open_image
 from semseg.data.images import decode_image
 from semseg.data.importing.files import (
     EntryError,
-    ImageFinder,
     find_split,
     get,
     get_or,
@@ -30,6 +29,7 @@ from semseg.data.importing.files import (
     read_json_file,
     read_text_lines,
 )
+from semseg.data.importing.image_finder import ImageFinder
 from semseg.data.importing.model import (
     IGNORED,
     UNLABELLED,

@@ -15,7 +15,8 @@ from semseg.data import store
 from semseg.data.classes import built_in_classes
 from semseg.data.folders import IMAGE_SUFFIXES
 from semseg.data.images import check_png, open_checked, read_image, read_image_bytes
-from semseg.data.importing.files import EntryError, ImageFinder, find_split, read_text_lines
+from semseg.data.importing.files import EntryError, find_split, read_text_lines
+from semseg.data.importing.image_finder import ImageFinder
 from semseg.data.importing.model import IGNORED, UNLABELLED, AnnotatedImage, Export, MaskFile
 from semseg.data.labels import read_label
 from semseg.data.palette import Colour

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from semseg.config.schema import SPLITS, ImportConfig
 from semseg.data import store
-from semseg.data.folders import IMAGE_SUFFIXES
-from semseg.data.importing.files import EntryError, ImageFinder, find_other_case, read_text_lines
+from semseg.data.folders import IMAGE_SUFFIXES, leave_out_arrays_beside_images
+from semseg.data.importing.files import EntryError, find_other_case, read_text_lines
+from semseg.data.importing.image_finder import ImageFinder
 from semseg.data.importing.model import IGNORED, AnnotatedImage, Annotation, Export, MaskFile, RelativePolygon
 from semseg.data.label_map import MAX_CLASSES
 from semseg.data.labels import read_label
@@ -139,6 +140,7 @@ class YoloReader:
         self.last = file  # image that was read
         self.labels: dict[str, list[Path]] | None = None  # by stem, for images that are not in the export
         self.used: set[Path] = set()  # label files of images
+        self.unused = store.UnusedFiles()  # arrays beside images
 
     # ---- images
 
@@ -163,6 +165,7 @@ class YoloReader:
             found = [each for each in store.list_files_below(path) if each.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
                 raise DataError(f"{self.file}: {split}: there is no image in {path}.")
+            found = leave_out_arrays_beside_images(found, self.unused)
             self.finder.expect(map(self.name_image, found))
             return Entry(path, images=found)
         names = [line.strip() for line in read_text_lines(path)]
@@ -304,6 +307,8 @@ class YoloReader:
         """Sentences about what was decided."""
         if num_unused := self.count_unused_labels():
             yield f"{num_unused} label files belong to no image that is read, and are left out."
+        if self.unused.count:
+            yield f"{self.unused.count} .npy files beside images of the same names are left out."
         for entry in self.missing:
             yield f"There is no {entry}: its test images are left out."
         if self.num_boxes:

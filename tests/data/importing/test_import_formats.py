@@ -6,8 +6,11 @@ import json
 import shutil
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -48,7 +51,10 @@ from helpers.exports import (
 from semseg.data.brush_runs import encode_brush
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
+from semseg.data.images import read_image
+from semseg.data.importing import image_finder
 from semseg.data.importing.formats import find_exports
+from semseg.data.importing.image_finder import ImageFinder
 from semseg.data.importing.label_studio import read_rectangle
 from semseg.data.importing.voc import voc_colour
 from semseg.data.regions import encode_runs
@@ -284,6 +290,53 @@ def test_yolo_names_may_be_words_that_yaml_reads_as_booleans_and_a_mapping(tmp_p
     imported = import_here(tmp_path / "e", tmp_path / "out")
     assert imported.names == ("yes", "off", "background")
     assert np.array_equal(masks_of(tmp_path / "out")["train/images/b"], expected())
+
+
+def test_arrays_that_yolo_keeps_beside_images_are_left_out(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "e")
+    for path in (tmp_path / "e").rglob("*.jpg"):
+        np.save(path.with_suffix(".npy"), read_image(path)[..., ::-1])
+    imported = import_here(tmp_path / "e", tmp_path / "out")
+    assert not list((tmp_path / "out/images").rglob("*.npy"))
+    assert any(".npy files beside images of the same names are left out" in note for note in imported.notes)
+
+
+@pytest.mark.parametrize("name", ["coco", "voc"])
+def test_folders_that_name_their_images_alike_cost_no_more_than_others(name: str, tmp_path: Path) -> None:
+    names = [f"s{number}/rgb" for number in range(500)]
+    for each in names:
+        put(tmp_path / f"e/{each}.jpg", b"")
+    finder = ImageFinder(tmp_path / "e")
+    finder.expect(names if name == "voc" else [f"{each}.jpg" for each in names])
+    with count_calls("_compose") as calls:
+        for each in names:
+            found = finder.find_stem(each, without=[])[0] if name == "voc" else finder.find(f"{each}.jpg")
+            assert finder.relative(found) == f"{each}.jpg"
+    assert len(calls) < 50 * len(names)  # quadratic: half a million
+
+
+def test_many_missing_images_are_named_at_a_cost_that_does_not_grow_with_them(tmp_path: Path) -> None:
+    names = list(map(str, range(500)))
+    for each in names:
+        put(tmp_path / f"e/SegmentationClass/{each}.png", b"")
+    finder = ImageFinder(tmp_path / "e")
+    with count_calls("fnmatchcase") as calls:
+        assert not any(finder.find_stem(each, without=["SegmentationClass"]) for each in names)
+    assert len(calls) == len(names)  # each file is looked at once
+
+
+@contextmanager
+def count_calls(name: str) -> Iterator[list[None]]:
+    """The calls of a function of the module that finds images."""
+    calls: list[None] = []
+    plain = getattr(image_finder, name)
+
+    def count(*arguments: Any) -> Any:
+        calls.append(None)
+        return plain(*arguments)
+
+    with patch.object(image_finder, name, count):
+        yield calls
 
 
 def test_yolo_holes_by_a_bridge_and_images_without_a_label_file(tmp_path: Path) -> None:
