@@ -505,7 +505,7 @@ def training_callbacks(config: Config, source: DataSource) -> list[Callback]:
         ProbeMemory(trainer.probe_memory),
         SeedEveryStep(config.seed),
         DropRepeatedSteps(trainer.max_steps),
-        NonFiniteGuard(run_dir, trainer.max_nonfinite_steps, trainer.precision, reduction),
+        NonFiniteGuard(run_dir, trainer.max_nonfinite_steps, reduction),
         LogSteps(),
         WarnAboutLabels(source.classes.names),
         ReportValidation(),

@@ -662,7 +662,7 @@ class TrainerConfig:
     strategy: str = "auto"
     """How devices work together: ddp, ddp_find_unused_parameters_true; auto: ddp for several."""
     precision: str = choice_field("32-true", PRECISIONS)
-    """Number format of the network."""
+    """Number format of the network; 16-mixed is for GPUs."""
     max_epochs: int = number_field(20, low=1)
     """Epochs of a run, each of data.steps_per_epoch sub-batches on every device."""
     max_steps: int = number_field(-1, low=-1)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from semseg.build import find_network
 from semseg.checkpoints.atomic_io import find_damage, find_newest_intact, remove_leftovers
-from semseg.checkpoints.format import SavedNetwork, read_checkpoint
+from semseg.checkpoints.format import SavedNetwork, load_plain
 from semseg.checkpoints.from_hub import is_on_hub
 from semseg.checkpoints.published import find_published_files
 from semseg.checks.recipe import list_chosen_options, read_recipe
@@ -27,8 +27,9 @@ from semseg.storage.ranks import is_first_rank, print_once
 from semseg.storage.run_folders import CHECKPOINT_FOLDER, find_checkpoint
 from semseg.storage.run_lock import hold_run_folder
 from semseg.training.losses import build_terms, read_class_weights
-from semseg.training.resume import RunState, read_run_state
+from semseg.training.resume import RunConditions, RunState, count_taken, read_run_state
 from semseg.training.same_run import check_same_run
+from semseg.training.training_state import find_invalid_entries
 
 # Prefixes of overrides that choose the network.
 NETWORK_KEYS = (
@@ -166,8 +167,8 @@ def set_aside_checkpoints(state: RunState, folder: Path) -> None:
 
     Otherwise, they would count as its best one, and as its newest, which is the one of `state` now.
     """
-    later = [path for path in (folder / "last.ckpt", folder / "best.ckpt") if (read_step(path) or 0) > state.step]
-    later += [path for path in sorted(folder.glob("step_*.ckpt")) if int(path.stem.partition("_")[2]) > state.step]
+    found = [folder / "last.ckpt", folder / "best.ckpt", *sorted(folder.glob("step_*.ckpt"))]
+    later = [path for path in found if (read_taken(path) or 0) > state.taken]
     for path in later:
         names = (f"{path.name}.discarded{number or ''}" for number in itertools.count())
         target = next(folder / name for name in names if not (folder / name).exists())
@@ -178,9 +179,14 @@ def set_aside_checkpoints(state: RunState, folder: Path) -> None:
             shutil.copyfile(state.path, temporary)
 
 
-def read_step(path: Path) -> int | None:
-    """The step of a checkpoint; None if there is none, or it is damaged."""
-    return read_checkpoint(path).step if path.is_file() and find_damage(path) is None else None
+def read_taken(path: Path) -> int | None:
+    """The sub-batches that a run had taken when it wrote a checkpoint; None if there is none, or it is damaged."""
+    if not path.is_file() or find_damage(path) is not None:
+        return None
+    content = load_plain(path)
+    if next(find_invalid_entries(content), None) is not None:
+        return None
+    return count_taken(content, RunConditions.from_checkpoint(content))
 
 
 def is_requeued() -> bool:
@@ -191,8 +197,8 @@ def is_requeued() -> bool:
 def copy_best_checkpoint(state: RunState, folder: Path) -> None:
     """Copy best.ckpt from beside the resumed checkpoint, if the run has another folder now."""
     best, target = state.path.parent / "best.ckpt", folder / "best.ckpt"
-    step = None if target.exists() else read_step(best)
-    if step is None or step > state.step:
+    taken = None if target.exists() else read_taken(best)
+    if taken is None or taken > state.taken:
         return  # a best.ckpt of a later step is one that this run has not reached yet
     with atomic_write(target) as temporary:
         shutil.copyfile(best, temporary)

@@ -24,12 +24,13 @@ from semseg.checkpoints.format import FORMAT_KEY, first_line, load_plain, parse_
 from semseg.config.schema import TrainerConfig, config_to_plain
 from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
+from semseg.data.loaders import parse_taken
 from semseg.data.overlap import file_length
 from semseg.data.records import Record
 from semseg.data.seeding import number_for
 from semseg.errors import CheckpointError
 from semseg.training.loggers.csv import CSVLog
-from semseg.training.training_state import check_training_state
+from semseg.training.training_state import DATA_STATE, check_training_state
 
 RUN_KEY = "semseg_run"  # in a checkpoint: RunConditions
 EARLY_STOPPING = "pytorch_lightning.callbacks.EarlyStopping"
@@ -59,7 +60,7 @@ class DropRepeatedSteps(Callback):
         step, is_pending = trainer.global_step, is_validation_pending(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, CSVLog):
-                logger.drop_from(step)
+                logger.drop_from(step, trainer.current_epoch)
                 if is_pending:
                     logger.drop_columns(step - 1, "val/")
         loop = trainer.fit_loop.epoch_loop
@@ -321,6 +322,7 @@ class RunState(NamedTuple):
     classes: ClassTable
     conditions: RunConditions | None  # None in a checkpoint of the first release
     early_stop: EarlyStop | None
+    taken: int  # sub-batches of all ranks so far, which never falls, as the step may (see `resume_at`)
 
     @property
     def num_classes(self) -> int:
@@ -377,6 +379,11 @@ def removal_override(name: str) -> str:
     return f"~callbacks.{name}"
 
 
+def count_taken(content: dict[str, Any], conditions: RunConditions | None) -> int:
+    """The sub-batches that all ranks of a run had taken when it wrote a checkpoint."""
+    return parse_taken(content[DATA_STATE], 1 if conditions is None else conditions.world_size)
+
+
 def read_run_state(path: Path, trainer: TrainerConfig, callbacks: Mapping[str, Any], *, has_val: bool) -> RunState:
     """Read the state of a run from a checkpoint.
 
@@ -398,10 +405,11 @@ def read_run_state(path: Path, trainer: TrainerConfig, callbacks: Mapping[str, A
     try:
         position = Position.from_loops(content["loops"]["fit_loop"], get_validation_interval(trainer, has_val=has_val))
         conditions, early_stop = RunConditions.from_checkpoint(content), EarlyStop.from_checkpoint(content, callbacks)
+        taken = count_taken(content, conditions)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:  # tensors raise any
         raise CheckpointError(
             f"{path}: its description of the run is damaged ({first_line(error)}). Resume from another checkpoint, or "
             f"start a new run from its weights: init_from={path}."
         ) from None
     config = config_to_plain(saved.config)
-    return RunState(path, config, position, saved.step, saved.classes, conditions, early_stop)
+    return RunState(path, config, position, saved.step, saved.classes, conditions, early_stop, taken)

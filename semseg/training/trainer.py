@@ -68,6 +68,8 @@ def create_trainer(
     accelerator = choose_accelerator(settings.accelerator)
     check_gpu_numbers(settings)
     refuse_double_precision(settings.precision, accelerator)
+    if accelerator == "cpu" and settings.precision == "16-mixed":  # Lightning would replace it
+        raise ConfigError("trainer.precision=16-mixed: is for GPUs. Use bf16-mixed on a CPU.")
     if accelerator == "cpu":
         options["devices"] = count_ranks_here(settings, accelerator)  # Lightning's CPU accelerator takes a count only
     if not has_val:

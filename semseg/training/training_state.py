@@ -19,6 +19,7 @@ from semseg.system.text import shorten_repr
 from semseg.training.step_means import NO_STEPS, StepSums
 
 # Without these counters Lightning would silently count from 0.
+DATA_STATE = "SegmentationData"  # Lightning names the state of a data module after its class
 COUNTERS = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress")
 # Entries of callbacks, Lightning's and ours, by the kind of their values.
 COUNT_ENTRIES = ("skipped", "seen", "left_out", "wait_count", "stopped_epoch", "patience")
@@ -53,9 +54,9 @@ def find_invalid_entries(content: dict[str, Any]) -> Iterator[str]:
     for path, value in iterate_values(loops, "loops"):
         if not is_count(value) and not isinstance(value, bool) and value not in ({}, []):
             yield f"{path}={shorten_repr(value)}"
-    position = content.get("SegmentationData")
+    position = content.get(DATA_STATE)
     if not isinstance(position, dict) or not is_count(position.get("taken", position.get("position"))):
-        yield f"SegmentationData={shorten_repr(position)}"
+        yield f"{DATA_STATE}={shorten_repr(position)}"
     yield from find_invalid_metrics(content)
     for key in ("optimizer_states", "lr_schedulers"):
         states = content.get(key)

@@ -211,7 +211,7 @@ def find_in_callbacks() -> set[str]:
     batch = Batch(torch.zeros(2, 3, 64, 80, dtype=torch.uint8), label, torch.zeros(2, 2).long(), ["a.jpg", "b.jpg"])
     reduction = StepReduction()
     reduction.register(Summands(2, lambda: [0, 3], lambda step, sums: None))
-    guard = NonFiniteGuard(Path(), 1, "bf16-mixed", reduction)
+    guard = NonFiniteGuard(Path(), 1, reduction)
     optimizer: Any = SimpleNamespace(param_groups=[{"lr": 0.1}], defaults={"fused": True})
     mean = IntervalMean()
     with collect_findings() as copies:

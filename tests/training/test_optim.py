@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 from unittest.mock import patch
 
@@ -168,6 +169,17 @@ def test_stages_without_blocks_are_stages_and_no_transitions() -> None:
         {"features_block1": layers(3, 4), "features_transition1": layers(4, 4), "features_block2": layers(4, 8)}
     )
     assert [len(stage) for stage in list_stages(encoder, encoder)] == [4, 8]  # as timm names the parts of DenseNet
+
+
+def test_a_norm_with_its_activation_is_a_layer_and_no_stage() -> None:
+    timm_layers = pytest.importorskip("timm.layers")
+    block = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    parts = {
+        "conv0": nn.Conv2d(3, 4, 3), "norm0": timm_layers.BatchNormAct2d(4), "block1": block,
+        "block2": copy.deepcopy(block), "norm5": timm_layers.BatchNormAct2d(4),
+    }  # fmt: skip
+    encoder = nn.ModuleDict(parts)
+    assert [len(stage) for stage in list_stages(encoder, encoder)] == [2 + 2, 4, 4 + 2]
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from semseg.data.sources import DataSource
 from semseg.errors import CheckpointError, ConfigError, DataError
 from semseg.modes import train
 from semseg.modes.train_end import resume_command
-from semseg.modes.train_start import Start, resolve_start
+from semseg.modes.train_start import Start, prepare_checkpoint_folder, resolve_start
 from semseg.nets.registry import ENCODERS, Constructor
 from semseg.system.process import StopRequest
 from semseg.training.callbacks.saver import Saver
@@ -620,6 +620,34 @@ def test_a17_an_epoch_with_fewer_steps_resumes_at_the_same_fraction_with_the_nex
     assert [float(row["lr/encoder"]) for row in rows] == pytest.approx([0.02, 0.015, 0.01, 0.005])
     last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["SegmentationData"] == {"taken": 2 + 3}  # no sub-batch is taken twice or left out
+
+
+@pytest.mark.slow
+@pytest.mark.reliability
+def test_a_step_that_is_lower_after_resuming_is_no_earlier_one(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data.steps_per_epoch=4", "ema.decay=0.5", "checkpoint.every_n_steps=1", "checkpoint.keep=2"]
+    folder = tmp_path / "checkpoints"
+    trained(run_of(root, tmp_path, *words))
+    finished = read_rows(tmp_path / "logs" / "metrics.csv")
+    longer = [*words, "trainer.max_epochs=3", "trainer.accumulate_grad_batches=2", "resume_force=true"]
+    capsys.readouterr()
+    trained(run_of(root, tmp_path, *longer))
+    assert "metrics.csv: rows of finished epochs have the numbers of steps to come; kept as" in capsys.readouterr().out
+    assert read_rows(tmp_path / "logs" / "metrics_until_epoch_2.csv") == finished
+    last = torch.load(folder / "last.ckpt", weights_only=True)
+    before = torch.load(folder / "step_00000007.ckpt", weights_only=True)
+    name = "net.encoder.coarse.0.weight"
+    assert last["global_step"] == 6 and not torch.equal(last["state_dict"][name], before["state_dict"][name])
+    assert {path.name for path in folder.glob("step_*")} == {"step_00000005.ckpt", "step_00000007.ckpt"}
+    state = read_state(folder / "last.ckpt", run_of(root, tmp_path, *longer))
+    shutil.copy(folder / "step_00000007.ckpt", folder / "best.ckpt")
+    prepare_checkpoint_folder(state, folder, str(folder / "last.ckpt"))
+    assert not list(folder.glob("*.discarded"))
+    earlier = read_state(folder / "step_00000007.ckpt", run_of(root, tmp_path, *words))
+    prepare_checkpoint_folder(earlier, folder, str(folder / "step_00000007.ckpt"))
+    assert {path.name for path in folder.glob("*.discarded")} == {"last.ckpt.discarded", "step_00000005.ckpt.discarded"}
 
 
 @pytest.mark.reliability

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from semseg.config.load import load_config
 from semseg.config.schema import SyncBNConfig, TrainerConfig
+from semseg.errors import ConfigError
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import is_convolutional
 from semseg.training.trainer import create_strategy, create_trainer
@@ -66,6 +67,12 @@ def test_the_preset_for_a_gpu_has_mixed_precision_and_channels_last_and_can_be_o
     assert (config.trainer.max_epochs, config.trainer.log_every_n_steps) == (3, 20)
     assert config.model.channels_last
     assert not load_config(["trainer=gpu", "model.channels_last=false"])[0].model.channels_last
+
+
+def test_half_precision_with_a_gradient_scaler_is_for_gpus(tmp_path: Path) -> None:
+    settings = TrainerConfig(accelerator="cpu", precision="16-mixed")
+    with pytest.raises(ConfigError, match="=16-mixed: is for GPUs"):
+        create_trainer(settings, SyncBNConfig(), tmp_path, callbacks=[], loggers=[], has_val=True, is_training=True)
 
 
 def test_networks_with_linear_layers_keep_their_memory_layout() -> None:

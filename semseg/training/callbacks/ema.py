@@ -18,7 +18,8 @@ class MovingAverage(EMAWeightAveraging):
 
     Validation runs on the average, and checkpoints hold it as the weights of the network, beside the weights that
     training resumes with. Unlike Lightning's callback, it can be saved in the middle of a validation; it equals the
-    weights until it starts; and the weights are not replaced at the end of training, so that a run can be extended.
+    weights until it starts; a validation does not round it to the type of the network; and the weights are not replaced
+    at the end of training, so that a run can be extended.
 
     Args:
         decay: average = decay * average + (1 - decay) * weights after every step.
@@ -28,7 +29,7 @@ class MovingAverage(EMAWeightAveraging):
     def __init__(self, decay: float, start_step: int) -> None:
         super().__init__(decay=decay, use_buffers=True)
         self.decay, self.start_step = decay, start_step
-        self._is_swapped = False  # whether the network holds the average, during a validation
+        self._trained: dict[str, Tensor] = {}  # the weights, during a validation, in which the network has the average
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -41,6 +42,9 @@ class MovingAverage(EMAWeightAveraging):
         assert average is not None, "setup comes first"
         average.to(pl_module.device, torch.promote_types(next(pl_module.parameters()).dtype, torch.float32))
         average.n_averaged = average.n_averaged.cpu()  # it is read at every step, which would wait for a GPU
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._latest_update_step = trainer.global_step  # lower than the saved one if an epoch has fewer steps now
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -60,12 +64,14 @@ class MovingAverage(EMAWeightAveraging):
         pass
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_validation_epoch_start(trainer, pl_module)
-        self._is_swapped = True
+        if self._average_model is not None:
+            self._trained = {name: value.clone() for name, value in pl_module.state_dict().items()}
+            self._copy_average_to_current(pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_validation_epoch_end(trainer, pl_module)
-        self._is_swapped = False
+        if self._trained:
+            pl_module.load_state_dict(self._trained)
+            self._trained = {}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -80,9 +86,8 @@ class MovingAverage(EMAWeightAveraging):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._is_swapped:
-            names = ("state_dict", TRAINED_WEIGHTS)
-            checkpoint[names[0]], checkpoint[names[1]] = checkpoint[names[1]], checkpoint[names[0]]
+        if self._trained:
+            checkpoint[TRAINED_WEIGHTS] = self._trained
 
 
 def list_values(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

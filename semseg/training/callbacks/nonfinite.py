@@ -60,18 +60,16 @@ class NonFiniteGuard(Callback):
     Args:
         run_dir: the folder of the run.
         max_skipped: trainer.max_nonfinite_steps.
-        precision: trainer.precision.
         reduction: sums integers of other callbacks over the ranks at every step.
 
     Raises:
         NonFiniteError: names the step, its files, learning rates and gradient norm, and the saved sub-batch.
     """
 
-    def __init__(self, run_dir: Path, max_skipped: int, precision: str, reduction: StepReduction | None = None) -> None:
+    def __init__(self, run_dir: Path, max_skipped: int, reduction: StepReduction | None = None) -> None:
         self.folder = run_dir / NONFINITE_FOLDER
         self.max_skipped = max_skipped
-        # A gradient scaler looks for infinite gradients of half precision itself, and skips them routinely.
-        self.has_scaler = precision == "16-mixed"
+        self.has_scaler = False
         self.skipped = 0
         self.overflows = 0  # steps that the gradient scaler skipped
         self._overflows_in_a_row = 0
@@ -93,6 +91,8 @@ class NonFiniteGuard(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._rank, self._world_size = trainer.global_rank, trainer.world_size
+        # A gradient scaler looks for infinite gradients of half precision itself, and skips them routinely.
+        self.has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int

@@ -155,7 +155,9 @@ class Saver(Checkpoint):
                     shutil.copyfile(self.folder / LAST, temporary)
             except OSError as error:
                 self._warn_or_raise(error)
-        for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.config.keep]:
+        # Not by the step, which may be lower than before (resume_force).
+        copies = sorted(self.folder.glob("step_*.ckpt"), key=lambda path: (path == kept, path.stat().st_mtime_ns))
+        for old in copies[: -self.config.keep]:
             old.unlink()
 
     def _warn_or_raise(self, error: OSError) -> None:

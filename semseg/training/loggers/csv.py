@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -81,9 +82,17 @@ class CSVLog(Logger):
                 raise
             warnings.warn(message, stacklevel=1)  # a missing picture must not end a run
 
-    def drop_from(self, step: int) -> None:
-        """Drop the rows of `step` and of all later ones."""
+    @rank_zero_only
+    def drop_from(self, step: int, epoch: int) -> None:
+        """Drop the rows of `step` and of all later ones, of which a run repeats those of `epoch` and of later ones.
+
+        If earlier epochs are among them, because an epoch has fewer steps now, the files are kept under another name.
+        """
+        finished = self.metrics.count_epochs(step, epoch)
         for file in (self.metrics, self.speed):
+            if finished:
+                kept = file.keep_copy(f"until_epoch_{epoch}")
+                print(f"{file.path}: rows of finished epochs have the numbers of steps to come; kept as {kept.name}")
             file.drop_from(step)
 
     def drop_columns(self, step: int, prefix: str) -> None:
@@ -140,6 +149,18 @@ class RowFile:
         row = self._rows.setdefault(step, {"step": step})
         row.update({name: to_python_number(value) for name, value in values.items()})
         self._has_changed = True
+
+    def count_epochs(self, step: int, epoch: int) -> int:
+        """The number of rows of `step` and later ones that are of epochs before `epoch`."""
+        return sum(number >= step and float(row.get("epoch", epoch)) < epoch for number, row in self._rows.items())
+
+    def keep_copy(self, name: str) -> Path:
+        """Copy the file as it is to another one beside it."""
+        kept = self.path.with_name(f"{self.path.stem}_{name}{self.path.suffix}")
+        if self.path.is_file():
+            with atomic_write(kept) as temporary:
+                shutil.copyfile(self.path, temporary)
+        return kept
 
     def drop_from(self, step: int) -> None:
         self._rows = {number: row for number, row in self._rows.items() if number < step}

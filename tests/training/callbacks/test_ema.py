@@ -67,6 +67,16 @@ def test_a_checkpoint_of_the_middle_of_a_validation_tells_weights_and_average_ap
         assert torch.equal(watch.saved[key][WEIGHT], end[key][WEIGHT]), key
 
 
+@pytest.mark.slow
+def test_a_validation_does_not_round_the_average_to_the_type_of_the_network(root: Path, tmp_path: Path) -> None:
+    words = ["trainer.precision=bf16-true", "model.freeze_bn=true", "ema.decay=0.9", "trainer.max_epochs=2"]
+    often = fit(run_of(root, tmp_path / "often", *words))
+    never = fit(run_of(root, tmp_path / "never", *words, "trainer.limit_val_batches=0"))
+    for key in ("state_dict", "current_model_state"):
+        assert torch.equal(often[key][WEIGHT], never[key][WEIGHT]), key
+    assert often["state_dict"][WEIGHT].dtype == torch.float32
+
+
 def test_statistics_of_normalisation_are_averaged_too(root: Path, tmp_path: Path) -> None:
     end = fit(run_of(root, tmp_path, "ema.decay=0.8"))
     name = "net.encoder.coarse.1.running_mean"

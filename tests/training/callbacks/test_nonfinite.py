@@ -112,7 +112,7 @@ def test_d2_a_nan_score_is_never_the_best(root: Path, tmp_path: Path, monkeypatc
 
 
 def test_the_loss_that_is_reported_is_neither_scaled_nor_divided(tmp_path: Path) -> None:
-    guard = NonFiniteGuard(tmp_path, 0, "32-true")
+    guard = NonFiniteGuard(tmp_path, 0)
     module: Any = SimpleNamespace(step_metrics=[torch.tensor([3.0, 0.5])])
     trainer: Any = None
     for loss in (1.5 * 2**16, float("inf")):
@@ -138,7 +138,7 @@ def test_d12_steps_that_overflow_in_half_precision_are_skipped_and_counted_also_
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     states = spoil_steps(monkeypatch, set())
-    run = prepare_run(root, tmp_path, f"trainer.gradient_clip_val={clip}", "trainer.precision=16-mixed")
+    run = prepare_run(root, tmp_path, f"trainer.gradient_clip_val={clip}", "trainer.precision=bf16-mixed")
     # Lightning has no scaler on the CPU; this is the one that it has on a GPU, at scales that overflow once.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-32)
     run.trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
@@ -164,7 +164,8 @@ def test_d12_steps_that_overflow_in_half_precision_are_skipped_and_counted_also_
 def test_overflows_of_a_gradient_scaler_are_counted_and_left_to_it(root: Path, tmp_path: Path) -> None:
     """Without a GPU Lightning has no scaler: the guard sees a gradient as the scaler leaves it."""
     run = prepare_run(root, tmp_path)
-    guard = NonFiniteGuard(tmp_path, max_skipped=0, precision="16-mixed")
+    guard = NonFiniteGuard(tmp_path, max_skipped=0)
+    guard.has_scaler = True
     optimizer = torch.optim.SGD(run.net.parameters(), lr=0.1)
     for gradient in (1.0, float("inf"), float("inf")):
         for weight in run.net.parameters():
