@@ -60,7 +60,7 @@ from semseg.prediction.predictor import PredictionSettings, Predictor
 from semseg.storage.download import cache_folder, fetch_file
 from semseg.storage.hub_list import HubEntry
 from semseg.storage.ranks import print_once
-from semseg.storage.run_folders import find_checkpoint
+from semseg.storage.run_folders import expand_path, find_checkpoint
 from semseg.system.processors import choose_num_workers, count_processors
 from semseg.training.callbacks.bad_images import CountBadImages
 from semseg.training.callbacks.console import BarProgress, LineProgress, ReportValidation
@@ -150,7 +150,7 @@ def find_network(spec: str, config: Config, overrides: list[str], key: str = "ck
         return read_published(files, config, overrides)
     if is_on_hub(spec):
         return find_hub_network(spec, config)
-    path = find_checkpoint(spec, Path(config.runs_dir), key=key)
+    path = find_checkpoint(spec, expand_path(config.runs_dir), key=key)
     if path.suffix.lower() != ONNX:
         saved = read_checkpoint(path)
         print_once(saved.origin and f"{path.name} was trained from: {saved.origin}")

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
 
-from semseg.config.choice_files import is_choice_file
 from semseg.config.groups import CONFIG_DIR, list_groups
 from semseg.config.override_keys import list_given_keys
+from semseg.config.recipes import list_chosen_options
 from semseg.config.schema import flatten_sections
 from semseg.data.crops import NATIVE
 from semseg.data.geometry import Size
@@ -209,16 +208,6 @@ def make_recipe(
     return {"defaults": defaults, **content}, reasons
 
 
-def list_chosen_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a recipe chooses, by group.
-
-    >>> list_chosen_options({"defaults": ["_self_", {"override /optim": "adamw"}]})
-    {'optim': 'adamw'}
-    """
-    entries = [entry for entry in recipe.get("defaults", []) if isinstance(entry, Mapping)]
-    return {str(key).removeprefix("override ").lstrip("/"): value for entry in entries for key, value in entry.items()}
-
-
 def overrides_key(given: str, key: str) -> bool:
     """Whether an override of `given` decides `key`: the same key, a section or group that holds it, or the network.
 
@@ -282,30 +271,6 @@ def read_content(file: Path) -> Any:
 
 def add_reason(line: str, reason: str | None) -> str:
     return f"{line:<40}  # {reason}" if reason else line
-
-
-def read_recipe(experiment: str = BASE_RECIPE) -> dict[str, Any]:
-    """A recipe as plain data, together with those that it starts from. The default gives what the data do not decide.
-
-    Args:
-        experiment: an option of that group, or a file.
-    """
-    name = experiment.strip("[]")
-    is_file = is_choice_file("experiment", name)
-    path = Path(name).expanduser() if is_file else CONFIG_DIR / "experiment" / f"{name}.yaml"
-    content: Any = OmegaConf.to_container(OmegaConf.load(path)) or {}
-    defaults: list[Any] = []
-    merged = DictConfig({})
-    for entry in content.pop("defaults", []):
-        if isinstance(entry, str) and entry != "_self_":  # another recipe
-            base = read_recipe(entry)
-            defaults += base.pop("defaults")
-            merged.merge_with(base)
-        else:
-            defaults.append(entry)
-    merged.merge_with(content)
-    values: Any = OmegaConf.to_container(merged)
-    return {"defaults": defaults, **values}
 
 
 def format_recipe(content: Mapping[str, Any], reasons: Mapping[str, str], file: Path, command: str, base: str) -> str:

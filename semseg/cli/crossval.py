@@ -53,7 +53,8 @@ def run_folds(config: Config, overrides: list[str], run_dir: Path) -> int:
         folder = run_dir / f"fold_{fold}"
         words = [*kept, "mode=train", f"data.fold={fold}", f"after_training=[{','.join(after)}]"]
         job = find_finished_job(folder, words, scores=True)
-        print(f"fold {fold + 1} of {folds}: {'finished earlier' if job else relative_to_cwd(folder)}", flush=True)
+        where = "finished earlier" if job else relative_to_cwd(folder)
+        print(f"fold {fold} ({fold + 1} of {folds}): {where}", flush=True)
         if job is None:
             call = [sys.executable, str(entry_script()), *words]
             call += [f"{key}={quote_value(folder)}" for key in ("hydra.run.dir", "run_dir")]
@@ -69,7 +70,7 @@ def run_folds(config: Config, overrides: list[str], run_dir: Path) -> int:
     report_folds(run_dir, finished, folds, command)
     for number, job in enumerate(jobs):
         if not job.is_finished:
-            print(f"fold {number + 1}: {job.status}{f': {job.reason}' if job.reason else ''}")
+            print(f"fold {number}: {job.status}{f': {job.reason}' if job.reason else ''}")
     print(f"to continue: {command}" if len(finished) < folds else f"networks: {relative_to_cwd(run_dir)}/fold_*")
     return stop_code or int(len(finished) < folds)
 

@@ -54,7 +54,13 @@ from semseg.config.overrides import (
     select_overrides,
 )
 from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, Config
-from semseg.config.uses import describe_training_words, refuse_idle_keys, refuse_unread_keys, refuse_unused_sizes
+from semseg.config.uses import (
+    TRAINING_MODES,
+    describe_training_words,
+    refuse_idle_keys,
+    refuse_unread_keys,
+    refuse_unused_sizes,
+)
 from semseg.config.validate import check_config
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, ReportedError, SemsegError
 from semseg.storage import run_lock
@@ -62,7 +68,9 @@ from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.storage.commands import entry_script, format_command, relative_to_cwd, remember_program
 from semseg.storage.ranks import is_first_rank, is_first_rank_of_machine, print_once
 from semseg.storage.run_folders import (
+    CHECKPOINT_FOLDER,
     claim_folder,
+    expand_path,
     find_checkpoint,
     find_run_folder,
     list_missing_folders,
@@ -163,7 +171,9 @@ def run_in_folder(config: Config, composed: DictConfig, overrides: list[str]) ->
         if config.mode == "crossval":
             from semseg.cli.crossval import run_folds  # noqa: PLC0415 - slow to import, and most runs need no folds
 
-            sys.exit(run_folds(config, overrides, run_dir))
+            with silence_stdout(config.quiet):
+                code = run_folds(config, overrides, run_dir)
+            sys.exit(code)
         if processes > 1:
             sys.exit(run_ranks(overrides, processes, run_dir))
         sys.argv[1:] += [f"hydra.run.dir={quote_value(run_dir)}", NO_HYDRA_RECORD]
@@ -177,7 +187,8 @@ def check_start(config: Config, overrides: list[str]) -> int:
         SemsegError: if the checkpoint, a GPU or data are missing.
     """
     if config.ckpt in ("last", "best"):
-        find_checkpoint(config.ckpt, Path(config.runs_dir))  # its error lists the runs, so before there is a new one
+        # Its error lists the runs, so before there is a new one.
+        find_checkpoint(config.ckpt, expand_path(config.runs_dir))
     processes = count_processes(config)
     if processes > 1 and config.trainer.accelerator in ("gpu", "cuda"):
         from semseg.training.trainer import check_gpu_numbers  # noqa: PLC0415 - slow to import
@@ -294,14 +305,19 @@ def resolve_run_dir(composed: DictConfig, created: list[Path] | None = None) -> 
         created: receives the folders that this command creates, the innermost first.
 
     Raises:
-        ConfigError: if it cannot be created.
+        ConfigError: if it cannot be created, or belongs to a training run that this mode would spoil.
     """
-    run_dir, template = Path(str(composed.hydra.run.dir)).absolute(), read_unresolved(composed, "run_dir")
+    run_dir, template = expand_path(composed.hydra.run.dir).absolute(), read_unresolved(composed, "run_dir")
     is_given = read_unresolved(composed.hydra.run, "dir") != "${run_dir}"
     parent = find_parent_run(composed) if template == DEFAULT_RUN_DIR and not is_given else None
     if parent is not None:
         run_dir = parent / str(composed.mode)
     require_folder_path(run_dir)
+    if composed.mode not in TRAINING_MODES and (run_dir / CHECKPOINT_FOLDER).exists():
+        raise ConfigError(
+            f"run_dir={relative_to_cwd(run_dir)}: is the folder of a training run, whose report and record mode="
+            f"{composed.mode} would replace. Leave it out, or give another folder."
+        )
     missing = list_missing_folders(run_dir)
     if not is_given and "${now:" in template:
         run_dir = claim_run_folder(run_dir, "-" if parent else "_")
@@ -330,7 +346,7 @@ def find_parent_run(composed: DictConfig) -> Path | None:
     """The run below whose folder this command writes: that of its network; None without one, or if it is read-only."""
     if composed.mode not in RESULT_MODES:
         return None
-    parent = find_run_folder(composed.ckpt, Path(str(composed.runs_dir)))
+    parent = find_run_folder(composed.ckpt, expand_path(composed.runs_dir))
     return parent if parent is not None and os.access(parent, os.W_OK) else None
 
 
@@ -340,7 +356,7 @@ def resolve_sweep_dir(composed: DictConfig) -> Path:
     Raises:
         ConfigError: if it cannot be created.
     """
-    sweep_dir = Path(str(composed.hydra.sweep.dir)).absolute()
+    sweep_dir = expand_path(composed.hydra.sweep.dir).absolute()
     require_folder_path(sweep_dir, "sweep_dir")
     return claim_folder(sweep_dir) if "${now:" in read_unresolved(composed.hydra.sweep, "dir") else sweep_dir
 

@@ -97,7 +97,8 @@ def report_sweep(sweep_dir: Path, command: str) -> int:
         write_sweep_page(sweep_dir / "sweep.html", ranking, command)
         console.print(render_sweep_table(ranking))
         folder = relative_to_cwd(sweep_dir)
-        console.print(f"written to {folder}/sweep.csv, {folder}/sweep.html", soft_wrap=True, highlight=False)
+        written = f"written to {folder}/sweep.csv, {folder}/sweep.html"
+        console.print(written, soft_wrap=True, highlight=False, markup=False)
     lines = [ranking.headline, f"to continue: {command}"]
     if comparison := suggest_comparison(ranking):
         lines.append(f"to compare the two best: {comparison}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
@@ -12,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from semseg.config.compose import compose_config, explain_option
 from semseg.config.groups import CONFIG_DIR, list_groups, list_options
 from semseg.config.hints import explain_unknown_key
-from semseg.config.overrides import shorten_override
+from semseg.config.overrides import quote_value, shorten_override
 from semseg.config.schema import list_keys
 from semseg.config.tables import list_own_keys
 from semseg.config.validate import explain_omegaconf_error, iterate_leaves
@@ -82,8 +83,10 @@ def explain_grammar_error(override: str) -> str:
         return f"cannot read {shorten_override(override)}. Quote the value."
     if value.startswith("[") and value.endswith("]"):
         return f'cannot read {override!r}. Quote each part of the list: \'{key}=["...","..."]\''
-    quoted = value.strip("\"'")
-    return f"cannot read {override!r}. Quote the value: '{key}=\"{quoted}\"'"
+    if value[:1] in ("[", "{"):
+        return f"cannot read {override!r}: its bracket is not closed."
+    quoted = quote_value(value.strip("\"'"))
+    return f"cannot read {override!r}. Quote the value: {shlex.quote(f'{key}={quoted}')}"
 
 
 def list_composed_keys(overrides: list[str]) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from semseg.config.fields import key_of
 from semseg.config.override_keys import list_given_keys
-from semseg.config.schema import Config
+from semseg.config.recipes import find_experiment, list_chosen_options, read_recipe
+from semseg.config.schema import Config, flatten_sections
 from semseg.config.uses import refuse_unused_boundary_ratio, refuse_unused_sizes
 from semseg.config.validate import check_values
 from semseg.errors import ConfigError
@@ -22,7 +23,7 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
     """The configuration for using a checkpoint: the saved one with the overrides of the user.
 
     The network always comes from the checkpoint; data and evaluation settings come from it unless they are given on the
-    command line (a whole group such as data=camvid, or single keys).
+    command line or by its experiment (a whole group such as data=camvid, or single keys).
 
     Raises:
         ConfigError: if the command line requests another network, or sizes or a width of boundaries that are not used.
@@ -31,13 +32,16 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
     for key in keys:
         if key.partition(".")[0].partition("/")[0] == "model" and key not in FREE_MODEL_KEYS:
             raise ConfigError(f"{key}: the network comes from ckpt, so it cannot be set here.")
+    experiment = find_experiment(overrides)
+    recipe = {} if experiment is None else read_recipe(experiment)
+    sections, by_recipe = list_chosen_options(recipe), dict(flatten_sections(recipe))
     merged, ours = deepcopy(given), deepcopy(saved)
     merged.model = ours.model
     for name in ("data", "eval"):
-        if name in keys or "experiment" in keys:
+        if name in keys or name in sections:
             continue
         setattr(merged, name, getattr(ours, name))
-        for key in keys:
+        for key in (*by_recipe, *keys):
             if key.startswith(f"{name}."):
                 _copy_value(given, merged, key.split("."))
     for key in FREE_MODEL_KEYS:
@@ -47,7 +51,8 @@ def inherit_config(saved: Config, given: Config, overrides: list[str]) -> Config
         merged.data.resize = ours.data.resize
     if merged.data.resize == "native" and "data.crop" not in keys:
         merged.data.crop = ours.data.crop or ours.augment.crop
-    merged.data.label_cache = given.data.label_cache  # a folder of this machine
+    # What belongs to this machine.
+    merged.data.label_cache, merged.data.num_workers = given.data.label_cache, given.data.num_workers
     merged.eval.bootstrap = given.eval.bootstrap  # checkpoints of older versions have 0 where nothing was chosen
     check_values(merged, None)  # the use of `given` has been checked
     refuse_unused_sizes(merged, overrides)

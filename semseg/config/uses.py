@@ -38,6 +38,7 @@ PREDICTION_ADVICE = {f"eval.{key}": f"Use predict.{key}." for key in VIEW_KEYS} 
     "eval.boundary_iou": "It is for mode=eval. Leave it out.",
     "eval.boundary_ratio": "It is for mode=eval. Leave it out.",
 }
+TRAINING_MODES = ("train", "crossval")
 # Keys, or values of them (key=value), that a mode does not read, and what to do.
 UNREAD_KEYS = {
     "eval": {f"predict.{key}": f"Use eval.{key}." for key in (*VIEW_KEYS, "scales")}
@@ -71,14 +72,13 @@ UNREAD_KEYS = {
         for key in ("threshold", "min_confidence", "window", "stride")
     },
     "compare": {"output": "The page is written to run_dir=<folder>."},
-    "train": {"output": "All files are written to run_dir=<folder>."},
+    **{mode: {"output": "All files are written to run_dir=<folder>."} for mode in TRAINING_MODES},
 }
 # Modes that cannot work without a network.
 NETWORK_MODES = ("eval", "predict", "convert", "replay", "serve", "export")
 
 INHERITING_MODES = ("eval", "predict", "serve", "export", "replay", "average")  # modes with the settings of the run
 SEVERAL_NETWORKS_MODES = ("eval", "predict", "serve", "average")  # modes that average networks
-TRAINING_MODES = ("train", "crossval")
 USING_MODES = ("eval", "predict", "serve", "export", "convert")  # modes that take a network as it was trained
 PLAIN_DECODERS = ("linear", "segformer", "upernet", "upernet_lite")  # without an auxiliary classifier
 TRAINING_KEYS = (  # keys and sections that only training reads
@@ -321,7 +321,11 @@ def find_missing_keys(config: Config) -> Iterator[str]:
 
 def find_training_problems(config: Config) -> Iterator[str]:
     """A sentence for every contradiction about where a run starts, and for a run without steps."""
-    if config.mode != "train":
+    if config.mode not in TRAINING_MODES:
+        return
+    if config.trainer.limit_train_batches == 0:
+        yield "trainer.limit_train_batches=0: there is nothing to train. Remove it, or set at least 1."
+    if config.mode == "crossval":
         return
     starts = [key for key in ("ckpt", "resume", "init_from") if getattr(config, key) not in (None, "auto")]
     if "ckpt" in starts and len(starts) > 1:
@@ -331,8 +335,6 @@ def find_training_problems(config: Config) -> Iterator[str]:
             f"data.folds={config.data.folds}: is for mode=crossval, which trains on every fold. For one of them give "
             "data.fold=<0 to folds - 1>."
         )
-    if config.trainer.limit_train_batches == 0:
-        yield "trainer.limit_train_batches=0: there is nothing to train. Remove it, or set at least 1."
 
 
 def find_fold_problems(config: Config) -> Iterator[str]:

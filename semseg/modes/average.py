@@ -25,7 +25,7 @@ from semseg.config.inherit import inherit_config
 from semseg.config.schema import ARCHITECTURE_KEYS, Config, list_checkpoints
 from semseg.data.batch import Batch
 from semseg.data.sources import DataSource, require_masks
-from semseg.errors import CheckpointError
+from semseg.errors import CheckpointError, ConfigError
 from semseg.evaluation.thresholds import find_best_threshold
 from semseg.lit_module import SegmentationModule
 from semseg.modes.eval import open_source
@@ -54,9 +54,13 @@ def run(config: Config, overrides: list[str]) -> float | None:
     """Average the weights, measure normalisation statistics, and compare; returns the score of the average.
 
     Raises:
+        ConfigError: if run_dir holds an average.
         SemsegError: if a network cannot be read, the networks are not of one architecture, or the data set has no
             images to train or to validate.
     """
+    folder = Path(config.run_dir)
+    if (folder / AVERAGE_FILE).exists():
+        raise ConfigError(f"run_dir={relative_to_cwd(folder)}: holds {AVERAGE_FILE} of an earlier call. Give another folder.")
     members = [find_network(spec, config, overrides) for spec in list_checkpoints(config.ckpt)]
     for other in members[1:]:
         refuse_other_network(members[0], other)
@@ -82,7 +86,6 @@ def run(config: Config, overrides: list[str]) -> float | None:
     best = max((iou for iou in scores if iou is not None), default=None)
     is_better = score is not None and (best is None or score > best)
     print_scores(members, scores, score, num_images)
-    folder = Path(config.run_dir)
     if is_better:
         write_ckpt(folder / AVERAGE_FILE, averaged)
     content = {

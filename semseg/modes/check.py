@@ -36,6 +36,7 @@ from semseg.checks.dataset import (
 from semseg.checks.objects import check_objects
 from semseg.checks.recipe import BASE_RECIPE, write_recipe
 from semseg.config.load import load_config
+from semseg.config.recipes import find_experiment
 from semseg.config.schema import SPLITS, Config, DataConfig
 from semseg.data.bands import band_options
 from semseg.data.classes import ClassTable
@@ -59,7 +60,6 @@ from semseg.modes.check_recipe import (
     check_command,
     choose_recipe,
     collect_facts,
-    find_base_recipe,
     training_command,
 )
 from semseg.nets.interfaces import SegmentationNetwork
@@ -123,7 +123,7 @@ def run(config: Config, overrides: list[str]) -> None:
     if is_ready:
         if output is not None:
             facts = collect_facts(config.data, diagnosis, splits[0], label_map, classes)
-            base = find_base_recipe(overrides)
+            base = find_experiment(overrides)
             content, reasons = choose_recipe(config, overrides, diagnosis, facts, output)
             write_recipe(output, content, reasons, report.command, base or BASE_RECIPE)
             print(escape_lines(f"written to {relative_to_cwd(output)}: the data set, and settings with their reasons"))

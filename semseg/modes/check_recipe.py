@@ -19,12 +19,11 @@ from semseg.checks.recipe import (
     DataFacts,
     Machine,
     choose_settings,
-    list_chosen_options,
     make_recipe,
-    read_recipe,
 )
 from semseg.config.load import load_config
-from semseg.config.override_keys import list_given_keys, override_key, split_override
+from semseg.config.override_keys import list_given_keys, override_key
+from semseg.config.recipes import find_experiment, list_chosen_options, read_recipe
 from semseg.config.schema import FINE_STRIDE, Config, DataConfig, flatten_sections
 from semseg.config.uses import find_idle_data_keys
 from semseg.data.bands import BandOptions
@@ -98,19 +97,13 @@ def collect_facts(
     return DataFacts(sizes, shares, sides, len(data.band_names) == 3)
 
 
-def find_base_recipe(overrides: Sequence[str]) -> str | None:
-    """The experiment of the command line, on which its recipe is based; None: that of a recipe by default."""
-    chosen = [value for key, value in map(split_override, overrides) if key == "experiment"]
-    return chosen[-1].strip("\"'") if chosen else None
-
-
 def choose_recipe(
     config: Config, overrides: Sequence[str], diagnosis: Diagnosis, facts: DataFacts, output: Path
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The content of `output`, and the reason of each of its settings by key."""
     data = describe_checked_data(overrides, diagnosis.suggestions, output)
     others = leave_out_data(overrides)
-    chosen = find_base_recipe(overrides)
+    chosen = find_experiment(overrides)
     base = read_recipe(chosen or BASE_RECIPE)
     is_network_given = any(key.startswith("model") for key in list_given_keys(others))
     recipe_words = [] if is_network_given else [f"experiment={chosen or BASE_RECIPE}"]

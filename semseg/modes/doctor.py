@@ -22,6 +22,7 @@ from semseg.data import shared_slots
 from semseg.errors import DataError, SemsegError, install_command
 from semseg.nets.registry import build_segmenter
 from semseg.prediction.video import VideoWriters, read_frames
+from semseg.storage.run_folders import expand_path
 from semseg.system.memory import get_total_memory
 from semseg.system.processors import choose_num_workers, count_processors
 from semseg.system.shared_memory import SHARED_MEMORY, get_free_shared_memory
@@ -55,7 +56,7 @@ def run(config: Config, overrides: list[str]) -> None:
     Raises:
         MachineError: if this machine cannot train.
     """
-    results = check_machine(Path(config.runs_dir), choose_num_workers(config.data.num_workers, num_ranks=1))
+    results = check_machine(expand_path(config.runs_dir), choose_num_workers(config.data.num_workers, num_ranks=1))
     table = Table(title="this machine", show_header=False)
     for result in results:
         table.add_row(result.level, result.name, result.text)

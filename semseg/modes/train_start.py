@@ -16,15 +16,15 @@ from semseg.checkpoints.atomic_io import find_damage, find_newest_intact, remove
 from semseg.checkpoints.format import SavedNetwork, load_plain
 from semseg.checkpoints.from_hub import is_on_hub
 from semseg.checkpoints.published import find_published_files
-from semseg.checks.recipe import list_chosen_options, read_recipe
 from semseg.config.override_keys import split_override
+from semseg.config.recipes import list_chosen_options, read_recipe
 from semseg.config.schema import ARCHITECTURE_KEYS, ZOO_PREFIX, Config, ModelConfig, config_to_plain, flatten_sections
 from semseg.data.sources import DataSource
 from semseg.errors import CheckpointError
 from semseg.modes.automatic import AutomaticChoice, choose_automatic
 from semseg.storage.atomic import atomic_write
 from semseg.storage.ranks import is_first_rank, print_once
-from semseg.storage.run_folders import CHECKPOINT_FOLDER, find_checkpoint
+from semseg.storage.run_folders import CHECKPOINT_FOLDER, expand_path, find_checkpoint
 from semseg.storage.run_lock import hold_run_folder
 from semseg.training.losses import build_terms, read_class_weights
 from semseg.training.resume import RunConditions, RunState, count_taken, read_run_state
@@ -65,7 +65,7 @@ def resolve_start(config: Config, overrides: list[str], source: DataSource) -> S
     if config.ckpt is not None and is_trained_elsewhere(config.ckpt):
         config = replace(config, ckpt=None, init_from=config.ckpt)
     elif config.ckpt is not None:
-        path = find_checkpoint(config.ckpt, Path(config.runs_dir), prefer=("last", "best"))
+        path = find_checkpoint(config.ckpt, expand_path(config.runs_dir), prefer=("last", "best"))
         config = replace(config, ckpt=None, resume=str(path))
     weights = config.loss.class_weights
     if isinstance(weights, str):

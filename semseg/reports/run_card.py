@@ -26,7 +26,11 @@ from semseg.data.records import Record
 from semseg.data.store import file_stamp
 
 RUN_CARD_PACKAGES = ("torch", "torchvision", "pytorch-lightning")
-SECRET_KEY = re.compile("key|token|secret|password", re.IGNORECASE)
+# Whole words, so that the class keyboard and num_key_value_heads of a network are none.
+SECRET_KEY = re.compile(
+    r"(^|[._-])((api|access|private|secret|auth)_?)?(key|token|secret|passw(or)?d|credentials?)s?$", re.IGNORECASE
+)
+SECRET_ENTRY = re.compile(r"""(?P<key>["']?[\w.-]+["']?)\s*:\s*(?P<value>"[^"]*"|'[^']*'|[^,{}\[\]]+|[\[{].*)""")
 LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 MASK = "***"
 NO_CHECKOUT = "not a git checkout"
@@ -96,12 +100,24 @@ def mask_secrets(node: Any) -> Any:
 def mask_argument(argument: str) -> str:
     """Mask the value of a command-line argument as `mask_secrets` does.
 
-    >>> mask_argument("logger.api_key=abc")
-    'logger.api_key=***'
+    >>> mask_argument("logger.api_key=abc"), mask_argument("logger.x={api_key: abc, class_map: {keyboard: tv}}")
+    ('logger.api_key=***', 'logger.x={api_key: ***, class_map: {keyboard: tv}}')
     """
     key, equals, value = argument.partition("=")
-    is_secret = equals and (SECRET_KEY.search(key) or ("{" in value and SECRET_KEY.search(value)))
-    return f"{key}={MASK}" if is_secret else LOGIN_IN_URL.sub(MASK, argument)
+    if equals and SECRET_KEY.search(key):
+        return f"{key}={MASK}"
+    if "{" in value:
+        value = SECRET_ENTRY.sub(_mask_entry, value)
+    return LOGIN_IN_URL.sub(MASK, f"{key}{equals}{value}")
+
+
+def _mask_entry(entry: re.Match[str]) -> str:
+    """An entry of a mapping in the grammar of Hydra, with its value masked if its key looks like a secret."""
+    if SECRET_KEY.search(entry["key"].strip("\"'")):
+        return f"{entry['key']}: {MASK}"
+    if entry["value"][0] in "[{":  # its entries
+        return f"{entry['key']}: {SECRET_ENTRY.sub(_mask_entry, entry['value'])}"
+    return entry[0]
 
 
 def collect_versions() -> dict[str, str]:

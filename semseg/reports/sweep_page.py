@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import shlex
 import statistics
 from collections import Counter
@@ -14,6 +15,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from semseg.config.overrides import quote_value
 from semseg.reports.charts import NUM_LINE_COLOURS, Line, Point, draw_scatter_plot, format_tick
 from semseg.reports.templates import NOT_AVAILABLE, render_template
 from semseg.storage.atomic import atomic_write
@@ -102,7 +104,9 @@ def suggest_comparison(ranking: Ranking) -> str | None:
     best = [job.folder for job in ranking.jobs if (job.folder / "eval" / "metrics.json").is_file()][:2]
     if len(best) < 2:
         return None
-    folders = ",".join(str(relative_to_cwd(folder)) for folder in reversed(best))
+    names = [str(relative_to_cwd(folder)) for folder in reversed(best)]
+    is_plain = all(re.fullmatch(r"[\w./-]+", name) for name in names)
+    folders = ",".join(names if is_plain else map(quote_value, names))
     return f"{entry_command()} mode=compare {shlex.quote(f'runs=[{folders}]')}"
 
 

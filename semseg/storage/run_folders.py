@@ -21,6 +21,11 @@ CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
 METRICS_FILE = "metrics.json"  # of an evaluation
 
 
+def expand_path(path: object) -> Path:
+    """A path of the configuration, whose ~ is the home directory also where no shell has seen it: in a recipe."""
+    return Path(os.path.expanduser(str(path)))  # noqa: PTH111 - Path raises an error for unknown users
+
+
 # ---- checkpoints
 
 

@@ -44,7 +44,7 @@ class Job(NamedTuple):
     folder: Path
     overrides: tuple[str, ...]
     status: str = STARTED
-    reason: str = ""  # why it failed
+    reason: str = ""  # why it failed, or is not ranked
     seconds: float = 0.0  # all attempts together
     result: RunResult = RunResult()
 
@@ -170,10 +170,21 @@ class Ranking(NamedTuple):
 
 
 def rank_jobs(jobs: Sequence[Job]) -> Ranking:
-    """Sort jobs by their score, in the direction that their results name."""
-    scored = [job for job in jobs if job.result.score is not None]
-    others = [job for job in jobs if job.result.score is None]
-    result = scored[0].result if scored else RunResult()
+    """Sort jobs by their score, in the direction that their results name.
+
+    Jobs with another score than the first one (checkpoint.monitor) cannot be compared with it, and come behind.
+    """
+    result = next((job.result for job in jobs if job.result.score is not None), RunResult())
+    scored, others = [], []
+    for job in jobs:
+        has_other = (job.result.monitor, job.result.mode) != (result.monitor, result.mode)
+        if job.result.score is None:
+            others.append(job)
+        elif has_other:
+            reason = f"{job.result.monitor} {job.result.score:.4f}, {job.result.mode} is best, is not compared"
+            others.append(job._replace(result=RunResult(), reason=reason))
+        else:
+            scored.append(job)
     best_first = sorted(scored, key=lambda job: job.result.score or 0.0, reverse=result.mode == "max")
     return Ranking((*best_first, *others), varying_keys(jobs), result.monitor, result.mode)
 

@@ -163,6 +163,14 @@ def test_settings_come_from_the_checkpoint_unless_given() -> None:
     assert inherit_config(saved, configured(*words), words).data.name == "camvid"
 
 
+def test_an_experiment_changes_only_what_it_sets_and_machines_have_their_own_workers() -> None:
+    saved = configured(*SMALL, "data.max_long_edge=123", "data.num_workers=7")
+    words = ["mode=eval", "ckpt=x", "experiment=own_data"]
+    inherited = inherit_config(saved, configured(*words), words)
+    assert (inherited.data.name, inherited.data.max_long_edge, inherited.eval.scales) == ("scenes", 123, [64])
+    assert inherited.data.batch_size == 4 and inherited.data.num_workers is None
+
+
 def test_a_width_of_boundaries_is_for_runs_that_score_them() -> None:
     words = ["mode=eval", "ckpt=x", "eval.boundary_ratio=0.1"]
     with pytest.raises(ConfigError, match=r"^eval\.boundary_ratio=0\.1: has no effect\."):

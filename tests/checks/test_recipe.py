@@ -9,16 +9,16 @@ import pytest
 import yaml
 
 from semseg.checks.recipe import (
+    BASE_RECIPE,
     DataFacts,
     Machine,
     choose_settings,
-    list_chosen_options,
     make_recipe,
-    read_recipe,
     write_recipe,
 )
 from semseg.config.groups import CONFIG_DIR
 from semseg.config.load import load_config
+from semseg.config.recipes import list_chosen_options, read_recipe
 from semseg.data.geometry import Size
 from semseg.errors import ConfigError
 
@@ -69,7 +69,9 @@ def test_small_objects_in_large_images_keep_their_pixels() -> None:
 
 def test_the_resolution_and_the_crop_that_were_given_are_kept(tmp_path: Path) -> None:
     choices = choose_settings(STREET._replace(given_resize="native"), CPU, {}, memory)
-    content, reasons = make_recipe(choices, {"root": "photos", "resize": "native"}, read_recipe(), ["data.resize"])
+    content, reasons = make_recipe(
+        choices, {"root": "photos", "resize": "native"}, read_recipe(BASE_RECIPE), ["data.resize"]
+    )
     assert reasons["data.resize"] == "as it was given"
     assert content["data"]["crop"] == [384, 480] and "short_edges" not in content["data"] and "augment" not in content
     resized = choose_settings(DEFECTS._replace(given_resize="short_edge"), CPU, {}, memory)
@@ -77,12 +79,14 @@ def test_the_resolution_and_the_crop_that_were_given_are_kept(tmp_path: Path) ->
     assert "data.crop" not in {choice.key for choice in resized}
     for given in ("data.crop", "augment.crop"):
         for facts in (STREET, DEFECTS):
-            content, _ = make_recipe(choose_settings(facts, CPU, {}, memory), {}, read_recipe(), [given])
+            content, _ = make_recipe(choose_settings(facts, CPU, {}, memory), {}, read_recipe(BASE_RECIPE), [given])
             assert "crop" not in content["data"] and "crop" not in content.get("augment", {})
 
 
 def test_crops_at_native_resolution_keep_the_size_of_objects() -> None:
-    content, _ = make_recipe(choose_settings(DEFECTS, CPU, {}, memory), {"root": "photos"}, read_recipe(), [])
+    content, _ = make_recipe(
+        choose_settings(DEFECTS, CPU, {}, memory), {"root": "photos"}, read_recipe(BASE_RECIPE), []
+    )
     assert "augment" not in content  # the preset alone
 
 
@@ -94,7 +98,7 @@ def test_without_timm_the_encoder_is_one_of_torchvision() -> None:
 @pytest.fixture
 def recipe() -> tuple[dict[str, Any], dict[str, str]]:
     choices = choose_settings(STREET, CPU, {"optim.lr": 0.003}, memory)
-    return make_recipe(choices, {"name": "a", "root": "photos", "num_classes": 3}, read_recipe(), [])
+    return make_recipe(choices, {"name": "a", "root": "photos", "num_classes": 3}, read_recipe(BASE_RECIPE), [])
 
 
 def test_the_file_trains_what_was_chosen_and_is_a_data_set_too(
@@ -155,7 +159,7 @@ def test_a_file_with_its_own_values_first_can_be_the_base(tmp_path: Path) -> Non
 def test_what_the_user_set_is_left_to_the_command_line() -> None:
     choices = choose_settings(STREET, CPU, {"optim.lr": 0.003}, memory)
     given = ["model=upernet50", "trainer.max_epochs=3", "augment=none", "data.batch_size=2"]
-    content, _ = make_recipe(choices, {"root": "photos", "batch_size": 2}, read_recipe(), given)
+    content, _ = make_recipe(choices, {"root": "photos", "batch_size": 2}, read_recipe(BASE_RECIPE), given)
     groups = [next(iter(entry)).removeprefix("override /") for entry in content["defaults"]]
     assert groups == ["data", "optim", "schedule", "loss"]
     assert content["model"] == {"channels_last": True}

@@ -73,6 +73,8 @@ def test_the_deviation_is_that_of_a_single_fold() -> None:
         (["data.folds=3"], "data.folds=3: is for mode=crossval"),
         (["data.fold=1"], "data.fold=1: needs data.folds"),
         (["data.folds=3", "data.fold=3"], "data.fold=3: must be below data.folds=3"),
+        (["mode=crossval", "data.folds=3", "output=x"], "output=x: has no effect with mode=crossval"),
+        (["mode=crossval", "data.folds=3", "trainer.limit_train_batches=0"], "there is nothing to train"),
         (["mode=crossval", "data.folds=3", "data.fold=0"], "mode=crossval trains on every fold"),
         (["mode=crossval", "data.folds=3", "data.group=(("], "data.group=((: is no regular expression"),
     ],
@@ -105,10 +107,10 @@ def test_finished_folds_are_kept_and_the_others_run_again(tmp_path: Path, monkey
     monkeypatch.setattr(crossval, "run_job", run_job)
     printed = run_here(tmp_path, *CROSSVAL, "run_dir=cv", code=1)
     assert "6 images in 6 groups, 3 folds of 2, 2, 2 images" in printed
-    assert "fold 2: failed: no luck" in printed and "to continue: python run.py" in printed and "run_dir=cv" in printed
+    assert "fold 1: failed: no luck" in printed and "to continue: python run.py" in printed and "run_dir=cv" in printed
     broken.clear()
     printed = run_here(tmp_path, *CROSSVAL, "run_dir=cv")
-    assert ran == [0, 1, 2, 1] and "fold 1 of 3: finished earlier" in printed
+    assert ran == [0, 1, 2, 1] and "fold 0 (1 of 3): finished earlier" in printed
     content = json.loads((tmp_path / "cv" / "crossval.json").read_text())
     assert content["iou"]["sky"]["mean"] == pytest.approx(0.2)
     assert content["iou"]["sky"]["deviation"] == pytest.approx(statistics.stdev([0, 0.2, 0.4]))

@@ -115,6 +115,8 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
             "eval.boundary_ratio=0.1: has no effect. It is for eval.boundary_iou=true.",
         ),
         (["loss.focal_gamma=3"], "loss.focal_gamma=3.0: has no effect. It is for loss=focal."),
+        (["data.name=Anna's"], """cannot read "data.name=Anna's". Quote the value: 'data.name="Anna'"'"'s"'"""),
+        (["augment.crop=[32,32"], "cannot read 'augment.crop=[32,32': its bracket is not closed."),
         (["loss.ohem_min_kept=1"], "loss.ohem_min_kept=1.0: has no effect. It is for loss=ohem."),
         ([*LISTED, "data.train.stems=s.txt"], "data.train.stems=s.txt: has no effect. data.train.list=a.csv names the"),
         ([*LISTED, "data.train.masks=m"], "data.train.masks=m: has no effect. data.train.list=a.csv names the images."),

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from helpers.command_line import TINY, TINY_ENCODERS, TINY_NETWORK, run_here
 from semseg.cli import main
-from semseg.cli.main import resolve_run_dir
+from semseg.cli.main import resolve_run_dir, resolve_sweep_dir
 from semseg.config.compose import compose_with_hydra
 from semseg.config.groups import CONFIG_DIR
 from semseg.config.overrides import RECORD_FOLDER, parse_overrides, quote_value
@@ -170,6 +170,15 @@ def test_any_name_of_a_folder_survives_hydras_grammar(name: str, tmp_path: Path)
     assert OmegaConf.to_container(composed.hydra.run, resolve=False) == {"dir": str(tmp_path / name)}
 
 
+@pytest.mark.slow
+def test_the_home_directory_is_known_in_recipes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("# @package _global_\nruns_dir: ~/my_runs\n")
+    composed = compose_with_hydra([f"experiment={tmp_path / 'mine.yaml'}"])
+    assert resolve_run_dir(composed).parent == tmp_path / "my_runs"
+    assert resolve_sweep_dir(composed).parent == tmp_path / "my_runs"
+
+
 # ---- folders below a run
 
 
@@ -192,6 +201,14 @@ def test_results_of_a_network_are_below_its_run_and_never_replace_each_other(tmp
         (tmp_path / "copy.ckpt").write_bytes((run_dir / "checkpoints" / "last.ckpt").read_bytes())
         run_here(tmp_path, "mode=eval", "ckpt=copy.ckpt", *words)
         output = run_here(tmp_path, "mode=compare", "runs=[runs/first,mine]")
+        before = {path: path.read_bytes() for path in run_dir.glob("[!.]*.*")}
+        for mode, others in (("eval", []), ("predict", [f"input={photo}"])):
+            words_of_training = [f"mode={mode}", "ckpt=runs/first", *others, "run_dir=runs/first"]
+            refused = run_here(tmp_path, *words_of_training, *words, code=2)
+            assert (
+                f"run_dir=runs/first: is the folder of a training run, whose report and record mode={mode}" in refused
+            )
+        assert before == {path: path.read_bytes() for path in run_dir.glob("[!.]*.*")}
     assert {path.name for path in run_dir.iterdir() if path.is_dir()} >= {"eval", "eval-2", "eval-3", "predict"}
     metrics = [json.loads((run_dir / name / "metrics.json").read_text()) for name in ("eval", "eval-2", "eval-3")]
     assert [Path(entry["checkpoint"]).stem for entry in metrics] == ["best", "best", "last"]

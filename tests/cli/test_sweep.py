@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -17,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from helpers.browser import evaluate_in_browser, needs_browser
@@ -28,6 +31,7 @@ from semseg.cli.supervise import CLEARED_VARIABLES, ProcessEnd, run_isolated
 from semseg.cli.sweep import classify_end
 from semseg.config.compose import compose_with_hydra, explain_option
 from semseg.config.groups import CONFIG_DIR
+from semseg.config.overrides import parse_overrides
 from semseg.reports.sweep_page import (
     choose_log_marks,
     draw_parameter_charts,
@@ -228,6 +232,14 @@ def test_the_best_score_is_at_the_top_in_the_direction_of_the_runs() -> None:
     assert highest.varying == ("optim.lr", "model/encoder")
 
 
+def test_jobs_with_another_score_are_not_ranked_with_the_others() -> None:
+    first, second, *_ = jobs_of(Path())
+    other = second._replace(result=RunResult(0.9, "val/pixel_accuracy"))
+    ranking = rank_jobs([first, other, second])
+    assert [job.result.score for job in ranking.jobs] == [0.5, 0.3, None] and ranking.monitor == "val/miou"
+    assert ranking.jobs[2].reason == "val/pixel_accuracy 0.9000, max is best, is not compared"
+
+
 def test_a_key_that_only_one_job_names_varies() -> None:
     ranking = rank_jobs([Job(Path("a"), ("seed=1",)), Job(Path("b"), ("seed=1", "optim.lr=1"))])
     assert ranking.varying == ("optim.lr",)
@@ -291,6 +303,13 @@ def test_jobs_are_named_by_their_overrides_and_link_to_their_reports(tmp_path: P
     assert command is not None and command.endswith(
         f"mode=compare 'runs=[{relative_to_cwd(jobs[0].folder)},{relative_to_cwd(jobs[1].folder)}]'"
     )
+    odd = rank_jobs([job._replace(folder=tmp_path / "a, [b]" / job.folder.name) for job in jobs[:2]])
+    shutil.copytree(tmp_path, tmp_path / "a, [b]", ignore=shutil.ignore_patterns("a, *"))
+    command = suggest_comparison(odd)
+    assert command is not None
+    (runs,) = parse_overrides([shlex.split(command)[-1]])
+    value = OverridesParser.create().parse_override(runs).value()
+    assert value == [str(relative_to_cwd(odd.jobs[number].folder)) for number in (1, 0)]  # the best one last
     (jobs[0].folder / "eval" / "metrics.json").unlink()
     assert suggest_comparison(ranking) is None
 

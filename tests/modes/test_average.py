@@ -84,6 +84,8 @@ def test_the_average_is_kept_only_if_it_is_better_than_the_best(folder: Path) ->
 
     with patch.object(average, "score_on_split", side_effect=score_in_double):
         run_here(folder, "mode=average", "ckpt=[a.ckpt,b.ckpt]", *QUICK, "run_dir=better")
+    again = run_here(folder, "mode=average", "ckpt=[a.ckpt,b.ckpt]", *QUICK, "run_dir=better", code=2)
+    assert "run_dir=better: holds average.ckpt of an earlier call" in again
     found = read_checkpoint(folder / "better" / "average.ckpt")
     ends = [read_checkpoint(folder / f"{name}.ckpt").weights for name in "ab"]
     assert found.threshold == 0.3  # its own, not that of the first network

@@ -28,8 +28,16 @@ def test_secrets_are_masked_at_any_depth() -> None:
         "list": [{"token": "***"}],
         "lr": 0.1,
     }
-    assert mask_argument("logger={w:{api_key:abc}}") == "logger=***"
+    assert mask_argument("logger={w:{api_key:abc,n:1}}") == "logger={w: {api_key: ***,n:1}}"
+    assert mask_argument("a={password: 'x, y', hf_token: {b: c}, n: 1}") == "a={password: ***, hf_token: ***"
     assert mask_argument("ckpt=epoch=3.ckpt") == "ckpt=epoch=3.ckpt"
+
+
+def test_names_that_only_contain_the_word_key_are_no_secrets() -> None:
+    plain = {"class_map": {"keyboard": "screen", "turkey": "bird"}, "options": {"num_key_value_heads": 4}}
+    assert mask_secrets(plain) == plain
+    argument = "data.mix=[{root: more, class_map: {keyboard: screen, tv: screen}}]"
+    assert mask_argument(argument) == argument
 
 
 def test_the_card_holds_a_command_that_can_be_pasted_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
