@@ -83,8 +83,8 @@ def describe_folds(config: Config, folds: int) -> None:
     """
     source = DataSource(replace(config.data, fold=0, mix=None))
     records = [*source.records("train"), *source.records("val")]
-    assigned = assign_folds(records, source.root, folds, config.data.group)
-    groups = {name_group(record.image, source.root, config.data.group) for record in records}
+    assigned = assign_folds(records, source.split_root, folds, config.data.group)
+    groups = {name_group(record.image, source.split_root, config.data.group) for record in records}
     sizes = [assigned.count(fold) for fold in range(folds)]
     print(
         f"{format_quantity(len(records), 'image')} in {format_quantity(len(groups), 'group')}, {folds} folds of "

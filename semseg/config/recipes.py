@@ -23,12 +23,12 @@ def read_recipe(experiment: str) -> dict[str, Any]:
     """A recipe as plain data, together with those that it starts from.
 
     Args:
-        experiment: an option of that group, or a file.
+        experiment: an option of that group, or a file, or several: [a,b].
     """
-    name = experiment.strip("[]")
-    is_file = is_choice_file("experiment", name)
-    path = Path(name).expanduser() if is_file else CONFIG_DIR / "experiment" / f"{name}.yaml"
-    content: Any = OmegaConf.to_container(OmegaConf.load(path)) or {}
+    is_file = is_choice_file("experiment", experiment)
+    names = [experiment] if is_file else [name.strip(" \"'") for name in experiment.strip("[]").split(",")]
+    path = Path(names[0]).expanduser() if is_file else CONFIG_DIR / "experiment" / f"{names[0]}.yaml"
+    content: Any = OmegaConf.to_container(OmegaConf.load(path)) or {} if len(names) == 1 else {"defaults": names}
     defaults: list[Any] = []
     merged = DictConfig({})
     for entry in content.pop("defaults", []):

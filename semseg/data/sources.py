@@ -363,10 +363,8 @@ class DataSource:
     def _cut(self, records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
         """The records of train and of val, both of which are read from the files of train."""
         pattern = self.config.group
-        # With data.images, `root` is the working directory, on which the sides must not depend.
-        root = self._resolve(self.config.images) if self.config.images else self.root
         if self.config.fold is not None and self.config.folds is not None:
-            folds = assign_folds(records, root, self.config.folds, pattern)
+            folds = assign_folds(records, self.split_root, self.config.folds, pattern)
             sides = [
                 [
                     record
@@ -376,8 +374,16 @@ class DataSource:
                 for is_held_out in (False, True)
             ]
             return sides[0], sides[1]
-        groups = None if pattern is None else [name_group(record.image, root, pattern) for record in records]
-        return split_by_hash(records, self.config.val_fraction, root, groups)
+        groups = None if pattern is None else [name_group(record.image, self.split_root, pattern) for record in records]
+        return split_by_hash(records, self.config.val_fraction, self.split_root, groups)
+
+    @property
+    def split_root(self) -> Path:
+        """The folder below which the paths of images decide their side, or their fold.
+
+        With data.images, `root` is the working directory, on which the sides must not depend.
+        """
+        return self._resolve(self.config.images) if self.config.images else self.root
 
     @property
     def _has_fold(self) -> bool:

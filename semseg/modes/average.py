@@ -60,7 +60,9 @@ def run(config: Config, overrides: list[str]) -> float | None:
     """
     folder = Path(config.run_dir)
     if (folder / AVERAGE_FILE).exists():
-        raise ConfigError(f"run_dir={relative_to_cwd(folder)}: holds {AVERAGE_FILE} of an earlier call. Give another folder.")
+        raise ConfigError(
+            f"run_dir={relative_to_cwd(folder)}: holds {AVERAGE_FILE} of an earlier call. Give another folder."
+        )
     members = [find_network(spec, config, overrides) for spec in list_checkpoints(config.ckpt)]
     for other in members[1:]:
         refuse_other_network(members[0], other)

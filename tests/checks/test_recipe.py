@@ -141,6 +141,9 @@ def test_recipes_may_start_from_another_one_or_be_empty(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("# nothing yet\n")
     assert read_recipe(str(tmp_path / "empty.yaml")) == {"defaults": []}
     assert read_recipe("[own_data]") == read_recipe("own_data")
+    several = read_recipe("[own_data,quickstart]")
+    assert list_chosen_options(several)["data"] == "scenes" and several["schedule"]["warmup_steps"] == 20
+    assert several["optim"]["lr"] == read_recipe("own_data")["optim"]["lr"]
 
 
 def test_short_edges_that_were_given_decide_the_crop_and_the_scale_of_evaluation() -> None:
