@@ -68,6 +68,7 @@ from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.storage.commands import entry_script, format_command, relative_to_cwd, remember_program
 from semseg.storage.ranks import is_first_rank, is_first_rank_of_machine, print_once
 from semseg.storage.run_folders import (
+    AVERAGE_FILE,
     CHECKPOINT_FOLDER,
     claim_folder,
     expand_path,
@@ -313,11 +314,7 @@ def resolve_run_dir(composed: DictConfig, created: list[Path] | None = None) -> 
     if parent is not None:
         run_dir = parent / str(composed.mode)
     require_folder_path(run_dir)
-    if composed.mode not in TRAINING_MODES and (run_dir / CHECKPOINT_FOLDER).exists():
-        raise ConfigError(
-            f"run_dir={relative_to_cwd(run_dir)}: is the folder of a training run, whose report and record mode="
-            f"{composed.mode} would replace. Leave it out, or give another folder."
-        )
+    refuse_kept_results(str(composed.mode), run_dir)
     missing = list_missing_folders(run_dir)
     if not is_given and "${now:" in template:
         run_dir = claim_run_folder(run_dir, "-" if parent else "_")
@@ -325,6 +322,22 @@ def resolve_run_dir(composed: DictConfig, created: list[Path] | None = None) -> 
     if created is not None:
         created += missing
     return run_dir
+
+
+def refuse_kept_results(mode: str, run_dir: Path) -> None:
+    """Refuse a folder with results that a mode would replace, and that are not those of an earlier call of it.
+
+    Raises:
+        ConfigError: for the folder of a training run, and for one with averaged weights, which may be in use.
+    """
+    given = f"run_dir={relative_to_cwd(run_dir)}"
+    if mode not in TRAINING_MODES and (run_dir / CHECKPOINT_FOLDER).exists():
+        raise ConfigError(
+            f"{given}: is the folder of a training run, whose report and record mode={mode} would replace. Leave it "
+            "out, or give another folder."
+        )
+    if mode == "average" and (run_dir / AVERAGE_FILE).exists():
+        raise ConfigError(f"{given}: holds {AVERAGE_FILE} of an earlier call. Leave it out, or give another folder.")
 
 
 def claim_run_folder(planned: Path, mark: str) -> Path:

@@ -108,9 +108,8 @@ def scan_pairs(
         try:
             for record, future in zip(records, futures, strict=True):
                 facts, stamps = future.result()
-                is_lasting = (
-                    not facts.problem or facts.colours
-                )  # other problems may be of the machine: a missing package
+                # Other problems may be of the machine, and end: a missing package, an error of a disk.
+                is_lasting = not facts.problem or facts.colours
                 if stamps and is_lasting:
                     new_entries[_cache_key(record)] = [stamps, _to_row(facts)]
                 yield facts

@@ -25,7 +25,7 @@ from semseg.config.inherit import inherit_config
 from semseg.config.schema import ARCHITECTURE_KEYS, Config, list_checkpoints
 from semseg.data.batch import Batch
 from semseg.data.sources import DataSource, require_masks
-from semseg.errors import CheckpointError, ConfigError
+from semseg.errors import CheckpointError
 from semseg.evaluation.thresholds import find_best_threshold
 from semseg.lit_module import SegmentationModule
 from semseg.modes.eval import open_source
@@ -35,10 +35,11 @@ from semseg.reports.templates import format_percent
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import entry_command, relative_to_cwd
 from semseg.storage.ranks import print_once
+from semseg.storage.run_folders import AVERAGE_FILE
 from semseg.system.text import escape_lines, format_quantity
 from semseg.training.trainer import use_one_device
 
-AVERAGE_FILE, SCORES_FILE = "average.ckpt", "average.json"  # in the run folder
+SCORES_FILE = "average.json"  # in the run folder
 NUM_IMAGES = 1000  # of train, at most, on which normalisation statistics are measured again
 FREE_KEYS = ("weights", "frozen")  # of model.encoder: how a network was trained, not which one it is
 
@@ -54,15 +55,9 @@ def run(config: Config, overrides: list[str]) -> float | None:
     """Average the weights, measure normalisation statistics, and compare; returns the score of the average.
 
     Raises:
-        ConfigError: if run_dir holds an average.
         SemsegError: if a network cannot be read, the networks are not of one architecture, or the data set has no
             images to train or to validate.
     """
-    folder = Path(config.run_dir)
-    if (folder / AVERAGE_FILE).exists():
-        raise ConfigError(
-            f"run_dir={relative_to_cwd(folder)}: holds {AVERAGE_FILE} of an earlier call. Give another folder."
-        )
     members = [find_network(spec, config, overrides) for spec in list_checkpoints(config.ckpt)]
     for other in members[1:]:
         refuse_other_network(members[0], other)
@@ -88,6 +83,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     best = max((iou for iou in scores if iou is not None), default=None)
     is_better = score is not None and (best is None or score > best)
     print_scores(members, scores, score, num_images)
+    folder = Path(config.run_dir)
     if is_better:
         write_ckpt(folder / AVERAGE_FILE, averaged)
     content = {

@@ -19,6 +19,7 @@ from semseg.storage.commands import entry_command
 CHECKPOINT_FOLDER = "checkpoints"  # inside a run folder
 CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
 METRICS_FILE = "metrics.json"  # of an evaluation
+AVERAGE_FILE = "average.ckpt"  # of mode=average
 
 
 def expand_path(path: object) -> Path:
