@@ -15,7 +15,8 @@ RUN pip install --no-cache-dir --constraint constraints.txt --editable ".[tb,tim
 
 # Data and runs are mounted at /semseg/data and /semseg/runs. Several GPUs (NCCL) and the worker of mode=predict use /dev/shm,
 # of which a container has 64 MB unless it is started with --shm-size; workers of training and evaluation do not.
-VOLUME ["/semseg/data", "/semseg/runs"]
+ENV SEMSEG_CACHE=/semseg/cache
+VOLUME ["/semseg/data", "/semseg/runs", "/semseg/cache"]
 EXPOSE 8000
 ENTRYPOINT ["python", "run.py"]
 CMD ["mode=doctor"]

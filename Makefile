@@ -59,7 +59,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/zensical build --strict --clean
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench,export]"
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/training_step.py --model resnet50_dilated8_ppm_deepsup
 	$(BIN)/python benchmarks/networks.py
@@ -69,6 +69,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/evaluation.py --reading 24 --scales 300
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/winograd.py
 	$(BIN)/python benchmarks/pointwise.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/channels_last.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prediction.py
 	$(BIN)/python benchmarks/inference_memory.py
 	$(BIN)/python benchmarks/syncbn.py
 	$(BIN)/python benchmarks/startup.py

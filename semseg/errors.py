@@ -52,8 +52,12 @@ class DownloadError(SemsegError):
 
 def install_command(extra: str) -> str:
     """The command that installs an extra of this package, in its clone or where a wheel of it is installed."""
-    is_clone = (Path(__file__).resolve().parents[1] / "pyproject.toml").exists()
-    return f'pip install --editable ".[{extra}]"' if is_clone else f'pip install "semseg[{extra}]"'
+    return f'pip install --editable ".[{extra}]"' if is_clone() else f'pip install "semseg[{extra}]"'
+
+
+def is_clone() -> bool:
+    """Whether this package is that of a clone, and not of a wheel."""
+    return (Path(__file__).resolve().parents[1] / "pyproject.toml").exists()
 
 
 def describe_reason(error: Exception) -> str:

@@ -168,15 +168,15 @@ def test_planted_label_errors_are_looked_for_by_a_network_that_has_not_seen_them
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_scenes(tmp_path / "scenes", num_train=4, num_val=3, seed=1)
+    labels = sorted((tmp_path / "scenes" / "annotations" / "validation").glob("*.png"))
+    before = {label: label.read_bytes() for label in labels}
     words = [*TOY_WORDS, "--count", "4", "--plant", "5", "--min-share", "0.002", "--scales", "32"]
     (row,) = run_twice(tmp_path, monkeypatch, "label_errors", words)
     assert (row["planted"], row["plant"]) == ("4", "5") and 0 <= int(row["found_150"]) <= int(row["found"]) <= 4
-    for label in (tmp_path / "scenes" / "annotations" / "validation").glob("*.png"):  # only the copy was changed
-        assert label.read_bytes()
+    assert before == {label: label.read_bytes() for label in labels}  # only the copy was changed
     copied = tmp_path / "label_errors" / "copy-5" / "annotations" / "validation"
-    pairs = [(cv2.imread(str(path), -1), cv2.imread(str(copied / path.name), -1)) for path in
-             sorted((tmp_path / "scenes" / "annotations" / "validation").glob("*.png"))]  # fmt: skip
-    assert 0 < sum(int((before != after).sum()) for before, after in pairs) < 0.2 * sum(one.size for one, _ in pairs)
+    pairs = [(cv2.imread(str(path), -1), cv2.imread(str(copied / path.name), -1)) for path in labels]
+    assert 0 < sum(int((label != planted).sum()) for label, planted in pairs) < 0.2 * sum(one.size for one, _ in pairs)
 
 
 def test_a_planted_error_is_found_by_a_region_with_its_label_that_covers_it(monkeypatch: pytest.MonkeyPatch) -> None:

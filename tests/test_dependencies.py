@@ -15,6 +15,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import semseg
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text().splitlines()
@@ -79,7 +81,13 @@ def test_g10_a_wheel_holds_every_package_and_every_file_that_is_read() -> None:
     files = [str(path) for name in ("semseg", "configs") for path in (ROOT / name).rglob("*") if path.is_file()]
     kept = [path for path in files if "__pycache__" not in path]
     ignored = subprocess.run(["git", "check-ignore", *kept], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert not ignored.stdout
+    assert ignored.returncode == 1 and not ignored.stdout, ignored  # 1: git ignores none of them
+
+
+def test_the_version_is_one_everywhere() -> None:
+    (cited,) = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None and newest[1] == cited == semseg.__version__
 
 
 def test_g10_an_editable_install_is_found_in_the_folder_that_holds_the_checkout(tmp_path: Path) -> None:

@@ -39,8 +39,7 @@ class ObjectSizes(NamedTuple):
 
     name: str
     num_objects: int  # in the masks that were measured
-    small_side: float  # 10 % are smaller; pixels of the mask
-    median_side: float
+    median_side: float  # pixels of the mask
     kept: float  # expected fraction of them that leaves a pixel in the labels of training
 
 
@@ -87,7 +86,6 @@ def summarise_objects(split: ScannedSplit, class_of: ClassOf, names: Sequence[st
         ObjectSizes(
             names[index],
             counts.total(),
-            bin_side(find_quantile(counts, 0.1)),
             bin_side(find_quantile(counts, 0.5)),
             kept[index],
         )

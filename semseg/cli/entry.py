@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from semseg.errors import is_clone
 from semseg.system.process import prepare_process
 
 
@@ -15,8 +16,9 @@ def run_program() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "semseg").partition(".")[0] == "semseg":
             raise
+        command = "pip install --constraint constraints.txt --editable ." if is_clone() else "pip install semseg"
         sys.exit(
             f"error: the package {error.name} is not installed for {sys.executable}. Activate the environment of the "
-            "installation (. .venv/bin/activate), or install it: pip install --constraint constraints.txt --editable ."
+            f"installation (. .venv/bin/activate), or install it: {command}"
         )
     main.main()

@@ -19,6 +19,7 @@ from semseg.data.headers import Header
 from semseg.data.label_map import LabelMap
 from semseg.data.store import UnusedFiles
 from semseg.errors import DataError
+from semseg.storage.commands import entry_command
 
 T = TypeVar("T")
 _COPY_MARK = re.compile(r"\.rf\.\w+\.\w+$", re.ASCII)  # that Roboflow appends to each augmented copy, with the suffix
@@ -189,8 +190,8 @@ def _describe_nearest_folder(path: Path) -> str:
 
 
 def hint_sentence(hint: str) -> str:
-    """`hint` to append to a sentence; empty if there is none."""
-    return f" {hint}" if hint else ""
+    """`hint` to append to a sentence, with the command by which this program was started; empty if there is none."""
+    return f" {hint.replace('python run.py', entry_command())}" if hint else ""
 
 
 def is_below(path: str, folder: str) -> bool:

@@ -9,7 +9,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from semseg.config.choice_files import is_choice_file
+
+RUN_FILE = Path(__file__).resolve().parents[2] / "run.py"  # in a clone; a wheel has none
 
 # Environment variables: the processes of ranks and jobs start the same file, and print the command of the first one.
 SCRIPT_VARIABLE, PROGRAM_VARIABLE = "SEMSEG_SCRIPT", "SEMSEG_PROGRAM"
@@ -42,12 +46,16 @@ def describe_program(script: str, typed: list[str]) -> str:
 
 def entry_script() -> Path:
     """The file that this command was started with: run.py, or a program that adds networks and calls `main.main`."""
-    return Path(os.environ.get(SCRIPT_VARIABLE, Path(__file__).resolve().parents[2] / "run.py"))
+    return Path(os.environ.get(SCRIPT_VARIABLE, RUN_FILE))
 
 
 def entry_command() -> str:
     """How to start this program, for commands to copy: "python run.py", or "semseg" if it is installed."""
-    return os.environ.get(PROGRAM_VARIABLE, "python run.py")
+    return os.environ.get(PROGRAM_VARIABLE, "python run.py" if RUN_FILE.is_file() else "semseg")
+
+
+# For the page of --help.
+OmegaConf.register_new_resolver("entry_command", entry_command, replace=True)
 
 
 def format_command(overrides: Iterable[str]) -> str:

@@ -81,7 +81,7 @@ def describe_folder(folder: Path) -> str:
     if not folder.is_dir():
         return f" ({folder} does not exist)"
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    return f" (there: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else " (it is empty)"
+    return f" (there: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else " (the folder is empty)"
 
 
 def find_run_folder(spec: object, runs_dir: Path) -> Path | None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from semseg.checkpoints.zoo import (
@@ -62,4 +64,14 @@ def test_every_published_network_has_a_configuration_of_its_name() -> None:
 def test_a_score_has_a_source_with_a_letter_of_its_own() -> None:
     sources = {score.source for score in [*MODEL_SCORES.values(), *HUB_SCORES.values()]}
     assert len({source.mark for source in sources}) == len(sources)
-    assert all(MODEL_SCORES[name].mean_iou == scores.one_scale.mean_iou for name, scores in PUBLISHED_SCORES.items())
+
+
+def test_the_published_scores_are_those_of_the_documents() -> None:
+    readme = (CONFIG_DIR.parent / "README.md").read_text()
+    for name, (one, five) in PUBLISHED_SCORES.items():
+        row = rf"\| `{name}`.* \| one \| {one.mean_iou:.2f} \| {one.pixel_accuracy:.2f} \| .*\n"
+        row += rf"\| \| five \| {five.mean_iou:.2f} \| {five.pixel_accuracy:.2f} \|"
+        assert re.search(row, readme), name
+        recipe = (CONFIG_DIR / "experiment" / f"published_{name}.yaml").read_text()
+        one_scale = f"one scale {one.mean_iou:.2f} mean IoU, {one.pixel_accuracy:.2f} pixel accuracy"
+        assert f"{one_scale}; five scales {five.mean_iou:.2f}, {five.pixel_accuracy:.2f}." in recipe, name

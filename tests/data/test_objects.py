@@ -102,7 +102,7 @@ def test_nothing_is_said_about_objects_that_are_kept_or_about_few_of_them() -> N
 
 def test_the_sizes_of_a_class_are_plain_numbers() -> None:
     _, row = summarise_objects(split_of(1024, {8: 10, 64: 10}), class_of, NAMES, view_of(DataConfig(), 4))
-    assert (row.name, row.num_objects, row.small_side, row.median_side) == ("defect", 20, 8.0, 8.0)
+    assert (row.name, row.num_objects, row.median_side) == ("defect", 20, 8.0)
     assert find_quantile(Counter({2: 1, 3: 9}), 0.1) == 2
 
 

@@ -215,10 +215,10 @@ class CocoReader:
         image = AnnotatedImage(str(path), self.finder.relative(path), self.split, size, origin)
         if any(isinstance(each, dict) and "segments_info" in each for each in annotations):
             return image._replace(mask=self.read_segments(annotations))
-        drawn = [self.read_annotation(each, size, position) for position, each in enumerate(annotations)]
+        drawn = [self.read_annotation(each, position) for position, each in enumerate(annotations)]
         return image._replace(annotations=tuple(each for each in drawn if each is not None))
 
-    def read_annotation(self, entry: Any, size: Size | None, position: int) -> Annotation | None:
+    def read_annotation(self, entry: Any, position: int) -> Annotation | None:
         """One annotation; None for one without a region.
 
         Raises:
@@ -227,7 +227,7 @@ class CocoReader:
         name = f"annotation {describe_entry(entry, 'id', position)}"
         try:
             class_index = self.find_class(entry)
-            shapes = tuple(self.read_shapes(entry, size))
+            shapes = tuple(self.read_shapes(entry))
         except (EntryError, ValueError) as error:
             raise EntryError(f"{name}: {error}") from None
         return Annotation(class_index, shapes, name) if shapes else None
@@ -241,7 +241,7 @@ class CocoReader:
         self.num_crowds += is_crowd
         return IGNORED if is_crowd and self.options.crowd == "ignore" else self.index_of[category]
 
-    def read_shapes(self, entry: Any, size: Size | None) -> Iterator[Shape]:
+    def read_shapes(self, entry: Any) -> Iterator[Shape]:
         """The regions of an annotation, which together are its pixels."""
         value = entry.get("segmentation")
         if not value:  # missing, null or empty: of a detection, or of an object without pixels
