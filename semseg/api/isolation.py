@@ -68,7 +68,9 @@ def keep_torch_state() -> Iterator[None]:
     cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
     precision, has_gradients = torch.get_float32_matmul_precision(), torch.is_grad_enabled()
     try:
-        with torch.random.fork_rng():
+        # Not of GPUs that this process does not use: asking for the state of one initialises it.
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
         torch.use_deterministic_algorithms(is_deterministic, warn_only=warns_only)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from semseg.config.groups import list_groups
-from semseg.config.overrides import PATH_KEYS, quote_value
+from semseg.config.overrides import OPEN_PREFIXES, PATH_KEYS, quote_value
 from semseg.config.schema import Config, get_sections
 from semseg.errors import ArgumentError
 
+LIST_KEYS = ("ckpt", "runs")  # whose text may be a list
 RAW_KEYS = (*PATH_KEYS, "trainer.devices", "data.group")  # their text is quoted where the command line is read
 
 
@@ -46,7 +48,11 @@ def flatten_keywords(values: Mapping[str, Any], prefix: str = "") -> Iterator[st
         elif group in list_groups() and isinstance(value, str | os.PathLike):
             yield f"{group}={os.fspath(value)}"
         elif key in RAW_KEYS and isinstance(value, str | os.PathLike):
-            yield f"{key}={os.fspath(value)}"
+            text = os.fspath(value)
+            is_path = text[:1] in ("[", "{") and key in PATH_KEYS and key not in LIST_KEYS  # such as [0-9]*.jpg
+            yield f"{key}={quote_value(text) if is_path else text}"
+        elif f"{key}." in OPEN_PREFIXES and isinstance(value, Mapping):
+            yield from flatten_keywords(value, f"{key}.")
         else:
             yield f"{key}={format_literal(key, value)}"
 
@@ -60,6 +66,15 @@ def is_section_key(key: str) -> bool:
             return False
         cls = sections[part]
     return True
+
+
+def escape_name(name: object) -> str:
+    """The name of an entry in Hydra's grammar.
+
+    >>> escape_name("http://a.org/")
+    'http\\\\://a.org/'
+    """
+    return re.sub(r"([\\()\[\]{}:=,\s])", r"\\\1", str(name))
 
 
 def format_literal(key: str, value: object) -> str:
@@ -84,7 +99,8 @@ def format_literal(key: str, value: object) -> str:
         case str() | os.PathLike():
             text = quote_value(os.fspath(plain))
         case Mapping():
-            text = "{" + ",".join(f"{name}:{format_literal(key, each)}" for name, each in plain.items()) + "}"
+            entries = (f"{escape_name(name)}:{format_literal(key, each)}" for name, each in plain.items())
+            text = "{" + ",".join(entries) + "}"
         case list() | tuple() | set() | np.ndarray():
             text = "[" + ",".join(format_literal(key, each) for each in plain) + "]"
         case _:

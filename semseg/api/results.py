@@ -20,6 +20,7 @@ from semseg.config.overrides import RECORD_FOLDER
 from semseg.reports.curves import read_metrics_log
 from semseg.storage.run_folders import METRICS_FILE, find_in_run
 from semseg.storage.run_results import read_result
+from semseg.system.text import restore_csv_cell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,7 +203,10 @@ def read_table(path: Path) -> pd.DataFrame | list[TableRow]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return tabulate_rows(
-        [{name: text if name in TEXT_COLUMNS else parse_cell(text) for name, text in row.items()} for row in rows]
+        [
+            {name: restore_csv_cell(text) if name in TEXT_COLUMNS else parse_cell(text) for name, text in row.items()}
+            for row in rows
+        ]
     )
 
 

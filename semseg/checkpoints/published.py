@@ -11,6 +11,7 @@ follow rules that the command line can override:
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -62,7 +63,7 @@ def find_published_files(spec: str) -> PublishedFiles | None:
         CheckpointError: if one file of a pair is missing.
     """
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - Path raises an error for a name that is too long
         pairs = [
             (encoder, decoder)
             for encoder in path.glob("encoder*.pth")
@@ -70,7 +71,7 @@ def find_published_files(spec: str) -> PublishedFiles | None:
         ]
         found = (PublishedFiles(*pair) for pair in pairs)
         return max(found, key=lambda files: (files.epoch, files.decoder.name), default=None)
-    if path.exists() or "," not in spec:
+    if os.path.exists(path) or "," not in spec:  # noqa: PTH110
         return None
     parts = [Path(part.strip()).expanduser() for part in spec.split(",")]
     if len(parts) != 2:

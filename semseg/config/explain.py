@@ -83,7 +83,7 @@ def explain_grammar_error(override: str) -> str:
         return f"cannot read {shorten_override(override)}. Quote the value."
     if value.startswith("[") and value.endswith("]"):
         return f'cannot read {override!r}. Quote each part of the list: \'{key}=["...","..."]\''
-    if value[:1] in ("[", "{"):
+    if value[:1] in ("[", "{") and (value.count("[") > value.count("]") or value.count("{") > value.count("}")):
         return f"cannot read {override!r}: its bracket is not closed."
     quoted = quote_value(value.strip("\"'"))
     return f"cannot read {override!r}. Quote the value: {shlex.quote(f'{key}={quoted}')}"

@@ -31,7 +31,9 @@ FRAME_COUNT_SUFFIXES = (
     ".mov",
     ".mp4",
 )  # formats with a frame count in the header; others have a duration
-MAX_UNEVENNESS = 0.1  # largest deviation of a frame's time, in frames, in a video of constant rate
+# In a video of constant rate, in frames: the largest deviations of the time between frames, and of the time of one.
+MAX_UNEVENNESS, MAX_DRIFT = 0.1, 0.25
+MAX_RATE = 1000.0  # frames per second of a video that is written; a header may give its unit of time
 AVI_SEARCH_BYTES = 2**24  # searched at the beginning and at the end of a file
 MAX_FAILED_READS = 1000  # consecutive failures that end a video
 
@@ -88,6 +90,8 @@ def _read_file_frames(file: Path, path: Path) -> Iterator[Frame]:
             )
         if not count:
             raise DataError(f"{path}: cannot be decoded as a video, or has no frames.")
+        if file.suffix.lower() in FRAME_COUNT_SUFFIXES and count >= announced > 0:
+            last_before_gap = None  # all are there: some frames are shown for longer
         total = number + 1
         if is_truncated(file, announced - total, rate, announced) or (
             last_before_gap is not None and announced > total
@@ -111,13 +115,17 @@ class FrameClock:
 
     def __init__(self, rate: float) -> None:
         self.rate, self.number, self.is_even = rate, -1, True
-        self._time = 0.0  # time of the last frame, in frames
+        self._time = self._start = 0.0  # of the last frame, and of the one with number 0, in frames
 
     def tick(self, milliseconds: float, num_failed: int) -> int:
         """Return the number of a frame with this time, which was read after `num_failed` failed reads."""
         time = milliseconds * self.rate / 1000
-        elapsed = time - self._time if self.number >= 0 else 1.0 + num_failed
-        self.is_even = self.is_even and abs(elapsed - round(elapsed)) < MAX_UNEVENNESS and elapsed > 0
+        if self.number < 0:
+            self._start, self._time = time - num_failed, time - num_failed - 1
+        elapsed, drift = time - self._time, self._time - self._start - self.number
+        is_regular = elapsed > 0 and abs(elapsed - round(elapsed)) < MAX_UNEVENNESS
+        # An average rate differs from that of most frames: their times drift, until one that is shown for longer.
+        self.is_even = self.is_even and is_regular and abs(drift) < MAX_DRIFT
         self.number += max(1, round(elapsed)) if num_failed or self.is_even else 1
         self._time = time
         return self.number
@@ -229,9 +237,10 @@ class VideoWriters:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._final(name).exists()  # an OSError for a name that is too long comes before all frames are predicted
             size = (even.shape[1], even.shape[0])
+            rate = rate if 0 < rate <= MAX_RATE else DEFAULT_RATE
             self._open[name] = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*CODEC), rate, size)
             if not self._open[name].isOpened():
-                raise DataError(f"{path}: the video cannot be written ({CODEC}, {size[0]} x {size[1]}).")
+                raise DataError(f"{self._final(name)}: the video cannot be written ({CODEC}, {size[0]} x {size[1]}).")
         self._counts[name] = self._counts.get(name, 0) + 1
         self._open[name].write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))
 

@@ -10,10 +10,11 @@ Weights are taken from safetensors files only: the older pytorch_model.bin can h
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,8 @@ from semseg.storage.hub_list import HUB_LICENCES
 from semseg.storage.ranks import print_once
 
 CONFIG, PREPROCESSOR, CARD = "config.json", "preprocessor_config.json", "README.md"
+PROCESSORS = (PREPROCESSOR, "processor_config.json")  # either may describe the preprocessing
+SMALL_FILES = (*PROCESSORS, CARD)  # which not every network has
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"  # the index of weights in several files
 PICKLED_WEIGHTS = "pytorch_model.bin"
 MAIN = "main"
@@ -81,7 +84,7 @@ def parse_hub_name(text: str) -> HubName:
 
 def is_network_folder(path: Path) -> bool:
     """Whether a folder has the description of a network in transformers' layout."""
-    return (path / CONFIG).is_file()
+    return os.path.isfile(path / CONFIG)  # noqa: PTH113 - Path raises an error for a name that is too long
 
 
 def open_local_folder(path: Path) -> HubFolder:
@@ -108,7 +111,8 @@ def fetch_from_hub(network: HubName, config: DownloadConfig) -> HubFolder:
     """The files of a network of the hub: from the hub's cache if they are there, otherwise downloaded into it.
 
     What is in the cache is used without asking the hub, a branch like a commit: the same command gives the same network
-    tomorrow. With HF_HUB_OFFLINE=1 or download.offline=true, no connection is opened. One line says what was used.
+    tomorrow. Only what another program has left out there is asked for, of the same commit. With HF_HUB_OFFLINE=1 or
+    download.offline=true, no connection is opened. One line says what was used.
 
     Raises:
         ConfigError: if the library is not installed.
@@ -123,7 +127,10 @@ def fetch_from_hub(network: HubName, config: DownloadConfig) -> HubFolder:
             f"hf:{network}: is not in the cache {cache_path()}, and {reason}. Run the command once where there is a "
             f"network, or give the path of a folder with its {CONFIG} and {WEIGHTS} instead."
         )
-    path = path or download_network(network, config)
+    if path is None:
+        path = download_network(network, config)
+    else:
+        add_small_files(network, path, config)
     licence = read_licence(path)
     if licence in ("", "other"):  # "other" stands for a text that the card only links to
         licence = HUB_LICENCES.get(network.name, licence)
@@ -172,6 +179,45 @@ def find_in_cache(network: HubName) -> Path | None:
         if find_missing_file(folder) is None:
             return folder
     return None
+
+
+def add_small_files(network: HubName, folder: Path, config: DownloadConfig) -> None:
+    """Add the small files of a network to the hub's cache, if another program has cached its weights without them.
+
+    Otherwise the network would have the preprocessing and the class ids of its family, and no licence.
+    """
+    from huggingface_hub import HfApi, hf_hub_download  # noqa: PLC0415 - a package of an extra
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    absent = find_absence_marks(folder)
+    unknown = [name for name in SMALL_FILES if not (folder / name).exists() and not (absent / name).exists()]
+    reason = "offline" if is_offline(config) else ""
+    for name in unknown if not reason else ():
+        try:
+            with limit_library_output():
+                hf_hub_download(network.name, name, revision=folder.name, endpoint=HfApi().endpoint)
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                reason = "the hub cannot be reached"
+                break
+            mark_absent(folder, name)
+        except Exception as error:  # whatever it is, the network itself is there
+            reason = describe_connection(error)
+            break
+    if reason and not any((folder / name).exists() for name in PROCESSORS) and unknown:
+        print_once(f"hf:{network}: {PREPROCESSOR} is not in the cache ({reason}); the network may need it")
+
+
+def find_absence_marks(folder: Path) -> Path:
+    """Where the cache marks files that a commit does not have, as the hub's library does."""
+    return folder.parents[1] / ".no_exist" / folder.name
+
+
+def mark_absent(folder: Path, name: str) -> None:
+    """Note in the cache that a commit does not have a file, if the cache can be written."""
+    with suppress(OSError):
+        find_absence_marks(folder).mkdir(parents=True, exist_ok=True)
+        (find_absence_marks(folder) / name).touch()
 
 
 def read_commit(file: Path) -> str:
@@ -274,9 +320,9 @@ def download_network(network: HubName, config: DownloadConfig) -> Path:
         def fetch(name: str) -> None:
             hf_hub_download(network.name, name, revision=folder.name, endpoint=api.endpoint)
 
-        for name in (PREPROCESSOR, CARD, WEIGHTS if WEIGHTS in files else WEIGHTS_INDEX):
-            if name in files:
-                fetch(name)
+        for name in SMALL_FILES:
+            fetch(name) if name in files else mark_absent(folder, name)
+        fetch(WEIGHTS if WEIGHTS in files else WEIGHTS_INDEX)
         if WEIGHTS not in files:
             for name in list_parts(folder / WEIGHTS_INDEX):
                 fetch(name)

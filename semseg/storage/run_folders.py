@@ -47,12 +47,12 @@ def find_checkpoint(spec: str, runs_dir: Path, prefer: tuple[str, str] = ("best"
                 f"Give a file or a run folder, or train first: {entry_command()}."
             )
         return found
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - Path raises an error for a name that is too long
         found = find_in_run(path, prefer)
         if found is not None:
             return found
         raise CheckpointError(f"{key}={spec}: no best.ckpt or last.ckpt in this folder{describe_folder(path)}.")
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113
         nearest = find_nearest(path.name, list_networks(path.parent))
         hint = f". Did you mean {key}={Path(spec).with_name(nearest)}?" if nearest else ""
         raise CheckpointError(f"{key}={spec}: there is no such file{hint or f'{describe_folder(path.parent)}.'}")

@@ -49,6 +49,15 @@ def escape_csv_cell(text: object) -> str:
     return f"'{escaped}" if escaped.startswith(FORMULA_STARTS) else escaped
 
 
+def restore_csv_cell(text: str) -> str:
+    """The text of a cell that `escape_csv_cell` wrote.
+
+    >>> restore_csv_cell(escape_csv_cell("-1.jpg"))
+    '-1.jpg'
+    """
+    return text[1:] if text.startswith("'") and text[1:].startswith(FORMULA_STARTS) else text
+
+
 def escape_csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a CSV file whose text went through `escape_csv_cell`; numbers are kept."""
     return {name: escape_csv_cell(value) if isinstance(value, str) else value for name, value in row.items()}

@@ -34,6 +34,7 @@ from semseg.config.schema import Config
 from semseg.errors import ArgumentError, ConfigError, DataError, SemsegError
 from semseg.nets.registry import ENCODERS
 from semseg.storage.run_results import RunResult, write_result
+from semseg.system.text import escape_csv_cell
 
 QUIET = {"quiet": True, "trainer__enable_progress_bar": False}
 RUN = [*TINY, *TINY_NETWORK, "after_training=[eval]"]
@@ -70,11 +71,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
         ({"ckpt": [Path("a.ckpt"), "b.ckpt"]}, ['ckpt=["a.ckpt","b.ckpt"]']),
         ({"eval__scales": (300, 450), "seed": np.int64(3)}, ["eval.scales=[300,450]", "seed=3"]),
         ({"predict__save": ["ids"], "eval__flip": np.True_}, ['predict.save=["ids"]', "eval.flip=true"]),
+        ({"input": "[0-9]*.jpg", "run_dir": "[exp1]"}, ['input="[0-9]*.jpg"', 'run_dir="[exp1]"']),
+        ({"ckpt": "[a.ckpt,b.ckpt]"}, ["ckpt=[a.ckpt,b.ckpt]"]),
+        ({"model__options": {"decoder_use_norm": "batchnorm"}}, ['model.options.decoder_use_norm="batchnorm"']),
         ({"trainer__devices": "0,2", "data__group": "(.*)_[0-9]+"}, ["trainer.devices=0,2", "data.group=(.*)_[0-9]+"]),
     ],
 )
 def test_keywords_are_words_of_the_command_line(keywords: dict[str, Any], words: list[str]) -> None:
     assert list_words(["verbose=true"], keywords) == ["verbose=true", *words]
+
+
+def test_mirrors_may_have_whole_addresses() -> None:
+    mirrors = {"http://a.org:8000/": ["https://b.org/x"]}
+    words = parse_overrides(list_words(["data=folder", "data.num_classes=2"], {"download__mirrors": mirrors}))
+    assert compose_run(words)[1].download.mirrors == mirrors
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_file() -> None:
+    with pytest.raises(SemsegError, match="there is no such file"):
+        semseg.load("a" * 300)
 
 
 def test_arguments_that_no_key_can_have_are_refused() -> None:
@@ -121,9 +136,10 @@ def test_names_in_tables_stay_text_and_counts_are_whole_numbers(
 ) -> None:
     monkeypatch.setattr(results, "tabulate_rows", list)
     path = tmp_path / "label_errors.csv"
-    path.write_text("rank,file,label,predicted,score,margin\n1,2,007,nan,0.5,\n")
+    cells = ["1", escape_csv_cell("-2.jpg"), "007", "nan", "0.5", ""]
+    path.write_text(f"rank,file,label,predicted,score,margin\n{','.join(cells)}\n")
     (row,) = results.read_table(path)
-    assert row == {"rank": 1, "file": "2", "label": "007", "predicted": "nan", "score": 0.5, "margin": None}
+    assert row == {"rank": 1, "file": "-2.jpg", "label": "007", "predicted": "nan", "score": 0.5, "margin": None}
     assert type(row["rank"]) is int
 
 

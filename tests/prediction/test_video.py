@@ -125,3 +125,17 @@ def test_the_clock_counts_frames_of_uneven_rate_and_uses_time_after_failed_reads
     assert [uneven.tick(time, 0) for time in (0, 130, 200, 600)] == [0, 1, 2, 3]
     assert uneven.tick(1000, num_failed=2) == 7
     assert even.tick(600, num_failed=1) == 7  # never a number twice
+
+
+@pytest.mark.parametrize("num_gaps", [1, 9, 30, 90])
+def test_frames_that_are_shown_for_longer_are_no_gaps(num_gaps: int) -> None:
+    shown = [2 if number % (900 // num_gaps) == 450 // num_gaps else 1 for number in range(900)]
+    times = [sum(shown[:number]) for number in range(900)]
+    clock = FrameClock(30 * 900 / sum(shown))  # the average rate, as FFmpeg reports it
+    assert [clock.tick(1000 / 30 * time, 0) for time in times] == list(range(900))
+
+
+def test_a_lost_frame_of_a_constant_rate_is_a_gap_late_in_a_film_too() -> None:
+    clock = FrameClock(29.97)
+    times = [*range(20_000), *range(20_001, 20_010)]
+    assert [clock.tick(1000 / 29.97 * time, 0) for time in times] == times

@@ -57,6 +57,7 @@ def test_a_network_is_downloaded_once_and_then_taken_from_the_cache(
     found = fetch_from_hub(NETWORK, DownloadConfig())
     assert found.origin == (NETWORK.name, "other (tiny-license)", COMMIT)
     assert {path.name for path in found.path.iterdir()} == {*FILES, "preprocessor_config.json"}
+    assert not [line for line in hub.asked if "processor_config.json" in line.replace("preprocessor", "")]
     assert (found.path / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     asked = len(hub.asked)
     assert fetch_from_hub(NETWORK, DownloadConfig(offline=True)) == found
@@ -166,6 +167,31 @@ def test_offline_means_that_nobody_is_asked(monkeypatch: pytest.MonkeyPatch, hub
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE=1"):
         fetch_from_hub(NETWORK, DownloadConfig())
     assert not hub.asked
+
+
+def test_what_another_program_has_left_out_of_the_cache_is_added(hub: FakeHub, cache: Path) -> None:
+    small = {"processor_config.json": b"{}", "README.md": CARD}
+    hub.add(NETWORK.name, {**FILES, **small})
+    add_to_cache(cache, NETWORK.name, {name: FILES[name] for name in ("config.json", "model.safetensors")})
+    found = fetch_from_hub(NETWORK, DownloadConfig())
+    assert {*small} <= {path.name for path in found.path.iterdir()}
+    assert found.origin.licence == "other (tiny-license)"
+    asked = len(hub.asked)
+    assert not [line for line in hub.asked if "model.safetensors" in line]
+    assert fetch_from_hub(NETWORK, DownloadConfig()) == found and len(hub.asked) == asked  # all is known now
+
+
+def test_a_cache_that_lacks_small_files_is_used_where_the_hub_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with fake_hub() as server:
+        address = server.address  # nobody listens there any more below
+    use_hub(monkeypatch, cache, address)
+    add_to_cache(cache, NETWORK.name, {name: FILES[name] for name in ("config.json", "model.safetensors")})
+    for config, reason in ((DownloadConfig(), "the hub cannot be reached"), (DownloadConfig(offline=True), "offline")):
+        assert (fetch_from_hub(NETWORK, config).path / "model.safetensors").is_file()
+        message = f"hf:owner/tiny: preprocessor_config.json is not in the cache ({reason})"
+        assert message in capsys.readouterr().out
 
 
 def test_a_cache_without_a_card_has_the_licence_of_the_list(

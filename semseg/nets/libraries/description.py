@@ -17,11 +17,10 @@ from semseg.errors import CheckpointError, ConfigError, describe_reason, find_ne
 from semseg.nets.interfaces import NetworkKeys
 from semseg.nets.libraries.families import build_from_config, find_family, read_library_config
 from semseg.nets.libraries.transformers import NetworkDescription, TransformersNetwork, plain_config
-from semseg.storage.hub import CONFIG, PREPROCESSOR, HubFolder, fetch_from_hub, open_local_folder, parse_hub_name
+from semseg.storage.hub import CONFIG, PROCESSORS, HubFolder, fetch_from_hub, open_local_folder, parse_hub_name
 from semseg.storage.ranks import print_once
 from semseg.system.text import shorten_repr
 
-PROCESSORS = (PREPROCESSOR, "processor_config.json")
 MAX_JSON_BYTES = 64 * 2**20
 FIXED_ENTRIES = ("model_type", "backbone_config", "num_labels")  # what no option changes
 
