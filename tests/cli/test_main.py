@@ -116,7 +116,10 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
         ),
         (["loss.focal_gamma=3"], "loss.focal_gamma=3.0: has no effect. It is for loss=focal."),
         (["data.name=Anna's"], """cannot read "data.name=Anna's". Quote the value: 'data.name="Anna'"'"'s"'"""),
-        (["mode=predict", "ckpt=x", "input=[0-9]*.jpg"], "cannot read 'input=[0-9]*.jpg'. Quote the value: 'input=\"[0"),
+        (
+            ["mode=predict", "ckpt=x", "input=[0-9]*.jpg"],
+            "cannot read 'input=[0-9]*.jpg'. Quote the value: 'input=\"[0",
+        ),
         (["augment.crop=[32,32"], "cannot read 'augment.crop=[32,32': its bracket is not closed."),
         (["loss.ohem_min_kept=1"], "loss.ohem_min_kept=1.0: has no effect. It is for loss=ohem."),
         ([*LISTED, "data.train.stems=s.txt"], "data.train.stems=s.txt: has no effect. data.train.list=a.csv names the"),
