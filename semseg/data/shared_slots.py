@@ -112,7 +112,9 @@ class SharedSlots:
 
     def read(self, address: SlotAddress) -> Tensor:
         """A copy of the tensor in a slot, which is free afterwards."""
-        tensor = torch.from_numpy(self._content(address).copy())
+        tensor = torch.empty(address.shape, dtype=address.dtype)
+        if tensor.numel():  # an empty array of NumPy may have strides of 0, of which torch makes no view
+            tensor.numpy()[:] = self._content(address)
         _, freed = self._freed[address.worker]
         freed.send(address.number)
         return tensor

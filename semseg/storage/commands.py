@@ -51,7 +51,7 @@ def entry_script() -> Path:
 
 def entry_command() -> str:
     """How to start this program, for commands to copy: "python run.py", or "semseg" if it is installed."""
-    return os.environ.get(PROGRAM_VARIABLE, "python run.py" if RUN_FILE.is_file() else "semseg")
+    return os.environ.get(PROGRAM_VARIABLE, "python run.py" if os.path.isfile(RUN_FILE) else "semseg")  # noqa: PTH113
 
 
 # For the page of --help.

@@ -93,6 +93,11 @@ def test_tensors_that_do_not_fit_are_left_to_pytorch(worker: SharedSlots) -> Non
     assert empty.shape == (0, 4)
 
 
+def test_an_image_that_was_left_out_arrives_as_an_empty_label(worker: SharedSlots) -> None:
+    arrived = read_tensor(write_tensor(torch.zeros(0, dtype=torch.uint8)))
+    assert arrived.view(torch.int16).shape == (0,)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("demand", [None, SlotDemand(1, 10)], ids=["no slots", "slots that are too small"])
 def test_without_slots_everything_arrives_as_well(demand: SlotDemand | None) -> None:
