@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from semseg.config.groups import list_groups
-from semseg.config.overrides import OPEN_PREFIXES, PATH_KEYS, quote_value
+from semseg.config.overrides import LIST_KEYS, OPEN_PREFIXES, PATH_KEYS, quote_value
 from semseg.config.schema import Config, get_sections
 from semseg.errors import ArgumentError
 
-LIST_KEYS = ("ckpt", "runs")  # whose text may be a list
 RAW_KEYS = (*PATH_KEYS, "trainer.devices", "data.group")  # their text is quoted where the command line is read
 
 

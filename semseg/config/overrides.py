@@ -27,6 +27,7 @@ UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:]+", re.ASCII)
 NUMBER_OR_BOOLEAN = re.compile(
     r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?[\d_]+)?|[+-]?(inf|nan)|true|false", re.IGNORECASE
 )
+LIST_KEYS = ("ckpt", "runs")  # paths whose text may be a list without quotes: [a.ckpt,b.ckpt]
 OPEN_KEYS = ("download.mirrors",)  # users choose the keys of these
 OPEN_PREFIXES = ("model.options.",)  # keys of a library, which checks them
 # Hydra's options that are allowed. Left out are those that load code (--experimental-rerun unpickles a file) or
@@ -187,7 +188,7 @@ def quote_override(argument: str, *, sweep: bool = False) -> str:
         return f"{key}{equals}{quote_devices(value, sweep=sweep)}"
     if equals and key in list_groups():
         return f"{key}={quote_choices(key, value, sweep=sweep)}"
-    if key in ("ckpt", "runs") and re.fullmatch(r"\[[^\[\]\"'{}$]*\]", value):
+    if key in LIST_KEYS and re.fullmatch(r"\[[^\[\]\"'{}$]*\]", value):
         value = quote_list(value)
     elif key == "data.group" and value not in ("", "null") and value[0] not in "\"'":
         value = quote_value(value)  # a regular expression

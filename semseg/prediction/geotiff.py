@@ -101,8 +101,7 @@ def read_georeference(path: Path) -> GeoReference | None:
         reference = GeoReference(file.crs, file.transform, (tuple(gcps), gcps_crs))
     if reference.crs is None and reference.transform.is_identity and not gcps:
         return None
-    header = read_header_only(str(path))
-    return reference if header.orientation == 1 else reference.turn_upright(header)
+    return reference.turn_upright(read_header_only(str(path)))
 
 
 def may_have_mask(path: Path) -> bool:

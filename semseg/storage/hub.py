@@ -186,26 +186,31 @@ def add_small_files(network: HubName, folder: Path, config: DownloadConfig) -> N
 
     Otherwise the network would have the preprocessing and the class ids of its family, and no licence.
     """
+    absent = find_absence_marks(folder)
+    unknown = [name for name in SMALL_FILES if not (folder / name).exists() and not (absent / name).exists()]
+    if not unknown:
+        return
+    problem = "offline" if is_offline(config) else fetch_small_files(network, folder, unknown)
+    if problem and not any((folder / name).exists() for name in PROCESSORS):
+        print_once(f"hf:{network}: {PREPROCESSOR} is not in the cache ({problem}); the network may need it")
+
+
+def fetch_small_files(network: HubName, folder: Path, names: Collection[str]) -> str:
+    """Fetch files of the commit of a folder, as far as it has them; returns why the hub cannot be asked, or ""."""
     from huggingface_hub import HfApi, hf_hub_download  # noqa: PLC0415 - a package of an extra
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: PLC0415
 
-    absent = find_absence_marks(folder)
-    unknown = [name for name in SMALL_FILES if not (folder / name).exists() and not (absent / name).exists()]
-    reason = "offline" if is_offline(config) else ""
-    for name in unknown if not reason else ():
+    for name in names:
         try:
             with limit_library_output():
                 hf_hub_download(network.name, name, revision=folder.name, endpoint=HfApi().endpoint)
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):
-                reason = "the hub cannot be reached"
-                break
+        except LocalEntryNotFoundError:
+            return "the hub cannot be reached"
+        except EntryNotFoundError:
             mark_absent(folder, name)
         except Exception as error:  # whatever it is, the network itself is there
-            reason = describe_connection(error)
-            break
-    if reason and not any((folder / name).exists() for name in PROCESSORS) and unknown:
-        print_once(f"hf:{network}: {PREPROCESSOR} is not in the cache ({reason}); the network may need it")
+            return describe_connection(error)
+    return ""
 
 
 def find_absence_marks(folder: Path) -> Path:

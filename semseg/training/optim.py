@@ -151,9 +151,8 @@ def list_child_stages(module: nn.Module) -> list[list[nn.Parameter]]:
     else:
         stages, ahead = [], []
         for name, child in named.items():
-            is_layer = all(
-                next(part.parameters(), None) is None for part in child.children()
-            )  # also a norm and its ReLU
+            # Also a norm that holds its activation.
+            is_layer = all(next(part.parameters(), None) is None for part in child.children())
             if is_layer and stages:
                 (ahead or stages[-1]).extend(child.parameters())
             elif stages and is_transition(name, child):

@@ -18,8 +18,8 @@ from semseg.errors import CheckpointError, SemsegError
 from semseg.system.text import shorten_repr
 from semseg.training.step_means import NO_STEPS, StepSums
 
-# Without these counters Lightning would silently count from 0.
 DATA_STATE = "SegmentationData"  # Lightning names the state of a data module after its class
+# Without these counters Lightning would silently count from 0.
 COUNTERS = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress")
 # Entries of callbacks, Lightning's and ours, by the kind of their values.
 COUNT_ENTRIES = ("skipped", "seen", "left_out", "wait_count", "stopped_epoch", "patience")

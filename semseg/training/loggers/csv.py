@@ -88,9 +88,9 @@ class CSVLog(Logger):
 
         If earlier epochs are among them, because an epoch has fewer steps now, the files are kept under another name.
         """
-        finished = self.metrics.count_epochs(step, epoch)
+        drops_finished_epochs = self.metrics.has_earlier_epochs(step, epoch)
         for file in (self.metrics, self.speed):
-            if finished:
+            if drops_finished_epochs:
                 kept = file.keep_copy(f"until_epoch_{epoch}")
                 print(f"{file.path}: rows of finished epochs have the numbers of steps to come; kept as {kept.name}")
             file.drop_from(step)
@@ -150,9 +150,9 @@ class RowFile:
         row.update({name: to_python_number(value) for name, value in values.items()})
         self._has_changed = True
 
-    def count_epochs(self, step: int, epoch: int) -> int:
-        """The number of rows of `step` and later ones that are of epochs before `epoch`."""
-        return sum(number >= step and float(row.get("epoch", epoch)) < epoch for number, row in self._rows.items())
+    def has_earlier_epochs(self, step: int, epoch: int) -> bool:
+        """Whether rows of `step` and later ones are of epochs before `epoch`."""
+        return any(number >= step and float(row.get("epoch", epoch)) < epoch for number, row in self._rows.items())
 
     def keep_copy(self, name: str) -> Path:
         """Copy the file as it is to another one beside it."""
