@@ -17,7 +17,7 @@ from semseg.checkpoints.format import SavedNetwork, load_plain
 from semseg.checkpoints.from_hub import is_on_hub
 from semseg.checkpoints.published import find_published_files
 from semseg.config.override_keys import split_override
-from semseg.config.recipes import list_chosen_options, read_recipe
+from semseg.config.recipes import find_experiment, list_chosen_options, read_recipe
 from semseg.config.schema import ARCHITECTURE_KEYS, ZOO_PREFIX, Config, ModelConfig, config_to_plain, flatten_sections
 from semseg.data.sources import DataSource
 from semseg.errors import CheckpointError
@@ -105,13 +105,10 @@ def is_trained_elsewhere(ckpt: str) -> bool:
 
 def chooses_network(overrides: list[str]) -> bool:
     """Whether the command line chooses the network to train, itself or by a recipe."""
-    settings: dict[str, Any] = {}
-    for key, value in map(split_override, overrides):
-        if key == "experiment" and value not in ("", "null"):
-            recipe = read_recipe(value.strip("\"'"))
-            settings |= list_chosen_options(recipe) | dict(flatten_sections(recipe))
-        else:
-            settings[key] = value
+    experiment = find_experiment(overrides)
+    recipe = read_recipe(experiment) if experiment else {}
+    settings: dict[str, Any] = list_chosen_options(recipe) | dict(flatten_sections(recipe))
+    settings |= dict(map(split_override, overrides))
     whatever_it_is = {"model.encoder.frozen": settings.get("model.encoder.frozen"), "model.encoder.weights": "none"}
     return any(
         key == "model" or (key.startswith(NETWORK_KEYS) and (key, value) not in whatever_it_is.items())

@@ -45,6 +45,7 @@ def test_a_published_network_learns_other_classes(recipe: str, tmp_path: Path) -
         (["experiment=own_data"], True),  # an encoder and a decoder
         (["experiment=published_upernet50"], True),
         (["++model.encoder.output_stride=8"], True),
+        (["model.encoder.weights=none", "experiment=other.yaml"], False),  # as in Hydra, whatever the order of words
     ],
 )
 def test_init_from_brings_its_network_unless_the_words_or_their_recipe_choose_one(
@@ -52,4 +53,5 @@ def test_init_from_brings_its_network_unless_the_words_or_their_recipe_choose_on
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(MINE, encoding="utf-8")
+    Path("other.yaml").write_text("model: {encoder: {weights: imagenet}}\n", encoding="utf-8")
     assert chooses_network(words) == is_chosen
