@@ -16,12 +16,7 @@ from pytorch_lightning.callbacks import Callback
 
 from semseg.checkpoints import zoo
 from semseg.checkpoints.ensemble import build_ensemble, describe_differences, join_networks
-from semseg.checkpoints.format import (
-    SavedNetwork,
-    first_line,
-    read_checkpoint,
-    refuse_nonfinite_weights,
-)
+from semseg.checkpoints.format import SavedNetwork, read_checkpoint, refuse_nonfinite_weights
 from semseg.checkpoints.from_hub import is_on_hub, read_from_hub
 from semseg.checkpoints.network import load_network
 from semseg.checkpoints.published import PUBLISHED_FREE_KEYS, PublishedFiles, find_published_files, read_published
@@ -46,7 +41,7 @@ from semseg.data.label_cache import prepare_automatic_cache
 from semseg.data.sources import DataSource, load_class_table, make_output_label_map
 from semseg.data.store import resolve_path
 from semseg.datamodule import SegmentationData
-from semseg.errors import ArgumentError, ConfigError, install_command
+from semseg.errors import ArgumentError, ConfigError, first_line, install_command
 from semseg.evaluation.tiled import WindowLayout, choose_layout
 from semseg.lit_module import SegmentationModule
 from semseg.nets.bands import choose_reading
@@ -255,18 +250,18 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
     if settle_layout(config, net, device.type).model.channels_last and is_convolutional(net):
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     settings = PredictionSettings(
-        options.scales or config.eval.scales,
-        config.data.max_long_edge,
-        config.model.size_divisor,
-        options.flip,
-        options.window,
-        options.stride,
-        options.memory_limit_mb,
-        config.data.max_pixels,
-        choose_crop(config.data, config.augment, net.image_size) if config.data.resize == NATIVE else None,
-        choose_threshold(options.threshold, saved),
-        options.min_confidence,
-        config.eval.batch_size,
+        scales=options.scales or config.eval.scales,
+        max_long_edge=config.data.max_long_edge,
+        size_divisor=config.model.size_divisor,
+        flip=options.flip,
+        window=options.window,
+        stride=options.stride,
+        memory_limit_mb=options.memory_limit_mb,
+        max_pixels=config.data.max_pixels,
+        crop=choose_crop(config.data, config.augment, net.image_size) if config.data.resize == NATIVE else None,
+        threshold=choose_threshold(options.threshold, saved),
+        min_confidence=options.min_confidence,
+        batch_size=config.eval.batch_size,
     )
     predictor = Predictor(
         net,

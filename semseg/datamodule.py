@@ -158,12 +158,12 @@ class SegmentationData(pl.LightningDataModule):
             batches, source = self.batches_per_epoch(), self.source
             splits = [split for split in ("train", "val") if source.has(split)]
             self._conditions = RunConditions(
-                self.trainer.world_size,
-                batches,
-                count_run_steps(self.trainer_config, batches),
-                {split: digest_records(source.used_records(split), source.root) for split in splits},
-                self.trainer.strategy.root_device.type,
-                torch.get_num_threads(),
+                world_size=self.trainer.world_size,
+                batches_per_epoch=batches,
+                total_steps=count_run_steps(self.trainer_config, batches),
+                records={split: digest_records(source.used_records(split), source.root) for split in splits},
+                accelerator=self.trainer.strategy.root_device.type,
+                threads=torch.get_num_threads(),
             )
         return self._conditions
 
@@ -254,7 +254,14 @@ class SegmentationData(pl.LightningDataModule):
         data = self.data_config
         cache = LabelCache(data.label_cache, self.source.label_map) if data.label_cache else None
         bands = self.source.bands_of(split)
-        return ReadOptions(data.max_long_edge, self.size_divisor, self.skips_bad, data.max_pixels, cache, bands)
+        return ReadOptions(
+            max_long_edge=data.max_long_edge,
+            size_divisor=self.size_divisor,
+            skip_bad=self.skips_bad,
+            max_pixels=data.max_pixels,
+            cache=cache,
+            bands=bands,
+        )
 
     def num_workers(self, max_item_bytes: Callable[[], int]) -> int:
         """Workers of a loader on each device; 0 if /dev/shm is needed and too small for what all of them prepare.

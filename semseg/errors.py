@@ -12,6 +12,7 @@ from pathlib import Path
 
 INTERRUPTED, TERMINATED = 130, 143  # exit codes of a run that stopped properly, after Ctrl-C and after other signals
 STOPPED_CODES = (INTERRUPTED, TERMINATED)
+MAX_REASON = 200  # characters of another library's error in ours
 
 
 class SemsegError(ValueError):
@@ -65,6 +66,17 @@ def describe_reason(error: Exception) -> str:
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error, or its class if it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:MAX_REASON] if lines else type(error).__name__
+
+
+def one_line(error: Exception) -> str:
+    """All lines of an error as one, without its full stop, or its class if it has no text."""
+    return " ".join(str(error).split())[:MAX_REASON].rstrip(".") or type(error).__name__
+
+
 def find_nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice that is most similar to `name`, or None if none is similar.
 
@@ -73,6 +85,16 @@ def find_nearest(name: str, choices: Iterable[str]) -> str | None:
     """
     matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def suggest(name: str, choices: Iterable[str], prefix: str = "") -> str:
+    """A sentence with the choice that is most similar to `name`, after a space; empty if none is similar.
+
+    >>> suggest("upernett", ["c1", "ppm", "upernet"], prefix="model/decoder=")
+    ' Did you mean model/decoder=upernet?'
+    """
+    nearest = find_nearest(name, choices)
+    return f" Did you mean {prefix}{nearest}?" if nearest else ""
 
 
 def check_choice(key: str, value: str, choices: Iterable[str]) -> str:
@@ -84,6 +106,5 @@ def check_choice(key: str, value: str, choices: Iterable[str]) -> str:
     names = sorted(choices)
     if value in names:
         return value
-    nearest = find_nearest(str(value), names)
-    hint = f" Did you mean {nearest}?" if nearest else ""
+    hint = suggest(str(value), names)
     raise ConfigError(f"{key}: {value!r} is not known.{hint} Valid: {', '.join(names)}.")

@@ -22,8 +22,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import CheckpointIO
 from torch import Tensor
 
-from semseg.checkpoints.format import find_packed_entry, first_line, load_plain
-from semseg.errors import CheckpointError
+from semseg.checkpoints.format import find_packed_entry, load_plain
+from semseg.errors import CheckpointError, first_line
 from semseg.storage.atomic import DISK_FULL, TEMPORARY_NAME, atomic_write, describe_room
 from semseg.system.text import escape_lines, shorten_repr
 

@@ -28,7 +28,7 @@ from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.data.sources import make_label_map
-from semseg.errors import CheckpointError, ConfigError
+from semseg.errors import CheckpointError, ConfigError, first_line
 from semseg.storage.atomic import atomic_write
 from semseg.system.text import escape_unprintable, shorten_repr
 
@@ -463,9 +463,3 @@ def find_foreign_names(path: Path, error: Exception) -> list[str]:
     except Exception:  # a damaged file, or one from before torch 1.6: torch's error names the first
         names = re.findall(r"GLOBAL ([\w.]+)", str(error))
     return [re.sub(r"[^\w.]", "?", name)[:80] for name in names[:3]]
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, or its class if it has no text."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -18,7 +18,7 @@ from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import BUILT_IN_CLASSES, HUB_PREFIX, DataConfig, DownloadConfig, ModelConfig
 from semseg.config.validate import check_config
 from semseg.data.classes import ClassTable, built_in_classes
-from semseg.errors import CheckpointError, ConfigError, find_nearest
+from semseg.errors import CheckpointError, ConfigError, suggest
 from semseg.storage.hub import CONFIG, HubFolder, fetch_from_hub, is_network_folder, open_local_folder, parse_hub_name
 from semseg.storage.hub_list import HUB_ZOO
 from semseg.system.text import shorten_repr
@@ -47,8 +47,7 @@ def open_hub_folder(spec: str, download: DownloadConfig) -> HubFolder:
     try:
         return fetch_from_hub(parse_hub_name(name), download)
     except ConfigError as error:
-        nearest = find_nearest(name, HUB_ZOO)
-        hint = f" Did you mean zoo:{nearest}?" if nearest else ""
+        hint = suggest(name, HUB_ZOO, prefix="zoo:")
         raise ConfigError(f"{error}{hint}") from None
 
 

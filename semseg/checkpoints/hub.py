@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from semseg.checkpoints.format import first_line, refuse_nonfinite_weights
+from semseg.checkpoints.format import refuse_nonfinite_weights
 from semseg.checkpoints.initialise import LoadReport, find_differences, is_counter, shorten_names
-from semseg.errors import CheckpointError
+from semseg.errors import CheckpointError, first_line
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.storage.hub import CONFIG
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from semseg.checkpoints.format import SavedNetwork, first_line
+from semseg.checkpoints.format import SavedNetwork
 from semseg.checkpoints.initialise import find_differences, load_all_weights, load_backbone_weights
 from semseg.config.origin import WeightsOrigin
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import DownloadConfig, ModelConfig, split_network_options
 from semseg.data.bands import BandOptions
-from semseg.errors import CheckpointError, ConfigError
+from semseg.errors import CheckpointError, ConfigError, first_line
 from semseg.nets.bands import adapt_first_layers, use_bands
 from semseg.nets.interfaces import Encoder, NetworkKeys, SegmentationNetwork
 from semseg.nets.registry import build_library_network, build_segmenter

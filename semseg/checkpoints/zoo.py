@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from semseg.config.schema import ZOO_PREFIX
-from semseg.errors import CheckpointError, find_nearest
+from semseg.errors import CheckpointError, suggest
 from semseg.storage.hub_list import HUB_ZOO, HubEntry
 
 SERVER_URL = "http://sceneparsing.csail.mit.edu/model/pytorch"
@@ -174,8 +174,7 @@ def find_zoo_network(spec: str) -> PublishedNetwork | HubEntry:
     by_name |= {entry.hub_name: entry for entry in HUB_ZOO.values()}
     if name in by_name:
         return by_name[name]
-    suggestion = find_nearest(name, by_name)
-    hint = f" Did you mean {ZOO_PREFIX}{suggestion}?" if suggestion else ""
+    hint = suggest(name, by_name, prefix=ZOO_PREFIX)
     raise CheckpointError(f"{spec}: not in the zoo.{hint} Valid: {', '.join([*ZOO, *HUB_ZOO])}.")
 
 

@@ -28,7 +28,7 @@ from semseg.config.hints import explain_unknown_key
 from semseg.config.schema import BUILT_IN_CLASSES, SPLITS, Config, get_sections, list_keys
 from semseg.config.tables import is_own_key
 from semseg.config.validate import explain_omegaconf_error, find_range_problems, name_fields
-from semseg.errors import ConfigError, find_nearest
+from semseg.errors import ConfigError, find_nearest, suggest
 
 SUFFIXES = (".yaml", ".yml")
 SCHEME = "choice-file"  # of our entry in Hydra's search path
@@ -216,8 +216,7 @@ def find_default_problems(group: str, defaults: Any) -> Iterator[str]:
         for name in option if isinstance(option, list) else [option]:
             is_known = name in (None, "_self_") or (owner in list_groups() and str(name) in list_options(owner))
             if not is_known:
-                nearest = find_nearest(str(name), list_options(owner)) if owner in list_groups() else None
-                hint = f" Did you mean {nearest}?" if nearest else ""
+                hint = suggest(str(name), list_options(owner)) if owner in list_groups() else ""
                 yield f"defaults: {owner}={name} is not an option of configs/, and only those can be listed.{hint}"
 
 

@@ -17,7 +17,7 @@ from semseg.config.groups import CONFIG_DIR, list_groups, list_options
 from semseg.config.hints import explain_unknown_key
 from semseg.config.override_keys import split_override
 from semseg.config.tables import list_own_keys
-from semseg.errors import ConfigError, find_nearest, install_command
+from semseg.errors import ConfigError, install_command, one_line, suggest
 
 register_choice_files()
 SECTIONS_OF_GROUPS = {"loss": "loss.terms"}  # where programs add names, if it is not the section of the group itself
@@ -73,7 +73,7 @@ def translate_hydra_failures(overrides: list[str]) -> Iterator[None]:
         problem = next(find_group_problems(overrides), None)
         if problem is not None:
             raise ConfigError(problem) from error
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(f"cannot read this command line ({type(error).__name__}: {reason}).") from error
 
 
@@ -109,8 +109,7 @@ def explain_option(group: str, option: str, listed: list[str]) -> str:
     if not options:
         return explain_unknown_key(group or option, list_groups())
     own_key = f"{SECTIONS_OF_GROUPS.get(group, group)}.{option}"
-    nearest = find_nearest(option, options)
-    hint = f" Did you mean {group}={nearest}?" if nearest else ""
+    hint = suggest(option, options, prefix=f"{group}=")
     if own_key in list_own_keys():
         hint = f" To use it: {own_key}={'{}' if group in ('callbacks', 'logger') else '1'}"
     return f"{group}={option}: not known.{hint}\nValid: {', '.join(options)}."

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import BooleanNode, FloatNode, IntegerNode, ValidationError
 
-from semseg.errors import ConfigError, find_nearest
+from semseg.errors import ConfigError, suggest
 
 MAX_EDGE_LENGTH = 2**15  # pixels, of an image after scaling
 MAX_INT, MAX_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127  # the largest int64 and the largest float32
@@ -118,8 +118,7 @@ def find_bound_problems(key: str, value: float, metadata: Mapping[str, Any]) -> 
 
 def format_wrong_choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
     """A sentence for a value that is not one of `choices`, with the nearest one."""
-    nearest = find_nearest(str(value), choices)
-    hint = f" Did you mean {key}={nearest}?" if nearest else ""
+    hint = suggest(str(value), choices, prefix=f"{key}=")
     return f"{key}={value}: not known.{hint} Valid: {', '.join(choices)}."
 
 

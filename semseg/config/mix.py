@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from semseg.config.schema import DataConfig, SplitConfig
-from semseg.errors import ConfigError, find_nearest
+from semseg.errors import ConfigError, suggest
 
 # Keys of `data` that an entry may have; what it leaves out is as in the main data set.
 DATA_KEYS = (
@@ -59,8 +59,7 @@ def read_part(key: str, entry: Mapping[str, Any], data: DataConfig) -> MixPart:
     """
     for name in entry:
         if name not in ENTRY_KEYS:
-            nearest = find_nearest(str(name), ENTRY_KEYS)
-            hint = f" Did you mean {nearest}?" if nearest else ""
+            hint = suggest(str(name), ENTRY_KEYS)
             raise ConfigError(f"{key}.{name}: there is no such key.{hint} Valid: {', '.join(ENTRY_KEYS)}.")
     share = entry.get("share")
     if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < 1:

@@ -24,10 +24,9 @@ from semseg.data.bands import BandOptions
 from semseg.data.batch import Sample
 from semseg.data.geometry import Size
 from semseg.data.label_map import IGNORED
-from semseg.data.seeding import generator_for, number_for
+from semseg.data.seeding import Stream, generator_for, number_for
 from semseg.errors import ConfigError, check_choice
 
-AUGMENT_STREAM = 3  # random stream; plan.py defines the others
 BLUR_RADIUS = 4.0  # radius of the kernel in standard deviations
 
 # Custom transforms by name: functions of
@@ -159,7 +158,7 @@ class Augmentation:
         if self.bands is not None and self.transforms is not None:
             image = image.astype(np.float32)  # exact for all types; torch computes with few of the others
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(number_for(self.seed, AUGMENT_STREAM, number, position, 1))
+            torch.manual_seed(number_for(self.seed, Stream.AUGMENT, number, position, 1))
             pixels = tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
             mask = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(label))[None])
             if self.crops_first:
@@ -186,12 +185,12 @@ class Augmentation:
         """Turn by quarters, then erase a rectangle; the draws of the other transforms stay the same."""
         config = self.config
         if config.quarter_turns:
-            turns = int(generator_for(self.seed, AUGMENT_STREAM, number, position, 3).integers(4))
+            turns = int(generator_for(self.seed, Stream.AUGMENT, number, position, 3).integers(4))
             if image.shape[0] != image.shape[1]:
                 turns = 2 * (turns // 2)  # sub-batches are of one orientation
             image, label = np.ascontiguousarray(np.rot90(image, turns)), np.ascontiguousarray(np.rot90(label, turns))
         if config.erasing:
-            rng = generator_for(self.seed, AUGMENT_STREAM, number, position, 4)
+            rng = generator_for(self.seed, Stream.AUGMENT, number, position, 4)
             is_erased = rng.random() < config.erasing
             top, left, height, width = draw_rectangle(Size(*label.shape), rng)
             if is_erased:
@@ -210,7 +209,7 @@ class Augmentation:
         image, label = pixels.as_subclass(torch.Tensor).contiguous(), mask[0].as_subclass(torch.Tensor).long()
         with torch.random.fork_rng(devices=[]):
             for index, transform in enumerate(self.own):
-                seeds = (number_for(self.seed, AUGMENT_STREAM, number, position, 2, index, part) for part in (0, 1))
+                seeds = (number_for(self.seed, Stream.AUGMENT, number, position, 2, index, part) for part in (0, 1))
                 torch.manual_seed(next(seeds))  # for functions that draw from the global generator
                 image, label = transform(image, label, torch.Generator().manual_seed(next(seeds)))
         return tv_tensors.Image(image), tv_tensors.Mask(label[None].to(torch.int16))
@@ -241,7 +240,7 @@ def mix_samples(samples: Sequence[Sample], share: float, label_stride: int, seed
     mixed = []
     for position, sample in enumerate(samples):
         other = samples[(position + 1) % len(samples)]
-        rng = generator_for(seed, AUGMENT_STREAM, number, position, 5)
+        rng = generator_for(seed, Stream.AUGMENT, number, position, 5)
         is_mixed = rng.random() < share
         side = math.sqrt(rng.random())
         cells = [min(sample.image.shape[axis], other.image.shape[axis]) // label_stride for axis in (0, 1)]
@@ -301,7 +300,7 @@ def restore_type(pixels: torch.Tensor, dtype: np.dtype) -> torch.Tensor:
 def draw_scale(config: AugmentConfig, seed: int, number: int, position: int) -> float:
     """The random factor of the size of an image of a sub-batch: `augment.scale`."""
     low, high = config.scale
-    fraction = number_for(seed, AUGMENT_STREAM, number, position, 0) / 2**63
+    fraction = number_for(seed, Stream.AUGMENT, number, position, 0) / 2**63
     return low + (high - low) * fraction
 
 

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from semseg.data.label_map import MAX_CLASSES
 from semseg.data.list_files import SEPARATORS
-from semseg.data.palette import Colour, generated_palette
+from semseg.data.palette import Colour, generated_palette, voc_colour
 from semseg.data.store import read_text
 from semseg.errors import DataError, describe_reason
 from semseg.system.text import escape_unprintable, shorten_repr
 
 BACKGROUND = "background"
 CLASS_COLUMNS = {"index": "index", "name": "name", "r": "R", "g": "G", "b": "B"}  # in lower case -> of a class table
-COLOURLESS_LINE = re.compile(r".+:\s*:[^:]*:[^:]*")  # of CVAT's labelmap.txt, without a colour
-LABEL_MAP_LINE = re.compile(r".+:\s*\d{1,3}\s*,\s*\d{1,3}\s*,\s*\d{1,3}\s*:[^:]*:[^:]*")
+# name:red,green,blue:parts:actions
+LABEL_MAP_LINE = re.compile(r"(.+):\s*((?:\d{1,3}\s*,\s*\d{1,3}\s*,\s*\d{1,3})?)\s*:[^:]*:[^:]*")
 
 
 def is_background(name: str) -> bool:
@@ -126,7 +126,8 @@ class ClassTable(NamedTuple):
         """A table from a CSV file (`from_csv`), a JSON file, or a text file with a name on each line.
 
         In a text file, lines that begin with # are comments; a name that begins with # is written in double quotes. If
-        all lines are like those of CVAT's labelmap.txt (name:red,green,blue:parts:actions), it is one, with colours.
+        all lines are like those of CVAT's labelmap.txt (name:red,green,blue:parts:actions), it is one; a class without
+        a colour there has that of Pascal VOC.
         JSON holds a list of {"name": ..., "color": [R, G, B]}, or an object with that list under `classes`, as
         mode=predict writes it. Colours may be omitted from all entries. If all have an `index` (0, 1, ... or 1, 2, ...)
         or else an `id`, it decides their order.
@@ -142,9 +143,8 @@ class ClassTable(NamedTuple):
             if path.suffix.lower() == ".txt":
                 lines = [line for each in text.splitlines() if (line := each.strip()) and not line.startswith("#")]
                 if lines and all(map(LABEL_MAP_LINE.fullmatch, lines)):
-                    return _from_label_map(lines)
-                if lines and all(map(COLOURLESS_LINE.fullmatch, lines)):
-                    lines = [line.rsplit(":", 3)[0] for line in lines]
+                    names, colours = zip(*(parse_label_map_line(line, i) for i, line in enumerate(lines)), strict=True)
+                    return cls(tuple(map(escape_unprintable, names)), colours)
                 names = [_unquote(line) for line in lines]
                 return cls.from_names(_require_entries(names))
             content = json.loads(text)
@@ -210,11 +210,22 @@ def _sort_rows(rows: Sequence[Any]) -> list[Any]:
     return sorted(rows, key=lambda row: row[key])
 
 
-def _from_label_map(lines: Sequence[str]) -> ClassTable:
-    """The table of a label map of CVAT: the name and the colour of a class in each line."""
-    cells = [line.rsplit(":", 3) for line in lines]
-    colours = (_parse_colour([int(part) for part in text.split(",")]) for _, text, *_ in cells)
-    return ClassTable(tuple(escape_unprintable(name) for name, *_ in cells), tuple(colours))
+def parse_label_map_line(line: str, index: int) -> tuple[str, Colour]:
+    """The name and the colour of a class in CVAT's labelmap.txt; names may hold colons.
+
+    A class without a colour has that of Pascal VOC for its index.
+
+    Raises:
+        ValueError: if the line is not like name:red,green,blue:parts:actions.
+
+    >>> parse_label_map_line("cat:250,50,83::", 0), parse_label_map_line("dog:::", 1)
+    (('cat', (250, 50, 83)), ('dog', (128, 0, 0)))
+    """
+    match = LABEL_MAP_LINE.fullmatch(line)
+    if match is None:
+        raise ValueError(f"a line of a label map is like cat:250,50,83::, got {shorten_repr(line)}")
+    name, numbers = match.groups()
+    return name, _parse_colour([int(part) for part in numbers.split(",")]) if numbers else voc_colour(index)
 
 
 def _unquote(name: str) -> str:

@@ -13,11 +13,10 @@ import numpy as np
 from semseg.config.schema import AugmentConfig, DataConfig
 from semseg.data.foreground import ForegroundIndex, Pixel
 from semseg.data.geometry import Size
-from semseg.data.seeding import generator_for
+from semseg.data.seeding import Stream, generator_for
 from semseg.data.windows import Window
 from semseg.errors import ConfigError
 
-CROP_STREAM = 4  # random stream; plan.py and augment.py define the others
 NATIVE = "native"  # data.resize
 DEFAULT_CROP = (512, 512)
 DEFAULT_FOREGROUND = 0.33
@@ -97,7 +96,7 @@ class CropPlan:
             number: number of the sub-batch.
             position: position of the image in it.
         """
-        rng = generator_for(self.seed, CROP_STREAM, number, position)
+        rng = generator_for(self.seed, Stream.CROP, number, position)
         is_centred = rng.random() < self.foreground  # drawn in any case, so that the numbers after it stay the same
         centre = self.index.draw(record, rng) if is_centred and self.index is not None else None
         return plan_crop(size, self.crop, factor, rng, centre)

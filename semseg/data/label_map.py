@@ -14,7 +14,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from semseg.data.palette import Colour
+from semseg.data.palette import Colour, pack_colours
 from semseg.errors import ConfigError, DataError
 
 IGNORED = -1
@@ -50,8 +50,8 @@ class ColourIds:
         always: bool,
         codes_grey: bool = False,
     ) -> None:
-        id_of = {_pack(colour): UNSCORED_ID for colour in unscored}
-        classes = {_pack(colour): raw_id for colour, raw_id in zip(palette, ids, strict=True)}
+        id_of = dict.fromkeys(_pack(unscored), UNSCORED_ID)
+        classes = dict(zip(_pack(palette), ids, strict=True))
         if len(classes) < len(palette):
             duplicate = next(colour for colour in palette if palette.count(colour) > 1)
             raise ConfigError(
@@ -74,7 +74,7 @@ class ColourIds:
         Raises:
             DataError: for an unknown colour, with the position of its first pixel.
         """
-        packed = pixels.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
+        packed = pack_colours(pixels)
         position = np.searchsorted(self._colours, packed).clip(max=len(self._colours) - 1)
         unknown = self._colours[position] != packed
         if unknown.any():
@@ -86,9 +86,8 @@ class ColourIds:
         return self._ids[position]
 
 
-def _pack(colour: Colour) -> int:
-    red, green, blue = colour
-    return red << 16 | green << 8 | blue
+def _pack(colours: Sequence[Colour]) -> list[int]:
+    return pack_colours(np.array(colours, np.uint8).reshape(-1, 3)).tolist()
 
 
 class LabelMap:

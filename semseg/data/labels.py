@@ -30,6 +30,7 @@ from semseg.data.images import (
 )
 from semseg.data.label_cache import LabelCache, LabelRuns
 from semseg.data.label_map import IGNORED, ColourIds, LabelMap
+from semseg.data.palette import pack_colours, unpack_colour
 from semseg.data.raster_layout import NPY_START
 from semseg.data.rasters import read_array
 from semseg.errors import DataError
@@ -157,9 +158,8 @@ def _grey_from_rgb(raw: NDArray[np.uint8], path: str | Path) -> NDArray[np.uint8
     colours = raw[..., :3]
     if _is_grey(raw):
         return np.ascontiguousarray(colours[..., 0])
-    packed = colours.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-    unique = np.unique(packed)
-    examples = " ".join(f"({code >> 16}, {code >> 8 & 255}, {code & 255})" for code in unique[:4].tolist())
+    unique = np.unique(pack_colours(colours))
+    examples = " ".join(str(unpack_colour(code)) for code in unique[:4].tolist())
     raise DataError(f"{path}: the label has {len(unique)} colours, such as {examples}. {_HOW_TO_CONVERT}")
 
 

@@ -27,10 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semseg.data.geometry import Size
-from semseg.data.seeding import generator_for
-
-# Random streams under one seed: generator_for(seed, stream, number).
-ORDER_STREAM, DRAW_STREAM, REPEAT_STREAM = 0, 1, 2
+from semseg.data.seeding import Stream, generator_for
 
 
 def group_by_shape(shapes: Iterable[Hashable], max_members: int) -> list[list[int]]:
@@ -130,7 +127,7 @@ class TrainPlan:
         if number < 0:
             raise ValueError(f"sub-batches are numbered from 0, got {number}")
         queue, position = self._locate(number)
-        rng = generator_for(self.seed, DRAW_STREAM, number)
+        rng = generator_for(self.seed, Stream.DRAW, number)
         short_edge = self.short_edges[int(rng.integers(len(self.short_edges)))]
         flips = rng.random(self.batch_size) < 0.5 if self.flip else np.zeros(self.batch_size, bool)
         return SubBatch(number, self._records(queue, position), short_edge, tuple(flips.tolist()))
@@ -185,7 +182,7 @@ class TrainPlan:
         records = np.arange(len(self._is_portrait), dtype=np.int32)
         if self._repeat_sums is None:
             return records
-        start = generator_for(self.seed, REPEAT_STREAM, index).random()
+        start = generator_for(self.seed, Stream.REPEAT, index).random()
         counts = sum(np.diff(np.floor(sums + start)) for sums in self._repeat_sums)
         return np.repeat(records, np.asarray(counts, np.int64))
 
@@ -193,7 +190,7 @@ class TrainPlan:
         """Pass `index` (from 0) over the records; takes 8 bytes per record."""
         order = self._repeated_records(index)
         if self.shuffle:
-            rng = generator_for(self.seed, ORDER_STREAM, index)
+            rng = generator_for(self.seed, Stream.ORDER, index)
             rng.shuffle(order)
             if self._sources is not None:
                 order = _spread_evenly(order, self._sources[order], rng)

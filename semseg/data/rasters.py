@@ -19,7 +19,7 @@ from semseg.data.bands import PIXEL_TYPES
 from semseg.data.decoders import silent_stderr
 from semseg.data.lzw import decode_lzw
 from semseg.data.raster_layout import RasterLayout, read_npy_header
-from semseg.errors import DataError, install_command
+from semseg.errors import DataError, install_command, one_line
 
 LZW = 5  # compression (tag 259)
 TIFF_EXTRA = ("tifffile", "imagecodecs")  # modules of semseg[tiff]
@@ -122,7 +122,7 @@ def _read_tiff(path: str | Path, data: bytes, layout: RasterLayout) -> NDArray:
 
 def broken_tiff_error(path: str | Path, error: Exception) -> DataError:
     """The error for a TIFF that cannot be decoded, in one line."""
-    reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    reason = one_line(error)
     return DataError(f"{path}: the TIFF file is broken and cannot be decoded ({reason}). Download or copy it again.")
 
 

@@ -30,6 +30,7 @@ from semseg.data.labels import read_label
 from semseg.data.objects import measure_objects
 from semseg.data.open_pairs import is_read_by_window
 from semseg.data.pairs import size_mismatch_message
+from semseg.data.palette import pack_colours
 from semseg.data.records import Record
 from semseg.data.store import file_stamp
 from semseg.data.windows import WHOLE_PIXELS, row_bands, spread_windows
@@ -74,7 +75,6 @@ def scan_pairs(
     bands: BandOptions | None = None,
     is_native: bool = False,
     cache_dir: str | Path | None = None,
-    num_threads: int | None = None,
 ) -> Iterator[PairFacts]:
     """The content of every record, in their order.
 
@@ -84,12 +84,11 @@ def scan_pairs(
         bands: of the images; None: they are 8-bit RGB.
         is_native: whether large images are read by window, which data.max_pixels does not limit.
         cache_dir: None: `writable_cache_folder`.
-        num_threads: None: one per processor.
     """
     cache = cache_file("masks", folder, cache_dir)
     cached = load_cache(cache)
     new_entries: dict[str, list[object]] = {}
-    with ThreadPoolExecutor(num_threads or count_processors()) as pool:
+    with ThreadPoolExecutor(count_processors()) as pool:
         step, stride = (max(1, len(records) // count) for count in (NUM_SAMPLED, NUM_MASKS_MEASURED))
         futures = [
             pool.submit(
@@ -327,8 +326,7 @@ def count_ids(raw: NDArray[np.integer]) -> dict[int, int]:
 
 def count_colours(pixels: NDArray[np.uint8]) -> dict[str, int]:
     """The number of pixels of each colour of (H, W, 3) RGB; empty if there are more than MAX_COLOURS."""
-    packed = pixels.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
-    present, counts = np.unique(packed, return_counts=True)
+    present, counts = np.unique(pack_colours(pixels), return_counts=True)
     if len(present) > MAX_COLOURS:
         return {}
     return {f"#{colour:06x}": count for colour, count in zip(present.tolist(), counts.tolist(), strict=True)}

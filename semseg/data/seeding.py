@@ -5,7 +5,20 @@ The same numbers give the same random numbers on any rank and worker, with any n
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
+
+
+class Stream(IntEnum):
+    """What random numbers are for: the first number of their position."""
+
+    ORDER = 0  # of the images in a pass over them
+    DRAW = 1  # short edges and mirroring
+    REPEAT = 2  # of images with rare classes; followed by the number of the pass alone
+    AUGMENT = 3
+    CROP = 4
+    DROPOUT = 2  # followed by two numbers, so that its positions are others than those of REPEAT
 
 
 def generator_for(seed: int, *position: int) -> np.random.Generator:

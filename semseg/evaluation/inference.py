@@ -25,6 +25,7 @@ from semseg.data.geometry import Size, round_up
 from semseg.data.plan import group_by_shape
 from semseg.data.windows import window_starts
 from semseg.errors import ConfigError
+from semseg.nets.blocks import to_full_precision
 from semseg.nets.ensemble import list_members
 from semseg.nets.gpu import copies_without_waiting
 from semseg.nets.normalise import normalise
@@ -128,15 +129,15 @@ def batch_logits(
     is_async = copies_without_waiting(weights.device)
     found: list[list[Tensor]] = [[] for _ in images]
     for scale in zip(*images, strict=True):  # all images at one scale
-        for members in group_by_shape([pixels.shape for pixels in scale], max_members=len(images)):
-            stacked = torch.stack([scale[member].to(weights.device, non_blocking=is_async) for member in members])
+        for positions in group_by_shape([pixels.shape for pixels in scale], max_members=len(images)):
+            stacked = torch.stack([scale[each].to(weights.device, non_blocking=is_async) for each in positions])
             image = normalise(stacked, convention).to(weights.dtype, memory_format=layout)  # (N, 3, H, W)
             maps = [run_in_windows(net, image, window, stride)]
             if flip:
                 maps.append(run_in_windows(net, image.flip(-1), window, stride).flip(-1))
             logits = torch.stack([output.permute(0, 2, 3, 1) for output in maps], dim=1)  # (N, M, h, w, K)
-            for member, logits_of_member in zip(members, logits, strict=True):
-                found[member].append(logits_of_member)
+            for position, logits_of_image in zip(positions, logits, strict=True):
+                found[position].append(logits_of_image)
     return found
 
 
@@ -148,7 +149,7 @@ def run_in_windows(net: nn.Module, image: Tensor, window: int | None, stride: in
     height, width = image.shape[-2:]
     size: Size | None = getattr(net, "image_size", None)
     if size is None and (window is None or window >= max(height, width)):
-        return to_full_precision(net(image).main)
+        return to_full_precision(net(image).main)  # half-precision probabilities of 150 classes do not sum to 1
     divisor = int(net.size_divisor)  # pyright: ignore[reportArgumentType] - a SegmentationNetwork has it
     if height % divisor or width % divisor:
         raise ConfigError(
@@ -177,11 +178,6 @@ def run_in_windows(net: nn.Module, image: Tensor, window: int | None, stride: in
             total[..., rows, columns] += logits
             num_windows[..., rows, columns] += 1
     return (total / num_windows)[..., : height // label_stride, : width // label_stride]
-
-
-def to_full_precision(logits: Tensor) -> Tensor:
-    """Logits in float32 or float64: half-precision probabilities of 150 classes do not sum to 1."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 # ---- from logits to classes

@@ -37,8 +37,8 @@ from semseg.evaluation.inference import (
     interpolate_axis,
     linear_interpolation,
     select_classes,
-    to_full_precision,
 )
+from semseg.nets.blocks import to_full_precision
 from semseg.nets.ensemble import list_members
 from semseg.nets.gpu import copies_without_waiting
 from semseg.nets.interfaces import SegmentationNetwork

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from semseg.checkpoints.format import Graph, first_line
+from semseg.checkpoints.format import Graph
 from semseg.config.preprocessing import Preprocessing
 from semseg.data.geometry import Size
-from semseg.errors import ExportError
+from semseg.errors import ExportError, first_line
 from semseg.export.onnx_runtime import INPUT_NAME, METADATA_KEY, OUTPUT_NAME, RAW_PIXELS, GraphEncoder
 from semseg.nets.blocks import grid_means
 from semseg.nets.interfaces import SegmentationNetwork

@@ -24,7 +24,6 @@ from semseg.checkpoints.format import (
     Graph,
     SavedNetwork,
     describe_network,
-    first_line,
     network_from_entry,
     refuse_nonfinite_weights,
 )
@@ -33,7 +32,7 @@ from semseg.config.schema import config_to_plain
 from semseg.data.crops import NATIVE, choose_crop
 from semseg.data.geometry import Size
 from semseg.data.sources import make_output_label_map
-from semseg.errors import CheckpointError, SemsegError
+from semseg.errors import CheckpointError, SemsegError, first_line
 from semseg.evaluation.tiled import choose_layout
 from semseg.nets.interfaces import Decoder, Encoder, Logits, SegmentationNetwork
 from semseg.nets.segmenter import Segmenter

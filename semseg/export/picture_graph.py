@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from semseg.checkpoints.format import first_line
 from semseg.data.datasets import resize_to_scales
-from semseg.errors import ExportError
+from semseg.errors import ExportError, first_line
 from semseg.evaluation.inference import predict_class_map
 from semseg.export.onnx_runtime import (
     IDS_NAME,

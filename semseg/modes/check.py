@@ -107,15 +107,16 @@ def run(config: Config, overrides: list[str]) -> None:
     is_ready = diagnosis.verdict != NOT_READY
     output = Path(config.output).expanduser() if config.output else None
     label_map, classes = resolve_classes(config.data, source, diagnosis)
-    purpose = "to train" if is_ready else "to check" if diagnosis.suggestions else "to check again"
+    suggestions = diagnosis.suggestions
+    purpose = "to train" if is_ready else "to check" if suggestions else "to check again"
     report = CheckReport(
-        config.data.name,
-        diagnosis,
-        splits,
-        summarise_plan(config, splits[0], net),
-        list(sample_pairs(splits[0], config.check.samples, config.data, label_map, classes)),
-        training_command(overrides, diagnosis.suggestions, output) if is_ready else check_command(overrides, diagnosis),
-        f"{purpose} as suggested" if diagnosis.suggestions else purpose,
+        name=config.data.name,
+        diagnosis=diagnosis,
+        splits=splits,
+        plan=summarise_plan(config, splits[0], net),
+        samples=list(sample_pairs(splits[0], config.check.samples, config.data, label_map, classes)),
+        command=training_command(overrides, suggestions, output) if is_ready else check_command(overrides, diagnosis),
+        purpose=f"{purpose} as suggested" if suggestions else purpose,
     )
     files = write_check_report(folder, report)
     print_check_report(report, files)

@@ -30,7 +30,7 @@ def run(config: Config, overrides: list[str]) -> None:
     Raises:
         SemsegError: for any error that the user can fix; `output` is then unchanged.
     """
-    assert config.output, "check_config requires it"
+    assert config.output, "find_mode_problems asks for it"
     require_export_extra()
     from semseg.export.onnx import EXPORT_WRITERS, ONNX_SIZES  # noqa: PLC0415 - the packages of an extra
     from semseg.export.onnx_runtime import build_description, read_exported  # noqa: PLC0415

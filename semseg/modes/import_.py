@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Set
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def run(config: Config, overrides: list[str]) -> None:
         config.import_,
         config.data,
         track=lambda jobs, count: track(jobs, "drawing masks", count, disable=not sys.stdout.isatty()),
-        add_examples=write_examples,
+        add_examples=partial(write_examples, max_pixels=config.data.max_pixels),
     )
     for line in summarise_import(imported):
         print(escape_lines(line))
@@ -69,12 +70,12 @@ def describe_images(output: Path) -> str:
     return "links to the images (import.copy=true copies them)" if has_links else "copies of the images"
 
 
-def write_examples(folder: Path, imported: Imported) -> None:
+def write_examples(folder: Path, imported: Imported, max_pixels: int) -> None:
     """Draw some photographs of which no size shows how they are turned, with their masks, to examples/."""
     classes = ClassTable.from_names(imported.names)
     for item in [image for image in imported.images if image.is_assumed][:NUM_EXAMPLES]:
-        pixels = read_image(folder / item.image, upright=True)
-        ids = read_label(folder / item.mask).astype(np.int16) - 1
+        pixels = read_image(folder / item.image, max_pixels=max_pixels, upright=True)
+        ids = read_label(folder / item.mask, max_pixels=max_pixels).astype(np.int16) - 1
         path = folder / "examples" / f"{Path(item.mask).stem}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(draw_panel(pixels, ids, classes)).save(path)

@@ -113,12 +113,17 @@ class GridPool(nn.Module):
         return f"bins={self.bins}"
 
 
+def to_full_precision(values: Tensor) -> Tensor:
+    """The values in float32, or as they are in float64: sums over many of them lose digits in half precision."""
+    return cast(values, torch.promote_types(values.dtype, torch.float32))
+
+
 def grid_means(features: Tensor, bins: int) -> Tensor:
     """(N, C, h, w) -> (N, C, bins, bins) in the type of `features`."""
     if uses_plain_operators():
         return F.adaptive_avg_pool2d(features, bins)
     height, width = features.shape[-2:]
-    precise = features.to(torch.promote_types(features.dtype, torch.float32))
+    precise = to_full_precision(features)
     rows = cell_weights(height, bins, precise)  # (bins, h)
     columns = cell_weights(width, bins, precise)  # (bins, w)
     if precise.is_contiguous() or torch.compiler.is_exporting():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from semseg.errors import ConfigError, check_choice, find_nearest
+from semseg.errors import ConfigError, check_choice, suggest
 
 if TYPE_CHECKING:
     from semseg.nets.interfaces import Decoder, Encoder, NetworkKeys, SegmentationNetwork
@@ -236,8 +236,7 @@ def find_option_problems(
     defaults = default_options(constructor)
     for option, value in options.items():
         if option not in defaults:
-            suggestion = find_nearest(option, defaults)
-            hint = f" Did you mean {section}.{suggestion}?" if suggestion else ""
+            hint = suggest(option, defaults, prefix=f"{section}.")
             yield f"{section}.{option}: {name} has no such option.{hint} Valid: {', '.join(defaults) or 'none'}."
         elif value is not None and not is_of_type(value, type(defaults[option])):
             yield f"{section}.{option}={value!r}: must be {OPTION_TYPES[type(defaults[option])]}."

@@ -25,7 +25,7 @@ from semseg.data.label_map import LabelMap
 from semseg.data.raster_layout import has_geo_tags, read_picture_layout
 from semseg.data.store import resolve_path
 from semseg.data.windows import FinishedRows, RowSink, WindowReader
-from semseg.errors import ConfigError, DataError, install_command
+from semseg.errors import ConfigError, DataError, install_command, one_line
 from semseg.reports.draw import blend_classes, find_borders
 from semseg.storage.atomic import atomic_write, find_disk_error
 
@@ -179,7 +179,7 @@ def explain_damage(path: Path, part: str) -> Iterator[None]:
     try:
         yield
     except RasterioError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise DataError(f"{path}: its {part} cannot be read ({reason}). Save the file again.") from None
 
 

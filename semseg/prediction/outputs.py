@@ -17,7 +17,7 @@ from PIL import Image
 
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
-from semseg.errors import ArgumentError, find_nearest
+from semseg.errors import ArgumentError, suggest
 from semseg.prediction.annotations import write_annotations
 from semseg.reports.draw import UNSCORED_COLOUR, Pixels, add_legend, colour_class_map, draw_overlay, draw_panel
 from semseg.storage.atomic import atomic_write, name_file_in_errors, temporary_path
@@ -48,8 +48,7 @@ def write_outputs(prediction: WritablePrediction, target: Path, outputs: Sequenc
     """
     for output in outputs:
         if output not in OUTPUT_WRITERS:
-            nearest = find_nearest(str(output), OUTPUT_WRITERS)
-            hint = f" Did you mean {nearest!r}?" if nearest else ""
+            hint = suggest(str(output), OUTPUT_WRITERS)
             raise ArgumentError(f"outputs: {output!r} is not known.{hint} Valid: {', '.join(OUTPUT_WRITERS)}.")
     if "probabilities" in outputs and prediction.probabilities is None:
         raise ArgumentError("there are no probabilities: request them with predict(..., probabilities=True).")

@@ -28,7 +28,7 @@ from semseg.data.geometry import Size
 from semseg.data.images import MAX_PIXELS
 from semseg.data.label_map import LabelMap, ignore_missing
 from semseg.data.windows import RowSink, WindowReader
-from semseg.errors import ArgumentError, ConfigError, DataError, find_nearest
+from semseg.errors import ArgumentError, ConfigError, DataError, suggest
 from semseg.evaluation.inference import predict_class_map
 from semseg.evaluation.thresholds import ThresholdSink, apply_threshold
 from semseg.evaluation.tiled import ArraySink, choose_layout, predict_by_windows
@@ -104,8 +104,7 @@ class PredictionSettings:
         names = [item.name for item in fields(self)]
         for name, value in settings.items():
             if name not in names:
-                nearest = find_nearest(name, [*names, "probabilities"])
-                hint = f" Did you mean {nearest}?" if nearest else ""
+                hint = suggest(name, [*names, "probabilities"])
                 raise ArgumentError(
                     f"{name}={value!r}: there is no such argument.{hint} Valid: probabilities, {', '.join(names)}."
                 )

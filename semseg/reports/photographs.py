@@ -23,14 +23,15 @@ from semseg.data.pairs import jpeg_reduction
 from semseg.data.windows import WHOLE_PIXELS, pick_pixels
 from semseg.reports.draw import Pixels
 
-# Keys of `data` by which images are more than 8-bit RGB; metrics.json holds them under READING.
+# Keys of `data` by which images are more than 8-bit RGB; metrics.json holds them under READING, with the limit of size.
 READING = "reading"
 BAND_KEYS = ("bands", "band_files", "image_suffix", "value_range", "show_bands")
 
 
 def describe_reading(data: DataConfig) -> dict[str, Any]:
-    """The entry of metrics.json that says how the images of an evaluation are read; empty for 8-bit RGB."""
-    return {READING: {key: getattr(data, key) for key in BAND_KEYS}} if data.has_bands else {}
+    """The entry of metrics.json that says how the images of an evaluation are read; empty for 8-bit RGB as usual."""
+    keys = [*(BAND_KEYS if data.has_bands else ()), *(("max_pixels",) if data.max_pixels != MAX_PIXELS else ())]
+    return {READING: {key: getattr(data, key) for key in keys}} if keys else {}
 
 
 def find_reading(metrics: Mapping[str, Any]) -> DataConfig | None:
@@ -39,7 +40,8 @@ def find_reading(metrics: Mapping[str, Any]) -> DataConfig | None:
     names = {item.name for item in fields(DataConfig)}
     try:
         data = DataConfig(**stored) if set(stored) <= names else None
-        return data if data is not None and not list(data.find_band_problems()) else None
+        is_intact = data is not None and isinstance(data.max_pixels, int) and not list(data.find_band_problems())
+        return data if is_intact else None
     except (TypeError, ValueError, AttributeError):
         return None
 
@@ -61,11 +63,11 @@ def read_photograph(path: Path, data: DataConfig, shape: tuple[int, int]) -> Pix
             )
             return draw_photograph(pick_pixels(windows, rows, columns), bands, data)
     if bands is not None:
-        read = read_bands(path, bands)
+        read = read_bands(path, bands, max_pixels=data.max_pixels)
         pixels, orientation = read.pixels, read.header.orientation
     else:
         content = read_image_bytes(path)
-        image, header = open_any(path, content, MAX_PIXELS)
+        image, header = open_any(path, content, data.max_pixels)
         factor = jpeg_reduction(header.stored, Size(max(shape), max(shape))) if is_jpeg(content) else 1
         pixels, orientation = decode_pixels(path, content, image, header, factor), header.orientation
     height, width = shape

@@ -94,15 +94,15 @@ def resize_nearest(ids: NDArray[np.integer], rows: int, columns: int) -> NDArray
     return ids[np.ix_(row_indices, column_indices)]
 
 
-def encode_thumbnail(path: Path, edge: int = MAX_EDGE) -> str:
-    """Encode a picture file as a JPEG data: URI, at most `edge` pixels high and wide.
+def encode_thumbnail(path: Path) -> str:
+    """Encode a picture file as a JPEG data: URI, at most MAX_EDGE pixels high and wide.
 
     Raises:
         DataError: if the file cannot be read.
     """
     try:
         with Image.open(path) as picture:
-            return encode_jpeg_uri(shrink(np.asarray(picture.convert("RGB")), edge))
+            return encode_jpeg_uri(shrink(np.asarray(picture.convert("RGB")), MAX_EDGE))
     except OSError as error:
         raise DataError(f"{path}: cannot be read as a picture ({error}). Remove it, or evaluate again.") from error
 

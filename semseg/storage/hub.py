@@ -29,6 +29,7 @@ from semseg.errors import (
     SemsegError,
     find_nearest,
     install_command,
+    one_line,
 )
 from semseg.storage.atomic import atomic_write
 from semseg.storage.hub_list import HUB_LICENCES
@@ -405,7 +406,7 @@ def explain_hub_errors(network: HubName, endpoint: str) -> Iterator[None]:
         if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
             raise DownloadError(f"{failed}: {describe_connection(error)}. {BY_HAND}") from None
         if isinstance(error, OSError):
-            reason = error.strerror or " ".join(str(error).split())
+            reason = error.strerror or one_line(error)
             raise DownloadError(f"{failed}: {reason}. The cache is {cache_path()}; HF_HOME moves it.") from None
         raise
 

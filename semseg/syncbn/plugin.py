@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from semseg.errors import ConfigError, check_choice
-from semseg.syncbn.layer import CONVENTIONS, PUBLISHED_MOMENTUM, convert_batch_norms, revert_batch_norms
+from semseg.syncbn.layer import CONVENTIONS, convert_batch_norms, revert_batch_norms
 
 SYNC_GROUPS = ("world", "node")
 NODE_VARIABLES = ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID")  # torchrun, Lightning, SLURM
@@ -29,20 +29,18 @@ class ReducedBatchNorm(LayerSync):
     Args:
         convention: "torch" or "published", see semseg/syncbn/layer.py.
         group: "world", or "node" to keep the collectives inside of each machine.
-        momentum: momentum of the published convention.
 
     Raises:
         ConfigError: for an unknown convention or group.
     """
 
-    def __init__(self, convention: str = "torch", group: str = "world", momentum: float = PUBLISHED_MOMENTUM) -> None:
+    def __init__(self, convention: str = "torch", group: str = "world") -> None:
         self.convention = check_choice("syncbn.convention", convention, CONVENTIONS)
         self.group = check_choice("syncbn.group", group, SYNC_GROUPS)
-        self.momentum = momentum
 
     def apply(self, model: nn.Module) -> nn.Module:
         process_group = create_node_group() if self.group == "node" else None
-        return convert_batch_norms(model, self.convention, process_group, self.momentum)
+        return convert_batch_norms(model, self.convention, process_group)
 
     def revert(self, model: nn.Module) -> nn.Module:
         return revert_batch_norms(model)

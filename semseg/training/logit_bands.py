@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from semseg.evaluation.inference import LinearInterpolation, linear_interpolation
+from semseg.nets.blocks import to_full_precision
 
 WHOLE_BYTES = 2**27  # upsampled logits up to this size are computed as a whole
 BAND_BYTES = 2**25  # of the upsampled logits of a band
@@ -107,8 +108,7 @@ def fit_to_label(logits: Tensor, label: Tensor) -> LogitsOfLabel:
     The resolutions differ for the auxiliary head of an undilated encoder, which is finer than the main one, and where
     model.label_stride is not the stride of the logits.
     """
-    # Sums over thousands of pixels lose precision in half precision.
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = to_full_precision(logits)
     if wide.shape[-2:] == label.shape[-2:]:
         return wide
     if label.numel() * wide.shape[1] * wide.element_size() > WHOLE_BYTES:

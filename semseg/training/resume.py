@@ -20,21 +20,20 @@ import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
-from semseg.checkpoints.format import FORMAT_KEY, first_line, load_plain, parse_checkpoint
+from semseg.checkpoints.format import FORMAT_KEY, load_plain, parse_checkpoint
 from semseg.config.schema import TrainerConfig, config_to_plain
 from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 from semseg.data.loaders import parse_taken
 from semseg.data.overlap import file_length
 from semseg.data.records import Record
-from semseg.data.seeding import number_for
-from semseg.errors import CheckpointError
+from semseg.data.seeding import Stream, number_for
+from semseg.errors import CheckpointError, first_line
 from semseg.training.loggers.csv import CSVLog
 from semseg.training.training_state import DATA_STATE, check_training_state
 
 RUN_KEY = "semseg_run"  # in a checkpoint: RunConditions
 EARLY_STOPPING = "pytorch_lightning.callbacks.EarlyStopping"
-_DROPOUT = 2  # number of the random stream, different from those of the plan
 
 
 class SeedEveryStep(Callback):
@@ -47,7 +46,7 @@ class SeedEveryStep(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         position = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx
-        torch.manual_seed(number_for(self.seed, _DROPOUT, position, trainer.global_rank))
+        torch.manual_seed(number_for(self.seed, Stream.DROPOUT, position, trainer.global_rank))
 
 
 class DropRepeatedSteps(Callback):

@@ -201,7 +201,7 @@ def describe_device(trainer: pl.Trainer) -> str:
 
 
 def name_device(accelerator: str) -> str:
-    """The name of this process's device: that of a GPU, or cpu."""
+    """The name of this process's device: that of a GPU from NVIDIA or AMD, else its type, such as cpu or mps."""
     return torch.cuda.get_device_name() if accelerator == "gpu" else accelerator
 
 

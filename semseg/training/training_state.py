@@ -13,8 +13,8 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from semseg.checkpoints.atomic_io import AtomicCheckpointIO
-from semseg.checkpoints.format import first_line, is_count, is_dense_tensor
-from semseg.errors import CheckpointError, SemsegError
+from semseg.checkpoints.format import is_count, is_dense_tensor
+from semseg.errors import CheckpointError, SemsegError, first_line
 from semseg.system.text import shorten_repr
 from semseg.training.step_means import NO_STEPS, StepSums
 

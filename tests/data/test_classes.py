@@ -157,3 +157,6 @@ def test_headers_may_have_blanks_and_label_maps_of_cvat_no_colours(tmp_path: Pat
     assert ClassTable.from_file(tmp_path / "a.csv").names == ("sky", "road")
     (tmp_path / "labelmap.txt").write_text("# label:color_rgb:parts:actions\ncat:::\ndog: small:::\n")
     assert ClassTable.from_file(tmp_path / "labelmap.txt").names == ("cat", "dog: small")
+    (tmp_path / "labelmap.txt").write_text("background:0,0,0::\ncat:250,50,83::\ndog:::\n")  # as imports read it
+    expected = ClassTable(("background", "cat", "dog"), ((0, 0, 0), (250, 50, 83), (0, 128, 0)))
+    assert ClassTable.from_file(tmp_path / "labelmap.txt") == expected

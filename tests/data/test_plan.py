@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from semseg.data.geometry import Size
-from semseg.data.plan import ORDER_STREAM, RankSequence, TrainPlan
-from semseg.data.seeding import generator_for
+from semseg.data.plan import RankSequence, TrainPlan
+from semseg.data.seeding import Stream, generator_for
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/dataset_shapes.json").read_text())
 
@@ -26,7 +26,7 @@ def queues(sizes: list[Size], seed: int, batch_size: int) -> Iterator[tuple[int,
     index = 0
     while True:
         order = np.arange(len(sizes), dtype=np.int32)
-        generator_for(seed, ORDER_STREAM, index).shuffle(order)
+        generator_for(seed, Stream.ORDER, index).shuffle(order)
         for record in order.tolist():
             queue = waiting[sizes[record].height > sizes[record].width]
             queue.append(record)

@@ -38,19 +38,19 @@ def compare_with_rgb(model: ModelConfig) -> None:
     nets = []
     for bands in (None, options(SIX)):
         torch.manual_seed(0)
-        nets.append(build_network(model, NUM_CLASSES, bands=bands).eval())
+        nets.append(build_network(model, NUM_CLASSES, bands=bands).eval().double())  # sums in another order
     rgb, six = nets
     assert {name for name, value in rgb.state_dict().items() if value.shape != six.state_dict()[name].shape} == {
         f"{name}.weight" for name, layer in six.named_modules() if getattr(layer, "in_channels", 0) == 6
         and layer in list(six.modules()) and layer.weight.shape[1] == 6
         and rgb.get_submodule(name).weight.shape[1] == 3
     }  # fmt: skip
-    image = torch.randn(1, 3, 2 * rgb.size_divisor, 2 * rgb.size_divisor)
+    image = torch.randn(1, 3, 2 * rgb.size_divisor, 2 * rgb.size_divisor, dtype=torch.float64)
     with torch.no_grad():
         expected, found = rgb(image).main, six(torch.cat([image, image], 1)).main
     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()) + 1e-6)
     six.train()
-    six(torch.randn(2, 6, *image.shape[2:])).main.sum().backward()
+    six(torch.randn(2, 6, *image.shape[2:], dtype=torch.float64)).main.sum().backward()
     assert all(layer.weight.grad is not None for layer in six.modules() if getattr(layer, "in_channels", 0) == 6
                and getattr(layer, "groups", 1) == 1 and hasattr(layer, "weight"))  # fmt: skip
 

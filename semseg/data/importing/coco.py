@@ -26,7 +26,6 @@ from semseg.data.importing.files import (
 )
 from semseg.data.importing.image_finder import ImageFinder
 from semseg.data.importing.model import (
-    IGNORED,
     UNLABELLED,
     AnnotatedImage,
     Annotation,
@@ -38,6 +37,7 @@ from semseg.data.importing.model import (
     make_rectangle,
     make_ring,
 )
+from semseg.data.label_map import IGNORED
 from semseg.data.records import Problem
 from semseg.errors import DataError
 

@@ -31,7 +31,6 @@ from semseg.data.importing.files import (
 )
 from semseg.data.importing.image_finder import ImageFinder
 from semseg.data.importing.model import (
-    IGNORED,
     UNLABELLED,
     AnnotatedImage,
     Annotation,
@@ -43,6 +42,7 @@ from semseg.data.importing.model import (
     make_line,
     make_ring,
 )
+from semseg.data.label_map import IGNORED
 from semseg.data.records import Problem
 from semseg.errors import DataError
 

@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 
 from semseg.config.schema import ImportConfig
 from semseg.data import store
-from semseg.data.classes import built_in_classes
+from semseg.data.classes import built_in_classes, parse_label_map_line
 from semseg.data.folders import IMAGE_SUFFIXES
 from semseg.data.images import check_png, open_checked, read_image, read_image_bytes
 from semseg.data.importing.files import EntryError, find_split, read_text_lines
 from semseg.data.importing.image_finder import ImageFinder
-from semseg.data.importing.model import IGNORED, UNLABELLED, AnnotatedImage, Export, MaskFile
+from semseg.data.importing.model import UNLABELLED, AnnotatedImage, Export, MaskFile
+from semseg.data.label_map import IGNORED
 from semseg.data.labels import read_label
-from semseg.data.palette import Colour
+from semseg.data.palette import Colour, pack_colours, unpack_colour
 from semseg.data.records import Problem
 from semseg.errors import DataError
 
@@ -127,16 +128,12 @@ def read_label_map(file: Path) -> list[LabelMapRow]:
     for number, line in enumerate(read_text_lines(file), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        name, *others = line.strip().rsplit(":", 3)
-        text = others[0] if len(others) == 3 else None
         try:
-            colour = None if text is None else parse_colour(text, len(rows))
+            name, colour = parse_label_map_line(line.strip(), len(rows))
         except ValueError:
-            colour = None
-        if not name or colour is None:
             raise DataError(
                 f"{file}:{number}: a line must be like cat:250,50,83:: (name:red,green,blue:parts:actions)."
-            )
+            ) from None
         for row in rows:
             if row.name == name:
                 raise DataError(f"{file}:{number}: the class {name!r} is listed twice. Remove one of them.")
@@ -149,33 +146,6 @@ def read_label_map(file: Path) -> list[LabelMapRow]:
     if not rows:
         raise DataError(f"{file}: lists no classes.")
     return rows
-
-
-def parse_colour(text: str, index: int) -> Colour:
-    """A colour of labelmap.txt; an empty one is that of Pascal VOC for this index.
-
-    Raises:
-        ValueError: if it is no colour.
-    """
-    if not text.strip():
-        return voc_colour(index)
-    red, green, blue = (int(part) for part in text.split(","))
-    if not all(0 <= part <= 255 for part in (red, green, blue)):
-        raise ValueError("a colour has three numbers from 0 to 255")
-    return red, green, blue
-
-
-def voc_colour(index: int) -> Colour:
-    """The colour of a class in Pascal VOC: the bits of its index, spread over the channels.
-
-    >>> voc_colour(1), voc_colour(15)
-    ((128, 0, 0), (192, 128, 128))
-    """
-    channels = [0, 0, 0]
-    for bit in range(8):
-        for channel in range(3):
-            channels[channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
-    return channels[0], channels[1], channels[2]
 
 
 def read_splits(folder: Path) -> dict[str, str]:
@@ -224,11 +194,10 @@ def decode_colours(rows: Sequence[LabelMapRow], path: str, max_pixels: int) -> N
         pixels = np.repeat(grey[..., None], 3, axis=2)
     else:
         pixels = read_image(path, max_pixels=max_pixels, upright=True)
-    codes = pixels.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
-    found, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    found, inverse, counts = np.unique(pack_colours(pixels), return_inverse=True, return_counts=True)
     classes = []
     for code, count in zip(found.tolist(), counts.tolist(), strict=True):
-        colour = (code >> 16, code >> 8 & 255, code & 255)
+        colour = unpack_colour(code)
         if colour not in table:
             raise DataError(
                 f"{path}: the colour {colour} ({count} pixels) is not in {LABEL_MAP}. Add its class there, or export "

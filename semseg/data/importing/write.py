@@ -21,8 +21,8 @@ from semseg.config.schema import SPLITS, DataConfig, ImportConfig
 from semseg.data import store
 from semseg.data.classes import BACKGROUND, is_background
 from semseg.data.importing.draw import Drawing, draw_label
-from semseg.data.importing.model import IGNORED, UNLABELLED, AnnotatedImage, Export
-from semseg.data.label_map import MAX_CLASSES
+from semseg.data.importing.model import UNLABELLED, AnnotatedImage, Export
+from semseg.data.label_map import IGNORED, MAX_CLASSES
 from semseg.data.palette import Colour, generated_palette
 from semseg.data.records import Problem, separate_problems
 from semseg.errors import ConfigError, DataError

@@ -17,12 +17,12 @@ from semseg.data import store
 from semseg.data.folders import IMAGE_SUFFIXES, leave_out_arrays_beside_images
 from semseg.data.importing.files import EntryError, find_other_case, read_text_lines
 from semseg.data.importing.image_finder import ImageFinder
-from semseg.data.importing.model import IGNORED, AnnotatedImage, Annotation, Export, MaskFile, RelativePolygon
-from semseg.data.label_map import MAX_CLASSES
+from semseg.data.importing.model import AnnotatedImage, Annotation, Export, MaskFile, RelativePolygon
+from semseg.data.label_map import IGNORED, MAX_CLASSES
 from semseg.data.labels import read_label
 from semseg.data.list_files import SPLIT_NAMES
 from semseg.data.records import Problem
-from semseg.errors import DataError
+from semseg.errors import DataError, one_line
 
 MAX_YAML_BYTES = 2**18
 IGNORED_VALUE = 255  # in masks of masks_dir
@@ -52,7 +52,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
         if isinstance(error, DataError):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise DataError(f"{path}: cannot be read as YAML ({reason}). Export it again.") from None
     if not isinstance(found, dict):
         raise DataError(f"{path}: must hold keys and values, such as names: [cat, dog].")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import pairwise
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from semseg.errors import CheckpointError, ConfigError, find_nearest, install_command
+from semseg.errors import CheckpointError, ConfigError, install_command, one_line, suggest
 from semseg.nets.blocks import without_autocast
 from semseg.nets.encoders.dilation import plan_stages
 from semseg.nets.encoders.efficientnet_lite import convert_lite_weights, is_lite_layout
@@ -39,6 +39,7 @@ logging.getLogger("timm").setLevel(logging.ERROR)
 ANY_SIZE_OPTIONS: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 # Errors of networks that do not support an option or an image size.
 UNSUPPORTED_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError)
+HUB_ADDRESS = "https://huggingface.co"
 NUM_MAPS = 4  # of a plain ViT
 # Modules of timm with attention in windows that an exporter cannot express: Swin, SAM 2's Hiera, SAM's ViT.
 WINDOWED = (
@@ -178,29 +179,36 @@ class TimmEncoder(LibraryEncoder):
         return {f"model.{key}": value for key, value in found.items() if value is not None}
 
     def probe_weights(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What timm's loader makes of the published weights.
+        """What timm's loader makes of the published weights."""
+        loaded = load_with_timm(partial(self.plan.build, pretrained=True), self.name, published)
+        return {f"model.{name}": value for name, value in loaded.items()}
 
-        The loader leaves weights that it does not find at their random initial values, and does not report them. So
-        the weights are loaded a second time with all values NaN: a weight that is not NaN then was not in the file.
-        """
-        loaded = self.load_with_timm(published)
-        probed = self.load_with_timm({name: fill_with_nan(value) for name, value in published.items()})
-        return {
-            f"model.{name}": value
-            for name, value in loaded.items()
-            if not value.is_floating_point() or probed[name].isnan().any()
-        }
 
-    def load_with_timm(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict of another network like `model` that timm has loaded `published` into."""
-        source = {"state_dict": published, "hf_hub_id": None, "url": ""}  # and nothing from the network
+def load_with_timm(build: Callable[..., nn.Module], name: str, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What timm's loader makes of published weights, without the weights that they lack.
+
+    The loader leaves weights that it does not find at their random initial values, and does not report them. So the
+    weights are loaded a second time with all values NaN: a weight that is not NaN then was not in the file.
+
+    Args:
+        build: builds the network, with timm's option `pretrained_cfg_overlay`.
+        name: the network's name in the error.
+
+    Raises:
+        CheckpointError: if timm cannot use the weights for this network.
+    """
+
+    def load(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        source = {"state_dict": weights, "hf_hub_id": None, "url": ""}  # and nothing from the network
         try:
             with torch.random.fork_rng(devices=[]):
-                model = self.plan.build(pretrained=True, pretrained_cfg_overlay=source)
-        except (*UNSUPPORTED_ERRORS, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"These weights do not fit timm's {self.name}: {reason}") from error
-        return model.state_dict()
+                return build(pretrained_cfg_overlay=source).state_dict()
+        except (*UNSUPPORTED_ERRORS, LookupError) as error:
+            raise CheckpointError(f"These weights do not fit timm's {name}: {one_line(error)}.") from error
+
+    loaded = load(published)
+    probed = load({key: fill_with_nan(value) for key, value in published.items()})
+    return {key: value for key, value in loaded.items() if not value.is_floating_point() or probed[key].isnan().any()}
 
 
 def run_checkpoint_filter(plan: TimmPlan, published: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -365,8 +373,7 @@ def check_name(name: str) -> None:
     names = [*timm.list_models(), *timm.list_pretrained()]
     if name in names:
         return
-    suggestion = find_nearest(name, names)
-    hint = f" Did you mean {suggestion}?" if suggestion else ""
+    hint = suggest(name, names)
     raise ConfigError(
         f"model.encoder.name={name}: timm has no such network.{hint} timm.list_models() lists all networks."
     )
@@ -376,7 +383,7 @@ def find_weights_file(published: Mapping[str, Any]) -> WeightsFile | None:
     """The file that timm loads weights from, according to its entry for them; None if there is none."""
     if published.get("hf_hub_id"):
         file_name = published.get("hf_hub_filename") or "model.safetensors"
-        return WeightsFile(f"https://huggingface.co/{published['hf_hub_id']}/resolve/main/{file_name}")
+        return WeightsFile(f"{HUB_ADDRESS}/{published['hf_hub_id']}/resolve/main/{file_name}")
     return weights_file_at(published["url"]) if published.get("url") else None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from semseg.config.preprocessing import Preprocessing
 from semseg.config.schema import DownloadConfig
-from semseg.errors import CheckpointError, ConfigError, describe_reason, find_nearest
+from semseg.errors import CheckpointError, ConfigError, describe_reason, suggest
 from semseg.nets.interfaces import NetworkKeys
 from semseg.nets.libraries.families import build_from_config, find_family, read_library_config
 from semseg.nets.libraries.transformers import NetworkDescription, TransformersNetwork, plain_config
@@ -222,8 +222,7 @@ def change_config(plain: Mapping[str, Any], options: Mapping[str, Any]) -> dict[
     """
     for name, value in options.items():
         if name not in plain or name in FIXED_ENTRIES:
-            nearest = find_nearest(name, [key for key in plain if key not in FIXED_ENTRIES])
-            hint = f" Did you mean model.options.{nearest}?" if nearest else ""
+            hint = suggest(name, [key for key in plain if key not in FIXED_ENTRIES], prefix="model.options.")
             raise ConfigError(
                 f"model.options.{name}: the configuration of {plain.get('model_type')} has no such entry that can be "
                 f"set.{hint}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from semseg.data.label_map import IGNORED
 from semseg.errors import ConfigError
+from semseg.nets.blocks import to_full_precision, without_autocast
 from semseg.nets.interfaces import Logits
 from semseg.nets.libraries.transformers import IMAGENET, Family, TransformersNetwork
 from semseg.nets.padding import pad_image
@@ -52,11 +53,9 @@ def build_task(model: Any, image: Tensor) -> Tensor:
 def semantic_scores(output: Any) -> Tensor:
     """The logarithms of the scores (N, K, h, w), in float32 or wider, from the logits of classes and masks."""
     classes, masks = output.class_queries_logits, output.masks_queries_logits  # (N, Q, K + 1), (N, Q, h, w)
-    wide = classes.dtype if classes.dtype == torch.float64 else torch.float32
-    kind = classes.device.type
-    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
-        chances = classes.to(wide).softmax(-1)[..., :-1]
-        scores = torch.einsum("bqc,bqhw->bchw", chances, masks.to(wide).sigmoid())
+    with without_autocast(classes.device.type):
+        chances = to_full_precision(classes).softmax(-1)[..., :-1]
+        scores = torch.einsum("bqc,bqhw->bchw", chances, to_full_precision(masks).sigmoid())
     return scores.clamp_min(MIN_SCORE).log()
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from semseg.config.preprocessing import PREPROCESSING, Preprocessing
-from semseg.errors import CheckpointError, ConfigError, check_choice, find_nearest, install_command
+from semseg.errors import CheckpointError, ConfigError, check_choice, install_command, one_line, suggest
 from semseg.nets.encoders.library import replace_batch_norms, rgb_preprocessing
-from semseg.nets.encoders.timm import check_name, choose_resampling, drop_size_checks, fill_with_nan, find_weights_file
+from semseg.nets.encoders.timm import (
+    HUB_ADDRESS,
+    check_name,
+    choose_resampling,
+    drop_size_checks,
+    find_weights_file,
+    load_with_timm,
+)
 from semseg.nets.interfaces import Logits, NetworkKeys, SegmentationNetwork, WeightsFile
 from semseg.nets.padding import crop_logits, pad_image
 
@@ -26,7 +34,6 @@ except ModuleNotFoundError as error:
     raise ConfigError(f"model=smp needs segmentation-models-pytorch: {install_command('smp')}") from error
 
 TIMM_PREFIX = "tu-"  # marks encoders of timm among smp's names
-HUB_ADDRESS = "https://huggingface.co"
 DESCRIPTION = "config.json"  # beside the weights on the hub: mean, std, and the order of channels
 # Keys of encoders that the configuration has; all others would be options of our own encoders.
 ENCODER_KEYS = ("name", "weights", "frozen")
@@ -154,25 +161,8 @@ class SmpNetwork(SegmentationNetwork):
         own = self.backbone.state_dict()
         if not self.encoder_name.startswith(TIMM_PREFIX) or set(own) <= set(published):
             return {name: value for name, value in published.items() if not name.startswith(CLASSIFIERS)}
-        # timm fills what a file lacks with random numbers. What is not NaN after loading NaN was not in the file.
-        loaded = self.load_with_timm(published)
-        probed = self.load_with_timm({name: fill_with_nan(value) for name, value in published.items()})
-        return {
-            name: value
-            for name, value in loaded.items()
-            if not value.is_floating_point() or bool(probed[name].isnan().any())
-        }
-
-    def load_with_timm(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict of another encoder like this one, whose network timm has loaded `published` into."""
-        source = {"state_dict": published, "hf_hub_id": None, "url": ""}  # and nothing from the network
-        try:
-            with torch.random.fork_rng(devices=[]):
-                encoder = build_timm_encoder(self.backbone, self.encoder_name, pretrained_cfg_overlay=source)
-        except BUILD_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"These weights do not fit timm's {self.encoder_name}: {reason}") from error
-        return encoder.state_dict()
+        build = partial(build_timm_encoder, self.backbone, self.encoder_name)
+        return load_with_timm(build, self.encoder_name, published)
 
     def adopt_description(self, weights: Path) -> None:
         """Take the preprocessing from the description beside a file of weights, as smp's hub has it."""
@@ -222,8 +212,7 @@ def find_key_problems(keys: NetworkKeys) -> Iterator[str]:
             "such as tu-vit_base_patch16_224."
         )
     elif name not in known:
-        nearest = find_nearest(name, [*known, *(f"{TIMM_PREFIX}{model}" for model in timm.list_models())])
-        hint = f" Did you mean {nearest}?" if nearest else ""
+        hint = suggest(name, [*known, *(f"{TIMM_PREFIX}{model}" for model in timm.list_models())])
         yield (
             f"model.encoder.name={name}: smp has no such encoder.{hint} It has {', '.join(known[:6])}, ... and "
             "tu-<name of timm>."
@@ -247,8 +236,7 @@ def find_arch_problems(arch: str, options: Mapping[str, Any]) -> Iterator[str]:
         if name in FIXED_ARGUMENTS:
             yield f"model.options.{name}: cannot be set here. {FIXED_ARGUMENTS[name]}"
         elif name not in known:
-            nearest = find_nearest(name, known)
-            hint = f" Did you mean model.options.{nearest}?" if nearest else ""
+            hint = suggest(name, known, prefix="model.options.")
             yield f"model.options.{name}: smp's {arch} has no such option.{hint} Valid: {', '.join(known)}."
         else:
             rule = find_wrong_kind(value, known[name])
@@ -308,7 +296,7 @@ def build_any_size(build: Any, arguments: dict[str, Any]) -> Any:
 
 def explain_failure(arch: str, encoder: str, options: Mapping[str, Any], error: Exception) -> str:
     """One sentence on why smp cannot build a network."""
-    reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    reason = one_line(error)
     if ARCHITECTURES[arch].needs_dilation:
         return (
             f"model.encoder.name={encoder}: smp cannot dilate this encoder, as its {arch} does ({reason}). Choose "

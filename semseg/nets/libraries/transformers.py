@@ -21,7 +21,7 @@ from semseg.config.origin import WeightsOrigin
 from semseg.config.preprocessing import PREPROCESSING, Preprocessing
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
-from semseg.errors import ConfigError, install_command
+from semseg.errors import ConfigError, install_command, one_line
 from semseg.nets.encoders.library import replace_batch_norms
 from semseg.nets.interfaces import Logits, SegmentationNetwork
 from semseg.nets.padding import crop_logits, pad_image
@@ -355,8 +355,9 @@ def build_library_model(family: Family, config: Any, attention: str = "") -> Any
         options = {"attn_implementation": attention, "dtype": torch.float32}
         model = network._from_config(config, **options) if attention else network(config)
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"transformers cannot build {family.class_name} from its configuration: {reason}") from error
+        raise ConfigError(
+            f"transformers cannot build {family.class_name} from its configuration: {one_line(error)}."
+        ) from error
     replace_batch_norms(model)
     return model.train()
 
@@ -400,8 +401,7 @@ def read_plain_config(plain: Mapping[str, Any], num_classes: int) -> Any:
         config = transformers.CONFIG_MAPPING[model_type].from_dict(dict(plain))
         config.num_labels = num_classes
     except Exception as error:  # of any class: the checks of transformers' configurations raise their own
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"transformers cannot read the configuration of {model_type}: {reason}") from error
+        raise ConfigError(f"transformers cannot read the configuration of {model_type}: {one_line(error)}.") from error
     if getattr(config, "use_pretrained_backbone", False):
         config.use_pretrained_backbone = False  # the weights come from the file of the whole network
     return config

@@ -31,6 +31,7 @@ from semseg.training.step_means import LastSteps, get_step_mean, is_step_complet
 
 REST_WIDTH = 95  # characters of a progress bar beside the bar itself, with the accuracy
 MIN_BAR_WIDTH, MAX_BAR_WIDTH = 4, 20
+SECONDS_BETWEEN_LINES = 10  # of progress in a log or pipe
 READ_SECONDS = 0.5  # between readings of the loss; each waits for the device
 NUM_WEAKEST = 5  # classes named after every validation
 OTHER_SECTIONS = ("predict", "serve", "export", "check", "bench", "download")  # sections that training does not read
@@ -178,9 +179,8 @@ class BarProgress(RichProgressBar):
 class LineProgress(ProgressBar):
     """A line every few seconds instead of a bar: for logs and pipes."""
 
-    def __init__(self, seconds_between_lines: float = 10) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.seconds_between_lines = seconds_between_lines
         self._last_line = 0.0
         self._images = 0
         self._epoch_start = 0.0
@@ -213,7 +213,7 @@ class LineProgress(ProgressBar):
             self._last_steps.add(get_step_mean(pl_module))
         now = time.monotonic()
         is_last = batch_idx + 1 == trainer.num_training_batches
-        if not self._is_enabled or (now - self._last_line < self.seconds_between_lines and not is_last):
+        if not self._is_enabled or (now - self._last_line < SECONDS_BETWEEN_LINES and not is_last):
             return
         self._last_line = now
         rate = self._images / max(now - self._epoch_start, 1e-9)

@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from semseg.data.batch import Batch, EvalSample
 from semseg.data.geometry import Size
-from semseg.errors import SemsegError
+from semseg.errors import SemsegError, first_line
 
 
 class OutOfMemory(SemsegError):  # noqa: N818 - torch's own name for it
@@ -25,13 +25,8 @@ class OutOfMemory(SemsegError):  # noqa: N818 - torch's own name for it
         super().__init__(
             f"out of memory on a sub-batch of {count} images of {height} x {width} pixels ({', '.join(batch.paths)}). "
             "Lower data.batch_size, data.crop, data.max_long_edge or the largest of data.short_edges, or set "
-            f"trainer.precision=bf16-mixed. The device reported: {first_line_of(error)}"
+            f"trainer.precision=bf16-mixed. The device reported: {first_line(error)}"
         )
-
-
-def first_line_of(error: torch.OutOfMemoryError) -> str:
-    """The first line of the device's message."""
-    return (str(error).splitlines() or ["nothing"])[0][:160]
 
 
 @contextmanager
@@ -58,7 +53,7 @@ def report_out_of_memory_in_evaluation(samples: Sequence[EvalSample]) -> Iterato
         raise SemsegError(
             f"out of memory evaluating {', '.join(sample.path for sample in samples)} at up to {largest} pixels. Lower "
             "eval.batch_size or the largest of eval.scales, or set eval.window or trainer.precision=bf16-mixed. The "
-            f"device reported: {first_line_of(error)}"
+            f"device reported: {first_line(error)}"
         ) from None
 
 

@@ -56,7 +56,7 @@ from semseg.data.importing import image_finder
 from semseg.data.importing.formats import find_exports
 from semseg.data.importing.image_finder import ImageFinder
 from semseg.data.importing.label_studio import read_rectangle
-from semseg.data.importing.voc import voc_colour
+from semseg.data.palette import voc_colour
 from semseg.data.regions import encode_runs
 from semseg.errors import ConfigError, DataError
 
