@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 from semseg.checkpoints.format import Graph
 from semseg.config.preprocessing import Preprocessing
 from semseg.data.geometry import Size
-from semseg.errors import ExportError, first_line
+from semseg.errors import ExportError, one_line
 from semseg.export.onnx_runtime import INPUT_NAME, METADATA_KEY, OUTPUT_NAME, RAW_PIXELS, GraphEncoder
 from semseg.nets.blocks import grid_means
 from semseg.nets.interfaces import SegmentationNetwork
@@ -205,7 +205,7 @@ def raise_export_errors(goal: str) -> Iterator[None]:
     except Exception as error:
         # torch.onnx wraps the cause in a page of advice.
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        raise ExportError(f"this network cannot be exported to {goal}: {first_line(cause)}.") from error
+        raise ExportError(f"this network cannot be exported to {goal}: {one_line(cause)}.") from error
 
 
 @contextmanager

@@ -118,8 +118,8 @@ def choose_reading(convention: Preprocessing, data: DataConfig) -> BandOptions |
     return options
 
 
-def adapt_first_layers(module: nn.Module, names: Sequence[str], channel_order: str = "rgb") -> None:
-    """Give all convolutions of three channels, which read the image, a channel for each band; nothing for RGB.
+def adapt_first_layers(net: SegmentationNetwork, names: Sequence[str], channel_order: str = "rgb") -> None:
+    """Give all convolutions that read the image a channel for each band; nothing for RGB.
 
     Args:
         names: of the bands.
@@ -130,10 +130,10 @@ def adapt_first_layers(module: nn.Module, names: Sequence[str], channel_order: s
     """
     if tuple(names) == RGB:
         return
-    layers = find_first_layers(module)
+    layers = find_first_layers(net)
     if not layers:
         raise ConfigError(
-            f"data.bands={list(names)}: {type(module).__name__} has no convolution that reads red, green and blue, "
+            f"data.bands={list(names)}: {type(net).__name__} has no convolution that reads red, green and blue, "
             "which could read other bands. Choose another network."
         )
     for layer in layers:
@@ -141,18 +141,25 @@ def adapt_first_layers(module: nn.Module, names: Sequence[str], channel_order: s
         layer.weight = nn.Parameter(
             repeat_weights(layer.weight.detach(), names, channel_order), requires_grad=layer.weight.requires_grad
         )
-    for part in module.modules():
+    for part in net.modules():
         # Networks of transformers compare the number of channels of an image with this one.
         if getattr(part, "num_channels", None) == NUM_COLOURS:
             setattr(part, "num_channels", len(names))  # noqa: B010 - a plain attribute of many classes
 
 
-def find_first_layers(module: nn.Module) -> list[nn.Conv2d]:
-    """The convolutions that read an image of three channels."""
+def find_first_layers(net: SegmentationNetwork) -> list[nn.Conv2d]:
+    """The convolutions that read an image of three channels.
+
+    A pointwise convolution outside the backbone is none: decoders squeeze channels, also to three.
+    """
+    in_backbone = set(net.backbone.modules())
     return [
         layer
-        for layer in module.modules()
-        if isinstance(layer, nn.Conv2d) and layer.in_channels == NUM_COLOURS and layer.groups == 1
+        for layer in net.modules()
+        if isinstance(layer, nn.Conv2d)
+        and layer.in_channels == NUM_COLOURS
+        and layer.groups == 1
+        and (layer in in_backbone or layer.kernel_size != (1, 1))
     ]
 
 

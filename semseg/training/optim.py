@@ -26,7 +26,8 @@ DECAYING = (
 # The first numbered part of a parameter's name, and the names that networks of libraries give to lists of blocks:
 # model.blocks.3.attn.qkv.weight, stages_0.blocks.1.norm.bias, encoder.layer.11.output.dense.weight, trunk.block2.0.a.
 BLOCK = re.compile(r"(?:[a-z]\w*\.)*?_?(?P<name>[a-z]\w*?)(?:[._]|(?<=block))(?P<number>\d+)\.", re.IGNORECASE)
-# Twins has embeddings and a position block beside each stage of blocks.
+# Twins has embeddings and a position block beside each stage of blocks. The blocks within a patch embedding, in hybrids
+# of convolutions and attention, are the stem.
 BLOCK_NAMES = ("blocks", "block", "layers", "layer", "stages", "patch_embeds", "pos_block")
 STEM_PART = re.compile(r"(?:stem|patch_embed)_\d+")  # timm makes children of the parts of a stem
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
@@ -114,7 +115,7 @@ def list_stages(net: nn.Module, backbone: nn.Module) -> list[list[nn.Parameter]]
     for parameter in backbone.parameters():
         name = names[id(parameter)]
         found = BLOCK.match(name)
-        if found and found["name"] in BLOCK_NAMES:
+        if found and found["name"] in BLOCK_NAMES and "patch_embed" not in found.group().split("."):
             number = int(found["number"]) + 1
         numbers[id(parameter)] = number
     children = list_child_stages(backbone)

@@ -73,6 +73,31 @@ def test_networks_of_transformers_take_other_bands(family: str, tmp_path: Path) 
     compare_with_rgb(ModelConfig(library="transformers", name=str(folder), encoder={"weights": "hub"}))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["segformer", "mask2former", "eomt"])
+def test_what_an_exporter_sees_takes_the_bands_of_the_network(family: str, tmp_path: Path) -> None:
+    folder = save_network(family, tmp_path / family)
+    model = ModelConfig(library="transformers", name=str(folder), encoder={"weights": "hub"})
+    net = build_network(model, NUM_CLASSES, bands=options(SIX)).eval()
+    image = torch.randn(1, 6, *(net.image_size or (2 * net.size_divisor, 2 * net.size_divisor)))
+    with torch.no_grad(), net.as_graph():
+        found = net(image).main
+    with torch.no_grad():
+        assert torch.allclose(found, net(image).main, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_squeeze_to_three_channels_in_a_decoder_does_not_read_the_image() -> None:
+    model = ModelConfig(library="smp", arch="manet", encoder={"name": "efficientnet-b3"})
+    plain = build_network(model, 3)
+    assert [layer.out_channels for layer in find_first_layers(plain)] == [40]
+    assert sum(getattr(layer, "in_channels", 0) == 3 for layer in plain.modules()) > 1  # those of its attention
+    net = build_network(model, 3, bands=options(SIX)).eval()
+    side = net.size_divisor
+    with torch.no_grad():
+        assert net(torch.zeros(1, 6, side, side)).main.shape == (1, 3, side, side)
+
+
 def test_a_colour_keeps_its_weights_wherever_it_stands() -> None:
     weight = torch.arange(12.0).view(4, 3, 1, 1)
     found = repeat_weights(weight, ["nir", "blue", "red"])

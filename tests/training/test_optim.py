@@ -237,6 +237,20 @@ def test_a_vision_transformer_has_a_stage_per_block_and_its_tokens_are_in_the_fi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_base_r26_s32_224", "vitamin_small_224"])
+def test_the_convolutions_that_embed_the_patches_of_a_hybrid_are_before_its_first_block(name: str) -> None:
+    with torch.device("meta"):
+        encoder = pytest.importorskip("timm").create_model(name)
+    names = {id(parameter): name for name, parameter in encoder.named_parameters()}
+    stages = [[names[id(parameter)] for parameter in stage] for stage in list_stages(encoder, encoder)]
+    assert len(stages) == 1 + len(encoder.blocks)
+    assert {name for stage in stages[:1] for name in stage} == {
+        name for name in names.values() if name.startswith(("patch_embed.", "cls_token", "pos_embed"))
+    }
+    assert all(name.startswith(f"blocks.{index}.") for index, stage in enumerate(stages[1:-1]) for name in stage)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "options", "stages", "first"),
     [

@@ -22,6 +22,7 @@ from semseg.config.preprocessing import PREPROCESSING, Preprocessing
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.errors import ConfigError, install_command, one_line
+from semseg.nets.bands import adapt_first_layers
 from semseg.nets.encoders.library import replace_batch_norms
 from semseg.nets.interfaces import Logits, SegmentationNetwork
 from semseg.nets.padding import crop_logits, pad_image
@@ -324,10 +325,11 @@ class TransformersNetwork(SegmentationNetwork):
         model, is_training = self.model, self.model.training
         # A copy that is built so: some modules choose their attention only once.
         config = deepcopy(model.config)
-        written_out = build_library_model(self.family, config, attention="eager")
-        written_out.load_state_dict(model.state_dict())
-        self.model = written_out.to(next(model.parameters()).device).train(is_training)
+        self.model = build_library_model(self.family, config, attention="eager")
         try:
+            adapt_first_layers(self, self.convention.bands)
+            self.model.load_state_dict(model.state_dict())
+            self.model.to(next(model.parameters()).device).train(is_training)
             yield
         finally:
             self.model = model
