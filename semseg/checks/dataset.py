@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from semseg.config.schema import DataConfig
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size, canvas_size
-from semseg.data.label_map import IGNORED, UNSCORED_ID, LabelMap
+from semseg.data.label_map import IGNORED, MAX_CLASSES, MAX_ID, UNSCORED_ID, LabelMap
 from semseg.data.overlap import Overlap
 from semseg.data.palette import Colour
 from semseg.data.plan import SubBatch, TrainPlan
@@ -32,6 +32,7 @@ RARE_FRACTION = 0.001  # classes with a smaller fraction of the training pixels 
 MAX_STRAY_FRACTION = 0.001  # of all pixels: unknown ids that are more likely mistakes than classes
 MIN_GREY_GAP, MIN_GREY_LEVEL = 16, 100  # between two grey levels, and of the lightest one; see `map_grey_levels`
 VOID = 255  # the id that most tools write for unlabelled pixels
+VOIDS = frozenset({VOID, MAX_ID})  # with 8 and with 16 bits
 DARK = 0.25  # fraction of white: a 16-bit image with all values below is reported
 DARK_IF_ALL = 0.5  # instead of DARK, if it holds for all 16-bit images: they probably have fewer bits
 MAX_EXAMPLES = 10  # example files of one notice
@@ -159,7 +160,7 @@ def diagnose(
     class_of = configured.label_map.class_index
     num_classes = configured.label_map.num_classes
     unknown = check_unknown_ids(splits, data, num_classes, class_of, find_pixel)
-    for advice in (unknown, check_shifted_ids(splits, data, class_of)):
+    for advice in (unknown, check_shifted_ids(splits, data, configured.label_map)):
         notices += advice.notices
         suggestions |= advice.suggestions
     rows = summarise_classes(splits, configured)
@@ -274,13 +275,13 @@ def describe_unexplained_ids(ids: Sequence[int]) -> str:
     >>> describe_unexplained_ids([0, 1, 2])
     'data.num_classes is not set. Found ids 0..2. If 0 means unlabelled, set only data.num_classes=2.'
     """
-    class_ids = [raw_id for raw_id in ids if raw_id not in (0, VOID)]
+    class_ids = [raw_id for raw_id in ids if raw_id not in (0, *VOIDS)]
     if not ids:
         return "data.num_classes is not set, and no mask shows the ids."
     message = f"data.num_classes is not set. Found ids {format_ranges(ids)}."
     if map_grey_levels(ids):
         return f"{message} They look like grey levels. In data.map, give null to one that is no class."
-    if 0 not in ids or not class_ids or class_ids[-1] < 2:
+    if 0 not in ids or not class_ids or class_ids[-1] < 2 or find_impossible_ids(ids) or are_sparse(class_ids):
         return message
     return f"{message} If 0 means unlabelled, set only data.num_classes={class_ids[-1]}."
 
@@ -303,24 +304,25 @@ def with_zero_unlabelled(suggestions: dict[str, str]) -> dict[str, str]:
 
 
 def suggest_ids(pixels: Counter[int]) -> dict[str, str]:
-    """Settings for the probable meaning of ids.
+    """Settings for the probable meaning of ids; none if no settings make them classes.
 
     >>> suggest_ids(Counter({0: 9, 1: 5, 2: 3, 255: 1}))
     {'data.num_classes': '3', 'data.first_id': '0', 'data.ignore': '[255]'}
+    >>> suggest_ids(Counter({0: 9, 1000: 5, 40000: 3, 65535: 1}))["data.map"]
+    '{0:0,1000:1,40000:2}'
     """
     ids = sorted(pixels)
-    if not ids:
+    if not ids or find_impossible_ids(ids):
         return {}
     if levels := map_grey_levels(ids):
-        drawn = ",".join(f"{level}:{'null' if index is None else index}" for level, index in levels.items())
-        num_classes = sum(index is not None for index in levels.values())
-        return {
-            "data.num_classes": str(num_classes), "data.first_id": "0", "data.ignore": "[]",
-            "data.map": f"{{{drawn}}}",
-        }  # fmt: skip
-    class_ids = [raw_id for raw_id in ids if raw_id != VOID] or ids
-    first = 0 if class_ids[0] == 0 else 1
+        return suggest_map(levels, [])
+    class_ids = [raw_id for raw_id in ids if raw_id not in VOIDS] or ids
+    if len(class_ids) > MAX_CLASSES:
+        return {}
     ignored = [str(raw_id) for raw_id in ids if raw_id not in class_ids]
+    if are_sparse(class_ids):
+        return suggest_map({raw_id: index for index, raw_id in enumerate(class_ids)}, ignored)
+    first = 0 if class_ids[0] == 0 else 1
     if first == 1:
         ignored = ["0", *ignored]
     return {
@@ -328,6 +330,26 @@ def suggest_ids(pixels: Counter[int]) -> dict[str, str]:
         "data.first_id": str(first),
         "data.ignore": f"[{','.join(ignored)}]",
     }
+
+
+def suggest_map(classes: dict[int, int | None], ignored: Sequence[str]) -> dict[str, str]:
+    """Settings for a class index of each id, None: of no class."""
+    items = ",".join(f"{raw_id}:{'null' if index is None else index}" for raw_id, index in classes.items())
+    return {
+        "data.num_classes": str(sum(index is not None for index in classes.values())), "data.first_id": "0",
+        "data.ignore": f"[{','.join(ignored)}]", "data.map": f"{{{items}}}",
+    }  # fmt: skip
+
+
+def are_sparse(class_ids: Sequence[int]) -> bool:
+    """Whether ids, in their order, are codes of 16 bits rather than consecutive numbers."""
+    largest = class_ids[-1]
+    return largest > VOID and (2 * len(class_ids) < largest or largest > MAX_CLASSES)
+
+
+def find_impossible_ids(ids: Iterable[int]) -> list[int]:
+    """The ids that no settings can make classes or ignore."""
+    return [raw_id for raw_id in ids if not 0 <= raw_id <= MAX_ID]
 
 
 def map_grey_levels(ids: Sequence[int]) -> dict[int, int | None]:
@@ -375,6 +397,9 @@ def check_unknown_ids(
     unknown_ids = {raw for raw in sum_ids(splits) if class_of(raw) is None}
     if not unknown_ids:
         return Advice(notices, {})
+    if impossible := find_impossible_ids(sorted(unknown_ids)):
+        text = f"ids {join_first(impossible)} are out of range: 0 to {MAX_ID}. Change them in the masks."
+        return Advice([*notices, Notice(NOTE, text)], {})
     if further := find_further_ids(unknown_ids, data, num_classes):
         ids = join_first(further)
         notices.append(
@@ -390,7 +415,7 @@ def find_further_ids(unknown_ids: set[int], data: DataConfig, num_classes: int) 
     """The unknown ids that continue those of a class table, which may lack classes; none without a table."""
     further: list[int] = []
     if data.classes is not None and data.map is None:
-        while (next_id := data.first_id + num_classes + len(further)) in unknown_ids - {VOID}:
+        while (next_id := data.first_id + num_classes + len(further)) in unknown_ids - VOIDS:
             further.append(next_id)
     return further
 
@@ -410,15 +435,16 @@ def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConf
     without_unknown = {"data.ignore": f"[{','.join(map(str, [*data.ignore, *sorted(unknown_ids)]))}]"}
     if data.num_classes is not None and is_stray(unknown_ids, pixels, data.first_id + num_classes):
         return without_unknown
-    class_ids = [raw_id for raw_id in pixels if raw_id not in data.ignore and raw_id != VOID]
-    is_extension = data.classes is None and class_ids and min(class_ids) >= data.first_id
-    if is_extension and 0 in data.ignore and not any(data.first_id <= each <= max(class_ids) for each in data.ignore):
-        extended = {"data.num_classes": str(max(num_classes, max(class_ids) - data.first_id + 1))}
-        if VOID in unknown_ids:
-            extended["data.ignore"] = f"[{','.join(map(str, [*data.ignore, VOID]))}]"
+    class_ids = [raw_id for raw_id in sorted(pixels) if raw_id not in data.ignore and raw_id not in VOIDS]
+    is_extension = data.classes is None and class_ids and class_ids[0] >= data.first_id and not are_sparse(class_ids)
+    if is_extension and 0 in data.ignore and not any(data.first_id <= each <= class_ids[-1] for each in data.ignore):
+        extended = {"data.num_classes": str(max(num_classes, class_ids[-1] - data.first_id + 1))}
+        if voids := sorted(unknown_ids & VOIDS):
+            extended["data.ignore"] = f"[{','.join(map(str, [*data.ignore, *voids]))}]"
         return extended
     suggested = suggest_ids(pixels)
-    if unknown_ids != {VOID} and (data.classes is None or int(suggested["data.num_classes"]) == num_classes):
+    is_only_void = unknown_ids <= VOIDS and (class_ids or "data.map" not in suggested)  # no black and white masks
+    if suggested and not is_only_void and (data.classes is None or int(suggested["data.num_classes"]) == num_classes):
         if data.classes is not None:
             del suggested["data.num_classes"]  # the table has it
         return suggested
@@ -426,39 +452,46 @@ def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConf
 
 
 def is_stray(unknown_ids: set[int], pixels: Counter[int], next_id: int) -> bool:
-    """Whether unknown ids, apart from 255, are more likely mistakes than classes: hardly any pixels, not the next id.
+    """Whether unknown ids but for voids are more likely mistakes than classes: hardly any pixels, not the next id.
 
     >>> is_stray({77}, Counter({0: 9999, 1: 5000, 77: 1}), 2), is_stray({2}, Counter({0: 9999, 1: 5000, 2: 1}), 2)
     (True, False)
     """
-    others = unknown_ids - {VOID}
+    others = unknown_ids - VOIDS
     share = sum(pixels[raw] for raw in others) / max(1, pixels.total())
     return bool(others) and share < MAX_STRAY_FRACTION and next_id not in others
 
 
-def check_shifted_ids(splits: Sequence[ScannedSplit], data: DataConfig, class_of: ClassOf) -> Advice:
+def check_shifted_ids(splits: Sequence[ScannedSplit], data: DataConfig, label_map: LabelMap) -> Advice:
     """Find masks whose ids start at 0 although 0 is ignored, so that the first class would not be learned."""
-    pixels = sum_ids(splits)
-    classes = sorted(raw for raw in pixels if (class_of(raw) or 0) >= 0 and class_of(raw) is not None)
-    if not classes or data.first_id != 1 or 0 not in data.ignore or not data.num_classes:
+    if data.map is not None or data.first_id != 1 or 0 not in data.ignore:
         return Advice([], {})
-    is_shifted = classes == list(range(1, data.num_classes)) and pixels[0] > 0.02 * pixels.total()
-    if not is_shifted:
+    pixels, num_classes = sum_ids(splits), label_map.num_classes
+    scored = [raw_id for raw_id in sorted(pixels) if label_map.class_index(raw_id) not in (None, IGNORED)]
+    if not scored or scored != list(range(1, num_classes)) or pixels[0] <= 0.02 * pixels.total():
         return Advice([], {})
     text = (
-        f"id {data.num_classes} never occurs and id 0, which is ignored, takes {pixels[0] / pixels.total():.0%} of the "
+        f"id {num_classes} never occurs and id 0, which is ignored, takes {pixels[0] / pixels.total():.0%} of the "
         "pixels. Do the masks start at 0?"
     )
-    return Advice([Notice(WARNING, text)], suggest_ids(pixels))
+    suggested = suggest_ids(pixels)
+    if data.classes is not None:
+        del suggested["data.num_classes"]  # the table has it
+    return Advice([Notice(WARNING, text)], suggested)
 
 
 def check_labels(splits: Sequence[ScannedSplit], class_of: ClassOf) -> Iterator[Notice]:
     """Notices about masks with little information."""
     for split in splits:
-        empty = [
-            record for record, facts in split.usable_pairs if ignored_fraction(facts, class_of) > MAX_IGNORED_FRACTION
-        ]
-        if empty:
+        ignored = [(record, ignored_fraction(facts, class_of)) for record, facts in split.usable_pairs]
+        empty = [record for record, fraction in ignored if fraction > MAX_IGNORED_FRACTION]
+        if split is splits[0] and ignored and min(fraction for _, fraction in ignored) == 1:
+            text = (
+                f"{split.name}: all pixels of all masks are ignored, so that there is nothing to learn. data.first_id, "
+                "data.ignore and data.map say which ids are classes."
+            )
+            yield Notice(ERROR, text, first_masks(empty))
+        elif empty:
             counted = f"{len(empty)} of {len(split.usable_pairs)} masks"
             text = f"{split.name}: more than 90 % of the pixels are ignored in {counted}."
             yield Notice(WARNING, text, first_masks(empty))

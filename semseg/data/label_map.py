@@ -20,8 +20,8 @@ from semseg.errors import ConfigError, DataError
 IGNORED = -1
 MAX_CLASSES = 2**15 - 1  # class indices are kept as int16
 _UNKNOWN = -2
-_MAX_ID = 2**16 - 1
-UNSCORED_ID = _MAX_ID  # the raw id of colours that are not scored
+MAX_ID = 2**16 - 1  # the largest raw id
+UNSCORED_ID = MAX_ID  # the raw id of colours that are not scored
 MISSING_ID = 255  # of pixels without a class in predictions, if the data set ignores no id
 _MAX_LISTED = 6  # classes at each end of a shortened list
 
@@ -128,17 +128,17 @@ class LabelMap:
         raw_ids = np.flatnonzero(table >= 0)[::-1]
         self._raw = np.zeros(self.num_classes + 1, np.uint16)  # the last one, at -1, is for pixels that are not scored
         self._raw[table[raw_ids]] = raw_ids  # the lowest id of each class is written last
-        self._raw[IGNORED] = next(iter(self.ignored_ids), MISSING_ID if table[MISSING_ID] < 0 else _MAX_ID)
+        self._raw[IGNORED] = next(iter(self.ignored_ids), MISSING_ID if table[MISSING_ID] < 0 else MAX_ID)
 
     def _consecutive_table(self) -> NDArray[np.int16]:
         """The table for consecutive ids from `first_id`."""
         num_classes, first_id = self.num_classes, self.first_id
         last_id = first_id + num_classes - 1
-        is_valid = 1 <= num_classes <= MAX_CLASSES and first_id >= 0 and last_id <= _MAX_ID
-        if not is_valid or any(not 0 <= raw_id <= _MAX_ID for raw_id in self.ignore):
+        is_valid = 1 <= num_classes <= MAX_CLASSES and first_id >= 0 and last_id <= MAX_ID
+        if not is_valid or any(not 0 <= raw_id <= MAX_ID for raw_id in self.ignore):
             raise ConfigError(
                 f"data.num_classes={num_classes} with data.first_id={first_id} and data.ignore={list(self.ignore)} "
-                f"is out of range: allowed are 1 to {MAX_CLASSES} classes and raw ids 0 to {_MAX_ID}."
+                f"is out of range: allowed are 1 to {MAX_CLASSES} classes and raw ids 0 to {MAX_ID}."
             )
         conflicting = [raw_id for raw_id in self.ignore if first_id <= raw_id <= last_id]
         if conflicting:
@@ -148,7 +148,7 @@ class LabelMap:
                 f"make raw ids {first_id}..{last_id} classes. "
                 "Change data.ignore (for example [255], or []) or data.first_id."
             )
-        table = np.full(_MAX_ID + 1, _UNKNOWN, np.int16)
+        table = np.full(MAX_ID + 1, _UNKNOWN, np.int16)
         table[list(self.ignore)] = IGNORED
         table[first_id : last_id + 1] = np.arange(num_classes)
         return table
@@ -158,10 +158,10 @@ class LabelMap:
 
         The id 0, which data sets ignore by default, may be a class all the same.
         """
-        table = np.full(_MAX_ID + 1, _UNKNOWN, np.int16)
-        outside = [raw_id for raw_id in self.ignore if not 0 <= raw_id <= _MAX_ID]
+        table = np.full(MAX_ID + 1, _UNKNOWN, np.int16)
+        outside = [raw_id for raw_id in self.ignore if not 0 <= raw_id <= MAX_ID]
         if outside:
-            raise ConfigError(f"data.ignore: {_join_first(outside)} is out of range: raw ids are 0 to {_MAX_ID}.")
+            raise ConfigError(f"data.ignore: {_join_first(outside)} is out of range: raw ids are 0 to {MAX_ID}.")
         conflicting = [raw_id for raw_id in self.ignore if raw_id and ids.get(raw_id) is not None]
         if conflicting:
             raise ConfigError(
@@ -205,7 +205,7 @@ class LabelMap:
             DataError: if an id is neither a class nor ignored; the message names `path` and the most frequent such ids.
         """
         is_small = raw.dtype in (np.uint8, np.uint16)
-        clipped = raw if is_small else np.clip(raw, 0, _MAX_ID)
+        clipped = raw if is_small else np.clip(raw, 0, MAX_ID)
         index = np.take(self._table, clipped)
         has_unknown = bool((index == _UNKNOWN).any())
         if has_unknown or not (is_small or np.array_equal(clipped, raw)):
@@ -219,14 +219,14 @@ class LabelMap:
             DataError: as `__call__`.
         """
         lowest, highest = int(raw.min()), int(raw.max())
-        in_range = lowest >= 0 and highest <= _MAX_ID
+        in_range = lowest >= 0 and highest <= MAX_ID
         # Usually every id between the lowest and the highest is known; only otherwise is each pixel looked up.
         if not in_range or (self._table[lowest : highest + 1] == _UNKNOWN).any():
             self(raw, path)
 
     def class_index(self, raw_id: int) -> int | None:
         """The class index of an id: -1 if it is not scored, None if the id is unknown."""
-        index = int(self._table[raw_id]) if 0 <= raw_id <= _MAX_ID else _UNKNOWN
+        index = int(self._table[raw_id]) if 0 <= raw_id <= MAX_ID else _UNKNOWN
         return None if index == _UNKNOWN else index
 
     def __repr__(self) -> str:

@@ -45,9 +45,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def stripes(*ids: int) -> NDArray[np.uint8]:
+def stripes(*ids: int, dtype: type[np.integer[Any]] = np.uint8) -> NDArray[Any]:
     """A mask of 60 x 80 pixels with an equal stripe for each id."""
-    return np.repeat(np.array(ids, np.uint8), 60 // len(ids))[:, None].repeat(80, axis=1)
+    return np.repeat(np.array(ids, dtype), 60 // len(ids))[:, None].repeat(80, axis=1)
 
 
 def put(root: Path, name: str, mask: NDArray[np.uint8] | None, image: NDArray[np.uint8] | None = None) -> None:
@@ -228,6 +228,57 @@ def test_255_that_is_not_ignored_and_masks_that_start_at_0_are_recognised(tmp_pa
     shifted = check(good_folder(tmp_path / "shifted" / "data", ids=(0, 1, 2)), "data.num_classes=3")
     assert "Do the masks start at 0?" in of_level(shifted, "warning")
     assert shifted["suggestions"]["data.first_id"] == "0"
+
+
+@pytest.mark.slow
+def test_masks_of_a_class_table_that_start_at_0_are_recognised(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data", ids=(0, 1, 2))
+    (root / "classes.txt").write_text("sky\nroad\ntree\n")
+    found = check(root, "data.classes=classes.txt", "data.short_edges=[60]")
+    assert "id 3 never occurs and id 0, which is ignored, takes 33%" in of_level(found, "warning")
+    assert found["suggestions"] == {"data.first_id": "0", "data.ignore": "[]"}
+    assert check(root, *shlex.split(found["command"])[2:])["verdict"] == "READY"
+
+
+@pytest.mark.slow
+def test_black_and_white_masks_have_two_classes(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data", ids=(0, 255))
+    found = check(root, "data.num_classes=2", "data.short_edges=[60]")
+    assert found["verdict"] == "NOT READY"
+    assert found["suggestions"]["data.map"] == "{0:0,255:1}"
+    again = check(root, *shlex.split(found["command"])[2:])
+    assert again["verdict"] == "READY" and len(again["classes"]) == 2
+    assert all(row["pixels"]["train"] for row in again["classes"])
+
+
+@pytest.mark.slow
+def test_codes_of_16_bits_become_a_map(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data")
+    for mask in (root / "masks").iterdir():
+        Image.fromarray(stripes(100, 40000, 65535, dtype=np.uint16)).save(mask)
+    for words in ((), ("data.num_classes=2",)):
+        found = check(root, *words, "data.short_edges=[60]")
+        assert found["verdict"] == "NOT READY"
+        assert found["suggestions"]["data.map"] == "{100:0,40000:1}"
+        assert found["suggestions"]["data.ignore"] == "[65535]"
+        assert check(root, *shlex.split(found["command"])[2:])["verdict"] == "READY"
+
+
+@pytest.mark.slow
+def test_ids_that_no_setting_can_name_have_no_suggestion(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data")
+    Image.fromarray(stripes(1, 2, -1, dtype=np.int32)).save(root / "masks" / "00.tif")
+    (root / "masks" / "00.png").unlink()
+    found = check(root, "data.num_classes=3", "data.short_edges=[60]")
+    assert "ids -1 are out of range: 0 to 65535. Change them in the masks." in of_level(found, "note")
+    assert "data.ignore" not in found["suggestions"]
+
+
+def test_masks_without_any_scored_pixel_are_an_error(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data", ids=(0, 255))
+    found = check(root, "data.num_classes=2", "data.ignore=[0,255]", "data.short_edges=[60]")
+    assert found["verdict"] == "NOT READY"
+    assert "train: all pixels of all masks are ignored, so that there is nothing to learn." in of_level(found, "error")
 
 
 def test_the_command_that_leaves_out_broken_files_is_printed(
