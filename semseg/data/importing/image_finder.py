@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Generic, TypeVar
+from urllib.parse import unquote
 
 from semseg.data import store
 from semseg.data.folders import IMAGE_SUFFIXES, leave_out_arrays_beside_images
@@ -87,24 +88,27 @@ class ImageFinder:
 
         Of several files of that name, the one whose folders agree best is taken, then the one in a folder of the split,
         then the one above all others. Folders that no file agrees with are ignored, unless another name of the export
-        (`expect`) agrees better with the only file of that name.
+        (`expect`) agrees better with the only file of that name. A name may be percent-encoded, as in addresses.
 
         Raises:
-            EntryError: if there is none, or several agree equally well.
+            EntryError: if there is none, or several agree equally well, or it is in a folder of another split.
         """
         parts = _split_name(name)
         if not parts:
             raise EntryError(f"{name!r} names no image file")
         found = self._images.find_best(parts)
+        if not found and (decoded := _split_name(unquote(name))) and decoded != parts:
+            parts, found = decoded, self._images.find_best(decoded)
         if not found:
-            self._refuse_missing(name, parts[-1])
+            self._refuse_missing(name, _split_name(name)[-1])
         if len(found) > 1 and split:
             found = _keep_best(found, lambda path: int(find_split(*path.relative_to(self.folder).parts[:-1]) == split))
         found = _keep_uppermost(found)
         if len(found) > 1:
             listed = " and ".join(str(path) for path in found[:2])
             raise EntryError(f"{name!r} may be {listed}. Set import.images to the folder with the right one")
-        self._refuse_other(name, found[0], _compose_parts(found[0]))
+        self._refuse_other(name, parts, found[0])
+        self._refuse_other_split(name, parts, found[0], split)
         return found[0]
 
     def find_stem(self, stem: str, without: Sequence[str]) -> list[Path]:
@@ -124,7 +128,7 @@ class ImageFinder:
             raise EntryError(f"its image is called {similar.name}: upper and lower case differ. Rename one")
         found = _keep_uppermost(found)
         if len(found) == 1:
-            self._refuse_other(stem, found[0], _compose_parts(found[0].with_suffix("")))
+            self._refuse_other(stem, parts, found[0], found[0].with_suffix(""))
         return found
 
     def count_stems(self, without: Sequence[str]) -> int:
@@ -155,17 +159,31 @@ class ImageFinder:
         """The path of an image below the folder, with /."""
         return path.relative_to(self.folder).as_posix()
 
-    def _refuse_other(self, name: str, found: Path, own: Sequence[str]) -> None:
-        """Refuse a file, whose path has the parts `own`, if another name of the export agrees better with it.
+    def _refuse_other(self, name: str, parts: Sequence[str], found: Path, path: Path | None = None) -> None:
+        """Refuse a file if another name of the export agrees better with it than this name, which has these parts.
+
+        Args:
+            path: to compare with; the default is that of the file.
 
         Raises:
             EntryError: with that name.
         """
+        own = _compose_parts(path or found)
         other = next(iter(self._expected.find_best(own)), ())
-        if _count_common_end(own, other) > _count_common_end(own, _split_name(name)):
+        if _count_common_end(own, other) > _count_common_end(own, parts):
             raise EntryError(
                 f"there is no image {name} below {self.folder}, and {found} is what the export calls {'/'.join(other)}"
             )
+
+    def _refuse_other_split(self, name: str, parts: Sequence[str], found: Path, split: str) -> None:
+        """Refuse a file in a folder of another split, which the name does not name.
+
+        Raises:
+            EntryError: with both splits.
+        """
+        other = find_split(*found.relative_to(self.folder).parts[:-1])
+        if split and other not in ("", split) and find_split(*parts[:-1]) != other:
+            raise EntryError(f"there is no image {name} of {split} below {self.folder}, and {found} is one of {other}")
 
     def _refuse_missing(self, name: str, last: str) -> None:
         similar = self._by_case.get(last.casefold())

@@ -40,7 +40,8 @@ from semseg.errors import DataError
 
 UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-")  # before the names of uploaded files
 REGIONS = ("polygon", "brush", "rectangle", "ellipse")
-SHAPES_WITHOUT_AREA = ("keypoint",)  # without an area
+SHAPES_WITHOUT_AREA = ("keypoint",)
+ANSWERS = ("choices", "datetime", "number", "rating", "taxonomy", "textarea")  # about a region, whose id they have
 NUM_ELLIPSE_POINTS = 720
 
 
@@ -185,6 +186,11 @@ class LabelStudioReader:
             if isinstance(result, dict) and result.get("type") == "labels" and isinstance(result.get("id"), str)
             if (label := find_first(result, "labels"))
         }
+        pictures = {str(each.get("to_name")): None for each in task.results if find_label(each, by_id) is not None}
+        if len(pictures) > 1:
+            raise EntryError(
+                f"has regions in {len(pictures)} pictures ({', '.join(pictures)}). Make a task of each, and annotate it"
+            )
         annotations, size = [], None
         for position, result in enumerate(task.results):
             name = f"region {describe_entry(result, 'id', position)}"
@@ -217,7 +223,7 @@ class LabelStudioReader:
         Raises:
             EntryError: naming the kind.
         """
-        if kind in ("", *REGIONS, *SHAPES_WITHOUT_AREA) or "original_width" not in result:
+        if kind in ("", *REGIONS, *SHAPES_WITHOUT_AREA, *ANSWERS) or "original_width" not in result:
             return
         if find_first(result, f"{kind}labels") or result.get("id") in by_id:
             kinds = ", ".join(f"{each}labels" for each in REGIONS)

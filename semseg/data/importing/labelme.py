@@ -47,7 +47,8 @@ from semseg.data.records import Problem
 from semseg.errors import DataError
 
 KEYS = (b'"shapes"', b'"imagePath"')
-SPECIAL_LABELS = {"_background_": UNLABELLED, "__ignore__": IGNORED}
+BACKGROUND_LABEL = "_background_"
+SPECIAL_LABELS = {BACKGROUND_LABEL: UNLABELLED, "__ignore__": IGNORED}
 LABELS_FILE = "labels.txt"
 MIN_RADIUS = 0.75  # pixels; a smaller disc around the corner of a pixel holds the centre of none
 
@@ -86,11 +87,14 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
             items.append(Problem(f"{path}: a shape {error}."))
         except DataError as error:
             items.append(Problem(str(error)))
-    listed, labels = read_labels_file(root), labels - set(SPECIAL_LABELS)
+    special = dict(SPECIAL_LABELS)
+    if options.unlabelled == "ignore" and BACKGROUND_LABEL in labels:
+        del special[BACKGROUND_LABEL]  # a class: somebody drew it
+    listed, labels = [name for name in read_labels_file(root) if name not in special], labels - set(special)
     names = listed if labels <= set(listed) else sorted(labels)
     if not names and contents:
         raise DataError(f"{root}: no file of LabelMe in it has a shape with a label. Annotate the images first.")
-    reader = LabelMeReader(root, names, finder, options)
+    reader = LabelMeReader(root, special | {name: index for index, name in enumerate(names)}, finder, options)
     finder.expect(map(reader.name_image, contents))
     for file in contents:
         try:
@@ -105,10 +109,10 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
 
 
 def read_labels_file(root: Path) -> list[str]:
-    """The classes that labels.txt lists; none without the file."""
+    """The labels that labels.txt lists; none without the file."""
     file = root / LABELS_FILE
     listed = [line.strip() for line in read_text_lines(file)] if store.is_file(file) else []
-    return [name for name in dict.fromkeys(listed) if name and name not in SPECIAL_LABELS]
+    return [name for name in dict.fromkeys(listed) if name]
 
 
 def describe_unlisted(listed: list[str], labels: set[str]) -> Iterator[str]:
@@ -122,12 +126,11 @@ class LabelMeReader:
     """Reads the shapes of LabelMe's files.
 
     Args:
-        names: of the classes.
+        class_of: the class index of each label.
     """
 
-    def __init__(self, root: Path, names: Sequence[str], finder: ImageFinder, options: ImportConfig) -> None:
-        self.root, self.finder, self.options = root, finder, options
-        self.class_of = SPECIAL_LABELS | {name: index for index, name in enumerate(names)}
+    def __init__(self, root: Path, class_of: dict[str, int], finder: ImageFinder, options: ImportConfig) -> None:
+        self.root, self.class_of, self.finder, self.options = root, class_of, finder, options
         self.num_lines, self.num_decoded = 0, 0
 
     def read_file(self, file: LabelMeFile) -> AnnotatedImage:

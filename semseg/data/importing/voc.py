@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -14,17 +15,20 @@ from semseg.config.schema import ImportConfig
 from semseg.data import store
 from semseg.data.classes import built_in_classes, parse_label_map_line
 from semseg.data.folders import IMAGE_SUFFIXES
-from semseg.data.images import check_png, open_checked, read_image, read_image_bytes
+from semseg.data.images import check_png, open_checked, read_header, read_image, read_image_bytes
 from semseg.data.importing.files import EntryError, find_split, read_text_lines
 from semseg.data.importing.image_finder import ImageFinder
 from semseg.data.importing.model import UNLABELLED, AnnotatedImage, Export, MaskFile
 from semseg.data.label_map import IGNORED
 from semseg.data.labels import read_label
-from semseg.data.palette import Colour, pack_colours, unpack_colour
+from semseg.data.palette import Colour, pack_colours, unpack_colour, voc_colour
 from semseg.data.records import Problem
 from semseg.errors import DataError
 
 MASK_FOLDER, LABEL_MAP, LISTS = "SegmentationClass", "labelmap.txt", Path("ImageSets", "Segmentation")
+CLASS_NAMES = "class_names.txt"
+VOC_COLOURS = 255  # of classes; the last one is the border
+IGNORED_VALUE = 255
 BLACK: Colour = (0, 0, 0)
 WHITE: Colour = (255, 255, 255)
 BORDER: Colour = (224, 224, 192)  # the border of objects in Pascal VOC, index 255
@@ -51,20 +55,13 @@ def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
     Raises:
         DataError: if the label map is wrong, or there are no masks.
     """
-    file = root / LABEL_MAP
-    notes = []
-    if store.is_file(file):
-        rows = read_label_map(file)
-    else:
-        table = built_in_classes("voc2012")
-        rows = [LabelMapRow(*row) for row in zip(table.names, table.palette, strict=True)]
-        notes.append(f"There is no {LABEL_MAP}: the classes and colours of Pascal VOC 2012 are used.")
+    rows, notes = read_classes(root)
     splits = read_splits(root / LISTS)
     files = [path for path in store.list_files_below(root / MASK_FOLDER) if path.suffix.lower() in IMAGE_SUFFIXES]
     masks = [path for path in files if path.suffix in MASK_SUFFIXES]
     if not masks:
         raise DataError(f"{root / MASK_FOLDER}: there is no PNG file. Export the masks again.")
-    read = partial(decode_colours, tuple(rows))
+    read = partial(decode_colours, tuple(rows), hold_indices(masks, rows))
     others = [path for path in files if path.suffix not in MASK_SUFFIXES]
     items: list[AnnotatedImage | Problem] = [
         Problem(f"{path}: masks are PNG files, so that all colours are exact. Export it again.") for path in others
@@ -99,6 +96,45 @@ def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
         notes.append(f"{num_left} images have no mask and are left out.")
     palette = tuple(row.colour for row in rows)
     return Export("masks of CVAT or Pascal VOC", tuple(row.name for row in rows), palette, items, tuple(notes))
+
+
+def read_classes(root: Path) -> tuple[list[LabelMapRow], list[str]]:
+    """The classes of labelmap.txt or of class_names.txt, which LabelMe writes, or those of Pascal VOC, and notes.
+
+    Raises:
+        DataError: if one of these files is wrong.
+    """
+    if store.is_file(file := root / LABEL_MAP):
+        return read_label_map(file), []
+    if store.is_file(file := root / CLASS_NAMES):
+        names = [line.strip() for line in read_text_lines(file) if line.strip()]
+        if len(names) != len(set(names)) or not 0 < len(names) <= VOC_COLOURS:
+            raise DataError(f"{file}: must list 1 to {VOC_COLOURS} different names of classes, one in each line.")
+        note = f"The classes are those of {CLASS_NAMES}, in the colours of Pascal VOC."
+        return [LabelMapRow(name, voc_colour(index)) for index, name in enumerate(names)], [note]
+    table = built_in_classes("voc2012")
+    rows = [LabelMapRow(*row) for row in zip(table.names, table.palette, strict=True)]
+    return rows, [f"There is no {LABEL_MAP}: the classes and colours of Pascal VOC 2012 are used."]
+
+
+def hold_indices(masks: Sequence[Path], rows: Sequence[LabelMapRow]) -> bool:
+    """Whether grey masks hold indices of classes: one of them has a value that is no grey colour of a class.
+
+    A single mask cannot say: one of background only has the value 0 either way.
+    """
+    greys = {colour[0] for colour in colour_table(rows) if len(set(colour)) == 1}
+    for path in masks:
+        with suppress(DataError):  # raised where the mask is imported
+            if read_header(path).kind.partition(" ")[2] in GREY_MODES:
+                values = set(np.unique(read_label(path)).tolist())
+                if not values - {IGNORED_VALUE} <= greys:
+                    return True
+    return False
+
+
+def colour_table(rows: Sequence[LabelMapRow]) -> dict[Colour, int]:
+    """The class index of each colour; black without a class is unlabelled."""
+    return {BLACK: UNLABELLED, BORDER: IGNORED} | {row.colour: index for index, row in enumerate(rows)}
 
 
 def find_image(stem: str, finder: ImageFinder) -> Path:
@@ -170,11 +206,14 @@ def read_splits(folder: Path) -> dict[str, str]:
     return splits
 
 
-def decode_colours(rows: Sequence[LabelMapRow], path: str, max_pixels: int) -> NDArray[np.int32]:
+def decode_colours(rows: Sequence[LabelMapRow], has_indices: bool, path: str, max_pixels: int) -> NDArray[np.int32]:
     """The class of every pixel of a mask in the colours of a label map; black ones without a class are unlabelled.
 
     Of a file with a palette, the colours of the palette count and not the indices, which other tools number as they
-    like. A grey file has the indices of the classes.
+    like.
+
+    Args:
+        has_indices: a grey file has the indices of the classes, and not their colours.
 
     Raises:
         DataError: if it cannot be read, or has another colour.
@@ -184,11 +223,10 @@ def decode_colours(rows: Sequence[LabelMapRow], path: str, max_pixels: int) -> N
     check_png(path, data)
     if header.lossy:
         raise DataError(f"{path}: labels must not be compressed with {header.lossy}. Export PNG files.")
-    table = {BLACK: UNLABELLED, BORDER: IGNORED} | {row.colour: index for index, row in enumerate(rows)}
+    table = colour_table(rows)
     if image.mode in GREY_MODES:
         grey = read_label(path, max_pixels=max_pixels)  # the numbers of the file, whatever its bits
-        greys = {value for value in np.unique(grey).tolist() if value != 255}
-        if not greys <= {colour[0] for colour in table if len(set(colour)) == 1}:
+        if has_indices:
             return _look_up_indices(grey, len(rows), path)
         table = {WHITE: IGNORED} | table  # 255 of an index mask whose other values are colours of classes as well
         pixels = np.repeat(grey[..., None], 3, axis=2)
@@ -208,7 +246,7 @@ def decode_colours(rows: Sequence[LabelMapRow], path: str, max_pixels: int) -> N
 
 
 def _look_up_indices(grey: NDArray[np.integer], num_classes: int, path: str) -> NDArray[np.int32]:
-    labels = np.where(grey == 255, np.int32(IGNORED), grey.astype(np.int32))
+    labels = np.where(grey == IGNORED_VALUE, np.int32(IGNORED), grey.astype(np.int32))
     if labels.max(initial=0) >= num_classes:
         value = int(labels.max())
         raise DataError(f"{path}: value {value} is no class: {LABEL_MAP} has {num_classes}. Export the masks again.")

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -141,7 +142,7 @@ def drop_repeated_images(items: Sequence[AnnotatedImage]) -> tuple[list[Annotate
         first = item if item.content is not None else first_of.setdefault(item.path, item)
         if first is item:
             kept.append(item)
-        elif item.origin == first.origin or item.split != first.split:
+        elif item.origin == first.origin or (item.split != first.split and paint_the_same(item, first)):
             listed_again.append(item)
         else:
             problems.append(
@@ -152,6 +153,25 @@ def drop_repeated_images(items: Sequence[AnnotatedImage]) -> tuple[list[Annotate
     count = format_quantity(len(listed_again), "image")
     note = f"{count}, such as {listed_again[0].path}, listed again: each is in the split that names it first."
     return kept, problems, [note]
+
+
+def paint_the_same(one: AnnotatedImage, other: AnnotatedImage) -> bool:
+    """Whether the annotations of two images are equal, whatever they are called."""
+    first, second = (
+        [item.mask, *((note.class_index, note.shapes) for note in item.annotations)] for item in (one, other)
+    )
+    return are_equal(first, second)
+
+
+def are_equal(one: Any, other: Any) -> bool:
+    """Whether two values are equal, also within arrays, sequences and partial functions."""
+    if isinstance(one, partial) and isinstance(other, partial):
+        return are_equal((one.func, *one.args), (other.func, *other.args))
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, tuple | list) and type(one) is type(other):
+        return len(one) == len(other) and all(map(are_equal, one, other))
+    return bool(one == other)
 
 
 def describe_odd_classes(

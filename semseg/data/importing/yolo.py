@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 from semseg.config.schema import SPLITS, ImportConfig
 from semseg.data import store
 from semseg.data.folders import IMAGE_SUFFIXES, leave_out_arrays_beside_images
-from semseg.data.importing.files import EntryError, find_other_case, read_text_lines
-from semseg.data.importing.image_finder import ImageFinder
+from semseg.data.importing.files import EntryError, find_other_case, find_split, read_text_lines
+from semseg.data.importing.image_finder import EndIndex, ImageFinder
 from semseg.data.importing.model import AnnotatedImage, Annotation, Export, MaskFile, RelativePolygon
 from semseg.data.label_map import IGNORED, MAX_CLASSES
 from semseg.data.labels import read_label
@@ -70,6 +69,7 @@ def read_yolo(root: Path, file: Path, finder: ImageFinder, options: ImportConfig
     masks_dir = content.get("masks_dir")
     items: list[AnnotatedImage | Problem] = []
     reader = YoloReader(file, names, masks_dir if isinstance(masks_dir, str) else None, finder, options)
+    reader.num_keypoint_values = count_keypoint_values(file, content)
     opened = [
         (split, reader.open_entry(split, entry, content.get("path")))
         for split in SPLITS
@@ -109,6 +109,22 @@ def read_names(file: Path, content: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def count_keypoint_values(file: Path, content: dict[str, Any]) -> int:
+    """The numbers that follow the box in a line of a data set of poses (`kpt_shape`); 0 for others.
+
+    Raises:
+        DataError: if kpt_shape is wrong.
+    """
+    shape = content.get("kpt_shape")
+    if not shape:
+        return 0
+    try:
+        num_points, num_values = map(int, shape)
+    except (TypeError, ValueError):
+        raise DataError(f"{file}: kpt_shape must be the numbers of points and of their values: [17, 3].") from None
+    return num_points * num_values
+
+
 def list_entries(content: dict[str, Any], split: str) -> list[str]:
     """The folders and lists of a split."""
     entries = next((content[key] for key in SPLIT_NAMES[split] if content.get(key)), [])
@@ -135,10 +151,11 @@ class YoloReader:
         self, file: Path, names: Sequence[str], masks_dir: str | None, finder: ImageFinder, options: ImportConfig
     ) -> None:
         self.file, self.names, self.masks_dir, self.finder, self.options = file, names, masks_dir, finder, options
-        self.num_boxes, self.num_unlabelled = 0, 0
+        self.num_boxes, self.num_unlabelled, self.num_keypoint_values = 0, 0, 0
         self.missing: list[str] = []  # entries of `test` that do not exist
         self.last = file  # image that was read
-        self.labels: dict[str, list[Path]] | None = None  # by stem, for images that are not in the export
+        self.labels: EndIndex[Path] | None = None  # without suffix, for images that are not in the export
+        self.lists: set[Path] = set()  # of images
         self.used: set[Path] = set()  # label files of images
         self.unused = store.UnusedFiles()  # arrays beside images
 
@@ -168,6 +185,7 @@ class YoloReader:
             found = leave_out_arrays_beside_images(found, self.unused)
             self.finder.expect(map(self.name_image, found))
             return Entry(path, images=found)
+        self.lists.add(path)
         names = [line.strip() for line in read_text_lines(path)]
         self.finder.expect(names)
         return Entry(path, names=names)
@@ -217,14 +235,11 @@ class YoloReader:
             if mask is None:
                 return Problem(f"{path}: has no mask {path.stem}.png below {self.masks_dir}.")
             return image._replace(mask=MaskFile(str(mask), partial(read_mask, len(self.names))))
-        candidates = [swap_folder(path, "labels").with_suffix(".txt"), path.with_suffix(".txt")]
-        if not path.is_relative_to(self.file.parent):  # below import.images
-            candidates += self.find_labels(path.stem)
-        label = next((each for each in candidates if store.is_file(each)), candidates[0])
-        if not store.is_file(label):
-            similar = find_other_case(swap_folder(path, "labels").with_suffix(".txt"))
-            if similar:
-                return Problem(f"{path}: its label file is called {similar}: upper and lower case differ. Rename one.")
+        try:
+            label = self.find_label(path, split)
+        except EntryError as error:
+            return Problem(f"{path}: {error}.")
+        if label is None:
             self.num_unlabelled += 1
             return image
         self.used.add(label)
@@ -234,15 +249,42 @@ class YoloReader:
             return Problem(str(error))
         return image._replace(annotations=annotations, origin=str(label))
 
-    def find_labels(self, stem: str) -> list[Path]:
-        """The label files of the export for an image that is not in it, if there is only one."""
+    def find_label(self, image: Path, split: str) -> Path | None:
+        """The label file of an image; None if it has none.
+
+        Images below import.images have the labels of the export, and those beside them only if it has none.
+
+        Raises:
+            EntryError: if several files may be it, or its name differs in upper and lower case.
+        """
+        if not image.is_relative_to(self.file.parent) and len(self.index_labels()):
+            return self.find_label_of_export(image, split)
+        beside = swap_folder(image, "labels").with_suffix(".txt")
+        found = next((each for each in (beside, image.with_suffix(".txt")) if store.is_file(each)), None)
+        if found is None and (similar := find_other_case(beside)):
+            raise EntryError(f"its label file is called {similar}: upper and lower case differ. Rename one")
+        return found
+
+    def find_label_of_export(self, image: Path, split: str) -> Path | None:
+        """The label file whose folders agree best with those of an image elsewhere; of several, that of the split."""
+        own = image.relative_to(self.finder.folder).with_suffix("").parts
+        found = self.index_labels().find_best([part for part in own if part != "images"])
+        if len(found) > 1:
+            of_split = [path for path in found if find_split(*path.relative_to(self.file.parent).parts[:-1]) == split]
+            found = of_split or found
+        if len(found) > 1:
+            raise EntryError(f"its label file may be {found[0]} or {found[1]}. Rename one, and its image")
+        return found[0] if found else None
+
+    def index_labels(self) -> EndIndex[Path]:
+        """The label files of the export, by the parts of their paths without folders `labels`."""
         if self.labels is None:
-            self.labels = defaultdict(list)
+            self.labels = EndIndex()
             for path in store.list_files_below(self.file.parent):
-                if path.suffix.lower() == ".txt":
-                    self.labels[path.stem].append(path)
-        found = self.labels.get(stem, [])
-        return found if len(found) == 1 else []
+                if is_label(path) and path not in self.lists:
+                    below = path.relative_to(self.file.parent).with_suffix("")
+                    self.labels.add(path, [part for part in below.parts if part != "labels"])
+        return self.labels
 
     def name_image(self, path: Path) -> str:
         base = self.file.parent if path.is_relative_to(self.file.parent) else self.finder.folder
@@ -288,6 +330,12 @@ class YoloReader:
             raise EntryError(f"has class {class_index:g}, which is no whole number")
         if not 0 <= class_index < len(self.names):
             raise EntryError(f"has class {class_index:.0f}, but there are {len(self.names)} names")
+        if self.num_keypoint_values:
+            if len(numbers) != 4 + self.num_keypoint_values:
+                raise EntryError(
+                    f"has {len(numbers)} numbers, a box with the points of kpt_shape {4 + self.num_keypoint_values}"
+                )
+            numbers = numbers[:4]
         if not all(-SLACK <= number <= 1 + SLACK for number in numbers):
             raise EntryError("has coordinates outside of 0..1, which are fractions of the width and height")
         if len(numbers) == 4:

@@ -229,6 +229,37 @@ def test_an_image_of_two_splits_is_in_the_first_one_and_a_note_says_so(tmp_path:
     assert "listed again: each is in the split that names it first." in " ".join(imported.notes)
 
 
+def test_an_image_of_two_splits_with_other_annotations_is_refused(tmp_path: Path) -> None:
+    file = write_coco(tmp_path / "e")
+    content = json.loads(file.read_text())
+    put(file.with_name("instances_train2017.json"), content)
+    content["annotations"][0]["segmentation"] = [flat((1, 2, 3, 4))]
+    put(file.with_name("instances_val2017.json"), content)
+    file.unlink()
+    with pytest.raises(DataError, match=r"instances_val2017\.json: image 1: annotates .*a\.jpg, as .*train2017"):
+        import_here(tmp_path / "e", tmp_path / "out")
+
+
+def test_an_image_of_another_split_does_not_take_the_place_of_a_missing_one(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        file = write_coco(tmp_path / "w" / split, ["a", "b"])
+        put(tmp_path / "e" / split / "_annotations.coco.json", json.loads(file.read_text()))
+        for name in ("a", "b"):
+            put(tmp_path / "e" / split / f"{name}.jpg", photo(f"{split} {name}"))
+    (tmp_path / "e/train/a.jpg").unlink()
+    with pytest.raises(DataError, match=r"there is no image a\.jpg of train below .*a\.jpg is one of val"):
+        import_here(tmp_path / "e", tmp_path / "out")
+
+
+def test_names_may_be_percent_encoded(tmp_path: Path) -> None:
+    file = write_coco(tmp_path / "e", ["a"])
+    content = json.loads(file.read_text())
+    content["images"][0]["file_name"] = "one%20two.jpg"
+    put(file, content)
+    (tmp_path / "e/images/a.jpg").rename(tmp_path / "e/images/one two.jpg")
+    assert [image.image for image in import_here(tmp_path / "e", tmp_path / "out").images] == ["images/one two.jpg"]
+
+
 def test_coco_crowds_may_be_booleans(tmp_path: Path) -> None:
     file = write_coco(tmp_path / "e")
     content = json.loads(file.read_text())
@@ -407,6 +438,52 @@ def test_yolo_images_may_be_in_another_folder(tmp_path: Path) -> None:
         import_here(tmp_path / "r", tmp_path / "other", f"import.images={tmp_path / 'photos'}")
 
 
+def test_yolo_images_elsewhere_have_the_labels_of_the_export_and_not_those_beside_them(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "e", ["a", "b"])  # a is of val, b of train
+    (tmp_path / "e/valid/images").rename(put(tmp_path / "photos/valid/x", "x").with_name("images"))
+    (tmp_path / "e/train/images").rename(put(tmp_path / "photos/train/x", "x").with_name("images"))
+    for name in ("train/images/a.jpg", "valid/images/b.jpg"):
+        put(tmp_path / "photos" / name, photo(f"other {name}"))
+    (tmp_path / "e/valid/labels/b.txt").write_text("")  # each name is in both splits
+    (tmp_path / "e/train/labels/a.txt").write_text("")
+    put(tmp_path / "photos/train/labels/b.txt", "1 0 0 1 0 1 1 0 1\n")  # of an older state
+    imported = import_here(tmp_path / "e", tmp_path / "out", f"import.images={tmp_path / 'photos'}")
+    masks = masks_of(tmp_path / "out")
+    assert {image.split for image in imported.images} == {"train", "val"}
+    for name in ("train/images/b", "valid/images/a"):
+        assert np.array_equal(masks[name], expected()), name
+    for name in ("train/images/a", "valid/images/b"):
+        assert (masks[name] == 3).all(), name
+
+
+def test_a_label_file_of_yolo_that_may_be_one_of_two_is_refused(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path / "e", ["a", "b"])
+    put(tmp_path / "photos/one/a.jpg", photo("a"))
+    shutil.copy(tmp_path / "e/valid/labels/a.txt", tmp_path / "e/train/labels/a.txt")
+    shutil.copytree(tmp_path / "e/valid/labels", tmp_path / "e/valid/more/labels")
+    file.write_text("names: [cat, dog]\nval: val.txt\ntrain: val.txt\n")
+    put(tmp_path / "e/val.txt", "a.jpg\n")
+    with pytest.raises(DataError, match=r"a\.jpg: its label file may be .*a\.txt or .*a\.txt\. Rename one"):
+        import_here(tmp_path / "e", tmp_path / "out", f"import.images={tmp_path / 'photos'}")
+
+
+def test_poses_of_yolo_are_boxes_and_no_polygons(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path / "e")
+    content = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(content | {"kpt_shape": [2, 3]}))
+    x, y, width, height = CAT
+    box = [(x + width / 2) / WIDTH, (y + height / 2) / HEIGHT, width / WIDTH, height / HEIGHT]
+    for label in (tmp_path / "e").rglob("*.txt"):
+        label.write_text(" ".join(map(str, [0, *box, 0.1, 0.2, 2, 0, 0, 0])) + "\n")
+    with pytest.raises(DataError, match=r"\.txt:1: is a box"):
+        import_here(tmp_path / "e", tmp_path / "out")
+    import_here(tmp_path / "e", tmp_path / "out", "import.boxes=draw")
+    assert np.array_equal(masks_of(tmp_path / "out")["train/images/b"], expected(1, 1))
+    file.write_text(yaml.safe_dump(content | {"kpt_shape": [3, 2, 1]}))
+    with pytest.raises(DataError, match=r"data\.yaml: kpt_shape must be the numbers of points and of their values"):
+        import_here(tmp_path / "e", tmp_path / "other")
+
+
 def test_yolo_boxes_are_drawn_on_request(tmp_path: Path) -> None:
     write_yolo(tmp_path / "e")
     x, y, width, height = CAT
@@ -509,6 +586,31 @@ def write_grey_png(path: Path, values: NDArray[np.integer], bits: int) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(coded))
 
 
+def test_class_names_of_labelme_are_in_the_colours_of_pascal_voc(tmp_path: Path) -> None:
+    write_voc(tmp_path / "e").unlink()
+    put(tmp_path / "e/class_names.txt", "_background_\ncat\ndog\n")
+    colours = np.array([voc_colour(index) for index in range(3)], np.uint8)
+    for name in NAMES:
+        put(tmp_path / "e/SegmentationClass" / f"{name}.png", Image.fromarray(colours[expected(1, 2, 0)]))
+    imported = import_here(tmp_path / "e", tmp_path / "out")
+    assert imported.names == ("_background_", "cat", "dog")
+    assert np.array_equal(masks_of(tmp_path / "out")["a"], expected(2, 3, 1))
+    put(tmp_path / "e/class_names.txt", "cat\ncat\n")
+    with pytest.raises(DataError, match=r"class_names\.txt: must list 1 to 255 different names"):
+        import_here(tmp_path / "e", tmp_path / "other")
+
+
+def test_grey_masks_of_an_export_all_hold_indices_or_all_hold_colours(tmp_path: Path) -> None:
+    write_voc(tmp_path / "e", ["a", "b"]).write_text("cat:250,50,83::\ndog:0,0,9::\n")  # black is no class
+    for name, index in (("a", 1), ("b", 0)):
+        Image.fromarray(np.full((HEIGHT, WIDTH), index, np.uint8)).save(
+            tmp_path / "e/SegmentationClass" / f"{name}.png"
+        )
+    imported = import_here(tmp_path / "e", tmp_path / "out")
+    masks = masks_of(tmp_path / "out")
+    assert imported.names == ("cat", "dog") and (masks["a"] == 2).all() and (masks["b"] == 1).all()
+
+
 def test_other_folders_of_masks_are_not_the_images(tmp_path: Path) -> None:
     write_voc(tmp_path / "e", with_images=False)
     shutil.copytree(tmp_path / "e/SegmentationClass", tmp_path / "e/SegmentationClassRaw")
@@ -589,6 +691,10 @@ def test_later_shapes_are_on_top_and_special_labels_mean_background_and_ignored(
     assert np.array_equal(mask, expected(1, 2, 2))
     mask = labelme_mask(tmp_path / "i", shapes[0], labelme_shape("__ignore__", corners(DOG)))
     assert np.array_equal(mask, expected(1, 0, 2))
+    # Where pixels nobody annotated are ignored, those somebody called background are not.
+    mask = labelme_mask(tmp_path / "u", *shapes, words=("import.unlabelled=ignore",))
+    assert np.array_equal(mask, expected(2, 1, 0))
+    assert ClassTable.from_csv(tmp_path / "u/out/classes.csv").names == ("_background_", "cat")
 
 
 def test_folders_decide_between_images_of_labelme_with_one_name_and_labels_lose_blanks(tmp_path: Path) -> None:
@@ -700,6 +806,28 @@ def test_label_studio_brushes_ellipses_and_rotated_boxes(tmp_path: Path) -> None
     assert difference.sum() <= 4
     shape = read_rectangle({"x": 50, "y": 50, "width": 25, "height": 25, "rotation": 90}, Size(HEIGHT, WIDTH))
     assert np.allclose(shape.rings[0], [[32, 24], [32, 40], [20, 40], [20, 24]])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_regions_of_label_studio_may_have_answers_to_questions(tmp_path: Path) -> None:
+    region = studio_region("cat", "polygon", {"points": percent(CAT)})
+    del region["value"]["polygonlabels"]
+    region["type"] = "polygon"
+    common = {key: region[key] for key in ("id", "to_name", "original_width", "original_height")}
+    answers = [
+        {**common, "type": "labels", "value": {"labels": ["cat"]}},
+        {**common, "type": "choices", "value": {"choices": ["old"]}},
+        {**common, "type": "textarea", "value": {"text": ["seen from above"]}},
+    ]
+    assert np.array_equal(studio_mask(tmp_path, region, *answers), expected(1, 1, 2))
+
+
+def test_a_task_of_label_studio_with_two_annotated_pictures_is_refused(tmp_path: Path) -> None:
+    regions = [
+        studio_region("cat", "polygon", {"points": percent(box)}, to_name=name, id=name)
+        for box, name in ((CAT, "before"), (DOG, "after"))
+    ]
+    with pytest.raises(DataError, match=r"task 1: has regions in 2 pictures \(before, after\)\. Make a task of each"):
+        studio_mask(tmp_path, *regions)
 
 
 def test_the_newest_annotation_that_is_not_cancelled_is_used_and_open_tasks_are_left_out(tmp_path: Path) -> None:
