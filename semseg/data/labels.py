@@ -5,6 +5,7 @@ Arrays: raw label (H, W) with the ids of the file; label int16 (H, W), class ind
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,8 +93,18 @@ def read_label(
     return _undo_stretch(raw, image, header)
 
 
-def has_colours(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> bool:
-    """Whether a label is an RGB file of 8 bits with another colour than greys; False if it cannot be read."""
+class GreyColours(NamedTuple):
+    """The levels of the grey colours that have a meaning, and of those the ones that are no ids."""
+
+    colours: Set[int]
+    without_id: Set[int]
+
+
+def has_colours(path: str | Path, greys: GreyColours, *, max_pixels: int = MAX_PIXELS) -> bool:
+    """Whether a label is an RGB file of 8 bits coded in colours; False if it cannot be read.
+
+    A file of greys alone is one if all of them are colours, and one of them is no id.
+    """
     try:
         data = read_image_bytes(path)
         if data.startswith(NPY_START):
@@ -102,7 +113,11 @@ def has_colours(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> bool:
         if image.mode not in ("RGB", "RGBA") or header.bits > 8:
             return False
         with pillow_without_limit, silence_decoder(image):
-            return not _is_grey(np.asarray(image))
+            pixels = np.asarray(image)
+        if not _is_grey(pixels):
+            return True
+        levels = set(np.unique(pixels[..., 0]).tolist())
+        return levels <= greys.colours and not levels.isdisjoint(greys.without_id)
     except Exception:  # reading it for training says why
         return False
 

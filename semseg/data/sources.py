@@ -19,7 +19,7 @@ from semseg.data.folds import assign_folds, name_group
 from semseg.data.header_cache import find_pixel_type, readable_headers
 from semseg.data.headers import Header
 from semseg.data.label_map import IGNORED, ColourIds, LabelMap
-from semseg.data.labels import has_colours
+from semseg.data.labels import GreyColours, has_colours
 from semseg.data.list_files import find_row_splits, match_split, read_odgt_list, read_table_list
 from semseg.data.orientation import (
     Evidence,
@@ -98,8 +98,8 @@ class DataSource:
         """The meaning of the ids, or the colours, of mask files; looks at some of them where both are possible."""
         return make_label_map(self.config, self.classes, self._has_coloured_masks)
 
-    def _has_coloured_masks(self) -> bool:
-        """Whether one of some masks of the splits that were read, or else of the first one, has colours."""
+    def _has_coloured_masks(self, greys: GreyColours) -> bool:
+        """Whether one of some masks of the splits that were read, or else of the first one, is coded in colours."""
         read = list(self._records.values())
         if not read:
             split = next((split for split in ("train", "val", "test") if self._is_configured(split)), None)
@@ -108,7 +108,7 @@ class DataSource:
         for records in read:
             masks = [record.label for record in records if record.label]
             spread = masks[:: -(-len(masks) // NUM_LOOKED_AT) or 1]
-            if any(has_colours(mask, max_pixels=self.config.max_pixels) for mask in spread):
+            if any(has_colours(mask, greys, max_pixels=self.config.max_pixels) for mask in spread):
                 return True
         return False
 
@@ -633,7 +633,7 @@ def make_output_label_map(config: DataConfig, classes: ClassTable, output_format
 
 
 def make_label_map(
-    config: DataConfig, classes: ClassTable, find_colours: Callable[[], bool] = lambda: False
+    config: DataConfig, classes: ClassTable, find_colours: Callable[[GreyColours], bool] = lambda greys: False
 ) -> LabelMap:
     """The meaning of the ids, or the colours, of mask files.
 
@@ -653,6 +653,8 @@ def make_label_map(
     if not always and (config.mask_type == "ids" or not has_file or not has_distinct_colours):
         return plain
     unscored = [(red, green, blue) for red, green, blue in config.ignore_colors]
-    codes_grey = always or find_colours()
+    greys = {colour[0] for colour in (*classes.palette, *unscored) if len(set(colour)) == 1}
+    without_id = {level for level in greys if plain.class_index(level) is None}
+    codes_grey = always or find_colours(GreyColours(greys, without_id))
     colours = ColourIds(classes.palette, plain.class_ids, unscored, always=always, codes_grey=codes_grey)
     return LabelMap(classes.num_classes, config.first_id, config.ignore, ids, colours)

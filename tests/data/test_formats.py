@@ -122,6 +122,14 @@ def test_a_black_mask_of_a_data_set_in_colours_is_read_as_the_others_are(
     assert labels(source(coloured, *COLOURED, *words)) == [row, row[:6] + [1] * 6]
 
 
+@pytest.mark.parametrize("words", [[], ["data.first_id=0", "data.ignore=[]"]])
+def test_masks_in_black_and_white_are_coded_in_colours_if_the_table_has_them(coloured: Path, words: list[str]) -> None:
+    (coloured / "classes.csv").write_text("index,name,R,G,B\n0,ground,0,0,0\n1,building,255,255,255\n")
+    save(coloured / "masks" / "a.png", colours((0, 0, 0), (0, 0, 0)))
+    save(coloured / "masks" / "b.png", colours((0, 0, 0), (255, 255, 255)))
+    assert labels(source(coloured, *COLOURED, *words)) == [[0] * 12, [0] * 6 + [1] * 6]
+
+
 def test_a_black_mask_of_a_data_set_of_ids_in_rgb_files_is_id_0(coloured: Path) -> None:
     save(coloured / "masks" / "a.png", colours((0, 0, 0), (0, 0, 0)))
     save(coloured / "masks" / "b.png", colours((0, 0, 0), (1, 1, 1)))

@@ -14,6 +14,7 @@ from semseg.data.palette import Colour
 from semseg.data.records import Problem
 from semseg.data.regions import Patch, Ring, decode_runs, decode_text, fill_disc, fill_rings
 
+IGNORED_VALUE = 255  # in masks of indices
 UNLABELLED = -2  # in the class indices of an import: not scored; nobody annotated the pixel
 
 

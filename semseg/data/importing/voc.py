@@ -18,7 +18,7 @@ from semseg.data.folders import IMAGE_SUFFIXES
 from semseg.data.images import check_png, open_checked, read_header, read_image, read_image_bytes
 from semseg.data.importing.files import EntryError, find_split, read_text_lines
 from semseg.data.importing.image_finder import ImageFinder
-from semseg.data.importing.model import UNLABELLED, AnnotatedImage, Export, MaskFile
+from semseg.data.importing.model import IGNORED_VALUE, UNLABELLED, AnnotatedImage, Export, MaskFile
 from semseg.data.label_map import IGNORED
 from semseg.data.labels import read_label
 from semseg.data.palette import Colour, pack_colours, unpack_colour, voc_colour
@@ -28,7 +28,6 @@ from semseg.errors import DataError
 MASK_FOLDER, LABEL_MAP, LISTS = "SegmentationClass", "labelmap.txt", Path("ImageSets", "Segmentation")
 CLASS_NAMES = "class_names.txt"
 VOC_COLOURS = 255  # of classes; the last one is the border
-IGNORED_VALUE = 255
 BLACK: Colour = (0, 0, 0)
 WHITE: Colour = (255, 255, 255)
 BORDER: Colour = (224, 224, 192)  # the border of objects in Pascal VOC, index 255
@@ -55,7 +54,7 @@ def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
     Raises:
         DataError: if the label map is wrong, or there are no masks.
     """
-    rows, notes = read_classes(root)
+    rows, notes = read_voc_classes(root)
     splits = read_splits(root / LISTS)
     files = [path for path in store.list_files_below(root / MASK_FOLDER) if path.suffix.lower() in IMAGE_SUFFIXES]
     masks = [path for path in files if path.suffix in MASK_SUFFIXES]
@@ -98,7 +97,7 @@ def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
     return Export("masks of CVAT or Pascal VOC", tuple(row.name for row in rows), palette, items, tuple(notes))
 
 
-def read_classes(root: Path) -> tuple[list[LabelMapRow], list[str]]:
+def read_voc_classes(root: Path) -> tuple[list[LabelMapRow], list[str]]:
     """The classes of labelmap.txt or of class_names.txt, which LabelMe writes, or those of Pascal VOC, and notes.
 
     Raises:

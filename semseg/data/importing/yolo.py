@@ -16,7 +16,7 @@ from semseg.data import store
 from semseg.data.folders import IMAGE_SUFFIXES, leave_out_arrays_beside_images
 from semseg.data.importing.files import EntryError, find_other_case, find_split, read_text_lines
 from semseg.data.importing.image_finder import EndIndex, ImageFinder
-from semseg.data.importing.model import AnnotatedImage, Annotation, Export, MaskFile, RelativePolygon
+from semseg.data.importing.model import IGNORED_VALUE, AnnotatedImage, Annotation, Export, MaskFile, RelativePolygon
 from semseg.data.label_map import IGNORED, MAX_CLASSES
 from semseg.data.labels import read_label
 from semseg.data.list_files import SPLIT_NAMES
@@ -24,7 +24,6 @@ from semseg.data.records import Problem
 from semseg.errors import DataError, one_line
 
 MAX_YAML_BYTES = 2**18
-IGNORED_VALUE = 255  # in masks of masks_dir
 SLACK = 0.02  # coordinates may lie outside of 0..1 by this much: rounding, and points at the edge
 
 
