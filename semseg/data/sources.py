@@ -9,7 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from semseg.config.mix import MixPart, read_mix
+from semseg.config.overrides import DESCRIPTION_FILE
 from semseg.config.schema import BUILT_IN_CLASSES, SPLITS, DataConfig, SplitConfig
 from semseg.data import store
 from semseg.data.bands import BandOptions, band_options
@@ -521,15 +524,41 @@ def open_part(number: int, part: MixPart, classes: ClassTable) -> MixedSource:
         classes: those of the main data set.
 
     Raises:
-        ConfigError: if one of its classes has no counterpart there.
+        ConfigError: if one of its classes has no counterpart there, or it has other classes that the entry does not
+            name.
         DataError: if its class table is missing or broken.
     """
     with name_part(part.key):
         source = DataSource(part.data, None if part.has_own_classes else classes, is_part=True)
+        described = None if part.has_own_classes or part.data.map else find_described_classes(part.data.root)
+    if described is not None and [*map(fold_name, described.names)] != [*map(fold_name, classes.names)]:
+        raise ConfigError(
+            f"{part.key}: {Path(str(part.data.root), DESCRIPTION_FILE)} names classes of its own, which are not those "
+            "of the main data set in their order. Add their table to the entry, as `classes`: they are matched by name."
+        )
     if not part.has_own_classes:
         return MixedSource(number, part, source, source.label_map)
     indices = match_classes(part, source.classes, classes)
     return MixedSource(number, part, source, source.label_map.translate(indices, classes.num_classes))
+
+
+def find_described_classes(root: str | None) -> ClassTable | None:
+    """The classes in the description of a folder, as mode=import writes it; None if there is none, or it names none.
+
+    Raises:
+        DataError: if the class table is missing or broken.
+    """
+    file = Path(root or "", DESCRIPTION_FILE)
+    if root is None or not store.is_file(file):
+        return None
+    try:
+        content = yaml.safe_load(store.read_file(file))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    table = content.get("classes") if isinstance(content, dict) else None
+    if not isinstance(table, str) or table in BUILT_IN_CLASSES:
+        return built_in_classes(table) if isinstance(table, str) else None
+    return ClassTable.from_file(file.parent / table)
 
 
 def match_classes(part: MixPart, own: ClassTable, main: ClassTable) -> list[int]:

@@ -207,6 +207,17 @@ def test_classes_are_those_of_the_same_name_and_others_must_be_mapped(main_confi
     assert halves == [[0, 1], [1, 2], [1, 2], [0, 1], [-1, 1]]
 
 
+def test_a_folder_that_describes_other_classes_must_name_them(main_config: DataConfig) -> None:
+    """As mode=import writes folders: their ids would mean the classes of the main data set."""
+    entry = main_config.mix[0]
+    classes = entry.pop("classes")
+    Path(entry["root"], "semseg.yaml").write_text(f"classes: {classes}\n")
+    with pytest.raises(ConfigError, match=r"data\.mix\[0\]: .*semseg\.yaml names classes of its own.* as `classes`"):
+        DataSource(main_config).training_records()
+    write_classes(Path(entry["root"]), "Sky", "road", "car")
+    assert len(DataSource(main_config).parts) == 1
+
+
 def test_a_further_data_set_may_have_one_class(main_config: DataConfig) -> None:
     (Path(main_config.mix[0]["root"]) / "classes.csv").write_text("index,name,R,G,B\n0,car,1,2,3\n")
     assert DataSource(main_config).parts[0].source.classes.names == ("car",)
