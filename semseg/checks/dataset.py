@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from semseg.config.schema import DataConfig
+from semseg.config.schema import BUILT_IN_CLASSES, DataConfig
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size, canvas_size
 from semseg.data.label_map import IGNORED, MAX_CLASSES, MAX_ID, UNSCORED_ID, LabelMap
+from semseg.data.labels import read_palette
 from semseg.data.overlap import Overlap
 from semseg.data.palette import Colour
 from semseg.data.plan import SubBatch, TrainPlan
@@ -35,6 +36,7 @@ VOID = 255  # the id that most tools write for unlabelled pixels
 VOIDS = frozenset({VOID, MAX_ID})  # with 8 and with 16 bits
 DARK = 0.25  # fraction of white: a 16-bit image with all values below is reported
 DARK_IF_ALL = 0.5  # instead of DARK, if it holds for all 16-bit images: they probably have fewer bits
+NUM_PALETTES = 64  # of masks that are read
 MAX_EXAMPLES = 10  # example files of one notice
 
 ClassOf = Callable[[int], int | None]  # id -> class index, IGNORED, or None for unknown ids
@@ -164,6 +166,7 @@ def diagnose(
         notices += advice.notices
         suggestions |= advice.suggestions
     rows = summarise_classes(splits, configured)
+    notices += check_palettes(splits, data, configured)
     notices += [*check_labels(splits, class_of), *check_classes(rows, [split.name for split in splits])]
     if shared:
         files = (*shared.same_path, *shared.same_content)
@@ -478,6 +481,47 @@ def check_shifted_ids(splits: Sequence[ScannedSplit], data: DataConfig, label_ma
     if data.classes is not None:
         del suggested["data.num_classes"]  # the table has it
     return Advice([Notice(WARNING, text)], suggested)
+
+
+def check_palettes(splits: Sequence[ScannedSplit], data: DataConfig, configured: ConfiguredClasses) -> Iterator[Notice]:
+    """A notice about palette masks whose colours say that other classes were intended than their indices."""
+    paletted = [
+        (str(record.label), facts.ids)
+        for split in splits
+        for record, facts in split.usable_pairs
+        if facts.mask_kind.endswith(" P")
+    ]
+    has_own_colours = data.classes is not None and data.classes not in BUILT_IN_CLASSES
+    if data.mask_type != "colors" and paletted:
+        read = paletted[:: -(-len(paletted) // NUM_PALETTES)]
+        if text := find_contradiction(read, configured.label_map, configured.classes if has_own_colours else None):
+            way_out = "data.mask_type=colors reads the colours, by a class table that has them"
+            yield Notice(WARNING, f"{text}. {way_out}.")
+
+
+def find_contradiction(
+    masks: Iterable[tuple[str, Iterable[int]]], label_map: LabelMap, classes: ClassTable | None
+) -> str:
+    """How the palettes of masks contradict each other or the colours of the classes; empty if they do not.
+
+    Args:
+        masks: paths, and the ids in each.
+        classes: None: the colours of classes say nothing.
+    """
+    class_of_colour = {} if classes is None else {colour: index for index, colour in enumerate(classes.palette)}
+    first_of: dict[int, tuple[Colour, str]] = {}
+    for path, ids in masks:
+        palette = read_palette(path)
+        for raw_id in sorted(palette.keys() & ids):
+            colour = palette[raw_id]
+            other, first = first_of.setdefault(raw_id, (colour, path))
+            if other != colour:
+                return f"id {raw_id} has the colour {other} in the palette of {first} and {colour} in that of {path}"
+            index, named = label_map.class_index(raw_id), class_of_colour.get(colour)
+            if classes is not None and named is not None and index not in (None, IGNORED, named):
+                shown = f"{classes.names[index]}, and its colour {colour} in the palette that of {classes.names[named]}"
+                return f"{path}: id {raw_id} is {shown}"
+    return ""
 
 
 def check_labels(splits: Sequence[ScannedSplit], class_of: ClassOf) -> Iterator[Notice]:

@@ -6,6 +6,7 @@ Arrays: raw label (H, W) with the ids of the file; label int16 (H, W), class ind
 from __future__ import annotations
 
 from collections.abc import Set
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from semseg.data.images import (
 )
 from semseg.data.label_cache import LabelCache, LabelRuns
 from semseg.data.label_map import IGNORED, ColourIds, LabelMap
-from semseg.data.palette import pack_colours, unpack_colour
+from semseg.data.palette import Colour, pack_colours, unpack_colour
 from semseg.data.raster_layout import NPY_START
 from semseg.data.rasters import read_array
 from semseg.errors import DataError
@@ -120,6 +121,15 @@ def has_colours(path: str | Path, greys: GreyColours, *, max_pixels: int = MAX_P
         return levels <= greys.colours and not levels.isdisjoint(greys.without_id)
     except Exception:  # reading it for training says why
         return False
+
+
+def read_palette(path: str | Path) -> dict[int, Colour]:
+    """The colour of each index of a palette file; empty for other files, and for those that cannot be read."""
+    with suppress(DataError):
+        image, _ = open_checked(path, read_image_bytes(path), MAX_PIXELS)
+        if image.mode == "P" and (levels := image.getpalette("RGB")):
+            return dict(enumerate(zip(levels[::3], levels[1::3], levels[2::3], strict=True)))
+    return {}
 
 
 def _read_array(path: str | Path, data: bytes, max_pixels: int) -> NDArray[np.integer]:

@@ -252,6 +252,30 @@ def test_black_and_white_masks_have_two_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_palettes_that_contradict_each_other_or_the_class_table_are_reported(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data", ids=(1, 2))
+    (root / "classes.csv").write_text("index,name,R,G,B\n1,wall,200,0,0\n2,tree,0,200,0\n")
+
+    def paint(*levels: int) -> dict[str, Any]:
+        for mask in (root / "masks").iterdir():
+            picture = Image.fromarray(stripes(1, 2))
+            picture.putpalette([0, 0, 0, *levels])
+            picture.save(mask)
+        return check(root, "data.classes=classes.csv", "data.short_edges=[60]")
+
+    assert not paint(200, 0, 0, 0, 200, 0)["notices"]
+    assert not paint(9, 9, 9, 8, 8, 8)["notices"]  # colours that say nothing
+    found = of_level(paint(0, 200, 0, 200, 0, 0), "warning")
+    assert "id 1 is wall, and its colour (0, 200, 0) in the palette that of tree. data.mask_type=colors" in found
+    picture = Image.fromarray(stripes(1, 2))
+    picture.putpalette([0, 0, 0, 9, 9, 9, 8, 8, 8])
+    paint(7, 7, 7, 8, 8, 8)
+    picture.save(root / "masks" / "03.png")
+    found = of_level(check(root, "data.num_classes=2", "data.short_edges=[60]"), "warning")
+    assert "id 1 has the colour (" in found and "03.png" in found
+
+
+@pytest.mark.slow
 def test_codes_of_16_bits_become_a_map(tmp_path: Path) -> None:
     root = good_folder(tmp_path / "data")
     for mask in (root / "masks").iterdir():
