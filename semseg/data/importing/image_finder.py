@@ -6,6 +6,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Generic, TypeVar
 from urllib.parse import unquote
@@ -102,7 +103,7 @@ class ImageFinder:
         if not found:
             self._refuse_missing(name, _split_name(name)[-1])
         if len(found) > 1 and split:
-            found = _keep_best(found, lambda path: int(find_split(*path.relative_to(self.folder).parts[:-1]) == split))
+            found = _keep_best(found, lambda path: int(self._split_of_folder(path.parent) == split))
         found = _keep_uppermost(found)
         if len(found) > 1:
             listed = " and ".join(str(path) for path in found[:2])
@@ -176,14 +177,23 @@ class ImageFinder:
             )
 
     def _refuse_other_split(self, name: str, parts: Sequence[str], found: Path, split: str) -> None:
-        """Refuse a file in a folder of another split, which the name does not name.
+        """Refuse a file in a folder of another split, which the name does not name, if there are folders of this one.
 
         Raises:
             EntryError: with both splits.
         """
-        other = find_split(*found.relative_to(self.folder).parts[:-1])
-        if split and other not in ("", split) and find_split(*parts[:-1]) != other:
+        other = self._split_of_folder(found.parent)
+        is_wrong = split and other not in ("", split) and split in self._splits
+        if is_wrong and find_split(*parts[:-1]) != other:
             raise EntryError(f"there is no image {name} of {split} below {self.folder}, and {found} is one of {other}")
+
+    def _split_of_folder(self, folder: Path) -> str:
+        return find_split(*folder.relative_to(self.folder).parts)
+
+    @cached_property
+    def _splits(self) -> set[str]:
+        """The splits that folders of images name."""
+        return {self._split_of_folder(folder) for folder in {path.parent for path in self._paths}}
 
     def _refuse_missing(self, name: str, last: str) -> None:
         similar = self._by_case.get(last.casefold())
