@@ -165,7 +165,7 @@ def initialise_from(net: SegmentationNetwork, saved: SavedNetwork) -> LoadReport
         )
     found = {name: value for name, value in saved.weights.items() if name in expected or not is_counter(name)}
     if has != needs:
-        found = adapt_weights(found, expected, needs, saved.convention.channel_order)
+        found = adapt_weights(found, net, needs, saved.convention.channel_order)
     other_classes = [
         name
         for name, value in found.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from semseg.config.schema import BUILT_IN_CLASSES, DataConfig
@@ -156,13 +156,14 @@ def diagnose(
     others = [split._replace(problems=()) if split.problems == splits[0].problems else split for split in splits[1:]]
     notices = [notice for split in (splits[0], *others) for notice in (*check_files(split), *check_reading(split))]
     if configured is None:
-        suggestions |= suggest_ids(sum_ids(splits))
+        suggestions |= suggest_ids(sum_ids(splits)) if data.map is None else suggest_number(data.map)
         notices.append(Notice(ERROR, describe_unexplained_ids(sorted(sum_ids(splits)))))
         return Diagnosis(sort_notices(notices), [summarise_split(split, None) for split in splits], [], suggestions)
     class_of = configured.label_map.class_index
     num_classes = configured.label_map.num_classes
     unknown = check_unknown_ids(splits, data, num_classes, class_of, find_pixel)
-    for advice in (unknown, check_shifted_ids(splits, data, configured.label_map)):
+    shifted = Advice([], {}) if unknown.notices else check_shifted_ids(splits, data, configured.label_map)
+    for advice in (unknown, shifted):
         notices += advice.notices
         suggestions |= advice.suggestions
     rows = summarise_classes(splits, configured)
@@ -278,7 +279,7 @@ def describe_unexplained_ids(ids: Sequence[int]) -> str:
     >>> describe_unexplained_ids([0, 1, 2])
     'data.num_classes is not set. Found ids 0..2. If 0 means unlabelled, set only data.num_classes=2.'
     """
-    class_ids = [raw_id for raw_id in ids if raw_id not in (0, *VOIDS)]
+    class_ids = [raw_id for raw_id in ids if raw_id not in {0, *find_voids(ids)}]
     if not ids:
         return "data.num_classes is not set, and no mask shows the ids."
     message = f"data.num_classes is not set. Found ids {format_ranges(ids)}."
@@ -319,8 +320,9 @@ def suggest_ids(pixels: Counter[int]) -> dict[str, str]:
         return {}
     if levels := map_grey_levels(ids):
         return suggest_map(levels, [])
-    class_ids = [raw_id for raw_id in ids if raw_id not in VOIDS] or ids
-    if len(class_ids) > MAX_CLASSES:
+    voids = find_voids(ids)
+    class_ids = [raw_id for raw_id in ids if raw_id not in voids]
+    if not 0 < len(class_ids) <= MAX_CLASSES or (class_ids == [0] and MAX_ID in voids):  # no white of 16 bits
         return {}
     ignored = [str(raw_id) for raw_id in ids if raw_id not in class_ids]
     if are_sparse(class_ids):
@@ -335,6 +337,12 @@ def suggest_ids(pixels: Counter[int]) -> dict[str, str]:
     }
 
 
+def suggest_number(ids: Mapping[Any, int | None]) -> dict[str, str]:
+    """The number of classes of data.map."""
+    indices = [int(index) for index in ids.values() if index is not None]
+    return {"data.num_classes": str(max(indices) + 1)} if indices else {}
+
+
 def suggest_map(classes: dict[int, int | None], ignored: Sequence[str]) -> dict[str, str]:
     """Settings for a class index of each id, None: of no class."""
     items = ",".join(f"{raw_id}:{'null' if index is None else index}" for raw_id, index in classes.items())
@@ -342,6 +350,12 @@ def suggest_map(classes: dict[int, int | None], ignored: Sequence[str]) -> dict[
         "data.num_classes": str(sum(index is not None for index in classes.values())), "data.first_id": "0",
         "data.ignore": f"[{','.join(ignored)}]", "data.map": f"{{{items}}}",
     }  # fmt: skip
+
+
+def find_voids(ids: Iterable[int]) -> set[int]:
+    """Those of 255 and 65535 that occur and are no number among consecutive ones."""
+    found = set(ids)
+    return {void for void in VOIDS & found if not {void - 1, void + 1} <= found}
 
 
 def are_sparse(class_ids: Sequence[int]) -> bool:
@@ -477,10 +491,12 @@ def check_shifted_ids(splits: Sequence[ScannedSplit], data: DataConfig, label_ma
         f"id {num_classes} never occurs and id 0, which is ignored, takes {pixels[0] / pixels.total():.0%} of the "
         "pixels. Do the masks start at 0?"
     )
-    suggested = suggest_ids(pixels)
-    if data.classes is not None:
-        del suggested["data.num_classes"]  # the table has it
-    return Advice([Notice(WARNING, text)], suggested)
+    ignored = ",".join(str(raw_id) for raw_id in data.ignore if raw_id != 0)
+    settings = {"data.first_id": "0", "data.ignore": f"[{ignored}]"}
+    if data.classes is not None:  # the table may have a class that does not occur: the user decides
+        words = " ".join(f"{key}={value}" for key, value in settings.items())
+        return Advice([Notice(WARNING, f"{text} If so, set {words}.")], {})
+    return Advice([Notice(WARNING, text)], settings | {"data.num_classes": str(num_classes)})
 
 
 def check_palettes(splits: Sequence[ScannedSplit], data: DataConfig, configured: ConfiguredClasses) -> Iterator[Notice]:
@@ -513,12 +529,14 @@ def find_contradiction(
     for path, ids in masks:
         palette = read_palette(path)
         for raw_id in sorted(palette.keys() & ids):
-            colour = palette[raw_id]
+            colour, index = palette[raw_id], label_map.class_index(raw_id)
+            if index == IGNORED:
+                continue
             other, first = first_of.setdefault(raw_id, (colour, path))
             if other != colour:
                 return f"id {raw_id} has the colour {other} in the palette of {first} and {colour} in that of {path}"
-            index, named = label_map.class_index(raw_id), class_of_colour.get(colour)
-            if classes is not None and named is not None and index not in (None, IGNORED, named):
+            named = class_of_colour.get(colour)
+            if classes is not None and index is not None and named not in (None, index):
                 shown = f"{classes.names[index]}, and its colour {colour} in the palette that of {classes.names[named]}"
                 return f"{path}: id {raw_id} is {shown}"
     return ""

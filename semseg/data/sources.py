@@ -530,7 +530,8 @@ def open_part(number: int, part: MixPart, classes: ClassTable) -> MixedSource:
     """
     with name_part(part.key):
         source = DataSource(part.data, None if part.has_own_classes else classes, is_part=True)
-        described = None if part.has_own_classes or part.data.map else find_described_classes(part.data.root)
+        has_ids_of_main = part.has_own_classes or part.data.map or part.data.classes is None
+        described = None if has_ids_of_main else find_described_classes(part.data.root)
     if described is not None and [*map(fold_name, described.names)] != [*map(fold_name, classes.names)]:
         raise ConfigError(
             f"{part.key}: {Path(str(part.data.root), DESCRIPTION_FILE)} names classes of its own, which are not those "

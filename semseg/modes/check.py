@@ -330,9 +330,9 @@ def resolve_classes(data: DataConfig, source: DataSource, diagnosis: Diagnosis) 
     completed = replace(
         data,
         num_classes=int(advice["data.num_classes"]),
-        first_id=int(advice["data.first_id"]),
-        ignore=json.loads(advice["data.ignore"]),
-        map=parse_map(advice["data.map"]) if "data.map" in advice else None,
+        first_id=int(advice.get("data.first_id", data.first_id)),
+        ignore=json.loads(advice["data.ignore"]) if "data.ignore" in advice else data.ignore,
+        map=parse_map(advice["data.map"]) if "data.map" in advice else data.map,
     )
     suggested = DataSource(completed)
     return suggested.label_map, suggested.classes

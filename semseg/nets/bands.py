@@ -147,8 +147,8 @@ def adapt_first_layers(net: SegmentationNetwork, names: Sequence[str], channel_o
             setattr(part, "num_channels", len(names))  # noqa: B010 - a plain attribute of many classes
 
 
-def find_first_layers(net: SegmentationNetwork) -> list[nn.Conv2d]:
-    """The convolutions that read an image of three channels.
+def find_first_layers(net: SegmentationNetwork, num_channels: int = NUM_COLOURS) -> list[nn.Conv2d]:
+    """The convolutions that read an image of so many channels.
 
     A pointwise convolution outside the backbone is none: decoders squeeze channels, also to three.
     """
@@ -157,7 +157,7 @@ def find_first_layers(net: SegmentationNetwork) -> list[nn.Conv2d]:
         layer
         for layer in net.modules()
         if isinstance(layer, nn.Conv2d)
-        and layer.in_channels == NUM_COLOURS
+        and layer.in_channels == num_channels
         and layer.groups == 1
         and (layer in in_backbone or layer.kernel_size != (1, 1))
     ]
@@ -178,13 +178,15 @@ def repeat_weights(weight: Tensor, names: Sequence[str], channel_order: str = "r
 
 
 def adapt_weights(
-    found: dict[str, Tensor], expected: dict[str, Tensor], names: Sequence[str], channel_order: str = "rgb"
+    found: dict[str, Tensor], net: SegmentationNetwork, names: Sequence[str], channel_order: str = "rgb"
 ) -> dict[str, Tensor]:
     """Weights of a network for red, green and blue, of which the first layers are made for other bands.
 
     Args:
-        expected: the weights of the network for the bands `names`.
+        net: the network for the bands `names`.
     """
+    layers = set(find_first_layers(net, len(names)))
+    expected = {f"{name}.weight": module.weight for name, module in net.named_modules() if module in layers}
     return {
         name: repeat_weights(value, names, channel_order)
         if name in expected and reads_colours(value, expected[name], len(names))

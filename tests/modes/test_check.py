@@ -236,8 +236,14 @@ def test_masks_of_a_class_table_that_start_at_0_are_recognised(tmp_path: Path) -
     (root / "classes.txt").write_text("sky\nroad\ntree\n")
     found = check(root, "data.classes=classes.txt", "data.short_edges=[60]")
     assert "id 3 never occurs and id 0, which is ignored, takes 33%" in of_level(found, "warning")
-    assert found["suggestions"] == {"data.first_id": "0", "data.ignore": "[]"}
-    assert check(root, *shlex.split(found["command"])[2:])["verdict"] == "READY"
+    assert "If so, set data.first_id=0 data.ignore=[]." in of_level(found, "warning")
+    assert found["suggestions"] == {}  # tree may just not occur
+    words = ("data.classes=classes.txt", "data.first_id=0", "data.ignore=[]", "data.short_edges=[60]")
+    assert check(root, *words)["verdict"] == "READY"
+    put(root, "zz", stripes(0, 1, 2, 7))
+    found = check(root, "data.classes=classes.txt", "data.short_edges=[60]")
+    assert "Do the masks start at 0" not in of_level(found, "warning")  # unknown ids come first
+    assert check(root, *shlex.split(found["command"])[2:])["verdict"].startswith("READY")
 
 
 @pytest.mark.slow
@@ -296,6 +302,36 @@ def test_ids_that_no_setting_can_name_have_no_suggestion(tmp_path: Path) -> None
     found = check(root, "data.num_classes=3", "data.short_edges=[60]")
     assert "ids -1 are out of range: 0 to 65535. Change them in the masks." in of_level(found, "note")
     assert "data.ignore" not in found["suggestions"]
+    assert check(root)["verdict"] == "NOT READY"  # without data.num_classes: it reports, and does not stop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ids", [(255, 65535), (65535,), (0, 65535)])
+def test_masks_that_no_setting_makes_two_classes_are_reported(tmp_path: Path, ids: tuple[int, ...]) -> None:
+    root = good_folder(tmp_path / "data")
+    for mask in (root / "masks").iterdir():
+        Image.fromarray(stripes(*ids, dtype=np.uint16)).save(mask)
+    found = check(root)
+    assert found["verdict"] == "NOT READY" and "data.num_classes" not in found["suggestions"]
+
+
+@pytest.mark.slow
+def test_255_among_consecutive_ids_is_a_class(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data")
+    mask = np.arange(60 * 80, dtype=np.uint16).reshape(60, 80) % 301
+    for path in (root / "masks").iterdir():
+        Image.fromarray(mask).save(path)
+    found = check(root)
+    assert found["suggestions"]["data.num_classes"] == "301"
+    assert check(root, *shlex.split(found["command"])[2:])["verdict"].startswith("READY")
+
+
+@pytest.mark.slow
+def test_the_number_of_classes_is_that_of_a_map(tmp_path: Path) -> None:
+    root = good_folder(tmp_path / "data", ids=(0, 1, 2))
+    found = check(root, "data.map={0: 0, 1: 1, 2: 0}")
+    assert found["suggestions"] == {"data.num_classes": "2"}
+    assert check(root, *shlex.split(found["command"])[2:])["verdict"].startswith("READY")
 
 
 def test_masks_without_any_scored_pixel_are_an_error(tmp_path: Path) -> None:

@@ -421,10 +421,9 @@ def test_a_photograph_is_turned_if_its_labels_are(tmp_path: Path) -> None:
     assert upright is not None and upright[0, 5, 0] == 255 and upright[-1, 5, 0] == 0
     assert stored is not None and stored[5, 0, 0] == 255 and stored[5, -1, 0] == 0
     assert load_photograph(run, "missing.png", (10, 20)) is None
-    with patch.object(photographs, "MAX_PIXELS", 100):  # as if these images were larger than is usual
-        reading = describe_reading(DataConfig(max_pixels=1000))
-        assert load_photograph(run, "a.png", (10, 20)) is None
-        assert load_photograph(run._replace(metrics=run.metrics | reading), "a.png", (10, 20)) is not None
+    for max_pixels, is_read in ((1000, False), (4000, True)):  # the limit of the evaluation
+        limited = run._replace(metrics=run.metrics | describe_reading(DataConfig(max_pixels=max_pixels)))
+        assert (load_photograph(limited, "a.png", (10, 20)) is not None) == is_read
 
 
 def test_photographs_of_bands_are_read_and_drawn_as_the_evaluation_has_read_them(tmp_path: Path) -> None:

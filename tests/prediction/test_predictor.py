@@ -284,7 +284,7 @@ def test_saved_files_read_back(net: Predictor, tmp_path: Path) -> None:
     assert np.array_equal(kept["probabilities"], result.probabilities)
     assert kept["probabilities"].dtype == np.float16 and kept["names"].tolist() == list(CLASSES.names)
     assert result.save(tmp_path / "one", "ids") == [tmp_path / "one" / "prediction_ids.png"]
-    with pytest.raises(ArgumentError, match=r"'overlays' is not known\. Did you mean 'overlay'"):
+    with pytest.raises(ArgumentError, match=r"'overlays' is not known\. Did you mean overlay\?"):
         result.save(tmp_path / "none", ["ids", "overlays"])
     with pytest.raises(ArgumentError, match="probabilities=True"):
         net.predict(stripes()).save(tmp_path / "none", ["ids", "probabilities"])

@@ -81,7 +81,7 @@ class ImageFinder:
     def expect(self, names: Iterable[str]) -> None:
         """Note all names of an export, so that `find` does not take the image of one for that of another."""
         for name in names:
-            if parts := _split_name(name):
+            if parts := self._choose_spelling(name):
                 self._expected.add(parts, parts)
 
     def find(self, name: str, split: str = "") -> Path:
@@ -94,16 +94,14 @@ class ImageFinder:
         Raises:
             EntryError: if there is none, or several agree equally well, or it is in a folder of another split.
         """
-        parts = _split_name(name)
+        parts = self._choose_spelling(name)
         if not parts:
             raise EntryError(f"{name!r} names no image file")
         found = self._images.find_best(parts)
-        if not found and (decoded := _split_name(unquote(name))) and decoded != parts:
-            parts, found = decoded, self._images.find_best(decoded)
         if not found:
-            self._refuse_missing(name, _split_name(name)[-1])
+            self._refuse_missing(name, parts[-1])
         if len(found) > 1 and split:
-            found = _keep_best(found, lambda path: int(self._split_of_folder(path.parent) == split))
+            found = _keep_best(found, lambda path: int(split in map(find_split, self._folders(path))))
         found = _keep_uppermost(found)
         if len(found) > 1:
             listed = " and ".join(str(path) for path in found[:2])
@@ -111,6 +109,18 @@ class ImageFinder:
         self._refuse_other(name, parts, found[0])
         self._refuse_other_split(name, parts, found[0], split)
         return found[0]
+
+    def _choose_spelling(self, name: str) -> tuple[str, ...]:
+        """The parts of a name as it is, or percent-decoded if an image agrees with more parts then."""
+        plain, decoded = _split_name(name), _split_name(unquote(name))
+        if plain == decoded or not decoded:
+            return plain
+        return max(plain, decoded, key=self._count_agreeing)
+
+    def _count_agreeing(self, parts: tuple[str, ...]) -> int:
+        """The largest number of parts at the end that an image has."""
+        best = self._images.find_best(parts)
+        return _count_common_end(_compose_parts(best[0]), parts) if best else 0
 
     def find_stem(self, stem: str, without: Sequence[str]) -> list[Path]:
         """The image files with this path without suffix, or, of all with its last part, those that agree best.
@@ -152,6 +162,11 @@ class ImageFinder:
         return path in self._paths
 
     @property
+    def paths(self) -> Iterable[Path]:
+        """The images below the folder."""
+        return self._paths
+
+    @property
     def count(self) -> int:
         """The number of images below the folder."""
         return len(self._paths)
@@ -182,18 +197,20 @@ class ImageFinder:
         Raises:
             EntryError: with both splits.
         """
-        other = self._split_of_folder(found.parent)
-        is_wrong = split and other not in ("", split) and split in self._splits
+        folders = self._folders(found)
+        other = find_split(*folders)
+        is_wrong = split and other and split in self._splits and split not in map(find_split, folders)
         if is_wrong and find_split(*parts[:-1]) != other:
             raise EntryError(f"there is no image {name} of {split} below {self.folder}, and {found} is one of {other}")
 
-    def _split_of_folder(self, folder: Path) -> str:
-        return find_split(*folder.relative_to(self.folder).parts)
+    def _folders(self, path: Path) -> tuple[str, ...]:
+        """The folders of an image below that of all."""
+        return path.relative_to(self.folder).parts[:-1]
 
     @cached_property
     def _splits(self) -> set[str]:
         """The splits that folders of images name."""
-        return {self._split_of_folder(folder) for folder in {path.parent for path in self._paths}}
+        return {find_split(*folders) for folders in set(map(self._folders, self._paths))}
 
     def _refuse_missing(self, name: str, last: str) -> None:
         similar = self._by_case.get(last.casefold())

@@ -186,7 +186,8 @@ class LabelStudioReader:
             if isinstance(result, dict) and result.get("type") == "labels" and isinstance(result.get("id"), str)
             if (label := find_first(result, "labels"))
         }
-        pictures = {str(each.get("to_name")): None for each in task.results if find_label(each, by_id) is not None}
+        named = (each.get("to_name") for each in task.results if find_label(each, by_id) is not None)
+        pictures = {name: None for name in named if isinstance(name, str)}
         if len(pictures) > 1:
             raise EntryError(
                 f"has regions in {len(pictures)} pictures ({', '.join(pictures)}). Make a task of each, and annotate it"

@@ -91,6 +91,8 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
     if options.unlabelled == "ignore" and BACKGROUND_LABEL in labels:
         del special[BACKGROUND_LABEL]  # a class: somebody drew it
     listed, labels = [name for name in read_labels_file(root) if name not in special], labels - set(special)
+    if BACKGROUND_LABEL in labels and listed:
+        listed = list(dict.fromkeys([BACKGROUND_LABEL, *listed]))
     names = listed if labels <= set(listed) else sorted(labels)
     if not names and contents:
         raise DataError(f"{root}: no file of LabelMe in it has a shape with a label. Annotate the images first.")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -60,7 +61,7 @@ def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
     masks = [path for path in files if path.suffix in MASK_SUFFIXES]
     if not masks:
         raise DataError(f"{root / MASK_FOLDER}: there is no PNG file. Export the masks again.")
-    read = partial(decode_colours, tuple(rows), hold_indices(masks, rows))
+    read = partial(decode_colours, tuple(rows), GreyMasks(masks, rows))
     others = [path for path in files if path.suffix not in MASK_SUFFIXES]
     items: list[AnnotatedImage | Problem] = [
         Problem(f"{path}: masks are PNG files, so that all colours are exact. Export it again.") for path in others
@@ -116,19 +117,33 @@ def read_voc_classes(root: Path) -> tuple[list[LabelMapRow], list[str]]:
     return rows, [f"There is no {LABEL_MAP}: the classes and colours of Pascal VOC 2012 are used."]
 
 
-def hold_indices(masks: Sequence[Path], rows: Sequence[LabelMapRow]) -> bool:
-    """Whether grey masks hold indices of classes: one of them has a value that is no grey colour of a class.
+class GreyMasks:
+    """Whether the grey masks of an export hold indices of classes or their colours: as the first one that says so.
 
-    A single mask cannot say: one of background only has the value 0 either way.
+    A mask says so if its values can be one of them only; one of background alone has the value 0 either way.
     """
-    greys = {colour[0] for colour in colour_table(rows) if len(set(colour)) == 1}
-    for path in masks:
+
+    def __init__(self, paths: Sequence[Path], rows: Sequence[LabelMapRow]) -> None:
+        self.paths = paths
+        self.greys = {colour[0] for colour in colour_table(rows) if len(set(colour)) == 1}
+        self.indices = set(range(len(rows)))
+        self._lock, self._answer = Lock(), None
+
+    def hold_indices(self, max_pixels: int) -> bool:
+        """Read masks until one decides; they hold colours if none does."""
+        with self._lock:  # of the threads that read masks
+            if self._answer is None:
+                self._answer = next(filter(None, (self._decide(path, max_pixels) for path in self.paths)), "colours")
+        return self._answer == "indices"
+
+    def _decide(self, path: Path, max_pixels: int) -> str:
+        """What a mask must hold; empty if it is not grey, can hold both, or cannot be read."""
         with suppress(DataError):  # raised where the mask is imported
-            if read_header(path).kind.partition(" ")[2] in GREY_MODES:
-                values = set(np.unique(read_label(path)).tolist())
-                if not values - {IGNORED_VALUE} <= greys:
-                    return True
-    return False
+            if read_header(path, max_pixels=max_pixels).kind.partition(" ")[2] in GREY_MODES:
+                values = set(np.unique(read_label(path, max_pixels=max_pixels)).tolist()) - {IGNORED_VALUE}
+                can_be = values <= self.greys, values <= self.indices
+                return {(True, False): "colours", (False, True): "indices"}.get(can_be, "")
+        return ""
 
 
 def colour_table(rows: Sequence[LabelMapRow]) -> dict[Colour, int]:
@@ -205,14 +220,14 @@ def read_splits(folder: Path) -> dict[str, str]:
     return splits
 
 
-def decode_colours(rows: Sequence[LabelMapRow], has_indices: bool, path: str, max_pixels: int) -> NDArray[np.int32]:
+def decode_colours(rows: Sequence[LabelMapRow], grey_masks: GreyMasks, path: str, max_pixels: int) -> NDArray[np.int32]:
     """The class of every pixel of a mask in the colours of a label map; black ones without a class are unlabelled.
 
     Of a file with a palette, the colours of the palette count and not the indices, which other tools number as they
     like.
 
     Args:
-        has_indices: a grey file has the indices of the classes, and not their colours.
+        grey_masks: says whether a grey file has the indices of the classes or their colours.
 
     Raises:
         DataError: if it cannot be read, or has another colour.
@@ -225,7 +240,7 @@ def decode_colours(rows: Sequence[LabelMapRow], has_indices: bool, path: str, ma
     table = colour_table(rows)
     if image.mode in GREY_MODES:
         grey = read_label(path, max_pixels=max_pixels)  # the numbers of the file, whatever its bits
-        if has_indices:
+        if grey_masks.hold_indices(max_pixels):
             return _look_up_indices(grey, len(rows), path)
         table = {WHITE: IGNORED} | table  # 255 of an index mask whose other values are colours of classes as well
         pixels = np.repeat(grey[..., None], 3, axis=2)

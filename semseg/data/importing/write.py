@@ -156,11 +156,19 @@ def drop_repeated_images(items: Sequence[AnnotatedImage]) -> tuple[list[Annotate
 
 
 def paint_the_same(one: AnnotatedImage, other: AnnotatedImage) -> bool:
-    """Whether the annotations of two images are equal, whatever they are called."""
-    first, second = (
-        [item.mask, *((note.class_index, note.shapes) for note in item.annotations)] for item in (one, other)
-    )
-    return are_equal(first, second)
+    """Whether the annotations of two images are equal, whatever their names and order are."""
+    if one.mask is not None and other.mask is not None:
+        same_file = one.mask.path == other.mask.path
+        return are_equal(one.mask.read, other.mask.read) and (
+            same_file or store.read_file(Path(one.mask.path)) == store.read_file(Path(other.mask.path))
+        )
+    rest = [(note.class_index, note.shapes) for note in other.annotations]
+    for note in one.annotations:
+        equal = next((at for at, each in enumerate(rest) if are_equal((note.class_index, note.shapes), each)), None)
+        if equal is None:
+            return False
+        del rest[equal]
+    return not rest and one.mask is other.mask
 
 
 def are_equal(one: Any, other: Any) -> bool:

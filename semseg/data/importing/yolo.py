@@ -118,7 +118,7 @@ def count_keypoint_values(file: Path, content: dict[str, Any]) -> int:
     if not shape:
         return 0
     try:
-        num_points, num_values = map(int, shape)
+        num_points, num_values = map(int, shape if isinstance(shape, list) else ())
     except (TypeError, ValueError):
         raise DataError(f"{file}: kpt_shape must be the numbers of points and of their values: [17, 3].") from None
     return num_points * num_values
@@ -154,6 +154,8 @@ class YoloReader:
         self.missing: list[str] = []  # entries of `test` that do not exist
         self.last = file  # image that was read
         self.labels: EndIndex[Path] | None = None  # without suffix, for images that are not in the export
+        self.images: EndIndex[Path] = EndIndex()  # all of them, once `labels` is there
+        self.labels_by_case: dict[str, Path] = {}
         self.lists: set[Path] = set()  # of images
         self.used: set[Path] = set()  # label files of images
         self.unused = store.UnusedFiles()  # arrays beside images
@@ -265,25 +267,44 @@ class YoloReader:
         return found
 
     def find_label_of_export(self, image: Path, split: str) -> Path | None:
-        """The label file whose folders agree best with those of an image elsewhere; of several, that of the split."""
-        own = image.relative_to(self.finder.folder).with_suffix("").parts
-        found = self.index_labels().find_best([part for part in own if part != "images"])
-        if len(found) > 1:
-            of_split = [path for path in found if find_split(*path.relative_to(self.file.parent).parts[:-1]) == split]
-            found = of_split or found
+        """The label file whose folders agree best with those of an image elsewhere; of several, that of the split.
+
+        One that agrees better with another image, or is in a folder of another split, is not its label.
+
+        Raises:
+            EntryError: if several agree equally well, or its name differs in upper and lower case.
+        """
+        found = self.index_labels().find_best(self.parts_of_image(image))
+        split_of = {path: find_split(*path.relative_to(self.file.parent).parts[:-1]) for path in found}
+        found = [path for path in found if image in self.images.find_best(self.parts_of_label(path))]
+        found = [path for path in found if split_of[path] == split] or [path for path in found if not split_of[path]]
         if len(found) > 1:
             raise EntryError(f"its label file may be {found[0]} or {found[1]}. Rename one, and its image")
+        similar = self.labels_by_case.get(image.stem.casefold())
+        if not found and similar is not None and similar.stem != image.stem:
+            raise EntryError(f"its label file is called {similar.name}: upper and lower case differ. Rename one")
         return found[0] if found else None
 
     def index_labels(self) -> EndIndex[Path]:
-        """The label files of the export, by the parts of their paths without folders `labels`."""
+        """The label files of the export that have the name of an image, for images that are not in it."""
         if self.labels is None:
             self.labels = EndIndex()
+            for path in self.finder.paths:
+                self.images.add(path, self.parts_of_image(path))
+            stems = {path.stem.casefold() for path in self.finder.paths}
             for path in store.list_files_below(self.file.parent):
-                if is_label(path) and path not in self.lists:
-                    below = path.relative_to(self.file.parent).with_suffix("")
-                    self.labels.add(path, [part for part in below.parts if part != "labels"])
+                if is_label(path) and path not in self.lists and path.stem.casefold() in stems:
+                    self.labels.add(path, self.parts_of_label(path))
+                    self.labels_by_case.setdefault(path.stem.casefold(), path)
         return self.labels
+
+    def parts_of_image(self, path: Path) -> list[str]:
+        """The parts of the path of an image that those of its label have, too."""
+        return [part for part in path.relative_to(self.finder.folder).with_suffix("").parts if part != "images"]
+
+    def parts_of_label(self, path: Path) -> list[str]:
+        """The parts of the path of a label file that those of its image have, too."""
+        return [part for part in path.relative_to(self.file.parent).with_suffix("").parts if part != "labels"]
 
     def name_image(self, path: Path) -> str:
         base = self.file.parent if path.is_relative_to(self.file.parent) else self.finder.folder

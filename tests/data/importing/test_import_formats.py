@@ -233,10 +233,13 @@ def test_an_image_of_two_splits_with_other_annotations_is_refused(tmp_path: Path
     file = write_coco(tmp_path / "e")
     content = json.loads(file.read_text())
     put(file.with_name("instances_train2017.json"), content)
-    content["annotations"][0]["segmentation"] = [flat((1, 2, 3, 4))]
+    content["annotations"].reverse()
     put(file.with_name("instances_val2017.json"), content)
     file.unlink()
-    with pytest.raises(DataError, match=r"instances_val2017\.json: image 1: annotates .*a\.jpg, as .*train2017"):
+    import_here(tmp_path / "e", tmp_path / "equal")  # in another order
+    content["annotations"][0]["segmentation"] = [flat((1, 2, 3, 4))]
+    put(file.with_name("instances_val2017.json"), content)
+    with pytest.raises(DataError, match=r"instances_val2017\.json: image \d: annotates .*\.jpg, as .*train2017"):
         import_here(tmp_path / "e", tmp_path / "out")
 
 
@@ -249,6 +252,8 @@ def test_an_image_of_another_split_does_not_take_the_place_of_a_missing_one(tmp_
     (tmp_path / "e/train/a.jpg").unlink()
     with pytest.raises(DataError, match=r"there is no image a\.jpg of train below .*a\.jpg is one of val"):
         import_here(tmp_path / "e", tmp_path / "out")
+    put(tmp_path / "e/train/test_area/a.jpg", photo("train a"))
+    assert len(import_here(tmp_path / "e", tmp_path / "out").images) == 4
 
 
 def test_names_may_be_percent_encoded(tmp_path: Path) -> None:
@@ -258,6 +263,12 @@ def test_names_may_be_percent_encoded(tmp_path: Path) -> None:
     put(file, content)
     (tmp_path / "e/images/a.jpg").rename(tmp_path / "e/images/one two.jpg")
     assert [image.image for image in import_here(tmp_path / "e", tmp_path / "out").images] == ["images/one two.jpg"]
+    content["images"][0]["file_name"] = "my%20cats/1.jpg"
+    put(file, content)
+    put(tmp_path / "e/images/1.jpg", photo("other"))
+    put(tmp_path / "e/images/my cats/1.jpg", photo("a"))
+    import_here(tmp_path / "e", tmp_path / "folders")
+    assert (tmp_path / "folders/images/1.jpg").read_bytes() == photo("a")
 
 
 def test_coco_crowds_may_be_booleans(tmp_path: Path) -> None:
@@ -456,6 +467,29 @@ def test_yolo_images_elsewhere_have_the_labels_of_the_export_and_not_those_besid
         assert (masks[name] == 3).all(), name
 
 
+def test_yolo_images_elsewhere_do_not_get_the_label_of_another_image(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path / "e", ["a", "b"])  # a is of val, b of train
+    shutil.rmtree(tmp_path / "e/train/images")
+    shutil.rmtree(tmp_path / "e/valid/images")
+    for name in ("train/images/a", "valid/images/a", "train/images/b"):  # train/a has no object, and no label file
+        put(tmp_path / "photos" / f"{name}.jpg", photo(name))
+    import_here(tmp_path / "e", tmp_path / "out", f"import.images={tmp_path / 'photos'}")
+    masks = masks_of(tmp_path / "out")
+    assert (masks["train/images/a"] == 3).all() and np.array_equal(masks["valid/images/a"], expected())
+    (tmp_path / "e/train/labels/b.txt").rename(tmp_path / "e/train/labels/B.txt")
+    with pytest.raises(DataError, match=r"b\.jpg: its label file is called B\.txt: upper and lower case differ"):
+        import_here(tmp_path / "e", tmp_path / "other", f"import.images={tmp_path / 'photos'}")
+    assert file.exists()
+
+
+def test_text_files_that_are_no_labels_do_not_hide_those_beside_yolo_images(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path / "photos")
+    put(tmp_path / "e/data.yaml", file.read_text())
+    put(tmp_path / "e/README.roboflow.txt", "exported on a day\n")
+    import_here(tmp_path / "e", tmp_path / "out", f"import.images={tmp_path / 'photos'}")
+    assert np.array_equal(masks_of(tmp_path / "out")["train/images/b"], expected())
+
+
 def test_a_label_file_of_yolo_that_may_be_one_of_two_is_refused(tmp_path: Path) -> None:
     file = write_yolo(tmp_path / "e", ["a", "b"])
     put(tmp_path / "photos/one/a.jpg", photo("a"))
@@ -479,7 +513,7 @@ def test_poses_of_yolo_are_boxes_and_no_polygons(tmp_path: Path) -> None:
         import_here(tmp_path / "e", tmp_path / "out")
     import_here(tmp_path / "e", tmp_path / "out", "import.boxes=draw")
     assert np.array_equal(masks_of(tmp_path / "out")["train/images/b"], expected(1, 1))
-    file.write_text(yaml.safe_dump(content | {"kpt_shape": [3, 2, 1]}))
+    file.write_text(yaml.safe_dump(content | {"kpt_shape": 17}))
     with pytest.raises(DataError, match=r"data\.yaml: kpt_shape must be the numbers of points and of their values"):
         import_here(tmp_path / "e", tmp_path / "other")
 
@@ -611,6 +645,18 @@ def test_grey_masks_of_an_export_all_hold_indices_or_all_hold_colours(tmp_path: 
     assert imported.names == ("cat", "dog") and (masks["a"] == 2).all() and (masks["b"] == 1).all()
 
 
+def test_one_wrong_grey_mask_does_not_change_the_meaning_of_the_others(tmp_path: Path) -> None:
+    write_voc(tmp_path / "e", NAMES).write_text("sky:0,0,0::\ncat:128,128,128::\ndog:200,200,200::\n")
+    greys = np.array([0, 128, 200], np.uint8)[expected(1, 2, 0)]
+    for name in NAMES:
+        put(tmp_path / "e/SegmentationClass" / f"{name}.png", Image.fromarray(greys))
+    greys[0, 0] = 7
+    put(tmp_path / "e/SegmentationClass" / f"{NAMES[0]}.png", Image.fromarray(greys))
+    with pytest.raises(DataError, match=rf"{NAMES[0]}\.png: the colour \(7, 7, 7\) \(1 pixels\) is not in") as caught:
+        import_here(tmp_path / "e", tmp_path / "out")
+    assert "entries" not in str(caught.value)  # all others are fine
+
+
 def test_other_folders_of_masks_are_not_the_images(tmp_path: Path) -> None:
     write_voc(tmp_path / "e", with_images=False)
     shutil.copytree(tmp_path / "e/SegmentationClass", tmp_path / "e/SegmentationClassRaw")
@@ -695,6 +741,9 @@ def test_later_shapes_are_on_top_and_special_labels_mean_background_and_ignored(
     mask = labelme_mask(tmp_path / "u", *shapes, words=("import.unlabelled=ignore",))
     assert np.array_equal(mask, expected(2, 1, 0))
     assert ClassTable.from_csv(tmp_path / "u/out/classes.csv").names == ("_background_", "cat")
+    put(tmp_path / "l/e/labels.txt", "zebra\ncat\n")
+    labelme_mask(tmp_path / "l", *shapes, words=("import.unlabelled=ignore",))
+    assert ClassTable.from_csv(tmp_path / "l/out/classes.csv").names == ("_background_", "zebra", "cat")
 
 
 def test_folders_decide_between_images_of_labelme_with_one_name_and_labels_lose_blanks(tmp_path: Path) -> None:
@@ -826,6 +875,7 @@ def test_a_task_of_label_studio_with_two_annotated_pictures_is_refused(tmp_path:
         studio_region("cat", "polygon", {"points": percent(box)}, to_name=name, id=name)
         for box, name in ((CAT, "before"), (DOG, "after"))
     ]
+    studio_mask(tmp_path / "unnamed", regions[0], {key: value for key, value in regions[1].items() if key != "to_name"})
     with pytest.raises(DataError, match=r"task 1: has regions in 2 pictures \(before, after\)\. Make a task of each"):
         studio_mask(tmp_path, *regions)
 
