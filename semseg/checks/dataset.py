@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from semseg.config.schema import BUILT_IN_CLASSES, DataConfig
+from semseg.config.schema import DataConfig
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size, canvas_size
 from semseg.data.label_map import IGNORED, MAX_CLASSES, MAX_ID, UNSCORED_ID, LabelMap
@@ -20,7 +20,7 @@ from semseg.data.labels import read_palette
 from semseg.data.overlap import Overlap
 from semseg.data.palette import Colour
 from semseg.data.plan import SubBatch, TrainPlan
-from semseg.data.records import Record
+from semseg.data.records import Record, take_evenly
 from semseg.data.scan import FIRST_OF_SEVERAL, PairFacts
 from semseg.data.sources import Orientations
 from semseg.system.text import format_quantity
@@ -507,12 +507,12 @@ def check_palettes(splits: Sequence[ScannedSplit], data: DataConfig, configured:
         for record, facts in split.usable_pairs
         if facts.mask_kind.endswith(" P")
     ]
-    has_own_colours = data.classes is not None and data.classes not in BUILT_IN_CLASSES
-    if data.mask_type != "colors" and paletted:
-        read = paletted[:: -(-len(paletted) // NUM_PALETTES)]
-        if text := find_contradiction(read, configured.label_map, configured.classes if has_own_colours else None):
-            way_out = "data.mask_type=colors reads the colours, by a class table that has them"
-            yield Notice(WARNING, f"{text}. {way_out}.")
+    if data.mask_type == "colors":
+        return
+    classes = configured.classes if data.has_class_file else None
+    if text := find_contradiction(take_evenly(paletted, NUM_PALETTES), configured.label_map, classes):
+        way_out = "data.mask_type=colors reads the colours, by a class table that has them"
+        yield Notice(WARNING, f"{text}. {way_out}.")
 
 
 def find_contradiction(

@@ -380,6 +380,11 @@ class DataConfig:
         yield from self.find_band_problems()
 
     @property
+    def has_class_file(self) -> bool:
+        """Whether `classes` is a file, and no table of semseg."""
+        return self.classes is not None and self.classes not in BUILT_IN_CLASSES
+
+    @property
     def has_bands(self) -> bool:
         """Whether images are anything but 8-bit RGB."""
         return tuple(self.bands) != RGB or bool(self.band_files) or self.value_range is not None

@@ -74,6 +74,15 @@ def separate_problems(items: Iterable[T | Problem]) -> tuple[list[T], list[Probl
     return records, problems
 
 
+def take_evenly(items: Sequence[T], count: int) -> Sequence[T]:
+    """At most `count` items, the first one and others at equal distances.
+
+    >>> take_evenly("abcdefg", 3), take_evenly("ab", 3)
+    ('adg', 'ab')
+    """
+    return items[:: -(-len(items) // count) or 1]
+
+
 def check_bad_fraction(left_out: int, seen: int, limit: float) -> None:
     """Stop if so many images cannot be read that it is no accident.
 

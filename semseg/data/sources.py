@@ -40,6 +40,7 @@ from semseg.data.records import (
     require_records,
     separate_problems,
     split_by_hash,
+    take_evenly,
 )
 from semseg.data.scenes import make_scenes
 from semseg.errors import ConfigError, DataError
@@ -110,8 +111,8 @@ class DataSource:
                 read = [] if split is None else [separate_problems(self._read(split, self._split_files(split)))[0]]
         for records in read:
             masks = [record.label for record in records if record.label]
-            spread = masks[:: -(-len(masks) // NUM_LOOKED_AT) or 1]
-            if any(has_colours(mask, greys, max_pixels=self.config.max_pixels) for mask in spread):
+            looked_at = take_evenly(masks, NUM_LOOKED_AT)
+            if any(has_colours(mask, greys, max_pixels=self.config.max_pixels) for mask in looked_at):
                 return True
         return False
 
@@ -678,9 +679,8 @@ def make_label_map(
         ids = {int(raw_id): None if index is None else int(index) for raw_id, index in config.map.items()}
     plain = LabelMap(classes.num_classes, config.first_id, config.ignore, ids)
     always = config.mask_type == "colors"
-    has_file = config.classes is not None and config.classes not in BUILT_IN_CLASSES
     has_distinct_colours = len(set(classes.palette)) == classes.num_classes
-    if not always and (config.mask_type == "ids" or not has_file or not has_distinct_colours):
+    if not always and (config.mask_type == "ids" or not config.has_class_file or not has_distinct_colours):
         return plain
     unscored = [(red, green, blue) for red, green, blue in config.ignore_colors]
     greys = {colour[0] for colour in (*classes.palette, *unscored) if len(set(colour)) == 1}

@@ -22,6 +22,7 @@ from semseg.data.classes import ClassTable
 from semseg.data.label_windows import LabelWindows, open_label
 from semseg.data.overlap import find_overlap
 from semseg.data.pairs import name_origin
+from semseg.data.records import take_evenly
 from semseg.data.sources import DataSource, describe_named_splits, require_masks
 from semseg.data.store import UnusedFiles
 from semseg.datamodule import SegmentationData
@@ -141,7 +142,7 @@ def check_first_labels(source: DataSource, max_pixels: int) -> None:
         DataError: if one cannot be read, or has an id that is neither a class nor ignored.
     """
     records = [record for record in source.training_records() if record.label]
-    for record in records[:: -(-len(records) // NUM_CHECKED_LABELS) or 1]:
+    for record in take_evenly(records, NUM_CHECKED_LABELS):
         try:
             with open_label(record.label or "", record.label_map or source.label_map, max_pixels=max_pixels) as label:
                 if isinstance(label, LabelWindows):

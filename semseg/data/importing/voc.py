@@ -127,23 +127,25 @@ class GreyMasks:
         self.paths = paths
         self.greys = {colour[0] for colour in colour_table(rows) if len(set(colour)) == 1}
         self.indices = set(range(len(rows)))
-        self._lock, self._answer = Lock(), None
+        self._lock = Lock()  # masks are read by several threads
+        self._hold_indices: bool | None = None
 
     def hold_indices(self, max_pixels: int) -> bool:
-        """Read masks until one decides; they hold colours if none does."""
-        with self._lock:  # of the threads that read masks
-            if self._answer is None:
-                self._answer = next(filter(None, (self._decide(path, max_pixels) for path in self.paths)), "colours")
-        return self._answer == "indices"
+        """Read masks, on the first call, until one decides; they hold colours if none does."""
+        with self._lock:
+            if self._hold_indices is None:
+                answers = (self._holds_indices(path, max_pixels) for path in self.paths)
+                self._hold_indices = next((answer for answer in answers if answer is not None), False)
+            return self._hold_indices
 
-    def _decide(self, path: Path, max_pixels: int) -> str:
-        """What a mask must hold; empty if it is not grey, can hold both, or cannot be read."""
+    def _holds_indices(self, path: Path, max_pixels: int) -> bool | None:
+        """None if a mask is not grey, can hold both or neither, or cannot be read."""
         with suppress(DataError):  # raised where the mask is imported
             if read_header(path, max_pixels=max_pixels).kind.partition(" ")[2] in GREY_MODES:
                 values = set(np.unique(read_label(path, max_pixels=max_pixels)).tolist()) - {IGNORED_VALUE}
-                can_be = values <= self.greys, values <= self.indices
-                return {(True, False): "colours", (False, True): "indices"}.get(can_be, "")
-        return ""
+                can_be_indices = values <= self.indices
+                return can_be_indices if can_be_indices != (values <= self.greys) else None
+        return None
 
 
 def colour_table(rows: Sequence[LabelMapRow]) -> dict[Colour, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -64,11 +64,8 @@ def read_yolo(root: Path, file: Path, finder: ImageFinder, options: ImportConfig
         DataError: if its description is wrong, or a folder is missing.
     """
     content = read_yaml(file)
-    names = read_names(file, content)
-    masks_dir = content.get("masks_dir")
     items: list[AnnotatedImage | Problem] = []
-    reader = YoloReader(file, names, masks_dir if isinstance(masks_dir, str) else None, finder, options)
-    reader.num_keypoint_values = count_keypoint_values(file, content)
+    reader = YoloReader(file, content, finder, options)
     opened = [
         (split, reader.open_entry(split, entry, content.get("path")))
         for split in SPLITS
@@ -81,7 +78,7 @@ def read_yolo(root: Path, file: Path, finder: ImageFinder, options: ImportConfig
     if reader.num_unlabelled == len(items):
         example = swap_folder(Path(reader.last), "labels").with_suffix(".txt")
         raise DataError(f"{file}: no image has a label file, such as {example}. Are the labels in another folder?")
-    return Export("YOLO", names, None, items, tuple(reader.describe()), smaller_on_top=True)
+    return Export("YOLO", reader.names, None, items, tuple(reader.describe()), smaller_on_top=True)
 
 
 def read_names(file: Path, content: dict[str, Any]) -> tuple[str, ...]:
@@ -143,19 +140,21 @@ class YoloReader:
 
     Args:
         file: data.yaml.
-        masks_dir: of Ultralytics' semantic task; None: labels are text files.
+        content: of the file.
+
+    Raises:
+        DataError: if names or kpt_shape are wrong.
     """
 
-    def __init__(
-        self, file: Path, names: Sequence[str], masks_dir: str | None, finder: ImageFinder, options: ImportConfig
-    ) -> None:
-        self.file, self.names, self.masks_dir, self.finder, self.options = file, names, masks_dir, finder, options
-        self.num_boxes, self.num_unlabelled, self.num_keypoint_values = 0, 0, 0
+    def __init__(self, file: Path, content: dict[str, Any], finder: ImageFinder, options: ImportConfig) -> None:
+        self.file, self.finder, self.options = file, finder, options
+        self.names = read_names(file, content)
+        # Of Ultralytics' semantic task; None: labels are text files.
+        self.masks_dir = content["masks_dir"] if isinstance(content.get("masks_dir"), str) else None
+        self.num_keypoint_values = count_keypoint_values(file, content)
+        self.num_boxes, self.num_unlabelled = 0, 0
         self.missing: list[str] = []  # entries of `test` that do not exist
         self.last = file  # image that was read
-        self.labels: EndIndex[Path] | None = None  # without suffix, for images that are not in the export
-        self.images: EndIndex[Path] = EndIndex()  # all of them, once `labels` is there
-        self.labels_by_case: dict[str, Path] = {}
         self.lists: set[Path] = set()  # of images
         self.used: set[Path] = set()  # label files of images
         self.unused = store.UnusedFiles()  # arrays beside images
@@ -258,53 +257,19 @@ class YoloReader:
         Raises:
             EntryError: if several files may be it, or its name differs in upper and lower case.
         """
-        if not image.is_relative_to(self.file.parent) and len(self.index_labels()):
-            return self.find_label_of_export(image, split)
+        if not image.is_relative_to(self.file.parent) and len(self.labels_of_export):
+            return self.labels_of_export.find(image, split)
         beside = swap_folder(image, "labels").with_suffix(".txt")
         found = next((each for each in (beside, image.with_suffix(".txt")) if store.is_file(each)), None)
         if found is None and (similar := find_other_case(beside)):
             raise EntryError(f"its label file is called {similar}: upper and lower case differ. Rename one")
         return found
 
-    def find_label_of_export(self, image: Path, split: str) -> Path | None:
-        """The label file whose folders agree best with those of an image elsewhere; of several, that of the split.
-
-        One that agrees better with another image, or is in a folder of another split, is not its label.
-
-        Raises:
-            EntryError: if several agree equally well, or its name differs in upper and lower case.
-        """
-        found = self.index_labels().find_best(self.parts_of_image(image))
-        split_of = {path: find_split(*path.relative_to(self.file.parent).parts[:-1]) for path in found}
-        found = [path for path in found if image in self.images.find_best(self.parts_of_label(path))]
-        found = [path for path in found if split_of[path] == split] or [path for path in found if not split_of[path]]
-        if len(found) > 1:
-            raise EntryError(f"its label file may be {found[0]} or {found[1]}. Rename one, and its image")
-        similar = self.labels_by_case.get(image.stem.casefold())
-        if not found and similar is not None and similar.stem != image.stem:
-            raise EntryError(f"its label file is called {similar.name}: upper and lower case differ. Rename one")
-        return found[0] if found else None
-
-    def index_labels(self) -> EndIndex[Path]:
-        """The label files of the export that have the name of an image, for images that are not in it."""
-        if self.labels is None:
-            self.labels = EndIndex()
-            for path in self.finder.paths:
-                self.images.add(path, self.parts_of_image(path))
-            stems = {path.stem.casefold() for path in self.finder.paths}
-            for path in store.list_files_below(self.file.parent):
-                if is_label(path) and path not in self.lists and path.stem.casefold() in stems:
-                    self.labels.add(path, self.parts_of_label(path))
-                    self.labels_by_case.setdefault(path.stem.casefold(), path)
-        return self.labels
-
-    def parts_of_image(self, path: Path) -> list[str]:
-        """The parts of the path of an image that those of its label have, too."""
-        return [part for part in path.relative_to(self.finder.folder).with_suffix("").parts if part != "images"]
-
-    def parts_of_label(self, path: Path) -> list[str]:
-        """The parts of the path of a label file that those of its image have, too."""
-        return [part for part in path.relative_to(self.file.parent).with_suffix("").parts if part != "labels"]
+    @cached_property
+    def labels_of_export(self) -> LabelsOfExport:
+        """The label files for images that are not in the export."""
+        files = (path for path in store.list_files_below(self.file.parent) if path not in self.lists)
+        return LabelsOfExport(self.file.parent, files, self.finder)
 
     def name_image(self, path: Path) -> str:
         base = self.file.parent if path.is_relative_to(self.file.parent) else self.finder.folder
@@ -383,6 +348,59 @@ class YoloReader:
             yield f"{self.num_boxes} lines are boxes and drawn as rectangles."
         if self.num_unlabelled:
             yield f"{self.num_unlabelled} images have no label file, which means that they hold no object."
+
+
+class LabelsOfExport:
+    """The label files of an export that have the name of an image, for images below import.images.
+
+    Args:
+        root: of the export.
+        files: below it.
+        finder: has the images.
+    """
+
+    def __init__(self, root: Path, files: Iterable[Path], finder: ImageFinder) -> None:
+        self.root, self.finder = root, finder
+        self.images: EndIndex[Path] = EndIndex()
+        self.labels: EndIndex[Path] = EndIndex()
+        self.by_case: dict[str, Path] = {}
+        for path in finder.paths:
+            self.images.add(path, self.parts_of_image(path))
+        stems = {path.stem.casefold() for path in finder.paths}
+        for path in files:
+            if is_label(path) and path.stem.casefold() in stems:
+                self.labels.add(path, self.parts_of_label(path))
+                self.by_case.setdefault(path.stem.casefold(), path)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def find(self, image: Path, split: str) -> Path | None:
+        """The label file whose folders agree best with those of an image; of several, that of the split.
+
+        One that agrees better with another image, or is in a folder of another split, is not its label.
+
+        Raises:
+            EntryError: if several agree equally well, or its name differs in upper and lower case.
+        """
+        found = self.labels.find_best(self.parts_of_image(image))
+        split_of = {path: find_split(*path.relative_to(self.root).parts[:-1]) for path in found}
+        found = [path for path in found if image in self.images.find_best(self.parts_of_label(path))]
+        found = [path for path in found if split_of[path] == split] or [path for path in found if not split_of[path]]
+        if len(found) > 1:
+            raise EntryError(f"its label file may be {found[0]} or {found[1]}. Rename one, and its image")
+        similar = self.by_case.get(image.stem.casefold())
+        if not found and similar is not None and similar.stem != image.stem:
+            raise EntryError(f"its label file is called {similar.name}: upper and lower case differ. Rename one")
+        return found[0] if found else None
+
+    def parts_of_image(self, path: Path) -> list[str]:
+        """The parts of the path of an image that those of its label have, too."""
+        return [part for part in path.relative_to(self.finder.folder).with_suffix("").parts if part != "images"]
+
+    def parts_of_label(self, path: Path) -> list[str]:
+        """The parts of the path of a label file that those of its image have, too."""
+        return [part for part in path.relative_to(self.root).with_suffix("").parts if part != "labels"]
 
 
 def is_label(path: Path) -> bool:
