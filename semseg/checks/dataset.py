@@ -411,13 +411,14 @@ def check_unknown_ids(
             f"the first is {raw_id} at row {row}, column {column} of {record.label}."
         )
         notices.append(Notice(ERROR, text, first_masks(record for record, _ in affected)))
-    unknown_ids = {raw for raw in sum_ids(splits) if class_of(raw) is None}
+    pixels = sum_ids(splits)
+    unknown_ids = {raw for raw in pixels if class_of(raw) is None}
     if not unknown_ids:
         return Advice(notices, {})
     if impossible := find_impossible_ids(sorted(unknown_ids)):
         text = f"ids {join_first(impossible)} are out of range: 0 to {MAX_ID}. Change them in the masks."
         return Advice([*notices, Notice(NOTE, text)], {})
-    if further := find_further_ids(unknown_ids, data, num_classes):
+    if further := find_further_ids(unknown_ids - find_voids(pixels), data, num_classes):
         ids = join_first(further)
         notices.append(
             Notice(NOTE, f"data.classes has {num_classes} classes. If {ids} are classes too, add them there.")
@@ -425,14 +426,14 @@ def check_unknown_ids(
         unknown_ids -= set(further)
         if not unknown_ids:
             return Advice(notices, {})
-    return Advice(notices, suggest_settings(unknown_ids, sum_ids(splits), data, num_classes))
+    return Advice(notices, suggest_settings(unknown_ids, pixels, data, num_classes))
 
 
 def find_further_ids(unknown_ids: set[int], data: DataConfig, num_classes: int) -> list[int]:
     """The unknown ids that continue those of a class table, which may lack classes; none without a table."""
     further: list[int] = []
     if data.classes is not None and data.map is None:
-        while (next_id := data.first_id + num_classes + len(further)) in unknown_ids - VOIDS:
+        while (next_id := data.first_id + num_classes + len(further)) in unknown_ids:
             further.append(next_id)
     return further
 
@@ -452,15 +453,16 @@ def suggest_settings(unknown_ids: set[int], pixels: Counter[int], data: DataConf
     without_unknown = {"data.ignore": f"[{','.join(map(str, [*data.ignore, *sorted(unknown_ids)]))}]"}
     if data.num_classes is not None and is_stray(unknown_ids, pixels, data.first_id + num_classes):
         return without_unknown
-    class_ids = [raw_id for raw_id in sorted(pixels) if raw_id not in data.ignore and raw_id not in VOIDS]
+    voids = find_voids(pixels)
+    class_ids = [raw_id for raw_id in sorted(pixels) if raw_id not in data.ignore and raw_id not in voids]
     is_extension = data.classes is None and class_ids and class_ids[0] >= data.first_id and not are_sparse(class_ids)
     if is_extension and 0 in data.ignore and not any(data.first_id <= each <= class_ids[-1] for each in data.ignore):
         extended = {"data.num_classes": str(max(num_classes, class_ids[-1] - data.first_id + 1))}
-        if voids := sorted(unknown_ids & VOIDS):
-            extended["data.ignore"] = f"[{','.join(map(str, [*data.ignore, *voids]))}]"
+        if unknown_voids := sorted(unknown_ids & voids):
+            extended["data.ignore"] = f"[{','.join(map(str, [*data.ignore, *unknown_voids]))}]"
         return extended
     suggested = suggest_ids(pixels)
-    is_only_void = unknown_ids <= VOIDS and (class_ids or "data.map" not in suggested)  # no black and white masks
+    is_only_void = unknown_ids <= voids and (class_ids or "data.map" not in suggested)  # no black and white masks
     if suggested and not is_only_void and (data.classes is None or int(suggested["data.num_classes"]) == num_classes):
         if data.classes is not None:
             del suggested["data.num_classes"]  # the table has it
@@ -474,7 +476,7 @@ def is_stray(unknown_ids: set[int], pixels: Counter[int], next_id: int) -> bool:
     >>> is_stray({77}, Counter({0: 9999, 1: 5000, 77: 1}), 2), is_stray({2}, Counter({0: 9999, 1: 5000, 2: 1}), 2)
     (True, False)
     """
-    others = unknown_ids - VOIDS
+    others = unknown_ids - find_voids(pixels)
     share = sum(pixels[raw] for raw in others) / max(1, pixels.total())
     return bool(others) and share < MAX_STRAY_FRACTION and next_id not in others
 

@@ -324,6 +324,9 @@ def test_255_among_consecutive_ids_is_a_class(tmp_path: Path) -> None:
     found = check(root)
     assert found["suggestions"]["data.num_classes"] == "301"
     assert check(root, *shlex.split(found["command"])[2:])["verdict"].startswith("READY")
+    found = check(root, "data.num_classes=200")  # from 1, as 0 is unlabelled
+    assert found["suggestions"]["data.num_classes"] == "300" and "data.ignore" not in found["suggestions"]
+    assert check(root, *shlex.split(found["command"])[2:])["verdict"].startswith("READY")
 
 
 @pytest.mark.slow
