@@ -24,7 +24,7 @@ from torch import Tensor
 
 from semseg.checkpoints.format import find_packed_entry, load_plain
 from semseg.errors import CheckpointError, first_line
-from semseg.storage.atomic import DISK_FULL, TEMPORARY_NAME, atomic_write, describe_room
+from semseg.storage.atomic import DISK_FULL, TEMPORARY_NAME, atomic_write, describe_room, make_folder
 from semseg.system.text import escape_lines, shorten_repr
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
@@ -52,7 +52,7 @@ class AtomicCheckpointIO(CheckpointIO):
             raise TypeError("AtomicCheckpointIO has no storage options")
         target = _require_local_path(path)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             _write_verified(target, checkpoint)
         except OSError as error:
             raise CheckpointError(_describe_save_error(error, target, checkpoint)) from error

@@ -64,7 +64,7 @@ from semseg.config.uses import (
 from semseg.config.validate import check_config
 from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, ReportedError, SemsegError
 from semseg.storage import run_lock
-from semseg.storage.atomic import atomic_write, describe_write_error
+from semseg.storage.atomic import atomic_write, describe_write_error, make_folder
 from semseg.storage.commands import entry_script, format_command, relative_to_cwd, remember_program
 from semseg.storage.ranks import is_first_rank, is_first_rank_of_machine, print_once
 from semseg.storage.run_folders import (
@@ -185,8 +185,10 @@ def check_start(config: Config, overrides: list[str]) -> int:
     """Check what would otherwise fail in every process, or in a run folder; returns the processes to start.
 
     Raises:
-        SemsegError: if the checkpoint, a GPU or data are missing.
+        SemsegError: if the checkpoint, a GPU or data are missing, or `output` cannot be written.
     """
+    if config.output:
+        require_output_path(config.mode, expand_path(config.output).absolute())
     if config.ckpt in ("last", "best"):
         # Its error lists the runs, so before there is a new one.
         find_checkpoint(config.ckpt, expand_path(config.runs_dir))
@@ -199,6 +201,17 @@ def check_start(config: Config, overrides: list[str]) -> int:
         with leave_messages_to_one_rank():
             require_data(config, overrides)
     return processes
+
+
+def require_output_path(mode: str, output: Path) -> None:
+    """Check that `output` can be where its path says.
+
+    Raises:
+        ConfigError: if a file lies where a folder has to be, or a folder where the file has to be.
+    """
+    require_folder_path(output.parent, "output")
+    if mode != "import" and output.suffix and output.is_dir():
+        raise ConfigError(f"output={output}: is a folder. Give the name of a file.")
 
 
 @contextlib.contextmanager
@@ -321,6 +334,10 @@ def resolve_run_dir(composed: DictConfig, created: list[Path] | None = None) -> 
         missing = [run_dir, *(folder for folder in missing if folder in run_dir.parents)]
     if created is not None:
         created += missing
+    try:
+        make_folder(run_dir)
+    except NotADirectoryError:  # a file system that takes no folders
+        raise ConfigError(f"{run_dir}: this folder cannot be created. Set run_dir or runs_dir.") from None
     return run_dir
 
 

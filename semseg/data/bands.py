@@ -103,8 +103,9 @@ class BandOptions:
             )
         if self.ranges is None and dtype.name != "uint8":
             raise DataError(
-                f"{path}: holds {dtype.name} values, whose range is not known: set data.value_range=[low,high], or "
-                "auto; mode=check measures it."
+                f"{path}: holds {dtype.name} values, whose range is not known. To train on them, set "
+                "data.value_range=[low,high], or auto; mode=check measures it. For a network trained without, convert "
+                "the file to 8 bits."
             )
         if self.ranges is not None and dtype.name == "uint8" and 255 < max(high for _, high in self.ranges) < math.inf:
             raise DataError(

@@ -256,14 +256,16 @@ def check_rgb_raster(path: str | Path, layout: RasterLayout) -> None:
         first = "red,green,blue," if layout.is_rgb else "first,second,third,"
         listed = f"[{first}...]" if num_bands > 4 else "[red,green,blue,nir]" if num_bands == 4 else "[vv,vh]"
         raise DataError(
-            f"{path}: holds {layout.describe()}, and without data.bands images have red, green and blue. Name all, "
-            f"such as data.bands={listed}; null instead of a name leaves a band out."
+            f"{path}: holds {layout.describe()}, and without data.bands images have red, green and blue. To train on "
+            f"them, name all, such as data.bands={listed}; null instead of a name leaves a band out. A trained network "
+            "takes the bands of its training only."
         )
     if layout.dtype not in ("uint8", "uint16"):
         named = "" if num_bands == 3 else "data.bands=[grey] "
         raise DataError(
-            f"{path}: holds {layout.describe()}, which have no white: set {named}data.value_range=[low,high], or auto; "
-            "mode=check measures it."
+            f"{path}: holds {layout.describe()}, which have no white. To train on them, set {named}"
+            "data.value_range=[low,high], or auto; mode=check measures it. For a network trained without, convert the "
+            "file to 8 or 16 bits."
         )
 
 
@@ -349,7 +351,7 @@ def _is_16_bit_grey(image: Image.Image) -> bool:
 def _to_8_bits(pixels: NDArray[np.integer], path: str | Path) -> NDArray[np.uint8]:
     """The high 8 of 16 bits, with a warning, above all for images that become nearly black."""
     largest = int(pixels.max(initial=0))
-    way = "To keep all bits, set data.value_range=[low,high]; mode=check measures it."
+    way = "Training with data.value_range=[low,high] keeps all bits; mode=check measures it."
     if 0 < largest < _DARK:
         _warn_once(
             "dark",

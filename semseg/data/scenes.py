@@ -25,7 +25,7 @@ from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
 from semseg.data.seeding import generator_for
 from semseg.errors import DataError
-from semseg.storage.atomic import name_file_in_errors
+from semseg.storage.atomic import make_folder, name_file_in_errors
 
 VERSION = 1  # increment it when the same seed gives different pixels
 MANIFEST = "scenes.json"
@@ -74,7 +74,7 @@ def make_scenes(root: str | Path, *, num_train: int = 320, num_val: int = 60, se
     manifest = {"made_by": "semseg scenes", "version": VERSION, "seed": seed, "train": num_train, "val": num_val}
     if _is_up_to_date(root, manifest):
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(root.parent)
     with FileLock(root.with_name(f".{root.name}.lock")):
         if not _is_up_to_date(root, manifest):  # another rank or run may have drawn it in the meantime
             with name_file_in_errors(root):

@@ -19,6 +19,8 @@ from semseg.storage.atomic import atomic_write
 from semseg.system.text import escape_csv_row
 
 LABEL_ERRORS_FILE = "label_errors.csv"
+THRESHOLDS_FILE = "precision_recall.csv"
+OPTIONAL_FILES = (THRESHOLDS_FILE, LABEL_ERRORS_FILE, COUNTS_FILE, MAPS_FILE)  # that not every evaluation writes
 LABEL_ERRORS_COLUMNS = (
     "rank", "file", "label", "predicted", "score", "margin", "confidence", "pixels", "top", "left", "height", "width",
     "label_id", "predicted_id",
@@ -28,7 +30,8 @@ LABEL_ERRORS_COLUMNS = (
 def write_result_files(folder: Path, result: EvaluationResult, facts: Mapping[str, Any]) -> list[Path]:
     """Write all files of a result to `folder`, except the page; returns their paths.
 
-    Scores of nothing are null in metrics.json and empty in the tables.
+    Scores of nothing are null in metrics.json and empty in the tables. Files of an earlier evaluation that this one
+    does not write are removed, because they would be taken for its own.
 
     Args:
         facts: further entries for metrics.json: checkpoint, split, scales, ...
@@ -36,6 +39,7 @@ def write_result_files(folder: Path, result: EvaluationResult, facts: Mapping[st
     metrics, classes, images, confusion = (
         folder / name for name in ("metrics.json", "per_class.csv", "per_image.csv", "confusion.npz")
     )
+    replaces_earlier = metrics.exists()
     class_rows = [class_score_row(score, with_boundary=result.boundary is not None) for score in result.class_scores]
     content = {**facts, **metrics_entries(result), "classes": class_rows}
     with atomic_write(metrics) as temporary:
@@ -51,12 +55,16 @@ def write_result_files(folder: Path, result: EvaluationResult, facts: Mapping[st
         )
     further = []
     if result.thresholds:
-        further.append(folder / "precision_recall.csv")
+        further.append(folder / THRESHOLDS_FILE)
         write_rows(further[-1], [row._asdict() for row in result.thresholds])
     if result.label_errors is not None:
         further.append(folder / LABEL_ERRORS_FILE)
         write_label_errors(further[-1], result, result.label_errors)
-    return [metrics, classes, images, confusion, *further, *write_image_files(folder, result.images)]
+    written = [metrics, classes, images, confusion, *further, *write_image_files(folder, result.images)]
+    for path in (folder / name for name in OPTIONAL_FILES):
+        if replaces_earlier and path not in written:
+            path.unlink(missing_ok=True)
+    return written
 
 
 def write_label_errors(path: Path, result: EvaluationResult, errors: Sequence[LabelError]) -> None:

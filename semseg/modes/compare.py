@@ -29,7 +29,7 @@ from semseg.reports.comparison import (
 from semseg.reports.templates import NOT_AVAILABLE, format_percent, format_points
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import relative_to_cwd
-from semseg.system.text import escape_csv_row, escape_unprintable
+from semseg.system.text import escape_csv_row, escape_unprintable, format_quantity
 
 MAX_COMPARED_CLASSES = 15  # on the console; the files hold all classes
 MAX_KEYS = 10  # that differ, on the console
@@ -57,7 +57,8 @@ def run(config: Config, overrides: list[str]) -> None:
 
 
 def describe_comparison(comparison: Comparison) -> Iterator[str]:
-    """Yield the lines below the table: what differs in the configuration, the verdicts and the notes."""
+    """Yield the lines below the table: the notes, what differs in the configuration, and the verdicts."""
+    yield from (f"note: {note}" for note in comparison.notes)
     major = [row for row in comparison.configuration if not row.is_minor]
     for row in major[:MAX_KEYS]:
         yield f"differs: {row.key}: {' | '.join(row.values)}"
@@ -66,7 +67,6 @@ def describe_comparison(comparison: Comparison) -> Iterator[str]:
     if not major:
         yield comparison.configuration_summary
     yield from comparison.verdicts
-    yield from (f"note: {note}" for note in comparison.notes)
 
 
 def build_comparison_table(comparison: Comparison) -> Table:
@@ -74,8 +74,8 @@ def build_comparison_table(comparison: Comparison) -> Table:
     base, *others = comparison.runs
     changes = sorted(comparison.classes, key=change_sort_key)
     num_hidden = max(0, len(changes) - MAX_COMPARED_CLASSES)
-    hidden = f"; {num_hidden} classes with smaller changes are in compare.html" if num_hidden else ""
-    over = "" if comparison.num_images is None else f", {comparison.num_images} images"
+    hidden = f"; {num_hidden} more, with smaller changes, in compare.html" if num_hidden else ""
+    over = "" if comparison.num_images is None else f", {format_quantity(comparison.num_images, 'image')}"
     shows_intervals = comparison.has_intervals and len(others) == 1
     meaning = "with 95 % intervals" if shows_intervals else "in brackets: the images cannot tell which is better"
     table = Table(

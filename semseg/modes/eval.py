@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,10 +70,12 @@ from semseg.reports.run_card import build_run_card, compute_data_fingerprint, ma
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import list_this_command, relative_to_cwd
 from semseg.storage.ranks import print_once
-from semseg.storage.run_folders import CHECKPOINT_FOLDER
+from semseg.storage.run_folders import CHECKPOINT_FOLDER, METRICS_FILE
 from semseg.storage.run_results import RunResult, write_result
 from semseg.system.text import escape_lines, escape_unprintable, format_quantity
 from semseg.training.trainer import describe_device
+
+PANELS_FOLDER = "panels"  # in the run folder, for eval.visualize
 
 _log = logging.getLogger(__name__)
 
@@ -102,8 +106,11 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     trainer = build_trainer(config, source)
     module, data = build_module(config, net, source.classes), build_data(config, source, net)
+    panels: list[Path] = []
     if config.eval.visualize:
-        trainer.callbacks.append(PanelWriter(source, split, folder))  # pyright: ignore[reportAttributeAccessIssue]
+        writer = PanelWriter(source, split, folder)
+        trainer.callbacks.append(writer)  # pyright: ignore[reportAttributeAccessIssue]
+        panels = writer.targets
     trainer.test(module, datamodule=data, verbose=False)
     assert module.scores is not None and module.evaluation is not None, "the test loop ends with scores"
     if not trainer.is_global_zero:
@@ -121,6 +128,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
         intervals=confidence_intervals(images, config.data.miou_rule, resamples, config.seed),
     )
     title = describe_evaluation(config.data.name, config.eval, result, module.window_layout)
+    remove_earlier_panels(folder, panels)
     files = write_result_files(
         folder, result, describe_settings(source, config.eval, saved, result, module.window_layout)
     )
@@ -374,7 +382,19 @@ class PanelWriter(Callback):
 def panel_path(record: Record, root: Path, run_dir: Path) -> Path:
     """The file of an image's panel. The suffix of the image is kept, so that a.jpg and a.png do not collide."""
     name = relative_name(record.image, root).lstrip("/")  # a split may be outside of the root as a whole
-    return run_dir / "panels" / f"{name}.png"
+    return run_dir / PANELS_FOLDER / f"{name}.png"
+
+
+def remove_earlier_panels(run_dir: Path, panels: Sequence[Path]) -> None:
+    """Remove the panels of an earlier evaluation in this folder other than `panels`, and folders left empty by that."""
+    if not (run_dir / METRICS_FILE).exists():
+        return
+    for folder, _, files in os.walk(run_dir / PANELS_FOLDER, topdown=False):
+        for path in (Path(folder, file) for file in files):
+            if path.suffix == ".png" and path not in panels:
+                path.unlink()
+        with contextlib.suppress(OSError):  # it still holds files
+            Path(folder).rmdir()
 
 
 def refuse_overwriting(targets: Sequence[Path], records: Sequence[Record]) -> None:

@@ -30,6 +30,7 @@ from semseg.data.store import UnusedFiles
 from semseg.data.windows import spread_windows
 from semseg.errors import ConfigError, DataError, install_command
 from semseg.prediction.annotations import ANNOTATION_FILES, AnnotationFiles, AnnotationSettings
+from semseg.prediction.earlier_outputs import describe_replaced, require_same_classes
 from semseg.prediction.geotiff import (
     GeoReference,
     GeoTiffSink,
@@ -45,7 +46,7 @@ from semseg.prediction.geotiff import (
     write_geotiff,
 )
 from semseg.prediction.inputs import AS_PATH_LIST, Input, find_inputs, is_path_list
-from semseg.prediction.outputs import array_on_disk, write_classes, write_outputs
+from semseg.prediction.outputs import CLASSES_FILE, array_on_disk, write_classes, write_outputs
 from semseg.prediction.pictures import read_band_picture, read_picture
 from semseg.prediction.predictor import PredictionResult, Predictor
 from semseg.prediction.video import Frame, LostFramesError, VideoWriters, read_frames
@@ -67,8 +68,11 @@ def run(config: Config, overrides: list[str]) -> None:
         DataError: at the end, if files were skipped.
         SemsegError: for any other error that the user can fix.
     """
-    inputs = list_inputs(config)  # missing files are reported before the network is read
+    folder, inputs = Path(config.run_dir), list_inputs(config)  # missing files are reported before the network is read
+    replaced = describe_replaced(folder, inputs, config.predict.save)
     predictor = open_predictor(config, overrides)
+    require_same_classes(folder, predictor.classes, predictor.label_map)
+    print_once(replaced)
     run_lock.on_folder_taken()
     predict_inputs(predictor, config, inputs)
 
@@ -131,7 +135,7 @@ def predict_inputs(predictor: Predictor, config: Config, inputs: Sequence[Input]
             if failure:
                 print(escape_lines(failure), file=sys.stderr, flush=True)
                 failures.append(failure)
-    write_classes(folder / "classes.json", predictor.classes, predictor.label_map)
+    write_classes(folder / CLASSES_FILE, predictor.classes, predictor.label_map)
     summary = f"{len(inputs) - len(failures)} of {len(inputs)} files predicted, written to {relative_to_cwd(folder)}"
     if failures:
         kind = f" {config.input}: {AS_PATH_LIST}" if config.input and is_path_list(config.input) else ""

@@ -21,7 +21,6 @@ from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
 from semseg.data.regions import Patch, encode_patch_runs, encode_text, trace_rings
 from semseg.storage.atomic import atomic_write
-from semseg.storage.ranks import print_once
 
 COCO_FILE, LABEL_STUDIO_FILE, LABEL_STUDIO_CONFIG = "coco.json", "label_studio.json", "label_studio.xml"
 DEFAULT_TOLERANCE = 1.0  # pixels
@@ -195,8 +194,6 @@ class AnnotationFiles:
         with ExitStack() as stack:
             for output in self.outputs:
                 name, create = ANNOTATION_FILES[output]
-                if (self.folder / name).exists():
-                    print_once(f"{self.folder / name}: is replaced by that of this prediction")
                 temporary = stack.enter_context(atomic_write(self.folder / name))
                 file = stack.enter_context(temporary.open("w", encoding="utf-8"))
                 self._writers.append(create(file, self.classes, self.label_map, self.settings))

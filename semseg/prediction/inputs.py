@@ -25,7 +25,6 @@ from semseg.errors import ConfigError, DataError
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 LIST_SUFFIXES = frozenset({".lst", ".txt"})
 IN_RUN_FOLDER, OF_OTHER_RUN = "in the run folder", "in the folder of another run"  # why a file is not used
-RUN_FILES = (".hydra", "config.yaml", "classes.json")  # one of them is in the folder of every run
 AS_PATH_LIST = "This file was read as a list of paths, one on each line."
 
 
@@ -90,7 +89,12 @@ def holds_inputs(run_dir: Path, inputs: Sequence[Input], unused: UnusedFiles) ->
     folders |= {run_dir / item.output_path for item in inputs if item.is_video}
     if not {folder.resolve() for folder in folders}.isdisjoint({item.path.parent.resolve() for item in inputs}):
         return True
-    return IN_RUN_FOLDER in unused.reasons and not any((run_dir / name).exists() for name in RUN_FILES)
+    return IN_RUN_FOLDER in unused.reasons and not is_of_run(run_dir)
+
+
+def is_of_run(folder: Path) -> bool:
+    """Whether a command of ours has written into a folder, or the training whose results are below its run."""
+    return any((place / RECORD_FOLDER).is_dir() for place in (folder, folder.parent))
 
 
 def is_path_list(source: str) -> bool:

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,10 @@ from semseg.data.label_map import LabelMap
 from semseg.errors import ArgumentError, suggest
 from semseg.prediction.annotations import write_annotations
 from semseg.reports.draw import UNSCORED_COLOUR, Pixels, add_legend, colour_class_map, draw_overlay, draw_panel
-from semseg.storage.atomic import atomic_write, name_file_in_errors, temporary_path
+from semseg.storage.atomic import atomic_write, make_folder, name_file_in_errors, temporary_path
 
 MAX_PALETTE_SIZE = 256  # colours of a PNG
+CLASSES_FILE = "classes.json"
 
 
 class WritablePrediction(Protocol):
@@ -145,13 +146,18 @@ def save_png(picture: Image.Image, path: Path) -> Path:
 
 def write_classes(path: Path, classes: ClassTable, label_map: LabelMap) -> None:
     """Write classes.json: the id, index, name and colour of each class."""
-    columns = zip(label_map.class_ids, classes.names, classes.palette, strict=True)
-    rows = [
-        {"id": raw_id, "index": index, "name": name, "color": list(colour)}
-        for index, (raw_id, name, colour) in enumerate(columns)
-    ]
+    rows = list_class_rows(classes, label_map)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({"classes": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def list_class_rows(classes: ClassTable, label_map: LabelMap) -> list[dict[str, Any]]:
+    """The id, index, name and colour of each class, as JSON has them."""
+    columns = zip(label_map.class_ids, classes.names, classes.palette, strict=True)
+    return [
+        {"id": int(raw_id), "index": index, "name": name, "color": list(colour)}
+        for index, (raw_id, name, colour) in enumerate(columns)
+    ]
 
 
 @contextmanager
@@ -160,7 +166,7 @@ def array_on_disk(path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.flo
     temporary = temporary_path(path)
     try:
         with name_file_in_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with temporary.open("wb") as file:
                 file.truncate(2 * math.prod(shape))
                 if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk would kill the process

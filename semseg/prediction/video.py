@@ -17,6 +17,7 @@ import numpy as np
 from semseg.data import store
 from semseg.errors import DataError
 from semseg.reports.draw import Pixels
+from semseg.storage.atomic import make_folder
 
 # Our own errors say why a video cannot be read; OpenCV and FFmpeg must not write to standard error.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -234,7 +235,7 @@ class VideoWriters:
         even = cv2.copyMakeBorder(picture, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
         if name not in self._open:
             path = self._temporary(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._final(name).exists()  # an OSError for a name that is too long comes before all frames are predicted
             size = (even.shape[1], even.shape[0])
             rate = rate if 0 < rate <= MAX_RATE else DEFAULT_RATE

@@ -6,7 +6,7 @@ paired bootstrap over the images, see evaluation/paired_bootstrap.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,10 +25,10 @@ from semseg.evaluation.paired_bootstrap import (
 )
 from semseg.reports.compared_runs import HEADLINE_NAMES, ComparedRun, is_score
 from semseg.reports.configurations import KeyDifference, compare_configurations, read_configuration
-from semseg.system.text import escape_unprintable
+from semseg.system.text import escape_unprintable, format_quantity
 
-# The settings that evaluations must have in common for their scores to be comparable.
-CONDITIONS = ("data", "split", "scales", "flip", "window", "stride", "mean_iou_rule")
+VIEWS = ("scales", "flip", "window", "stride")  # how a network sees images: its scores are comparable all the same
+CONDITIONS = ("data", "split", "mean_iou_rule")  # to be the same, unless the pixel counts of the same images are known
 BETTER, WORSE, UNCLEAR = "better", "worse", "unclear"  # what an interval says about a difference
 
 
@@ -82,6 +82,7 @@ class Comparison(NamedTuple):
     configuration: tuple[KeyDifference, ...]  # what differs in how the networks were trained
     num_images: int | None  # that the scores are over, if it is the same number for all runs
     has_intervals: bool
+    is_comparable: bool = True  # whether the scores of all runs are of the same labels, by the same rule
 
     @property
     def class_ids(self) -> list[Any] | None:
@@ -103,6 +104,8 @@ class Comparison(NamedTuple):
         if not self.headline:
             return []
         first, base = self.headline[0], self.runs[0].name
+        if not self.is_comparable:
+            return ["The scores are not comparable, so there is no verdict."]
         return [
             f"{run.name} against {base}: {first.name} {describe_difference(difference, self.num_images)}"
             for run, difference in zip(self.runs[1:], first.judged_differences, strict=True)
@@ -119,7 +122,7 @@ def describe_difference(difference: Difference, num_images: int | None) -> str:
     if difference.interval is None:
         return f"{points}, without an interval: whether other images would agree is not known."
     low, high = (100 * bound for bound in difference.interval)
-    over = "the images" if num_images is None else f"{num_images} images"
+    over = "the images" if num_images is None else format_quantity(num_images, "image")
     conclusions = {
         BETTER: f"better, as far as {over} can tell.",
         WORSE: f"worse, as far as {over} can tell.",
@@ -143,29 +146,39 @@ def compare_runs(runs: Sequence[ComparedRun], seed: int = 0, defaults: Mapping[s
         if others != names[0]:
             raise ConfigError(f"runs: {describe_class_difference(runs[0].name, names[0], run.name, others)}")
     images = build_image_rows(runs)
-    notes = [*note_different_conditions(runs), *note_missing_images(runs, len(images))]
     common = find_common_counts(runs)
+    different = find_different_conditions(runs)
+    has_same_labels = not isinstance(common, str)
+    notes = [*note_different_conditions(runs, different, has_same_labels), *note_missing_images(runs, len(images))]
     headline, classes, num_images = build_headline_rows(runs), build_class_rows(runs, names[0]), common_count(runs)
     has_intervals = False
     if isinstance(common, str):
         notes.append(common)
     else:
+        num_images, rule = len(common[0]), runs[0].rule
         if has_different_images(runs):
-            headline, classes = score_common_images(runs, common, headline, classes)
             listed = ", ".join(f"{run.name}: {len(run.counts.files)}" for run in runs if run.counts)
-            notes.append(f"the runs have {len(common[0])} images in common ({listed}): all scores are over those.")
-        num_images = len(common[0])
+            shared = format_quantity(num_images, "image")
+            notes.append(f"the runs have {shared} in common ({listed}): all scores are over those.")
+        if has_different_images(runs) or "mean_iou_rule" in different:
+            headline, classes = score_common_images(common, rule, headline, classes)
         base, *others = common
-        intervals = compute_difference_intervals(base, others, [run.rule for run in runs], generator_for(seed))
+        intervals = compute_difference_intervals(base, others, [rule] * len(runs), generator_for(seed))
         headline, classes = add_intervals(headline, classes, intervals)
         has_intervals = num_images >= MIN_INTERVAL_IMAGES
         if not has_intervals:
-            notes.append(
-                f"{num_images} images are too few to tell two runs apart: that needs at least {MIN_INTERVAL_IMAGES}."
-            )
+            notes.append(f"telling two runs apart takes at least {MIN_INTERVAL_IMAGES} images, not {num_images}.")
     configuration = compare_configurations([read_configuration(run.metrics, run.folder) for run in runs], defaults)
     return Comparison(
-        tuple(runs), tuple(notes), headline, classes, images, tuple(configuration), num_images, has_intervals
+        tuple(runs),
+        tuple(notes),
+        headline,
+        classes,
+        images,
+        tuple(configuration),
+        num_images,
+        has_intervals,
+        is_comparable=has_same_labels or not (different.keys() & set(CONDITIONS) or has_all_counts(runs)),
     )
 
 
@@ -205,17 +218,16 @@ def common_count(runs: Sequence[ComparedRun]) -> int | None:
     return number if not numbers and isinstance(number, int) else None
 
 
+def has_all_counts(runs: Sequence[ComparedRun]) -> bool:
+    """Whether the pixel counts of every run are known."""
+    return all(run.counts is not None for run in runs)
+
+
 def score_common_images(
-    runs: Sequence[ComparedRun],
-    common: Sequence[NDArray[np.signedinteger]],
-    headline: Sequence[ScoreRow],
-    classes: Sequence[ScoreRow],
+    common: Sequence[NDArray[np.signedinteger]], rule: str, headline: Sequence[ScoreRow], classes: Sequence[ScoreRow]
 ) -> tuple[tuple[ScoreRow, ...], tuple[ScoreRow, ...]]:
-    """Compute headline scores and IoUs over the images in `common`, in place of those over each run's own images."""
-    scores = [
-        score_counts(counts.sum(0, keepdims=True, dtype=np.int64), run.rule)
-        for run, counts in zip(runs, common, strict=True)
-    ]
+    """Compute headline scores and IoUs over the images in `common` by one rule, in place of each run's own."""
+    scores = [score_counts(counts.sum(0, keepdims=True, dtype=np.int64), rule) for counts in common]
     keys = {name: key for key, name in HEADLINE_NAMES.items()}
     return (
         tuple(
@@ -313,15 +325,34 @@ def change_sort_key(row: ScoreRow) -> tuple[bool, float]:
     return (row.change is None, -(row.change or 0.0))
 
 
-def note_different_conditions(runs: Sequence[ComparedRun]) -> list[str]:
-    """Write a sentence for each setting of the evaluations that differs."""
-    notes = []
-    for key in CONDITIONS:
-        values = [run.metrics.get(key) for run in runs]
-        if any(value != values[0] for value in values):
-            listed = ", ".join(f"{run.name}: {format_setting(key, run.metrics)}" for run in runs)
-            notes.append(f"{key} differs ({listed}), so the scores are not comparable.")
-    return notes
+def find_different_conditions(runs: Sequence[ComparedRun]) -> dict[str, str]:
+    """The settings of the evaluations that differ, each with its value in every run, for a sentence."""
+    return {
+        key: ", ".join(f"{run.name}: {format_setting(key, run.metrics)}" for run in runs)
+        for key in (*CONDITIONS, *VIEWS)
+        if any(run.metrics.get(key) != runs[0].metrics.get(key) for run in runs)
+    }
+
+
+def note_different_conditions(
+    runs: Sequence[ComparedRun], different: Mapping[str, str], has_same_labels: bool
+) -> Iterator[str]:
+    """Write a sentence for each setting of the evaluations that differs.
+
+    Args:
+        different: the settings, from `find_different_conditions`.
+        has_same_labels: whether the pixel counts of all runs are known for images with the same labels.
+    """
+    for key, listed in different.items():
+        if key in VIEWS:
+            consequence = ": the differences are those of the networks with these settings."
+        elif not has_same_labels:
+            consequence = ", so the scores are not comparable."
+        elif key == "mean_iou_rule":
+            consequence = f": all scores are by the rule of {runs[0].name}."
+        else:
+            consequence = ", but the labels of the images in common are the same."
+        yield f"{key} differs ({listed}){consequence}"
 
 
 def note_missing_images(runs: Sequence[ComparedRun], num_common: int) -> list[str]:
@@ -336,8 +367,8 @@ def note_missing_images(runs: Sequence[ComparedRun], num_common: int) -> list[st
         return []  # all scores are recomputed over the common images
     listed = ", ".join(f"{run.name}: {count}" for run, count in zip(runs, counts, strict=True))
     return [
-        f"the runs have {num_common} images in common ({listed}). Only those are compared image by image; "
-        "all other scores are over each run's own images."
+        f"the runs have {format_quantity(num_common, 'image')} in common ({listed}). Only those are compared image by "
+        "image; all other scores are over each run's own images."
     ]
 
 

@@ -17,6 +17,8 @@ Pixels = NDArray[np.uint8]  # (H, W, 3) RGB
 DEFAULT_OPACITY = 0.6
 BORDER_BRIGHTNESS = 0.35  # brightness of the line between two classes, as a fraction of the overlay's
 MIN_PANEL_WIDTH = 480  # pixels; smaller images are enlarged so that the legend can be read
+MAX_ENLARGED_PIXELS = 4_000_000  # of an image with its margin; a narrow tall one gets a wider margin instead
+MIN_TEXT_HEIGHT = 12  # pixels, of legends
 UNSCORED_COLOUR = (0, 0, 0)
 
 
@@ -71,12 +73,10 @@ def find_borders(ids: NDArray[np.integer]) -> NDArray[np.bool_]:
 
 def draw_panel(image: Pixels, ids: NDArray[np.integer], classes: ClassTable) -> Pixels:
     """Draw image | overlay, with a legend of the classes present below: colour, name, fraction of the pixels."""
-    height, width = ids.shape
-    if (image.shape[0], image.shape[1]) != (height, width):
+    if image.shape[:2] != ids.shape:
         raise ValueError(f"image {image.shape[:2]} and class map {ids.shape} differ in size")
-    factor = max(1, math.ceil(MIN_PANEL_WIDTH / (2 * width)))
-    pair = np.concatenate([enlarge(image, factor), enlarge(draw_overlay(image, ids, classes), factor)], axis=1)
-    return _append_legend(pair, ids, classes)
+    pair = [enlarge(part, MIN_PANEL_WIDTH // 2) for part in (image, draw_overlay(image, ids, classes))]
+    return _append_legend(np.concatenate(pair, axis=1), ids, classes, MIN_PANEL_WIDTH)
 
 
 def draw_comparison(
@@ -88,23 +88,26 @@ def draw_comparison(
 
 def add_legend(picture: Pixels, ids: NDArray[np.integer], classes: ClassTable) -> Pixels:
     """Add a legend below a picture (H, W, 3) of `ids` (H, W); small pictures are enlarged so that it can be read."""
-    factor = max(1, math.ceil(MIN_PANEL_WIDTH / 2 / picture.shape[1]))
-    return _append_legend(enlarge(picture, factor), ids, classes)
+    return _append_legend(enlarge(picture, MIN_PANEL_WIDTH // 2), ids, classes, MIN_PANEL_WIDTH // 2)
 
 
-def _append_legend(picture: Pixels, ids: NDArray[np.integer], classes: ClassTable) -> Pixels:
-    legend = draw_legend(class_shares(ids, classes), classes, picture.shape[1])
-    return np.concatenate([picture, legend], axis=0)
+def _append_legend(picture: Pixels, ids: NDArray[np.integer], classes: ClassTable, min_width: int) -> Pixels:
+    height, width = picture.shape[0], max(picture.shape[1], min_width)
+    text_height = max(MIN_TEXT_HEIGHT, min(width // 60, height // 10))  # in proportion, of panoramas too
+    legend = draw_legend(class_shares(ids, classes), classes, width, text_height)
+    margin = (0, 0), (0, width - picture.shape[1]), (0, 0)
+    return np.concatenate([np.pad(picture, margin, constant_values=255), legend], axis=0)
 
 
-def enlarge(image: Pixels, factor: int) -> Pixels:
-    """Repeat every pixel `factor` times in both directions."""
-    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+def enlarge(image: Pixels, min_width: int) -> Pixels:
+    """Repeat every pixel in both directions, until the image has `min_width` or the most pixels."""
+    height, width = image.shape[:2]
+    factor = min(math.ceil(min_width / width), MAX_ENLARGED_PIXELS // (min_width * height))
+    return image if factor <= 1 else image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def draw_legend(shares: list[ClassShare], classes: ClassTable, width: int) -> Pixels:
+def draw_legend(shares: list[ClassShare], classes: ClassTable, width: int, text_height: int) -> Pixels:
     """Draw a white strip of `width` pixels with the colour and name of each class, in as many columns as fit."""
-    text_height = max(12, width // 60)
     font = ImageFont.load_default(text_height)
     labels = [f"{share.name}  {format_share(share.share)}" for share in shares]
     margin, swatch = text_height // 2, text_height

@@ -26,6 +26,7 @@ from filelock import FileLock
 from rich.progress import track
 
 from semseg.errors import DataError, describe_reason
+from semseg.storage.atomic import make_folder
 
 MAX_ENTRIES = 1_000_000
 MAX_RATIO = 200  # bytes unpacked for each byte of the archive
@@ -61,7 +62,7 @@ def extract_archive(archive: Path, folder: Path) -> None:
         OSError: if `folder` cannot be written.
     """
     folder = folder.resolve()  # the temporary folder has to be on the disk that a link points to
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     temporary = folder.with_name(f".{folder.name}.unpacking")
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -159,7 +160,7 @@ def write_members(archive: Path, members: dict[PurePosixPath, Member], folder: P
     """
     for path, member in track(members.items(), f"unpacking {archive.name}", disable=not sys.stdout.isatty()):
         target = folder / path
-        (target if member.is_folder else target.parent).mkdir(parents=True, exist_ok=True)
+        make_folder(target if member.is_folder else target.parent)
         if member.is_folder:
             continue
         try:

@@ -33,6 +33,19 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.tmp")
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, as far as they do not exist.
+
+    Raises:
+        OSError: if that cannot be, with a number of UNWRITABLE also where a file, a broken link or a file system that
+            takes no folders is in the way.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError):
+        raise NotADirectoryError(errno.ENOTDIR, "its folder cannot be created", str(folder)) from None
+
+
 @contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
     """Put the name of `path` into system errors while it is written; a full disk alone does not name the file."""
@@ -81,7 +94,7 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """
     temporary = temporary_path(path)
     with name_file_in_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             yield temporary
             if durable:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from semseg.config.schema import DownloadConfig
 from semseg.errors import ConfigError, DownloadError
-from semseg.storage.atomic import atomic_write
+from semseg.storage.atomic import atomic_write, make_folder
 from semseg.storage.cache import default_cache_folder
 from semseg.storage.ranks import print_once
 from semseg.storage.transfer import RefusedError, download_file, hide_secrets, is_http, source_path
@@ -59,7 +59,7 @@ def fetch_file(url: str, config: DownloadConfig, *, folder: str = "", digest: st
             return verify_cached_file(target, digest)
         if config.offline:
             raise DownloadError(f"{target}: not in the cache, and download.offline=true. {by_hand}")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         with lock_download(target):
             if target.exists():  # another process has just downloaded it
                 return verify_cached_file(target, digest)

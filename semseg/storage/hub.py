@@ -334,7 +334,6 @@ def download_network(network: HubName, config: DownloadConfig) -> Path:
                 fetch(name)
         if revision != (network.revision or MAIN):
             mark = folder.parents[1] / "refs" / CONVERTED
-            mark.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(mark) as temporary:
                 temporary.write_text(folder.name, encoding="utf-8")
     return folder

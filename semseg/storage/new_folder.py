@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from semseg.errors import ConfigError
-from semseg.storage.atomic import name_file_in_errors
+from semseg.storage.atomic import make_folder, name_file_in_errors
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def create_folder(path: Path, key: str) -> Iterator[Path]:
     with name_file_in_errors(path):
         if (taken := next((parent for parent in path.parents if parent.is_file()), None)) is not None:
             raise ConfigError(f"{key}={path}: {taken} is a file. Give another {key}.")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         lock = FileLock(lock_file, timeout=0)
         try:
             lock.acquire()

@@ -209,6 +209,25 @@ def test_a_run_folder_that_would_be_a_file_or_lie_below_one_is_refused(word: str
     assert "is no folder. Set sweep_dir." in printed
 
 
+@pytest.mark.parametrize("words", [["mode=export"], ["mode=convert"], ["mode=check", *TINY]])
+def test_an_output_that_cannot_be_there_is_refused_before_anything_is_read(words: list[str], tmp_path: Path) -> None:
+    suffix = {"mode=export": ".onnx", "mode=convert": ".ckpt", "mode=check": ".yaml"}[words[0]]
+    (tmp_path / "file").touch()
+    (tmp_path / f"folder{suffix}").mkdir()
+    printed = run_here(tmp_path, *words, "ckpt=none", f"output=file/x{suffix}", code=2)
+    assert f"cannot be created, because {tmp_path / 'file'} is no folder. Set output." in printed
+    printed = run_here(tmp_path, *words, "ckpt=none", f"output=folder{suffix}", code=2)
+    assert f"folder{suffix}: is a folder. Give the name of a file." in printed
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc, which takes no folders")
+@pytest.mark.parametrize("words", [["mode=predict", "ckpt=x", "input=."], TINY])
+def test_a_run_folder_where_none_can_be_created_is_refused(words: list[str], tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    printed = run_here(tmp_path, *words, "run_dir=/proc/semseg/run", code=2)
+    assert "error: /proc/semseg/run: this folder cannot be created. Set run_dir or runs_dir." in printed
+
+
 def test_a_refused_prediction_writes_nothing_beside_the_inputs(tmp_path: Path) -> None:
     photo = tmp_path / "photos" / "a.png"
     photo.parent.mkdir()

@@ -235,7 +235,9 @@ def test_pages_of_a_microscope_are_no_bands(tmp_path: Path) -> None:
 
 def test_values_without_a_range_are_refused(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", numbers("uint16", 4))
-    with pytest.raises(DataError, match=r"holds uint16 values, whose range is not known: set data\.value_range="):
+    with pytest.raises(
+        DataError, match=r"holds uint16 values, whose range is not known\. To train on them, set data\.value_range="
+    ):
         read_bands(tmp_path / "a.tif", options(*FOUR, high=None))
     with pytest.raises(DataError, match="holds uint16 values, but the data set uint8 ones"):
         read_bands(tmp_path / "a.tif", options(*FOUR, dtype="uint8"))
@@ -251,9 +253,13 @@ def test_without_bands_a_raster_is_refused_with_what_it_holds(tmp_path: Path) ->
         (
             1,
             "float32",
-            r"holds 1 band of float32 values, which have no white: set data\.bands=\[grey\] data\.value_range",
+            r"float32 values, which have no white\. To train on them, set data\.bands=\[grey\] data\.value_range",
         ),
-        (3, "int16", r"holds 3 bands of int16 values, which have no white: set data\.value_range=\[low,high\]"),
+        (
+            3,
+            "int16",
+            r"3 bands of int16 values, which have no white\. To train on them, set data\.value_range=\[low,high\]",
+        ),
     ):
         write_tiff(tmp_path / "a.tif", numbers(kind, count))
         with pytest.raises(DataError, match=rf"a\.tif: {message}"):

@@ -278,14 +278,17 @@ def test_c19_metadata_behind_the_pixels_of_a_png_count_without_decoding_them(tmp
         ),
         (
             cv2.imencode(".tif", photo().astype(np.float32))[1].tobytes(),
-            "holds 3 bands of float32 values, which have no white: set data.value_range",
+            "holds 3 bands of float32 values, which have no white. To train on them, set data.value_range",
         ),
         (
             cv2.imencode(".tif", photo().astype(np.float64))[1].tobytes(),
             "holds 3 bands of float64 values, which are not supported: read are",
         ),
         (cv2.imencode(".tif", photo().astype(np.int32))[1].tobytes(), "holds 3 bands of int32 values, which are not"),
-        (saved(of_mode("F"), "TIFF"), "holds 1 band of float32 values, which have no white: set data.bands="),
+        (
+            saved(of_mode("F"), "TIFF"),
+            "holds 1 band of float32 values, which have no white. To train on them, set data.bands=",
+        ),
         (saved(of_mode("I"), "TIFF"), "holds 1 band of int32 values, which are not supported: read are uint8, uint16"),
         (b"no image at all", "is not an image in a known format"),
     ],

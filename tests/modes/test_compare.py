@@ -105,7 +105,7 @@ def test_images_are_compared_on_the_intersection_and_its_size_is_reported(tmp_pa
     content = run(tmp_path, [*runs, third])
     assert [row["name"] for row in content["images"]] == ["b.jpg"]
     assert content["images"][0]["differences"] == pytest.approx([-0.5, 0.1])
-    assert "1 images in common (base: 3, new: 3, third: 2)" in content["notes"][0]
+    assert "1 image in common (base: 3, new: 3, third: 2)" in content["notes"][0]
 
 
 def test_without_a_table_of_images_everything_else_is_compared(tmp_path: Path, runs: list[str]) -> None:
@@ -254,7 +254,31 @@ def test_all_scores_are_over_the_images_that_the_runs_have_in_common(tmp_path: P
     assert "7 images in common (base: 10, other: 7)" in content["notes"][0]
 
 
-def test_without_intervals_no_difference_has_a_colour_and_the_reason_is_noted(tmp_path: Path) -> None:
+def test_other_scales_leave_the_verdict_and_another_rule_is_that_of_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts, better = image_counts(8, 60, 5, seed=1), image_counts(8, 90, 5, seed=1)
+    counts[:, :2, 1] = better[:, :2, 1] = 0  # a class that is predicted and in no label
+    base = counted_evaluation(tmp_path / "base", counts, mean_iou_rule="ade20k")
+    other = counted_evaluation(tmp_path / "other", better, mean_iou_rule="ground_truth", scales=[300], split="test")
+    content = run(tmp_path, [base, other])
+    by_rule = [
+        float(score_counts(one.sum(0, keepdims=True), "ade20k").headline["mean_iou"][0]) for one in (counts, better)
+    ]
+    assert content["headline"][0]["values"] == pytest.approx(by_rule)
+    assert content["headline"][0]["verdicts"] == ["better"]
+    out = capsys.readouterr().out
+    for note in (
+        "split differs (base: val, other: test), but the labels of the images in common are the same.",
+        "mean_iou_rule differs (base: ade20k, other: ground_truth): all scores are by the rule of base.",
+        "scales differs (base: not stored, other: [300]): the differences are those of the networks with these",
+    ):
+        assert 0 <= out.find(note) < out.index("better, as far as 8 images can tell")
+
+
+def test_without_intervals_no_difference_has_a_colour_and_the_reason_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     counts = image_counts(8, 60, 5, seed=1)
     better = image_counts(8, 90, 5, seed=1)
     base = counted_evaluation(tmp_path / "base", counts)
@@ -264,11 +288,13 @@ def test_without_intervals_no_difference_has_a_colour_and_the_reason_is_noted(tm
     relabelled[3, 1] += 1
     other_labels = counted_evaluation(tmp_path / "relabelled", relabelled)
     for runs, reason in (
-        (few, "5 images are too few to tell two runs apart: that needs at least 6"),
+        (few, "telling two runs apart takes at least 6 images, not 5"),
         ([base, apart], "no image in common"),
         ([base, other_labels], "labels of 1 of 8 images"),
     ):
         content = run(tmp_path, runs)
+        has_verdict = "so there is no verdict" not in capsys.readouterr().out
+        assert has_verdict == (runs is few)
         assert any(reason in note for note in content["notes"]), content["notes"]
         assert content["resamples"] == 0
         page = (tmp_path / "out" / "compare.html").read_text()

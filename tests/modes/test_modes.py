@@ -130,7 +130,7 @@ def test_evaluations_keep_what_a_comparison_of_them_shows(folder: Path, evaluate
     matrix = np.array(metrics["confusion"])
     assert np.array_equal(counts, [matrix.diagonal(), matrix.sum(1), matrix.sum(0)])
     output = run_here(folder, "mode=compare", "runs=[scores,last]", "run_dir=comparison")
-    assert "trained with the same configuration" in output and "3 images are too few" in output
+    assert "trained with the same configuration" in output and "at least 6 images, not 3" in output
     page = (folder / "comparison" / "compare.html").read_text()
     curves, images = (page.split(f'id="{name}"')[1].split("</section>")[0] for name in ("curves", "images"))
     assert curves.count("<polyline") >= 4 and "n/a" not in curves
@@ -210,6 +210,48 @@ def test_a_text_file_that_holds_no_paths_is_said_to_be_read_as_a_list(folder: Pa
 
 
 @pytest.mark.slow
+def test_a_prediction_replaces_the_files_of_an_earlier_one_alone(folder: Path) -> None:
+    photos, words = folder / "photos", ("mode=predict", "ckpt=run", "input=photos", "predict.save=[ids,coco]")
+    photos.mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.zeros((32, 40, 3), np.uint8)).save(photos / f"{name}.png")
+    first = run_here(folder, *words, "run_dir=twice")
+    assert "replaced" not in first
+    assert "3 files in twice are replaced, such as coco.json" in run_here(folder, *words, "run_dir=twice")
+    (folder / "twice/b_ids.png").unlink()
+    (folder / "twice/coco.json").unlink()
+    assert "twice/a_ids.png is replaced" in run_here(folder, *words, "run_dir=twice")
+
+    table = folder / "twice/classes.json"
+    table.write_text(json.dumps({"classes": [{"id": 0, "name": "sky"}, {"id": 1, "name": "road"}]}))
+    for place in ("twice", "of_a_data_set"):  # another network has predicted here, or no network at all
+        (folder / place).mkdir(exist_ok=True)
+        (folder / place / "classes.json").write_bytes(table.read_bytes())
+        shown = run_here(folder, *words, f"run_dir={place}", code=2)
+        assert f"run_dir={place}: holds classes.json with other classes than this prediction has" in shown
+        assert "replaced" not in shown
+        assert (folder / place / "classes.json").read_bytes() == table.read_bytes()
+
+    for name in ("a_ids.png", "coco.json"):
+        strange = folder / "strange" / name
+        strange.parent.mkdir(exist_ok=True)
+        strange.write_bytes(b"mine")
+        shown = run_here(folder, *words, "run_dir=strange", code=2)
+        assert f"run_dir=strange: holds 1 file that outputs would replace, such as {name}" in shown
+        assert [path.read_bytes() for path in strange.parent.iterdir()] == [b"mine"]
+        strange.unlink()
+
+
+@pytest.mark.slow
+def test_outputs_of_videos_are_found_before_they_are_replaced(folder: Path) -> None:
+    with VideoWriters(folder / "short") as film:
+        film.add("film", np.zeros((32, 40, 3), np.uint8), 10)
+    words = ("mode=predict", "ckpt=run", "input=short_film.mp4", "predict.save=[ids,panel]", "run_dir=of_film")
+    run_here(folder, *words)
+    assert "2 files in of_film are replaced, such as short_film_panel.mp4" in run_here(folder, *words)
+
+
+@pytest.mark.slow
 def test_images_that_differ_in_the_suffix_alone_do_not_collide(folder: Path) -> None:
     (folder / "two").mkdir()
     for name in ("a.png", "a.jpg"):
@@ -237,6 +279,21 @@ def test_training_resumes_where_it_stopped(folder: Path) -> None:
     assert content["global_step"] == 9  # 3 epochs of 3 steps
     log = list(csv.DictReader((folder / "run/logs/metrics.csv").open()))
     assert [int(row["step"]) for row in log if row["train/loss"]] == list(range(9))
+
+
+@pytest.mark.slow
+def test_an_evaluation_leaves_no_file_of_an_earlier_one(folder: Path) -> None:
+    words, place = ("mode=eval", "ckpt=run", "run_dir=again", "eval.bootstrap=0"), folder / "again"
+    run_here(folder, *words, "eval.visualize=true", "eval.label_errors=true")
+    panels = sorted((place / "panels").rglob("*.png"))
+    assert len(panels) == 3 and (place / "label_errors.csv").exists()
+    (place / "panels/mine.txt").touch()
+    run_here(folder, *words, "eval.visualize=true", "data.limit=1")
+    assert sorted((place / "panels").rglob("*.png")) == panels[:1] and not (place / "label_errors.csv").exists()
+    (place / "precision_recall.csv").touch()
+    run_here(folder, *words)
+    assert [path.name for path in (place / "panels").iterdir()] == ["mine.txt"]
+    assert not (place / "precision_recall.csv").exists() and (place / "per_image.npz").exists()
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_outputs_of_other_runs_below_a_folder_are_not_inputs(folder: Path) -> No
 def test_earlier_outputs_are_not_inputs(folder: Path) -> None:
     (folder / "photos/out/sub").mkdir(parents=True)
     (folder / "photos/out/sub/a_ids.png").touch()
-    (folder / "photos/out/classes.json").touch()
+    (folder / "photos/out/.hydra").mkdir()
     assert "out/sub/a_ids" not in outputs_of("photos", "photos/out")
     assert not any("out" in place for place in outputs_of("photos/**/*.*", "photos/out"))
 

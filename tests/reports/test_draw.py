@@ -6,6 +6,7 @@ import pytest
 from semseg.data.classes import ClassTable
 from semseg.reports.draw import (
     MIN_PANEL_WIDTH,
+    add_legend,
     class_shares,
     colour_class_map,
     draw_legend,
@@ -46,8 +47,17 @@ def test_a_panel_fits_image_overlay_and_legend_at_any_size(height: int, width: i
     assert picture.shape[0] > height
 
 
+@pytest.mark.parametrize(("height", "width"), [(20000, 8), (20000, 1), (8, 20000)])
+def test_long_pictures_and_their_legends_stay_small(height: int, width: int) -> None:
+    classes = ClassTable(tuple(f"class {index}" for index in range(150)), ((0, 0, 0),) * 150)
+    image, ids = np.zeros((height, width, 3), np.uint8), np.arange(height * width).reshape(height, width) % 150
+    for picture, sides in ((draw_panel(image, ids, classes), 2), (add_legend(image, ids, classes), 1)):
+        assert picture.shape[1] >= sides * MIN_PANEL_WIDTH / 2
+        assert picture.shape[0] * picture.shape[1] < sides * (240 * height + 5_000_000)
+
+
 def test_the_legend_shows_every_class_present_in_its_colour() -> None:
-    strip = draw_legend(class_shares(np.array([[0, 1, 2]]), CLASSES), CLASSES, 600)
+    strip = draw_legend(class_shares(np.array([[0, 1, 2]]), CLASSES), CLASSES, 600, 12)
     colours = {tuple(pixel) for pixel in strip.reshape(-1, 3).tolist()}
     assert set(CLASSES.palette) <= colours
 

@@ -28,11 +28,29 @@ from semseg.data.label_map import LabelMap
 from semseg.evaluation.result_files import write_rows
 from semseg.modes.convert import save_state_dict
 from semseg.prediction.outputs import array_on_disk, save_png
+from semseg.prediction.video import VideoWriters
 from semseg.storage.atomic import atomic_write, describe_write_error
 from semseg.storage.run_results import Job, RunResult, write_job, write_result
 from semseg.training.loggers.csv import RowFile
 
 NOISE = torch.rand(3, 64, 64)
+
+
+@pytest.mark.parametrize("blocked", ["file", "file/below", "link"])
+def test_a_folder_that_cannot_be_created_is_named_like_a_full_disk(blocked: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "at all")
+    path = tmp_path / blocked / "x.png"
+    writers = (
+        lambda: save_png(Image.new("L", (4, 4)), path),
+        lambda: array_on_disk(path, (2, 3, 4)).__enter__(),
+        lambda: VideoWriters(path.parent / "film").add("overlay", np.zeros((4, 4, 3), np.uint8), 10),
+    )
+    for write in writers:
+        with pytest.raises(OSError) as caught:
+            write()
+        message = describe_write_error(caught.value, tmp_path)
+        assert message is not None and str(tmp_path / blocked) in message and "Check the path" in message
 
 
 @contextmanager
