@@ -169,6 +169,10 @@ def run_in_folder(config: Config, composed: DictConfig, overrides: list[str]) ->
     """
     processes = check_start(config, overrides)
     with create_run_folder(composed) as run_dir:
+        try:
+            make_folder(run_dir)
+        except NotADirectoryError:  # a file system that takes no folders
+            raise ConfigError(f"{run_dir}: this folder cannot be created. Set run_dir or runs_dir.") from None
         if config.mode == "crossval":
             from semseg.cli.crossval import run_folds  # noqa: PLC0415 - slow to import, and most runs need no folds
 
@@ -334,10 +338,6 @@ def resolve_run_dir(composed: DictConfig, created: list[Path] | None = None) -> 
         missing = [run_dir, *(folder for folder in missing if folder in run_dir.parents)]
     if created is not None:
         created += missing
-    try:
-        make_folder(run_dir)
-    except NotADirectoryError:  # a file system that takes no folders
-        raise ConfigError(f"{run_dir}: this folder cannot be created. Set run_dir or runs_dir.") from None
     return run_dir
 
 

@@ -27,6 +27,11 @@ UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:]+", re.ASCII)
 NUMBER_OR_BOOLEAN = re.compile(
     r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?[\d_]+)?|[+-]?(inf|nan)|true|false", re.IGNORECASE
 )
+SINGLE_KEYS = {  # given twice, they are a mistake: what to do instead
+    "input": "Give both in a folder, a pattern or a list of paths.",
+    "ckpt": "Give one, or several networks as ckpt=[<file>,<file>].",
+    "output": "Give one.",
+}
 LIST_KEYS = ("ckpt", "runs")  # paths whose text may be a list without quotes: [a.ckpt,b.ckpt]
 OPEN_KEYS = ("download.mirrors",)  # users choose the keys of these
 OPEN_PREFIXES = ("model.options.",)  # keys of a library, which checks them
@@ -49,6 +54,7 @@ def parse_overrides(arguments: list[str]) -> list[str]:
     """
     for argument in arguments:
         check_argument(argument)
+    refuse_second_values(arguments)
     words = use_own_description(expand_rerun(arguments))
     overrides = [quote_override(word, sweep=is_sweep(arguments)) for word in words]
     sweep_dir = next((override for override in overrides if override.startswith("sweep_dir=")), None)
@@ -72,6 +78,21 @@ def check_argument(argument: str) -> None:
         raise ConfigError(f"{shorten_override(argument)}: there is no such option. Valid: {', '.join(HYDRA_OPTIONS)}.")
     if re.match(r"[+~]*=", argument):
         raise ConfigError(f"{shorten_override(argument)}: there is no key before the equals sign.")
+
+
+def refuse_second_values(arguments: list[str]) -> None:
+    """Refuse keys of SINGLE_KEYS with two different values, of which Hydra would take the last.
+
+    Raises:
+        ConfigError: with both values.
+    """
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key = override_key(argument)
+        first = given.setdefault(key, argument)
+        if key in SINGLE_KEYS and first != argument:
+            both = f"{shorten_override(first)} {shorten_override(argument)}"
+            raise ConfigError(f"{both}: {key} has one value. {SINGLE_KEYS[key]}")
 
 
 def shorten_override(override: str) -> str:

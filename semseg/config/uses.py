@@ -30,13 +30,21 @@ from semseg.errors import ConfigError
 SIZE_KEYS = ("data.short_edges", "data.max_long_edge", "eval.scales", "eval.also_scales", "predict.scales")
 # Keys that `eval` and `predict` both have, apart from eval.scales, which is the default of predict.scales.
 VIEW_KEYS = ("flip", "window", "stride", "memory_limit_mb")
-PREDICTION_ADVICE = {f"eval.{key}": f"Use predict.{key}." for key in VIEW_KEYS} | {
+EVALUATION_KEYS = (
+    "also_scales",
+    "batch_size",
+    "bootstrap",
+    "boundary_iou",
+    "boundary_ratio",
+    "label_errors",
+    "visualize",
+)
+PREDICTION_ADVICE = {
+    **{f"eval.{key}": f"Use predict.{key}." for key in VIEW_KEYS},
+    **{f"eval.{key}": "It is for mode=eval. Leave it out." for key in EVALUATION_KEYS},
     "model.compile": "It is for training and mode=eval. Leave it out.",
     "data.limit": "It is for data sets. Leave it out.",
-    "eval.visualize": "It is for mode=eval. Leave it out.",
-    "eval.label_errors": "It is for mode=eval. Leave it out.",
-    "eval.boundary_iou": "It is for mode=eval. Leave it out.",
-    "eval.boundary_ratio": "It is for mode=eval. Leave it out.",
+    "eval.split": "It predicts the images of input=<folder>. Leave it out.",
 }
 TRAINING_MODES = ("train", "crossval")
 # Keys, or values of them (key=value), that a mode does not read, and what to do.
@@ -54,6 +62,7 @@ UNREAD_KEYS = {
     },
     "predict": PREDICTION_ADVICE | {"output": "The predictions are written to run_dir=<folder>."},
     "serve": PREDICTION_ADVICE
+    | {"eval.split": "It predicts the images that are sent to it. Leave it out."}
     | {
         f"predict.{key}": "It is for the files of mode=predict. Leave it out."
         for key in ("save", "image_prefix", "polygon_tolerance")
@@ -155,7 +164,7 @@ def refuse_unread_keys(mode: str, overrides: Sequence[str]) -> None:
     unread = UNREAD_KEYS.get(mode, {})
     for word in overrides:
         key, value = split_override(word)
-        is_off = value.lower() in ("", "false", "null")
+        is_off = value.lower() in ("", "0", "[]", "false", "null")
         advice = unread.get(f"{key}={value}") or (None if is_off else unread.get(key))
         if advice:
             raise ConfigError(f"{key}={value}: has no effect with mode={mode}. {advice}")

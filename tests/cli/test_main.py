@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from PIL import Image
 from helpers.command_line import RUN, TINY, TINY_NETWORK, run, run_here
 from semseg.cli.main import compose_run
 from semseg.config.overrides import parse_device_indices, parse_overrides, quote_override
+from semseg.config.schema import EvalConfig
+from semseg.config.uses import UNREAD_KEYS
 from semseg.errors import ConfigError
 
 
@@ -22,6 +25,11 @@ def test_help_lists_models_data_sets_and_sections(tmp_path: Path) -> None:
     page = run_here(tmp_path, "--help")
     for name in ("upernet50", "resnet50_dilated8_ppm_deepsup", "ade20k", "camvid", "scenes", "mode=predict", "eval.*"):
         assert name in page
+
+
+def test_prediction_reads_or_refuses_every_key_of_evaluation() -> None:
+    keys = {f"eval.{field.name}" for field in dataclasses.fields(EvalConfig)}
+    assert keys - set(UNREAD_KEYS["predict"]) == {"eval.scales"}  # the default of predict.scales
 
 
 PREDICT = ["mode=predict", "ckpt=x", "input=a.jpg"]
@@ -48,6 +56,12 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
         ),
         (["mode=eval", "ckpt=x", "input=a"], "input=a: has no effect with mode=eval. It scores a data set: data.root"),
         ([*PREDICT, "output=b"], "output=b: has no effect with mode=predict. The predictions are written to run_dir="),
+        ([*PREDICT, "eval.split=test"], "eval.split=test: has no effect with mode=predict. It predicts the images of"),
+        (
+            [*PREDICT, "input=b.jpg"],
+            "'input=a.jpg' 'input=b.jpg': input has one value. Give both in a folder, a pattern",
+        ),
+        ([*PREDICT, "ckpt=y"], "'ckpt=x' 'ckpt=y': ckpt has one value. Give one, or several networks as ckpt=["),
         ([*PREDICT, "predict.save=[]"], "predict.save=[]: nothing would be written. Give at least one of ids,"),
         (
             ["model.encoder.frozen=true", "optim.lr_encoder=0.1"],
