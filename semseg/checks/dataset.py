@@ -23,7 +23,7 @@ from semseg.data.plan import SubBatch, TrainPlan
 from semseg.data.records import Record, take_evenly
 from semseg.data.scan import FIRST_OF_SEVERAL, PairFacts
 from semseg.data.sources import Orientations
-from semseg.system.text import format_quantity
+from semseg.system.text import format_quantity, format_subject
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 READY, WITH_WARNINGS, NOT_READY = "READY", "READY, WITH WARNINGS", "NOT READY"
@@ -231,7 +231,8 @@ def check_reading(split: ScannedSplit) -> Iterator[Notice]:
         record for record, facts in pair_facts(split) if FIRST_OF_SEVERAL in f"{facts.image_kind} {facts.mask_kind}"
     ]
     if paged:
-        text = f"{split.name}: {len(paged)} images or masks contain several frames or pages; only the first is read."
+        having = format_subject(len(paged), "image or mask has", "images or masks have")
+        text = f"{split.name}: {having} several frames or pages; only the first is read."
         yield Notice(WARNING, text, first_images(paged))
     for white, bits in ((65535, 16), (255, 8)):
         seen = [(record, facts) for record, facts in pair_facts(split) if facts.largest >= 0 and facts.white == white]
@@ -644,11 +645,13 @@ def check_classes(rows: Sequence[ClassSummary], splits: Sequence[str]) -> Iterat
     for split in others:
         missing = [row.name for row in rows if row.pixels[train] and not row.pixels[split]]
         if missing:
-            text = f"{split}: {len(missing)} classes of {train} are absent and get no score: {join_first(missing)}."
+            absent = format_subject(len(missing), f"class of {train} is", f"classes of {train} are")
+            text = f"{split}: {absent} absent, without a score: {join_first(missing)}."
             yield Notice(NOTE, text)
     rare = [row.name for row in rows if 0 < row.share < RARE_FRACTION]
     if rare:
-        text = f"{train}: {len(rare)} classes have less than 0.1 % of the pixels each: {join_first(rare)}."
+        having = format_subject(len(rare), "class has", "classes have")
+        text = f"{train}: {having} less than 0.1 % of the pixels: {join_first(rare)}."
         yield Notice(NOTE, f"{text} loss.class_weights=<check.json> or data.oversample=0.05 may help.")
 
 

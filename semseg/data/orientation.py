@@ -12,6 +12,7 @@ from typing import NamedTuple
 from semseg.data.headers import Header
 from semseg.data.records import Record
 from semseg.errors import DataError
+from semseg.system.text import format_quantity, format_subject
 
 KEY = "data.label_orientation"
 
@@ -61,8 +62,8 @@ def labels_are_upright(setting: str, evidence: Evidence, other_evidence: Callabl
         return bool(decisive.upright)
     reason = f"other images contradict each other ({decisive.counts})" if decisive.stored else "no other image shows it"
     raise DataError(
-        f"data.{split}: {len(evidence.unclear)} images, such as {evidence.unclear[0]}, have an EXIF orientation that "
-        "keeps their height and width, so that the sizes of their masks do not show whether these are drawn on the "
+        f"data.{split}: {format_quantity(len(evidence.unclear), 'image')} with an EXIF orientation that keeps height "
+        f"and width, such as {evidence.unclear[0]}: the sizes of the masks do not show whether these are drawn on the "
         f"stored or on the upright image, and {reason}. Look at one and set {KEY}=stored or {KEY}=upright."
     )
 
@@ -91,4 +92,5 @@ def describe_orientations(evidence: Evidence, *, is_upright: bool) -> str:
         return f"{count} images are rotated by EXIF, and their masks differ in orientation: {evidence.counts}."
     is_stored = evidence.stored or not (evidence.upright or is_upright)
     grid = "the stored image" if is_stored else "the upright image"
-    return f"{count} images are rotated by EXIF; their masks are assumed to be drawn on {grid}."
+    rotated = format_subject(count, "image is", "images are")
+    return f"{rotated} rotated by EXIF, and masks are assumed to be drawn on {grid}."

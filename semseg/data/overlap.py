@@ -11,6 +11,7 @@ from typing import NamedTuple
 from semseg.data.records import Record
 from semseg.data.store import file_stamp, read_file
 from semseg.errors import DataError
+from semseg.system.text import format_quantity
 
 
 class Overlap(NamedTuple):
@@ -21,9 +22,10 @@ class Overlap(NamedTuple):
 
     def __str__(self) -> str:
         images = [*self.same_path, *self.same_content]
+        count = format_quantity(len(images), "validation image")
         return (
-            f"{len(images)} validation images are training images too ({len(self.same_path)} by path, "
-            f"{len(self.same_content)} by content), such as {images[0]}: their scores do not measure generalisation."
+            f"{count} also used for training ({len(self.same_path)} by path, {len(self.same_content)} by content), "
+            f"such as {images[0]}: scores of such images do not measure generalisation."
         )
 
 

@@ -248,7 +248,7 @@ class DataSource:
         if not unused or not unused.count:
             return ""
         names = unused.describe(self.root)
-        return f"{split}: {unused.count} files or folders below {self.root} are not used: {names}."
+        return f"{split}: not used below {self.root}: {names}."
 
     def find_named_splits(self) -> dict[str, str]:
         """Overrides that use the splits which folders below the images of train, or rows of its list, are named after.

@@ -83,7 +83,7 @@ def list_inputs(config: Config) -> list[Input]:
     unused = UnusedFiles()
     inputs = find_inputs(source, Path(config.run_dir), unused=unused)
     if unused.count:
-        print_once(f"input: {unused.count} files or folders are not used: {unused.describe(source)}")
+        print_once(f"input: not used: {unused.describe(source)}")
     return inputs
 
 

@@ -70,3 +70,12 @@ def format_quantity(number: int, noun: str) -> str:
     ('1 step', '0 workers')
     """
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def format_subject(number: int, singular: str, plural: str) -> str:
+    """A number of things with a verb that agrees.
+
+    >>> format_subject(1, "class is", "classes are"), format_subject(2, "class is", "classes are")
+    ('1 class is', '2 classes are')
+    """
+    return f"{number} {singular if number == 1 else plural}"

@@ -249,7 +249,7 @@ def test_values_without_a_range_are_refused(tmp_path: Path) -> None:
 
 def test_without_bands_a_raster_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     for count, kind, message in (
-        (5, "uint16", r"holds 5 bands of uint16 values, and without data\.bands images have red, green and blue"),
+        (5, "uint16", r"5 bands of uint16 values, and without data\.bands images have red, green and blue"),
         (
             1,
             "float32",
@@ -262,7 +262,7 @@ def test_without_bands_a_raster_is_refused_with_what_it_holds(tmp_path: Path) ->
         ),
     ):
         write_tiff(tmp_path / "a.tif", numbers(kind, count))
-        with pytest.raises(DataError, match=rf"a\.tif: {message}"):
+        with pytest.raises(DataError, match=rf"a\.tif: holds .*{message}"):
             read_image(tmp_path / "a.tif")
 
 

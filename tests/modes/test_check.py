@@ -390,7 +390,7 @@ def test_images_of_two_splits_are_found_by_content(tmp_path: Path) -> None:
         for kind in ("images", "masks")
     ]
     found = check(tmp_path / "data", *places, "data.num_classes=2")
-    assert "1 validation images are training images too" in of_level(found, "warning")
+    assert "1 validation image also used for training" in of_level(found, "warning")
 
 
 def test_a_second_scan_reads_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,7 +577,7 @@ def test_c27_photos_turned_by_180_degrees_need_the_key_and_are_reported(tmp_path
     assert "data.label_orientation=upright" in of_level(found, "error")
     found = check(root, *words, "data.label_orientation=upright")
     assert found["verdict"] == "READY"
-    assert "12 images are rotated by EXIF; their masks are assumed to be drawn on the upright image" in of_level(
+    assert "12 images are rotated by EXIF, and masks are assumed to be drawn on the upright image" in of_level(
         found, "note"
     )
 

@@ -157,4 +157,4 @@ def test_photographs_whose_rotation_is_assumed_are_shown(tmp_path: Path) -> None
     put(tmp_path / "e/a.jpg", photo("a", orientation=3))
     put(tmp_path / "e/a.json", labelme_content("a", [labelme_shape("cat", corners(CAT))]))
     shown = run_here(tmp_path, "mode=import", "input=e", "output=out")
-    assert "1 photographs are turned by EXIF" in shown and (tmp_path / "out/examples/a.png").is_file()
+    assert "1 photograph turned by EXIF" in shown and (tmp_path / "out/examples/a.png").is_file()

@@ -40,6 +40,7 @@ from semseg.data.importing.model import (
 from semseg.data.label_map import IGNORED
 from semseg.data.records import Problem
 from semseg.errors import DataError
+from semseg.system.text import format_quantity, format_subject
 
 COCO_KEYS = (b'"images"', b'"annotations"', b'"categories"')
 
@@ -94,7 +95,8 @@ def read_coco(root: Path, files: list[Path], finder: ImageFinder, options: Impor
     has_masks = any(isinstance(item, AnnotatedImage) and item.mask is not None for item in items)  # images, too
     num_read = len({item.path for item in items if isinstance(item, AnnotatedImage)})
     if not has_masks and finder.count > num_read:
-        notes.append(f"{finder.count - num_read} images are in no COCO file, or wrong there, and are left out.")
+        left = format_quantity(finder.count - num_read, "image")
+        notes.append(f"{left} in no COCO file, or wrong there: left out.")
     names = tuple(categories[number] for number in sorted(categories))
     return Export("COCO", names, None, items, tuple(notes), smaller_on_top=True)
 
@@ -293,7 +295,8 @@ class CocoReader:
             chosen = "ignored" if self.options.crowd == "ignore" else "drawn as their class (import.crowd=ignore: not)"
             yield f"{self.path.name}: {self.num_crowds} regions of many objects (iscrowd) are {chosen}."
         if self.num_boxes:
-            yield f"{self.path.name}: {self.num_boxes} annotations are boxes and drawn as rectangles."
+            boxes = format_subject(self.num_boxes, "annotation is a box", "annotations are boxes")
+            yield f"{self.path.name}: {boxes} without an outline, drawn as a rectangle."
 
 
 def _is_key(value: Any) -> bool:

@@ -37,6 +37,7 @@ from semseg.data.importing.model import (
 )
 from semseg.data.records import Problem
 from semseg.errors import DataError
+from semseg.system.text import format_quantity, format_subject
 
 UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-")  # before the names of uploaded files
 REGIONS = ("polygon", "brush", "rectangle", "ellipse")
@@ -256,13 +257,14 @@ class LabelStudioReader:
     def describe(self) -> Iterator[str]:
         """Sentences about what was decided."""
         if self.num_open:
-            yield f"{self.num_open} tasks have no annotation and are left out."
+            yield f"{format_subject(self.num_open, 'task has', 'tasks have')} no annotation: left out."
         if self.num_several:
-            yield f"{self.num_several} tasks have several annotations: the newest one is used."
+            several = format_subject(self.num_several, "task has", "tasks have")
+            yield f"{several} several annotations: the newest is used."
         if self.num_labels:
-            yield f"{self.num_labels} regions have several labels: the first one is used."
+            yield f"{format_subject(self.num_labels, 'region has', 'regions have')} several labels: the first is used."
         if self.num_other:
-            yield f"{self.num_other} results are no areas with a label and are left out."
+            yield f"{format_quantity(self.num_other, 'result')} without an area or a label: left out."
 
 
 def describe_time(annotation: Any) -> str:

@@ -45,6 +45,7 @@ from semseg.data.importing.model import (
 from semseg.data.label_map import IGNORED
 from semseg.data.records import Problem
 from semseg.errors import DataError
+from semseg.system.text import format_subject
 
 KEYS = (b'"shapes"', b'"imagePath"')
 BACKGROUND_LABEL = "_background_"
@@ -106,7 +107,7 @@ def read_labelme(root: Path, files: Sequence[Path], finder: ImageFinder, options
     notes = [*reader.describe(), *describe_unlisted(listed, labels)]
     num_images = len({item.path for item in items if isinstance(item, AnnotatedImage) and item.content is None})
     if num_left := finder.count - num_images:
-        notes.append(f"{num_left} images have no JSON file and are left out.")
+        notes.append(f"{format_subject(num_left, 'image has', 'images have')} no JSON file: left out.")
     return Export("LabelMe", tuple(names), None, items, tuple(notes))
 
 
@@ -232,7 +233,8 @@ class LabelMeReader:
             width = self.options.line_width
             yield f"{self.num_lines} lines and points are drawn {width:g} pixels wide (import.line_width)."
         if self.num_decoded:
-            yield f"{self.num_decoded} images are not in the export and were taken out of its JSON files."
+            decoded = format_subject(self.num_decoded, "image is", "images are")
+            yield f"{decoded} not in the export: taken out of its JSON files."
 
 
 def find_beside(path: Path, given: str) -> Path:

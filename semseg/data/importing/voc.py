@@ -25,6 +25,7 @@ from semseg.data.labels import read_label
 from semseg.data.palette import Colour, pack_colours, unpack_colour, voc_colour
 from semseg.data.records import Problem
 from semseg.errors import DataError
+from semseg.system.text import format_subject
 
 MASK_FOLDER, LABEL_MAP, LISTS = "SegmentationClass", "labelmap.txt", Path("ImageSets", "Segmentation")
 CLASS_NAMES = "class_names.txt"
@@ -90,10 +91,12 @@ def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
         )
     items += [Problem(f"{root / LISTS}: lists {stem}, which has no mask.") for stem in splits if stem not in seen]
     if splits and (num_unlisted := len(seen - set(splits))):
-        notes.append(f"{num_unlisted} masks are in no list of {LISTS.as_posix()} and left out.")
+        notes.append(
+            f"{format_subject(num_unlisted, 'mask is', 'masks are')} in no list of {LISTS.as_posix()} and left out."
+        )
     num_left = finder.count_stems(MASK_FOLDERS) - (len(seen) - num_missing)
     if num_left > 0:
-        notes.append(f"{num_left} images have no mask and are left out.")
+        notes.append(f"{format_subject(num_left, 'image has', 'images have')} no mask: left out.")
     palette = tuple(row.colour for row in rows)
     return Export("masks of CVAT or Pascal VOC", tuple(row.name for row in rows), palette, items, tuple(notes))
 

@@ -30,7 +30,7 @@ from semseg.errors import ConfigError, DataError
 from semseg.storage.atomic import name_file_in_errors
 from semseg.storage.new_folder import create_folder
 from semseg.system.processors import count_processors
-from semseg.system.text import escape_csv_cell, escape_unprintable, format_quantity
+from semseg.system.text import escape_csv_cell, escape_unprintable, format_quantity, format_subject
 
 NOT_SCORED = 0  # id in the masks; class index i has the id i + 1
 MAX_SHOWN = 5  # problems in a message
@@ -387,12 +387,12 @@ def summarise_import(imported: Imported) -> Iterator[str]:
         yield f"{100 * pixels[IGNORED] / total:.3g} % of the pixels are ignored, as the export says"
     yield from imported.notes
     if imported.num_empty:
-        yield f"{imported.num_empty} images are left out: nothing is annotated in them"
+        yield f"{format_subject(imported.num_empty, 'image is', 'images are')} left out: nothing is annotated in them"
     assumed = [image.image for image in imported.images if image.is_assumed]
     if assumed:
         yield (
-            f"{len(assumed)} photographs are turned by EXIF, and no size shows whether their annotations are for the "
-            f"stored or the upright picture, such as {assumed[0]}: the upright one is assumed. See examples/."
+            f"{format_quantity(len(assumed), 'photograph')} turned by EXIF, and no size shows whether annotations are "
+            f"for the stored or the upright picture, such as {assumed[0]}: the upright one is assumed. See examples/."
         )
     yield from (f"left out: {problem}" for problem in imported.problems)
 

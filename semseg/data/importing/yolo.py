@@ -22,6 +22,7 @@ from semseg.data.labels import read_label
 from semseg.data.list_files import SPLIT_NAMES
 from semseg.data.records import Problem
 from semseg.errors import DataError, one_line
+from semseg.system.text import format_quantity, format_subject
 
 MAX_YAML_BYTES = 2**18
 SLACK = 0.02  # coordinates may lie outside of 0..1 by this much: rounding, and points at the edge
@@ -339,15 +340,17 @@ class YoloReader:
     def describe(self) -> Iterator[str]:
         """Sentences about what was decided."""
         if num_unused := self.count_unused_labels():
-            yield f"{num_unused} label files belong to no image that is read, and are left out."
+            yield f"{format_quantity(num_unused, 'label file')} without an image that is read: left out."
         if self.unused.count:
-            yield f"{self.unused.count} .npy files beside images of the same names are left out."
+            yield f"{format_quantity(self.unused.count, '.npy file')} beside images of the same names: left out."
         for entry in self.missing:
             yield f"There is no {entry}: its test images are left out."
         if self.num_boxes:
-            yield f"{self.num_boxes} lines are boxes and drawn as rectangles."
+            boxes = format_subject(self.num_boxes, "line is a box", "lines are boxes")
+            yield f"{boxes} without an outline, drawn as a rectangle."
         if self.num_unlabelled:
-            yield f"{self.num_unlabelled} images have no label file, which means that they hold no object."
+            unlabelled = format_subject(self.num_unlabelled, "image has", "images have")
+            yield f"{unlabelled} no label file, which means: no object."
 
 
 class LabelsOfExport:

@@ -340,7 +340,7 @@ def test_arrays_that_yolo_keeps_beside_images_are_left_out(tmp_path: Path) -> No
         np.save(path.with_suffix(".npy"), read_image(path)[..., ::-1])
     imported = import_here(tmp_path / "e", tmp_path / "out")
     assert not list((tmp_path / "out/images").rglob("*.npy"))
-    assert any(".npy files beside images of the same names are left out" in note for note in imported.notes)
+    assert any(".npy files beside images of the same names: left out" in note for note in imported.notes)
 
 
 @pytest.mark.parametrize("name", ["coco", "voc"])
@@ -391,7 +391,7 @@ def test_yolo_holes_by_a_bridge_and_images_without_a_label_file(tmp_path: Path) 
     imported = import_here(tmp_path / "e", tmp_path / "out")
     masks = masks_of(tmp_path / "out")
     assert np.array_equal(masks["train/images/b"], expected(1, 3)) and (masks["train/images/c"] == 3).all()
-    assert "1 images have no label file" in imported.notes[0]
+    assert "1 image has no label file" in imported.notes[0]
 
 
 def test_a_test_split_of_yolo_that_was_not_exported_is_left_out(tmp_path: Path) -> None:
@@ -783,7 +783,7 @@ def test_labels_txt_gives_the_order_and_images_without_a_file_are_counted(tmp_pa
     put(tmp_path / "e" / "x.jpg", photo("x"))
     imported = import_here(tmp_path / "e", tmp_path / "out")
     assert imported.names == ("dog", "cat", "bird", "background")
-    assert imported.notes == ("1 images have no JSON file and are left out.",)
+    assert imported.notes == ("1 image has no JSON file: left out.",)
 
 
 def test_an_image_that_two_files_of_labelme_annotate_is_refused(tmp_path: Path) -> None:
@@ -895,7 +895,7 @@ def test_the_newest_annotation_that_is_not_cancelled_is_used_and_open_tasks_are_
     imported = import_here(tmp_path / "e", tmp_path / "out")
     masks = masks_of(tmp_path / "out")
     assert np.array_equal(masks["0a1b2c3d-a"] == 1, expected(0, 1, 0) == 1) and len(masks) == 3
-    assert "1 tasks have no annotation" in imported.notes[0] and "1 tasks have several annotations" in imported.notes[1]
+    assert "1 task has no annotation" in imported.notes[0] and "1 task has several annotations" in imported.notes[1]
 
 
 def test_uploaded_names_are_found_with_and_without_their_digits(tmp_path: Path) -> None:

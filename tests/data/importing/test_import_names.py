@@ -122,14 +122,14 @@ def test_an_image_above_another_of_its_name_is_the_one_without_a_folder(tmp_path
     put(tmp_path / "voc/JPEGImages/sub/a.jpg", photo("b"))
     imported = import_here(tmp_path / "voc", tmp_path / "o2")
     assert (tmp_path / "o2/images/a.jpg").read_bytes() == photo("a") and len(imported.images) == 1
-    assert imported.notes == ("1 images have no mask and are left out.",)
+    assert imported.notes == ("1 image has no mask: left out.",)
 
 
 def test_images_that_coco_does_not_list_are_counted(tmp_path: Path) -> None:
     write_coco(tmp_path / "e")
     put(tmp_path / "e/images/x.jpg", photo("x"))
     notes = import_here(tmp_path / "e", tmp_path / "out").notes
-    assert "1 images are in no COCO file, or wrong there, and are left out." in notes
+    assert "1 image in no COCO file, or wrong there: left out." in notes
 
 
 def test_a_mask_of_voc_that_is_no_png_is_refused(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_label_files_of_yolo_without_an_image_are_counted(tmp_path: Path) -> Non
     put(tmp_path / "e/train/labels/x.txt", "0 0 0 0 1 1 1\n")
     put(tmp_path / "e/train/labels/classes.txt", "cat\ndog\n")  # as LabelImg writes it
     notes = import_here(tmp_path / "e", tmp_path / "out").notes
-    assert "1 label files belong to no image that is read, and are left out." in notes
+    assert "1 label file without an image that is read: left out." in notes
 
 
 def test_paths_of_yolo_may_be_absolute_on_windows(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_painted_region_that_cannot_be_read_is_refused_and_points_are_left_out
     tasks[0]["annotations"][0]["result"].append(point)
     put(file, tasks)
     notes = import_here(tmp_path / "e", tmp_path / "out").notes
-    assert "1 results are no areas with a label and are left out." in notes
+    assert "1 result without an area or a label: left out." in notes
     mask = studio_region("cat", "bitmask", {"imageDataURL": "data:image/png;base64,"})
     tasks[0]["annotations"][0]["result"].append(mask)
     put(file, tasks)

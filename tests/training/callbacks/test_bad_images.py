@@ -304,7 +304,7 @@ def test_c18_images_in_both_splits_are_counted_by_path_and_by_content(drawn: Pat
     common = find_overlap([*training, gone], [*validation, *extra])
     assert common is not None
     assert (common.same_path, common.same_content) == ([training[1].image], [str(twin)])
-    assert str(common).startswith("2 validation images are training images too (1 by path, 1 by content), such as /")
+    assert str(common).startswith("2 validation images also used for training (1 by path, 1 by content), such as /")
 
 
 def test_c18_training_says_so(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,7 +312,7 @@ def test_c18_training_says_so(drawn: Path, tmp_path: Path, capsys: pytest.Captur
     (drawn / "both.odgt").write_text("\n".join(list_file.read_text().splitlines()[:2]))
     config = run_words(drawn, tmp_path, "data.val.list=both.odgt", "data.batch_size=1")
     train.check_records(DataSource(config.data), 1)
-    assert "2 validation images are training images too" in capsys.readouterr().err
+    assert "2 validation images also used for training" in capsys.readouterr().err
 
 
 @pytest.mark.slow
