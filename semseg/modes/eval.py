@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
         intervals=confidence_intervals(images, config.data.miou_rule, resamples, config.seed),
     )
     title = describe_evaluation(config.data.name, config.eval, result, module.window_layout)
-    remove_earlier_panels(folder, panels)
+    remove_earlier_panels(folder, set(panels))
     files = write_result_files(
         folder, result, describe_settings(source, config.eval, saved, result, module.window_layout)
     )
@@ -385,7 +385,7 @@ def panel_path(record: Record, root: Path, run_dir: Path) -> Path:
     return run_dir / PANELS_FOLDER / f"{name}.png"
 
 
-def remove_earlier_panels(run_dir: Path, panels: Sequence[Path]) -> None:
+def remove_earlier_panels(run_dir: Path, panels: Collection[Path]) -> None:
     """Remove the panels of an earlier evaluation in this folder other than `panels`, and folders left empty by that."""
     if not (run_dir / METRICS_FILE).exists():
         return

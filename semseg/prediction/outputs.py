@@ -155,7 +155,7 @@ def list_class_rows(classes: ClassTable, label_map: LabelMap) -> list[dict[str, 
     """The id, index, name and colour of each class, as JSON has them."""
     columns = zip(label_map.class_ids, classes.names, classes.palette, strict=True)
     return [
-        {"id": int(raw_id), "index": index, "name": name, "color": list(colour)}
+        {"id": raw_id, "index": index, "name": name, "color": list(colour)}
         for index, (raw_id, name, colour) in enumerate(columns)
     ]
 

@@ -363,7 +363,7 @@ def note_missing_images(runs: Sequence[ComparedRun], num_common: int) -> list[st
     counts = [len(run.images or ()) for run in runs]
     if all(count == num_common for count in counts):
         return []
-    if all(run.counts is not None for run in runs):
+    if has_all_counts(runs):
         return []  # all scores are recomputed over the common images
     listed = ", ".join(f"{run.name}: {count}" for run, count in zip(runs, counts, strict=True))
     return [

@@ -95,8 +95,9 @@ def _append_legend(picture: Pixels, ids: NDArray[np.integer], classes: ClassTabl
     height, width = picture.shape[0], max(picture.shape[1], min_width)
     text_height = max(MIN_TEXT_HEIGHT, min(width // 60, height // 10))  # in proportion, of panoramas too
     legend = draw_legend(class_shares(ids, classes), classes, width, text_height)
-    margin = (0, 0), (0, width - picture.shape[1]), (0, 0)
-    return np.concatenate([np.pad(picture, margin, constant_values=255), legend], axis=0)
+    canvas = np.full((height + legend.shape[0], width, 3), 255, np.uint8)
+    canvas[:height, : picture.shape[1]], canvas[height:] = picture, legend
+    return canvas
 
 
 def enlarge(image: Pixels, min_width: int) -> Pixels:
