@@ -73,6 +73,7 @@ from semseg.storage.run_folders import (
     claim_folder,
     expand_path,
     find_checkpoint,
+    find_foreign_file,
     find_run_folder,
     list_missing_folders,
     remove_unused_folders,
@@ -345,7 +346,8 @@ def refuse_kept_results(mode: str, run_dir: Path) -> None:
     """Refuse a folder with results that a mode would replace, and that are not those of an earlier call of it.
 
     Raises:
-        ConfigError: for the folder of a training run, and for one with averaged weights, which may be in use.
+        ConfigError: for the folder of a training run, for one with averaged weights, which may be in use, and for one
+            that no command of ours has written and that holds a file of such a name.
     """
     given = f"run_dir={relative_to_cwd(run_dir)}"
     if mode not in TRAINING_MODES and (run_dir / CHECKPOINT_FOLDER).exists():
@@ -355,6 +357,12 @@ def refuse_kept_results(mode: str, run_dir: Path) -> None:
         )
     if mode == "average" and (run_dir / AVERAGE_FILE).exists():
         raise ConfigError(f"{given}: holds {AVERAGE_FILE} of an earlier call. Leave it out, or give another folder.")
+    foreign = find_foreign_file(run_dir)
+    if foreign is not None:
+        raise ConfigError(
+            f"{given}: holds {foreign.name}, which this run could replace, and no record ({RECORD_FOLDER}) of a run "
+            "that wrote it. Give another folder."
+        )
 
 
 def claim_run_folder(planned: Path, mark: str) -> Path:

@@ -12,9 +12,10 @@ from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError
 from semseg.prediction.annotations import ANNOTATION_FILES
-from semseg.prediction.inputs import Input, is_of_run
+from semseg.prediction.inputs import Input
 from semseg.prediction.outputs import CLASSES_FILE, list_class_rows
 from semseg.storage.commands import relative_to_cwd
+from semseg.storage.run_folders import is_of_run
 from semseg.system.text import escape_unprintable, format_quantity
 
 OUTPUT_SUFFIXES = frozenset({".png", ".tif", ".npz", ".mp4"})

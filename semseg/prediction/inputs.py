@@ -21,6 +21,7 @@ from semseg.data import store
 from semseg.data.folders import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, leave_out_arrays_beside_images
 from semseg.data.store import UnusedFiles
 from semseg.errors import ConfigError, DataError
+from semseg.storage.run_folders import is_of_run
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 LIST_SUFFIXES = frozenset({".lst", ".txt"})
@@ -90,11 +91,6 @@ def holds_inputs(run_dir: Path, inputs: Sequence[Input], unused: UnusedFiles) ->
     if not {folder.resolve() for folder in folders}.isdisjoint({item.path.parent.resolve() for item in inputs}):
         return True
     return IN_RUN_FOLDER in unused.reasons and not is_of_run(run_dir)
-
-
-def is_of_run(folder: Path) -> bool:
-    """Whether a command of ours has written into a folder, or the training whose results are below its run."""
-    return any((place / RECORD_FOLDER).is_dir() for place in (folder, folder.parent))
 
 
 def is_path_list(source: str) -> bool:

@@ -20,11 +20,31 @@ CHECKPOINT_FOLDER = "checkpoints"  # inside a run folder
 CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
 METRICS_FILE = "metrics.json"  # of an evaluation
 AVERAGE_FILE = "average.ckpt"  # of mode=average
+# What the modes write into a run folder itself, without the outputs of a prediction.
+RESULT_NAMES = (
+    "config.yaml", "model.txt", "result.json", "report.html", "automatic.json",
+    METRICS_FILE, "per_class.csv", "per_image.csv", "per_image.npz", "confusion.npz", "precision_recall.csv",
+    "label_errors.csv", "class_maps.zip", "panels",
+    "check.json", "check.html", "compare.json", "compare.csv", "compare.html", "average.json", AVERAGE_FILE,
+    "crossval.json", "crossval.csv", "crossval.html",
+)  # fmt: skip
 
 
 def expand_path(path: object) -> Path:
     """A path of the configuration, whose ~ is the home directory also where no shell has seen it: in a recipe."""
     return Path(os.path.expanduser(str(path)))  # noqa: PTH111 - Path raises an error for unknown users
+
+
+def is_of_run(folder: Path) -> bool:
+    """Whether a command of ours has written into a folder, or the training whose results are below its run."""
+    return any((place / RECORD_FOLDER).is_dir() for place in (folder, folder.parent))
+
+
+def find_foreign_file(folder: Path) -> Path | None:
+    """The first file or folder that has the name of a result in a folder that no command of ours has written."""
+    if is_of_run(folder) or (folder / CHECKPOINT_FOLDER).exists():  # or a copy of a run without its hidden files
+        return None
+    return next((folder / name for name in RESULT_NAMES if os.path.lexists(folder / name)), None)
 
 
 # ---- checkpoints

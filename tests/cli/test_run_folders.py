@@ -6,6 +6,7 @@ ranks that we, torchrun or SLURM have started.
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from helpers.command_line import TINY, TINY_ENCODERS, TINY_NETWORK, run_here
+from helpers.command_line import TINY, TINY_ENCODERS, TINY_NETWORK, call_main, run_here
 from semseg.cli import main
 from semseg.cli.main import resolve_run_dir, resolve_sweep_dir
 from semseg.config.compose import compose_with_hydra
@@ -25,7 +26,7 @@ from semseg.config.groups import CONFIG_DIR
 from semseg.config.overrides import RECORD_FOLDER, parse_overrides, quote_value
 from semseg.errors import ConfigError
 from semseg.nets.registry import ENCODERS
-from semseg.storage.run_folders import choose_follow_up_folder, claim_folder, find_newest_evaluation
+from semseg.storage.run_folders import RESULT_NAMES, choose_follow_up_folder, claim_folder, find_newest_evaluation
 
 pytestmark = pytest.mark.reliability
 
@@ -210,11 +211,41 @@ def test_results_of_a_network_are_below_its_run_and_never_replace_each_other(tmp
             )
         assert before == {path: path.read_bytes() for path in run_dir.glob("[!.]*.*")}
     assert {path.name for path in run_dir.iterdir() if path.is_dir()} >= {"eval", "eval-2", "eval-3", "predict"}
+    files = {
+        path.name for record in tmp_path.rglob(RECORD_FOLDER) for path in record.parent.iterdir() if path.is_file()
+    }
+    of_prediction = {"classes.json", f"{photo.stem}_ids.png", f"{photo.stem}_panel.png"}
+    assert files - of_prediction - {"run.lock", "run.holder.json"} <= set(RESULT_NAMES)
     metrics = [json.loads((run_dir / name / "metrics.json").read_text()) for name in ("eval", "eval-2", "eval-3")]
     assert [Path(entry["checkpoint"]).stem for entry in metrics] == ["best", "best", "last"]
     assert len(list(tmp_path.glob("runs/*_eval"))) == 1  # of the network outside of a run
     assert find_newest_evaluation(run_dir) == run_dir / "eval-3"
     assert (tmp_path / "mine" / "metrics.json").is_file() and "compare.html" in output
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("config.yaml", []),
+        ("metrics.json", ["mode=eval", "ckpt=a.ckpt"]),
+        ("compare.csv", ["mode=compare", "runs=[a,b]"]),
+        ("check.html", ["mode=check"]),
+        ("panels", ["mode=eval", "ckpt=a.ckpt"]),
+        ("crossval.csv", ["mode=crossval", "data.folds=2"]),
+    ],
+)
+def test_files_that_no_run_has_written_are_not_replaced(name: str, words: list[str], tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "panels").mkdir(parents=True) if name == "panels" else mine.mkdir()
+    if name != "panels":
+        (mine / name).write_text("mine")
+    output = run_here(tmp_path, *words, "run_dir=mine", code=2)
+    assert f"run_dir=mine: holds {name}, which this run could replace, and no record (.hydra)" in output
+    assert [path.name for path in mine.iterdir()] == [name]
+    (mine / RECORD_FOLDER).mkdir()  # as after a run of ours
+    output = io.StringIO()
+    call_main(tmp_path, [*words, "run_dir=mine", "data.root=nothere"], output)
+    assert "error" in output.getvalue() and "could replace" not in output.getvalue()
 
 
 @pytest.mark.slow
