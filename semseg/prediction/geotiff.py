@@ -80,7 +80,37 @@ def has_rasterio() -> bool:
 
 
 def is_georeferenced(path: Path) -> bool:
-    """Whether a file is a TIFF with the tags of GeoTIFF."""
+    """Whether a file is a TIFF with the tags of GeoTIFF, or has a world file: a.tfw, a.jgw, a.pgw, ... beside a.tif."""
+    return _has_geo_tags(path) or find_world_file(path) is not None
+
+
+def find_world_file(path: Path) -> Path | None:
+    """The text file with the transform of an image that lies beside it, by the names that GDAL knows."""
+    kind = path.suffix[1:].lower()
+    if not kind or not path.is_file():
+        return None
+    suffixes = (f".{kind[0]}{kind[-1]}w", f".{kind}w", ".wld")
+    names = (path.with_suffix(form) for suffix in suffixes for form in (suffix, suffix.upper()))
+    return next((name for name in names if name.is_file()), None)
+
+
+def read_world_file(path: Path) -> Any:
+    """The transform in the world file of an image.
+
+    Raises:
+        DataError: if the file is not six numbers.
+    """
+    from affine import loadsw  # noqa: PLC0415 - of an extra
+
+    world_file = find_world_file(path)
+    assert world_file is not None, "the caller has found it"
+    try:
+        return loadsw(world_file.read_text(encoding="ascii"))
+    except ValueError:
+        raise DataError(f"{world_file}: a world file has six numbers, one a line. Correct or remove it.") from None
+
+
+def _has_geo_tags(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return has_geo_tags(file)
@@ -89,16 +119,19 @@ def is_georeferenced(path: Path) -> bool:
 
 
 def read_georeference(path: Path) -> GeoReference | None:
-    """Transform, CRS and control points of a GeoTIFF that is turned upright; None if it has none of them.
+    """Transform, CRS and control points of an image that is turned upright; None if it has none of them.
 
     Raises:
-        DataError: if GDAL cannot open it.
+        DataError: if GDAL cannot open it, or its world file is none.
     """
     if not is_georeferenced(path):
         return None
-    with explain_damage(path, "georeference"), open_raster(path) as file:
-        gcps, gcps_crs = file.gcps
-        reference = GeoReference(file.crs, file.transform, (tuple(gcps), gcps_crs))
+    if _has_geo_tags(path):
+        with explain_damage(path, "georeference"), open_raster(path) as file:
+            gcps, gcps_crs = file.gcps
+            reference = GeoReference(file.crs, file.transform, (tuple(gcps), gcps_crs))
+    else:
+        reference = GeoReference(None, read_world_file(path))
     if reference.crs is None and reference.transform.is_identity and not gcps:
         return None
     return reference.turn_upright(read_header_only(str(path)))
@@ -109,7 +142,7 @@ def may_have_mask(path: Path) -> bool:
 
     False for one that is turned upright, which GDAL does not do.
     """
-    if not path.is_file() or not has_rasterio() or not is_georeferenced(path):
+    if not path.is_file() or not has_rasterio() or not _has_geo_tags(path):
         return False
     with path.open("rb") as file:
         layout = read_picture_layout(file)

@@ -35,6 +35,7 @@ from semseg.prediction.geotiff import (
     OverlaySink,
     SeveralSinks,
     is_georeferenced,
+    may_have_mask,
     open_mask,
     read_georeference,
     write_geotiff,
@@ -111,6 +112,25 @@ def test_a_file_without_crs_or_without_anything(tmp_path: Path) -> None:
     (tmp_path / "c.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:100])
     assert read_georeference(tmp_path / "c.tif") is None
     assert not is_georeferenced(tmp_path / "no.tif")
+
+
+@pytest.mark.parametrize(
+    ("image", "world"), [("a.tif", "a.tfw"), ("a.TIFF", "a.tfw"), ("a.jpg", "a.jgw"), ("a.png", "a.WLD")]
+)
+def test_a_world_file_is_the_place_of_an_image(tmp_path: Path, image: str, world: str) -> None:
+    Image.new("RGB", (30, 20)).save(tmp_path / image)
+    path = tmp_path / image
+    assert not is_georeferenced(path)
+    # The rows of a world file: x and y of a step to the right, of a step down, and of the first pixel's centre.
+    (tmp_path / world).write_text("0.2\n0.1\n0.1\n-0.2\n500000.15\n5299999.95\n")
+    assert is_georeferenced(path)
+    reference = read_georeference(path)
+    assert reference is not None and reference.crs is None
+    assert tuple(reference.transform)[:6] == pytest.approx((0.2, 0.1, 500000, 0.1, -0.2, 5300000))
+    assert not may_have_mask(path)  # which only the tags of GeoTIFF announce
+    (tmp_path / world).write_text("nothing")
+    with pytest.raises(DataError, match=rf"{world}: a world file has six numbers"):
+        read_georeference(path)
 
 
 def test_ids_above_254_take_16_bits_and_pixels_without_values_have_none(tmp_path: Path) -> None:
