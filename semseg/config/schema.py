@@ -737,7 +737,7 @@ class TrainerConfig:
 class EmaConfig:
     """A moving average of the weights: validated, kept as best.ckpt, and used by all other modes."""
 
-    decay: float | None = number_field(None, above=0, high=1)
+    decay: float | None = number_field(None, above=0, below=1)
     """0.999: average = 0.999 * average + 0.001 * weights after every step; null: no average."""
     start_step: int = number_field(0, low=0)
     """Until this step the average equals the weights."""

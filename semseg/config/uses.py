@@ -32,7 +32,6 @@ SIZE_KEYS = ("data.short_edges", "data.max_long_edge", "eval.scales", "eval.also
 VIEW_KEYS = ("flip", "window", "stride", "memory_limit_mb")
 EVALUATION_KEYS = (
     "also_scales",
-    "batch_size",
     "bootstrap",
     "boundary_iou",
     "boundary_ratio",
@@ -238,6 +237,8 @@ def find_idle_training_keys(config: Config) -> Iterator[tuple[str, str]]:
     if config.model.encoder.get("frozen"):
         advice = "model.encoder.frozen=true leaves the encoder as it is. Leave it out."
         yield from dict.fromkeys(("optim.lr_encoder", "optim.layer_decay"), advice).items()
+    if config.optim.lr_encoder is not None and config.optim.lr_decoder is not None:
+        yield "optim.lr", "optim.lr_encoder and optim.lr_decoder are the rates of both parts. Leave one of them out."
     if config.optim.lr != AUTO:
         yield "optim.lr_images", "It is for optim.lr=auto. Give that, or leave it out."
     if not config.augment.blur:

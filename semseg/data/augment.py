@@ -27,7 +27,7 @@ from semseg.data.label_map import IGNORED
 from semseg.data.seeding import Stream, generator_for, number_for
 from semseg.errors import ConfigError, check_choice
 
-BLUR_RADIUS = 4.0  # radius of the kernel in standard deviations
+BLUR_RADIUS = 2.0  # radius of the kernel in standard deviations, of the largest blur
 
 # Custom transforms by name: functions of
 #     image (3, H, W), uint8 RGB (or bands, in the type of the files), label (H, W), int64, -1 = not scored, and a
@@ -43,6 +43,15 @@ class Augmented(NamedTuple):
 
     image: NDArray  # (H, W, 3) uint8 RGB, or (H, W, bands) of the type of the files
     label: NDArray[np.int16]  # (H, W), -1 = not scored, which includes corners that a rotation leaves empty
+
+
+class GaussianBlur(v2.GaussianBlur):
+    """torchvision's, with smaller kernels for images that are too small to be reflected at their border."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        height, width = inpt.shape[-2:]
+        kernel = [min(size, 2 * side - 1) for size, side in zip(self.kernel_size, (width, height), strict=True)]
+        return self._call_kernel(v2.functional.gaussian_blur, inpt, kernel, **params)
 
 
 class OwnTransform(NamedTuple):
@@ -125,8 +134,8 @@ class Augmentation:
         if any(jitter):
             transforms.append(v2.ColorJitter(*jitter) if bands is None else ColourJitter(jitter, bands))
         if config.blur:
-            kernel = 2 * math.ceil(BLUR_RADIUS * config.blur_sigma[1] / 2) + 1
-            transforms.append(v2.RandomApply([v2.GaussianBlur(kernel, tuple(config.blur_sigma))], config.blur))
+            kernel = 2 * math.ceil(BLUR_RADIUS * config.blur_sigma[1]) + 1
+            transforms.append(v2.RandomApply([GaussianBlur(kernel, tuple(config.blur_sigma))], config.blur))
         if config.rotation:
             fill: dict[Any, Any] = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
             if bands is not None:

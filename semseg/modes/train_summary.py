@@ -109,18 +109,32 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
         "batch": f"{' '.join(parts)}, {view}, "
         f"padded to multiples of {data.size_divisor}, labels at 1/{data.label_stride}",
         "training": f"{format_quantity(conditions.total_steps, 'step')}{unreached}, {steps} an epoch"
-        f", {config.optim.name} with lr {config.optim.lr:g}, {config.loss.terms.formula}"
+        f", {config.optim.name} with {describe_rates(config)}, {config.loss.terms.formula}"
         f", {limits.precision} on {conditions.accelerator}, {format_quantity(workers, 'worker')}",
     }
 
 
+def describe_rates(config: Config) -> str:
+    """The base learning rates of the decoder and, where it has another one, of the encoder."""
+    optim = config.optim
+    decoder = optim.lr if optim.lr_decoder is None else optim.lr_decoder
+    encoder = optim.lr if optim.lr_encoder is None else optim.lr_encoder
+    has_other = encoder != decoder and not config.model.encoder.get("frozen")
+    return f"lr {decoder:g}" + (f" (encoder {encoder:g})" if has_other else "")
+
+
 def describe_validation(limits: TrainerConfig, data: SegmentationData) -> dict[str, str]:
-    """A row that says why a run with validation images is never validated; none if it is."""
+    """A row that says which steps of a run with validation images are not validated; none if all are."""
     conditions = data.run_conditions()
-    first = math.ceil(conditions.batches_per_epoch / limits.accumulate_grad_batches) * limits.check_val_every_n_epoch
-    is_validated = first <= conditions.total_steps or limits.fast_dev_run
-    if is_validated or limits.limit_val_batches == 0 or not data.source.has("val"):
+    interval = math.ceil(conditions.batches_per_epoch / limits.accumulate_grad_batches) * limits.check_val_every_n_epoch
+    steps = conditions.total_steps
+    if limits.fast_dev_run or limits.limit_val_batches == 0 or not data.source.has("val") or steps % interval == 0:
         return {}
-    reason = f"the run ends at step {conditions.total_steps} and the first would be after step {first}"
     key = f"trainer.check_val_every_n_epoch={limits.check_val_every_n_epoch}"
-    return {"validation": f"none, because {reason}: no score, no best.ckpt, no report ({key})"}
+    if interval > steps:
+        reason = f"the run ends at step {steps} and the first would be after step {interval}"
+        return {"validation": f"none, because {reason}: no score, no best.ckpt, no report ({key})"}
+    last = steps - steps % interval
+    return {
+        "validation": f"the last is after step {last}: the weights of the end, after step {steps}, get no score ({key})"
+    }

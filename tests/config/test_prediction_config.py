@@ -6,6 +6,7 @@ import pytest
 
 from semseg.config.load import load_prediction_config
 from semseg.config.schema import Config
+from semseg.config.uses import refuse_unread_keys
 from semseg.errors import ConfigError
 
 
@@ -37,3 +38,10 @@ def test_wrong_overrides_are_explained_without_a_mode(ckpt: str, override: str, 
     with pytest.raises(ConfigError, match=message) as caught:
         load_prediction_config(ckpt, [override])
     assert "mode=serve" not in str(caught.value)
+
+
+def test_windows_of_prediction_are_batched_by_the_key_of_evaluation() -> None:
+    refuse_unread_keys("predict", ["ckpt=a.ckpt", "input=a", "eval.batch_size=4"])
+    refuse_unread_keys("serve", ["ckpt=a.ckpt", "eval.batch_size=4"])
+    with pytest.raises(ConfigError, match=r"eval\.bootstrap=9: has no effect with mode=predict"):
+        refuse_unread_keys("predict", ["ckpt=a.ckpt", "input=a", "eval.bootstrap=9"])

@@ -80,6 +80,16 @@ def test_colours_change_and_labels_do_not() -> None:
     assert ratios.max() - ratios.min() < 0.02 and abs(ratios.mean() - 1) > 0.01  # one factor for all
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 40), (40, 4), (9, 9)])
+def test_images_of_any_size_are_blurred(shape: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    config = AugmentConfig(blur=1.0, blur_sigma=[3.0, 20.0])
+    image, label = Augmentation(config, 304)(noise, np.zeros(shape, np.int16), 0, 0)
+    assert image.shape == noise.shape and label.shape == shape
+    assert max(shape) == 1 or image.std() < 0.8 * noise.std()
+    assert np.allclose(image.mean((0, 1)), noise.mean((0, 1)), atol=40)
+
+
 def test_a_crop_takes_the_same_part_of_both_and_adds_nothing() -> None:
     image, label = changed(crop=[24, 100])
     assert image.shape == (24, 60, 3) and label.shape == (24, 60)

@@ -33,6 +33,14 @@ def test_overfit_learns_four_images_by_heart_and_scores_them(root: Path, tmp_pat
     assert sum(losses[-10:]) / 10 < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("experiment", ["own_data", "finetune_vit"])
+def test_overfit_leaves_nothing_in_the_way_of_learning_by_heart(experiment: str) -> None:
+    config = configured("data=folder", f"experiment={experiment}", "debug=overfit")
+    assert config.augment.scale == [1, 1] and not config.augment.brightness
+    assert config.schedule.warmup_steps == 0 and config.ema.decay is None
+    assert config.trainer.accumulate_grad_batches == 1 and config.data.folds is None
+
+
 @pytest.mark.long
 def test_limit_uses_the_first_records_of_each_split(root: Path, tmp_path: Path) -> None:
     config = debugged("limit", root, tmp_path, "data.limit=2", "data.steps_per_epoch=2")

@@ -114,9 +114,9 @@ def update_average(average: nn.Module, module: nn.Module, decay: float | None) -
     if decay is None:
         others, copied = [*kept, *others], [*values, *copied]
     else:
-        # Rounded as torch's get_ema_avg_fn rounds it, which lerp is not; foreach is one kernel for many tensors.
-        added = torch._foreach_mul(values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_mul_(kept, decay)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_add_(kept, added)  # pyright: ignore[reportPrivateImportUsage]
+        # In this form, what does not change (a frozen encoder) is its own average, however decay is rounded. foreach is
+        # one kernel for many tensors.
+        steps = torch._foreach_sub(values, kept)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(kept, steps, alpha=1 - decay)  # pyright: ignore[reportPrivateImportUsage]
     for other, value in zip(others, copied, strict=True):
         other.copy_(value)

@@ -100,7 +100,16 @@ def test_the_average_equals_that_of_torch(decay: float) -> None:
         update_average(average, net, decay if step else None)
     counts = {"1.num_batches_tracked": net[1].num_batches_tracked}  # torch averages the number, too
     averages = average.state_dict()
-    assert all(torch.equal(averages[name], value) for name, value in (expected.module.state_dict() | counts).items())
+    torch.testing.assert_close(averages, dict(expected.module.state_dict()) | counts, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.99, 0.9999, 0.99999])
+def test_weights_that_do_not_change_are_their_own_average(decay: float) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    average = copy.deepcopy(net)
+    for _ in range(100):
+        update_average(average, net, decay)
+    assert all(torch.equal(average.state_dict()[name], value) for name, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.95, 0.9995, 0.9999])
