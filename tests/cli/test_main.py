@@ -29,7 +29,8 @@ def test_help_lists_models_data_sets_and_sections(tmp_path: Path) -> None:
 
 def test_prediction_reads_or_refuses_every_key_of_evaluation() -> None:
     keys = {f"eval.{field.name}" for field in dataclasses.fields(EvalConfig)}
-    assert keys - set(UNREAD_KEYS["predict"]) == {"eval.scales"}  # the default of predict.scales
+    # The default of predict.scales, and the windows of native resolution that go through the network together.
+    assert keys - set(UNREAD_KEYS["predict"]) == {"eval.scales", "eval.batch_size"}
 
 
 PREDICT = ["mode=predict", "ckpt=x", "input=a.jpg"]
