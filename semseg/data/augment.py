@@ -50,7 +50,8 @@ class GaussianBlur(v2.GaussianBlur):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         height, width = inpt.shape[-2:]
-        kernel = [min(size, 2 * side - 1) for size, side in zip(self.kernel_size, (width, height), strict=True)]
+        widest = max(self.kernel_size)  # pyright: ignore[reportArgumentType] - a pair, as torchvision keeps it
+        kernel = [min(widest, 2 * side - 1) for side in (width, height)]
         return self._call_kernel(v2.functional.gaussian_blur, inpt, kernel, **params)
 
 

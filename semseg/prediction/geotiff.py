@@ -132,7 +132,7 @@ def read_georeference(path: Path) -> GeoReference | None:
             reference = GeoReference(file.crs, file.transform, (tuple(gcps), gcps_crs))
     else:
         reference = GeoReference(None, read_world_file(path))
-    if reference.crs is None and reference.transform.is_identity and not gcps:
+    if reference.crs is None and reference.transform.is_identity and not reference.gcps[0]:
         return None
     return reference.turn_upright(read_header_only(str(path)))
 

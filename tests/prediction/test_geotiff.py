@@ -128,6 +128,8 @@ def test_a_world_file_is_the_place_of_an_image(tmp_path: Path, image: str, world
     assert reference is not None and reference.crs is None
     assert tuple(reference.transform)[:6] == pytest.approx((0.2, 0.1, 500000, 0.1, -0.2, 5300000))
     assert not may_have_mask(path)  # which only the tags of GeoTIFF announce
+    (tmp_path / world).write_text("1\n0\n0\n1\n0.5\n0.5\n")
+    assert read_georeference(path) is None
     (tmp_path / world).write_text("nothing")
     with pytest.raises(DataError, match=rf"{world}: a world file has six numbers"):
         read_georeference(path)
