@@ -540,6 +540,16 @@ class OptimConfig:
     fused: bool | None = None
     """Update all weights in one kernel; null: on GPUs, unless trainer.precision is 16-mixed, which refuses it."""
 
+    @property
+    def encoder_rate(self) -> float:
+        """The base learning rate of the encoder."""
+        return self.lr if self.lr_encoder is None else self.lr_encoder
+
+    @property
+    def decoder_rate(self) -> float:
+        """The base learning rate of all other parts."""
+        return self.lr if self.lr_decoder is None else self.lr_decoder
+
 
 @dataclass
 class ScheduleConfig:

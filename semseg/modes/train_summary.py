@@ -116,9 +116,7 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
 
 def describe_rates(config: Config) -> str:
     """The base learning rates of the decoder and, where it has another one, of the encoder."""
-    optim = config.optim
-    decoder = optim.lr if optim.lr_decoder is None else optim.lr_decoder
-    encoder = optim.lr if optim.lr_encoder is None else optim.lr_encoder
+    encoder, decoder = config.optim.encoder_rate, config.optim.decoder_rate
     has_other = encoder != decoder and not config.model.encoder.get("frozen")
     return f"lr {decoder:g}" + (f" (encoder {encoder:g})" if has_other else "")
 

@@ -95,19 +95,17 @@ def find_world_file(path: Path) -> Path | None:
 
 
 def read_world_file(path: Path) -> Any:
-    """The transform in the world file of an image.
+    """The transform in a world file, rasterio's Affine.
 
     Raises:
         DataError: if the file is not six numbers.
     """
     from affine import loadsw  # noqa: PLC0415 - of an extra
 
-    world_file = find_world_file(path)
-    assert world_file is not None, "the caller has found it"
     try:
-        return loadsw(world_file.read_text(encoding="ascii"))
+        return loadsw(path.read_text(encoding="ascii"))
     except ValueError:
-        raise DataError(f"{world_file}: a world file has six numbers, one a line. Correct or remove it.") from None
+        raise DataError(f"{path}: a world file has six numbers, one a line. Correct or remove it.") from None
 
 
 def _has_geo_tags(path: Path) -> bool:
@@ -122,16 +120,16 @@ def read_georeference(path: Path) -> GeoReference | None:
     """Transform, CRS and control points of an image that is turned upright; None if it has none of them.
 
     Raises:
-        DataError: if GDAL cannot open it, or its world file is none.
+        DataError: if GDAL cannot open it, or its world file is not one.
     """
-    if not is_georeferenced(path):
-        return None
     if _has_geo_tags(path):
         with explain_damage(path, "georeference"), open_raster(path) as file:
             gcps, gcps_crs = file.gcps
             reference = GeoReference(file.crs, file.transform, (tuple(gcps), gcps_crs))
+    elif (world_file := find_world_file(path)) is not None:
+        reference = GeoReference(None, read_world_file(world_file))
     else:
-        reference = GeoReference(None, read_world_file(path))
+        return None
     if reference.crs is None and reference.transform.is_identity and not reference.gcps[0]:
         return None
     return reference.turn_upright(read_header_only(str(path)))

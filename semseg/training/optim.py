@@ -67,8 +67,6 @@ def parameter_groups(
 
     An encoder whose stages are not known has one rate, which is a warning.
     """
-    encoder_rate = config.lr if config.lr_encoder is None else config.lr_encoder
-    decoder_rate = config.lr if config.lr_decoder is None else config.lr_decoder
     backbone = list(net.backbone.parameters())
     stages = list_stages(net, net.backbone) if config.layer_decay < 1 else [backbone]
     if config.layer_decay < 1 and len(stages) == 1:
@@ -81,8 +79,8 @@ def parameter_groups(
     parts: list[tuple[str, Sequence[nn.Parameter], float]] = []
     for position, stage in enumerate(stages, start=1 - len(stages)):
         name = f"encoder_{position}" if position else "encoder"
-        parts.append((name, stage, encoder_rate * config.layer_decay**-position))
-    parts.append(("decoder", rest, decoder_rate))
+        parts.append((name, stage, config.encoder_rate * config.layer_decay**-position))
+    parts.append(("decoder", rest, config.decoder_rate))
 
     decaying = {id(parameter) for parameter in split_by_decay(net)[0]}
     trained = {id(parameter) for parameter in net.parameters() if parameter.requires_grad}

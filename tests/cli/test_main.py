@@ -119,6 +119,10 @@ EXPORT = ["mode=export", "ckpt=x", "output=x.onnx"]
         (["schedule.min_factor=0.5"], "schedule.min_factor=0.5: has no effect. It is for schedule=cosine."),
         (["schedule=cosine", "schedule.power=1"], "schedule.power=1.0: has no effect. It is for schedule=poly"),
         (["optim.beta2=0.5"], "optim.beta2=0.5: has no effect. It is for optim=adamw."),
+        (
+            ["optim.lr=5", "optim.lr_encoder=0.1", "optim.lr_decoder=0.1"],
+            "optim.lr=5.0: has no effect. optim.lr_encoder and optim.lr_decoder are the rates of both parts.",
+        ),
         (["ema.start_step=9"], "ema.start_step=9: has no effect. There is no average without ema.decay."),
         (
             ["model/decoder=ppm", "model.deepsup_weight=1"],
@@ -259,6 +263,13 @@ def test_initial_weights_that_do_not_exist_are_named_by_their_key(tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_run_says_its_rates_and_which_weights_get_no_score(tmp_path: Path) -> None:
+    words = ["trainer.max_epochs=2", "trainer.max_steps=3", "optim.lr_encoder=0.001"]
+    printed = run_here(tmp_path, *TINY, *TINY_NETWORK, "run_dir=run", *words)
+    assert ", sgd with lr 0.02 (encoder 0.001), " in printed
+    assert "validation  the last is after step 2: the weights of the end, after step 3, get no score" in printed
+
+
 def test_a_run_that_is_never_validated_says_so_and_names_no_report(tmp_path: Path) -> None:
     """Its follow-up fails, and its last lines are there all the same; the same command runs it once it can."""
     words = [*TINY, *TINY_NETWORK, "run_dir=run", "after_training=[predict]", "input=photo.png", "trainer.max_steps=1"]

@@ -34,8 +34,10 @@ def test_overfit_learns_four_images_by_heart_and_scores_them(root: Path, tmp_pat
 
 
 @pytest.mark.parametrize("experiment", ["own_data", "finetune_vit"])
-def test_overfit_leaves_nothing_in_the_way_of_learning_by_heart(experiment: str) -> None:
-    config = configured("data=folder", f"experiment={experiment}", "debug=overfit")
+def test_overfit_leaves_nothing_in_the_way_of_learning_by_heart(experiment: str, tmp_path: Path) -> None:
+    folds = tmp_path / "folds.yaml"
+    folds.write_text("num_classes: 2\nfolds: 3\nfold: 0\n")
+    config = configured(f"data={folds}", f"experiment={experiment}", "debug=overfit")
     assert config.augment.scale == [1, 1] and not config.augment.brightness
     assert config.schedule.warmup_steps == 0 and config.ema.decay is None
     assert config.trainer.accumulate_grad_batches == 1 and config.data.folds is None
