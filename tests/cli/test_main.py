@@ -267,7 +267,8 @@ def test_a_run_says_its_rates_and_which_weights_get_no_score(tmp_path: Path) -> 
     words = ["trainer.max_epochs=2", "trainer.max_steps=3", "optim.lr_encoder=0.001"]
     printed = run_here(tmp_path, *TINY, *TINY_NETWORK, "run_dir=run", *words)
     assert ", sgd with lr 0.02 (encoder 0.001), " in printed
-    assert "validation  the last is after step 2: the weights of the end, after step 3, get no score" in printed
+    unwrapped = " ".join(printed.split())
+    assert "validation the last is after step 2: the weights of the end, after step 3, get no score" in unwrapped
 
 
 def test_a_run_that_is_never_validated_says_so_and_names_no_report(tmp_path: Path) -> None:
