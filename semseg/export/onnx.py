@@ -25,7 +25,7 @@ from semseg.checkpoints.format import Graph
 from semseg.config.preprocessing import Preprocessing
 from semseg.data.geometry import Size
 from semseg.errors import ExportError, one_line
-from semseg.export.onnx_runtime import INPUT_NAME, METADATA_KEY, OUTPUT_NAME, RAW_PIXELS, GraphEncoder
+from semseg.export.onnx_runtime import INPUT_NAME, METADATA_KEY, OUTPUT_NAME, GraphEncoder
 from semseg.nets.blocks import grid_means
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.normalise import normalise
@@ -87,8 +87,8 @@ def write_onnx(path: Path, net: SegmentationNetwork, entry: dict[str, Any]) -> D
 def load_onnx(path: Path, net: SegmentationNetwork) -> Callable[[Tensor], Tensor]:
     """The ONNX file of `net` as a function of pixels."""
     graph = Graph(path.read_bytes(), net.size_divisor, net.label_stride, net.image_size)
-    encoder = GraphEncoder(str(path), graph, net.num_classes, RAW_PIXELS)
-    return lambda image: encoder(image)[0]
+    encoder = GraphEncoder(str(path), graph, net.num_classes, net.convention)
+    return encoder.run_graph
 
 
 def add_metadata(model: onnx.ModelProto, entry: dict[str, Any]) -> onnx.ModelProto:

@@ -35,6 +35,7 @@ from semseg.data.sources import make_output_label_map
 from semseg.errors import CheckpointError, SemsegError, first_line
 from semseg.evaluation.tiled import choose_layout
 from semseg.nets.interfaces import Decoder, Encoder, Logits, SegmentationNetwork
+from semseg.nets.normalise import restore_values
 from semseg.nets.segmenter import Segmenter
 
 METADATA_KEY = "semseg"
@@ -44,8 +45,6 @@ IDS_NAME = "ids"  # output of a graph that resizes pictures itself (export.prepr
 # Ends of the network inside such a graph: pixels (1, 3, H, W) and logits.
 NETWORK_IMAGE, NETWORK_LOGITS = "network_image", "network_logits"
 STANDARD_DOMAINS = ("", "ai.onnx")  # domains of the operators of ONNX itself
-# The preprocessing of an exported network: none, because normalisation is inside the graph.
-RAW_PIXELS = Preprocessing("rgb", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), antialias=True)
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +72,7 @@ def build_description(saved: SavedNetwork, net: SegmentationNetwork, quantized: 
         "size_divisor": net.size_divisor,
         "label_stride": net.label_stride,
         "image_size": None if net.image_size is None else list(net.image_size),
+        "padding": list_padding(net.convention),
         "label_ids": ids.class_ids,
         "ignored_ids": ids.ignored_ids,
         "preprocessing": describe_windows(saved, net) or picture_rule(saved, net).as_plain(),
@@ -99,6 +99,11 @@ def describe_windows(saved: SavedNetwork, net: SegmentationNetwork) -> dict[str,
         "flip": config.predict.flip,
         "normalisation": "inside the graph",
     }
+
+
+def list_padding(convention: Preprocessing) -> list[float]:
+    """What pixels beyond the edge of an image are for the graph: for each band the value whose normalisation is 0."""
+    return restore_values(torch.zeros(1, convention.num_bands, 1, 1), convention).flatten().tolist()
 
 
 def describe_values(convention: Preprocessing) -> str:
@@ -195,14 +200,7 @@ def read_exported(path: Path) -> SavedNetwork:
             f"{path}: size_divisor {graph.size_divisor} must be a multiple of label_stride {graph.label_stride}, and "
             "both at least 1. Export the network again."
         )
-    return saved._replace(graph=graph, convention=raw_values(saved.convention))
-
-
-def raw_values(convention: Preprocessing) -> Preprocessing:
-    """The preprocessing of a graph that has this one inside: none, of the same bands."""
-    count = convention.num_bands
-    raw = RAW_PIXELS._replace(mean=(0.0,) * count, std=(1.0,) * count, bands=convention.bands)
-    return raw._replace(antialias=convention.antialias)
+    return saved._replace(graph=graph)
 
 
 def extract_network(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -286,10 +284,13 @@ def build_graph_network(saved: SavedNetwork, graph: Graph) -> Segmenter:
 class GraphEncoder(Encoder):
     """Runs a graph; its only map are the logits. It cannot be trained.
 
+    As every network it takes normalised images, so that padding is the same for all. Normalisation is a part of the
+    graph, which therefore gets the values that they had.
+
     Args:
         source: path of the file, for messages.
         num_classes: number of classes of the logits.
-        convention: RAW_PIXELS, because normalisation is a part of the graph.
+        convention: the normalisation inside the graph.
     """
 
     def __init__(self, source: str, graph: Graph, num_classes: int, convention: Preprocessing) -> None:
@@ -308,15 +309,19 @@ class GraphEncoder(Encoder):
         return self.graph.size_divisor
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """(N, 3, H, W) RGB 0..255 -> [(N, num_classes, H / label_stride, W / label_stride)] float32.
+        """(N, bands, H, W) -> [(N, num_classes, H / label_stride, W / label_stride)] float32.
 
         Raises:
             CheckpointError: if onnxruntime cannot run the graph.
         """
+        return [self.run_graph(restore_values(image, self.convention))]
+
+    def run_graph(self, image: Tensor) -> Tensor:
+        """The logits of an image before normalisation; see `forward`."""
         if image.device not in self.sessions:
             self.sessions[image.device] = self.open_session(image.device)
         (logits,) = self.sessions[image.device].run([OUTPUT_NAME], {INPUT_NAME: image.float().cpu().numpy()})
-        return [torch.from_numpy(logits).to(image.device)]
+        return torch.from_numpy(logits).to(image.device)
 
     def open_session(self, device: torch.device) -> onnxruntime.InferenceSession:
         """Open the graph on a device; on the CPU if onnxruntime does not support it."""

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from semseg.config.preprocessing import Preprocessing
 
+BYTE_ERROR = 1e-3  # distance from a whole number below which a restored value was a byte
+
 
 def normalise(image: Tensor, convention: Preprocessing, size: Tensor | None = None) -> Tensor:
     """Apply a preprocessing to a batch of images.
@@ -39,6 +41,30 @@ def to_bytes_range(image: Tensor, convention: Preprocessing) -> Tensor:
     span = create_channel_values([ends.high - ends.low for ends in convention.ranges], pixels)
     shifted = pixels - low if pixels is image else pixels.sub_(low)  # a batch of float32 stays as it is
     return shifted.div_(span).mul_(255).clamp_(0, 255)
+
+
+def restore_values(image: Tensor, convention: Preprocessing) -> Tensor:
+    """The inverse of `normalise`: the values that an image had.
+
+    Bytes are exact. Padding, which is 0 in `image`, becomes the mean of each band.
+
+    Args:
+        image: (N, bands, H, W) of a floating type.
+
+    Returns:
+        (N, bands, H, W) float32: values of files, with what is beyond the ranges cut off.
+    """
+    pixels = image.float()
+    mean, std = (create_channel_values(values, pixels) for values in (convention.mean, convention.std))
+    pixels = pixels.mul(std).add_(mean).div_(convention.scale)
+    if convention.channel_order == "bgr":
+        pixels = pixels.flip(1)
+    if convention.ranges:
+        low = create_channel_values([ends.low for ends in convention.ranges], pixels)
+        span = create_channel_values([ends.high - ends.low for ends in convention.ranges], pixels)
+        return pixels.div_(255).mul_(span).add_(low)
+    whole = pixels.round()
+    return torch.where((pixels - whole).abs() < BYTE_ERROR, whole, pixels)
 
 
 def create_channel_values(values: Sequence[float], like: Tensor) -> Tensor:

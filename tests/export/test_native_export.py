@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
 import onnx
 from PIL import Image
 
+import semseg
 from helpers.command_line import run_here
 from helpers.rasters import NATIVE_BANDS, draw_rasters
 from semseg.evaluation.tiled import WindowLayout
@@ -33,6 +35,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def read_description(path: Path) -> dict[str, Any]:
+    """What an exported file says about its network."""
+    return json.loads({item.key: item.value for item in onnx.load(path).metadata_props}[METADATA_KEY])
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_static_quantisation_sees_windows_and_is_scored_as_in_evaluation(trained: Path) -> None:
@@ -44,7 +51,7 @@ def test_static_quantisation_sees_windows_and_is_scored_as_in_evaluation(trained
     assert f"float32  mean IoU {100 * mean_iou:.2f} %" in output
     quantised = re.search(r"int8     mean IoU ([\d.]+) %", output)
     assert quantised is not None and abs(float(quantised[1]) - 100 * mean_iou) < 5
-    entry = json.loads({item.key: item.value for item in onnx.load(trained / "int8.onnx").metadata_props}[METADATA_KEY])
+    entry = read_description(trained / "int8.onnx")
     assert entry["preprocessing"] == {
         "version": 1, "resizing": "none: windows of the image as it is, whose logits are averaged", "window": 48,
         "stride": 32, "size_divisor": 8, "flip": False, "normalisation": "inside the graph",
@@ -52,6 +59,27 @@ def test_static_quantisation_sees_windows_and_is_scored_as_in_evaluation(trained
     run_here(trained, "mode=predict", "ckpt=int8.onnx", "input=images/0.tif", "run_dir=predicted", "predict.save=[ids]")
     with Image.open(trained / "predicted" / "0_ids.png") as ids:
         assert ids.size == (110, 70)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_encoder")
+def test_the_file_predicts_and_scores_as_the_checkpoint_where_windows_reach_beyond_the_image(trained: Path) -> None:
+    """Padding is the mean in both, and values of 16 bits are read as such."""
+    run_here(trained, "mode=export", "ckpt=run", "output=padded.onnx")
+    probabilities, scores = [], []
+    for name in ("run", "padded.onnx"):
+        net = semseg.load(trained / "run" if name == "run" else trained / name, device="cpu")
+        found = net.predict(trained / "images" / "0.tif", probabilities=True).probabilities
+        assert found is not None
+        probabilities.append(found.astype(np.float32))
+        run_here(trained, "mode=eval", f"ckpt={name}", f"run_dir=scores-{name}", "trainer=cpu")
+        scores.append(json.loads((trained / f"scores-{name}" / "metrics.json").read_text())["mean_iou"])
+    assert np.abs(probabilities[0] - probabilities[1]).max() < 0.002  # they are float16
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    entry = read_description(trained / "padded.onnx")
+    means = [low + mean * (high - low) for mean, (low, high) in zip(
+        entry["convention"]["mean"], entry["convention"]["ranges"], strict=True)]  # fmt: skip
+    assert entry["padding"] == pytest.approx(means, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from semseg.build import restore_network
 from semseg.checkpoints.format import SavedNetwork, write_ckpt
 from semseg.checkpoints.network import build_network
 from semseg.config.groups import CONFIG_DIR
+from semseg.config.preprocessing import PREPROCESSING
 from semseg.data.sources import DataSource
 from semseg.errors import CheckpointError, ConfigError, ExportError, SemsegError
 from semseg.export import onnx as onnx_export
@@ -44,6 +45,7 @@ from semseg.export.quantize import quantize_onnx
 from semseg.modes import eval as eval_mode
 from semseg.modes import export as export_mode
 from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.normalise import normalise
 from semseg.nets.registry import ENCODERS, build_decoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
 
@@ -243,10 +245,10 @@ def test_an_error_of_the_exporter_becomes_one_line() -> None:
 
 
 def drawn_scene(folder: Path) -> torch.Tensor:
-    """Pixels (1, 3, H, W) of an image for training."""
+    """An image for training, normalised (1, 3, H, W)."""
     path = next((folder / "scenes" / "images" / "training").glob("*.jpg"))
     pixels = np.asarray(Image.open(path).convert("RGB").resize((64, 32)), np.float32)
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
+    return normalise(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None], PREPROCESSING["rgb_mean_std"])
 
 
 def count_weights(path: Path, *types: int) -> int:

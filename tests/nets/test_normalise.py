@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from semseg.config.preprocessing import PREPROCESSING
-from semseg.nets.normalise import normalise
+from semseg.config.preprocessing import PREPROCESSING, BandRange, Preprocessing
+from semseg.nets.normalise import normalise, restore_values
 
 
 def test_the_2018_convention_is_bgr_minus_the_mean() -> None:
@@ -42,6 +42,30 @@ def test_the_image_itself_is_left_alone(convention: str, dtype: torch.dtype) -> 
     before = image.clone()
     normalise(image, PREPROCESSING[convention], torch.tensor([[2, 2]]))
     assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize("convention", PREPROCESSING)
+def test_the_inverse_gives_all_bytes_back_and_the_mean_for_padding(convention: str) -> None:
+    preprocessing = PREPROCESSING[convention]
+    image = torch.arange(256).repeat(3, 2, 1)[None].to(torch.uint8)
+    values = restore_values(normalise(image, preprocessing, torch.tensor([[1, 256]])), preprocessing)
+    assert torch.equal(values[:, :, 0], image[:, :, 0].float())
+    mean = torch.tensor(preprocessing.mean) / preprocessing.scale
+    red_first = mean.flip(0) if preprocessing.channel_order == "bgr" else mean
+    assert torch.allclose(values[0, :, 1], red_first[:, None].expand(-1, 256))
+
+
+def test_the_inverse_gives_values_of_ranges_back() -> None:
+    ranges = (BandRange(-500, 9500), BandRange(0, 1))
+    preprocessing = Preprocessing(
+        "rgb", 1 / 255, (0.4, 0.5), (0.2, 0.3), antialias=True, bands=("a", "b"), ranges=ranges
+    )
+    image = torch.stack([torch.linspace(-500, 9500, 7), torch.linspace(0, 1, 7)])[None, :, None]
+    assert torch.allclose(restore_values(normalise(image, preprocessing), preprocessing), image, rtol=1e-5, atol=1e-3)
+    beyond = restore_values(normalise(image * 2 - 1, preprocessing), preprocessing)
+    assert torch.allclose(
+        beyond, torch.maximum(torch.minimum(image * 2 - 1, image[..., -1:]), image[..., :1]), atol=1e-3
+    )
 
 
 @pytest.mark.gpu
