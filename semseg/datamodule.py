@@ -21,6 +21,7 @@ from semseg.collate import collate
 from semseg.config.schema import AugmentConfig, EvalConfig, TrainerConfig
 from semseg.data import shared_slots
 from semseg.data.augment import Augmentation
+from semseg.data.bands import BandOptions
 from semseg.data.batch import LABEL_TYPE, Batch, EvalSample
 from semseg.data.crops import DEFAULT_FOREGROUND, NATIVE, CropPlan, choose_crop
 from semseg.data.datasets import EvalDataset, ReadOptions, TrainDataset
@@ -37,7 +38,7 @@ from semseg.data.sources import DataSource
 from semseg.data.training_size import TrainingSizes
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.own_scores import IMAGE_METRICS
-from semseg.nets.bands import check_bands
+from semseg.nets.bands import check_bands, expect_trained_type
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.system.processors import choose_num_workers
 from semseg.system.shared_memory import get_free_shared_memory
@@ -240,9 +241,17 @@ class SegmentationData(pl.LightningDataModule):
         """Numbers per pixel of an image."""
         return 3 if self.source.bands is None else len(self.source.bands.names)
 
+    def bands_of(self, split: str) -> BandOptions | None:
+        """How the bands of a split are read; None: images are 8-bit RGB.
+
+        Raises:
+            DataError: as `DataSource.records`.
+        """
+        return expect_trained_type(self.source.bands_of(split), self.net.convention)
+
     def _pixel_type(self, split: str) -> torch.dtype:
         """The type in which the images of a split are read and sent to the device."""
-        bands = self.source.bands_of(split)
+        bands = self.bands_of(split)
         return torch.uint8 if bands is None else getattr(torch, bands.dtype or "uint8")
 
     def _read_options(self, split: str) -> ReadOptions:
@@ -253,7 +262,7 @@ class SegmentationData(pl.LightningDataModule):
         """
         data = self.data_config
         cache = LabelCache(data.label_cache, self.source.label_map) if data.label_cache else None
-        bands = self.source.bands_of(split)
+        bands = self.bands_of(split)
         return ReadOptions(
             max_long_edge=data.max_long_edge,
             size_divisor=self.size_divisor,

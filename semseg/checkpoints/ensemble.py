@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from semseg.checkpoints.format import SavedNetwork
+from semseg.config.preprocessing import Preprocessing
+from semseg.data.bands import describe_bands, format_value_range
 from semseg.data.sources import make_label_map
 from semseg.errors import CheckpointError, ConfigError
 from semseg.nets.ensemble import Ensemble
@@ -16,7 +18,7 @@ def join_networks(members: Sequence[SavedNetwork]) -> SavedNetwork:
     """An ensemble of networks; its settings are those of the first one.
 
     Raises:
-        CheckpointError: if their classes, label ids or preprocessing differ, with the two files and values.
+        CheckpointError: if their classes, label ids, bands or resizing differ, with the two files and values.
     """
     first = members[0]
     for other in members[1:]:
@@ -24,7 +26,7 @@ def join_networks(members: Sequence[SavedNetwork]) -> SavedNetwork:
         if problem is not None:
             raise CheckpointError(
                 f"{first.source} and {other.source} cannot be averaged: {problem} Give networks that were trained for "
-                "the same classes with the same preprocessing."
+                "the same classes on images that are read in the same way."
             )
     # Explicit divisors are those of the members, see build_ensemble.
     model = replace(first.config.model, size_divisor=None, label_stride=None)
@@ -49,11 +51,27 @@ def find_obstacles(first: SavedNetwork, other: SavedNetwork) -> Iterator[str]:
         ids = [make_label_map(saved.config.data, saved.classes).class_ids for saved in (first, other)]
         if ids[0] != ids[1]:
             yield f"their classes have the ids {list(ids[0])[:8]} and {list(ids[1])[:8]} in label files."
-    if first.convention != other.convention:
-        yield f"pixels enter them as {first.convention} and {other.convention}."
+    yield from find_other_images(first.convention, other.convention)
     resizes = first.config.data.resize, other.config.data.resize
     if resizes[0] != resizes[1]:
         yield f"data.resize was {resizes[0]} and {resizes[1]}."
+
+
+def find_other_images(first: Preprocessing, other: Preprocessing) -> Iterator[str]:
+    """A sentence for everything that makes two networks read or resize an image differently.
+
+    How its values are normalised is not among it: every network of an ensemble does that by itself.
+    """
+    if first.bands != other.bands:
+        yield f"their images have the bands {describe_bands(first.bands)} and {describe_bands(other.bands)}."
+    types = first.dtype or other.dtype, other.dtype or first.dtype
+    if types[0] != types[1]:
+        yield f"they were trained on {types[0]} and {types[1]} values."
+    if bool(first.ranges) != bool(other.ranges):
+        ranges = next(each.ranges for each in (first, other) if each.ranges)
+        yield f"only one of them has a data.value_range, {format_value_range(ranges)}."
+    if first.antialias != other.antialias:
+        yield "evaluation resizes images with antialiasing for one of them, without for the other (model.convention)."
 
 
 def describe_differences(members: Sequence[SavedNetwork]) -> str:

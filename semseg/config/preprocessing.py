@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 RGB = ("red", "green", "blue")
+PIXEL_TYPES = ("uint8", "uint16", "int16", "float32")  # in which images are read, sent to the device, and normalised
 MAX_BANDS = 128  # OpenCV resizes no more
 MAX_VALUE = 1e30  # of a range; its span is far below the largest float32
 SMALLEST_SPAN = 1e-6  # of a range, as a fraction of its values: float32 resolves it
@@ -31,6 +32,7 @@ class Preprocessing(NamedTuple):
     antialias: bool  # whether evaluation resizes with antialiasing (training always does)
     bands: tuple[str, ...] = RGB  # in the order of the arrays
     ranges: tuple[BandRange, ...] = ()  # of each band, in the order of `bands`; empty: values are 0..255
+    dtype: str = ""  # what the files of training held, one of PIXEL_TYPES; empty: not known, or 8 bits
 
     @property
     def num_bands(self) -> int:
@@ -43,12 +45,13 @@ class Preprocessing(NamedTuple):
         return self.bands == RGB and not self.ranges
 
     def as_plain(self) -> dict[str, Any]:
-        """Text, numbers and lists only, for checkpoints and JSON; `bands` and `ranges` only if they are not RGB's."""
+        """Text, numbers and lists only, for checkpoints and JSON; what is about bands only if they are not RGB's."""
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self._asdict().items()}
-        del plain["bands"], plain["ranges"]
+        del plain["bands"], plain["ranges"], plain["dtype"]
         if self.takes_pictures:
             return plain
-        return plain | {"bands": list(self.bands), "ranges": [list(ends) for ends in self.ranges]}
+        plain |= {"bands": list(self.bands), "ranges": [list(ends) for ends in self.ranges]}
+        return plain | ({"dtype": self.dtype} if self.dtype else {})
 
     @classmethod
     def from_plain(cls, plain: Any) -> Preprocessing:
@@ -70,7 +73,10 @@ class Preprocessing(NamedTuple):
             if not all(_is_number(number) and (name == "mean" or number > 0) for number in numbers):
                 raise ValueError(f"{name} of the preprocessing is out of range")
         ranges = _read_ranges(plain.get("ranges", []), len(bands))
-        return cls(order, scale, tuple(mean), tuple(std), antialias, bands, ranges)
+        dtype = plain.get("dtype", "")
+        if dtype not in ("", *PIXEL_TYPES):
+            raise ValueError("the preprocessing has an unknown dtype")
+        return cls(order, scale, tuple(mean), tuple(std), antialias, bands, ranges, dtype)
 
 
 def _read_bands(names: Any, order: str) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ from semseg.config.preprocessing import RGB, BandRange
 from semseg.config.schema import AUTO_RANGE, DataConfig
 from semseg.errors import DataError
 
-PIXEL_TYPES = ("uint8", "uint16", "int16", "float32")  # in which images are read, sent to the device, and normalised
 STRETCH = (2.0, 98.0)  # percentiles that are drawn black and white
 _MAX_STRETCHED = 2**18  # pixels from which the percentiles of a drawing are computed
 
@@ -98,7 +97,7 @@ class BandOptions:
         """
         if self.dtype and dtype.name != self.dtype:
             raise DataError(
-                f"{path}: holds {dtype.name} values, but the data set {self.dtype} ones. Convert it: the same number "
+                f"{path}: holds {dtype.name} values where {self.dtype} ones are expected. Convert it: the same number "
                 "must mean the same in every image."
             )
         if self.ranges is None and dtype.name != "uint8":

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from semseg.config.preprocessing import PIXEL_TYPES
 from semseg.data import store
-from semseg.data.bands import PIXEL_TYPES
 from semseg.data.geometry import Size
 from semseg.data.headers import Header, HeaderError, header_of, open_image, read_raster_header
 from semseg.errors import DataError

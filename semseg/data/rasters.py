@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from semseg.data.bands import PIXEL_TYPES
+from semseg.config.preprocessing import PIXEL_TYPES
 from semseg.data.decoders import silent_stderr
 from semseg.data.lzw import decode_lzw
 from semseg.data.raster_layout import RasterLayout, read_npy_header

@@ -26,7 +26,7 @@ from semseg.data.plan import group_by_shape
 from semseg.data.windows import window_starts
 from semseg.errors import ConfigError
 from semseg.nets.blocks import to_full_precision
-from semseg.nets.ensemble import list_members
+from semseg.nets.ensemble import list_conventions, list_members
 from semseg.nets.gpu import copies_without_waiting
 from semseg.nets.normalise import normalise
 
@@ -119,7 +119,10 @@ def batch_logits(
     members = list_members(net)
     if len(members) > 1:
         options = {"flip": flip, "window": window, "stride": stride}
-        by_member = [batch_logits(member, images, convention, **options) for member in members]
+        conventions = list_conventions(net, convention)
+        by_member = [
+            batch_logits(member, images, own, **options) for member, own in zip(members, conventions, strict=True)
+        ]
         return [
             [logits for scale in zip(*lists, strict=True) for logits in scale] for lists in zip(*by_member, strict=True)
         ]

@@ -39,7 +39,7 @@ from semseg.evaluation.inference import (
     select_classes,
 )
 from semseg.nets.blocks import to_full_precision
-from semseg.nets.ensemble import list_members
+from semseg.nets.ensemble import list_conventions, list_members
 from semseg.nets.gpu import copies_without_waiting
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.normalise import normalise
@@ -235,9 +235,13 @@ def run_windows(
     is_padded = any(part.shape[1:] != pixels.shape[2:] for part in parts)
     sizes = torch.tensor([part.shape[1:] for part in parts]) if is_padded else None
     pixels = pixels.to(weights.device, non_blocking=copies_without_waiting(weights.device))
-    image = normalise(pixels, convention, sizes).to(weights.dtype, memory_format=layout)
+    conventions = list_conventions(net, convention)
+    images = {
+        own: normalise(pixels, own, sizes).to(weights.dtype, memory_format=layout) for own in dict.fromkeys(conventions)
+    }
     maps = []
-    for member in list_members(net):
+    for member, own in zip(list_members(net), conventions, strict=True):
+        image = images[own]
         maps.append(to_full_precision(member(image).main))
         if flip:
             maps.append(to_full_precision(member(image.flip(-1)).main).flip(-1))

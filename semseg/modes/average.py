@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -23,6 +23,7 @@ from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights, wr
 from semseg.checkpoints.initialise import find_differences
 from semseg.config.inherit import inherit_config
 from semseg.config.schema import ARCHITECTURE_KEYS, Config, list_checkpoints
+from semseg.data.bands import format_value_range
 from semseg.data.batch import Batch
 from semseg.data.sources import DataSource, require_masks
 from semseg.errors import CheckpointError
@@ -121,6 +122,10 @@ def find_differences_of_networks(first: SavedNetwork, other: SavedNetwork) -> It
         yield "an exported network has no weights to average."
         return
     yield from find_obstacles(first, other)
+    for field in ("ranges", "channel_order", "scale", "mean", "std"):
+        values, others = (getattr(saved.convention, field) for saved in (first, other))
+        if values != others:
+            yield describe_other_convention(field, values, others)
     for key in ARCHITECTURE_KEYS:
         values = [getattr(saved.config.model, key) for saved in (first, other)]
         if key not in ("name", "revision", "config") and values[0] != values[1]:
@@ -132,6 +137,17 @@ def find_differences_of_networks(first: SavedNetwork, other: SavedNetwork) -> It
     if encoders[0] != encoders[1]:
         yield f"model.encoder is {encoders[0]} and {encoders[1]}."
     yield from (f"{problem}." for problem in find_differences(other.weights, first.weights))
+
+
+def describe_other_convention(field: str, values: Any, others: Any) -> str:
+    """A sentence about a field of the preprocessing that differs between two networks."""
+    if field == "ranges" and values and others:
+        return (
+            f"data.value_range is {format_value_range(values)} and {format_value_range(others)}, which auto measures "
+            "on the training images of each run."
+        )
+    shown = (list(each) if isinstance(each, tuple) else each for each in (values, others))
+    return f"the {field} of their normalisation is {' and '.join(map(str, shown))} (model.convention)."
 
 
 def average_weights(weights: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

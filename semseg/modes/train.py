@@ -204,7 +204,7 @@ def train_network(start: Start, overrides: list[str], source: DataSource) -> flo
     if state is None and config.data.on_bad == "error":
         check_first_labels(source, config.data.max_pixels)  # before ImageNet weights are downloaded
     model = config.model if start.kind == "scratch" else without_weights(config.model)
-    net = build_network(model, source.classes.num_classes, config.download, source.bands)
+    net = build_network(model, source.classes.num_classes, config.download, source.bands_of("train"))
     own_loss = find_own_loss(net, config, overrides)
     library = {"config": net.library_config, "revision": net.revision or config.model.revision}
     config = replace(config, model=replace(config.model, **library))
@@ -255,7 +255,7 @@ def initialise_network(net: SegmentationNetwork, start: Start, source: DataSourc
     loaded = initialise_from(net, start.network)
     net.origin = start.network.origin
     if start.config.model.convention == "auto":
-        net.convention = inherit_convention(start.network.convention, source.bands)
+        net.convention = inherit_convention(start.network.convention, source.bands_of("train"))
     return loaded
 
 

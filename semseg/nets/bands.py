@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import cycle
 
 import torch
@@ -57,11 +58,12 @@ def band_convention(base: Preprocessing, options: BandOptions) -> Preprocessing:
         means, stds = means[::-1], stds[::-1]
     order = base.channel_order if options.names == RGB else "rgb"
     kept = () if options.ranges is None else tuple(ranges)
-    return Preprocessing(order, base.scale, tuple(means), tuple(stds), base.antialias, options.names, kept)
+    dtype = options.dtype if kept else ""
+    return Preprocessing(order, base.scale, tuple(means), tuple(stds), base.antialias, options.names, kept, dtype)
 
 
 def inherit_convention(saved: Preprocessing, options: BandOptions | None) -> Preprocessing:
-    """The preprocessing of initial weights, for these bands; the ranges are always those of the data.
+    """The preprocessing of initial weights, for these bands; ranges and type are always those of the data.
 
     Args:
         saved: of the weights, for red, green and blue or for the same bands.
@@ -69,7 +71,8 @@ def inherit_convention(saved: Preprocessing, options: BandOptions | None) -> Pre
     """
     if saved.takes_pictures and options is not None:
         return band_convention(saved, options)
-    return saved._replace(ranges=() if options is None else options.ranges or ())
+    ranges = () if options is None else options.ranges or ()
+    return saved._replace(ranges=ranges, dtype=options.dtype if options is not None and ranges else "")
 
 
 def check_bands(convention: Preprocessing, options: BandOptions | None) -> None:
@@ -115,7 +118,12 @@ def choose_reading(convention: Preprocessing, data: DataConfig) -> BandOptions |
         middle = tuple((low + high) / 2 for low, high in convention.ranges)
         options = BandOptions((BandFile("", convention.bands),), convention.bands, convention.ranges or None, middle)
     check_bands(convention, options)
-    return options
+    return expect_trained_type(options, convention)
+
+
+def expect_trained_type(options: BandOptions | None, convention: Preprocessing) -> BandOptions | None:
+    """The same reading, by which all files must hold the type on which the network was trained, if it is known."""
+    return options if options is None or not convention.dtype else replace(options, dtype=convention.dtype)
 
 
 def adapt_first_layers(net: SegmentationNetwork, names: Sequence[str], channel_order: str = "rgb") -> None:

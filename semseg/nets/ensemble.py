@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from semseg.config.preprocessing import Preprocessing
 from semseg.nets.interfaces import Logits, SegmentationNetwork
 
 
 class Ensemble(SegmentationNetwork):
-    """Networks with the same classes and preprocessing, whose mean of probabilities is the prediction.
+    """Networks with the same classes and bands, whose mean of probabilities is the prediction.
 
-    The mean is taken at the size of the output, so that the networks may have logits at different strides.
+    The mean is taken at the size of the output, so that the networks may have logits at different strides. Each of them
+    normalises images by its own convention; the ensemble has that of the first, by which images are read and resized.
 
     Args:
         members: in eval mode.
@@ -50,6 +52,11 @@ class Ensemble(SegmentationNetwork):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         for member in self.members:
             member.compile(*args, **kwargs)
+
+
+def list_conventions(net: nn.Module, convention: Preprocessing) -> list[Preprocessing]:
+    """The preprocessing of each of `list_members`: `convention`, or those of the networks of an ensemble."""
+    return [member.convention for member in list_members(net)] if isinstance(net, Ensemble) else [convention]
 
 
 def list_members(net: nn.Module) -> list[Any]:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from semseg.config.preprocessing import PIXEL_TYPES
 from semseg.data.band_images import BandImage, find_empty, read_bands
-from semseg.data.bands import PIXEL_TYPES, BandOptions
+from semseg.data.bands import BandOptions
 from semseg.data.images import MAX_PIXELS, decode_image, pil_to_rgb, read_image_bytes
 from semseg.data.rasters import as_bands
 from semseg.data.store import resolve_path

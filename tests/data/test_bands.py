@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from semseg.config.preprocessing import PREPROCESSING, BandRange, Preprocessing
+from semseg.config.preprocessing import PIXEL_TYPES, PREPROCESSING, BandRange, Preprocessing
 from semseg.data.band_images import read_bands
 from semseg.data.band_statistics import measure_bands
 from semseg.data.band_windows import open_windows
-from semseg.data.bands import PIXEL_TYPES, BandFile, BandOptions, draw_bands
+from semseg.data.bands import BandFile, BandOptions, draw_bands
 from semseg.data.geometry import Size
 from semseg.data.header_cache import read_header_only
 from semseg.data.images import read_image
@@ -239,7 +239,7 @@ def test_values_without_a_range_are_refused(tmp_path: Path) -> None:
         DataError, match=r"holds uint16 values, whose range is not known\. To train on them, set data\.value_range="
     ):
         read_bands(tmp_path / "a.tif", options(*FOUR, high=None))
-    with pytest.raises(DataError, match="holds uint16 values, but the data set uint8 ones"):
+    with pytest.raises(DataError, match="holds uint16 values where uint8 ones are expected"):
         read_bands(tmp_path / "a.tif", options(*FOUR, dtype="uint8"))
     write_tiff(tmp_path / "b.tif", numbers("uint8", 4))
     with pytest.raises(DataError, match="holds 8-bit values, which do not reach the range"):

@@ -124,8 +124,8 @@ IMAGE_FAULTS = {
     "3 bands": Fault(image_of(bands=3), "holds 3 bands of uint16 values, but data.bands names 4"),
     "1 band": Fault(image_of(bands=1), "holds 1 band of uint16 values, but data.bands names 4"),
     "5 bands": Fault(image_of(bands=5), {"PNG": None, "": "holds 5 bands of uint16 values, but data.bands names 4"}),
-    "8 bits": Fault(image_of(kind="uint8"), "holds uint8 values, but the data set uint16 ones. Convert it"),
-    "float32": Fault(image_of(kind="float32"), "holds float32 values, but the data set uint16 ones. Convert it"),
+    "8 bits": Fault(image_of(kind="uint8"), "holds uint8 values where uint16 ones are expected. Convert it"),
+    "float32": Fault(image_of(kind="float32"), "holds float32 values where uint16 ones are expected. Convert it"),
     "float64": Fault(image_of(kind="float64"), "4 bands of float64 values, which are not supported"),
     "int32": Fault(image_of(kind="int32"), "4 bands of int32 values, which are not supported"),
     "complex": Fault(

@@ -19,10 +19,10 @@ from PIL import Image
 
 from helpers.memory import in_child, peak_growth
 from helpers.records import odgt_records
-from semseg.config.preprocessing import BandRange
+from semseg.config.preprocessing import PIXEL_TYPES, BandRange
 from semseg.data.band_images import read_bands
 from semseg.data.band_windows import open_windows
-from semseg.data.bands import PIXEL_TYPES, BandFile, BandOptions
+from semseg.data.bands import BandFile, BandOptions
 from semseg.data.images import decode_image, read_image
 from semseg.data.label_map import LabelMap
 from semseg.data.label_windows import open_label_windows

@@ -82,6 +82,20 @@ def test_windows_at_native_resolution_are_averaged_if_the_strides_are_equal() ->
         run(Ensemble([Striding(4), Striding(8)], [8, 16]))
 
 
+def test_every_network_normalises_by_its_own_convention() -> None:
+    torch.manual_seed(0)
+    members = [Striding(4), Striding(4)]
+    members[1].convention = CONVENTION._replace(mean=(0.1, 0.2, 0.3), scale=1 / 100)
+
+    def run(net: SegmentationNetwork) -> np.ndarray:
+        found = np.empty((4, 20, 33), np.float32)
+        scales = [torch.arange(3 * 24 * 48).view(3, 24, 48).to(torch.uint8)]
+        predict_class_map(net, scales, (20, 33), net.convention, probabilities=found)
+        return found
+
+    assert np.allclose(run(Ensemble(members, [8, 8])), np.mean([run(member) for member in members], axis=0), atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two checkpoints of networks with random weights, a.ckpt and b.ckpt, and their data."""
@@ -143,7 +157,10 @@ def test_networks_that_do_not_fit_each_other_are_refused_with_the_difference(fol
     for other, message in (
         (first._replace(classes=fewer, source="b"), f"they have {len(names)} and {len(names) - 1} classes"),
         (first._replace(classes=renamed, source="b"), f"class 0 is {names[0]} in the one and heaven in the other"),
-        (first._replace(convention=PREPROCESSING["bgr_mean"], source="b"), "pixels enter them as"),
+        (
+            first._replace(convention=PREPROCESSING["bgr_mean"], source="b"),
+            "resizes images with antialiasing for one of",
+        ),
         (first._replace(config=replace(first.config, data=data), source="b"), "have the ids"),
     ):
         with pytest.raises(CheckpointError, match="and b cannot be averaged") as caught:

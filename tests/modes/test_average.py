@@ -109,7 +109,10 @@ def test_other_networks_are_refused_with_the_difference(folder: Path) -> None:
     fewer = {name: value for name, value in first.weights.items() if "coarse" not in name}
     for other, message in (
         (first._replace(source="b", weights=fewer), "coarse"),
-        (first._replace(source="b", convention=PREPROCESSING["bgr_mean"]), "pixels enter them as"),
+        (
+            first._replace(source="b", convention=PREPROCESSING["bgr_mean"]),
+            "evaluation resizes images with antialiasing for one of them",
+        ),
     ):
         with pytest.raises(CheckpointError, match="and b cannot be averaged") as caught:
             refuse_other_network(first, other)

@@ -1,0 +1,95 @@
+"""A network of 16-bit images takes values of the type of its training, and is averaged with one of other ranges."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+import semseg
+from helpers.command_line import TINY_ENCODERS, run_here
+from helpers.rasters import NATIVE_BANDS, draw_rasters
+from semseg.checkpoints.format import read_checkpoint
+from semseg.config.preprocessing import BandRange
+from semseg.errors import ArgumentError, CheckpointError, DataError
+from semseg.modes.average import refuse_other_network
+from semseg.nets.registry import ENCODERS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs `a` and `b`, whose ranges were measured on other images, and their data."""
+    folder = draw_rasters(tmp_path_factory.mktemp("types"))
+    words = [word for word in NATIVE_BANDS if not word.startswith(("data.value_range", "data.val.", "data.steps"))]
+    for fold, name in enumerate("ab"):
+        run_here(folder, *words, "data.root=.", "data.value_range=auto", "data.folds=2", f"data.fold={fold}",
+                 "data.steps_per_epoch=2", f"run_dir={name}")  # fmt: skip
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def tiny_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENCODERS, "tiny", TINY_ENCODERS["tiny"])
+
+
+def test_files_and_arrays_of_another_type_are_refused(trained: Path) -> None:
+    net = semseg.load(trained / "a", device="cpu")
+    pixels = tifffile.imread(trained / "images" / "0.tif")
+    assert net.predict(pixels).ids.shape == (70, 110)
+    reflectance: Any = (pixels / 10000).astype(np.float32)
+    with pytest.raises(ArgumentError, match="the picture: holds float32 values where uint16 ones are expected"):
+        net.predict(reflectance)
+    with pytest.raises(ArgumentError, match="holds float32 values where uint16"):
+        net.predict(torch.from_numpy(reflectance).permute(2, 0, 1))
+    np.save(trained / "reflectance.npy", reflectance)
+    with pytest.raises(DataError, match=r"reflectance\.npy: holds float32 values where uint16"):
+        net.predict(trained / "reflectance.npy")
+    printed = run_here(trained, "mode=predict", "ckpt=a", "input=reflectance.npy", "run_dir=refused", code=1)
+    assert "reflectance.npy: holds float32 values where uint16 ones are expected. Convert it" in printed
+
+
+def test_a_data_set_of_another_type_is_not_scored(trained: Path) -> None:
+    other = trained / "other"
+    shutil.copytree(trained / "masks", other / "masks")
+    (other / "images").mkdir()
+    for path in sorted((trained / "images").iterdir()):
+        pixels = (tifffile.imread(path) / 10000).astype(np.float32)
+        tifffile.imwrite(other / "images" / path.name, pixels, photometric="minisblack", planarconfig="contig")
+    words = ["data.root=other", "data.val.images=images", "data.val.masks=masks", "data.folds=null", "data.fold=null"]
+    printed = run_here(trained, "mode=eval", "ckpt=a", *words, "trainer=cpu", "run_dir=scored", code=1)
+    assert "0.tif: holds float32 values where uint16 ones are expected. Convert it" in printed
+
+
+def test_networks_of_other_measured_ranges_are_averaged_each_with_its_own(trained: Path) -> None:
+    first, second = (read_checkpoint(trained / name / "checkpoints" / "last.ckpt") for name in "ab")
+    assert first.convention.dtype == second.convention.dtype == "uint16"
+    assert first.convention.ranges != second.convention.ranges
+    picture = trained / "images" / "0.tif"
+    means = [semseg.load(trained / name, device="cpu").predict(picture, probabilities=True) for name in "ab"]
+    both = semseg.load([trained / "a", trained / "b"], device="cpu").predict(picture, probabilities=True)
+    assert both.probabilities is not None
+    assert np.allclose(both.probabilities, np.mean([one.probabilities for one in means], axis=0), atol=1e-3)  # float16
+    run_here(trained, "mode=eval", "ckpt=[a,b]", "trainer=cpu", "run_dir=mean")
+    with pytest.raises(CheckpointError, match=r"data\.value_range is \[\[.*\]\] and \[\[.*\]\], which auto measures"):
+        refuse_other_network(first, second)
+
+
+def test_networks_that_read_images_in_other_ways_are_not_averaged(trained: Path) -> None:
+    first = read_checkpoint(trained / "a" / "checkpoints" / "last.ckpt")
+    other = first._replace(source="b")
+    for changes, message in (
+        ({"dtype": "int16"}, "they were trained on uint16 and int16 values"),
+        ({"ranges": (), "dtype": ""}, r"only one of them has a data\.value_range, \[\["),
+        ({"bands": ("red", "green", "blue", "swir")}, r"the bands \[red,green,blue,nir\] and \[red,green,blue,swir\]"),
+        ({"mean": (0.1,) * 4}, "the mean of their normalisation is "),
+        ({"ranges": (BandRange(0, 1),) * 4}, r"and \[0,1\], which auto"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            refuse_other_network(first, other._replace(convention=first.convention._replace(**changes)))
