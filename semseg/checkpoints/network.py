@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,16 @@ from semseg.config.origin import WeightsOrigin
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.config.schema import DownloadConfig, ModelConfig, split_network_options
 from semseg.data.bands import BandOptions
+from semseg.data.classes import ClassTable, find_moved_class
 from semseg.errors import CheckpointError, ConfigError, first_line
 from semseg.nets.bands import adapt_first_layers, use_bands
 from semseg.nets.interfaces import Encoder, NetworkKeys, SegmentationNetwork
 from semseg.nets.registry import build_library_network, build_segmenter
 from semseg.storage.download import fetch_file
 from semseg.storage.ranks import print_once
+from semseg.system.text import escape_unprintable
+
+_log = logging.getLogger(__name__)
 
 HUB = "hub"  # model.encoder.weights: the weights of the files that describe the network
 
@@ -151,6 +156,25 @@ def report_one_size(net: SegmentationNetwork, config: ModelConfig) -> None:
     if net.image_size is not None:
         size = f"{net.image_size.height} x {net.image_size.width}"
         print_once(f"{config.title}: takes images of {size} only. Others go through it in windows of that size.")
+
+
+def check_class_names(classes: ClassTable, data_name: str, saved: SavedNetwork) -> None:
+    """Compare the classes of a data set with those of a network that has as many, and warn of other names.
+
+    Raises:
+        ConfigError: if they are the same classes in another order.
+    """
+    names, trained = classes.names, saved.classes.names
+    index = find_moved_class(names, trained)
+    if index is not None:
+        raise ConfigError(
+            f"data.classes: the classes of data={data_name} are those of {saved.source} in another order: class "
+            f"{index} is {names[index]} here and {trained[index]} there. Give the order of the network; data.map says "
+            "which class an id of the labels is."
+        )
+    if names != trained:
+        source = escape_unprintable(saved.source)
+        _log.warning("class names of data=%s differ from those in %s: is this the same task?", data_name, source)
 
 
 def check_network(saved: SavedNetwork) -> None:

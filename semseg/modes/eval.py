@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -27,9 +26,10 @@ from semseg.build import (
     settle_reading,
 )
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
+from semseg.checkpoints.network import check_class_names
 from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
 from semseg.data.batch import EvalSample
-from semseg.data.classes import ClassTable, find_moved_class
+from semseg.data.classes import ClassTable
 from semseg.data.datasets import EvalDataset
 from semseg.data.geometry import Size
 from semseg.data.open_pairs import open_pair
@@ -76,8 +76,6 @@ from semseg.system.text import escape_lines, escape_unprintable, format_quantity
 from semseg.training.trainer import describe_device
 
 PANELS_FOLDER = "panels"  # in the run folder, for eval.visualize
-
-_log = logging.getLogger(__name__)
 
 
 def run(config: Config, overrides: list[str]) -> float | None:
@@ -164,22 +162,9 @@ def open_source(config: DataConfig, saved: SavedNetwork) -> DataSource:
         ConfigError: if it has not, or if it has the same classes in another order.
     """
     source = DataSource(config)
-    names, trained = source.classes.names, saved.classes.names
     if source.classes.num_classes != saved.classes.num_classes:
         raise ConfigError(format_other_classes(config, source.classes.num_classes, saved))
-    index = find_moved_class(names, trained)
-    if index is not None:
-        raise ConfigError(
-            f"data.classes: the classes of data={config.name} are those of {saved.source} in another order: class "
-            f"{index} is {names[index]} here and {trained[index]} there. Give the order of the network; data.map says "
-            "which class an id of the labels is."
-        )
-    if names != trained:
-        _log.warning(
-            "class names of data=%s differ from those in %s: is this the same task?",
-            config.name,
-            escape_unprintable(saved.source),
-        )
+    check_class_names(source.classes, config.name, saved)
     return source
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from semseg.build import build_data, build_module, build_trainer
 from semseg.checkpoints.format import refuse_nonfinite_weights
 from semseg.checkpoints.initialise import LoadReport, initialise_from
-from semseg.checkpoints.network import build_network, check_network, report_one_size, without_weights
+from semseg.checkpoints.network import build_network, check_class_names, check_network, report_one_size, without_weights
 from semseg.config.schema import AUTO_RANGE, Config, DataConfig, LossConfig, config_to_plain
 from semseg.data.band_statistics import measure_bands
 from semseg.data.classes import ClassTable
@@ -199,6 +199,8 @@ def train_network(start: Start, overrides: list[str], source: DataSource) -> flo
     trainer = build_trainer(config, source)
     check_records(source, trainer.world_size)
     if start.network is not None:
+        if source.classes.num_classes == start.network.classes.num_classes:  # its classifier is kept, too
+            check_class_names(source.classes, config.data.name, start.network)
         check_network(start.network)
         refuse_nonfinite_weights(start.network.weights, start.network.source)
     if state is None and config.data.on_bad == "error":

@@ -10,6 +10,8 @@ import pytest
 from helpers.command_line import TINY, run_here
 from helpers.in_process import configured
 from helpers.published_files import write_files
+from helpers.random_checkpoints import write_random_checkpoints
+from semseg.checkpoints.format import read_checkpoint
 from semseg.modes.train_start import chooses_network
 
 MINE = "# @package _global_\noptim: {lr: 0.002}\nmodel: {label_stride: 2}\n"  # a recipe without a network
@@ -35,6 +37,20 @@ def test_a_published_network_learns_other_classes(recipe: str, tmp_path: Path) -
         assert float(first["lr/encoder"]) == pytest.approx(decoder / 10)
     else:
         assert "lr/encoder" not in first
+
+
+@pytest.mark.slow
+def test_a_classifier_is_not_kept_for_the_same_classes_in_another_order(tmp_path: Path) -> None:
+    write_random_checkpoints(tmp_path)
+    names = read_checkpoint(tmp_path / "a.ckpt").classes.names
+    (tmp_path / "reversed.txt").write_text("\n".join(reversed(names)))
+    (tmp_path / "renamed.txt").write_text("\n".join(["heaven", *names[1:]]))
+    words = [*SMALL, "init_from=a.ckpt", "data.root=scenes", "data.num_classes=null"]
+    printed = run_here(tmp_path, *words, f"data.classes={tmp_path}/reversed.txt", "run_dir=reversed", code=2)
+    assert f"in another order: class 0 is {names[-1]} here and {names[0]} there" in printed
+    assert not (tmp_path / "reversed" / "checkpoints").exists()
+    printed = run_here(tmp_path, *words, f"data.classes={tmp_path}/renamed.txt", "run_dir=renamed", "trainer.max_steps=1")
+    assert "differ from those in" in printed and "is this the same task?" in printed
 
 
 @pytest.mark.parametrize(
