@@ -485,7 +485,8 @@ def build_trainer(config: Config, source: DataSource) -> pl.Trainer:
         config.trainer if is_training else replace(config.trainer, fast_dev_run=False),  # it would score one batch
         config.syncbn,
         Path(config.run_dir),
-        callbacks=callbacks + (create_callbacks(config.callbacks, has_val=has_val) if is_training else []),
+        callbacks=callbacks
+        + (create_callbacks(config.callbacks, config.trainer, has_val=has_val) if is_training else []),
         loggers=create_loggers(config.logger) if is_training else [],
         has_val=has_val,
         is_training=is_training,

@@ -29,6 +29,7 @@ from semseg.nets.precision import choose_weight_type
 from semseg.syncbn.plugin import build_layer_sync
 from semseg.system.text import format_quantity
 from semseg.training.loggers.external import logger_error, require_logger_package
+from semseg.training.resume import EARLY_STOPPING, get_validation_interval
 
 Created = TypeVar("Created")
 # Custom classes by name. A section callbacks.<name> or logger.<name> without `_target_` holds arguments.
@@ -205,21 +206,48 @@ def name_device(accelerator: str) -> str:
     return torch.cuda.get_device_name() if accelerator == "gpu" else accelerator
 
 
-def create_callbacks(sections: Mapping[str, dict[str, Any]], *, has_val: bool) -> list[Callback]:
+def create_callbacks(
+    sections: Mapping[str, dict[str, Any]], settings: TrainerConfig, *, has_val: bool
+) -> list[Callback]:
     """The callbacks of the section `callbacks`.
 
+    Args:
+        settings: the section `trainer`.
+        has_val: whether there are validation images.
+
     Raises:
-        ConfigError: if one of them monitors a validation score and there is no validation, is in no table, or does not
-            take its options.
+        ConfigError: if one of them monitors what is not known when it looks, is in no table, or does not take its
+            options.
     """
     for name, section in sections.items():
-        monitor = str(section.get("monitor"))
-        if monitor.startswith("val/") and not has_val:
-            raise ConfigError(f"callbacks.{name}.monitor={monitor}: there is no validation, data.val is empty.")
+        check_monitor(name, section, settings, has_val=has_val)
     return [
         instantiate(section) if "_target_" in section else create_own("callbacks", CALLBACKS, name, section)
         for name, section in sections.items()
     ]
+
+
+def check_monitor(name: str, section: Mapping[str, Any], settings: TrainerConfig, *, has_val: bool) -> None:
+    """Refuse a callback that would never see the score that it monitors, or fail because it is not there yet.
+
+    Raises:
+        ConfigError: with the key to set.
+    """
+    monitor, interval = str(section.get("monitor")), get_validation_interval(settings, has_val=has_val)
+    if monitor.startswith("val/") and not interval:
+        reason = "trainer.limit_val_batches is 0" if has_val else "data.val is empty"
+        raise ConfigError(f"callbacks.{name}.monitor={monitor}: there is no validation, {reason}.")
+    if section.get("_target_") != EARLY_STOPPING:
+        return
+    key, given = f"callbacks.{name}.check_on_train_epoch_end", section.get("check_on_train_epoch_end")
+    if monitor.startswith("val/") and given:
+        raise ConfigError(f"{key}=true: {monitor} is known after validation only. Set it to false.")
+    is_checked_by_epoch = settings.check_val_every_n_epoch == 1 if given is None else given  # as Lightning chooses
+    if not interval and not is_checked_by_epoch:
+        raise ConfigError(
+            f"{key}: there is no validation, after which {monitor} would be checked. Set it to true, which checks it "
+            "after every epoch."
+        )
 
 
 def create_loggers(sections: Mapping[str, dict[str, Any]]) -> list[Logger]:

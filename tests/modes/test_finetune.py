@@ -49,7 +49,9 @@ def test_a_classifier_is_not_kept_for_the_same_classes_in_another_order(tmp_path
     printed = run_here(tmp_path, *words, f"data.classes={tmp_path}/reversed.txt", "run_dir=reversed", code=2)
     assert f"in another order: class 0 is {names[-1]} here and {names[0]} there" in printed
     assert not (tmp_path / "reversed" / "checkpoints").exists()
-    printed = run_here(tmp_path, *words, f"data.classes={tmp_path}/renamed.txt", "run_dir=renamed", "trainer.max_steps=1")
+    printed = run_here(
+        tmp_path, *words, f"data.classes={tmp_path}/renamed.txt", "run_dir=renamed", "trainer.max_steps=1"
+    )
     assert "differ from those in" in printed and "is this the same task?" in printed
 
 

@@ -116,6 +116,26 @@ def test_early_stopping_on_a_score_that_never_comes_is_reported_before_training(
         configured("callbacks=early_stopping", "callbacks.early_stopping.monitor=val/miuo")
     with pytest.raises(ConfigError, match=r"early_stopping\.monitor=val/miou: there is no validation"):
         fit(run_of(root, tmp_path, *STILL))
+    validated = (*STILL, "data.val.list=validation.odgt")
+    with pytest.raises(ConfigError, match=r"monitor=val/miou: there is no validation, trainer\.limit_val_batches is 0"):
+        fit(run_of(root, tmp_path, *validated, "trainer.limit_val_batches=0"))
+    by_epoch = "callbacks.early_stopping.check_on_train_epoch_end=true"
+    with pytest.raises(ConfigError, match=r"end=true: val/miou is known after validation only\. Set it to false"):
+        fit(run_of(root, tmp_path, *validated, by_epoch, "trainer.check_val_every_n_epoch=2"))
+    loss = ("callbacks.early_stopping.monitor=train/loss", "callbacks.early_stopping.mode=min")
+    with pytest.raises(ConfigError, match=r"end: there is no validation, after which train/loss would be checked"):
+        fit(run_of(root, tmp_path, *STILL, *loss))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_val", [False, True])
+def test_early_stopping_on_the_loss_ends_a_run(has_val: bool, root: Path, tmp_path: Path) -> None:
+    words = ["callbacks.early_stopping.monitor=train/loss", "callbacks.early_stopping.mode=min",
+             "+callbacks.early_stopping.min_delta=100"]  # fmt: skip
+    words += (
+        ["data.val.list=validation.odgt"] if has_val else ["callbacks.early_stopping.check_on_train_epoch_end=true"]
+    )
+    assert fit(run_of(root, tmp_path, *STILL, *words))["global_step"] == 3
 
 
 @pytest.mark.slow
