@@ -41,6 +41,7 @@ IMAGE_SUFFIXES = LOSSY_SUFFIXES | {
     ".pnm",
     ARRAY_SUFFIX,
 }
+PREDICTED_IDS = "_ids"  # what mode=predict adds to the stem of an image for its class map
 UNREADABLE_SUFFIXES = frozenset({".heic", ".heif", ".hif"})  # photographs that neither Pillow nor OpenCV reads
 
 
@@ -243,12 +244,19 @@ def _group_by_stem(paths: Sequence[Path], folder: Path, suffix: str, unused: Unu
             unused.add(f"with a name that does not end in {suffix}", path)
             continue
         stem = path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix)
-        if stem in files.paths:
+        if stem in files.paths and suffix == PREDICTED_IDS and is_copy_for_maps(files.paths[stem], path):
+            unused.add("with the same ids as the .png beside it and their place on the map", path)
+        elif stem in files.paths:
             message = f"{path} and {files.paths[stem]} differ only in their suffix: remove one of them."
             files.problems.append(Problem(message))
         else:
             files.paths[stem] = str(path)
     return files
+
+
+def is_copy_for_maps(first: str, second: Path) -> bool:
+    """Whether two class maps of an image are those that mode=predict writes of a GeoTIFF, x_ids.png and x_ids.tif."""
+    return [first[-4:].lower(), second.suffix.lower()] == [".png", ".tif"]
 
 
 def _use_stems_of_images(image_files: dict[str, str], mask_files: dict[str, str]) -> dict[str, str]:

@@ -230,6 +230,24 @@ def test_the_stems_of_val_are_looked_for_in_the_folders_of_train(tmp_path: Path)
     assert set(pairs(tmp_path, *words[1:])) == {"images/a.jpg", "images/b.jpg"}
 
 
+def test_class_maps_of_prediction_for_maps_are_used_once(tmp_path: Path) -> None:
+    """mode=predict writes the ids of a GeoTIFF as PNG and, with their place, as TIFF; those of a large one as TIFF."""
+    draw(
+        *(
+            tmp_path / name
+            for name in ("photos/a.tif", "masks/a_ids.png", "masks/a_ids.tif", "photos/b.tif", "masks/b_ids.tif")
+        )
+    )
+    words = ["data.train.images=photos", "data.train.masks=masks"]
+    assert pairs(tmp_path, *words, "data.mask_suffix=_ids") == {
+        "photos/a.tif": "masks/a_ids.png", "photos/b.tif": "masks/b_ids.tif",
+    }  # fmt: skip
+    draw(*(tmp_path / "other" / name for name in ("photos/a.tif", "masks/a_m.png", "masks/a_m.tif")))
+    words = ["data.train.images=other/photos", "data.train.masks=other/masks", "data.mask_suffix=_m"]
+    with pytest.raises(DataError, match="differ only in their suffix: remove one of them"):
+        source(tmp_path, *words).records("train")
+
+
 # ---- archives of other systems
 
 
