@@ -145,7 +145,7 @@ class Predictions(RunFolder):
 
     @property
     def files(self) -> list[Path]:
-        """What was written, sorted, without the records of the run."""
+        """The files in the folder, sorted, those of earlier calls with this run_dir too, without records of the run."""
         found = (path for path in self.folder.rglob("*") if path.is_file())
         own = (self.folder / "classes.json",)
         return sorted(path for path in found if path not in own and RECORD_FOLDER not in path.parts)

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from omegaconf import BooleanNode, FloatNode, IntegerNode, ValidationError
@@ -147,6 +147,11 @@ def find_view_problems(section: str, scales: object, window: int | None, stride:
         yield f"{section}stride={stride}: needs {section}window=<pixels>."
     elif stride and window and stride > window:
         yield f"{section}stride={stride}: must not exceed {section}window={window}."
+
+
+def is_fraction(value: object) -> bool:
+    """Whether `value` is a number, NumPy's included, from 0 to 1."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
 def is_int_between(value: object, *, low: int, high: float = math.inf) -> bool:

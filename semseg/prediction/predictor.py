@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from semseg.config.fields import find_crop_problems, find_view_problems, is_int_between
+from semseg.config.fields import find_crop_problems, find_view_problems, is_fraction, is_int_between
 from semseg.data.bands import BandOptions, draw_bands
 from semseg.data.classes import ClassTable
 from semseg.data.datasets import resize_to_scales
@@ -85,12 +85,10 @@ class PredictionSettings:
             is_optional = name in ("size_divisor", "window", "stride")
             if not (value is None and is_optional) and not is_int_between(value, low=1):
                 raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1.")
-        threshold = self.threshold
-        if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
-            raise ConfigError(f"threshold={threshold!r}: must be a probability from 0 to 1, or None.")
-        sure = self.min_confidence
-        if sure is not None and not (isinstance(sure, int | float) and 0 <= sure <= 1):
-            raise ConfigError(f"min_confidence={sure!r}: must be a probability from 0 to 1, or None.")
+        for name in ("threshold", "min_confidence"):
+            value = getattr(self, name)
+            if value is not None and not is_fraction(value):
+                raise ConfigError(f"{name}={value!r}: must be a probability from 0 to 1, or None.")
         if not isinstance(self.flip, bool | np.bool_):
             raise ConfigError(f"flip={self.flip!r}: must be True or False.")
 
@@ -161,7 +159,7 @@ class PredictionResult:
         Raises:
             ArgumentError: if `opacity` is not from 0 (only the picture) to 1 (only the colours).
         """
-        if not isinstance(opacity, int | float) or isinstance(opacity, bool) or not 0 <= opacity <= 1:
+        if not is_fraction(opacity):
             raise ArgumentError(f"opacity={opacity!r}: must be from 0 to 1.")
         blended = draw_overlay(self.image, self.ids, self.classes, opacity)
         return add_legend(blended, self.ids, self.classes) if legend else blended
@@ -340,13 +338,18 @@ class Predictor:
         return ids.cpu().numpy()
 
     def check_settings(self, chosen: PredictionSettings) -> None:
-        """Refuse settings that do not fit the classes.
+        """Refuse settings that do not fit the network.
 
         Raises:
-            ConfigError: for a threshold of a network that has not two classes, and for min_confidence if no id of label
-                files is ignored.
+            ConfigError: for a threshold of a network that has not two classes, for min_confidence if no id of label
+                files is ignored, and for sizes of images that the network does not take.
         """
-        threshold = chosen.threshold
+        threshold, divisor, needed = chosen.threshold, chosen.size_divisor, self.net.size_divisor
+        if divisor and divisor % needed and divisor != self.settings.size_divisor:  # which is that of the training
+            raise ConfigError(
+                f"size_divisor={divisor}: this network takes images whose sides are multiples of {needed} pixels. Give a "
+                "multiple of it, or leave it out."
+            )
         if chosen.min_confidence is not None and not self.label_map.ignored_ids:
             raise ConfigError(
                 f"min_confidence={chosen.min_confidence}: no id means that a pixel is not scored, because data.ignore "

@@ -194,6 +194,15 @@ def test_prediction_needs_nothing_but_the_file(folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["net.ckpt", "net.onnx"])
+def test_images_of_other_sizes_than_the_network_takes_are_refused(name: str, folder: Path) -> None:
+    divisor = restore_network(read_exported(folder / "net.onnx")).size_divisor
+    message = f"^size_divisor=1: this network takes images whose sides are multiples of {divisor} pixels"
+    with pytest.raises(ConfigError, match=message):
+        semseg.load(folder / name, device="cpu").predict(np.zeros((30, 40, 3), np.uint8), size_divisor=1)
+
+
+@pytest.mark.slow
 def test_evaluation_scores_as_with_the_checkpoint(folder: Path) -> None:
     scores = [
         run("eval", f"ckpt={folder / name}", "trainer=cpu", f"run_dir={name}", "trainer.enable_progress_bar=false")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,6 +223,10 @@ def test_settings_of_the_other_way_to_see_a_picture_are_refused(net: Predictor) 
         ({"stride": 4}, "stride=4: needs window="),
         ({"max_long_edge": 0}, "max_long_edge=0: must be"),
         ({"size_divisor": -4}, "size_divisor=-4: must be"),
+        ({"size_divisor": 6}, "size_divisor=6: this network takes images whose sides are multiples of 4 pixels"),
+        ({"threshold": 1.5}, r"threshold=1\.5: must be a probability"),
+        ({"min_confidence": True}, "min_confidence=True: must be a probability"),
+        ({"min_confidence": np.float32("nan")}, "must be a probability"),
         ({"memory_limit_mb": 0}, "memory_limit_mb=0: must be"),
         ({"max_long_edge": None}, "max_long_edge=None: must be"),
         ({"max_pixels": 0}, "max_pixels=0: must be"),
@@ -231,6 +236,14 @@ def test_settings_of_the_other_way_to_see_a_picture_are_refused(net: Predictor) 
 def test_i1_settings_out_of_their_range_are_rejected(net: Predictor, settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         net.predict(stripes(), **settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_numbers_of_numpy_are_settings_too(net: Predictor) -> None:
+    settings: dict[str, Any] = {"min_confidence": np.float32(0.5), "window": np.int64(8), "size_divisor": np.int32(8)}
+    assert np.array_equal(
+        net.predict(stripes(), **settings).ids, net.predict(stripes(), min_confidence=0.5, window=8).ids
+    )
+    assert net.predict(stripes()).overlay(np.float64(0.5)).shape[2] == 3  # pyright: ignore[reportArgumentType]
 
 
 def test_arrays_and_names_have_limits_too(net: Predictor, tmp_path: Path) -> None:
