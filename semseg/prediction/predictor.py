@@ -347,8 +347,8 @@ class Predictor:
         threshold, divisor, needed = chosen.threshold, chosen.size_divisor, self.net.size_divisor
         if divisor and divisor % needed and divisor != self.settings.size_divisor:  # which is that of the training
             raise ConfigError(
-                f"size_divisor={divisor}: this network takes images whose sides are multiples of {needed} pixels. Give a "
-                "multiple of it, or leave it out."
+                f"size_divisor={divisor}: this network takes images whose sides are multiples of {needed} pixels. Give "
+                "a multiple of it, or leave it out."
             )
         if chosen.min_confidence is not None and not self.label_map.ignored_ids:
             raise ConfigError(
