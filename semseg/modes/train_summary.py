@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,7 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
     if limits.accumulate_grad_batches > 1:
         parts.append(f"x {limits.accumulate_grad_batches} accumulated")
     steps = math.ceil(conditions.batches_per_epoch / limits.accumulate_grad_batches)
-    warm_up = config.schedule.warmup_steps if config.schedule.name != "poly" else 0
-    unreached = f" (all of them warm-up: schedule.warmup_steps={warm_up})" if warm_up >= conditions.total_steps else ""
+    unreached = "".join(f" ({note})" for note in describe_unreached(config, conditions.total_steps))
     workers = choose_num_workers(sizes.num_workers, trainer.num_devices)
     return {
         "batch": f"{' '.join(parts)}, {view}, "
@@ -112,6 +112,15 @@ def describe_steps(config: Config, trainer: pl.Trainer, data: SegmentationData) 
         f", {config.optim.name} with {describe_rates(config)}, {config.loss.terms.formula}"
         f", {limits.precision} on {conditions.accelerator}, {format_quantity(workers, 'worker')}",
     }
+
+
+def describe_unreached(config: Config, num_steps: int) -> Iterator[str]:
+    """A note on every setting that would change something after the last step."""
+    warm_up = config.schedule.warmup_steps if config.schedule.name != "poly" else 0
+    if warm_up >= num_steps:
+        yield f"all of them warm-up: schedule.warmup_steps={warm_up}"
+    if config.ema.decay is not None and config.ema.start_step >= num_steps:
+        yield f"none of them averaged: ema.start_step={config.ema.start_step}"
 
 
 def describe_rates(config: Config) -> str:

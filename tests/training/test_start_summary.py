@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from helpers.command_line import TINY, TINY_NETWORK, run, run_here
+from helpers.in_process import configured
+from semseg.modes.train_summary import describe_unreached
 from semseg.training.start_summary import MAX_SUMMARY_LINES, abbreviate_path, format_start, shorten_list, wrap_words
 
 MAX_LINES = 15
@@ -140,3 +142,16 @@ def test_a_resumed_run_reports_another_way_of_scoring(tmp_path: Path) -> None:
         "warning: eval.scales: [32] in the checkpoint, [48] now; eval.flip: False in the checkpoint, True now; "
         "data.miou_rule: present in the checkpoint, ground_truth now. Scores before and after are not comparable"
     ) in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "notes"),
+    [
+        ([], []),
+        (["ema.decay=0.9", "ema.start_step=99"], []),
+        (["ema.decay=0.9", "ema.start_step=100"], ["none of them averaged: ema.start_step=100"]),
+        (["schedule=poly_warmup", "schedule.warmup_steps=200"], ["all of them warm-up: schedule.warmup_steps=200"]),
+    ],
+)
+def test_settings_that_start_after_the_last_step_are_named(words: list[str], notes: list[str]) -> None:
+    assert list(describe_unreached(configured(*words), 100)) == notes
