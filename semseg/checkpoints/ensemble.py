@@ -21,6 +21,8 @@ def join_networks(members: Sequence[SavedNetwork]) -> SavedNetwork:
         CheckpointError: if their classes, label ids, bands or resizing differ, with the two files and values.
     """
     first = members[0]
+    dtype = next((member.convention.dtype for member in members if member.convention.dtype), "")
+    first = first._replace(convention=first.convention._replace(dtype=dtype))  # earlier checkpoints have none
     for other in members[1:]:
         problem = next(find_obstacles(first, other), None)
         if problem is not None:
@@ -102,4 +104,6 @@ def build_ensemble(saved: SavedNetwork, nets: Sequence[SegmentationNetwork]) -> 
     divisors = [
         member.config.model.size_divisor or net.size_divisor for member, net in zip(saved.members, nets, strict=True)
     ]
-    return Ensemble(nets, divisors).eval()  # pyright: ignore[reportReturnType]
+    ensemble = Ensemble(nets, divisors)
+    ensemble.convention = saved.convention
+    return ensemble.eval()  # pyright: ignore[reportReturnType]

@@ -110,11 +110,27 @@ def measure_range(source: DataSource) -> DataConfig:
     return measured.apply(data)
 
 
+def refuse_other_type(source: DataSource) -> None:
+    """Refuse validation images whose values are of another type than those of training, in the first image of each.
+
+    Raises:
+        DataError: with both types.
+    """
+    bands, validated = source.bands_of("train"), source.bands_of("val")
+    if bands is None or validated is None or bands.ranges is None or "" in (bands.dtype, validated.dtype):
+        return
+    if bands.dtype != validated.dtype:
+        raise DataError(
+            f"data.val: its images hold {validated.dtype} values, those of data.train {bands.dtype} ones. Convert "
+            "them: the same number must mean the same in every image."
+        )
+
+
 def check_records(source: DataSource, world_size: int) -> None:
     """Report unused files and images that are in two splits, and refuse data that cannot be trained on.
 
     Raises:
-        DataError: if train is smaller than one step, or val has images without a mask.
+        DataError: if train is smaller than one step, or val has images without a mask or of another pixel type.
     """
     records, batch_size = source.training_records(), source.config.batch_size
     if len(records) < batch_size * world_size:
@@ -127,6 +143,7 @@ def check_records(source: DataSource, world_size: int) -> None:
         print_once(part.describe_unused())
     if source.has("val"):
         require_masks("val", source.records("val"))
+        refuse_other_type(source)
         print_once(source.describe_unused("val"))
     if keys := source.find_named_splits():
         print_once(f"warning: {describe_named_splits(keys)}")

@@ -14,6 +14,7 @@ import torch
 import semseg
 from helpers.command_line import TINY_ENCODERS, run_here
 from helpers.rasters import NATIVE_BANDS, draw_rasters
+from semseg.checkpoints.ensemble import join_networks
 from semseg.checkpoints.format import read_checkpoint
 from semseg.config.preprocessing import BandRange
 from semseg.errors import ArgumentError, CheckpointError, DataError
@@ -62,6 +63,10 @@ def test_a_data_set_of_another_type_is_not_scored(trained: Path) -> None:
     for path in sorted((trained / "images").iterdir()):
         pixels = (tifffile.imread(path) / 10000).astype(np.float32)
         tifffile.imwrite(other / "images" / path.name, pixels, photometric="minisblack", planarconfig="contig")
+    images = [word for word in NATIVE_BANDS if not word.startswith("data.val.")] + ["data.root=.", "run_dir=mixed"]
+    printed = run_here(trained, *images, "data.val.images=other/images", "data.val.masks=masks", code=1)
+    assert "data.val: its images hold float32 values, those of data.train uint16 ones. Convert them" in printed
+    assert "epoch 1" not in printed
     words = ["data.root=other", "data.val.images=images", "data.val.masks=masks", "data.folds=null", "data.fold=null"]
     printed = run_here(trained, "mode=eval", "ckpt=a", *words, "trainer=cpu", "run_dir=scored", code=1)
     assert "0.tif: holds float32 values where uint16 ones are expected. Convert it" in printed
@@ -84,6 +89,8 @@ def test_networks_of_other_measured_ranges_are_averaged_each_with_its_own(traine
 def test_networks_that_read_images_in_other_ways_are_not_averaged(trained: Path) -> None:
     first = read_checkpoint(trained / "a" / "checkpoints" / "last.ckpt")
     other = first._replace(source="b")
+    untyped = first._replace(convention=first.convention._replace(dtype=""))  # of an earlier version
+    assert join_networks([untyped, other]).convention.dtype == "uint16"
     for changes, message in (
         ({"dtype": "int16"}, "they were trained on uint16 and int16 values"),
         ({"ranges": (), "dtype": ""}, r"only one of them has a data\.value_range, \[\["),
