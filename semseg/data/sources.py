@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -53,6 +53,26 @@ MIN_CLASSES = 2  # of a network
 MAX_LISTED_CLASSES = 20  # in messages
 MAX_NAMED_PROBLEMS = 20  # of a split, with data.on_bad=skip
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+
+
+def find_other_types(bands: BandOptions | None, images: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """A sentence about each set of images whose values are of another type than those of the first set.
+
+    The first readable image of a set decides. Nothing is said of images without ranges of values, of which any type is
+    read as 8 bits.
+
+    Args:
+        images: key of a set -> paths.
+    """
+    if bands is None or bands.ranges is None:
+        return
+    (first, trained), *others = ((key, find_pixel_type(paths)) for key, paths in images.items())
+    for key, dtype in others:
+        if trained and dtype and dtype != trained:
+            yield (
+                f"{key}: its images hold {dtype} values, those of {first} {trained} ones. Convert them: the same number "
+                "must mean the same in every image."
+            )
 
 
 class Orientations(NamedTuple):

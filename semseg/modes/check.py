@@ -52,7 +52,7 @@ from semseg.data.pairs import read_pair, read_shown
 from semseg.data.plan import TrainPlan
 from semseg.data.records import Record
 from semseg.data.scan import find_first_pixel, scan_pairs
-from semseg.data.sources import ROOT_OF_LISTS, DataSource, describe_named_splits, name_part
+from semseg.data.sources import ROOT_OF_LISTS, DataSource, describe_named_splits, find_other_types, name_part
 from semseg.data.training_size import TrainingSizes
 from semseg.errors import DataError, ReportedError
 from semseg.modes.check_recipe import (
@@ -100,7 +100,8 @@ def run(config: Config, overrides: list[str]) -> None:
     net = build_shapes(config, source.classes.num_classes, source.bands) if has_pairs else None
     objects = check_small_objects(config, source, splits[0], configured, net)
     mixed = check_mix(source, splits, configured)
-    diagnosis.notices[:] = sort_notices([*diagnosis.notices, *advice.notices, *objects, *mixed])
+    types = check_pixel_types(source, splits)
+    diagnosis.notices[:] = sort_notices([*diagnosis.notices, *advice.notices, *objects, *mixed, *types])
     diagnosis.suggestions.update(advice.suggestions)
     if config.check.fix == "list":
         diagnosis.suggestions.update(write_lists(folder, source, splits, configured))
@@ -301,6 +302,15 @@ def check_mix(
             f"{part.key}: {format_quantity(len(scanned.usable_pairs), 'pair')} for {part.share:.0%} of the training "
             f"images, with {len(names)} of {source.classes.num_classes} classes: {join_first(names)}.",
         )
+
+
+def check_pixel_types(source: DataSource, splits: Sequence[ScannedSplit]) -> Iterator[Notice]:
+    """Notices about sets of images whose values are of another type than those of data.train."""
+    sets = {f"data.{split.name}": split.records for split in splits}
+    sets |= {part.key: part.source.survey("train")[0] for part in source.parts}
+    images = {key: [record.image for record in records] for key, records in sets.items()}
+    for text in find_other_types(source.bands, images):
+        yield Notice(WARNING if text.startswith("data.test") else ERROR, text)  # training does not read data.test
 
 
 def print_other_checks(

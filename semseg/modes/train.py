@@ -23,7 +23,7 @@ from semseg.data.label_windows import LabelWindows, open_label
 from semseg.data.overlap import find_overlap
 from semseg.data.pairs import name_origin
 from semseg.data.records import take_evenly
-from semseg.data.sources import DataSource, describe_named_splits, require_masks
+from semseg.data.sources import DataSource, describe_named_splits, find_other_types, require_masks
 from semseg.data.store import UnusedFiles
 from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError, DataError
@@ -110,27 +110,25 @@ def measure_range(source: DataSource) -> DataConfig:
     return measured.apply(data)
 
 
-def refuse_other_type(source: DataSource) -> None:
-    """Refuse validation images whose values are of another type than those of training, in the first image of each.
+def refuse_other_types(source: DataSource) -> None:
+    """Refuse images of validation and of data.mix whose values are of another type than those of data.train.
 
     Raises:
         DataError: with both types.
     """
-    bands, validated = source.bands_of("train"), source.bands_of("val")
-    if bands is None or validated is None or bands.ranges is None or "" in (bands.dtype, validated.dtype):
-        return
-    if bands.dtype != validated.dtype:
-        raise DataError(
-            f"data.val: its images hold {validated.dtype} values, those of data.train {bands.dtype} ones. Convert "
-            "them: the same number must mean the same in every image."
-        )
+    sets = {"data.train": source.records("train")}
+    sets |= {part.key: part.read_records() for part in source.parts}
+    sets |= {"data.val": source.records("val")} if source.has("val") else {}
+    images = {key: [record.image for record in records] for key, records in sets.items()}
+    for found in find_other_types(source.bands, images):
+        raise DataError(found)
 
 
 def check_records(source: DataSource, world_size: int) -> None:
     """Report unused files and images that are in two splits, and refuse data that cannot be trained on.
 
     Raises:
-        DataError: if train is smaller than one step, or val has images without a mask or of another pixel type.
+        DataError: if train is smaller than one step, val has images without a mask, or images are of another pixel type.
     """
     records, batch_size = source.training_records(), source.config.batch_size
     if len(records) < batch_size * world_size:
@@ -141,9 +139,9 @@ def check_records(source: DataSource, world_size: int) -> None:
     print_once(source.describe_unused("train"))
     for part in source.parts:
         print_once(part.describe_unused())
+    refuse_other_types(source)
     if source.has("val"):
         require_masks("val", source.records("val"))
-        refuse_other_type(source)
         print_once(source.describe_unused("val"))
     if keys := source.find_named_splits():
         print_once(f"warning: {describe_named_splits(keys)}")

@@ -67,6 +67,12 @@ def test_a_data_set_of_another_type_is_not_scored(trained: Path) -> None:
     printed = run_here(trained, *images, "data.val.images=other/images", "data.val.masks=masks", code=1)
     assert "data.val: its images hold float32 values, those of data.train uint16 ones. Convert them" in printed
     assert "epoch 1" not in printed
+    mix = "data.mix=[{images:other/images,masks:masks,share:0.5}]"
+    printed = run_here(trained, *NATIVE_BANDS, "data.root=.", "run_dir=blend", mix, code=1)
+    assert "data.mix[0]: its images hold float32 values, those of data.train uint16 ones" in printed
+    val = ["data.root=.", "data.val.images=other/images", "data.val.masks=masks"]
+    printed = run_here(trained, "mode=check", *images[:-2], *val, "run_dir=looked", code=1)
+    assert "data.val: its images hold float32 values, those of data.train uint16 ones" in printed
     words = ["data.root=other", "data.val.images=images", "data.val.masks=masks", "data.folds=null", "data.fold=null"]
     printed = run_here(trained, "mode=eval", "ckpt=a", *words, "trainer=cpu", "run_dir=scored", code=1)
     assert "0.tif: holds float32 values where uint16 ones are expected. Convert it" in printed
