@@ -20,9 +20,7 @@ def join_networks(members: Sequence[SavedNetwork]) -> SavedNetwork:
     Raises:
         CheckpointError: if their classes, label ids, bands or resizing differ, with the two files and values.
     """
-    first = members[0]
-    dtype = next((member.convention.dtype for member in members if member.convention.dtype), "")
-    first = first._replace(convention=first.convention._replace(dtype=dtype))  # earlier checkpoints have none
+    first = complete_pixel_type(members)
     for other in members[1:]:
         problem = next(find_obstacles(first, other), None)
         if problem is not None:
@@ -39,6 +37,12 @@ def join_networks(members: Sequence[SavedNetwork]) -> SavedNetwork:
         graph=None,
         members=tuple(members),
     )
+
+
+def complete_pixel_type(members: Sequence[SavedNetwork]) -> SavedNetwork:
+    """The first network, with the pixel type of any of them: checkpoints of earlier versions do not know theirs."""
+    dtype = next((member.convention.dtype for member in members if member.convention.dtype), "")
+    return members[0]._replace(convention=members[0].convention._replace(dtype=dtype))
 
 
 def find_obstacles(first: SavedNetwork, other: SavedNetwork) -> Iterator[str]:

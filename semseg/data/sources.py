@@ -70,8 +70,8 @@ def find_other_types(bands: BandOptions | None, images: Mapping[str, Iterable[st
     for key, dtype in others:
         if trained and dtype and dtype != trained:
             yield (
-                f"{key}: its images hold {dtype} values, those of {first} {trained} ones. Convert them: the same number "
-                "must mean the same in every image."
+                f"{key}: its images hold {dtype} values, those of {first} {trained} ones. Convert them: the same "
+                "number must mean the same in every image."
             )
 
 

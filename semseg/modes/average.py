@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from semseg.build import build_data, build_module, build_trainer, choose_device, find_network, restore_network
-from semseg.checkpoints.ensemble import find_obstacles
+from semseg.checkpoints.ensemble import complete_pixel_type, find_obstacles
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights, write_ckpt
 from semseg.checkpoints.initialise import find_differences
 from semseg.config.inherit import inherit_config
@@ -60,6 +60,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
             images to train or to validate.
     """
     members = [find_network(spec, config, overrides) for spec in list_checkpoints(config.ckpt)]
+    members[0] = complete_pixel_type(members)
     for other in members[1:]:
         refuse_other_network(members[0], other)
     config = inherit_config(members[0].config, config, overrides)

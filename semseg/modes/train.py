@@ -128,7 +128,7 @@ def check_records(source: DataSource, world_size: int) -> None:
     """Report unused files and images that are in two splits, and refuse data that cannot be trained on.
 
     Raises:
-        DataError: if train is smaller than one step, val has images without a mask, or images are of another pixel type.
+        DataError: if train is smaller than one step, val has images without a mask, or pixel types differ.
     """
     records, batch_size = source.training_records(), source.config.batch_size
     if len(records) < batch_size * world_size:

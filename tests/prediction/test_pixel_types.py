@@ -15,7 +15,7 @@ import semseg
 from helpers.command_line import TINY_ENCODERS, run_here
 from helpers.rasters import NATIVE_BANDS, draw_rasters
 from semseg.checkpoints.ensemble import join_networks
-from semseg.checkpoints.format import read_checkpoint
+from semseg.checkpoints.format import read_checkpoint, write_ckpt
 from semseg.config.preprocessing import BandRange
 from semseg.errors import ArgumentError, CheckpointError, DataError
 from semseg.modes.average import refuse_other_network
@@ -97,6 +97,10 @@ def test_networks_that_read_images_in_other_ways_are_not_averaged(trained: Path)
     other = first._replace(source="b")
     untyped = first._replace(convention=first.convention._replace(dtype=""))  # of an earlier version
     assert join_networks([untyped, other]).convention.dtype == "uint16"
+    write_ckpt(trained / "untyped.ckpt", untyped)
+    write_ckpt(trained / "int16.ckpt", first._replace(convention=first.convention._replace(dtype="int16")))
+    words = ["mode=average", "ckpt=[untyped.ckpt,a,int16.ckpt]", "trainer=cpu", "run_dir=refused_average"]
+    assert "they were trained on uint16 and int16 values" in run_here(trained, *words, code=1)
     for changes, message in (
         ({"dtype": "int16"}, "they were trained on uint16 and int16 values"),
         ({"ranges": (), "dtype": ""}, r"only one of them has a data\.value_range, \[\["),
