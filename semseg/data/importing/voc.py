@@ -79,16 +79,11 @@ def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
             items.append(Problem(f"{path}: {error}."))
             num_missing += 1
             continue
-        items.append(
-            AnnotatedImage(
-                str(image),
-                finder.relative(image),
-                splits.get(stem, ""),
-                None,
-                str(path),
-                mask=MaskFile(str(path), read),
-            )
-        )
+        mask = MaskFile(str(path), read)
+        items += [
+            AnnotatedImage(str(image), finder.relative(image), split, None, str(path), mask=mask)
+            for split in splits.get(stem, [""])
+        ]
     items += [Problem(f"{root / LISTS}: lists {stem}, which has no mask.") for stem in splits if stem not in seen]
     if splits and (num_unlisted := len(seen - set(splits))):
         notes.append(
@@ -203,12 +198,12 @@ def read_label_map(file: Path) -> list[LabelMapRow]:
     return rows
 
 
-def read_splits(folder: Path) -> dict[str, str]:
-    """The split of each stem in the lists of a folder; lists that name no split, as default.txt, give "".
+def read_splits(folder: Path) -> dict[str, list[str]]:
+    """The splits of each stem in the lists of a folder; lists that name no split, as default.txt, give "".
 
     trainval.txt and lists of that kind are left out if train.txt and val.txt are there.
     """
-    splits: dict[str, str] = {}
+    splits: dict[str, list[str]] = {}
     if not store.is_folder(folder):
         return splits
     files = [path for path in store.list_files_below(folder) if path.suffix.lower() == ".txt"]
@@ -221,7 +216,8 @@ def read_splits(folder: Path) -> dict[str, str]:
                 parts = [part for part in PurePosixPath(stem).parts if part not in ("..", ".", "/")]
                 if PurePosixPath(stem).suffix.lower() in IMAGE_SUFFIXES:  # lists name stems; some tools write files
                     parts[-1] = PurePosixPath(parts[-1]).stem
-                splits.setdefault("/".join(parts), named[path])
+                listed = splits.setdefault("/".join(parts), [])
+                listed += [named[path]] if named[path] not in listed else []
     return splits
 
 

@@ -229,6 +229,18 @@ def test_an_image_of_two_splits_is_in_the_first_one_and_a_note_says_so(tmp_path:
     assert "listed again: each is in the split that names it first." in " ".join(imported.notes)
 
 
+def test_a_mask_of_two_lists_is_in_the_first_split_and_a_note_says_so(tmp_path: Path) -> None:
+    write_voc(tmp_path / "e")
+    lists = tmp_path / "e/ImageSets/Segmentation"
+    (lists / "default.txt").unlink()
+    put(lists / "train.txt", "".join(f"{name}\n" for name in [*NAMES, NAMES[0]]))
+    put(lists / "val.txt", f"{NAMES[0]}\n")
+    imported = import_here(tmp_path / "e", tmp_path / "out")
+    assert {image.split for image in imported.images} == {"train"} and len(imported.images) == len(NAMES)
+    assert f"1 image, such as {tmp_path / 'e'}" in " ".join(imported.notes)
+    assert "listed again: each is in the split that names it first." in " ".join(imported.notes)
+
+
 def test_an_image_of_two_splits_with_other_annotations_is_refused(tmp_path: Path) -> None:
     file = write_coco(tmp_path / "e")
     content = json.loads(file.read_text())
