@@ -326,7 +326,8 @@ class WeightsContent(NamedTuple):
     """What a file of weights holds."""
 
     tensors: dict[str, Tensor]  # by their names in it
-    origin: WeightsOrigin | None  # that of a checkpoint of ours; None: the file says nothing about it
+    origin: WeightsOrigin | None = None  # that of a checkpoint of ours; None: the file says nothing about it
+    convention: Preprocessing | None = None  # likewise
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -343,9 +344,9 @@ def open_weights(path: Path) -> WeightsContent:
         CheckpointError: if the file is missing, damaged, or contains no tensors.
     """
     if path.suffix == SAFETENSORS:
-        return WeightsContent(load_safetensors(path), find_origin(path, read_json_beside(path)))
+        return WeightsContent(load_safetensors(path), *read_description(path, read_json_beside(path)))
     content = load_plain(path)
-    origin = find_origin(path, content.get(FORMAT_KEY))
+    described = read_description(path, content.get(FORMAT_KEY))
     content = content.get("state_dict", content)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: its state_dict is a {type(content).__name__}, expected a dict of tensors.")
@@ -357,7 +358,7 @@ def open_weights(path: Path) -> WeightsContent:
     is_wrapped = all(name.startswith("module.") for name in tensors)
     if is_wrapped:
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return WeightsContent(tensors, origin)
+    return WeightsContent(tensors, *described)
 
 
 def read_json_beside(path: Path) -> Any:
@@ -368,14 +369,17 @@ def read_json_beside(path: Path) -> Any:
         return None
 
 
-def find_origin(path: Path, entry: Any) -> WeightsOrigin | None:
-    """The origin in the entry FORMAT_KEY of a checkpoint; None for a file that has none.
+def read_description(path: Path, entry: Any) -> tuple[WeightsOrigin | None, Preprocessing | None]:
+    """Origin and preprocessing in the entry FORMAT_KEY of a checkpoint; None for what a file does not have.
 
     Raises:
-        CheckpointError: if it is damaged.
+        CheckpointError: if they are damaged.
     """
+    if not isinstance(entry, dict):
+        return None, None
     try:
-        return WeightsOrigin.from_plain(entry.get("origin")) if isinstance(entry, dict) else None
+        convention = Preprocessing.from_plain(entry["convention"]) if "convention" in entry else None
+        return WeightsOrigin.from_plain(entry.get("origin")), convention
     except ValueError as error:
         raise CheckpointError(f"{path}: its description is damaged: {error}.") from None
 

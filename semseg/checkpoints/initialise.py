@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from semseg.checkpoints.format import NET_PREFIX, SavedNetwork, open_weights, refuse_nonfinite_weights
+from semseg.checkpoints.format import NET_PREFIX, SavedNetwork, WeightsContent, open_weights, refuse_nonfinite_weights
 from semseg.config.origin import WeightsOrigin
-from semseg.config.preprocessing import RGB
+from semseg.config.preprocessing import RGB, Preprocessing
 from semseg.errors import CheckpointError
-from semseg.nets.bands import adapt_weights
+from semseg.nets.bands import adapt_first_layers, adapt_weights
 from semseg.nets.encoders.efficientnet_lite import LICENCE as LITE_LICENCE
 from semseg.nets.encoders.efficientnet_lite import is_lite_layout
 from semseg.nets.interfaces import Encoder, SegmentationNetwork
@@ -29,38 +29,72 @@ COUNTER = "num_batches_tracked"  # a batch counter in files of PyTorch 0.4.1 and
 MAX_LISTED = 3
 
 
+class WeightsSource(NamedTuple):
+    """Where the weights of a backbone come from."""
+
+    origin: WeightsOrigin
+    convention: Preprocessing | None  # on which a checkpoint of ours was trained; None: the file does not say
+
+
 def load_encoder_weights(encoder: Encoder, path: Path) -> WeightsOrigin:
     """`load_backbone_weights` for an encoder alone."""
-    return _load_part(encoder, encoder.convert_weights, ["encoder"], path)
+    return _load_part(encoder, encoder.convert_weights, ["encoder"], path, open_weights(path))
 
 
-def load_backbone_weights(net: SegmentationNetwork, path: Path) -> WeightsOrigin:
+def load_backbone_weights(net: SegmentationNetwork, path: Path, bands: Sequence[str] = RGB) -> WeightsSource:
     """Load the backbone of `net` from a file of ImageNet weights, or from that of a checkpoint, by name and shape.
 
     The ImageNet classifier and the extra buffers of old normalisation layers are skipped. Returns where the weights
     come from: for a checkpoint of ours, what the checkpoint says.
 
+    Args:
+        bands: of the images. Weights for these bands, of a checkpoint of ours, are loaded too: the layers of `net` that
+            read the image are then made for them.
+
     Raises:
-        CheckpointError: if the file is damaged, or any weight is missing, unexpected or of another
+        CheckpointError: if the file is damaged or for other bands, or any weight is missing, unexpected or of another
             shape; the first of each kind are named, and the backbone is unchanged.
     """
+    content = open_weights(path)
+    if content.convention is not None and content.convention.bands != RGB:
+        check_bands_of_weights(f"model.encoder.weights={path}", content.convention.bands, bands)
+        adapt_first_layers(net, bands)
     backbone = net.backbone
     name = next((name for name, module in net.named_modules() if module is backbone), None)
     # `model.` is the library's module in our wrapper, which is not in the library's own files.
-    return _load_part(backbone, net.convert_weights, [name, name.removeprefix("model.")] if name else [], path)
+    names = [name, name.removeprefix("model.")] if name else []
+    origin = _load_part(backbone, net.convert_weights, names, path, content)
+    return WeightsSource(origin, content.convention)
+
+
+def check_bands_of_weights(source: str, has: Sequence[str], needs: Sequence[str]) -> None:
+    """Refuse weights for other bands than those of the images, unless they are for red, green and blue.
+
+    Raises:
+        CheckpointError: with both; it begins with `source`.
+    """
+    if tuple(has) not in (tuple(needs), RGB):
+        raise CheckpointError(
+            f"{source}: its network takes the bands {', '.join(has)}, and data.bands are {', '.join(needs)}. Set "
+            f"data.bands=[{','.join(has)}], or start from a network for red, green and blue."
+        )
 
 
 def _load_part(
-    part: nn.Module, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]], names: Sequence[str], path: Path
+    part: nn.Module,
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    names: Sequence[str],
+    path: Path,
+    content: WeightsContent,
 ) -> WeightsOrigin:
-    found, origin = open_weights(path)
+    found = content.tensors
     refuse_nonfinite_weights(found, str(path))
     try:
         weights = extract_weights(found, names) or convert(found)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     load_all_weights(part, drop_old_buffers(weights), f"{path}: does not fit model.encoder")
-    return origin or WeightsOrigin(path.name, LITE_LICENCE if is_lite_layout(found) else "")
+    return content.origin or WeightsOrigin(path.name, LITE_LICENCE if is_lite_layout(found) else "")
 
 
 def extract_weights(weights: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -158,11 +192,7 @@ def initialise_from(net: SegmentationNetwork, saved: SavedNetwork) -> LoadReport
     """
     expected = net.state_dict()
     has, needs = saved.convention.bands, net.convention.bands
-    if has not in (needs, RGB):
-        raise CheckpointError(
-            f"init_from={saved.source}: its network takes the bands {', '.join(has)}, and data.bands are "
-            f"{', '.join(needs)}. Set data.bands=[{','.join(has)}], or start from a network for red, green and blue."
-        )
+    check_bands_of_weights(f"init_from={saved.source}", has, needs)
     found = {name: value for name, value in saved.weights.items() if name in expected or not is_counter(name)}
     if has != needs:
         found = adapt_weights(found, net, needs, saved.convention.channel_order)

@@ -11,8 +11,9 @@ import torch
 
 from semseg.checkpoints.format import SavedNetwork
 from semseg.checkpoints.initialise import find_differences, load_all_weights, load_backbone_weights
+from semseg.checkpoints.zoo import release_of_folder
 from semseg.config.origin import WeightsOrigin
-from semseg.config.preprocessing import PREPROCESSING
+from semseg.config.preprocessing import PREPROCESSING, RGB, Preprocessing
 from semseg.config.schema import DownloadConfig, ModelConfig, split_network_options
 from semseg.data.bands import BandOptions
 from semseg.data.classes import ClassTable, find_moved_class
@@ -49,7 +50,7 @@ def build_network(
     weights = config.encoder.get("weights", "none")
     if weights == HUB:
         download = download or DownloadConfig()
-    net = build_architecture(config, num_classes, download)
+    net, trained = build_architecture(config, num_classes, download), None
     if weights == HUB:
         load_described_weights(net, config)
     elif weights == "imagenet":
@@ -59,15 +60,23 @@ def build_network(
         net.origin = imagenet_origin(net)
     elif weights not in (None, "none"):
         path = Path(weights).expanduser()
-        net.origin = load_backbone_weights(net, path)
+        net.origin, trained = load_backbone_weights(net, path, RGB if bands is None else bands.names)
+        trained = trained or find_published_convention(path)
         net.adopt_description(path)
         print_once(f"weights: {net.origin}")
+    if trained is not None:
+        net.convention = trained
     if config.convention != "auto":
         net.convention = PREPROCESSING[config.convention]
-    if bands is not None:
-        use_bands(net, bands)
+    use_bands(net, bands, is_adapted=trained is not None and trained.bands != RGB)
     net.has_cpu_kernels = config.winograd
     return net
+
+
+def find_published_convention(path: Path) -> Preprocessing | None:
+    """The preprocessing of an encoder file in a folder of the releases of 2018 and 2020; None for other files."""
+    release = release_of_folder(path.resolve().parent.name) if path.name.startswith("encoder_epoch_") else None
+    return PREPROCESSING[release.convention] if release else None
 
 
 def build_architecture(

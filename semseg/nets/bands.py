@@ -25,15 +25,20 @@ NUM_COLOURS = 3
 BYTE = BandRange(0.0, 255.0)
 
 
-def use_bands(net: SegmentationNetwork, options: BandOptions) -> None:
+def use_bands(net: SegmentationNetwork, options: BandOptions | None, *, is_adapted: bool = False) -> None:
     """Make a network for red, green and blue one for other bands, in place, with the preprocessing of their values.
+
+    Args:
+        options: None: images are 8-bit RGB.
+        is_adapted: whether its layers are for these bands already.
 
     Raises:
         ConfigError: for a network whose first layer is not a convolution of the three colours.
     """
     order = net.convention.channel_order
-    net.convention = band_convention(net.convention, options)
-    adapt_first_layers(net, options.names, order)
+    net.convention = inherit_convention(net.convention, options)
+    if options is not None and not is_adapted:
+        adapt_first_layers(net, options.names, order)
 
 
 def band_convention(base: Preprocessing, options: BandOptions) -> Preprocessing:
@@ -69,7 +74,7 @@ def inherit_convention(saved: Preprocessing, options: BandOptions | None) -> Pre
         saved: of the weights, for red, green and blue or for the same bands.
         options: None: images are 8-bit RGB.
     """
-    if saved.takes_pictures and options is not None:
+    if options is not None and (saved.takes_pictures or saved.bands != options.names):
         return band_convention(saved, options)
     ranges = () if options is None else options.ranges or ()
     return saved._replace(ranges=ranges, dtype=options.dtype if options is not None and ranges else "")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,17 @@ from torch import Tensor
 
 from helpers.in_process import configured
 from helpers.published_files import served, with_bookkeeping, without_counters
-from semseg.checkpoints.format import SavedNetwork, load_weights
+from semseg.checkpoints.format import SavedNetwork, load_weights, write_ckpt, write_safetensors
 from semseg.checkpoints.initialise import initialise_from, load_encoder_weights
 from semseg.checkpoints.network import build_network, fetch_imagenet_weights
-from semseg.config.preprocessing import PREPROCESSING
+from semseg.config.preprocessing import PREPROCESSING, RGB, BandRange, Preprocessing
 from semseg.config.schema import DownloadConfig, ModelConfig
+from semseg.data.bands import BandFile, BandOptions
 from semseg.data.classes import ClassTable
 from semseg.data.images import read_image
+from semseg.data.sources import DataSource
 from semseg.errors import CheckpointError, ConfigError
+from semseg.nets.bands import band_convention, inherit_convention
 from semseg.nets.interfaces import Encoder
 from semseg.nets.normalise import normalise
 from semseg.nets.registry import build_encoder, build_segmenter
@@ -64,6 +68,74 @@ def test_weights_are_found_in_whatever_they_are_wrapped(tmp_path: Path, kind: st
     load_encoder_weights(encoder, path)
     assert all(value.dtype != torch.float16 for value in encoder.state_dict().values())
     assert_same(encoder, {name: value.float() for name, value in weights.items() if value.is_floating_point()})
+
+
+NIR = ("red", "green", "blue", "nir")
+SMALL_MODEL = ["model/encoder=resnet18", "model/decoder=c1"]
+
+
+def reading(names: Sequence[str]) -> BandOptions:
+    return BandOptions((BandFile("", tuple(names)),), tuple(names), (BandRange(0, 3000),) * len(names), dtype="uint16")
+
+
+def write_trained(path: Path, convention: Preprocessing, bands: BandOptions | None = None) -> SavedNetwork:
+    """Write a checkpoint whose network was trained with this preprocessing."""
+    config = configured("data=scenes", "model.encoder.weights=none", *SMALL_MODEL)
+    classes = DataSource(config.data).classes
+    net = build_network(config.model, classes.num_classes, bands=bands)
+    saved = SavedNetwork("", net.state_dict(), config, classes, convention)
+    write_ckpt(path, saved)
+    return saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_the_encoder_of_a_checkpoint_keeps_its_preprocessing(tmp_path: Path, suffix: str) -> None:
+    saved, path = write_trained(tmp_path / "a.ckpt", PREPROCESSING["bgr_mean"]), tmp_path / f"a.{suffix}"
+    if suffix == "safetensors":
+        write_safetensors(path, saved)
+    words = [*SMALL_MODEL, f"model.encoder.weights={path}"]
+    assert build_network(configured(*words).model, 3).convention == PREPROCESSING["bgr_mean"]
+    given = configured(*words, "model.convention=rgb_mean_std").model
+    assert build_network(given, 3).convention == PREPROCESSING["rgb_mean_std"]
+    of_bands = build_network(configured(*words).model, 3, bands=reading(NIR))
+    assert of_bands.convention == band_convention(PREPROCESSING["bgr_mean"], reading(NIR))
+    own = saved.weights["encoder.conv1.weight"]
+    assert torch.allclose(of_bands.state_dict()["encoder.conv1.weight"][:, :3], 0.75 * own.flip(1))
+
+
+@pytest.mark.slow
+def test_the_encoder_of_a_checkpoint_for_other_bands_is_loaded_for_these_bands_only(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    convention = band_convention(PREPROCESSING["rgb_mean_std"], reading(NIR))._replace(mean=(0.1, 0.2, 0.3, 0.4))
+    saved = write_trained(path, convention, reading(NIR))
+    model = configured(*SMALL_MODEL, f"model.encoder.weights={path}").model
+    net = build_network(model, 3, bands=reading(NIR))
+    assert net.convention == convention
+    assert torch.equal(net.state_dict()["encoder.conv1.weight"], saved.weights["encoder.conv1.weight"])
+    for bands in (None, reading(("red", "green", "swir"))):
+        with pytest.raises(CheckpointError, match=r"the bands red, green, blue, nir, and data\.bands are red, green"):
+            build_network(model, 3, bands=bands)
+
+
+@pytest.mark.parametrize("names", [NIR, ("nir", "red", "green")])
+def test_weights_for_colours_of_16_bits_are_adapted_to_other_bands(names: tuple[str, ...]) -> None:
+    colours = band_convention(PREPROCESSING["rgb_mean_std"], reading(RGB))
+    assert colours.ranges and not colours.takes_pictures
+    expected = band_convention(PREPROCESSING["rgb_mean_std"], reading(names))
+    assert inherit_convention(colours, reading(names)) == expected and len(expected.mean) == len(names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "convention"), [("baseline-x", "bgr_mean"), ("ade20k-x", "rgb_mean_std")])
+def test_an_encoder_of_the_releases_has_the_preprocessing_of_its_year(
+    tmp_path: Path, folder: str, convention: str
+) -> None:
+    path = tmp_path / folder / "encoder_epoch_20.pth"
+    path.parent.mkdir()
+    torch.save(build_encoder("resnet18").state_dict(), path)
+    model = configured(*SMALL_MODEL, f"model.encoder.weights={path}").model
+    assert build_network(model, 3).convention == PREPROCESSING[convention]
 
 
 def test_a_file_of_another_encoder_is_refused_and_changes_nothing(tmp_path: Path) -> None:
