@@ -177,7 +177,7 @@ def measure_statistics(net: SegmentationNetwork, config: Config, source: DataSou
 
     Those of averaged weights are not the averages of the statistics (Izmailov et al. 2018, "Averaging Weights Leads to
     Wider Optima", section 3.3). Layers whose statistics training leaves alone (model.freeze_bn, a frozen encoder) keep
-    theirs; 0 if there are no others.
+    theirs; 0 if there are no others. So do layers that never see more than one value per channel.
     """
     device = choose_device(config.trainer)
     module = build_module(config, net, source.classes).to(device)
@@ -185,9 +185,9 @@ def measure_statistics(net: SegmentationNetwork, config: Config, source: DataSou
     if not layers:
         return 0
     module.eval()  # dropout stays off
-    momenta = [layer.momentum for layer in layers]
+    momenta, counts = [layer.momentum for layer in layers], [count_batches(layer).clone() for layer in layers]
     for layer in layers:
-        layer.reset_running_stats()
+        count_batches(layer).zero_()  # the first sub-batch replaces what a layer has
         layer.momentum = None  # the plain mean over all sub-batches
         layer.train()
     data = build_data(config, source, net)
@@ -199,10 +199,18 @@ def measure_statistics(net: SegmentationNetwork, config: Config, source: DataSou
             run_forward(module, batch, device, config.trainer.precision)
     finally:
         loader.close()
-        for layer, momentum in zip(layers, momenta, strict=True):
+        for layer, momentum, count in zip(layers, momenta, counts, strict=True):
             layer.momentum = momentum
+            if not count_batches(layer):  # such a layer has seen single values only
+                count_batches(layer).copy_(count)
         module.eval()
     return num_batches * batch_size
+
+
+def count_batches(layer: _BatchNorm) -> Tensor:
+    """() the number of sub-batches in the statistics of a layer, as the tensor that the layer updates."""
+    assert layer.num_batches_tracked is not None, "layers that track statistics count sub-batches"
+    return layer.num_batches_tracked
 
 
 def find_measured_layers(module: SegmentationModule) -> list[_BatchNorm]:

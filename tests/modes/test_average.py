@@ -18,6 +18,7 @@ from semseg.config.preprocessing import PREPROCESSING
 from semseg.errors import CheckpointError
 from semseg.modes import average
 from semseg.modes.average import SplitScore, average_weights, measure_statistics, refuse_other_network
+from semseg.nets.blocks import BatchNorm2d
 from semseg.nets.registry import ENCODERS
 
 QUICK = ["eval.scales=[32]", "data.num_workers=0", "trainer.accelerator=cpu"]
@@ -66,6 +67,21 @@ def test_statistics_that_training_leaves_alone_are_kept(tmp_path: Path) -> None:
     config = configured(*SHORT_RUN, f"data.root={tmp_path / 'scenes'}", f"run_dir={tmp_path / 'run'}", *words)
     assert measure_statistics(run.net, config, run.data.source) == 0
     assert all(torch.equal(value, before[name]) for name, value in run.net.state_dict().items())
+
+
+def test_layers_that_see_single_values_only_keep_their_statistics(tmp_path: Path) -> None:
+    words = ["model/decoder=ppm", "data.batch_size=1"]
+    run = prepare_run(tmp_path / "scenes", tmp_path / "run", *words)
+    coarsest = run.net.get_submodule("decoder.ppm.0.2")
+    assert isinstance(coarsest, BatchNorm2d) and coarsest.running_mean is not None
+    coarsest.running_mean.fill_(0.25)
+    assert coarsest.num_batches_tracked is not None
+    coarsest.num_batches_tracked.fill_(7)
+    config = configured(*SHORT_RUN, f"data.root={tmp_path / 'scenes'}", f"run_dir={tmp_path / 'run'}", *words)
+    assert measure_statistics(run.net, config, run.data.source) > 0
+    assert (coarsest.running_mean == 0.25).all() and coarsest.num_batches_tracked == 7
+    measured = run.net.get_submodule("decoder.ppm.1.2")
+    assert isinstance(measured, BatchNorm2d) and (measured.running_mean != 0).all()
 
 
 @pytest.mark.slow
