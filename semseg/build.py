@@ -47,7 +47,7 @@ from semseg.lit_module import SegmentationModule
 from semseg.nets.bands import choose_reading
 from semseg.nets.depthwise import is_faster_in_channels_last
 from semseg.nets.gpu import configure_gpu
-from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.interfaces import SegmentationNetwork, choose_size_divisor
 from semseg.nets.precision import choose_weight_type
 from semseg.nets.registry import OLD_NAMES, ORIGINAL_NAMES
 from semseg.nets.segmenter import is_convolutional
@@ -457,7 +457,7 @@ def choose_label_stride(config: Config, net: SegmentationNetwork) -> int:
     is_original = config.data.resize != NATIVE and is_original_network(model)
     if chosen is None or net.label_stride <= FINE_STRIDE or is_original or net.has_own_loss:
         return net.label_stride
-    divisor = model.size_divisor or net.size_divisor
+    divisor = choose_size_divisor(net, model.size_divisor)
     return next(stride for stride in range(FINE_STRIDE, 0, -1) if divisor % stride == 0)
 
 

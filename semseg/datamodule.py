@@ -39,7 +39,7 @@ from semseg.data.training_size import TrainingSizes
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.own_scores import IMAGE_METRICS
 from semseg.nets.bands import check_bands, expect_trained_type
-from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.interfaces import SegmentationNetwork, choose_size_divisor
 from semseg.system.processors import choose_num_workers
 from semseg.system.shared_memory import get_free_shared_memory
 from semseg.training.resume import RunConditions, count_run_steps, digest_records, limit_batches
@@ -98,7 +98,7 @@ class SegmentationData(pl.LightningDataModule):
         self.eval_config, self.trainer_config = eval_config, trainer_config
         self.seed = seed
         check_bands(net.convention, source.bands)
-        self.size_divisor = size_divisor or net.size_divisor
+        self.size_divisor = choose_size_divisor(net, size_divisor)
         self.image_size: Size | None = getattr(net, "image_size", None)  # the one size that the network takes
         self.crop = choose_crop(source.config, augment_config, self.image_size)
         self.is_native = source.config.resize == NATIVE  # then the data set crops, and augmentation does not

@@ -141,6 +141,14 @@ def test_strides_come_from_the_network_unless_set(root: Path) -> None:
     assert batch.image.shape[-1] % 64 == 0 and batch.image.shape[-1] == 8 * batch.label.shape[-1]
 
 
+@pytest.mark.parametrize("resize", ["short_edge", "native"])
+def test_a_size_divisor_that_cuts_through_logits_is_refused(root: Path, resize: str) -> None:
+    words = [f"data.resize={resize}", "data.crop=[64,64]" if resize == "native" else "data.crop=null"]
+    assert loaders(config_of(root, *words, "model.size_divisor=8")).size_divisor == 8
+    with pytest.raises(ConfigError, match=r"model\.size_divisor=10: must be a multiple of 4, the stride of the logits"):
+        loaders(config_of(root, *words, "model.size_divisor=10", "model.label_stride=2"))
+
+
 def test_a_fraction_of_the_training_images_is_held_out_for_validation(root: Path) -> None:
     folders = ["data=folder", f"data.root={root}", "data.train.images=images/training",
                "data.train.masks=annotations/training", "data.num_classes=10"]  # fmt: skip

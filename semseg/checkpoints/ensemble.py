@@ -11,7 +11,7 @@ from semseg.data.bands import describe_bands, format_value_range
 from semseg.data.sources import make_label_map
 from semseg.errors import CheckpointError, ConfigError
 from semseg.nets.ensemble import Ensemble
-from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.interfaces import SegmentationNetwork, choose_size_divisor
 
 
 def join_networks(members: Sequence[SavedNetwork]) -> SavedNetwork:
@@ -106,7 +106,8 @@ def build_ensemble(saved: SavedNetwork, nets: Sequence[SegmentationNetwork]) -> 
     if len(nets) < 2:
         raise ConfigError("ckpt: a mean needs at least two networks.")
     divisors = [
-        member.config.model.size_divisor or net.size_divisor for member, net in zip(saved.members, nets, strict=True)
+        choose_size_divisor(net, member.config.model.size_divisor)
+        for member, net in zip(saved.members, nets, strict=True)
     ]
     ensemble = Ensemble(nets, divisors)
     ensemble.convention = saved.convention

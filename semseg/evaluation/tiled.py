@@ -41,7 +41,7 @@ from semseg.evaluation.inference import (
 from semseg.nets.blocks import to_full_precision
 from semseg.nets.ensemble import list_conventions, list_members
 from semseg.nets.gpu import copies_without_waiting
-from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.interfaces import SegmentationNetwork, choose_size_divisor
 from semseg.nets.normalise import normalise
 
 
@@ -71,7 +71,7 @@ def choose_layout(
     Raises:
         ConfigError: for another window than the one that the network takes.
     """
-    divisor = divisor or net.size_divisor
+    divisor = choose_size_divisor(net, divisor)
     size: Size | None = getattr(net, "image_size", None)
     if size is not None and window not in (None, size.height):
         raise ConfigError(f"window={window}: this network takes windows of {size.height} pixels only. Leave it out.")

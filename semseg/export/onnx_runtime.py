@@ -34,7 +34,7 @@ from semseg.data.geometry import Size
 from semseg.data.sources import make_output_label_map
 from semseg.errors import CheckpointError, SemsegError, first_line
 from semseg.evaluation.tiled import choose_layout
-from semseg.nets.interfaces import Decoder, Encoder, Logits, SegmentationNetwork
+from semseg.nets.interfaces import Decoder, Encoder, Logits, SegmentationNetwork, choose_size_divisor
 from semseg.nets.normalise import restore_values
 from semseg.nets.segmenter import Segmenter
 
@@ -148,7 +148,7 @@ def picture_rule(saved: SavedNetwork, net: SegmentationNetwork) -> PictureRule:
     return PictureRule(
         tuple(config.eval.scales),
         config.data.max_long_edge,
-        config.model.size_divisor or net.size_divisor,
+        choose_size_divisor(net, config.model.size_divisor),
         net.convention.antialias,
         config.predict.flip,
     )

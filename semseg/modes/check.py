@@ -62,7 +62,7 @@ from semseg.modes.check_recipe import (
     collect_facts,
     training_command,
 )
-from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.interfaces import SegmentationNetwork, choose_size_divisor
 from semseg.nets.step_memory import estimate_step_memory
 from semseg.reports.check_page import CheckedSample, CheckReport, PlanSummary
 from semseg.reports.check_report import print_check_report, write_check_report
@@ -231,7 +231,7 @@ def summarise_plan(config: Config, train: ScannedSplit, net: SegmentationNetwork
     if net is None:
         return None
     crop = choose_crop(data, config.augment, net.image_size)
-    divisor = net.image_size.height if net.image_size else config.model.size_divisor or net.size_divisor
+    divisor = net.image_size.height if net.image_size else choose_size_divisor(net, config.model.size_divisor)
     training = TrainingSizes(data, config.augment, crop, divisor)
     plan = TrainPlan(
         training.list_planned(sizes),

@@ -18,7 +18,7 @@ from semseg.data.sources import DataSource
 from semseg.errors import DataError, ExportError
 from semseg.evaluation.metrics import Scores
 from semseg.nets.bands import expect_trained_type
-from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.interfaces import SegmentationNetwork, choose_size_divisor
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import format_command, relative_to_cwd
 
@@ -131,7 +131,7 @@ def read_calibration_images(config: Config, net: SegmentationNetwork) -> Iterato
     from semseg.export.quantize import sample_positions, sample_windows  # noqa: PLC0415 - the packages of an extra
 
     source, layout = DataSource(config.data), choose_evaluation_layout(config, net)
-    size_divisor = config.model.size_divisor or net.size_divisor
+    size_divisor = choose_size_divisor(net, config.model.size_divisor)
     dataset = open_split(source, config.export.calibration_split, config.eval, size_divisor, net)
     for position in sample_positions(dataset, config.export.calibration_images):
         scales = dataset[position].scales
@@ -167,7 +167,7 @@ def print_quantisation_loss(
         return
     try:
         source = DataSource(config.data)
-        dataset = open_split(source, split, config.eval, config.model.size_divisor or net.size_divisor, net)
+        dataset = open_split(source, split, config.eval, choose_size_divisor(net, config.model.size_divisor), net)
         if source.classes.num_classes != saved.classes.num_classes:
             raise DataError(
                 f"data={config.data.name} has {source.classes.num_classes} classes, the network has "

@@ -26,6 +26,7 @@ from semseg.config.origin import WeightsOrigin
 from semseg.config.preprocessing import PREPROCESSING, Preprocessing
 from semseg.config.schema import DownloadConfig
 from semseg.data.geometry import Size
+from semseg.errors import ConfigError
 
 CLASSIFIER_PREFIXES = ("fc.", "classifier.", "head.")  # weights of ImageNet heads, which no encoder keeps
 
@@ -210,6 +211,23 @@ class Encoder(nn.Module, ABC):
         The default is for files that have our names.
         """
         return {name: value for name, value in published.items() if not name.startswith(CLASSIFIER_PREFIXES)}
+
+
+def choose_size_divisor(net: SegmentationNetwork, divisor: int | None) -> int:
+    """The number of pixels to multiples of which images are padded.
+
+    Args:
+        divisor: model.size_divisor, or a setting of the same name; None: the network's own.
+
+    Raises:
+        ConfigError: if the logits would not cover a whole number of pixels.
+    """
+    if divisor and divisor % net.label_stride:
+        raise ConfigError(
+            f"model.size_divisor={divisor}: must be a multiple of {net.label_stride}, the stride of the logits of this "
+            f"network. null selects the network's own value, {net.size_divisor}."
+        )
+    return divisor or net.size_divisor
 
 
 class Decoder(nn.Module, ABC):

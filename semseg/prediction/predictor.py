@@ -33,7 +33,7 @@ from semseg.evaluation.inference import predict_class_map
 from semseg.evaluation.thresholds import ThresholdSink, apply_threshold
 from semseg.evaluation.tiled import ArraySink, choose_layout, predict_by_windows
 from semseg.evaluation.unsure import ConfidenceSink, ignore_unsure
-from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.interfaces import SegmentationNetwork, choose_size_divisor
 from semseg.nets.precision import create_autocast
 from semseg.prediction.geotiff import read_whole_mask
 from semseg.prediction.outputs import write_outputs
@@ -295,7 +295,7 @@ class Predictor:
             resize_to_scales,
             short_edges=tuple(chosen.scales) if chosen.crop is None else (),
             max_long_edge=chosen.max_long_edge,
-            size_divisor=chosen.size_divisor or self.net.size_divisor,
+            size_divisor=choose_size_divisor(self.net, chosen.size_divisor),
             antialias=self.net.convention.antialias,
         )
 

@@ -35,6 +35,7 @@ class Brightest(nn.Module):
     """Every pixel belongs to the brightest of its three channels."""
 
     size_divisor = 4
+    label_stride = 1
     convention = PREPROCESSING["rgb_mean_std"]
 
     def __init__(self) -> None:
