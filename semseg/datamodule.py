@@ -325,9 +325,13 @@ class SegmentationData(pl.LightningDataModule):
         return repeats if numbers is None else share_repeats(numbers, self.source.shares, repeats)
 
     def _compute_class_repeats(self) -> NDArray[np.float64]:
-        """The repeats of data.oversample, from the classes in the label of each training image."""
+        """The repeats of data.oversample, from the classes in the label of each training image.
+
+        Raises:
+            DataError: for an image or a label that cannot be read, with data.on_bad=error.
+        """
         data, source = self.data_config, self.source
-        present = []
+        bands, present = source.bands_of("train"), []
         for _, group in itertools.groupby(source.training_records(), key=lambda record: record.source):
             records = list(group)
             label_map = records[0].label_map or source.label_map
@@ -336,12 +340,14 @@ class SegmentationData(pl.LightningDataModule):
                 source.root,
                 max_pixels=data.max_pixels,
                 colours=label_map.colours,
+                bands=bands,
                 is_native=self.is_native,
             )
-            present += [
-                {index for raw in pair.ids if (index := label_map.class_index(raw)) not in (None, IGNORED)}
-                for pair in pairs
-            ]
+            for pair in pairs:
+                if pair.problem and not self.skips_bad:
+                    raise DataError(pair.problem)
+                classes = {label_map.class_index(raw) for raw in pair.ids}
+                present.append({index for index in classes if index is not None and index != IGNORED})
         return repeat_factors(present, data.oversample)
 
     # ---- sizes

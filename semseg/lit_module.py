@@ -35,6 +35,7 @@ from semseg.evaluation.own_scores import check_measures
 from semseg.evaluation.split_counter import SplitCounter
 from semseg.evaluation.thresholds import find_best_threshold
 from semseg.evaluation.tiled import ArraySink, WindowLayout, predict_by_windows
+from semseg.evaluation.unsure import UNDEFINED
 from semseg.evaluation.window_counts import CountingSink, WindowCounts
 from semseg.nets.compilation import compile_network
 from semseg.nets.interfaces import Logits, SegmentationNetwork
@@ -42,6 +43,7 @@ from semseg.nets.normalise import normalise
 from semseg.nets.precision import choose_weight_type
 from semseg.nets.segmenter import is_convolutional
 from semseg.syncbn.layer import convert_batch_norms, revert_batch_norms
+from semseg.system.text import format_quantity
 from semseg.training.callbacks.bad_images import report_bad_image
 from semseg.training.callbacks.label_warnings import describe_odd_predictions
 from semseg.training.callbacks.out_of_memory import report_out_of_memory, report_out_of_memory_in_evaluation
@@ -392,20 +394,23 @@ class SegmentationModule(pl.LightningModule):
         if threshold is not None and not self.trainer.sanity_checking:
             self.threshold = threshold
         self.counts = self.counter.sum_counts()
-        self.log_scores(self.counts, self.counter.num_unreadable, "val")
+        self.log_scores(self.counts, self.counter, "val")
 
     def on_test_epoch_end(self) -> None:
         self.evaluation = self.evaluator.result()
-        self.log_scores(self.evaluation.counts[0], self.evaluator.num_unreadable, "test")
+        self.log_scores(self.evaluation.counts[0], self.evaluator, "test")
 
-    def log_scores(self, counts: Counts, unreadable_here: int, stage: str) -> None:
+    def log_scores(self, counts: Counts, counter: SplitCounter, stage: str) -> None:
         """Log the scores of the images of all ranks, the same numbers on every rank.
 
         Args:
-            unreadable_here: images of this rank that could not be read.
+            counts: of all ranks.
+            counter: of this rank; says which of its images could not be read or predicted.
         """
-        on_this_rank = torch.tensor(unreadable_here, device=self.device)
-        num_unreadable = int(self.trainer.strategy.reduce(on_this_rank, reduce_op="sum"))
+        on_this_rank = torch.stack([torch.tensor(counter.num_unreadable, device=self.device), counter.num_undefined])
+        num_unreadable, num_undefined = self.trainer.strategy.reduce(on_this_rank, reduce_op="sum").tolist()
+        if num_undefined:
+            rank_zero_warn(f"{stage}: {format_quantity(num_undefined, 'image')}: {UNDEFINED}")
         self.check_image_count(counts.images + num_unreadable, stage)
         check_bad_fraction(num_unreadable, counts.images + num_unreadable, self.max_bad)
         self.scores = scores_from(counts.matrix, self.miou_rule)._replace(own=counts.own)

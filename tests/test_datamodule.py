@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, cast
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +25,7 @@ from semseg.data.loaders import SubBatchLoader, WatchedLoader
 from semseg.data.sources import DataSource
 from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError, DataError
+from semseg.nets.bands import band_convention
 from semseg.nets.segmenter import Segmenter
 
 
@@ -182,6 +185,32 @@ def test_images_with_a_rare_class_are_seen_more_often(tmp_path: Path) -> None:
         seen = [Path(path).stem for batch in take(loader, 19 + times) for path in batch.paths]
         assert seen.count("07") == times
         assert len(set(seen)) == 20
+
+
+def test_rare_classes_are_found_whatever_bands_the_images_have(tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for index in range(8):
+        np.save(tmp_path / "images" / f"{index}.npy", np.full((30, 40, 4), 1000 + index, np.uint16))
+        Image.new("L", (40, 30), 2 if index == 5 else 1).save(tmp_path / "masks" / f"{index}.png")
+    words = ["data=folder", f"data.root={tmp_path}", "data.num_classes=2", "data.val_fraction=0", "data.num_workers=0",
+             "data.batch_size=1", "data.short_edges=[32]", "data.bands=[red,green,blue,nir]",
+             "data.value_range=[0,3000]", "data.oversample=0.5"]  # fmt: skip
+    repeats = loaders_of_bands(words)._compute_repeats()
+    assert repeats is not None and repeats.argmax() == 5 and repeats[5] == 2  # sqrt(0.5 / (1 / 8))
+    (tmp_path / "masks" / "3.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"3\.png"):
+        loaders_of_bands(words)._compute_repeats()
+    assert loaders_of_bands([*words, "data.on_bad=skip"])._compute_repeats() is not None
+
+
+def loaders_of_bands(words: Sequence[str]) -> SegmentationData:
+    """The loaders of a network that takes the bands of the images."""
+    config = configured(*words)
+    source, net = DataSource(config.data), Strides()
+    assert source.bands is not None
+    net.convention = band_convention(net.convention, source.bands)
+    return build_data(config, source, cast(Segmenter, net))
 
 
 # ---- on the way to the device

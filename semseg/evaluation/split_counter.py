@@ -44,6 +44,7 @@ class SplitCounter:
         self.image_means = ImageMeans().to(device)
         self.thresholds = ThresholdCounts().to(device) if num_classes == 2 else None
         self.num_unreadable = 0
+        self.num_undefined = torch.zeros((), dtype=torch.int64, device=device)  # images with probabilities that are NaN
 
     def add(self, samples: Sequence[EvalSample], predictions: Sequence[Sequence[ClassMap]]) -> None:
         """Count images right after they were predicted together.
@@ -57,6 +58,7 @@ class SplitCounter:
     def count_image(self, sample: EvalSample, class_map: ClassMap) -> CountedImage:
         """Count one image that was predicted as a whole."""
         matrix = confusion_counts(class_map.ids, sample.label, self.num_classes)
+        self.num_undefined += torch.isnan(class_map.confidence).any()
         self.confusion.update(matrix)
         if self.thresholds is not None:
             self.thresholds.update(count_probabilities(class_map, sample.label))

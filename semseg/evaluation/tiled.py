@@ -38,6 +38,7 @@ from semseg.evaluation.inference import (
     linear_interpolation,
     select_classes,
 )
+from semseg.evaluation.unsure import warn_of_undefined
 from semseg.nets.blocks import to_full_precision
 from semseg.nets.ensemble import list_conventions, list_members
 from semseg.nets.gpu import copies_without_waiting
@@ -291,10 +292,12 @@ class UpsampledRows:
             confidence, ids = total.max(-1)
             # On the device: the probabilities of all classes may be gigabytes.
             of_label = None if label is None else select_classes(total, label[rows].to(total.device))
+            confidence = confidence.cpu()
+            warn_of_undefined(confidence)
             yield FinishedRows(
                 top,
                 ids.to("cpu", torch.int16).numpy(),
-                confidence.cpu().numpy(),
+                confidence.numpy(),
                 total.permute(2, 0, 1).cpu().numpy() if with_probabilities else None,
                 None if of_label is None else of_label.cpu().numpy(),
             )

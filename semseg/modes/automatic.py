@@ -25,7 +25,8 @@ from semseg.checkpoints.network import build_network, without_weights
 from semseg.config.compose import compose_config
 from semseg.config.fields import AUTO
 from semseg.config.override_keys import list_given_keys, override_key
-from semseg.config.schema import Config
+from semseg.config.schema import AUTO_RANGE, Config
+from semseg.data.band_statistics import measure_bands
 from semseg.data.batch import Batch
 from semseg.data.geometry import Size
 from semseg.data.label_cache import MAX_AUTOMATIC_BYTES
@@ -35,7 +36,7 @@ from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.precision import choose_weight_type, create_autocast
 from semseg.nets.step_memory import estimate_step_memory
 from semseg.storage.atomic import atomic_write
-from semseg.storage.ranks import is_first_rank
+from semseg.storage.ranks import is_first_rank, print_once
 from semseg.system.memory import get_free_memory
 from semseg.system.processors import choose_num_workers, correct_num_workers, count_processors
 from semseg.system.text import format_quantity
@@ -83,6 +84,21 @@ def format_override_value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def settle_value_range(source: DataSource) -> DataSource:
+    """The data set with the values that data.value_range=auto stands for, which are printed.
+
+    Raises:
+        DataError: if no image of train can be read.
+    """
+    data = source.config
+    if data.value_range != AUTO_RANGE:
+        return source
+    measured = measure_bands(source.training_records(), source.bands_of("train"), data.max_pixels)
+    settings = measured.suggest(data)
+    print_once(f"data.value_range=auto: {' '.join(f'{key}={value}' for key, value in settings.items())}")
+    return DataSource(measured.apply(data))
 
 
 def choose_automatic(

@@ -16,8 +16,7 @@ from semseg.build import build_data, build_module, build_trainer
 from semseg.checkpoints.format import refuse_nonfinite_weights
 from semseg.checkpoints.initialise import LoadReport, initialise_from
 from semseg.checkpoints.network import build_network, check_class_names, check_network, report_one_size, without_weights
-from semseg.config.schema import AUTO_RANGE, Config, DataConfig, LossConfig, config_to_plain
-from semseg.data.band_statistics import measure_bands
+from semseg.config.schema import Config, LossConfig, config_to_plain
 from semseg.data.classes import ClassTable
 from semseg.data.label_windows import LabelWindows, open_label
 from semseg.data.overlap import find_overlap
@@ -28,7 +27,7 @@ from semseg.data.store import UnusedFiles
 from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError, DataError
 from semseg.lit_module import SegmentationModule
-from semseg.modes.automatic import choose_automatic
+from semseg.modes.automatic import choose_automatic, settle_value_range
 from semseg.modes.train_end import (
     best_result,
     describe_earlier_prediction,
@@ -74,9 +73,8 @@ def run(config: Config, overrides: list[str]) -> float | None:
     """
     source = DataSource(config.data)
     source.training_records()  # missing files are reported before anything slow happens
-    if config.data.value_range == AUTO_RANGE:
-        config = replace(config, data=measure_range(source))
-        source = DataSource(config.data)
+    source = settle_value_range(source)
+    config = replace(config, data=source.config)
     run_dir = Path(config.run_dir)
     with lock_run_folder(run_dir):
         start = resolve_start(config, overrides, source)
@@ -95,19 +93,6 @@ def run(config: Config, overrides: list[str]) -> float | None:
             # What is missing is reported now, not after training.
             find_inputs(config.input, choose_follow_up_folder(run_dir, "predict"), unused=UnusedFiles())
         return train_network(start, overrides, source)
-
-
-def measure_range(source: DataSource) -> DataConfig:
-    """The configuration of the data with the values that data.value_range=auto stands for, which are printed.
-
-    Raises:
-        DataError: if no image of train can be read.
-    """
-    data = source.config
-    measured = measure_bands(source.training_records(), source.bands_of("train"), data.max_pixels)
-    settings = measured.suggest(data)
-    print_once(f"data.value_range=auto: {' '.join(f'{key}={value}' for key, value in settings.items())}")
-    return measured.apply(data)
 
 
 def refuse_other_types(source: DataSource) -> None:

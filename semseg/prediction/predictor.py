@@ -32,7 +32,7 @@ from semseg.errors import ArgumentError, ConfigError, DataError, suggest
 from semseg.evaluation.inference import predict_class_map
 from semseg.evaluation.thresholds import ThresholdSink, apply_threshold
 from semseg.evaluation.tiled import ArraySink, choose_layout, predict_by_windows
-from semseg.evaluation.unsure import ConfidenceSink, ignore_unsure
+from semseg.evaluation.unsure import ConfidenceSink, ignore_unsure, warn_of_undefined
 from semseg.nets.interfaces import SegmentationNetwork, choose_size_divisor
 from semseg.nets.precision import create_autocast
 from semseg.prediction.geotiff import read_whole_mask
@@ -330,6 +330,7 @@ class Predictor:
                 probabilities=probabilities,
             )
         ids, confidence, _ = prediction
+        warn_of_undefined(confidence)
         if chosen.threshold is not None:
             ids = apply_threshold(prediction.ids, prediction.confidence, chosen.threshold)
             confidence = torch.where(ids == prediction.ids, confidence, 1 - confidence)
