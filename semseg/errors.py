@@ -35,6 +35,10 @@ class DataError(SemsegError):
     """A file of a data set is missing, broken or does not fit the configuration."""
 
 
+class OutOfMemoryError(SemsegError):
+    """Something does not fit into the memory of the machine or of the device, which is not the fault of a file."""
+
+
 class ReportedError(DataError):
     """An error whose report is on the screen already: the command line prints nothing more."""
 

@@ -62,7 +62,7 @@ from semseg.config.uses import (
     refuse_unused_sizes,
 )
 from semseg.config.validate import check_config
-from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, ReportedError, SemsegError
+from semseg.errors import INTERRUPTED, STOPPED_CODES, ConfigError, ReportedError, SemsegError, first_line
 from semseg.storage import run_lock
 from semseg.storage.atomic import atomic_write, describe_write_error, make_folder
 from semseg.storage.commands import entry_script, format_command, relative_to_cwd, remember_program
@@ -80,6 +80,7 @@ from semseg.storage.run_folders import (
     require_folder_path,
 )
 from semseg.storage.run_results import find_finished_job, job_overrides
+from semseg.system.memory import is_out_of_memory
 from semseg.system.process import announce_sweep, is_supervised, is_sweep_job, prepare_process
 from semseg.system.text import escape_lines
 
@@ -458,6 +459,8 @@ def run_hydra_job(composed: DictConfig) -> float | None:
         message = describe_write_error(error, run_dir) if isinstance(error, OSError) else None
         if message is None and has_other_rank_failed():
             sys.exit(1)  # the traceback of a lost connection would hide the reason; it is in this rank's error file
+        if message is None and is_out_of_memory(error):
+            message = f"out of memory. The allocation failed: {first_line(error)}"
         if message is None:
             raise
         exit_with_error(message, SemsegError.exit_code)

@@ -276,7 +276,7 @@ def open_tiff_windows(
             opened.close()
             return None
         return TiffWindows(path, layout, opened, grid, is_mapped=is_mapped)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # tifffile raises errors of many types for damaged bytes
         if opened is not None:
@@ -308,6 +308,8 @@ class TiffWindows:
         """As FileWindows.read."""
         try:
             return self._read_mapped(window) if self.is_mapped else self._read_parts(window)
+        except MemoryError:
+            raise
         except Exception as error:  # tifffile and imagecodecs raise errors of many types for damaged bytes
             raise broken_tiff_error(self.path, error) from error
 

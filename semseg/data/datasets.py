@@ -6,7 +6,9 @@ TrainDataset returns a whole sub-batch, EvalDataset one image at every scale; ne
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from semseg.data.plan import SubBatch
 from semseg.data.records import Record
 from semseg.data.resize import resize_image
 from semseg.errors import DataError
+from semseg.system.memory import report_out_of_memory_as
 
 Collate = Callable[[Sequence[Sample], int, int], Batch]
 
@@ -106,12 +109,14 @@ class TrainDataset(Dataset[Batch]):
 
         Raises:
             DataError: if a file is missing, broken, or has the wrong size; see `read_pair`.
+            OutOfMemoryError: if there is not enough memory for an image, which is not left out for that.
         """
         samples: list[Sample] = []
         bad: list[str] = []
         for position, index in enumerate(sub_batch.records):
             try:
-                samples.append(self._read_sample(self.records[index], sub_batch, position))
+                with report_out_of_memory_reading(self.records[index].image):
+                    samples.append(self._read_sample(self.records[index], sub_batch, position))
             except DataError as error:
                 if not self.options.skip_bad:
                     raise
@@ -241,7 +246,12 @@ class EvalDataset(Dataset[EvalSample]):
 
         Raises:
             DataError: if a file is missing, broken, or has the wrong size; see `read_pair`.
+            OutOfMemoryError: as `TrainDataset`.
         """
+        with report_out_of_memory_reading(self.records[index].image):
+            return self._read_sample(index)
+
+    def _read_sample(self, index: int) -> EvalSample:
         record, options = self.records[index], self.options
         no_label = torch.empty(0, 0, dtype=self.label_type)
         if index in self.by_window:
@@ -257,6 +267,13 @@ class EvalDataset(Dataset[EvalSample]):
         )
         label = no_label if label is None else torch.from_numpy(label).to(self.label_type)
         return EvalSample(scales, label, torch.tensor(image.shape[:2]), record.image, index)
+
+
+def report_out_of_memory_reading(path: str | Path) -> AbstractContextManager[None]:
+    """A context in which running out of memory is an OutOfMemoryError that names an image."""
+    return report_out_of_memory_as(
+        lambda: f"{path}: out of memory reading it. Leave out what is too large, or lower data.num_workers."
+    )
 
 
 def _read_pair(record: Record, label_map: LabelMap | None, options: ReadOptions) -> ImagePair:

@@ -237,6 +237,8 @@ def decode_alpha(path: str | Path, image: Image.Image | None, header: Header) ->
     try:
         with pillow_without_limit, silence_decoder(image):
             alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise errors of many types for damaged bytes
         raise DataError(f"{path}: its alpha cannot be decoded ({error}). Download or copy it again.") from error
     if image.format == "TIFF":  # Pillow has applied the orientation already
@@ -309,7 +311,7 @@ def _decode_by_pillow(path: str | Path, image: Image.Image, header: Header) -> N
     try:
         with pillow_without_limit, silence_decoder(image):
             pixels = pil_to_rgb(image, path)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise errors of many types for damaged bytes
         raise DataError(

@@ -79,6 +79,8 @@ def read_label(
     try:
         with pillow_without_limit, silence_decoder(image):
             raw = np.asarray(image.convert("RGB") if is_colour_coded else image)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise errors of many types for damaged bytes
         raise DataError(f"{path}: the label is broken ({error}). Download or copy it again.") from error
     if image.format != "TIFF":  # Pillow has applied the orientation of those

@@ -34,5 +34,7 @@ def decode_lzw(data: bytes, /, *, out: int) -> NDArray[np.uint8]:
     try:
         with silent_stderr, pillow_without_limit, Image.open(io.BytesIO(head + data), formats=("TIFF",)) as image:
             return np.asarray(image).reshape(-1)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise errors of many types for damaged bytes
         raise ValueError("its LZW stream is damaged") from error

@@ -112,7 +112,7 @@ def _read_tiff(path: str | Path, data: bytes, layout: RasterLayout) -> NDArray:
                 if offset + length > len(data):
                     raise ValueError(f"truncated: a part of it ends at byte {offset + length} of {len(data)}")
             pixels = page.asarray(maxworkers=1)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # tifffile and imagecodecs raise errors of many types for damaged bytes
         raise broken_tiff_error(path, error) from error

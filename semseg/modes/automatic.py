@@ -113,7 +113,7 @@ def choose_automatic(
         saved: the configuration of the run that is resumed, as plain data.
 
     Raises:
-        OutOfMemory: if not even one image per device fits into memory.
+        OutOfMemoryError: if not even one image per device fits into memory.
         ConfigError: if a value cannot be chosen here, with what to give instead.
     """
     chooser = Chooser(config, overrides, source)
@@ -294,7 +294,7 @@ class Chooser:
         """The largest batch that runs forward and backward on the first GPU of this run, within its free memory.
 
         Raises:
-            OutOfMemory: if not even one image does.
+            OutOfMemoryError: if not even one image does.
         """
         device = choose_device(self.config.trainer)
         net = self.build_net()

@@ -22,13 +22,14 @@ from semseg.checkpoints.zoo import DEMONSTRATION_IMAGE
 from semseg.config.schema import Config
 from semseg.data.band_windows import BandWindows, open_windows
 from semseg.data.bands import BandOptions, draw_bands, measure_stretches
+from semseg.data.datasets import report_out_of_memory_reading
 from semseg.data.folders import Naming
 from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap, ignore_missing
 from semseg.data.loaders import WatchedLoader
 from semseg.data.store import UnusedFiles
 from semseg.data.windows import spread_windows
-from semseg.errors import ConfigError, DataError, install_command
+from semseg.errors import ConfigError, DataError, OutOfMemoryError, install_command
 from semseg.prediction.annotations import ANNOTATION_FILES, AnnotationFiles, AnnotationSettings
 from semseg.prediction.earlier_outputs import describe_replaced, require_same_classes
 from semseg.prediction.geotiff import (
@@ -330,6 +331,8 @@ def describe_failure(item: Input, predict: Callable[..., object], *arguments: An
         predict(*arguments)
     except DataError as error:
         return str(error)
+    except OutOfMemoryError as error:
+        return f"{item.path}: {error}"
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -404,16 +407,26 @@ class InputImages(Dataset[LoadedImage]):
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> LoadedImage:
-        path, key = self.inputs[index].path, "data.max_pixels"
+        path = self.inputs[index].path
         try:
-            if self.is_native and is_larger_by_window(path, self.bands, self.max_pixels):
-                return LoadedImage(torch.empty(0), [], "", is_by_window=True)
-            if self.bands is None:
-                pixels = read_picture(path, self.max_pixels, key=key)
-                return LoadedImage(torch.from_numpy(pixels), self.resize(pixels), "")
-            image = read_band_picture(path, self.bands, self.max_pixels, key=key)
-        except DataError as error:
+            with report_out_of_memory_reading(path):
+                return self.load_image(path)
+        except (DataError, OutOfMemoryError) as error:
             return LoadedImage(torch.empty(0), [], str(error))
+
+    def load_image(self, path: Path) -> LoadedImage:
+        """Read and resize an image, unless it is to be read by window.
+
+        Raises:
+            DataError: if it cannot be read.
+        """
+        key = "data.max_pixels"
+        if self.is_native and is_larger_by_window(path, self.bands, self.max_pixels):
+            return LoadedImage(torch.empty(0), [], "", is_by_window=True)
+        if self.bands is None:
+            pixels = read_picture(path, self.max_pixels, key=key)
+            return LoadedImage(torch.from_numpy(pixels), self.resize(pixels), "")
+        image = read_band_picture(path, self.bands, self.max_pixels, key=key)
         drawn = draw_bands(image.pixels, self.bands.names, self.show_bands)
         is_valid = None if image.is_valid is None else torch.from_numpy(image.is_valid)
         return LoadedImage(torch.from_numpy(drawn), self.resize(image.pixels), "", is_valid)

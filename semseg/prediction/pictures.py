@@ -136,7 +136,7 @@ def convert_pil_image(image: Image.Image, max_pixels: int) -> Pixels:
         upright = ImageOps.exif_transpose(image)
         upright.format = image.format  # defines the range of mode I
         return pil_to_rgb(upright, "the PIL image")
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow decodes lazily, and its errors have no common type
         raise DataError(f"the PIL image cannot be decoded ({error}).") from error

@@ -6,7 +6,9 @@ mode=predict, mode=serve and the Python API use it. No Lightning.
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from io import BytesIO
@@ -40,6 +42,7 @@ from semseg.prediction.outputs import write_outputs
 from semseg.prediction.pictures import Picture, convert_to_bands, convert_to_pixels
 from semseg.reports.draw import ClassShare, Pixels, add_legend, class_shares, draw_overlay, format_share
 from semseg.storage.atomic import describe_write_error
+from semseg.system.memory import report_out_of_memory_as
 
 NOTEBOOK_EDGE = 1024  # pixels: the largest edge of a prediction in a notebook
 NUM_SHARES = 3  # classes in the short form of a prediction
@@ -205,6 +208,16 @@ class PredictionResult:
             raise DataError(message) from error
 
 
+def report_out_of_memory_at(largest: Size) -> AbstractContextManager[None]:
+    """A context in which running out of memory is an OutOfMemoryError with the largest input of the network."""
+    return report_out_of_memory_as(
+        lambda: (
+            f"out of memory predicting {largest} pixels at once. Lower the largest of predict.scales, or set "
+            "predict.window to less."
+        )
+    )
+
+
 class Predictor:
     """Applies a network to pictures.
 
@@ -317,7 +330,8 @@ class Predictor:
             (pixels,), sink = scales, ArraySink(Size(size[0], size[1]), probabilities)
             self.predict_rows(pixels, sink, **settings)
             return sink.ids
-        with create_autocast(self.precision, self.device):
+        largest = max((Size(*scale.shape[1:]) for scale in scales), key=math.prod)
+        with report_out_of_memory_at(largest), create_autocast(self.precision, self.device):
             prediction = predict_class_map(
                 self.net,
                 scales,
@@ -383,12 +397,13 @@ class Predictor:
         if chosen.threshold is not None:
             sink = ThresholdSink(sink, chosen.threshold)
         divisor, window, stride = chosen.size_divisor, chosen.window, chosen.stride
-        with create_autocast(self.precision, self.device):
+        layout = choose_layout(self.net, chosen.crop, divisor=divisor, window=window, stride=stride)
+        with report_out_of_memory_at(Size(layout.side, layout.side)), create_autocast(self.precision, self.device):
             predict_by_windows(
                 self.net,
                 image,
                 self.net.convention,
-                choose_layout(self.net, chosen.crop, divisor=divisor, window=window, stride=stride),
+                layout,
                 sink,
                 flip=chosen.flip,
                 batch_size=chosen.batch_size,

@@ -44,11 +44,12 @@ from semseg.data.classes import ClassTable
 from semseg.data.images import decode_image
 from semseg.data.label_map import LabelMap, ignore_missing
 from semseg.data.raster_layout import has_geo_tags
-from semseg.errors import ConfigError, DataError, SemsegError
+from semseg.errors import ConfigError, DataError, OutOfMemoryError, SemsegError
 from semseg.prediction.geotiff import read_whole_mask
 from semseg.reports.draw import class_shares
 from semseg.reports.templates import format_css_colour
 from semseg.serving.connections import MIN_BYTES_PER_SECOND, STALE_SECONDS, Connection, client_limit
+from semseg.system.memory import report_out_of_memory_as
 
 # The starts of JPEG, PNG, GIF, BMP and WebP files, which all browsers show.
 BROWSER_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")
@@ -292,7 +293,7 @@ def build_app(served: ServedNetwork, config: ServeConfig, hosts: list[str]) -> A
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     app.add_middleware(SameSiteOnly)
     app.add_exception_handler(SemsegError, answer_user_error)
-    app.add_exception_handler(torch.OutOfMemoryError, answer_out_of_memory)
+    app.add_exception_handler(OutOfMemoryError, answer_out_of_memory)
     app.add_exception_handler(405, answer_wrong_method)
     for address, (file, media_type) in STATIC_FILES.items():
         app.add_api_route(address, make_file_route(PACKAGE_ROOT / file, media_type), include_in_schema=False)
@@ -313,17 +314,17 @@ def build_app(served: ServedNetwork, config: ServeConfig, hosts: list[str]) -> A
     async def predict(request: Request) -> PredictResponse:
         """Return the classes of an image (form field `image`), their fractions of its pixels, and the mask."""
         check_headers(request, max_bytes)
-        async with gate.admit(client_address(request)):
-            upload = await read_upload(request, max_bytes, gate)
-            with upload.file:
-                async with gate.network_lock:
-                    if await request.is_disconnected():
-                        raise client_left_error()
-                    loop = asyncio.get_running_loop()
-                    try:
-                        return await loop.run_in_executor(worker, predict_upload, served, upload, config.max_pixels)
-                    except asyncio.CancelledError:  # after SHUTDOWN_SECONDS
-                        raise HTTPException(503, "The server is shutting down.") from None
+        try:
+            async with gate.admit(client_address(request)):
+                upload = await read_upload(request, max_bytes, gate)
+                with upload.file:
+                    async with gate.network_lock:
+                        if await request.is_disconnected():
+                            raise client_left_error()
+                        loop = asyncio.get_running_loop()
+                        return await loop.run_in_executor(worker, predict_in_memory, served, upload, config.max_pixels)
+        except asyncio.CancelledError:  # after SHUTDOWN_SECONDS, whatever the request waits for
+            raise HTTPException(503, "The server is shutting down.") from None
 
     return AddHeaders(app)
 
@@ -433,6 +434,16 @@ def too_large_error(max_bytes: int) -> HTTPException:
 
 
 # ---- respond to it
+
+
+def predict_in_memory(served: ServedNetwork, upload: Upload, max_pixels: int) -> PredictResponse:
+    """As `predict_upload`.
+
+    Raises:
+        OutOfMemoryError: if it does not fit into memory.
+    """
+    with report_out_of_memory_as(lambda: f"{upload.name}: out of memory."):
+        return predict_upload(served, upload, max_pixels)
 
 
 def predict_upload(served: ServedNetwork, upload: Upload, max_pixels: int) -> PredictResponse:

@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from semseg.errors import OutOfMemoryError, SemsegError, first_line
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+
+# What messages say when memory cannot be allocated: by torch on a CPU, on GPUs, by C++ and by OpenCV.
+ALLOCATION_FAILURES = ("DefaultCPUAllocator", "not enough memory", "out of memory", "bad_alloc", "Insufficient memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be allocated, on the host or on a device; most libraries say so in the message alone.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    (True, True)
+    """
+    if isinstance(error, SemsegError):
+        return isinstance(error, OutOfMemoryError)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or any(text in str(error) for text in ALLOCATION_FAILURES)
+
+
+@contextmanager
+def report_out_of_memory_as(describe: Callable[[], str]) -> Iterator[None]:
+    """Within this context, a lack of memory is an error with a message and what the library said.
+
+    Args:
+        describe: gives the message, which may take time.
+
+    Raises:
+        OutOfMemoryError: in place of the error of the library.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+            raise
+        raise OutOfMemoryError(f"{describe()} The allocation failed: {first_line(error)}") from None
 
 
 def get_total_memory() -> int | None:

@@ -19,13 +19,13 @@ from helpers.command_line import TINY_NETWORK, run_here
 from helpers.in_process import assert_equal, prepare_run
 from helpers.ranks import launch
 from semseg.data.batch import LABEL_TYPE, Batch
+from semseg.errors import OutOfMemoryError
 from semseg.evaluation.inference import batch_logits, merge_scales
 from semseg.lit_module import SegmentationModule
 from semseg.nets.normalise import normalise
 from semseg.nets.registry import build_segmenter
 from semseg.nets.segmenter import Segmenter
 from semseg.syncbn.layer import convert_batch_norms
-from semseg.training.callbacks.out_of_memory import OutOfMemory
 from semseg.training.losses import segmentation_loss
 
 
@@ -198,7 +198,7 @@ def test_a_sub_batch_that_does_not_fit_is_named(
         return compute(module, batch, average), kept
 
     monkeypatch.setattr(SegmentationModule, "compute_loss", compute_with_too_much)
-    with pytest.raises(OutOfMemory, match=r"2 images of \d+ x \d+ pixels .*data\.batch_size"):
+    with pytest.raises(OutOfMemoryError, match=r"2 images of \d+ x \d+ pixels .*data\.batch_size"):
         run.fit()
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from helpers.command_line import TINY, TINY_NETWORK, run_here
 from semseg.data.batch import Batch
-from semseg.training.callbacks.out_of_memory import OutOfMemory
+from semseg.errors import OutOfMemoryError
+from semseg.training.callbacks.out_of_memory import report_out_of_memory
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "messages.json"
 RUN = [*TINY, *TINY_NETWORK, "run_dir=run"]
@@ -86,7 +87,11 @@ def iterate_run_messages(folder: Path) -> Iterator[tuple[str, str]]:
         torch.zeros(2, 3, 64, 96, dtype=torch.uint8), torch.zeros(2, 8, 12, dtype=torch.int64),
         torch.tensor([[64, 96]] * 2), ("a.jpg", "b.jpg"),
     )  # fmt: skip
-    yield "out of memory", str(OutOfMemory(batch, torch.OutOfMemoryError("CUDA out of memory.")))
+    try:
+        with report_out_of_memory(batch):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+    except OutOfMemoryError as error:
+        yield "out of memory", str(error)
 
 
 def write_golden(messages: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ from helpers.in_process import SHORT_RUN, assert_equal, configured, prepare_run
 from semseg import build
 from semseg.config.schema import Config
 from semseg.data.sources import DataSource
-from semseg.errors import ConfigError, SemsegError
+from semseg.errors import ConfigError, OutOfMemoryError, SemsegError
 from semseg.modes import automatic
 from semseg.modes.automatic import (
     CHOICES_FILE,
@@ -34,7 +34,6 @@ from semseg.nets.depthwise import fraction_of_depthwise, is_faster_in_channels_l
 from semseg.nets.registry import ENCODERS, build_segmenter
 from semseg.system import processors
 from semseg.training.callbacks import waiting
-from semseg.training.callbacks.out_of_memory import OutOfMemory
 from semseg.training.callbacks.waiting import RecordWaiting, Waiting, WaitingRecord
 
 AUTOMATIC = ["data.batch_size=auto", "data.num_workers=auto", "model.channels_last=auto", "optim.lr=auto"]
@@ -159,7 +158,7 @@ def test_the_probe_of_a_gpu_runs_sub_batches_of_the_network_itself(
     assert found.batch_size == min(4, runs_out_above) and found.budget == 4500 and found.bytes_per_image == 1000
     assert found.batch_size in sizes
     runs_out_above = 0
-    with pytest.raises(OutOfMemory, match=r"out of memory on a sub-batch of 1 images of"):
+    with pytest.raises(OutOfMemoryError, match=r"out of memory on a sub-batch of 1 images of"):
         chooser.fit_gpu(chooser.make_largest_image(), most=8)
 
 

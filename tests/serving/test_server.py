@@ -189,9 +189,17 @@ def test_a_long_file_name_is_truncated_in_the_response() -> None:
     assert len(answer.json()["detail"]) < 200
 
 
-def test_an_image_that_does_not_fit_into_device_memory_is_rejected() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_an_image_that_does_not_fit_into_memory_is_rejected(error: Exception) -> None:
     def predict(image: NDArray[np.uint8]) -> NDArray[np.int64]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     answer = client(SERVED._replace(predict=predict)).post("/predict", files={"image": encoded(half_bright())})
     assert (answer.status_code, answer.json()["detail"]) == (

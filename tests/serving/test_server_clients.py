@@ -403,6 +403,29 @@ def test_g14_uploads_that_stall_do_not_delay_the_end_of_the_server(
     assert "".join(capsys.readouterr()) == ""
 
 
+@pytest.mark.slow
+def test_requests_that_wait_when_the_server_stops_are_answered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 1)
+    started, may_end = threading.Event(), threading.Event()
+
+    def predict(image: NDArray[np.uint8]) -> NDArray[np.int64]:
+        started.set()
+        assert may_end.wait(60)
+        return np.zeros(image.shape[:2], np.int64)
+
+    with ThreadPoolExecutor(3) as threads, running(monkeypatch, predict) as here:
+        answers = [threads.submit(here.post) for _ in range(3)]
+        assert started.wait(60)
+        here.wait_for_connections(3)
+        here.server.should_exit = True
+        statuses = [answer.result(60) for answer in answers]
+        may_end.set()
+    assert statuses == [HTTPStatus.SERVICE_UNAVAILABLE] * 3
+    assert "Traceback" not in "".join(capsys.readouterr())
+
+
 def test_g14_many_good_requests_are_all_served(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(monkeypatch, queue=40) as here, ThreadPoolExecutor(40) as threads:
         assert set(threads.map(here.post, range(100))) == {200}

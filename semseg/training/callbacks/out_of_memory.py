@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import pytorch_lightning as pl
 import torch
@@ -14,47 +14,35 @@ from torch.optim import AdamW, Optimizer
 
 from semseg.data.batch import Batch, EvalSample
 from semseg.data.geometry import Size
-from semseg.errors import SemsegError, first_line
+from semseg.system.memory import report_out_of_memory_as
 
 
-class OutOfMemory(SemsegError):  # noqa: N818 - torch's own name for it
-    """A sub-batch does not fit into the memory of the device."""
+def report_out_of_memory(batch: Batch) -> AbstractContextManager[None]:
+    """A context in which running out of memory is an OutOfMemoryError that describes `batch`, with the keys."""
 
-    def __init__(self, batch: Batch, error: torch.OutOfMemoryError) -> None:
+    def describe() -> str:
         count, _, height, width = batch.image.shape
-        super().__init__(
+        return (
             f"out of memory on a sub-batch of {count} images of {height} x {width} pixels ({', '.join(batch.paths)}). "
             "Lower data.batch_size, data.crop, data.max_long_edge or the largest of data.short_edges, or set "
-            f"trainer.precision=bf16-mixed. The device reported: {first_line(error)}"
+            "trainer.precision=bf16-mixed."
         )
 
-
-@contextmanager
-def report_out_of_memory(batch: Batch) -> Iterator[None]:
-    """Within this context, running out of memory is an OutOfMemory that describes `batch`."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(batch, error) from None
+    return report_out_of_memory_as(describe)
 
 
-@contextmanager
-def report_out_of_memory_in_evaluation(samples: Sequence[EvalSample]) -> Iterator[None]:
-    """Within this context, running out of memory is an error with the images, their largest scale and the keys.
+def report_out_of_memory_in_evaluation(samples: Sequence[EvalSample]) -> AbstractContextManager[None]:
+    """A context in which running out of memory is an OutOfMemoryError with images, their largest scale and keys."""
 
-    Raises:
-        SemsegError: in place of torch.OutOfMemoryError.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
+    def describe() -> str:
         sizes = [Size(*scale.shape[1:]) for scale in samples[0].scales]
         largest = max(sizes, key=math.prod, default=Size(*samples[0].size.tolist()))
-        raise SemsegError(
+        return (
             f"out of memory evaluating {', '.join(sample.path for sample in samples)} at up to {largest} pixels. Lower "
-            "eval.batch_size or the largest of eval.scales, or set eval.window or trainer.precision=bf16-mixed. The "
-            f"device reported: {first_line(error)}"
-        ) from None
+            "eval.batch_size or the largest of eval.scales, or set eval.window or trainer.precision=bf16-mixed."
+        )
+
+    return report_out_of_memory_as(describe)
 
 
 class ProbeMemory(Callback):
@@ -67,7 +55,7 @@ class ProbeMemory(Callback):
         policy: trainer.probe_memory: always, never, or gpu for GPUs only.
 
     Raises:
-        OutOfMemory: if it does not fit.
+        OutOfMemoryError: if it does not fit.
     """
 
     def __init__(self, policy: str) -> None:

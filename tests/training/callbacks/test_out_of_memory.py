@@ -17,13 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers.in_process import prepare_run
 from semseg.config.schema import OptimConfig
+from semseg.data import images
 from semseg.data.batch import Batch
-from semseg.errors import SemsegError
+from semseg.errors import OutOfMemoryError, SemsegError
 from semseg.lit_module import SegmentationModule
 from semseg.nets.registry import build_segmenter
 from semseg.training.callbacks import out_of_memory
 from semseg.training.callbacks.ema import MovingAverage
-from semseg.training.callbacks.out_of_memory import OutOfMemory, ProbeMemory, count_missing_state_bytes
+from semseg.training.callbacks.out_of_memory import ProbeMemory, count_missing_state_bytes
 from semseg.training.losses import Loss
 from semseg.training.optim import build_optimizer
 
@@ -52,12 +53,48 @@ def test_d3_out_of_memory_is_reported_with_sizes_and_keys(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_memory_for_large(monkeypatch)
-    with pytest.raises(OutOfMemory) as caught:
+    with pytest.raises(OutOfMemoryError) as caught:
         prepare_run(root, tmp_path, "data.short_edges=[48]").fit()
     message = str(caught.value)
     assert re.search(r"2 images of \d+ x \d+ pixels \(\S+\.jpg, ", message)
     assert all(key in message for key in ("data.batch_size", "data.max_long_edge", "data.short_edges", "20.00 GiB"))
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+def test_d3_an_image_that_memory_is_too_small_for_is_not_reported_as_broken(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, on_bad: str
+) -> None:
+    def full(*args: object, **settings: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images, "_decode_by_opencv", lambda *_: None)
+    monkeypatch.setattr(images, "pil_to_rgb", full)
+    run = prepare_run(root, tmp_path, f"data.num_workers={num_workers}", f"data.on_bad={on_bad}", "data.max_bad=0.9")
+    with pytest.raises(OutOfMemoryError, match=r"\.jpg: out of memory reading it.* failed: MemoryError") as caught:
+        run.fit()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.49 GB)"),
+        MemoryError("Unable to allocate 3.00 GiB for an array"),
+    ],
+)
+def test_d3_a_processor_without_memory_is_reported_as_a_gpu_is(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*args: object, **settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr(SegmentationModule, "compute_loss", full)
+    with pytest.raises(OutOfMemoryError, match="out of memory on a sub-batch of 2 images") as caught:
+        prepare_run(root, tmp_path).fit()
+    assert str(error)[:40] in str(caught.value)
 
 
 def test_d3_out_of_memory_in_evaluation_is_reported_with_images_and_keys(
@@ -83,7 +120,7 @@ def test_d3_out_of_memory_in_the_backward_pass_names_the_sub_batch_too(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(Tensor, "backward", full)
-    with pytest.raises(OutOfMemory, match=r"data\.batch_size") as caught:
+    with pytest.raises(OutOfMemoryError, match=r"data\.batch_size") as caught:
         run.fit()
     assert all(path in str(caught.value) for path in run.module.batch.paths)
     assert run.trainer.global_step == 0
@@ -93,7 +130,7 @@ def test_the_largest_sub_batch_is_tried_before_the_first_step(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = no_memory_for_large(monkeypatch)
-    with pytest.raises(OutOfMemory, match="the largest possible sub-batch"):
+    with pytest.raises(OutOfMemoryError, match="the largest possible sub-batch"):
         prepare_run(root, tmp_path, "trainer.probe_memory=always").fit()
     assert len(tried) == 1
 
@@ -155,7 +192,7 @@ def test_d4_the_probe_reserves_that_state(root: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(SegmentationModule, "compute_loss", compute_loss)
     run = prepare_run(root, tmp_path, "trainer.probe_memory=always")
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(OutOfMemoryError):
         run.fit()
     assert sum(weight.nbytes for weight in run.net.parameters()) in reserved  # the momentum
 
@@ -172,7 +209,7 @@ def test_d4_the_average_is_there_when_memory_is_probed(
 
     monkeypatch.setattr(SegmentationModule, "compute_loss", compute_loss)
     run = prepare_run(root, tmp_path, "trainer.probe_memory=always", "ema.decay=0.9")
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(OutOfMemoryError):
         run.fit()
     (average,) = averages
     assert average is not None
