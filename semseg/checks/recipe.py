@@ -55,6 +55,7 @@ class DataFacts(NamedTuple):
     shares: Sequence[float]  # of each class, in the scored pixels
     object_sides: Mapping[str, float]  # class -> median side of its objects in pixels, where there are enough
     has_three_bands: bool = True
+    has_colours: bool = True  # red, green and blue are among the bands
     given_resize: str | None = None  # data.resize, if it was given
     given_edge: int | None = None  # the largest of data.short_edges, if they were given
 
@@ -162,6 +163,9 @@ def choose_augmentation(facts: DataFacts, *, is_native: bool) -> Choice:
     """Choose a preset of augmentation."""
     names = {path.stem for path in (CONFIG_DIR / "augment").glob("*.yaml")}
     is_defect = len(facts.shares) == 2 and min(facts.shares) < TINY_SHARE
+    if not facts.has_colours:
+        reason = "the others change red, green and blue, which the bands do not have"
+        return Choice("augment", "microscopy" if is_native and "microscopy" in names else "none", reason)
     if is_native and not facts.has_three_bands and "aerial" in names:
         return Choice("augment", "aerial", "images of other bands than three are mostly taken from above")
     if is_native and is_defect and "defects" in names:

@@ -23,6 +23,7 @@ from semseg.checks.recipe import (
 )
 from semseg.config.load import load_config
 from semseg.config.override_keys import list_given_keys, override_key
+from semseg.config.preprocessing import RGB
 from semseg.config.recipes import find_experiment, list_chosen_options, read_recipe
 from semseg.config.schema import FINE_STRIDE, Config, DataConfig, flatten_sections
 from semseg.config.uses import find_idle_data_keys
@@ -94,7 +95,7 @@ def collect_facts(
     objects = summarise_objects(train, label_map.class_index, classes.names, view_of(data, FINE_STRIDE))
     sides = {each.name: each.median_side for each in objects if each.num_objects >= MIN_OBJECTS}
     shares = [row.share for row in diagnosis.classes]
-    return DataFacts(sizes, shares, sides, len(data.band_names) == 3)
+    return DataFacts(sizes, shares, sides, len(data.band_names) == len(RGB), set(RGB) <= set(data.band_names))
 
 
 def choose_recipe(

@@ -81,7 +81,7 @@ def inherit_convention(saved: Preprocessing, options: BandOptions | None) -> Pre
 
 
 def check_bands(convention: Preprocessing, options: BandOptions | None) -> None:
-    """Refuse images whose bands are not those of a network, and warn of a range that it does not take over.
+    """Refuse images whose bands or values are not those of a network; warn of a range that it does not take over.
 
     Args:
         convention: of the network.
@@ -93,6 +93,12 @@ def check_bands(convention: Preprocessing, options: BandOptions | None) -> None:
     names = RGB if options is None else options.names
     if names == convention.bands and not (convention.ranges and options is None):
         given = None if options is None else options.ranges
+        if given and not convention.ranges:
+            raise ConfigError(
+                f"data.value_range={format_value_range(given)}: the network was trained on 8-bit images, and takes no "
+                "range. Leave it out: 16-bit images are then read as 8-bit ones. To train it further on these values, "
+                "use init_from instead of ckpt."
+            )
         if given and convention.ranges and given != convention.ranges:
             warnings.warn(
                 f"data.value_range={format_value_range(given)} is not used: the network keeps that of its training, "

@@ -67,6 +67,14 @@ def test_small_objects_in_large_images_keep_their_pixels() -> None:
     assert choose(large)["data.resize"] == "short_edge"
 
 
+@pytest.mark.parametrize(("resize", "preset"), [("native", "microscopy"), ("short_edge", "none")])
+def test_bands_without_colours_get_a_preset_that_leaves_them_alone(resize: str, preset: str) -> None:
+    radar = STREET._replace(given_resize=resize, has_three_bands=False, has_colours=False)
+    assert choose(radar)["augment"] == preset
+    options = load_config([f"augment={preset}", "data=folder", "data.num_classes=2"])[0].augment
+    assert not any((options.brightness, options.contrast, options.saturation, options.hue))
+
+
 def test_the_resolution_and_the_crop_that_were_given_are_kept(tmp_path: Path) -> None:
     choices = choose_settings(STREET._replace(given_resize="native"), CPU, {}, memory)
     content, reasons = make_recipe(

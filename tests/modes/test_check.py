@@ -630,6 +630,19 @@ def test_a_ready_data_set_is_described_in_a_file_that_trains_it(tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("resize", ["short_edge", "native"])
+def test_a_recipe_for_bands_without_colours_trains(tmp_path: Path, resize: str) -> None:
+    root = good_folder(tmp_path / "radar")
+    for path in (root / "images").iterdir():
+        path.unlink()
+        np.save(path.with_suffix(".npy"), np.tile(np.arange(4800, dtype=np.float32).reshape(60, 80, 1), (1, 1, 2)))
+    words = ["mode=check", "data=folder", "data.root=radar", "data.num_classes=3", f"data.resize={resize}", *TINY]
+    shown = run_here(tmp_path, *words, "output=radar.yaml")
+    command = shlex.split(shown.splitlines()[-1].partition("run.py ")[2])
+    run_here(tmp_path, *command, "model.encoder.weights=none", "debug=fast", "trainer=cpu", "run_dir=run")
+
+
+@pytest.mark.slow
 def test_a_description_has_the_suggestions_and_paths_beside_it(tmp_path: Path) -> None:
     for split in ("train", "val"):
         good_folder(tmp_path / "raw" / split)
