@@ -95,7 +95,7 @@ def read_array(data: bytes) -> NDArray:
     count = int(np.prod(header.shape))
     flat = np.frombuffer(data, header.dtype, count, header.offset)
     pixels = flat.reshape(header.shape, order="F" if header.is_fortran else "C")
-    return np.ascontiguousarray(as_bands(pixels).astype(header.dtype.newbyteorder("="), copy=False))
+    return np.array(as_bands(pixels), header.dtype.newbyteorder("="), order="C")  # writable, as torch expects
 
 
 def _read_tiff(path: str | Path, data: bytes, layout: RasterLayout) -> NDArray:

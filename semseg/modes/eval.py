@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from semseg.build import (
 )
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.checkpoints.network import check_class_names
-from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
+from semseg.config.schema import AUTO_RANGE, Config, DataConfig, EvalConfig, config_to_plain
 from semseg.data.batch import EvalSample
 from semseg.data.classes import ClassTable
 from semseg.data.datasets import EvalDataset
@@ -156,11 +157,14 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
 
 
 def open_source(config: DataConfig, saved: SavedNetwork) -> DataSource:
-    """The data set, which must have as many classes as the network.
+    """The data set, which must have as many classes as the network, and has its ranges of values if none are given.
 
     Raises:
         ConfigError: if it has not, or if it has the same classes in another order.
     """
+    ranges = saved.convention.ranges
+    if ranges and config.value_range in (None, AUTO_RANGE) and tuple(config.band_names) == saved.convention.bands:
+        config = replace(config, value_range=[list(ends) for ends in ranges])
     source = DataSource(config)
     if source.classes.num_classes != saved.classes.num_classes:
         raise ConfigError(format_other_classes(config, source.classes.num_classes, saved))

@@ -17,7 +17,7 @@ from semseg.data.datasets import EvalDataset, ReadOptions
 from semseg.data.sources import DataSource
 from semseg.errors import DataError, ExportError
 from semseg.evaluation.metrics import Scores
-from semseg.nets.bands import expect_trained_type
+from semseg.nets.bands import complete_reading
 from semseg.nets.interfaces import SegmentationNetwork, choose_size_divisor
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import format_command, relative_to_cwd
@@ -149,7 +149,7 @@ def open_split(
             source.config.max_long_edge,
             size_divisor,
             max_pixels=source.config.max_pixels,
-            bands=expect_trained_type(source.bands_of(split), net.convention),
+            bands=complete_reading(source.bands_of(split), net.convention),
         ),
         short_edges=() if source.config.resize == NATIVE else options.scales,
         antialias=net.convention.antialias,

@@ -129,12 +129,22 @@ def choose_reading(convention: Preprocessing, data: DataConfig) -> BandOptions |
         middle = tuple((low + high) / 2 for low, high in convention.ranges)
         options = BandOptions((BandFile("", convention.bands),), convention.bands, convention.ranges or None, middle)
     check_bands(convention, options)
-    return expect_trained_type(options, convention)
+    return complete_reading(options, convention)
 
 
-def expect_trained_type(options: BandOptions | None, convention: Preprocessing) -> BandOptions | None:
-    """The same reading, by which all files must hold the type on which the network was trained, if it is known."""
-    return options if options is None or not convention.dtype else replace(options, dtype=convention.dtype)
+def complete_reading(options: BandOptions | None, convention: Preprocessing) -> BandOptions | None:
+    """The same reading, by which all files must hold the type on which the network was trained, if it is known.
+
+    Ranges that the data set does not have, or has as auto, are those of the network.
+    """
+    if options is None:
+        return None
+    if options.ranges is None and convention.ranges:
+        means = options.mean or (None,) * len(options.names)
+        middle = ((low + high) / 2 for low, high in convention.ranges)
+        fill = tuple(half if mean is None else mean for half, mean in zip(middle, means, strict=True))
+        options = replace(options, ranges=convention.ranges, fill=fill)
+    return replace(options, dtype=convention.dtype) if convention.dtype else options
 
 
 def adapt_first_layers(net: SegmentationNetwork, names: Sequence[str], channel_order: str = "rgb") -> None:

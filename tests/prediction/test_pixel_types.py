@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from helpers.command_line import TINY_ENCODERS, run_here
 from helpers.rasters import NATIVE_BANDS, draw_rasters
 from semseg.checkpoints.ensemble import join_networks
 from semseg.checkpoints.format import read_checkpoint, write_ckpt
-from semseg.config.preprocessing import BandRange
-from semseg.errors import ArgumentError, CheckpointError, DataError
+from semseg.config.preprocessing import PREPROCESSING, RGB, BandRange
+from semseg.data.bands import BandFile, BandOptions
+from semseg.errors import ArgumentError, CheckpointError, ConfigError, DataError
 from semseg.modes.average import refuse_other_network
+from semseg.nets.bands import check_bands
 from semseg.nets.registry import ENCODERS
 
 pytestmark = pytest.mark.slow
@@ -76,6 +79,24 @@ def test_a_data_set_of_another_type_is_not_scored(trained: Path) -> None:
     words = ["data.root=other", "data.val.images=images", "data.val.masks=masks", "data.folds=null", "data.fold=null"]
     printed = run_here(trained, "mode=eval", "ckpt=a", *words, "trainer=cpu", "run_dir=scored", code=1)
     assert "0.tif: holds float32 values where uint16 ones are expected. Convert it" in printed
+
+
+@pytest.mark.parametrize("given", [[], ["data.value_range=auto"]])
+def test_a_data_set_without_ranges_is_read_with_those_of_the_network(trained: Path, given: list[str]) -> None:
+    bands = "data.bands=[red,green,blue,nir]"
+    words = ["mode=eval", "ckpt=a", bands, "data.value_range=null", *given, "trainer.accelerator=cpu"]
+    run_here(trained, *words, f"run_dir=plain{len(given)}")
+    run_here(trained, "mode=eval", "ckpt=a", "trainer.accelerator=cpu", f"run_dir=as_trained{len(given)}")
+    scores = [
+        json.loads((trained / f"{name}{len(given)}" / "metrics.json").read_text()) for name in ("plain", "as_trained")
+    ]
+    assert scores[0]["mean_iou"] == scores[1]["mean_iou"]
+
+
+def test_a_range_is_refused_for_a_network_of_8_bit_images() -> None:
+    options = BandOptions((BandFile("", RGB),), RGB, (BandRange(0, 3000),) * 3)
+    with pytest.raises(ConfigError, match=r"data\.value_range=\[0,3000\]: the network was trained on 8-bit images"):
+        check_bands(PREPROCESSING["rgb_mean_std"], options)
 
 
 def test_networks_of_other_measured_ranges_are_averaged_each_with_its_own(trained: Path) -> None:
