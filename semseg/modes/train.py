@@ -30,7 +30,7 @@ from semseg.lit_module import SegmentationModule
 from semseg.modes.automatic import choose_automatic, settle_value_range
 from semseg.modes.train_end import (
     best_result,
-    describe_earlier_prediction,
+    describe_earlier_follow_ups,
     describe_last_checkpoint,
     find_best_checkpoint,
     finish,
@@ -49,6 +49,7 @@ from semseg.nets.bands import inherit_convention
 from semseg.nets.cost import measure_cost, write_cost
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.prediction.inputs import find_inputs
+from semseg.prediction.predictor import check_decision
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import relative_to_cwd, shorten_overrides
 from semseg.storage.ranks import is_first_rank, print_once
@@ -86,13 +87,28 @@ def run(config: Config, overrides: list[str]) -> float | None:
                 checkpoint = find_best_checkpoint(run_dir)
                 if is_first_rank() and checkpoint is not None:
                     run_follow_ups(start.config, checkpoint, result, {})
-                    print_once(describe_earlier_prediction(start.config, checkpoint, result))
+                    for line in describe_earlier_follow_ups(start.config, checkpoint, result):
+                        print_once(line)
                 return result.score
             # Killed after its last step, before it finished: fit takes no step, and the rest follows.
-        if "predict" in config.after_training and config.input and config.input != "-":
-            # What is missing is reported now, not after training.
-            find_inputs(config.input, choose_follow_up_folder(run_dir, "predict"), unused=UnusedFiles())
+        check_follow_ups(config, source)
         return train_network(start, overrides, source)
+
+
+def check_follow_ups(config: Config, source: DataSource) -> None:
+    """Report before training what the modes of after_training would refuse after it.
+
+    Raises:
+        SemsegError: if images or masks are missing, or the rules for the class of a pixel do not fit the classes.
+    """
+    if "eval" in config.after_training:
+        require_masks(config.eval.split, source.records(config.eval.split))
+    if "predict" not in config.after_training:
+        return
+    options = config.predict
+    check_decision(options.threshold, options.min_confidence, source.label_map, source.classes.num_classes)
+    if config.input and config.input != "-":
+        find_inputs(config.input, choose_follow_up_folder(Path(config.run_dir), "predict"), unused=UnusedFiles())
 
 
 def refuse_other_types(source: DataSource) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,17 @@ def run_follow_ups(config: Config, checkpoint: Path, result: RunResult, folders:
             write_result(run_dir, result._replace(follow_ups=tuple(done.items())))
 
 
-def describe_earlier_prediction(config: Config, checkpoint: Path, result: RunResult) -> str | None:
-    """Where the predictions of after_training=[predict] are, if they were made before, and how to predict others."""
-    folder = dict(result.follow_ups).get("predict")
-    if "predict" not in config.after_training or folder is None:
-        return None
-    command = format_command(["mode=predict", f"ckpt={relative_to_cwd(checkpoint)}", f"input={config.input}"])
-    return f"predictions were written to {relative_to_cwd(Path(config.run_dir, folder))}; for other images: {command}"
+def describe_earlier_follow_ups(config: Config, checkpoint: Path, result: RunResult) -> Iterator[str]:
+    """Where the results of after_training are that were there before, and how to get others."""
+    others = {
+        "eval": ("the evaluation was", "with other settings", []),
+        "predict": ("predictions were", "for other images", [f"input={config.input}"]),
+    }
+    for mode, folder in result.follow_ups:
+        if mode in config.after_training:
+            what, case, words = others[mode]
+            command = format_command([f"mode={mode}", f"ckpt={relative_to_cwd(checkpoint)}", *words])
+            yield f"{what} written to {relative_to_cwd(Path(config.run_dir, folder))}; {case}: {command}"
 
 
 def run_follow_up(mode: str, config: Config, checkpoint: Path, folder: Path) -> None:

@@ -208,6 +208,25 @@ class PredictionResult:
             raise DataError(message) from error
 
 
+def check_decision(
+    threshold: float | str | None, min_confidence: float | None, label_map: LabelMap, num_classes: int
+) -> None:
+    """Refuse rules for the class of a pixel that do not fit the classes.
+
+    Raises:
+        ConfigError: for a threshold if there are not two classes, and for min_confidence if no id is ignored.
+    """
+    if min_confidence is not None and not label_map.ignored_ids:
+        raise ConfigError(
+            f"min_confidence={min_confidence}: no id means that a pixel is not scored, because data.ignore is empty. "
+            "Set data.ignore=[255], or another id that is no class."
+        )
+    if threshold is not None and num_classes != 2:
+        raise ConfigError(
+            f"threshold={threshold}: is for networks of two classes, and this one has {num_classes}. Leave it out."
+        )
+
+
 def report_out_of_memory_at(largest: Size) -> AbstractContextManager[None]:
     """A context in which running out of memory is an OutOfMemoryError with the largest input of the network."""
     return report_out_of_memory_as(
@@ -359,22 +378,13 @@ class Predictor:
             ConfigError: for a threshold of a network that has not two classes, for min_confidence if no id of label
                 files is ignored, and for sizes of images that the network does not take.
         """
-        threshold, divisor, needed = chosen.threshold, chosen.size_divisor, self.net.size_divisor
+        divisor, needed = chosen.size_divisor, self.net.size_divisor
         if divisor and divisor % needed and divisor != self.settings.size_divisor:  # which is that of the training
             raise ConfigError(
                 f"size_divisor={divisor}: this network takes images whose sides are multiples of {needed} pixels. Give "
                 "a multiple of it, or leave it out."
             )
-        if chosen.min_confidence is not None and not self.label_map.ignored_ids:
-            raise ConfigError(
-                f"min_confidence={chosen.min_confidence}: no id means that a pixel is not scored, because data.ignore "
-                "is empty. Set data.ignore=[255], or another id that is no class."
-            )
-        if threshold is not None and self.classes.num_classes != 2:
-            raise ConfigError(
-                f"threshold={threshold}: is for networks of two classes, and this one has {self.classes.num_classes}. "
-                "Leave it out."
-            )
+        check_decision(chosen.threshold, chosen.min_confidence, self.label_map, self.classes.num_classes)
 
     def predict_rows(self, image: WindowReader | Tensor, sink: RowSink, **settings: Any) -> None:
         """Predict an image at its own resolution by windows, and hand its rows to `sink` from top to bottom.

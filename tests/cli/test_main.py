@@ -294,6 +294,29 @@ def test_a_run_that_is_never_validated_says_so_and_names_no_report(tmp_path: Pat
     assert json.loads((tmp_path / "run" / "result.json").read_text())["follow_ups"] == {"predict": "predict"}
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["after_training=[eval]", "eval.split=test"], "data.test: "),
+        (["after_training=[predict]", "input=.", "predict.threshold=0.3"], "threshold=0.3: is for networks of two"),
+        (["after_training=[predict]", "input=.", "predict.threshold=auto"], "threshold=auto: is for networks of two"),
+    ],
+)
+def test_what_a_follow_up_would_refuse_is_reported_before_training(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
+    printed = run_here(tmp_path, *TINY, *TINY_NETWORK, "run_dir=run", *words, code=2 if "threshold" in message else 1)
+    assert f"error: {message}" in printed and "epoch 1" not in printed
+
+
+def test_a_finished_run_says_where_its_evaluation_is_and_how_to_make_another(tmp_path: Path) -> None:
+    words = [*TINY, *TINY_NETWORK, "run_dir=run", "after_training=[eval]", "trainer.max_steps=2"]
+    run_here(tmp_path, *words)
+    printed = " ".join(run_here(tmp_path, *words, "eval.flip=true").split())
+    assert "the evaluation was written to run/eval; with other settings: python run.py mode=eval ckpt=run/" in printed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
