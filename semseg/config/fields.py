@@ -132,9 +132,9 @@ def find_edge_problems(key: str, edges: object) -> Iterator[str]:
         )
 
 
-def find_crop_problems(key: str, crop: list[int] | None) -> Iterator[str]:
+def find_crop_problems(key: str, crop: Any) -> Iterator[str]:
     """A sentence if `crop` is neither null nor a height and a width."""
-    sides = [] if crop is None else crop
+    sides = crop if isinstance(crop, list) else []
     is_valid = len(sides) == 2 and all(is_int_between(side, low=1, high=MAX_EDGE_LENGTH) for side in sides)
     if crop is not None and not is_valid:
         yield f"{key}={crop}: must be [height, width] in pixels, each from 1 to {MAX_EDGE_LENGTH}, or null."

@@ -69,7 +69,7 @@ def load_prediction_config(
         ConfigError: if an override is wrong or would have no effect, or the network cannot be loaded.
     """
     is_list = isinstance(ckpt, list | tuple) and len(ckpt) > 1 and all(isinstance(item, str | Path) for item in ckpt)
-    if not isinstance(ckpt, str | Path) and not is_list:
+    if ckpt == "" or (not isinstance(ckpt, str | Path) and not is_list):
         raise ArgumentError(
             f"ckpt={ckpt!r}: must be a path, last, best, zoo:<name> or hf:<name>, or a list of at least two of them."
         )

@@ -33,6 +33,7 @@ def convert_to_pixels(picture: Picture, max_pixels: int = MAX_PIXELS) -> Pixels:
         DataError: if a file is missing, broken, not an image, or larger than `max_pixels`.
         ArgumentError: if `picture` is of another type, shape or dtype.
     """
+    check_handle(picture)
     if isinstance(picture, str | os.PathLike):
         return read_picture(picture, max_pixels)
     if isinstance(picture, Image.Image):
@@ -60,6 +61,7 @@ def convert_to_bands(
         DataError: if a file is missing, broken, does not hold the bands, or is larger than `max_pixels`.
         ArgumentError: if `picture` is of another type, shape or dtype.
     """
+    check_handle(picture)
     if isinstance(picture, str | os.PathLike):
         read = read_band_picture(picture, bands, max_pixels)
         return read.pixels, read.is_valid
@@ -92,6 +94,19 @@ def convert_to_bands(
     filled = array if lacks is None else np.where(lacks, bands.fill_values(array.dtype), array)
     is_valid = None if lacks is None else np.asarray(~lacks.all(axis=2))
     return np.array(filled, array.dtype.newbyteorder("="), order="C"), is_valid
+
+
+def check_handle(picture: object) -> None:
+    """Refuse texts that are no path, and tensors without numbers in memory.
+
+    Raises:
+        ArgumentError: with what it is.
+    """
+    if isinstance(picture, str) and (not picture or "\0" in picture):
+        raise ArgumentError(f"{picture!r}: is no path of a picture.")
+    if isinstance(picture, Tensor) and (picture.is_meta or picture.layout != torch.strided):
+        kind = "one of the device meta, which has no numbers" if picture.is_meta else f"of layout {picture.layout}"
+        raise ArgumentError(f"a tensor must hold its numbers one after the other, and not be {kind}.")
 
 
 def _refuse_type(name: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -73,7 +73,8 @@ class PredictionSettings:
         """
         for problem in find_view_problems("", self.scales, self.window, self.stride):
             raise ConfigError(problem)
-        for problem in find_crop_problems("crop", None if self.crop is None else list(self.crop)):
+        crop = list(self.crop) if isinstance(self.crop, Sequence) else self.crop
+        for problem in find_crop_problems("crop", crop):
             raise ConfigError(problem)
         for name in (
             "max_long_edge",
@@ -177,7 +178,7 @@ class PredictionResult:
         return class_shares(self.ids, self.classes)
 
     def save(
-        self, folder: str | Path, outputs: str | Sequence[str] = ("ids", "overlay"), *, name: str = "prediction"
+        self, folder: str | Path, outputs: str | Iterable[str] = ("ids", "overlay"), *, name: str = "prediction"
     ) -> list[Path]:
         """Write `<folder>/<name>_<output>.<suffix>` for each of `outputs`; existing files are replaced.
 
@@ -193,12 +194,17 @@ class PredictionResult:
                 `name` is empty or leads out of the folder. Nothing is written then.
             DataError: if the files cannot be written.
         """
-        if not Path(name).name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        if not isinstance(folder, str | Path):
+            raise ArgumentError(f"folder={folder!r}: must be a path.")
+        if not isinstance(outputs, str | Iterable):
+            raise ArgumentError(f"outputs={outputs!r}: must be one or several of the names.")
+        is_text = isinstance(name, str) and Path(name).name and "\0" not in name
+        if not is_text or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ArgumentError(f"name={name!r}: must be the name of a file in the folder.")
         if Path(folder).is_file():
             raise ArgumentError(f"folder={folder}: is a file, and must be a folder.")
         try:
-            return write_outputs(self, Path(folder) / name, [outputs] if isinstance(outputs, str) else outputs)
+            return write_outputs(self, Path(folder) / name, [outputs] if isinstance(outputs, str) else list(outputs))
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 raise ArgumentError(f"name={name!r:.80}: is too long for a file.") from None
@@ -295,6 +301,8 @@ class Predictor:
             ArgumentError: if `picture` is not a picture, and for unknown settings.
             ConfigError: for settings out of their range.
         """
+        if not isinstance(probabilities, bool | np.bool_):
+            raise ArgumentError(f"probabilities={probabilities!r}: must be True or False.")
         max_pixels = self.settings.override(settings).max_pixels
         if self.bands is None:
             image, is_valid = convert_to_pixels(picture, max_pixels), read_whole_mask(picture)

@@ -15,7 +15,7 @@ from semseg.errors import ConfigError, DataError, describe_reason
 from semseg.evaluation.image_files import COUNTS_FILE, ImageCounts, read_image_counts
 from semseg.storage.commands import entry_command
 from semseg.storage.run_folders import CHECKPOINT_FOLDER, METRICS_FILE, find_newest_evaluation
-from semseg.storage.run_results import rank_jobs, read_job
+from semseg.storage.run_results import JOB_FILE, rank_jobs, read_job
 from semseg.system.text import escape_unprintable, shorten_repr
 
 HEADLINE_NAMES = {
@@ -94,6 +94,13 @@ def find_evaluation_folder(folder: str) -> Path:
     found = path if (path / METRICS_FILE).is_file() else find_newest_evaluation(path)
     if found is None and not path.exists():
         raise ConfigError(f"runs: {folder}: there is no such folder.")
+    if found is None and path.is_file() and path.name == METRICS_FILE:
+        raise ConfigError(f"runs: {folder} is a file. Give its folder: {path.parent}.")
+    if found is None and (jobs := sorted(file.parent for file in path.glob(f"*/{JOB_FILE}"))):
+        raise ConfigError(
+            f"runs: {folder} is a sweep, and its jobs are runs. Give several of the {len(jobs)} folders below it, such "
+            f"as {jobs[0]}."
+        )
     if found is None:
         network = path.parent if (path.parent / CHECKPOINT_FOLDER).is_dir() else folder
         raise ConfigError(

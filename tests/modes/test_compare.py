@@ -167,6 +167,14 @@ def test_runs_with_other_classes_are_rejected(tmp_path: Path, runs: list[str], c
 
 def test_an_error_about_a_folder_without_evaluation_suggests_the_command(tmp_path: Path, runs: list[str]) -> None:
     (tmp_path / "run").mkdir()
+    (tmp_path / "sweep" / "job").mkdir(parents=True)
+    (tmp_path / "sweep" / "job" / "job.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"sweep is a sweep, .* of the 1 folders below it, such as .*sweep/job\."):
+        read_evaluations([str(tmp_path / "sweep"), runs[0]])
+    file = tmp_path / "metrics.json"
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=rf"metrics\.json is a file\. Give its folder: {tmp_path}\."):
+        read_evaluations([str(file), runs[0]])
     with pytest.raises(ConfigError, match=r"run holds no evaluation .* python run.py mode=eval ckpt="):
         read_evaluations([runs[0], str(tmp_path / "run")])
 

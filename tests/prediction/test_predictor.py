@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+import semseg
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.data.classes import ClassTable
 from semseg.data.geometry import Size
@@ -136,11 +137,40 @@ def test_a_notebook_shows_a_picture_and_short_texts(net: Predictor) -> None:
         ("http://a.org/b.jpg", DataError, "http://a.org/b.jpg: URLs are not supported"),
         (17, TypeError, "not int"),
         ([stripes()], ArgumentError, "not list. Predict them one by one"),
+        ("", ArgumentError, "'': is no path of a picture"),
+        ("a\0b.jpg", ArgumentError, "is no path of a picture"),
+        (
+            torch.zeros(3, 4, 5, dtype=torch.uint8, device="meta"),
+            ArgumentError,
+            "the device meta, which",
+        ),
+        (torch.zeros(4, 5, dtype=torch.uint8).to_sparse(), ArgumentError, r"of layout torch\.sparse_coo"),
     ],
 )
 def test_other_types_are_rejected(net: Predictor, picture: object, error: type[Exception], part: str) -> None:
     with pytest.raises(error, match=part):
         net.predict(picture)  # pyright: ignore[reportArgumentType]
+
+
+def test_mistakes_in_arguments_are_errors_for_users(net: Predictor, tmp_path: Path) -> None:
+    wrong: Any = [("crop", 64), ("probabilities", "no")]
+    for name, value in wrong:
+        with pytest.raises(ConfigError, match=f"^{name}={value!r}: must be"):
+            net.predict(stripes(), **{name: value})
+    result = net.predict(stripes())
+    for settings, message in (
+        ({"folder": None}, "folder=None: must be a path"),
+        ({"outputs": 3}, "outputs=3: must be one or several of the names"),
+        ({"name": 3}, "name=3: must be the name of a file"),
+    ):
+        given: Any = {"folder": tmp_path, **settings}
+        with pytest.raises(ArgumentError, match=message):
+            result.save(**given)
+    assert not list(tmp_path.iterdir())
+    (file,) = result.save(tmp_path, (name for name in ["ids"]))
+    assert file.is_file()
+    with pytest.raises(ArgumentError, match=r"^ckpt='': must be a path"):
+        semseg.load("")
 
 
 def test_settings_apply_to_one_picture(net: Predictor) -> None:

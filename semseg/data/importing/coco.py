@@ -183,9 +183,9 @@ class CocoReader:
             owner = entry.get("image_id") if isinstance(entry, dict) else None
             if not _is_key(owner) or owner not in known:
                 name = describe_entry(entry, "id", position)
-                yield Problem(
-                    f"{self.path}: annotation {name} has image_id {owner!r:.60}, which is no image. Remove it."
-                )
+                alike = next((key for key in known if str(key) == str(owner)), None)
+                advice = "Remove it." if alike is None else f"The id {alike!r:.60} is: write both as numbers."
+                yield Problem(f"{self.path}: annotation {name} has image_id {owner!r:.60}, which is no image. {advice}")
                 continue
             by_image[owner].append(entry)
         seen, paths = set[Any](), dict[str, Any]()

@@ -23,6 +23,7 @@ class Drawing(NamedTuple):
     label: NDArray[np.integer]  # (H, W) of the upright image: class index, IGNORED or UNLABELLED
     is_rotated: bool  # whether the file has an EXIF orientation
     is_assumed: bool  # whether the sizes do not show for which of both grids the annotations are
+    lost: tuple[str, ...] = ()  # annotations of which no pixel is in the image, for messages
 
 
 def draw_label(item: AnnotatedImage, *, smaller_on_top: bool, max_pixels: int) -> Drawing:
@@ -46,15 +47,14 @@ def draw_label(item: AnnotatedImage, *, smaller_on_top: bool, max_pixels: int) -
         size = size_of_pixels(label)
         if item.size not in (None, size):
             raise DataError(f"{item.origin}: {item.mask.path} is {size}, not {item.size} (height x width).")
-        is_upright = choose_grid(item, header, size, item.mask.path)
+        is_upright, lost = choose_grid(item, header, size, item.mask.path), []
     else:
         size = item.size or header.upright
         is_upright = choose_grid(item, header, size, item.origin)
-        label = paint(item, size, smaller_on_top=smaller_on_top)
+        label, lost = paint(item, size, smaller_on_top=smaller_on_top)
     is_assumed = header.orientation != 1 and (header.stored == header.upright or (item.size or item.mask) is None)
-    return Drawing(
-        label if is_upright else apply_orientation(label, header.orientation), header.orientation != 1, is_assumed
-    )
+    label = label if is_upright else apply_orientation(label, header.orientation)
+    return Drawing(label, header.orientation != 1, is_assumed, tuple(lost))
 
 
 def choose_grid(item: AnnotatedImage, header: Header, size: Size, file: str) -> bool:
@@ -72,13 +72,13 @@ def choose_grid(item: AnnotatedImage, header: Header, size: Size, file: str) -> 
     return size == header.upright
 
 
-def paint(item: AnnotatedImage, size: Size, *, smaller_on_top: bool) -> NDArray[np.int32]:
-    """The annotations of an image over each other.
+def paint(item: AnnotatedImage, size: Size, *, smaller_on_top: bool) -> tuple[NDArray[np.int32], list[str]]:
+    """The annotations of an image over each other, and the names of those that have no pixel in it.
 
     Raises:
         DataError: naming the annotation, if one cannot be drawn.
     """
-    label = np.full(size, UNLABELLED, np.int32)
+    label, lost = np.full(size, UNLABELLED, np.int32), list[str]()
     order, kept = list(range(len(item.annotations))), dict[int, Patch]()
     if smaller_on_top:
         areas, num_bytes = [], 0
@@ -94,7 +94,9 @@ def paint(item: AnnotatedImage, size: Size, *, smaller_on_top: bool) -> NDArray[
         top, left, mask = kept.pop(position, None) or paint_annotation(item, annotation, size)
         window = label[top : top + mask.shape[0], left : left + mask.shape[1]]
         window[mask] = annotation.class_index
-    return label
+        if annotation.shapes and not mask.size:
+            lost.append(f"{item.origin}: {annotation.name}")
+    return label, lost
 
 
 def paint_annotation(item: AnnotatedImage, annotation: Annotation, size: Size) -> Patch:

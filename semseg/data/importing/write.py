@@ -45,6 +45,7 @@ class ImportedImage(NamedTuple):
     pixels: dict[int, int]  # class index, IGNORED or UNLABELLED -> number of pixels
     is_rotated: bool
     is_assumed: bool
+    lost: tuple[str, ...]  # annotations of which no pixel is in the image
 
 
 class Imported(NamedTuple):
@@ -124,7 +125,7 @@ def write_export(
             write_list(folder / f"{split}.csv", [image for image in images if image.split == split])
         is_rotated = any(image.is_rotated for image in images)
         write_settings(folder / DESCRIPTION_FILE, output, export, splits, is_rotated=is_rotated)
-        odd = describe_odd_classes(export, written, images)
+        odd = [*describe_odd_classes(export, written, images), *describe_lost_annotations(images)]
         title, notes = export.title, (*export.notes, *repeated_notes, *odd)
         imported = Imported(title, images, tuple(names), problems, num_empty, unlabelled, background, notes)
         add_examples(folder, imported)
@@ -212,6 +213,16 @@ def describe_odd_classes(
     )
 
 
+def describe_lost_annotations(images: Sequence[ImportedImage]) -> Iterator[str]:
+    """A sentence about annotations that cover no pixel of their image."""
+    lost = [name for image in images for name in image.lost]
+    if lost:
+        yield (
+            f"{format_subject(len(lost), 'annotation covers', 'annotations cover')} no pixel, such as {lost[0]}: "
+            "outside of the image, or smaller than a pixel."
+        )
+
+
 def find_background(names: Sequence[str]) -> int:
     """The class index of pixels nobody annotated: a class with such a name, or one more class."""
     return next((index for index, name in enumerate(names) if is_background(name)), len(names))
@@ -283,7 +294,7 @@ class FolderWriter:
         self.write_picture(folder / image, item)
         values, counts = np.unique(drawing.label, return_counts=True)
         pixels = dict(zip(values.tolist(), counts.tolist(), strict=True))
-        return ImportedImage(image, mask, item.split or "train", pixels, drawing.is_rotated, drawing.is_assumed)
+        return ImportedImage(image, mask, item.split or "train", pixels, *drawing[1:])
 
     def to_ids(self, drawing: Drawing) -> NDArray[np.integer]:
         """The ids that the mask holds."""

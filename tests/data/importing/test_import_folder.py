@@ -141,7 +141,7 @@ def test_the_size_of_annotations_shows_the_grid_and_masks_are_upright(
     shape = Polygon((make_ring([2, 3, 12, 3, 12, 9, 2, 9]),))
     item = AnnotatedImage(str(path), "a.jpg", "", size, "origin", (Annotation(0, (shape,), "one"),))
     drawing = draw_label(item, smaller_on_top=True, max_pixels=10**6)
-    drawn = paint(item, size, smaller_on_top=True)
+    drawn, _ = paint(item, size, smaller_on_top=True)
     turns = is_swapped and not is_upright
     assert np.array_equal(drawing.label, apply_orientation(drawn, orientation) if turns else drawn)
     assert drawing.label.shape == ((50, 30) if is_swapped else (30, 50))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import zlib
@@ -186,6 +187,17 @@ def test_coco_of_roboflow_has_a_category_that_is_no_class(tmp_path: Path) -> Non
     assert imported.names == ("cat", "dog", "background") and "'pets' only groups others" in imported.notes[0]
 
 
+def test_annotations_outside_of_their_image_are_counted(tmp_path: Path) -> None:
+    file = write_coco(tmp_path / "e")
+    content = json.loads(file.read_text())
+    content["annotations"].append(
+        content["annotations"][0] | {"id": 99, "segmentation": [[900.0, 900.0, 950.0, 900.0, 950.0, 950.0]]}
+    )
+    put(file, content)
+    notes = " ".join(import_here(tmp_path / "e", tmp_path / "out").notes)
+    assert re.search(r"1 annotation covers no pixel, such as .*: annotation 99: outside of the image", notes)
+
+
 def test_coordinates_that_cover_no_pixel_are_reported_or_refused(tmp_path: Path) -> None:
     file = write_coco(tmp_path / "e")
     content = json.loads(file.read_text())
@@ -324,6 +336,7 @@ def test_a_class_of_coco_may_be_its_own_group(tmp_path: Path) -> None:
         ({"category_id": 5}, "annotation 1: has category_id 5, which is no category"),
         ({"category_id": "cat"}, "annotation 1: category_id must be a whole number, got 'cat'"),
         ({"image_id": 7}, r"annotation 1 has image_id 7, which is no image\. Remove it"),
+        ({"image_id": "1"}, r"image_id '1', which is no image\. The id 1 is: write both as numbers"),
     ],
 )
 def test_a_wrong_coco_annotation_is_named_in_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
