@@ -288,7 +288,8 @@ def run_sweep(typed: list[str], overrides: list[str]) -> int:
     refuse_launcher("a sweep (-m)")
     composed = compose_with_hydra(select_overrides(overrides), sweep=True)
     sweep_dir = resolve_sweep_dir(composed)
-    sys.argv[1:] += [f"hydra.sweep.dir={quote_value(sweep_dir)}", NO_HYDRA_RECORD]  # each job writes its own record
+    words = sorted(sys.argv[1:], key=lambda word: not word.startswith("-"))  # Hydra takes no option between overrides
+    sys.argv[1:] = [*words, f"hydra.sweep.dir={quote_value(sweep_dir)}", NO_HYDRA_RECORD]  # each job has its own record
     # For launchers that start a new process and import our function by its name.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(CONFIG_DIR.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     stop_code = 0

@@ -135,7 +135,7 @@ def test_f4_a_repeated_sweep_runs_only_unfinished_and_new_jobs(stub: Stub, start
     stub.failing = {"0.02"}
     assert start("-m", "optim.lr=0.01,0.02", "seed=1", "sweep_dir=x") == 1
     stub.failing = set()
-    assert start("-m", "seed=1", "optim.lr=0.04,0.02,0.01", "sweep_dir=x") == 0
+    assert start("seed=1", "-m", "optim.lr=0.04,0.02,0.01", "sweep_dir=x") == 0  # an option between overrides
     assert stub.rates == ["0.01", "0.02", "0.04", "0.02"]
     assert [row["optim.lr"] for row in table(tmp_path / "x")] == ["0.01", "0.02", "0.04"]
 
