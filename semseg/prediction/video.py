@@ -19,10 +19,6 @@ from semseg.errors import DataError
 from semseg.reports.draw import Pixels
 from semseg.storage.atomic import make_folder
 
-# Our own errors say why a video cannot be read; OpenCV and FFmpeg must not write to standard error.
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-
 CODEC = "mp4v"  # MPEG-4 part 2: every build of OpenCV can write it
 DEFAULT_RATE = 25.0  # frames per second, if a file has no rate
 
@@ -37,6 +33,21 @@ MAX_UNEVENNESS, MAX_DRIFT = 0.1, 0.25
 MAX_RATE = 1000.0  # frames per second of a video that is written; a header may give its unit of time
 AVI_SEARCH_BYTES = 2**24  # searched at the beginning and at the end of a file
 MAX_FAILED_READS = 1000  # consecutive failures that end a video
+
+
+def silence_ffmpeg() -> None:
+    """Keep OpenCV and FFmpeg from writing to standard error: our own errors say why a video cannot be read."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+silence_ffmpeg()
+
+
+def open_capture(file: Path) -> cv2.VideoCapture:
+    """Open a video."""
+    silence_ffmpeg()  # a call from Python has restored its environment
+    return cv2.VideoCapture(str(file))
 
 
 class LostFramesError(DataError):
@@ -74,7 +85,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
 
 def _read_file_frames(file: Path, path: Path) -> Iterator[Frame]:
     """`read_frames` of a file, which messages call `path`."""
-    capture = cv2.VideoCapture(str(file))
+    capture = open_capture(file)
     try:
         rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_RATE
         announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
@@ -213,7 +224,7 @@ class VideoWriters:
 
     def _finish(self, name: str, path: Path) -> None:
         """Rename a finished video. OpenCV does not report a full disk, so the written frames are counted."""
-        capture = cv2.VideoCapture(str(self._temporary(name)))
+        capture = open_capture(self._temporary(name))
         written = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
         capture.release()
         if written != self._counts[name]:

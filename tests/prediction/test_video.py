@@ -139,3 +139,14 @@ def test_a_lost_frame_of_a_constant_rate_is_a_gap_late_in_a_film_too() -> None:
     clock = FrameClock(29.97)
     times = [*range(20_000), *range(20_001, 20_010)]
     assert [clock.tick(1000 / 29.97 * time, 0) for time in times] == times
+
+
+def test_decoders_stay_silent_after_the_environment_was_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(400))
+    for _ in range(2):
+        monkeypatch.delenv("OPENCV_FFMPEG_LOGLEVEL", raising=False)
+        with pytest.raises(DataError, match="cannot be decoded as a video"):
+            list(read_frames(tmp_path / "a.mp4"))
+    assert capfd.readouterr() == ("", "")
