@@ -344,9 +344,9 @@ def open_weights(path: Path) -> WeightsContent:
         CheckpointError: if the file is missing, damaged, or contains no tensors.
     """
     if path.suffix == SAFETENSORS:
-        return WeightsContent(load_safetensors(path), *read_description(path, read_json_beside(path)))
+        return WeightsContent(load_safetensors(path), *read_source(path, read_json_beside(path)))
     content = load_plain(path)
-    described = read_description(path, content.get(FORMAT_KEY))
+    described = read_source(path, content.get(FORMAT_KEY))
     content = content.get("state_dict", content)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: its state_dict is a {type(content).__name__}, expected a dict of tensors.")
@@ -369,7 +369,7 @@ def read_json_beside(path: Path) -> Any:
         return None
 
 
-def read_description(path: Path, entry: Any) -> tuple[WeightsOrigin | None, Preprocessing | None]:
+def read_source(path: Path, entry: Any) -> tuple[WeightsOrigin | None, Preprocessing | None]:
     """Origin and preprocessing in the entry FORMAT_KEY of a checkpoint; None for what a file does not have.
 
     Raises:

@@ -303,7 +303,9 @@ class Predictor:
         """
         if not isinstance(probabilities, bool | np.bool_):
             raise ArgumentError(f"probabilities={probabilities!r}: must be True or False.")
-        max_pixels = self.settings.override(settings).max_pixels
+        chosen = self.settings.override(settings)
+        self.check_settings(chosen)
+        max_pixels = chosen.max_pixels
         if self.bands is None:
             image, is_valid = convert_to_pixels(picture, max_pixels), read_whole_mask(picture)
         else:
