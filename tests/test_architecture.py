@@ -31,7 +31,7 @@ def imported_packages(path: Path) -> set[str]:
 
 
 def test_packages_import_from_lower_ones_and_files_do_not_form_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.config, "dictConfig", lambda config: None)  # it would disable all loggers of this process
+    monkeypatch.setattr(logging.config, "dictConfig", lambda config: None)  # it would disable all other loggers
     assert lint_imports(config_filename=str(PACKAGE.parent / "pyproject.toml")) == 0
 
 
