@@ -38,7 +38,7 @@ from semseg.data.sources import DataSource
 from semseg.data.training_size import TrainingSizes
 from semseg.errors import ConfigError, DataError
 from semseg.evaluation.own_scores import IMAGE_METRICS
-from semseg.nets.bands import check_bands, complete_reading
+from semseg.nets.bands import check_bands, expect_trained_type
 from semseg.nets.interfaces import SegmentationNetwork, choose_size_divisor
 from semseg.system.processors import choose_num_workers
 from semseg.system.shared_memory import get_free_shared_memory
@@ -247,7 +247,7 @@ class SegmentationData(pl.LightningDataModule):
         Raises:
             DataError: as `DataSource.records`.
         """
-        return complete_reading(self.source.bands_of(split), self.net.convention)
+        return expect_trained_type(self.source.bands_of(split), self.net.convention)
 
     def _pixel_type(self, split: str) -> torch.dtype:
         """The type in which the images of a split are read and sent to the device."""

@@ -326,8 +326,8 @@ class WeightsContent(NamedTuple):
     """What a file of weights holds."""
 
     tensors: dict[str, Tensor]  # by their names in it
-    origin: WeightsOrigin | None = None  # that of a checkpoint of ours; None: the file says nothing about it
-    convention: Preprocessing | None = None  # likewise
+    origin: WeightsOrigin | None  # that of a checkpoint of ours; None: the file says nothing about it
+    convention: Preprocessing | None  # likewise
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -306,6 +306,8 @@ def check_mix(
 
 def check_pixel_types(source: DataSource, splits: Sequence[ScannedSplit]) -> Iterator[Notice]:
     """Notices about sets of images whose values are of another type than those of data.train."""
+    if source.bands is None:
+        return
     sets = {f"data.{split.name}": split.records for split in splits}
     sets |= {part.key: part.source.survey("train")[0] for part in source.parts}
     images = {key: [record.image for record in records] for key, records in sets.items()}

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from semseg.build import (
 )
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.checkpoints.network import check_class_names
-from semseg.config.schema import AUTO_RANGE, Config, DataConfig, EvalConfig, config_to_plain
+from semseg.config.schema import Config, DataConfig, EvalConfig, config_to_plain
 from semseg.data.batch import EvalSample
 from semseg.data.classes import ClassTable
 from semseg.data.datasets import EvalDataset
@@ -51,6 +50,7 @@ from semseg.evaluation.thresholds import POSITIVE
 from semseg.evaluation.tiled import WindowLayout
 from semseg.evaluation.window_counts import plan_shrinking
 from semseg.lit_module import SegmentationModule
+from semseg.nets.bands import adopt_ranges
 from semseg.reports.curves import Curves, read_training_curves, run_folder_of_checkpoint
 from semseg.reports.draw import draw_comparison
 from semseg.reports.evaluation_page import (
@@ -162,10 +162,7 @@ def open_source(config: DataConfig, saved: SavedNetwork) -> DataSource:
     Raises:
         ConfigError: if it has not, or if it has the same classes in another order.
     """
-    ranges = saved.convention.ranges
-    if ranges and config.value_range in (None, AUTO_RANGE) and tuple(config.band_names) == saved.convention.bands:
-        config = replace(config, value_range=[list(ends) for ends in ranges])
-    source = DataSource(config)
+    source = DataSource(adopt_ranges(config, saved.convention))
     if source.classes.num_classes != saved.classes.num_classes:
         raise ConfigError(format_other_classes(config, source.classes.num_classes, saved))
     check_class_names(source.classes, config.name, saved)

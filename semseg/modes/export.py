@@ -17,7 +17,7 @@ from semseg.data.datasets import EvalDataset, ReadOptions
 from semseg.data.sources import DataSource
 from semseg.errors import DataError, ExportError
 from semseg.evaluation.metrics import Scores
-from semseg.nets.bands import complete_reading
+from semseg.nets.bands import adopt_ranges, expect_trained_type
 from semseg.nets.interfaces import SegmentationNetwork, choose_size_divisor
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import format_command, relative_to_cwd
@@ -130,7 +130,8 @@ def read_calibration_images(config: Config, net: SegmentationNetwork) -> Iterato
     """
     from semseg.export.quantize import sample_positions, sample_windows  # noqa: PLC0415 - the packages of an extra
 
-    source, layout = DataSource(config.data), choose_evaluation_layout(config, net)
+    source = DataSource(adopt_ranges(config.data, net.convention))
+    layout = choose_evaluation_layout(config, net)
     size_divisor = choose_size_divisor(net, config.model.size_divisor)
     dataset = open_split(source, config.export.calibration_split, config.eval, size_divisor, net)
     for position in sample_positions(dataset, config.export.calibration_images):
@@ -149,7 +150,7 @@ def open_split(
             source.config.max_long_edge,
             size_divisor,
             max_pixels=source.config.max_pixels,
-            bands=complete_reading(source.bands_of(split), net.convention),
+            bands=expect_trained_type(source.bands_of(split), net.convention),
         ),
         short_edges=() if source.config.resize == NATIVE else options.scales,
         antialias=net.convention.antialias,
@@ -166,7 +167,7 @@ def print_quantisation_loss(
     if not count:
         return
     try:
-        source = DataSource(config.data)
+        source = DataSource(adopt_ranges(config.data, net.convention))
         dataset = open_split(source, split, config.eval, choose_size_divisor(net, config.model.size_divisor), net)
         if source.classes.num_classes != saved.classes.num_classes:
             raise DataError(

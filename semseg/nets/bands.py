@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from semseg.config.preprocessing import RGB, BandRange, Preprocessing
-from semseg.config.schema import DataConfig
+from semseg.config.schema import AUTO_RANGE, DataConfig
 from semseg.data.bands import BandFile, BandOptions, band_options, describe_bands, format_value_range
 from semseg.errors import ConfigError
 from semseg.nets.interfaces import SegmentationNetwork
@@ -124,27 +124,25 @@ def choose_reading(convention: Preprocessing, data: DataConfig) -> BandOptions |
     Raises:
         ConfigError: if the bands of `data` are not those of the network.
     """
-    options = band_options(data)
+    options = band_options(adopt_ranges(data, convention)) if data.has_bands else None
     if options is None and not convention.takes_pictures:
         middle = tuple((low + high) / 2 for low, high in convention.ranges)
         options = BandOptions((BandFile("", convention.bands),), convention.bands, convention.ranges or None, middle)
     check_bands(convention, options)
-    return complete_reading(options, convention)
+    return expect_trained_type(options, convention)
 
 
-def complete_reading(options: BandOptions | None, convention: Preprocessing) -> BandOptions | None:
-    """The same reading, by which all files must hold the type on which the network was trained, if it is known.
+def expect_trained_type(options: BandOptions | None, convention: Preprocessing) -> BandOptions | None:
+    """The same reading, by which all files must hold the type on which the network was trained, if it is known."""
+    return options if options is None or not convention.dtype else replace(options, dtype=convention.dtype)
 
-    Ranges that the data set does not have, or has as auto, are those of the network.
-    """
-    if options is None:
-        return None
-    if options.ranges is None and convention.ranges:
-        means = options.mean or (None,) * len(options.names)
-        middle = ((low + high) / 2 for low, high in convention.ranges)
-        fill = tuple(half if mean is None else mean for half, mean in zip(middle, means, strict=True))
-        options = replace(options, ranges=convention.ranges, fill=fill)
-    return replace(options, dtype=convention.dtype) if convention.dtype else options
+
+def adopt_ranges(data: DataConfig, convention: Preprocessing) -> DataConfig:
+    """A data set with the bands of a network, whose ranges are those of the network where it has none, or auto."""
+    has_ranges = data.value_range not in (None, AUTO_RANGE)
+    if has_ranges or not convention.ranges or tuple(data.band_names) != convention.bands:
+        return data
+    return replace(data, value_range=[list(ends) for ends in convention.ranges])
 
 
 def adapt_first_layers(net: SegmentationNetwork, names: Sequence[str], channel_order: str = "rgb") -> None:

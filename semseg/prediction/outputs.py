@@ -47,7 +47,6 @@ def write_outputs(prediction: WritablePrediction, target: Path, outputs: Sequenc
     Raises:
         ArgumentError: for an unknown output, and if the prediction has no probabilities. Nothing is written then.
     """
-    outputs = list(outputs)
     for output in outputs:
         if output not in OUTPUT_WRITERS:
             hint = suggest(str(output), OUTPUT_WRITERS)

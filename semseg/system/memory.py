@@ -27,8 +27,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
     (True, True)
     """
-    if isinstance(error, SemsegError):
-        return isinstance(error, OutOfMemoryError)
+    if isinstance(error, SemsegError):  # it says all already
+        return False
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or any(text in str(error) for text in ALLOCATION_FAILURES)
@@ -47,7 +47,7 @@ def report_out_of_memory_as(describe: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(f"{describe()} The allocation failed: {first_line(error)}") from None
 
