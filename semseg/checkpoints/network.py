@@ -7,8 +7,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from semseg.checkpoints.format import SavedNetwork
 from semseg.checkpoints.initialise import find_differences, load_all_weights, load_backbone_weights
 from semseg.checkpoints.zoo import release_of_folder
@@ -20,6 +18,7 @@ from semseg.data.classes import ClassTable, find_moved_class
 from semseg.errors import CheckpointError, ConfigError, first_line
 from semseg.nets.bands import adapt_first_layers, use_bands
 from semseg.nets.interfaces import Encoder, NetworkKeys, SegmentationNetwork
+from semseg.nets.meta import build_on_meta
 from semseg.nets.registry import build_library_network, build_segmenter
 from semseg.storage.download import fetch_file
 from semseg.storage.ranks import print_once
@@ -192,12 +191,14 @@ def check_network(saved: SavedNetwork) -> None:
     Raises:
         CheckpointError: if the network cannot be built, or its weights are missing, unexpected or of another shape.
     """
+
+    def build() -> SegmentationNetwork:
+        net = build_network(without_weights(saved.config.model), saved.classes.num_classes)
+        adapt_first_layers(net, saved.convention.bands)
+        return net
+
     try:
-        with torch.device("meta"):
-            net = build_network(without_weights(saved.config.model), saved.classes.num_classes)
-            adapt_first_layers(net, saved.convention.bands)
-    except NotImplementedError:  # a network that computes with values while it is built
-        return
+        net = build_on_meta(build)
     except Exception as error:  # constructors may raise anything for the options of a damaged file
         raise CheckpointError(f"{saved.source}: its network cannot be built: {first_line(error)}") from error
     problems = find_differences(saved.weights, net.state_dict())

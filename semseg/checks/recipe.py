@@ -37,7 +37,8 @@ MIN_PASSES, MAX_PASSES = 10, 200
 LONG_RUN = 5000  # steps from which on the average of the weights may be a slow one
 TINY_SHARE = 0.02  # fraction of the pixels of both classes below which the smaller one is a defect, and not a region
 
-EstimateMemory = Callable[[Size, int], int]  # size and number of images -> bytes of a training step
+# Size and number of images -> bytes of a training step; None: cannot be estimated.
+EstimateMemory = Callable[[Size, int], int | None]
 
 
 class Choice(NamedTuple):
@@ -135,8 +136,11 @@ def choose_batch(num_images: int, crop: Size, machine: Machine, estimate_memory:
     largest = BATCH_SIZES[0] if machine.has_gpu else MAX_CPU_BATCH
     sizes = [size for size in BATCH_SIZES if size <= min(largest, max(1, num_images // 4))]
     needs = {size: estimate_memory(crop, size) for size in sizes}
-    size = next((size for size in sizes if needs[size] < machine.memory / 2), sizes[-1])
-    memory = f"needs about {needs[size] / 2**30:.1f} of {machine.memory / 2**30:.0f} GB"
+    size = next((size for size, need in needs.items() if need is not None and need < machine.memory / 2), sizes[-1])
+    need = needs[size]
+    memory = "the memory of a step cannot be estimated for this network"
+    if need is not None:
+        memory = f"needs about {need / 2**30:.1f} of {machine.memory / 2**30:.0f} GB"
     more = "" if machine.has_gpu else "; on a CPU, more small steps teach more than few large ones"
     return Choice("data.batch_size", size, f"{memory}{more}")
 

@@ -76,12 +76,12 @@ def run_folds(config: Config, overrides: list[str], run_dir: Path) -> int:
 
 
 def describe_folds(config: Config, folds: int) -> None:
-    """Read the data set once, and print how large the folds are.
+    """Read the data set once, and print how large the folds are, without data.limit.
 
     Raises:
         SemsegError: if it is missing, or cannot be cut into so many folds.
     """
-    source = DataSource(replace(config.data, fold=0, mix=None))
+    source = DataSource(replace(config.data, fold=0, mix=None, limit=None))
     records = [*source.records("train"), *source.records("val")]
     assigned = assign_folds(records, source.split_root, folds, config.data.group)
     groups = {name_group(record.image, source.split_root, config.data.group) for record in records}

@@ -55,7 +55,6 @@ from semseg.config.overrides import (
 )
 from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, Config
 from semseg.config.uses import (
-    TRAINING_MODES,
     describe_training_words,
     refuse_idle_keys,
     refuse_unread_keys,
@@ -352,7 +351,7 @@ def refuse_kept_results(mode: str, run_dir: Path) -> None:
             that no command of ours has written and that holds a file of such a name.
     """
     given = f"run_dir={relative_to_cwd(run_dir)}"
-    if mode not in TRAINING_MODES and (run_dir / CHECKPOINT_FOLDER).exists():
+    if mode != "train" and (run_dir / CHECKPOINT_FOLDER).exists():
         raise ConfigError(
             f"{given}: is the folder of a training run, whose report and record mode={mode} would replace. Leave it "
             "out, or give another folder."

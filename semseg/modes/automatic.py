@@ -33,6 +33,7 @@ from semseg.data.label_cache import MAX_AUTOMATIC_BYTES
 from semseg.data.sources import DataSource
 from semseg.errors import ConfigError, SemsegError
 from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.meta import build_on_meta
 from semseg.nets.precision import choose_weight_type, create_autocast
 from semseg.nets.step_memory import estimate_step_memory
 from semseg.storage.atomic import atomic_write
@@ -218,7 +219,7 @@ class Chooser:
         )
 
     def choose_layout(self) -> AutomaticChoice:
-        config = settle_layout(self.config, self.build_shapes())
+        config = settle_layout(self.config, self.build_meta_network())
         kind = "GPU" if self.accelerator == "gpu" else self.accelerator.upper()
         reason = f"{config.model.title} in {config.trainer.precision} on a {kind}"
         return AutomaticChoice("model.channels_last", config.model.channels_last, reason)
@@ -240,20 +241,9 @@ class Chooser:
             "data.batch_size", found.batch_size, f"{reason}; {limit}" if found.batch_size == most else reason
         )
 
-    def build_shapes(self) -> SegmentationNetwork:
-        """The network on the meta device.
-
-        Raises:
-            ConfigError: for a network that computes with values while it is built.
-        """
-        try:
-            with torch.device("meta"):
-                net = self.build_net()
-        except NotImplementedError:
-            raise ConfigError(
-                f"{', '.join(find_automatic(self.config))}=auto: cannot be chosen for {self.config.model.title}, which "
-                "is not built without memory. Give a value."
-            ) from None
+    def build_meta_network(self) -> SegmentationNetwork:
+        """The network on the meta device."""
+        net = build_on_meta(self.build_net)
         if self.config.model.encoder.get("frozen", False):
             net.backbone.requires_grad_(False)
         return net
@@ -268,7 +258,7 @@ class Chooser:
         before, self.source.config = self.source.config, replace(self.config.data, batch_size=1)
         try:
             config = replace(self.config, data=self.source.config)
-            return build_data(config, self.source, self.build_shapes()).largest_batch()
+            return build_data(config, self.source, self.build_meta_network()).largest_batch()
         finally:
             self.source.config = before
 
@@ -279,8 +269,13 @@ class Chooser:
         free = get_free_memory()
         if free is None:
             raise ConfigError("data.batch_size=auto: this system does not tell its free memory. Give a number.")
-        net, canvas = self.build_shapes().train(), Size(*batch.image.shape[2:])
+        net, canvas = self.build_meta_network().train(), Size(*batch.image.shape[2:])
         one, two = (estimate_step_memory(net, canvas, count) for count in (1, 2))
+        if one is None or two is None:
+            raise ConfigError(
+                f"data.batch_size=auto: the memory that {self.config.model.title} needs cannot be estimated, because "
+                "its forward pass reads values of tensors. Give a number."
+            )
         scale = choose_weight_type(self.config.trainer.precision).itemsize / torch.float32.itemsize
         per_image = CPU_BUFFERS * scale * max(two.activations - one.activations, 1)
         fixed = CPU_BUFFERS * scale * max(2 * one.activations - two.activations, 0)
@@ -378,11 +373,12 @@ def search_batch_size(measure: Callable[[int], int | None], budget: float, most:
             lowest = candidate
         else:
             highest = candidate
+        candidate = most + 1
         if len(peaks) > 1:
             largest = max(peaks)
             per_image = max((peaks[largest] - peaks[1]) / (largest - 1), 1.0)
             candidate = int(largest + (budget - peaks[largest]) // per_image)
-        else:
+        if candidate >= highest and highest <= most:  # the memory was not enough, whatever the budget says
             candidate = (lowest + highest) // 2
         if highest - lowest <= max(1, lowest // 16) and lowest > 1:
             break  # close enough: each try takes a step

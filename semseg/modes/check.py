@@ -56,7 +56,7 @@ from semseg.data.sources import ROOT_OF_LISTS, DataSource, describe_named_splits
 from semseg.data.training_size import TrainingSizes
 from semseg.errors import DataError, ReportedError
 from semseg.modes.check_recipe import (
-    build_shapes,
+    build_meta_network,
     check_command,
     choose_recipe,
     collect_facts,
@@ -97,7 +97,7 @@ def run(config: Config, overrides: list[str]) -> None:
         diagnosis.notices[:] = sort_notices([*diagnosis.notices, Notice(WARNING, describe_named_splits(keys))])
         diagnosis.suggestions.update(keys)
     has_pairs = bool(splits[0].usable_pairs)
-    net = build_shapes(config, source.classes.num_classes, source.bands) if has_pairs else None
+    net = build_meta_network(config, source.classes.num_classes, source.bands) if has_pairs else None
     objects = check_small_objects(config, source, splits[0], configured, net)
     mixed = check_mix(source, splits, configured)
     types = check_pixel_types(source, splits)
@@ -224,7 +224,7 @@ def summarise_plan(config: Config, train: ScannedSplit, net: SegmentationNetwork
     """Padding, and the memory for the largest sub-batch, of the plan for the images of train; None without images.
 
     Args:
-        net: of `build_shapes`; None without images.
+        net: of `build_meta_network`; None without images.
     """
     data = config.data
     sizes = [Size(facts.height, facts.width) for _, facts in train.usable_pairs]
@@ -244,7 +244,7 @@ def summarise_plan(config: Config, train: ScannedSplit, net: SegmentationNetwork
     padding = padding_fraction(plan, list_members, divisor, NUM_PLANNED)
     canvas = training.find_largest(sizes)
     memory = estimate_step_memory(net, canvas, data.batch_size)
-    return PlanSummary(padding, canvas, data.batch_size, config.model.title, memory.with_momentum)
+    return PlanSummary(padding, canvas, data.batch_size, config.model.title, memory and memory.with_momentum)
 
 
 def check_small_objects(
@@ -257,7 +257,7 @@ def check_small_objects(
     """Whether objects vanish from the labels of training; makes the index of data.resize=native on the way.
 
     Args:
-        net: of `build_shapes`; None without images.
+        net: of `build_meta_network`; None without images.
     """
     if configured is None or net is None:
         return []

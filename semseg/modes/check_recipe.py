@@ -33,6 +33,7 @@ from semseg.data.crops import NATIVE
 from semseg.data.geometry import Size, canvas_size
 from semseg.data.label_map import LabelMap
 from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.meta import build_on_meta
 from semseg.nets.step_memory import estimate_step_memory
 from semseg.storage.commands import format_command, relative_to_cwd
 from semseg.system.memory import get_total_memory
@@ -109,11 +110,12 @@ def choose_recipe(
     is_network_given = any(key.startswith("model") for key in list_given_keys(others))
     recipe_words = [] if is_network_given else [f"experiment={chosen or BASE_RECIPE}"]
     network = load_config([*recipe_words, "data=folder", "data.num_classes=2", *others])[0]
-    net = build_shapes(network, len(diagnosis.classes))
+    net = build_meta_network(network, len(diagnosis.classes))
 
-    def estimate_memory(size: Size, batch_size: int) -> int:
+    def estimate_memory(size: Size, batch_size: int) -> int | None:
         canvas = net.image_size or canvas_size([size], net.size_divisor)
-        return estimate_step_memory(net, canvas, batch_size).with_momentum
+        memory = estimate_step_memory(net, canvas, batch_size)
+        return None if memory is None else memory.with_momentum
 
     given = list_given_keys(overrides)
     if config.data.resize == NATIVE or "data.resize" in given:
@@ -136,10 +138,10 @@ def choose_recipe(
     return recipe, dict.fromkeys(diagnosis.suggestions, "suggested by the check of all files") | reasons
 
 
-def build_shapes(config: Config, num_classes: int, bands: BandOptions | None = None) -> SegmentationNetwork:
-    """The network without the content of its weights, in training mode."""
-    with torch.device("meta"):
-        return build_network(without_weights(config.model), num_classes, config.download, bands).train()
+def build_meta_network(config: Config, num_classes: int, bands: BandOptions | None = None) -> SegmentationNetwork:
+    """The network on the meta device, in training mode."""
+    model = without_weights(config.model)
+    return build_on_meta(lambda: build_network(model, num_classes, config.download, bands)).train()
 
 
 def measure_machine(config: Config) -> Machine:

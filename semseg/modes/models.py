@@ -160,12 +160,11 @@ def measure_model(name: str) -> ModelCost | None:
 
 def describe_on_meta(model: ModelConfig) -> ModelCost:
     """What is known about a network without its weights."""
-    import torch  # noqa: PLC0415 - only for networks that are not in the file
-
+    # PyTorch is imported only for networks that are not in the file.
     from semseg.checkpoints.network import build_architecture  # noqa: PLC0415
     from semseg.nets.cost import measure_cost  # noqa: PLC0415
+    from semseg.nets.meta import build_on_meta  # noqa: PLC0415
 
-    with torch.device("meta"):
-        net = build_architecture(model, NUM_CLASSES)
-        cost = measure_cost(net)
+    net = build_on_meta(lambda: build_architecture(model, NUM_CLASSES))
+    cost = measure_cost(net)
     return ModelCost(cost.parameters, cost.flops, net.label_stride, net.licence)

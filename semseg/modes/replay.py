@@ -47,6 +47,7 @@ def run(config: Config, overrides: list[str]) -> None:
         Text(escape_unprintable(f"step {step} repeated, with the weights of {saved.source} (step {saved.step})"))
     )
     for batch, seed in zip(batches, seeds, strict=True):
+        module.zero_grad()
         torch.manual_seed(seed)
         moved = batch._replace(**{name: getattr(batch, name).to(device) for name in ("image", "label", "size")})
         with create_autocast(precision, device), watch_layers(module.net) as layers:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from semseg.data.geometry import Size, canvas_size
 from semseg.nets.blocks import plain_operators
 from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.meta import reads_meta_values
 from semseg.storage.atomic import atomic_write
 
 COST_SIZE = Size(512, 512)  # size of the image for counting operations
@@ -71,8 +72,8 @@ def count_operations(net: nn.Module, image: Tensor) -> FlopCounterMode:
     with torch.no_grad(), plain_operators(), FlopCounterMode(display=False) as counter:
         try:
             net(image)
-        except RuntimeError as error:
-            if "meta" not in str(error):
+        except Exception as error:
+            if not reads_meta_values(error):
                 raise
             return FlopCounterMode(display=False)
     return counter

@@ -202,8 +202,13 @@ def build_library_network(library: str, num_classes: int, keys: NetworkKeys) -> 
     if "keys" in inspect.signature(constructor).parameters:
         return constructor(num_classes, keys)
     problems = list(find_option_problems("model.options", library, constructor, keys.options))
-    unused = {"arch": keys.arch, "revision": keys.revision, "config": keys.config}
-    problems += [f"model.{key}={value}: {library} has no such key." for key, value in unused.items() if value]
+    encoder = {f"encoder.{key}": value for key, value in keys.encoder.items() if key not in ("frozen", "weights")}
+    unused = {"arch": keys.arch, "revision": keys.revision, "config": keys.config, **encoder}
+    problems += [
+        f"model.{key}={value}: {library} has no such key."
+        for key, value in unused.items()
+        if value not in (None, "", {})
+    ]
     if problems:
         raise ConfigError(" ".join(problems))
     return constructor(num_classes, **{name: value for name, value in keys.options.items() if value is not None})

@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from semseg.data.geometry import Size
 from semseg.nets.interfaces import SegmentationNetwork
+from semseg.nets.meta import reads_meta_values
 
 
 class StepMemory(NamedTuple):
@@ -24,8 +25,10 @@ class StepMemory(NamedTuple):
         return self.activations + 3 * self.weights
 
 
-def estimate_step_memory(net: SegmentationNetwork, canvas: Size, batch_size: int) -> StepMemory:
+def estimate_step_memory(net: SegmentationNetwork, canvas: Size, batch_size: int) -> StepMemory | None:
     """Estimate the memory of a training step on one sub-batch of `canvas`; every storage is counted once.
+
+    None for a network whose forward pass reads values of tensors, which do not exist on the device "meta".
 
     Temporary buffers of operators and the overhead of the device are not included. The network runs as on a GPU: maps
     are upsampled and concatenated before a convolution.
@@ -43,6 +46,11 @@ def estimate_step_memory(net: SegmentationNetwork, canvas: Size, batch_size: int
 
     num_images = max(2, batch_size)  # batch normalisation refuses a single value, which a small image may have
     with torch.enable_grad(), saved_tensors_hooks(save, lambda tensor: tensor):
-        net(torch.empty(num_images, net.convention.num_bands, *canvas, device="meta"))
+        try:
+            net(torch.empty(num_images, net.convention.num_bands, *canvas, device="meta"))
+        except Exception as error:
+            if not reads_meta_values(error):
+                raise
+            return None
     num_bytes = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in weight_storages)
     return StepMemory(num_bytes * batch_size // num_images, sum(tensor.nbytes for tensor in weights))

@@ -28,14 +28,19 @@ class PlanSummary(NamedTuple):
     largest: Size  # canvas of the largest sub-batch, pixels
     batch_size: int  # images
     model: str
-    memory: int  # bytes of a training step on the largest sub-batch, in float32
+    memory: int | None  # bytes of a training step on the largest sub-batch, in float32; None: cannot be estimated
 
     def describe(self) -> str:
         """Summarise the plan in one sentence."""
-        return (
+        plan = (
             f"padding {format_share(self.padding)} of a sub-batch; the largest sub-batch is {self.batch_size} images "
-            f"of {self.largest} pixels, which take about {self.memory / 1e9:.1f} GB to train {self.model} in float32, "
-            "in addition to the working memory of the device."
+            f"of {self.largest} pixels"
+        )
+        if self.memory is None:
+            return f"{plan}; how much memory {self.model} needs for them cannot be estimated."
+        return (
+            f"{plan}, which take about {self.memory / 1e9:.1f} GB to train {self.model} in float32, in addition to the "
+            "working memory of the device."
         )
 
 

@@ -22,7 +22,7 @@ DATA_STATE = "SegmentationData"  # Lightning names the state of a data module af
 # Without these counters Lightning would silently count from 0.
 COUNTERS = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress")
 # Entries of callbacks, Lightning's and ours, by the kind of their values.
-COUNT_ENTRIES = ("skipped", "seen", "left_out", "wait_count", "stopped_epoch", "patience")
+COUNT_ENTRIES = ("skipped", "overflows", "seen", "left_out", "wait_count", "stopped_epoch", "patience")
 SCORE_ENTRIES = ("best", "best_score", "best_model_score", "current_score", "kth_value")
 METRICS_KEY = "semseg_metrics"  # in a checkpoint: the training metrics of the last row of the log
 SUMS_KEY = "semseg_sums"  # in a checkpoint: StepSums since that row; not in those of earlier releases

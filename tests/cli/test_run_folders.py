@@ -203,9 +203,13 @@ def test_results_of_a_network_are_below_its_run_and_never_replace_each_other(tmp
         run_here(tmp_path, "mode=eval", "ckpt=copy.ckpt", *words)
         output = run_here(tmp_path, "mode=compare", "runs=[runs/first,mine]")
         before = {path: path.read_bytes() for path in run_dir.glob("[!.]*.*")}
-        for mode, others in (("eval", []), ("predict", [f"input={photo}"])):
-            words_of_training = [f"mode={mode}", "ckpt=runs/first", *others, "run_dir=runs/first"]
-            refused = run_here(tmp_path, *words_of_training, *words, code=2)
+        for mode, others in (
+            ("eval", ["ckpt=runs/first", "eval.bootstrap=0"]),
+            ("predict", ["ckpt=runs/first", f"input={photo}"]),
+            ("crossval", ["data.folds=2"]),
+        ):
+            words_of_training = [f"mode={mode}", *others, "run_dir=runs/first", "trainer.accelerator=cpu"]
+            refused = run_here(tmp_path, *words_of_training, code=2)
             assert (
                 f"run_dir=runs/first: is the folder of a training run, whose report and record mode={mode}" in refused
             )

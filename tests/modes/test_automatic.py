@@ -106,6 +106,19 @@ def test_the_largest_batch_that_fits_is_found_in_a_few_tries(per_image: int, mos
     assert most == 1 or slope == per_image
 
 
+@pytest.mark.parametrize("capacity", [1, 2, 3, 20, 100])
+def test_a_lack_of_memory_that_the_budget_does_not_show_takes_few_tries(capacity: int) -> None:
+    tried: list[int] = []
+
+    def measure(count: int) -> int | None:
+        tried.append(count)
+        return count if count <= capacity else None
+
+    found, _ = search_batch_size(measure, budget=10**9, most=256)
+    assert found <= capacity and capacity - found <= capacity // 16
+    assert len(tried) <= 11
+
+
 def test_peaks_that_grow_faster_than_the_batch_are_not_trusted() -> None:
     found, _ = search_batch_size(lambda count: count * count, budget=900, most=256)
     assert 28 <= found <= 30

@@ -462,6 +462,7 @@ def test_memory_is_counted_without_being_taken() -> None:
     with torch.device("meta"):
         net = build_segmenter("resnet18", "c1", 7).train()
     one, two = (estimate_step_memory(net, Size(64, 64), count) for count in (1, 2))
+    assert one is not None and two is not None
     assert one.weights == sum(value.nbytes for value in net.state_dict().values())
     assert two.activations == pytest.approx(2 * one.activations, rel=0.01)
     # The first convolution alone keeps its input, 3 x 64 x 64, and its output, 64 x 32 x 32, of float32.
@@ -469,7 +470,8 @@ def test_memory_is_counted_without_being_taken() -> None:
     pytest.importorskip("timm")
     with torch.device("meta"):  # whose batch normalisation refuses the single value that is left of 32 x 32 pixels
         small = build_segmenter("timm", "segformer", 7, {"name": "tf_efficientnet_lite0"}).train()
-    assert estimate_step_memory(small, Size(32, 32), 1).activations > 0
+    memory = estimate_step_memory(small, Size(32, 32), 1)
+    assert memory is not None and memory.activations > 0
 
 
 @pytest.mark.slow

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from helpers.command_line import TINY, run_here
 from helpers.in_process import prepare_run
-from helpers.tiny_network import TINY_NETWORK
+from helpers.tiny_network import TINY_NETWORK, TinyNetwork
 from semseg.build import build_module, find_network, restore_network
 from semseg.config.load import load_config
 from semseg.data.batch import Batch
 from semseg.lit_module import SegmentationModule
+from semseg.nets.interfaces import Logits
 from semseg.nets.registry import NETWORKS
 from semseg.training.callbacks.nonfinite import NonFiniteError, batch_to_dict
 
@@ -90,6 +91,21 @@ def test_a_layer_that_overflows_in_half_precision_only_is_named(tmp_path: Path) 
     assert "the first layer to give NaN or infinity: model.blocks.0.0 (Conv2d)" in printed
     assert "gradients that are not finite: model.blocks.0.0.weight" in printed
     assert "the first layer" not in run_here(tmp_path, *words, "trainer.precision=32-true")
+
+
+def test_gradients_are_those_of_each_sub_batch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(tmp_path, *RUN)
+    batch = batch_to_dict(save_batch(tmp_path))
+    torch.save({"step": 7, "batches": [batch, batch], "seeds": [5, 6]}, tmp_path / "batch.pt")
+    factors, forward = iter((float("nan"), 1.0)), TinyNetwork.forward
+
+    def fail_first(net: TinyNetwork, image: Tensor) -> Logits:
+        return Logits(forward(net, image).main * next(factors), None)
+
+    monkeypatch.setattr(TinyNetwork, "forward", fail_first)
+    printed = run_here(tmp_path, "mode=replay", "ckpt=run", "input=batch.pt", "trainer=cpu")
+    first, second = re.findall(r"gradients that are not finite: (.*)", printed)
+    assert first.startswith("model.blocks.0.0.weight") and second == "none"
 
 
 def test_trained_weights_count_and_not_their_average(tmp_path: Path) -> None:

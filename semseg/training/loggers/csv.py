@@ -95,6 +95,7 @@ class CSVLog(Logger):
                 print(f"{file.path}: rows of finished epochs have the numbers of steps to come; kept as {kept.name}")
             file.drop_from(step)
 
+    @rank_zero_only
     def drop_columns(self, step: int, prefix: str) -> None:
         """Drop the values of `step` whose names start with `prefix`."""
         self.metrics.drop_columns(step, prefix)
@@ -170,6 +171,7 @@ class RowFile:
         row = self._rows.get(step, {})
         for name in [name for name in row if name.startswith(prefix)]:
             del row[name]
+            self._has_changed = True
 
     def save(self) -> None:
         """Write the file atomically, if anything has changed."""

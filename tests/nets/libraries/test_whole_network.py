@@ -124,6 +124,10 @@ def test_its_cost_has_the_stages_of_its_backbone() -> None:
             "model.options.widht: tiny has no such option. Did you mean model.options.width?",
         ),
         (["model=custom", "model.library=tiny", "model.arch=unet"], "model.arch=unet: tiny has no such key."),
+        (
+            ["model=custom", "model.library=tiny", "+model.encoder.name=resnet18"],
+            "model.encoder.name=resnet18: tiny has no such key.",
+        ),
         (["model=smp", "model/encoder=resnet50"], "model/encoder: cannot be chosen for a whole network, whose encoder"),
         (
             ["model=smp", "model.encoder=resnet50"],
