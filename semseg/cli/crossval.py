@@ -6,6 +6,8 @@ and the others resume from their checkpoints.
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +18,16 @@ from semseg.config.overrides import quote_value, record_overrides
 from semseg.config.schema import Config
 from semseg.data.folds import assign_folds, name_group
 from semseg.data.sources import DataSource
+from semseg.errors import ConfigError
 from semseg.reports.crossval_page import Fold, report_folds
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import entry_script, format_command, relative_to_cwd
-from semseg.storage.run_folders import METRICS_FILE
-from semseg.storage.run_results import Job, find_finished_job
+from semseg.storage.run_results import Job, find_finished_job, find_scores
 from semseg.system.process import announce_sweep
 from semseg.system.text import format_quantity
 
 OWN_KEYS = ("mode", "run_dir", "data.fold", "after_training")  # that the jobs get values of their own for
-SCORES_FOLDER = "eval"  # of a job: the evaluation of its best network on its fold
+FOLDS_FILE = "folds.json"  # in the folder of a cross-validation: the images of every fold
 
 
 def run_folds(config: Config, overrides: list[str], run_dir: Path) -> int:
@@ -35,11 +37,12 @@ def run_folds(config: Config, overrides: list[str], run_dir: Path) -> int:
         run_dir: the folder of this cross-validation.
 
     Raises:
-        SemsegError: if the data set is missing or cannot be cut into the folds, before anything is trained.
+        SemsegError: if the data set is missing, cannot be cut into the folds, or has other images than when this
+            cross-validation began, before anything is trained.
     """
     folds = config.data.folds
     assert folds is not None, "config/uses.py asks for it"
-    describe_folds(config, folds)
+    write_folds(run_dir, assign_images(config, folds))
     for path, text in record_overrides(overrides).items():
         with atomic_write(run_dir / ".hydra" / path, durable=False) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -53,6 +56,8 @@ def run_folds(config: Config, overrides: list[str], run_dir: Path) -> int:
         folder = run_dir / f"fold_{fold}"
         words = [*kept, "mode=train", f"data.fold={fold}", f"after_training=[{','.join(after)}]"]
         job = find_finished_job(folder, words, scores=True)
+        if job is not None and find_scores(job) is None:
+            job = None  # its evaluation was stopped or deleted, and is repeated without training
         where = "finished earlier" if job else relative_to_cwd(folder)
         print(f"fold {fold} ({fold + 1} of {folds}): {where}", flush=True)
         if job is None:
@@ -64,30 +69,61 @@ def run_folds(config: Config, overrides: list[str], run_dir: Path) -> int:
                 stop_code = int(request.code or 0)
                 break
         jobs.append(job)
-    finished = [
-        Fold(number, job.folder / SCORES_FOLDER / METRICS_FILE) for number, job in enumerate(jobs) if job.is_finished
-    ]
+    scores = {number: find_scores(job) for number, job in enumerate(jobs) if job.is_finished}
+    finished = [Fold(number, path) for number, path in scores.items() if path is not None]
     report_folds(run_dir, finished, folds, command)
     for number, job in enumerate(jobs):
-        if not job.is_finished:
+        if number not in scores:
             print(f"fold {number}: {job.status}{f': {job.reason}' if job.reason else ''}")
+        elif scores[number] is None:
+            print(f"fold {number}: has no evaluation")
     print(f"to continue: {command}" if len(finished) < folds else f"networks: {relative_to_cwd(run_dir)}/fold_*")
     return stop_code or int(len(finished) < folds)
 
 
-def describe_folds(config: Config, folds: int) -> None:
+def assign_images(config: Config, folds: int) -> list[list[str]]:
     """Read the data set once, and print how large the folds are, without data.limit.
 
+    Returns:
+        the paths below data.root of the images of each fold, sorted.
+
     Raises:
-        SemsegError: if it is missing, or cannot be cut into so many folds.
+        SemsegError: if the data set is missing, or cannot be cut into so many folds.
     """
     source = DataSource(replace(config.data, fold=0, mix=None, limit=None))
     records = [*source.records("train"), *source.records("val")]
     assigned = assign_folds(records, source.split_root, folds, config.data.group)
     groups = {name_group(record.image, source.split_root, config.data.group) for record in records}
-    sizes = [assigned.count(fold) for fold in range(folds)]
+    images: list[list[str]] = [[] for _ in range(folds)]
+    for record, fold in zip(records, assigned, strict=True):
+        images[fold].append(Path(os.path.relpath(record.image, source.split_root)).as_posix())
     print(
         f"{format_quantity(len(records), 'image')} in {format_quantity(len(groups), 'group')}, {folds} folds of "
-        f"{', '.join(map(str, sizes))} images",
+        f"{', '.join(str(len(names)) for names in images)} images",
         flush=True,
     )
+    return [sorted(names) for names in images]
+
+
+def write_folds(run_dir: Path, images: list[list[str]]) -> None:
+    """Write which images are in which fold, if no fold has been trained before.
+
+    Raises:
+        ConfigError: if one has, with other images in the folds: scores of both partitions have no common mean.
+    """
+    path = run_dir / FOLDS_FILE
+    if path.exists() and any(run_dir.glob("fold_*")):
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            num_before = sum(map(len, before))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({type(error).__name__}). Give another run_dir.") from None
+        if before != images:
+            num_images = sum(map(len, images))
+            raise ConfigError(
+                f"run_dir={relative_to_cwd(run_dir)}: its folds were trained with other images ({num_before} then, "
+                f"{num_images} now; {FOLDS_FILE} lists the former). Give another run_dir."
+            )
+        return
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(images, indent=1) + "\n", encoding="utf-8")

@@ -79,13 +79,15 @@ def find_best_checkpoint(run_dir: Path) -> Path | None:
 def run_follow_ups(config: Config, checkpoint: Path, result: RunResult, folders: dict[str, Path]) -> None:
     """Run the modes of after_training that `result` does not name, and add each to the result once it is complete.
 
+    Those whose folder was deleted are run again.
+
     Args:
         result: that of the run, as it was written.
         folders: gets the folder of each, by mode.
     """
     run_dir, done = Path(config.run_dir), dict(result.follow_ups)
     for mode in config.after_training:
-        if mode not in done:
+        if mode not in done or not (run_dir / done[mode]).is_dir():
             folder = choose_follow_up_folder(run_dir, mode)
             run_follow_up(mode, config, checkpoint, folder)
             folders[mode], done[mode] = folder, folder.name

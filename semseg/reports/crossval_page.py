@@ -80,7 +80,7 @@ def read_folds(folds: Sequence[Fold]) -> FoldScores:
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = type(error).__name__
             raise DataError(
-                f"{fold.metrics}: cannot be read ({reason}). Remove this fold's folder to repeat it."
+                f"{fold.metrics}: cannot be read ({reason}). Remove its folder, and the evaluation is repeated."
             ) from None
         if contents and names != [row["name"] for row in contents[0]["classes"]]:
             raise DataError(f"{fold.metrics}: has other classes than {folds[0].metrics}. Use another run_dir.")
@@ -121,7 +121,8 @@ def report_folds(run_dir: Path, folds: Sequence[Fold], num_folds: int, command: 
     }
     with atomic_write(run_dir / "crossval.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    page = render_template("crossval.html", scores=scores, title=title, command=command)
+    pages = {fold.number: f"fold_{fold.number}/{fold.metrics.parent.name}/report.html" for fold in folds}
+    page = render_template("crossval.html", scores=scores, pages=pages, title=title, command=command)
     with atomic_write(run_dir / "crossval.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     folder = relative_to_cwd(run_dir)

@@ -26,7 +26,7 @@ RESULT_NAMES = (
     METRICS_FILE, "per_class.csv", "per_image.csv", "per_image.npz", "confusion.npz", "precision_recall.csv",
     "label_errors.csv", "class_maps.zip", "panels",
     "check.json", "check.html", "compare.json", "compare.csv", "compare.html", "average.json", AVERAGE_FILE,
-    "crossval.json", "crossval.csv", "crossval.html",
+    "crossval.json", "crossval.csv", "crossval.html", "folds.json",
 )  # fmt: skip
 
 

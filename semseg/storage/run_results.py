@@ -143,6 +143,16 @@ def find_finished_job(run_dir: Path, overrides: Sequence[str], *, scores: bool) 
     return None if scores and read_result(run_dir) is None else job
 
 
+def find_scores(job: Job) -> Path | None:
+    """The scores of the evaluation that followed the training of a job (after_training); None if there are none.
+
+    An evaluation by a command of its own is in another folder below the run.
+    """
+    folder = dict(job.result.follow_ups).get("eval")
+    path = None if folder is None else job.folder / folder / METRICS_FILE
+    return path if path is not None and path.is_file() else None
+
+
 class Ranking(NamedTuple):
     """The jobs of a sweep in order."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from semseg.data.records import Record, split_by_hash
 from semseg.data.scenes import make_scenes
 from semseg.errors import DataError
 from semseg.reports.crossval_page import FoldSpread
-from semseg.storage.run_results import FAILED, FINISHED, Job, RunResult, write_job, write_result
+from semseg.storage.run_results import FAILED, FINISHED, Job, RunResult, read_job, write_job, write_result
 
 SMALL = [*TINY, *TINY_NETWORK, "data.make.num_train=6"]
 CROSSVAL = [*SMALL, "mode=crossval", "data.folds=3"]
@@ -95,14 +96,16 @@ def test_finished_folds_are_kept_and_the_others_run_again(tmp_path: Path, monkey
         job = Job(folder, tuple(overrides), FAILED if fold in broken else FINISHED, "no luck" if fold in broken else "")
         write_job(job)
         if fold not in broken:
-            write_result(folder, RunResult(0.1 * fold))
-            (folder / "eval").mkdir(exist_ok=True)
+            write_result(folder, RunResult(0.1 * fold, follow_ups=(("eval", "eval-2"),)))
+            for name in ("eval", "eval-2"):
+                (folder / name).mkdir(exist_ok=True)
+            (folder / "eval" / "metrics.json").write_text("of a command of the user")
             content = {
                 "mean_iou": 0.1 * fold, "pixel_accuracy": 0.5, "overall_score": None,
                 "classes": [{"name": "sky", "iou": 0.2 * fold}, {"name": "=sea", "iou": None if fold else 0.3}],
             }  # fmt: skip
-            (folder / "eval" / "metrics.json").write_text(json.dumps(content))
-        return job
+            (folder / "eval-2" / "metrics.json").write_text(json.dumps(content))
+        return read_job(folder) or job
 
     monkeypatch.setattr(crossval, "run_job", run_job)
     printed = run_here(tmp_path, *CROSSVAL, "run_dir=cv", code=1)
@@ -121,8 +124,16 @@ def test_finished_folds_are_kept_and_the_others_run_again(tmp_path: Path, monkey
     assert content["iou"]["=sea"]["values"] == [0.3, None, None]
     rows = list(csv.reader((tmp_path / "cv" / "crossval.csv").open()))
     assert rows[0][:3] == ["score", "mean", "deviation"] and rows[4][0] == "IoU of sky"
-    assert "fold_2/eval/report.html" in (tmp_path / "cv" / "crossval.html").read_text()
+    assert "fold_2/eval-2/report.html" in (tmp_path / "cv" / "crossval.html").read_text()
     assert (tmp_path / "cv" / ".hydra" / "overrides.yaml").is_file()
+    shutil.rmtree(tmp_path / "cv" / "fold_2" / "eval-2")
+    assert "3 of 3 folds" in run_here(tmp_path, *CROSSVAL, "run_dir=cv") and ran[4:] == [2]
+    images = json.loads((tmp_path / "cv" / "folds.json").read_text())
+    assert [len(names) for names in images] == [2, 2, 2]
+    path = tmp_path / "scenes" / "training.odgt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    refused = run_here(tmp_path, *CROSSVAL, "run_dir=cv", code=2)
+    assert "its folds were trained with other images (6 then, 5 now" in refused
 
 
 @pytest.mark.slow
