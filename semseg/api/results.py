@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from semseg.config.overrides import RECORD_FOLDER
 from semseg.reports.curves import read_metrics_log
 from semseg.storage.run_folders import METRICS_FILE, find_in_run
-from semseg.storage.run_results import read_result
+from semseg.storage.run_results import find_scores
 from semseg.system.text import restore_csv_cell
 
 if TYPE_CHECKING:
@@ -97,9 +97,8 @@ class TrainingRun(RunFolder):
     @property
     def evaluation(self) -> Evaluation | None:
         """The evaluation that followed training (after_training=[eval]); None without one."""
-        result = read_result(self.folder)
-        name = None if result is None else dict(result.follow_ups).get("eval")
-        return Evaluation(self.folder / name) if name and (self.folder / name / METRICS_FILE).is_file() else None
+        scores = find_scores(self.folder)
+        return None if scores is None else Evaluation(scores.parent)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def run_folds(config: Config, overrides: list[str], run_dir: Path) -> int:
         folder = run_dir / f"fold_{fold}"
         words = [*kept, "mode=train", f"data.fold={fold}", f"after_training=[{','.join(after)}]"]
         job = find_finished_job(folder, words, scores=True)
-        if job is not None and find_scores(job) is None:
+        if job is not None and find_scores(folder) is None:
             job = None  # its evaluation was stopped or deleted, and is repeated without training
         where = "finished earlier" if job else relative_to_cwd(folder)
         print(f"fold {fold} ({fold + 1} of {folds}): {where}", flush=True)
@@ -69,7 +69,7 @@ def run_folds(config: Config, overrides: list[str], run_dir: Path) -> int:
                 stop_code = int(request.code or 0)
                 break
         jobs.append(job)
-    scores = {number: find_scores(job) for number, job in enumerate(jobs) if job.is_finished}
+    scores = {number: find_scores(job.folder) for number, job in enumerate(jobs) if job.is_finished}
     finished = [Fold(number, path) for number, path in scores.items() if path is not None]
     report_folds(run_dir, finished, folds, command)
     for number, job in enumerate(jobs):

@@ -58,6 +58,11 @@ class NetworkKeys(NamedTuple):
     config: dict[str, Any] = {}  # noqa: RUF012 - SegmentationNetwork.library_config of a checkpoint; empty: a new network
     download: DownloadConfig | None = None  # how to fetch files; None: without files
 
+    @property
+    def encoder_options(self) -> dict[str, Any]:
+        """The keys of the section `encoder` that choose an encoder; every whole network has the others."""
+        return {key: value for key, value in self.encoder.items() if key not in ("frozen", "weights")}
+
 
 class SegmentationNetwork(nn.Module, ABC):
     """Image to logits: what training, evaluation, prediction and export need of any network.

@@ -202,7 +202,7 @@ def build_library_network(library: str, num_classes: int, keys: NetworkKeys) -> 
     if "keys" in inspect.signature(constructor).parameters:
         return constructor(num_classes, keys)
     problems = list(find_option_problems("model.options", library, constructor, keys.options))
-    encoder = {f"encoder.{key}": value for key, value in keys.encoder.items() if key not in ("frozen", "weights")}
+    encoder = {f"encoder.{key}": value for key, value in keys.encoder_options.items()}
     unused = {"arch": keys.arch, "revision": keys.revision, "config": keys.config, **encoder}
     problems += [
         f"model.{key}={value}: {library} has no such key."

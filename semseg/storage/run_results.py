@@ -143,13 +143,13 @@ def find_finished_job(run_dir: Path, overrides: Sequence[str], *, scores: bool) 
     return None if scores and read_result(run_dir) is None else job
 
 
-def find_scores(job: Job) -> Path | None:
-    """The scores of the evaluation that followed the training of a job (after_training); None if there are none.
+def find_scores(run_dir: Path) -> Path | None:
+    """The scores of the evaluation that followed the training of a run (after_training); None if there are none.
 
     An evaluation by a command of its own is in another folder below the run.
     """
-    folder = dict(job.result.follow_ups).get("eval")
-    path = None if folder is None else job.folder / folder / METRICS_FILE
+    folder = dict((read_result(run_dir) or RunResult()).follow_ups).get("eval")
+    path = None if folder is None else run_dir / folder / METRICS_FILE
     return path if path is not None and path.is_file() else None
 
 

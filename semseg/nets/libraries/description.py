@@ -198,7 +198,7 @@ def build_transformers(num_classes: int, keys: NetworkKeys) -> TransformersNetwo
         CheckpointError: if a file is missing or damaged.
         DownloadError: if the files cannot be fetched.
     """
-    unknown = [f"model.encoder.{key}" for key in keys.encoder if key not in ("frozen", "weights")]
+    unknown = [f"model.encoder.{key}" for key in keys.encoder_options]
     if keys.arch:
         unknown.append("model.arch")
     if unknown:

@@ -25,6 +25,7 @@ from semseg.nets.encoders.timm import (
     load_with_timm,
 )
 from semseg.nets.interfaces import Logits, NetworkKeys, SegmentationNetwork, WeightsFile
+from semseg.nets.meta import reads_meta_values
 from semseg.nets.padding import crop_logits, pad_image
 
 try:
@@ -281,8 +282,8 @@ def build_model(arch: str, encoder: str, num_classes: int, options: Mapping[str,
                 return build_any_size(build, arguments)
             return build(**arguments)
     except BUILD_ERRORS as error:
-        if isinstance(error, NotImplementedError) and str(error):  # computes with values of the meta device
-            raise
+        if reads_meta_values(error):
+            raise  # to build_on_meta, which builds it in memory
         raise ConfigError(explain_failure(arch, encoder, options, error)) from error
 
 
