@@ -6,9 +6,10 @@
 
 Each change is a list of overrides behind those of the base: experiment=own_data, or the recipes that it was found from.
 The minutes (see accuracy.py) give the steps of the base; a change that makes a step slower gets fewer, by the ratio of
-both times, which are measured in turn: busy neighbours slow both down. So cpu_minutes of a row may be more. The mean
-IoU is that of the validation images (--split) at their full size, by the last weights. Each run adds a row to the table
-(--table), and a change that has a row is skipped.
+both times, which are measured in turn: busy neighbours slow both down. So cpu_minutes of a row may be more. Steps that
+the table has, of the base or of another seed, are taken from it: rows of several days and machines can be compared. The
+mean IoU is that of the validation images (--split) at their full size, by the last weights. Each run adds a row to the
+table (--table), and a change that has a row is skipped.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from accuracy import (
     compare_steps,
     count_affordable_steps,
     data_words,
-    has_row,
+    find_row,
     list_pairs,
     network_words,
     run_measured,
@@ -135,7 +136,7 @@ def measure_change(change: str, options: argparse.Namespace) -> None:
         "data": options.data.name, "split": options.split, "base": options.base, "change": change,
         "minutes": f"{options.minutes:g}", "seed": str(options.seed),
     }  # fmt: skip
-    if has_row(options.table, key):
+    if find_row(options.table, key):
         print(f"{change}: has a row for {key}")
         return
     folder = options.work / f"{options.base}-{list(CHANGES).index(change)}-{options.seed}"
@@ -143,10 +144,8 @@ def measure_change(change: str, options: argparse.Namespace) -> None:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     changed = squash_data(options) if change == "squashed" else options
-    base, recipe = compose_recipe("", options), compose_recipe(CHANGES[change], changed)
-    steps = TOY_STEPS
-    if not options.toy:
-        steps = round(count_affordable_steps(base, options) / compare_steps(base, recipe, options))
+    recipe = compose_recipe(CHANGES[change], changed)
+    steps = TOY_STEPS if options.toy else count_steps(recipe, key, options)
     trained = train_recipe(recipe, folder, changed, steps)
     if changed is not options:
         restore_sizes(trained.predictions, list_pairs(options.data, options.split))
@@ -154,6 +153,17 @@ def measure_change(change: str, options: argparse.Namespace) -> None:
     overrides = CHANGES[change].format(check="{check}", short_edge=changed.short_edge)
     append_row(options.table, COLUMNS, key | {"overrides": overrides} | row)
     print(f"{change}: {summarise_row(row)}", flush=True)
+
+
+def count_steps(recipe: list[str], key: dict[str, str], options: argparse.Namespace) -> int:
+    """The steps of a change: those of its row with another seed, or those of the base by the ratio of their times."""
+    of_any_seed = {name: value for name, value in key.items() if name != "seed"}
+    if row := find_row(options.table, of_any_seed):
+        return int(row["steps"])
+    base = compose_recipe("", options)
+    row = find_row(options.table, of_any_seed | {"change": "none"})
+    steps = int(row["steps"]) if row else count_affordable_steps(base, options)
+    return round(steps / compare_steps(base, recipe, options))
 
 
 def compose_recipe(change: str, options: argparse.Namespace) -> list[str]:

@@ -152,7 +152,7 @@ def measure_side(side: str, options: argparse.Namespace) -> None:
         "data": options.data.name, "split": options.split, "side": side, "encoder": options.encoder,
         "minutes": f"{options.minutes:g}", "seed": str(options.seed),
     }  # fmt: skip
-    if has_row(options.table, key):
+    if find_row(options.table, key):
         print(f"{side}: has a row for {key}")
         return
     folder = options.work / "-".join(key.values())
@@ -216,12 +216,13 @@ def read_processor_name() -> str:
 # ---- the table
 
 
-def has_row(table: Path, key: dict[str, str]) -> bool:
-    """Whether a row of the table has these entries."""
+def find_row(table: Path, key: dict[str, str]) -> dict[str, str] | None:
+    """The first row of the table that has these entries."""
     if not table.exists():
-        return False
+        return None
     with table.open(newline="") as file:
-        return any(all(row[name] == value for name, value in key.items()) for row in csv.DictReader(file))
+        rows = csv.DictReader(file)
+        return next((row for row in rows if all(row[name] == value for name, value in key.items())), None)
 
 
 def append_row(table: Path, columns: Sequence[str], row: dict[str, str]) -> None:

@@ -30,7 +30,7 @@ from accuracy import (
     append_row,
     count_affordable_steps,
     data_words,
-    has_row,
+    find_row,
     list_pairs,
     network_words,
     read_batch_size,
@@ -74,7 +74,7 @@ def measure_side(side: str, options: argparse.Namespace) -> None:
         "data": data.name, "split": SPLIT, "side": side, "encoder": options.encoder,
         "minutes": f"{options.minutes:g}", "seed": str(options.seed),
     }  # fmt: skip
-    if has_row(options.table, key):
+    if find_row(options.table, key):
         print(f"{side}: has a row for {key}")
         return
     folder = options.work / "-".join(key.values())

@@ -41,7 +41,7 @@ from accuracy import (
     count_affordable_steps,
     data_words,
     describe_commit,
-    has_row,
+    find_row,
     network_words,
     read_class_names,
     settle_run_options,
@@ -121,7 +121,7 @@ def measure(plant: int, network: Path, options: argparse.Namespace) -> None:
         "minutes": f"{options.minutes:g}", "seed": str(options.seed), "plant": str(plant), "scales": options.scales,
         "flip": str(options.flip).lower(),
     }  # fmt: skip
-    if has_row(options.table, key):
+    if find_row(options.table, key):
         print(f"plant {plant}: has a row")
         return
     copy = options.work / f"copy-{plant}"

@@ -39,7 +39,7 @@ from accuracy import (
     append_row,
     data_words,
     describe_commit,
-    has_row,
+    find_row,
     list_pairs,
     network_words,
     settle_run_options,
@@ -89,7 +89,7 @@ def measure(side: str, options: argparse.Namespace) -> None:
         "share": f"{options.share:g}" if is_pseudo else "",
         "further": options.further if is_pseudo else "",
     }  # fmt: skip
-    if has_row(options.table, key):
+    if find_row(options.table, key):
         print(f"{side}: has a row for {key}")
         return
     row: dict[str, str] = {}

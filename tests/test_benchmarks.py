@@ -133,6 +133,22 @@ def test_every_ablation_changes_something_and_has_a_valid_configuration(
     assert same == {"none", *IN_THE_RECIPE}
 
 
+def test_the_steps_of_an_ablation_are_those_of_its_other_seed_or_of_the_base_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = import_benchmark(monkeypatch, "ablations")
+    table = tmp_path / "rows.csv"
+    table.write_text("minutes,change,seed,steps\n10,none,1,200\n15,none,1,300\n15,batch 8,1,170\n")
+    monkeypatch.setattr(program, "compose_recipe", lambda *_: [])
+    monkeypatch.setattr(program, "compare_steps", lambda *_: 2.0)
+    options = argparse.Namespace(table=table)
+    steps = {
+        change: program.count_steps([], {"minutes": "15", "change": change, "seed": "2"}, options)
+        for change in ("none", "batch 8", "batch 2")
+    }
+    assert steps == {"none": 300, "batch 8": 170, "batch 2": 150}
+
+
 IN_THE_RECIPE = (
     "Dice", "AdamW 0.003, encoder 0.0005", "Dice, AdamW 0.003, encoder 0.0005", "width 128", "one short edge",
     "Dice, AdamW 0.003, encoder 0.0005, label stride 2", "label stride 2", "wide crops", "wide crops, label stride 2",
