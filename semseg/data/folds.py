@@ -17,10 +17,10 @@ def name_group(path: str, root: str | Path, pattern: str | None) -> str:
     Copies of one photograph by Roboflow (a.rf.<digits>.jpg) are one photograph.
 
     Args:
-        pattern: data.group, a regular expression; its first group in brackets counts, if it has one.
+        pattern: data.group, a regular expression; its first group in brackets counts, if that took part in the match.
 
     Raises:
-        DataError: if the pattern is not found.
+        DataError: if the pattern is not found, or matches no character.
 
     >>> name_group("/set/images/p07_a.png", "/set", r"p\\d+"), name_group("/set/p07/a.png", "/set", r"p(\\d+)")
     ('p07', '07')
@@ -31,7 +31,12 @@ def name_group(path: str, root: str | Path, pattern: str | None) -> str:
     found = re.search(pattern, name)
     if found is None:
         raise DataError(f"{path}: data.group={pattern} is not found in {name}. Every image must belong to a group.")
-    return (found[1] if found.re.groups else found[0]) or ""
+    group = found[1] if found.re.groups and found[1] is not None else found[0]
+    if not group:
+        raise DataError(
+            f"{path}: data.group={pattern} matches no character of {name}. Give a pattern that names a group."
+        )
+    return group
 
 
 def assign_folds(records: Sequence[Record], root: str | Path, num_folds: int, pattern: str | None) -> list[int]:

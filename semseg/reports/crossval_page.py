@@ -34,7 +34,7 @@ class FoldSpread(NamedTuple):
     """A score over the folds that have one."""
 
     name: str
-    values: tuple[float | None, ...]  # of each fold; None: the class neither occurs there nor is predicted
+    values: tuple[float | None, ...]  # of each fold; None: the class does not occur there
 
     @property
     def known(self) -> list[float]:
@@ -76,6 +76,8 @@ def read_folds(folds: Sequence[Fold]) -> FoldScores:
         try:
             content = json.loads(fold.metrics.read_text(encoding="utf-8"))
             names = [row["name"] for row in content["classes"]]
+            # Without a pixel of the class, its IoU is 0 as soon as it is predicted, which says nothing about it.
+            content["iou"] = [row["iou"] if row["pixels"] else None for row in content["classes"]]
             float(content["mean_iou"] or 0)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = type(error).__name__
@@ -90,8 +92,7 @@ def read_folds(folds: Sequence[Fold]) -> FoldScores:
         tuple(fold.number for fold in folds),
         tuple(FoldSpread(title, tuple(content[key] for content in contents)) for key, title in SCORES.items()),
         tuple(
-            FoldSpread(name, tuple(content["classes"][index]["iou"] for content in contents))
-            for index, name in enumerate(names)
+            FoldSpread(name, tuple(content["iou"][index] for content in contents)) for index, name in enumerate(names)
         ),
     )
 

@@ -45,6 +45,11 @@ def test_folds_keep_groups_together_and_have_about_the_same_size() -> None:
 
 def test_a_group_is_what_the_pattern_finds_and_every_image_has_one() -> None:
     assert name_group("/set/a/p7_1.png", "/set", r"^a/p(\d+)") == "7"
+    either = r"patient(\d+)|case(\d+)"
+    assert [name_group(f"/set/{name}_1.png", "/set", either) for name in ("patient3", "case3")] == ["3", "case3"]
+    for pattern in (r"\d*", r"p(\d*)"):
+        with pytest.raises(DataError, match="matches no character of p_1"):
+            name_group("/set/p_1.png", "/set", pattern)
     assert name_group("/set/a.rf.0a.jpg", "/set", None) == name_group("/set/a.rf.1b.jpg", "/set", None)
     with pytest.raises(DataError, match=r"b\.png: data\.group=p\(\\d\) is not found in b\.png"):
         assign_folds(records_of(["p1", "b"]), "/set", 2, r"p(\d)")
@@ -102,7 +107,10 @@ def test_finished_folds_are_kept_and_the_others_run_again(tmp_path: Path, monkey
             (folder / "eval" / "metrics.json").write_text("of a command of the user")
             content = {
                 "mean_iou": 0.1 * fold, "pixel_accuracy": 0.5, "overall_score": None,
-                "classes": [{"name": "sky", "iou": 0.2 * fold}, {"name": "=sea", "iou": None if fold else 0.3}],
+                "classes": [
+                    {"name": "sky", "iou": 0.2 * fold, "pixels": 9},
+                    {"name": "=sea", "iou": (0.3, 0.0, None)[fold], "pixels": 0 if fold else 4},
+                ],
             }  # fmt: skip
             (folder / "eval-2" / "metrics.json").write_text(json.dumps(content))
         return read_job(folder) or job
