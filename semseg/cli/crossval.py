@@ -6,6 +6,7 @@ and the others resume from their checkpoints.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -22,12 +23,12 @@ from semseg.errors import ConfigError
 from semseg.reports.crossval_page import Fold, report_folds
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import entry_script, format_command, relative_to_cwd
-from semseg.storage.run_results import Job, find_finished_job, find_scores
+from semseg.storage.run_folders import FOLDS_FILE
+from semseg.storage.run_results import RESULT_FILE, Job, RunResult, find_finished_job, find_scores, write_result
 from semseg.system.process import announce_sweep
 from semseg.system.text import format_quantity
 
 OWN_KEYS = ("mode", "run_dir", "data.fold", "after_training")  # that the jobs get values of their own for
-FOLDS_FILE = "folds.json"  # in the folder of a cross-validation: the images of every fold
 
 
 def run_folds(config: Config, overrides: list[str], run_dir: Path) -> int:
@@ -71,7 +72,11 @@ def run_folds(config: Config, overrides: list[str], run_dir: Path) -> int:
         jobs.append(job)
     scores = {number: find_scores(job.folder) for number, job in enumerate(jobs) if job.is_finished}
     finished = [Fold(number, path) for number, path in scores.items() if path is not None]
-    report_folds(run_dir, finished, folds, command)
+    mean_iou = report_folds(run_dir, finished, folds, command)
+    if len(finished) == folds:
+        write_result(run_dir, RunResult(mean_iou, "mean IoU"))  # for a sweep
+    else:
+        (run_dir / RESULT_FILE).unlink(missing_ok=True)
     for number, job in enumerate(jobs):
         if number not in scores:
             print(f"fold {number}: {job.status}{f': {job.reason}' if job.reason else ''}")
@@ -115,15 +120,28 @@ def write_folds(run_dir: Path, images: list[list[str]]) -> None:
     if path.exists() and any(run_dir.glob("fold_*")):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            num_before = sum(map(len, before))
+            change = describe_change(before, images)
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{path}: cannot be read ({type(error).__name__}). Give another run_dir.") from None
         if before != images:
-            num_images = sum(map(len, images))
             raise ConfigError(
-                f"run_dir={relative_to_cwd(run_dir)}: its folds were trained with other images ({num_before} then, "
-                f"{num_images} now; {FOLDS_FILE} lists the former). Give another run_dir."
+                f"run_dir={relative_to_cwd(run_dir)}: its folds were trained with {change} ({FOLDS_FILE} there lists "
+                "the images of each). Give another run_dir."
             )
         return
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(images, indent=1) + "\n", encoding="utf-8")
+
+
+def describe_change(before: list[list[str]], images: list[list[str]]) -> str:
+    """What differs between the folds of earlier and of now, the former first."""
+    if len(before) != len(images):
+        return f"data.folds={len(before)}, and it is {len(images)} now"
+    former, present = (set(itertools.chain(*folds)) for folds in (before, images))
+    if former == present:
+        return "the same images in other folds, because data.group has changed"
+    example = min(former ^ present)
+    return (
+        f"other images: {len(former)} then, {len(present)} now, such as {example}, which was "
+        f"{'among them and is missing' if example in former else 'not among them'}"
+    )

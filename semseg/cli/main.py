@@ -45,6 +45,7 @@ from semseg.cli.supervise import (
 from semseg.config.compose import compose_with_hydra, drop_hydra_section, read_unresolved
 from semseg.config.explain import explain_hydra_error
 from semseg.config.groups import CONFIG_DIR
+from semseg.config.override_keys import override_key
 from semseg.config.overrides import (
     RECORD_FOLDER,
     SWEEP_OPTIONS,
@@ -55,6 +56,7 @@ from semseg.config.overrides import (
 )
 from semseg.config.schema import DEFAULT_RUN_DIR, PRINTING_MODES, RESULT_MODES, Config
 from semseg.config.uses import (
+    TRAINING_MODES,
     describe_training_words,
     refuse_idle_keys,
     refuse_unread_keys,
@@ -285,6 +287,9 @@ def run_sweep(typed: list[str], overrides: list[str]) -> int:
         overrides: the same in Hydra's grammar.
     """
     refuse_launcher("a sweep (-m)")
+    given = next((word for word in overrides if override_key(word) in ("run_dir", "hydra.run.dir")), None)
+    if given is not None:
+        raise ConfigError(f"{given}: is of one run, and every job of a sweep has a folder of its own. Give sweep_dir.")
     composed = compose_with_hydra(select_overrides(overrides), sweep=True)
     sweep_dir = resolve_sweep_dir(composed)
     words = sorted(sys.argv[1:], key=lambda word: not word.startswith("-"))  # Hydra takes no option between overrides
@@ -439,7 +444,7 @@ def run_hydra_job(composed: DictConfig) -> float | None:
     runtime = HydraConfig.get()
     if runtime.mode == RunMode.MULTIRUN:
         overrides, run_dir = job_overrides(runtime.overrides.task), Path(runtime.runtime.output_dir)
-        return run_sweep_job(overrides, run_dir, scores=composed.mode == "train")
+        return run_sweep_job(overrides, run_dir, scores=composed.mode in TRAINING_MODES)
     run_dir = Path(runtime.runtime.output_dir)
     writes_record = runtime.output_subdir is None and is_first_rank()
     record = collect_run_record(composed, runtime, run_dir) if writes_record else {}

@@ -265,7 +265,7 @@ def _find_first_failure(codes: list[int | None], folder: Path) -> RankFailure:
     files = [_error_path(folder, rank) for rank in range(len(codes))]
     first = min((path for path in files if path.exists()), key=lambda path: path.stat().st_mtime_ns)
     rank = files.index(first)
-    exit_code, _, text = first.read_text().partition("\n")
+    exit_code, _, text = first.read_text(encoding="utf-8").partition("\n")
     return RankFailure(rank, extract_error_message(text), _locate_log(folder, rank), int(exit_code))
 
 
@@ -366,14 +366,19 @@ def agree_on_run_dir(own_dir: str, rank: int) -> str:
 
 
 def record_error(error: BaseException, exit_code: int) -> None:
-    """In a rank or a job of a sweep: record an exception at once, because the process may hang while it ends."""
+    """In a rank or a job of a sweep: record an exception at once, because the process may hang while it ends.
+
+    The exception itself is printed later, so nothing is lost where the record cannot be written.
+    """
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if path is None:
         return
     text = "".join(traceback.format_exception(error))
     message = "".join(traceback.format_exception_only(error))  # may have several lines
-    Path(f"{path}.new").write_text(f"{exit_code}\n{text}{MESSAGE_MARK}{message}")
-    Path(f"{path}.new").replace(path)
+    content = f"{exit_code}\n{text}{MESSAGE_MARK}{message}".encode(errors="backslashreplace")
+    with contextlib.suppress(OSError):
+        Path(f"{path}.new").write_bytes(content)
+        Path(f"{path}.new").replace(path)
 
 
 def has_other_rank_failed() -> bool:

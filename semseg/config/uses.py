@@ -359,6 +359,8 @@ def find_fold_problems(config: Config) -> Iterator[str]:
         yield f"eval.split={config.eval.split}: mode=crossval scores every network on its fold. Leave it out."
     if config.ckpt is not None:
         yield f"ckpt={config.ckpt}: mode=crossval trains new networks. Use init_from to start from weights."
+    if config.resume not in (None, "auto"):
+        yield f"resume={config.resume}: is one run. mode=crossval resumes all its folds in the same run_dir."
 
 
 def find_automatic_problems(config: Config) -> Iterator[str]:

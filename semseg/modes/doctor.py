@@ -22,7 +22,7 @@ from semseg.data import shared_slots
 from semseg.errors import DataError, SemsegError, install_command
 from semseg.nets.registry import build_segmenter
 from semseg.prediction.video import VideoWriters, read_frames
-from semseg.storage.run_folders import expand_path
+from semseg.storage.run_folders import expand_path, require_folder_path
 from semseg.system.memory import get_total_memory
 from semseg.system.processors import choose_num_workers, count_processors
 from semseg.system.shared_memory import SHARED_MEMORY, get_free_shared_memory
@@ -102,6 +102,8 @@ def attempt(name: str, check: Callable[[], CheckResult]) -> CheckResult:
     """The result of a check; any exception is an ERROR."""
     try:
         return check()
+    except SemsegError as error:
+        return CheckResult(ERROR, name, str(error))
     except Exception as error:  # from any library, for any reason
         return CheckResult(ERROR, name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
@@ -172,6 +174,7 @@ def check_shared_memory(num_workers: int) -> CheckResult:
 def check_disk(runs_dir: Path) -> CheckResult:
     """Whether run folders can be written, and the free space."""
     folder = runs_dir.absolute()
+    require_folder_path(folder, "runs_dir")
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     with tempfile.TemporaryFile(dir=existing) as file:
         file.write(b"semseg")

@@ -14,7 +14,7 @@ from semseg.config.schema import MIOU_RULES
 from semseg.errors import ConfigError, DataError, describe_reason
 from semseg.evaluation.image_files import COUNTS_FILE, ImageCounts, read_image_counts
 from semseg.storage.commands import entry_command
-from semseg.storage.run_folders import CHECKPOINT_FOLDER, METRICS_FILE, find_newest_evaluation
+from semseg.storage.run_folders import CHECKPOINT_FOLDER, FOLDS_FILE, METRICS_FILE, find_newest_evaluation
 from semseg.storage.run_results import JOB_FILE, rank_jobs, read_job
 from semseg.system.text import escape_unprintable, shorten_repr
 
@@ -97,9 +97,9 @@ def find_evaluation_folder(folder: str) -> Path:
     if found is None and path.is_file() and path.name == METRICS_FILE:
         raise ConfigError(f"runs: {folder} is a file. Give its folder: {path.parent}.")
     if found is None and (jobs := sorted(file.parent for file in path.glob(f"*/{JOB_FILE}"))):
+        kind = "cross-validation, and its folds" if (path / FOLDS_FILE).exists() else "sweep, and its jobs"
         raise ConfigError(
-            f"runs: {folder} is a sweep, and its jobs are runs. Give several of the {len(jobs)} folders below it, such "
-            f"as {jobs[0]}."
+            f"runs: {folder} is a {kind} are runs. Give several of the {len(jobs)} folders below it, such as {jobs[0]}."
         )
     if found is None:
         network = path.parent if (path.parent / CHECKPOINT_FOLDER).is_dir() else folder

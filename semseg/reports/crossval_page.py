@@ -97,19 +97,22 @@ def read_folds(folds: Sequence[Fold]) -> FoldScores:
     )
 
 
-def report_folds(run_dir: Path, folds: Sequence[Fold], num_folds: int, command: str) -> None:
+def report_folds(run_dir: Path, folds: Sequence[Fold], num_folds: int, command: str) -> float | None:
     """Print the table of the folds that are finished, and write crossval.csv, crossval.json and crossval.html.
 
     Args:
         num_folds: of the cross-validation.
         command: continues it.
 
+    Returns:
+        The mean of the mean IoU of these folds; None without any.
+
     Raises:
         DataError: if the scores of a fold cannot be read.
     """
     if not folds:
         print("no fold is finished")
-        return
+        return None
     scores = read_folds(folds)
     title = f"{len(folds)} of {num_folds} folds"
     Console().print(render_fold_table(scores, title))
@@ -128,6 +131,7 @@ def report_folds(run_dir: Path, folds: Sequence[Fold], num_folds: int, command: 
         temporary.write_text(page, encoding="utf-8")
     folder = relative_to_cwd(run_dir)
     print(escape_lines(f"written to {folder}/crossval.csv, {folder}/crossval.json, {folder}/crossval.html"))
+    return scores.totals[0].mean
 
 
 def summarise_spread(spread: FoldSpread) -> dict[str, Any]:

@@ -20,6 +20,7 @@ CHECKPOINT_FOLDER = "checkpoints"  # inside a run folder
 CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
 METRICS_FILE = "metrics.json"  # of an evaluation
 AVERAGE_FILE = "average.ckpt"  # of mode=average
+FOLDS_FILE = "folds.json"  # of mode=crossval: the images of every fold
 # What the modes write into a run folder itself, without the outputs of a prediction.
 RESULT_NAMES = (
     "config.yaml", "model.txt", "result.json", "report.html", "automatic.json",

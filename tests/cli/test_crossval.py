@@ -19,7 +19,7 @@ from semseg.data.records import Record, split_by_hash
 from semseg.data.scenes import make_scenes
 from semseg.errors import DataError
 from semseg.reports.crossval_page import FoldSpread
-from semseg.storage.run_results import FAILED, FINISHED, Job, RunResult, read_job, write_job, write_result
+from semseg.storage.run_results import FAILED, FINISHED, Job, RunResult, read_job, read_result, write_job, write_result
 
 SMALL = [*TINY, *TINY_NETWORK, "data.make.num_train=6"]
 CROSSVAL = [*SMALL, "mode=crossval", "data.folds=3"]
@@ -82,6 +82,7 @@ def test_the_deviation_is_that_of_a_single_fold() -> None:
         (["mode=crossval", "data.folds=3", "output=x"], "output=x: has no effect with mode=crossval"),
         (["mode=crossval", "data.folds=3", "trainer.limit_train_batches=0"], "there is nothing to train"),
         (["mode=crossval", "data.folds=3", "data.fold=0"], "mode=crossval trains on every fold"),
+        (["mode=crossval", "data.folds=3", "resume=last.ckpt"], "resume=last.ckpt: is one run"),
         (["mode=crossval", "data.folds=3", "data.group=(("], "data.group=((: is no regular expression"),
     ],
 )
@@ -131,6 +132,7 @@ def test_finished_folds_are_kept_and_the_others_run_again(tmp_path: Path, monkey
     assert content["iou"]["=sea"]["values"] == [0.3, None, None]
     rows = list(csv.reader((tmp_path / "cv" / "crossval.csv").open()))
     assert rows[0][:3] == ["score", "mean", "deviation"] and rows[4][0] == "IoU of sky"
+    assert read_result(tmp_path / "cv") == RunResult(pytest.approx(0.1), "mean IoU")
     assert "fold_2/eval-2/report.html" in (tmp_path / "cv" / "crossval.html").read_text()
     assert (tmp_path / "cv" / ".hydra" / "overrides.yaml").is_file()
     shutil.rmtree(tmp_path / "cv" / "fold_2" / "eval-2")
@@ -140,7 +142,21 @@ def test_finished_folds_are_kept_and_the_others_run_again(tmp_path: Path, monkey
     path = tmp_path / "scenes" / "training.odgt"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     refused = run_here(tmp_path, *CROSSVAL, "run_dir=cv", code=2)
-    assert "its folds were trained with other images (6 then, 5 now" in refused
+    assert "its folds were trained with other images: 6 then, 5 now, such as images/training/" in refused
+    assert "was among them and is missing (folds.json" in refused
+
+
+@pytest.mark.parametrize(
+    ("before", "change"),
+    [
+        ([["a", "b", "c"]], "data.folds=1, and it is 2 now"),
+        ([["a"], ["b", "c"]], "the same images in other folds, because data.group has changed"),
+        ([["b"], ["c"]], "other images: 2 then, 3 now, such as a, which was not among them"),
+        ([["a", "b"], ["c", "d"]], "other images: 4 then, 3 now, such as d, which was among them and is missing"),
+    ],
+)
+def test_what_has_changed_since_the_folds_were_trained_is_named(before: list[list[str]], change: str) -> None:
+    assert crossval.describe_change(before, [["a", "b"], ["c"]]) == change
 
 
 @pytest.mark.slow

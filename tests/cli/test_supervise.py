@@ -13,7 +13,14 @@ import pytest
 
 from helpers.in_process import configured
 from semseg.cli import supervise
-from semseg.cli.supervise import LAUNCHER_VARIABLES, RANKS_FOLDER, check_world_size, count_processes, supervise_ranks
+from semseg.cli.supervise import (
+    LAUNCHER_VARIABLES,
+    RANKS_FOLDER,
+    check_world_size,
+    count_processes,
+    record_error,
+    supervise_ranks,
+)
 from semseg.errors import ConfigError
 
 WAIT = "time.sleep(60)"
@@ -87,6 +94,18 @@ def test_a_message_of_several_lines_is_reported_whole(tmp_path: Path, capfd: pyt
     )
     job(tmp_path, 1, error + "sys.exit(1)", WAIT)
     assert "error: rank 1 of 2 failed: two problems:\n  a.png\n  b.png\n" in capfd.readouterr().err
+
+
+def test_an_error_whose_record_cannot_be_written_is_not_hidden_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = ValueError("a damaged image, \udcff.png")  # the name of a file may be no UTF-8
+    monkeypatch.setenv(supervise.ERROR_FILE_VARIABLE, str(tmp_path / "missing" / "error.txt"))
+    record_error(error, 1)
+    monkeypatch.setenv(supervise.ERROR_FILE_VARIABLE, str(tmp_path / "error.txt"))
+    record_error(error, 1)
+    text = (tmp_path / "error.txt").read_text(encoding="utf-8")
+    assert supervise.extract_error_message(text) == "ValueError: a damaged image, \\udcff.png"
 
 
 @pytest.mark.slow

@@ -385,6 +385,7 @@ def interrupt_once(path: Path) -> None:
         (["sweep_dir=x"], "needs a sweep. Add -m"),
         (["hparams_search=grid"], "needs a sweep. Add -m"),
         (["-m", "optim.lr=1,2", "--cfg", "job"], "a sweep takes no other option"),
+        (["-m", "optim.lr=1,2", "run_dir=x"], "run_dir=x: is of one run, and every job of a sweep has a folder"),
         (["-m", "hydra/launcher=jblib", "seed=1,2"], "not known. Did you mean hydra/launcher=joblib?"),
     ],
 )

@@ -171,6 +171,9 @@ def test_an_error_about_a_folder_without_evaluation_suggests_the_command(tmp_pat
     (tmp_path / "sweep" / "job" / "job.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"sweep is a sweep, .* of the 1 folders below it, such as .*sweep/job\."):
         read_evaluations([str(tmp_path / "sweep"), runs[0]])
+    (tmp_path / "sweep" / "folds.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"sweep is a cross-validation, and its folds are runs\. Give several of"):
+        read_evaluations([str(tmp_path / "sweep"), runs[0]])
     file = tmp_path / "metrics.json"
     file.write_text("{}")
     with pytest.raises(ConfigError, match=rf"metrics\.json is a file\. Give its folder: {tmp_path}\."):

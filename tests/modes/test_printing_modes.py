@@ -145,6 +145,13 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch
     assert finding.level == ERROR and str(tmp_path) in finding.text
 
 
+def test_a_file_in_place_of_the_folder_of_runs_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    finding = doctor.attempt("disk", lambda: doctor.check_disk(tmp_path / "runs" / "mine"))
+    assert finding.level == ERROR
+    assert finding.text.endswith(f"cannot be created, because {tmp_path / 'runs'} is no folder. Set runs_dir.")
+
+
 @pytest.mark.slow
 def test_no_run_folder_is_made(tmp_path: Path) -> None:
     output = run_here(tmp_path, "mode=data")
