@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -23,6 +23,15 @@ from semseg.system.text import escape_unprintable
 from semseg.training.callbacks.nonfinite import watch_layers
 
 
+class SavedStep(NamedTuple):
+    """What a stopped run left of a step."""
+
+    number: int  # from 1
+    total_steps: int  # of the run; 0: a file of an earlier version does not say
+    batches: list[Batch]
+    seeds: list[int]  # of torch's generators before each of them
+
+
 def run(config: Config, overrides: list[str]) -> None:
     """Take a step on the saved sub-batches of `input` with the weights of `ckpt`, and report what came out.
 
@@ -35,18 +44,20 @@ def run(config: Config, overrides: list[str]) -> None:
     """
     assert config.input is not None, "find_mode_problems asks for it"
     path = Path(config.input).expanduser()
-    step, batches, seeds = read_batches(path)
+    step = read_step(path)
     saved, config = open_network(config, overrides)
     config = restore_training(saved.config, config, overrides)
     device, precision = choose_device(config.trainer), config.trainer.precision
     saved = saved._replace(weights=read_trained_weights(Path(saved.source)) or saved.weights)
     module = build_module(config, restore_network(saved), saved.classes).to(device, choose_weight_type(precision))
     module.prepare_training()
+    if step.total_steps:
+        module.net.set_progress(step.number - 1, step.total_steps)
     console = Console(soft_wrap=True, highlight=False)
     console.print(
-        Text(escape_unprintable(f"step {step} repeated, with the weights of {saved.source} (step {saved.step})"))
+        Text(escape_unprintable(f"step {step.number} repeated, with the weights of {saved.source} (step {saved.step})"))
     )
-    for batch, seed in zip(batches, seeds, strict=True):
+    for batch, seed in zip(step.batches, step.seeds, strict=True):
         module.zero_grad()
         torch.manual_seed(seed)
         moved = batch._replace(**{name: getattr(batch, name).to(device) for name in ("image", "label", "size")})
@@ -91,8 +102,8 @@ def read_trained_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(NET_PREFIX): value for name, value in trained.items() if name.startswith(NET_PREFIX)}
 
 
-def read_batches(path: Path) -> tuple[int, list[Batch], list[int]]:
-    """The step, the sub-batches and the seeds before them of a file that a stopped run left.
+def read_step(path: Path) -> SavedStep:
+    """The step in a file that a stopped run left.
 
     Raises:
         CheckpointError: if it is another kind of file.
@@ -100,11 +111,12 @@ def read_batches(path: Path) -> tuple[int, list[Batch], list[int]]:
     content: dict[str, Any] = load_plain(path)
     try:
         batches = [Batch(**batch) for batch in content["batches"]]
-        step, seeds = int(content["step"]), [int(seed) for seed in content.get("seeds", [0] * len(batches))]
+        number, total_steps = int(content["step"]), int(content.get("total_steps", 0))
+        seeds = [int(seed) for seed in content.get("seeds", [0] * len(batches))]
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"input={path}: not a saved sub-batch; a run that ends with a NaN loss prints its name."
         ) from error
     if len(seeds) != len(batches) or not all(is_dense_tensor(value) for batch in batches for value in batch[:3]):
         raise CheckpointError(f"input={path}: not a saved sub-batch.")
-    return step, batches, seeds
+    return SavedStep(number, total_steps, batches, seeds)

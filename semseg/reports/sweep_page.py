@@ -30,7 +30,7 @@ MAX_LOG_MARKS = 6
 MAX_AXIS_LETTERS = 54  # in all names below a plot
 NUM_RANGES = 3  # groups of a number that has too many values for a colour each
 MAX_NUMBER_LENGTH = 8  # letters of a number in the table
-REPORTS = ("eval/report.html", "report.html")  # in the folder of a job, the first that exists
+REPORTS = ("eval/report.html", "report.html", "crossval.html")  # in the folder of a job, the first that exists
 
 
 class Row(NamedTuple):

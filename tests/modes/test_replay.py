@@ -19,7 +19,7 @@ from semseg.build import build_module, find_network, restore_network
 from semseg.config.load import load_config
 from semseg.data.batch import Batch
 from semseg.lit_module import SegmentationModule
-from semseg.nets.interfaces import Logits
+from semseg.nets.interfaces import Logits, SegmentationNetwork
 from semseg.nets.registry import NETWORKS
 from semseg.training.callbacks.nonfinite import NonFiniteError, batch_to_dict
 
@@ -124,6 +124,8 @@ def test_trained_weights_count_and_not_their_average(tmp_path: Path) -> None:
 def test_dropout_is_that_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run that stops: its loss is computed again from the saved sub-batch."""
     losses: list[float] = []
+    progress: list[tuple[int, int]] = []
+    monkeypatch.setattr(SegmentationNetwork, "set_progress", lambda net, *numbers: progress.append(numbers))
     take_step = SegmentationModule.training_step
 
     def take_spoiled_step(module: SegmentationModule, batch: Batch, batch_idx: int) -> Tensor:
@@ -137,3 +139,4 @@ def test_dropout_is_that_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (batch,) = (tmp_path / "run/nonfinite").iterdir()
     printed = run_here(tmp_path, "mode=replay", "ckpt=run", f"input={batch}", "trainer=cpu")
     assert read_loss(printed) == pytest.approx(losses[1], rel=1e-5)
+    assert progress[-1] == progress[1] and progress[1][0] == 1  # of networks that change over a run

@@ -73,7 +73,7 @@ class NonFiniteGuard(Callback):
         self.skipped = 0
         self.overflows = 0  # steps that the gradient scaler skipped
         self._overflows_in_a_row = 0
-        self._rank = self._world_size = 0
+        self._rank = self._world_size = self._total_steps = 0
         self._batches: list[Batch] = []  # since the last step of the optimiser
         self._seeds: list[int] = []
         self._losses: list[Tensor] = []
@@ -91,6 +91,7 @@ class NonFiniteGuard(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._rank, self._world_size = trainer.global_rank, trainer.world_size
+        self._total_steps = int(trainer.estimated_stepping_batches)
         # A gradient scaler looks for infinite gradients of half precision itself, and skips them routinely.
         self.has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
 
@@ -197,7 +198,9 @@ class NonFiniteGuard(Callback):
         """Write this rank's sub-batches of a step; returns the file."""
         path = self.folder / f"step_{step.number}_rank_{self._rank}.pt"
         batches = [batch_to_dict(batch) for batch in step.batches]
-        content = {"step": step.number, "batches": batches, "seeds": step.seeds}
+        content = {
+            "step": step.number, "total_steps": self._total_steps, "batches": batches, "seeds": step.seeds
+        }  # fmt: skip
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
         return path
