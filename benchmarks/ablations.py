@@ -36,9 +36,9 @@ from accuracy import (
     find_row,
     list_pairs,
     network_words,
+    resolve_run_options,
     run_measured,
     score_run,
-    settle_run_options,
     summarise_row,
     train_recipe,
 )
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--split", choices=tuple(SPLIT_LISTS), default="val")
     parser.add_argument("--short-edge", type=int, default=180, help="pixels, at which images are predicted")
     add_run_options(parser, "ablations", TABLE)
-    options = settle_run_options(parser.parse_args())
+    options = resolve_run_options(parser.parse_args())
     options.data = options.data.resolve()
     for change in options.change or CHANGES:
         measure_change(change, options)

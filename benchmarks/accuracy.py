@@ -107,7 +107,7 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", choices=tuple(SPLIT_LISTS), default="test")
     parser.add_argument("--short-edge", type=int, default=360, help="pixels, at which ours predicts")
     add_run_options(parser, "accuracy", TABLE)
-    options = settle_run_options(parser.parse_args(words))
+    options = resolve_run_options(parser.parse_args(words))
     options.data = options.data.resolve()
     return options
 
@@ -127,7 +127,7 @@ def add_run_options(parser: argparse.ArgumentParser, work: str, table: Path) -> 
     parser.add_argument("--toy", action="store_true", help="tiny networks and two steps, to test this program")
 
 
-def settle_run_options(options: argparse.Namespace) -> argparse.Namespace:
+def resolve_run_options(options: argparse.Namespace) -> argparse.Namespace:
     """Create the folder of work, and find the weights of the encoder."""
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)

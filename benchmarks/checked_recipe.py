@@ -34,8 +34,8 @@ from accuracy import (
     list_pairs,
     network_words,
     read_batch_size,
+    resolve_run_options,
     score_run,
-    settle_run_options,
     summarise_row,
     training_words,
 )
@@ -63,7 +63,7 @@ def parse_options() -> argparse.Namespace:
     which.add_argument("--defects", action="store_true", help="a drawn data set")
     parser.add_argument("--minutes", type=float, default=15, help="CPU minutes of training")
     add_run_options(parser, "checked_recipe", TABLE)
-    options = settle_run_options(parser.parse_args())
+    options = resolve_run_options(parser.parse_args())
     return options
 
 

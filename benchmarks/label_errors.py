@@ -44,7 +44,7 @@ from accuracy import (
     find_row,
     network_words,
     read_class_names,
-    settle_run_options,
+    resolve_run_options,
     training_words,
 )
 from numpy.typing import NDArray
@@ -95,7 +95,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--scales", default="360", help="eval.scales, in which labels are checked")
     parser.add_argument("--flip", action="store_true", help="eval.flip=true")
     add_run_options(parser, "label_errors", TABLE)
-    options = settle_run_options(parser.parse_args())
+    options = resolve_run_options(parser.parse_args())
     options.data = options.data.resolve()
     return options
 

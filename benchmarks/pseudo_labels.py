@@ -42,7 +42,7 @@ from accuracy import (
     find_row,
     list_pairs,
     network_words,
-    settle_run_options,
+    resolve_run_options,
     training_words,
 )
 
@@ -72,7 +72,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--short-edge", type=int, default=216, help="pixels: the largest of training; 180 scores best")
     parser.add_argument("--eval-edge", type=int, default=180, help="pixels, at which networks predict")
     add_run_options(parser, "pseudo_labels", TABLE)
-    options = settle_run_options(parser.parse_args())
+    options = resolve_run_options(parser.parse_args())
     options.data = options.data.resolve()
     if options.toy:
         options.steps, options.short_edge, options.eval_edge = TOY_STEPS, 32, 32

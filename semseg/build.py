@@ -247,7 +247,7 @@ def create_predictor(saved: SavedNetwork, config: Config, device: torch.device |
     precision = config.trainer.precision
     net = restore_network(saved).to(device, choose_weight_type(precision))
     refuse_nonfinite_weights(net.state_dict(), saved.source)
-    if settle_layout(config, net, device.type).model.channels_last and is_convolutional(net):
+    if resolve_layout(config, net, device.type).model.channels_last and is_convolutional(net):
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     settings = PredictionSettings(
         scales=options.scales or config.eval.scales,
@@ -347,7 +347,7 @@ def format_other_classes(data: DataConfig, num_classes: int, saved: SavedNetwork
     )
 
 
-def settle_reading(config: Config, root: Path) -> Config:
+def resolve_reading(config: Config, root: Path) -> Config:
     """The configuration with plain values for data.label_cache and data.num_workers, if they are `auto`.
 
     Args:
@@ -379,7 +379,7 @@ def locate_waiting_record(config: Config, root: Path) -> WaitingRecord:
     return WaitingRecord(cache_folder(config.download), root, conditions)
 
 
-def settle_layout(config: Config, net: SegmentationNetwork, device: str | None = None) -> Config:
+def resolve_layout(config: Config, net: SegmentationNetwork, device: str | None = None) -> Config:
     """The configuration with a plain value for model.channels_last, if it is `auto`.
 
     Args:
@@ -394,7 +394,7 @@ def settle_layout(config: Config, net: SegmentationNetwork, device: str | None =
 
 def build_module(config: Config, net: SegmentationNetwork, classes: ClassTable) -> SegmentationModule:
     """The module that trains and evaluates `net`."""
-    config = settle_layout(config, net)
+    config = resolve_layout(config, net)
     return SegmentationModule(
         net,
         classes,
@@ -431,7 +431,7 @@ def build_data(config: Config, source: DataSource, net: SegmentationNetwork) -> 
         ConfigError: if the size divisor is not a multiple of the label stride.
     """
     if AUTO in (source.config.label_cache, source.config.num_workers):
-        source.config = settle_reading(replace(config, data=source.config), source.root).data
+        source.config = resolve_reading(replace(config, data=source.config), source.root).data
     return SegmentationData(
         source,
         net,

@@ -20,7 +20,7 @@ import torch
 from omegaconf import OmegaConf
 from torch.optim import Optimizer
 
-from semseg.build import build_data, build_module, choose_device, locate_waiting_record, settle_layout, settle_reading
+from semseg.build import build_data, build_module, choose_device, locate_waiting_record, resolve_layout, resolve_reading
 from semseg.checkpoints.network import build_network, without_weights
 from semseg.config.compose import compose_config
 from semseg.config.fields import AUTO
@@ -87,7 +87,7 @@ def format_override_value(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def settle_value_range(source: DataSource) -> DataSource:
+def resolve_value_range(source: DataSource) -> DataSource:
     """The data set with the values that data.value_range=auto stands for, which are printed.
 
     Raises:
@@ -198,7 +198,7 @@ class Chooser:
         self.choices.append(choice)
 
     def choose_label_cache(self) -> AutomaticChoice:
-        folder = settle_reading(self.config, self.source.root).data.label_cache
+        folder = resolve_reading(self.config, self.source.root).data.label_cache
         reason = (
             "the cache cannot be written or its disk is almost full"
             if folder is None
@@ -219,7 +219,7 @@ class Chooser:
         )
 
     def choose_layout(self) -> AutomaticChoice:
-        config = settle_layout(self.config, self.build_meta_network())
+        config = resolve_layout(self.config, self.build_meta_network())
         kind = "GPU" if self.accelerator == "gpu" else self.accelerator.upper()
         reason = f"{config.model.title} in {config.trainer.precision} on a {kind}"
         return AutomaticChoice("model.channels_last", config.model.channels_last, reason)

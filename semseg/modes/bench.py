@@ -27,7 +27,7 @@ from semseg.errors import DataError
 from semseg.evaluation.evaluator import Speed
 from semseg.evaluation.tables import format_speed
 from semseg.lit_module import SegmentationModule
-from semseg.modes.automatic import choose_automatic, settle_value_range
+from semseg.modes.automatic import choose_automatic, resolve_value_range
 from semseg.nets.gpu import wait_for_device
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.storage.atomic import atomic_write
@@ -109,7 +109,7 @@ def run(config: Config, overrides: list[str]) -> None:
     limits = {"max_steps": steps, "max_epochs": 1, "limit_train_batches": None, "limit_val_batches": 0}
     trainer_config = replace(config.trainer, **limits)
     config = replace(config, trainer=trainer_config, data=replace(config.data, steps_per_epoch=steps))
-    source = settle_value_range(DataSource(config.data))
+    source = resolve_value_range(DataSource(config.data))
     config = replace(config, data=source.config)
     config, choices = choose_automatic(config, overrides, source)
     for choice in choices:

@@ -21,9 +21,9 @@ from semseg.build import (
     build_trainer,
     format_other_classes,
     open_network,
+    resolve_layout,
+    resolve_reading,
     restore_network,
-    settle_layout,
-    settle_reading,
 )
 from semseg.checkpoints.format import SavedNetwork, refuse_nonfinite_weights
 from semseg.checkpoints.network import check_class_names
@@ -101,7 +101,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
     resamples = choose_resamples(config.eval.bootstrap, len(source.records(split)))
     print_once(source.describe_unused(split))
     net = restore_network(saved)
-    config = settle_layout(settle_reading(config, source.root), net)
+    config = resolve_layout(resolve_reading(config, source.root), net)
     refuse_nonfinite_weights(net.state_dict(), saved.source)
     trainer = build_trainer(config, source)
     module, data = build_module(config, net, source.classes), build_data(config, source, net)

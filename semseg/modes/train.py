@@ -27,7 +27,7 @@ from semseg.data.store import UnusedFiles
 from semseg.datamodule import SegmentationData
 from semseg.errors import ConfigError, DataError
 from semseg.lit_module import SegmentationModule
-from semseg.modes.automatic import choose_automatic, settle_value_range
+from semseg.modes.automatic import choose_automatic, resolve_value_range
 from semseg.modes.train_end import (
     best_result,
     describe_earlier_follow_ups,
@@ -74,7 +74,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     """
     source = DataSource(config.data)
     source.training_records()  # missing files are reported before anything slow happens
-    source = settle_value_range(source)
+    source = resolve_value_range(source)
     config = replace(config, data=source.config)
     run_dir = Path(config.run_dir)
     with lock_run_folder(run_dir):
