@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -123,13 +123,12 @@ class DataSource:
         return make_label_map(self.config, self.classes, self._has_coloured_masks)
 
     def _has_coloured_masks(self, greys: GreyColours) -> bool:
-        """Whether one of some masks of the splits that were read, or else of the first one, is coded in colours."""
-        read = list(self._records.values())
-        if not read:
-            split = next((split for split in ("train", "val", "test") if self._is_configured(split)), None)
-            with suppress(DataError, ConfigError):  # raised where the records are needed
-                read = [] if split is None else [separate_problems(self._read(split, self._split_files(split)))[0]]
-        for records in read:
+        """Whether one of some masks is coded in colours: of every split, so that all modes read masks alike."""
+        for split in filter(self._is_configured, SPLITS):
+            try:
+                records, _ = separate_problems(self._read(split, self._split_files(split)))
+            except (DataError, ConfigError):
+                continue  # raised where the records are needed
             masks = [record.label for record in records if record.label]
             looked_at = take_evenly(masks, NUM_LOOKED_AT)
             if any(has_colours(mask, greys, max_pixels=self.config.max_pixels) for mask in looked_at):
