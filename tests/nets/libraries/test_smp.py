@@ -24,7 +24,8 @@ from semseg.config.schema import DownloadConfig, ModelConfig, OptimConfig
 from semseg.errors import CheckpointError, ConfigError, DownloadError, ExportError
 from semseg.export.onnx import Deviation, write_onnx, write_torch_export
 from semseg.nets.interfaces import Logits, SegmentationNetwork
-from semseg.nets.libraries.smp import ARCHITECTURES, SmpNetwork, read_preprocessing
+from semseg.nets.libraries.smp import ARCHITECTURES, SmpNetwork, build_model, read_preprocessing
+from semseg.nets.meta import build_on_meta
 from semseg.training.losses import segmentation_loss
 from semseg.training.optim import parameter_groups
 from semseg.training.unused import freeze_unused, summarise_modules
@@ -321,3 +322,15 @@ def test_every_architecture_is_exported_for_every_size(arch: str, suffix: str, t
         return
     deviation = export(arch, tmp_path / f"net{suffix}")
     assert deviation.largest < 1e-5 * deviation.scale
+
+
+def test_an_encoder_whose_constructor_reads_values_is_built_in_memory_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = smp.MODEL_ARCHITECTURES_MAPPING["unet"]
+
+    def build(**arguments: Any) -> nn.Module:
+        torch.linspace(0, 0.1, 3)[0].item()  # rates of stochastic depth, as in encoders of timm
+        return unet(**arguments)
+
+    monkeypatch.setitem(smp.MODEL_ARCHITECTURES_MAPPING, "unet", build)
+    net = build_on_meta(lambda: build_model("unet", "resnet18", 3, NARROW["unet"]))
+    assert all(parameter.is_meta for parameter in net.parameters())
