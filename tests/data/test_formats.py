@@ -132,14 +132,15 @@ def test_masks_in_black_and_white_are_coded_in_colours_if_the_table_has_them(col
 
 @pytest.mark.parametrize("first", ["train", "val"])
 def test_every_split_is_read_alike_whichever_is_read_first(coloured: Path, first: str) -> None:
-    (coloured / "classes.csv").write_text("index,name,R,G,B\n0,ground,0,0,0\n1,building,255,255,255\n2,tree,10,200,10\n")
+    rows = ("index,name,R,G,B", "0,ground,0,0,0", "1,building,255,255,255", "2,tree,10,200,10")
+    (coloured / "classes.csv").write_text("\n".join(rows))
     image(coloured / "more" / "c.png")
     save(coloured / "black" / "c.png", colours((0, 0, 0), (0, 0, 0)))
     save(coloured / "masks" / "a.png", colours((0, 0, 0), GREEN))
     save(coloured / "masks" / "b.png", colours((0, 0, 0), GREEN))
     data = source(coloured, "data=folder", "data.classes=classes.csv", "data.val.images=more", "data.val.masks=black")
     data.records(first)
-    assert (data.label_map.colours is not None) and data.label_map.colours.codes_grey
+    assert data.label_map.colours is not None and data.label_map.colours.codes_grey
 
 
 def test_a_black_mask_of_a_data_set_of_ids_in_rgb_files_is_id_0(coloured: Path) -> None:
