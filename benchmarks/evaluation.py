@@ -7,7 +7,7 @@
 
 The direct way is that of the 2018 code: the network with the operators of the published architecture, and for every
 scale the logits of all classes upsampled to the full size, softmax, and a sum of full-size maps. Ours uses the kernels
-of nets/cpu on the CPU and averages band by band. "Batched" is ours with all images as one batch per scale. All start
+of nets/cpu on the CPU and averages strip by strip. "Batched" is ours with all images as one batch per scale. All start
 from the scaled images and end with class indices, and they take turns. Printed are medians of wall time, of CPU time,
 and of the ratios.
 

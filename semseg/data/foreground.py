@@ -68,20 +68,20 @@ def find_classes(label: NDArray[np.int16]) -> LabelClasses:
     return LabelClasses(classes.astype(np.int16), counts[classes].astype(np.int64), np.concatenate(positions))
 
 
-def find_classes_in_bands(label: LabelWindows) -> LabelClasses:
+def find_classes_in_strips(label: LabelWindows) -> LabelClasses:
     """As `find_classes`, for a label that is read by window, twice: to count pixels, and to find those that are kept.
 
     Raises:
         DataError: if the file is damaged, or holds an id that is neither a class nor ignored.
     """
     counts = np.zeros(label.label_map.num_classes, np.int64)
-    for _, ids in label.read_bands():
+    for _, ids in label.read_strips():
         counts += np.bincount(ids.ravel().astype(np.int64) + 1, minlength=len(counts) + 1)[1:]
     classes = np.flatnonzero(counts)
     chosen = {int(index): _spread(int(counts[index])) for index in classes}  # numbers among the pixels of the class
     found: dict[int, list[NDArray[np.uint32]]] = {index: [] for index in chosen}
     seen = dict.fromkeys(chosen, 0)
-    for window, ids in label.read_bands():
+    for window, ids in label.read_strips():
         for index, numbers in chosen.items():
             pixels = np.flatnonzero(ids.ravel() == index)
             inside = numbers[(numbers >= seen[index]) & (numbers < seen[index] + len(pixels))] - seen[index]
@@ -158,7 +158,7 @@ def build_foreground_index(
                 return key, cached[key]
             with open_label(record.label, own, max_pixels=max_pixels, cache=label_cache) as label:
                 is_by_window = isinstance(label, LabelWindows)
-                return key, find_classes_in_bands(label) if is_by_window else find_classes(label.to_array())
+                return key, find_classes_in_strips(label) if is_by_window else find_classes(label.to_array())
         except (OSError, DataError):
             return "", NO_CLASSES
 

@@ -24,7 +24,7 @@ from semseg.data.label_map import ColourIds, LabelMap
 from semseg.data.labels import Label, check_id_range, read_class_indices
 from semseg.data.raster_layout import NPY_START, TIFF_STARTS, RasterLayout, read_picture_layout
 from semseg.data.rasters import list_missing_packages
-from semseg.data.windows import BAND_PIXELS, WHOLE_PIXELS, Window, row_bands
+from semseg.data.windows import STRIP_PIXELS, WHOLE_PIXELS, Window, row_strips
 from semseg.errors import DataError
 
 _ID_PHOTOMETRICS = (1, 3)  # tag 262: 0 is black, and indices of a palette
@@ -73,9 +73,9 @@ class LabelWindows(IdWindows):
         """
         return self.label_map(self.read_ids(window), self.path)
 
-    def read_bands(self, num_pixels: int = BAND_PIXELS) -> Iterator[tuple[Window, NDArray[np.int16]]]:
-        """The class indices of the whole label, from top to bottom in bands of rows of about `num_pixels`."""
-        for window in row_bands(self.size, num_pixels):
+    def read_strips(self, num_pixels: int = STRIP_PIXELS) -> Iterator[tuple[Window, NDArray[np.int16]]]:
+        """The class indices of the whole label, from top to bottom in strips of rows of about `num_pixels`."""
+        for window in row_strips(self.size, num_pixels):
             yield window, self.read(window)
 
 

@@ -33,7 +33,7 @@ from semseg.data.pairs import size_mismatch_message
 from semseg.data.palette import pack_colours
 from semseg.data.records import Record
 from semseg.data.store import file_stamp
-from semseg.data.windows import WHOLE_PIXELS, row_bands, spread_windows
+from semseg.data.windows import WHOLE_PIXELS, row_strips, spread_windows
 from semseg.errors import DataError
 from semseg.system.processors import count_processors
 
@@ -292,7 +292,7 @@ def count_ids_of_file(path: str, colours: ColourIds | None, max_pixels: int) -> 
 
 
 def read_ids(path: str, colours: ColourIds | None, max_pixels: int) -> Iterator[tuple[int, NDArray[np.integer]]]:
-    """The ids of a mask in bands of rows, each with the number of its first row: in one band if it is read whole.
+    """The ids of a mask in strips of rows, each with the number of its first row: in one strip if it is read whole.
 
     Raises:
         DataError: as `count_ids_of_file`.
@@ -303,7 +303,7 @@ def read_ids(path: str, colours: ColourIds | None, max_pixels: int) -> Iterator[
         yield 0, read_label(path, max_pixels=max_pixels, colours=colours)
         return
     try:
-        for window in row_bands(windows.size):
+        for window in row_strips(windows.size):
             yield window.top, windows.read_ids(window)
     finally:
         windows.close()

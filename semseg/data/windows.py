@@ -20,7 +20,7 @@ from semseg.data.geometry import Size
 # Images and labels of more pixels are evaluated and indexed by window where their format allows: four bands of 16 bits
 # take 270 MB then, which workers prepare several times.
 WHOLE_PIXELS = 2**25
-BAND_PIXELS = 2**22  # of what is read in bands of rows
+STRIP_PIXELS = 2**22  # of what is read in strips of rows
 BLOCK_SIDE = 2048  # pixels: of what is read in squares
 
 
@@ -136,10 +136,10 @@ def check_inside(window: Window, size: Size) -> None:
         raise ValueError(f"{window} is not inside an image of {size} pixels")
 
 
-def row_bands(size: Size, num_pixels: int = BAND_PIXELS) -> Iterator[Window]:
-    """An image of `size` in bands of whole rows of about `num_pixels`, from top to bottom.
+def row_strips(size: Size, num_pixels: int = STRIP_PIXELS) -> Iterator[Window]:
+    """An image of `size` in strips of whole rows of about `num_pixels`, from top to bottom.
 
-    >>> [(window.top, window.height) for window in row_bands(Size(10, 100), 400)]
+    >>> [(window.top, window.height) for window in row_strips(Size(10, 100), 400)]
     [(0, 4), (4, 4), (8, 2)]
     """
     step = max(1, num_pixels // size.width)

@@ -2,9 +2,9 @@
 
 The network runs once per scale, on the whole image or on windows, and on images of equal shape together. Its logits are
 kept at their own low resolution, channels last. Then they are upsampled, turned into probabilities and averaged, one
-band of output rows at a time, so that num_classes x height x width numbers never exist at once.
+strip of output rows at a time, so that num_classes x height x width numbers never exist at once.
 
-Every output pixel is computed by the same operations in the same order, whatever the height of the bands: products
+Every output pixel is computed by the same operations in the same order, whatever the height of the strips: products
 and sums that are rounded one by one, and a softmax over contiguous numbers. The result is therefore equal to the last
 bit for every memory limit (except for CUDA's softmax of more than 1024 classes, which depends on addresses).
 """
@@ -31,10 +31,10 @@ from semseg.nets.gpu import copies_without_waiting
 from semseg.nets.normalise import normalise
 
 BYTES_PER_MB = 2**20
-# Arrays of a band's size that exist at once: the sum, two gathered columns, their rows, probabilities, a copy to keep.
+# Arrays of a strip's size that exist at once: the sum, two gathered columns, their rows, probabilities, a copy to keep.
 BUFFERS = 6
-# On the CPU a band whose arrays fit in the cache is five times as fast as one whose arrays do not.
-CPU_BAND_BYTES = BYTES_PER_MB // 2
+# On the CPU a strip whose arrays fit in the cache is five times as fast as one whose arrays do not.
+CPU_STRIP_BYTES = BYTES_PER_MB // 2
 
 
 class ClassMap(NamedTuple):
@@ -203,7 +203,7 @@ def merge_scales(
     Args:
         logits: (M, h, w, K) of each scale, from `scale_logits`.
         out_size: (height, width) of the class map.
-        memory_limit_mb: limit of all arrays that grow with K x width x rows of a band; a band has at least one row.
+        memory_limit_mb: limit of all arrays that grow with K x width x rows of a strip; a strip has at least one row.
         probabilities: array to fill with the mean probabilities: (K, height, width), any floating type; may be
             memory-mapped.
         label: (height, width) int64 class indices, whose probabilities the class map gets too; 0 where it is -1.
@@ -215,7 +215,7 @@ def merge_scales(
     confidence = torch.empty(out_size, dtype=like.dtype, device=like.device)
     label_confidence = None if label is None else torch.empty_like(confidence)
     max_width = max(width, *(view.logits.shape[1] for view in maps))
-    step = band_height(max_width * num_classes * like.element_size(), memory_limit_mb, like.device)
+    step = strip_height(max_width * num_classes * like.element_size(), memory_limit_mb, like.device)
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))
         total = maps[0].rows(rows).softmax(-1)  # (n, width, K)
@@ -267,15 +267,15 @@ def select_classes(probabilities: Tensor, label: Tensor) -> Tensor:
     return found.masked_fill_(label < 0, 0)
 
 
-def band_height(row_bytes: int, memory_limit_mb: int, device: torch.device) -> int:
-    """Number of output rows per band, at least 1, if one row of one array takes `row_bytes`.
+def strip_height(row_bytes: int, memory_limit_mb: int, device: torch.device) -> int:
+    """Number of output rows per strip, at least 1, if one row of one array takes `row_bytes`.
 
-    >>> band_height(row_bytes=2**20, memory_limit_mb=1024, device=torch.device("cuda"))
+    >>> strip_height(row_bytes=2**20, memory_limit_mb=1024, device=torch.device("cuda"))
     170
     """
     array_bytes = memory_limit_mb * BYTES_PER_MB // BUFFERS
     if device.type == "cpu":
-        array_bytes = min(array_bytes, CPU_BAND_BYTES)
+        array_bytes = min(array_bytes, CPU_STRIP_BYTES)
     return max(1, array_bytes // row_bytes)
 
 

@@ -33,10 +33,10 @@ from semseg.errors import ConfigError
 from semseg.evaluation.inference import (
     ClassMap,
     LinearInterpolation,
-    band_height,
     interpolate_axis,
     linear_interpolation,
     select_classes,
+    strip_height,
 )
 from semseg.evaluation.unsure import warn_of_undefined
 from semseg.nets.blocks import to_full_precision
@@ -150,7 +150,7 @@ def blend_windows(
     flip: bool = False,
     batch_size: int = 1,
 ) -> Iterator[Tensor]:
-    """The blended logits of a padded image in bands of rows from top to bottom: (M, n, w, K), M = 2 with `flip`."""
+    """The blended logits of a padded image in strips of rows from top to bottom: (M, n, w, K), M = 2 with `flip`."""
     size = pad_to_windows(net, Size(int(source.shape[-2]), int(source.shape[-1])), layout)
     blend = None
     for row in plan_window_rows(size, layout.side, layout.step):
@@ -255,7 +255,7 @@ def run_windows(
 
 
 class UpsampledRows:
-    """Turns bands of logits into rows of predictions at the size of the image, as `merge_scales` does for whole maps.
+    """Turns strips of logits into rows of predictions at the size of the image, as `merge_scales` does for whole maps.
 
     Args:
         size: of the image.
@@ -285,7 +285,7 @@ class UpsampledRows:
         end = min(bisect_left(self.last_read, available), self.size.height)
         like, num_classes = self.logits, self.logits.shape[-1]
         row_bytes = max(self.size.width, like.shape[2]) * num_classes * like.element_size()
-        step = band_height(row_bytes, self.memory_limit_mb, like.device)
+        step = strip_height(row_bytes, self.memory_limit_mb, like.device)
         for top in range(self.next, end, step):
             rows = slice(top, min(top + step, end))
             total = self._probabilities(rows)

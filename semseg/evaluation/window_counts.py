@@ -11,7 +11,7 @@ from torch import Tensor
 
 from semseg.data.geometry import Size
 from semseg.data.open_pairs import OpenPair
-from semseg.data.windows import FinishedRows, Window, row_bands
+from semseg.data.windows import FinishedRows, Window, row_strips
 from semseg.evaluation.image_files import MAP_EDGE, ClassMaps, encode_maps
 from semseg.evaluation.inference import ClassMap
 from semseg.evaluation.metrics import confusion_counts
@@ -54,7 +54,7 @@ class CountingSink:
     """Compares the rows of a prediction with those of the label.
 
     Args:
-        pair: the image, whose label is read for each band of rows.
+        pair: the image, whose label is read for each strip of rows.
         num_classes: K.
         device: where the pixels are counted.
     """
@@ -79,8 +79,8 @@ class CountingSink:
         inside = self.grid_rows[(self.grid_rows >= rows.top) & (self.grid_rows < rows.top + height)] - rows.top
         place = np.ix_(inside, self.grid_columns)
         self.small.append((label[place], rows.ids[place]))
-        for band in row_bands(Size(height, width), COUNTED_PIXELS):
-            part = slice(band.top, band.top + band.height)
+        for strip in row_strips(Size(height, width), COUNTED_PIXELS):
+            part = slice(strip.top, strip.top + strip.height)
             ids, given = (torch.from_numpy(values[part]).to(self.device) for values in (rows.ids, label))
             given = given.long()
             self.matrix += confusion_counts(ids, given, self.num_classes)

@@ -162,7 +162,7 @@ def check_first_labels(source: DataSource, max_pixels: int) -> None:
         try:
             with open_label(record.label or "", record.label_map or source.label_map, max_pixels=max_pixels) as label:
                 if isinstance(label, LabelWindows):
-                    for _ in label.read_bands():  # which checks the ids
+                    for _ in label.read_strips():  # which checks the ids
                         pass
         except DataError as error:
             raise name_origin(record, error) from error

@@ -146,9 +146,9 @@ def conv_of_upsampled(features: Tensor, weight: Tensor, size: Sequence[int]) -> 
     mixed = (mix_channels(features, weight[:, :, kernel_row]) for kernel_row in range(3))
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or features.device.type != "cpu":
         return interpolate(rows, columns, mixed).permute(0, 3, 1, 2)
-    from semseg.nets.cpu.bands import interpolate_in_bands  # noqa: PLC0415 - only where a network runs on the CPU
+    from semseg.nets.cpu.strips import interpolate_in_strips  # noqa: PLC0415 - only where a network runs on the CPU
 
-    return interpolate_in_bands(interpolate, rows, columns, list(mixed)).permute(0, 3, 1, 2)
+    return interpolate_in_strips(interpolate, rows, columns, list(mixed)).permute(0, 3, 1, 2)
 
 
 def mix_channels(features: Tensor, kernel_row: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from semseg.data.label_map import IGNORED
 from semseg.errors import ConfigError, check_choice, describe_reason
 from semseg.nets.interfaces import Logits
 from semseg.nets.precision import choose_widest_float
-from semseg.training.logit_bands import LogitsOfLabel, as_tensor, fit_to_label, map_rows, sum_over_rows
+from semseg.training.logit_strips import LogitsOfLabel, as_tensor, fit_to_label, map_rows, sum_over_rows
 
 # (logits (N, K, h, w) in float32 or wider, label (N, h, w), average over ranks) -> scalar
 Term = Callable[[Any, Tensor, str], Tensor]
@@ -162,7 +162,7 @@ def _lovasz_of_class(probability: Tensor, is_class: Tensor) -> Tensor:
 
 # The terms by name, ours and custom ones: functions of
 #     logits (N, K, h, w), float32 or wider, and label (N, h, w), int64, -1 = not scored
-# that return one number with a gradient. Ours, apart from lovasz, take BandedLogits as well (ROW_TERMS), others get all
+# that return one number with a gradient. Ours, apart from lovasz, take LogitsByStrip too (ROW_TERMS), others get all
 # logits at the resolution of the label. They are called for the main and for the auxiliary logits. Parameters called
 # `weights` and `average` get the class weights, (K) float32 or None, and loss.average; others are options.
 LOSSES: dict[str, Callable[..., Tensor]] = {

@@ -14,11 +14,11 @@ from semseg.config.preprocessing import PREPROCESSING
 from semseg.errors import ConfigError
 from semseg.evaluation.inference import (
     ClassMap,
-    band_height,
     batch_logits,
     merge_scales,
     predict_class_map,
     scale_logits,
+    strip_height,
 )
 from semseg.nets.interfaces import Logits
 from semseg.nets.normalise import normalise
@@ -105,7 +105,7 @@ def test_flip_averages_with_the_mirrored_answer() -> None:
 
 
 @pytest.mark.parametrize("size", [(61, 83), (7, 5), (1, 1), (40, 30)], ids=str)
-def test_bands_give_the_classes_and_probabilities_of_the_whole_image(size: tuple[int, int]) -> None:
+def test_strips_give_the_classes_and_probabilities_of_the_whole_image(size: tuple[int, int]) -> None:
     logits = random_logits((9, 13), (20, 15), (1, 2))
     expected = plainly(logits, size)
     found = np.empty(expected.shape, np.float32)
@@ -125,7 +125,7 @@ def test_the_memory_limit_never_changes_a_bit(monkeypatch: pytest.MonkeyPatch) -
     answers: list[tuple[ClassMap, np.ndarray]] = []
     heights = []
     for rows in (1, 7, 64, 1000):
-        monkeypatch.setattr("semseg.evaluation.inference.band_height", lambda *_, rows=rows: rows)
+        monkeypatch.setattr("semseg.evaluation.inference.strip_height", lambda *_, rows=rows: rows)
         found = np.empty((150, 101, 77), np.float32)
         answers.append((merge_scales(logits, (101, 77), probabilities=found), found))
         heights.append(rows)
@@ -135,9 +135,9 @@ def test_the_memory_limit_never_changes_a_bit(monkeypatch: pytest.MonkeyPatch) -
         assert np.array_equal(found, answers[0][1])
 
 
-def test_the_height_of_a_band_follows_the_limit() -> None:
+def test_the_height_of_a_strip_follows_the_limit() -> None:
     row_bytes = 4000 * 150 * 4
-    of_gpu = [band_height(row_bytes, limit, torch.device("cuda")) for limit in (16, 1024, 2048)]
+    of_gpu = [strip_height(row_bytes, limit, torch.device("cuda")) for limit in (16, 1024, 2048)]
     assert of_gpu == [1, 74, 149]
     assert all(6 * rows * row_bytes <= limit * 2**20 for rows, limit in zip(of_gpu[1:], (1024, 2048), strict=True))
 

@@ -164,11 +164,11 @@ def test_rows_reach_the_sink_once_in_order_and_as_soon_as_no_later_window_touche
 def test_the_logits_in_memory_do_not_depend_on_the_height_of_the_image() -> None:
     net = tiny_network()
 
-    def largest_band(height: int) -> int:
+    def largest_strip(height: int) -> int:
         image = torch.from_numpy(random_image(height, 64)).permute(2, 0, 1)
         return max(band.shape[1] for band in blend_windows(net, image, CONVENTION, LAYOUT))
 
-    assert largest_band(200) == largest_band(2000) <= LAYOUT.side // 4
+    assert largest_strip(200) == largest_strip(2000) <= LAYOUT.side // 4
 
 
 def test_windows_are_those_of_the_crops_in_multiples_of_the_divisor() -> None:

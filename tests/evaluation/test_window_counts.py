@@ -24,7 +24,7 @@ from helpers.rasters import NATIVE_BANDS, NO_DATA, draw_rasters
 from semseg.config.preprocessing import BandRange
 from semseg.data import label_windows, open_pairs, rasters
 from semseg.data.bands import BandFile, BandOptions
-from semseg.data.foreground import find_classes, find_classes_in_bands
+from semseg.data.foreground import find_classes, find_classes_in_strips
 from semseg.data.geometry import Size
 from semseg.data.label_map import LabelMap
 from semseg.data.label_windows import LabelWindows, open_label, open_label_windows
@@ -173,10 +173,10 @@ def test_a_label_by_window_is_the_label(tmp_path: Path, kind: str) -> None:
     assert windows is not None and windows.size == Size(61, 83)
     assert np.array_equal(windows.read(Window(0, 0, 61, 83)), whole)
     assert np.array_equal(windows.read(Window(11, 7, 30, 40)), whole[11:41, 7:47])
-    bands = list(windows.read_bands(200))
-    assert len(bands) == 31
-    assert np.array_equal(np.concatenate([band for _, band in bands]), whole)
-    found, expected = find_classes_in_bands(windows), find_classes(whole)
+    strips = list(windows.read_strips(200))
+    assert len(strips) == 31
+    assert np.array_equal(np.concatenate([strip for _, strip in strips]), whole)
+    found, expected = find_classes_in_strips(windows), find_classes(whole)
     assert all(
         np.array_equal(one, other) and one.dtype == other.dtype for one, other in zip(found, expected, strict=True)
     )
@@ -184,7 +184,7 @@ def test_a_label_by_window_is_the_label(tmp_path: Path, kind: str) -> None:
         LabelWindows(path, windows.file, LabelMap(2)).read(Window(0, 0, 61, 83))
 
 
-def test_the_classes_of_a_label_are_the_same_in_any_bands(tmp_path: Path) -> None:
+def test_the_classes_of_a_label_are_the_same_in_any_strips(tmp_path: Path) -> None:
     ids = np.sort(np.random.default_rng(2).integers(0, 3, (90, 70)), axis=0)
     write_label(tmp_path / "a.tif", "tiles uint8", ids)
     windows = open_label_windows(str(tmp_path / "a.tif"), LabelMap(2))
@@ -192,12 +192,12 @@ def test_the_classes_of_a_label_are_the_same_in_any_bands(tmp_path: Path) -> Non
     expected = find_classes(LabelMap(2)(ids, "ids"))
     assert len(expected.positions) == 128
     for rows in (1, 7, 64):
-        bands = [
+        strips = [
             (Window(top, 0, min(rows, 90 - top), 70), windows.read(Window(top, 0, min(rows, 90 - top), 70)))
             for top in range(0, 90, rows)
         ]
-        with patch.object(LabelWindows, "read_bands", return_value=bands):
-            found = find_classes_in_bands(windows)
+        with patch.object(LabelWindows, "read_strips", return_value=strips):
+            found = find_classes_in_strips(windows)
         assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
 
 

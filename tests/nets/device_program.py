@@ -35,12 +35,12 @@ from semseg.nets.normalise import normalise
 from semseg.nets.precision import choose_widest_float
 from semseg.nets.registry import DECODERS, ENCODERS, build_decoder, build_encoder, build_segmenter
 from semseg.nets.segmenter import Segmenter
-from semseg.training import logit_bands
+from semseg.training import logit_strips
 from semseg.training.callbacks.ema import update_average
 from semseg.training.callbacks.label_warnings import count_label_pixels
 from semseg.training.callbacks.nonfinite import NonFiniteGuard
 from semseg.training.callbacks.step_reduction import StepReduction, Summands
-from semseg.training.logit_bands import BandedLogits
+from semseg.training.logit_strips import LogitsByStrip
 from semseg.training.losses import LOSSES, ROW_TERMS, build_term, segmentation_loss
 from semseg.training.step_means import IntervalMean, LastSteps
 
@@ -172,15 +172,15 @@ def find_in_loss(name: str, stride: int = 1) -> set[str]:
     """Findings of a term of the loss, with class weights, forward and backward.
 
     Args:
-        stride: pixels of the label to one of the logits; above 1, the loss is computed in bands of rows.
+        stride: pixels of the label to one of the logits; above 1, the loss is computed in strips of rows.
     """
     term = build_term(name, LossConfig(), torch.ones(NUM_CLASSES))
     logits = torch.zeros(2, NUM_CLASSES, 16, 20, requires_grad=True)
     label = torch.zeros(2, 16 * stride, 20 * stride).long()
     with (
-        mock.patch.object(logit_bands, "WHOLE_BYTES", 0),
-        mock.patch.object(BandedLogits.__init__, "__defaults__", (100_000,)),
-        mock.patch.object(logit_bands, "checkpoint", apply_at_once),
+        mock.patch.object(logit_strips, "WHOLE_BYTES", 0),
+        mock.patch.object(LogitsByStrip.__init__, "__defaults__", (100_000,)),
+        mock.patch.object(logit_strips, "checkpoint", apply_at_once),
         collect_findings() as copies,
         torch.autograd.set_multithreading_enabled(False),
     ):
@@ -240,7 +240,7 @@ def list_cases() -> dict[str, Callable[[], set[str]]]:
     for name in LOSSES:
         cases[f"step of the loss {name}"] = lambda name=name: find_in_loss(name)
         if LOSSES[name] in ROW_TERMS:
-            cases[f"step of the loss {name}, in bands"] = lambda name=name: find_in_loss(name, stride=4)
+            cases[f"step of the loss {name}, in strips"] = lambda name=name: find_in_loss(name, stride=4)
     cases["thresholds of two classes"] = find_in_thresholds
     cases["step of the moving average"] = find_in_average
     cases["callbacks of a step"] = find_in_callbacks

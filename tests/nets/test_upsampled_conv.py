@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from semseg.nets.blocks import GridPool, resize
-from semseg.nets.cpu import bands
+from semseg.nets.cpu import strips
 from semseg.nets.registry import build_segmenter
 from semseg.nets.upsampled_conv import UpsampledConcatConv, conv_of_upsampled, interpolation_matrices
 
@@ -65,11 +65,11 @@ def test_the_factored_way_is_the_einsum_of_the_docstring() -> None:
 
 
 @pytest.mark.parametrize("shapes", MAPS.values(), ids=MAPS)
-@pytest.mark.parametrize("band_bytes", [1, 2000, bands.OUTPUT_BAND_BYTES])
-def test_without_gradients_it_is_computed_in_bands_of_columns(
-    shapes: list[tuple[int, int, int]], band_bytes: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("strip_bytes", [1, 2000, strips.OUTPUT_STRIP_BYTES])
+def test_without_gradients_it_is_computed_in_strips_of_columns(
+    shapes: list[tuple[int, int, int]], strip_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bands, "OUTPUT_BAND_BYTES", band_bytes)
+    monkeypatch.setattr(strips, "OUTPUT_STRIP_BYTES", strip_bytes)
     layers = layers_for(shapes)
     maps = [torch.randn(2, *shape, dtype=torch.float64) for shape in shapes]
     with torch.no_grad():

@@ -47,7 +47,7 @@ POINTS = (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)  # and infinity
 
 # Size of the transformed tiles that exist at once. They fit in the cache, and the memory beyond the output is a few
 # times this.
-TILE_BAND_BYTES = 8 * 2**20
+TILE_STRIP_BYTES = 8 * 2**20
 # Size of the transformed kernels that exist at once, which are four times as large as the kernels: those of 512 x 512
 # channels in float32.
 KERNEL_BYTES = 36 * 2**20
@@ -76,9 +76,9 @@ def find_thresholds() -> Thresholds | None:
     return Thresholds(min_channels=256, min_tiles=256, max_waste=1.1) if is_faster else None
 
 
-def band_bytes() -> int:
-    """TILE_BAND_BYTES; twice that where products are so fast that reading the kernels again per band matters."""
-    return 2 * TILE_BAND_BYTES if has_avx512() else TILE_BAND_BYTES
+def strip_bytes() -> int:
+    """TILE_STRIP_BYTES; twice that where products are so fast that reading the kernels again per strip matters."""
+    return 2 * TILE_STRIP_BYTES if has_avx512() else TILE_STRIP_BYTES
 
 
 class Transforms(NamedTuple):
@@ -218,36 +218,36 @@ class Tiling(NamedTuple):
         is_large = num_images * pixels >= thresholds.min_tiles * OUTPUT_TILE**2
         return pixels > 0 and is_large and tiles * OUTPUT_TILE**2 <= thresholds.max_waste * pixels
 
-    def image_tiles(self, image: Tensor, band: slice) -> Tensor:
-        """d: the image tiles of a band, 0 outside of the image: (N, C, H, W) -> (num_tiles, 36, C)."""
-        return self._extract_tiles(self._padded_rows(image, band, self.padding, 2 * self.dilation), IMAGE_TILE)
+    def image_tiles(self, image: Tensor, strip: slice) -> Tensor:
+        """d: the image tiles of a strip, 0 outside of the image: (N, C, H, W) -> (num_tiles, 36, C)."""
+        return self._extract_tiles(self._padded_rows(image, strip, self.padding, 2 * self.dilation), IMAGE_TILE)
 
-    def gradient_tiles(self, gradient: Tensor, band: slice) -> Tensor:
-        """The output tiles of a band, of a gradient: (N, K, height, width) -> (num_tiles, 16, K)."""
-        return self._extract_tiles(self._padded_rows(gradient, band, 0, 0), OUTPUT_TILE)
+    def gradient_tiles(self, gradient: Tensor, strip: slice) -> Tensor:
+        """The output tiles of a strip, of a gradient: (N, K, height, width) -> (num_tiles, 16, K)."""
+        return self._extract_tiles(self._padded_rows(gradient, strip, 0, 0), OUTPUT_TILE)
 
-    def _padded_rows(self, pixels: Tensor, band: slice, before: int, extra: int) -> Tensor:
-        """(N, C, H, W) -> (N, rows, columns, C): the pixels that the tiles of a band read, `before` pixels of padding.
+    def _padded_rows(self, pixels: Tensor, strip: slice, before: int, extra: int) -> Tensor:
+        """(N, C, H, W) -> (N, rows, columns, C): the pixels that the tiles of a strip read, `before` pixels of padding.
 
-        The width is rounded up to whole tiles, plus `extra`. Reading one band at a time keeps the copy in the cache.
+        The width is rounded up to whole tiles, plus `extra`. Reading one strip at a time keeps the copy in the cache.
         """
         span, (height, width) = OUTPUT_TILE * self.dilation, pixels.shape[2:]
-        begin, end = span * band.start - before, span * band.stop + extra - before
+        begin, end = span * strip.start - before, span * strip.stop + extra - before
         top, bottom = (min(max(row, 0), height) for row in (begin, end))
         above = min(max(-begin, 0), end - begin)
         below = end - begin - above - (bottom - top)
         right = self.columns * span + extra - width - before
         return F.pad(pixels[:, :, top:bottom].permute(0, 2, 3, 1), (0, 0, before, right, above, below))
 
-    def bands(self, num_images: int, channels: int, item_bytes: int) -> Iterator[slice]:
+    def strips(self, num_images: int, channels: int, item_bytes: int) -> Iterator[slice]:
         """Rows of tiles to process at a time, of about equal number."""
         row_bytes = IMAGE_TILE**2 * num_images * self.columns * self.dilation**2 * channels * item_bytes
-        step = max(1, band_bytes() // row_bytes)
+        step = max(1, strip_bytes() // row_bytes)
         step = -(-self.rows // -(-self.rows // step))
         return (slice(top, min(top + step, self.rows)) for top in range(0, self.rows, step))
 
     def _extract_tiles(self, rows: Tensor, side: int) -> Tensor:
-        """Tiles (num_tiles, side^2, channels) of the rows (N, height, width, channels) of a band."""
+        """Tiles (num_tiles, side^2, channels) of the rows (N, height, width, channels) of a strip."""
         span = OUTPUT_TILE * self.dilation
         image, row, column, channel = rows.stride()
         # Image, row of tiles, interleaved row, column of tiles, interleaved column; row, column, channel in a tile.
@@ -256,12 +256,12 @@ class Tiling(NamedTuple):
         tiles = rows.as_strided((*counts, side, side, rows.shape[3]), steps, rows.storage_offset())
         return tiles.reshape(-1, side**2, rows.shape[3])
 
-    def write_tiles(self, tiles: Tensor, band: slice, output: Tensor, *, add: bool) -> None:
-        """Write the output tiles (num_tiles, 16, K) of a band to `output` (N, height, width, K), or add them to it."""
+    def write_tiles(self, tiles: Tensor, strip: slice, output: Tensor, *, add: bool) -> None:
+        """Write the output tiles (num_tiles, 16, K) of a strip to `output` (N, height, width, K), or add them to it."""
         num_images, _, _, channels = output.shape
         dilation = self.dilation
         shape = (num_images, self.rows, OUTPUT_TILE, dilation, self.columns, OUTPUT_TILE, dilation, channels)
-        target = output.view(shape)[:, band]
+        target = output.view(shape)[:, strip]
         source = tiles.view(num_images, -1, dilation, self.columns, dilation, OUTPUT_TILE, OUTPUT_TILE, channels)
         (target.add_ if add else target.copy_)(source.permute(0, 1, 5, 2, 3, 6, 4, 7))
 
@@ -275,10 +275,10 @@ def _convolve(image: Tensor, weight: Tensor, padding: int, dilation: int) -> Ten
     output = torch.empty((num_images, out_channels, *size), dtype=image.dtype, memory_format=torch.channels_last)
     for part in channel_slices(channels, out_channels, image.element_size()):
         u = _transform_kernels(matrices.kernel, weight[:, part])  # (36, K, C)
-        for band in tiling.bands(num_images, max(u.shape[1:]), image.element_size()):
-            v = _transform_tiles(matrices.image, tiling.image_tiles(image[:, part], band))  # (tiles, 36, C)
+        for strip in tiling.strips(num_images, max(u.shape[1:]), image.element_size()):
+            v = _transform_tiles(matrices.image, tiling.image_tiles(image[:, part], strip))  # (tiles, 36, C)
             y = _transform_tiles(matrices.output, _multiply_pointwise(v, u))  # (tiles, 16, K)
-            tiling.write_tiles(y, band, output.permute(0, 2, 3, 1), add=part.start > 0)
+            tiling.write_tiles(y, strip, output.permute(0, 2, 3, 1), add=part.start > 0)
         del u  # before the kernels of the next part are transformed
     if size == (tiling.height, tiling.width):
         return output
@@ -329,9 +329,9 @@ def _weight_gradient(image: Tensor, gradient: Tensor, padding: int, dilation: in
     weight = image.new_empty(out_channels, channels, KERNEL, KERNEL)
     for part in channel_slices(channels, out_channels, image.element_size()):
         u_gradient = image.new_zeros(IMAGE_TILE**2, out_channels, len(range(channels)[part]))
-        for band in tiling.bands(len(image), max(u_gradient.shape[1:]), image.element_size()):
-            v = _transform_tiles(matrices.image, tiling.image_tiles(image[:, part], band))
-            m_gradient = _transform_tiles(matrices.output.T, tiling.gradient_tiles(gradient, band))
+        for strip in tiling.strips(len(image), max(u_gradient.shape[1:]), image.element_size()):
+            v = _transform_tiles(matrices.image, tiling.image_tiles(image[:, part], strip))
+            m_gradient = _transform_tiles(matrices.output.T, tiling.gradient_tiles(gradient, strip))
             u_gradient.baddbmm_(m_gradient.permute(1, 2, 0), v.transpose(0, 1))
         kernels = matrices.kernel.T @ u_gradient.view(IMAGE_TILE**2, -1)
         weight[:, part] = kernels.view(KERNEL, KERNEL, *u_gradient.shape[1:]).permute(2, 3, 0, 1)

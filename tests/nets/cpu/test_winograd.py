@@ -56,9 +56,9 @@ def test_outputs_of_any_size(size: tuple[int, int]) -> None:
     assert_same(*inputs(size=size), 1, 1)
 
 
-@pytest.mark.parametrize("band_bytes", [1, 30_000])
-def test_bands_of_any_height(band_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "TILE_BAND_BYTES", band_bytes)
+@pytest.mark.parametrize("strip_bytes", [1, 30_000])
+def test_strips_of_any_height(strip_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "TILE_STRIP_BYTES", strip_bytes)
     assert_same(*inputs(), 2, 2)
 
 
