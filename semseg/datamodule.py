@@ -189,7 +189,7 @@ class SegmentationData(pl.LightningDataModule):
             world_size=world_size,
             steps=self.steps_per_epoch(),
             num_workers=self.num_workers(self._largest_batch_bytes),
-            patience_s=data.worker_timeout_s,
+            timeout_s=data.worker_timeout_s,
             max_image_bytes=self._largest_sub_batch().image_bytes,
             pin_memory=self.pins_memory(),
         )

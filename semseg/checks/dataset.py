@@ -234,20 +234,24 @@ def check_reading(split: ScannedSplit) -> Iterator[Notice]:
         having = format_subject(len(paged), "image or mask has", "images or masks have")
         text = f"{split.name}: {having} several frames or pages; only the first is read."
         yield Notice(WARNING, text, first_images(paged))
-    for white, bits in ((65535, 16), (255, 8)):
-        seen = [(record, facts) for record, facts in pair_facts(split) if facts.largest >= 0 and facts.white == white]
+    for max_value, bits in ((65535, 16), (255, 8)):
+        seen = [
+            (record, facts)
+            for record, facts in pair_facts(split)
+            if facts.largest >= 0 and facts.max_value == max_value
+        ]
         largest = max((facts.largest for _, facts in seen), default=0)
-        limit = DARK_IF_ALL if largest < DARK_IF_ALL * white else DARK
-        dark = [(record, facts) for record, facts in seen if facts.largest < limit * white]
+        limit = DARK_IF_ALL if largest < DARK_IF_ALL * max_value else DARK
+        dark = [(record, facts) for record, facts in seen if facts.largest < limit * max_value]
         if dark:
             largest = max(facts.largest for _, facts in dark)
             counted = f"{len(dark)} of {len(seen)} {bits}-bit images"
             text = f"{split.name}: {counted} are black."
             if largest:
                 text = (
-                    f"{split.name}: {counted} use a fraction of their range: the largest value is {largest} of {white} "
-                    f"({largest / white:.1%}), which is read as {largest * 255 // white} of 255. Scale them to the "
-                    "full range."
+                    f"{split.name}: {counted} use a fraction of their range: the largest value is {largest} of "
+                    f"{max_value} ({largest / max_value:.1%}), which is read as {largest * 255 // max_value} of 255. "
+                    "Scale them to the full range."
                 )
             yield Notice(WARNING, text, first_images(record for record, _ in dark))
 

@@ -46,14 +46,14 @@ class BandImage(NamedTuple):
     pixels: NDArray  # (H, W, C), of a type of PIXEL_TYPES; filled where there is no value
     is_valid: NDArray[np.bool_] | None  # (H, W): whether any band has a value; None: all have one everywhere
     header: Header  # of the first file
-    lacks: NDArray[np.bool_] | None = None  # (H, W, C) where a band has no value; None: nowhere
+    is_missing: NDArray[np.bool_] | None = None  # (H, W, C) where a band has no value; None: nowhere
 
     def turn_upright(self) -> BandImage:
         """The image as displayed."""
         turned = apply_orientation(self.pixels, self.header.orientation)
         is_valid = None if self.is_valid is None else apply_orientation(self.is_valid, self.header.orientation)
-        lacks = None if self.lacks is None else apply_orientation(self.lacks, self.header.orientation)
-        return BandImage(turned, is_valid, self.header, lacks)
+        is_missing = None if self.is_missing is None else apply_orientation(self.is_missing, self.header.orientation)
+        return BandImage(turned, is_valid, self.header, is_missing)
 
 
 class FileBands(NamedTuple):
@@ -181,47 +181,47 @@ def join_bands(reads: Iterable[FileBands], options: BandOptions, header: Header)
         if read.alpha is not None:
             alphas.append(read.alpha)
     pixels = np.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
-    lacks = join_missing(missing, [part.shape for part in parts])
+    is_missing = join_missing(missing, [part.shape for part in parts])
     if options.order != list(range(len(options.names))):
         pixels = pixels[..., options.order]
-        lacks = None if lacks is None else lacks[..., options.order]
-    return fill_missing(np.ascontiguousarray(pixels), lacks, alphas, options, header)
+        is_missing = None if is_missing is None else is_missing[..., options.order]
+    return fill_missing(np.ascontiguousarray(pixels), is_missing, alphas, options, header)
 
 
 def fill_missing(
-    pixels: NDArray, lacks: NDArray | None, alphas: list[NDArray], options: BandOptions, header: Header
+    pixels: NDArray, is_missing: NDArray | None, alphas: list[NDArray], options: BandOptions, header: Header
 ) -> BandImage:
     """Put the fill values of `options` where there are none.
 
     Args:
         pixels: (H, W, C).
-        lacks: (H, W, C) where there is no value; None: nowhere.
+        is_missing: (H, W, C) where there is no value; None: nowhere.
         alphas: (H, W) each; 0 where there are no values.
     """
-    is_valid = None if lacks is None else ~lacks.all(axis=2)
+    is_valid = None if is_missing is None else ~is_missing.all(axis=2)
     for alpha in alphas:
         if alpha.all():
             continue
         is_valid = alpha != 0 if is_valid is None else is_valid & (alpha != 0)
-        lacks = (alpha == 0)[..., None] if lacks is None else lacks | (alpha == 0)[..., None]
-    if lacks is not None:
-        lacks = np.broadcast_to(lacks, pixels.shape)
-        pixels = np.where(lacks, options.fill_values(pixels.dtype), pixels)
-    return BandImage(pixels, None if is_valid is None or is_valid.all() else np.asarray(is_valid), header, lacks)
+        is_missing = (alpha == 0)[..., None] if is_missing is None else is_missing | (alpha == 0)[..., None]
+    if is_missing is not None:
+        is_missing = np.broadcast_to(is_missing, pixels.shape)
+        pixels = np.where(is_missing, options.fill_values(pixels.dtype), pixels)
+    return BandImage(pixels, None if is_valid is None or is_valid.all() else np.asarray(is_valid), header, is_missing)
 
 
 def find_empty(pixels: NDArray, nodata: float | None) -> NDArray[np.bool_] | None:
     """(H, W, C) where a number is no value; None: nowhere."""
-    lacks: NDArray[np.bool_] | None = None
+    is_missing: NDArray[np.bool_] | None = None
     if pixels.dtype.kind == "f":
         is_finite = np.isfinite(pixels)
-        lacks = None if is_finite.all() else ~is_finite
+        is_missing = None if is_finite.all() else ~is_finite
     if nodata is not None and np.isfinite(nodata):
         value = pixels.dtype.type(nodata) if pixels.dtype.kind == "f" else nodata
         is_nodata = np.asarray(pixels == value)  # no pixel has a number that its type does not have
         if is_nodata.any():
-            lacks = is_nodata if lacks is None else lacks | is_nodata
-    return lacks
+            is_missing = is_nodata if is_missing is None else is_missing | is_nodata
+    return is_missing
 
 
 def join_missing(missing: list[NDArray | None], shapes: list[tuple[int, ...]]) -> NDArray | None:

@@ -138,8 +138,8 @@ def take_sample(image: BandImage, num_pixels: int = NUM_PIXELS) -> NDArray[np.fl
     height, width = image.pixels.shape[:2]
     step = max(1, round(math.sqrt(height * width / num_pixels)))
     values = image.pixels[step // 2 :: step, step // 2 :: step].astype(np.float32)
-    if image.lacks is not None:
-        values[image.lacks[step // 2 :: step, step // 2 :: step]] = np.nan
+    if image.is_missing is not None:
+        values[image.is_missing[step // 2 :: step, step // 2 :: step]] = np.nan
     return values.reshape(-1, values.shape[-1])
 
 

@@ -48,7 +48,7 @@ class Header(NamedTuple):
     stored: Size
     orientation: int = 1  # EXIF orientation, 1..8; 1: the stored image is upright
     bits: int = 8  # per channel
-    white: int = 0  # the value that Pillow scales to the largest of 8 or 16 bits; 0 if it scales nothing
+    max_value: int = 0  # the value that Pillow scales to the largest of 8 or 16 bits; 0 if it scales nothing
     has_frames: bool = False  # whether there are frames or pages after the first, which is the one that is read
     lossy: str = ""  # name of the compression, if it may change ids
     raster: RasterLayout | None = None  # for files that are no pictures of at most 8 bits, and that Pillow misreads
@@ -105,8 +105,8 @@ def header_of(image: Image.Image, file: BinaryIO) -> Header:
         has_frames = _has_full_pages(file)
     kind = f"{'JPEG' if is_jpeg else image.format} {image.mode}"
     bits = _bits(image, file)
-    white = _ppm_white(image) if image.format == "PPM" else 2**bits - 1 if image.mode == "L" and bits < 8 else 0
-    return Header(kind, size, orientation, bits, white, has_frames, _lossy_codec(image, file))
+    max_value = _ppm_max_value(image) if image.format == "PPM" else 2**bits - 1 if image.mode == "L" and bits < 8 else 0
+    return Header(kind, size, orientation, bits, max_value, has_frames, _lossy_codec(image, file))
 
 
 def _has_full_pages(file: BinaryIO) -> bool:
@@ -192,15 +192,15 @@ def _bits(image: Image.Image, file: BinaryIO) -> int:
         file.seek(position)
         return bits
     if image.format == "PPM":
-        return 32 if image.mode == "F" else max(1, _ppm_white(image).bit_length())
+        return 32 if image.mode == "F" else max(1, _ppm_max_value(image).bit_length())
     return 16 if image.mode.startswith("I;16") else 1 if image.mode == "1" else 8
 
 
-def _ppm_white(image: Image.Image) -> int:
+def _ppm_max_value(image: Image.Image) -> int:
     tile = getattr(image, "tile", None)
     match tile[0][3] if tile else None:
-        case (_, int() as white) if image.mode in ("L", "RGB", "I") and white > 0:
-            return white
+        case (_, int() as max_value) if image.mode in ("L", "RGB", "I") and max_value > 0:
+            return max_value
     return {"1": 1, "I": 65535}.get(image.mode, 255)
 
 

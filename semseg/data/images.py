@@ -115,7 +115,7 @@ class LargestValue(NamedTuple):
     """The largest pixel value of an image, without alpha."""
 
     value: int
-    white: int  # largest value of its bit depth: 255 or 65535
+    max_value: int  # largest value of its bit depth: 255 or 65535
 
 
 def read_largest(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> LargestValue:

@@ -91,7 +91,7 @@ class WatchedLoader(DataLoader[Item]):
 
     Args:
         images_of: the images of item number n of an iteration.
-        patience_s: seconds to wait for an item; 0: for ever.
+        timeout_s: seconds to wait for an item; 0: for ever.
         slots: what to allocate for shared slots, which are used if that is possible; None: PyTorch's own mechanism.
         is_ahead: without workers, read the next item while the last one is used. Workers always do.
     """
@@ -100,7 +100,7 @@ class WatchedLoader(DataLoader[Item]):
         self,
         dataset: Dataset[Item],
         images_of: Callable[[int], list[str]],
-        patience_s: float,
+        timeout_s: float,
         slots: SlotDemand | None = None,
         *,
         is_ahead: bool = False,
@@ -115,7 +115,7 @@ class WatchedLoader(DataLoader[Item]):
             # DataLoader checks its workers each time that it has waited this long.
             options |= {"timeout": POLL_S, "multiprocessing_context": shared_slots.worker_start_method()}
         super().__init__(dataset, worker_init_fn=self._setup, **options)
-        self._images_of, self.patience_s, self._slots = images_of, patience_s or math.inf, slots
+        self._images_of, self.timeout_s, self._slots = images_of, timeout_s or math.inf, slots
         self.is_ahead = is_ahead
 
     def __iter__(self) -> Iterator[Item]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -199,7 +199,7 @@ class WatchedLoader(DataLoader[Item]):
             images = ", ".join(self._images_of(number))
             warnings.warn(f"has been waiting for {images} for {waited_s:.0f} s. Is the disk slow?", stacklevel=1)
 
-        wait = ItemWait(self.patience_s, SLOW_ITEM_S, warn)
+        wait = ItemWait(self.timeout_s, SLOW_ITEM_S, warn)
         while True:
             try:
                 with raising_for_dead_workers(stream), checking_while_waiting(wait.check):
@@ -236,7 +236,7 @@ class SubBatchLoader:
         world_size: int,
         steps: int,
         num_workers: int,
-        patience_s: float = 0,
+        timeout_s: float = 0,
         max_image_bytes: int | None = None,
         pin_memory: bool = False,
     ) -> None:
@@ -245,7 +245,7 @@ class SubBatchLoader:
         self.rank = rank
         self.world_size = world_size
         self.steps = steps
-        self.num_workers, self.patience_s = num_workers, patience_s
+        self.num_workers, self.timeout_s = num_workers, timeout_s
         self.pin_memory = pin_memory
         self.slots = None if max_image_bytes is None else SlotDemand(1, max_image_bytes)
         self.taken = 0  # sub-batches of all ranks since the run began
@@ -277,7 +277,7 @@ class SubBatchLoader:
         return WatchedLoader(
             self.dataset,  # pyright: ignore[reportArgumentType] - indexed by sub-batches, not numbers
             images_of,
-            self.patience_s,
+            self.timeout_s,
             self.slots,
             batch_size=None,
             sampler=sequence,  # pyright: ignore[reportArgumentType]

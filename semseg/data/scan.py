@@ -57,7 +57,7 @@ class PairFacts(NamedTuple):
     colours: dict[str, int]  # colour-coded masks: "#ff8000" -> pixels
     problem: str = ""  # why the pair cannot be trained on; ids that are no class are not checked here
     largest: int = -1  # largest pixel value of a 16-bit or nearly black image; -1 for other images
-    white: int = 255  # largest value of the image's bit depth: 255 or 65535
+    max_value: int = 255  # largest value of the image's bit depth: 255 or 65535
     objects: dict[int, dict[int, int]] = {}  # noqa: RUF012 - id -> bin of the side -> objects; of NUM_MASKS_MEASURED masks
 
     @property
@@ -164,13 +164,13 @@ def _from_entry(entry: object, stamps: list[int]) -> PairFacts | None:
                 dict() as colours,
                 str() as problem,
                 int() as largest,
-                int() as white,
+                int() as max_value,
                 dict() as objects,
             ],
         ] if entry_stamps == stamps:
             counts = {int(raw): count for raw, count in ids.items()}
             sides = {int(raw): {int(bin): count for bin, count in bins.items()} for raw, bins in objects.items()}
-            return PairFacts(height, width, image, mask, counts, colours, problem, largest, white, sides)
+            return PairFacts(height, width, image, mask, counts, colours, problem, largest, max_value, sides)
     return None
 
 
@@ -213,9 +213,9 @@ def scan_pair(
         elif image.raster is not None:
             check_rgb_raster(record.image, image.raster)
         if bands is None and (reads_pixels or image.bits == 16):
-            largest, white = read_largest(record.image, max_pixels=max_pixels)
-            if white > 255 or largest < NEARLY_BLACK:
-                facts = facts._replace(largest=largest, white=white)
+            largest, max_value = read_largest(record.image, max_pixels=max_pixels)
+            if max_value > 255 or largest < NEARLY_BLACK:
+                facts = facts._replace(largest=largest, max_value=max_value)
         if record.label is None:
             return facts
         mask = read_header(record.label, max_pixels=max_pixels)

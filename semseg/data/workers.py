@@ -186,12 +186,12 @@ class ItemWait:
     """The time for which an item has been waited for.
 
     Args:
-        patience_s: seconds to wait at most.
+        timeout_s: seconds to wait at most.
         warn: called once, with the seconds, when it is more than `slow_s`.
     """
 
-    def __init__(self, patience_s: float, slow_s: float, warn: Callable[[float], None]) -> None:
-        self.patience_s, self.slow_s, self.warn = patience_s, slow_s, warn
+    def __init__(self, timeout_s: float, slow_s: float, warn: Callable[[float], None]) -> None:
+        self.timeout_s, self.slow_s, self.warn = timeout_s, slow_s, warn
         self.waited_s = 0.0
         self._is_reported = False
         self._checked = time.monotonic()
@@ -206,7 +206,7 @@ class ItemWait:
         # A longer pause is one of this process, for example stopped with Ctrl-Z, and its workers may have had it too.
         self.waited_s += min(now - self._checked, MAX_PAUSE_S)
         self._checked = now
-        if self.waited_s > self.patience_s:
+        if self.waited_s > self.timeout_s:
             raise RuntimeError(f"DataLoader timed out after {self.waited_s:.0f} s")
         if self.waited_s > self.slow_s and not self._is_reported:
             self._is_reported = True

@@ -90,9 +90,9 @@ def convert_to_bands(
         bands.check_type(array.dtype, "the picture")
     except DataError as error:
         raise ArgumentError(str(error)) from None
-    lacks = find_empty(array, None)
-    filled = array if lacks is None else np.where(lacks, bands.fill_values(array.dtype), array)
-    is_valid = None if lacks is None else np.asarray(~lacks.all(axis=2))
+    is_missing = find_empty(array, None)
+    filled = array if is_missing is None else np.where(is_missing, bands.fill_values(array.dtype), array)
+    is_valid = None if is_missing is None else np.asarray(~is_missing.all(axis=2))
     return np.array(filled, array.dtype.newbyteorder("="), order="C"), is_valid
 
 

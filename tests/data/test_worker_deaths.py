@@ -45,8 +45,8 @@ class Numbers(Dataset[Any]):
         return torch.tensor(index)
 
 
-def loader(dataset: Dataset[Any], patience_s: float = 60) -> WatchedLoader[Any]:
-    return WatchedLoader(dataset, lambda number: [f"{number}.jpg"], patience_s, batch_size=None, num_workers=2)
+def loader(dataset: Dataset[Any], timeout_s: float = 60) -> WatchedLoader[Any]:
+    return WatchedLoader(dataset, lambda number: [f"{number}.jpg"], timeout_s, batch_size=None, num_workers=2)
 
 
 def workers(items: Iterator[Any]) -> list[int]:
@@ -104,7 +104,7 @@ def test_e10_the_death_of_an_idle_worker_of_another_iteration_is_not_blamed_on_t
 
 @pytest.mark.slow
 def test_e10_a_stopped_worker_is_reported_after_the_patience_and_ends() -> None:
-    items = iter(loader(Numbers(slow=1), patience_s=0.3))
+    items = iter(loader(Numbers(slow=1), timeout_s=0.3))
     assert int(next(items)) == 0
     numbers = workers(items)
     os.kill(numbers[1], signal.SIGSTOP)
@@ -117,7 +117,7 @@ def test_e10_a_stopped_worker_is_reported_after_the_patience_and_ends() -> None:
 @pytest.mark.parametrize("is_large", [False, True])
 def test_e10_workers_that_are_stopped_in_the_middle_of_an_item_are_reported_after_the_patience(is_large: bool) -> None:
     """The memory of a small item is fetched from its worker; of a large item the pipe has a part."""
-    items = iter(loader(Numbers(is_large=is_large), patience_s=0.2))
+    items = iter(loader(Numbers(is_large=is_large), timeout_s=0.2))
     next(items)
     numbers = workers(items)
     stream = items.gi_frame.f_locals["stream"]  # pyright: ignore[reportAttributeAccessIssue]

@@ -283,8 +283,8 @@ def test_c17_training_and_evaluation_watch_their_workers(drawn: Path, tmp_path: 
     config = run_words(drawn, tmp_path, "data.num_workers=1", "data.worker_timeout_s=7")
     data = build_data(config, DataSource(config.data), build_segmenter("resnet18", "c1", 8))
     stream = data.train_dataloader().loader_from(3)
-    assert isinstance(stream, WatchedLoader) and stream.patience_s == 7
-    assert isinstance(data.val_dataloader(), WatchedLoader) and data.val_dataloader().patience_s == 7
+    assert isinstance(stream, WatchedLoader) and stream.timeout_s == 7
+    assert isinstance(data.val_dataloader(), WatchedLoader) and data.val_dataloader().timeout_s == 7
     sub_batch = data.train_dataloader().plan.sub_batch(5)
     assert stream._images_of(2) == [records(drawn)[index].image for index in sub_batch.records]
 
