@@ -29,6 +29,10 @@ SCALE, CROP_SHARE = (0.5, 2.0), 320 / 360  # of images that are resized; of the 
 MIN_OBJECT = 8  # pixels a side: smaller objects hardly show in logits of every fourth pixel
 NATIVE_CROP = 512
 SAME_SETTING = {"data.crop", "augment.crop"}
+# What takes the place of the network of a recipe; other keys of `model` change it.
+NETWORK_KEYS = {
+    "model", "model/encoder", "model/decoder", "model.encoder.name", "model.library", "model.arch", "model.name"
+}  # fmt: skip
 OF_RUNS = ("run_dir", "input", "after_training")  # keys of a base recipe that are not about training
 BATCH_SIZES = (16, 8, 4, 2, 1)
 MAX_CPU_BATCH = 4
@@ -223,8 +227,10 @@ def overrides_key(given: str, key: str) -> bool:
     (True, False)
     >>> overrides_key("model", "model/encoder"), overrides_key("model/decoder", "model.channels_last")
     (True, False)
+    >>> overrides_key("model.label_stride", "model/encoder"), overrides_key("model.label_stride", "model.label_stride")
+    (False, True)
     """
-    if given.partition("/")[0].partition(".")[0] == "model" and key.startswith("model"):
+    if given in NETWORK_KEYS and key.startswith("model"):
         return key != "model.channels_last"
     return key == given or key.startswith((f"{given}.", f"{given}/"))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from semseg.checks.description import describe_data_set
 from semseg.checks.objects import MIN_OBJECTS, summarise_objects, view_of
 from semseg.checks.recipe import (
     BASE_RECIPE,
+    NETWORK_KEYS,
     DataFacts,
     Machine,
     choose_settings,
@@ -25,13 +27,14 @@ from semseg.config.load import load_config
 from semseg.config.override_keys import list_given_keys, override_key
 from semseg.config.preprocessing import RGB
 from semseg.config.recipes import find_experiment, list_chosen_options, read_recipe
-from semseg.config.schema import FINE_STRIDE, Config, DataConfig, flatten_sections
-from semseg.config.uses import find_idle_data_keys
+from semseg.config.schema import FINE_STRIDE, Config, DataConfig, config_to_plain, flatten_sections
+from semseg.config.uses import find_idle_data_keys, refuse_idle_keys
 from semseg.data.bands import BandOptions
 from semseg.data.classes import ClassTable
 from semseg.data.crops import NATIVE
 from semseg.data.geometry import Size, canvas_size
 from semseg.data.label_map import LabelMap
+from semseg.errors import ConfigError
 from semseg.nets.interfaces import SegmentationNetwork
 from semseg.nets.meta import build_on_meta
 from semseg.nets.step_memory import estimate_step_memory
@@ -107,9 +110,7 @@ def choose_recipe(
     others = leave_out_data(overrides)
     chosen = find_experiment(overrides)
     base = read_recipe(chosen or BASE_RECIPE)
-    is_network_given = any(key.startswith("model") for key in list_given_keys(others))
-    recipe_words = [] if is_network_given else [f"experiment={chosen or BASE_RECIPE}"]
-    network = load_config([*recipe_words, "data=folder", "data.num_classes=2", *others])[0]
+    network, is_given = compose_network(others, chosen or BASE_RECIPE)
     net = build_meta_network(network, len(diagnosis.classes))
 
     def estimate_memory(size: Size, batch_size: int) -> int | None:
@@ -134,8 +135,33 @@ def choose_recipe(
     choices = choose_settings(facts, machine, rates, estimate_memory)
     if net.image_size is not None:  # the network's size is that of the crops
         choices = [choice for choice in choices if choice.key not in ("data.crop", "augment.crop")]
-    recipe, reasons = make_recipe(choices, {"name": output.stem, **data}, base, [*given_data, *others])
+    decided = [*given_data, *list_decided_keys(others), *(["model"] if is_given else [])]
+    recipe, reasons = make_recipe(choices, {"name": output.stem, **data}, base, decided)
     return recipe, dict.fromkeys(diagnosis.suggestions, "suggested by the check of all files") | reasons
+
+
+def compose_network(overrides: Sequence[str], experiment: str) -> tuple[Config, bool]:
+    """The configuration whose network trains with these overrides, and whether they choose it, not the experiment."""
+    words = ["data=folder", "data.num_classes=2", *overrides]
+    if NETWORK_KEYS.isdisjoint(list_given_keys(overrides)):
+        with suppress(ConfigError):  # for keys of another network, which the experiment's does not have
+            config = load_config([f"experiment={experiment}", *words])[0]
+            refuse_idle_keys(config, overrides)
+            return config, False
+    return load_config(words)[0], True
+
+
+def list_decided_keys(overrides: Sequence[str]) -> Iterator[str]:
+    """The keys that overrides decide: of trainer=<option>, which says where to train, those that the option changes."""
+    for key, word in zip(map(override_key, overrides), overrides, strict=True):
+        if key != "trainer":
+            yield key
+            continue
+        default, chosen = (
+            dict(flatten_sections({"trainer": config_to_plain(load_config(words)[0])["trainer"]}))
+            for words in (["data=folder", "data.num_classes=2"], ["data=folder", "data.num_classes=2", word])
+        )
+        yield from (name for name, value in chosen.items() if default.get(name) != value)
 
 
 def build_meta_network(config: Config, num_classes: int, bands: BandOptions | None = None) -> SegmentationNetwork:

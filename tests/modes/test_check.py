@@ -632,6 +632,32 @@ def test_a_ready_data_set_is_described_in_a_file_that_trains_it(tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "network", "left_out"),
+    [
+        (["trainer=cpu", "model.label_stride=1"], ("timm", "segformer"), {"label_stride"}),
+        (["trainer=cpu", "trainer.max_epochs=3"], ("timm", "segformer"), {"max_epochs"}),
+        (["model.deepsup_weight=0.2"], (None, None), {"label_stride"}),  # of another network
+        (["model/decoder=c1"], (None, None), {"label_stride"}),
+    ],
+)
+def test_a_setting_leaves_the_network_and_the_length_to_the_recipe(
+    tmp_path: Path, words: list[str], network: tuple[str | None, str | None], left_out: set[str]
+) -> None:
+    good_folder(tmp_path / "photos")
+    words = ["data=folder", "data.root=photos", "data.num_classes=3", "model.encoder.weights=none", *words]
+    shown = run_here(tmp_path, "mode=check", "check.samples=2", *words, "output=a.yaml")
+    recipe = yaml.safe_load((tmp_path / "a.yaml").read_text())
+    groups = {key: value for entry in recipe["defaults"] for key, value in entry.items()}
+    assert (groups.get("override /model/encoder"), groups.get("override /model/decoder")) == network
+    assert {"label_stride", "max_epochs"} - {*recipe["model"], *recipe["trainer"]} == left_out
+    command = shlex.split(shown.splitlines()[-1].partition("run.py ")[2])
+    with contextlib.chdir(tmp_path):
+        config, _ = load_config(command)
+    assert config.trainer.max_epochs == (3 if "max_epochs" in left_out else recipe["trainer"]["max_epochs"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("resize", ["short_edge", "native"])
 def test_a_recipe_for_bands_without_colours_trains(tmp_path: Path, resize: str) -> None:
     root = good_folder(tmp_path / "radar")
