@@ -67,6 +67,7 @@ MONITORED_METRICS = (
     "train/loss",
     "train/accuracy",
 )  # what callbacks can watch
+LOWEST_IS_BEST = ("train/loss",)  # of them
 SYNCBN_NAMES = ("reduce", "native", "off")
 SYNCBN_CONVENTIONS = ("torch", "published")
 # Those in which every device has the whole network, as averages, statistics and checkpoints need.
@@ -87,8 +88,9 @@ EXPORT_FORMATS = ("coco", "yolo", "voc", "labelme", "label_studio", "roboflow") 
 ARCHITECTURE_KEYS = ("library", "arch", "name", "revision", "options", "config", "decoder")
 
 # The only objects that `_target_` in a configuration may name, so that no file can make us call anything else.
+EARLY_STOPPING = "pytorch_lightning.callbacks.EarlyStopping"
 ALLOWED_TARGETS = (
-    "pytorch_lightning.callbacks.EarlyStopping",
+    EARLY_STOPPING,
     "pytorch_lightning.callbacks.LearningRateMonitor",
     "pytorch_lightning.callbacks.DeviceStatsMonitor",
     "semseg.training.loggers.csv.CSVLog",

@@ -17,7 +17,9 @@ from semseg.config.hints import EXTENDING, explain_unknown_key
 from semseg.config.mix import find_mix_problems
 from semseg.config.schema import (
     ALLOWED_TARGETS,
+    EARLY_STOPPING,
     INSTANTIATE_KEYS,
+    LOWEST_IS_BEST,
     MONITORED_METRICS,
     OPEN_SECTIONS,
     Config,
@@ -298,6 +300,21 @@ def find_name_problems(config: Config) -> Iterator[str]:
         monitor = section.get("monitor") if isinstance(section, dict) else None
         if monitor is not None and monitor not in scores:
             yield format_wrong_choice(f"callbacks.{name}.monitor", monitor, scores)
+    yield from find_direction_problems(config)
+
+
+def find_direction_problems(config: Config) -> Iterator[str]:
+    """A sentence for every score of ours whose best value would be taken for the worst."""
+    watched = [("checkpoint", config.checkpoint.monitor, config.checkpoint.mode)]
+    for name, section in config.callbacks.items():
+        if isinstance(section, dict) and section.get("_target_") == EARLY_STOPPING:
+            watched.append(
+                (f"callbacks.{name}", str(section.get("monitor")), section.get("mode", "min"))
+            )  # as in Lightning
+    for key, monitor, mode in watched:
+        best, extreme = ("min", "lowest") if monitor in LOWEST_IS_BEST else ("max", "highest")
+        if monitor in MONITORED_METRICS and mode != best:
+            yield f"{key}.mode={mode}: the best {monitor} is the {extreme}. Set {key}.mode={best}."
 
 
 def find_instantiate_keys(node: Any, prefix: str = "") -> Iterator[str]:

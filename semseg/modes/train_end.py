@@ -26,7 +26,7 @@ from semseg.storage.commands import entry_command, format_command, relative_to_c
 from semseg.storage.run_folders import CHECKPOINT_FOLDER, choose_follow_up_folder
 from semseg.storage.run_results import RunResult, write_result
 from semseg.training.callbacks.report import REPORT_FILE
-from semseg.training.resume import end_fast_dev_run, list_early_stopping, removal_override
+from semseg.training.resume import EarlyStop, end_fast_dev_run, list_early_stopping, removal_override
 from semseg.training.trainer import use_one_device
 
 
@@ -48,6 +48,9 @@ def finish(config: Config, overrides: list[str], trainer: pl.Trainer, console: C
         return
     run_dir = Path(config.run_dir)
     write_result(run_dir, result)
+    if stop := EarlyStop.from_trainer(trainer, config.callbacks):
+        line = f"callbacks.{stop.name} ended the run after epoch {trainer.current_epoch}: {stop.reason}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     checkpoint = find_best_checkpoint(run_dir)
     if checkpoint is None:
         console.print("no checkpoint was written")

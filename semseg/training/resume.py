@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from semseg.checkpoints.format import FORMAT_KEY, load_plain, parse_checkpoint
-from semseg.config.schema import TrainerConfig, config_to_plain
+from semseg.config.schema import EARLY_STOPPING, TrainerConfig, config_to_plain
 from semseg.data.batch import Batch
 from semseg.data.classes import ClassTable
 from semseg.data.loaders import parse_taken
@@ -33,7 +33,6 @@ from semseg.training.loggers.csv import CSVLog
 from semseg.training.training_state import DATA_STATE, check_training_state
 
 RUN_KEY = "semseg_run"  # in a checkpoint: RunConditions
-EARLY_STOPPING = "pytorch_lightning.callbacks.EarlyStopping"
 
 
 class SeedEveryStep(Callback):
@@ -223,8 +222,20 @@ class EarlyStop(NamedTuple):
             key = EarlyStopping(section.get("monitor", ""), mode=section.get("mode", "min")).state_key
             state = content["callbacks"].get(key, {})
             if state.get("stopping_reason"):
-                return cls(name, str(state.get("stopping_reason_message")).removesuffix(" Signaling Trainer to stop."))
+                return cls.from_message(name, str(state.get("stopping_reason_message")))
         return None
+
+    @classmethod
+    def from_trainer(cls, trainer: pl.Trainer, callbacks: Mapping[str, Any]) -> EarlyStop | None:
+        """What ended a run now; None if it ended otherwise."""
+        for name, callback in zip(list_early_stopping(callbacks), trainer.early_stopping_callbacks, strict=False):
+            if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+                return cls.from_message(name, callback.stopping_reason_message)
+        return None
+
+    @classmethod
+    def from_message(cls, name: str, message: str) -> EarlyStop:
+        return cls(name, message.removesuffix(" Signaling Trainer to stop."))
 
 
 def list_early_stopping(callbacks: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
 
 from semseg.checkpoints.atomic_io import AtomicCheckpointIO
-from semseg.config.schema import SyncBNConfig, TrainerConfig
+from semseg.config.schema import EARLY_STOPPING, SyncBNConfig, TrainerConfig
 from semseg.config.tables import announce_table
 from semseg.errors import ConfigError, check_choice
 from semseg.nets.gpu import configure_gpu
@@ -29,7 +29,7 @@ from semseg.nets.precision import choose_weight_type
 from semseg.syncbn.plugin import build_layer_sync
 from semseg.system.text import format_quantity
 from semseg.training.loggers.external import logger_error, require_logger_package
-from semseg.training.resume import EARLY_STOPPING, get_validation_interval
+from semseg.training.resume import get_validation_interval
 
 Created = TypeVar("Created")
 # Custom classes by name. A section callbacks.<name> or logger.<name> without `_target_` holds arguments.

@@ -329,7 +329,7 @@ PATIENCE = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "
         (
             [
                 "trainer.max_epochs=4", *PATIENCE, *NO_VALIDATION, "callbacks.early_stopping.monitor=train/loss",
-                "callbacks.early_stopping.mode=max", "+callbacks.early_stopping.stopping_threshold=0.0",
+                "callbacks.early_stopping.mode=min", "+callbacks.early_stopping.stopping_threshold=99",
                 "callbacks.early_stopping.check_on_train_epoch_end=true",
             ],
             "already finished at epoch 1: callbacks.early_stopping ended it (Stopping threshold reached",
@@ -343,7 +343,8 @@ def test_a15_a_finished_run_is_known_whatever_ended_it_and_takes_no_step(
     score = trained(config)
     log, last = tmp_path / "logs" / "metrics.csv", tmp_path / "checkpoints" / "last.ckpt"
     before = log.read_bytes(), last.read_bytes()
-    capsys.readouterr()
+    # Said at the end of the run, and not only when it is continued.
+    assert ("callbacks.early_stopping ended the run after epoch" in capsys.readouterr().out) == ("ended it" in message)
     assert trained(config) == score
     assert message in capsys.readouterr().out
     assert (log.read_bytes(), last.read_bytes()) == before

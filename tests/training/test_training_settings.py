@@ -127,6 +127,26 @@ def test_early_stopping_on_a_score_that_never_comes_is_reported_before_training(
         fit(run_of(root, tmp_path, *STILL, *loss))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["callbacks.early_stopping.monitor=train/loss"],
+            r"mode=max: the best train/loss is the lowest\. Set callbacks",
+        ),
+        (
+            ["callbacks.early_stopping.mode=min"],
+            r"callbacks\.early_stopping\.mode=min: the best val/miou is the highest",
+        ),
+        (["~callbacks.early_stopping.mode"], r"mode=min: the best val/miou is the highest"),  # Lightning's default
+        (["checkpoint.mode=min"], r"checkpoint\.mode=min: the best val/miou is the highest\. Set checkpoint\.mode=max"),
+    ],
+)
+def test_a_score_whose_best_value_would_be_taken_for_the_worst_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configured("callbacks=early_stopping", *words)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("has_val", [False, True])
 def test_early_stopping_on_the_loss_ends_a_run(has_val: bool, root: Path, tmp_path: Path) -> None:
