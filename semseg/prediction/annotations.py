@@ -208,8 +208,9 @@ class AnnotationFiles:
                 raise error
             for writer in self._writers:
                 writer.finish()
-        if "label_studio" in self.outputs:
-            write_label_studio_config(self.folder / LABEL_STUDIO_CONFIG, self.classes)
+        config = self.folder / LABEL_STUDIO_CONFIG
+        if "label_studio" in self.outputs and not config.exists():  # else it has the same classes, and may be edited
+            write_label_studio_config(config, self.classes)
 
     def add(self, name: str, ids: NDArray[np.integer]) -> None:
         """Add the class map (H, W) of an image."""

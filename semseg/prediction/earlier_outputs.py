@@ -11,7 +11,7 @@ from semseg.config.overrides import RECORD_FOLDER
 from semseg.data.classes import ClassTable
 from semseg.data.label_map import LabelMap
 from semseg.errors import ConfigError
-from semseg.prediction.annotations import ANNOTATION_FILES
+from semseg.prediction.annotations import ANNOTATION_FILES, LABEL_STUDIO_CONFIG
 from semseg.prediction.inputs import Input
 from semseg.prediction.outputs import CLASSES_FILE, list_class_rows
 from semseg.storage.commands import relative_to_cwd
@@ -29,15 +29,19 @@ def describe_replaced(folder: Path, inputs: Sequence[Input], outputs: Sequence[s
         ConfigError: if no command of ours has written into the folder, so that the files are those of somebody else.
     """
     existing = list(find_existing_outputs(folder, inputs, outputs))
+    shown = relative_to_cwd(folder)
+    if not is_of_run(folder):
+        config = folder / LABEL_STUDIO_CONFIG
+        foreign = [*existing, *([config] if "label_studio" in outputs and config.exists() else [])]
+        if foreign:
+            raise ConfigError(
+                f"run_dir={shown}: holds {format_quantity(len(foreign), 'file')} with the names of outputs, such as "
+                f"{foreign[0].relative_to(folder).as_posix()}, and no record ({RECORD_FOLDER}) of a prediction that "
+                "wrote them. Give another folder."
+            )
     if not existing:
         return None
-    shown, example = relative_to_cwd(folder), existing[0].relative_to(folder).as_posix()
-    if not is_of_run(folder):
-        count = format_quantity(len(existing), "file")
-        raise ConfigError(
-            f"run_dir={shown}: holds {count} that outputs would replace, such as {example}, and no record "
-            f"({RECORD_FOLDER}) of a prediction that wrote them. Give another folder."
-        )
+    example = existing[0].relative_to(folder).as_posix()
     line = f"{len(existing)} files in {shown} are replaced, such as {example}"
     return escape_unprintable(line if len(existing) > 1 else f"{shown}/{example} is replaced")
 

@@ -232,12 +232,12 @@ def test_a_prediction_replaces_the_files_of_an_earlier_one_alone(folder: Path) -
         assert "replaced" not in shown
         assert (folder / place / "classes.json").read_bytes() == table.read_bytes()
 
-    for name in ("a_ids.png", "coco.json"):
+    for name in ("a_ids.png", "coco.json", "label_studio.xml"):
         strange = folder / "strange" / name
         strange.parent.mkdir(exist_ok=True)
         strange.write_bytes(b"mine")
-        shown = run_here(folder, *words, "run_dir=strange", code=2)
-        assert f"run_dir=strange: holds 1 file that outputs would replace, such as {name}" in shown
+        shown = run_here(folder, *words, "predict.save=[ids,coco,label_studio]", "run_dir=strange", code=2)
+        assert f"run_dir=strange: holds 1 file with the names of outputs, such as {name}" in shown
         assert [path.read_bytes() for path in strange.parent.iterdir()] == [b"mine"]
         strange.unlink()
 

@@ -109,6 +109,10 @@ def test_label_studio_gets_its_labelling_interface_and_the_prefix_of_images(tmp_
     assert labels == {"cat": "#fa3253", "dog <b>": "#33ddff"}
     names = {tag.get("name") for tag in tree.getroot()}
     assert {result["from_name"] for result in task["predictions"][0]["result"]} | {"image"} <= names
+    (tmp_path / "label_studio.xml").write_text("<View>with hotkeys</View>")
+    with AnnotationFiles(tmp_path, ["label_studio"], CLASSES, LabelMap(3), settings) as files:
+        files.add("a.jpg", class_map(0))
+    assert (tmp_path / "label_studio.xml").read_text() == "<View>with hotkeys</View>"
 
 
 def test_an_error_leaves_no_file_and_one_result_can_be_saved(tmp_path: Path) -> None:
