@@ -63,6 +63,10 @@ class DataFacts(NamedTuple):
     has_colours: bool = True  # red, green and blue are among the bands
     given_resize: str | None = None  # data.resize, if it was given
     given_edge: int | None = None  # the largest of data.short_edges, if they were given
+    given_batch: int | None = None  # data.batch_size, if it was given
+    given_epochs: int | None = None  # trainer.max_epochs, if it was given
+    epoch_steps: int | None = None  # data.steps_per_epoch; None: an epoch is one pass
+    max_steps: int = -1  # trainer.max_steps; -1: no limit
 
 
 class Machine(NamedTuple):
@@ -91,8 +95,8 @@ def choose_settings(
     choices = choose_resolution(facts, machine)
     chosen = {choice.key: choice.value for choice in choices}
     crop = Size(*chosen["data.crop" if chosen["data.resize"] == NATIVE else "augment.crop"])
-    batch = choose_batch(len(facts.sizes), crop, machine, estimate_memory)
-    choices += [batch, *choose_length(len(facts.sizes), batch.value, machine)]
+    batch = choose_batch(facts, crop, machine, estimate_memory)
+    choices += [batch, *choose_length(facts, batch.value, machine)]
     factor = math.sqrt(batch.value / MAX_CPU_BATCH)
     rule = "as measured for this batch"
     if batch.value != MAX_CPU_BATCH:
@@ -135,10 +139,12 @@ def choose_resolution(facts: DataFacts, machine: Machine) -> list[Choice]:
     ]
 
 
-def choose_batch(num_images: int, crop: Size, machine: Machine, estimate_memory: EstimateMemory) -> Choice:
-    """Choose the number of images of a step."""
+def choose_batch(facts: DataFacts, crop: Size, machine: Machine, estimate_memory: EstimateMemory) -> Choice:
+    """Choose the number of images of a step, unless it was given."""
+    if facts.given_batch is not None:
+        return Choice("data.batch_size", facts.given_batch, "as it was given")
     largest = BATCH_SIZES[0] if machine.has_gpu else MAX_CPU_BATCH
-    sizes = [size for size in BATCH_SIZES if size <= min(largest, max(1, num_images // 4))]
+    sizes = [size for size in BATCH_SIZES if size <= min(largest, max(1, len(facts.sizes) // 4))]
     needs = {size: estimate_memory(crop, size) for size in sizes}
     size = next((size for size, need in needs.items() if need is not None and need < machine.memory / 2), sizes[-1])
     need = needs[size]
@@ -149,14 +155,20 @@ def choose_batch(num_images: int, crop: Size, machine: Machine, estimate_memory:
     return Choice("data.batch_size", size, f"{memory}{more}")
 
 
-def choose_length(num_images: int, batch_size: int, machine: Machine) -> Iterator[Choice]:
-    """Choose the number of epochs, which are passes over the images, and what depends on the number of steps."""
-    total = GPU_IMAGES if machine.has_gpu else CPU_IMAGES
+def choose_length(facts: DataFacts, batch_size: int, machine: Machine) -> Iterator[Choice]:
+    """Choose the number of epochs, unless it was given, and what depends on the number of steps."""
+    total, num_images = GPU_IMAGES if machine.has_gpu else CPU_IMAGES, len(facts.sizes)
     passes = min(MAX_PASSES, max(MIN_PASSES, round(total / num_images)))
     steps_per_pass = max(1, num_images // batch_size)
-    steps = passes * steps_per_pass
-    yield Choice("trainer.max_epochs", passes, f"{steps} steps; an epoch is one pass over {num_images} images")
-    interval = max(1, passes // 20)
+    steps_per_epoch, meaning = steps_per_pass, f"an epoch is one pass over {num_images} images"
+    if facts.epoch_steps is not None:
+        steps_per_epoch, meaning = facts.epoch_steps, f"an epoch has {facts.epoch_steps}"
+    epochs = facts.given_epochs or max(1, round(passes * steps_per_pass / steps_per_epoch))
+    steps = epochs * steps_per_epoch
+    if facts.max_steps > 0:
+        steps = min(steps, facts.max_steps)
+    yield Choice("trainer.max_epochs", epochs, f"{steps} steps; {meaning}")
+    interval = max(1, epochs // 20)
     yield Choice("trainer.check_val_every_n_epoch", interval, "about twenty validations in the run")
     warmup = max(1, min(500, steps // 20))
     yield Choice("schedule.warmup_steps", warmup, "a twentieth of the steps")

@@ -36,6 +36,7 @@ from semseg.checks.dataset import (
 from semseg.checks.objects import check_objects
 from semseg.checks.recipe import BASE_RECIPE, write_recipe
 from semseg.config.load import load_config
+from semseg.config.override_keys import list_given_keys
 from semseg.config.recipes import find_experiment
 from semseg.config.schema import SPLITS, Config, DataConfig
 from semseg.data.bands import band_options
@@ -93,6 +94,7 @@ def run(config: Config, overrides: list[str]) -> None:
     source, configured = open_data(config.data)
     splits = [scan_split(source, split) for split in SPLITS if source.has(split)]
     diagnosis = diagnose(splits, config.data, configured, find_shared_images(splits), partial(find_pixel, source))
+    drop_given_preferences(diagnosis.suggestions, overrides)
     if keys := source.find_named_splits():
         diagnosis.notices[:] = sort_notices([*diagnosis.notices, Notice(WARNING, describe_named_splits(keys))])
         diagnosis.suggestions.update(keys)
@@ -137,6 +139,16 @@ def run(config: Config, overrides: list[str]) -> None:
     print(next_step)
     error = DataError if config.quiet else ReportedError
     raise error(f"the data set is not ready for training: see {relative_to_cwd(files[-1])}.")
+
+
+def drop_given_preferences(suggestions: dict[str, str], overrides: Sequence[str]) -> None:
+    """Drop the suggestions that a run does not need, for what was given: images may be enlarged on purpose."""
+    given = list_given_keys(overrides)
+    dropped = {key for key in ("data.short_edges", "eval.scales", "data.steps_per_epoch") if key in given}
+    if "data.short_edges" in dropped:
+        dropped.add("eval.scales")  # which is that of the suggested edges
+    for key in dropped:
+        suggestions.pop(key, None)
 
 
 def use_masks_beside(config: Config, overrides: list[str]) -> tuple[Config, list[str]]:

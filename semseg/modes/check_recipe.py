@@ -125,6 +125,14 @@ def choose_recipe(
     given_data = [key for key in (*described, *given) if key.startswith("data.") and key not in diagnosis.suggestions]
     if "data.short_edges" in given_data:
         facts = facts._replace(given_edge=max(config.data.short_edges))
+    decided = [*given_data, *list_decided_keys(others)]
+    batch_size = data.get("batch_size")
+    facts = facts._replace(
+        given_batch=batch_size if isinstance(batch_size, int) else None,  # auto is resolved by each run
+        given_epochs=config.trainer.max_epochs if "trainer.max_epochs" in decided else None,
+        epoch_steps=data.get("steps_per_epoch"),
+        max_steps=config.trainer.max_steps,
+    )
     rates = {key: value for key, value in flatten_sections(base) if key in RECIPE_RATES and not chosen}
     others = [word for word in others if word != "optim.lr=auto"]  # which is computed from the rate of the recipe
     if "optim.lr" in list_given_keys(others):
@@ -135,7 +143,7 @@ def choose_recipe(
     choices = choose_settings(facts, machine, rates, estimate_memory)
     if net.image_size is not None:  # the network's size is that of the crops
         choices = [choice for choice in choices if choice.key not in ("data.crop", "augment.crop")]
-    decided = [*given_data, *list_decided_keys(others), *(["model"] if is_given else [])]
+    decided += ["model"] if is_given else []
     recipe, reasons = make_recipe(choices, {"name": output.stem, **data}, base, decided)
     return recipe, dict.fromkeys(diagnosis.suggestions, "suggested by the check of all files") | reasons
 

@@ -52,6 +52,17 @@ def test_a_gpu_gets_larger_images_larger_batches_and_more_passes() -> None:
     assert chosen["ema.start_step"] == 2200
 
 
+def test_what_was_given_decides_what_is_computed_from_it() -> None:
+    chosen = choose(STREET._replace(given_epochs=10))  # 10 x 91 steps
+    assert (chosen["trainer.max_epochs"], chosen["trainer.check_val_every_n_epoch"]) == (10, 1)
+    assert (chosen["schedule.warmup_steps"], chosen["ema.start_step"]) == (45, 455)
+    chosen = choose(STREET._replace(given_batch=2))
+    assert (chosen["data.batch_size"], chosen["optim.lr"], chosen["ema.start_step"]) == (2, 0.00212, 11 * 183)
+    chosen = choose(STREET._replace(epoch_steps=1000))  # as many steps as without
+    assert (chosen["trainer.max_epochs"], chosen["ema.start_step"]) == (2, 1000)
+    assert choose(STREET._replace(max_steps=100))["schedule.warmup_steps"] == 5
+
+
 def test_a_batch_fits_in_the_memory_and_no_image_is_twice_in_it() -> None:
     assert choose(STREET, Machine(False, 2**30))["data.batch_size"] == 1
     assert choose(DataFacts([Size(60, 80)] * 9, [1.0], {}), GPU)["data.batch_size"] == 2

@@ -639,6 +639,7 @@ def test_a_ready_data_set_is_described_in_a_file_that_trains_it(tmp_path: Path) 
         (["trainer=cpu", "trainer.max_epochs=3"], ("timm", "segformer"), {"max_epochs"}),
         (["model.deepsup_weight=0.2"], (None, None), {"label_stride"}),  # of another network
         (["model/decoder=c1"], (None, None), {"label_stride"}),
+        (["data.short_edges=[96]"], ("timm", "segformer"), set()),  # images are enlarged on purpose
     ],
 )
 def test_a_setting_leaves_the_network_and_the_length_to_the_recipe(
@@ -654,6 +655,7 @@ def test_a_setting_leaves_the_network_and_the_length_to_the_recipe(
     command = shlex.split(shown.splitlines()[-1].partition("run.py ")[2])
     with contextlib.chdir(tmp_path):
         config, _ = load_config(command)
+    assert (config.data.short_edges == [96]) == ("data.short_edges=[96]" in words)
     assert config.trainer.max_epochs == (3 if "max_epochs" in left_out else recipe["trainer"]["max_epochs"])
 
 
