@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from semseg.config.schema import ARCHITECTURE_KEYS, Config, list_checkpoints
 from semseg.data.bands import format_value_range
 from semseg.data.batch import Batch
 from semseg.data.sources import DataSource, require_masks
-from semseg.errors import CheckpointError
+from semseg.errors import CheckpointError, ConfigError
 from semseg.evaluation.thresholds import find_best_threshold
 from semseg.lit_module import SegmentationModule
 from semseg.modes.eval import open_source
@@ -60,6 +61,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
             images to train or to validate.
     """
     members = [find_network(spec, config, overrides) for spec in list_checkpoints(config.ckpt)]
+    refuse_repeated_networks(members)
     members[0] = complete_pixel_type(members)
     for other in members[1:]:
         refuse_other_network(members[0], other)
@@ -101,6 +103,18 @@ def run(config: Config, overrides: list[str]) -> float | None:
     kept = f"better than each of them: written to {file}\nto predict: {command}"
     print(escape_lines(kept if is_better else "not better than the best of them: not kept"))
     return score
+
+
+def refuse_repeated_networks(members: Sequence[SavedNetwork]) -> None:
+    """Refuse a file that is given twice: its mean with itself would only measure the statistics again.
+
+    Raises:
+        ConfigError: with the file.
+    """
+    counts = Counter(str(Path(member.source).resolve()) for member in members)
+    for path, count in counts.items():
+        if count > 1:
+            raise ConfigError(f"ckpt: {relative_to_cwd(Path(path))} is given {count} times. Give each network once.")
 
 
 def refuse_other_network(first: SavedNetwork, other: SavedNetwork) -> None:

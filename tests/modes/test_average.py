@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -114,7 +115,11 @@ def test_the_average_is_kept_only_if_it_is_better_than_the_best(folder: Path) ->
 
 @pytest.mark.slow
 def test_the_networks_and_their_average_are_scored(folder: Path) -> None:
-    printed = run_here(folder, "mode=average", "ckpt=[a.ckpt,a.ckpt]", *QUICK, "trainer.devices=2", "run_dir=scored")
+    refused = run_here(folder, "mode=average", "ckpt=[a.ckpt,b.ckpt,./a.ckpt]", *QUICK, "run_dir=scored", code=2)
+    assert "ckpt: a.ckpt is given 2 times. Give each network once." in refused
+    shutil.copy(folder / "a.ckpt", folder / "same_a.ckpt")
+    words = ["mode=average", "ckpt=[a.ckpt,same_a.ckpt]", *QUICK]
+    printed = run_here(folder, *words, "trainer.devices=2", "run_dir=scored")
     assert printed.count("a.ckpt: mean IoU") == 2 and "their mean, statistics of 4 images" in printed
     content = json.loads((folder / "scored" / "average.json").read_text())
     assert content["networks"][0]["mean_iou"] == content["networks"][1]["mean_iou"] is not None

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from helpers.command_line import run, run_here
+from helpers.command_line import TINY, run, run_here
 from helpers.published_files import served, write_files
 from semseg.checkpoints.format import load_weights, read_checkpoint, write_ckpt, write_safetensors
 from semseg.modes.convert import write_published
@@ -129,6 +129,28 @@ def test_a_converted_checkpoint_evaluates_predicts_and_starts_a_new_run(folder: 
     image = next((folder / "scenes" / "images" / "validation").iterdir())
     run_here(folder, "mode=predict", "ckpt=net.ckpt", f"input={image}", "eval.scales=[32]", "run_dir=predicted")
     assert list((folder / "predicted").glob("*_ids.png"))
+
+
+@pytest.mark.slow
+def test_what_a_folder_cannot_say_is_printed_with_the_overrides_that_do(folder: Path) -> None:
+    run_here(folder, *TINY, "run_dir=plain")
+    printed = run_here(folder, "mode=convert", "ckpt=plain", "output=of_plain")
+    assert "weights alone; read them with model.encoder.output_stride=32; not in them: classes" in printed
+    words = ["mode=convert", "ckpt=of_plain", "model.encoder.output_stride=32", "output=again.ckpt"]
+    assert "output stride 32 + c1" in run_here(folder, *words)
+    printed = run_here(folder, "mode=convert", "ckpt=net.ckpt", "output=of_net")
+    assert printed.endswith("The files hold weights alone; read them with model.convention=bgr_mean\n")
+    write_files(folder / "new", "resnet18_dilated8", "c1_deepsup", 3)
+    assert "weights alone" not in run_here(folder, "mode=convert", "ckpt=new", "output=of_new")
+
+    last = folder / "plain/checkpoints/last.ckpt"
+    before = last.read_bytes()
+    (folder / "copy.ckpt").write_bytes(before)
+    for output in ("plain/checkpoints/last.ckpt", "plain/checkpoints/new.ckpt", "copy.ckpt"):
+        refused = run_here(folder, "mode=convert", "ckpt=net.ckpt", f"output={output}", code=2)
+        assert f"output={output}: would replace a checkpoint of a training run" in refused
+    assert last.read_bytes() == before == (folder / "copy.ckpt").read_bytes()
+    run_here(folder, "mode=convert", "ckpt=net.ckpt", "output=again.ckpt")  # has no run to lose
 
 
 @pytest.mark.long
