@@ -414,6 +414,11 @@ class SegmentationModule(pl.LightningModule):
         self.check_image_count(counts.images + num_unreadable, stage)
         check_bad_fraction(num_unreadable, counts.images + num_unreadable, self.max_bad)
         self.scores = scores_from(counts.matrix, self.miou_rule)._replace(own=counts.own)
+        if counts.images and not counts.matrix.any() and not self.trainer.sanity_checking:
+            rank_zero_warn(
+                f"{stage}: nothing is scored, because no pixel of the labels has a class. Look at data.first_id, "
+                "data.ignore and data.map (mode=check)."
+            )
         warning = describe_odd_predictions(counts.matrix, self.classes.names)
         if warning is not None and not self.trainer.sanity_checking:
             rank_zero_warn(f"{stage}: {warning}")

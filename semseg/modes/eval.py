@@ -71,11 +71,12 @@ from semseg.reports.run_card import build_run_card, compute_data_fingerprint, ma
 from semseg.storage.atomic import atomic_write
 from semseg.storage.commands import list_this_command, relative_to_cwd
 from semseg.storage.ranks import print_once
-from semseg.storage.run_folders import CHECKPOINT_FOLDER, METRICS_FILE
+from semseg.storage.run_folders import CHECKPOINT_FOLDER, METRICS_FILE, expand_path
 from semseg.storage.run_results import RunResult, write_result
 from semseg.system.text import escape_lines, escape_unprintable, format_quantity
 from semseg.training.trainer import describe_device
 
+CUT_KEYS = ("val_fraction", "folds", "fold", "group")  # of data: which images of train are val
 PANELS_FOLDER = "panels"  # in the run folder, for eval.visualize
 
 
@@ -89,6 +90,28 @@ def run(config: Config, overrides: list[str]) -> float | None:
     return evaluate_network(saved, config)
 
 
+def describe_cut_split(data: DataConfig, trained: DataConfig, source: DataSource) -> str:
+    """A line about a val that is cut from train otherwise than in the run, or from other data; empty for others.
+
+    Args:
+        data: of the evaluation.
+        trained: of the run.
+    """
+    if data.val.list or data.val.images or data.val.stems or not (data.val_fraction or data.folds):
+        return ""
+    if expand_path(data.root).resolve() != expand_path(trained.root).resolve():
+        scored = len(source.records("val"))
+        cut = f"data.folds={data.folds}" if data.folds else f"data.val_fraction={data.val_fraction:g}"
+        images, masks = (getattr(data, name) or getattr(data.train, name) for name in ("images", "masks"))
+        words = f"data.val.images={images} data.val.masks={masks}" if images else f"data.val.list={data.train.list}"
+        return f"{cut}: {format_quantity(scored, 'image')} of data.train are val. To score all: {words}"
+    changed = [key for key in CUT_KEYS if getattr(data, key) != getattr(trained, key)]
+    if not changed or (changed == ["val_fraction"] and data.val_fraction < trained.val_fraction):
+        return ""  # fewer images of the same
+    given = ", ".join(f"data.{key}={getattr(data, key)}" for key in changed)
+    return f"warning: {given}: val is not that of the run, which has trained on some of these images"
+
+
 def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
     """Score a network on eval.split and write the results into the run folder; returns the mean IoU.
 
@@ -100,6 +123,7 @@ def evaluate_network(saved: SavedNetwork, config: Config) -> float | None:
     require_masks(split, source.records(split))
     resamples = choose_resamples(config.eval.bootstrap, len(source.records(split)))
     print_once(source.describe_unused(split))
+    print_once(describe_cut_split(config.data, saved.config.data, source) if split == "val" else "")
     net = restore_network(saved)
     config = resolve_layout(resolve_reading(config, source.root), net)
     refuse_nonfinite_weights(net.state_dict(), saved.source)

@@ -6,8 +6,10 @@ import csv
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
+from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -16,7 +18,10 @@ from PIL import Image
 
 import semseg
 from helpers.command_line import TINY_ENCODERS, TINY_NETWORK, run, run_here
+from helpers.in_process import configured
+from semseg.config.schema import SplitConfig
 from semseg.errors import SemsegError
+from semseg.modes.eval import describe_cut_split
 from semseg.nets.registry import ENCODERS
 from semseg.prediction.video import VideoWriters, read_frames
 
@@ -334,3 +339,38 @@ def test_an_evaluation_explains_itself(folder: Path) -> None:
 def test_mistakes_are_one_line(folder: Path, words: list[str], code: int, expected: str) -> None:
     output = run_here(folder, *words, code=code)
     assert expected in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ""),
+        ({"val_fraction": 0.05}, ""),  # fewer images of the same
+        (
+            {"val_fraction": 0.5},
+            "warning: data.val_fraction=0.5: val is not that of the run, which has trained on some",
+        ),
+        ({"group": "p[0-9]"}, "warning: data.group=p[0-9]: val is not that of the run"),
+        ({"folds": 5, "fold": 1}, "warning: data.folds=5, data.fold=1: val is not that of the run"),
+        (
+            {"root": "other"},
+            "data.val_fraction=0.1: 2 images of data.train are val. To score all: data.val.images=images "
+            "data.val.masks=masks",
+        ),
+        ({"root": "other", "val": SplitConfig(images="photos", masks="labels")}, ""),
+    ],
+)
+def test_an_evaluation_says_which_images_of_train_it_scores(given: dict[str, Any], expected: str) -> None:
+    trained = configured("data=folder", "data.root=here", "data.num_classes=2", "data.val_fraction=0.1").data
+    source = Mock(records=lambda split: ["a", "b"])
+    found = describe_cut_split(replace(trained, **given), trained, source)
+    assert found.startswith(expected) and bool(found) == bool(expected)
+
+
+@pytest.mark.slow
+def test_a_validation_whose_labels_have_no_class_is_reported(folder: Path) -> None:
+    shutil.copytree(folder / "scenes", folder / "unlabelled")
+    for mask in (folder / "unlabelled" / "annotations" / "validation").iterdir():
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(mask)))).save(mask)
+    with pytest.warns(UserWarning, match="test: nothing is scored, because no pixel of the labels has a class"):
+        run_here(folder, "mode=eval", "ckpt=run", "data.root=unlabelled", "run_dir=nothing_scored")
