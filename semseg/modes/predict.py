@@ -168,6 +168,7 @@ class PredictionJob:
         self.predictor, self.folder, self.annotations = predictor, folder, annotations
         self.outputs = [output for output in outputs if output not in ANNOTATION_FILES]  # one file for each input
         self.num_workers, self.timeout_s = num_workers, timeout_s
+        self.has_named_others = False  # outputs that images beyond data.max_pixels do not have
 
     def predict_all(
         self, inputs: Sequence[Input], on_progress: Callable[[float], object] = lambda done: None
@@ -224,19 +225,18 @@ class PredictionJob:
         """Predict an image beyond data.max_pixels by windows, and write ids, colours and overlay as TIFF, row by row.
 
         Raises:
-            DataError: if the file is damaged.
+            DataError: if the file is damaged, or no output of such an image was asked for.
             ConfigError: without rasterio.
         """
         predictor, target = self.predictor, self.folder / item.output_path
         written = [output for output in self.outputs if output in ROW_OUTPUTS]
         others = [output for output in self.outputs if output not in ROW_OUTPUTS] + list(self.annotation_outputs)
-        if others:
-            print_once(
-                f"{', '.join(others)}: for images of up to data.max_pixels, of larger ones only "
-                f"{', '.join(ROW_OUTPUTS)} are written"
-            )
+        limit = f"for images of up to data.max_pixels, of larger ones only {', '.join(ROW_OUTPUTS)} are written"
         if not written:
-            return
+            raise DataError(f"{item.path}: {', '.join(others)}: {limit}. Add one of them to predict.save.")
+        if others and not self.has_named_others:
+            print_once(f"{', '.join(others)}: {limit}")
+            self.has_named_others = True
         reader = open_windows(item.path, predictor.bands)
         assert reader is not None, "the loader has opened it"
         with reader, ExitStack() as opened:

@@ -59,6 +59,9 @@ def test_pixels_without_values_have_no_class_whether_an_image_is_read_whole_or_b
         assert np.array_equal(ids != 255, has_value), run_dir
     assert np.array_equal(np.asarray(Image.open(folder / "whole" / "a_ids.png")), ids)
     assert np.array_equal(predict_from_python(folder, image).label_ids, ids)
+    words = ["mode=predict", "ckpt=run", f"input={image}", "data.max_pixels=2000", "predict.save=[panel,coco]"]
+    printed = run_here(folder, *words, "run_dir=nothing", code=1)
+    assert "a.tif: panel, coco: for images of up to data.max_pixels, of larger ones only ids, color, overlay" in printed
 
 
 @pytest.fixture(scope="module")
