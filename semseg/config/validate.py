@@ -308,9 +308,8 @@ def find_direction_problems(config: Config) -> Iterator[str]:
     watched = [("checkpoint", config.checkpoint.monitor, config.checkpoint.mode)]
     for name, section in config.callbacks.items():
         if isinstance(section, dict) and section.get("_target_") == EARLY_STOPPING:
-            watched.append(
-                (f"callbacks.{name}", str(section.get("monitor")), section.get("mode", "min"))
-            )  # as in Lightning
+            mode = section.get("mode", "min")  # Lightning's default
+            watched.append((f"callbacks.{name}", str(section.get("monitor")), mode))
     for key, monitor, mode in watched:
         best, extreme = ("min", "lowest") if monitor in LOWEST_IS_BEST else ("max", "highest")
         if monitor in MONITORED_METRICS and mode != best:
