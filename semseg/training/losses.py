@@ -291,6 +291,10 @@ def read_class_weights(path: str) -> list[float]:
         raise ConfigError(
             f"loss.class_weights={path}: no file with class_weights ({describe_reason(error)})."
         ) from None
+    if not numbers:
+        raise ConfigError(
+            f"loss.class_weights={path}: holds no weights, because the data set was not ready. Check it again."
+        )
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise ConfigError(f"loss.class_weights={path}: every weight must be a number of at least 0.")
     if not any(numbers):

@@ -293,6 +293,9 @@ def test_class_weights_are_read_from_what_the_doctor_wrote(tmp_path: Path) -> No
         path.write_text(content)
         with pytest.raises(ConfigError, match=r"loss\.class_weights=.*check\.json"):
             build_class_weights(str(path), 1)
+    path.write_text('{"class_weights": []}')
+    with pytest.raises(ConfigError, match="holds no weights, because the data set was not ready"):
+        build_class_weights(str(path), 1)
 
 
 @pytest.mark.slow

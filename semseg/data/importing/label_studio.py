@@ -82,14 +82,14 @@ def read_label_studio(root: Path, files: Sequence[Path], finder: ImageFinder, op
             else:
                 tasks.append((task, split))
     names = sorted({label for task, _ in tasks for label in find_labels(task.results)})
-    if not names and not items:
-        raise DataError(f"{files[0]}: no task has a region with a label. Annotate the images first.")
     index_of = {name: index for index, name in enumerate(names)}
     for task, split in tasks:
         try:
             items.append(reader.read_task(task, split, index_of))
         except EntryError as error:
             items.append(Problem(f"{task.origin}: {error}."))
+    if not names and not any(isinstance(item, Problem) for item in items):  # regions of a kind that cannot be read
+        raise DataError(f"{files[0]}: no task has a region with a label. Annotate the images first.")
     return Export("Label Studio", tuple(names), None, items, tuple(reader.describe()))
 
 

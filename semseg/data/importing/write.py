@@ -115,9 +115,12 @@ def write_export(
         if background == len(names) and unlabelled:
             names.append(BACKGROUND)
         if len(names) < 2:
+            advice = "With import.unlabelled=background, pixels nobody annotated are one."
+            if background == len(export.names):
+                advice = "Every pixel is annotated as it: annotate another one."
             raise DataError(
-                f"{export.title}: {names[0] if names else 'no class'} is the only class, and a network needs two. With "
-                "import.unlabelled=background, pixels nobody annotated are one."
+                f"{export.title}: {names[0] if names else 'no class'} is the only class, and a network needs two. "
+                f"{advice}"
             )
         write_class_table(folder / "classes.csv", names, export.palette)
         splits = [split for split in SPLITS if any(image.split == split for image in images)]

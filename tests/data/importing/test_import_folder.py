@@ -125,6 +125,10 @@ def test_one_class_alone_is_refused_and_needs_a_background(tmp_path: Path) -> No
     write_coco(tmp_path / "e", ["a"], annotations=[entry], categories=[{"id": 1, "name": "cat"}])
     with pytest.raises(DataError, match=r"cat is the only class, .* import\.unlabelled=background"):
         import_here(tmp_path / "e", tmp_path / "out", "import.unlabelled=ignore")
+    entry["segmentation"] = [[0, 0, WIDTH, 0, WIDTH, HEIGHT, 0, HEIGHT]]
+    write_coco(tmp_path / "e", ["a"], annotations=[entry], categories=[{"id": 1, "name": "cat"}])
+    with pytest.raises(DataError, match=r"cat is the only class, .* Every pixel is annotated as it: annotate another"):
+        import_here(tmp_path / "e", tmp_path / "out")
 
 
 # ---- sizes and rotated photographs

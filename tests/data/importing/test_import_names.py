@@ -162,12 +162,13 @@ def test_a_painted_region_that_cannot_be_read_is_refused_and_points_are_left_out
     notes = import_here(tmp_path / "e", tmp_path / "out").notes
     assert "1 result without an area or a label: left out." in notes
     mask = studio_region("cat", "bitmask", {"imageDataURL": "data:image/png;base64,"})
-    tasks[0]["annotations"][0]["result"].append(mask)
-    put(file, tasks)
-    with pytest.raises(
-        DataError, match=r"is of the type bitmasklabels, which cannot be read\. Draw it again as one of"
-    ):
-        import_here(tmp_path / "e", tmp_path / "other")
+    for others in (tasks[0]["annotations"][0]["result"], []):
+        tasks[0]["annotations"][0]["result"] = [*others, mask]
+        put(file, tasks)
+        with pytest.raises(
+            DataError, match=r"is of the type bitmasklabels, which cannot be read\. Draw it again as one of"
+        ):
+            import_here(tmp_path / "e", tmp_path / "other")
 
 
 def test_labels_of_label_studio_beside_their_regions_and_in_texts_are_no_areas(tmp_path: Path) -> None:
