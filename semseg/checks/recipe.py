@@ -29,8 +29,8 @@ SCALE, CROP_SHARE = (0.5, 2.0), 320 / 360  # of images that are resized; of the 
 MIN_OBJECT = 8  # pixels a side: smaller objects hardly show in logits of every fourth pixel
 NATIVE_CROP = 512
 SAME_SETTING = {"data.crop", "augment.crop"}
-# What takes the place of the network of a recipe; other keys of `model` change it.
-NETWORK_KEYS = {
+# What takes the place of the network of a recipe; other keys of `model` only change it.
+REPLACING_KEYS = {
     "model", "model/encoder", "model/decoder", "model.encoder.name", "model.library", "model.arch", "model.name"
 }  # fmt: skip
 OF_RUNS = ("run_dir", "input", "after_training")  # keys of a base recipe that are not about training
@@ -141,17 +141,21 @@ def choose_resolution(facts: DataFacts, machine: Machine) -> list[Choice]:
 
 def choose_batch(facts: DataFacts, crop: Size, machine: Machine, estimate_memory: EstimateMemory) -> Choice:
     """Choose the number of images of a step, unless it was given."""
-    if facts.given_batch is not None:
-        return Choice("data.batch_size", facts.given_batch, "as it was given")
     largest = BATCH_SIZES[0] if machine.has_gpu else MAX_CPU_BATCH
     sizes = [size for size in BATCH_SIZES if size <= min(largest, max(1, len(facts.sizes) // 4))]
+    if facts.given_batch is not None:
+        sizes = [facts.given_batch]
     needs = {size: estimate_memory(crop, size) for size in sizes}
     size = next((size for size, need in needs.items() if need is not None and need < machine.memory / 2), sizes[-1])
     need = needs[size]
     memory = "the memory of a step cannot be estimated for this network"
     if need is not None:
         memory = f"needs about {need / 2**30:.1f} of {machine.memory / 2**30:.0f} GB"
-    more = "" if machine.has_gpu else "; on a CPU, more small steps teach more than few large ones"
+    more = (
+        ""
+        if machine.has_gpu or facts.given_batch is not None
+        else "; on a CPU, more small steps teach more than few large ones"
+    )
     return Choice("data.batch_size", size, f"{memory}{more}")
 
 
@@ -242,7 +246,7 @@ def overrides_key(given: str, key: str) -> bool:
     >>> overrides_key("model.label_stride", "model/encoder"), overrides_key("model.label_stride", "model.label_stride")
     (False, True)
     """
-    if given in NETWORK_KEYS and key.startswith("model"):
+    if given in REPLACING_KEYS and key.startswith("model"):
         return key != "model.channels_last"
     return key == given or key.startswith((f"{given}.", f"{given}/"))
 

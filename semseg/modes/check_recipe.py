@@ -17,7 +17,7 @@ from semseg.checks.description import describe_data_set
 from semseg.checks.objects import MIN_OBJECTS, summarise_objects, view_of
 from semseg.checks.recipe import (
     BASE_RECIPE,
-    NETWORK_KEYS,
+    REPLACING_KEYS,
     DataFacts,
     Machine,
     choose_settings,
@@ -151,7 +151,7 @@ def choose_recipe(
 def compose_network(overrides: Sequence[str], experiment: str) -> tuple[Config, bool]:
     """The configuration whose network trains with these overrides, and whether they choose it, not the experiment."""
     words = ["data=folder", "data.num_classes=2", *overrides]
-    if NETWORK_KEYS.isdisjoint(list_given_keys(overrides)):
+    if REPLACING_KEYS.isdisjoint(list_given_keys(overrides)):
         with suppress(ConfigError):  # for keys of another network, which the experiment's does not have
             config = load_config([f"experiment={experiment}", *words])[0]
             refuse_idle_keys(config, overrides)

@@ -249,7 +249,7 @@ def read_spoiled_labels(count: int, seed: int, folder: Path) -> tuple[Counter[st
         if label is not None:
             with closing(label):
                 if label.size.height * label.size.width < 2**20:
-                    assert all(ids.min() >= 0 and ids.max() < 4 for _, ids in label.read_bands(500))
+                    assert all(ids.min() >= 0 and ids.max() < 4 for _, ids in label.read_strips(500))
 
     def work() -> None:
         for number in range(count):
