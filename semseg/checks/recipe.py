@@ -151,11 +151,9 @@ def choose_batch(facts: DataFacts, crop: Size, machine: Machine, estimate_memory
     memory = "the memory of a step cannot be estimated for this network"
     if need is not None:
         memory = f"needs about {need / 2**30:.1f} of {machine.memory / 2**30:.0f} GB"
-    more = (
-        ""
-        if machine.has_gpu or facts.given_batch is not None
-        else "; on a CPU, more small steps teach more than few large ones"
-    )
+    more = ""
+    if not machine.has_gpu and facts.given_batch is None:
+        more = "; on a CPU, more small steps teach more than few large ones"
     return Choice("data.batch_size", size, f"{memory}{more}")
 
 

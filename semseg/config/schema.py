@@ -87,8 +87,8 @@ EXPORT_FORMATS = ("coco", "yolo", "voc", "labelme", "label_studio", "roboflow") 
 # Keys of `model` that say which network it is, besides those in its section `encoder`.
 ARCHITECTURE_KEYS = ("library", "arch", "name", "revision", "options", "config", "decoder")
 
-# The only objects that `_target_` in a configuration may name, so that no file can make us call anything else.
 EARLY_STOPPING = "pytorch_lightning.callbacks.EarlyStopping"
+# The only objects that `_target_` in a configuration may name, so that no file can make us call anything else.
 ALLOWED_TARGETS = (
     EARLY_STOPPING,
     "pytorch_lightning.callbacks.LearningRateMonitor",

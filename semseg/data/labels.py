@@ -171,11 +171,9 @@ def _undo_stretch(raw: NDArray, image: Image.Image, header: Header) -> NDArray[n
         return raw.astype(np.uint8)
     if header.max_value and image.mode in ("L", "I"):
         stretched_to = 255 if raw.dtype == np.uint8 else 65535
-        return (
-            raw
-            if header.max_value == stretched_to
-            else np.round(raw * (header.max_value / stretched_to)).astype(raw.dtype)
-        )
+        if header.max_value == stretched_to:
+            return raw
+        return np.round(raw * (header.max_value / stretched_to)).astype(raw.dtype)
     return raw.astype(raw.dtype.newbyteorder("="), copy=False)
 
 

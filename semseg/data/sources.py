@@ -125,11 +125,7 @@ class DataSource:
     def _has_coloured_masks(self, greys: GreyColours) -> bool:
         """Whether one of some masks is coded in colours: of every split, so that all modes read masks alike."""
         for split in filter(self._is_configured, SPLITS):
-            try:
-                records, _ = separate_problems(self._read(split, self._split_files(split)))
-            except (DataError, ConfigError):
-                continue  # raised where the records are needed
-            masks = [record.label for record in records if record.label]
+            masks = [record.label for record in self._peek(split) if record.label]
             looked_at = take_evenly(masks, NUM_LOOKED_AT)
             if any(has_colours(mask, greys, max_pixels=self.config.max_pixels) for mask in looked_at):
                 return True
@@ -463,18 +459,20 @@ class DataSource:
         headers |= readable_headers((record.label for record in rotated if record.label), self.root)
         return list(records), collect_evidence(rotated, headers), headers
 
+    def _peek(self, split: str) -> list[Record]:
+        """The records in the files of a split; none if they cannot be read, which is reported where they are needed."""
+        try:
+            return separate_problems(self._read(split, self._split_files(split)))[0]
+        except (DataError, ConfigError):
+            return []
+
     def _evidence_of_other_splits(self, split: str) -> Evidence:
         """What the sizes of the other splits show."""
         total = Evidence()
         for other in SPLITS:
             if other == split or not self._is_configured(other):
                 continue
-            files = self._split_files(other)
-            try:
-                records, _ = separate_problems(self._read(other, files))
-            except (DataError, ConfigError):
-                continue  # reported when that split is read
-            _, evidence, _ = self._collect_evidence(files, records)
+            _, evidence, _ = self._collect_evidence(self._split_files(other), self._peek(other))
             total = Evidence(total.stored + evidence.stored, total.upright + evidence.upright)
         return total
 
