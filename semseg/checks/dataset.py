@@ -36,6 +36,7 @@ VOID = 255  # the id that most tools write for unlabelled pixels
 VOIDS = frozenset({VOID, MAX_ID})  # with 8 and with 16 bits
 DARK = 0.25  # fraction of white: a 16-bit image with all values below is reported
 DARK_IF_ALL = 0.5  # instead of DARK, if it holds for all 16-bit images: they probably have fewer bits
+NEARLY_BLACK = 32  # an 8-bit image with all values below uses a fraction of its range
 NUM_PALETTES = 64  # of masks that are read
 MAX_EXAMPLES = 10  # example files of one notice
 
@@ -240,9 +241,11 @@ def check_reading(split: ScannedSplit) -> Iterator[Notice]:
             for record, facts in pair_facts(split)
             if facts.largest >= 0 and facts.max_value == max_value
         ]
-        largest = max((facts.largest for _, facts in seen), default=0)
-        limit = DARK_IF_ALL if largest < DARK_IF_ALL * max_value else DARK
-        dark = [(record, facts) for record, facts in seen if facts.largest < limit * max_value]
+        limit = NEARLY_BLACK
+        if bits == 16:
+            largest = max((facts.largest for _, facts in seen), default=0)
+            limit = max_value * (DARK_IF_ALL if largest < DARK_IF_ALL * max_value else DARK)
+        dark = [(record, facts) for record, facts in seen if facts.largest < limit]
         if dark:
             largest = max(facts.largest for _, facts in dark)
             counted = f"{len(dark)} of {len(seen)} {bits}-bit images"

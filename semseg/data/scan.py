@@ -38,11 +38,10 @@ from semseg.errors import DataError
 from semseg.system.processors import count_processors
 
 MAX_COLOURS = 256  # a mask with more colours is taken for a photo
-CACHE_FORMAT = 5  # version of the cached rows
+CACHE_FORMAT = 6  # version of the cached rows
 NUM_MASKS_MEASURED = 400  # masks whose objects are measured
 NUM_SAMPLED = 64  # images whose pixels are read, in addition to all 16-bit images
 NUM_PROBES = 16  # of an image that is too large to be read whole, whose pixels are read
-NEARLY_BLACK = 32  # an 8-bit image with all values below uses a fraction of its range
 FIRST_OF_SEVERAL = ", first of several"  # ends the kind of a file with several frames or pages
 
 
@@ -56,7 +55,7 @@ class PairFacts(NamedTuple):
     ids: dict[int, int]  # id in the mask -> pixels
     colours: dict[str, int]  # colour-coded masks: "#ff8000" -> pixels
     problem: str = ""  # why the pair cannot be trained on; ids that are no class are not checked here
-    largest: int = -1  # largest pixel value of a 16-bit or nearly black image; -1 for other images
+    largest: int = -1  # largest pixel value; -1 if the pixels are not read
     max_value: int = 255  # largest value of the image's bit depth: 255 or 65535
     objects: dict[int, dict[int, int]] = {}  # noqa: RUF012 - id -> bin of the side -> objects; of NUM_MASKS_MEASURED masks
 
@@ -89,7 +88,7 @@ def scan_pairs(
     cached = load_cache(cache)
     new_entries: dict[str, list[object]] = {}
     with ThreadPoolExecutor(count_processors()) as pool:
-        step, stride = (max(1, len(records) // count) for count in (NUM_SAMPLED, NUM_MASKS_MEASURED))
+        step, stride = (max(1, math.ceil(len(records) / count)) for count in (NUM_SAMPLED, NUM_MASKS_MEASURED))
         futures = [
             pool.submit(
                 _scan_or_load,
@@ -214,8 +213,7 @@ def scan_pair(
             check_rgb_raster(record.image, image.raster)
         if bands is None and (reads_pixels or image.bits == 16):
             largest, max_value = read_largest(record.image, max_pixels=max_pixels)
-            if max_value > 255 or largest < NEARLY_BLACK:
-                facts = facts._replace(largest=largest, max_value=max_value)
+            facts = facts._replace(largest=largest, max_value=max_value)
         if record.label is None:
             return facts
         mask = read_header(record.label, max_pixels=max_pixels)

@@ -407,7 +407,9 @@ def test_a_second_scan_reads_what_is_new(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("semseg.data.scan.read_label", counted)
     first = list(scan_pairs(records, root))
-    assert first[0] == PairFacts(60, 80, "JPEG RGB", "PNG L", {1: 1600, 2: 1600, 3: 1600}, {}, objects=first[0].objects)
+    assert first[0] == PairFacts(
+        60, 80, "JPEG RGB", "PNG L", {1: 1600, 2: 1600, 3: 1600}, {}, "", 255, objects=first[0].objects
+    )
     assert sorted(read) == ["00", "01", "02", "03"]
     read.clear()
     put(root, "02", stripes(1, 2, 3, 4))
@@ -553,6 +555,32 @@ def test_c24_images_that_use_a_fraction_of_their_depth_are_counted(
     split = ScannedSplit("train", [record], list(scan_pairs([record], tmp_path)), [])
     notices = [notice.text for notice in check_reading(split)]
     assert (message is None and not notices) or (message is not None and message in notices[0])
+
+
+def test_a_dark_image_is_counted_among_the_others(tmp_path: Path) -> None:
+    records = []
+    for number in range(3):
+        put(tmp_path, f"{number}", stripes(1, 2))
+        image = tmp_path / f"{number}.png"
+        cv2.imwrite(str(image), np.full((60, 80), 20 if number == 1 else 200, np.uint8))
+        records.append(Record(str(image), str(tmp_path / f"masks/{number}.png"), Size(60, 80), "folder"))
+    split = ScannedSplit("train", records, list(scan_pairs(records, tmp_path)), [])
+    (notice,) = check_reading(split)
+    assert "1 of 3 8-bit images use a fraction of their range: the largest value is 20 of 255" in notice.text
+    assert [Path(name).name for name in notice.files] == ["1.png"]
+
+
+def test_samples_of_a_split_are_no_larger_than_their_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("semseg.data.scan.NUM_SAMPLED", 3)
+    monkeypatch.setattr("semseg.data.scan.NUM_MASKS_MEASURED", 4)
+    root = good_folder(tmp_path / "data", count=5)
+    records = [
+        Record(str(path), str(root / "masks" / f"{path.stem}.png"), Size(60, 80), "folder")
+        for path in sorted((root / "images").iterdir())
+    ]
+    found = list(scan_pairs(records, root))
+    assert [facts.largest >= 0 for facts in found] == [True, False, True, False, True]
+    assert [bool(facts.objects) for facts in found] == [True, False, True, False, True]
 
 
 @pytest.mark.reliability
