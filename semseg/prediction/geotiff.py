@@ -33,6 +33,7 @@ TILE_SIDE = 512  # pixels; side of the tiles of a file, and rows that are writte
 GDAL_OPTIONS = {"GDAL_CACHEMAX": 64, "GDAL_NUM_THREADS": "1"}  # megabytes
 MAX_PALETTE = 256  # colours of a GeoTIFF of 8 bits
 OVERLAY_QUALITY = 90  # of overlays
+WORLD_FILE_ENDS = ("w", ".wld")  # ends of the suffixes of world files
 
 
 # Where an image has values: takes top, left, height and width of a window; gives (height, width), None for everywhere.

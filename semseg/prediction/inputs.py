@@ -21,6 +21,7 @@ from semseg.data import store
 from semseg.data.folders import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, leave_out_arrays_beside_images
 from semseg.data.store import UnusedFiles
 from semseg.errors import ConfigError, DataError
+from semseg.prediction.geotiff import WORLD_FILE_ENDS, find_world_file
 from semseg.storage.run_folders import is_of_run
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
@@ -111,19 +112,25 @@ def resolves_below(path: Path, folder: Path) -> bool:
 def select_inputs(paths: Iterable[Path], folder: Path | None, run_dir: Path, unused: UnusedFiles) -> list[Path]:
     """Select images and videos; other files, and those of runs below `folder`, are added to `unused`.
 
+    World files of the images are neither: predictions have their transforms.
     The files of `run_dir` are not selected for patterns (`folder` is None) either, unless `folder` is in it.
     """
-    selected = []
+    selected, others = [], []
     is_run = cache(lambda parent: (parent / RECORD_FOLDER).is_dir())
     for path in paths:
         if path.suffix.lower() not in input_suffixes():
-            unused.add(path.suffix.lower() or "without suffix", path)
+            others.append(path)
         elif resolves_below(path, run_dir) and not (folder and resolves_below(folder, run_dir)):
             unused.add(IN_RUN_FOLDER, path)
         elif folder and any(is_run(parent) for parent in path.parents if folder in parent.parents):
             unused.add(OF_OTHER_RUN, path)
         else:
             selected.append(path)
+    has_world_files = any(path.suffix.lower().endswith(WORLD_FILE_ENDS) for path in others)
+    world_files = {find_world_file(path) for path in selected} if has_world_files else set()
+    for path in others:
+        if path not in world_files:
+            unused.add(path.suffix.lower() or "without suffix", path)
     return leave_out_arrays_beside_images(selected, unused)
 
 

@@ -158,6 +158,17 @@ def test_c31_files_that_are_not_inputs_are_counted(folder: Path) -> None:
         assert part in unused.describe("photos")
 
 
+def test_world_files_of_images_are_used(folder: Path) -> None:
+    for name in ("a.jgw", "sub/deep/c.TFW", "other.tfw", "b.new"):
+        (folder / "photos" / name).touch()
+    for source in ("photos", "photos/**/*"):
+        unused = UnusedFiles()
+        find_inputs(source, Path("out"), unused=unused)
+        described = unused.describe("photos")
+        assert "1 .tfw (other.tfw)" in described and "1 .new (b.new)" in described
+        assert ".jgw" not in described and "c.TFW" not in described
+
+
 @pytest.mark.reliability
 @pytest.mark.parametrize("name", ["a[1]", "*", "a?", "{x,y}", "a b", "-x", "100%d", "'q'"])
 def test_c33_an_existing_folder_is_not_a_pattern(folder: Path, name: str) -> None:
