@@ -28,6 +28,7 @@ from semseg.errors import DataError
 from semseg.system.text import format_subject
 
 MASK_FOLDER, LABEL_MAP, LISTS = "SegmentationClass", "labelmap.txt", Path("ImageSets", "Segmentation")
+OLD_MASK_FOLDER = "SegmentationClassPNG"  # of LabelMe before version 5, whose SegmentationClass has arrays
 CLASS_NAMES = "class_names.txt"
 VOC_COLOURS = 255  # of classes; the last one is the border
 BLACK: Colour = (0, 0, 0)
@@ -51,23 +52,24 @@ def is_voc_folder(root: Path) -> bool:
 
 
 def read_voc(root: Path, finder: ImageFinder, options: ImportConfig) -> Export:
-    """The masks of `SegmentationClass`, with the splits of `ImageSets/Segmentation`.
+    """The masks of `SegmentationClass` or `SegmentationClassPNG`, with the splits of `ImageSets/Segmentation`.
 
     Raises:
         DataError: if the label map is wrong, or there are no masks.
     """
     rows, notes = read_voc_classes(root)
+    folder = root / (OLD_MASK_FOLDER if store.is_folder(root / OLD_MASK_FOLDER) else MASK_FOLDER)
     splits = read_splits(root / LISTS)
-    files = [path for path in store.list_files_below(root / MASK_FOLDER) if path.suffix.lower() in IMAGE_SUFFIXES]
+    files = [path for path in store.list_files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
     masks = [path for path in files if path.suffix in MASK_SUFFIXES]
     if not masks:
-        raise DataError(f"{root / MASK_FOLDER}: there is no PNG file. Export the masks again.")
+        raise DataError(f"{folder}: there is no PNG file. Export the masks again.")
     read = partial(decode_colours, tuple(rows), GreyMasks(masks, rows))
     others = [path for path in files if path.suffix not in MASK_SUFFIXES]
     items: list[AnnotatedImage | Problem] = [
         Problem(f"{path}: masks are PNG files, so that all colours are exact. Export it again.") for path in others
     ]
-    stems = {path: path.relative_to(root / MASK_FOLDER).with_suffix("").as_posix() for path in masks}
+    stems = {path: path.relative_to(folder).with_suffix("").as_posix() for path in masks}
     finder.expect(stems.values())
     seen, num_missing = set(stems.values()), 0
     for path, stem in stems.items():

@@ -645,12 +645,15 @@ def write_grey_png(path: Path, values: NDArray[np.integer], bits: int) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(coded))
 
 
-def test_class_names_of_labelme_are_in_the_colours_of_pascal_voc(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["SegmentationClass", "SegmentationClassPNG"])  # of version 5, and before
+def test_class_names_of_labelme_are_in_the_colours_of_pascal_voc(tmp_path: Path, folder: str) -> None:
     write_voc(tmp_path / "e").unlink()
+    for path in (tmp_path / "e/SegmentationClass").iterdir():
+        path.unlink() if folder == path.parent.name else path.rename(path.with_suffix(".npy"))  # as older versions
     put(tmp_path / "e/class_names.txt", "_background_\ncat\ndog\n")
     colours = np.array([voc_colour(index) for index in range(3)], np.uint8)
     for name in NAMES:
-        put(tmp_path / "e/SegmentationClass" / f"{name}.png", Image.fromarray(colours[expected(1, 2, 0)]))
+        put(tmp_path / "e" / folder / f"{name}.png", Image.fromarray(colours[expected(1, 2, 0)]))
     imported = import_here(tmp_path / "e", tmp_path / "out")
     assert imported.names == ("_background_", "cat", "dog")
     assert np.array_equal(masks_of(tmp_path / "out")["a"], expected(2, 3, 1))
