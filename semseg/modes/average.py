@@ -66,7 +66,12 @@ def run(config: Config, overrides: list[str]) -> float | None:
     for other in members[1:]:
         refuse_other_network(members[0], other)
     config = inherit_config(members[0].config, config, overrides)
-    config = replace(config, data=replace(config.data, on_bad="error"), trainer=use_one_device(config.trainer))
+    config = replace(
+        config,
+        data=replace(config.data, on_bad="error"),
+        augment=members[0].config.augment,  # statistics are those of training batches: of its crops and scales
+        trainer=use_one_device(config.trainer),
+    )
     source = open_source(config.data, members[0])
     require_masks(config.eval.split, source.records(config.eval.split))
     source.training_records()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,7 +15,7 @@ from torch import nn
 from helpers.command_line import TINY_ENCODERS, run_here
 from helpers.in_process import SHORT_RUN, configured, prepare_run
 from helpers.random_checkpoints import write_random_checkpoints
-from semseg.checkpoints.format import read_checkpoint
+from semseg.checkpoints.format import read_checkpoint, write_ckpt
 from semseg.config.preprocessing import PREPROCESSING
 from semseg.errors import CheckpointError
 from semseg.modes import average
@@ -111,6 +112,21 @@ def test_the_average_is_kept_only_if_it_is_better_than_the_best(folder: Path) ->
     assert torch.allclose(found.weights[name], (ends[0][name] + ends[1][name]) / 2)
     statistics = "encoder.fine.0.1.running_mean"
     assert not torch.allclose(found.weights[statistics], (ends[0][statistics] + ends[1][statistics]) / 2)
+
+
+@pytest.mark.slow
+def test_statistics_are_measured_with_the_augmentation_of_the_run(folder: Path) -> None:
+    for name in "ab":
+        saved = read_checkpoint(folder / f"{name}.ckpt")
+        augment = replace(saved.config.augment, crop=[24, 16])
+        write_ckpt(folder / f"{name}_crops.ckpt", saved._replace(config=replace(saved.config, augment=augment)))
+    sizes = []
+    with (
+        patch.object(average, "score_on_split", side_effect=scored(0.2, 0.5, 0.5)),
+        patch.object(average, "run_forward", side_effect=lambda _, batch, *__: sizes.append(batch.image.shape[2:])),
+    ):
+        run_here(folder, "mode=average", "ckpt=[a_crops.ckpt,b_crops.ckpt]", *QUICK, "run_dir=crops")
+    assert sizes and all(tuple(size) == (24, 16) for size in sizes)
 
 
 @pytest.mark.slow
