@@ -90,7 +90,7 @@ def describe_odd_labels(counts: Sequence[int], names: Sequence[str]) -> list[str
         more = f" and {len(absent) - MAX_CLASS_NAMES} more" if len(absent) > MAX_CLASS_NAMES else ""
         warnings.append(
             f"{len(absent)} of {len(names)} classes did not occur in this epoch: {listed}{more}."
-            " mode=check reports whether they occur at all."
+            " mode=check reports whether they occur at all, and settings that keep small objects."
         )
     return warnings
 
