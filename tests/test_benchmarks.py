@@ -149,6 +149,38 @@ def test_the_steps_of_an_ablation_are_those_of_its_other_seed_or_of_the_base_in_
     assert steps == {"none": 300, "batch 8": 170, "batch 2": 150}
 
 
+def test_the_tables_of_the_results_are_made_from_the_measured_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (BENCHMARKS.parent / "docs" / "results.md").read_text()
+    assert page.count("<!-- end -->") >= 10
+    assert import_benchmark(monkeypatch, "report").fill_tables(page) == page, (
+        "python benchmarks/report.py docs/results.md"
+    )
+
+
+def test_the_changes_of_a_table_stand_in_the_order_of_the_means_of_their_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = import_benchmark(monkeypatch, "report")
+    table = tmp_path / "rows.csv"
+    table.write_text(
+        "base,change,overrides,seed,steps,miou,iou\na,none,,2,90,61.00,Sky 90.00; Pole 10.00\n"
+        "a,none,,1,80,60.00,Sky 92.00; Pole 14.00\na,big,width=9,1,70,60.60,Sky 91.00; Pole 1.00\n"
+        "b,none,,1,80,99.00,Sky 99.00; Pole 99.00\n"
+    )
+    monkeypatch.setitem(report.KINDS, "changes", (table, report.format_changes))
+    page = report.fill_tables("text\n<!-- changes base=a -->\nold\n<!-- end -->\ntext\n")
+    assert page.splitlines() == [
+        "text", "<!-- changes base=a -->", "",
+        "| change | overrides | mIoU | mean | steps | pole |", "|---|---|---|---|---|---|",
+        "| big | `width=9` | 60.6 | 60.6 | 70 | 1.0 |", "| none |  | 60.0, 61.0 | 60.5 | 80 to 90 | 12.0 |", "",
+        "<!-- end -->", "text",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match=r"<!-- changes base=c -->: no row of rows.csv has these entries."):
+        report.fill_tables("<!-- changes base=c -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match=r"<!-- prices base=a -->: the kinds of tables are costs, classes, "):
+        report.fill_tables("<!-- prices base=a -->\n<!-- end -->\n")
+
+
 IN_THE_RECIPE = (
     "Dice", "AdamW 0.003, encoder 0.0005", "Dice, AdamW 0.003, encoder 0.0005", "width 128", "one short edge",
     "Dice, AdamW 0.003, encoder 0.0005, label stride 2", "label stride 2", "wide crops", "wide crops, label stride 2",
