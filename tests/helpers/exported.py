@@ -25,8 +25,8 @@ from semseg.nets.segmenter import Segmenter
 
 CLASS_IDS = [7, 2, 9, 4, 11, 6, 1, 8, 3, 10, 5]  # in the label files, by class index
 # Height and width: odd, larger than max_long_edge, portrait, a panorama, smaller than the divisor, one that a scale
-# does not change.
-PICTURE_SIZES = [(97, 131), (333, 500), (211, 90), (40, 400), (5, 6), (64, 96)]
+# does not change, and single pixels and lines, where resizing conventions differ.
+PICTURE_SIZES = [(97, 131), (333, 500), (211, 90), (40, 400), (5, 6), (64, 96), (1, 1), (70, 1), (1, 70), (1, 3)]
 
 
 def write_checkpoint(folder: Path, *words: str) -> None:
